@@ -1,0 +1,1 @@
+"""Neural modules that take plain numbers and tensors; nothing here imports another package of this repository."""

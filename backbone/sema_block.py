@@ -1,0 +1,224 @@
+"""The adapters of one transformer block, and how they mix, grow, freeze and consolidate.
+
+    modules = SEMAModules(AdapterSpec(width=768, kind="adaptmlp", bottleneck=16), block=9, growable=True)
+    delta = modules(tokens)                     # (B, N, d): router-weighted sum of the adapters, changes nothing
+    if modules.novelty(tokens.mean(dim=1)) > threshold:
+        modules.grow()                          # one more adapter, descriptor and router row
+
+Source: SEMA (Wang et al., CVPR 2025), as its published code computes it.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from backbone.consolidation import Consolidation, ConsolidationReport, consolidate
+from backbone.sema_components import AE, ADAPTERS, NestedLoRAAdapter, Records
+
+
+@dataclass(frozen=True)
+class AdapterSpec:
+    """What an adapter of this network looks like: plain numbers only.
+
+    Attributes:
+        width: d of the residual stream.
+        kind: a key of `ADAPTERS`.
+        bottleneck: hidden units ("adaptmlp"), or rank of each branch ("nested_lora").
+        scale: factor on every adapter's output.
+        rd_dim: hidden units of the representation descriptor.
+        buffer_size: how many reconstruction errors its records keep.
+    """
+
+    width: int
+    kind: str
+    bottleneck: int
+    scale: float = 1.0
+    rd_dim: int = 128
+    buffer_size: int = 500
+
+
+class AdapterModule(nn.Module):
+    """One adapter (`functional`) and, in a growing block, its descriptor (`rd`) with the running statistics of its errors."""
+
+    def __init__(self, spec: AdapterSpec, described: bool) -> None:
+        super().__init__()
+        self.functional = ADAPTERS[spec.kind](spec.width, spec.bottleneck, spec.scale)
+        self.rd = AE(spec.width, spec.rd_dim) if described else None
+        self.rd_loss_record = Records(spec.buffer_size) if described else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.functional(x)
+
+
+class SEMAModules(nn.Module):
+    """Mixture of the adapters of one block.
+
+    For tokens x (B, N, d) with token mean m (B, d) and K adapters A_k:
+        w = softmax(router(m))                 (B, K)
+        out = sum_k w_k A_k(x)                 (B, N, d)
+    A block outside the growing range holds one adapter, no router and no descriptor: out = A_0(x).
+
+    Args:
+        spec: what an adapter looks like.
+        block: the block's index, for names in logs.
+        growable: whether the block is in [adapt_start_layer, adapt_end_layer].
+    """
+
+    def __init__(self, spec: AdapterSpec, block: int, growable: bool) -> None:
+        super().__init__()
+        self.spec, self.block, self.growable = spec, block, growable
+        self.adapters = nn.ModuleList([AdapterModule(spec, described=growable)])
+        self.router = nn.Linear(spec.width, 1) if growable else None
+        self.new_router: nn.Linear | None = None  # the row of an adapter grown in this task, merged when it freezes
+        self.added_for_task = True  # the newest adapter began to learn in the current task
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.growable:
+            return self.adapters[0](x)
+        weights = self.mixing_weights(x.mean(dim=1)).to(x.dtype)
+        return sum(weights[:, k, None, None] * adapter(x) for k, adapter in enumerate(self.adapters))
+
+    def mixing_weights(self, token_mean: Tensor) -> Tensor:
+        """softmax over the adapters of the router's logits; (B, d) -> (B, K), rows sum to 1."""
+        logits = self.router(token_mean)
+        if self.new_router is not None:
+            logits = torch.cat([logits, self.new_router(token_mean)], dim=1)
+        return logits.softmax(dim=1)
+
+    # --- representation descriptors -----------------------------------------------------------------------------------
+
+    def descriptor_loss(self, token_mean: Tensor) -> Tensor:
+        """Mean reconstruction error of the newest adapter's descriptor on token means (B, d); zero once that is frozen."""
+        newest = self.adapters[-1].rd
+        return newest(token_mean).mean() if is_learning(newest) else token_mean.new_zeros(())
+
+    @torch.no_grad()
+    def observe(self, token_mean: Tensor) -> None:
+        """Record the errors on token means (B, d) of every descriptor that is still learning."""
+        for adapter in self.adapters:
+            if is_learning(adapter.rd):
+                adapter.rd_loss_record.push(adapter.rd(token_mean))
+
+    @torch.no_grad()
+    def novelty(self, token_mean: Tensor) -> float:
+        """Smallest over adapters of the batch mean of their z-scores on token means (B, d): how new this batch looks."""
+        return min(float(a.rd_loss_record.z_scores(a.rd(token_mean)).mean()) for a in self.adapters)
+
+    # --- growing and freezing -----------------------------------------------------------------------------------------
+
+    def grow(self) -> AdapterModule:
+        """Add one adapter with its descriptor and a router row of its own. The older ones stay as they are."""
+        if not self.growable or self.new_router is not None:
+            raise ValueError(f"block {self.block} cannot grow: it is outside the growing range or its last row is not merged")
+        like = self.router.weight
+        module = AdapterModule(self.spec, described=True).to(like.device)
+        self.adapters.append(module)
+        self.new_router = nn.Linear(self.spec.width, 1).to(like.device)
+        self.added_for_task = True
+        return module
+
+    def freeze_functional(self, adapters: bool = True) -> None:
+        """Stop the adapters (unless `adapters` is False) and the router; a new router row becomes part of the router."""
+        if adapters:
+            for adapter in self.adapters:
+                freeze(adapter.functional)
+        if self.new_router is not None:
+            self._merge_router()
+        if self.router is not None:
+            freeze(self.router)
+
+    def freeze_rd(self) -> None:
+        """Stop every descriptor and, with it, its records."""
+        for adapter in self.adapters:
+            if adapter.rd is not None:
+                freeze(adapter.rd)
+
+    def end_of_task_training(
+        self, freeze_adapters: bool = True, consolidation: Consolidation | None = None, tokens: Tensor | None = None
+    ) -> dict[int, ConsolidationReport]:
+        """Close a task: consolidate what learned in it, merge the router, freeze.
+
+        Args:
+            freeze_adapters: SEMA's rule; False leaves all adapters learning in later tasks (`nested_lora_freeze: "never"`).
+            consolidation: None, or how fast goes into slow.
+            tokens: the block's inputs (N, d) on the task's last features; needed with `consolidation`.
+
+        Returns:
+            A report for each adapter that was consolidated.
+        """
+        reports = {}
+        if consolidation is not None:
+            reports = self.consolidate_nested_lora(consolidation, tokens, every=not freeze_adapters)
+        self.freeze_functional(adapters=freeze_adapters)
+        self.freeze_rd()
+        self.added_for_task = False
+        return reports
+
+    def consolidate_nested_lora(
+        self, consolidation: Consolidation, tokens: Tensor, every: bool = False
+    ) -> dict[int, ConsolidationReport]:
+        """Fold fast into slow in the adapter added in this task, or in `every` one; keyed by the adapter's index."""
+        newest = len(self.adapters) - 1
+        chosen = range(newest + 1) if every else [newest] if self.added_for_task else []
+        return {
+            k: consolidate(self.adapters[k].functional, tokens, consolidation)
+            for k in chosen
+            if isinstance(self.adapters[k].functional, NestedLoRAAdapter)
+        }
+
+    def _merge_router(self) -> None:
+        """Append the new row to the router: the same logits from one Linear."""
+        merged = nn.Linear(self.spec.width, len(self.adapters)).to(self.router.weight.device)
+        with torch.no_grad():
+            merged.weight.copy_(torch.cat([self.router.weight, self.new_router.weight]))
+            merged.bias.copy_(torch.cat([self.router.bias, self.new_router.bias]))
+        self.router, self.new_router = merged, None
+
+    # --- ownership and structure --------------------------------------------------------------------------------------
+
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """The functional side, by time scale: adapters as they say, routers in "other". Descriptors are not in it."""
+        groups: dict[str, list[nn.Parameter]] = {"other": []}
+        for adapter in self.adapters:
+            for name, parameters in adapter.functional.parameter_groups().items():
+                groups.setdefault(name, []).extend(parameters)
+        groups["other"] += self.router_parameters()
+        return groups
+
+    def router_parameters(self) -> list[nn.Parameter]:
+        """The parameters of the router and of a row not merged yet."""
+        return [p for router in (self.router, self.new_router) if router is not None for p in router.parameters()]
+
+    def descriptor_parameters(self) -> list[nn.Parameter]:
+        """The parameters of all descriptors."""
+        return [p for adapter in self.adapters if adapter.rd is not None for p in adapter.rd.parameters()]
+
+    def structure(self) -> dict[str, int | bool]:
+        """What `rebuild` needs to give a fresh module the same shape (JSON)."""
+        return {
+            "adapters": len(self.adapters),
+            "new_router": self.new_router is not None,
+            "added_for_task": self.added_for_task,
+        }
+
+    def rebuild(self, structure: dict[str, int | bool]) -> None:
+        """Grow a fresh module to a saved structure; its tensors are loaded afterwards."""
+        while len(self.adapters) < structure["adapters"]:
+            self.grow()
+            last = len(self.adapters) == structure["adapters"]
+            if not (last and structure["new_router"]):
+                self._merge_router()
+        self.added_for_task = bool(structure["added_for_task"])
+
+
+def freeze(module: nn.Module) -> None:
+    """No parameter of the module learns from here on."""
+    for parameter in module.parameters():
+        parameter.requires_grad_(False)
+        parameter.grad = None
+
+
+def is_learning(module: nn.Module) -> bool:
+    """Whether the module's parameters receive gradients."""
+    return any(parameter.requires_grad for parameter in module.parameters())

@@ -1,0 +1,153 @@
+"""The parts a SEMA block is made of: adapters, the representation descriptor and its running statistics.
+
+    adapter = ADAPTERS["nested_lora"](width=768, bottleneck=16, scale=1.0)
+    delta = adapter(tokens)                      # (B, N, d) -> (B, N, d)
+
+An adapter owns its parameters and says which time scale each belongs to (`parameter_groups`). Consolidation and reset of
+the nested adapter are in `backbone/consolidation.py`.
+
+Sources: SEMA (Wang et al., CVPR 2025), AdaptFormer (Chen et al., NeurIPS 2022), LoRA (Hu et al., ICLR 2022).
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Adapter(nn.Module):
+    """Bottleneck adapter  A(x) = s (W_up relu(W_down x + b_down) + b_up).
+
+    W_down is (r, d) and W_up is (d, r); x is (..., d). At the LoRA start W_down is Kaiming-uniform(a = sqrt 5) and everything
+    else zero, so the output is exactly zero and W_up has a gradient.
+
+    Args:
+        width: d, the width of the residual stream.
+        bottleneck: r, the number of hidden units.
+        scale: s; the published SEMA code names 0.1 in its configs and applies 1.
+    """
+
+    def __init__(self, width: int, bottleneck: int, scale: float = 1.0) -> None:
+        super().__init__()
+        self.scale = scale
+        self.down_proj = nn.Linear(width, bottleneck)
+        self.up_proj = nn.Linear(bottleneck, width)
+        self.reset()
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Return to the LoRA start: the output is exactly zero and the adapter can learn."""
+        nn.init.kaiming_uniform_(self.down_proj.weight, a=math.sqrt(5))
+        for tensor in (self.down_proj.bias, self.up_proj.weight, self.up_proj.bias):
+            nn.init.zeros_(tensor)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * self.up_proj(F.relu(self.down_proj(x)))
+
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """One time scale: everything learns at the base rate."""
+        return {"other": list(self.parameters())}
+
+
+class NestedLoRAAdapter(nn.Module):
+    """Two adapters on two time scales  Delta(x) = slow(x) + fast(x), always both, no gate between them.
+
+    Rank r costs the parameters of one `Adapter` with bottleneck 2r plus one output bias of d numbers. Both branches start
+    silent (LoRA start) but with different down-projections.
+
+    Args:
+        width: d, the width of the residual stream.
+        bottleneck: r, the rank of each branch (`nested_lora_rank`).
+        scale: applied to both branches.
+    """
+
+    def __init__(self, width: int, bottleneck: int, scale: float = 1.0) -> None:
+        super().__init__()
+        self.slow = Adapter(width, bottleneck, scale)
+        self.fast = Adapter(width, bottleneck, scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.slow(x) + self.fast(x)
+
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """The two time scales, each tensor in exactly one."""
+        return {"slow": list(self.slow.parameters()), "fast": list(self.fast.parameters())}
+
+    def norms(self) -> dict[str, float]:
+        """L2 norm of all parameters of each branch: `||theta_fast||`, `||theta_slow||`."""
+        return {name: l2_norm(params) for name, params in self.parameter_groups().items()}
+
+
+ADAPTERS: dict[str, type[nn.Module]] = {"adaptmlp": Adapter, "nested_lora": NestedLoRAAdapter}
+
+
+class AE(nn.Module):
+    """Representation descriptor (RD): a linear auto-encoder of token means.
+
+    error(m) = mean_j (m - W_dec (W_enc m + b_enc) - b_dec)_j^2, one number a sample; m is (B, d), the result (B,).
+    A small error says that the samples resemble those its adapter was trained on. Weights start Kaiming-uniform(a = sqrt 5),
+    biases zero.
+    """
+
+    def __init__(self, width: int, rd_dim: int) -> None:
+        super().__init__()
+        self.encoder = nn.Linear(width, rd_dim)
+        self.decoder = nn.Linear(rd_dim, width)
+        for linear in (self.encoder, self.decoder):
+            nn.init.kaiming_uniform_(linear.weight, a=math.sqrt(5))
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, token_mean: Tensor) -> Tensor:
+        return (token_mean - self.decoder(self.encoder(token_mean))).square().mean(dim=1)
+
+
+class Records(nn.Module):
+    """The last `capacity` reconstruction errors of one descriptor; mean and deviation for z-scores.
+
+    The errors are buffers, so they are saved and resumed with the model. z = |error - mean| / std with the unbiased std, and
+    zero while two errors or fewer are stored.
+    """
+
+    errors: Tensor
+    stored: Tensor
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__()
+        self.register_buffer("errors", torch.zeros(capacity))  # oldest first, valid up to `stored`
+        self.register_buffer("stored", torch.zeros((), dtype=torch.int64))
+
+    def __len__(self) -> int:
+        return int(self.stored)
+
+    @torch.no_grad()
+    def push(self, errors: Tensor) -> None:
+        """Append errors (B,). As published: the batch that fills the buffer is cut to the room left; then the oldest go."""
+        capacity, new = self.errors.numel(), errors.detach().to(self.errors)
+        if len(self) < capacity:
+            kept = torch.cat([self.errors[: len(self)], new[: capacity - len(self)]])
+        else:
+            kept = torch.cat([self.errors, new])[-capacity:]
+        self.errors[: kept.numel()] = kept
+        self.stored.fill_(kept.numel())
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean of the stored errors, a scalar in double precision."""
+        return self.errors[: len(self)].double().mean()
+
+    @property
+    def stddev(self) -> Tensor:
+        """Unbiased standard deviation of the stored errors, a scalar in double precision."""
+        return self.errors[: len(self)].double().std()
+
+    def z_scores(self, errors: Tensor) -> Tensor:
+        """|error - mean| / std for errors (B,) -> (B,); zeros until more than two errors are stored."""
+        if len(self) <= 2:
+            return torch.zeros_like(errors)
+        return ((errors.double() - self.mean) / self.stddev).abs().to(errors.dtype)
+
+
+def l2_norm(tensors: list[nn.Parameter]) -> float:
+    """Euclidean norm of several tensors taken as one vector."""
+    return math.sqrt(sum(float(tensor.detach().double().square().sum()) for tensor in tensors))

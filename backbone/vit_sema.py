@@ -1,0 +1,125 @@
+"""A timm Vision Transformer whose blocks carry adapters parallel to their MLP.
+
+    net = SEMAVisionTransformer(timm_vit, spec, growing=range(9, 12), adapted=range(12))
+    features = net(images)                           # (B, 3, S, S) -> (B, d): class token after the final norm
+    with net.capture_inputs(net.growing, token_mean) as means:
+        net(images)                                  # means[9]: (B, d), what router and descriptor of block 9 see
+
+The transformer is timm's own, frozen, with its blocks wrapped; only what the adapters add is new. Block i computes
+    x = x + attn(norm1(x));   y = mlp(norm2(x)) + adapter_i(x);   x = x + y
+where adapter_i reads the un-normalised residual stream. Layer scale, where a model has it, applies to attn and mlp only.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+
+from backbone.sema_block import AdapterSpec, SEMAModules, freeze
+
+
+class SEMABlock(nn.Module):
+    """timm's block with adapters beside its MLP; without adapters it computes exactly what timm's block does."""
+
+    def __init__(self, block: Block, adapter_module: SEMAModules | None) -> None:
+        super().__init__()
+        self.block, self.adapter_module = block, adapter_module
+
+    def forward(self, x: Tensor) -> Tensor:
+        block = self.block
+        x = x + block.drop_path1(block.ls1(block.attn(block.norm1(x))))
+        y = block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+        if self.adapter_module is not None:
+            y = y + self.adapter_module(x)
+        return x + y
+
+
+class SEMAVisionTransformer(nn.Module):
+    """A frozen timm ViT with adapters in chosen blocks; untrained adapters leave timm's output unchanged bit for bit.
+
+    Args:
+        vit: a timm VisionTransformer with a class token and no classifier (`num_classes=0`); it becomes part of this module.
+        spec: what an adapter looks like.
+        growing: the blocks that may grow (they have a router and descriptors).
+        adapted: the blocks that hold adapters; must contain `growing`.
+    """
+
+    def __init__(self, vit: VisionTransformer, spec: AdapterSpec, growing: Iterable[int], adapted: Iterable[int]) -> None:
+        super().__init__()
+        self.growing, adapted = tuple(growing), set(adapted)
+        freeze(vit)
+        for i, block in enumerate(vit.blocks):
+            modules = SEMAModules(spec, block=i, growable=i in self.growing) if i in adapted else None
+            vit.blocks[i] = SEMABlock(block, modules)
+        self.vit = vit.eval()
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.vit(images)
+
+    def train(self, mode: bool = True) -> "SEMAVisionTransformer":
+        """The frozen transformer stays in evaluation mode; adapters have no mode of their own."""
+        super().train(mode)
+        self.vit.eval()
+        return self
+
+    @property
+    def modules_by_block(self) -> dict[int, SEMAModules]:
+        """The adapters of every block that has some, in depth order."""
+        blocks = enumerate(self.vit.blocks)
+        return {i: block.adapter_module for i, block in blocks if block.adapter_module is not None}
+
+    @contextmanager
+    def capture_inputs(self, blocks: Iterable[int], reduce: Callable[[Tensor], Tensor]) -> Iterator[dict[int, Tensor]]:
+        """While open, each forward leaves `reduce(x)` of the adapters' input x (B, N, d) in the dict, by block."""
+        captured: dict[int, Tensor] = {}
+
+        def hook(block: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+            return lambda module, inputs: captured.__setitem__(block, reduce(inputs[0]))
+
+        handles = [self.modules_by_block[block].register_forward_pre_hook(hook(block)) for block in blocks]
+        try:
+            yield captured
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def descriptor_loss(self, token_means: dict[int, Tensor]) -> Tensor:
+        """Sum over growing blocks of the newest descriptor's mean error on its token means (B, d); a scalar."""
+        return sum(self.modules_by_block[block].descriptor_loss(mean) for block, mean in token_means.items())
+
+    def observe(self, token_means: dict[int, Tensor]) -> None:
+        """Record the descriptors' errors on token means (B, d), block by block."""
+        for block, mean in token_means.items():
+            self.modules_by_block[block].observe(mean)
+
+    def adapters_per_block(self) -> dict[int, int]:
+        """How many adapters each adapted block holds."""
+        return {block: len(modules.adapters) for block, modules in self.modules_by_block.items()}
+
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """All functional parameters by time scale (adapters and routers, frozen ones included)."""
+        groups: dict[str, list[nn.Parameter]] = {}
+        for modules in self.modules_by_block.values():
+            for name, parameters in modules.parameter_groups().items():
+                groups.setdefault(name, []).extend(parameters)
+        return groups
+
+    def descriptor_parameters(self) -> list[nn.Parameter]:
+        """The parameters of all descriptors, frozen ones included."""
+        return [p for modules in self.modules_by_block.values() for p in modules.descriptor_parameters()]
+
+    def parameter_counts(self) -> dict[str, int]:
+        """Numbers of parameters in adapters, descriptors and routers."""
+        blocks = self.modules_by_block.values()
+        adapters = (p for modules in blocks for a in modules.adapters for p in a.functional.parameters())
+        return {
+            "adapters": sum(p.numel() for p in adapters),
+            "descriptors": sum(p.numel() for p in self.descriptor_parameters()),
+            "routers": sum(p.numel() for modules in blocks for p in modules.router_parameters()),
+        }
+
+
+def token_mean(x: Tensor) -> Tensor:
+    """Mean over tokens, (B, N, d) -> (B, d), in float32: what routers and descriptors read."""
+    return x.detach().float().mean(dim=1)

@@ -1,0 +1,331 @@
+"""What a learner is, and the only epoch loop of the repository.
+
+    learner.begin_task(task)      # new classes: the classifier gains rows
+    learner.train_task()          # the method's own story, made of stages; a stage may run a phase of training
+    logits = learner.classify(learner.features(images))
+
+A phase (`Phase`) names its epochs, batches, loss and optimizer; `Learner.run_phase` runs it, logs an epoch line, and stops
+cleanly between two steps when asked to. Everything that a resumed run needs is in `Learner.state`.
+"""
+
+import hashlib
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from utils.config import RunConfig
+from utils.data_manager import DataManager
+from utils.errors import UserError
+from utils.factory import Backbone
+from utils.optim import GroupedOptimizer
+from utils.run_log import RunLog
+from utils.toolkit import autocast, pack_tensors, unpack_tensors
+
+
+logger = logging.getLogger("nested_lora")
+
+
+class Interrupted(Exception):
+    """Training stopped between two steps because it was asked to; the learner's state says where."""
+
+
+@dataclass
+class StepResult:
+    """Outcome of one training batch: a differentiable loss, the samples in it, and how many were classified right."""
+
+    loss: Tensor
+    samples: int
+    correct: Tensor | None = None
+
+
+@dataclass
+class Phase:
+    """One stretch of training.
+
+    Attributes:
+        name: "func", "rd", ...: what is trained, in log lines.
+        epochs: passes over the batches.
+        optimizer: the groups that learn.
+        batches: (epoch, start) -> the epoch's batches from number `start` on; the same for the same arguments.
+        steps_per_epoch: number of batches when start = 0.
+        observe: one batch -> loss; a method's own mathematics.
+        block: the block that grew, when the phase is about one.
+        after_step: called with what moved in the step just taken.
+    """
+
+    name: str
+    epochs: int
+    optimizer: GroupedOptimizer
+    batches: Callable[[int, int], Iterable[Any]]
+    steps_per_epoch: int
+    observe: Callable[[Any], StepResult]
+    block: int | None = None
+    before_step: Callable[[int], None] | None = None
+    after_step: Callable[[int, dict[str, bool]], None] | None = None
+
+
+@dataclass
+class Position:
+    """Where a phase stands: epochs and steps done, and the running sums of the open epoch's log line."""
+
+    epoch: int = 0
+    step: int = 0
+    loss: float = 0.0
+    correct: int = 0
+    samples: int = 0
+
+
+@dataclass
+class Progress:
+    """Where a task stands (JSON): the stage that comes next, and what a method needs to remember inside the task."""
+
+    stage: str = "done"
+    phases: int = 0  # phases finished in this task: seeds their data order
+    steps: int = 0  # batches worked on in this task: says how far it is
+    memory: dict[str, Any] = field(default_factory=dict)
+
+
+class Learner(ABC):
+    """A class-incremental learning method on a frozen backbone.
+
+    Subclasses add only what is particular to them: which modules there are and which stages a task goes through.
+
+    Args:
+        config: the run's validated configuration, of the subclass's own `Config`.
+        backbone: frozen timm ViT with its provenance.
+        data: the task sequence.
+        seed: seeds data order and initialisation.
+        device: where to compute.
+        log: the run's record.
+        stop_requested: asked between two steps; True makes `train_task` raise `Interrupted`.
+    """
+
+    Config: ClassVar[type[RunConfig]]
+
+    def __init__(
+        self,
+        config: RunConfig,
+        backbone: Backbone,
+        data: DataManager,
+        *,
+        seed: int,
+        device: torch.device,
+        log: RunLog,
+        stop_requested: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.config, self.data, self.seed, self.device, self.log = config, data, seed, device, log
+        self.stop_requested = stop_requested
+        self.task = -1
+        self.progress = Progress()
+        self._open_phase: dict[str, Any] | None = None  # position and optimizer of a phase that was interrupted
+        self.modules = self.build(backbone).to(device)
+
+    # --- what a method adds ---------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def build(self, backbone: Backbone) -> nn.ModuleDict:
+        """The method's modules; their state (the frozen backbone's apart) is the checkpoint."""
+
+    @abstractmethod
+    def open_task(self) -> None:
+        """`self.task` has begun: make room for its classes."""
+
+    @property
+    @abstractmethod
+    def stages(self) -> dict[str, Callable[[], str]]:
+        """The stages of a task by name, each returning the next one's; begins at "start", ends with "done"."""
+
+    @abstractmethod
+    def features(self, images: Tensor) -> Tensor:
+        """What the classifier reads, (B, 3, S, S) -> (B, d), float32."""
+
+    @abstractmethod
+    def classify(self, features: Tensor) -> Tensor:
+        """Logits over all classes seen, (B, d) -> (B, C)."""
+
+    @abstractmethod
+    def feature_tensors(self) -> dict[str, Tensor]:
+        """The learned tensors that `features` depends on: as long as they are the same, so are the features."""
+
+    @abstractmethod
+    def structure(self) -> dict[str, Any]:
+        """What `rebuild` needs to give fresh modules the shape of these (JSON)."""
+
+    @abstractmethod
+    def rebuild(self, structure: dict[str, Any]) -> None:
+        """Give fresh modules a saved shape."""
+
+    @abstractmethod
+    def checkpoint_tensors(self) -> dict[str, Tensor]:
+        """The tensors that training has made: parameters and buffers without the frozen backbone."""
+
+    def features_key(self) -> str:
+        """SHA-256 of `feature_tensors`: features computed under one key are valid wherever it is the same."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.feature_tensors().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def summary(self) -> dict[str, Any]:
+        """What the task record says of the model: adapters per block, parameter counts."""
+        return {}
+
+    # --- a task ----------------------------------------------------------------------------------------------------------
+
+    def begin_task(self, task: int) -> None:
+        """Open a task: its classes become known."""
+        self.task, self.progress = task, Progress(stage="start")
+        self.open_task()
+
+    def train_task(self) -> None:
+        """Go through the open task's stages from where it stands; after an interruption, from there."""
+        while self.progress.stage != "done":
+            self.progress.stage = self.stages[self.progress.stage]()
+
+    # --- the loop -------------------------------------------------------------------------------------------------------
+
+    def run_phase(self, phase: Phase) -> None:
+        """Run a phase from where it stands to its end: the only epoch loop of the repository.
+
+        Raises:
+            Interrupted: a stop was requested; the phase's position and optimizer are kept for the checkpoint.
+            UserError: the loss is not finite.
+        """
+        position = self._restore_phase(phase)
+        where = f"Task {self.task} {phase.name}" + (f" block {phase.block}" if phase.block is not None else "")
+        if position == Position():
+            logger.info(f"{where}: {phase.epochs} epochs of {phase.steps_per_epoch} steps\n{phase.optimizer.table()}")
+        total = phase.epochs * phase.steps_per_epoch
+        done = position.epoch * phase.steps_per_epoch + position.step
+        with tqdm(total=total, initial=done, desc=where, unit="step", leave=False) as bar:
+            while position.epoch < phase.epochs:
+                for batch in phase.batches(position.epoch, position.step):
+                    if self.stop_requested():
+                        self._open_phase = {"position": asdict(position), "optimizer": phase.optimizer.state()}
+                        raise Interrupted
+                    self._take_step(phase, position, batch)
+                    bar.update()
+                position = self._end_epoch(phase, position)
+                bar.set_postfix_str(f"epoch {position.epoch}/{phase.epochs}")
+        self.progress.phases += 1
+
+    def _take_step(self, phase: Phase, position: Position, batch: Any) -> None:
+        """Forward, backward, one optimizer step; sums for the epoch line."""
+        result = phase.observe(batch)
+        phase.optimizer.zero_grad()
+        result.loss.backward()
+        step = phase.optimizer.steps + 1
+        if phase.before_step is not None:
+            phase.before_step(step)
+        moved = phase.optimizer.step()
+        if phase.after_step is not None:
+            phase.after_step(step, moved)
+        position.step += 1
+        self.progress.steps += 1
+        position.loss += float(result.loss.detach())
+        position.samples += result.samples
+        if result.correct is not None:
+            position.correct += int(result.correct)
+        if position.loss != position.loss or abs(position.loss) == float("inf"):
+            raise UserError(
+                f"the loss of task {self.task}, phase {phase.name}, epoch {position.epoch + 1}, step {position.step} is not finite; "
+                f"learning rates are {phase.optimizer.rates}: lower them, or use precision fp32"
+            )
+
+    def _end_epoch(self, phase: Phase, position: Position) -> Position:
+        """Log the epoch, move along the cosine; the position at the start of the next one."""
+        rates = phase.optimizer.rates
+        loss = position.loss / max(1, position.step)
+        accuracy = 100 * position.correct / position.samples if phase.name == "func" else None
+        phase.optimizer.end_epoch()
+        epoch = position.epoch + 1
+        shown = "" if accuracy is None else f", Train_accy {accuracy:.2f}"
+        logger.info(f"{phase.name} Task {self.task}, Epoch {epoch}/{phase.epochs} => Loss {loss:.3f}{shown}")
+        self.log.metric(
+            "epoch", task=self.task, phase=phase.name, block=phase.block, epoch=epoch, loss=loss,
+            train_accuracy=accuracy, lr=rates,
+        )  # fmt: skip
+        return Position(epoch=epoch)
+
+    def _restore_phase(self, phase: Phase) -> Position:
+        """The start of a phase, or where an interrupted one stopped."""
+        saved, self._open_phase = self._open_phase, None
+        if saved is None:
+            return Position()
+        phase.optimizer.load_state(saved["optimizer"])
+        return Position(**saved["position"])
+
+    # --- helpers for methods ----------------------------------------------------------------------------------------------
+
+    def autocast(self) -> Any:
+        """The run's precision, for forwards of the backbone."""
+        return autocast(self.device, self.config.precision)
+
+    @property
+    def classes(self) -> range:
+        """The open task's classes, in incremental labels."""
+        return self.data.task_classes(self.task)
+
+    # --- state ------------------------------------------------------------------------------------------------------------
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Everything a resumed run needs: (JSON, tensors). Valid between tasks and after `Interrupted`."""
+        phase, tensors = pack_tensors(self._open_phase, "phase")
+        learning = [name for name, parameter in self.modules.named_parameters() if parameter.requires_grad]
+        tensors |= {f"model.{name}": tensor for name, tensor in self.checkpoint_tensors().items()}
+        tensors["rng.cpu"] = torch.get_rng_state()
+        if self.device.type == "cuda":
+            tensors["rng.cuda"] = torch.cuda.get_rng_state(self.device)
+        state = {
+            "task": self.task,
+            "progress": asdict(self.progress),
+            "structure": self.structure(),
+            "learning": learning,
+            "phase": phase,
+        }
+        return state, tensors
+
+    def load_state(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        """Become the learner that `state` came from.
+
+        Raises:
+            UserError: the tensors are not exactly those this configuration has.
+        """
+        self.rebuild(state["structure"])
+        self.modules.to(self.device)
+        model = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
+        load_strictly(self.checkpoint_tensors(), model)
+        learning = set(state["learning"])
+        for name, parameter in self.modules.named_parameters():
+            parameter.requires_grad_(name in learning)
+        self.task, self.progress = state["task"], Progress(**state["progress"])
+        self._open_phase = unpack_tensors(state["phase"], tensors)
+        torch.set_rng_state(tensors["rng.cpu"])
+        if self.device.type == "cuda" and "rng.cuda" in tensors:
+            torch.cuda.set_rng_state(tensors["rng.cuda"], self.device)
+
+
+@torch.no_grad()
+def load_strictly(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    """Copy tensors by name; names and shapes must be exactly the same.
+
+    Raises:
+        UserError: naming what is missing, unexpected or of another shape.
+    """
+    wrong = [f"{name} is missing" for name in ours.keys() - theirs.keys()]
+    wrong += [f"{name} is unexpected" for name in theirs.keys() - ours.keys()]
+    for name in ours.keys() & theirs.keys():
+        if ours[name].shape != theirs[name].shape:
+            wrong.append(f"{name} has shape {tuple(theirs[name].shape)} instead of {tuple(ours[name].shape)}")
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise UserError(f"the checkpoint does not fit this configuration: {'; '.join(sorted(wrong)[:3])}{more}")
+    for name, tensor in ours.items():
+        tensor.copy_(theirs[name])

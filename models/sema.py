@@ -1,0 +1,377 @@
+"""SEMA, and Nested LoRA on SEMA: adapters that grow where the data are new, one router a block, one classifier.
+
+    python main.py --config exps/sema_cifar.json            # ffn_adapter_type "adaptmlp"
+    python main.py --config exps/nested_lora_cifar.json     # ffn_adapter_type "nested_lora"
+
+Task 0 trains adapters, routers and classifier, then the representation descriptors. A later task scans its training images;
+the shallowest block that finds a batch novel grows by one adapter, which is trained, then its descriptor; the scan goes on, and
+is repeated until a whole one adds nothing. If nothing grew, what is trainable is trained. Then the task closes:
+consolidation (nested, if asked for), router rows merged, freezing.
+
+Source: SEMA (Wang et al., CVPR 2025) as its published code computes it; Nested LoRA as in the project's design.
+"""
+
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from backbone.consolidation import Consolidation
+from backbone.sema_block import AdapterSpec, SEMAModules, is_learning
+from backbone.sema_components import NestedLoRAAdapter
+from backbone.vit_sema import SEMAVisionTransformer, token_mean
+from models.base import Interrupted, Learner, Phase, StepResult
+from models.sema_config import SEMAConfig
+from models.slow_trace import SlowTrace
+from utils.factory import Backbone
+from utils.inc_net import IncrementalHead
+from utils.optim import GroupedOptimizer, ParameterGroup
+from utils.toolkit import seeded_generator
+
+logger = logging.getLogger("nested_lora")
+
+# What a data-order key is for; with the seed, the task and a counter it names one order and one set of augmentations.
+FUNCTIONAL, DESCRIPTORS, SCAN, FEATURES = range(4)
+CONSOLIDATION_IMAGES, CONSOLIDATION_TOKENS = 128, 32  # images of the task, and tokens of each, that consolidation looks at
+
+
+class SEMA(Learner):
+    """Self-expansion with a mixture of adapters; functional parts are `Adapter` or `NestedLoRAAdapter`."""
+
+    Config = SEMAConfig
+    config: SEMAConfig
+
+    def build(self, backbone: Backbone) -> nn.ModuleDict:
+        config, vit = self.config, backbone.vit
+        nested = config.ffn_adapter_type == "nested_lora"
+        spec = AdapterSpec(
+            width=vit.embed_dim,
+            kind=config.ffn_adapter_type,
+            bottleneck=config.nested_lora_rank if nested else config.ffn_num,
+            scale=config.ffn_adapter_scalar,
+            rd_dim=config.rd_dim,
+            buffer_size=config.buffer_size,
+        )
+        growing = range(config.adapt_start_layer, config.adapt_end_layer + 1)
+        adapted = range(len(vit.blocks)) if config.adapter_blocks == "all" else growing
+        network = SEMAVisionTransformer(vit, spec, growing=growing, adapted=adapted)
+        return nn.ModuleDict({"backbone": network, "head": IncrementalHead(vit.num_features)})
+
+    @property
+    def network(self) -> SEMAVisionTransformer:
+        return self.modules["backbone"]
+
+    @property
+    def head(self) -> IncrementalHead:
+        return self.modules["head"]
+
+    def open_task(self) -> None:
+        self.head.grow(len(self.classes))
+        self.progress.memory = {"block": None, "grown": [], "scan": 0, "batch": 0, "grown_in_scan": False}
+
+    @property
+    def stages(self) -> dict[str, Callable[[], str]]:
+        return {
+            "start": lambda: "functional" if self.task == 0 else "scan",
+            "scan": self.scan,
+            "functional": self.train_functional,
+            "descriptors": self.train_descriptors,
+            "close": self.end_of_task_training,
+        }
+
+    def features(self, images: Tensor) -> Tensor:
+        """Class token of the adapted backbone, (B, 3, S, S) -> (B, d), float32."""
+        with self.autocast():
+            return self.network(images).float()
+
+    def classify(self, features: Tensor) -> Tensor:
+        return self.head(features)
+
+    def feature_tensors(self) -> dict[str, Tensor]:
+        groups = self.network.parameter_groups()
+        return {f"{name}.{i}": tensor for name, tensors in groups.items() for i, tensor in enumerate(tensors)}
+
+    # --- stage: scan ------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def scan(self) -> str:
+        """Look through the task's training images until a block finds a batch novel and grows, or to the end."""
+        memory = self.progress.memory
+        if len(memory["grown"]) == len(self.network.growing):
+            return "close"
+        key = (self.seed, self.task, SCAN, memory["scan"])
+        batches = self.training_batches(key, self.config.detect_batch_size, start=memory["batch"])
+        for images, _ in tqdm(batches, desc=f"Task {self.task} scan", unit="batch", leave=False):
+            if self.stop_requested():
+                raise Interrupted
+            memory["batch"] += 1
+            self.progress.steps += 1
+            block = self._grow_where_novel(images)
+            if block is not None:
+                memory["block"] = block
+                return "functional"
+        if memory["grown_in_scan"]:
+            memory.update(scan=memory["scan"] + 1, batch=0, grown_in_scan=False)
+            return "scan"
+        memory["block"] = None
+        return "close" if memory["grown"] else "functional"
+
+    def _grow_where_novel(self, images: Tensor) -> int | None:
+        """Grow the shallowest block that has not grown in this task and finds the batch novel; says which, if any."""
+        memory = self.progress.memory
+        candidates = [block for block in self.network.growing if block not in memory["grown"]]
+        means = self._token_means_of(images, candidates)
+        for block in candidates:
+            modules = self.network.modules_by_block[block]
+            z = modules.novelty(means[block])
+            if z > self.config.exp_threshold:
+                modules.grow()
+                memory.update(grown=[*memory["grown"], block], grown_in_scan=True)
+                newest = len(modules.adapters) - 1
+                logger.info(f"Adapter {block}.{newest} added at block {block} (z-score {z:.2f})")
+                self.log.metric("growth", task=self.task, block=block, adapters=newest + 1, z=z)
+                return block
+        return None
+
+    # --- stage: functional ------------------------------------------------------------------------------------------------
+
+    def train_functional(self) -> str:
+        """Train adapters, router rows and classifier rows that may learn, on the current task's classes only."""
+        block, epochs = self.progress.memory["block"], self.config.func_epoch
+        key = (self.seed, self.task, FUNCTIONAL, self.progress.phases)
+        optimizer = self.update_optimizer_and_scheduler(epochs)
+        phase = Phase(
+            name="func",
+            epochs=epochs,
+            optimizer=optimizer,
+            batches=lambda epoch, start: self.training_batches((*key, epoch), self.config.batch_size, start),
+            steps_per_epoch=len(self.training_batches((*key, 0), self.config.batch_size)),
+            observe=self._classify,
+            block=block,
+        )
+        trace = next((SlowTrace(g, self.log, self.task) for g in optimizer.groups if g.name == "slow"), None)
+        if trace is not None:
+            phase.before_step, phase.after_step = trace.before_step, trace.after_step
+        self.run_phase(phase)
+        if trace is not None:
+            trace.summary(optimizer.steps)
+        return "descriptors" if self.task == 0 or block is not None else "close"
+
+    def _classify(self, batch: tuple[Tensor, Tensor]) -> StepResult:
+        """Cross-entropy over the current task's classes; older classes take no part."""
+        images, targets = (tensor.to(self.device) for tensor in batch)
+        logits = self.head.newest(self.features(images))
+        targets = targets - self.classes.start
+        return StepResult(F.cross_entropy(logits, targets), len(targets), (logits.argmax(dim=1) == targets).sum())
+
+    def update_optimizer_and_scheduler(self, num_epoch: int) -> GroupedOptimizer:
+        """The functional optimizer: groups slow, fast and other, over what learns now.
+
+        Raises:
+            RuntimeError: the groups are not exactly the parameters that learn.
+        """
+        config = self.config
+        groups = {name: _learning(parameters) for name, parameters in self.network.parameter_groups().items()}
+        groups["other"] = groups["other"] + self.head.trainable()
+        learning = {id(p) for p in self.modules.parameters() if p.requires_grad}
+        learning -= {id(p) for p in self.network.descriptor_parameters()}
+        if learning != {id(p) for parameters in groups.values() for p in parameters}:
+            raise RuntimeError("the optimizer groups are not the parameters that learn")
+        return self._optimizer(
+            [
+                ParameterGroup(
+                    "slow",
+                    groups.get("slow", []),
+                    lr=config.nested_lora_lr_slow,
+                    every=config.nested_lora_update_interval_slow,
+                    between=config.nested_lora_slow_grad,
+                ),
+                ParameterGroup("fast", groups.get("fast", []), lr=config.nested_lora_lr_fast),
+                ParameterGroup("other", groups["other"], lr=config.init_lr),
+            ],
+            num_epoch,
+        )
+
+    # --- stage: descriptors -----------------------------------------------------------------------------------------------
+
+    def train_descriptors(self) -> str:
+        """Train the descriptors that may learn, recording their errors; after a growth, freeze what is new."""
+        block, epochs = self.progress.memory["block"], self.config.rd_epoch
+        blocks = [b for b in self.network.growing if is_learning(self.network.modules_by_block[b].adapters[-1].rd)]
+        source = self._cached_means if self.config.rd_views else self._fresh_means
+        batches, steps = source(blocks)
+        phase = Phase(
+            name="rd",
+            epochs=epochs,
+            optimizer=self.update_rd_optimizer_and_scheduler(epochs),
+            batches=batches,
+            steps_per_epoch=steps,
+            observe=self._describe,
+            block=block,
+        )
+        self.run_phase(phase)
+        if block is None:
+            return "close"
+        modules = self.network.modules_by_block[block]
+        modules.freeze_functional(adapters=self._freezes)
+        modules.freeze_rd()
+        return "scan"
+
+    def _describe(self, means: dict[int, Tensor]) -> StepResult:
+        """Reconstruction error of the newest descriptors, recorded as it is measured."""
+        self.network.observe(means)
+        return StepResult(self.network.descriptor_loss(means), len(next(iter(means.values()))))
+
+    def update_rd_optimizer_and_scheduler(self, num_epoch: int) -> GroupedOptimizer:
+        """The optimizer of the descriptors that learn."""
+        parameters = _learning(self.network.descriptor_parameters())
+        return self._optimizer([ParameterGroup("rd", parameters, lr=self.config.rd_lr)], num_epoch)
+
+    def _fresh_means(self, blocks: list[int]) -> tuple[Callable[[int, int], Iterator[dict[int, Tensor]]], int]:
+        """Token means of newly augmented images in every epoch: a whole forward for each image."""
+        key = (self.seed, self.task, DESCRIPTORS, self.progress.phases)
+
+        def batches(epoch: int, start: int) -> Iterator[dict[int, Tensor]]:
+            for images, _ in self.training_batches((*key, epoch), self.config.batch_size, start):
+                yield self._token_means_of(images, blocks)
+
+        return batches, len(self.training_batches((*key, 0), self.config.batch_size))
+
+    def _cached_means(self, blocks: list[int]) -> tuple[Callable[[int, int], Iterator[dict[int, Tensor]]], int]:
+        """Token means of `rd_views` augmented views, computed once: below a descriptor nothing learns in this phase."""
+        key = (self.seed, self.task, DESCRIPTORS, self.progress.phases)
+        views = []
+        for view in range(self.config.rd_views):
+            loader = self.training_batches((*key, view), self.config.eval_batch_size)
+            bar = tqdm(loader, desc=f"Task {self.task} rd view {view + 1}", unit="batch", leave=False)
+            parts = []
+            for images, _ in bar:
+                if self.stop_requested():
+                    raise Interrupted
+                parts.append(self._token_means_of(images, blocks))
+            views.append({block: torch.cat([part[block] for part in parts]) for block in blocks})
+        size, batch_size = len(views[0][blocks[0]]), self.config.batch_size
+
+        def batches(epoch: int, start: int) -> Iterator[dict[int, Tensor]]:
+            order = torch.randperm(size, generator=seeded_generator(*key, epoch)).split(batch_size)
+            for index in order[start:]:
+                yield {block: means[index.to(means.device)] for block, means in views[epoch % len(views)].items()}
+
+        return batches, -(-size // batch_size)
+
+    @torch.no_grad()
+    def _token_means_of(self, images: Tensor, blocks: list[int]) -> dict[int, Tensor]:
+        """What routers and descriptors of the blocks read from these images: {block: (B, d)}, float32."""
+        with self.network.capture_inputs(blocks, token_mean) as means, self.autocast():
+            self.network(images.to(self.device))
+        return means
+
+    # --- stage: close -----------------------------------------------------------------------------------------------------
+
+    def end_of_task_training(self) -> str:
+        """Consolidate if asked to, freeze, log the two branches' norms."""
+        config = self.config
+        consolidation = None
+        if config.ffn_adapter_type == "nested_lora" and config.nested_lora_use_consolidation:
+            consolidation = Consolidation(
+                config.nested_lora_consolidation, config.nested_lora_consolidation_alpha, config.nested_lora_reset
+            )
+        tokens = self._task_tokens() if consolidation else {}
+        for block, modules in self.network.modules_by_block.items():
+            reports = modules.end_of_task_training(self._freezes, consolidation, tokens.get(block))
+            for k, report in reports.items():
+                logger.info(
+                    f"Task {self.task}: consolidated Nested LoRA {block}.{k} with alpha={consolidation.alpha:g} "
+                    f"({consolidation.rule}), drift {report.drift:.3f}, "
+                    f"fast {report.before['fast']:.3f} -> {report.after['fast']:.3f}, "
+                    f"slow {report.before['slow']:.3f} -> {report.after['slow']:.3f}"
+                )
+                self.log.metric("norms", task=self.task, block=block, adapter=k, when="before", **report.before)
+                self.log.metric(
+                    "consolidation", task=self.task, block=block, adapter=k, alpha=consolidation.alpha,
+                    rule=consolidation.rule, drift=report.drift,
+                )  # fmt: skip
+            self._log_norms(block, modules)
+        return "done"
+
+    def _log_norms(self, block: int, modules: SEMAModules) -> None:
+        """`||theta_fast||` and `||theta_slow||` of a block's adapters as the task leaves them."""
+        nested = [a.functional.norms() for a in modules.adapters if isinstance(a.functional, NestedLoRAAdapter)]
+        for k, norms in enumerate(nested):
+            self.log.metric("norms", task=self.task, block=block, adapter=k, when="after", **norms)
+        if nested:
+            shown = ", ".join(f"{n['fast']:.3f} / {n['slow']:.3f}" for n in nested)
+            logger.info(f"Task {self.task}: block {block} ||theta_fast|| / ||theta_slow|| {shown}")
+
+    @torch.no_grad()
+    def _task_tokens(self) -> dict[int, Tensor]:
+        """Inputs of every block's adapters on some of the task's images: {block: (tokens, d)}, float32."""
+        generator = seeded_generator(self.seed, self.task, FEATURES)
+
+        def pick(x: Tensor) -> Tensor:
+            chosen = torch.randperm(x.shape[1], generator=generator)[:CONSOLIDATION_TOKENS]
+            return x[:, chosen.to(x.device)].float().flatten(0, 1)
+
+        blocks = self.network.modules_by_block
+        parts: dict[int, list[Tensor]] = {block: [] for block in blocks}
+        left = CONSOLIDATION_IMAGES
+        for images, _ in self.training_batches((self.seed, self.task, FEATURES), self.config.eval_batch_size):
+            with self.network.capture_inputs(blocks, pick) as inputs, self.autocast():
+                self.network(images[:left].to(self.device))
+            for block, tokens in inputs.items():
+                parts[block].append(tokens)
+            left -= len(images)
+            if left <= 0:
+                break
+        return {block: torch.cat(tokens) for block, tokens in parts.items()}
+
+    # --- shared by the stages -----------------------------------------------------------------------------------------------
+
+    @property
+    def _freezes(self) -> bool:
+        """Whether adapters freeze with their task (SEMA's rule)."""
+        return not (self.config.ffn_adapter_type == "nested_lora" and self.config.nested_lora_freeze == "never")
+
+    def training_batches(self, key: tuple[int, ...], batch_size: int, start: int = 0) -> Any:
+        """Augmented training images of the current task in the order that `key` names."""
+        return self.data.batches(
+            self.classes, source="train", mode="train", batch_size=batch_size, key=key, start=start
+        )
+
+    def _optimizer(self, groups: list[ParameterGroup], epochs: int) -> GroupedOptimizer:
+        config = self.config
+        return GroupedOptimizer(
+            config.optimizer, groups, weight_decay=config.weight_decay, epochs=epochs, min_lr=config.min_lr
+        )
+
+    # --- state ------------------------------------------------------------------------------------------------------------
+
+    def structure(self) -> dict[str, Any]:
+        blocks = {str(block): modules.structure() for block, modules in self.network.modules_by_block.items()}
+        return {"blocks": blocks, "classes": [rows.out_features for rows in self.head.tasks]}
+
+    def rebuild(self, structure: dict[str, Any]) -> None:
+        for block, modules in self.network.modules_by_block.items():
+            modules.rebuild(structure["blocks"][str(block)])
+        for classes in structure["classes"]:
+            self.head.grow(classes)
+
+    def checkpoint_tensors(self) -> dict[str, Tensor]:
+        named = {f"block.{block}": modules for block, modules in self.network.modules_by_block.items()}
+        parts: dict[str, nn.Module] = {**named, "head": self.head}
+        return {f"{part}.{name}": t for part, module in parts.items() for name, t in module.state_dict().items()}
+
+    def summary(self) -> dict[str, Any]:
+        counts = self.network.parameter_counts()
+        counts["head"] = sum(parameter.numel() for parameter in self.head.parameters())
+        counts["stored"] = sum(counts.values())
+        return {"adapters": self.network.adapters_per_block(), "parameters": counts}
+
+
+def _learning(parameters: list[nn.Parameter]) -> list[nn.Parameter]:
+    """Those that receive gradients."""
+    return [parameter for parameter in parameters if parameter.requires_grad]

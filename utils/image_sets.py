@@ -1,0 +1,186 @@
+"""Images with labels, and the two forms in which a data set lies on disk: one `.npz` or folders of image files.
+
+    dataset = from_npz("mine", Path("mine.npz"))            # x_train, y_train, x_test, y_test, class_names
+    dataset = from_folder("mine", Path("mine"))             # train/<class>/* and test/<class>/*
+    image = dataset.train[0]                                # (3, H, W) uint8
+
+`utils.data` finds them by name. Every error is one sentence that names the file.
+"""
+
+import hashlib
+import os
+import zipfile
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageFile
+from torch import Tensor
+
+from utils.errors import UserError
+
+NPZ_KEYS = ("x_train", "y_train", "x_test", "y_test", "class_names")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+
+
+class ImageSet:
+    """Images with labels: `labels` is int64 (N,), `self[i]` a new uint8 tensor (3, H, W)."""
+
+    def __init__(self, labels: np.ndarray) -> None:
+        self.labels = np.asarray(labels, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> Tensor:
+        raise NotImplementedError
+
+
+class ArrayImages(ImageSet):
+    """Images of one uint8 array (N, H, W, 3), (N, H, W, 1) or (N, H, W); grey ones get three equal channels."""
+
+    def __init__(self, images: np.ndarray, labels: np.ndarray) -> None:
+        super().__init__(labels)
+        self.images = images if images.ndim == 4 else images[..., None]
+
+    def __getitem__(self, index: int) -> Tensor:
+        image = torch.from_numpy(self.images[index].copy()).permute(2, 0, 1)
+        return image if image.shape[0] == 3 else image.expand(3, -1, -1).contiguous()
+
+
+class FolderImages(ImageSet):
+    """Image files, decoded when asked for. `self[i]` raises UserError naming a file that is corrupt or truncated."""
+
+    def __init__(self, paths: Sequence[Path], labels: np.ndarray) -> None:
+        super().__init__(labels)
+        self.paths = paths
+
+    def __getitem__(self, index: int) -> Tensor:
+        path = self.paths[index]
+        ImageFile.LOAD_TRUNCATED_IMAGES = False  # some libraries switch it on; a half grey image must not pass
+        try:
+            with Image.open(path) as image:
+                pixels = np.array(image.convert("RGB"))
+        except Exception as error:  # decoders raise errors of many kinds on bad bytes
+            raise UserError(f"The image {path} cannot be read ({error}); replace or remove it.") from error
+        return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Training and test images of the same classes; `sha256` names the content.
+
+    The hash is over the arrays' shapes and bytes, or for folders over the files' relative paths and sizes.
+    """
+
+    name: str
+    class_names: list[str]
+    train: ImageSet
+    test: ImageSet
+    sha256: str
+
+    def __post_init__(self) -> None:
+        for source, images in (("train", self.train), ("test", self.test)):
+            absent = np.flatnonzero(np.bincount(images.labels, minlength=len(self.class_names)) == 0)
+            if len(absent):
+                names = ", ".join(self.class_names[i] for i in absent[:3])
+                raise UserError(
+                    f"Data set {self.name!r}: {len(absent)} classes have no {source} image, such as {names}."
+                )
+
+
+def from_arrays(name: str, class_names: list[str], arrays: dict[str, np.ndarray]) -> Dataset:
+    """A data set of checked arrays `x_train, y_train, x_test, y_test` that are already in memory."""
+    digest = hashlib.sha256()
+    for key in NPZ_KEYS[:4]:
+        array = np.ascontiguousarray(arrays[key])
+        digest.update(f"{key} {array.dtype} {array.shape}".encode())
+        digest.update(array.reshape(-1).view(np.uint8))
+    sets = [ArrayImages(arrays[f"x_{source}"], arrays[f"y_{source}"]) for source in ("train", "test")]
+    return Dataset(name, class_names, *sets, digest.hexdigest())
+
+
+def from_npz(name: str, path: Path) -> Dataset:
+    """The data set of an .npz with `NPZ_KEYS`. Raises UserError for missing keys, wrong types, shapes or labels."""
+    arrays = read_npz(path, NPZ_KEYS)
+    class_names = [str(text) for text in arrays.pop("class_names").astype(str)]
+    for source in ("train", "test"):
+        _check_split(path, source, arrays[f"x_{source}"], arrays[f"y_{source}"], len(class_names))
+        arrays[f"y_{source}"] = arrays[f"y_{source}"].astype(np.int64)
+    return from_arrays(name, class_names, arrays)
+
+
+def read_npz(path: Path, keys: Sequence[str]) -> dict[str, np.ndarray]:
+    """The arrays `keys` of an .npz, never through pickle. Raises UserError naming the file."""
+    try:
+        file = np.load(path, allow_pickle=False)
+        if not isinstance(file, np.lib.npyio.NpzFile):
+            raise ValueError("it is a single array")
+        with file:
+            missing = [key for key in keys if key not in file.files]
+            if missing:
+                raise UserError(f"{path} lacks {', '.join(missing)}; a data set file has {', '.join(NPZ_KEYS)}.")
+            arrays = {key: file[key] for key in keys}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(f"{path} cannot be read as an .npz data set without pickle: {error}.") from error
+    if arrays.get("class_names", np.zeros(0)).ndim != 1:
+        raise UserError(
+            f"{path}: class_names has shape {arrays['class_names'].shape}; expected one name a class, (C,)."
+        )
+    return arrays
+
+
+def _check_split(path: Path, source: str, images: np.ndarray, labels: np.ndarray, classes: int) -> None:
+    grey, colour = images.ndim == 3, images.ndim == 4 and images.shape[-1] in (1, 3)
+    if images.dtype != np.uint8 or not (grey or colour) or 0 in images.shape:
+        raise UserError(
+            f"{path}: x_{source} is {images.dtype} {images.shape}; "
+            f"expected uint8 (N, H, W, 3), (N, H, W, 1) or (N, H, W)."
+        )
+    if not np.issubdtype(labels.dtype, np.integer) or labels.shape != images.shape[:1]:
+        raise UserError(
+            f"{path}: y_{source} is {labels.dtype} {labels.shape}; "
+            f"expected integers, one for each of {len(images)} images."
+        )
+    if labels.min() < 0 or labels.max() >= classes:
+        raise UserError(
+            f"{path}: y_{source} has labels from {labels.min()} to {labels.max()}; "
+            f"expected 0 to {classes - 1}, as class_names has {classes} entries."
+        )
+
+
+def class_folders(split: Path) -> list[str]:
+    """Names of the class folders of train/ or test/, sorted."""
+    return sorted(entry.name for entry in os.scandir(split) if entry.is_dir() and not entry.name.startswith("."))
+
+
+def _image_files(folder: Path) -> Iterator[Path]:
+    """Image files below a folder in sorted order."""
+    for place, folders, files in os.walk(folder, followlinks=True):
+        folders.sort()
+        yield from (Path(place, file) for file in sorted(files) if file.lower().endswith(IMAGE_SUFFIXES))
+
+
+def from_folder(name: str, path: Path) -> Dataset:
+    """Image files `train/<class>/*` and `test/<class>/*`; classes are numbered in sorted order.
+
+    Raises UserError when train/ and test/ differ in their classes or a class has no image.
+    """
+    class_names, test_names = class_folders(path / "train"), class_folders(path / "test")
+    if class_names != test_names or not class_names:
+        only = {"train": set(class_names) - set(test_names), "test": set(test_names) - set(class_names)}
+        told = [f"only in {split}: {', '.join(sorted(names)[:5])}" for split, names in only.items() if names]
+        raise UserError(
+            f"{path}: train/ and test/ need the same class folders ({'; '.join(told) or 'there are none'})."
+        )
+    digest, sets = hashlib.sha256(), []
+    for split in ("train", "test"):
+        files = [list(_image_files(path / split / class_name)) for class_name in class_names]
+        paths = [file for group in files for file in group]
+        for file in paths:
+            digest.update(f"{file.relative_to(path).as_posix()} {file.stat().st_size}\n".encode())
+        sets.append(FolderImages(paths, np.repeat(np.arange(len(files)), [len(group) for group in files])))
+    return Dataset(name, class_names, *sets, digest.hexdigest())

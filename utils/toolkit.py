@@ -1,0 +1,111 @@
+"""Small helpers that any part may use: devices, precision, peak memory, packing nested state.
+
+    device, warning = resolve_device("auto")
+    with autocast(device, "bf16"):
+        features = network(images)
+"""
+
+import contextlib
+import resource
+import sys
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from utils.errors import UserError
+
+DEVICES = 'allowed: "auto", "cpu", "mps", "cuda", "cuda:N", or a published list such as ["0"] or ["-1"]'
+
+
+def resolve_device(spec: str | int | list[str | int]) -> tuple[torch.device, str | None]:
+    """The device a config asks for, and a warning where it is not quite that.
+
+    "auto" takes CUDA when there is one. A published list (`["0"]`) takes that GPU, or the CPU with a warning; `["-1"]` is the CPU.
+
+    Raises:
+        UserError: the name is unknown, or the device was asked for by name and is absent.
+    """
+    if isinstance(spec, (list, tuple)):
+        return _resolve_list(spec)
+    name = str(spec).lower()
+    if name == "auto":
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu"), None
+    if name in ("cpu", "-1"):
+        return torch.device("cpu"), None
+    if name == "mps":
+        if not torch.backends.mps.is_available():
+            raise UserError('device = "mps" was asked for, but this PyTorch sees no MPS device; use "auto" or "cpu"')
+        return torch.device("mps"), None
+    kind, _, index = name.partition(":")
+    if kind == "cuda" and (not index or index.isdigit()):
+        if int(index or 0) >= torch.cuda.device_count():
+            seen = torch.cuda.device_count()
+            raise UserError(f'device = "{spec}" was asked for, but this PyTorch sees {seen} CUDA devices; use "auto" or "cpu"')
+        return torch.device("cuda", int(index or 0)), None
+    if name.isdigit():
+        return _resolve_list([name])
+    raise UserError(f"device = {spec!r} is unknown; {DEVICES}")
+
+
+def _resolve_list(spec: list[str | int]) -> tuple[torch.device, str | None]:
+    names = [str(item) for item in spec]
+    if not names or any(not name.lstrip("-").isdigit() for name in names):
+        raise UserError(f"device = {spec!r} is unknown; {DEVICES}")
+    if names[0] == "-1":
+        return torch.device("cpu"), None
+    if int(names[0]) < torch.cuda.device_count():
+        several = f"device = {spec!r}: only GPU {names[0]} is used" if len(names) > 1 else None
+        return torch.device("cuda", int(names[0])), several
+    return torch.device("cpu"), f"device = {spec!r}: no such GPU here, running on the CPU"
+
+
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
+    """bf16 autocast on the device, or nothing for "fp32"."""
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Peak memory in MiB: allocated on a CUDA device, else the process's resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+
+
+def seeded_generator(*key: int) -> torch.Generator:
+    """A CPU generator of its own for a key of non-negative integers; different keys give unrelated streams."""
+    seed = np.random.SeedSequence(key).generate_state(1, dtype=np.uint64)[0]
+    return torch.Generator().manual_seed(int(seed) % 2**63)
+
+
+def pack_tensors(tree: Any, prefix: str) -> tuple[Any, dict[str, Tensor]]:
+    """Split nested dicts and lists into JSON with placeholders and a flat dict of their tensors.
+
+    Dict keys become strings. `unpack_tensors` puts the two together again.
+    """
+    tensors: dict[str, Tensor] = {}
+
+    def walk(node: Any, name: str) -> Any:
+        if isinstance(node, Tensor):
+            tensors[name] = node.detach()
+            return {"tensor": name}
+        if isinstance(node, dict):
+            return {str(key): walk(value, f"{name}.{key}") for key, value in node.items()}
+        if isinstance(node, (list, tuple)):
+            return [walk(value, f"{name}.{i}") for i, value in enumerate(node)]
+        return node
+
+    return walk(tree, prefix), tensors
+
+
+def unpack_tensors(tree: Any, tensors: dict[str, Tensor]) -> Any:
+    """Undo `pack_tensors`: placeholders become tensors."""
+    if isinstance(tree, dict):
+        if set(tree) == {"tensor"} and isinstance(tree["tensor"], str):
+            return tensors[tree["tensor"]]
+        return {key: unpack_tensors(value, tensors) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [unpack_tensors(value, tensors) for value in tree]
+    return tree
