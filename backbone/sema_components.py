@@ -53,6 +53,7 @@ class Adapter(nn.Module):
 class NestedLoRAAdapter(nn.Module):
     """Two adapters on two time scales  Delta(x) = slow(x) + fast(x), always both, no gate between them.
 
+    Computed as one adapter of bottleneck 2r on the stacked weights: two matrix products instead of four.
     Rank r costs the parameters of one `Adapter` with bottleneck 2r plus one output bias of d numbers. Both branches start
     silent (LoRA start) but with different down-projections.
 
@@ -64,11 +65,16 @@ class NestedLoRAAdapter(nn.Module):
 
     def __init__(self, width: int, bottleneck: int, scale: float = 1.0) -> None:
         super().__init__()
+        self.scale = scale
         self.slow = Adapter(width, bottleneck, scale)
         self.fast = Adapter(width, bottleneck, scale)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.slow(x) + self.fast(x)
+        (slow_down, slow_up), (fast_down, fast_up) = ((b.down_proj, b.up_proj) for b in (self.slow, self.fast))
+        down = torch.cat([slow_down.weight, fast_down.weight])  # (2r, d)
+        up = torch.cat([slow_up.weight, fast_up.weight], dim=1)  # (d, 2r)
+        hidden = F.relu(F.linear(x, down, torch.cat([slow_down.bias, fast_down.bias])))
+        return self.scale * F.linear(hidden, up, slow_up.bias + fast_up.bias)
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """The two time scales, each tensor in exactly one."""

@@ -94,6 +94,7 @@ def test_image_size_must_be_a_multiple_of_the_patch():
 
 
 def test_random_backbone_is_frozen_plain_and_always_the_same(tiny):
+    torch.manual_seed(17)
     before = torch.random.get_rng_state()
     again = create_backbone(TINY, weights="random", weights_root="nowhere", image_size=32)
     assert torch.equal(torch.random.get_rng_state(), before)
@@ -102,6 +103,14 @@ def test_random_backbone_is_frozen_plain_and_always_the_same(tiny):
     images = torch.rand(2, 3, 32, 32)
     assert tiny.vit(images).shape == (2, 192)
     assert torch.equal(tiny.vit(images), tiny.vit.forward_features(images)[:, 0])
+
+
+@pytest.mark.parametrize(("name", "side", "prefix"), [("deit3_small_patch16_224", 32, 1), (DINO, 28, 5)])
+def test_other_families_give_the_class_token(name, side, prefix):
+    vit = create_backbone(name, weights="random", weights_root="nowhere", image_size=side).vit
+    images = torch.rand(2, 3, side, side)
+    assert vit.num_prefix_tokens == prefix
+    assert torch.equal(vit(images), vit.forward_features(images)[:, 0])
 
 
 def test_hash_sees_one_changed_number(tiny):

@@ -3,6 +3,7 @@
 import json
 import random
 
+import matplotlib as mpl
 import numpy as np
 import pytest
 from matplotlib.image import imread
@@ -13,7 +14,8 @@ from utils.errors import UserError
 from utils.plots import draw_figures
 
 ALL = ["accuracy_curves.png", "accuracy_matrix.png", "growth.png", "norms.png"]
-CONFIG = {"prefix": "nested_lora", "model_name": "sema", "dataset": "cifar224", "seed": [1993, 7], "backbone_type": "vit"}
+NAMES = {"prefix": "nested_lora", "model_name": "sema", "dataset": "cifar224", "backbone_type": "vit"}
+CONFIG = {**NAMES, "seed": [1993, 7]}
 
 
 def invented(tasks: int, blocks: int = 12) -> tuple[list[list[float]], list[float], list[dict], list[dict]]:
@@ -22,7 +24,7 @@ def invented(tasks: int, blocks: int = 12) -> tuple[list[list[float]], list[floa
     rows = [[draw.uniform(40, 100) for _ in range(t + 1)] for t in range(tasks)]
     adapters = [{str(b): 1 + (t if b >= blocks - 3 else 0) // 3 for b in range(blocks)} for t in range(tasks)]
     norms = [
-        {"event": "norms", "task": t, "block": int(b), "adapter": a, "when": when, "fast": 1 + draw.random(), "slow": 2.0 + t}
+        {"event": "norms", "task": t, "block": int(b), "adapter": a, "when": when, "fast": draw.random(), "slow": t}
         for t in range(tasks)
         for b, number in adapters[t].items()
         for a in range(number)
@@ -123,9 +125,9 @@ def drawn_texts(figure, monkeypatch) -> list[tuple[str, np.ndarray]]:
 @pytest.mark.parametrize("tasks", [1, 4, 10, 20, 40])
 def test_no_text_overlaps_another_or_leaves_the_picture(tasks, monkeypatch):
     rows, totals, norms, adapters = invented(tasks)
-    subtitle = "a_rather_long_prefix · sema · omnibenchmark · pretrained_vit_b16_224_in21k_adapter · seed 1993 · unfinished"
+    subtitle = "a_rather_long_prefix · sema · omnibenchmark · pretrained_vit_b16_224_in21k_adapter · seed 1"
     three_blocks = [event for event in norms if event["block"] < 3]
-    with plots.mpl.rc_context(plots.STYLE):
+    with mpl.rc_context(plots.STYLE):
         figures = [
             plots.accuracy_matrix_figure(rows, totals, subtitle),
             plots.accuracy_curves_figure(rows, totals, subtitle),
@@ -147,14 +149,14 @@ def test_no_text_overlaps_another_or_leaves_the_picture(tasks, monkeypatch):
 
 def test_accuracy_matrix_prints_each_number_in_its_cell():
     rows, totals = [[90.0], [55.04, 80.0]], [90.0, 67.5]
-    with plots.mpl.rc_context(plots.STYLE):
+    with mpl.rc_context(plots.STYLE):
         axes = plots.accuracy_matrix_figure(rows, totals, "run").axes[0]
     cells = {(round(text.get_position()[0], 1), text.get_position()[1]): text.get_text() for text in axes.texts}
     assert cells == {(0, 0): "90.0", (0, 1): "55.0", (1, 1): "80.0", (2.4, 0): "90.0", (2.4, 1): "67.5"}
 
 
 def test_growth_frames_exactly_the_blocks_that_grew():
-    with plots.mpl.rc_context(plots.STYLE):
+    with mpl.rc_context(plots.STYLE):
         axes = plots.growth_figure([{"9": 1, "10": 1}, {"9": 2, "10": 1}, {"9": 2, "10": 2}], "run").axes[0]
     framed = {(int(patch.get_x()), int(patch.get_y())) for patch in axes.patches}
     assert framed == {(1, 0), (2, 1)}  # (task, line): block 9 below block 10
@@ -165,7 +167,7 @@ def test_norms_show_consolidation_only_where_something_changed():
     def labels(after: float) -> list[str]:
         event = {"task": 0, "block": 3, "adapter": 0, "fast": 1.0}
         events = [{**event, "when": "before", "slow": 2.0}, {**event, "when": "after", "slow": after}]
-        with plots.mpl.rc_context(plots.STYLE):
+        with mpl.rc_context(plots.STYLE):
             return [text.get_text() for text in plots.norms_figure(events, "run").legends[0].get_texts()]
 
     assert labels(2.0) == ["fast", "slow"]

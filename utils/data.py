@@ -101,7 +101,7 @@ def _downloaded(kind: str, npz: str) -> Callable[[str, Path], Dataset]:
             ]
         except Exception as error:  # network, disk and archive errors of several libraries
             reason = " ".join(str(error).split())
-            raise _missing(name, [data_root / npz, data_root], f"downloading failed: {reason}") from error
+            raise _missing(name, [data_root / npz], f"downloading it with torchvision failed: {reason}") from error
         arrays = {}
         for source, part in zip(("train", "test"), parts, strict=True):
             arrays |= {f"x_{source}": np.asarray(part.data), f"y_{source}": np.asarray(part.targets, dtype=np.int64)}
@@ -210,10 +210,9 @@ def _find(name: str, data_root: Path) -> Path | None:
 def _missing(name: str, places: Sequence[Path], how: str) -> UserError:
     looked = ", ".join(str(place) for place in places)
     return UserError(
-        f"Data set {name!r} was not found: looked at {looked} ({how}). Put it there as an .npz with "
-        f"{', '.join(NPZ_KEYS)} "
-        f"or as a folder with train/<class>/* and test/<class>/*, or set data_root or dataset to where it is; "
-        f"{NO_DATA_NEEDED}."
+        f"Data set {name!r} was not found: looked at {looked}; {how}. "
+        f"A data set is an .npz with {', '.join(NPZ_KEYS)}, or a folder with train/<class>/* and "
+        f"test/<class>/*; put it there, or set data_root or dataset to where it is. {NO_DATA_NEEDED}."
     )
 
 

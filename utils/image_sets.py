@@ -47,8 +47,9 @@ class ArrayImages(ImageSet):
         self.images = images if images.ndim == 4 else images[..., None]
 
     def __getitem__(self, index: int) -> Tensor:
-        image = torch.from_numpy(self.images[index].copy()).permute(2, 0, 1)
-        return image if image.shape[0] == 3 else image.expand(3, -1, -1).contiguous()
+        image = self.images[index]
+        image = image.copy() if image.shape[-1] == 3 else np.repeat(image, 3, axis=-1)
+        return torch.from_numpy(image).permute(2, 0, 1)
 
 
 class FolderImages(ImageSet):

@@ -1,0 +1,224 @@
+"""Tasks cover every class once; a batch depends on its key and on nothing else."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from utils.data import ArrayImages, Dataset, FolderImages, train_transform
+from utils.data import test_transform as plain_transform
+from utils.data_manager import DataManager
+from utils.errors import UserError
+
+CLASSES, TRAIN_EACH, TEST_EACH = 7, 6, 3
+
+
+def make_dataset() -> Dataset:
+    """Class c, image i is a noise image whose first pixel is (c, i, split); classes are interleaved in stored order."""
+
+    def part(each: int, split: int) -> ArrayImages:
+        labels = np.tile(np.arange(CLASSES), each)
+        images = np.random.default_rng(split).integers(0, 256, (len(labels), 16, 16, 3), dtype=np.uint8)
+        images[:, 0, 0] = np.stack([labels, np.repeat(np.arange(each), CLASSES), np.full(len(labels), split)], 1)
+        return ArrayImages(images, labels)
+
+    return Dataset("toy", [f"c{i}" for i in range(CLASSES)], part(TRAIN_EACH, 0), part(TEST_EACH, 1), "")
+
+
+def raw(image: torch.Tensor) -> torch.Tensor:
+    return image.float()
+
+
+def manager(dataset: Dataset | None = None, **changed) -> DataManager:
+    settings = dict(seed=1993, shuffle=True, init_cls=2, increment=2)
+    settings |= dict(train_transform=train_transform(8), test_transform=raw)
+    return DataManager(dataset or make_dataset(), **(settings | changed))
+
+
+def collect(batches) -> tuple[torch.Tensor, torch.Tensor]:
+    images, targets = zip(*batches, strict=True)
+    return torch.cat(images), torch.cat(targets)
+
+
+def train_batches(data: DataManager, key=(1993, 0, 1), **kwargs):
+    return list(data.batches(range(4), source="train", mode="train", batch_size=5, key=key, **kwargs))
+
+
+def same(left, right) -> bool:
+    pairs = zip(left, right, strict=True)
+    return all(torch.equal(a, c) and torch.equal(b, d) for (a, b), (c, d) in pairs)
+
+
+# ---------------------------------------------------------------------------------------------------------- tasks
+
+
+def test_class_order_is_the_published_permutation():
+    np.random.seed(1993)
+    expected = np.random.permutation(CLASSES).tolist()
+    data = manager()
+    assert data.class_order == expected and data.class_names == [f"c{i}" for i in expected]
+    assert manager(shuffle=False).class_order == list(range(CLASSES))
+    assert manager(seed=1).class_order != expected
+
+
+@pytest.mark.parametrize("init_cls", [1, 2, 3, 7])
+@pytest.mark.parametrize("increment", [1, 2, 3, 7])
+def test_tasks_cover_every_class_once(init_cls, increment):
+    data = manager(init_cls=init_cls, increment=increment)
+    sizes = [len(data.task_classes(task)) for task in range(data.nb_tasks)]
+    assert [label for task in range(data.nb_tasks) for label in data.task_classes(task)] == list(range(CLASSES))
+    assert sizes[0] == init_cls and all(size == increment for size in sizes[1:-1]) and sizes[-1] >= 1
+    assert data.nb_classes == CLASSES
+
+
+def test_max_tasks_cuts_the_sequence_and_tasks_out_of_range_raise():
+    data = manager(max_tasks=2)
+    assert (data.nb_tasks, data.nb_classes) == (2, CLASSES) and manager(max_tasks=99).nb_tasks == 4
+    for task in (-1, 2):
+        with pytest.raises(IndexError, match="tasks 0 to 1"):
+            data.task_classes(task)
+
+
+def test_more_classes_than_there_are():
+    with pytest.raises(UserError, match="init_cls = 8: 'toy' has 7 classes"):
+        manager(init_cls=8)
+    with pytest.raises(UserError, match="increment = 9"):
+        manager(increment=9)
+
+
+def test_targets_are_incremental_labels_of_the_right_images():
+    data = manager()
+    for task in range(data.nb_tasks):
+        classes = data.task_classes(task)
+        images, targets = collect(data.batches(classes, source="test", mode="test", batch_size=4))
+        assert images.dtype == torch.float32 and targets.dtype == torch.int64
+        assert sorted(targets.tolist()) == sorted([*classes] * TEST_EACH)
+        assert [data.class_order[t] for t in targets] == images[:, 0, 0, 0].int().tolist()
+        assert (images[:, 2, 0, 0] == 1).all() and data.count(classes, "test") == len(targets)
+
+
+def test_stored_order_without_key():
+    data = manager(shuffle=False)
+    images, targets = collect(data.batches(range(3), source="train", mode="test", batch_size=4))
+    assert targets.tolist() == [0, 1, 2] * TRAIN_EACH
+    assert images[:, 1, 0, 0].tolist() == np.repeat(np.arange(TRAIN_EACH), 3).tolist()
+
+
+# ------------------------------------------------------------------------------------------------------ small runs
+
+
+def test_max_per_class_is_a_seeded_nested_subset_in_stored_order():
+    def kept(**changed) -> list[tuple[int, int]]:
+        data = manager(shuffle=False, **changed)
+        images, _ = collect(data.batches(range(CLASSES), source="train", mode="test", batch_size=50))
+        return [(int(c), int(i)) for c, i in images[:, :2, 0, 0]]
+
+    two, four = kept(max_train_per_class=2), kept(max_train_per_class=4)
+    assert np.bincount([c for c, _ in two]).tolist() == [2] * CLASSES
+    assert set(two) < set(four) and two == [pair for pair in kept() if pair in set(two)]
+    assert two == kept(max_train_per_class=2) and two != kept(max_train_per_class=2, seed=7)
+    assert {i for _, i in two} != {0, 1}
+    assert len(kept(max_train_per_class=99)) == CLASSES * TRAIN_EACH
+
+
+def test_limits_are_separate_for_train_and_test():
+    data = manager(max_train_per_class=5, max_test_per_class=1)
+    assert data.count(range(CLASSES), "train") == 35 and data.count(range(CLASSES), "test") == 7
+
+
+# ----------------------------------------------------------------------------------------------------- determinism
+
+
+def test_key_decides_order_and_augmentation():
+    data = manager()
+    assert same(train_batches(data), train_batches(manager()))
+    other = train_batches(data, key=(1993, 0, 2))
+    assert not torch.equal(collect(other)[1], collect(train_batches(data))[1])
+    assert not same(train_batches(data, key=(0,)), train_batches(data, key=(0, 0)))
+    assert len(train_batches(data, key=(-1, 2**70))) == 5
+
+
+def test_batches_iterate_twice_alike_and_count_themselves():
+    batches = manager().batches(range(4), source="train", mode="train", batch_size=5, key=(1,))
+    first, second = list(batches), list(batches)
+    assert len(batches) == len(first) == 5 and same(first, second)
+    assert [len(targets) for _, targets in first] == [5, 5, 5, 5, 4]
+
+
+def test_images_of_a_batch_and_batches_of_an_epoch_get_different_views():
+    dataset = make_dataset()
+    dataset.train.images[:] = dataset.train.images[0]  # equal images: only the augmentation differs
+    images, _ = collect(train_batches(manager(dataset)))
+    assert len({image.numpy().tobytes() for image in images}) == len(images)
+
+
+@pytest.mark.parametrize("start", range(6))
+def test_start_gives_the_tail(start):
+    data = manager()
+    assert same(train_batches(data, start=start), train_batches(data)[start:])
+
+
+def test_start_does_not_compute_what_it_skips():
+    calls = []
+
+    def counted(image):
+        calls.append(1)
+        return image.float()
+
+    data = manager(train_transform=counted)
+    assert len(train_batches(data, start=4)) == 1 and len(calls) == 4
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_number_of_workers_changes_nothing(workers):
+    assert same(train_batches(manager()), train_batches(manager(num_workers=workers)))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_global_random_states_are_neither_read_nor_changed(workers):
+    data = manager(num_workers=workers)
+    expected = train_batches(data)
+    torch.manual_seed(5), np.random.seed(5), random.seed(5)
+    before = torch.random.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
+    assert same(train_batches(data), expected)
+    list(data.batches(range(4), source="test", mode="test", batch_size=5))
+    assert torch.equal(torch.random.get_rng_state(), before[0])
+    assert (np.random.get_state()[1] == before[1]).all() and random.getstate() == before[2]
+
+
+def test_key_with_test_transform_shuffles_only():
+    data = manager(test_transform=plain_transform(8))
+    stored = list(data.batches(range(4), source="train", mode="test", batch_size=50))[0]
+    mixed = list(data.batches(range(4), source="train", mode="test", batch_size=50, key=(3,)))[0]
+
+    def multiset(batch):
+        return sorted((int(target), image.numpy().tobytes()) for image, target in zip(*batch, strict=True))
+
+    assert multiset(stored) == multiset(mixed) and not torch.equal(stored[1], mixed[1])
+
+
+# ---------------------------------------------------------------------------------------------------------- misuse
+
+
+def test_wrong_arguments():
+    data = manager()
+    good = dict(source="train", mode="train", batch_size=4, key=(1,))
+    for wrong in ({"key": None}, {"mode": "eval"}, {"source": "val"}, {"start": 99}, {"start": -1}):
+        with pytest.raises(ValueError):
+            data.batches(range(4), **(good | wrong))
+    with pytest.raises(ValueError, match="range"):
+        data.batches(range(4, 9), **good)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_unreadable_image_is_one_sentence_with_any_number_of_workers(tmp_path, workers):
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "fine.png")
+    (tmp_path / "broken.png").write_bytes((tmp_path / "fine.png").read_bytes()[:40])
+    images = FolderImages([tmp_path / "fine.png", tmp_path / "broken.png"], np.array([0, 1]))
+    dataset = Dataset("files", ["a", "b"], images, images, "")
+    data = manager(dataset, init_cls=1, increment=1, num_workers=workers)
+    with pytest.raises(UserError) as caught:
+        list(data.batches(range(2), source="test", mode="test", batch_size=2))
+    assert str(tmp_path / "broken.png") in str(caught.value) and "\n" not in str(caught.value)
