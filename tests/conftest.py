@@ -41,11 +41,13 @@ def smoke_config(tmp_path: Path) -> Callable[..., RunConfig]:
 
 @pytest.fixture
 def make_sema(smoke_config: Callable[..., RunConfig], tmp_path: Path) -> Iterator[Callable[..., SEMA]]:
-    """A SEMA learner on the tiny data, its record in a folder of its own."""
+    """A SEMA learner on the tiny data, its record in a folder of its own; making another closes the record before."""
     logs: list[RunLog] = []
 
     def make(**changes: Any) -> SEMA:
         config = smoke_config(**changes)
+        for log in logs:
+            log.close()
         logs.append(RunLog.create(tmp_path / f"run{len(logs)}", config=config.model_dump(), overwrite=False))
         return make_learner(assemble(config, seed=1), logs[-1])
 

@@ -1,0 +1,85 @@
+"""Runs that die where a test says: a child process runs the command line and sends itself a signal at a chosen moment.
+
+Children are forked from a server that has imported everything, so that one costs about a second.
+"""
+
+import json
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import backbone.sema_block
+import main
+import trainer
+import utils.checkpoint
+import utils.optim
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["tests.crash"])
+
+# What counts as a moment, in the order in which it happens during a run.
+MOMENTS: dict[str, tuple[Any, str]] = {
+    "step": (utils.optim.GroupedOptimizer, "step"),
+    "scan": (backbone.sema_block.SEMAModules, "novelty"),
+    "test": (trainer.Evaluator, "_features"),
+    "write": (utils.checkpoint, "write_synced"),
+    "rename": (os, "rename"),
+    "replace": (os, "replace"),
+}
+
+
+def run(arguments: list[str], die_at: int | None = None, how: signal.Signals = signal.SIGKILL) -> tuple[int, list[str]]:
+    """Run `main.py arguments` in a child; at moment number `die_at` it gets the signal. (exit code, moments it went through)"""
+    receiver, sender = CONTEXT.Pipe(duplex=False)
+    child = CONTEXT.Process(target=_child, args=(arguments, die_at, int(how), sender))
+    child.start()
+    sender.close()
+    moments: list[str] = []
+    while True:
+        try:
+            moments.append(receiver.recv())
+        except EOFError:
+            break
+    child.join()
+    return child.exitcode, moments
+
+
+def _child(arguments: list[str], die_at: int | None, how: int, sender: Any) -> None:
+    torch.set_num_threads(1)
+    quiet = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(quiet, 1)
+    os.dup2(quiet, 2)
+    seen = 0
+
+    def counted(name: str, original: Callable) -> Callable:
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            nonlocal seen
+            sender.send(name)
+            if seen == die_at:
+                os.kill(os.getpid(), how)
+            seen += 1
+            return original(*args, **kwargs)
+
+        return wrapper
+
+    for name, (owner, attribute) in MOMENTS.items():
+        setattr(owner, attribute, counted(name, getattr(owner, attribute)))
+    code = main.main(arguments)
+    sender.close()
+    os._exit(code)
+
+
+def outcome(folder: Path) -> dict[str, Any]:
+    """What a run leaves behind that must not depend on interruptions: everything but seconds and memory."""
+    result = json.loads((folder / "result.json").read_text())
+    result.pop("cost")
+    events = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for event in events:
+        event.pop("seconds", None)
+        event.pop("peak_memory_mb", None)
+    return {"result": result, "events": events, "accuracy": (folder / "accuracy.csv").read_text()}

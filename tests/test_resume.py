@@ -1,0 +1,164 @@
+"""Killed at any moment and resumed = uninterrupted, bit for bit; Ctrl-C saves between two steps; foreign state is refused."""
+
+import json
+import random
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT, TINY
+from tests.crash import outcome, run
+from utils.checkpoint import latest_checkpoint
+
+CHANGES = {
+    **TINY,
+    "max_train_per_class": 8,
+    "max_tasks": 3,
+    "exp_threshold": 0.5,
+    "rd_epoch": 1,
+    "nested_lora_slow_grad": "accumulate",
+    "nested_lora_update_interval_slow": 3,
+    "nested_lora_freeze": "never",
+    "optimizer": "adam",
+}
+
+
+def command(logs: Path) -> list[str]:
+    settings = [f"{key}={json.dumps(value)}" for key, value in {**CHANGES, "logs_root": str(logs)}.items()]
+    return ["--config", str(ROOT / "exps/smoke.json"), *(part for setting in settings for part in ("--set", setting))]
+
+
+def folder_of(logs: Path) -> Path:
+    return next(path.parent for path in logs.rglob("config.json"))
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[dict, list[str]]]:
+    """The uninterrupted run: what it leaves behind, and the moments it goes through."""
+    logs = tmp_path_factory.mktemp("reference")
+    code, moments = run(command(logs))
+    assert code == 0
+    assert set(moments) == {"step", "scan", "test", "write", "rename"}
+    yield outcome(folder_of(logs)), moments
+
+
+def first(moments: list[str], name: str, skip: int = 0) -> int:
+    """Number of a moment: the one of that name after `skip` others of it."""
+    return [i for i, moment in enumerate(moments) if moment == name][skip]
+
+
+def finish(logs: Path) -> dict:
+    code, _ = run(["--resume", str(folder_of(logs))])
+    assert code == 0
+    return outcome(folder_of(logs))
+
+
+def chosen_points(moments: list[str]) -> dict[str, int]:
+    """Before any checkpoint, while one is written, between its renames, between tasks, in a scan, and three at random."""
+    task_ends = [i for i, moment in enumerate(moments) if moment == "rename"]
+    points = {
+        "first task": first(moments, "step", skip=3),
+        "checkpoint files": task_ends[0] - 1,
+        "checkpoint rename": task_ends[1],
+        "between tasks": task_ends[0] + 1,
+        "scan": first(moments, "scan", skip=2),
+        "last test": len(moments) - 1 - moments[::-1].index("test"),
+    }
+    generator = random.Random(20)
+    after_config = first(moments, "step")
+    return points | {f"random {i}": generator.randrange(after_config, len(moments)) for i in range(3)}
+
+
+@pytest.mark.parametrize(
+    "where",
+    ["first task", "checkpoint files", "checkpoint rename", "between tasks", "scan", "last test", "random 0", "random 1", "random 2"],
+)
+def test_killed_and_resumed_is_uninterrupted(reference: tuple[dict, list[str]], where: str, tmp_path: Path) -> None:
+    expected, moments = reference
+    code, _ = run(command(tmp_path), die_at=chosen_points(moments)[where])
+    assert code == -signal.SIGKILL
+    assert not (folder_of(tmp_path) / "result.json").exists()
+    assert finish(tmp_path) == expected
+
+
+def test_killed_twice(reference: tuple[dict, list[str]], tmp_path: Path) -> None:
+    """A resumed run may die too."""
+    expected, moments = reference
+    run(command(tmp_path), die_at=first(moments, "write", skip=4) + 3)
+    code, _ = run(["--resume", str(folder_of(tmp_path))], die_at=4)
+    assert code == -signal.SIGKILL
+    assert finish(tmp_path) == expected
+
+
+@pytest.mark.parametrize("where", ["step", "scan", "test"])
+def test_ctrl_c_saves_and_resumes_where_it_stopped(reference: tuple[dict, list[str]], where: str, tmp_path: Path) -> None:
+    """In the middle of a later task: exit code 130, a checkpoint inside the task, the command in the log, the same end."""
+    expected, moments = reference
+    later = first(moments, "rename") + 1
+    moment = later + moments[later:].index(where) + (3 if where == "step" else 0)
+    code, _ = run(command(tmp_path), die_at=moment, how=signal.SIGINT)
+    folder = folder_of(tmp_path)
+    assert code == 130
+    assert latest_checkpoint(folder / "checkpoints").name.startswith("task_01_step_")
+    assert f"python main.py --resume {folder}" in folder.with_name(folder.name + ".log").read_text()
+    assert finish(tmp_path) == expected
+    assert [path.name for path in sorted((folder / "checkpoints").iterdir())] == ["task_00", "task_01", "task_02"]
+
+
+def test_sigterm_is_honoured_like_ctrl_c(reference: tuple[dict, list[str]], tmp_path: Path) -> None:
+    expected, moments = reference
+    code, _ = run(command(tmp_path), die_at=first(moments, "step", skip=2), how=signal.SIGTERM)
+    assert code == 130
+    assert finish(tmp_path) == expected
+
+
+@pytest.fixture
+def stopped(reference: tuple[dict, list[str]], tmp_path: Path) -> Path:
+    """A run folder with one finished task, killed in the second."""
+    _, moments = reference
+    run(command(tmp_path), die_at=first(moments, "rename") + 4)
+    return folder_of(tmp_path)
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """Exit code 2, one sentence, no traceback."""
+    import main
+
+    assert main.main(list(arguments)) == 2
+    message = capsys.readouterr().err
+    assert "Traceback" not in message and len(message.strip().splitlines()) == 1
+    return message
+
+
+def test_state_of_another_run_is_refused(stopped: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = json.loads((stopped / "config.json").read_text())
+    (stopped / "config.json").write_text(json.dumps(config | {"seed": [7]}))
+    assert "does not belong to this run: its seed is 1993" in refused(capsys, "--resume", str(stopped))
+
+
+def test_a_shape_that_does_not_fit_is_refused(stopped: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = json.loads((stopped / "config.json").read_text())
+    (stopped / "config.json").write_text(json.dumps(config | {"nested_lora_rank": 3}))
+    assert "does not fit this configuration" in refused(capsys, "--resume", str(stopped))
+
+
+def test_a_damaged_checkpoint_is_refused(stopped: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tensors = next(stopped.rglob("tensors.safetensors"))
+    data = bytearray(tensors.read_bytes())
+    data[-1] ^= 1
+    tensors.write_bytes(data)
+    assert str(tensors.parent) in refused(capsys, "--resume", str(stopped))
+
+
+def test_a_newer_format_is_refused(stopped: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    state = next(stopped.rglob("state.json"))
+    state.write_text(json.dumps(json.loads(state.read_text()) | {"version": 99}))
+    assert "99" in refused(capsys, "--resume", str(stopped))
+
+
+def test_a_finished_run_and_a_folder_that_is_none_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "is not a run folder" in refused(capsys, "--resume", str(tmp_path / "nowhere"))
+    assert run(command(tmp_path / "logs"))[0] == 0
+    assert "is finished" in refused(capsys, "--resume", str(folder_of(tmp_path / "logs")))

@@ -1,0 +1,232 @@
+"""SEMA as a learner on tiny generated data: what learns when, growth, traces, consolidation in the log, features reuse."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from backbone.sema_block import is_learning
+from models.base import Progress
+from models.sema import SEMA
+from trainer import Evaluator
+from utils.config import RunConfig
+from utils.run_log import read_metrics
+
+Make = Callable[..., SEMA]
+GROW, STAY = {"exp_threshold": 0.0}, {"exp_threshold": 1e9}  # every batch is novel; none is
+
+
+def events(learner: SEMA, name: str) -> list[dict]:
+    return [event for event in read_metrics(learner.log.folder) if event["event"] == name]
+
+
+def run_tasks(learner: SEMA, tasks: int) -> None:
+    for task in range(tasks):
+        learner.begin_task(task)
+        learner.train_task()
+
+
+def tensors(learner: SEMA) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in learner.checkpoint_tensors().items()}
+
+
+def changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
+    return {name for name in before if not torch.equal(before[name], after[name])}
+
+
+def test_groups_are_a_partition_with_the_configured_rates(make_sema: Make) -> None:
+    """Every learning tensor but the descriptors' is in exactly one of slow, fast, other."""
+    learner = make_sema(nested_lora_lr_fast=0.02, nested_lora_lr_slow=0.003, init_lr=0.004)
+    learner.begin_task(0)
+    optimizer = learner.update_optimizer_and_scheduler(2)
+    assert optimizer.rates == {"slow": 0.003, "fast": 0.02, "other": 0.004}
+    grouped = [id(p) for group in optimizer.groups for p in group.parameters]
+    learning = {id(p) for p in learner.modules.parameters() if p.requires_grad}
+    descriptors = {id(p) for p in learner.network.descriptor_parameters()}
+    assert len(grouped) == len(set(grouped)) and set(grouped) == learning - descriptors
+    for block in learner.network.modules_by_block.values():
+        functional = block.adapters[0].functional
+        slow, fast = (next(g for g in optimizer.groups if g.name == name) for name in ("slow", "fast"))
+        assert {id(p) for p in functional.slow.parameters()} <= {id(p) for p in slow.parameters}
+        assert {id(p) for p in functional.fast.parameters()} <= {id(p) for p in fast.parameters}
+
+
+def test_the_table_of_groups_is_logged_at_the_start_of_every_phase(make_sema: Make, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", logger="nested_lora"):
+        run_tasks(make_sema(**STAY), 2)
+    tables = [message for message in caplog.messages if "tensors" in message and "parameters" in message]
+    phases = [message for message in caplog.messages if " epochs of " in message]
+    assert tables == phases and len(phases) == 3  # func and rd of task 0, func of task 1
+    assert "slow" in tables[0] and "fast" in tables[0] and "other" in tables[0] and "rd" in tables[1]
+
+
+def test_nothing_grown_trains_only_the_new_classes(make_sema: Make) -> None:
+    """freeze "task": in a later task without growth only the newest classifier rows move, the older not by a bit."""
+    learner = make_sema(nested_lora_use_consolidation=False, weight_decay=0.1, **STAY)
+    run_tasks(learner, 1)
+    before = tensors(learner)
+    learner.begin_task(1)
+    learner.train_task()
+    assert changed(before, tensors(learner)) == set()
+    assert learner.head.tasks[1].weight.shape[0] == 2
+    assert learner.network.adapters_per_block() == dict.fromkeys(range(6), 1)
+
+
+def test_growth_is_once_a_block_and_task_shallowest_first(make_sema: Make) -> None:
+    learner = make_sema(**GROW)
+    run_tasks(learner, 2)
+    assert [(event["task"], event["block"], event["adapters"]) for event in events(learner, "growth")] == [(1, 4, 2), (1, 5, 2)]
+    phases = [(e["phase"], e["block"]) for e in events(learner, "epoch") if e["task"] == 1]
+    assert list(dict.fromkeys(phases)) == [("func", 4), ("rd", 4), ("func", 5), ("rd", 5)]
+    assert not any(is_learning(modules) for modules in learner.network.modules_by_block.values())
+
+
+def test_a_grown_block_leaves_older_adapters_and_rows_untouched(make_sema: Make) -> None:
+    """freeze "task": after growth in block 4 and 5, what task 0 trained is bit-identical but for the longer router."""
+    learner = make_sema(nested_lora_use_consolidation=False, weight_decay=0.1, **GROW)
+    run_tasks(learner, 1)
+    before = tensors(learner)
+    learner.begin_task(1)
+    learner.train_task()
+    after = tensors(learner)
+    routers = {f"block.{block}.router.{kind}" for block in (4, 5) for kind in ("weight", "bias")}
+    kept = {name: tensor for name, tensor in after.items() if name in before and name not in routers}
+    assert changed({name: before[name] for name in kept}, kept) == set()
+    for name in routers:
+        assert torch.equal(after[name][:1], before[name])
+
+
+def test_freeze_never_lets_both_branches_of_all_adapters_go_on(make_sema: Make) -> None:
+    """With and without growth, while descriptors and router rows of earlier tasks stay."""
+    for threshold in (GROW, STAY):
+        changes = {"nested_lora_use_consolidation": False, "nested_lora_update_interval_slow": 1, **threshold}
+        learner = make_sema(nested_lora_freeze="never", **changes)
+        run_tasks(learner, 1)
+        before = tensors(learner)
+        learner.begin_task(1)
+        learner.train_task()
+        after = tensors(learner)
+        moved = changed(before, {name: after[name][: len(before[name])] if before[name].dim() else after[name] for name in before})
+        functional = {name for name in before if ".functional." in name}
+        assert moved == functional
+
+
+@pytest.mark.parametrize("interval", [1, 3])
+def test_the_trace_shows_the_interval(make_sema: Make, interval: int) -> None:
+    """Steps that do not update slow move it by exactly zero; the others by more."""
+    learner = make_sema(nested_lora_update_interval_slow=interval, func_epoch=2, **STAY)
+    run_tasks(learner, 1)
+    trace = events(learner, "slow_step")
+    assert [event["step"] for event in trace] == list(range(1, 9))
+    assert [event["updated"] for event in trace] == [step % interval == 0 for step in range(1, 9)]
+    assert all((event["moved"] > 0) == event["updated"] for event in trace)
+
+
+@pytest.mark.parametrize("rule", ["weights", "function"])
+def test_consolidation_is_logged_with_norms_and_drift(make_sema: Make, rule: str) -> None:
+    learner = make_sema(nested_lora_consolidation=rule, nested_lora_consolidation_alpha=0.2, **STAY)
+    run_tasks(learner, 2)
+    consolidated = events(learner, "consolidation")
+    assert [(e["task"], e["block"]) for e in consolidated] == [(0, block) for block in range(6)]
+    assert all(e["alpha"] == 0.2 and e["rule"] == rule and 0 < e["drift"] <= 1.5 for e in consolidated)
+    norms = events(learner, "norms")
+    assert {(e["task"], e["when"]) for e in norms} == {(0, "before"), (0, "after"), (1, "after")}
+    for modules in learner.network.modules_by_block.values():
+        assert torch.count_nonzero(modules.adapters[0].functional.fast.up_proj.weight) == 0
+
+
+def test_without_consolidation_fast_keeps_what_it_learned(make_sema: Make) -> None:
+    learner = make_sema(nested_lora_use_consolidation=False, **STAY)
+    run_tasks(learner, 1)
+    assert events(learner, "consolidation") == []
+    assert all(m.adapters[0].functional.fast.up_proj.weight.norm() > 0 for m in learner.network.modules_by_block.values())
+
+
+def test_adapters_in_growing_blocks_only(make_sema: Make) -> None:
+    learner = make_sema(adapter_blocks="growing", **GROW)
+    run_tasks(learner, 2)
+    assert learner.network.adapters_per_block() == {4: 2, 5: 2}
+
+
+def test_the_matched_adapter_runs_in_the_same_learner(make_sema: Make) -> None:
+    """adaptmlp with 2r: one group, no branch norms, the nested one's parameters but for one bias an adapter."""
+    nested = make_sema(nested_lora_rank=4, **STAY)
+    matched = make_sema(ffn_adapter_type="adaptmlp", ffn_num=8, **STAY)
+    run_tasks(matched, 1)
+    assert [group.name for group in matched.update_optimizer_and_scheduler(1).groups] == ["other"]
+    assert events(matched, "norms") == [] and events(matched, "slow_step") == []
+    difference = nested.summary()["parameters"]["adapters"] - matched.summary()["parameters"]["adapters"]
+    assert difference == 6 * 64
+
+
+@pytest.mark.parametrize("views", [0, 1, 2])
+def test_descriptor_training_takes_the_same_steps_cached_or_fresh(make_sema: Make, views: int) -> None:
+    """However token means are obtained: the same number of steps, errors recorded, a falling loss."""
+    learner = make_sema(rd_views=views, rd_epoch=6, rd_lr=0.05, **STAY)
+    run_tasks(learner, 1)
+    losses = [event["loss"] for event in events(learner, "epoch") if event["phase"] == "rd"]
+    assert len(losses) == 6 and losses[-1] < losses[0]
+    assert len(learner.network.modules_by_block[4].adapters[0].rd_loss_record) == 64
+
+
+def test_cached_token_means_are_those_of_a_forward(make_sema: Make) -> None:
+    """One view held in memory equals what the network computes for the same images."""
+    learner = make_sema(rd_views=1)
+    learner.begin_task(0)
+    learner.progress = Progress(stage="descriptors", memory=learner.progress.memory)
+    batches, steps = learner._cached_means([4, 5])
+    cached = torch.cat([batch[5] for batch in batches(0, 0)])
+    key = (learner.seed, 0, 1, 0, 0)
+    direct = [learner._token_means_of(images, [5])[5] for images, _ in learner.training_batches(key, 64)]
+    assert steps == 4 and len(cached) == 32
+    order = lambda rows: rows[rows[:, 0].argsort()]  # noqa: E731 - the epochs shuffle
+    torch.testing.assert_close(order(cached), order(torch.cat(direct)))
+
+
+def test_evaluation_reads_again_only_what_has_changed(make_sema: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No growth: old test images are not looked at again. Growth: all are. The accuracy is that of a fresh evaluator."""
+    for threshold, expected in ((STAY, [0, 1]), (GROW, [0, 0, 1])):
+        learner = make_sema(nested_lora_use_consolidation=False, **threshold)
+        evaluate = Evaluator(learner, learner.data, 64)
+        looked_at: list[int] = []
+        compute = evaluate._features
+        monkeypatch.setattr(evaluate, "_features", lambda task, f=compute, seen=looked_at: (seen.append(task), f(task))[1])
+        for task in range(2):
+            learner.begin_task(task)
+            learner.train_task()
+            outcome = evaluate(task)
+        assert looked_at == expected
+        assert outcome == Evaluator(learner, learner.data, 64)(1)
+
+
+def test_old_classes_take_no_part_in_the_loss(make_sema: Make) -> None:
+    """Cross-entropy over the newest rows equals cross-entropy with older logits at minus infinity."""
+    learner = make_sema(**STAY)
+    run_tasks(learner, 1)
+    learner.begin_task(1)
+    images, targets = next(iter(learner.training_batches((1, 1, 0, 0), 8)))
+    logits = learner.classify(learner.features(images))
+    logits[:, :2] = -torch.inf
+    expected = torch.nn.functional.cross_entropy(logits, targets)
+    torch.testing.assert_close(learner._classify((images, targets)).loss, expected)
+
+
+def test_a_diverging_loss_is_a_sentence(make_sema: Make) -> None:
+    from utils.errors import UserError
+
+    learner = make_sema(init_lr=1e30, nested_lora_lr_fast=1e30, func_epoch=3)
+    learner.begin_task(0)
+    with pytest.raises(UserError, match="not finite.*lower them"):
+        learner.train_task()
+
+
+def test_short_last_task_and_increment_one(smoke_config: Callable[..., RunConfig], make_sema: Make, tmp_path: Path) -> None:
+    """8 classes as 3, 3, 2 and as eight tasks of one."""
+    learner = make_sema(init_cls=3, increment=3, **STAY)
+    run_tasks(learner, 3)
+    assert [rows.out_features for rows in learner.head.tasks] == [3, 3, 2]
+    learner = make_sema(init_cls=1, increment=1, func_epoch=1, **STAY)
+    run_tasks(learner, 8)
+    assert [rows.out_features for rows in learner.head.tasks] == [1] * 8
