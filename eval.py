@@ -1,8 +1,11 @@
 """Look at a run again: figures from its files, accuracy from its checkpoints, nothing trained.
 
-python eval.py --run logs/sema/.../run_1993_...                          tables, figures, and the last checkpoint tested again
-python eval.py --run logs/sema/.../run_1993_... --recorded               tables and figures of what the run wrote, in seconds
-python eval.py --checkpoint logs/sema/.../run_1993_.../checkpoints/task_04   the model as that task left it
+python eval.py --run FOLDER                          tables, figures, and the last checkpoint tested again
+python eval.py --run FOLDER --recorded               tables and figures of what the run wrote, in seconds
+python eval.py --run FOLDER FOLDER ...               several seeds: mean ± std of those that are finished
+python eval.py --checkpoint FOLDER/checkpoints/task_04   the model as that task left it
+
+FOLDER is a run's, such as logs/sema/mnist_5k/0/2/quickstart_1993_vit_small_patch14_reg4_dinov2.
 """
 
 import argparse
@@ -18,7 +21,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         epilog=__doc__,
     )
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--run", type=Path, metavar="FOLDER", help="a run folder: redraw its figures and test its last checkpoint")
+    what.add_argument(
+        "--run",
+        type=Path,
+        nargs="+",
+        metavar="FOLDER",
+        help="a run folder: redraw its figures and test its last checkpoint; several: their mean and deviation",
+    )
     what.add_argument("--checkpoint", type=Path, metavar="FOLDER", help="one checkpoint of a run: test it")
     parser.add_argument("--recorded", action="store_true", help="with --run: only what the run recorded, no test")
     options = parser.parse_args(arguments)
@@ -35,8 +44,10 @@ def main(arguments: list[str] | None = None) -> int:
 
     attach_console()
     try:
-        if options.run:
-            show_run(options.run, test=not options.recorded)
+        if options.run and len(options.run) > 1:
+            show_seeds(options.run)
+        elif options.run:
+            show_run(options.run[0], test=not options.recorded)
         else:
             report_checkpoint(options.checkpoint)
     except UserError as error:
@@ -70,6 +81,20 @@ def show_run(folder: Path, test: bool) -> None:
         report_checkpoint(checkpoint)
 
 
+def show_seeds(folders: list[Path]) -> None:
+    """Mean ± std over finished runs of one experiment with different seeds."""
+    from trainer import read_result
+    from utils.errors import UserError
+    from utils.metrics import seeds_table
+
+    finished = [folder for folder in folders if (folder / "result.json").is_file()]
+    for folder in sorted(set(folders) - set(finished)):
+        print(f"left out, no result.json: {folder}")
+    if not finished:
+        raise UserError("none of the folders holds a finished run (a result.json)")
+    print(seeds_table([read_result(folder) for folder in finished]))
+
+
 def report_checkpoint(checkpoint: Path) -> None:
     """Rebuild the model a checkpoint holds, strictly, and print its accuracy on every task it has seen."""
     from trainer import Evaluator, assemble, check_identity, make_learner, read_config
@@ -86,7 +111,8 @@ def report_checkpoint(checkpoint: Path) -> None:
     print(f"{checkpoint}: accuracy (%) on the test images of each task seen, class-incremental")
     for task, (right, images) in enumerate(zip(correct, total, strict=True)):
         classes = parts.data.task_classes(task)
-        print(f"task {task:>3}  classes {classes.start:>3}-{classes.stop - 1:<3}  {100 * right / images:6.2f}  ({right} of {images})")
+        share = f"{100 * right / images:6.2f}  ({right} of {images})"
+        print(f"task {task:>3}  classes {classes.start:>3}-{classes.stop - 1:<3}  {share}")
     print(f"total {'':>19}{100 * sum(correct) / sum(total):6.2f}  ({sum(correct)} of {sum(total)})")
 
 

@@ -22,7 +22,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--config", metavar="FILE", help=f"JSON experiment to run (default: {DEFAULT})")
     parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="change one key; may be repeated"
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="overrides",
+        help="change one key; may be repeated",
     )
     parser.add_argument("--resume", type=Path, metavar="FOLDER", help="continue the run in this folder")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing run folder of the same name")
@@ -42,8 +47,10 @@ def main(arguments: list[str] | None = None) -> int:
     from utils.config import load_config
     from utils.errors import UserError
     from utils.run_log import attach_console
+    from utils.toolkit import keep_freed_memory
 
     attach_console()
+    keep_freed_memory()
     try:
         if options.resume:
             resume(options.resume)

@@ -41,7 +41,6 @@ from utils.plots import draw_figures
 from utils.run_log import RunLog, run_folder
 from utils.toolkit import peak_memory_mb, resolve_device
 
-
 logger = logging.getLogger("nested_lora")
 
 CHECKPOINTS = "checkpoints"
@@ -56,6 +55,7 @@ class Parts:
     data: DataManager
     backbone: Backbone
     device: torch.device
+    device_warning: str | None
     data_sha256: str
 
     def identity(self) -> dict[str, Any]:
@@ -91,7 +91,6 @@ def train(config: RunConfig, *, overwrite: bool = False, notes: Sequence[str] = 
         )
         resolved = config.model_dump(mode="json") | {"seed": [seed]}
         with RunLog.create(folder, config=resolved, overwrite=overwrite) as log:
-            log.manifest(manifest(parts))
             for note in notes:
                 logger.info(note)
             results.append(Run(parts, log).to_the_end())
@@ -116,8 +115,6 @@ def resume(folder: Path) -> list[dict[str, Any]]:
     if state is not None:
         check_identity(checkpoint, state, parts)
     with RunLog.reopen(folder, state["metrics_bytes"] if state else 0) as log:
-        if not (folder / "manifest.json").exists():
-            log.manifest(manifest(parts))
         logger.info(f"Resuming {folder} from {checkpoint.name if checkpoint else 'its start'}")
         run = Run(parts, log)
         if state is not None:
@@ -129,12 +126,22 @@ def read_config(folder: Path) -> RunConfig:
     """The configuration a run folder was made with."""
     path = folder / "config.json"
     if not path.is_file():
-        raise UserError(f"{folder} is not a run folder: it has no config.json; give a folder such as logs/sema/.../run_1993_...")
+        raise UserError(
+            f"{folder} is not a run folder: it has no config.json; give a folder such as logs/sema/.../run_1993_..."
+        )
+    return config_from_dict(_read_json(path), SCHEMAS, str(path)).config
+
+
+def read_result(folder: Path) -> dict[str, Any]:
+    """The result.json of a finished run."""
+    return _read_json(folder / "result.json")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text())
+        return json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise UserError(f"{path} is not valid JSON (line {error.lineno}): restore it, or start a new run") from error
-    return config_from_dict(values, SCHEMAS, str(path)).config
 
 
 def check_identity(checkpoint: Path, state: dict[str, Any], parts: Parts) -> None:
@@ -143,8 +150,8 @@ def check_identity(checkpoint: Path, state: dict[str, Any], parts: Parts) -> Non
         theirs = state.get("run", {}).get(key)
         if theirs != ours:
             raise UserError(
-                f"{checkpoint} does not belong to this run: its {key} is {_short(theirs)}, this run's is {_short(ours)}; "
-                "resume with the data, weights and config it was made with"
+                f"{checkpoint} does not belong to this run: its {key} is {_short(theirs)}, this run's is "
+                f"{_short(ours)}; resume with the data, weights and config it was made with"
             )
 
 
@@ -154,9 +161,7 @@ def assemble(config: RunConfig, seed: int) -> Parts:
     Raises:
         UserError: data or weights cannot be had, or the device is absent.
     """
-    device, warning = resolve_device(config.device)
-    if warning:
-        logger.warning(warning)
+    device, device_warning = resolve_device(config.device)
     dataset = load_dataset(config.dataset, config.data_root)
     backbone = create_backbone(
         config.backbone_type,
@@ -180,7 +185,7 @@ def assemble(config: RunConfig, seed: int) -> Parts:
     )
     torch.manual_seed(seed)
     torch.backends.cudnn.benchmark = False
-    return Parts(config, seed, data, backbone, device, dataset.sha256)
+    return Parts(config, seed, data, backbone, device, device_warning, dataset.sha256)
 
 
 class Run:
@@ -198,8 +203,13 @@ class Run:
     def to_the_end(self) -> dict[str, Any]:
         """All tasks that are left, then the result; a stop request saves and raises `Interrupted`."""
         parts = self.parts
+        self.log.manifest(manifest(parts))
         logger.info(f"Run folder: {self.log.folder}")
-        logger.info(f"Backbone {parts.backbone.tag}, {parts.backbone.image_size} px, on {parts.device}; seed {parts.seed}")
+        if parts.device_warning:
+            logger.warning(parts.device_warning)
+        logger.info(
+            f"Backbone {parts.backbone.tag}, {parts.backbone.image_size} px, on {parts.device}; seed {parts.seed}"
+        )
         with self.stop:
             try:
                 for task in range(len(self.matrix), self.data.nb_tasks):
@@ -271,7 +281,7 @@ class Run:
         """Wall-clock seconds of work on this run, over all processes that worked on it."""
         return self.seconds_before + time.perf_counter() - self.started
 
-    # --- checkpoints ------------------------------------------------------------------------------------------------------
+    # --- checkpoints ------------------------------------------------------------------------------------------------
 
     def save(self, name: str) -> Path:
         """Write a checkpoint of everything a resumed run needs."""
@@ -389,12 +399,13 @@ def manifest(parts: Parts) -> dict[str, Any]:
         },
         "commit": commit(),
         "seed": parts.seed,
-        "seeds": list(parts.config.seed),
         "weights": {"tag": backbone.tag, "sha256": backbone.sha256, "note": backbone.note},
         "image_size": backbone.image_size,
         "data": {"name": parts.config.dataset, "sha256": parts.data_sha256},
         "class_order": list(parts.data.class_order),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} ({platform.machine()})",
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{device.type} ({platform.machine()})",
         "threads": torch.get_num_threads(),
     }
 

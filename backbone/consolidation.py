@@ -59,7 +59,7 @@ def consolidate(adapter: NestedLoRAAdapter, tokens: Tensor, how: Consolidation) 
 def add_weights(adapter: NestedLoRAAdapter, tokens: Tensor, alpha: float) -> None:
     """theta_slow <- theta_slow + alpha theta_fast, tensor by tensor (the seeds' rule; `tokens` are not needed).
 
-    The hidden units of the two branches are unrelated, so this adds weights that do not belong together: the function changes.
+    The hidden units of the two branches are unrelated, so this adds weights that do not belong together.
     """
     for slow, fast in zip(adapter.slow.parameters(), adapter.fast.parameters(), strict=True):
         slow.add_(fast, alpha=alpha)
@@ -68,10 +68,10 @@ def add_weights(adapter: NestedLoRAAdapter, tokens: Tensor, alpha: float) -> Non
 def refit_function(adapter: NestedLoRAAdapter, tokens: Tensor, alpha: float) -> None:
     """Refit slow so that slow_new(x) ~ slow(x) + alpha fast(x) on the tokens, at unchanged rank r.
 
-    The 2r hidden units of both branches stacked give the target exactly. Units are removed one at a time, each time the one
-    whose removal costs least after the others are refitted, until r are left; the up-projection and bias are the ridge
-    least-squares solution. With G = H^T H over units and a constant column and W = G^-1 H^T Y, removing unit j
-    raises the squared error by ||W_j||^2 / (G^-1)_jj (Optimal Brain Surgeon, Hassibi & Stork 1993).
+    The 2r hidden units of both branches stacked give the target exactly. Units are removed one at a time, each time
+    the one whose removal costs least after the others are refitted, until r are left; the up-projection and bias are
+    the ridge least-squares solution. With G = H^T H over units and a constant column and W = G^-1 H^T Y, removing
+    unit j raises the squared error by ||W_j||^2 / (G^-1)_jj (Optimal Brain Surgeon, Hassibi & Stork 1993).
     """
     slow, fast = adapter.slow, adapter.fast
     rank = slow.down_proj.out_features
@@ -111,10 +111,13 @@ def reset_to_lora_start(fast: Adapter) -> None:
 
 
 def reset_to_zeros(fast: Adapter) -> None:
-    """All of fast zero, the seeds' literal rule. Both factors' gradients are then exactly zero: fast is dead for ever."""
+    """All of fast zero, the seeds' literal rule. Both factors' gradients are then exactly zero: fast is dead."""
     for parameter in fast.parameters():
         nn.init.zeros_(parameter)
 
 
-RULES: dict[str, Callable[[NestedLoRAAdapter, Tensor, float], None]] = {"weights": add_weights, "function": refit_function}
+RULES: dict[str, Callable[[NestedLoRAAdapter, Tensor, float], None]] = {
+    "weights": add_weights,
+    "function": refit_function,
+}
 RESETS: dict[str, Callable[[Adapter], None]] = {"lora": reset_to_lora_start, "zeros": reset_to_zeros}

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from backbone.consolidation import Consolidation, ConsolidationReport, consolidate
-from backbone.sema_components import AE, ADAPTERS, NestedLoRAAdapter, Records
+from backbone.sema_components import ADAPTERS, AE, NestedLoRAAdapter, Records
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class AdapterSpec:
 
 
 class AdapterModule(nn.Module):
-    """One adapter (`functional`) and, in a growing block, its descriptor (`rd`) with the running statistics of its errors."""
+    """One adapter (`functional`) and, in a growing block, its descriptor (`rd`) with its running statistics."""
 
     def __init__(self, spec: AdapterSpec, described: bool) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ class SEMAModules(nn.Module):
     # --- representation descriptors -----------------------------------------------------------------------------------
 
     def descriptor_loss(self, token_mean: Tensor) -> Tensor:
-        """Mean reconstruction error of the newest adapter's descriptor on token means (B, d); zero once that is frozen."""
+        """Mean error of the newest adapter's descriptor on token means (B, d); zero once that is frozen."""
         newest = self.adapters[-1].rd
         return newest(token_mean).mean() if is_learning(newest) else token_mean.new_zeros(())
 
@@ -102,7 +102,7 @@ class SEMAModules(nn.Module):
 
     @torch.no_grad()
     def novelty(self, token_mean: Tensor) -> float:
-        """Smallest over adapters of the batch mean of their z-scores on token means (B, d): how new this batch looks."""
+        """How new a batch of token means (B, d) looks: the smallest over adapters of the mean of their z-scores."""
         return min(float(a.rd_loss_record.z_scores(a.rd(token_mean)).mean()) for a in self.adapters)
 
     # --- growing and freezing -----------------------------------------------------------------------------------------
@@ -110,7 +110,9 @@ class SEMAModules(nn.Module):
     def grow(self) -> AdapterModule:
         """Add one adapter with its descriptor and a router row of its own. The older ones stay as they are."""
         if not self.growable or self.new_router is not None:
-            raise ValueError(f"block {self.block} cannot grow: it is outside the growing range or its last row is not merged")
+            raise ValueError(
+                f"block {self.block} cannot grow: it is outside the growing range or its last row is not merged"
+            )
         like = self.router.weight
         module = AdapterModule(self.spec, described=True).to(like.device)
         self.adapters.append(module)
@@ -119,7 +121,7 @@ class SEMAModules(nn.Module):
         return module
 
     def freeze_functional(self, adapters: bool = True) -> None:
-        """Stop the adapters (unless `adapters` is False) and the router; a new router row becomes part of the router."""
+        """Stop the adapters (unless `adapters` is False) and the router; a new row becomes part of the router."""
         if adapters:
             for adapter in self.adapters:
                 freeze(adapter.functional)
@@ -140,7 +142,7 @@ class SEMAModules(nn.Module):
         """Close a task: consolidate what learned in it, merge the router, freeze.
 
         Args:
-            freeze_adapters: SEMA's rule; False leaves all adapters learning in later tasks (`nested_lora_freeze: "never"`).
+            freeze_adapters: SEMA's rule; False (`nested_lora_freeze: "never"`) leaves all adapters learning.
             consolidation: None, or how fast goes into slow.
             tokens: the block's inputs (N, d) on the task's last features; needed with `consolidation`.
 

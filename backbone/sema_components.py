@@ -3,8 +3,8 @@
     adapter = ADAPTERS["nested_lora"](width=768, bottleneck=16, scale=1.0)
     delta = adapter(tokens)                      # (B, N, d) -> (B, N, d)
 
-An adapter owns its parameters and says which time scale each belongs to (`parameter_groups`). Consolidation and reset of
-the nested adapter are in `backbone/consolidation.py`.
+An adapter owns its parameters and says which time scale each belongs to (`parameter_groups`). Consolidation and
+reset of the nested adapter are in `backbone/consolidation.py`.
 
 Sources: SEMA (Wang et al., CVPR 2025), AdaptFormer (Chen et al., NeurIPS 2022), LoRA (Hu et al., ICLR 2022).
 """
@@ -19,8 +19,8 @@ from torch.nn import functional as F
 class Adapter(nn.Module):
     """Bottleneck adapter  A(x) = s (W_up relu(W_down x + b_down) + b_up).
 
-    W_down is (r, d) and W_up is (d, r); x is (..., d). At the LoRA start W_down is Kaiming-uniform(a = sqrt 5) and everything
-    else zero, so the output is exactly zero and W_up has a gradient.
+    W_down is (r, d) and W_up is (d, r); x is (..., d). At the LoRA start W_down is Kaiming-uniform(a = sqrt 5) and
+    everything else zero, so the output is exactly zero and W_up has a gradient.
 
     Args:
         width: d, the width of the residual stream.
@@ -54,8 +54,8 @@ class NestedLoRAAdapter(nn.Module):
     """Two adapters on two time scales  Delta(x) = slow(x) + fast(x), always both, no gate between them.
 
     Computed as one adapter of bottleneck 2r on the stacked weights: two matrix products instead of four.
-    Rank r costs the parameters of one `Adapter` with bottleneck 2r plus one output bias of d numbers. Both branches start
-    silent (LoRA start) but with different down-projections.
+    Rank r costs the parameters of one `Adapter` with bottleneck 2r plus one output bias of d numbers. Both branches
+    start silent (LoRA start) but with different down-projections.
 
     Args:
         width: d, the width of the residual stream.
@@ -92,8 +92,8 @@ class AE(nn.Module):
     """Representation descriptor (RD): a linear auto-encoder of token means.
 
     error(m) = mean_j (m - W_dec (W_enc m + b_enc) - b_dec)_j^2, one number a sample; m is (B, d), the result (B,).
-    A small error says that the samples resemble those its adapter was trained on. Weights start Kaiming-uniform(a = sqrt 5),
-    biases zero.
+    A small error says that the samples resemble those its adapter was trained on. Weights start Kaiming-uniform(a =
+    sqrt 5), biases zero.
     """
 
     def __init__(self, width: int, rd_dim: int) -> None:
@@ -111,8 +111,8 @@ class AE(nn.Module):
 class Records(nn.Module):
     """The last `capacity` reconstruction errors of one descriptor; mean and deviation for z-scores.
 
-    The errors are buffers, so they are saved and resumed with the model. z = |error - mean| / std with the unbiased std, and
-    zero while two errors or fewer are stored.
+    The errors are buffers, so they are saved and resumed with the model. z = |error - mean| / std with the unbiased
+    std, and zero while two errors or fewer are stored.
     """
 
     errors: Tensor
@@ -128,7 +128,7 @@ class Records(nn.Module):
 
     @torch.no_grad()
     def push(self, errors: Tensor) -> None:
-        """Append errors (B,). As published: the batch that fills the buffer is cut to the room left; then the oldest go."""
+        """Append errors (B,). As published, the batch that fills the buffer is cut to the room left."""
         capacity, new = self.errors.numel(), errors.detach().to(self.errors)
         if len(self) < capacity:
             kept = torch.cat([self.errors[: len(self)], new[: capacity - len(self)]])

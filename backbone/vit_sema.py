@@ -7,7 +7,8 @@
 
 The transformer is timm's own, frozen, with its blocks wrapped; only what the adapters add is new. Block i computes
     x = x + attn(norm1(x));   y = mlp(norm2(x)) + adapter_i(x);   x = x + y
-where adapter_i reads the un-normalised residual stream. Layer scale, where a model has it, applies to attn and mlp only.
+where adapter_i reads the un-normalised residual stream. Layer scale, where a model has it, applies to attn and mlp
+only.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -39,13 +40,16 @@ class SEMAVisionTransformer(nn.Module):
     """A frozen timm ViT with adapters in chosen blocks; untrained adapters leave timm's output unchanged bit for bit.
 
     Args:
-        vit: a timm VisionTransformer with a class token and no classifier (`num_classes=0`); it becomes part of this module.
+        vit: a timm VisionTransformer with a class token and no classifier (`num_classes=0`); it becomes part of this
+            module.
         spec: what an adapter looks like.
         growing: the blocks that may grow (they have a router and descriptors).
         adapted: the blocks that hold adapters; must contain `growing`.
     """
 
-    def __init__(self, vit: VisionTransformer, spec: AdapterSpec, growing: Iterable[int], adapted: Iterable[int]) -> None:
+    def __init__(
+        self, vit: VisionTransformer, spec: AdapterSpec, growing: Iterable[int], adapted: Iterable[int]
+    ) -> None:
         super().__init__()
         self.growing, adapted = tuple(growing), set(adapted)
         freeze(vit)

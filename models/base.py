@@ -4,8 +4,8 @@
     learner.train_task()          # the method's own story, made of stages; a stage may run a phase of training
     logits = learner.classify(learner.features(images))
 
-A phase (`Phase`) names its epochs, batches, loss and optimizer; `Learner.run_phase` runs it, logs an epoch line, and stops
-cleanly between two steps when asked to. Everything that a resumed run needs is in `Learner.state`.
+A phase (`Phase`) names its epochs, batches, loss and optimizer; `Learner.run_phase` runs it, logs an epoch line, and
+stops cleanly between two steps when asked to. Everything that a resumed run needs is in `Learner.state`.
 """
 
 import hashlib
@@ -26,7 +26,6 @@ from utils.factory import Backbone
 from utils.optim import GroupedOptimizer
 from utils.run_log import RunLog
 from utils.toolkit import autocast, pack_tensors, unpack_tensors
-
 
 logger = logging.getLogger("nested_lora")
 
@@ -56,7 +55,8 @@ class Phase:
         steps_per_epoch: number of batches when start = 0.
         observe: one batch -> loss; a method's own mathematics.
         block: the block that grew, when the phase is about one.
-        after_step: called with what moved in the step just taken.
+        before_step: called with the number of the coming step (from 1), gradients in place.
+        after_step: called with the number of the step just taken and what moved in it.
     """
 
     name: str
@@ -77,7 +77,7 @@ class Position:
     epoch: int = 0
     step: int = 0
     loss: float = 0.0
-    correct: int = 0
+    correct: int | None = None  # of the samples so far; None where the phase classifies nothing
     samples: int = 0
 
 
@@ -126,7 +126,7 @@ class Learner(ABC):
         self._open_phase: dict[str, Any] | None = None  # position and optimizer of a phase that was interrupted
         self.modules = self.build(backbone).to(device)
 
-    # --- what a method adds ---------------------------------------------------------------------------------------------
+    # --- what a method adds -----------------------------------------------------------------------------------------
 
     @abstractmethod
     def build(self, backbone: Backbone) -> nn.ModuleDict:
@@ -177,7 +177,7 @@ class Learner(ABC):
         """What the task record says of the model: adapters per block, parameter counts."""
         return {}
 
-    # --- a task ----------------------------------------------------------------------------------------------------------
+    # --- a task -----------------------------------------------------------------------------------------------------
 
     def begin_task(self, task: int) -> None:
         """Open a task: its classes become known."""
@@ -189,7 +189,7 @@ class Learner(ABC):
         while self.progress.stage != "done":
             self.progress.stage = self.stages[self.progress.stage]()
 
-    # --- the loop -------------------------------------------------------------------------------------------------------
+    # --- the loop ---------------------------------------------------------------------------------------------------
 
     def run_phase(self, phase: Phase) -> None:
         """Run a phase from where it stands to its end: the only epoch loop of the repository.
@@ -232,18 +232,18 @@ class Learner(ABC):
         position.loss += float(result.loss.detach())
         position.samples += result.samples
         if result.correct is not None:
-            position.correct += int(result.correct)
+            position.correct = (position.correct or 0) + int(result.correct)
         if position.loss != position.loss or abs(position.loss) == float("inf"):
             raise UserError(
-                f"the loss of task {self.task}, phase {phase.name}, epoch {position.epoch + 1}, step {position.step} is not finite; "
-                f"learning rates are {phase.optimizer.rates}: lower them, or use precision fp32"
+                f"the loss of task {self.task}, phase {phase.name}, epoch {position.epoch + 1}, step {position.step} is not "
+                f"finite; learning rates are {phase.optimizer.rates}: lower them, or use precision fp32"
             )
 
     def _end_epoch(self, phase: Phase, position: Position) -> Position:
         """Log the epoch, move along the cosine; the position at the start of the next one."""
         rates = phase.optimizer.rates
         loss = position.loss / max(1, position.step)
-        accuracy = 100 * position.correct / position.samples if phase.name == "func" else None
+        accuracy = None if position.correct is None else 100 * position.correct / position.samples
         phase.optimizer.end_epoch()
         epoch = position.epoch + 1
         shown = "" if accuracy is None else f", Train_accy {accuracy:.2f}"
@@ -262,7 +262,7 @@ class Learner(ABC):
         phase.optimizer.load_state(saved["optimizer"])
         return Position(**saved["position"])
 
-    # --- helpers for methods ----------------------------------------------------------------------------------------------
+    # --- helpers for methods ----------------------------------------------------------------------------------------
 
     def autocast(self) -> Any:
         """The run's precision, for forwards of the backbone."""
@@ -273,7 +273,7 @@ class Learner(ABC):
         """The open task's classes, in incremental labels."""
         return self.data.task_classes(self.task)
 
-    # --- state ------------------------------------------------------------------------------------------------------------
+    # --- state ------------------------------------------------------------------------------------------------------
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Everything a resumed run needs: (JSON, tensors). Valid between tasks and after `Interrupted`."""

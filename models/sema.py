@@ -3,10 +3,10 @@
     python main.py --config exps/sema_cifar.json            # ffn_adapter_type "adaptmlp"
     python main.py --config exps/nested_lora_cifar.json     # ffn_adapter_type "nested_lora"
 
-Task 0 trains adapters, routers and classifier, then the representation descriptors. A later task scans its training images;
-the shallowest block that finds a batch novel grows by one adapter, which is trained, then its descriptor; the scan goes on, and
-is repeated until a whole one adds nothing. If nothing grew, what is trainable is trained. Then the task closes:
-consolidation (nested, if asked for), router rows merged, freezing.
+Task 0 trains adapters, routers and classifier, then the representation descriptors. A later task scans its training
+images; the shallowest block that finds a batch novel grows by one adapter, which is trained, then its descriptor;
+the scan goes on, and is repeated until a whole one adds nothing. If nothing grew, what is trainable is trained. Then
+the task closes: consolidation (nested, if asked for), router rows merged, freezing.
 
 Source: SEMA (Wang et al., CVPR 2025) as its published code computes it; Nested LoRA as in the project's design.
 """
@@ -36,7 +36,8 @@ logger = logging.getLogger("nested_lora")
 
 # What a data-order key is for; with the seed, the task and a counter it names one order and one set of augmentations.
 FUNCTIONAL, DESCRIPTORS, SCAN, FEATURES = range(4)
-CONSOLIDATION_IMAGES, CONSOLIDATION_TOKENS = 128, 32  # images of the task, and tokens of each, that consolidation looks at
+CONSOLIDATION_IMAGES = 128  # images of the task that consolidation looks at
+CONSOLIDATION_TOKENS = 32  # tokens of each of them
 
 
 class SEMA(Learner):
@@ -71,7 +72,14 @@ class SEMA(Learner):
 
     def open_task(self) -> None:
         self.head.grow(len(self.classes))
-        self.progress.memory = {"block": None, "grown": [], "scan": 0, "batch": 0, "grown_in_scan": False}
+        self.progress.memory = {
+            "block": None,  # the block whose new adapter is in training
+            "grown": [],  # blocks that have grown in this task
+            "scan": 0,  # whole scans before this one
+            "batch": 0,  # batches of this scan looked at
+            "grown_in_scan": False,
+            "highest_z": {},  # by block, since it was last trained
+        }
 
     @property
     def stages(self) -> dict[str, Callable[[], str]]:
@@ -95,7 +103,7 @@ class SEMA(Learner):
         groups = self.network.parameter_groups()
         return {f"{name}.{i}": tensor for name, tensors in groups.items() for i, tensor in enumerate(tensors)}
 
-    # --- stage: scan ------------------------------------------------------------------------------------------------------
+    # --- stage: scan ------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def scan(self) -> str:
@@ -114,6 +122,7 @@ class SEMA(Learner):
             if block is not None:
                 memory["block"] = block
                 return "functional"
+        self._log_scan()
         if memory["grown_in_scan"]:
             memory.update(scan=memory["scan"] + 1, batch=0, grown_in_scan=False)
             return "scan"
@@ -128,16 +137,26 @@ class SEMA(Learner):
         for block in candidates:
             modules = self.network.modules_by_block[block]
             z = modules.novelty(means[block])
+            memory["highest_z"][str(block)] = max(z, memory["highest_z"].get(str(block), 0.0))
             if z > self.config.exp_threshold:
                 modules.grow()
-                memory.update(grown=[*memory["grown"], block], grown_in_scan=True)
+                memory.update(grown=[*memory["grown"], block], grown_in_scan=True, highest_z={})
                 newest = len(modules.adapters) - 1
                 logger.info(f"Adapter {block}.{newest} added at block {block} (z-score {z:.2f})")
                 self.log.metric("growth", task=self.task, block=block, adapters=newest + 1, z=z)
                 return block
         return None
 
-    # --- stage: functional ------------------------------------------------------------------------------------------------
+    def _log_scan(self) -> None:
+        """The highest z-score of every block that was looked at: how near each came to growing."""
+        highest, threshold = self.progress.memory["highest_z"], self.config.exp_threshold
+        if not highest:
+            return  # every growing block has grown in this task
+        shown = ", ".join(f"block {block}: {z:.2f}" for block, z in highest.items())
+        logger.info(f"Task {self.task} scan: highest z-score {shown} (threshold {threshold:g})")
+        self.log.metric("scan", task=self.task, scan=self.progress.memory["scan"], highest_z=highest)
+
+    # --- stage: functional ------------------------------------------------------------------------------------------
 
     def train_functional(self) -> str:
         """Train adapters, router rows and classifier rows that may learn, on the current task's classes only."""
@@ -196,7 +215,7 @@ class SEMA(Learner):
             num_epoch,
         )
 
-    # --- stage: descriptors -----------------------------------------------------------------------------------------------
+    # --- stage: descriptors -----------------------------------------------------------------------------------------
 
     def train_descriptors(self) -> str:
         """Train the descriptors that may learn, recording their errors; after a growth, freeze what is new."""
@@ -270,7 +289,7 @@ class SEMA(Learner):
             self.network(images.to(self.device))
         return means
 
-    # --- stage: close -----------------------------------------------------------------------------------------------------
+    # --- stage: close -----------------------------------------------------------------------------------------------
 
     def end_of_task_training(self) -> str:
         """Consolidate if asked to, freeze, log the two branches' norms."""
@@ -329,7 +348,7 @@ class SEMA(Learner):
                 break
         return {block: torch.cat(tokens) for block, tokens in parts.items()}
 
-    # --- shared by the stages -----------------------------------------------------------------------------------------------
+    # --- shared by the stages ---------------------------------------------------------------------------------------
 
     @property
     def _freezes(self) -> bool:
@@ -348,7 +367,7 @@ class SEMA(Learner):
             config.optimizer, groups, weight_decay=config.weight_decay, epochs=epochs, min_lr=config.min_lr
         )
 
-    # --- state ------------------------------------------------------------------------------------------------------------
+    # --- state ------------------------------------------------------------------------------------------------------
 
     def structure(self) -> dict[str, Any]:
         blocks = {str(block): modules.structure() for block, modules in self.network.modules_by_block.items()}

@@ -1,6 +1,6 @@
 """Config keys of SEMA and of Nested LoRA on it. Defaults are the published values, or the specification's.
 
-    config = SEMAConfig(dataset="synthetic", ffn_adapter_type="nested_lora", nested_lora_rank=4)
+config = SEMAConfig(dataset="synthetic", ffn_adapter_type="nested_lora", nested_lora_rank=4)
 """
 
 from typing import Annotated, Any, ClassVar, Literal
@@ -101,7 +101,7 @@ class SEMAConfig(RunConfig):
     )
     nested_lora_consolidation_alpha: float = Field(0.1, gt=0, le=1, description="Share of fast that moves into slow.")
     nested_lora_reset: Literal["lora", "zeros"] = Field(
-        "lora", description='Fast restarts as a new LoRA, or all its tensors are zeroed, after which it cannot learn.'
+        "lora", description="Fast restarts as a new LoRA, or all its tensors are zeroed, after which it cannot learn."
     )
 
     def conflicts(self) -> list[Conflict]:

@@ -42,7 +42,9 @@ class SlowTrace:
         updated = moved[self.group.name]
         self.log.metric("slow_step", task=self.task, phase="func", step=step, updated=updated, moved=distance)
         if updated:
-            logger.info(f"Task {self.task} step {step}: slow updated, moved by {distance:.3e} (every {self.group.every})")
+            logger.info(
+                f"Task {self.task} step {step}: slow updated, moved by {distance:.3e} (every {self.group.every})"
+            )
 
     def summary(self, steps: int) -> None:
         """One line at the phase's end: how many of its steps updated the group."""

@@ -34,7 +34,7 @@ MOMENTS: dict[str, tuple[Any, str]] = {
 
 
 def run(arguments: list[str], die_at: int | None = None, how: signal.Signals = signal.SIGKILL) -> tuple[int, list[str]]:
-    """Run `main.py arguments` in a child; at moment number `die_at` it gets the signal. (exit code, moments it went through)"""
+    """Run `main.py arguments` in a child that gets the signal at moment `die_at`: (exit code, moments)."""
     receiver, sender = CONTEXT.Pipe(duplex=False)
     child = CONTEXT.Process(target=_child, args=(arguments, die_at, int(how), sender))
     child.start()

@@ -1,4 +1,4 @@
-"""Imports run one way: main and eval -> trainer -> models -> backbone; anything -> utils; utils and backbone know nothing above."""
+"""Imports run one way: main, eval -> trainer -> models -> backbone; anything -> utils, which knows nothing above."""
 
 import ast
 import re
@@ -69,5 +69,7 @@ def test_no_file_names_a_machine_or_prints_where_the_log_belongs() -> None:
         text = path.read_text()
         assert not re.search(r"(?<![\w.])/(home|mnt|data/Datasets)/", text), path
         if path.name not in ("main.py", "eval.py"):
-            calls = [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Call) and getattr(n.func, "id", "") == "print"]
+            calls = [
+                n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Call) and getattr(n.func, "id", "") == "print"
+            ]
             assert not calls, path

@@ -1,4 +1,4 @@
-"""Killed at any moment and resumed = uninterrupted, bit for bit; Ctrl-C saves between two steps; foreign state is refused."""
+"""Killed and resumed = uninterrupted, bit for bit; Ctrl-C saves between two steps; foreign state is refused."""
 
 import json
 import random
@@ -40,7 +40,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[dict, 
     logs = tmp_path_factory.mktemp("reference")
     code, moments = run(command(logs))
     assert code == 0
-    assert set(moments) == {"step", "scan", "test", "write", "rename"}
+    assert set(moments) == {"step", "scan", "test", "write", "rename", "replace"}
     yield outcome(folder_of(logs)), moments
 
 
@@ -56,7 +56,7 @@ def finish(logs: Path) -> dict:
 
 
 def chosen_points(moments: list[str]) -> dict[str, int]:
-    """Before any checkpoint, while one is written, between its renames, between tasks, in a scan, and three at random."""
+    """Before any checkpoint, while one is written or renamed, between tasks, in a scan, and three at random."""
     task_ends = [i for i, moment in enumerate(moments) if moment == "rename"]
     points = {
         "first task": first(moments, "step", skip=3),
@@ -73,7 +73,17 @@ def chosen_points(moments: list[str]) -> dict[str, int]:
 
 @pytest.mark.parametrize(
     "where",
-    ["first task", "checkpoint files", "checkpoint rename", "between tasks", "scan", "last test", "random 0", "random 1", "random 2"],
+    [
+        "first task",
+        "checkpoint files",
+        "checkpoint rename",
+        "between tasks",
+        "scan",
+        "last test",
+        "random 0",
+        "random 1",
+        "random 2",
+    ],
 )
 def test_killed_and_resumed_is_uninterrupted(reference: tuple[dict, list[str]], where: str, tmp_path: Path) -> None:
     expected, moments = reference
@@ -86,15 +96,17 @@ def test_killed_and_resumed_is_uninterrupted(reference: tuple[dict, list[str]], 
 def test_killed_twice(reference: tuple[dict, list[str]], tmp_path: Path) -> None:
     """A resumed run may die too."""
     expected, moments = reference
-    run(command(tmp_path), die_at=first(moments, "write", skip=4) + 3)
+    run(command(tmp_path), die_at=first(moments, "rename", skip=1) - 1)
     code, _ = run(["--resume", str(folder_of(tmp_path))], die_at=4)
     assert code == -signal.SIGKILL
     assert finish(tmp_path) == expected
 
 
 @pytest.mark.parametrize("where", ["step", "scan", "test"])
-def test_ctrl_c_saves_and_resumes_where_it_stopped(reference: tuple[dict, list[str]], where: str, tmp_path: Path) -> None:
-    """In the middle of a later task: exit code 130, a checkpoint inside the task, the command in the log, the same end."""
+def test_ctrl_c_saves_and_resumes_where_it_stopped(
+    reference: tuple[dict, list[str]], where: str, tmp_path: Path
+) -> None:
+    """In a later task: exit code 130, a checkpoint inside the task, the command in the log, the same end."""
     expected, moments = reference
     later = first(moments, "rename") + 1
     moment = later + moments[later:].index(where) + (3 if where == "step" else 0)
@@ -158,7 +170,9 @@ def test_a_newer_format_is_refused(stopped: Path, capsys: pytest.CaptureFixture[
     assert "99" in refused(capsys, "--resume", str(stopped))
 
 
-def test_a_finished_run_and_a_folder_that_is_none_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_finished_run_and_a_folder_that_is_none_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert "is not a run folder" in refused(capsys, "--resume", str(tmp_path / "nowhere"))
     assert run(command(tmp_path / "logs"))[0] == 0
     assert "is finished" in refused(capsys, "--resume", str(folder_of(tmp_path / "logs")))

@@ -1,4 +1,4 @@
-"""SEMA as a learner on tiny generated data: what learns when, growth, traces, consolidation in the log, features reuse."""
+"""SEMA as a learner on tiny generated data: what learns when, growth, traces, consolidation, reuse of features."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -53,7 +53,9 @@ def test_groups_are_a_partition_with_the_configured_rates(make_sema: Make) -> No
         assert {id(p) for p in functional.fast.parameters()} <= {id(p) for p in fast.parameters}
 
 
-def test_the_table_of_groups_is_logged_at_the_start_of_every_phase(make_sema: Make, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_table_of_groups_is_logged_at_the_start_of_every_phase(
+    make_sema: Make, caplog: pytest.LogCaptureFixture
+) -> None:
     with caplog.at_level("INFO", logger="nested_lora"):
         run_tasks(make_sema(**STAY), 2)
     tables = [message for message in caplog.messages if "tensors" in message and "parameters" in message]
@@ -77,7 +79,10 @@ def test_nothing_grown_trains_only_the_new_classes(make_sema: Make) -> None:
 def test_growth_is_once_a_block_and_task_shallowest_first(make_sema: Make) -> None:
     learner = make_sema(**GROW)
     run_tasks(learner, 2)
-    assert [(event["task"], event["block"], event["adapters"]) for event in events(learner, "growth")] == [(1, 4, 2), (1, 5, 2)]
+    assert [(event["task"], event["block"], event["adapters"]) for event in events(learner, "growth")] == [
+        (1, 4, 2),
+        (1, 5, 2),
+    ]
     phases = [(e["phase"], e["block"]) for e in events(learner, "epoch") if e["task"] == 1]
     assert list(dict.fromkeys(phases)) == [("func", 4), ("rd", 4), ("func", 5), ("rd", 5)]
     assert not any(is_learning(modules) for modules in learner.network.modules_by_block.values())
@@ -108,7 +113,9 @@ def test_freeze_never_lets_both_branches_of_all_adapters_go_on(make_sema: Make) 
         learner.begin_task(1)
         learner.train_task()
         after = tensors(learner)
-        moved = changed(before, {name: after[name][: len(before[name])] if before[name].dim() else after[name] for name in before})
+        moved = changed(
+            before, {name: after[name][: len(before[name])] if before[name].dim() else after[name] for name in before}
+        )
         functional = {name for name in before if ".functional." in name}
         assert moved == functional
 
@@ -141,7 +148,9 @@ def test_without_consolidation_fast_keeps_what_it_learned(make_sema: Make) -> No
     learner = make_sema(nested_lora_use_consolidation=False, **STAY)
     run_tasks(learner, 1)
     assert events(learner, "consolidation") == []
-    assert all(m.adapters[0].functional.fast.up_proj.weight.norm() > 0 for m in learner.network.modules_by_block.values())
+    assert all(
+        m.adapters[0].functional.fast.up_proj.weight.norm() > 0 for m in learner.network.modules_by_block.values()
+    )
 
 
 def test_adapters_in_growing_blocks_only(make_sema: Make) -> None:
@@ -186,13 +195,15 @@ def test_cached_token_means_are_those_of_a_forward(make_sema: Make) -> None:
 
 
 def test_evaluation_reads_again_only_what_has_changed(make_sema: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No growth: old test images are not looked at again. Growth: all are. The accuracy is that of a fresh evaluator."""
+    """Without growth old test images are not looked at again, with growth all are; accuracy as evaluated afresh."""
     for threshold, expected in ((STAY, [0, 1]), (GROW, [0, 0, 1])):
         learner = make_sema(nested_lora_use_consolidation=False, **threshold)
         evaluate = Evaluator(learner, learner.data, 64)
         looked_at: list[int] = []
         compute = evaluate._features
-        monkeypatch.setattr(evaluate, "_features", lambda task, f=compute, seen=looked_at: (seen.append(task), f(task))[1])
+        monkeypatch.setattr(
+            evaluate, "_features", lambda task, f=compute, seen=looked_at: (seen.append(task), f(task))[1]
+        )
         for task in range(2):
             learner.begin_task(task)
             learner.train_task()
@@ -222,7 +233,9 @@ def test_a_diverging_loss_is_a_sentence(make_sema: Make) -> None:
         learner.train_task()
 
 
-def test_short_last_task_and_increment_one(smoke_config: Callable[..., RunConfig], make_sema: Make, tmp_path: Path) -> None:
+def test_short_last_task_and_increment_one(
+    smoke_config: Callable[..., RunConfig], make_sema: Make, tmp_path: Path
+) -> None:
     """8 classes as 3, 3, 2 and as eight tasks of one."""
     learner = make_sema(init_cls=3, increment=3, **STAY)
     run_tasks(learner, 3)

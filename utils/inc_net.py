@@ -1,8 +1,8 @@
 """The classifier that gains rows with every task.
 
-    head = IncrementalHead(width=768)
-    head.grow(10)                 # task 0 brings ten classes
-    logits = head(features)       # (B, d) -> (B, classes so far)
+head = IncrementalHead(width=768)
+head.grow(10)                 # task 0 brings ten classes
+logits = head(features)       # (B, d) -> (B, classes so far)
 """
 
 import math
@@ -14,8 +14,8 @@ from torch import Tensor, nn
 class IncrementalHead(nn.Module):
     """One linear classifier over all classes seen, stored as one block of rows a task.
 
-    Only the newest block learns: the rows of other tasks have no gradient, so weight decay and momentum cannot move them.
-    Rows start Kaiming-uniform(a = sqrt 5) with zero bias, as the published single `fc` does.
+    Only the newest block learns: the rows of other tasks have no gradient, so weight decay and momentum cannot move
+    them. Rows start Kaiming-uniform(a = sqrt 5) with zero bias, as the published single `fc` does.
 
     Args:
         width: d, length of a feature vector.

@@ -1,11 +1,12 @@
 """One optimizer over named parameter groups, some of which step only every k-th step.
 
-    optimizer = GroupedOptimizer("sgd", [ParameterGroup("slow", slow, lr=1e-3, every=5), ParameterGroup("fast", fast, lr=1e-2)],
-                                 weight_decay=5e-4, epochs=20, min_lr=0.0)
+    groups = [ParameterGroup("slow", slow, lr=1e-3, every=5), ParameterGroup("fast", fast, lr=1e-2)]
+    optimizer = GroupedOptimizer("sgd", groups, weight_decay=5e-4, epochs=20, min_lr=0.0)
     loss.backward()
     moved = optimizer.step()      # {"slow": False, "fast": True}: on other steps slow tensors stay bit-identical
 
-A group that does not step must have no gradient at all: a zero gradient would still move it through momentum and weight decay.
+A group that does not step must have no gradient at all: a zero gradient would still move it through momentum and
+weight decay.
 """
 
 from collections.abc import Sequence
@@ -31,7 +32,8 @@ class ParameterGroup:
         parameters: its tensors, each in one group only.
         lr: learning rate at the start; a cosine takes it to the optimizer's `min_lr`.
         every: the group steps on steps k, 2k, 3k, ... (0 and 1: on every step).
-        between: what happens to the gradients of the other steps: "discard" drops them, "accumulate" steps with the mean of all k.
+        between: what happens to the gradients of the other steps: "discard" drops them, "accumulate" steps with the
+            mean of all k.
     """
 
     name: str
@@ -83,7 +85,9 @@ class GroupedOptimizer:
         assert_partition([group.parameters for group in self.groups])
         self.steps = 0
         self._optimizer = OPTIMIZERS[kind]([{"params": g.parameters, "lr": g.lr} for g in self.groups], weight_decay)
-        self._scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self._optimizer, T_max=max(1, epochs), eta_min=min_lr)
+        self._scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(
+            self._optimizer, T_max=max(1, epochs), eta_min=min_lr
+        )
 
     def zero_grad(self) -> None:
         self._optimizer.zero_grad(set_to_none=True)

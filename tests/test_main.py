@@ -1,0 +1,219 @@
+"""The command lines from the user's side: a run and its record, several seeds, eval.py, and bad input."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+import eval as evaluation
+import main
+from tests.conftest import ROOT, TINY
+from utils.run_log import read_metrics
+
+SMOKE = str(ROOT / "exps/smoke.json")
+
+
+def arguments(logs: Path, **changes: object) -> list[str]:
+    values = {**TINY, "max_tasks": 2, "logs_root": str(logs), **changes}
+    return [
+        "--config",
+        SMOKE,
+        *(part for key, value in values.items() for part in ("--set", f"{key}={json.dumps(value)}")),
+    ]
+
+
+def folders(logs: Path) -> list[Path]:
+    return sorted(path.parent for path in logs.rglob("config.json"))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of one finished run."""
+    logs = tmp_path_factory.mktemp("logs")
+    assert main.main(arguments(logs)) == 0
+    return folders(logs)[0]
+
+
+def test_the_folder_is_where_readers_look_and_tells_the_whole_story(finished: Path) -> None:
+    assert finished.parts[-5:] == ("sema", "synthetic", "0", "2", "smoke_1993_test_vit")
+    files = {"config.json", "manifest.json", "metrics.jsonl", "accuracy.csv", "result.json"}
+    assert files <= {path.name for path in finished.iterdir()}
+    assert {path.name for path in (finished / "figures").iterdir()} == {
+        "accuracy_matrix.png", "accuracy_curves.png", "norms.png", "growth.png",
+    }  # fmt: skip
+    assert [path.name for path in sorted((finished / "checkpoints").iterdir())] == ["task_00", "task_01"]
+    assert list((finished / "tb").iterdir())
+    assert not list(finished.rglob("*.pkl")) and not list(finished.rglob("*.pth"))
+
+
+def test_the_text_log_has_the_published_lines(finished: Path) -> None:
+    log = finished.with_name(finished.name + ".log").read_text()
+    for line in ("Learning on 0-2", "func Task 0, Epoch 1/1 => Loss", "CNN top1 curve: [", "Average Accuracy (CNN):"):
+        assert line in log
+    assert "slow updated" in log and "consolidated Nested LoRA" in log and "||theta_fast||" in log
+    assert f"everything is in {finished}" in log
+
+
+def test_result_and_matrix_agree(finished: Path) -> None:
+    result = json.loads((finished / "result.json").read_text())
+    with open(finished / "accuracy.csv") as file:
+        rows = [[float(cell) for cell in row if cell] for row in csv.reader(file)]
+    assert rows == result["accuracy"] and [len(row) for row in rows] == [1, 2]
+    metrics = result["metrics"]
+    assert metrics["final"] == pytest.approx(sum(rows[1]) / 2)  # tasks of equal size
+    assert metrics["forgetting"] == pytest.approx(rows[0][0] - rows[1][0]) and metrics["bwt"] == -metrics["forgetting"]
+    assert metrics["plasticity"] == pytest.approx((rows[0][0] + rows[1][1]) / 2)
+    assert metrics["expansions"] == sum(result["adapters"].values()) - 6
+    tasks = [event for event in read_metrics(finished) if event["event"] == "task"]
+    assert [event["accuracy"] for event in tasks] == rows
+    assert all(event["peak_memory_mb"] > 0 and event["seconds"] > 0 for event in tasks)
+    parameters = result["parameters"]
+    assert parameters["stored"] == sum(count for part, count in parameters.items() if part != "stored")
+
+
+def test_the_manifest_says_what_the_run_was_made_with(finished: Path) -> None:
+    manifest = json.loads((finished / "manifest.json").read_text())
+    assert set(manifest["versions"]) >= {"python", "torch", "torchvision", "timm", "numpy"}
+    assert manifest["weights"]["tag"] == "test_vit.random" and len(manifest["weights"]["sha256"]) == 64
+    assert sorted(manifest["class_order"]) == list(range(8)) and len(manifest["data"]["sha256"]) == 64
+    assert manifest["device"].startswith("cpu")
+
+
+def test_the_same_seed_gives_the_same_numbers(finished: Path, tmp_path: Path) -> None:
+    assert main.main(arguments(tmp_path)) == 0
+    ours, theirs = (json.loads((f / "result.json").read_text()) for f in (finished, folders(tmp_path)[0]))
+    assert {**ours, "cost": 0} == {**theirs, "cost": 0}
+
+
+def test_seeds_have_a_folder_and_a_log_each_and_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.main(arguments(tmp_path, seed=[1, 2], max_tasks=1)) == 0
+    first, second = folders(tmp_path)
+    assert (first.name, second.name) == ("smoke_1_test_vit", "smoke_2_test_vit")
+    logs = [folder.with_name(folder.name + ".log").read_text() for folder in (first, second)]
+    assert (
+        "seed 1" in logs[0]
+        and "seed 2" not in logs[0]
+        and "seed 2" in logs[1]
+        and "seed 1" not in logs[1].replace("seed 1993", "")
+    )
+    assert "Mean ± std (n) over seeds 1, 2" in capsys.readouterr().out
+    orders = [json.loads((folder / "manifest.json").read_text())["class_order"] for folder in (first, second)]
+    assert orders[0] != orders[1]
+
+
+def test_nothing_is_overwritten_unless_asked(tmp_path: Path) -> None:
+    for _ in range(2):
+        assert main.main(arguments(tmp_path, max_tasks=1, rd_epoch=0)) == 0
+    assert [folder.name for folder in folders(tmp_path)] == ["smoke_1993_test_vit", "smoke_1993_test_vit_2"]
+    before = (folders(tmp_path)[0] / "manifest.json").stat().st_mtime_ns
+    assert main.main([*arguments(tmp_path, max_tasks=1, rd_epoch=0), "--overwrite"]) == 0
+    assert len(folders(tmp_path)) == 2 and (folders(tmp_path)[0] / "manifest.json").stat().st_mtime_ns > before
+
+
+def test_eval_redraws_figures_and_tests_the_last_checkpoint(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Rebuilt from the folder without training, the model has the recorded accuracy on every task."""
+    figure = finished / "figures" / "accuracy_matrix.png"
+    figure.unlink()
+    assert evaluation.main(["--run", str(finished)]) == 0
+    assert figure.exists()
+    shown = capsys.readouterr().out
+    matrix = json.loads((finished / "result.json").read_text())["accuracy"]
+    for task, accuracy in enumerate(matrix[-1]):
+        line = next(line for line in shown.splitlines() if line.startswith(f"task {task:>3}  classes"))
+        assert f"{accuracy:6.2f}" in line
+    assert f"total {'':>19}{sum(matrix[-1]) / 2:6.2f}" in shown
+
+
+def test_eval_tests_any_checkpoint(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert evaluation.main(["--checkpoint", str(finished / "checkpoints" / "task_00")]) == 0
+    shown = capsys.readouterr().out
+    accuracy = json.loads((finished / "result.json").read_text())["accuracy"][0][0]
+    assert f"{accuracy:6.2f}" in shown and "task   1" not in shown
+
+
+def test_eval_recorded_tests_nothing(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert evaluation.main(["--run", str(finished), "--recorded"]) == 0
+    shown = capsys.readouterr().out
+    assert "recorded accuracy" in shown and "class-incremental" not in shown
+
+
+BAD = {
+    "unknown key": ({"nested_lora_rnk": 8}, "nested_lora_rank"),
+    "wrong type": ({"batch_size": "many"}, "batch_size"),
+    "wrong choice": ({"optimizer": "sdg"}, '"sgd"'),
+    "rank 0": ({"nested_lora_rank": 0}, "nested_lora_rank"),
+    "negative rate": ({"nested_lora_lr_fast": -1}, "nested_lora_lr_fast"),
+    "negative interval": ({"nested_lora_update_interval_slow": -5}, "nested_lora_update_interval_slow"),
+    "no seeds": ({"seed": []}, "seed"),
+    "more classes than there are": ({"init_cls": 9}, "8 classes"),
+    "layers out of order": ({"adapt_start_layer": 5, "adapt_end_layer": 4}, "adapt_start_layer"),
+    "layer beyond the depth": ({"adapt_end_layer": 6}, "6 blocks"),
+    "absent GPU": ({"device": "cuda:99"}, "cuda:99"),
+    "unknown data set": ({"dataset": "cifra100"}, "cifar100"),
+    "missing data": ({"dataset": "imagenetr", "backbone_type": "test_vit"}, "exps/quickstart.json"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_a_message_and_exit_code_2_before_any_folder(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes, expected = BAD[name]
+    assert main.main(arguments(tmp_path, data_root=str(tmp_path / "nothing"), **changes)) == 2
+    message = capsys.readouterr().err
+    assert expected in message and "Traceback" not in message
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_all_problems_come_in_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    changes = {"nested_lora_rnk": 8, "batch_size": "many", "nested_lora_rank": 0, "init_cls": 9}
+    assert main.main(arguments(tmp_path, **changes)) == 2
+    message = capsys.readouterr().err
+    assert all(key in message for key in changes) and "4 problems" in message
+
+
+@pytest.mark.parametrize("content", [None, "{", "[1]", '{"seed": 1, "seed": 2}'])
+def test_a_file_that_is_no_config(content: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "x.json"
+    if content is not None:
+        path.write_text(content)
+    assert main.main(["--config", str(path)]) == 2
+    message = capsys.readouterr().err
+    assert str(path) in message and "Traceback" not in message
+
+
+def test_resume_takes_no_other_settings(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        main.main(["--resume", "x", "--set", "seed=1"])
+    assert exit_info.value.code == 2 and "--resume" in capsys.readouterr().err
+
+
+def test_the_default_is_the_quickstart() -> None:
+    assert main.DEFAULT == "exps/quickstart.json" and (ROOT / main.DEFAULT).is_file()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "exps").glob("*.json")), ids=lambda path: path.stem)
+def test_every_shipped_config_builds_its_learner(path: Path, tmp_path: Path) -> None:
+    """End to end on generated images and an untrained tiny backbone: only data, weights and sizes differ."""
+    changes = {
+        "dataset": "synthetic",
+        "weights": "random",
+        "backbone_type": "test_vit",
+        "image_size": None,
+        "adapt_start_layer": 4,
+        "adapt_end_layer": 5,
+        "init_cls": 2,
+        "increment": 2,
+        "max_tasks": 2,
+        "max_train_per_class": 2,
+        "max_test_per_class": 1,
+        "func_epoch": 1,
+        "rd_epoch": 1,
+        "seed": [1],
+        "device": "cpu",
+        "precision": "fp32",
+        "logs_root": str(tmp_path),
+    }
+    settings = [part for key, value in changes.items() for part in ("--set", f"{key}={json.dumps(value)}")]
+    assert main.main(["--config", str(path), *settings]) == 0
