@@ -235,8 +235,8 @@ class Learner(ABC):
             position.correct = (position.correct or 0) + int(result.correct)
         if position.loss != position.loss or abs(position.loss) == float("inf"):
             raise UserError(
-                f"the loss of task {self.task}, phase {phase.name}, epoch {position.epoch + 1}, step {position.step} is not "
-                f"finite; learning rates are {phase.optimizer.rates}: lower them, or use precision fp32"
+                f"the loss of task {self.task}, phase {phase.name}, epoch {position.epoch + 1} is not finite; "
+                f"learning rates are {phase.optimizer.rates}: lower them, or use precision fp32"
             )
 
     def _end_epoch(self, phase: Phase, position: Position) -> Position:

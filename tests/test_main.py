@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 import eval as evaluation
 import main
@@ -98,8 +99,21 @@ def test_seeds_have_a_folder_and_a_log_each_and_a_table(tmp_path: Path, capsys: 
         and "seed 1" not in logs[1].replace("seed 1993", "")
     )
     assert "Mean ± std (n) over seeds 1, 2" in capsys.readouterr().out
+    assert evaluation.main(["--run", str(first), str(second)]) == 0
+    table = capsys.readouterr().out
+    finals = [json.loads((folder / "result.json").read_text())["metrics"]["final"] for folder in (first, second)]
+    assert f"{sum(finals) / 2:.2f}" in table and "(2)" in table
     orders = [json.loads((folder / "manifest.json").read_text())["class_order"] for folder in (first, second)]
     assert orders[0] != orders[1]
+
+
+def test_a_published_device_list_falls_back_with_a_warning_in_the_log(tmp_path: Path) -> None:
+    """`["0"]` on a machine without such a GPU runs on the CPU and says so in the run's own log."""
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    assert main.main(arguments(tmp_path, device=["0"], max_tasks=1, rd_epoch=0)) == 0
+    folder = folders(tmp_path)[0]
+    assert "no such GPU here, running on the CPU" in folder.with_name(folder.name + ".log").read_text()
 
 
 def test_nothing_is_overwritten_unless_asked(tmp_path: Path) -> None:

@@ -88,6 +88,14 @@ def test_growth_is_once_a_block_and_task_shallowest_first(make_sema: Make) -> No
     assert not any(is_learning(modules) for modules in learner.network.modules_by_block.values())
 
 
+def test_a_scan_says_how_near_every_block_came_to_growing(make_sema: Make) -> None:
+    learner = make_sema(**STAY)
+    run_tasks(learner, 2)
+    (scan,) = events(learner, "scan")
+    assert scan["task"] == 1 and set(scan["highest_z"]) == {"4", "5"}
+    assert all(z > 0 for z in scan["highest_z"].values())
+
+
 def test_a_grown_block_leaves_older_adapters_and_rows_untouched(make_sema: Make) -> None:
     """freeze "task": after growth in block 4 and 5, what task 0 trained is bit-identical but for the longer router."""
     learner = make_sema(nested_lora_use_consolidation=False, weight_decay=0.1, **GROW)

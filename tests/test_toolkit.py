@@ -1,0 +1,85 @@
+"""Devices by every name users have, precision, packing of nested state, keys to generators."""
+
+import json
+
+import pytest
+import torch
+
+from utils.errors import UserError
+from utils.toolkit import (
+    autocast,
+    keep_freed_memory,
+    pack_tensors,
+    peak_memory_mb,
+    resolve_device,
+    seeded_generator,
+    unpack_tensors,
+)
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("spec", ["cpu", "CPU", ["-1"], [-1], "-1"])
+def test_names_of_the_cpu(spec: object) -> None:
+    assert resolve_device(spec) == (CPU, None)
+
+
+@pytest.mark.parametrize("spec", [["0"], [0], "0", ["0", "1"]])
+def test_a_published_list_falls_back_with_a_warning(spec: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    device, warning = resolve_device(spec)
+    assert device == CPU and "running on the CPU" in warning
+
+
+def test_gpus_that_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert resolve_device("auto") == (torch.device("cuda:0"), None)
+    assert resolve_device("cuda:1") == (torch.device("cuda:1"), None)
+    assert resolve_device(["1"]) == (torch.device("cuda:1"), None)
+    device, warning = resolve_device(["0", "1"])
+    assert device == torch.device("cuda:0") and "only GPU 0" in warning
+
+
+@pytest.mark.parametrize("spec", ["cuda", "cuda:3", "mps"])
+def test_a_device_asked_for_by_name_must_be_there(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(UserError, match="asked for"):
+        resolve_device(spec)
+
+
+@pytest.mark.parametrize("spec", ["gpu", "cuda:x", [], ["a"], "tpu:0"])
+def test_unknown_devices_are_refused_with_the_choices(spec: object) -> None:
+    with pytest.raises(UserError, match="allowed"):
+        resolve_device(spec)
+
+
+def test_precision() -> None:
+    x = torch.ones(2, 2)
+    with autocast(CPU, "bf16"):
+        assert (x @ x).dtype == torch.bfloat16
+    with autocast(CPU, "fp32"):
+        assert (x @ x).dtype == torch.float32
+
+
+def test_packing_survives_json() -> None:
+    tree = {"a": [torch.arange(3), None, 0.1], "b": {"c": torch.tensor(2.5), "d": "text"}}
+    packed, tensors = pack_tensors(tree, "state")
+    assert sorted(tensors) == ["state.a.0", "state.b.c"]
+    back = unpack_tensors(json.loads(json.dumps(packed)), tensors)
+    assert torch.equal(back["a"][0], torch.arange(3)) and back["a"][1:] == [None, 0.1]
+    assert back["b"]["c"] == 2.5 and back["b"]["d"] == "text"
+
+
+def test_generators_depend_on_their_whole_key() -> None:
+    def draw(*key: int) -> float:
+        return float(torch.rand((), generator=seeded_generator(*key)))
+
+    assert draw(1, 2) == draw(1, 2)
+    assert len({draw(1, 2), draw(2, 1), draw(1, 3), draw(12)}) == 4
+
+
+def test_memory_helpers_answer() -> None:
+    assert peak_memory_mb(CPU) > 1
+    assert keep_freed_memory() in (True, False)
