@@ -56,7 +56,7 @@ def finish(logs: Path) -> dict:
 
 
 def chosen_points(moments: list[str]) -> dict[str, int]:
-    """Before any checkpoint, while one is written or renamed, between tasks, in a scan, and three at random."""
+    """Before any checkpoint, while one is written or renamed, between tasks, in a scan, and five at random."""
     task_ends = [i for i, moment in enumerate(moments) if moment == "rename"]
     points = {
         "first task": first(moments, "step", skip=3),
@@ -68,23 +68,13 @@ def chosen_points(moments: list[str]) -> dict[str, int]:
     }
     generator = random.Random(20)
     after_config = first(moments, "step")
-    return points | {f"random {i}": generator.randrange(after_config, len(moments)) for i in range(3)}
+    return points | {f"random {i}": generator.randrange(after_config, len(moments)) for i in range(5)}
 
 
-@pytest.mark.parametrize(
-    "where",
-    [
-        "first task",
-        "checkpoint files",
-        "checkpoint rename",
-        "between tasks",
-        "scan",
-        "last test",
-        "random 0",
-        "random 1",
-        "random 2",
-    ],
-)
+PLACES = ["first task", "checkpoint files", "checkpoint rename", "between tasks", "scan", "last test"]
+
+
+@pytest.mark.parametrize("where", [*PLACES, *(f"random {i}" for i in range(5))])
 def test_killed_and_resumed_is_uninterrupted(reference: tuple[dict, list[str]], where: str, tmp_path: Path) -> None:
     expected, moments = reference
     code, _ = run(command(tmp_path), die_at=chosen_points(moments)[where])
