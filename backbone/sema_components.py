@@ -45,6 +45,12 @@ class Adapter(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.scale * self.up_proj(F.relu(self.down_proj(x)))
 
+    @torch.no_grad()
+    def effect(self) -> float:
+        """||W_up W_down||_F, the size of the linear map that the hidden units gate; through r x r products only."""
+        up, down = self.up_proj.weight.double(), self.down_proj.weight.double()
+        return abs(self.scale) * math.sqrt(max(0.0, float(((up.T @ up) * (down @ down.T)).sum())))
+
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """One time scale: everything learns at the base rate."""
         return {"other": list(self.parameters())}
@@ -81,8 +87,12 @@ class NestedLoRAAdapter(nn.Module):
         return {"slow": list(self.slow.parameters()), "fast": list(self.fast.parameters())}
 
     def norms(self) -> dict[str, float]:
-        """L2 norm of all parameters of each branch: `||theta_fast||`, `||theta_slow||`."""
-        return {name: l2_norm(params) for name, params in self.parameter_groups().items()}
+        """Sizes of the branches: "fast", "slow" = ||theta||, "fast_effect", "slow_effect" = ||W_up W_down||_F.
+
+        theta holds the random down-projection, so ||theta|| hardly moves; the product is zero for a silent branch.
+        """
+        norms = {name: l2_norm(params) for name, params in self.parameter_groups().items()}
+        return norms | {f"{name}_effect": branch.effect() for name, branch in self.named_children()}
 
 
 ADAPTERS: dict[str, type[nn.Module]] = {"adaptmlp": Adapter, "nested_lora": NestedLoRAAdapter}

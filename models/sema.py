@@ -323,8 +323,11 @@ class SEMA(Learner):
         for k, norms in enumerate(nested):
             self.log.metric("norms", task=self.task, block=block, adapter=k, when="after", **norms)
         if nested:
-            shown = ", ".join(f"{n['fast']:.3f} / {n['slow']:.3f}" for n in nested)
-            logger.info(f"Task {self.task}: block {block} ||theta_fast|| / ||theta_slow|| {shown}")
+            norms = ", ".join(f"{n['fast']:.3f} / {n['slow']:.3f}" for n in nested)
+            effects = ", ".join(f"{n['fast_effect']:.3f} / {n['slow_effect']:.3f}" for n in nested)
+            logger.info(
+                f"Task {self.task}: block {block} ||theta_fast|| / ||theta_slow|| {norms}; ||W_up W_down|| {effects}"
+            )
 
     @torch.no_grad()
     def _task_tokens(self) -> dict[int, Tensor]:

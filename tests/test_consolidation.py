@@ -112,6 +112,15 @@ def train(adapter: NestedLoRAAdapter, x: Tensor) -> None:
         optimizer.step()
 
 
+def test_effect_is_the_norm_of_the_product() -> None:
+    """||W_up W_down||_F written out; exactly zero for a branch at its start, while ||theta|| is not."""
+    adapter = trained_adapter()
+    product = adapter.fast.up_proj.weight @ adapter.fast.down_proj.weight
+    assert adapter.norms()["fast_effect"] == pytest.approx(float(product.detach().norm()), rel=1e-5)
+    adapter.fast.reset()
+    assert adapter.norms()["fast_effect"] == 0.0 and adapter.norms()["fast"] > 0
+
+
 def test_norms_are_reported_before_and_after() -> None:
     adapter = trained_adapter()
     before = adapter.norms()

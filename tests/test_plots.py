@@ -24,7 +24,15 @@ def invented(tasks: int, blocks: int = 12) -> tuple[list[list[float]], list[floa
     rows = [[draw.uniform(40, 100) for _ in range(t + 1)] for t in range(tasks)]
     adapters = [{str(b): 1 + (t if b >= blocks - 3 else 0) // 3 for b in range(blocks)} for t in range(tasks)]
     norms = [
-        {"event": "norms", "task": t, "block": int(b), "adapter": a, "when": when, "fast": draw.random(), "slow": t}
+        {
+            "event": "norms",
+            "task": t,
+            "block": int(b),
+            "adapter": a,
+            "when": when,
+            "fast_effect": draw.random(),
+            "slow_effect": t,
+        }
         for t in range(tasks)
         for b, number in adapters[t].items()
         for a in range(number)
@@ -165,8 +173,8 @@ def test_growth_frames_exactly_the_blocks_that_grew():
 
 def test_norms_show_consolidation_only_where_something_changed():
     def labels(after: float) -> list[str]:
-        event = {"task": 0, "block": 3, "adapter": 0, "fast": 1.0}
-        events = [{**event, "when": "before", "slow": 2.0}, {**event, "when": "after", "slow": after}]
+        event = {"task": 0, "block": 3, "adapter": 0, "fast_effect": 1.0}
+        events = [{**event, "when": "before", "slow_effect": 2.0}, {**event, "when": "after", "slow_effect": after}]
         with mpl.rc_context(plots.STYLE):
             return [text.get_text() for text in plots.norms_figure(events, "run").legends[0].get_texts()]
 

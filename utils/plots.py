@@ -4,7 +4,7 @@
 
     figures/accuracy_matrix.png   accuracy on each task after each task, with numbers
     figures/accuracy_curves.png   accuracy over all classes seen, and over each task's, as the run goes on
-    figures/norms.png             weight norms of the fast and the slow branch in each block (where a run logs them)
+    figures/norms.png             what the fast and the slow branch add in each block (where a run logs them)
     figures/growth.png            number of adapters in each block
 
 An unfinished run is drawn as far as it got. Colours can be told apart by colour-blind readers and in print.
@@ -163,16 +163,17 @@ def accuracy_curves_figure(rows: Sequence[Sequence[float]], totals: Sequence[flo
 
 
 def norms_figure(events: Sequence[Mapping[str, Any]], subtitle: str) -> Figure:
-    """Weight norms of the fast and slow branch over tasks, a panel for each block, a line for each adapter.
+    """Size of what the fast and slow branch add, over tasks: a panel for each block, a line for each adapter.
 
-    events: `norms` events with task, block, adapter, when ("before" or "after" consolidation), fast, slow.
+    events: `norms` events with task, block, adapter, when ("before" or "after" consolidation), fast_effect and
+    slow_effect, the Frobenius norm of W_up W_down.
     Where a branch changed at the task's end, the line goes from the filled to the hollow marker.
     """
     blocks = sorted({event["block"] for event in events})
     tasks = 1 + max(event["task"] for event in events)
     columns = min(4, len(blocks)) if len(blocks) not in (5, 6, 9) else 3
     lines = math.ceil(len(blocks) / columns)
-    title = "Fast and slow branches: Euclidean norm of the weights"
+    title = "Fast and slow branches: size of what each adds, ||W_up W_down||"
     figure = _figure(max(NARROWEST, 2.6 * columns), 1.5 + 1.95 * lines, title, subtitle)
     grid = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
     consolidated = False
@@ -264,7 +265,7 @@ def _draw_norms(axes: Axes, events: Sequence[Mapping[str, Any]], marker_size: fl
         for branch, colour, marker, aside in (("slow", BLUE, "s", -0.1), ("fast", VERMILLION, "o", 0.1)):
             points = []  # (x, norm, is it after a change?); the branches stand a little apart
             for task, moments in sorted(histories[adapter].items()):
-                first, *rest = (moments[when][branch] for when in ("before", "after") if when in moments)
+                first, *rest = (moments[when][f"{branch}_effect"] for when in ("before", "after") if when in moments)
                 points.append((task + aside, first, False))
                 points += [(task + aside, value, True) for value in rest if value != first]
             x, y, after = zip(*points, strict=True)
