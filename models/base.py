@@ -173,9 +173,9 @@ class Learner(ABC):
             digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()
 
+    @abstractmethod
     def summary(self) -> dict[str, Any]:
-        """What the task record says of the model: adapters per block, parameter counts."""
-        return {}
+        """What the task record says of the model: "adapters" {block: number} and "parameters" {part: number}."""
 
     # --- a task -----------------------------------------------------------------------------------------------------
 
