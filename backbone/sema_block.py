@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from backbone.consolidation import Consolidation, ConsolidationReport, consolidate
 from backbone.sema_components import ADAPTERS, AE, NestedLoRAAdapter, Records
@@ -28,6 +29,7 @@ class AdapterSpec:
         scale: factor on every adapter's output.
         rd_dim: hidden units of the representation descriptor.
         buffer_size: how many reconstruction errors its records keep.
+        stacked: compute the adapters of a block as one matrix product pair; False computes one after the other.
     """
 
     width: int
@@ -36,6 +38,7 @@ class AdapterSpec:
     scale: float = 1.0
     rd_dim: int = 128
     buffer_size: int = 500
+    stacked: bool = True
 
 
 class AdapterModule(nn.Module):
@@ -77,7 +80,30 @@ class SEMAModules(nn.Module):
         if not self.growable:
             return self.adapters[0](x)
         weights = self.mixing_weights(x.mean(dim=1)).to(x.dtype)
+        return self.mix_stacked(x, weights) if self.spec.stacked else self.mix_one_by_one(x, weights)
+
+    def mix_one_by_one(self, x: Tensor, weights: Tensor) -> Tensor:
+        """sum_k w_k A_k(x), an adapter at a time: the reference. x (B, N, d), weights (B, K)."""
         return sum(weights[:, k, None, None] * adapter(x) for k, adapter in enumerate(self.adapters))
+
+    def mix_stacked(self, x: Tensor, weights: Tensor) -> Tensor:
+        """The same sum from one pair of matrix products over the hidden units of all adapters.
+
+        The weights multiply the hidden units, (B, 1, R + K), not the outputs; one unit more an adapter is always 1 and
+        carries its output bias.
+        """
+        parts = [adapter.functional.factors() for adapter in self.adapters]
+        if len(parts) == 1:  # its softmax is 1
+            return parts[0].apply(x)
+        count, width = len(parts), x.shape[-1]
+        down = torch.cat([*(part.down for part in parts), x.new_zeros(count, width)])  # (R + K, d)
+        down_bias = torch.cat([*(part.down_bias for part in parts), x.new_ones(count)])
+        up = torch.cat([*(part.up for part in parts), torch.stack([part.up_bias for part in parts], 1)], 1)
+        owner = torch.tensor(
+            [k for k, part in enumerate(parts) for _ in part.down_bias] + list(range(count)), device=x.device
+        )
+        hidden = F.relu(F.linear(x, down, down_bias))  # (B, N, R + K)
+        return F.linear(hidden * weights[:, None, owner].to(hidden.dtype), up)
 
     def mixing_weights(self, token_mean: Tensor) -> Tensor:
         """softmax over the adapters of the router's logits; (B, d) -> (B, K), rows sum to 1."""
@@ -191,6 +217,10 @@ class SEMAModules(nn.Module):
     def router_parameters(self) -> list[nn.Parameter]:
         """The parameters of the router and of a row not merged yet."""
         return [p for router in (self.router, self.new_router) if router is not None for p in router.parameters()]
+
+    def is_learning(self) -> bool:
+        """Whether anything on the functional side learns now."""
+        return any(p.requires_grad for parameters in self.parameter_groups().values() for p in parameters)
 
     def descriptor_parameters(self) -> list[nn.Parameter]:
         """The parameters of all descriptors."""

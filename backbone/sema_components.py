@@ -10,10 +10,27 @@ Sources: SEMA (Wang et al., CVPR 2025), AdaptFormer (Chen et al., NeurIPS 2022),
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+
+class Factors(NamedTuple):
+    """An adapter as one bottleneck  x -> up relu(down x + down_bias) + up_bias  of R hidden units, scale folded in.
+
+    Shapes: down (R, d), down_bias (R,), up (d, R), up_bias (d,).
+    """
+
+    down: Tensor
+    down_bias: Tensor
+    up: Tensor
+    up_bias: Tensor
+
+    def apply(self, x: Tensor) -> Tensor:
+        """The function itself, (..., d) -> (..., d)."""
+        return F.linear(F.relu(F.linear(x, self.down, self.down_bias)), self.up, self.up_bias)
 
 
 class Adapter(nn.Module):
@@ -43,7 +60,12 @@ class Adapter(nn.Module):
             nn.init.zeros_(tensor)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.scale * self.up_proj(F.relu(self.down_proj(x)))
+        return self.factors().apply(x)
+
+    def factors(self) -> Factors:
+        """The same function as one bottleneck of r units, for mixtures that stack their adapters."""
+        down, up = self.down_proj, self.up_proj
+        return Factors(down.weight, down.bias, *scaled(self.scale, up.weight, up.bias))
 
     @torch.no_grad()
     def effect(self) -> float:
@@ -76,11 +98,17 @@ class NestedLoRAAdapter(nn.Module):
         self.fast = Adapter(width, bottleneck, scale)
 
     def forward(self, x: Tensor) -> Tensor:
-        (slow_down, slow_up), (fast_down, fast_up) = ((b.down_proj, b.up_proj) for b in (self.slow, self.fast))
-        down = torch.cat([slow_down.weight, fast_down.weight])  # (2r, d)
-        up = torch.cat([slow_up.weight, fast_up.weight], dim=1)  # (d, 2r)
-        hidden = F.relu(F.linear(x, down, torch.cat([slow_down.bias, fast_down.bias])))
-        return self.scale * F.linear(hidden, up, slow_up.bias + fast_up.bias)
+        return self.factors().apply(x)
+
+    def factors(self) -> Factors:
+        """Both branches as one bottleneck of 2r units: those of slow first."""
+        slow, fast = self.slow.factors(), self.fast.factors()
+        return Factors(
+            torch.cat([slow.down, fast.down]),
+            torch.cat([slow.down_bias, fast.down_bias]),
+            torch.cat([slow.up, fast.up], dim=1),
+            slow.up_bias + fast.up_bias,
+        )
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """The two time scales, each tensor in exactly one."""
@@ -162,6 +190,11 @@ class Records(nn.Module):
         if len(self) <= 2:
             return torch.zeros_like(errors)
         return ((errors.double() - self.mean) / self.stddev).abs().to(errors.dtype)
+
+
+def scaled(scale: float, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors times the scale; themselves when it is 1."""
+    return tensors if scale == 1.0 else tuple(scale * tensor for tensor in tensors)
 
 
 def l2_norm(tensors: list[nn.Parameter]) -> float:

@@ -14,6 +14,7 @@ only.
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
+import torch
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
@@ -58,8 +59,51 @@ class SEMAVisionTransformer(nn.Module):
             vit.blocks[i] = SEMABlock(block, modules)
         self.vit = vit.eval()
 
-    def forward(self, images: Tensor) -> Tensor:
-        return self.vit(images)
+    def forward(self, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
+        """Run the blocks start .. stop - 1; by default all of them, from images to features.
+
+        A depth says what a tensor is: 0 is images (B, 3, S, S), k the tokens that enter block k (B, N, d), and
+        `self.depth` the features (B, d), class token after the final norm. x has depth `start`, the result `stop`.
+        """
+        stop = self.depth if stop is None else stop
+        if not 0 <= start <= stop <= self.depth:
+            raise ValueError(f"blocks {start} to {stop}: depths lie in order between 0 and {self.depth}")
+        if start == stop:
+            return x
+        if start == 0:
+            x = self.embed(x)
+        for block in self.vit.blocks[start:stop]:
+            x = block(x)
+        return self.vit.forward_head(self.vit.norm(x)) if stop == self.depth else x
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Patches, class and register tokens and positions, (B, 3, S, S) -> (B, N, d): what enters block 0."""
+        vit = self.vit
+        return vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(images))))
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks."""
+        return len(self.vit.blocks)
+
+    def fixed_depth(self) -> int:
+        """Depth up to which nothing will change again: the first block that may grow or has a learning adapter."""
+        changing = (b for b, modules in self.modules_by_block.items() if modules.growable or modules.is_learning())
+        return next(changing, self.depth)
+
+    def learning_depth(self) -> int:
+        """Depth up to which nothing learns now: the first block with a learning adapter or router, else `depth`."""
+        return next((b for b, modules in self.modules_by_block.items() if modules.is_learning()), self.depth)
+
+    def tensors_below(self, depth: int) -> dict[str, Tensor]:
+        """The adapters' tensors that shape what enters block `depth`; none where no block below it holds adapters."""
+        below = {block: modules for block, modules in self.modules_by_block.items() if block < depth}
+        return {
+            f"{block}.{name}.{i}": tensor
+            for block, modules in below.items()
+            for name, tensors in modules.parameter_groups().items()
+            for i, tensor in enumerate(tensors)
+        }
 
     def train(self, mode: bool = True) -> "SEMAVisionTransformer":
         """The frozen transformer stays in evaluation mode; adapters have no mode of their own."""
@@ -100,6 +144,16 @@ class SEMAVisionTransformer(nn.Module):
     def adapters_per_block(self) -> dict[int, int]:
         """How many adapters each adapted block holds."""
         return {block: len(modules.adapters) for block, modules in self.modules_by_block.items()}
+
+    @torch.no_grad()
+    def token_means(self, x: Tensor, start: int, blocks: Iterable[int]) -> dict[int, Tensor]:
+        """What routers and descriptors of the blocks read when x has depth `start`: {block: (B, d)}, float32.
+
+        Runs no further than the deepest of the blocks.
+        """
+        with self.capture_inputs(blocks, token_mean) as means:
+            self(x, start, max(blocks) + 1)
+        return means
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """All functional parameters by time scale (adapters and routers, frozen ones included)."""

@@ -39,6 +39,33 @@ def test_output_is_the_router_weighted_sum() -> None:
     torch.testing.assert_close(block(x), expected)
 
 
+@pytest.mark.parametrize("adapters", [1, 2, 5])
+@pytest.mark.parametrize("kind", ["adaptmlp", "nested_lora"])
+def test_stacked_adapters_are_the_sum_one_by_one(kind: str, adapters: int) -> None:
+    """Output and every gradient, with frozen and learning adapters, biases and a scale that is not 1."""
+    torch.manual_seed(3)
+    block = SEMAModules(AdapterSpec(width=12, kind=kind, bottleneck=3, scale=0.7), block=3, growable=True)
+    for _ in range(adapters - 1):
+        block.freeze_functional()
+        block.grow()
+    disturb(block)
+    learning = [p for group in block.parameter_groups().values() for p in group if p.requires_grad]
+    results = []
+    for mix in (block.mix_stacked, block.mix_one_by_one):
+        x = tokens().requires_grad_(True)
+        out = mix(x, block.mixing_weights(x.mean(dim=1)))
+        results.append((out, *torch.autograd.grad(out.square().sum(), [x, *learning], allow_unused=True)))
+    for stacked, single in zip(*results, strict=True):
+        if adapters > 1 or stacked is not None:  # the router of a single adapter decides nothing
+            torch.testing.assert_close(stacked, single)
+
+
+def test_the_reference_mixes_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    block = SEMAModules(AdapterSpec(width=12, kind="adaptmlp", bottleneck=3, stacked=False), block=3, growable=True)
+    monkeypatch.setattr(block, "mix_stacked", None)
+    assert block(tokens()).shape == tokens().shape
+
+
 def test_merging_the_router_keeps_the_function_and_freezing_keeps_it_still() -> None:
     block = modules()
     block.end_of_task_training()

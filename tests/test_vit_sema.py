@@ -50,6 +50,43 @@ def test_untrained_adapters_give_timms_output_bit_for_bit(name: str, kind: str) 
             assert torch.equal(network(x), plain_vit(name)(x))
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_running_in_stretches_is_running_at_once(name: str) -> None:
+    """Images to block k to block j to features, bit for bit; a stretch of nothing returns what it was given."""
+    network, x = wrapped(name), images(name)
+    with torch.no_grad():
+        for parameter in network.modules_by_block[1].adapters[0].parameters():
+            parameter.add_(0.1)
+        whole = network(x)
+        for middle in (1, 2):
+            tokens = network(x, 0, middle)
+            assert torch.equal(network(network(tokens, middle, 2), 2), whole)
+        assert network(whole, network.depth) is whole
+    with pytest.raises(ValueError, match="between 0 and 3"):
+        network(x, 2, 1)
+
+
+def test_depths_follow_what_may_change_and_what_learns() -> None:
+    network = wrapped("vit_small_patch16_224")  # adapters in blocks 0 to 2, of which 1 and 2 may grow
+    assert (network.fixed_depth(), network.learning_depth()) == (0, 0)
+    for modules in network.modules_by_block.values():
+        modules.end_of_task_training()
+    assert (network.fixed_depth(), network.learning_depth()) == (1, 3)
+    network.modules_by_block[2].grow()
+    assert (network.fixed_depth(), network.learning_depth()) == (1, 2)
+    assert {name.split(".")[0] for name in network.tensors_below(2)} == {"0", "1"}
+    assert network.tensors_below(0) == {}
+
+
+def test_token_means_stop_at_the_deepest_block_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = wrapped("vit_small_patch16_224")
+    x = images("vit_small_patch16_224")
+    with torch.no_grad(), network.capture_inputs((1,), token_mean) as expected:
+        network(x)
+    monkeypatch.setattr(network.vit.blocks[2], "forward", None)
+    torch.testing.assert_close(network.token_means(x, 0, [1]), expected)
+
+
 def test_a_trained_adapter_changes_the_output() -> None:
     """The test above can fail: one non-zero up-projection and the features move."""
     network = wrapped("vit_small_patch16_224")
