@@ -106,7 +106,7 @@ def report_checkpoint(checkpoint: Path) -> None:
     check_identity(checkpoint, state, parts)
     learner = make_learner(parts, log=None)
     learner.load_state(state["learner"], tensors)
-    correct, total = Evaluator(learner, parts.data, config.eval_batch_size)(learner.task)
+    correct, total = Evaluator(learner, parts.data)(learner.task)
 
     print(f"{checkpoint}: accuracy (%) on the test images of each task seen, class-incremental")
     for task, (right, images) in enumerate(zip(correct, total, strict=True)):

@@ -14,8 +14,9 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -25,25 +26,27 @@ import safetensors
 import timm
 import torch
 import torchvision
-from torch import Tensor
-from tqdm import tqdm
+from utils.distributed import World, backend_for, local_device, process_group, world_from_environment
+from utils.tensor_cache import TensorCache
+from utils.views import ViewSpec
 
 from models import LEARNERS, SCHEMAS
 from models.base import Interrupted, Learner
 from utils.checkpoint import checkpoint_name, latest_checkpoint, load_checkpoint, save_checkpoint
 from utils.config import RunConfig, config_from_dict
-from utils.data import dataset_slug, load_dataset, test_transform, train_transform
+from utils.data import dataset_slug, load_dataset
 from utils.data_manager import DataManager
 from utils.errors import UserError
 from utils.factory import Backbone, create_backbone
 from utils.metrics import AccuracyMatrix, accuracy_table, seeds_table, summary_table
 from utils.plots import draw_figures
-from utils.run_log import RunLog, run_folder
-from utils.toolkit import peak_memory_mb, resolve_device
+from utils.run_log import RunLog, SilentLog, run_folder
+from utils.toolkit import out_of_memory_advice, peak_memory_mb, resolve_device, resolve_precision
 
 logger = logging.getLogger("nested_lora")
 
 CHECKPOINTS = "checkpoints"
+ALONE = World()
 
 
 @dataclass(frozen=True)
@@ -55,8 +58,9 @@ class Parts:
     data: DataManager
     backbone: Backbone
     device: torch.device
-    device_warning: str | None
-    data_sha256: str
+    warnings: list[str]
+    cache: TensorCache
+    world: World
 
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must share with a run to belong to it."""
@@ -64,12 +68,14 @@ class Parts:
             "model_name": self.config.model_name,
             "seed": self.seed,
             "weights_sha256": self.backbone.sha256,
-            "data_sha256": self.data_sha256,
+            "data_sha256": self.data.dataset.sha256,
             "class_order": list(self.data.class_order),
         }
 
 
-def train(config: RunConfig, *, overwrite: bool = False, notes: Sequence[str] = ()) -> list[dict[str, Any]]:
+def train(
+    config: RunConfig, *, overwrite: bool = False, notes: Sequence[str] = (), world: World = ALONE
+) -> list[dict[str, Any]]:
     """Run every seed of the configuration, each in its own folder; returns their results.
 
     Raises:
@@ -78,19 +84,8 @@ def train(config: RunConfig, *, overwrite: bool = False, notes: Sequence[str] = 
     """
     results = []
     for seed in config.seed:
-        parts = assemble(config, seed)
-        folder = run_folder(
-            config.logs_root,
-            config.model_name,
-            dataset_slug(config.dataset),
-            config.init_cls,
-            config.increment,
-            config.prefix,
-            seed,
-            config.backbone_type,
-        )
-        resolved = config.model_dump(mode="json") | {"seed": [seed]}
-        with RunLog.create(folder, config=resolved, overwrite=overwrite) as log:
+        parts = assemble(config, seed, world)
+        with open_log(parts, overwrite) as log:
             for note in notes:
                 logger.info(note)
             results.append(Run(parts, log).to_the_end())
@@ -99,7 +94,28 @@ def train(config: RunConfig, *, overwrite: bool = False, notes: Sequence[str] = 
     return results
 
 
-def resume(folder: Path) -> list[dict[str, Any]]:
+def open_log(parts: Parts, overwrite: bool) -> RunLog:
+    """A new run's record: written by the first rank, the others keep none."""
+    config, world = parts.config, parts.world
+    folder = run_folder(
+        config.logs_root,
+        config.model_name,
+        dataset_slug(config.dataset),
+        config.init_cls,
+        config.increment,
+        config.prefix,
+        parts.seed,
+        config.backbone_type,
+    )
+    if not world.is_main:
+        return SilentLog(Path(world.broadcast_text(None)))
+    resolved = config.model_dump(mode="json") | {"seed": [parts.seed]}
+    log = RunLog.create(folder, config=resolved, overwrite=overwrite)
+    world.broadcast_text(str(log.folder))
+    return log
+
+
+def resume(folder: Path, world: World = ALONE) -> list[dict[str, Any]]:
     """Go on with the run in a folder from its last checkpoint, or from its start where there is none.
 
     Raises:
@@ -109,12 +125,14 @@ def resume(folder: Path) -> list[dict[str, Any]]:
     config = read_config(folder)
     if (folder / "result.json").exists():
         raise UserError(f"{folder} is finished: its result.json is there; read it, or run its config.json again")
-    parts = assemble(config, config.seed[0])
+    parts = assemble(config, config.seed[0], world)
     checkpoint = latest_checkpoint(folder / CHECKPOINTS)
     tensors, state = load_checkpoint(checkpoint) if checkpoint else ({}, None)
     if state is not None:
         check_identity(checkpoint, state, parts)
-    with RunLog.reopen(folder, state["metrics_bytes"] if state else 0) as log:
+    world.barrier()  # everyone has read what the record says before it is cut
+    written = state["metrics_bytes"] if state else 0
+    with RunLog.reopen(folder, written) if world.is_main else SilentLog(folder) as log:
         logger.info(f"Resuming {folder} from {checkpoint.name if checkpoint else 'its start'}")
         run = Run(parts, log)
         if state is not None:
@@ -155,14 +173,19 @@ def check_identity(checkpoint: Path, state: dict[str, Any], parts: Parts) -> Non
             )
 
 
-def assemble(config: RunConfig, seed: int) -> Parts:
+def assemble(config: RunConfig, seed: int, world: World = ALONE) -> Parts:
     """Data, backbone and device of a run; seeds the global generator that initialises adapters.
 
     Raises:
         UserError: data or weights cannot be had, or the device is absent.
     """
     device, device_warning = resolve_device(config.device)
-    dataset = load_dataset(config.dataset, config.data_root)
+    device = local_device(device, world)
+    precision, precision_warning = resolve_precision(config.precision, device)
+    config = config.model_copy(update={"precision": precision})
+    cache = TensorCache(config.cache_root, config.cache_gb)
+    decoded = Path(config.cache_root) / "images" if cache.enabled else None
+    dataset = load_dataset(config.dataset, config.data_root, decode_to=decoded)
     backbone = create_backbone(
         config.backbone_type,
         weights=config.weights,
@@ -170,6 +193,7 @@ def assemble(config: RunConfig, seed: int) -> Parts:
         image_size=config.image_size,
     )
     norm = (backbone.mean, backbone.std) if config.input_normalization == "weights" else (None, None)
+    size = backbone.image_size
     data = DataManager(
         dataset,
         seed=seed,
@@ -179,13 +203,30 @@ def assemble(config: RunConfig, seed: int) -> Parts:
         max_tasks=config.max_tasks,
         max_train_per_class=config.max_train_per_class,
         max_test_per_class=config.max_test_per_class,
-        train_transform=train_transform(backbone.image_size, config.augmentation, *norm),
-        test_transform=test_transform(backbone.image_size, *norm),
+        train_view=ViewSpec(size, config.augmentation, *norm),
+        test_view=ViewSpec(size, "none", *norm),
         num_workers=default_workers(device) if config.num_workers is None else config.num_workers,
+        rank=world.rank,
+        world_size=world.size,
     )
     torch.manual_seed(seed)
     torch.backends.cudnn.benchmark = False
-    return Parts(config, seed, data, backbone, device, device_warning, dataset.sha256)
+    warnings = [warning for warning in (device_warning, precision_warning) if warning]
+    return Parts(config, seed, data, backbone, device, warnings, cache, world)
+
+
+@contextmanager
+def joined_world(config: RunConfig) -> Iterator[World]:
+    """The processes that torchrun started, joined to train together while the context is open; else this one alone.
+
+    Raises:
+        UserError: the machine has fewer devices than processes, or torchrun's environment is not whole.
+    """
+    world = world_from_environment()
+    device = local_device(resolve_device(config.device)[0], world)
+    world = replace(world, device=device)
+    with process_group(world, backend_for(device)):
+        yield world
 
 
 class Run:
@@ -195,7 +236,7 @@ class Run:
         self.parts, self.config, self.data, self.log = parts, parts.config, parts.data, log
         self.stop = StopRequest()
         self.learner = make_learner(parts, log, lambda: self.stop.requested)
-        self.evaluate = Evaluator(self.learner, self.data, self.config.eval_batch_size, self.stop)
+        self.evaluate = Evaluator(self.learner, self.data)
         self.matrix = AccuracyMatrix()
         self.seconds_before = 0.0  # of earlier processes, and of finished tasks of this one
         self.started = time.perf_counter()
@@ -205,8 +246,8 @@ class Run:
         parts = self.parts
         self.log.manifest(manifest(parts))
         logger.info(f"Run folder: {self.log.folder}")
-        if parts.device_warning:
-            logger.warning(parts.device_warning)
+        for warning in parts.warnings:
+            logger.warning(warning)
         logger.info(
             f"Backbone {parts.backbone.tag}, {parts.backbone.image_size} px, on {parts.device}; seed {parts.seed}"
         )
@@ -225,10 +266,14 @@ class Run:
             classes = self.data.task_classes(task)
             logger.info(f"Learning on {classes.start}-{classes.stop} (task {task} of {self.data.nb_tasks})")
             self.learner.begin_task(task)
-        self.learner.train_task()
-        self.matrix.add(*self.evaluate(task))
+        with out_of_memory_advice(self.config.batch_size, self.config.grad_accumulation, self.config.eval_batch_size):
+            self.learner.train_task()
+            self.matrix.add(*self.evaluate(task))
+        self.parts.world.check_same(f"the model after task {task}", self.learner.fingerprint())
         self.record_task(task)
         self.save(checkpoint_name(task))
+        if not self.parts.world.is_main:
+            return
         for left in (self.log.folder / CHECKPOINTS).glob(f"{checkpoint_name(task)}_step_*"):
             shutil.rmtree(left)
 
@@ -267,6 +312,9 @@ class Run:
             "weights": {"tag": self.parts.backbone.tag, "note": self.parts.backbone.note},
             "cost": {"seconds": self.seconds, "peak_memory_mb": peak_memory_mb(self.parts.device)},
         }
+        self.learner.close_run()
+        if not self.parts.world.is_main:
+            return result
         self.log.result(result)
         draw_figures(self.log.folder)
         logger.info("\n" + accuracy_table(self.matrix))
@@ -285,6 +333,9 @@ class Run:
 
     def save(self, name: str) -> Path:
         """Write a checkpoint of everything a resumed run needs."""
+        folder = self.log.folder / CHECKPOINTS / name
+        if not self.parts.world.is_main:
+            return folder
         learner, tensors = self.learner.state()
         state = {
             "run": self.parts.identity(),
@@ -293,7 +344,6 @@ class Run:
             "metrics_bytes": self.log.metrics_bytes,
             "seconds": self.seconds,
         }
-        folder = self.log.folder / CHECKPOINTS / name
         save_checkpoint(folder, tensors, state)
         return folder
 
@@ -319,54 +369,42 @@ def make_learner(parts: Parts, log: RunLog | None, stop_requested: Callable[[], 
         seed=parts.seed,
         device=parts.device,
         log=log,
+        cache=parts.cache,
+        world=parts.world,
         stop_requested=stop_requested,
     )
 
 
 class Evaluator:
-    """Test accuracy of a learner on every task seen: class-incremental, no task label given.
+    """Test accuracy of a learner on every task seen: class-incremental, no task label given."""
 
-    Features of a task's test images are kept as long as the learner's `features_key` is the same, so that what has not
-    changed is not computed again; batches never mix tasks, so kept and new features agree bit for bit.
-    """
-
-    def __init__(self, learner: Learner, data: DataManager, batch_size: int, stop: "StopRequest | None" = None) -> None:
-        self.learner, self.data, self.batch_size, self.stop = learner, data, batch_size, stop
-        self._kept: dict[int, tuple[str, Tensor, Tensor]] = {}  # task -> (features key, features, targets)
+    def __init__(self, learner: Learner, data: DataManager) -> None:
+        self.learner, self.data = learner, data
 
     @torch.no_grad()
     def __call__(self, task: int) -> tuple[list[int], list[int]]:
         """Images classified right and images in all, for every task up to `task`."""
-        key, correct, total = self.learner.features_key(), [], []
+        correct, total = [], []
         for k in range(task + 1):
-            if k not in self._kept or self._kept[k][0] != key:
-                self._kept[k] = (key, *self._features(k))
-            _, features, targets = self._kept[k]
+            targets = self.data.targets(self.data.indices(self.data.task_classes(k), "test"), "test")
+            features = self.learner.test_features(k).to(self.learner.device)
             predictions = self.learner.classify(features).argmax(dim=1).cpu()
             correct.append(int((predictions == targets).sum()))
             total.append(len(targets))
         return correct, total
 
-    def _features(self, task: int) -> tuple[Tensor, Tensor]:
-        """Features and targets of one task's test images."""
-        features, labels = [], []
-        classes = self.data.task_classes(task)
-        batches = self.data.batches(classes, source="test", mode="test", batch_size=self.batch_size)
-        for images, targets in tqdm(batches, desc=f"Test images of task {task}", unit="batch", leave=False):
-            if self.stop is not None and self.stop.requested:
-                raise Interrupted
-            features.append(self.learner.features(images.to(self.learner.device)))
-            labels.append(targets)
-        return torch.cat(features), torch.cat(labels)
-
 
 class StopRequest:
-    """Turns Ctrl-C and SIGTERM into a request that training honours between two steps; a second one stops at once."""
+    """Turns Ctrl-C and SIGTERM into a request that training honours between two steps; a second one stops at once.
+
+    Signals less than a second apart are one: torchrun passes on to its processes what the terminal sent them already.
+    """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
     def __init__(self) -> None:
         self.requested = False
+        self._since = 0.0
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
@@ -380,8 +418,10 @@ class StopRequest:
 
     def _request(self, number: int, frame: FrameType | None) -> None:
         if self.requested:
-            raise KeyboardInterrupt
-        self.requested = True
+            if time.monotonic() - self._since > 1:
+                raise KeyboardInterrupt
+            return
+        self.requested, self._since = True, time.monotonic()
         logger.warning("Stopping after this step and saving; once more stops at once without saving")
 
 
@@ -401,12 +441,14 @@ def manifest(parts: Parts) -> dict[str, Any]:
         "seed": parts.seed,
         "weights": {"tag": backbone.tag, "sha256": backbone.sha256, "note": backbone.note},
         "image_size": backbone.image_size,
-        "data": {"name": parts.config.dataset, "sha256": parts.data_sha256},
+        "data": {"name": parts.config.dataset, "sha256": parts.data.dataset.sha256},
         "class_order": list(parts.data.class_order),
         "device": torch.cuda.get_device_name(device)
         if device.type == "cuda"
         else f"{device.type} ({platform.machine()})",
+        "precision": parts.config.precision,
         "threads": torch.get_num_threads(),
+        "processes": parts.world.size,
     }
 
 

@@ -8,16 +8,17 @@ A phase (`Phase`) names its epochs, batches, loss and optimizer; `Learner.run_ph
 stops cleanly between two steps when asked to. Everything that a resumed run needs is in `Learner.state`.
 """
 
-import hashlib
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
+from utils.distributed import World
+from utils.tensor_cache import TensorCache
 
 from utils.config import RunConfig
 from utils.data_manager import DataManager
@@ -25,7 +26,7 @@ from utils.errors import UserError
 from utils.factory import Backbone
 from utils.optim import GroupedOptimizer
 from utils.run_log import RunLog
-from utils.toolkit import autocast, pack_tensors, unpack_tensors
+from utils.toolkit import autocast, pack_tensors, sha256_of, unpack_tensors
 
 logger = logging.getLogger("nested_lora")
 
@@ -53,7 +54,10 @@ class Phase:
         optimizer: the groups that learn.
         batches: (epoch, start) -> the epoch's batches from number `start` on; the same for the same arguments.
         steps_per_epoch: number of batches when start = 0.
-        observe: one batch -> loss; a method's own mathematics.
+        observe: one batch, or a part of one -> loss; a method's own mathematics.
+        parts: cuts a batch into parts that are worked on one after the other; an empty batch has none.
+        replicated: every rank sees whole batches, so that gradients are equal already and not summed over ranks.
+        classifies: whether results say how many samples were classified right.
         block: the block that grew, when the phase is about one.
         before_step: called with the number of the coming step (from 1), gradients in place.
         after_step: called with the number of the step just taken and what moved in it.
@@ -65,6 +69,9 @@ class Phase:
     batches: Callable[[int, int], Iterable[Any]]
     steps_per_epoch: int
     observe: Callable[[Any], StepResult]
+    parts: Callable[[Any], list[Any]] = lambda batch: [batch]
+    replicated: bool = False
+    classifies: bool = True
     block: int | None = None
     before_step: Callable[[int], None] | None = None
     after_step: Callable[[int, dict[str, bool]], None] | None = None
@@ -103,7 +110,9 @@ class Learner(ABC):
         seed: seeds data order and initialisation.
         device: where to compute.
         log: the run's record.
-        stop_requested: asked between two steps; True makes `train_task` raise `Interrupted`.
+        cache: where what is computed once may be kept.
+        world: this process among those that train together.
+        stop_requested: asked between two steps; True on any rank makes `train_task` raise `Interrupted` on all.
     """
 
     Config: ClassVar[type[RunConfig]]
@@ -117,10 +126,12 @@ class Learner(ABC):
         seed: int,
         device: torch.device,
         log: RunLog,
+        cache: TensorCache,
+        world: World,
         stop_requested: Callable[[], bool] = lambda: False,
     ) -> None:
         self.config, self.data, self.seed, self.device, self.log = config, data, seed, device, log
-        self.stop_requested = stop_requested
+        self.cache, self.world, self._stop_requested = cache, world, stop_requested
         self.task = -1
         self.progress = Progress()
         self._open_phase: dict[str, Any] | None = None  # position and optimizer of a phase that was interrupted
@@ -150,10 +161,6 @@ class Learner(ABC):
         """Logits over all classes seen, (B, d) -> (B, C)."""
 
     @abstractmethod
-    def feature_tensors(self) -> dict[str, Tensor]:
-        """The learned tensors that `features` depends on: as long as they are the same, so are the features."""
-
-    @abstractmethod
     def structure(self) -> dict[str, Any]:
         """What `rebuild` needs to give fresh modules the shape of these (JSON)."""
 
@@ -165,17 +172,36 @@ class Learner(ABC):
     def checkpoint_tensors(self) -> dict[str, Tensor]:
         """The tensors that training has made: parameters and buffers without the frozen backbone."""
 
-    def features_key(self) -> str:
-        """SHA-256 of `feature_tensors`: features computed under one key are valid wherever it is the same."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.feature_tensors().items()):
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()
-
     @abstractmethod
     def summary(self) -> dict[str, Any]:
         """What the task record says of the model: "adapters" {block: number} and "parameters" {part: number}."""
+
+    # --- what a method may do otherwise -----------------------------------------------------------------------------
+
+    def test_features(self, task: int) -> Tensor:
+        """`features` of all test images of a task in stored order, (n, d), the same on every rank."""
+        batches = self.data.batches(
+            self.data.task_classes(task), source="test", mode="test", batch_size=self.config.eval_batch_size
+        )
+        left, parts = self.data.count(self.data.task_classes(task), "test"), []
+        for images, _ in tqdm(batches, desc=f"Test images of task {task}", unit="batch", leave=False):
+            if self.stopping():
+                raise Interrupted
+            total = min(self.config.eval_batch_size, left)
+            parts.append(self.world.gather_rows(self.features(images.to(self.device)), total))
+            left -= total
+        return torch.cat(parts)
+
+    def costs(self, build: Callable[[Mapping[str, Any]], "Learner"]) -> Any:
+        """What there is to measure about the method (`utils/benchmark.py`): see `models/sema_costs.py`.
+
+        Raises:
+            UserError: the method names nothing.
+        """
+        raise UserError(f"model_name = {self.config.model_name!r}: this method names no costs to measure")
+
+    def close_run(self) -> None:  # noqa: B027 - most methods keep nothing
+        """The run is over: remove what only it needs."""
 
     # --- a task -----------------------------------------------------------------------------------------------------
 
@@ -207,20 +233,29 @@ class Learner(ABC):
         with tqdm(total=total, initial=done, desc=where, unit="step", leave=False) as bar:
             while position.epoch < phase.epochs:
                 for batch in phase.batches(position.epoch, position.step):
-                    if self.stop_requested():
+                    if self.stopping():
                         self._open_phase = {"position": asdict(position), "optimizer": phase.optimizer.state()}
                         raise Interrupted
-                    self._take_step(phase, position, batch)
+                    self.take_step(phase, position, batch)
                     bar.update()
                 position = self._end_epoch(phase, position)
                 bar.set_postfix_str(f"epoch {position.epoch}/{phase.epochs}")
         self.progress.phases += 1
 
-    def _take_step(self, phase: Phase, position: Position, batch: Any) -> None:
-        """Forward, backward, one optimizer step; sums for the epoch line."""
-        result = phase.observe(batch)
+    def take_step(self, phase: Phase, position: Position, batch: Any) -> None:
+        """Forward, backward, one optimizer step; sums for the epoch line.
+
+        The gradient is that of the mean loss over all samples of the batch, in whatever parts and on however many
+        ranks: gradients of summed losses are added up, then divided by the number of samples.
+        """
         phase.optimizer.zero_grad()
-        result.loss.backward()
+        results = []
+        for part in phase.parts(batch):
+            result = phase.observe(part)
+            (result.loss * result.samples).backward()
+            results.append(result)
+        loss, samples, correct = self._totals(phase, results)
+        phase.optimizer.divide_gradients(samples)
         step = phase.optimizer.steps + 1
         if phase.before_step is not None:
             phase.before_step(step)
@@ -229,15 +264,29 @@ class Learner(ABC):
             phase.after_step(step, moved)
         position.step += 1
         self.progress.steps += 1
-        position.loss += float(result.loss.detach())
-        position.samples += result.samples
-        if result.correct is not None:
-            position.correct = (position.correct or 0) + int(result.correct)
+        position.loss += loss / samples
+        position.samples += samples
+        if correct is not None:
+            position.correct = (position.correct or 0) + correct
         if position.loss != position.loss or abs(position.loss) == float("inf"):
             raise UserError(
                 f"the loss of task {self.task}, phase {phase.name}, epoch {position.epoch + 1} is not finite; "
                 f"learning rates are {phase.optimizer.rates}: lower them, or use precision fp32"
             )
+
+    def _totals(self, phase: Phase, results: list[StepResult]) -> tuple[float, int, int | None]:
+        """Summed loss, samples and correct ones of a batch; over all ranks, whose gradients are summed with them."""
+        classifies = phase.classifies
+        sums = torch.zeros(3, device=self.device)
+        for result in results:
+            sums[0] += result.loss.detach() * result.samples
+            sums[1] += result.samples
+            if classifies:
+                sums[2] += result.correct
+        if self.world.size > 1 and not phase.replicated:
+            self.world.sum_in_place([*phase.optimizer.gradients(), sums])
+        loss, samples, correct = sums.tolist()
+        return loss, int(samples), int(correct) if classifies else None
 
     def _end_epoch(self, phase: Phase, position: Position) -> Position:
         """Log the epoch, move along the cosine; the position at the start of the next one."""
@@ -263,6 +312,10 @@ class Learner(ABC):
         return Position(**saved["position"])
 
     # --- helpers for methods ----------------------------------------------------------------------------------------
+
+    def stopping(self) -> bool:
+        """Whether a stop was requested on any rank; every rank must ask at the same point."""
+        return self.world.any(self._stop_requested())
 
     def autocast(self) -> Any:
         """The run's precision, for forwards of the backbone."""
@@ -291,6 +344,10 @@ class Learner(ABC):
             "phase": phase,
         }
         return state, tensors
+
+    def fingerprint(self) -> str:
+        """SHA-256 of everything that was learned: equal on all ranks, and before and after a resume."""
+        return sha256_of(self.checkpoint_tensors())
 
     def load_state(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         """Become the learner that `state` came from.

@@ -12,7 +12,7 @@ Source: SEMA (Wang et al., CVPR 2025) as its published code computes it; Nested 
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -23,10 +23,13 @@ from tqdm import tqdm
 from backbone.consolidation import Consolidation
 from backbone.sema_block import AdapterSpec, SEMAModules, is_learning
 from backbone.sema_components import NestedLoRAAdapter
-from backbone.vit_sema import SEMAVisionTransformer, token_mean
+from backbone.vit_sema import SEMAVisionTransformer
+from models.activations import Images, Place
 from models.base import Interrupted, Learner, Phase, StepResult
 from models.sema_config import SEMAConfig
+from models.sema_costs import SEMACosts
 from models.slow_trace import SlowTrace
+from models.task_inputs import Batch, TaskInputs
 from utils.factory import Backbone
 from utils.inc_net import IncrementalHead
 from utils.optim import GroupedOptimizer, ParameterGroup
@@ -56,10 +59,20 @@ class SEMA(Learner):
             scale=config.ffn_adapter_scalar,
             rd_dim=config.rd_dim,
             buffer_size=config.buffer_size,
+            stacked=config.engine == "fast",
         )
         growing = range(config.adapt_start_layer, config.adapt_end_layer + 1)
         adapted = range(len(vit.blocks)) if config.adapter_blocks == "all" else growing
         network = SEMAVisionTransformer(vit, spec, growing=growing, adapted=adapted)
+        place = Place(
+            device=self.device,
+            precision=config.precision,
+            batch_size=config.eval_batch_size,
+            identity={"weights": backbone.sha256, "data": self.data.dataset.sha256, "torch": torch.__version__},
+            world=self.world,
+            stop_requested=self._stop_requested,
+        )
+        self.inputs = TaskInputs(network, self.data, self.cache, config, place)
         return nn.ModuleDict({"backbone": network, "head": IncrementalHead(vit.num_features)})
 
     @property
@@ -99,9 +112,15 @@ class SEMA(Learner):
     def classify(self, features: Tensor) -> Tensor:
         return self.head(features)
 
-    def feature_tensors(self) -> dict[str, Tensor]:
-        groups = self.network.parameter_groups()
-        return {f"{name}.{i}": tensor for name, tensors in groups.items() for i, tensor in enumerate(tensors)}
+    def test_features(self, task: int) -> Tensor:
+        return self.inputs.test_features(task) if self.config.engine == "fast" else super().test_features(task)
+
+    def costs(self, build: Callable[[Mapping[str, Any]], Learner]) -> SEMACosts:
+        return SEMACosts(self, build)
+
+    def close_run(self) -> None:
+        self.inputs.store.drop_own("train")
+        self.inputs.store.drop_own("test")
 
     # --- stage: scan ------------------------------------------------------------------------------------------------
 
@@ -112,13 +131,16 @@ class SEMA(Learner):
         if len(memory["grown"]) == len(self.network.growing):
             return "close"
         key = (self.seed, self.task, SCAN, memory["scan"])
-        batches = self.training_batches(key, self.config.detect_batch_size, start=memory["batch"])
-        for images, _ in tqdm(batches, desc=f"Task {self.task} scan", unit="batch", leave=False):
-            if self.stop_requested():
+        size = self.config.detect_batch_size
+        source = self.inputs.view(self.task, memory["scan"], key)
+        batches = self.inputs.read(self.task, source, key, size, start=memory["batch"])
+        left = self.inputs.batch_count(self.task, size) - memory["batch"]
+        for batch in tqdm(batches, total=left, desc=f"Task {self.task} scan", unit="batch", leave=False):
+            if self.stopping():
                 raise Interrupted
             memory["batch"] += 1
             self.progress.steps += 1
-            block = self._grow_where_novel(images)
+            block = self._grow_where_novel(batch)
             if block is not None:
                 memory["block"] = block
                 return "functional"
@@ -129,11 +151,11 @@ class SEMA(Learner):
         memory["block"] = None
         return "close" if memory["grown"] else "functional"
 
-    def _grow_where_novel(self, images: Tensor) -> int | None:
+    def _grow_where_novel(self, batch: Batch) -> int | None:
         """Grow the shallowest block that has not grown in this task and finds the batch novel; says which, if any."""
         memory = self.progress.memory
         candidates = [block for block in self.network.growing if block not in memory["grown"]]
-        means = self._token_means_of(images, candidates)
+        means = self.inputs.token_means(batch, candidates)
         for block in candidates:
             modules = self.network.modules_by_block[block]
             z = modules.novelty(means[block])
@@ -160,31 +182,39 @@ class SEMA(Learner):
 
     def train_functional(self) -> str:
         """Train adapters, router rows and classifier rows that may learn, on the current task's classes only."""
-        block, epochs = self.progress.memory["block"], self.config.func_epoch
-        key = (self.seed, self.task, FUNCTIONAL, self.progress.phases)
-        optimizer = self.update_optimizer_and_scheduler(epochs)
-        phase = Phase(
-            name="func",
-            epochs=epochs,
-            optimizer=optimizer,
-            batches=lambda epoch, start: self.training_batches((*key, epoch), self.config.batch_size, start),
-            steps_per_epoch=len(self.training_batches((*key, 0), self.config.batch_size)),
-            observe=self._classify,
-            block=block,
-        )
-        trace = next((SlowTrace(g, self.log, self.task) for g in optimizer.groups if g.name == "slow"), None)
+        phase = self.functional_phase()
+        trace = next((SlowTrace(g, self.log, self.task) for g in phase.optimizer.groups if g.name == "slow"), None)
         if trace is not None:
             phase.before_step, phase.after_step = trace.before_step, trace.after_step
         self.run_phase(phase)
         if trace is not None:
-            trace.summary(optimizer.steps)
-        return "descriptors" if self.task == 0 or block is not None else "close"
+            trace.summary(phase.optimizer.steps)
+        return "descriptors" if self.task == 0 or phase.block is not None else "close"
 
-    def _classify(self, batch: tuple[Tensor, Tensor]) -> StepResult:
+    def functional_phase(self) -> Phase:
+        """The functional phase that the task has come to."""
+        block, epochs = self.progress.memory["block"], self.config.func_epoch
+        key = (self.seed, self.task, FUNCTIONAL, self.progress.phases)
+        config, source = self.config, self.inputs.by_epoch(self.task, key, epochs)
+        return Phase(
+            name="func",
+            epochs=epochs,
+            optimizer=self.update_optimizer_and_scheduler(epochs),
+            batches=lambda epoch, start: self.inputs.read(
+                self.task, source(epoch), (*key, epoch), config.batch_size, start
+            ),
+            steps_per_epoch=self.inputs.batch_count(self.task, config.batch_size),
+            observe=self._classify,
+            parts=lambda batch: batch.parts(config.grad_accumulation),
+            block=block,
+        )
+
+    def _classify(self, batch: Batch) -> StepResult:
         """Cross-entropy over the current task's classes; older classes take no part."""
-        images, targets = (tensor.to(self.device) for tensor in batch)
-        logits = self.head.newest(self.features(images))
-        targets = targets - self.classes.start
+        targets = batch.targets.to(self.device) - self.classes.start
+        with self.autocast():
+            features = self.network(batch.inputs.to(self.device), batch.depth).float()
+        logits = self.head.newest(features)
         return StepResult(F.cross_entropy(logits, targets), len(targets), (logits.argmax(dim=1) == targets).sum())
 
     def update_optimizer_and_scheduler(self, num_epoch: int) -> GroupedOptimizer:
@@ -219,26 +249,31 @@ class SEMA(Learner):
 
     def train_descriptors(self) -> str:
         """Train the descriptors that may learn, recording their errors; after a growth, freeze what is new."""
-        block, epochs = self.progress.memory["block"], self.config.rd_epoch
-        blocks = [b for b in self.network.growing if is_learning(self.network.modules_by_block[b].adapters[-1].rd)]
-        source = self._cached_means if self.config.rd_views else self._fresh_means
-        batches, steps = source(blocks)
-        phase = Phase(
-            name="rd",
-            epochs=epochs,
-            optimizer=self.update_rd_optimizer_and_scheduler(epochs),
-            batches=batches,
-            steps_per_epoch=steps,
-            observe=self._describe,
-            block=block,
-        )
+        phase = self.descriptor_phase()
         self.run_phase(phase)
-        if block is None:
+        if phase.block is None:
             return "close"
-        modules = self.network.modules_by_block[block]
+        modules = self.network.modules_by_block[phase.block]
         modules.freeze_functional(adapters=self._freezes)
         modules.freeze_rd()
         return "scan"
+
+    def descriptor_phase(self) -> Phase:
+        """The descriptor phase that the task has come to."""
+        epochs = self.config.rd_epoch
+        key = (self.seed, self.task, DESCRIPTORS, self.progress.phases)
+        learning = [b for b in self.network.growing if is_learning(self.network.modules_by_block[b].adapters[-1].rd)]
+        return Phase(
+            name="rd",
+            epochs=epochs,
+            optimizer=self.update_rd_optimizer_and_scheduler(epochs),
+            batches=self.inputs.means_by_epoch(self.task, key, learning),
+            steps_per_epoch=self.inputs.batch_count(self.task, self.config.batch_size),
+            observe=self._describe,
+            replicated=True,
+            classifies=False,
+            block=self.progress.memory["block"],
+        )
 
     def _describe(self, means: dict[int, Tensor]) -> StepResult:
         """Reconstruction error of the newest descriptors, recorded as it is measured."""
@@ -249,45 +284,6 @@ class SEMA(Learner):
         """The optimizer of the descriptors that learn."""
         parameters = _learning(self.network.descriptor_parameters())
         return self._optimizer([ParameterGroup("rd", parameters, lr=self.config.rd_lr)], num_epoch)
-
-    def _fresh_means(self, blocks: list[int]) -> tuple[Callable[[int, int], Iterator[dict[int, Tensor]]], int]:
-        """Token means of newly augmented images in every epoch: a whole forward for each image."""
-        key = (self.seed, self.task, DESCRIPTORS, self.progress.phases)
-
-        def batches(epoch: int, start: int) -> Iterator[dict[int, Tensor]]:
-            for images, _ in self.training_batches((*key, epoch), self.config.batch_size, start):
-                yield self._token_means_of(images, blocks)
-
-        return batches, len(self.training_batches((*key, 0), self.config.batch_size))
-
-    def _cached_means(self, blocks: list[int]) -> tuple[Callable[[int, int], Iterator[dict[int, Tensor]]], int]:
-        """Token means of `rd_views` augmented views, computed once: below a descriptor nothing learns in this phase."""
-        key = (self.seed, self.task, DESCRIPTORS, self.progress.phases)
-        views = []
-        for view in range(self.config.rd_views):
-            loader = self.training_batches((*key, view), self.config.eval_batch_size)
-            bar = tqdm(loader, desc=f"Task {self.task} rd view {view + 1}", unit="batch", leave=False)
-            parts = []
-            for images, _ in bar:
-                if self.stop_requested():
-                    raise Interrupted
-                parts.append(self._token_means_of(images, blocks))
-            views.append({block: torch.cat([part[block] for part in parts]) for block in blocks})
-        size, batch_size = len(views[0][blocks[0]]), self.config.batch_size
-
-        def batches(epoch: int, start: int) -> Iterator[dict[int, Tensor]]:
-            order = torch.randperm(size, generator=seeded_generator(*key, epoch)).split(batch_size)
-            for index in order[start:]:
-                yield {block: means[index.to(means.device)] for block, means in views[epoch % len(views)].items()}
-
-        return batches, -(-size // batch_size)
-
-    @torch.no_grad()
-    def _token_means_of(self, images: Tensor, blocks: list[int]) -> dict[int, Tensor]:
-        """What routers and descriptors of the blocks read from these images: {block: (B, d)}, float32."""
-        with self.network.capture_inputs(blocks, token_mean) as means, self.autocast():
-            self.network(images.to(self.device))
-        return means
 
     # --- stage: close -----------------------------------------------------------------------------------------------
 
@@ -315,6 +311,7 @@ class SEMA(Learner):
                     rule=consolidation.rule, drift=report.drift,
                 )  # fmt: skip
             self._log_norms(block, modules)
+        self.inputs.store.drop_own("train")
         return "done"
 
     def _log_norms(self, block: int, modules: SEMAModules) -> None:
@@ -338,17 +335,17 @@ class SEMA(Learner):
             chosen = torch.randperm(x.shape[1], generator=generator)[:CONSOLIDATION_TOKENS]
             return x[:, chosen.to(x.device)].float().flatten(0, 1)
 
+        key = (self.seed, self.task, FEATURES)
+        chosen = self.data.order(self.classes, "train", key)[:CONSOLIDATION_IMAGES]
+        images = Images(self.data, "train", key)
         blocks = self.network.modules_by_block
         parts: dict[int, list[Tensor]] = {block: [] for block in blocks}
-        left = CONSOLIDATION_IMAGES
-        for images, _ in self.training_batches((self.seed, self.task, FEATURES), self.config.eval_batch_size):
+        for start in range(0, len(chosen), self.config.eval_batch_size):
+            x = images.take(chosen[start : start + self.config.eval_batch_size])
             with self.network.capture_inputs(blocks, pick) as inputs, self.autocast():
-                self.network(images[:left].to(self.device))
+                self.network(x.to(self.device))
             for block, tokens in inputs.items():
                 parts[block].append(tokens)
-            left -= len(images)
-            if left <= 0:
-                break
         return {block: torch.cat(tokens) for block, tokens in parts.items()}
 
     # --- shared by the stages ---------------------------------------------------------------------------------------
@@ -357,12 +354,6 @@ class SEMA(Learner):
     def _freezes(self) -> bool:
         """Whether adapters freeze with their task (SEMA's rule)."""
         return not (self.config.ffn_adapter_type == "nested_lora" and self.config.nested_lora_freeze == "never")
-
-    def training_batches(self, key: tuple[int, ...], batch_size: int, start: int = 0) -> Any:
-        """Augmented training images of the current task in the order that `key` names."""
-        return self.data.batches(
-            self.classes, source="train", mode="train", batch_size=batch_size, key=key, start=start
-        )
 
     def _optimizer(self, groups: list[ParameterGroup], epochs: int) -> GroupedOptimizer:
         config = self.config

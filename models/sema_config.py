@@ -76,6 +76,12 @@ class SEMAConfig(RunConfig):
     adapt_start_layer: int = Field(9, ge=0, description="First block that may grow, counted from 0.")
     adapt_end_layer: int = Field(11, ge=0, description="Last block that may grow, inclusive.")
     rd_dim: int = Field(128, ge=1, description="Width of a descriptor's bottleneck.")
+    engine: Literal["fast", "reference"] = Field(
+        "fast", description='"reference" stores no activations and stacks no adapters: slow and plain, fp32 only.'
+    )
+    cache_views: int = Field(
+        0, ge=0, description="Fixed augmented views of an image for training; 0 = new ones every epoch, as published."
+    )
     rd_views: int = Field(
         1, ge=0, description="Augmented views of an image for the descriptors; 0 = new ones every epoch, as published."
     )
@@ -110,6 +116,8 @@ class SEMAConfig(RunConfig):
         if self.adapt_start_layer > self.adapt_end_layer:
             sentence = "the first growing block comes after the last; allowed: adapt_start_layer <= adapt_end_layer"
             found.append((("adapt_start_layer", "adapt_end_layer"), sentence))
+        if self.engine == "reference" and self.precision != "fp32":
+            found.append((("engine", "precision"), 'the reference computes in fp32; allowed with it: precision "fp32"'))
         shape = self.known_backbone()
         if shape is not None:
             found += self._beyond_depth(shape.depth)

@@ -33,7 +33,7 @@ def smoke_config(tmp_path: Path) -> Callable[..., RunConfig]:
 
     def make(**changes: Any) -> RunConfig:
         base = load_config(ROOT / "exps" / "smoke.json", [], SCHEMAS).config.model_dump()
-        values = base | TINY | {"logs_root": str(tmp_path / "logs")} | changes
+        values = base | TINY | {"logs_root": str(tmp_path / "logs"), "cache_root": str(tmp_path / "cache")} | changes
         return config_from_dict(values, SCHEMAS, "test").config
 
     return make

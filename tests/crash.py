@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import signal
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 
 import backbone.sema_block
 import main
-import trainer
+import models.activations
 import utils.checkpoint
 import utils.optim
 
@@ -26,7 +27,7 @@ CONTEXT.set_forkserver_preload(["tests.crash"])
 MOMENTS: dict[str, tuple[Any, str]] = {
     "step": (utils.optim.GroupedOptimizer, "step"),
     "scan": (backbone.sema_block.SEMAModules, "novelty"),
-    "test": (trainer.Evaluator, "_features"),
+    "test": (models.activations.Activations, "compute"),
     "write": (utils.checkpoint, "write_synced"),
     "rename": (os, "rename"),
     "replace": (os, "replace"),
@@ -49,7 +50,30 @@ def run(arguments: list[str], die_at: int | None = None, how: signal.Signals = s
     return child.exitcode, moments
 
 
-def _child(arguments: list[str], die_at: int | None, how: int, sender: Any) -> None:
+def run_together(
+    arguments: list[str], size: int, die_at: int | None = None, how: signal.Signals = signal.SIGINT
+) -> list[int]:
+    """Run `main.py arguments` in `size` processes as torchrun would start them; rank 0 gets the signal: exit codes."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        address = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(probe.getsockname()[1])}
+    children = []
+    for rank in range(size):
+        receiver, sender = CONTEXT.Pipe(duplex=False)
+        ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), **address}
+        moment = die_at if rank == 0 else None
+        child = CONTEXT.Process(target=_child, args=(arguments, moment, int(how), sender, ranks))
+        child.start()
+        children.append((child, receiver, sender))
+    for child, _, _ in children:
+        child.join()
+    return [child.exitcode for child, _, _ in children]
+
+
+def _child(
+    arguments: list[str], die_at: int | None, how: int, sender: Any, environment: dict[str, str] | None = None
+) -> None:
+    os.environ.update(environment or {})
     torch.set_num_threads(1)
     quiet = os.open(os.devnull, os.O_WRONLY)
     os.dup2(quiet, 1)

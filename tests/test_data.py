@@ -1,16 +1,24 @@
-"""Data sets by name and path: right content, right transforms, one sentence for everything that is not a data set."""
+"""Data sets by name and path: right content, files decoded once, one sentence for everything that is not a data set."""
 
+import collections
 import gzip
 import io
+import logging
+import multiprocessing
+import os
+import pickle
+import signal
+import time
+import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torchvision.transforms as classic
 from PIL import Image
 
-from utils import data
+from utils import data, image_sets
 from utils.data import (
     DATASETS,
     ArrayImages,
@@ -19,11 +27,9 @@ from utils.data import (
     class_count,
     dataset_slug,
     load_dataset,
-    train_transform,
 )
 from utils.errors import UserError
-
-view = data.test_transform  # pytest would collect the name as a test
+from utils.image_sets import INDEX, PIXELS, DecodedImages
 
 
 def arrays(classes: int = 3, each: int = 2, side: int = 8, **changed) -> dict[str, np.ndarray]:
@@ -168,11 +174,276 @@ def test_truncated_image_is_named_and_never_filled(tmp_path, suffix, kept, monke
         FolderImages([path], np.array([0]))[0]
 
 
+def test_batch_is_one_tensor_or_a_list_where_sizes_differ(tmp_path):
+    grey = ArrayImages(np.arange(32, dtype=np.uint8).reshape(2, 4, 4), np.zeros(2))
+    batch = grey.batch(np.array([1, 0, 1]))
+    assert batch.shape == (3, 3, 4, 4) and torch.equal(batch[1], grey[0])
+    assert grey.batch(np.arange(0)).shape == (0, 3, 4, 4)
+    files = [tmp_path / f"{i}.png" for i in range(3)]
+    for file, side in zip(files, (4, 4, 5), strict=True):
+        Image.fromarray(np.full((side, 6, 3), side, np.uint8)).save(file)
+    images = FolderImages(files, np.zeros(3))
+    assert images.batch(np.array([0, 1])).shape == (2, 3, 4, 6) and images.batch(np.arange(0)) == []
+    assert [image.shape for image in images.batch(np.arange(3))] == [(3, 4, 6), (3, 4, 6), (3, 5, 6)]
+
+
 def test_folder_images_are_shown_as_rgb(tmp_path):
     Image.fromarray(np.full((4, 4), 7, np.uint8)).save(tmp_path / "grey.png")
     Image.fromarray(np.full((4, 4, 4), 9, np.uint8), "RGBA").save(tmp_path / "alpha.png")
     images = FolderImages([tmp_path / "grey.png", tmp_path / "alpha.png"], np.zeros(2))
     assert images[0].tolist() == np.full((3, 4, 4), 7).tolist() and images[1].shape == (3, 4, 4)
+
+
+# --------------------------------------------------------------------------------------------------- decoded once
+
+
+@pytest.fixture
+def opened(monkeypatch) -> collections.Counter:
+    """How often every file was opened as an image by this process."""
+    counts, open_image = collections.Counter(), Image.open
+
+    def counted(path):
+        counts[Path(path).name] += 1
+        return open_image(path)
+
+    monkeypatch.setattr(image_sets.Image, "open", counted)
+    return counts
+
+
+@pytest.fixture
+def warnings(caplog, monkeypatch) -> Callable[[], list[str]]:
+    """The warnings logged so far."""
+    monkeypatch.setattr(logging.getLogger("nested_lora"), "propagate", True)
+    return lambda: [record.getMessage() for record in caplog.records]
+
+
+def ragged(root: Path) -> Path:
+    """Eleven images of different sizes in the one class of train/, a copy of each in test/."""
+    rng = np.random.default_rng(0)
+    for i in range(11):
+        pixels = rng.integers(0, 256, (5 + i, 20 - i, 3), dtype=np.uint8)
+        for split in ("train", "test"):
+            (root / split / "ant").mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(root / split / "ant" / f"{i:02}.png")
+    return root
+
+
+def same_images(left, right) -> bool:
+    return all(torch.equal(left[i], right[i]) for i in range(len(left)))
+
+
+@pytest.fixture
+def plain(tmp_path) -> Dataset:
+    """The ragged data set at tmp_path / "set", decoded at every access."""
+    return load_dataset(str(ragged(tmp_path / "set")), tmp_path)
+
+
+def load(tmp_path: Path) -> Dataset:
+    return load_dataset(str(tmp_path / "set"), tmp_path, decode_to=tmp_path / "decoded")
+
+
+def store(tmp_path: Path) -> Path:
+    (folder,) = (tmp_path / "decoded").iterdir()
+    return folder
+
+
+def test_every_file_is_decoded_once_by_all_runs(tmp_path, plain, opened):
+    first = load(tmp_path)
+    assert not (tmp_path / "decoded").exists() and first.sha256 == plain.sha256
+    for chosen in ([3, 1, 3], [1, 2], range(11), range(11)):
+        first.train.prepare(np.array(chosen))
+        first.train.batch(np.array(chosen))
+    assert opened == {f"{i:02}.png": 1 for i in range(11)}
+    again = load(tmp_path)
+    again.train.prepare(np.arange(11))
+    assert same_images(again.train, pickle.loads(pickle.dumps(first)).train)
+    assert opened.total() == 11 and same_images(again.train, plain.train)
+    assert len(pickle.dumps(again.train.decoded)) < 1000 < again.train.decoded._pixels.size
+    assert (store(tmp_path) / PIXELS).stat().st_size == sum(image.numel() for image in plain.train)
+
+
+def test_named_folder_data_sets_are_decoded_once_too(tmp_path, opened):
+    ragged(tmp_path / "imagenet-r")
+    for _ in range(2):
+        dataset = load_dataset("imagenetr", tmp_path, tmp_path / "decoded")
+        for images in (dataset.train, dataset.test):
+            images.prepare(np.arange(11))
+            images.batch(np.arange(11))
+    assert opened == {f"{i:02}.png": 2 for i in range(11)} and len(list((tmp_path / "decoded").iterdir())) == 2
+
+
+def test_unprepared_images_are_right_and_written_by_nobody(tmp_path, plain, opened):
+    images = load(tmp_path).train
+    assert same_images(images, plain.train) and opened["03.png"] == 2 and not (tmp_path / "decoded").exists()
+
+
+def test_changed_file_is_another_data_set(tmp_path, plain):
+    path = tmp_path / "set" / "train" / "ant" / "00.png"
+    for value in (9, 8):
+        Image.fromarray(np.full((5, 20, 3), value, np.uint8)).save(path, "BMP")  # of the same size in bytes
+        os.utime(path, ns=(value, value))
+        images = load(tmp_path).train
+        images.prepare(np.arange(11))
+        assert images[0].unique().tolist() == [value]
+    assert len(list((tmp_path / "decoded").iterdir())) == 2
+
+
+def in_another_process(work: Callable[[], None]) -> multiprocessing.Process:
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    return process
+
+
+@pytest.mark.parametrize("die_at", [0, 1, 5, 10])
+def test_killed_decoding_goes_on_where_it_was(tmp_path, plain, opened, monkeypatch, die_at):
+    monkeypatch.setattr(image_sets, "BLOCK", 2)
+    monkeypatch.setattr(image_sets, "SAVE_EVERY", -1.0)
+    images = load(tmp_path).train
+
+    def die() -> None:
+        decode = images._decode
+        images._decode = lambda index: os.kill(os.getpid(), signal.SIGKILL) if index == die_at else decode(index)
+        images.prepare(np.arange(11))
+
+    process = in_another_process(die)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    with open(store(tmp_path) / PIXELS, "ab") as file:
+        file.write(b"half an image")
+    images.prepare(np.arange(11))
+    assert sorted(opened) == [f"{i:02}.png" for i in range(die_at // 2 * 2, 11)] and set(opened.values()) == {1}
+    assert same_images(images, plain.train) and same_images(load(tmp_path).train, plain.train)
+
+
+def test_several_processes_decode_each_image_once_between_them(tmp_path, plain, monkeypatch):
+    monkeypatch.setattr(image_sets, "BLOCK", 2)
+    images = load(tmp_path).train
+
+    assert images.decoded._missing(np.arange(11)).size == 11
+    context = multiprocessing.get_context("fork")
+    decode, together, decoded = images._decode, context.Barrier(4), context.Value("i")
+
+    def slow(index: int) -> np.ndarray:
+        time.sleep(0.02)
+        with decoded:
+            decoded.value += 1
+        return decode(index)
+
+    def work() -> None:
+        images._decode = slow
+        together.wait()
+        images.prepare(np.arange(11))
+        assert same_images(images, plain.train)
+
+    processes = [in_another_process(work) for _ in range(4)]
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * 4 and decoded.value == 11
+    assert (store(tmp_path) / PIXELS).stat().st_size == sum(image.numel() for image in plain.train)
+
+
+def flip_byte(path: Path, place: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= 255
+    path.write_bytes(content)
+
+
+DAMAGES = {
+    "cut pixels": lambda folder: os.truncate(folder / PIXELS, 100),
+    "no pixels": lambda folder: (folder / PIXELS).unlink(),
+    "changed pixels": lambda folder: flip_byte(folder / PIXELS, 700),
+    "cut index": lambda folder: os.truncate(folder / INDEX, 200),
+    "empty index": lambda folder: os.truncate(folder / INDEX, 0),
+    "changed index": lambda folder: flip_byte(folder / INDEX, 300),
+    "no index": lambda folder: (folder / INDEX).unlink(),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_store_is_decoded_again(tmp_path, plain, opened, damage, warnings):
+    load(tmp_path).train.prepare(np.arange(11))
+    DAMAGES[damage](store(tmp_path))
+    for _ in range(2):  # changed pixels are noticed when they are read: from the next run on they are right again
+        images = load(tmp_path).train
+        images.prepare(np.arange(11))
+        opened.clear()
+        again = torch.cat([image.flatten() for image in images])
+        assert not opened or damage == "changed pixels"
+        assert torch.equal(again, torch.cat([image.flatten() for image in plain.train]))
+    told = [text for text in warnings() if "decoded again" in text and str(store(tmp_path)) in text]
+    assert bool(told) == damage.startswith(("cut", "changed", "empty"))
+    opened.clear()
+    images = load(tmp_path).train
+    images.prepare(np.arange(11))
+    images.batch(np.arange(11))
+    assert not opened
+
+
+def test_reading_goes_on_while_a_damaged_store_is_replaced(tmp_path, plain):
+    reader = load(tmp_path).train
+    reader.prepare(np.arange(11))
+    (store(tmp_path) / INDEX).unlink()
+    writer = load(tmp_path).train
+    writer.prepare(np.array([7]))
+    assert same_images(reader, plain.train) and same_images(writer, plain.train)
+
+
+@pytest.mark.parametrize("which", [0, 6, 10])
+def test_corrupt_image_is_named_and_keeps_the_others(tmp_path, plain, opened, monkeypatch, which):
+    monkeypatch.setattr(image_sets, "BLOCK", 2)
+    path = tmp_path / "set" / "train" / "ant" / f"{which:02}.png"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:50])
+    images = load(tmp_path).train
+    for _ in range(2):
+        with pytest.raises(UserError, match=f"{path}.*replace or remove") as caught:
+            images.prepare(np.arange(11))
+        assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match=f"{path}"):
+        images[which]
+    path.write_bytes(whole)
+    images.prepare(np.arange(11))
+    assert same_images(images, plain.train)
+
+
+def test_full_disk_and_unwritable_folder_cost_time_only(tmp_path, plain, monkeypatch, warnings):
+    full = collections.namedtuple("usage", "total used free")(10, 5, image_sets.RESERVE + 500)
+    monkeypatch.setattr(image_sets.shutil, "disk_usage", lambda path: full)
+    images = load(tmp_path).train
+    for _ in range(2):
+        images.prepare(np.arange(11))
+        assert same_images(images, plain.train)
+    assert len(warnings()) == 1 and "2 GB of the disk" in warnings()[0]
+    (tmp_path / "file").write_text("")
+    images = load_dataset(str(tmp_path / "set"), tmp_path, tmp_path / "file" / "below").train
+    images.prepare(np.arange(11))
+    assert same_images(images, plain.train) and len(warnings()) == 2
+
+
+def test_decoded_images_keep_to_their_limit(tmp_path, plain, monkeypatch, warnings):
+    monkeypatch.setattr(image_sets, "BLOCK", 1)
+    sizes = [image.numel() for image in plain.train]
+    gigabytes = (sum(sizes) + sizes[0] + sizes[1] + 1) / 1e9
+    dataset = load_dataset(str(tmp_path / "set"), tmp_path, tmp_path / "decoded", gigabytes)
+    for images in (dataset.train, dataset.test, dataset.test):
+        images.prepare(np.arange(11))
+        assert same_images(images, plain.train)
+    held = sorted(path.stat().st_size for path in (tmp_path / "decoded").glob(f"*/{PIXELS}"))
+    assert held == [sizes[0] + sizes[1], sum(sizes)] and len(warnings()) == 1 and "may hold" in warnings()[0]
+
+
+def test_without_file_locks_nothing_is_kept(tmp_path, plain, monkeypatch):
+    monkeypatch.setattr(image_sets, "fcntl", None)
+    images = load(tmp_path).train
+    images.prepare(np.arange(11))
+    assert same_images(images, plain.train) and not (tmp_path / "decoded").exists()
+
+
+def test_reading_checks_the_bytes(tmp_path):
+    decoded = DecodedImages(tmp_path / "store", 2, "")
+    decoded.add(np.array([1]), lambda index: np.full((2, 3, 3), index, np.uint8))
+    assert decoded.read(0) is None and decoded.read(1).tolist() == np.full((2, 3, 3), 1).tolist()
+    assert decoded._known()[1].tolist() == [0, 2, 3, zlib.crc32(bytes([1] * 18))]
 
 
 # ---------------------------------------------------------------------------------------------------------- names
@@ -267,67 +538,3 @@ def test_dataset_gives_copies():
     images[0].fill_(9)
     assert images[0].sum() == 0
     assert Dataset("x", ["a"], images, images, "").class_names == ["a"]
-
-
-# ------------------------------------------------------------------------------------------------------ transforms
-
-
-@pytest.fixture(scope="module")
-def photo() -> torch.Tensor:
-    rng = np.random.default_rng(0)
-    small = Image.fromarray(rng.integers(0, 256, (12, 15, 3), dtype=np.uint8))
-    return torch.from_numpy(np.array(small.resize((100, 80), Image.BICUBIC))).permute(2, 0, 1)
-
-
-def test_test_transform_is_the_published_one(photo):
-    image = Image.fromarray(photo.permute(1, 2, 0).numpy())
-    published = classic.Compose(
-        [
-            classic.Resize(256, interpolation=classic.InterpolationMode.BICUBIC),
-            classic.CenterCrop(224),
-            classic.ToTensor(),
-        ]
-    )
-    ours = view(224)(photo)
-    assert ours.shape == (3, 224, 224) and ours.dtype == torch.float32
-    torch.testing.assert_close(ours, published(image), atol=1.01 / 255, rtol=0)
-
-
-def test_normalisation_is_applied_when_given(photo):
-    mean, std = (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)
-    plain = view(32)(photo)
-    expected = (plain - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
-    torch.testing.assert_close(view(32, mean, std)(photo), expected)
-    torch.manual_seed(3)
-    seen = train_transform(32, "crop_flip", mean, std)(photo)
-    torch.manual_seed(3)
-    expected = (train_transform(32)(photo) - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
-    torch.testing.assert_close(seen, expected)
-
-
-def test_augmentations(photo):
-    assert torch.equal(train_transform(32, "none")(photo), view(32)(photo))
-    ramp = torch.arange(0, 256, 4, dtype=torch.uint8).expand(3, 64, 64)  # brightness grows to the right
-
-    def mirrored(augmentation: str) -> list[bool]:
-        transform = train_transform(16, augmentation)
-        views = [transform(ramp) for _ in range(60)]
-        assert all(v.shape == (3, 16, 16) and v.min() >= 0 and v.max() <= 1 for v in views)
-        return [bool(v[0, 0, 0] > v[0, 0, -1]) for v in views]
-
-    torch.manual_seed(0)
-    assert 10 < sum(mirrored("crop_flip")) < 50 and sum(mirrored("crop")) == 0
-    with pytest.raises(UserError, match="allowed: crop_flip, crop, none"):
-        train_transform(16, "flip")
-
-
-def test_crop_covers_the_published_range_of_areas():
-    rows, columns = torch.meshgrid(torch.arange(100), torch.arange(100), indexing="ij")
-    image = torch.stack([rows, columns, rows]).to(torch.uint8)
-    torch.manual_seed(0)
-    transform = train_transform(50, "crop")
-    spans = []
-    for _ in range(200):
-        seen = transform(image) * 255
-        spans.append(((seen[0].max() - seen[0].min() + 1) * (seen[1].max() - seen[1].min() + 1)).item() / 1e4)
-    assert 0.03 < min(spans) < 0.12 and max(spans) > 0.85

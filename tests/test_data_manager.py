@@ -7,39 +7,42 @@ import pytest
 import torch
 from PIL import Image
 
-from utils.data import ArrayImages, Dataset, FolderImages, train_transform
-from utils.data import test_transform as plain_transform
+from utils import image_sets
+from utils.data import ArrayImages, Dataset, FolderImages
 from utils.data_manager import DataManager
 from utils.errors import UserError
+from utils.image_sets import DecodedImages
+from utils.views import ViewSpec
 
 CLASSES, TRAIN_EACH, TEST_EACH = 7, 6, 3
 
 
 def make_dataset() -> Dataset:
-    """Class c, image i is a noise image whose first pixel is (c, i, split); classes are interleaved in stored order."""
+    """Class c, image i is noise, (c, i, split) at the corner of its test view; classes are interleaved as stored."""
 
     def part(each: int, split: int) -> ArrayImages:
         labels = np.tile(np.arange(CLASSES), each)
-        images = np.random.default_rng(split).integers(0, 256, (len(labels), 16, 16, 3), dtype=np.uint8)
-        images[:, 0, 0] = np.stack([labels, np.repeat(np.arange(each), CLASSES), np.full(len(labels), split)], 1)
+        images = np.random.default_rng(split).integers(0, 256, (len(labels), 18, 18, 3), dtype=np.uint8)
+        images[:, 1, 1] = np.stack([labels, np.repeat(np.arange(each), CLASSES), np.full(len(labels), split)], 1)
         return ArrayImages(images, labels)
 
     return Dataset("toy", [f"c{i}" for i in range(CLASSES)], part(TRAIN_EACH, 0), part(TEST_EACH, 1), "")
 
 
-def raw(image: torch.Tensor) -> torch.Tensor:
-    return image.float()
-
-
 def manager(dataset: Dataset | None = None, **changed) -> DataManager:
     settings = dict(seed=1993, shuffle=True, init_cls=2, increment=2)
-    settings |= dict(train_transform=train_transform(8), test_transform=raw)
+    settings |= dict(train_view=ViewSpec(8, "crop_flip"), test_view=ViewSpec(16, "none"))  # 18 pixels are not resized
     return DataManager(dataset or make_dataset(), **(settings | changed))
 
 
 def collect(batches) -> tuple[torch.Tensor, torch.Tensor]:
     images, targets = zip(*batches, strict=True)
     return torch.cat(images), torch.cat(targets)
+
+
+def corners(images: torch.Tensor) -> torch.Tensor:
+    """What `make_dataset` wrote at the corner of test views: (class, image, split), int64 (n, 3)."""
+    return (images[:, :, 0, 0] * 255).round().long()
 
 
 def train_batches(data: DataManager, key=(1993, 0, 1), **kwargs):
@@ -95,15 +98,19 @@ def test_targets_are_incremental_labels_of_the_right_images():
         images, targets = collect(data.batches(classes, source="test", mode="test", batch_size=4))
         assert images.dtype == torch.float32 and targets.dtype == torch.int64
         assert sorted(targets.tolist()) == sorted([*classes] * TEST_EACH)
-        assert [data.class_order[t] for t in targets] == images[:, 0, 0, 0].int().tolist()
-        assert (images[:, 2, 0, 0] == 1).all() and data.count(classes, "test") == len(targets)
+        assert [data.class_order[t] for t in targets] == corners(images)[:, 0].tolist()
+        assert (corners(images)[:, 2] == 1).all() and data.count(classes, "test") == len(targets)
+        indices = data.indices(classes, "test")
+        assert (
+            torch.equal(data.targets(indices, "test"), targets) and data.targets(indices, "test").dtype == torch.int64
+        )
 
 
 def test_stored_order_without_key():
     data = manager(shuffle=False)
     images, targets = collect(data.batches(range(3), source="train", mode="test", batch_size=4))
     assert targets.tolist() == [0, 1, 2] * TRAIN_EACH
-    assert images[:, 1, 0, 0].tolist() == np.repeat(np.arange(TRAIN_EACH), 3).tolist()
+    assert corners(images)[:, 1].tolist() == np.repeat(np.arange(TRAIN_EACH), 3).tolist()
 
 
 # ------------------------------------------------------------------------------------------------------ small runs
@@ -113,7 +120,7 @@ def test_max_per_class_is_a_seeded_nested_subset_in_stored_order():
     def kept(**changed) -> list[tuple[int, int]]:
         data = manager(shuffle=False, **changed)
         images, _ = collect(data.batches(range(CLASSES), source="train", mode="test", batch_size=50))
-        return [(int(c), int(i)) for c, i in images[:, :2, 0, 0]]
+        return [(c, i) for c, i, _ in corners(images).tolist()]
 
     two, four = kept(max_train_per_class=2), kept(max_train_per_class=4)
     assert np.bincount([c for c, _ in two]).tolist() == [2] * CLASSES
@@ -160,15 +167,12 @@ def test_start_gives_the_tail(start):
     assert same(train_batches(data, start=start), train_batches(data)[start:])
 
 
-def test_start_does_not_compute_what_it_skips():
-    calls = []
-
-    def counted(image):
-        calls.append(1)
-        return image.float()
-
-    data = manager(train_transform=counted)
-    assert len(train_batches(data, start=4)) == 1 and len(calls) == 4
+def test_start_does_not_compute_what_it_skips(monkeypatch):
+    read, batch = [], ArrayImages.batch
+    monkeypatch.setattr(ArrayImages, "batch", lambda self, indices: read.extend(indices) or batch(self, indices))
+    data = manager()
+    assert len(train_batches(data, start=4)) == 1
+    assert read == data.order(range(4), "train", (1993, 0, 1))[20:].tolist()
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -189,7 +193,7 @@ def test_global_random_states_are_neither_read_nor_changed(workers):
 
 
 def test_key_with_test_transform_shuffles_only():
-    data = manager(test_transform=plain_transform(8))
+    data = manager()
     stored = list(data.batches(range(4), source="train", mode="test", batch_size=50))[0]
     mixed = list(data.batches(range(4), source="train", mode="test", batch_size=50, key=(3,)))[0]
 
@@ -197,6 +201,111 @@ def test_key_with_test_transform_shuffles_only():
         return sorted((int(target), image.numpy().tobytes()) for image, target in zip(*batch, strict=True))
 
     assert multiset(stored) == multiset(mixed) and not torch.equal(stored[1], mixed[1])
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 7, 24])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_view_depends_on_its_key_and_image_alone(batch_size, workers):
+    data, view = manager(), (4, 1)
+    indices = data.indices(range(4), "train")
+    expected = dict(zip(indices.tolist(), data.views(indices, "train", "train", view), strict=True))
+    other = manager(num_workers=workers, max_train_per_class=5)
+    key = (1, batch_size)
+    images, targets = collect(
+        other.batches(range(2, 4), source="train", mode="train", batch_size=batch_size, key=key, view=view)
+    )
+    order = other.order(range(2, 4), "train", key)
+    assert len(order) == 10 and torch.equal(targets, other.targets(order, "train"))
+    assert torch.equal(images, torch.stack([expected[index] for index in order.tolist()]))
+
+
+def test_order_and_views_are_named_apart():
+    data = manager()
+    common = dict(source="train", mode="train", batch_size=50)
+    (by_key,) = data.batches(range(4), **common, key=(1,))
+    (by_both,) = data.batches(range(4), **common, key=(1,), view=(1,))
+    (other_view,) = data.batches(range(4), **common, key=(1,), view=(2,))
+    (stored,) = data.batches(range(4), **common, view=(2,))
+    assert same([by_key], [by_both]) and not torch.equal(by_key[0], other_view[0])
+    order = np.argsort(data.order(range(4), "train", (1,)))
+    assert torch.equal(other_view[0][order], stored[0]) and torch.equal(other_view[1], by_key[1])
+    assert data.order(range(4), "train", (1,)).tolist() != data.indices(range(4), "train").tolist()
+
+
+# ------------------------------------------------------------------------------------------------ several processes
+
+
+@pytest.mark.parametrize("world", [2, 3, 7])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_shares_of_all_ranks_make_the_batches_of_one_process(world, workers):
+    whole = train_batches(manager())
+    ranks = [train_batches(manager(rank=rank, world_size=world, num_workers=workers)) for rank in range(world)]
+    assert {len(batches) for batches in ranks} == {len(whole)}
+    for (images, targets), *parts in zip(whole, *ranks, strict=True):
+        seen, labels = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+        assert torch.equal(seen, images) and torch.equal(labels, targets)
+        sizes = [len(part) for _, part in parts]
+        assert max(sizes) - min(sizes) <= 1 and all(len(a) == len(b) for a, b in parts)
+    if world == 7:
+        empty = [images for images, _ in ranks[0] if not len(images)]
+        assert empty and empty[0].shape == (0, 3, 8, 8) and empty[0].dtype == torch.float32
+
+
+def test_rank_changes_neither_order_nor_counts():
+    one, third = manager(), manager(rank=2, world_size=3)
+    assert one.order(range(4), "train", (5,)).tolist() == third.order(range(4), "train", (5,)).tolist()
+    assert one.count(range(4), "train") == third.count(range(4), "train")
+    indices = one.indices(range(4), "test")
+    assert torch.equal(one.views(indices, "test", "test", None), third.views(indices, "test", "test", None))
+
+
+# ------------------------------------------------------------------------------------------------------- image files
+
+
+def folder_manager(tmp_path, sizes: list[tuple[int, int]], keep: bool, **changed) -> DataManager:
+    """Images of these heights and widths in class 0 and copies in class 1, as files, perhaps decoded once."""
+    rng, paths = np.random.default_rng(0), []
+    for i, (height, width) in enumerate(sizes):
+        paths.append(tmp_path / f"{i}.png")
+        Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(paths[-1])
+    decoded = DecodedImages(tmp_path / "decoded", 2 * len(paths), "decoding") if keep else None
+    images = FolderImages(paths * 2, np.repeat([0, 1], len(paths)), decoded)
+    return manager(Dataset("files", ["a", "b"], images, images, ""), init_cls=1, increment=1, **changed)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("keep", [False, True])
+def test_images_of_different_sizes_get_the_views_that_each_gets_alone(tmp_path, keep, workers):
+    sizes = [(20, 30), (31, 12), (20, 30), (9, 9), (40, 20)]
+    data = folder_manager(tmp_path, sizes, keep, num_workers=workers)
+    for mode, view in (("train", (7,)), ("test", None)):
+        alone = torch.cat([data.views(np.array([i]), "train", mode, view) for i in range(10)])
+        images, _ = collect(data.batches(range(2), source="train", mode=mode, batch_size=4, view=view))
+        by_class = torch.from_numpy(data.indices(range(2), "train"))
+        assert torch.equal(images, alone[by_class])
+        assert torch.equal(data.views(np.array([0, 2]), "train", mode, view), alone[[0, 2]])  # of one size
+        assert data.views(np.arange(0), "train", mode, view).shape[0] == 0
+
+
+def test_shares_of_files_may_be_empty(tmp_path):
+    data = folder_manager(tmp_path, [(20, 30)], keep=False, rank=0, world_size=3)
+    (batch,) = data.batches(range(1), source="train", mode="train", batch_size=4, key=(1,))
+    assert batch[0].shape == (0, 3, 8, 8) and batch[1].shape == (0,)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_epochs_decode_every_file_once_and_only_those_in_use(tmp_path, monkeypatch, workers):
+    opened, open_image = [], Image.open
+    monkeypatch.setattr(image_sets.Image, "open", lambda path: opened.append(path) or open_image(path))
+    data = folder_manager(tmp_path, [(20, 30), (31, 12), (9, 9)], keep=True, num_workers=workers)
+    for epoch in range(2):
+        list(data.batches(range(1), source="train", mode="train", batch_size=2, key=(epoch,)))
+    assert len(opened) == 3
+    missing = data.dataset.train.decoded._missing(np.arange(6))
+    assert missing.tolist() == data.indices(range(1, 2), "train").tolist()
+    for view in range(2):
+        data.views(data.indices(range(2), "train"), "train", "train", (view,))
+    assert len(opened) == 6
 
 
 # ---------------------------------------------------------------------------------------------------------- misuse
@@ -210,13 +319,19 @@ def test_wrong_arguments():
             data.batches(range(4), **(good | wrong))
     with pytest.raises(ValueError, match="range"):
         data.batches(range(4, 9), **good)
+    for mode, view in (("train", None), ("test", (1,)), ("eval", (1,))):
+        with pytest.raises(ValueError, match="mode"):
+            data.views(np.arange(2), "train", mode, view)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_unreadable_image_is_one_sentence_with_any_number_of_workers(tmp_path, workers):
+@pytest.mark.parametrize("keep", [False, True])
+def test_unreadable_image_is_one_sentence_with_any_number_of_workers(tmp_path, keep, workers):
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "fine.png")
     (tmp_path / "broken.png").write_bytes((tmp_path / "fine.png").read_bytes()[:40])
     images = FolderImages([tmp_path / "fine.png", tmp_path / "broken.png"], np.array([0, 1]))
+    if keep:
+        images.decoded = DecodedImages(tmp_path / "decoded", 2, "decoding")
     dataset = Dataset("files", ["a", "b"], images, images, "")
     data = manager(dataset, init_cls=1, increment=1, num_workers=workers)
     with pytest.raises(UserError) as caught:

@@ -16,7 +16,7 @@ SMOKE = str(ROOT / "exps/smoke.json")
 
 
 def arguments(logs: Path, **changes: object) -> list[str]:
-    values = {**TINY, "max_tasks": 2, "logs_root": str(logs), **changes}
+    values = {**TINY, "max_tasks": 2, "logs_root": str(logs), "cache_root": str(logs / "cache"), **changes}
     return [
         "--config",
         SMOKE,

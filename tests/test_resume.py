@@ -26,8 +26,12 @@ CHANGES = {
 
 
 def command(logs: Path) -> list[str]:
-    settings = [f"{key}={json.dumps(value)}" for key, value in {**CHANGES, "logs_root": str(logs)}.items()]
+    settings = [f"{key}={json.dumps(value)}" for key, value in {**CHANGES, **places(logs)}.items()]
     return ["--config", str(ROOT / "exps/smoke.json"), *(part for setting in settings for part in ("--set", setting))]
+
+
+def places(folder: Path) -> dict[str, str]:
+    return {"logs_root": str(folder), "cache_root": str(folder / "cache")}
 
 
 def folder_of(logs: Path) -> Path:

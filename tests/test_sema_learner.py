@@ -3,12 +3,13 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from backbone.sema_block import is_learning
-from models.base import Progress
+from models.activations import Activations, Images
 from models.sema import SEMA
 from trainer import Evaluator
 from utils.config import RunConfig
@@ -188,36 +189,44 @@ def test_descriptor_training_takes_the_same_steps_cached_or_fresh(make_sema: Mak
     assert len(learner.network.modules_by_block[4].adapters[0].rd_loss_record) == 64
 
 
-def test_cached_token_means_are_those_of_a_forward(make_sema: Make) -> None:
-    """One view held in memory equals what the network computes for the same images."""
-    learner = make_sema(rd_views=1)
-    learner.begin_task(0)
-    learner.progress = Progress(stage="descriptors", memory=learner.progress.memory)
-    batches, steps = learner._cached_means([4, 5])
-    cached = torch.cat([batch[5] for batch in batches(0, 0)])
-    key = (learner.seed, 0, 1, 0, 0)
-    direct = [learner._token_means_of(images, [5])[5] for images, _ in learner.training_batches(key, 64)]
-    assert steps == 4 and len(cached) == 32
-    order = lambda rows: rows[rows[:, 0].argsort()]  # noqa: E731 - the epochs shuffle
-    torch.testing.assert_close(order(cached), order(torch.cat(direct)))
+def test_stored_token_means_are_those_of_a_forward(make_sema: Make) -> None:
+    """The fast engine looks up what the reference computes in every epoch, in the same order."""
+    batches = {}
+    for engine in ("fast", "reference"):
+        learner = make_sema(rd_views=1, engine=engine)
+        learner.begin_task(0)
+        batches[engine] = learner.inputs.means_by_epoch(0, (1, 2, 3), [4, 5])
+    for epoch in (0, 1):
+        looked_up, computed = (list(batches[engine](epoch, 1)) for engine in ("fast", "reference"))
+        assert [len(batch[5]) for batch in looked_up] == [8, 8, 8]
+        for ours, theirs in zip(looked_up, computed, strict=True):
+            torch.testing.assert_close(ours, theirs)
 
 
-def test_evaluation_reads_again_only_what_has_changed(make_sema: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without growth old test images are not looked at again, with growth all are; accuracy as evaluated afresh."""
-    for threshold, expected in ((STAY, [0, 1]), (GROW, [0, 0, 1])):
-        learner = make_sema(nested_lora_use_consolidation=False, **threshold)
-        evaluate = Evaluator(learner, learner.data, 64)
-        looked_at: list[int] = []
-        compute = evaluate._features
-        monkeypatch.setattr(
-            evaluate, "_features", lambda task, f=compute, seen=looked_at: (seen.append(task), f(task))[1]
-        )
+def test_evaluation_computes_again_only_what_has_changed(
+    make_sema: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Without growth the features of old test images are kept, with growth only the growing blocks run again."""
+    ran: list[tuple[int, int, int]] = []
+    compute = Activations.compute
+
+    def counted(self: Activations, indices: np.ndarray) -> Tensor:
+        ran.append((self.below.depth, self.depth, len(indices)))
+        return compute(self, indices)
+
+    monkeypatch.setattr(Activations, "compute", counted)
+    for threshold, again in ((STAY, 1), (GROW, 2)):
+        learner = make_sema(nested_lora_use_consolidation=False, cache_root=str(tmp_path / str(again)), **threshold)
+        evaluate = Evaluator(learner, learner.data)
+        ran.clear()
         for task in range(2):
             learner.begin_task(task)
             learner.train_task()
             outcome = evaluate(task)
-        assert looked_at == expected
-        assert outcome == Evaluator(learner, learner.data, 64)(1)
+        images = {depth: sum(n for start, stop, n in ran if (start, stop) == depth) for depth in ((0, 4), (4, 6))}
+        assert images == {(0, 4): 4 * 8, (4, 6): (again + 1) * 2 * 8}
+        learner.close_run()  # nothing is kept any more
+        assert outcome == evaluate(1)
 
 
 def test_old_classes_take_no_part_in_the_loss(make_sema: Make) -> None:
@@ -225,11 +234,11 @@ def test_old_classes_take_no_part_in_the_loss(make_sema: Make) -> None:
     learner = make_sema(**STAY)
     run_tasks(learner, 1)
     learner.begin_task(1)
-    images, targets = next(iter(learner.training_batches((1, 1, 0, 0), 8)))
-    logits = learner.classify(learner.features(images))
+    batch = next(learner.inputs.read(1, Images(learner.data, "train", (1,)), (1, 1, 0, 0), 8))
+    logits = learner.classify(learner.features(batch.inputs))
     logits[:, :2] = -torch.inf
-    expected = torch.nn.functional.cross_entropy(logits, targets)
-    torch.testing.assert_close(learner._classify((images, targets)).loss, expected)
+    expected = torch.nn.functional.cross_entropy(logits, batch.targets)
+    torch.testing.assert_close(learner._classify(batch).loss, expected)
 
 
 def test_a_diverging_loss_is_a_sentence(make_sema: Make) -> None:

@@ -125,7 +125,7 @@ class RunConfig(BaseModel):
         description='Where to compute; a published list such as ["0"] falls back to the CPU where there is no GPU.',
         json_schema_extra=_allowed('"auto", "cpu", "mps", "cuda", "cuda:N", or a list such as ["0"] or ["-1"]'),
     )
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="fp32, or bf16 autocast.")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="fp32, or bf16 autocast where the device has it.")
     num_workers: int | None = Field(None, ge=0, description="Data workers; null = 0 on the CPU, else min(8, cores).")
 
     backbone_type: Text = Field(
@@ -139,8 +139,12 @@ class RunConfig(BaseModel):
     augmentation: Literal["crop_flip", "crop", "none"] = Field(
         "crop_flip", description="Random resized crop with or without horizontal flip, or the test transform."
     )
-    batch_size: int = Field(32, ge=1, description="Images in a training step.")
+    batch_size: int = Field(32, ge=1, description="Images in a training step, over all devices.")
+    grad_accumulation: int = Field(1, ge=1, description="Parts a training step is cut into to save memory; same step.")
     eval_batch_size: int = Field(64, ge=1, description="Images in a batch without gradients.")
+
+    cache_root: Text = Field("cache", description="Folder for what is computed once: activations, decoded images.")
+    cache_gb: float = Field(20.0, ge=0, description="Size it may reach in GB (10^9 bytes); 0 keeps nothing.")
 
     def conflicts(self) -> list[Conflict]:
         """Keys that are fine one by one and impossible together or on this machine; subclasses extend `super()`'s."""

@@ -1,24 +1,22 @@
-"""Data sets by name or path, held as uint8 images, and the transforms that turn them into network inputs.
+"""Data sets by name or path, held as uint8 images; `utils.views` turns them into network inputs.
 
     dataset = load_dataset("cifar224", "data")              # or "my_set.npz", or a folder with train/ and test/
     image = dataset.train[0]                                # (3, H, W) uint8
-    inputs = test_transform(224)(image)                     # (3, 224, 224) float32 in [0, 1]
 
 A data set of your own is an `.npz` with `x_train, y_train, x_test, y_test, class_names` (images uint8, (N, H, W, 3) or
 (N, H, W)), or image files `train/<class>/*` and `test/<class>/*`.
 """
 
 import difflib
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
 import torchvision
-from torch import Tensor
-from torchvision.transforms import InterpolationMode, v2
 
 from utils.assets import fetch_asset
 from utils.errors import UserError
@@ -37,18 +35,14 @@ from utils.image_sets import (
 from utils.synthetic import CLASS_NAMES, synthetic_arrays
 
 __all__ = [
-    "AUGMENTATIONS",
     "DATASETS",
     "ArrayImages",
     "Dataset",
     "FolderImages",
     "ImageSet",
-    "Transform",
     "class_count",
     "dataset_slug",
     "load_dataset",
-    "test_transform",
-    "train_transform",
 ]
 
 MNIST_5K_TRAIN_PER_DIGIT = 400
@@ -63,20 +57,20 @@ class Source:
     """Where a named data set comes from.
 
     classes: number of classes as published.
-    load: (name, data_root) -> Dataset.
+    load: (name, data_root, decode_to=, decode_gb=) -> Dataset.
     files: names under data_root that hold it when it is there already (an .npz, or a folder with train/ and test/).
     """
 
     classes: int
-    load: Callable[[str, Path], Dataset]
+    load: Callable[..., Dataset]
     files: tuple[str, ...] = ()
 
 
-def _synthetic(name: str, data_root: Path) -> Dataset:
+def _synthetic(name: str, data_root: Path, **decoding: Any) -> Dataset:
     return from_arrays(name, *synthetic_arrays())
 
 
-def _mnist_5k(name: str, data_root: Path) -> Dataset:
+def _mnist_5k(name: str, data_root: Path, **decoding: Any) -> Dataset:
     """500 images a digit in stored order: the first 400 of every digit are for training, the last 100 for the test."""
     path = fetch_asset("mnist_5k", data_root)
     table = np.loadtxt(path, delimiter=",", dtype=np.uint8)  # (5000, 784 pixels and the label)
@@ -89,10 +83,10 @@ def _mnist_5k(name: str, data_root: Path) -> Dataset:
     return from_arrays(name, [str(digit) for digit in range(10)], arrays)
 
 
-def _downloaded(kind: str, npz: str) -> Callable[[str, Path], Dataset]:
+def _downloaded(kind: str, npz: str) -> Callable[..., Dataset]:
     """Loader of a torchvision data set `kind`: `<data_root>/<npz>` first, else torchvision's own files or download."""
 
-    def load(name: str, data_root: Path) -> Dataset:
+    def load(name: str, data_root: Path, **decoding: Any) -> Dataset:
         if (data_root / npz).is_file():
             return from_npz(name, data_root / npz)
         try:
@@ -110,11 +104,11 @@ def _downloaded(kind: str, npz: str) -> Callable[[str, Path], Dataset]:
     return load
 
 
-def _folders(name: str, data_root: Path) -> Dataset:
+def _folders(name: str, data_root: Path, **decoding: Any) -> Dataset:
     places = [data_root / file for file in DATASETS[name].files]
     for place in places:
         if _is_split_folder(place):
-            return from_folder(name, place)
+            return from_folder(name, place, **decoding)
     raise _missing(
         name, places, "the published train/test split is linked from https://github.com/zhoudw-zdw/RevisitingCIL"
     )
@@ -137,8 +131,13 @@ DATASETS = {
 }
 
 
-def load_dataset(name: str, data_root: str | Path) -> Dataset:
+def load_dataset(
+    name: str, data_root: str | Path, decode_to: Path | None = None, decode_gb: float = math.inf
+) -> Dataset:
     """A data set by name (a key of `DATASETS`) or path (an .npz or a folder, as given or inside `data_root`).
+
+    Args:
+        decode_to, decode_gb: where and up to which size image files are kept decoded, as for `from_folder`.
 
     Raises:
         UserError: unknown name, data that is not there (with where it was looked for and how to get it), or a file or
@@ -146,11 +145,12 @@ def load_dataset(name: str, data_root: str | Path) -> Dataset:
     """
     data_root = Path(data_root)
     if name in DATASETS:
-        return DATASETS[name].load(name, data_root)
+        return DATASETS[name].load(name, data_root, decode_to=decode_to, decode_gb=decode_gb)
     path = _find(name, data_root)
     if path is None:
         raise _missing(name, _places(name, data_root), "check the path")
-    return from_npz(dataset_slug(name), path) if path.is_file() else from_folder(dataset_slug(name), path)
+    slug = dataset_slug(name)
+    return from_npz(slug, path) if path.is_file() else from_folder(slug, path, decode_to, decode_gb)
 
 
 def class_count(name: str, data_root: str | Path) -> int | None:
@@ -214,42 +214,3 @@ def _missing(name: str, places: Sequence[Path], how: str) -> UserError:
         f"A data set is an .npz with {', '.join(NPZ_KEYS)}, or a folder with train/<class>/* and "
         f"test/<class>/*; put it there, or set data_root or dataset to where it is. {NO_DATA_NEEDED}."
     )
-
-
-# --------------------------------------------------------------------------------------------------------- transforms
-
-Transform = Callable[[Tensor], Tensor]
-AUGMENTATIONS = ("crop_flip", "crop", "none")
-
-
-def train_transform(
-    image_size: int,
-    augmentation: str = "crop_flip",
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-) -> Transform:
-    """Random training view, uint8 (3, H, W) -> float32 (3, S, S); values in [0, 1], or (x - mean) / std when given.
-
-    "crop_flip", as published: a crop of 5 % to 100 % of the area with aspect 3/4 to 4/3, resized (bilinear), mirrored
-    half the time; "crop": without mirroring; "none": the test transform. Raises UserError for another name.
-    """
-    if augmentation not in AUGMENTATIONS:
-        raise UserError(f"augmentation = {augmentation!r} is not known; allowed: {', '.join(AUGMENTATIONS)}.")
-    if augmentation == "none":
-        return test_transform(image_size, mean, std)
-    crop = v2.RandomResizedCrop(image_size, scale=(0.05, 1.0), ratio=(3 / 4, 4 / 3), antialias=True)
-    flip = [v2.RandomHorizontalFlip(0.5)] if augmentation == "crop_flip" else []
-    return v2.Compose([crop, *flip, *_to_input(mean, std)])
-
-
-def test_transform(
-    image_size: int, mean: Sequence[float] | None = None, std: Sequence[float] | None = None
-) -> Transform:
-    """Test view, uint8 (3, H, W) -> float32 (3, S, S): shorter side to 256/224 of S (bicubic), then the centre."""
-    resize = v2.Resize(256 * image_size // 224, interpolation=InterpolationMode.BICUBIC, antialias=True)
-    return v2.Compose([resize, v2.CenterCrop(image_size), *_to_input(mean, std)])
-
-
-def _to_input(mean: Sequence[float] | None, std: Sequence[float] | None) -> list[Transform]:
-    normalize = [v2.Normalize(list(mean), list(std))] if mean is not None and std is not None else []
-    return [v2.ToDtype(torch.float32, scale=True), *normalize]

@@ -9,7 +9,7 @@
 label of incremental class i.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -17,11 +17,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
-from utils.data import Transform
+from utils.distributed import World
 from utils.errors import UserError
 from utils.image_sets import Dataset, ImageSet
+from utils.views import ViewSpec, seed_sequence, views_of
 
 SOURCES = ("train", "test")
+MODES = ("train", "test")
 
 
 class DataManager:
@@ -35,8 +37,9 @@ class DataManager:
         max_tasks: cut the sequence after so many tasks.
         max_train_per_class, max_test_per_class: keep k images of every class: the first k of a permutation drawn from
             (seed, split, class), so a smaller k keeps a subset of a larger one; they stay in stored order.
-        train_transform, test_transform: uint8 (3, H, W) -> float32 (3, S, S), as `utils.data` makes them.
+        train_view, test_view: what the network sees of an image.
         num_workers: processes that prepare batches; 0 for none. Changes no result.
+        rank, world_size: which of several processes this is, as `batches` gives each a share of every batch.
 
     Attributes:
         class_order: data set label of every incremental class.
@@ -59,9 +62,11 @@ class DataManager:
         max_tasks: int | None = None,
         max_train_per_class: int | None = None,
         max_test_per_class: int | None = None,
-        train_transform: Transform,
-        test_transform: Transform,
+        train_view: ViewSpec,
+        test_view: ViewSpec,
         num_workers: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
         self.dataset = dataset
         self.nb_classes = len(dataset.class_names)
@@ -76,8 +81,8 @@ class DataManager:
         self.nb_tasks = len(self._tasks)
         limits = {"train": max_train_per_class, "test": max_test_per_class}
         self._labels = {source: self._incremental_labels(source, limits[source], seed) for source in SOURCES}
-        self._transforms = {"train": train_transform, "test": test_transform}
-        self._num_workers = num_workers
+        self.train_view, self.test_view = train_view, test_view
+        self._num_workers, self._share = num_workers, World(rank, world_size).share
 
     def task_classes(self, task: int) -> range:
         """Incremental labels of a task. Raises IndexError outside 0 .. nb_tasks - 1."""
@@ -87,7 +92,39 @@ class DataManager:
 
     def count(self, classes: range, source: str) -> int:
         """Number of images of these incremental classes in "train" or "test"."""
-        return len(self._indices(classes, source))
+        return len(self.indices(classes, source))
+
+    def indices(self, classes: range, source: str) -> np.ndarray:
+        """Stored positions of the images of a range of incremental labels, ascending, int64 (n,)."""
+        inside = 0 <= classes.start <= classes.stop <= self.nb_classes and classes.step == 1
+        if source not in SOURCES or not inside:
+            raise ValueError(f'source={source!r}, {classes}: "train" or "test", and a range up to {self.nb_classes}')
+        labels = self._labels[source]
+        return np.flatnonzero((labels >= classes.start) & (labels < classes.stop))
+
+    def order(self, classes: range, source: str, key: tuple[int, ...]) -> np.ndarray:
+        """The same positions in the order that a key of any integers names."""
+        return np.random.default_rng(seed_sequence(key)).permutation(self.indices(classes, source))
+
+    def targets(self, indices: np.ndarray, source: str) -> Tensor:
+        """Incremental labels of stored images, int64 (n,)."""
+        return torch.from_numpy(self._labels[source][indices])
+
+    def views(self, indices: np.ndarray, source: str, mode: str, view: tuple[int, ...] | None) -> Tensor:
+        """What the network sees of stored images, float32 (n, 3, S, S) on the CPU.
+
+        Args:
+            indices: stored positions, (n,).
+            source: "train" or "test", which images.
+            mode: "train" for the random view that the key `view` names, "test" for the test view (`view` is None).
+
+        Raises:
+            UserError: an image cannot be read.
+        """
+        spec = self._spec(mode, view)
+        images = getattr(self.dataset, source)
+        images.prepare(indices)
+        return _views(images, spec, view, indices)
 
     def batches(
         self,
@@ -98,38 +135,44 @@ class DataManager:
         batch_size: int,
         key: tuple[int, ...] | None = None,
         start: int = 0,
+        view: tuple[int, ...] | None = None,
     ) -> "Batches":
         """Batches (images (B, 3, S, S) float32, incremental labels (B,) int64) of some classes.
+
+        Of several processes each gets its share of every batch (`World.share`), which may be empty.
 
         Args:
             classes: a range of incremental labels.
             source: "train" or "test", which images.
-            mode: "train" or "test", which transform.
-            batch_size: B; the last batch may be smaller.
-            key: None for stored order; else any integers, which alone decide order and augmentation, the same for every
-                number of workers and whatever ran before. The global random states are neither read nor changed.
+            mode: "train" for random views, "test" for the test view.
+            batch_size: B, over all processes; the last batch may be smaller.
+            key: None for stored order; else any integers, which alone decide the order, the same for every number of
+                workers and processes and whatever ran before. The global random states are neither read nor changed.
             start: skip so many batches without computing them; the rest is the same as without skipping.
+            view: any integers that name the random views, of which each depends on them and on the image's stored
+                position alone; None takes `key`.
 
         Raises:
             ValueError: mode "train" without a key, or an argument out of range.
             UserError: while iterating, for an image that cannot be read.
         """
-        if mode not in self._transforms or (mode == "train" and key is None):
-            raise ValueError(f'mode={mode!r}, key={key}: mode is "train" or "test", and "train" needs a key')
-        indices = self._indices(classes, source)
-        if key is not None:
-            indices = np.random.default_rng(_seed_sequence(key)).permutation(indices)
-        images, labels = getattr(self.dataset, source), self._labels[source]
-        batches = _BatchDataset(images, labels, indices, batch_size, self._transforms[mode], key)
+        named = None if mode == "test" else key if view is None else view
+        spec = self._spec(mode, named)
+        order = self.indices(classes, source) if key is None else self.order(classes, source, key)
+        batches = _BatchDataset(
+            getattr(self.dataset, source),
+            self._labels[source],
+            [order[first : first + batch_size] for first in range(0, len(order), batch_size)],
+            self._share,
+            spec,
+            named,
+        )
         return Batches(batches, start, self._num_workers)
 
-    def _indices(self, classes: range, source: str) -> np.ndarray:
-        """Stored positions of the images of a range of incremental labels."""
-        inside = 0 <= classes.start <= classes.stop <= self.nb_classes and classes.step == 1
-        if source not in SOURCES or not inside:
-            raise ValueError(f'source={source!r}, {classes}: "train" or "test", and a range up to {self.nb_classes}')
-        labels = self._labels[source]
-        return np.flatnonzero((labels >= classes.start) & (labels < classes.stop))
+    def _spec(self, mode: str, view: tuple[int, ...] | None) -> ViewSpec:
+        if mode not in MODES or (mode == "train") == (view is None):
+            raise ValueError(f'mode={mode!r}, key={view}: mode is "train" or "test", and only "train" has a key')
+        return self.train_view if mode == "train" else self.test_view
 
     def _incremental_labels(self, source: str, limit: int | None, seed: int) -> np.ndarray:
         """Incremental label of every stored image, int64 (N,); -1 for images left out by the limit."""
@@ -149,6 +192,7 @@ class Batches:
     def __init__(self, dataset: "_BatchDataset", start: int, num_workers: int) -> None:
         if not 0 <= start <= len(dataset):
             raise ValueError(f"start={start}: there are {len(dataset)} batches")
+        self._dataset, self._start = dataset, start
         self._loader = DataLoader(
             dataset,
             batch_size=None,
@@ -162,6 +206,7 @@ class Batches:
         return len(self._loader)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        self._dataset.prepare(self._start)
         for batch in self._loader:
             if isinstance(batch, UserError):
                 raise batch
@@ -169,40 +214,45 @@ class Batches:
 
 
 class _BatchDataset(TorchDataset):
-    """A map-style data set whose items are whole batches, so that one seed serves one batch."""
+    """A map-style data set whose items are one process's shares of whole batches of stored positions."""
 
     def __init__(
         self,
         images: ImageSet,
         labels: np.ndarray,
-        order: np.ndarray,
-        batch_size: int,
-        transform: Transform,
-        key: tuple[int, ...] | None,
+        batches: list[np.ndarray],
+        share: Callable[[int], slice],
+        spec: ViewSpec,
+        view: tuple[int, ...] | None,
     ) -> None:
-        self.images, self.labels, self.order, self.batch_size = images, labels, order, batch_size
-        self.transform, self.key = transform, key
+        self.images, self.labels, self.batches, self.share = images, labels, batches, share
+        self.spec, self.view = spec, view
 
     def __len__(self) -> int:
-        return -(-len(self.order) // self.batch_size)
+        return len(self.batches)
+
+    def prepare(self, start: int) -> None:
+        """Make the images of the batches from `start` on quick to read, in the process that starts the others."""
+        if start < len(self):
+            self.images.prepare(np.concatenate(self.batches[start:]))
 
     def __getitem__(self, number: int) -> tuple[Tensor, Tensor] | UserError:
         """Batch `number`, or the error of an image that cannot be read: raised in a worker it would be a traceback."""
-        chosen = self.order[number * self.batch_size : (number + 1) * self.batch_size]
+        batch = self.batches[number]
+        mine = batch[self.share(len(batch))]
         try:
-            with torch.random.fork_rng(devices=[]):
-                if self.key is not None:
-                    seed = _seed_sequence(self.key, number).generate_state(1, np.uint64)[0]
-                    torch.random.default_generator.manual_seed(int(seed >> 1))
-                views = torch.stack([self.transform(self.images[index]) for index in chosen])
+            return _views(self.images, self.spec, self.view, mine), torch.from_numpy(self.labels[mine])
         except UserError as error:
             return error
-        return views, torch.from_numpy(self.labels[chosen])
 
 
-def _seed_sequence(key: tuple[int, ...], *spawn: int) -> np.random.SeedSequence:
-    """Randomness of a key of any integers; the length is part of it, since SeedSequence pads short keys with zeros."""
-    return np.random.SeedSequence([len(key), *(value % 2**64 for value in key)], spawn_key=spawn)
+def _views(images: ImageSet, spec: ViewSpec, view: tuple[int, ...] | None, indices: np.ndarray) -> Tensor:
+    """Views of stored images, all at once when they are of one size: float32 (B, 3, S, S)."""
+    pixels = images.batch(indices)
+    if isinstance(pixels, Tensor):
+        return views_of(pixels, spec, view, indices)
+    single = (views_of(image[None], spec, view, indices[i : i + 1]) for i, image in enumerate(pixels))
+    return torch.cat([torch.empty(0, 3, spec.image_size, spec.image_size), *single])
 
 
 def _unchanged(batch: object) -> object:

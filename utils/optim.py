@@ -92,6 +92,21 @@ class GroupedOptimizer:
     def zero_grad(self) -> None:
         self._optimizer.zero_grad(set_to_none=True)
 
+    def gradients(self) -> list[Tensor]:
+        """The gradient of every parameter, a zero one where the loss did not reach it."""
+        parameters = [parameter for group in self.groups for parameter in group.parameters]
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        return [parameter.grad for parameter in parameters]
+
+    def divide_gradients(self, divisor: float) -> None:
+        """Turn gradients of a sum into those of a mean."""
+        for group in self.groups:
+            for parameter in group.parameters:
+                if parameter.grad is not None:
+                    parameter.grad /= divisor
+
     def moves_next(self, group: ParameterGroup) -> bool:
         """Whether the group is updated by the coming step."""
         return (self.steps + 1) % group.every == 0

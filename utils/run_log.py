@@ -182,6 +182,26 @@ class RunLog:
         return path
 
 
+class SilentLog(RunLog):
+    """The record as processes other than the first see it: the same calls, nothing written."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @property
+    def metrics_bytes(self) -> int:
+        return 0
+
+    def metric(self, event: str, **fields: Any) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+    def _replace(self, name: str, text: str) -> Path:
+        return self.folder / name
+
+
 def attach_console() -> logging.Handler | None:
     """Show the program's messages on standard output without breaking progress bars.
 

@@ -7,8 +7,10 @@ with autocast(device, "bf16"):
 
 import contextlib
 import ctypes
+import hashlib
 import resource
 import sys
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -65,6 +67,26 @@ def _resolve_list(spec: list[str | int]) -> tuple[torch.device, str | None]:
     return torch.device("cpu"), f"device = {spec!r}: no such GPU here, running on the CPU"
 
 
+def resolve_precision(precision: str, device: torch.device) -> tuple[str, str | None]:
+    """The precision to compute in, and a warning where it is not the one asked for.
+
+    bf16 on a device that has no instructions for it is emulated, at a thirtieth of the speed of fp32 (measured on a CPU
+    with AVX2 only): fp32 is taken there, which is also the more exact.
+    """
+    if precision != "bf16" or has_bf16(device):
+        return precision, None
+    return "fp32", f'precision = "bf16": {device.type} has no bf16 instructions here, where it would crawl; using fp32'
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether the device multiplies bf16 matrices in hardware (CPU: AVX512 or AMX, as oneDNN needs)."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return True
+
+
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
     """bf16 autocast on the device, or nothing for "fp32"."""
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
@@ -95,10 +117,40 @@ def peak_memory_mb(device: torch.device) -> float:
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
 
 
+@contextlib.contextmanager
+def out_of_memory_advice(batch_size: int, grad_accumulation: int, eval_batch_size: int) -> Iterator[None]:
+    """Turn an out-of-memory error of the device inside into a sentence that says which keys to change to what."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
+        text = str(error)
+        exhausted = isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text
+        if not exhausted:
+            raise
+        smaller = ""
+        if grad_accumulation < batch_size:
+            parts = min(2 * grad_accumulation, batch_size)
+            smaller = f"set grad_accumulation={parts} for the same result in smaller parts, or "
+        raise UserError(
+            f"out of memory with batch_size {batch_size}, grad_accumulation {grad_accumulation} and eval_batch_size "
+            f"{eval_batch_size}: {smaller}halve the sizes to batch_size={max(1, batch_size // 2)}, "
+            f"eval_batch_size={max(1, eval_batch_size // 2)}; what is saved can be resumed after editing config.json"
+        ) from error
+
+
 def seeded_generator(*key: int) -> torch.Generator:
     """A CPU generator of its own for a key of non-negative integers; different keys give unrelated streams."""
     seed = np.random.SeedSequence(key).generate_state(1, dtype=np.uint64)[0]
     return torch.Generator().manual_seed(int(seed) % 2**63)
+
+
+def sha256_of(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names and bytes of tensors, in the order of their names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def pack_tensors(tree: Any, prefix: str) -> tuple[Any, dict[str, Tensor]]:
