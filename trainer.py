@@ -26,22 +26,23 @@ import safetensors
 import timm
 import torch
 import torchvision
-from utils.distributed import World, backend_for, local_device, process_group, world_from_environment
-from utils.tensor_cache import TensorCache
-from utils.views import ViewSpec
 
 from models import LEARNERS, SCHEMAS
 from models.base import Interrupted, Learner
+from utils.cache import IMAGES
 from utils.checkpoint import checkpoint_name, latest_checkpoint, load_checkpoint, save_checkpoint
 from utils.config import RunConfig, config_from_dict
 from utils.data import dataset_slug, load_dataset
 from utils.data_manager import DataManager
+from utils.distributed import World, backend_for, local_device, process_group, world_from_environment
 from utils.errors import UserError
 from utils.factory import Backbone, create_backbone
 from utils.metrics import AccuracyMatrix, accuracy_table, seeds_table, summary_table
 from utils.plots import draw_figures
 from utils.run_log import RunLog, SilentLog, run_folder
+from utils.tensor_cache import TensorCache
 from utils.toolkit import out_of_memory_advice, peak_memory_mb, resolve_device, resolve_precision
+from utils.views import ViewSpec
 
 logger = logging.getLogger("nested_lora")
 
@@ -184,8 +185,8 @@ def assemble(config: RunConfig, seed: int, world: World = ALONE) -> Parts:
     precision, precision_warning = resolve_precision(config.precision, device)
     config = config.model_copy(update={"precision": precision})
     cache = TensorCache(config.cache_root, config.cache_gb)
-    decoded = Path(config.cache_root) / "images" if cache.enabled else None
-    dataset = load_dataset(config.dataset, config.data_root, decode_to=decoded)
+    decoded = Path(config.cache_root) / IMAGES if cache.enabled else None
+    dataset = load_dataset(config.dataset, config.data_root, decode_to=decoded, decode_gb=config.cache_gb)
     backbone = create_backbone(
         config.backbone_type,
         weights=config.weights,

@@ -22,13 +22,13 @@ import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from utils.distributed import World
-from utils.tensor_cache import TensorCache
 
 from backbone.vit_sema import SEMAVisionTransformer
 from models.base import Interrupted
 from utils.data_manager import DataManager
+from utils.distributed import World
 from utils.errors import UserError
+from utils.tensor_cache import TensorCache
 from utils.toolkit import autocast, sha256_of
 
 logger = logging.getLogger("nested_lora")
@@ -201,7 +201,7 @@ class ActivationStore:
             self._warned = True
             logger.warning(
                 f"The cache has no room for {source} activations of block {depth}: they are computed whenever they are "
-                "needed; raise cache_gb, free disk space, or empty the cache (python -m utils.tensor_cache --clear)"
+                "needed; raise cache_gb, free disk space, or empty the cache (python -m utils.cache --clear)"
             )
         return opened
 

@@ -16,13 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from utils.tensor_cache import TensorCache
 
 from backbone.vit_sema import SEMAVisionTransformer
 from models.activations import Activations, ActivationStore, Images, Place
 from models.base import Interrupted
 from models.sema_config import SEMAConfig
 from utils.data_manager import DataManager
+from utils.tensor_cache import TensorCache
 from utils.toolkit import autocast
 
 Source = Images | Activations

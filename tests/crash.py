@@ -27,7 +27,7 @@ CONTEXT.set_forkserver_preload(["tests.crash"])
 MOMENTS: dict[str, tuple[Any, str]] = {
     "step": (utils.optim.GroupedOptimizer, "step"),
     "scan": (backbone.sema_block.SEMAModules, "novelty"),
-    "test": (models.activations.Activations, "compute"),
+    "test": (models.activations.Activations, "compute"),  # of test images, and of others where they are stored
     "write": (utils.checkpoint, "write_synced"),
     "rename": (os, "rename"),
     "replace": (os, "replace"),

@@ -18,7 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
-from utils import data, image_sets
+from utils import data, decoded_images, image_sets
 from utils.data import (
     DATASETS,
     ArrayImages,
@@ -28,8 +28,8 @@ from utils.data import (
     dataset_slug,
     load_dataset,
 )
+from utils.decoded_images import INDEX, PIXELS, DecodedImages
 from utils.errors import UserError
-from utils.image_sets import INDEX, PIXELS, DecodedImages
 
 
 def arrays(classes: int = 3, each: int = 2, side: int = 8, **changed) -> dict[str, np.ndarray]:
@@ -296,8 +296,8 @@ def in_another_process(work: Callable[[], None]) -> multiprocessing.Process:
 
 @pytest.mark.parametrize("die_at", [0, 1, 5, 10])
 def test_killed_decoding_goes_on_where_it_was(tmp_path, plain, opened, monkeypatch, die_at):
-    monkeypatch.setattr(image_sets, "BLOCK", 2)
-    monkeypatch.setattr(image_sets, "SAVE_EVERY", -1.0)
+    monkeypatch.setattr(decoded_images, "BLOCK", 2)
+    monkeypatch.setattr(decoded_images, "SAVE_EVERY", -1.0)
     images = load(tmp_path).train
 
     def die() -> None:
@@ -316,7 +316,7 @@ def test_killed_decoding_goes_on_where_it_was(tmp_path, plain, opened, monkeypat
 
 
 def test_several_processes_decode_each_image_once_between_them(tmp_path, plain, monkeypatch):
-    monkeypatch.setattr(image_sets, "BLOCK", 2)
+    monkeypatch.setattr(decoded_images, "BLOCK", 2)
     images = load(tmp_path).train
 
     assert images.decoded._missing(np.arange(11)).size == 11
@@ -390,7 +390,7 @@ def test_reading_goes_on_while_a_damaged_store_is_replaced(tmp_path, plain):
 
 @pytest.mark.parametrize("which", [0, 6, 10])
 def test_corrupt_image_is_named_and_keeps_the_others(tmp_path, plain, opened, monkeypatch, which):
-    monkeypatch.setattr(image_sets, "BLOCK", 2)
+    monkeypatch.setattr(decoded_images, "BLOCK", 2)
     path = tmp_path / "set" / "train" / "ant" / f"{which:02}.png"
     whole = path.read_bytes()
     path.write_bytes(whole[:50])
@@ -407,8 +407,8 @@ def test_corrupt_image_is_named_and_keeps_the_others(tmp_path, plain, opened, mo
 
 
 def test_full_disk_and_unwritable_folder_cost_time_only(tmp_path, plain, monkeypatch, warnings):
-    full = collections.namedtuple("usage", "total used free")(10, 5, image_sets.RESERVE + 500)
-    monkeypatch.setattr(image_sets.shutil, "disk_usage", lambda path: full)
+    full = collections.namedtuple("usage", "total used free")(10, 5, decoded_images.RESERVE + 500)
+    monkeypatch.setattr(decoded_images.shutil, "disk_usage", lambda path: full)
     images = load(tmp_path).train
     for _ in range(2):
         images.prepare(np.arange(11))
@@ -421,7 +421,7 @@ def test_full_disk_and_unwritable_folder_cost_time_only(tmp_path, plain, monkeyp
 
 
 def test_decoded_images_keep_to_their_limit(tmp_path, plain, monkeypatch, warnings):
-    monkeypatch.setattr(image_sets, "BLOCK", 1)
+    monkeypatch.setattr(decoded_images, "BLOCK", 1)
     sizes = [image.numel() for image in plain.train]
     gigabytes = (sum(sizes) + sizes[0] + sizes[1] + 1) / 1e9
     dataset = load_dataset(str(tmp_path / "set"), tmp_path, tmp_path / "decoded", gigabytes)
@@ -433,7 +433,7 @@ def test_decoded_images_keep_to_their_limit(tmp_path, plain, monkeypatch, warnin
 
 
 def test_without_file_locks_nothing_is_kept(tmp_path, plain, monkeypatch):
-    monkeypatch.setattr(image_sets, "fcntl", None)
+    monkeypatch.setattr(decoded_images, "fcntl", None)
     images = load(tmp_path).train
     images.prepare(np.arange(11))
     assert same_images(images, plain.train) and not (tmp_path / "decoded").exists()

@@ -10,8 +10,8 @@ from PIL import Image
 from utils import image_sets
 from utils.data import ArrayImages, Dataset, FolderImages
 from utils.data_manager import DataManager
+from utils.decoded_images import DecodedImages
 from utils.errors import UserError
-from utils.image_sets import DecodedImages
 from utils.views import ViewSpec
 
 CLASSES, TRAIN_EACH, TEST_EACH = 7, 6, 3
@@ -192,7 +192,7 @@ def test_global_random_states_are_neither_read_nor_changed(workers):
     assert (np.random.get_state()[1] == before[1]).all() and random.getstate() == before[2]
 
 
-def test_key_with_test_transform_shuffles_only():
+def test_key_with_test_view_shuffles_only():
     data = manager()
     stored = list(data.batches(range(4), source="train", mode="test", batch_size=50))[0]
     mixed = list(data.batches(range(4), source="train", mode="test", batch_size=50, key=(3,)))[0]

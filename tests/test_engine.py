@@ -12,7 +12,6 @@ import torch
 
 import trainer
 from models.activations import Activations
-
 from trainer import train
 from utils.config import RunConfig
 from utils.errors import UserError
@@ -146,7 +145,7 @@ def test_an_altered_cache_changes_nothing(smoke_config: Make) -> None:
         else:
             data = data[: len(data) // 2]
         file.write_bytes(data)
-    assert run(smoke_config(**changes)) [1] == expected[1]
+    assert run(smoke_config(**changes))[1] == expected[1]
 
 
 def test_no_room_is_said_once_and_computed_instead(smoke_config: Make, caplog: pytest.LogCaptureFixture) -> None:

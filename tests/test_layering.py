@@ -17,7 +17,7 @@ ALLOWED = {
     "backbone": {"backbone"},
     "utils": {"utils"},
 }
-COMMANDS = ("benchmark.py", "tensor_cache.py")  # files of utils that are also run with `python -m`
+COMMANDS = ("benchmark.py", "cache.py")  # files of utils that are also run with `python -m`
 FILES = [path for name in ALLOWED for path in [*ROOT.glob(f"{name}.py"), *ROOT.glob(f"{name}/**/*.py")]]
 
 

@@ -25,8 +25,9 @@ CHANGES = {
 }
 
 
-def command(logs: Path) -> list[str]:
-    settings = [f"{key}={json.dumps(value)}" for key, value in {**CHANGES, **places(logs)}.items()]
+def command(logs: Path, **changes: object) -> list[str]:
+    values = {**CHANGES, **places(logs), **changes}
+    settings = [f"{key}={json.dumps(value)}" for key, value in values.items()]
     return ["--config", str(ROOT / "exps/smoke.json"), *(part for setting in settings for part in ("--set", setting))]
 
 
@@ -36,6 +37,9 @@ def places(folder: Path) -> dict[str, str]:
 
 def folder_of(logs: Path) -> Path:
     return next(path.parent for path in logs.rglob("config.json"))
+
+
+STORED = {"nested_lora_freeze": "task", "adapter_blocks": "growing", "cache_views": 2, "func_epoch": 3}
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +98,27 @@ def test_killed_twice(reference: tuple[dict, list[str]], tmp_path: Path) -> None
     code, _ = run(["--resume", str(folder_of(tmp_path))], die_at=4)
     assert code == -signal.SIGKILL
     assert finish(tmp_path) == expected
+
+
+def test_killed_while_activations_are_stored(tmp_path: Path) -> None:
+    """Frozen prefix in the cache: killed while its files are written and read, what is there is used, the end equal."""
+    code, moments = run(command(tmp_path / "whole", **STORED))
+    assert code == 0
+    expected = outcome(folder_of(tmp_path / "whole"))
+    stored = [i for i, moment in enumerate(moments) if moment == "test"]
+    for number, point in enumerate((stored[1], stored[-1] + 1, len(moments) // 2)):
+        logs = tmp_path / str(number)
+        assert run(command(logs, **STORED), die_at=point)[0] == -signal.SIGKILL
+        assert list((logs / "cache").rglob("*.npy"))
+        assert finish(logs) == expected
+
+
+def test_ctrl_c_while_activations_are_stored(tmp_path: Path) -> None:
+    code, moments = run(command(tmp_path / "whole", **STORED))
+    expected = outcome(folder_of(tmp_path / "whole"))
+    code, _ = run(command(tmp_path / "cut", **STORED), die_at=moments.index("test") + 1, how=signal.SIGINT)
+    assert code == 130
+    assert finish(tmp_path / "cut") == expected
 
 
 @pytest.mark.parametrize("where", ["step", "scan", "test"])

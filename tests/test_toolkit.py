@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from utils import toolkit
 from utils.errors import UserError
 from utils.toolkit import (
     autocast,
@@ -83,3 +84,39 @@ def test_generators_depend_on_their_whole_key() -> None:
 def test_memory_helpers_answer() -> None:
     assert peak_memory_mb(CPU) > 1
     assert keep_freed_memory() in (True, False)
+
+
+def test_bf16_is_taken_where_the_device_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    for has in (True, False):
+        monkeypatch.setattr(toolkit, "has_bf16", lambda device, has=has: has)
+        assert toolkit.resolve_precision("fp32", cpu) == ("fp32", None)
+        precision, warning = toolkit.resolve_precision("bf16", cpu)
+        assert (precision, warning is None) == (("bf16", True) if has else ("fp32", False))
+    assert "no bf16 instructions" in warning
+
+
+def test_sha256_of_tensors_sees_names_values_shapes_and_not_the_order() -> None:
+    a, b = torch.arange(4.0), torch.ones(2)
+    expected = toolkit.sha256_of({"a": a, "b": b})
+    assert toolkit.sha256_of({"b": b, "a": a}) == expected
+    others = [{"a": a}, {"a": b, "b": a}, {"a": a.view(2, 2), "b": b}, {"a": a + 1, "b": b}, {"a": a.int(), "b": b}]
+    assert expected not in map(toolkit.sha256_of, others)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA"), MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")],
+    ids=lambda error: type(error).__name__,
+)
+def test_out_of_memory_is_advice(error: Exception) -> None:
+    advice = "set grad_accumulation=4 .*batch_size=16, eval_batch_size=32"
+    with pytest.raises(UserError, match=advice), toolkit.out_of_memory_advice(32, 2, 64):
+        raise error
+    with pytest.raises(UserError, match="eval_batch_size 1: halve"), toolkit.out_of_memory_advice(1, 1, 1):
+        raise error
+
+
+def test_other_errors_are_not_taken_for_lack_of_memory() -> None:
+    with pytest.raises(RuntimeError, match="shapes"), toolkit.out_of_memory_advice(1, 1, 1):
+        raise RuntimeError("shapes")

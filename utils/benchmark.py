@@ -230,6 +230,7 @@ def main(arguments: list[str] | None = None) -> int:
     from trainer import assemble, make_learner
     from utils.config import config_from_dict, load_config
     from utils.errors import UserError
+    from utils.run_log import SilentLog
     from utils.toolkit import keep_freed_memory
 
     options = parse(arguments)
@@ -243,7 +244,7 @@ def main(arguments: list[str] | None = None) -> int:
                 return assemble(config_from_dict({**given, **changes}, SCHEMAS, "benchmark").config, seed=0)
 
             def build(changes: Mapping[str, Any]) -> Any:
-                return make_learner(parts(changes), log=None)
+                return make_learner(parts(changes), SilentLog(Path(scratch)))
 
             if options.profile:
                 path = trace(build({}).costs(build).parts()[0].prepare(), options.profile)

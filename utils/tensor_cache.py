@@ -2,7 +2,6 @@
 
     cache = TensorCache("cache", limit_gb=20)
     tokens = cache.get(group, key, build=lambda: network(images))    # read back, or built and stored
-    python -m utils.tensor_cache [--root cache] [--clear]            # what is in it; empty it
 
 A file is `<root>/<group>/<key>.<dtype>.<checksum>.npy`. A rename makes it appear, complete, and a process compares its
 checksum when it first reads it: a damaged file is removed and its tensor built again. A group is removed as a whole, by
@@ -10,7 +9,6 @@ checksum when it first reads it: a damaged file is removed and its tensor built 
 but files named like these is ever removed.
 """
 
-import argparse
 import hashlib
 import io
 import json
@@ -19,7 +17,6 @@ import math
 import os
 import re
 import shutil
-import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -29,8 +26,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-
-from utils.errors import UserError
 
 logger = logging.getLogger("nested_lora")
 
@@ -107,7 +102,7 @@ class TensorCache:
         if self._excess(bytes_needed) > 0:
             self._measure(1.0)
         excess = self._excess(bytes_needed)
-        others = sorted(set(self._sizes) - {group} - set(self._touched), key=lambda name: _modified(self.root / name))
+        others = sorted(set(self._sizes) - {group} - set(self._touched), key=lambda name: last_use(self.root / name))
         if excess > sum(self._sizes[name] for name in others):
             return False
         while excess > 0 and others:
@@ -200,7 +195,7 @@ class TensorCache:
         """Let a file of these bytes or buffers appear at once in a group's folder. Raises OSError."""
         path.parent.mkdir(parents=True, exist_ok=True)
         if not (self.root / MARKER).exists():
-            (self.root / MARKER).write_text("python -m utils.tensor_cache --root FOLDER --clear empties this cache.\n")
+            (self.root / MARKER).write_text("python -m utils.cache --root FOLDER --clear empties this cache.\n")
         temporary = path.with_name(f".tmp-{os.getpid()}-{os.urandom(4).hex()}")
         try:
             with open(temporary, "wb") as file:
@@ -222,10 +217,10 @@ class TensorCache:
             return
         if self._measured == -math.inf:
             for left in self.root.glob("*/.tmp-*"):
-                if _OURS.fullmatch(left.name) and time.time() - _modified(left) > STALE:
+                if _OURS.fullmatch(left.name) and time.time() - last_use(left) > STALE:
                     with suppress(OSError):
                         left.unlink()
-        groups = _survey(self.root)
+        groups = groups_in(self.root)
         self._sizes = {group: sum(files.values()) for group, files in groups.items()}
         self._measured = time.monotonic()
         for group in set(self._mapped) - set(groups):  # a map holds the disk space of the file that was removed
@@ -240,7 +235,7 @@ class TensorCache:
         """Remove a group; the bytes freed."""
         for known in (self._mapped, self._names, self._sizes, self._touched):
             known.pop(group, None)
-        return _remove_files(self.root / group)
+        return remove_group(self.root / group)
 
     def _no_room(self, group: str, size: int) -> str:
         used, free = sum(self._sizes.values()) / 1e9, _free_disk(self.root) / 1e9
@@ -293,7 +288,7 @@ def _checksum(dtype: str, *parts: Any) -> str:
     return digest.hexdigest()[:32]
 
 
-def _modified(path: Path) -> float:
+def last_use(path: Path) -> float:
     """Seconds since 1970; 0 for what is not there."""
     with suppress(OSError):
         return path.stat().st_mtime
@@ -306,7 +301,7 @@ def _free_disk(root: Path) -> int:
     return shutil.disk_usage(next(folder for folder in [root, *root.parents] if folder.exists())).free
 
 
-def _survey(root: Path) -> dict[str, dict[str, int]]:
+def groups_in(root: Path) -> dict[str, dict[str, int]]:
     """Group -> name -> bytes of the cache's own files; a folder that has none is no group."""
     folders = sorted(root.iterdir()) if root.is_dir() else []
     found = {path.name: _files(path) for path in folders if _NAME.fullmatch(path.name) and not path.is_symlink()}
@@ -329,7 +324,7 @@ def _files(folder: Path) -> dict[str, int]:
     return found
 
 
-def _remove_files(folder: Path) -> int:
+def remove_group(folder: Path) -> int:
     """Remove the cache's own files in a group's folder, and the folder when that leaves it empty; the bytes freed."""
     freed = 0
     for name, size in _files(folder).items():
@@ -339,50 +334,3 @@ def _remove_files(folder: Path) -> int:
     with suppress(OSError):
         folder.rmdir()
     return freed
-
-
-def _listing(root: Path) -> list[str]:
-    """Lines that say what a cache holds, the group used last first."""
-    groups = _survey(root)
-    if not groups:
-        return [f"nothing is in {root}"]
-    width = max(map(len, groups))
-    lines = [f"{'group':{width}}  {'MB':>10}  chunks  {'last used':16}  about"]
-    for group in sorted(groups, key=lambda name: -_modified(root / name)):
-        files = groups[group]
-        chunks = sum(name.endswith(".npy") for name in files)
-        used = time.strftime("%Y-%m-%d %H:%M", time.localtime(_modified(root / group)))
-        about = ""
-        with suppress(FileNotFoundError):
-            about = " ".join((root / group / ABOUT).read_text(encoding="utf-8", errors="replace").split())[:70]
-        lines.append(f"{group:{width}}  {sum(files.values()) / 1e6:10.1f}  {chunks:6}  {used}  {about}".rstrip())
-    total = sum(sum(files.values()) for files in groups.values())
-    return [*lines, f"total: {total / 1e6:.1f} MB in {len(groups)} groups"]
-
-
-def _clear(root: Path) -> list[str]:
-    """Remove every group; lines that say what that freed. Raises UserError where `root` is another folder."""
-    if root.exists() and not (root / MARKER).is_file() and (not root.is_dir() or any(root.iterdir())):
-        raise UserError(f"{root} is not a cache, it holds no file {MARKER}: give a cache's folder; nothing was removed")
-    groups = _survey(root)
-    freed = sum(_remove_files(root / group) for group in groups)
-    return [f"{len(groups)} groups removed from {root}: {freed} bytes freed"] if groups else [f"nothing is in {root}"]
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """List or empty a cache; the exit code: 0 done, 2 a mistake to mend."""
-    parser = argparse.ArgumentParser(prog="python -m utils.tensor_cache", description="What a cache holds; empty it.")
-    parser.add_argument("--root", type=Path, default=Path("cache"), metavar="FOLDER", help="default: %(default)s")
-    parser.add_argument("--clear", action="store_true", help="remove everything that the cache holds")
-    options = parser.parse_args(arguments)
-    try:
-        lines = _clear(options.root) if options.clear else _listing(options.root)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
-    print("\n".join(lines))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

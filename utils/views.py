@@ -93,7 +93,7 @@ def views_of(images: Tensor, spec: ViewSpec, key: tuple[int, ...] | None, indice
 
 def _normalised(levels: Tensor, spec: ViewSpec) -> Tensor:
     """Grey levels (B, 3, S, S) to the numbers that the network takes, float32."""
-    views = levels.float()
+    views = levels.to(torch.float32, memory_format=torch.contiguous_format)
     for part in views.split(CPU_CHUNK if views.device.type == "cpu" else len(views)):
         part.div_(255.0)
         if spec.mean is not None and spec.std is not None:
