@@ -23,7 +23,7 @@ from models.base import Interrupted
 from models.sema_config import SEMAConfig
 from utils.data_manager import DataManager
 from utils.tensor_cache import TensorCache
-from utils.toolkit import autocast
+from utils.toolkit import autocast, one_ahead
 
 Source = Images | Activations
 VIEW = 4  # (VIEW, v) draws augmented view v of every image: without a seed, so that all runs can share what it gives
@@ -118,9 +118,13 @@ class TaskInputs:
             for (images, targets), group in zip(loaded, groups, strict=True):
                 yield Batch(images, targets, 0, len(group))
             return
-        for group in groups:
-            mine = group[self.place.world.share(len(group))]
-            yield Batch(source.take(mine), self.data.targets(mine, "train"), source.depth, len(group))
+        stored = (self._stored(source, group) for group in groups)
+        yield from one_ahead(stored) if self.place.device.type == "cuda" else stored
+
+    def _stored(self, source: Activations, indices: np.ndarray) -> Batch:
+        """This rank's share of the activations of these images."""
+        mine = indices[self.place.world.share(len(indices))]
+        return Batch(source.take(mine), self.data.targets(mine, "train"), source.depth, len(indices))
 
     def batch_count(self, task: int, size: int) -> int:
         """Training batches of `size` images in a task."""

@@ -1,6 +1,7 @@
 """Devices by every name users have, precision, packing of nested state, keys to generators."""
 
 import json
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -120,3 +121,23 @@ def test_out_of_memory_is_advice(error: Exception) -> None:
 def test_other_errors_are_not_taken_for_lack_of_memory() -> None:
     with pytest.raises(RuntimeError, match="shapes"), toolkit.out_of_memory_advice(1, 1, 1):
         raise RuntimeError("shapes")
+
+
+def test_one_ahead_gives_the_same_items_and_passes_errors_on() -> None:
+    started: list[int] = []
+
+    def items() -> Iterator[int]:
+        for number in range(4):
+            started.append(number)
+            yield number
+        raise ValueError("at the end")
+
+    received = []
+    with pytest.raises(ValueError, match="at the end"):
+        for item in toolkit.one_ahead(items()):
+            received.append(item)
+    assert received == started == [0, 1, 2, 3]
+    assert list(toolkit.one_ahead([])) == [] and list(toolkit.one_ahead([None, 0])) == [None, 0]
+    abandoned = toolkit.one_ahead(iter(range(3)))
+    assert next(abandoned) == 0
+    abandoned.close()

@@ -139,7 +139,7 @@ def flops_of(work: Callable[[], object]) -> int:
 def trace(work: Callable[[], object], folder: Path) -> Path:
     """Profile one call; the trace opens in chrome://tracing or ui.perfetto.dev."""
     folder.mkdir(parents=True, exist_ok=True)
-    with torch.profiler.profile(record_shapes=True) as profiler:
+    with torch.profiler.profile(record_shapes=True, acc_events=True) as profiler:
         work()
     path = folder / "trace.json"
     profiler.export_chrome_trace(str(path))

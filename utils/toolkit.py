@@ -10,8 +10,9 @@ import ctypes
 import hashlib
 import resource
 import sys
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +20,8 @@ from torch import Tensor
 
 from utils.errors import UserError
 
+Item = TypeVar("Item")
+END = object()  # what `one_ahead` takes for the end of its items
 DEVICES = 'allowed: "auto", "cpu", "mps", "cuda", "cuda:N", or a published list such as ["0"] or ["-1"]'
 
 
@@ -142,6 +145,16 @@ def seeded_generator(*key: int) -> torch.Generator:
     """A CPU generator of its own for a key of non-negative integers; different keys give unrelated streams."""
     seed = np.random.SeedSequence(key).generate_state(1, dtype=np.uint64)[0]
     return torch.Generator().manual_seed(int(seed) % 2**63)
+
+
+def one_ahead(items: Iterable[Item]) -> Iterator[Item]:
+    """The same items, each prepared in a thread while the caller works on the one before it."""
+    source = iter(items)
+    with ThreadPoolExecutor(1) as thread:
+        pending = thread.submit(next, source, END)
+        while (item := pending.result()) is not END:
+            pending = thread.submit(next, source, END)
+            yield item
 
 
 def sha256_of(tensors: Mapping[str, Tensor]) -> str:
