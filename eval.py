@@ -39,23 +39,23 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     """Show what the command line asks for; the exit code: 0 done, 2 a mistake to mend."""
     options = parse(arguments)
-    from utils.errors import UserError
+    from utils.errors import exit_code
     from utils.run_log import attach_console
+    from utils.toolkit import keep_freed_memory
 
     attach_console()
-    try:
-        if options.run and len(options.run) > 1:
-            show_seeds(options.run)
-        elif options.run:
-            show_run(options.run[0], test=not options.recorded)
-        else:
-            report_checkpoint(options.checkpoint)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    keep_freed_memory()
+    return exit_code(lambda: show(options))
+
+
+def show(options: argparse.Namespace) -> None:
+    """What the command line asks for."""
+    if options.run and len(options.run) > 1:
+        show_seeds(options.run)
+    elif options.run:
+        show_run(options.run[0], test=not options.recorded)
+    else:
+        report_checkpoint(options.checkpoint)
 
 
 def show_run(folder: Path, test: bool) -> None:

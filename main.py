@@ -8,6 +8,7 @@ torchrun --nproc_per_node=2 main.py --config X.json              several devices
 """
 
 import argparse
+import logging
 import os
 import sys
 from pathlib import Path
@@ -56,6 +57,8 @@ def main(arguments: list[str] | None = None) -> int:
 
     if first:
         attach_console()
+    else:
+        logging.getLogger("nested_lora").addHandler(logging.NullHandler())  # the first process says it
     keep_freed_memory()
     together = False
     try:

@@ -56,6 +56,8 @@ class SEMACosts:
             Cost(RD_FIRST, self._descriptor_pass, images),
             Cost(RD_EPOCH, self._descriptor_epoch, images, 0.02),
             Cost(PREFIX, self._prefix, images),
+            Cost("  of which making the augmented views", self._views, images),
+            Cost("reading the stored activations of an image", self._reading, images),
             Cost(SCAN, self._scan, images),
             Cost(HEAD_STEP, self._head_step, step),
         ]
@@ -133,6 +135,16 @@ class SEMACosts:
         indices = self.learner.data.indices(self.learner.classes, "train")
         opened = self.inputs.view(1, 0, (0,))
         return lambda: opened.compute(indices)
+
+    def _views(self) -> Callable[[], object]:
+        data = self.learner.data
+        indices = data.indices(self.learner.classes, "train")
+        return lambda: data.views(indices, "train", "train", (VIEW, 0))
+
+    def _reading(self) -> Callable[[], object]:
+        data, opened, key, size = self.learner.data, self.inputs.view(1, 0, (0,)), (0,), self.learner.config.batch_size
+        order = data.order(self.learner.classes, "train", key)
+        return lambda: [opened.take(order[start : start + size]) for start in range(0, len(order), size)]
 
     def _scan(self) -> Callable[[], object]:
         blocks = list(self.network.growing)

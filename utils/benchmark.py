@@ -24,6 +24,11 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+from utils.config import config_from_dict, load_config
+from utils.errors import exit_code
+from utils.run_log import SilentLog
+from utils.toolkit import keep_freed_memory
+
 STAND_INS = {  # for data and weights: they do not change what anything costs
     "dataset": "synthetic",
     "init_cls": 4,
@@ -228,14 +233,11 @@ def main(arguments: list[str] | None = None) -> int:
     # A command line like main.py that stands beside what it uses: only here does it look at the layers above.
     from models import SCHEMAS
     from trainer import assemble, make_learner
-    from utils.config import config_from_dict, load_config
-    from utils.errors import UserError
-    from utils.run_log import SilentLog
-    from utils.toolkit import keep_freed_memory
 
     options = parse(arguments)
     keep_freed_memory()
-    try:
+
+    def run() -> None:
         config = load_config(options.config, options.overrides, SCHEMAS).config
         with tempfile.TemporaryDirectory() as scratch:
             given = config.model_dump() | STAND_INS | {"cache_root": scratch, "cache_views": max(1, config.cache_views)}
@@ -250,12 +252,8 @@ def main(arguments: list[str] | None = None) -> int:
                 path = trace(build({}).costs(build).parts()[0].prepare(), options.profile)
                 print(f"profile of one call of the first measurement below: {path}")
             report(build({}), parts({}).backbone.vit, build, options)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+
+    return exit_code(run)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from utils.decoded_images import decoded_in, remove_decoded
-from utils.errors import UserError
+from utils.errors import UserError, exit_code
 from utils.tensor_cache import ABOUT, MARKER, groups_in, last_use, remove_group
 
 IMAGES = "images"  # folder of decoded images in a cache
@@ -60,13 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--root", type=Path, default=Path("cache"), metavar="FOLDER", help="default: %(default)s")
     parser.add_argument("--clear", action="store_true", help="remove everything that the cache holds")
     options = parser.parse_args(arguments)
-    try:
-        lines = clear(options.root) if options.clear else listing(options.root)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
-    print("\n".join(lines))
-    return 0
+    return exit_code(lambda: print("\n".join(clear(options.root) if options.clear else listing(options.root))))
 
 
 if __name__ == "__main__":
