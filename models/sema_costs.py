@@ -15,7 +15,7 @@ import torch
 
 from models.base import Learner, Phase, Position
 from models.task_inputs import VIEW
-from utils.benchmark import Cost
+from utils.costs import Cost
 
 FIRST_STEP = "functional step of task 0"
 MATCHED_STEP = "  the same with one adapter of as many parameters"

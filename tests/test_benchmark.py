@@ -8,7 +8,7 @@ import torch
 
 from tests.conftest import ROOT
 from utils import benchmark
-from utils.benchmark import Clock, Cost, Measured, flops_of
+from utils.costs import Clock, Cost, Measured, flops_of
 
 CPU = torch.device("cpu")
 
