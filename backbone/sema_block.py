@@ -89,19 +89,29 @@ class SEMAModules(nn.Module):
     def mix_stacked(self, x: Tensor, weights: Tensor) -> Tensor:
         """The same sum from one pair of matrix products over the hidden units of all adapters.
 
+        Where some are frozen and some learn, each of the two kinds has a pair of its own: no gradient is computed for
+        what is frozen.
+        """
+        if len(self.adapters) == 1:  # its weight is 1
+            return self.adapters[0](x)
+        kinds = {True: [], False: []}
+        for k, adapter in enumerate(self.adapters):
+            kinds[is_learning(adapter.functional)].append(k)
+        return sum(self._stack(x, weights, chosen) for chosen in kinds.values() if chosen)
+
+    def _stack(self, x: Tensor, weights: Tensor, chosen: list[int]) -> Tensor:
+        """sum_k w_k A_k(x) over the chosen k, with R hidden units in all.
+
         The weights multiply the hidden units, (B, 1, R + K), not the outputs; one unit more an adapter is always 1 and
         carries its output bias.
         """
-        parts = [adapter.functional.factors() for adapter in self.adapters]
-        if len(parts) == 1:  # its softmax is 1
-            return parts[0].apply(x)
+        parts = [self.adapters[k].functional.factors() for k in chosen]
         count, width = len(parts), x.shape[-1]
         down = torch.cat([*(part.down for part in parts), x.new_zeros(count, width)])  # (R + K, d)
         down_bias = torch.cat([*(part.down_bias for part in parts), x.new_ones(count)])
         up = torch.cat([*(part.up for part in parts), torch.stack([part.up_bias for part in parts], 1)], 1)
-        owner = torch.tensor(
-            [k for k, part in enumerate(parts) for _ in part.down_bias] + list(range(count)), device=x.device
-        )
+        units = [k for k, part in zip(chosen, parts, strict=True) for _ in part.down_bias]
+        owner = torch.tensor(units + chosen, device=x.device)  # whose weight multiplies a hidden unit
         hidden = F.relu(F.linear(x, down, down_bias))  # (B, N, R + K)
         return F.linear(hidden * weights[:, None, owner].to(hidden.dtype), up)
 

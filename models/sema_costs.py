@@ -86,17 +86,17 @@ class SEMACosts:
         """
         config, later = self.learner.config, tasks - 1
         views = max(1, config.cache_views)
-        descriptors = config.rd_views * cost[RD_FIRST] + config.rd_epoch * cost[RD_EPOCH]
+        epochs = config.rd_epoch * cost[RD_EPOCH]
         grown = growths * config.func_epoch * cost[STEP.format(6)]
         still = views * cost[TAIL] + config.func_epoch * cost[HEAD_STEP]
         tested = sum(range(2, tasks + 1)) if growths else later
         return {
             "task 0, functional": train * config.func_epoch * cost[FIRST_STEP],
-            "task 0, descriptors": train * descriptors,
+            "task 0, descriptors": train * (config.rd_views * cost[RD_FIRST] + epochs),
             "later tasks, frozen blocks": later * views * train * cost[PREFIX],
             "later tasks, scans": later * train * cost[SCAN] * (2 if growths else 1),
             "later tasks, functional": later * train * (grown if growths else still),
-            "later tasks, descriptors": later * growths * train * descriptors,
+            "later tasks, descriptors": later * growths * train * (config.rd_views * cost[SCAN] + epochs),
             "test images": test * (tasks * cost[PREFIX] + (1 + tested) * cost[TAIL]),
         }
 
