@@ -61,16 +61,17 @@ class Images:
 
     Args:
         view: the key of the augmented view; None is the test view.
+        device: where `take` makes the views.
     """
 
     depth = 0
 
-    def __init__(self, data: DataManager, source: str, view: tuple[int, ...] | None) -> None:
-        self.data, self.source, self.view = data, source, view
+    def __init__(self, data: DataManager, source: str, view: tuple[int, ...] | None, device: torch.device) -> None:
+        self.data, self.source, self.view, self.device = data, source, view, device
 
     def take(self, indices: np.ndarray) -> Tensor:
         """Views of stored images (n,) -> (n, 3, S, S), float32."""
-        return self.data.views(indices, self.source, "test" if self.view is None else "train", self.view)
+        return self.data.views(indices, self.source, "test" if self.view is None else "train", self.view, self.device)
 
 
 class Activations:
@@ -186,7 +187,7 @@ class ActivationStore:
             below: activations of a lesser depth to start from, or None for the images.
             label: what the progress bar says.
         """
-        below = Images(self.data, source, view) if below is None else below
+        below = Images(self.data, source, view, self.place.device) if below is None else below
         if depth == below.depth:
             return below
         about = self._about(depth, source, view)

@@ -337,7 +337,7 @@ class SEMA(Learner):
 
         key = (self.seed, self.task, FEATURES)
         chosen = self.data.order(self.classes, "train", key)[:CONSOLIDATION_IMAGES]
-        images = Images(self.data, "train", key)
+        images = Images(self.data, "train", key, self.device)
         blocks = self.network.modules_by_block
         parts: dict[int, list[Tensor]] = {block: [] for block in blocks}
         for start in range(0, len(chosen), self.config.eval_batch_size):

@@ -72,7 +72,7 @@ class TaskInputs:
         """
         views = self.config.cache_views
         if not views:
-            return Images(self.data, "train", (*key, number))
+            return Images(self.data, "train", (*key, number), self.place.device)
         return self._at(task, "train", (VIEW, number % views), f"view {number % views + 1} of {views}", depth)
 
     def by_epoch(self, task: int, key: tuple[int, ...], epochs: int) -> Callable[[int], Source]:
@@ -151,7 +151,11 @@ class TaskInputs:
         views, size = self.config.rd_views, self.config.batch_size
 
         def computed(epoch: int, start: int) -> Iterator[dict[int, Tensor]]:
-            source = self.view(task, epoch % views, key) if views else Images(self.data, "train", (*key, epoch))
+            source = (
+                self.view(task, epoch % views, key)
+                if views
+                else Images(self.data, "train", (*key, epoch), self.place.device)
+            )
             for batch in self.read(task, source, (*key, epoch), size, start):
                 yield self.token_means(batch, blocks)
 

@@ -234,7 +234,7 @@ def test_old_classes_take_no_part_in_the_loss(make_sema: Make) -> None:
     learner = make_sema(**STAY)
     run_tasks(learner, 1)
     learner.begin_task(1)
-    batch = next(learner.inputs.read(1, Images(learner.data, "train", (1,)), (1, 1, 0, 0), 8))
+    batch = next(learner.inputs.read(1, Images(learner.data, "train", (1,), learner.device), (1, 1, 0, 0), 8))
     logits = learner.classify(learner.features(batch.inputs))
     logits[:, :2] = -torch.inf
     expected = torch.nn.functional.cross_entropy(logits, batch.targets)

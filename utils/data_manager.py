@@ -23,6 +23,7 @@ from utils.image_sets import Dataset, ImageSet
 from utils.views import ViewSpec, seed_sequence, views_of
 
 SOURCES = ("train", "test")
+CPU = torch.device("cpu")
 MODES = ("train", "test")
 
 
@@ -110,8 +111,10 @@ class DataManager:
         """Incremental labels of stored images, int64 (n,)."""
         return torch.from_numpy(self._labels[source][indices])
 
-    def views(self, indices: np.ndarray, source: str, mode: str, view: tuple[int, ...] | None) -> Tensor:
-        """What the network sees of stored images, float32 (n, 3, S, S) on the CPU.
+    def views(
+        self, indices: np.ndarray, source: str, mode: str, view: tuple[int, ...] | None, device: torch.device = CPU
+    ) -> Tensor:
+        """What the network sees of stored images, float32 (n, 3, S, S), made on the device from their uint8 pixels.
 
         Args:
             indices: stored positions, (n,).
@@ -124,7 +127,7 @@ class DataManager:
         spec = self._spec(mode, view)
         images = getattr(self.dataset, source)
         images.prepare(indices)
-        return _views(images, spec, view, indices)
+        return _views(images, spec, view, indices, device)
 
     def batches(
         self,
@@ -246,13 +249,15 @@ class _BatchDataset(TorchDataset):
             return error
 
 
-def _views(images: ImageSet, spec: ViewSpec, view: tuple[int, ...] | None, indices: np.ndarray) -> Tensor:
+def _views(
+    images: ImageSet, spec: ViewSpec, view: tuple[int, ...] | None, indices: np.ndarray, device: torch.device = CPU
+) -> Tensor:
     """Views of stored images, all at once when they are of one size: float32 (B, 3, S, S)."""
     pixels = images.batch(indices)
     if isinstance(pixels, Tensor):
-        return views_of(pixels, spec, view, indices)
-    single = (views_of(image[None], spec, view, indices[i : i + 1]) for i, image in enumerate(pixels))
-    return torch.cat([torch.empty(0, 3, spec.image_size, spec.image_size), *single])
+        return views_of(pixels.to(device), spec, view, indices)
+    single = (views_of(image[None].to(device), spec, view, indices[i : i + 1]) for i, image in enumerate(pixels))
+    return torch.cat([torch.empty(0, 3, spec.image_size, spec.image_size, device=device), *single])
 
 
 def _unchanged(batch: object) -> object:
