@@ -80,7 +80,7 @@ class Activations:
     Args:
         below: where this depth's inputs come from: images, or activations of a lesser depth.
         depth: what `take` returns.
-        group: name of the files in the cache.
+        about: everything that shapes the activations; its hash is in the name of their files' group.
         dtype: as which they are stored.
     """
 
@@ -91,17 +91,24 @@ class Activations:
         depth: int,
         place: Place,
         cache: TensorCache,
-        group: str,
+        about: Mapping[str, Any],
         dtype: torch.dtype,
     ) -> None:
         self.network, self.below, self.depth, self.place = network, below, depth, place
-        self.cache, self.group, self.dtype = cache, group, dtype
+        self.cache, self.about, self.dtype = cache, about, dtype
+        digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+        self.group = f"{about['source']}-{depth}-{digest[:24]}"
         self._chunks: list[np.ndarray] = []  # stored indices of the images of each file
         self._place_of: dict[int, tuple[int, int]] = {}  # stored index -> its file and row
 
+    @property
+    def stored(self) -> bool:
+        """Whether the cache had room for them."""
+        return bool(self._chunks)
+
     def take(self, indices: np.ndarray) -> Tensor:
         """Activations of stored images (n,) on the CPU, float32: (n, N, d) tokens or (n, d) features."""
-        if not self._chunks:
+        if not self.stored:
             return self.compute(indices).float()
         places = np.array([self._place_of[int(index)] for index in indices]).reshape(-1, 2)
         parts = []
@@ -142,6 +149,7 @@ class Activations:
         room = self.cache.enabled and self.cache.make_room(self.group, missing * self._row_bytes())
         if world.any(not room):
             return
+        self.cache.describe(self.group, self.about)
         self._chunks = chunks
         self._place_of = {int(i): (c, r) for c, chunk in enumerate(chunks) for r, i in enumerate(chunk)}
         mine = range(world.rank, len(chunks), world.size)
@@ -191,13 +199,11 @@ class ActivationStore:
         if depth == below.depth:
             return below
         about = self._about(depth, source, view)
-        group = f"{source}-{depth}-{hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:24]}"
-        opened = Activations(self.network, below, depth, self.place, self.cache, group, self._dtype(depth))
+        opened = Activations(self.network, below, depth, self.place, self.cache, about, self._dtype(depth))
         opened.fill(list(self._chunks(classes, source)), label)
-        if opened._chunks:
-            self.cache.describe(group, about)
+        if opened.stored:
             if about["adapters"] is not None:
-                self._own[group] = source
+                self._own[opened.group] = source
         elif self.cache.enabled and not self._warned:
             self._warned = True
             logger.warning(
@@ -218,19 +224,19 @@ class ActivationStore:
                 self.cache.drop(group)
 
     def _about(self, depth: int, source: str, view: tuple[int, ...] | None) -> dict[str, Any]:
-        """Everything that shapes the activations; its hash is the group's name."""
+        """Everything that shapes the activations."""
         adapters = self.network.tensors_below(depth)
         spec = self.data.test_view if view is None else self.data.train_view
         return {
-            **self.place.identity,
             "depth": depth,
             "source": source,
             "view": view,
+            "adapters": sha256_of(adapters) if adapters else None,
             "transform": spec.to_json(),
             "precision": self.place.precision,
             "device": self.place.device.type,
             "batch_size": self.place.batch_size,
-            "adapters": sha256_of(adapters) if adapters else None,
+            **self.place.identity,
         }
 
     def _dtype(self, depth: int) -> torch.dtype:

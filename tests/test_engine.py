@@ -178,7 +178,11 @@ def test_memory_does_not_grow_with_the_number_of_tasks(smoke_config: Make, tmp_p
         for task in range(20):
             run.run_task(task)
             gc.collect()
-            alive = {t.data_ptr(): t.numel() * t.element_size() for t in gc.get_objects() if torch.is_tensor(t)}
+            alive = {
+                t.data_ptr(): t.numel() * t.element_size()
+                for t in gc.get_objects()
+                if issubclass(type(t), torch.Tensor)
+            }
             model = sum(t.numel() * t.element_size() for t in run.learner.modules.state_dict().values())
             beyond.append(sum(alive.values()) - model)
         grown = sum(run.learner.network.adapters_per_block().values())
