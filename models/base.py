@@ -17,15 +17,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
-from utils.distributed import World
-from utils.tensor_cache import TensorCache
 
 from utils.config import RunConfig
 from utils.data_manager import DataManager
+from utils.distributed import World
 from utils.errors import UserError
 from utils.factory import Backbone
 from utils.optim import GroupedOptimizer
 from utils.run_log import RunLog
+from utils.tensor_cache import TensorCache
 from utils.toolkit import autocast, pack_tensors, sha256_of, unpack_tensors
 
 logger = logging.getLogger("nested_lora")
