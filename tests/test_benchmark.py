@@ -50,6 +50,8 @@ def test_the_table_is_complete(adapter: str, tmp_path: Path, capsys: pytest.Capt
     rows += [f"functional step of a later task, {n} adapters" for n in (1, 6, 20)]
     for row in rows + (["nested against that adapter"] if adapter == "nested_lora" else []):
         assert re.search(rf"{re.escape(row)}.*\d\.\d{{4}}", out), row
+    for row in ("plain forward", "functional step of task 0"):
+        assert re.search(rf"^  {row} +\d+ %$", out, re.MULTILINE), row
     parts = [int(n.replace(",", "")) for n in re.findall(r"([\d,]+) image-forwards", out)]
     assert abs(sum(parts[:-1]) - parts[-1]) <= len(parts)
     assert '"traceEvents"' in (tmp_path / "trace" / "trace.json").read_text()

@@ -75,10 +75,17 @@ def report(learner: Any, plain: torch.nn.Module, build: Callable[[Mapping[str, A
     print(f"plain forward: {clock.images_per_second:.1f} images/s; below, plain forwards an image (least - most)\n")
     for row in measured:
         print(row.line())
-    reached = flops_of(work) / clock.images * clock.images_per_second
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-    share = 100 * reached / matmul_ceiling(device, dtype)
-    print(f"\nplain forward: {reached / 1e9:.0f} GFLOP/s, {share:.0f} % of a large {dtype} matrix product")
+    ceiling = matmul_ceiling(device, dtype)
+    print(
+        f"\na large {dtype} matrix product: {ceiling / 1e9:.0f} GFLOP/s; products and attention in it reach, of that,"
+    )
+    first = build({}).costs(build).parts()[0]
+    for name, flops, forwards in (
+        ("plain forward", flops_of(work) / clock.images, 1.0),
+        (first.name, flops_of(first.prepare()) / first.images, measured[0].value),
+    ):
+        print(f"  {name:<30}{100 * flops / forwards * clock.images_per_second / ceiling:>6.0f} %")
     print_projection(costs, measured, clock, options)
 
 
