@@ -108,15 +108,13 @@ class Activations:
 
     def take(self, indices: np.ndarray) -> Tensor:
         """Activations of stored images (n,) on the CPU, float32: (n, N, d) tokens or (n, d) features."""
-        if not self.stored:
+        if not self.stored or not len(indices):
             return self.compute(indices).float()
         places = np.array([self._place_of[int(index)] for index in indices]).reshape(-1, 2)
         parts = []
         for number in np.unique(places[:, 0]):
             inside = np.flatnonzero(places[:, 0] == number)
             parts.append((inside, self._file(number)[torch.from_numpy(places[inside, 1])]))
-        if not parts:
-            return self.compute(indices).float()
         taken = torch.empty(len(indices), *parts[0][1].shape[1:])
         for inside, rows in parts:
             taken[torch.from_numpy(inside)] = rows.float()
@@ -133,8 +131,7 @@ class Activations:
         result = torch.cat(parts)
         if not torch.isfinite(result).all():
             raise UserError(
-                f"activations that enter block {self.depth} are beyond what {self.dtype} holds; "
-                f'set precision to "fp32", or cache_gb to 0 to keep none'
+                f'activations that enter block {self.depth} are beyond what {self.dtype} holds; set precision to "fp32"'
             )
         return result
 
@@ -145,15 +142,15 @@ class Activations:
             Interrupted: a stop was requested.
         """
         world = self.place.world
-        missing = sum(len(chunk) for chunk in chunks if not self.cache.has(self.group, chunk_key(chunk)))
-        room = self.cache.enabled and self.cache.make_room(self.group, missing * self._row_bytes())
+        missing = [n for n, chunk in enumerate(chunks) if not self.cache.has(self.group, chunk_key(chunk))]
+        images = sum(len(chunks[number]) for number in missing)
+        room = self.cache.enabled and self.cache.make_room(self.group, images * self._row_bytes())
         if world.any(not room):
             return
         self.cache.describe(self.group, self.about)
         self._chunks = chunks
         self._place_of = {int(i): (c, r) for c, chunk in enumerate(chunks) for r, i in enumerate(chunk)}
-        mine = range(world.rank, len(chunks), world.size)
-        todo = [number for number in mine if not self.cache.has(self.group, chunk_key(chunks[number]))]
+        todo = [number for number in missing if number % world.size == world.rank]
         for number in tqdm(todo, desc=label, unit="class", leave=False, disable=not todo):
             if self.place.stop_requested():
                 break

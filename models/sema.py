@@ -24,7 +24,7 @@ from backbone.consolidation import Consolidation
 from backbone.sema_block import AdapterSpec, SEMAModules, is_learning
 from backbone.sema_components import NestedLoRAAdapter
 from backbone.vit_sema import SEMAVisionTransformer
-from models.activations import Images, Place
+from models.activations import Place
 from models.base import Interrupted, Learner, Phase, StepResult
 from models.sema_config import SEMAConfig
 from models.sema_costs import SEMACosts
@@ -337,7 +337,7 @@ class SEMA(Learner):
 
         key = (self.seed, self.task, FEATURES)
         chosen = self.data.order(self.classes, "train", key)[:CONSOLIDATION_IMAGES]
-        images = Images(self.data, "train", key, self.device)
+        images = self.inputs.fresh(key)
         blocks = self.network.modules_by_block
         parts: dict[int, list[Tensor]] = {block: [] for block in blocks}
         for start in range(0, len(chosen), self.config.eval_batch_size):

@@ -72,8 +72,12 @@ class TaskInputs:
         """
         views = self.config.cache_views
         if not views:
-            return Images(self.data, "train", (*key, number), self.place.device)
+            return self.fresh((*key, number))
         return self._at(task, "train", (VIEW, number % views), f"view {number % views + 1} of {views}", depth)
+
+    def fresh(self, key: tuple[int, ...]) -> Images:
+        """Training images in views that the key draws."""
+        return Images(self.data, "train", key, self.place.device)
 
     def by_epoch(self, task: int, key: tuple[int, ...], epochs: int) -> Callable[[int], Source]:
         """Where each epoch of a functional phase reads; views used more than once are run to where learning begins."""
@@ -151,11 +155,7 @@ class TaskInputs:
         views, size = self.config.rd_views, self.config.batch_size
 
         def computed(epoch: int, start: int) -> Iterator[dict[int, Tensor]]:
-            source = (
-                self.view(task, epoch % views, key)
-                if views
-                else Images(self.data, "train", (*key, epoch), self.place.device)
-            )
+            source = self.view(task, epoch % views, key) if views else self.fresh((*key, epoch))
             for batch in self.read(task, source, (*key, epoch), size, start):
                 yield self.token_means(batch, blocks)
 

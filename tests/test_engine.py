@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import trainer
+from backbone.vit_sema import SEMAVisionTransformer
 from models.activations import Activations
 from trainer import train
 from utils.config import RunConfig
@@ -155,6 +156,19 @@ def test_no_room_is_said_once_and_computed_instead(smoke_config: Make, caplog: p
         tight = run(smoke_config(**changes, cache_gb=1e-6))
     assert stored[0]["accuracy"] == tight[0]["accuracy"]
     assert sum("has no room" in record.message for record in caplog.records) == 1
+
+
+def test_activations_beyond_float16_are_a_sentence_that_helps(
+    smoke_config: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether they would be stored or not, fp32 is what holds them."""
+    original = SEMAVisionTransformer.forward
+    huge = lambda self, x, start=0, stop=None: original(self, x, start, stop) + (1e6 if stop == 4 else 0)  # noqa: E731
+    monkeypatch.setattr(SEMAVisionTransformer, "forward", huge)
+    monkeypatch.setattr(trainer, "resolve_precision", lambda precision, device: (precision, None))
+    for gb in (1, 0):
+        with pytest.raises(UserError, match='block 4 are beyond .*float16 holds; set precision to "fp32"$'):
+            train(smoke_config(cache_views=1, adapter_blocks="growing", precision="bf16", cache_gb=gb))
 
 
 # --------------------------------------------------------------------------------------------------------------- memory

@@ -125,7 +125,7 @@ def out_of_memory_advice(batch_size: int, grad_accumulation: int, eval_batch_siz
     """Turn an out-of-memory error of the device inside into a sentence that says which keys to change to what."""
     try:
         yield
-    except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
+    except (RuntimeError, MemoryError) as error:
         text = str(error)
         exhausted = isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text
         if not exhausted:
