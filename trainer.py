@@ -275,8 +275,12 @@ class Run:
         self.save(checkpoint_name(task))
         if not self.parts.world.is_main:
             return
-        for left in (self.log.folder / CHECKPOINTS).glob(f"{checkpoint_name(task)}_step_*"):
-            shutil.rmtree(left)
+        superseded = [f"{checkpoint_name(task)}_step_*"]
+        if self.config.checkpoints == "last":
+            superseded += [checkpoint_name(earlier) for earlier in range(task)]
+        for pattern in superseded:
+            for folder in (self.log.folder / CHECKPOINTS).glob(pattern):
+                shutil.rmtree(folder)
 
     def record_task(self, task: int) -> None:
         """What the log and the metrics say of a finished task."""
@@ -388,7 +392,7 @@ class Evaluator:
         correct, total = [], []
         for k in range(task + 1):
             targets = self.data.targets(self.data.indices(self.data.task_classes(k), "test"), "test")
-            features = self.learner.test_features(k).to(self.learner.device)
+            features = self.learner.features_of(k, "test").to(self.learner.device)
             predictions = self.learner.classify(features).argmax(dim=1).cpu()
             correct.append(int((predictions == targets).sum()))
             total.append(len(targets))

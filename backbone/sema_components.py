@@ -74,8 +74,8 @@ class Adapter(nn.Module):
         return abs(self.scale) * math.sqrt(max(0.0, float(((up.T @ up) * (down @ down.T)).sum())))
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """One time scale: everything learns at the base rate."""
-        return {"other": list(self.parameters())}
+        """One time scale."""
+        return {"adapter": list(self.parameters())}
 
 
 class NestedLoRAAdapter(nn.Module):

@@ -118,6 +118,22 @@ class SEMAVisionTransformer(nn.Module):
         return {i: block.adapter_module for i, block in blocks if block.adapter_module is not None}
 
     @contextmanager
+    def plain_attention(self) -> Iterator[None]:
+        """While open, attention is matrix products and a softmax instead of one fused kernel: equal to rounding.
+
+        On CPUs the backward pass of the fused kernel is the slower one in bf16 (`Tuning` says by how much).
+        """
+        attentions = [block.block.attn for block in self.vit.blocks]
+        fused = [attention.fused_attn for attention in attentions]
+        try:
+            for attention in attentions:
+                attention.fused_attn = False
+            yield
+        finally:
+            for attention, before in zip(attentions, fused, strict=True):
+                attention.fused_attn = before
+
+    @contextmanager
     def capture_inputs(self, blocks: Iterable[int], reduce: Callable[[Tensor], Tensor]) -> Iterator[dict[int, Tensor]]:
         """While open, each forward leaves `reduce(x)` of the adapters' input x (B, N, d) in the dict, by block."""
         captured: dict[int, Tensor] = {}

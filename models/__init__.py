@@ -1,9 +1,19 @@
 """The learning methods: one file each, and the one dict that names them. A new method is one file and one line here."""
 
 from models.base import Learner
+from models.finetune import Finetune
+from models.joint import Joint
+from models.linear_probe import LinearProbe
+from models.ranpac import RanPAC
 from models.sema import SEMA
+from models.simplecil import SimpleCIL
 
 LEARNERS: dict[str, type[Learner]] = {
     "sema": SEMA,
+    "finetune": Finetune,
+    "ranpac": RanPAC,
+    "simplecil": SimpleCIL,
+    "linear_probe": LinearProbe,
+    "joint": Joint,
 }
 SCHEMAS = {name: learner.Config for name, learner in LEARNERS.items()}

@@ -178,18 +178,18 @@ class Learner(ABC):
 
     # --- what a method may do otherwise -----------------------------------------------------------------------------
 
-    def test_features(self, task: int) -> Tensor:
-        """`features` of all test images of a task in stored order, (n, d), the same on every rank."""
-        batches = self.data.batches(
-            self.data.task_classes(task), source="test", mode="test", batch_size=self.config.eval_batch_size
-        )
-        left, parts = self.data.count(self.data.task_classes(task), "test"), []
-        for images, _ in tqdm(batches, desc=f"Test images of task {task}", unit="batch", leave=False):
+    def features_of(self, task: int, source: str) -> Tensor:
+        """`features` of a task's "train" or "test" images in the test view, in stored order, (n, d), on every rank."""
+        classes, size = self.data.task_classes(task), self.config.eval_batch_size
+        batches = self.data.batches(classes, source=source, mode="test", batch_size=size)
+        left, parts = self.data.count(classes, source), []
+        for images, _ in tqdm(batches, desc=f"Features of {source} images of task {task}", unit="batch", leave=False):
             if self.stopping():
                 raise Interrupted
-            total = min(self.config.eval_batch_size, left)
-            parts.append(self.world.gather_rows(self.features(images.to(self.device)), total))
-            left -= total
+            with torch.no_grad():
+                features = self.features(images.to(self.device))
+            parts.append(self.world.gather_rows(features, min(size, left)))
+            left -= size
         return torch.cat(parts)
 
     def costs(self, build: Callable[[Mapping[str, Any]], "Learner"]) -> Any:

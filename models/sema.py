@@ -13,78 +13,52 @@ Source: SEMA (Wang et al., CVPR 2025) as its published code computes it; Nested 
 
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 from tqdm import tqdm
 
 from backbone.consolidation import Consolidation
 from backbone.sema_block import AdapterSpec, SEMAModules, is_learning
 from backbone.sema_components import NestedLoRAAdapter
 from backbone.vit_sema import SEMAVisionTransformer
-from models.activations import Place
 from models.base import Interrupted, Learner, Phase, StepResult
 from models.sema_config import SEMAConfig
 from models.sema_costs import SEMACosts
-from models.slow_trace import SlowTrace
-from models.task_inputs import Batch, TaskInputs
+from models.task_inputs import Batch
+from models.tuning import FUNCTIONAL, AdapterTuning, learning
 from utils.factory import Backbone
-from utils.inc_net import IncrementalHead
 from utils.optim import GroupedOptimizer, ParameterGroup
 from utils.toolkit import seeded_generator
 
 logger = logging.getLogger("nested_lora")
 
 # What a data-order key is for; with the seed, the task and a counter it names one order and one set of augmentations.
-FUNCTIONAL, DESCRIPTORS, SCAN, FEATURES = range(4)
+DESCRIPTORS, SCAN, FEATURES = range(FUNCTIONAL + 1, FUNCTIONAL + 4)
 CONSOLIDATION_IMAGES = 128  # images of the task that consolidation looks at
 CONSOLIDATION_TOKENS = 32  # tokens of each of them
 
 
-class SEMA(Learner):
+class SEMA(AdapterTuning):
     """Self-expansion with a mixture of adapters; functional parts are `Adapter` or `NestedLoRAAdapter`."""
 
     Config = SEMAConfig
     config: SEMAConfig
 
-    def build(self, backbone: Backbone) -> nn.ModuleDict:
+    def build_network(self, backbone: Backbone) -> SEMAVisionTransformer:
         config, vit = self.config, backbone.vit
-        nested = config.ffn_adapter_type == "nested_lora"
-        spec = AdapterSpec(
-            width=vit.embed_dim,
-            kind=config.ffn_adapter_type,
-            bottleneck=config.nested_lora_rank if nested else config.ffn_num,
-            scale=config.ffn_adapter_scalar,
-            rd_dim=config.rd_dim,
-            buffer_size=config.buffer_size,
-            stacked=config.engine == "fast",
-        )
-        growing = range(config.adapt_start_layer, config.adapt_end_layer + 1)
-        adapted = range(len(vit.blocks)) if config.adapter_blocks == "all" else growing
-        network = SEMAVisionTransformer(vit, spec, growing=growing, adapted=adapted)
-        place = Place(
-            device=self.device,
-            precision=config.precision,
-            batch_size=config.eval_batch_size,
-            identity={"weights": backbone.sha256, "data": self.data.dataset.sha256, "torch": torch.__version__},
-            world=self.world,
-            stop_requested=self._stop_requested,
-        )
-        self.inputs = TaskInputs(network, self.data, self.cache, config, place)
-        return nn.ModuleDict({"backbone": network, "head": IncrementalHead(vit.num_features)})
+        chosen = range(config.adapt_start_layer, config.adapt_end_layer + 1)
+        adapted = range(len(vit.blocks)) if config.adapter_blocks == "all" else chosen
+        growing = () if config.expansion == "never" else chosen
+        return SEMAVisionTransformer(vit, self.adapter_spec(vit.embed_dim), growing=growing, adapted=adapted)
 
-    @property
-    def network(self) -> SEMAVisionTransformer:
-        return self.modules["backbone"]
-
-    @property
-    def head(self) -> IncrementalHead:
-        return self.modules["head"]
+    def adapter_spec(self, width: int) -> AdapterSpec:
+        return replace(super().adapter_spec(width), rd_dim=self.config.rd_dim, buffer_size=self.config.buffer_size)
 
     def open_task(self) -> None:
-        self.head.grow(len(self.classes))
+        super().open_task()
         self.progress.memory = {
             "block": None,  # the block whose new adapter is in training
             "grown": [],  # blocks that have grown in this task
@@ -96,31 +70,18 @@ class SEMA(Learner):
 
     @property
     def stages(self) -> dict[str, Callable[[], str]]:
-        return {
-            "start": lambda: "functional" if self.task == 0 else "scan",
+        return super().stages | {
             "scan": self.scan,
-            "functional": self.train_functional,
             "descriptors": self.train_descriptors,
             "close": self.end_of_task_training,
         }
 
-    def features(self, images: Tensor) -> Tensor:
-        """Class token of the adapted backbone, (B, 3, S, S) -> (B, d), float32."""
-        with self.autocast():
-            return self.network(images).float()
-
-    def classify(self, features: Tensor) -> Tensor:
-        return self.head(features)
-
-    def test_features(self, task: int) -> Tensor:
-        return self.inputs.test_features(task) if self.config.engine == "fast" else super().test_features(task)
+    def start_task(self) -> str:
+        first = super().start_task()
+        return first if self.task == 0 or not self.network.growing else "scan"
 
     def costs(self, build: Callable[[Mapping[str, Any]], Learner]) -> SEMACosts:
         return SEMACosts(self, build)
-
-    def close_run(self) -> None:
-        self.inputs.store.drop_own("train")
-        self.inputs.store.drop_own("test")
 
     # --- stage: scan ------------------------------------------------------------------------------------------------
 
@@ -160,7 +121,7 @@ class SEMA(Learner):
             modules = self.network.modules_by_block[block]
             z = modules.novelty(means[block])
             memory["highest_z"][str(block)] = max(z, memory["highest_z"].get(str(block), 0.0))
-            if z > self.config.exp_threshold:
+            if z > self.config.exp_threshold or self.config.expansion == "always":
                 modules.grow()
                 memory.update(grown=[*memory["grown"], block], grown_in_scan=True, highest_z={})
                 newest = len(modules.adapters) - 1
@@ -180,70 +141,13 @@ class SEMA(Learner):
 
     # --- stage: functional ------------------------------------------------------------------------------------------
 
-    def train_functional(self) -> str:
-        """Train adapters, router rows and classifier rows that may learn, on the current task's classes only."""
-        phase = self.functional_phase()
-        trace = next((SlowTrace(g, self.log, self.task) for g in phase.optimizer.groups if g.name == "slow"), None)
-        if trace is not None:
-            phase.before_step, phase.after_step = trace.before_step, trace.after_step
-        self.run_phase(phase)
-        if trace is not None:
-            trace.summary(phase.optimizer.steps)
-        return "descriptors" if self.task == 0 or phase.block is not None else "close"
+    @property
+    def phase_block(self) -> int | None:
+        return self.progress.memory["block"]
 
-    def functional_phase(self) -> Phase:
-        """The functional phase that the task has come to."""
-        block, epochs = self.progress.memory["block"], self.config.func_epoch
-        key = (self.seed, self.task, FUNCTIONAL, self.progress.phases)
-        config, source = self.config, self.inputs.by_epoch(self.task, key, epochs)
-        return Phase(
-            name="func",
-            epochs=epochs,
-            optimizer=self.update_optimizer_and_scheduler(epochs),
-            batches=lambda epoch, start: self.inputs.read(
-                self.task, source(epoch), (*key, epoch), config.batch_size, start
-            ),
-            steps_per_epoch=self.inputs.batch_count(self.task, config.batch_size),
-            observe=self._classify,
-            parts=lambda batch: batch.parts(config.grad_accumulation),
-            block=block,
-        )
-
-    def _classify(self, batch: Batch) -> StepResult:
-        """Cross-entropy over the current task's classes; older classes take no part."""
-        targets = batch.targets.to(self.device) - self.classes.start
-        with self.autocast():
-            features = self.network(batch.inputs.to(self.device), batch.depth).float()
-        logits = self.head.newest(features)
-        return StepResult(F.cross_entropy(logits, targets), len(targets), (logits.argmax(dim=1) == targets).sum())
-
-    def update_optimizer_and_scheduler(self, num_epoch: int) -> GroupedOptimizer:
-        """The functional optimizer: groups slow, fast and other, over what learns now.
-
-        Raises:
-            RuntimeError: the groups are not exactly the parameters that learn.
-        """
-        config = self.config
-        groups = {name: _learning(parameters) for name, parameters in self.network.parameter_groups().items()}
-        groups["other"] = groups["other"] + self.head.trainable()
-        learning = {id(p) for p in self.modules.parameters() if p.requires_grad}
-        learning -= {id(p) for p in self.network.descriptor_parameters()}
-        if learning != {id(p) for parameters in groups.values() for p in parameters}:
-            raise RuntimeError("the optimizer groups are not the parameters that learn")
-        return self._optimizer(
-            [
-                ParameterGroup(
-                    "slow",
-                    groups.get("slow", []),
-                    lr=config.nested_lora_lr_slow,
-                    every=config.nested_lora_update_interval_slow,
-                    between=config.nested_lora_slow_grad,
-                ),
-                ParameterGroup("fast", groups.get("fast", []), lr=config.nested_lora_lr_fast),
-                ParameterGroup("other", groups["other"], lr=config.init_lr),
-            ],
-            num_epoch,
-        )
+    def after_functional(self) -> str:
+        described = bool(self.network.growing) and (self.task == 0 or self.phase_block is not None)
+        return "descriptors" if described else "close"
 
     # --- stage: descriptors -----------------------------------------------------------------------------------------
 
@@ -262,13 +166,15 @@ class SEMA(Learner):
         """The descriptor phase that the task has come to."""
         epochs = self.config.rd_epoch
         key = (self.seed, self.task, DESCRIPTORS, self.progress.phases)
-        learning = [b for b in self.network.growing if is_learning(self.network.modules_by_block[b].adapters[-1].rd)]
+        views, size = self.config.rd_views, self.config.batch_size
+        newest = {block: self.network.modules_by_block[block].adapters[-1] for block in self.network.growing}
+        blocks = [block for block, adapter in newest.items() if is_learning(adapter.rd)]
         return Phase(
             name="rd",
             epochs=epochs,
             optimizer=self.update_rd_optimizer_and_scheduler(epochs),
-            batches=self.inputs.means_by_epoch(self.task, key, learning),
-            steps_per_epoch=self.inputs.batch_count(self.task, self.config.batch_size),
+            batches=self.inputs.means_by_epoch(self.task, key, blocks, views=views, epochs=epochs, size=size),
+            steps_per_epoch=self.inputs.batch_count(self.task, size),
             observe=self._describe,
             replicated=True,
             classifies=False,
@@ -282,8 +188,8 @@ class SEMA(Learner):
 
     def update_rd_optimizer_and_scheduler(self, num_epoch: int) -> GroupedOptimizer:
         """The optimizer of the descriptors that learn."""
-        parameters = _learning(self.network.descriptor_parameters())
-        return self._optimizer([ParameterGroup("rd", parameters, lr=self.config.rd_lr)], num_epoch)
+        parameters = learning(self.network.descriptor_parameters())
+        return self.optimizer_over([ParameterGroup("rd", parameters, lr=self.config.rd_lr)], num_epoch)
 
     # --- stage: close -----------------------------------------------------------------------------------------------
 
@@ -292,9 +198,10 @@ class SEMA(Learner):
         config = self.config
         consolidation = None
         if config.ffn_adapter_type == "nested_lora" and config.nested_lora_use_consolidation:
-            consolidation = Consolidation(
-                config.nested_lora_consolidation, config.nested_lora_consolidation_alpha, config.nested_lora_reset
-            )
+            alpha = config.nested_lora_consolidation_alpha
+            if config.nested_lora_consolidation_schedule == "mean":
+                alpha /= self.task + 1
+            consolidation = Consolidation(config.nested_lora_consolidation, alpha, config.nested_lora_reset)
         tokens = self._task_tokens() if consolidation else {}
         for block, modules in self.network.modules_by_block.items():
             reports = modules.end_of_task_training(self._freezes, consolidation, tokens.get(block))
@@ -311,8 +218,7 @@ class SEMA(Learner):
                     rule=consolidation.rule, drift=report.drift,
                 )  # fmt: skip
             self._log_norms(block, modules)
-        self.inputs.store.drop_own("train")
-        return "done"
+        return "readout"
 
     def _log_norms(self, block: int, modules: SEMAModules) -> None:
         """`||theta_fast||` and `||theta_slow||` of a block's adapters as the task leaves them."""
@@ -354,37 +260,3 @@ class SEMA(Learner):
     def _freezes(self) -> bool:
         """Whether adapters freeze with their task (SEMA's rule)."""
         return not (self.config.ffn_adapter_type == "nested_lora" and self.config.nested_lora_freeze == "never")
-
-    def _optimizer(self, groups: list[ParameterGroup], epochs: int) -> GroupedOptimizer:
-        config = self.config
-        return GroupedOptimizer(
-            config.optimizer, groups, weight_decay=config.weight_decay, epochs=epochs, min_lr=config.min_lr
-        )
-
-    # --- state ------------------------------------------------------------------------------------------------------
-
-    def structure(self) -> dict[str, Any]:
-        blocks = {str(block): modules.structure() for block, modules in self.network.modules_by_block.items()}
-        return {"blocks": blocks, "classes": [rows.out_features for rows in self.head.tasks]}
-
-    def rebuild(self, structure: dict[str, Any]) -> None:
-        for block, modules in self.network.modules_by_block.items():
-            modules.rebuild(structure["blocks"][str(block)])
-        for classes in structure["classes"]:
-            self.head.grow(classes)
-
-    def checkpoint_tensors(self) -> dict[str, Tensor]:
-        named = {f"block.{block}": modules for block, modules in self.network.modules_by_block.items()}
-        parts: dict[str, nn.Module] = {**named, "head": self.head}
-        return {f"{part}.{name}": t for part, module in parts.items() for name, t in module.state_dict().items()}
-
-    def summary(self) -> dict[str, Any]:
-        counts = self.network.parameter_counts()
-        counts["head"] = sum(parameter.numel() for parameter in self.head.parameters())
-        counts["stored"] = sum(counts.values())
-        return {"adapters": self.network.adapters_per_block(), "parameters": counts}
-
-
-def _learning(parameters: list[nn.Parameter]) -> list[nn.Parameter]:
-    """Those that receive gradients."""
-    return [parameter for parameter in parameters if parameter.requires_grad]

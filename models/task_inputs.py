@@ -1,12 +1,12 @@
 """What a task's training and test images look like where the network may still change, and batches of them.
 
-    inputs = TaskInputs(network, data, store, config, place)
+    inputs = TaskInputs(network, data, cache, place, fast=True, views=2)
     source = inputs.view(task, 0, key)                        # one augmented view of the task's training images
     for batch in inputs.read(task, source, key, size=32):
         features = network(batch.inputs, batch.depth)
 
 The fast engine reads stored activations of the frozen part (`models/activations.py`); the reference reads images.
-With `cache_views` = K every image has K fixed augmented views; with 0 every pass draws new ones, as published.
+With K `views` every training image has K fixed augmented views; with 0 every pass draws new ones, as published.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,7 +20,6 @@ from tqdm import tqdm
 from backbone.vit_sema import SEMAVisionTransformer
 from models.activations import Activations, ActivationStore, Images, Place
 from models.base import Interrupted
-from models.sema_config import SEMAConfig
 from utils.data_manager import DataManager
 from utils.tensor_cache import TensorCache
 from utils.toolkit import autocast, one_ahead
@@ -50,27 +49,33 @@ class TaskInputs:
         network: whose frozen part is computed once; its depths are those of the inputs.
         data: the task sequence.
         cache: where activations are kept.
-        config: `engine`, `cache_views` and the batch sizes.
         place: how activations are computed.
+        fast: read stored activations; False reads images.
+        views: K, fixed augmented views of a training image.
     """
 
     def __init__(
-        self, network: SEMAVisionTransformer, data: DataManager, cache: TensorCache, config: SEMAConfig, place: Place
+        self,
+        network: SEMAVisionTransformer,
+        data: DataManager,
+        cache: TensorCache,
+        place: Place,
+        fast: bool,
+        views: int,
     ) -> None:
-        self.network, self.data, self.config, self.place = network, data, config, place
+        self.network, self.data, self.place, self.fast, self.views = network, data, place, fast, views
         self.store = ActivationStore(network, data, cache, place)
-        self.fast = config.engine == "fast"
 
     # --- sources ------------------------------------------------------------------------------------------------------
 
     def view(self, task: int, number: int, key: tuple[int, ...], depth: int | None = None) -> Source:
-        """A task's training inputs in one view: a fixed one, or with `cache_views` 0 the one that (key, number) draws.
+        """A task's training inputs in one view: a fixed one, or without any the one that (key, number) draws.
 
         Args:
             depth: how far the network is run already, where nothing learns below it while the result is in use; by
                 default up to where the network may ever change.
         """
-        views = self.config.cache_views
+        views = self.views
         if not views:
             return self.fresh((*key, number))
         return self._at(task, "train", (VIEW, number % views), f"view {number % views + 1} of {views}", depth)
@@ -81,17 +86,20 @@ class TaskInputs:
 
     def by_epoch(self, task: int, key: tuple[int, ...], epochs: int) -> Callable[[int], Source]:
         """Where each epoch of a functional phase reads; views used more than once are run to where learning begins."""
-        views = self.config.cache_views
+        views = self.views
         if not views:
             return lambda epoch: self.view(task, epoch, key)
         depth = self.network.learning_depth() if self.fast and views < epochs else None
         opened = [self.view(task, number, key, depth) for number in range(min(views, epochs))]
         return lambda epoch: opened[epoch % len(opened)]
 
-    def test_features(self, task: int) -> Tensor:
-        """Features of a task's test images in stored order, (n, d), on every rank; what is unchanged is not redone."""
-        features = self._at(task, "test", None, "test", self.network.depth)
-        indices = self.data.indices(self.data.task_classes(task), "test")
+    def features_of(self, task: int, source: str) -> Tensor:
+        """Features of a task's images in the test view, in stored order, (n, d), on every rank.
+
+        Those of test images are kept, so that what is unchanged is not computed again.
+        """
+        features = self._at(task, source, None, f"{source} features", self.network.depth)
+        indices = self.data.indices(self.data.task_classes(task), source)
         world = self.place.world
         return world.gather_rows(features.take(indices[world.share(len(indices))]), len(indices))
 
@@ -145,14 +153,13 @@ class TaskInputs:
         return {block: place.world.gather_rows(rows, batch.total) for block, rows in means.items()}
 
     def means_by_epoch(
-        self, task: int, key: tuple[int, ...], blocks: list[int]
+        self, task: int, key: tuple[int, ...], blocks: list[int], *, views: int, epochs: int, size: int
     ) -> Callable[[int, int], Iterator[dict[int, Tensor]]]:
-        """(epoch, start) -> batches of the blocks' token means: of new views every epoch, or of `rd_views` views.
+        """(epoch, start) -> batches of `size` token means of the blocks, of `views` views; 0: of new ones every epoch.
 
         While descriptors learn nothing below them does, so the fast engine runs the network once a view, not once an
         epoch.
         """
-        views, size = self.config.rd_views, self.config.batch_size
 
         def computed(epoch: int, start: int) -> Iterator[dict[int, Tensor]]:
             source = self.view(task, epoch % views, key) if views else self.fresh((*key, epoch))
@@ -161,7 +168,7 @@ class TaskInputs:
 
         if not (self.fast and views):
             return computed
-        stored = [self.all_means(task, number, key, blocks) for number in range(min(views, self.config.rd_epoch))]
+        stored = [self.all_means(task, number, key, blocks) for number in range(min(views, epochs))]
         classes = self.data.task_classes(task)
         indices = self.data.indices(classes, "train")
 
@@ -174,7 +181,7 @@ class TaskInputs:
 
     def all_means(self, task: int, view: int, key: tuple[int, ...], blocks: list[int]) -> dict[int, Tensor]:
         """Token means of one view of a task's training images in stored order: {block: (images, d)}."""
-        order_key, size, parts = (*key, view), self.config.eval_batch_size, []
+        order_key, size, parts = (*key, view), self.place.batch_size, []
         batches = self.read(task, self.view(task, view, key), order_key, size)
         label, count = f"Task {task} rd view {view + 1}", self.batch_count(task, size)
         for batch in tqdm(batches, total=count, desc=label, unit="batch", leave=False):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from models import SCHEMAS
-from models.sema import SEMA
+from models.base import Learner
 from trainer import assemble, make_learner
 from utils.config import RunConfig, config_from_dict, load_config
 from utils.run_log import RunLog
@@ -32,24 +32,26 @@ def smoke_config(tmp_path: Path) -> Callable[..., RunConfig]:
     """exps/smoke.json made smaller still, with changes, logging below the test's own folder."""
 
     def make(**changes: Any) -> RunConfig:
-        base = load_config(ROOT / "exps" / "smoke.json", [], SCHEMAS).config.model_dump()
-        values = base | TINY | {"logs_root": str(tmp_path / "logs"), "cache_root": str(tmp_path / "cache")} | changes
-        return config_from_dict(values, SCHEMAS, "test").config
+        base = load_config(ROOT / "exps" / "smoke.json", [], SCHEMAS).config.model_dump(exclude_unset=True)
+        values = base | TINY | {"logs_root": str(tmp_path / "logs"), "cache_root": str(tmp_path / "cache")}
+        known = SCHEMAS[changes.get("model_name", "sema")].model_fields
+        shared = {key: value for key, value in values.items() if key in known}
+        return config_from_dict(shared | changes, SCHEMAS, "test").config
 
     return make
 
 
 @pytest.fixture
-def make_sema(smoke_config: Callable[..., RunConfig], tmp_path: Path) -> Iterator[Callable[..., SEMA]]:
-    """A SEMA learner on the tiny data, its record in a folder of its own; making another closes the record before."""
+def make_sema(smoke_config: Callable[..., RunConfig], tmp_path: Path) -> Iterator[Callable[..., Learner]]:
+    """A learner on the tiny data (SEMA unless named) with a record of its own; the next one closes that record."""
     logs: list[RunLog] = []
 
-    def make(**changes: Any) -> SEMA:
+    def make(stop_requested: Callable[[], bool] = lambda: False, **changes: Any) -> Learner:
         config = smoke_config(**changes)
         for log in logs:
             log.close()
         logs.append(RunLog.create(tmp_path / f"run{len(logs)}", config=config.model_dump(), overwrite=False))
-        return make_learner(assemble(config, seed=1), logs[-1])
+        return make_learner(assemble(config, seed=1), logs[-1], stop_requested)
 
     yield make
     for log in logs:

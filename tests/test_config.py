@@ -208,7 +208,7 @@ def test_all_mistakes_come_in_one_message(tmp_path: Path) -> None:
         'rd_lr = "0.01": a wrong type (text); write 0.01 without quotes; allowed: a number > 0',
         'optimizer = "sdg": not a choice; did you mean "sgd"?; allowed: "sgd", "adam"',
         "nested_lora_rank = 0: too small; allowed: an integer >= 1",
-        "nested_lora_lr_fast = -0.1: too small; allowed: a number > 0",
+        "nested_lora_lr_fast = -0.1: too small; allowed: a number >= 0",
         "nested_lora_update_interval_slow = -1: too small; allowed: an integer >= 0",
         "seed = []: empty; allowed: an integer from 0 to 4294967295, or a list of different ones, at least one",
         "increment = true: a wrong type (a boolean); allowed: an integer >= 1",
@@ -236,7 +236,7 @@ def test_all_mistakes_come_in_one_message(tmp_path: Path) -> None:
         ({"ffn_adapter_scalar": "big"}, 'ffn_adapter_scalar = "big": a wrong type (text); allowed: a number'),
         (
             {"nested_lora_consolidation_alpha": 2},
-            "nested_lora_consolidation_alpha = 2: too large; allowed: a number > 0 and <= 1",
+            "nested_lora_consolidation_alpha = 2: too large; allowed: a number >= 0 and <= 1",
         ),
         ({"min_lr": -1}, "min_lr = -1: too small; allowed: a number >= 0, or null for 1e-8"),
     ],

@@ -195,7 +195,7 @@ def test_stored_token_means_are_those_of_a_forward(make_sema: Make) -> None:
     for engine in ("fast", "reference"):
         learner = make_sema(rd_views=1, engine=engine)
         learner.begin_task(0)
-        batches[engine] = learner.inputs.means_by_epoch(0, (1, 2, 3), [4, 5])
+        batches[engine] = learner.inputs.means_by_epoch(0, (1, 2, 3), [4, 5], views=1, epochs=2, size=8)
     for epoch in (0, 1):
         looked_up, computed = (list(batches[engine](epoch, 1)) for engine in ("fast", "reference"))
         assert [len(batch[5]) for batch in looked_up] == [8, 8, 8]

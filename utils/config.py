@@ -76,7 +76,7 @@ Text = Annotated[str, Field(min_length=1)]
 class RunConfig(BaseModel):
     """The keys every method has. Unknown keys are refused, types are strict (no `true` for an integer), values frozen.
 
-    A subclass adds its keys and may extend `legacy_keys`, `conflicts`, `no_effect` and `remarks`.
+    A subclass adds its keys and may extend `legacy_keys`, `conflicts`, `idle_keys` and `remarks`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
@@ -143,6 +143,7 @@ class RunConfig(BaseModel):
     grad_accumulation: int = Field(1, ge=1, description="Parts a training step is cut into to save memory; same step.")
     eval_batch_size: int = Field(64, ge=1, description="Images in a batch without gradients.")
 
+    checkpoints: Literal["all", "last"] = Field("all", description="Keep the checkpoint of every task, or the last.")
     cache_root: Text = Field("cache", description="Folder for what is computed once: activations, decoded images.")
     cache_gb: float = Field(20.0, ge=0, description="Size it may reach in GB (10^9 bytes); 0 keeps nothing.")
 
@@ -150,9 +151,13 @@ class RunConfig(BaseModel):
         """Keys that are fine one by one and impossible together or on this machine; subclasses extend `super()`'s."""
         return [*self._class_conflicts(), *self._backbone_conflicts(), *self._device_conflicts()]
 
-    def no_effect(self) -> list[str]:
-        """Keys that were set and change nothing given the others, each entry as `with_reason` writes it."""
-        return []
+    def idle_keys(self) -> dict[str, str]:
+        """Keys that were set and change nothing given the others, with the reason; subclasses extend `super()`'s."""
+        return {}
+
+    def given(self) -> list[str]:
+        """The keys that were set, in the order of the schema."""
+        return [key for key in type(self).model_fields if key in self.model_fields_set]
 
     def remarks(self) -> list[str]:
         """Sentences worth a warning: settings that depart from what a reader would expect."""
@@ -378,7 +383,7 @@ def _check(given: _Given, schemas: Mapping[str, type[RunConfig]], source: str) -
         listed = any(LISTED in faults[key] for key in unknown)
         raise ConfigError(source, problems, _list_of_keys(valid) if listed else "")
     legacy = {key: schema.legacy_keys[key] for key in given.values if key in schema.legacy_keys}
-    idle = [*with_reason(legacy), *config.no_effect()]
+    idle = with_reason({**legacy, **config.idle_keys()})
     notes = [f"keys with no effect here: {', '.join(idle)}"] if idle else []
     return LoadedConfig(config, [*notes, *config.remarks()])
 

@@ -1,0 +1,57 @@
+"""RanPAC: ridge regression on random features of the network, task by task equal to all tasks at once.
+
+    python main.py --config exps/ranpac_cifar.json                            # training-free
+    python main.py --config exps/ranpac_cifar.json --set first_session=true   # adapters learn in the first task
+
+scores(x) = relu(f(x) P) (G + lambda I)^-1 Q with f the class token, P a fixed random projection to `ranpac_dim`
+numbers, G and Q sums over all training images so far, and lambda chosen on a held-out fifth of the newest task's
+(`utils.readout.RanPACReadout`). With `first_session` the adapters are trained on task 0 and frozen before its features
+are read, so that all sums belong to one network. Source: McDonnell et al., *RanPAC: Random Projections and Pre-trained
+Models for Continual Learning*, NeurIPS 2023.
+"""
+
+from typing import Literal
+
+from pydantic import Field
+
+from backbone.sema_block import freeze
+from backbone.vit_sema import SEMAVisionTransformer
+from models.frozen_vit import FrozenViT
+from models.tuning import AdapterTuning
+from models.vit_config import AdapterConfig
+from utils.factory import Backbone
+
+
+class RanPACConfig(AdapterConfig):
+    """RanPAC's keys; those of training count only with `first_session`."""
+
+    model_name: Literal["ranpac"] = Field("ranpac", description="The method.")
+    first_session: bool = Field(False, description="Train adapters on the first task; false trains nothing.")
+    head: Literal["ranpac"] = Field("ranpac", description="RanPAC's ridge regression.")
+    head_drift: Literal["none"] = Field("none", description="Features never move once they have been read.")
+
+
+class RanPAC(AdapterTuning):
+    """Random projection and ridge regression on frozen, or once adapted, features."""
+
+    Config = RanPACConfig
+    config: RanPACConfig
+
+    def build_network(self, backbone: Backbone) -> SEMAVisionTransformer:
+        if self.config.first_session:
+            return super().build_network(backbone)
+        return FrozenViT.build_network(self, backbone)
+
+    def open_task(self) -> None:
+        """Only a first task that trains needs the classifier it trains with."""
+        if self.config.first_session and self.task == 0:
+            super().open_task()
+
+    def start_task(self) -> str:
+        return "functional" if self.config.first_session and self.task == 0 else "readout"
+
+    def after_functional(self) -> str:
+        for modules in self.network.modules_by_block.values():
+            modules.freeze_functional()
+        freeze(self.head)
+        return super().after_functional()

@@ -1,0 +1,143 @@
+"""Config keys that the methods on a frozen ViT share, from the fewest to the most.
+
+    ViTConfig        a frozen ViT whose features are read (SimpleCIL)
+    TrainingConfig   something is trained by gradient: epochs, rates, what classifies in the end (linear probe)
+    AdapterConfig    adapters in its blocks (finetune, joint, RanPAC's first session, SEMA)
+
+A method's own `Config` extends one of them beside its learner.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+
+from utils.config import Conflict, RunConfig
+
+
+def _tiny_for_null(value: Any) -> Any:
+    return 1e-8 if value is None else value
+
+
+def _number_in_quotes(value: Any) -> Any:
+    """`"0.1"` -> 0.1: published tuning configs quote this number."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+class ViTConfig(RunConfig):
+    """Features of a frozen ViT."""
+
+    engine: Literal["fast", "reference"] = Field(
+        "fast", description='"reference" stores no activations and stacks no adapters: slow and plain, fp32 only.'
+    )
+    ranpac_dim: int = Field(2000, ge=1, description="Random features of RanPAC's ridge regression; published: 10000.")
+
+    def conflicts(self) -> list[Conflict]:
+        """Adds the precision of the reference."""
+        found = super().conflicts()
+        if self.engine == "reference" and self.precision != "fp32":
+            found.append((("engine", "precision"), 'the reference computes in fp32; allowed with it: precision "fp32"'))
+        return found
+
+
+class TrainingConfig(ViTConfig):
+    """Something learns by gradient: a classifier at least."""
+
+    func_epoch: int = Field(5, ge=0, description="Epochs of a functional phase (adapters, router, classifier).")
+    init_lr: float = Field(0.005, gt=0, description="Learning rate of functional phases.")
+    weight_decay: float = Field(0.0005, ge=0, description="Weight decay.")
+    min_lr: Annotated[float, Field(ge=0), BeforeValidator(_tiny_for_null)] = Field(
+        0.0,
+        description="Where the cosine schedule ends; null is read as 1e-8, as published.",
+        json_schema_extra={"allowed": "a number >= 0, or null for 1e-8"},
+    )
+    optimizer: Literal["sgd", "adam"] = Field("sgd", description='SGD with momentum 0.9; "adam" means AdamW.')
+    cache_views: int = Field(
+        0, ge=0, description="Fixed augmented views of an image for training; 0 = new ones every epoch, as published."
+    )
+    head: Literal["fc", "cosine", "ranpac"] = Field(
+        "fc", description="What classifies: the trained classifier, class means by cosine, or RanPAC's ridge."
+    )
+    head_drift: Literal["none", "linear"] = Field(
+        "none", description='Class statistics of earlier tasks when features move: kept, or carried along ("linear").'
+    )
+
+    def idle_keys(self) -> dict[str, str]:
+        """Adds keys of a head that is not used."""
+        unused = {"fc": {"head_drift", "ranpac_dim"}, "cosine": {"ranpac_dim"}, "ranpac": set()}[self.head]
+        return super().idle_keys() | {key: f'head is "{self.head}"' for key in self.given() if key in unused}
+
+
+class AdapterConfig(TrainingConfig):
+    """Adapters in the blocks of the ViT: one bottleneck each, or a fast and a slow one (Nested LoRA)."""
+
+    ffn_adapter_type: Literal["adaptmlp", "nested_lora"] = Field(
+        "adaptmlp", description="One bottleneck adapter, or a fast and a slow one summed."
+    )
+    ffn_num: int = Field(16, ge=1, description='Bottleneck width of an "adaptmlp" adapter.')
+    adapter_lr: float | None = Field(
+        None, ge=0, description='Learning rate of "adaptmlp" adapters; null = init_lr, as published.'
+    )
+    ffn_adapter_scalar: Annotated[float, BeforeValidator(_number_in_quotes)] = Field(
+        1.0, description="Factor on an adapter's output; the published code names 0.1 and applies 1."
+    )
+    adapter_blocks: Literal["all", "growing"] = Field(
+        "all", description="Blocks that carry adapters: all, as published, or only those that may grow."
+    )
+    adapt_start_layer: int = Field(9, ge=0, description="First block that may grow, counted from 0.")
+    adapt_end_layer: int = Field(11, ge=0, description="Last block that may grow, inclusive.")
+
+    nested_lora_rank: int = Field(16, ge=1, description="Rank of each of the two branches.")
+    nested_lora_lr_fast: float = Field(0.01, ge=0, description="Learning rate of fast branches; 0: they stay silent.")
+    nested_lora_lr_slow: float = Field(
+        0.001, ge=0, description="Learning rate of slow branches; 0: only consolidation moves them."
+    )
+    nested_lora_update_interval_slow: int = Field(
+        1, ge=0, description="Slow branches step on every k-th step only; 0 and 1 mean every step."
+    )
+    nested_lora_slow_grad: Literal["discard", "accumulate"] = Field(
+        "discard", description="Between slow steps, drop the gradients or use their mean at the k-th step."
+    )
+
+    def conflicts(self) -> list[Conflict]:
+        """Adds the order of the growing blocks and the depth of the backbone."""
+        found = super().conflicts()
+        if self.adapt_start_layer > self.adapt_end_layer:
+            sentence = "the first growing block comes after the last; allowed: adapt_start_layer <= adapt_end_layer"
+            found.append((("adapt_start_layer", "adapt_end_layer"), sentence))
+        shape = self.known_backbone()
+        if shape is not None:
+            found += self._beyond_depth(shape.depth)
+        return found
+
+    def _beyond_depth(self, depth: int) -> list[Conflict]:
+        return [
+            ((key, "backbone_type"), f"the backbone has {depth} blocks; allowed: {key} from 0 to {depth - 1}")
+            for key in ("adapt_start_layer", "adapt_end_layer")
+            if getattr(self, key) >= depth
+        ]
+
+    def idle_keys(self) -> dict[str, str]:
+        """Adds keys of the other adapter type, and of slow steps where slow steps every step."""
+        given, idle = self.given(), super().idle_keys()
+        if self.ffn_adapter_type != "nested_lora":
+            nested = [key for key in given if key.startswith("nested_lora_")]
+            return idle | dict.fromkeys(nested, f'ffn_adapter_type is "{self.ffn_adapter_type}"')
+        if "ffn_num" in given:
+            idle["ffn_num"] = "nested_lora_rank is the width"
+        if "adapter_lr" in given:
+            idle["adapter_lr"] = "nested_lora_lr_fast and nested_lora_lr_slow are the rates"
+        if self.nested_lora_update_interval_slow <= 1 and "nested_lora_slow_grad" in given:
+            idle["nested_lora_slow_grad"] = "slow steps every step"
+        return idle
+
+    def remarks(self) -> list[str]:
+        """Warns of a scale that the published code names but does not apply."""
+        if self.ffn_adapter_scalar == 1.0:
+            return super().remarks()
+        scale = f"ffn_adapter_scalar = {self.ffn_adapter_scalar:g} is applied here"
+        return [*super().remarks(), f"{scale}; the published code names such a scale and applies 1"]

@@ -1,0 +1,177 @@
+"""Closed-form classifiers and the drift that carries their class statistics along, against independent computations."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from utils.feature_drift import fit_drift
+from utils.readout import RIDGES, PrototypeReadout, RanPACReadout
+
+WIDTH = 6
+
+
+def classes_of_features(classes: range, per_class: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Gaussian clusters around one centre a class, shuffled: features (n, d) and labels."""
+    rng = np.random.default_rng(seed)
+    centres = 3 * np.random.default_rng(7).normal(size=(50, WIDTH))
+    labels = rng.permutation(np.repeat(list(classes), per_class))
+    features = centres[labels] + rng.normal(size=(len(labels), WIDTH))
+    return torch.tensor(features, dtype=torch.float32), torch.tensor(labels)
+
+
+def test_prototypes_are_class_means_compared_by_cosine() -> None:
+    features, labels = classes_of_features(range(4), 5)
+    readout = PrototypeReadout(WIDTH, seed=1)
+    first = labels < 2
+    readout.add(features[first], labels[first])
+    readout.add(features[~first], labels[~first])
+    queries = torch.randn(7, WIDTH)
+    for c in range(4):
+        mean = features[labels == c].numpy().mean(axis=0)
+        cosine = queries.numpy() @ mean / np.linalg.norm(mean) / np.linalg.norm(queries.numpy(), axis=1)
+        np.testing.assert_allclose(readout(queries)[:, c].numpy(), cosine, atol=1e-5)
+
+
+def test_ranpac_is_the_ridge_solution_in_closed_form() -> None:
+    features, labels = classes_of_features(range(3), 12)
+    readout = RanPACReadout(WIDTH, seed=3, dim=20)
+    readout.add(features, labels)
+    hidden = np.maximum(features.double().numpy() @ readout.projection.numpy(), 0)
+    wanted = np.eye(3)[labels.numpy()]
+    solutions = [np.linalg.solve(hidden.T @ hidden + r * np.eye(20), hidden.T @ wanted) for r in RIDGES]
+    distances = [np.abs(readout.weights.numpy() - solution).max() for solution in solutions]
+    assert min(distances) < 1e-6  # one of the candidates, exactly
+    queries = torch.randn(4, WIDTH)
+    best = solutions[int(np.argmin(distances))]
+    expected = np.maximum(queries.double().numpy() @ readout.projection.numpy(), 0) @ best
+    np.testing.assert_allclose(readout(queries).numpy(), expected, atol=1e-5)
+
+
+def test_ranpac_task_by_task_is_ranpac_at_once() -> None:
+    """Sums do not depend on how the images are dealt into tasks; with the same lambda neither do the weights."""
+    features, labels = classes_of_features(range(9), 10)
+    joint, parts = RanPACReadout(WIDTH, seed=3, dim=30), RanPACReadout(WIDTH, seed=3, dim=30)
+    joint.add(features, labels)
+    for first in (0, 3, 6):
+        chosen = (labels >= first) & (labels < first + 3)
+        parts.add(features[chosen], labels[chosen])
+    torch.testing.assert_close(parts.gram, joint.gram)
+    torch.testing.assert_close(parts.cross, joint.cross)
+    ridge = 100 * torch.eye(30, dtype=torch.float64)
+    torch.testing.assert_close(
+        torch.linalg.solve(parts.gram + ridge, parts.cross), torch.linalg.solve(joint.gram + ridge, joint.cross)
+    )
+
+
+def test_lambda_is_the_one_that_predicts_held_out_images_best() -> None:
+    """With labels that are noise a large lambda wins over every small one; with clean clusters a small one does."""
+    features, labels = classes_of_features(range(4), 40)
+    noise = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))]
+    chosen = {}
+    for name, wanted in (("clean", labels), ("noise", noise)):
+        readout = RanPACReadout(WIDTH, seed=3, dim=100)
+        hidden = readout.random_features(features.double())
+        readout.counts = torch.ones(4, dtype=torch.float64)
+        readout.cross = torch.zeros(100, 4, dtype=torch.float64)
+        chosen[name] = readout._choose_ridge(hidden, wanted)
+    assert chosen["noise"] > 100 * chosen["clean"]
+
+
+def test_the_projection_belongs_to_the_seed() -> None:
+    same, other = RanPACReadout(WIDTH, seed=3, dim=8), RanPACReadout(WIDTH, seed=4, dim=8)
+    assert torch.equal(same.projection, RanPACReadout(WIDTH, seed=3, dim=8).projection)
+    assert not torch.equal(same.projection, other.projection)
+    assert "projection" not in same.state_dict()
+
+
+@pytest.mark.parametrize("kind", [PrototypeReadout, RanPACReadout])
+def test_a_readout_rebuilt_from_its_state_is_the_same_and_goes_on_the_same(kind: type) -> None:
+    one = kind(WIDTH, seed=3, dim=16)
+    one.add(*classes_of_features(range(3), 8))
+    before, _ = classes_of_features(range(3, 5), 8)
+    one.follow(fit_drift(before, 1.1 * before + 0.3))
+    other = kind(WIDTH, seed=3, dim=16)
+    other.rebuild(one.structure())
+    other.load_state_dict(one.state_dict())
+    for readout in (one, other):
+        readout.add(*classes_of_features(range(3, 5), 8))
+    queries = torch.randn(5, WIDTH)
+    assert torch.equal(one(queries), other(queries))
+    assert one(queries).shape == (5, 5)
+
+
+# --- drift ------------------------------------------------------------------------------------------------------------
+
+
+def test_an_affine_movement_is_found() -> None:
+    rng = torch.Generator().manual_seed(1)
+    before = torch.randn(200, WIDTH, generator=rng, dtype=torch.float64) + 2
+    matrix = torch.eye(WIDTH, dtype=torch.float64) + 0.3 * torch.randn(WIDTH, WIDTH, generator=rng, dtype=torch.float64)
+    shift = torch.randn(WIDTH, generator=rng, dtype=torch.float64)
+    drift = fit_drift(before, before @ matrix + shift)
+    unseen = torch.randn(10, WIDTH, generator=rng, dtype=torch.float64)
+    torch.testing.assert_close(drift.apply(unseen), unseen @ matrix + shift, atol=1e-3, rtol=1e-3)
+    assert drift.explained > 0.999
+    covariance = torch.cov(before.T)
+    moved = torch.cov((before @ matrix + shift).T)
+    torch.testing.assert_close(drift.apply_covariance(covariance), moved, atol=1e-2, rtol=1e-2)
+
+
+def test_without_evidence_of_a_map_all_features_move_alike() -> None:
+    """Movement that has nothing to do with where a feature was: the map stays near the mean movement."""
+    rng = torch.Generator().manual_seed(1)
+    before = torch.randn(30, WIDTH, generator=rng)
+    after = before + 5 + torch.randn(30, WIDTH, generator=rng)
+    drift = fit_drift(before, after)
+    assert drift.move.norm() < 0.2
+    torch.testing.assert_close(drift.shift, (after - before).double().mean(dim=0))
+    assert drift.residual.diagonal().mean() == pytest.approx(1, abs=0.4)
+
+
+def test_leave_one_out_residuals_are_those_of_refitting_without_each_row() -> None:
+    rng = torch.Generator().manual_seed(2)
+    before = torch.randn(12, 3, generator=rng, dtype=torch.float64)
+    after = before + before @ torch.randn(3, 3, generator=rng, dtype=torch.float64) * 0.5
+    after = after + 0.3 * torch.randn(12, 3, generator=rng, dtype=torch.float64)
+    drift = fit_drift(before, after)
+    x, movement = before - before.mean(dim=0), after - before
+    strengths = [10.0**k * torch.linalg.matrix_norm(x, 2) ** 2 for k in range(-5, 4)]
+    errors = []
+    for strength in strengths:
+        left_out = []
+        for i in range(12):
+            rest = torch.arange(12) != i
+            design = torch.cat([x[rest], torch.ones(11, 1, dtype=torch.float64)], dim=1)
+            penalty = strength * torch.diag(torch.tensor([1.0, 1, 1, 0], dtype=torch.float64))
+            solution = torch.linalg.solve(design.T @ design + penalty, design.T @ movement[rest])
+            left_out.append(movement[i] - torch.cat([x[i], torch.ones(1, dtype=torch.float64)]) @ solution)
+        errors.append(torch.stack(left_out))
+    best = min(errors, key=lambda e: float(e.square().sum()))
+    torch.testing.assert_close(drift.residual, best.T @ best / 12)
+
+
+def test_nothing_moved_changes_nothing() -> None:
+    features, _ = classes_of_features(range(3), 4)
+    drift = fit_drift(features, features)
+    assert torch.equal(drift.apply(features.double()), features.double())
+    assert drift.explained == 1 and not drift.residual.any()
+
+
+def test_statistics_that_follow_classify_moved_features() -> None:
+    """After a rotation of feature space old classes are told apart when the readout follows, not when it stays."""
+    old, old_labels = classes_of_features(range(5), 30)
+    new, new_labels = classes_of_features(range(5, 10), 60)
+    rotation = torch.linalg.qr(torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(5)))[0]
+    accuracy = {}
+    for kind in (PrototypeReadout, RanPACReadout):
+        for follows in (True, False):
+            readout = kind(WIDTH, seed=3, dim=200)
+            readout.add(old, old_labels)
+            if follows:
+                readout.follow(fit_drift(new, new @ rotation))
+            readout.add(new @ rotation, new_labels)
+            predicted = readout(old @ rotation).argmax(dim=1)
+            accuracy[kind, follows] = float((predicted == old_labels).float().mean())
+        assert accuracy[kind, True] > accuracy[kind, False] + 0.3
+        assert accuracy[kind, True] > 0.9
