@@ -186,7 +186,7 @@ def seeds_table(results: Sequence[Mapping[str, Any]]) -> str:
     lines = []
     for name in names:
         numbers = [result["metrics"].get(name) for result in results]
-        numbers = [number for number in numbers if _is_number(number)]
+        numbers = [number for number in numbers if is_number(number)]
         if numbers:
             lines.append((PERCENT_METRICS.get(name, name.replace("_", " ")), _mean_std_text(numbers)))
     return f"{title}\n{_two_columns(lines)}"
@@ -217,5 +217,6 @@ def _mean_std_text(values: Sequence[float]) -> str:
     return f"{mean:,.{digits}f}{spread} ({len(values)})"
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether a value read from JSON is a finite number; true and false are none."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

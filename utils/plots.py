@@ -102,7 +102,9 @@ def accuracy_matrix_figure(rows: Sequence[Sequence[float]], totals: Sequence[flo
     numbered = tasks <= MOST_NUMBERED_TASKS
     cell = 0.56 if tasks <= 12 else 0.44 if numbered else 11.0 / tasks  # inches
     size = cell * (tasks + 1.4)
-    figure = _figure(max(NARROWEST, size + 1.9), max(2.6, cell * tasks + 1.6), "Accuracy after each task (%)", subtitle)
+    figure = titled_figure(
+        max(NARROWEST, size + 1.9), max(2.6, cell * tasks + 1.6), "Accuracy after each task (%)", subtitle
+    )
     axes = figure.subplots()
     matrix = np.full((tasks, tasks), np.nan)
     for t, row in enumerate(rows):
@@ -135,7 +137,7 @@ def accuracy_curves_figure(rows: Sequence[Sequence[float]], totals: Sequence[flo
     tasks = len(rows)
     crowded = tasks > 12
     width, height = (9.0, 5.4) if crowded else (7.2, 4.4)
-    figure = _figure(width, height, "Accuracy while learning task after task (%)", subtitle)
+    figure = titled_figure(width, height, "Accuracy while learning task after task (%)", subtitle)
     axes = figure.subplots()
     colours = mpl.colormaps["viridis"](np.linspace(0.0, 0.92, tasks))
     own = {"lw": 0.9 if crowded else 1.2, "marker": "o", "ms": 3.5}
@@ -148,7 +150,7 @@ def accuracy_curves_figure(rows: Sequence[Sequence[float]], totals: Sequence[flo
     lowest = min(min(row) for row in rows)
     axes.set_ylim(max(-2, min(80, 10 * math.floor((lowest - 2) / 10))), 102)
     axes.yaxis.set_major_locator(MaxNLocator(steps=[1, 2, 5, 10]))
-    _task_axis(axes, tasks)
+    task_axis(axes, tasks)
     axes.set_ylabel("accuracy (%)")
     axes.grid(axis="y")
     axes.set_axisbelow(True)
@@ -174,7 +176,7 @@ def norms_figure(events: Sequence[Mapping[str, Any]], subtitle: str) -> Figure:
     columns = min(4, len(blocks)) if len(blocks) not in (5, 6, 9) else 3
     lines = math.ceil(len(blocks) / columns)
     title = "Fast and slow branches: size of what each adds, ||W_up W_down||"
-    figure = _figure(max(NARROWEST, 2.6 * columns), 1.5 + 1.95 * lines, title, subtitle)
+    figure = titled_figure(max(NARROWEST, 2.6 * columns), 1.5 + 1.95 * lines, title, subtitle)
     grid = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
     consolidated = False
     for index, axes in enumerate(grid.flat):
@@ -186,7 +188,7 @@ def norms_figure(events: Sequence[Mapping[str, Any]], subtitle: str) -> Figure:
         axes.set_title(f"block {blocks[index]}", loc="left", pad=3)
         axes.grid(axis="y")
         axes.set_axisbelow(True)
-        _task_axis(axes, tasks, most_ticks=7, label=None)
+        task_axis(axes, tasks, most_ticks=7, label=None)
         if index + columns >= len(blocks):
             axes.set_xlabel("after task")
             axes.tick_params(labelbottom=True)
@@ -217,7 +219,7 @@ def growth_figure(adapters: Sequence[Mapping[str, int]], subtitle: str) -> Figur
     most = max(4, int(counts.max()))  # few adapters: pale colours
     cell = 0.5 if tasks <= 12 else 0.4 if tasks <= MOST_NUMBERED_TASKS else 11.0 / tasks
     width, height = max(NARROWEST, cell * tasks + 2.2), 1.9 + 0.3 * len(blocks)
-    figure = _figure(width, height, "Adapters in each block after each task (number)", subtitle)
+    figure = titled_figure(width, height, "Adapters in each block after each task (number)", subtitle)
     axes = figure.subplots()
     shades = ListedColormap(mpl.colormaps["Blues"](np.linspace(0.06, 0.85, most + 1)))
     axes.pcolormesh(counts, cmap=shades, vmin=-0.5, vmax=most + 0.5, edgecolors="white", linewidth=1.2)
@@ -279,7 +281,7 @@ def _draw_norms(axes: Axes, events: Sequence[Mapping[str, Any]], marker_size: fl
     return changed
 
 
-def _figure(width: float, height: float, title: str, subtitle: str) -> Figure:
+def titled_figure(width: float, height: float, title: str, subtitle: str) -> Figure:
     """An empty figure (inches) with a title, a grey line under it, and the rest of it for the axes."""
     wrapped = textwrap.fill(subtitle, width=int(width * 14))
     header = 0.42 + 0.17 * (1 + wrapped.count("\n"))  # inches
@@ -292,7 +294,8 @@ def _figure(width: float, height: float, title: str, subtitle: str) -> Figure:
     return figure
 
 
-def _task_axis(axes: Axes, tasks: int, most_ticks: int = 20, label: str | None = "after task") -> None:
+def task_axis(axes: Axes, tasks: int, most_ticks: int = 20, label: str | None = "after task") -> None:
+    """An x axis of task numbers from 0 with room at both ends; every task has a tick while they are few."""
     step = next(step for step in (1, 2, 5, 10, 20, 50, tasks) if tasks <= step * most_ticks or step == tasks)
     axes.set_xlim(-0.4, tasks - 0.6)
     axes.set_xticks(range(0, tasks, step))

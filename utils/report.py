@@ -1,0 +1,202 @@
+"""The report of a sweep: what its finished runs say, and how sure that is.
+
+    write_report(Path("logs/sweeps/ranks"), "ranks", "does rank matter?", runs, baseline="matched adapter", ...)
+
+    report.html   one page with everything, figures included; it needs no other file and no network
+    summary.md    the same tables for a README or an issue
+    summary.csv   a line for each cell and quantity, at full precision, with its difference from the baseline
+    runs.csv      a line for each run
+    figures/      what `utils/sweep_plots.py` draws
+
+The same input gives the same bytes. Everything is computed before the first file is replaced.
+"""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
+
+from utils.errors import UserError
+from utils.plots import DPI
+from utils.report_data import Cell, quantity_names, tabulate
+from utils.report_tables import difference_tables, facts, main_table, reading_notes, runs_table
+from utils.sweep_plots import BARS, CURVES, DIFFERENCES, FIGURES, TRADE_OFF, sweep_figures
+
+FIGURES_FOLDER = "figures"
+CSS_DPI = 96  # pixels an inch on a page
+MARKDOWN_SIGNS = re.compile(
+    r"[\\`*\[\]|~$]"
+    r"|(?<![^\W_])_|_(?![^\W_])"  # not inside a word
+    r"|<(?=[a-zA-Z/!?])|&(?=#?\w+;)"  # tags and entities
+    r"|^[>#]|^[-+](?=\s)"
+)
+CAPTIONS = {
+    BARS: "Final accuracy A_N of every cell: the bar ends at the mean, the whiskers show ± std, dots are seeds.",
+    DIFFERENCES: "Difference of A_N and of forgetting from the baseline, paired by seed, with its 95 % interval. Where "
+    "the interval holds zero the seeds do not decide. Cells with another number of tasks are in the tables alone.",
+    CURVES: "Accuracy over all classes seen so far, after each task: mean over seeds, band ± std. A dashed line is a "
+    "cell that learned all classes in one task.",
+    TRADE_OFF: "How well each task is learned (plasticity) against how much of it is lost later (forgetting). Better "
+    "is right and down.",
+}
+
+
+class Picture(NamedTuple):
+    """A figure on the page; width and height in CSS pixels."""
+
+    name: str
+    caption: str
+    base64: str
+    width: int
+    height: int
+
+
+def write_report(
+    folder: Path,
+    title: str,
+    description: str,
+    runs: Mapping[str, Mapping[int, Mapping[str, Any]]],
+    *,
+    baseline: str | None,
+    commands: Mapping[str, str],
+    unfinished: Mapping[str, str],
+) -> list[Path]:
+    """Write the report of a sweep into its folder, over an earlier one; returns the files.
+
+    Args:
+        folder: the sweep's; created where it is missing.
+        title: the sweep's name.
+        description: what it asks, in the words of its file.
+        runs: cell name -> seed -> result.json of its finished runs, in the table's order; {} for a cell without one.
+        baseline: the cell that the others are compared with, if there is one.
+        commands: cell name -> command that repeats it.
+        unfinished: "cell, seed 1993" -> why there is no result.
+
+    Raises:
+        UserError: the baseline is no cell, no run is finished, a result is damaged, or the folder cannot be written.
+    """
+    cells = tabulate(runs, baseline)
+    figures = sweep_figures(cells, baseline, title)
+    page = {
+        "title": title,
+        "description": description,
+        "facts": facts(cells, baseline, unfinished),
+        "notes": reading_notes(cells, baseline),
+        "main": main_table(cells),
+        "differences": difference_tables(cells, baseline),
+        "runs": runs_table(cells),
+        "pictures": [_picture(name, png) for name, png in figures.items()],
+        "commands": commands,
+        "unfinished": unfinished,
+    }
+    files = {
+        "summary.csv": _csv(summary_rows(cells, baseline)),
+        "runs.csv": _csv(run_rows(cells)),
+        "summary.md": _render("report_template.md", page),
+        "report.html": _render("report_template.html", page),
+        **{f"{FIGURES_FOLDER}/{name}": png for name, png in figures.items()},
+    }
+    try:
+        for name in FIGURES:  # of an earlier report
+            (folder / FIGURES_FOLDER / name).unlink(missing_ok=True)
+        return [_replace(folder / name, content) for name, content in files.items()]
+    except OSError as error:
+        raise UserError(f"cannot write the report into {folder}: {error.strerror}; it must be writable") from error
+
+
+def summary_rows(cells: Sequence[Cell], baseline: str | None) -> list[dict[str, Any]]:
+    """A row for each cell and quantity; what there is not is None. Differences are the cell's minus the baseline's."""
+    rows = []
+    for cell in cells:
+        for quantity in quantity_names(cells):
+            estimate, comparison = cell.estimates.get(quantity), cell.comparisons.get(quantity)
+            difference = comparison and comparison.paired
+            rows.append(
+                {
+                    "cell": cell.name,
+                    "metric": quantity,
+                    "n": estimate.n if estimate else 0,
+                    "mean": estimate and estimate.mean,
+                    "std": estimate and estimate.std,
+                    "low95": estimate and estimate.low,
+                    "high95": estimate and estimate.high,
+                    "baseline": baseline,
+                    "paired_n": difference and difference.n,
+                    "difference": difference and difference.mean,
+                    "difference_std": difference and difference.std,
+                    "difference_low95": difference and difference.low,
+                    "difference_high95": difference and difference.high,
+                    "p_t": difference and difference.p_t,
+                    "p_holm": comparison and comparison.p_holm,
+                    "p_wilcoxon": difference and difference.p_wilcoxon,
+                    "verdict": comparison and comparison.verdict,
+                }
+            )
+    return rows
+
+
+def run_rows(cells: Sequence[Cell]) -> list[dict[str, Any]]:
+    """A row for each finished run: cell, seed, every quantity, tasks, weights tag."""
+    names = quantity_names(cells)
+    return [
+        {
+            "cell": cell.name,
+            "seed": seed,
+            **{name: values.get(name) for name in names},
+            "tasks": cell.tasks,
+            "weights": cell.results[seed]["weights"].get("tag"),
+        }
+        for cell in cells
+        for seed, values in cell.quantities.items()
+    ]
+
+
+def _csv(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    """Rows with the same keys as a table with a header; None is an empty field."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().encode()
+
+
+def _picture(name: str, png: bytes) -> Picture:
+    width, height = (int.from_bytes(png[start : start + 4], "big") for start in (16, 20))  # of the PNG's header
+    size = (round(side * CSS_DPI / DPI) for side in (width, height))
+    return Picture(name, CAPTIONS[name], base64.b64encode(png).decode(), *size)
+
+
+def _render(template: str, page: Mapping[str, Any]) -> bytes:
+    """A template of this folder, filled; what comes from users is escaped for HTML, or by `markdown` filters."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=select_autoescape(["html"]),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["markdown"] = _markdown
+    return environment.get_template(template).render(page).encode()
+
+
+def _markdown(text: str) -> str:
+    """Text in one line that Markdown shows as it is, in a table too."""
+    return MARKDOWN_SIGNS.sub(r"\\\g<0>", " ".join(text.split()))
+
+
+def _replace(path: Path, content: bytes) -> Path:
+    """Write a file as a whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
+    return path

@@ -1,0 +1,174 @@
+"""The numbers of a sweep: every cell's means over seeds, and its difference from the baseline.
+
+    cells = tabulate(runs, baseline="matched adapter")     # runs: cell name -> seed -> result.json
+    cells[0].estimates["final"].mean                        # A_N over the cell's seeds
+    cells[0].comparisons["final"].paired.low                # lower end of the interval of A_N minus the baseline's
+
+A *cell* is a named configuration that was run with several seeds. Every table, figure and file of the report is made
+from this list and computes nothing itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from utils.errors import UserError
+from utils.metrics import PERCENT_METRICS, is_number
+from utils.statistics import Estimate, Paired, holm, interval, paired
+
+LOWER_IS_BETTER = ("forgetting",)
+NEEDED = {"metrics": dict, "curve": list, "parameters": dict, "weights": dict, "cost": dict}  # of a result.json
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One metric of a cell minus the baseline's.
+
+    Attributes:
+        paired: the difference over the seeds that both have.
+        p_holm: p of the paired t-test, adjusted over all cells compared with the baseline in this metric.
+        verdict: "better" or "worse" where the interval excludes zero, "undecided" where it does not, "one seed".
+    """
+
+    paired: Paired
+    p_holm: float | None
+    verdict: str
+
+
+@dataclass(eq=False)
+class Cell:
+    """A named configuration.
+
+    Attributes:
+        name: as the sweep's table has it.
+        results: seed -> result.json of its finished runs, seeds ascending.
+        comparisons: metric -> difference from the baseline; empty for the baseline, and where nothing is comparable.
+    """
+
+    name: str
+    results: dict[int, Mapping[str, Any]]
+    comparisons: dict[str, Comparison] = field(default_factory=dict)
+
+    @cached_property
+    def quantities(self) -> dict[int, dict[str, float | None]]:
+        """seed -> what `measured` says of that run."""
+        return {seed: measured(result) for seed, result in self.results.items()}
+
+    @cached_property
+    def estimates(self) -> dict[str, Estimate]:
+        """quantity -> its mean over the seeds that have a number; quantities without one are absent."""
+        names = dict.fromkeys(name for values in self.quantities.values() for name in values)
+        return {name: interval(list(values.values())) for name in names if (values := self.values(name))}
+
+    @property
+    def tasks(self) -> int:
+        """Number of tasks of each run; 0 without a run."""
+        return next((len(result["curve"]) for result in self.results.values()), 0)
+
+    def values(self, quantity: str) -> dict[int, float]:
+        """seed -> value, for the seeds that have a number."""
+        found = {seed: values.get(quantity) for seed, values in self.quantities.items()}
+        return {seed: value for seed, value in found.items() if value is not None}
+
+
+def tabulate(runs: Mapping[str, Mapping[int, Mapping[str, Any]]], baseline: str | None) -> list[Cell]:
+    """The cells in the table's order, compared with the baseline where there is one.
+
+    Raises:
+        UserError: the baseline is no cell, no run is finished, or a result is not readable.
+    """
+    if baseline is not None and baseline not in runs:
+        raise UserError(f'baseline = "{baseline}" is no cell of this sweep; allowed: {_quoted(runs)}')
+    if not any(runs.values()):
+        raise UserError("no run of this sweep is finished, there is nothing to report: run the sweep first")
+    for name, results in runs.items():
+        _check_results(name, results)
+    cells = [Cell(name, dict(sorted(results.items()))) for name, results in runs.items()]
+    reference = next((cell for cell in cells if cell.name == baseline), None)
+    if reference is not None:
+        others = [cell for cell in cells if cell is not reference]
+        for metric in PERCENT_METRICS:
+            _compare(others, reference, metric)
+    return cells
+
+
+def measured(result: Mapping[str, Any]) -> dict[str, float | None]:
+    """Every number of a run by name: its metrics, parameters of adapters and in all, seconds, peak memory in MB.
+
+    What is absent, or no finite number, is None.
+    """
+    parameters, cost = result["parameters"], result["cost"]
+    values = {
+        **dict.fromkeys([*PERCENT_METRICS, "expansions"]),
+        **result["metrics"],
+        "parameters_adapters": parameters.get("adapters"),
+        "parameters_stored": parameters.get("stored"),
+        "seconds": cost.get("seconds"),
+        "peak_memory_mb": cost.get("peak_memory_mb"),
+    }
+    return {name: value if is_number(value) else None for name, value in values.items()}
+
+
+def quantity_names(cells: Sequence[Cell]) -> list[str]:
+    """The names of `measured` over all runs, each once."""
+    return list(dict.fromkeys(name for cell in cells for values in cell.quantities.values() for name in values))
+
+
+def best_cells(cells: Sequence[Cell], metric: str) -> set[str]:
+    """Names of the cells with the best mean of a metric; none where fewer than two can be compared.
+
+    A cell of one task learned all classes at once: it is a bound for the others and does not take part.
+    """
+    several = [cell for cell in cells if cell.tasks > 1] or cells
+    means = {cell.name: cell.estimates[metric].mean for cell in several if metric in cell.estimates}
+    if len(means) < 2:
+        return set()
+    best = (min if metric in LOWER_IS_BETTER else max)(means.values())
+    return {name for name, mean in means.items() if math.isclose(mean, best, rel_tol=1e-12)}
+
+
+def _compare(cells: Sequence[Cell], reference: Cell, metric: str) -> None:
+    """Add one metric's comparison to every cell that has it; together they are the family of Holm's adjustment.
+
+    Only A_N means the same whatever the number of tasks: the other metrics are compared at equal numbers.
+    """
+    found = {}
+    for cell in cells:
+        difference = paired(cell.values(metric), reference.values(metric))
+        if difference is not None and (metric == "final" or cell.tasks == reference.tasks):
+            found[cell.name] = difference
+    adjusted = dict(zip(found, holm([difference.p_t for difference in found.values()]), strict=True))
+    for cell in cells:
+        if difference := found.get(cell.name):
+            cell.comparisons[metric] = Comparison(difference, adjusted[cell.name], _verdict(metric, difference))
+
+
+def _verdict(metric: str, difference: Paired) -> str:
+    if difference.n == 1:
+        return "one seed"
+    if not difference.excludes_zero:
+        return "undecided"
+    return "better" if (difference.mean < 0) == (metric in LOWER_IS_BETTER) else "worse"
+
+
+def _check_results(name: str, results: Mapping[int, Mapping[str, Any]]) -> None:
+    """Refuse results that lack a part, and a cell whose runs differ in their number of tasks."""
+    advice = "remove that run's folder and run the sweep again"
+    for seed, result in results.items():
+        for key, kind in NEEDED.items():
+            if not isinstance(result.get(key), kind):
+                raise UserError(f'cell "{name}", seed {seed}: result.json is damaged, it has no "{key}"; {advice}')
+        if not is_number(result["metrics"].get("final")):
+            raise UserError(f'cell "{name}", seed {seed}: result.json is damaged, it has no final accuracy; {advice}')
+    tasks = {seed: len(result["curve"]) for seed, result in results.items()}
+    if 0 in tasks.values() or len(set(tasks.values())) > 1:
+        each = ", ".join(f"{number} with seed {seed}" for seed, number in tasks.items())
+        raise UserError(f'cell "{name}": its runs must have the same number of tasks, they have {each}; {advice}')
+
+
+def _quoted(names: Mapping[str, Any]) -> str:
+    return ", ".join(f'"{name}"' for name in names)

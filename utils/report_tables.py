@@ -1,0 +1,240 @@
+"""What a sweep's report says in words and tables, as texts that no format has touched yet.
+
+    table = main_table(cells)
+    table.rows[0][2]               # Entry("44.39 ± 1.20", strong=True): the best mean of its column
+
+`utils/report.py` writes them as Markdown and as HTML.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from utils.report_data import LOWER_IS_BETTER, Cell, best_cells
+from utils.statistics import Estimate
+
+ABSENT = "–"
+ALPHA = 0.05  # p values below it are counted as differences
+COMPARED = {"final": "A_N", "average": "average", "forgetting": "forgetting", "plasticity": "plasticity"}
+
+
+class Column(NamedTuple):
+    """How a quantity is shown: its heading, decimals, what it is divided by, and whether equal values need a ± 0."""
+
+    heading: str
+    decimals: int
+    unit: float = 1.0
+    spread: bool = True
+
+
+COLUMNS = {
+    "final": Column("A_N (%)", 2),
+    "average": Column("average (%)", 2),
+    "forgetting": Column("forgetting (points)", 2),
+    "bwt": Column("BWT (points)", 2),
+    "plasticity": Column("plasticity (%)", 2),
+    "expansions": Column("adapters added", 1, spread=False),
+    "parameters_adapters": Column("adapter parameters", 0, spread=False),
+    "parameters_stored": Column("stored parameters", 0, spread=False),
+    "seconds": Column("minutes a run", 1, unit=60.0),
+    "peak_memory_mb": Column("peak memory (MB)", 0),
+}
+
+
+class Entry(NamedTuple):
+    """One field of a table; tone is "better", "worse" or nothing."""
+
+    text: str
+    strong: bool = False
+    tone: str = ""
+
+
+class Table(NamedTuple):
+    """A table whose first column names its rows; caption and note may be empty."""
+
+    caption: str
+    headings: list[str]
+    rows: list[list[Entry]]
+    note: str = ""
+
+
+def main_table(cells: Sequence[Cell]) -> Table:
+    """A row for each cell: n, then mean ± std of each quantity over seeds; the best means of `COMPARED` are strong."""
+    shown = {quantity: column for quantity, column in COLUMNS.items() if quantity not in ("bwt", "peak_memory_mb")}
+    best = {metric: best_cells(cells, metric) for metric in COMPARED}
+    rows = []
+    for cell in cells:
+        entries = [Entry(cell.name), Entry(str(len(cell.results)))]
+        for quantity, column in shown.items():
+            text = _mean_std(cell.estimates.get(quantity), column)
+            entries.append(Entry(text, strong=cell.name in best.get(quantity, ())))
+        rows.append(entries)
+    return Table("", ["cell", "n", *(column.heading for column in shown.values())], rows)
+
+
+def difference_tables(cells: Sequence[Cell], baseline: str | None) -> list[Table]:
+    """A table for each metric of `COMPARED` that some cell shares with the baseline; none without a baseline."""
+    reference = next((cell for cell in cells if cell.name == baseline), None)
+    if reference is None:
+        return []
+    headings = ["cell", "n", "difference", "95 % interval", "p (t)", "p (Holm)", "p (Wilcoxon)", "result"]
+    tables = []
+    for metric, name in COMPARED.items():
+        others = [cell for cell in cells if cell is not reference]
+        rows = [_difference_row(cell, metric) for cell in others if metric in cell.comparisons]
+        if rows:
+            level = _mean_std(reference.estimates[metric], COLUMNS[metric])
+            caption = f"{name}, {'lower' if metric in LOWER_IS_BETTER else 'higher'} is better; baseline: {level}"
+            left_out = [f"{c.name} ({_why_not(c, reference)})" for c in others if metric not in c.comparisons]
+            note = f"Not compared: {'; '.join(left_out)}." if left_out else ""
+            tables.append(Table(caption, headings, rows, note))
+    return tables
+
+
+def runs_table(cells: Sequence[Cell]) -> Table:
+    """A row for each finished run."""
+    rows = []
+    for cell in cells:
+        for seed, values in cell.quantities.items():
+            entries = [Entry(cell.name), Entry(str(seed))]
+            for quantity, column in COLUMNS.items():
+                value = values[quantity]
+                decimals = 0 if quantity == "expansions" else column.decimals
+                entries.append(Entry(ABSENT if value is None else f"{value / column.unit:,.{decimals}f}"))
+            rows.append(entries)
+    return Table("", ["cell", "seed", *(column.heading for column in COLUMNS.values())], rows)
+
+
+def facts(cells: Sequence[Cell], baseline: str | None, unfinished: Mapping[str, str]) -> list[tuple[str, str]]:
+    """What was compared, on what, and what came out: (name, text) pairs."""
+    finished = [cell for cell in cells if cell.results]
+    runs = sum(len(cell.results) for cell in cells)
+    found = [("Cells", str(len(cells)) + _in_brackets(len(cells) - len(finished), "without a finished run"))]
+    found.append(("Finished runs", str(runs) + _in_brackets(len(unfinished), "not finished")))
+    found += [("Seeds", _seeds(finished)), ("Tasks", _tasks(finished))]
+    found += [("Weights", text) for text in _weights(finished)]
+    best = [cell for cell in cells if cell.name in best_cells(cells, "final")]
+    if best:
+        names, estimate = ", ".join(cell.name for cell in best), best[0].estimates["final"]
+        found.append(("Best mean A_N", f"{names}, {_mean_std(estimate, COLUMNS['final'])} (n = {estimate.n})"))
+    if baseline is not None:
+        found.append(("Baseline", baseline))
+        found += [
+            (f"{COMPARED[metric]} against the baseline", text)
+            for metric in ("final", "forgetting")
+            if (text := _outcome(cells, metric))
+        ]
+    return found
+
+
+def reading_notes(cells: Sequence[Cell], baseline: str | None) -> list[str]:
+    """How to read the report, sentence by sentence; only what this report has."""
+    notes = [
+        "A cell is one configuration, run once with each seed. Numbers are mean ± std over its n finished runs (std "
+        "with ddof 1; a single run has none). The best mean of a column is bold.",
+        "A_N is the accuracy over all classes after the last task; average is the mean of the accuracy over all "
+        "classes seen, taken after every task; forgetting is how far each earlier task fell from its best, lower is "
+        "better; plasticity is the accuracy on each task just after learning it.",
+    ]
+    single = [cell.name for cell in cells if cell.tasks == 1]
+    if single and any(cell.tasks > 1 for cell in cells):
+        notes.append(
+            f"{', '.join(single)}: all classes were learned in one task. That is a bound for the others, not a method "
+            "beside them: nothing can be forgotten, average and plasticity are A_N, and it is never bold."
+        )
+    if baseline is not None:
+        notes += [
+            "Differences are the cell's value minus the baseline's, paired by seed: the same seed means the same class "
+            'order and the same images. "better" and "worse" say that the 95 % interval of the mean difference '
+            '(Student\'s t) excludes zero; "undecided" does not mean equal, it means that these seeds do not tell.',
+            "p (t) is the two-sided paired t-test. p (Holm) is the same, adjusted for all comparisons of that metric "
+            "in this report; the intervals are not adjusted. p (Wilcoxon) is the exact signed-rank test, which "
+            "supposes no normal distribution; with n seeds it cannot be below 2 / 2^n, 0.0625 for five.",
+        ]
+    return notes
+
+
+def _difference_row(cell: Cell, metric: str) -> list[Entry]:
+    comparison = cell.comparisons[metric]
+    paired = comparison.paired
+    strong = paired.excludes_zero
+    tone = comparison.verdict if strong else ""
+    limits = ABSENT if paired.low is None else f"{paired.low:+.2f} to {paired.high:+.2f}"
+    return [
+        Entry(cell.name),
+        Entry(str(paired.n)),
+        Entry(f"{paired.mean:+.2f}", strong, tone),
+        Entry(limits),
+        *(Entry(_p(p)) for p in (paired.p_t, comparison.p_holm, paired.p_wilcoxon)),
+        Entry(comparison.verdict, strong, tone),
+    ]
+
+
+def _why_not(cell: Cell, reference: Cell) -> str:
+    """Why a cell is not compared with the baseline."""
+    if not cell.results:
+        return "no finished run"
+    return "no seed in common" if not cell.results.keys() & reference.results.keys() else "another number of tasks"
+
+
+def _outcome(cells: Sequence[Cell], metric: str) -> str:
+    """How the comparisons of a metric ended, in numbers; empty without comparisons that have an interval."""
+    found = [cell.comparisons[metric] for cell in cells if metric in cell.comparisons]
+    decided = [comparison for comparison in found if comparison.p_holm is not None]
+    if not decided:
+        return ""
+    counts = [f"{sum(c.verdict == verdict for c in decided)} {verdict}" for verdict in ("better", "worse", "undecided")]
+    sure = sum(comparison.p_holm < ALPHA for comparison in decided)
+    holm = f"{sure} of {len(decided)} differ after Holm's adjustment (p < {ALPHA})"
+    return f"{', '.join(counts)} by 95 % interval; {holm}"
+
+
+def _seeds(cells: Sequence[Cell]) -> str:
+    every = sorted({seed for cell in cells for seed in cell.results})
+    fewer = [f"{c.name}: {', '.join(map(str, c.results))}" for c in cells if list(c.results) != every]
+    return ", ".join(map(str, every)) + (f" (only some in {'; '.join(fewer)})" if fewer else "")
+
+
+def _tasks(cells: Sequence[Cell]) -> str:
+    """The number of tasks of most cells, and those that have another."""
+    numbers = [cell.tasks for cell in cells]
+    usual = max(numbers, key=numbers.count)
+    others = [f"{cell.name}: {cell.tasks}" for cell in cells if cell.tasks != usual]
+    return str(usual) + (f" ({'; '.join(others)})" if others else "")
+
+
+def _weights(cells: Sequence[Cell]) -> list[str]:
+    """A text for each weight tag with its note, and with its cells where there are several tags."""
+    users: dict[tuple[str, str], list[str]] = {}
+    for cell in cells:
+        for result in cell.results.values():
+            key = str(result["weights"].get("tag") or "not recorded"), str(result["weights"].get("note") or "")
+            users.setdefault(key, [])
+            if cell.name not in users[key]:
+                users[key].append(cell.name)
+    texts = []
+    for (tag, note), names in users.items():
+        about = [note] if note else []
+        about += [f"in {', '.join(names)}"] if len(users) > 1 else []
+        texts.append(": ".join([tag, "; ".join(about)]) if about else tag)
+    return texts
+
+
+def _mean_std(estimate: Estimate | None, column: Column) -> str:
+    if estimate is None:
+        return ABSENT
+    spread = estimate.std is not None and (column.spread or estimate.std > 0)
+    whole = not spread and (estimate.mean / column.unit).is_integer() and not column.spread
+    parts = [estimate.mean, estimate.std] if spread else [estimate.mean]
+    return " ± ".join(f"{part / column.unit:,.{0 if whole else column.decimals}f}" for part in parts)
+
+
+def _p(p: float | None) -> str:
+    if p is None:
+        return ABSENT
+    return "<0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def _in_brackets(number: int, text: str) -> str:
+    return f" ({number} {text})" if number else ""
