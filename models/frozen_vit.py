@@ -19,7 +19,6 @@ from models.base import Learner
 from models.task_inputs import TaskInputs
 from models.vit_config import ViTConfig
 from utils.factory import Backbone
-from utils.feature_drift import fit_drift
 from utils.readout import PrototypeReadout, RanPACReadout, Readout
 
 logger = logging.getLogger("nested_lora")
@@ -119,9 +118,7 @@ class FrozenViT(Learner):
         moved = float((after - before).norm() / before.norm())
         explained = None
         if moved:
-            drift = fit_drift(before, after)
-            self.readout.follow(drift)
-            explained = drift.explained
+            explained = self.readout.follow(before, after)
             logger.info(f"Task {self.task}: features moved by {moved:.3f} (relative), {explained:.3f} of it explained")
         self.log.metric("feature_drift", task=self.task, moved=moved, explained=explained)
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from utils.feature_drift import fit_drift
+from utils.feature_drift import STRENGTHS, fit_drift
 from utils.readout import RIDGES, PrototypeReadout, RanPACReadout
 
 WIDTH = 6
@@ -74,7 +74,7 @@ def test_lambda_is_the_one_that_predicts_held_out_images_best() -> None:
         hidden = readout.random_features(features.double())
         readout.counts = torch.ones(4, dtype=torch.float64)
         readout.cross = torch.zeros(100, 4, dtype=torch.float64)
-        chosen[name] = readout._choose_ridge(hidden, wanted)
+        chosen[name] = readout.choose_ridge(hidden, wanted)
     assert chosen["noise"] > 100 * chosen["clean"]
 
 
@@ -90,7 +90,7 @@ def test_a_readout_rebuilt_from_its_state_is_the_same_and_goes_on_the_same(kind:
     one = kind(WIDTH, seed=3, dim=16)
     one.add(*classes_of_features(range(3), 8))
     before, _ = classes_of_features(range(3, 5), 8)
-    one.follow(fit_drift(before, 1.1 * before + 0.3))
+    one.follow(before, 1.1 * before + 0.3)
     other = kind(WIDTH, seed=3, dim=16)
     other.rebuild(one.structure())
     other.load_state_dict(one.state_dict())
@@ -113,9 +113,6 @@ def test_an_affine_movement_is_found() -> None:
     unseen = torch.randn(10, WIDTH, generator=rng, dtype=torch.float64)
     torch.testing.assert_close(drift.apply(unseen), unseen @ matrix + shift, atol=1e-3, rtol=1e-3)
     assert drift.explained > 0.999
-    covariance = torch.cov(before.T)
-    moved = torch.cov((before @ matrix + shift).T)
-    torch.testing.assert_close(drift.apply_covariance(covariance), moved, atol=1e-2, rtol=1e-2)
 
 
 def test_without_evidence_of_a_map_all_features_move_alike() -> None:
@@ -124,54 +121,73 @@ def test_without_evidence_of_a_map_all_features_move_alike() -> None:
     before = torch.randn(30, WIDTH, generator=rng)
     after = before + 5 + torch.randn(30, WIDTH, generator=rng)
     drift = fit_drift(before, after)
-    assert drift.move.norm() < 0.2
-    torch.testing.assert_close(drift.shift, (after - before).double().mean(dim=0))
-    assert drift.residual.diagonal().mean() == pytest.approx(1, abs=0.4)
+    assert (drift.jacobian - torch.eye(WIDTH)).norm() < 0.2
+    centre = before.double().mean(dim=0)
+    torch.testing.assert_close(drift.apply(centre), after.double().mean(dim=0))
 
 
-def test_leave_one_out_residuals_are_those_of_refitting_without_each_row() -> None:
+def test_the_chosen_map_has_the_smallest_error_when_each_image_is_left_out_in_turn() -> None:
+    """The closed form against refitting without each row, for every strength of the ridge."""
     rng = torch.Generator().manual_seed(2)
     before = torch.randn(12, 3, generator=rng, dtype=torch.float64)
     after = before + before @ torch.randn(3, 3, generator=rng, dtype=torch.float64) * 0.5
     after = after + 0.3 * torch.randn(12, 3, generator=rng, dtype=torch.float64)
-    drift = fit_drift(before, after)
     x, movement = before - before.mean(dim=0), after - before
-    strengths = [10.0**k * torch.linalg.matrix_norm(x, 2) ** 2 for k in range(-5, 4)]
-    errors = []
-    for strength in strengths:
-        left_out = []
+    ones = torch.ones(12, 1, dtype=torch.float64)
+    design = torch.cat([x, ones], dim=1)
+    errors, maps = [], []
+    for strength in STRENGTHS:
+        penalty = strength * torch.linalg.matrix_norm(x, 2) ** 2 * torch.diag(torch.tensor([1.0, 1, 1, 0])).double()
+        error = 0.0
         for i in range(12):
             rest = torch.arange(12) != i
-            design = torch.cat([x[rest], torch.ones(11, 1, dtype=torch.float64)], dim=1)
-            penalty = strength * torch.diag(torch.tensor([1.0, 1, 1, 0], dtype=torch.float64))
-            solution = torch.linalg.solve(design.T @ design + penalty, design.T @ movement[rest])
-            left_out.append(movement[i] - torch.cat([x[i], torch.ones(1, dtype=torch.float64)]) @ solution)
-        errors.append(torch.stack(left_out))
-    best = min(errors, key=lambda e: float(e.square().sum()))
-    torch.testing.assert_close(drift.residual, best.T @ best / 12)
+            solution = torch.linalg.solve(design[rest].T @ design[rest] + penalty, design[rest].T @ movement[rest])
+            error += float((movement[i] - design[i] @ solution).square().sum())
+        errors.append(error)
+        maps.append(torch.linalg.solve(design.T @ design + penalty, design.T @ movement)[:3])
+    drift, best = fit_drift(before, after), errors.index(min(errors))
+    torch.testing.assert_close(drift.jacobian, torch.eye(3, dtype=torch.float64) + maps[best])
+    assert drift.explained == pytest.approx(1 - errors[best] / float(movement.square().sum()))
+
+
+def test_sums_follow_an_affine_movement_exactly() -> None:
+    """G and Q carried along are those of the moved random features of the images that are gone."""
+    old, old_labels = classes_of_features(range(3), 10)
+    readout = RanPACReadout(WIDTH, seed=3, dim=4)
+    readout.add(old, old_labels)
+    rng = torch.Generator().manual_seed(1)
+    jacobian = torch.eye(4, dtype=torch.float64) + 0.2 * torch.randn(4, 4, generator=rng, dtype=torch.float64)
+    shift = torch.randn(4, generator=rng, dtype=torch.float64)
+    hidden = readout.random_features(old.double()) @ jacobian + shift
+    new = torch.rand(50, 4, generator=rng, dtype=torch.float64)
+    readout.random_features = lambda features: features  # the newest task's, given in that space
+    readout.follow(new, new @ jacobian + shift)
+    torch.testing.assert_close(readout.gram, hidden.T @ hidden, rtol=1e-3, atol=1e-1)
+    torch.testing.assert_close(readout.cross, hidden.T @ torch.eye(3).double()[old_labels], rtol=1e-3, atol=1e-2)
 
 
 def test_nothing_moved_changes_nothing() -> None:
     features, _ = classes_of_features(range(3), 4)
     drift = fit_drift(features, features)
     assert torch.equal(drift.apply(features.double()), features.double())
-    assert drift.explained == 1 and not drift.residual.any()
+    assert drift.explained == 1
 
 
 def test_statistics_that_follow_classify_moved_features() -> None:
-    """After a rotation of feature space old classes are told apart when the readout follows, not when it stays."""
+    """Features shift and turn a little: old classes are told apart when the readout follows, not when it stays."""
     old, old_labels = classes_of_features(range(5), 30)
     new, new_labels = classes_of_features(range(5, 10), 60)
-    rotation = torch.linalg.qr(torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(5)))[0]
+    turn = torch.eye(WIDTH) + 0.2 * torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(5))
+    shift = torch.tensor([4.0, -4.0] * (WIDTH // 2))
     accuracy = {}
     for kind in (PrototypeReadout, RanPACReadout):
         for follows in (True, False):
             readout = kind(WIDTH, seed=3, dim=200)
             readout.add(old, old_labels)
             if follows:
-                readout.follow(fit_drift(new, new @ rotation))
-            readout.add(new @ rotation, new_labels)
-            predicted = readout(old @ rotation).argmax(dim=1)
+                readout.follow(new, new @ turn + shift)
+            readout.add(new @ turn + shift, new_labels)
+            predicted = readout(old @ turn + shift).argmax(dim=1)
             accuracy[kind, follows] = float((predicted == old_labels).float().mean())
         assert accuracy[kind, True] > accuracy[kind, False] + 0.3
-        assert accuracy[kind, True] > 0.9
+        assert accuracy[kind, True] > 0.8

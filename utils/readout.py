@@ -3,7 +3,7 @@
     readout = RanPACReadout(width=384, seed=1993, dim=2000)
     readout.add(features, targets)            # a task's training features (n, d) with labels of new classes
     logits = readout(features)                # (B, d) -> (B, classes so far)
-    readout.follow(fit_drift(before, after))  # the backbone moved: carry what is known of older classes along
+    readout.follow(before, after)             # the backbone moved: carry what is known of older classes along
 
 Everything is computed on the CPU in float64, the same on every device and rank, and is state.
 
@@ -19,14 +19,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from utils.feature_drift import Drift
+from utils.feature_drift import fit_drift
 from utils.toolkit import seeded_generator
 
 logger = logging.getLogger("nested_lora")
 
 RIDGES = [10.0**k for k in range(-8, 10)]  # candidates for lambda, as published
 HELD_OUT = 0.2  # share of a task's training features that chooses lambda, as published
-PROJECTION, SPLIT, SAMPLES = range(3)  # what a random stream is for; with the seed and a number it names one
+PROJECTION, SPLIT = range(2)  # what a random stream is for; with the seed and a number it names one
 
 
 class Readout(nn.Module, ABC):
@@ -38,28 +38,38 @@ class Readout(nn.Module, ABC):
         dim: M, number of random features (only `RanPACReadout` uses them).
     """
 
+    counts: Tensor
+
     def __init__(self, width: int, seed: int, dim: int = 0) -> None:
         super().__init__()
         self.width, self.seed, self.dim = width, seed, dim
-        self.register_buffer("counts", torch.zeros(0, dtype=torch.float64))  # (C,) training images of each class
-        self.register_buffer("means", torch.zeros(0, width, dtype=torch.float64))  # (C, d)
+        for name, shape in {"counts": (0,), **self.shapes(0)}.items():
+            self.register_buffer(name, torch.zeros(shape, dtype=torch.float64))
+
+    @abstractmethod
+    def shapes(self, classes: int) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the buffers beside `counts` (C,), the training images of each class."""
 
     def add(self, features: Tensor, targets: Tensor) -> None:
         """Take in all training features (n, d) of new classes, labelled C, C + 1, ... in any order."""
-        features, known = features.cpu().double(), len(self.counts)
-        one_hot = F.one_hot(targets.cpu() - known).double()  # (n, new)
-        counts = one_hot.sum(dim=0)
-        self.counts = torch.cat([self.counts, counts])
-        self.means = torch.cat([self.means, one_hot.T @ features / counts[:, None]])
-        self.refit(features, targets.cpu())
+        features, targets, known = features.cpu().double(), targets.cpu(), len(self.counts)
+        self.counts = torch.cat([self.counts, torch.bincount(targets - known).double()])
+        self.refit(features, targets)
 
     @abstractmethod
     def refit(self, features: Tensor, targets: Tensor) -> None:
-        """Determine the classifier anew; `features` (n, d) float64 are those of the newest task."""
+        """Take in features (n, d) float64 of the classes that `counts` has just gained, and solve."""
 
     @abstractmethod
-    def follow(self, drift: Drift) -> None:
-        """The backbone moved: carry what is known of the classes so far along. Call before `add`."""
+    def follow(self, before: Tensor, after: Tensor) -> float:
+        """The backbone moved: carry what is known of the classes so far along. Call before `add`.
+
+        Args:
+            before, after: features (n, d) of the newest task's images when it began and now.
+
+        Returns:
+            `Drift.explained`, in the space that the statistics live in.
+        """
 
     @abstractmethod
     def forward(self, features: Tensor) -> Tensor:
@@ -71,8 +81,9 @@ class Readout(nn.Module, ABC):
 
     def rebuild(self, structure: dict[str, int]) -> None:
         """Give a fresh readout a saved shape."""
-        self.counts = self.counts.new_zeros(structure["classes"])
-        self.means = self.means.new_zeros(structure["classes"], self.width)
+        classes = structure["classes"]
+        for name, shape in {"counts": (classes,), **self.shapes(classes)}.items():
+            setattr(self, name, torch.zeros(shape, dtype=torch.float64))
 
     def stored_numbers(self) -> int:
         """Numbers that a checkpoint keeps of it."""
@@ -82,11 +93,20 @@ class Readout(nn.Module, ABC):
 class PrototypeReadout(Readout):
     """Cosine with class means: score_c(f) = f . m_c / (||f|| ||m_c||), m_c the mean training feature of class c."""
 
-    def refit(self, features: Tensor, targets: Tensor) -> None:
-        """The means are the classifier."""
+    means: Tensor
 
-    def follow(self, drift: Drift) -> None:
+    def shapes(self, classes: int) -> dict[str, tuple[int, ...]]:
+        return {"means": (classes, self.width)}
+
+    def refit(self, features: Tensor, targets: Tensor) -> None:
+        known = len(self.means)
+        one_hot = F.one_hot(targets - known).double()  # (n, new)
+        self.means = torch.cat([self.means, one_hot.T @ features / self.counts[known:, None]])
+
+    def follow(self, before: Tensor, after: Tensor) -> float:
+        drift = fit_drift(before, after)
         self.means = drift.apply(self.means)
+        return drift.explained
 
     def forward(self, features: Tensor) -> Tensor:
         return F.linear(F.normalize(features.cpu().float(), dim=1), F.normalize(self.means.float(), dim=1))
@@ -100,44 +120,44 @@ class RanPACReadout(Readout):
     G and Q are sums over all training features ever added, so learning task by task equals learning all at once. lambda
     is the candidate of `RIDGES` with the smallest squared error on a held-out fifth of the newest task's features.
 
-    Once the backbone has moved (`follow`), those sums belong to a network that is no more. From then on the classes
-    seen before are Gaussians with their own means and one shared covariance, which the drift can carry along: G and Q
-    are summed over as many random draws from each as it had training images, and over the newest task's features.
+    When the backbone moves, the random features of the newest task's images are known before and after, which gives an
+    affine map h -> J^T h + b (`utils/feature_drift.py`). Sums over images that are no longer there follow it exactly,
+    with n images, m = sum_i h_i = Q 1 and the class counts c:
+
+        G -> J^T G J + J^T m b^T + b m^T J + n b b^T,   Q -> J^T Q + b c^T
     """
+
+    gram: Tensor
+    cross: Tensor
+    weights: Tensor
 
     def __init__(self, width: int, seed: int, dim: int) -> None:
         super().__init__(width, seed, dim)
         projection = torch.randn(width, dim, generator=seeded_generator(seed, PROJECTION))
         self.register_buffer("projection", projection.double(), persistent=False)
-        for name, shape in self._shapes(0).items():
-            self.register_buffer(name, torch.zeros(shape, dtype=torch.float64))
-        self.moved = False
 
-    def _shapes(self, classes: int) -> dict[str, tuple[int, ...]]:
-        """Scatter within classes (d, d), G, Q and W for a number of classes."""
+    def shapes(self, classes: int) -> dict[str, tuple[int, ...]]:
         m = self.dim
-        return {"scatter": (self.width, self.width), "gram": (m, m), "cross": (m, classes), "weights": (m, classes)}
+        return {"gram": (m, m), "cross": (m, classes), "weights": (m, classes)}
 
     def refit(self, features: Tensor, targets: Tensor) -> None:
-        centred = features - self.means[targets]
-        self.scatter = self.scatter + centred.T @ centred
-        known, classes = self.cross.shape[1], len(self.counts)
-        if self.moved:
-            drawn, labels = self._draw_known(known)
-            self.gram, self.cross = self._sums(self.random_features(drawn), labels, classes)
-        else:
-            self.cross = F.pad(self.cross, (0, classes - known))
+        classes = len(self.counts)
+        self.cross = F.pad(self.cross, (0, classes - self.cross.shape[1]))
         hidden = self.random_features(features)
-        ridge = self._choose_ridge(hidden, targets)
-        gram, cross = self._sums(hidden, targets, classes)
+        ridge = self.choose_ridge(hidden, targets)
+        gram, cross = _sums(hidden, targets, classes)
         self.gram, self.cross = self.gram + gram, self.cross + cross
         self.weights = _solve(self.gram, self.cross, ridge)
         logger.info(f"Readout: lambda {ridge:g} for {classes} classes, {self.dim} random features")
 
-    def follow(self, drift: Drift) -> None:
-        self.means = drift.apply(self.means)
-        self.scatter = drift.apply_covariance(self.scatter / self._freedom()) * self._freedom()
-        self.moved = True
+    def follow(self, before: Tensor, after: Tensor) -> float:
+        hidden = (self.random_features(features.cpu().double()) for features in (before, after))
+        jacobian, shift, explained = fit_drift(*hidden)
+        total = jacobian.T @ self.cross.sum(dim=1)  # J^T m
+        mixed = torch.outer(total, shift)
+        self.gram = jacobian.T @ self.gram @ jacobian + mixed + mixed.T + self.counts.sum() * torch.outer(shift, shift)
+        self.cross = jacobian.T @ self.cross + torch.outer(shift, self.counts)
+        return explained
 
     def forward(self, features: Tensor) -> Tensor:
         return (self.random_features(features.cpu().double()) @ self.weights).float()
@@ -146,30 +166,12 @@ class RanPACReadout(Readout):
         """h(f) = relu(f P): (n, d) -> (n, M), float64."""
         return F.relu(features @ self.projection)
 
-    def structure(self) -> dict[str, int]:
-        return super().structure() | {"moved": int(self.moved)}
-
-    def rebuild(self, structure: dict[str, int]) -> None:
-        super().rebuild(structure)
-        for name, shape in self._shapes(structure["classes"]).items():
-            setattr(self, name, torch.zeros(shape, dtype=torch.float64))
-        self.moved = bool(structure["moved"])
-
-    def _freedom(self) -> float:
-        """Degrees of freedom of the pooled covariance."""
-        return max(1.0, float(self.counts.sum()) - len(self.counts))
-
-    def _sums(self, hidden: Tensor, targets: Tensor, classes: int) -> tuple[Tensor, Tensor]:
-        """G and Q of some random features (n, M)."""
-        return hidden.T @ hidden, hidden.T @ F.one_hot(targets, classes).double()
-
-    def _choose_ridge(self, hidden: Tensor, targets: Tensor) -> float:
+    def choose_ridge(self, hidden: Tensor, targets: Tensor) -> float:
         """The lambda with the smallest squared error on held-out rows, fitted on the rest and all that came before."""
-        order = torch.randperm(len(hidden), generator=seeded_generator(self.seed, SPLIT, len(self.counts)))
-        held = order[: max(1, round(HELD_OUT * len(order)))]
-        rest = order[len(held) :]
         classes = len(self.counts)
-        gram, cross = self._sums(hidden[rest], targets[rest], classes)
+        order = torch.randperm(len(hidden), generator=seeded_generator(self.seed, SPLIT, classes))
+        held, rest = order.tensor_split([max(1, round(HELD_OUT * len(order)))])
+        gram, cross = _sums(hidden[rest], targets[rest], classes)
         gram, cross = self.gram + gram, self.cross + cross
         wanted = F.one_hot(targets[held], classes).double()
         errors = {}
@@ -179,14 +181,10 @@ class RanPACReadout(Readout):
                 errors[ridge] = float((hidden[held] @ weights - wanted).square().mean())
         return min(errors, key=errors.get)
 
-    def _draw_known(self, known: int) -> tuple[Tensor, Tensor]:
-        """Random features vectors of the first `known` classes (n, d), from their Gaussians, and their labels."""
-        generator = seeded_generator(self.seed, SAMPLES, known)
-        labels = torch.repeat_interleave(torch.arange(known), self.counts[:known].long())
-        values, vectors = torch.linalg.eigh(self.scatter / self._freedom())
-        root = vectors * values.clamp_min(0).sqrt()  # root root^T = covariance
-        noise = torch.randn(len(labels), self.width, generator=generator, dtype=torch.float64)
-        return self.means[labels] + noise @ root.T, labels
+
+def _sums(hidden: Tensor, targets: Tensor, classes: int) -> tuple[Tensor, Tensor]:
+    """G (M, M) and Q (M, C) of some random features (n, M)."""
+    return hidden.T @ hidden, hidden.T @ F.one_hot(targets, classes).double()
 
 
 def _solve(gram: Tensor, cross: Tensor, ridge: float) -> Tensor | None:
