@@ -3,7 +3,7 @@
     report = consolidate(adapter, tokens, rule="function", alpha=0.1, reset="lora")
     report.drift        # how far the adapter's output moved on the tokens, relative
 
-Two rules and two resets, each one entry of a visible dict. `tokens` are the adapter's own inputs on the task's data.
+Rules and resets are entries of visible dicts. `tokens` are the adapter's own inputs on the task's data.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from backbone.sema_components import Adapter, NestedLoRAAdapter
+from backbone.sema_components import NestedLoRAAdapter
 
 RIDGE = 1e-6  # relative to the mean diagonal of the Gram matrix: keeps the solve finite when units are silent or equal
 
@@ -23,9 +23,11 @@ class Consolidation:
     """What a task end does to nested adapters: the rule, its strength and how fast starts again.
 
     Attributes:
-        rule: "weights" (theta_slow += alpha theta_fast) or "function" (slow refitted to slow(x) + alpha fast(x)).
+        rule: "weights" (theta_slow += alpha theta_fast), "function" (slow refitted to slow(x) + alpha fast(x)) or
+            "interpolate" (slow goes a share alpha of the way to slow and fast merged, unit by unit).
         alpha: how much of fast goes into slow.
-        reset: "lora" (fast silent, able to learn) or "zeros" (all of fast zero: its gradient is zero for ever).
+        reset: "lora" (fast silent, able to learn), "zeros" (all of fast zero: its gradient is zero for ever) or
+            "aligned" (fast silent on slow's hidden units; what "interpolate" starts from).
     """
 
     rule: str
@@ -50,7 +52,7 @@ def consolidate(adapter: NestedLoRAAdapter, tokens: Tensor, how: Consolidation) 
     """
     before, output_before = adapter.norms(), adapter(tokens)
     RULES[how.rule](adapter, tokens, how.alpha)
-    RESETS[how.reset](adapter.fast)
+    RESETS[how.reset](adapter)
     moved, size = (adapter(tokens) - output_before).norm(), output_before.norm()
     drift = float(moved / size) if size > 0 else float(moved > 0)
     return ConsolidationReport(before, adapter.norms(), drift)
@@ -105,19 +107,46 @@ def _ridge(gram: Tensor, cross: Tensor, kept: list[int]) -> tuple[Tensor, Tensor
     return inverse @ cross[kept], inverse
 
 
-def reset_to_lora_start(fast: Adapter) -> None:
+def interpolate(adapter: NestedLoRAAdapter, tokens: Tensor, alpha: float) -> None:
+    """Slow goes a share alpha of the way to the task's solution, unit by unit (`tokens` are not needed):
+
+        W_down <- W_down + alpha (V_down - W_down),   b likewise,   W_up <- W_up + alpha V_up
+
+    with W of slow and V of fast. It needs aligned branches: fast began the task on slow's hidden units (V_down =
+    W_down, V_up = 0), so unit i of both is one unit that the task has moved, and alpha 1 is the task's solution to
+    first order in what fast learned. With alpha_t = 1 / t slow is the running mean of the tasks' solutions, as in
+    averaging fine-tuned weights (Wortsman et al., *Model soups*, ICML 2022) along the sequence of tasks.
+    """
+    slow, fast = adapter.slow, adapter.fast
+    slow.down_proj.weight.lerp_(fast.down_proj.weight, alpha)
+    slow.down_proj.bias.lerp_(fast.down_proj.bias, alpha)
+    slow.up_proj.weight.add_(fast.up_proj.weight, alpha=alpha)
+    slow.up_proj.bias.add_(fast.up_proj.bias, alpha=alpha)
+
+
+def reset_to_lora_start(adapter: NestedLoRAAdapter) -> None:
     """Up and biases zero, down drawn anew: silent, and its up-projection has a gradient."""
-    fast.reset()
+    adapter.fast.reset()
 
 
-def reset_to_zeros(fast: Adapter) -> None:
+def reset_to_zeros(adapter: NestedLoRAAdapter) -> None:
     """All of fast zero, the seeds' literal rule. Both factors' gradients are then exactly zero: fast is dead."""
-    for parameter in fast.parameters():
+    for parameter in adapter.fast.parameters():
         nn.init.zeros_(parameter)
+
+
+def reset_aligned(adapter: NestedLoRAAdapter) -> None:
+    """Silent on the hidden units of slow."""
+    adapter.align()
 
 
 RULES: dict[str, Callable[[NestedLoRAAdapter, Tensor, float], None]] = {
     "weights": add_weights,
     "function": refit_function,
+    "interpolate": interpolate,
 }
-RESETS: dict[str, Callable[[Adapter], None]] = {"lora": reset_to_lora_start, "zeros": reset_to_zeros}
+RESETS: dict[str, Callable[[NestedLoRAAdapter], None]] = {
+    "lora": reset_to_lora_start,
+    "zeros": reset_to_zeros,
+    "aligned": reset_aligned,
+}

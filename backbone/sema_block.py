@@ -29,6 +29,7 @@ class AdapterSpec:
         scale: factor on every adapter's output.
         rd_dim: hidden units of the representation descriptor.
         buffer_size: how many reconstruction errors its records keep.
+        aligned: a nested adapter's fast branch starts on the hidden units of slow, as the rule "interpolate" needs.
         stacked: compute the adapters of a block as one matrix product pair; False computes one after the other.
     """
 
@@ -38,6 +39,7 @@ class AdapterSpec:
     scale: float = 1.0
     rd_dim: int = 128
     buffer_size: int = 500
+    aligned: bool = False
     stacked: bool = True
 
 
@@ -47,6 +49,8 @@ class AdapterModule(nn.Module):
     def __init__(self, spec: AdapterSpec, described: bool) -> None:
         super().__init__()
         self.functional = ADAPTERS[spec.kind](spec.width, spec.bottleneck, spec.scale)
+        if spec.aligned:
+            self.functional.align()
         self.rd = AE(spec.width, spec.rd_dim) if described else None
         self.rd_loss_record = Records(spec.buffer_size) if described else None
 

@@ -110,6 +110,12 @@ class NestedLoRAAdapter(nn.Module):
             slow.up_bias + fast.up_bias,
         )
 
+    @torch.no_grad()
+    def align(self) -> None:
+        """Start fast on slow's hidden units: the same down-projection, no output. Units i of both belong together."""
+        self.fast.reset()
+        self.fast.down_proj.load_state_dict(self.slow.down_proj.state_dict())
+
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """The two time scales, each tensor in exactly one."""
         return {"slow": list(self.slow.parameters()), "fast": list(self.fast.parameters())}

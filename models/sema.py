@@ -55,7 +55,10 @@ class SEMA(AdapterTuning):
         return SEMAVisionTransformer(vit, self.adapter_spec(vit.embed_dim), growing=growing, adapted=adapted)
 
     def adapter_spec(self, width: int) -> AdapterSpec:
-        return replace(super().adapter_spec(width), rd_dim=self.config.rd_dim, buffer_size=self.config.buffer_size)
+        config = self.config
+        return replace(
+            super().adapter_spec(width), rd_dim=config.rd_dim, buffer_size=config.buffer_size, aligned=config.aligned
+        )
 
     def open_task(self) -> None:
         super().open_task()
@@ -196,12 +199,7 @@ class SEMA(AdapterTuning):
     def end_of_task_training(self) -> str:
         """Consolidate if asked to, freeze, log the two branches' norms."""
         config = self.config
-        consolidation = None
-        if config.ffn_adapter_type == "nested_lora" and config.nested_lora_use_consolidation:
-            alpha = config.nested_lora_consolidation_alpha
-            if config.nested_lora_consolidation_schedule == "mean":
-                alpha /= self.task + 1
-            consolidation = Consolidation(config.nested_lora_consolidation, alpha, config.nested_lora_reset)
+        consolidation = self.consolidation() if config.consolidates else None
         tokens = self._task_tokens() if consolidation else {}
         for block, modules in self.network.modules_by_block.items():
             reports = modules.end_of_task_training(self._freezes, consolidation, tokens.get(block))
@@ -219,6 +217,13 @@ class SEMA(AdapterTuning):
                 )  # fmt: skip
             self._log_norms(block, modules)
         return "readout"
+
+    def consolidation(self) -> Consolidation:
+        """How fast goes into slow at the end of the open task."""
+        config, alpha = self.config, self.config.nested_lora_consolidation_alpha
+        if config.nested_lora_consolidation_schedule == "mean":
+            alpha /= self.task + 1
+        return Consolidation(config.nested_lora_consolidation, alpha, config.nested_lora_reset)
 
     def _log_norms(self, block: int, modules: SEMAModules) -> None:
         """`||theta_fast||` and `||theta_slow||` of a block's adapters as the task leaves them."""

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from models.vit_config import AdapterConfig
-from utils.config import RunConfig
+from utils.config import Conflict, RunConfig
 
 CONSOLIDATION_KEYS = {
     f"nested_lora_{rule}" for rule in ("consolidation", "consolidation_alpha", "consolidation_schedule", "reset")
@@ -60,16 +60,38 @@ class SEMAConfig(AdapterConfig):
         "task", description='Adapters freeze with their task (SEMA), or "never": all go on learning in later tasks.'
     )
     nested_lora_use_consolidation: bool = Field(False, description="At task ends, move fast into slow; reset fast.")
-    nested_lora_consolidation: Literal["weights", "function"] = Field(
-        "weights", description="Add fast's tensors to slow's, or refit slow to slow(x) + alpha * fast(x)."
+    nested_lora_consolidation: Literal["weights", "function", "interpolate"] = Field(
+        "weights",
+        description="Add fast's tensors to slow's; refit slow to slow(x) + alpha * fast(x); or move slow's hidden "
+        'units a share alpha of the way to those that fast made of them (needs nested_lora_reset "aligned").',
     )
     nested_lora_consolidation_alpha: float = Field(0.1, ge=0, le=1, description="Share of fast that moves into slow.")
     nested_lora_consolidation_schedule: Literal["constant", "mean"] = Field(
         "constant", description='alpha in every task, or alpha / (task + 1): with alpha 1, slow is the mean over tasks.'
     )
-    nested_lora_reset: Literal["lora", "zeros"] = Field(
-        "lora", description="Fast restarts as a new LoRA, or all its tensors are zeroed, after which it cannot learn."
+    nested_lora_reset: Literal["lora", "zeros", "aligned"] = Field(
+        "lora",
+        description='Fast restarts as a new LoRA; all zero, after which it cannot learn; or on slow\'s hidden units '
+        '("aligned", where it also starts before the first task).',
     )
+
+    @property
+    def consolidates(self) -> bool:
+        """Whether there are two branches and fast moves into slow at task ends."""
+        return self.ffn_adapter_type == "nested_lora" and self.nested_lora_use_consolidation
+
+    @property
+    def aligned(self) -> bool:
+        """Whether fast starts every task on the hidden units of slow."""
+        return self.consolidates and self.nested_lora_reset == "aligned"
+
+    def conflicts(self) -> list[Conflict]:
+        """Adds that units can be interpolated only where they belong together."""
+        found = super().conflicts()
+        if self.consolidates and self.nested_lora_consolidation == "interpolate" and not self.aligned:
+            sentence = 'units of slow and fast do not belong together; allowed with "interpolate": reset "aligned"'
+            found.append((("nested_lora_consolidation", "nested_lora_reset"), sentence))
+        return found
 
     def idle_keys(self) -> dict[str, str]:
         """Adds the keys of consolidation while it is off, and those of growth while nothing grows."""
@@ -83,8 +105,7 @@ class SEMAConfig(AdapterConfig):
 
     def remarks(self) -> list[str]:
         """Adds a warning of the reset that ends learning."""
-        resets = self.ffn_adapter_type == "nested_lora" and self.nested_lora_use_consolidation
-        if resets and self.nested_lora_reset == "zeros":
+        if self.consolidates and self.nested_lora_reset == "zeros":
             dead = 'nested_lora_reset = "zeros" leaves fast with zero gradients for ever; use "lora"'
             return [*super().remarks(), dead]
         return super().remarks()

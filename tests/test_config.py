@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 import utils.config
+from models import SCHEMAS
 from models.sema_config import SEMAConfig
 from utils.config import ConfigError, LoadedConfig, RunConfig, config_from_dict, load_config
 from utils.errors import UserError
@@ -14,7 +15,6 @@ from utils.factory import BackboneShape
 
 ROOT = Path(__file__).parents[1]
 EXPS = sorted((ROOT / "exps").glob("*.json"))
-SCHEMAS = {"sema": SEMAConfig}
 PUBLISHED: dict[str, Any] = {
     "prefix": "reproduce",
     "dataset": "vtab",
@@ -286,10 +286,10 @@ def test_unknown_key_without_a_near_one_lists_the_valid_keys() -> None:
 
 def test_unknown_method_lists_the_choices_and_the_rest_is_still_checked() -> None:
     near = problems(model_name="semma", rd_dim=0, nested_lora_rnk=8)
-    assert near[0] == 'model_name = "semma": no such method; did you mean "sema"?; allowed: "sema"'
+    assert near[0] == 'model_name = "semma": no such method; did you mean "sema"?; allowed: "sema", "finetune", "ranpac", "simplecil", "linear_probe", "joint"'
     assert [line.split(" = ")[0] for line in near] == ["model_name", "rd_dim", "nested_lora_rnk"]
     far = problems(model_name="qqqq", rd_dim=8, increment=0, init_cls=300)
-    assert far[0] == 'model_name = "qqqq": no such method; allowed: "sema"'
+    assert far[0] == 'model_name = "qqqq": no such method; allowed: "sema", "finetune", "ranpac", "simplecil", "linear_probe", "joint"'
     assert [line.split(" = ")[0] for line in far] == ["model_name", "increment", "init_cls"]
 
 

@@ -151,3 +151,54 @@ def test_branches_are_summed_and_start_silent_and_different() -> None:
     assert not torch.equal(adapter.slow.down_proj.weight, adapter.fast.down_proj.weight)
     adapter = trained_adapter()
     torch.testing.assert_close(adapter(x), adapter.slow(x) + adapter.fast(x))
+
+
+def test_aligned_branches_share_their_hidden_units_and_can_learn() -> None:
+    adapter = trained_adapter()
+    before = adapter.slow(features())
+    adapter.align()
+    assert torch.equal(adapter.fast.down_proj.weight, adapter.slow.down_proj.weight)
+    assert torch.equal(adapter.fast.down_proj.bias, adapter.slow.down_proj.bias)
+    assert torch.equal(adapter(features()), before) or distance(adapter(features()), before) < 1e-6
+    adapter(features()).square().mean().backward()
+    assert adapter.fast.up_proj.weight.grad.norm() > 0
+
+
+def test_interpolation_of_aligned_branches_is_exact_while_hidden_units_stay() -> None:
+    """Fast moved only its up-projection: slow_new(x) = slow(x) + alpha fast(x) to rounding, and fast is silent."""
+    adapter = trained_adapter()
+    adapter.align()
+    torch.nn.init.normal_(adapter.fast.up_proj.weight)
+    x = features()
+    wanted = (adapter.slow(x) + 0.3 * adapter.fast(x)).detach()
+    consolidate(adapter, x, Consolidation("interpolate", alpha=0.3, reset="aligned"))
+    torch.testing.assert_close(adapter(x).detach(), wanted)
+    assert not adapter.fast(x).any()
+    assert torch.equal(adapter.fast.down_proj.weight, adapter.slow.down_proj.weight)
+
+
+def test_aligned_units_make_every_rule_but_the_sum_of_weights_keep_the_output() -> None:
+    """A task moves the aligned units a little: at alpha 1 the output hardly moves, but for doubled down-projections."""
+    drift = {}
+    for rule, reset in (("interpolate", "aligned"), ("function", "aligned"), ("weights", "aligned")):
+        adapter = trained_adapter()
+        adapter.align()
+        torch.manual_seed(3)
+        with torch.no_grad():
+            for parameter in adapter.fast.parameters():
+                parameter.add_(0.05 * torch.randn_like(parameter))
+        drift[rule] = consolidate(adapter, features(), Consolidation(rule, alpha=1.0, reset=reset)).drift
+    assert drift["function"] < drift["interpolate"] < 0.2 < drift["weights"]
+
+
+def test_mean_of_the_tasks_solutions() -> None:
+    """With alpha 1 / t the up-projection of slow ends as the mean of what each task ended with."""
+    adapter = trained_adapter()
+    adapter.align()
+    solutions = []
+    for task in range(4):
+        with torch.no_grad():
+            adapter.fast.up_proj.weight.normal_(generator=torch.Generator().manual_seed(task))
+        solutions.append((adapter.slow.up_proj.weight + adapter.fast.up_proj.weight).detach().clone())
+        consolidate(adapter, features(), Consolidation("interpolate", alpha=1 / (task + 1), reset="aligned"))
+    torch.testing.assert_close(adapter.slow.up_proj.weight.detach(), torch.stack(solutions).mean(dim=0))
