@@ -13,6 +13,7 @@ from utils.config import ConfigError, LoadedConfig, RunConfig, config_from_dict,
 from utils.errors import UserError
 from utils.factory import BackboneShape
 
+METHODS = ", ".join(f'"{name}"' for name in SCHEMAS)
 ROOT = Path(__file__).parents[1]
 EXPS = sorted((ROOT / "exps").glob("*.json"))
 PUBLISHED: dict[str, Any] = {
@@ -286,10 +287,10 @@ def test_unknown_key_without_a_near_one_lists_the_valid_keys() -> None:
 
 def test_unknown_method_lists_the_choices_and_the_rest_is_still_checked() -> None:
     near = problems(model_name="semma", rd_dim=0, nested_lora_rnk=8)
-    assert near[0] == 'model_name = "semma": no such method; did you mean "sema"?; allowed: "sema", "finetune", "ranpac", "simplecil", "linear_probe", "joint"'
+    assert near[0] == f'model_name = "semma": no such method; did you mean "sema"?; allowed: {METHODS}'
     assert [line.split(" = ")[0] for line in near] == ["model_name", "rd_dim", "nested_lora_rnk"]
     far = problems(model_name="qqqq", rd_dim=8, increment=0, init_cls=300)
-    assert far[0] == 'model_name = "qqqq": no such method; allowed: "sema", "finetune", "ranpac", "simplecil", "linear_probe", "joint"'
+    assert far[0] == f'model_name = "qqqq": no such method; allowed: {METHODS}'
     assert [line.split(" = ")[0] for line in far] == ["model_name", "increment", "init_cls"]
 
 
