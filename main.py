@@ -5,6 +5,9 @@ python main.py --config exps/nested_lora_cifar.json              any other exper
 python main.py --config X.json --set nested_lora_rank=8 --set seed=[1,2,3]
 python main.py --resume logs/sema/mnist_5k/0/2/quickstart_1993_vit_small_patch14_reg4_dinov2
 torchrun --nproc_per_node=2 main.py --config X.json              several devices, one log
+python main.py --sweep exps/sweeps/smoke.json                    a table of experiments; again: goes on with it
+python main.py --sweep X.json --engine ray --ray-address HOST:PORT   its runs on a Ray cluster
+python main.py --sweep X.json --report                           its summary again, no run
 """
 
 import argparse
@@ -12,6 +15,8 @@ import logging
 import os
 import sys
 from pathlib import Path
+
+from utils.sweep_engines import ENGINES
 
 DEFAULT = "exps/quickstart.json"
 
@@ -33,15 +38,54 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help="change one key; may be repeated",
     )
     parser.add_argument("--resume", type=Path, metavar="FOLDER", help="continue the run in this folder")
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing run folder of the same name")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing folder of the same name")
+    parser.add_argument("--sweep", metavar="FILE", help="run a JSON table of experiments; what is finished is skipped")
+    parser.add_argument("--jobs", type=int, metavar="N", help="of a sweep: runs at once (default: as many as fit)")
+    parser.add_argument("--engine", choices=list(ENGINES), help="of a sweep: what executes its runs (default: local)")
+    parser.add_argument(
+        "--ray-address", metavar="ADDR", help="with --engine ray: a cluster (default: a Ray of its own)"
+    )
+    parser.add_argument("--report", action="store_true", help="of a sweep: only write the summary again")
     options = parser.parse_args(arguments)
+    check_sweep_options(parser, options)
     if options.resume and (options.config or options.overrides or options.overwrite):
         parser.error("--resume continues a run exactly as it was: it takes no --config, --set or --overwrite")
     return options
 
 
+def check_sweep_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Exit with a usage error where the options around `--sweep` do not go together."""
+    of_a_sweep = (options.jobs, options.engine, options.ray_address)
+    if not options.sweep and (options.report or any(option is not None for option in of_a_sweep)):
+        parser.error("--jobs, --engine, --ray-address and --report go with --sweep")
+    if options.sweep and (options.config or options.resume):
+        parser.error("--sweep runs its own configurations: it takes no --config or --resume")
+    if options.report and (options.overwrite or any(option is not None for option in of_a_sweep)):
+        parser.error("--report starts no run: it takes no --overwrite, --jobs, --engine or --ray-address")
+    if options.jobs is not None and options.jobs < 1:
+        parser.error(f"--jobs {options.jobs}: at least 1")
+    if options.ray_address and options.engine != "ray":
+        parser.error("--ray-address goes with --engine ray")
+    if options.sweep and "RANK" in os.environ:
+        parser.error("--sweep starts its runs itself: call it without torchrun")
+
+
+def sweep(options: argparse.Namespace) -> int:
+    """Run a table of experiments, or report on it; the exit code."""
+    from models import SCHEMAS
+    from utils.sweep import load_sweep
+    from utils.sweep_run import report_sweep, run_sweep
+
+    table = load_sweep(options.sweep, options.overrides, SCHEMAS)
+    if options.report:
+        report_sweep(table)
+        return 0
+    engine, address = options.engine or "local", options.ray_address
+    return run_sweep(table, engine, jobs=options.jobs, address=address, overwrite=options.overwrite)
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Run what the command line asks for; the exit code: 0 done, 2 a mistake to mend, 130 stopped and saved."""
+    """Run what the command line asks for; the exit code: 0 done, 1 runs of a sweep failed, 2 a mistake, 130 stopped."""
     options = parse(arguments)
     first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun started, if it did
     if not first:
@@ -62,6 +106,8 @@ def main(arguments: list[str] | None = None) -> int:
     keep_freed_memory()
     together = False
     try:
+        if options.sweep:
+            return sweep(options)
         if options.resume:
             config, notes = read_config(options.resume), []
         else:

@@ -32,14 +32,14 @@ from models.base import Interrupted, Learner
 from utils.cache import IMAGES
 from utils.checkpoint import checkpoint_name, latest_checkpoint, load_checkpoint, save_checkpoint
 from utils.config import RunConfig, config_from_dict
-from utils.data import dataset_slug, load_dataset
+from utils.data import load_dataset
 from utils.data_manager import DataManager
 from utils.distributed import World, backend_for, local_device, process_group, world_from_environment
 from utils.errors import UserError
 from utils.factory import Backbone, create_backbone
 from utils.metrics import AccuracyMatrix, accuracy_table, seeds_table, summary_table
 from utils.plots import draw_figures
-from utils.run_log import RunLog, SilentLog, run_folder
+from utils.run_log import RunLog, SilentLog, folder_of
 from utils.tensor_cache import TensorCache
 from utils.toolkit import out_of_memory_advice, peak_memory_mb, resolve_device, resolve_precision
 from utils.views import ViewSpec
@@ -98,20 +98,10 @@ def train(
 def open_log(parts: Parts, overwrite: bool) -> RunLog:
     """A new run's record: written by the first rank, the others keep none."""
     config, world = parts.config, parts.world
-    folder = run_folder(
-        config.logs_root,
-        config.model_name,
-        dataset_slug(config.dataset),
-        config.init_cls,
-        config.increment,
-        config.prefix,
-        parts.seed,
-        config.backbone_type,
-    )
     if not world.is_main:
         return SilentLog(Path(world.broadcast_text(None)))
     resolved = config.model_dump(mode="json") | {"seed": [parts.seed]}
-    log = RunLog.create(folder, config=resolved, overwrite=overwrite)
+    log = RunLog.create(folder_of(config, parts.seed), config=resolved, overwrite=overwrite)
     world.broadcast_text(str(log.folder))
     return log
 

@@ -15,7 +15,7 @@ import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
@@ -30,10 +30,10 @@ Conflict = tuple[tuple[str, ...], str]  # the keys involved, and one sentence th
 
 
 class ConfigError(UserError):
-    """A config that cannot be run: `problems` holds one line for each mistake, all of them."""
+    """A config that cannot be run: `problems` holds one line for each mistake, `footer` what is listed below them."""
 
     def __init__(self, source: str, problems: Sequence[str], footer: str = "") -> None:
-        self.problems = list(problems)
+        self.problems, self.footer = list(problems), footer
         count = f"{len(problems)} problem" + ("" if len(problems) == 1 else "s")
         lines = [f"{source}: {count}", *(f"  - {problem}" for problem in problems)]
         super().__init__("\n".join([*lines, footer] if footer else lines))
@@ -226,6 +226,15 @@ class LoadedConfig:
     notes: list[str]
 
 
+class CheckedObject(NamedTuple):
+    """A JSON object that was checked key by key: `sound` values, names of `faulty` keys, one line for each mistake."""
+
+    sound: dict[str, Any]
+    faulty: set[str]
+    problems: list[str]
+    footer: str
+
+
 @dataclass
 class _Given:
     """What was read, before any check: values, where each comes from ("" = the file itself), and what went wrong."""
@@ -236,18 +245,27 @@ class _Given:
     complete: bool = True  # False when a file of the chain could not be read
 
 
-def load_config(path: str | Path, overrides: Sequence[str], schemas: Mapping[str, type[RunConfig]]) -> LoadedConfig:
-    """Read a JSON config with its bases, apply `key=value` overrides, and check it against its method's schema.
+def load_config(
+    path: str | Path,
+    overrides: Sequence[str],
+    schemas: Mapping[str, type[RunConfig]],
+    changes: Sequence[tuple[str, Mapping[str, Any]]] = (),
+) -> LoadedConfig:
+    """Read a JSON config with its bases, apply changes and `key=value` overrides, check it against its method's schema.
 
     Args:
         path: the JSON file.
         overrides: texts `key=value`; the value is read as JSON where it is JSON, else as text; later ones win.
         schemas: method name -> schema; the first is used where a file names no method.
+        changes: (origin, values) over the file and below the overrides; later ones win, an error names the origin.
 
     Raises:
         ConfigError: anything is wrong; it lists every problem, and nothing has been created yet.
     """
     given = _read_chain(Path(path), ())
+    for origin, values in changes:
+        given.values |= values
+        given.origins |= dict.fromkeys(values, origin)
     _apply_overrides(given, overrides)
     return _check(given, schemas, str(path))
 
@@ -259,6 +277,23 @@ def config_from_dict(values: Mapping[str, Any], schemas: Mapping[str, type[RunCo
         ConfigError: anything is wrong; it lists every problem.
     """
     return _check(_Given(values=dict(values)), schemas, source)
+
+
+def read_object(path: Path, schema: type[BaseModel]) -> CheckedObject:
+    """Read a JSON file whose keys are no run's, such as a sweep's, and check every key; nothing is raised.
+
+    Where the file cannot be read at all, every key of the schema counts as faulty.
+    """
+    given = _read_file(path)
+    if not given.complete:
+        return CheckedObject({}, set(schema.model_fields), given.problems, "")
+    valid = list(schema.model_fields)
+    values = {key: value for key, value in given.values.items() if key in valid}
+    faults = {key: _unknown_key(key, valid, "", {}) for key in given.values if key not in valid}
+    footer = _list_of_keys(valid) if any(LISTED in fault for fault in faults.values()) else ""
+    faults |= _field_faults(schema, values)
+    sound = {key: value for key, value in values.items() if key not in faults}
+    return CheckedObject(sound, set(faults), [*given.problems, *_fault_lines(faults, given)], footer)
 
 
 def _read_chain(path: Path, seen: tuple[Path, ...]) -> _Given:
@@ -409,7 +444,7 @@ def _unknown_key(key: str, valid: Iterable[str], name: str, schemas: Mapping[str
     return f"unknown key; did you mean {near}?" if near else f"unknown key; {LISTED}"
 
 
-def _field_faults(schema: type[RunConfig], values: Mapping[str, Any]) -> dict[str, str]:
+def _field_faults(schema: type[BaseModel], values: Mapping[str, Any]) -> dict[str, str]:
     """Key -> what is wrong with its value and what is allowed, at most one fault a key."""
     try:
         schema.model_validate(dict(values))

@@ -33,6 +33,8 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from utils.checkpoint import sync_folder, write_synced
+from utils.config import RunConfig
+from utils.data import dataset_slug
 from utils.errors import UserError
 
 logger = logging.getLogger("nested_lora")
@@ -66,6 +68,20 @@ def run_folder(
     first = 0 if init_cls == increment else init_cls
     names = [model_name, dataset_slug, str(first), str(increment), f"{prefix}_{seed}_{backbone_type}"]
     return Path(logs_root).joinpath(*(name.replace("/", "-").replace("\\", "-") for name in names))
+
+
+def folder_of(config: RunConfig, seed: int) -> Path:
+    """`run_folder` of one seed of a configuration."""
+    return run_folder(
+        config.logs_root,
+        config.model_name,
+        dataset_slug(config.dataset),
+        config.init_cls,
+        config.increment,
+        config.prefix,
+        seed,
+        config.backbone_type,
+    )
 
 
 class RunLog:

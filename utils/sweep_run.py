@@ -1,0 +1,214 @@
+"""Running a sweep: what is finished is skipped, what broke off is resumed, one failure does not stop the rest.
+
+    code = run_sweep(load_sweep("exps/sweeps/smoke.json", [], schemas))      # 0 done, 1 some failed, 130 stopped
+    report_sweep(load_sweep("exps/sweeps/smoke.json", [], schemas))          # the summary again, no run
+
+Every run is a process of its own (`utils/sweep_engines.py`), started seed by seed, so that all cells can be compared
+early. Ctrl-C and SIGTERM are passed on to the runs, which save; called again, the sweep goes on from there.
+What it leaves behind is described in `utils/sweep_folder.py`.
+"""
+
+import logging
+import shlex
+import signal
+from collections import deque
+from collections.abc import Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from tqdm import tqdm
+
+from utils.config import RunConfig
+from utils.errors import UserError
+from utils.sweep import Sweep
+from utils.sweep_engines import ENGINES, STOPPED, Engine, Job, Needs, requests
+from utils.sweep_folder import Run, all_runs, refuse_running, remove, survey, write_summary, write_table
+
+logger = logging.getLogger("nested_lora")
+
+STOP = "stop"
+NOT_STARTED, CUT_SHORT = "not started", "stopped"  # why a run has no result, apart from failures
+
+
+def run_sweep(
+    sweep: Sweep, engine: str = "local", *, jobs: int | None = None, address: str | None = None, overwrite: bool = False
+) -> int:
+    """Run what the sweep has not finished yet, then write its summary.
+
+    Args:
+        sweep: the checked table.
+        engine: a name in `ENGINES`.
+        jobs: runs at once; None for as many as fit.
+        address: of a Ray cluster; None starts a Ray of our own.
+        overwrite: remove the sweep's folder first.
+
+    Returns:
+        The exit code: 0 everything is finished, 1 some runs failed, 130 stopped before the end.
+
+    Raises:
+        UserError: a cell is not what its run folder was made with, runs of the sweep still go on, or the engine
+            cannot be had; nothing was started.
+    """
+    refuse_running(sweep)
+    runs = all_runs(sweep) if overwrite else survey(sweep)
+    waiting = [run for run in runs if overwrite or not run.finished]
+    troubles: dict[str, str] = {}
+    stopped = False
+    if waiting:
+        gpu = any(wants_gpu(run.cell.config) for run in waiting)
+        chosen = ENGINES[engine](Needs(sweep.threads, sweep.memory_gb, jobs, gpu, address))
+        with chosen:
+            if overwrite:
+                remove(sweep)
+            write_table(sweep, runs)
+            logger.info(f"{len(waiting)} of {len(runs)} runs to do, {chosen.jobs} at once; all is in {sweep.folder}")
+            with StopRequest(sweep.folder / STOP) as stop:
+                troubles = run_all(chosen, sweep, waiting, len(runs), stop)
+                stopped = stop.requests > 0
+    unfinished = {run.label: troubles.get(run.label, NOT_STARTED) for run in runs if not run.finished}
+    write_summary(sweep, runs, unfinished)
+    outcome = f"{len(runs) - len(unfinished)} of {len(runs)} runs are finished"
+    listed = "".join(f"\n  {label}: {trouble}" for label, trouble in troubles.items())
+    again = command(sweep, engine, jobs, address)
+    if stopped and unfinished:
+        logger.warning(f"Stopped, {outcome}. Continue with: {again}{listed}")
+        return STOPPED
+    if troubles:
+        logger.warning(f"{len(troubles)} failed, {outcome}. To try again: {again}{listed}")
+        return 1
+    logger.info(f"{outcome}; everything is in {sweep.folder}")
+    return 0
+
+
+def report_sweep(sweep: Sweep) -> None:
+    """Write the summary of what is finished again; no run is started.
+
+    Raises:
+        UserError: no run is finished, or a cell is not what its run folder was made with.
+    """
+    runs = survey(sweep)
+    if not any(run.finished for run in runs):
+        raise UserError(f"{sweep.folder} holds no finished run to report on; first run {sweep.command}")
+    reasons = {run.label: "not finished" if run.started else NOT_STARTED for run in runs if not run.finished}
+    write_summary(sweep, runs, reasons)
+
+
+def run_all(engine: Engine, sweep: Sweep, waiting: Sequence[Run], total: int, stop: "StopRequest") -> dict[str, str]:
+    """Run what is waiting, in order; label -> what became of it, for the runs that ended without success."""
+    pending, troubles = deque(waiting), {}
+    running: dict[Future, Run] = {}
+    with tqdm(total=total, initial=total - len(waiting), desc=sweep.path.stem, unit="run") as bar:
+        try:
+            while running or (pending and not stop.requests):
+                while pending and len(running) < engine.jobs and not stop.requests:
+                    run = pending.popleft()
+                    running[engine.submit(job_of(sweep, run))] = run
+                bar.set_postfix(running=len(running), failed=failures(troubles))
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    run = running.pop(future)
+                    trouble = what_went_wrong(run, future)
+                    if trouble is None:
+                        bar.update()
+                        logger.info(f"{run.label}: {_brief(run.result())} ({bar.n} of {total})")
+                    else:
+                        troubles[run.label] = trouble
+                        logger.warning(f"{run.label}: {trouble}; it printed {run.output_path}")
+            bar.set_postfix(running=0, failed=failures(troubles))
+        except BaseException:
+            stop.request()  # what runs is saved before the error is told
+            wait(running)
+            raise
+    return troubles
+
+
+def job_of(sweep: Sweep, run: Run) -> Job:
+    """The job that starts a run, or resumes it where it broke off."""
+    if run.started:
+        arguments = ("--resume", str(run.folder))
+    else:
+        run.remove_leftovers()
+        arguments = ("--config", str(run.config_path))
+    here = Path.cwd()
+    return Job(
+        arguments=arguments,
+        working_folder=here,
+        output=here / run.output_path,
+        stop=here / sweep.folder / STOP,
+        threads=sweep.threads,
+        gpu=wants_gpu(run.cell.config),
+    )
+
+
+def what_went_wrong(run: Run, future: Future) -> str | None:
+    """Why a run that has ended is no success; None when it is one."""
+    try:
+        code, last_line = future.result()
+    except Exception as error:  # the engine's: a machine was lost, a process could not be started
+        return " ".join(f"{type(error).__name__}: {error}".split())
+    if code == 0 and run.finished:
+        return None
+    if code in (STOPPED, -signal.SIGTERM):  # the second: stopped before it could have saved anything
+        return CUT_SHORT
+    ended = f"signal {-code} ({signal.strsignal(-code)})" if code < 0 else f"exit code {code}"
+    return f"{ended}: {last_line}"
+
+
+def failures(troubles: Mapping[str, str]) -> int:
+    """How many of the runs without success were not merely stopped."""
+    return sum(trouble != CUT_SHORT for trouble in troubles.values())
+
+
+def wants_gpu(config: RunConfig) -> bool:
+    """Whether a run takes whichever GPU it is given; one that names its GPU keeps it."""
+    return str(config.device).lower() in ("auto", "cuda")
+
+
+def command(sweep: Sweep, engine: str, jobs: int | None, address: str | None) -> str:
+    """The command that goes on with the sweep in the same way."""
+    options = {"--engine": engine if engine != "local" else None, "--jobs": jobs, "--ray-address": address}
+    given = [part for option, value in options.items() if value is not None for part in (option, str(value))]
+    return shlex.join([*shlex.split(sweep.command), *given])
+
+
+class StopRequest:
+    """Ctrl-C and SIGTERM while the context is open, counted in the length of a file that every machine can see.
+
+    The runs are asked to save and end; asked once more, they end at once.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._previous: dict[int, Any] = {}
+
+    @property
+    def requests(self) -> int:
+        """How often a stop was asked for."""
+        return requests(self.path)
+
+    def request(self) -> None:
+        """Ask all runs to stop."""
+        with open(self.path, "ab") as file:
+            file.write(b".")
+
+    def __enter__(self) -> "StopRequest":
+        self.path.unlink(missing_ok=True)
+        for number in self.SIGNALS:
+            self._previous[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self.path.unlink(missing_ok=True)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self.request()
+        logger.warning("Stopping: the runs save and end; once more ends them at once without saving")
+
+
+def _brief(result: dict[str, Any]) -> str:
+    return f"A_N {result['metrics']['final']:.2f}, {result['cost']['seconds'] / 60:.1f} min"
