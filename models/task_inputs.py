@@ -96,12 +96,30 @@ class TaskInputs:
     def features_of(self, task: int, source: str) -> Tensor:
         """Features of a task's images in the test view, in stored order, (n, d), on every rank.
 
-        Those of test images are kept, so that what is unchanged is not computed again.
+        Those of test images are kept while nothing learns, so that what is unchanged is not computed again.
         """
-        features = self._at(task, source, None, f"{source} features", self.network.depth)
-        indices = self.data.indices(self.data.task_classes(task), source)
-        world = self.place.world
-        return world.gather_rows(features.take(indices[world.share(len(indices))]), len(indices))
+        indices, world = self.data.indices(self.data.task_classes(task), source), self.place.world
+        mine = indices[world.share(len(indices))]
+        if source == "test" and self.network.learning_depth() == self.network.depth:
+            features = self._at(task, source, None, f"{source} features", self.network.depth).take(mine)
+        else:
+            features = self._passing_features(self._at(task, source, None, source, None), mine, f"{source} features")
+        return world.gather_rows(features, len(indices))
+
+    @torch.no_grad()
+    def _passing_features(self, below: Source, indices: np.ndarray, label: str) -> Tensor:
+        """Features (n, d) of stored images as the network gives them now, not kept."""
+        place, parts = self.place, [torch.empty(0, self.network.vit.num_features)]
+        starts = range(0, len(indices), place.batch_size)
+        for start in tqdm(starts, desc=label, unit="batch", leave=False, disable=len(starts) < 2):
+            if place.stop_requested():
+                break
+            x = below.take(indices[start : start + place.batch_size]).to(place.device)
+            with autocast(place.device, place.precision):
+                parts.append(self.network(x, below.depth).float().cpu())
+        if place.world.any(place.stop_requested()):  # also where the ranks wait for each other
+            raise Interrupted
+        return torch.cat(parts)
 
     def _at(self, task: int, source: str, view: tuple[int, ...] | None, what: str, depth: int | None) -> Source:
         """One view at the depth below which nothing ever changes, and from there on to a greater one if asked to."""
