@@ -151,7 +151,7 @@ class Activations:
         self._chunks = chunks
         self._place_of = {int(i): (c, r) for c, chunk in enumerate(chunks) for r, i in enumerate(chunk)}
         todo = [number for number in missing if number % world.size == world.rank]
-        for number in tqdm(todo, desc=label, unit="class", leave=False, disable=not todo):
+        for number in tqdm(todo, desc=label, unit="class", leave=False):
             if self.place.stop_requested():
                 break
             self._file(number)

@@ -111,7 +111,7 @@ class TaskInputs:
         """Features (n, d) of stored images as the network gives them now, not kept."""
         place, parts = self.place, [torch.empty(0, self.network.vit.num_features)]
         starts = range(0, len(indices), place.batch_size)
-        for start in tqdm(starts, desc=label, unit="batch", leave=False, disable=len(starts) < 2):
+        for start in tqdm(starts, desc=label, unit="batch", leave=False):
             if place.stop_requested():
                 break
             x = below.take(indices[start : start + place.batch_size]).to(place.device)

@@ -9,7 +9,9 @@ import torch
 
 import eval as evaluation
 import main
+from models import SCHEMAS
 from tests.conftest import ROOT, TINY
+from utils.config import load_config
 from utils.run_log import read_metrics
 
 SMOKE = str(ROOT / "exps/smoke.json")
@@ -227,7 +229,13 @@ def test_every_shipped_config_builds_its_learner(path: Path, tmp_path: Path) -> 
         "seed": [1],
         "device": "cpu",
         "precision": "fp32",
+        "ranpac_dim": 20,
         "logs_root": str(tmp_path),
+        "cache_root": str(tmp_path / "cache"),
     }
-    settings = [part for key, value in changes.items() for part in ("--set", f"{key}={json.dumps(value)}")]
+    schema = type(load_config(path, [], SCHEMAS).config)
+    if schema.model_fields["model_name"].default in ("joint", "linear_probe"):
+        changes |= {"init_cls": 8, "increment": 8}
+    known = {key: value for key, value in changes.items() if key in schema.model_fields}
+    settings = [part for key, value in known.items() for part in ("--set", f"{key}={json.dumps(value)}")]
     assert main.main(["--config", str(path), *settings]) == 0
