@@ -29,6 +29,7 @@ from models.sema_config import SEMAConfig
 from models.sema_costs import SEMACosts
 from models.task_inputs import Batch
 from models.tuning import FUNCTIONAL, AdapterTuning, learning
+from utils.errors import UserError
 from utils.factory import Backbone
 from utils.optim import GroupedOptimizer, ParameterGroup
 from utils.toolkit import seeded_generator
@@ -84,6 +85,8 @@ class SEMA(AdapterTuning):
         return first if self.task == 0 or not self.network.growing else "scan"
 
     def costs(self, build: Callable[[Mapping[str, Any]], Learner]) -> SEMACosts:
+        if not self.network.growing:
+            raise UserError('expansion = "never": the benchmark measures growth; allowed with it: "novelty", "always"')
         return SEMACosts(self, build)
 
     # --- stage: scan ------------------------------------------------------------------------------------------------

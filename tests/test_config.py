@@ -102,9 +102,13 @@ def test_shipped_config_loads_and_states_its_command(path: Path, monkeypatch: py
 
 
 def test_every_promised_config_is_shipped() -> None:
-    cifar = {"nested_lora_cifar", "debug_nested_lora", "sema_cifar", "baseline_sema_cifar"}
+    cifar = {"nested_lora_cifar", "nested_lora_cifar_seed", "matched_adapter_cifar", "debug_nested_lora"}
+    cifar |= {"sema_cifar", "baseline_sema_cifar"}
     dino = {"nested_lora_cifar_dinov2s", "baseline_sema_cifar_dinov2s"}
     inr = {"nested_lora_inr_10task", "sema_inr_5task", "sema_inr_10task", "sema_inr_20tasks"}
+    methods = ("simplecil", "ranpac", "linear_probe", "finetune", "joint", "sema_always", "sema_never")
+    data = ("cifar", "cifar_dinov2s", "inr", "ina", "vtab")
+    assert {f"{method}_{name}" for method in methods for name in data} <= {path.stem for path in EXPS}
     assert cifar | dino | inr | {"sema_ina", "sema_vtab", "quickstart", "smoke"} <= {path.stem for path in EXPS}
 
 
@@ -116,8 +120,8 @@ def differing(first: dict[str, Any], second: dict[str, Any]) -> set[str]:
     return {key for key in first if first[key] != second[key]} - {"description", "prefix"}
 
 
-def test_nested_lora_cifar_has_the_specified_values() -> None:
-    config = shipped("nested_lora_cifar")
+def test_the_seed_file_has_the_specified_values() -> None:
+    config = shipped("nested_lora_cifar_seed")
     assert (config["init_cls"], config["increment"], config["func_epoch"], config["rd_epoch"]) == (10, 10, 5, 20)
     assert (config["batch_size"], config["optimizer"], config["init_lr"], config["rd_lr"]) == (32, "sgd", 0.005, 0.01)
     assert (config["nested_lora_lr_fast"], config["nested_lora_lr_slow"]) == (0.01, 0.001)
@@ -128,14 +132,22 @@ def test_nested_lora_cifar_has_the_specified_values() -> None:
 
 @pytest.mark.parametrize("suffix", ["", "_dinov2s"])
 def test_baseline_differs_from_nested_in_the_adapter_alone(suffix: str) -> None:
-    nested, baseline = shipped(f"nested_lora_cifar{suffix}"), shipped(f"baseline_sema_cifar{suffix}")
+    nested, baseline = shipped(f"nested_lora_cifar{suffix}_seed"), shipped(f"baseline_sema_cifar{suffix}")
     assert differing(nested, baseline) == {"ffn_adapter_type", "ffn_num"}
     assert baseline["ffn_num"] == 2 * nested["nested_lora_rank"]
 
 
+@pytest.mark.parametrize("suffix", ["", "_dinov2s"])
+def test_matched_adapter_differs_from_nested_in_the_adapter_and_its_rate_alone(suffix: str) -> None:
+    nested, matched = shipped(f"nested_lora_cifar{suffix}"), shipped(f"matched_adapter_cifar{suffix}")
+    assert differing(matched, nested) == {"model_name", "ffn_adapter_type", "ffn_num", "adapter_lr"}
+    assert matched["ffn_num"] == 2 * nested["nested_lora_rank"]
+
+
 def test_dinov2s_is_the_same_experiment_on_another_backbone() -> None:
-    changed = differing(shipped("nested_lora_cifar"), shipped("nested_lora_cifar_dinov2s"))
-    assert changed == {"backbone_type", "image_size", "input_normalization", "precision"}
+    for suffix in ("", "_seed"):
+        changed = differing(shipped(f"nested_lora_cifar{suffix}"), shipped(f"nested_lora_cifar_dinov2s{suffix}"))
+        assert changed == {"backbone_type", "image_size", "input_normalization", "precision"}
 
 
 def test_nested_lora_file_names_every_nested_key() -> None:
