@@ -196,13 +196,13 @@ def test_local_jobs_run_side_by_side(job: MakeJob) -> None:
         assert engine.jobs == 2
         names = [("a", "b"), ("b", "a"), ("c", "a")]
         futures = [engine.submit(job(code, *pair, name=pair[0])) for pair in names]
-        assert [future.result(60).code for future in futures] == [0, 0, 0]
+        assert [future.result(600).code for future in futures] == [0, 0, 0]
 
 
 def test_every_gpu_is_given_to_one_job_at_a_time(job: MakeJob, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(utils.sweep_engines, "visible_gpus", lambda: ["3", "7"])
     given: list[str | None] = []
-    both = threading.Barrier(2, timeout=60)
+    both = threading.Barrier(2, timeout=600)
 
     def record(job: Job, gpu: str | None = None) -> None:
         given.append(gpu)
@@ -215,7 +215,7 @@ def test_every_gpu_is_given_to_one_job_at_a_time(job: MakeJob, monkeypatch: pyte
             engine.submit(job("", gpu=True))
     assert sorted(given[:2]) == sorted(given[2:]) == ["3", "7"]
     with LocalEngine(Needs(threads=1, memory_gb=0.001, jobs=1, gpu=True, address=None)) as engine:
-        engine.submit(job("", gpu=False)).result(60)
+        engine.submit(job("", gpu=False)).result(600)
     assert given[4] is None
 
 

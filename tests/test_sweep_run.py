@@ -36,6 +36,23 @@ TABLE = {
     "cells": {"nested": {}, "matched adapter": {"ffn_adapter_type": "adaptmlp", "ffn_num": 8}},
     "baseline": "matched adapter",
 }
+WAITS_TO_BE_STOPPED = """  # run by Python as it starts: training waits at its tenth step until it is stopped
+import pathlib, sys, time
+sys.path.insert(0, "{root}")
+from models.base import Learner
+
+calls, stopping = [], Learner.stopping
+
+def wait(learner):
+    calls.append(1)
+    if len(calls) == 10:
+        pathlib.Path("{reached}").touch()
+        while not learner._stop_requested():
+            time.sleep(0.01)
+    return stopping(learner)
+
+Learner.stopping = wait
+"""
 RUNS = [("nested", 1), ("matched-adapter", 1), ("nested", 2), ("matched-adapter", 2)]
 
 
@@ -502,30 +519,29 @@ def test_an_error_of_ours_stops_the_runs_before_it_is_told(sweep: Command, start
 
 def test_ctrl_c_saves_and_the_same_command_goes_on_to_the_same_end(tmp_path: Path, started: Started) -> None:
     """Real processes: SIGINT to the sweep alone while its first run trains; the second is not begun."""
-    sweep = Command(
-        tmp_path,
-        seeds=[1],
-        set={**TABLE["set"], "max_tasks": 1, "max_train_per_class": 8},
-        cells={"long": {"func_epoch": 60}, "short": {"func_epoch": 2}},
-        baseline=None,
-    )
-    folder = sweep.run_folder("long", 1)
+    cells = {"first": {"func_epoch": 4}, "second": {"func_epoch": 2}}
+    sweep = Command(tmp_path, seeds=[1], set={**TABLE["set"], "max_tasks": 1}, cells=cells, baseline=None)
+    (tmp_path / "sitecustomize.py").write_text(WAITS_TO_BE_STOPPED.format(root=ROOT, reached=tmp_path / "reached"))
+    folder = sweep.run_folder("first", 1)
     process = subprocess.Popen(
-        [sys.executable, str(ROOT / "main.py"), *sweep.line, "--jobs", "1"], cwd=ROOT, stdout=subprocess.PIPE
+        [sys.executable, str(ROOT / "main.py"), *sweep.line, "--jobs", "1"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        stdout=subprocess.PIPE,
     )
-    while process.poll() is None and not (folder / "metrics.jsonl").exists():
+    while process.poll() is None and not (tmp_path / "reached").exists():
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     shown = process.communicate()[0].decode()
     assert process.returncode == 130
     assert f"Continue with: python main.py {' '.join(sweep.line)} --jobs 1" in shown
-    assert "Stopped and saved" in (sweep.folder / "logs/long_1.txt").read_text()
-    assert list((folder / "checkpoints").iterdir()) and not sweep.run_folder("short", 1).exists()
+    assert "Stopped and saved" in (sweep.folder / "logs/first_1.txt").read_text()
+    assert list((folder / "checkpoints").iterdir()) and not sweep.run_folder("second", 1).exists()
 
     started.work = lambda job: train(job) if "--resume" in job.arguments else pretend(job)
     assert sweep() == 0
-    assert started == [("--resume", str(folder)), ("--config", str(sweep.config("short", 1)))]
-    assert main.main(["--config", str(sweep.config("long", 1)), "--set", f"logs_root={tmp_path}/whole"]) == 0
+    assert started == [("--resume", str(folder)), ("--config", str(sweep.config("second", 1)))]
+    assert main.main(["--config", str(sweep.config("first", 1)), "--set", f"logs_root={tmp_path}/whole"]) == 0
     assert outcome(folder) == outcome(tmp_path / "whole" / folder.relative_to(sweep.folder / "runs"))
 
 
