@@ -210,6 +210,15 @@ class AdapterTuning(Tuning):
             ParameterGroup("other", [*groups.get("other", []), *self.head.trainable()], lr=config.init_lr),
         ]
 
+    def structure(self) -> dict[str, Any]:
+        blocks = {str(block): modules.structure() for block, modules in self.network.modules_by_block.items()}
+        return super().structure() | {"blocks": blocks}
+
+    def rebuild(self, structure: dict[str, Any]) -> None:
+        for block, modules in self.network.modules_by_block.items():
+            modules.rebuild(structure["blocks"][str(block)])
+        super().rebuild(structure)
+
     def checkpoint_tensors(self) -> dict[str, Tensor]:
         named = {f"block.{block}": modules for block, modules in self.network.modules_by_block.items()}
         adapters = {f"{part}.{name}": t for part, module in named.items() for name, t in module.state_dict().items()}

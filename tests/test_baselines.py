@@ -29,6 +29,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "finetune, ranpac": {"model_name": "finetune", "head": "ranpac", "head_drift": "linear", "ranpac_dim": 50},
     "finetune, cosine": {"model_name": "finetune", "head": "cosine", "head_drift": "linear"},
     "sema, ranpac": {"model_name": "sema", "head": "ranpac", "head_drift": "linear", "ranpac_dim": 50},
+    "sema, growing": {"model_name": "sema", "expansion": "always"},
     "sema, never growing": {"model_name": "sema", "expansion": "never", "head": "cosine"},
 }
 
@@ -59,7 +60,7 @@ def test_every_baseline_runs_to_its_result(name: str, smoke_config: Config) -> N
     assert (result["metrics"]["forgetting"] is None) == (tasks == 1)
 
 
-@pytest.mark.parametrize("name", ["ranpac, adapted", "finetune, ranpac", "sema, ranpac"])
+@pytest.mark.parametrize("name", ["ranpac, adapted", "finetune, ranpac", "sema, ranpac", "sema, growing"])
 def test_a_baseline_resumed_is_the_one_never_stopped(name: str, make_sema: Make) -> None:
     """Stopped at several moments, between steps and between batches of features, it ends bit for bit the same."""
     changes = METHODS[name] | {"max_tasks": 3}
