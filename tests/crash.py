@@ -17,6 +17,7 @@ import torch
 import backbone.sema_block
 import main
 import models.activations
+import models.task_inputs
 import utils.checkpoint
 import utils.optim
 
@@ -27,7 +28,8 @@ CONTEXT.set_forkserver_preload(["tests.crash"])
 MOMENTS: dict[str, tuple[Any, str]] = {
     "step": (utils.optim.GroupedOptimizer, "step"),
     "scan": (backbone.sema_block.SEMAModules, "novelty"),
-    "test": (models.activations.Activations, "compute"),  # of test images, and of others where they are stored
+    "test": (models.task_inputs.TaskInputs, "features_of"),
+    "store": (models.activations.Activations, "compute"),
     "write": (utils.checkpoint, "write_synced"),
     "rename": (os, "rename"),
     "replace": (os, "replace"),

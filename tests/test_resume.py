@@ -105,7 +105,7 @@ def test_killed_while_activations_are_stored(tmp_path: Path) -> None:
     code, moments = run(command(tmp_path / "whole", **STORED))
     assert code == 0
     expected = outcome(folder_of(tmp_path / "whole"))
-    stored = [i for i, moment in enumerate(moments) if moment == "test"]
+    stored = [i for i, moment in enumerate(moments) if moment == "store"]
     for number, point in enumerate((stored[1], stored[-1] + 1, len(moments) // 2)):
         logs = tmp_path / str(number)
         assert run(command(logs, **STORED), die_at=point)[0] == -signal.SIGKILL
@@ -116,7 +116,7 @@ def test_killed_while_activations_are_stored(tmp_path: Path) -> None:
 def test_ctrl_c_while_activations_are_stored(tmp_path: Path) -> None:
     code, moments = run(command(tmp_path / "whole", **STORED))
     expected = outcome(folder_of(tmp_path / "whole"))
-    code, _ = run(command(tmp_path / "cut", **STORED), die_at=moments.index("test") + 1, how=signal.SIGINT)
+    code, _ = run(command(tmp_path / "cut", **STORED), die_at=moments.index("store") + 1, how=signal.SIGINT)
     assert code == 130
     assert finish(tmp_path / "cut") == expected
 
