@@ -5,6 +5,7 @@ from models.finetune import Finetune
 from models.joint import Joint
 from models.linear_probe import LinearProbe
 from models.ranpac import RanPAC
+from models.sdlora import SDLoRA
 from models.sema import SEMA
 from models.simplecil import SimpleCIL
 
@@ -15,5 +16,6 @@ LEARNERS: dict[str, type[Learner]] = {
     "simplecil": SimpleCIL,
     "linear_probe": LinearProbe,
     "joint": Joint,
+    "sdlora": SDLoRA,
 }
 SCHEMAS = {name: learner.Config for name, learner in LEARNERS.items()}

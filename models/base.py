@@ -45,6 +45,14 @@ class StepResult:
 
 
 @dataclass
+class EpochNote:
+    """What a method adds to the record of an epoch: words after the loss in its line, numbers for its event."""
+
+    words: str = ""
+    numbers: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
 class Phase:
     """One stretch of training.
 
@@ -61,6 +69,7 @@ class Phase:
         block: the block that grew, when the phase is about one.
         before_step: called with the number of the coming step (from 1), gradients in place.
         after_step: called with the number of the step just taken and what moved in it.
+        after_epoch: called with an epoch's mean loss and its steps, before the epoch is logged.
     """
 
     name: str
@@ -75,6 +84,7 @@ class Phase:
     block: int | None = None
     before_step: Callable[[int], None] | None = None
     after_step: Callable[[int, dict[str, bool]], None] | None = None
+    after_epoch: Callable[[float, int], EpochNote] = lambda loss, steps: EpochNote()
 
 
 @dataclass
@@ -295,11 +305,12 @@ class Learner(ABC):
         accuracy = None if position.correct is None else 100 * position.correct / position.samples
         phase.optimizer.end_epoch()
         epoch = position.epoch + 1
-        shown = "" if accuracy is None else f", Train_accy {accuracy:.2f}"
+        note = phase.after_epoch(loss, position.step)
+        shown = note.words + ("" if accuracy is None else f", Train_accy {accuracy:.2f}")
         logger.info(f"{phase.name} Task {self.task}, Epoch {epoch}/{phase.epochs} => Loss {loss:.3f}{shown}")
         self.log.metric(
             "epoch", task=self.task, phase=phase.name, block=phase.block, epoch=epoch, loss=loss,
-            train_accuracy=accuracy, lr=rates,
+            train_accuracy=accuracy, lr=rates, **note.numbers,
         )  # fmt: skip
         return Position(epoch=epoch)
 

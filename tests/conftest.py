@@ -10,6 +10,7 @@ import torch
 
 from models import SCHEMAS
 from models.base import Learner
+from models.sdlora import SDLoRA
 from trainer import assemble, make_learner
 from utils.config import RunConfig, config_from_dict, load_config
 from utils.run_log import RunLog
@@ -24,6 +25,25 @@ TINY = {
     "batch_size": 8,
     "func_epoch": 1,
     "rd_epoch": 2,
+}
+
+TINY_SDLORA = {
+    "model_name": "sdlora",
+    "dataset": "synthetic",
+    "init_cls": 2,
+    "increment": 2,
+    "max_train_per_class": 12,
+    "max_test_per_class": 6,
+    "backbone_type": "test_vit",
+    "weights": "random",
+    "image_size": 32,
+    "device": "cpu",
+    "batch_size": 8,
+    "init_epoch": 2,
+    "epochs": 2,
+    "init_lr": 0.05,
+    "lrate": 0.05,
+    "lora_rank": 2,
 }
 
 
@@ -42,17 +62,41 @@ def smoke_config(tmp_path: Path) -> Callable[..., RunConfig]:
 
 
 @pytest.fixture
-def make_sema(smoke_config: Callable[..., RunConfig], tmp_path: Path) -> Iterator[Callable[..., Learner]]:
-    """A learner on the tiny data (SEMA unless named) with a record of its own; the next one closes that record."""
+def open_log(tmp_path: Path) -> Iterator[Callable[[RunConfig], RunLog]]:
+    """A run's record in a folder of its own; opening another closes the one before."""
     logs: list[RunLog] = []
 
-    def make(stop_requested: Callable[[], bool] = lambda: False, **changes: Any) -> Learner:
-        config = smoke_config(**changes)
+    def make(config: RunConfig) -> RunLog:
         for log in logs:
             log.close()
         logs.append(RunLog.create(tmp_path / f"run{len(logs)}", config=config.model_dump(), overwrite=False))
-        return make_learner(assemble(config, seed=1), logs[-1], stop_requested)
+        return logs[-1]
 
     yield make
     for log in logs:
         log.close()
+
+
+@pytest.fixture
+def make_sema(
+    smoke_config: Callable[..., RunConfig], open_log: Callable[[RunConfig], RunLog]
+) -> Callable[..., Learner]:
+    """A learner on the tiny data (SEMA unless named) with its record; the next one closes that record."""
+
+    def make(stop_requested: Callable[[], bool] = lambda: False, **changes: Any) -> Learner:
+        config = smoke_config(**changes)
+        return make_learner(assemble(config, seed=1), open_log(config), stop_requested)
+
+    return make
+
+
+@pytest.fixture
+def make_sdlora(tmp_path: Path, open_log: Callable[[RunConfig], RunLog]) -> Callable[..., SDLoRA]:
+    """An SD-LoRA learner on the tiny data, with its record; making another closes the record before."""
+
+    def make(**changes: Any) -> SDLoRA:
+        values = TINY_SDLORA | {"cache_root": str(tmp_path / "cache")} | changes
+        config = config_from_dict(values, SCHEMAS, "test").config
+        return make_learner(assemble(config, seed=1), open_log(config))
+
+    return make

@@ -57,6 +57,21 @@ def test_the_table_is_complete(adapter: str, tmp_path: Path, capsys: pytest.Capt
     assert '"traceEvents"' in (tmp_path / "trace" / "trace.json").read_text()
 
 
+def test_the_table_of_a_method_with_other_parts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """SD-LoRA: steps and evaluation with 1, 10 and 50 adapters, gate included; the projection adds up."""
+    tiny = {"backbone_type": "test_vit", "weights": "random", "image_size": 32, "lora_rank": 2, "batch_size": 8}
+    tiny["eval_batch_size"] = 8
+    settings = [part for key, value in tiny.items() for part in ("--set", f"{key}={value}")]
+    arguments = ["--config", str(ROOT / "exps/sdlora_c100.json"), "--repeats", "1", *settings, "--set", "device=cpu"]
+    assert benchmark.main([*arguments, "--sizes", "100", "50", "3"]) == 0
+    out = capsys.readouterr().out
+    for row in [f"{what}, {n} adapters" for what in ("training step", "evaluation") for n in (1, 10, 50)]:
+        assert re.search(rf"{row}.*\d\.\d{{4}}", out), row
+    assert "50 against 1 adapter" in out and "target 1.02" in out
+    parts = [int(n.replace(",", "")) for n in re.findall(r"([\d,]+) image-forwards", out)]
+    assert len(parts) == 4 and abs(sum(parts[:-1]) - parts[-1]) <= 3
+
+
 def test_a_method_without_costs_is_a_sentence(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

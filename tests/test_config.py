@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+import models
 import utils.config
 from models import SCHEMAS
 from models.sema_config import SEMAConfig
@@ -96,7 +97,7 @@ def problems(**values: Any) -> list[str]:
 @pytest.mark.parametrize("path", EXPS, ids=lambda path: path.stem)
 def test_shipped_config_loads_and_states_its_command(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()  # the real data sets, backbones and devices
-    config = load_config(path, [], SCHEMAS).config
+    config = load_config(path, [], models.SCHEMAS).config
     assert config.description.startswith(f"python main.py --config exps/{path.name} ")
     assert "expected" in config.description
 

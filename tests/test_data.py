@@ -145,6 +145,58 @@ def test_named_folder_data_sets(tmp_path, folder):
     assert class_count("imagenetr", tmp_path) == 3  # what is there, not what was published
 
 
+def write_domainnet(root: Path, domains=data.DOMAINS) -> None:
+    """Two classes, one training and one test image of each in every domain, and the lists of these domains."""
+    for d, domain in enumerate(data.DOMAINS):
+        for split in ("train", "test"):
+            lines = []
+            for label, name in ((7, "zebra"), (3, "ant")):
+                file = root / domain / name / f"{domain}_{label:03}_{split}.png"
+                file.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(np.full((4, 4, 3), 10 * label + d, np.uint8)).save(file)
+                lines.append(f"{file.relative_to(root)} {label}\n")
+            if domain in domains:
+                (root / f"{domain}_{split}.txt").write_text("".join(lines))
+
+
+def test_domainnet_is_its_published_lists_pooled(tmp_path):
+    """Classes are numbered by name, whatever the lists number them by."""
+    assert class_count("domainnet", tmp_path) == 345
+    write_domainnet(tmp_path / "domainnet")
+    dataset = load_dataset("domainnet", tmp_path)
+    assert dataset.class_names == ["ant", "zebra"] and len(dataset.train) == len(dataset.test) == 12
+    assert dataset.train.labels.tolist() == [1, 0] * 6
+    assert [int(dataset.test[i][0, 0, 0]) for i in range(12)] == [base + d for d in range(6) for base in (70, 30)]
+    decoded = load_dataset("domainnet", tmp_path, decode_to=tmp_path / "decoded")
+    decoded.train.prepare(np.arange(12))
+    assert decoded.sha256 == dataset.sha256 and same_images(decoded.train, dataset.train)
+
+
+def test_domainnet_may_be_split_in_folders(tmp_path):
+    for split in ("train", "test"):
+        write_folder(tmp_path / "domainnet", split, ["a", "b", "c"])
+    assert len(load_dataset("domainnet", tmp_path).class_names) == 3 == class_count("domainnet", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "looked at .*domainnet/train, .*real_test.txt; .*M3SDA"),
+        ("real/ant 3\n", "real_test.txt, line 1 is 'real/ant 3'; expected <domain>/<class>/<file> <number>"),
+        ("real/../x.png 3\n", "expected <domain>"),
+        ("real/ant/none.png 3\n", "the image .*real/ant/none.png is listed and is not there"),
+        ("real/emu/x.png 3\n", "no training list has the class emu"),
+    ],
+)
+def test_lists_that_are_not_whole_are_a_sentence(tmp_path, content, message):
+    write_domainnet(tmp_path / "domainnet")
+    file = tmp_path / "domainnet" / "real_test.txt"
+    file.unlink() if content is None else file.write_text(content)
+    with pytest.raises(UserError, match=message) as caught:
+        load_dataset("domainnet", tmp_path)
+    assert "\n" not in str(caught.value)
+
+
 def test_train_and_test_classes_must_agree(tmp_path):
     write_folder(tmp_path, "train", ["ant", "bee"])
     write_folder(tmp_path, "test", ["ant", "cat"])
@@ -452,7 +504,7 @@ def test_reading_checks_the_bytes(tmp_path):
 def test_class_counts_of_named_data_sets(tmp_path):
     expected = {"mnist_5k": 10, "mnist": 10, "fashion_mnist": 10, "cifar10": 10, "cifar100": 100, "cifar224": 100}
     expected |= {"imagenetr": 200, "imageneta": 200, "vtab": 50, "cub": 200, "objectnet": 200, "omnibenchmark": 300}
-    expected |= {"synthetic": 8}
+    expected |= {"synthetic": 8, "domainnet": 345}
     assert {name: class_count(name, tmp_path) for name in DATASETS} == expected
 
 

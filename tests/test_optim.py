@@ -6,20 +6,22 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from utils.optim import GroupedOptimizer, ParameterGroup
+from utils.optim import GroupedOptimizer, ParameterGroup, StepDecay
 from utils.toolkit import pack_tensors, unpack_tensors
 
 KINDS = ["sgd", "adam"]
 
 
-def two_branches(kind: str, every: int, between: str = "discard") -> tuple[nn.Linear, nn.Linear, GroupedOptimizer]:
+def two_branches(
+    kind: str, every: int, between: str = "discard", step_decay: StepDecay | None = None
+) -> tuple[nn.Linear, nn.Linear, GroupedOptimizer]:
     torch.manual_seed(0)
     slow, fast = nn.Linear(4, 3), nn.Linear(4, 3)
     groups = [
         ParameterGroup("slow", list(slow.parameters()), lr=0.1, every=every, between=between),
         ParameterGroup("fast", list(fast.parameters()), lr=0.2),
     ]
-    return slow, fast, GroupedOptimizer(kind, groups, weight_decay=0.1, epochs=3, min_lr=0.0)
+    return slow, fast, GroupedOptimizer(kind, groups, weight_decay=0.1, epochs=3, min_lr=0.0, step_decay=step_decay)
 
 
 def take_step(slow: nn.Linear, fast: nn.Linear, optimizer: GroupedOptimizer, seed: int) -> dict[str, bool]:
@@ -100,6 +102,28 @@ def test_cosine_takes_every_group_to_min_lr() -> None:
         take_step(slow, fast, optimizer, seed=0)
         optimizer.end_epoch()
     assert optimizer.rates == pytest.approx({"slow": 0.0, "fast": 0.0}, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("step_decay", "factors"),
+    [
+        (StepDecay(), [1, 1, 1, 1, 1]),
+        (StepDecay([2, 4], 0.1), [1, 1, 0.1, 0.1, 0.01]),
+        (StepDecay([1, 1, 10000], 0.5), [1, 0.25, 0.25, 0.25, 0.25]),
+        (StepDecay([3], 0.0), [1, 1, 1, 0, 0]),
+    ],
+    ids=["constant", "two steps", "twice at once, and never", "to zero"],
+)
+def test_steps_multiply_every_group_at_the_milestones(step_decay: StepDecay, factors: list[float]) -> None:
+    """Also when the state went through JSON in the middle."""
+    slow, fast, optimizer = two_branches("sgd", every=1, step_decay=step_decay)
+    for epoch, factor in enumerate(factors):
+        assert optimizer.rates == pytest.approx({"slow": 0.1 * factor, "fast": 0.2 * factor})
+        take_step(slow, fast, optimizer, seed=epoch)
+        optimizer.end_epoch()
+        tree, tensors = pack_tensors(optimizer.state(), "phase")
+        slow, fast, optimizer = two_branches("sgd", every=1, step_decay=step_decay)
+        optimizer.load_state(unpack_tensors(json.loads(json.dumps(tree)), tensors))
 
 
 def test_table_names_groups_rates_and_sizes() -> None:

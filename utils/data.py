@@ -29,6 +29,7 @@ from utils.image_sets import (
     class_folders,
     from_arrays,
     from_folder,
+    from_lists,
     from_npz,
     read_npz,
 )
@@ -46,6 +47,7 @@ __all__ = [
 ]
 
 MNIST_5K_TRAIN_PER_DIGIT = 400
+DOMAINS = ("clipart", "infograph", "painting", "quickdraw", "real", "sketch")  # of DomainNet
 NO_DATA_NEEDED = "exps/quickstart.json and exps/smoke.json need no data set of your own"
 
 
@@ -114,6 +116,19 @@ def _folders(name: str, data_root: Path, **decoding: Any) -> Dataset:
     )
 
 
+def _domainnet(name: str, data_root: Path, **decoding: Any) -> Dataset:
+    """All domains pooled by class, split as the published lists `<domain>_train.txt` and `<domain>_test.txt` say."""
+    place = data_root / DATASETS[name].files[0]
+    if _is_split_folder(place):
+        return from_folder(name, place, **decoding)
+    lists = {split: [place / f"{domain}_{split}.txt" for domain in DOMAINS] for split in ("train", "test")}
+    absent = [file for group in lists.values() for file in group if not file.is_file()]
+    if absent:
+        how = "the six domains and their lists are on http://ai.bu.edu/M3SDA"
+        raise _missing(name, [place / "train", *absent], how)
+    return from_lists(name, place, lists, **decoding)
+
+
 DATASETS = {
     "synthetic": Source(len(CLASS_NAMES), _synthetic),
     "mnist_5k": Source(10, _mnist_5k),
@@ -128,6 +143,7 @@ DATASETS = {
     "cub": Source(200, _folders, ("cub",)),
     "objectnet": Source(200, _folders, ("objectnet",)),
     "omnibenchmark": Source(300, _folders, ("omnibenchmark",)),
+    "domainnet": Source(345, _domainnet, ("domainnet",)),
 }
 
 

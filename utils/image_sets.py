@@ -1,8 +1,9 @@
-"""Images with labels, and the two forms in which a data set lies on disk: one `.npz` or folders of image files.
+"""Images with labels, and the forms in which a data set lies on disk: one `.npz`, or image files in folders or lists.
 
     dataset = from_npz("mine", Path("mine.npz"))            # x_train, y_train, x_test, y_test, class_names
     dataset = from_folder("mine", Path("mine"))             # train/<class>/* and test/<class>/*
     dataset = from_folder("mine", Path("mine"), Path("cache/images"))       # the same, every file decoded only once
+    dataset = from_lists("domainnet", root, {"train": [...], "test": [...]})  # image files named in published lists
     image = dataset.train[0]                                # (3, H, W) uint8
     images = dataset.train.batch(indices)                   # (B, 3, H, W), or a list where sizes differ
 
@@ -216,19 +217,78 @@ def from_folder(name: str, path: Path, decode_to: Path | None = None, decode_gb:
         raise UserError(
             f"{path}: train/ and test/ need the same class folders ({'; '.join(told) or 'there are none'})."
         )
-    digest, sets = hashlib.sha256(), []
+    files = {}
     for split in ("train", "test"):
-        files = [list(_image_files(path / split / class_name)) for class_name in class_names]
-        paths = [file for group in files for file in group]
+        groups = [list(_image_files(path / split / class_name)) for class_name in class_names]
+        labels = np.repeat(np.arange(len(groups)), [len(group) for group in groups])
+        files[split] = ([file for group in groups for file in group], labels)
+    return from_files(name, path, class_names, files, decode_to, decode_gb)
+
+
+def from_files(
+    name: str,
+    path: Path,
+    class_names: list[str],
+    files: dict[str, tuple[list[Path], np.ndarray]],
+    decode_to: Path | None = None,
+    decode_gb: float = math.inf,
+) -> Dataset:
+    """The data set of image files with labels; `files` has those of "train" and of "test", all below `path`.
+
+    Raises:
+        UserError: a file is not there, or a class has no image.
+    """
+    digest, sets = hashlib.sha256(), []
+    for split, (paths, labels) in files.items():
         versions = hashlib.sha256()
         for file in paths:
-            relative, status = file.relative_to(path).as_posix(), file.stat()
+            relative = file.relative_to(path).as_posix()
+            try:
+                status = file.stat()
+            except FileNotFoundError as error:
+                raise UserError(f"Data set {name!r}: the image {file} is listed and is not there.") from error
             digest.update(f"{relative} {status.st_size}\n".encode())
             versions.update(f"{relative} {status.st_size} {status.st_mtime_ns}\n".encode())
         decoded = None
         if decode_to is not None:
             folder = Path(decode_to) / versions.hexdigest()
             decoded = DecodedImages(folder, len(paths), f"decoding {name} {split}", decode_gb)
-        labels = np.repeat(np.arange(len(files)), [len(group) for group in files])
         sets.append(FolderImages(paths, labels, decoded))
     return Dataset(name, class_names, *sets, digest.hexdigest())
+
+
+def from_lists(
+    name: str,
+    path: Path,
+    lists: dict[str, list[Path]],
+    decode_to: Path | None = None,
+    decode_gb: float = math.inf,
+) -> Dataset:
+    """The data set of published lists of image files, each line `<domain>/<class>/<file> <number>`, relative to `path`.
+
+    All lists of a split are pooled; classes are those of the training lists' folders, numbered in sorted order.
+
+    Raises:
+        UserError: a line of another form, an unknown class, or as from `from_files`.
+    """
+    rows = {split: [row for file in group for row in _listed(file)] for split, group in lists.items()}
+    class_names = sorted({class_name for _, class_name in rows["train"]})
+    numbers = {class_name: number for number, class_name in enumerate(class_names)}
+    strange = sorted({class_name for _, class_name in rows["test"]} - numbers.keys())
+    if strange:
+        raise UserError(f"{path}: no training list has the class {strange[0]} of a test list.")
+    files = {
+        split: ([path / relative for relative, _ in pairs], np.array([numbers[c] for _, c in pairs], dtype=np.int64))
+        for split, pairs in rows.items()
+    }
+    return from_files(name, path, class_names, files, decode_to, decode_gb)
+
+
+def _listed(file: Path) -> Iterator[tuple[str, str]]:
+    """Relative path and class of every line of a list."""
+    for number, line in enumerate(file.read_text().splitlines(), start=1):
+        relative, _, label = line.strip().rpartition(" ")
+        folders = relative.split("/")
+        if len(folders) != 3 or not label.isdigit() or ".." in folders:
+            raise UserError(f"{file}, line {number} is {line!r}; expected <domain>/<class>/<file> <number>.")
+        yield relative, folders[1]

@@ -192,6 +192,19 @@ def seeds_table(results: Sequence[Mapping[str, Any]]) -> str:
     return f"{title}\n{_two_columns(lines)}"
 
 
+def active_adapters_table(masks: Mapping[int, Sequence[bool]]) -> str:
+    """A line for every task from 1 on: adapters kept when it ended, adapters pruned up to then, share that is kept.
+
+    masks: task -> for each task up to it, whether that task's adapter is kept.
+    """
+    lines = ["Task | Active Adapters | Pruned | Percentage", "-" * 50]
+    for task, mask in sorted(masks.items()):
+        if task:
+            active = sum(mask)
+            lines.append(f"{task:4d} | {active:15d} | {len(mask) - active:6d} | {100 * active / len(mask):5.1f}%")
+    return "\n".join(lines)
+
+
 def _column_groups(tasks: int) -> Iterator[range]:
     """Split columns 0..tasks-1 into the fewest groups that fit, as equal in size as can be."""
     fitting = (TABLE_WIDTH - 2 * CELL) // CELL  # beside the row's name and the total

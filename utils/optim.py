@@ -30,7 +30,7 @@ class ParameterGroup:
     Attributes:
         name: the group's name in tables and logs.
         parameters: its tensors, each in one group only.
-        lr: learning rate at the start; a cosine takes it to the optimizer's `min_lr`.
+        lr: learning rate at the start; the optimizer's schedule changes it epoch by epoch.
         every: the group steps on steps k, 2k, 3k, ... (0 and 1: on every step).
         between: what happens to the gradients of the other steps: "discard" drops them, "accumulate" steps with the
             mean of all k.
@@ -67,8 +67,20 @@ class ParameterGroup:
             self.held[i] = None
 
 
+@dataclass(frozen=True)
+class StepDecay:
+    """Rates that are multiplied by `decay` after each of so many epochs; without milestones they are constant."""
+
+    milestones: Sequence[int] = ()
+    decay: float = 1.0
+
+    def factor(self, epoch: int) -> float:
+        """What the rates at the start are multiplied by once `epoch` epochs have passed."""
+        return self.decay ** sum(epoch >= milestone for milestone in self.milestones)
+
+
 class GroupedOptimizer:
-    """SGD with momentum 0.9 or AdamW over groups, weight decay on all, cosine over epochs to `min_lr`.
+    """SGD with momentum 0.9 or AdamW over groups, weight decay on all, a schedule of rates over epochs.
 
     Args:
         kind: a key of `OPTIMIZERS`.
@@ -76,17 +88,28 @@ class GroupedOptimizer:
         weight_decay: for every group.
         epochs: the length of the cosine; `end_epoch` moves along it.
         min_lr: where the cosine ends.
+        step_decay: takes the cosine's place.
     """
 
     def __init__(
-        self, kind: str, groups: Sequence[ParameterGroup], *, weight_decay: float, epochs: int, min_lr: float
+        self,
+        kind: str,
+        groups: Sequence[ParameterGroup],
+        *,
+        weight_decay: float,
+        epochs: int,
+        min_lr: float,
+        step_decay: "StepDecay | None" = None,
     ) -> None:
         self.groups = [group for group in groups if group.parameters]
         assert_partition([group.parameters for group in self.groups])
         self.steps = 0
         self._optimizer = OPTIMIZERS[kind]([{"params": g.parameters, "lr": g.lr} for g in self.groups], weight_decay)
-        self._scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(
-            self._optimizer, T_max=max(1, epochs), eta_min=min_lr
+        schedulers = torch.optim.lr_scheduler
+        self._scheduler = (
+            schedulers.CosineAnnealingLR(self._optimizer, T_max=max(1, epochs), eta_min=min_lr)
+            if step_decay is None
+            else schedulers.LambdaLR(self._optimizer, step_decay.factor)
         )
 
     def zero_grad(self) -> None:
@@ -124,7 +147,7 @@ class GroupedOptimizer:
         return moved
 
     def end_epoch(self) -> None:
-        """One step along the cosine."""
+        """One epoch on in the schedule."""
         self._scheduler.step()
 
     @property

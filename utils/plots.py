@@ -6,6 +6,7 @@
     figures/accuracy_curves.png   accuracy over all classes seen, and over each task's, as the run goes on
     figures/norms.png             what the fast and the slow branch add in each block (where a run logs them)
     figures/growth.png            number of adapters in each block
+    figures/beta_*.png            weights of a gate over adapters (where a run has one): see utils/gate_figures.py
 
 An unfinished run is drawn as far as it got. Colours can be told apart by colour-blind readers and in print.
 """
@@ -15,7 +16,6 @@ from __future__ import annotations
 import json
 import math
 import statistics
-import textwrap
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,7 +24,6 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.figure import Figure
@@ -32,26 +31,21 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator
 
+from utils.canvas import (
+    BLUE,
+    DPI,
+    GREY,
+    INK,
+    MOST_NUMBERED_TASKS,
+    NARROWEST,
+    STYLE,
+    VERMILLION,
+    task_axis,
+    titled_figure,
+)
 from utils.errors import UserError
+from utils.gate_figures import beta_evolution_figure, beta_heatmap_figure, beta_layers_figure
 from utils.run_log import ACCURACY, CONFIG, RESULT, read_accuracy_csv, read_metrics
-
-DPI = 160
-STYLE: dict[str, Any] = {
-    "font.size": 10,
-    "axes.titlesize": 10,
-    "axes.labelsize": 10,
-    "xtick.labelsize": 9,
-    "ytick.labelsize": 9,
-    "legend.fontsize": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": False,
-    "grid.color": "#dddddd",
-    "grid.linewidth": 0.6,
-}
-BLUE, VERMILLION, INK, GREY = "#0072B2", "#D55E00", "#222222", "#666666"  # the first two: Okabe and Ito
-MOST_NUMBERED_TASKS = 25  # beyond, numbers in cells would be too small to read
-NARROWEST = 6.4  # inches: room for the titles
 
 
 def draw_figures(run_folder: Path) -> list[Path]:
@@ -65,6 +59,7 @@ def draw_figures(run_folder: Path) -> list[Path]:
     events = read_metrics(run_folder)
     tasks = [event for event in events if event["event"] == "task"]
     norms = [event for event in events if event["event"] == "norms"]
+    gates = [event for event in events if event["event"] == "gate"]
     rows = read_accuracy_csv(run_folder) if (run_folder / ACCURACY).exists() else []
     finished = min(len(rows), len(tasks))  # a run killed between the two files has one row more in one of them
     rows, totals = rows[:finished], [event["total"] for event in tasks[:finished]]
@@ -79,6 +74,11 @@ def draw_figures(run_folder: Path) -> list[Path]:
             figures["norms.png"] = norms_figure(norms, describe(config, result))
         if any(adapters):
             figures["growth.png"] = growth_figure(adapters, describe(config, result))
+        if gates:
+            figures["beta_evolution.png"] = beta_evolution_figure(gates, describe(config, result))
+            figures["beta_heatmap.png"] = beta_heatmap_figure(gates, describe(config, result))
+            if "beta_values_by_layer" in gates[-1]:
+                figures["beta_layers.png"] = beta_layers_figure(gates, describe(config, result))
         folder = run_folder / "figures"
         folder.mkdir(exist_ok=True)
         for name, figure in figures.items():
@@ -279,28 +279,6 @@ def _draw_norms(axes: Axes, events: Sequence[Mapping[str, Any]], marker_size: fl
                     axes.plot(*zip(*chosen, strict=True), marker, **look)
             changed |= any(after)
     return changed
-
-
-def titled_figure(width: float, height: float, title: str, subtitle: str) -> Figure:
-    """An empty figure (inches) with a title, a grey line under it, and the rest of it for the axes."""
-    wrapped = textwrap.fill(subtitle, width=int(width * 14))
-    header = 0.42 + 0.17 * (1 + wrapped.count("\n"))  # inches
-    height += header - 0.6
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.get_layout_engine().set(rect=(0, 0, 1, 1 - header / height), w_pad=0.08, h_pad=0.06)
-    figure.text(0.1 / width, 1 - 0.1 / height, title, ha="left", va="top", fontsize=12, weight="bold", color=INK)
-    figure.text(0.1 / width, 1 - 0.37 / height, wrapped, ha="left", va="top", fontsize=8.5, color=GREY)
-    return figure
-
-
-def task_axis(axes: Axes, tasks: int, most_ticks: int = 20, label: str | None = "after task") -> None:
-    """An x axis of task numbers from 0 with room at both ends; every task has a tick while they are few."""
-    step = next(step for step in (1, 2, 5, 10, 20, 50, tasks) if tasks <= step * most_ticks or step == tasks)
-    axes.set_xlim(-0.4, tasks - 0.6)
-    axes.set_xticks(range(0, tasks, step))
-    if label:
-        axes.set_xlabel(label)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

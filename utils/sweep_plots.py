@@ -27,7 +27,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 from matplotlib.text import Text
 
-from utils.plots import BLUE, DPI, GREY, INK, NARROWEST, STYLE, VERMILLION, task_axis, titled_figure
+from utils.canvas import BLUE, DPI, GREY, INK, NARROWEST, STYLE, VERMILLION, task_axis, titled_figure
 from utils.report_data import Cell
 
 CURVES, TRADE_OFF, DIFFERENCES, BARS = "curves.png", "plasticity_forgetting.png", "differences.png", "bars.png"

@@ -1,0 +1,345 @@
+"""SD-LoRA on a frozen timm Vision Transformer: low-rank directions on q and v, their magnitudes, a gate over them.
+
+    net = LoRAVisionTransformer(timm_vit)
+    net.grow(rank=10)                     # a new adapter, silent: the output is timm's, bit for bit
+    features = net(images)                # (B, 3, S, S) -> (B, d): directions and magnitudes learn
+    net.freeze_newest()                   # the function stays as it is
+    net.merge()                           # from here on a forward costs what timm's does, whatever was grown
+    net.unmerge()
+
+Sources: SD-LoRA (Wu et al., ICLR 2025); LoRA (Hu et al., ICLR 2022). The weights of a gate are plain tensors here: who
+calls `forward` makes them from the gate's logits.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+FIRST_MAGNITUDE = 0.8  # of a new adapter, as published
+
+
+class GumbelGate(nn.Module):
+    """The logits g of a gate beta = sparsemax((g + noise) / tau) over K adapters: (K,), or a row a layer, (L, K).
+
+    Args:
+        layers: L, or None for one gate of the whole network.
+    """
+
+    def __init__(self, layers: int | None) -> None:
+        super().__init__()
+        self.logits = nn.Parameter(torch.empty((0,) if layers is None else (layers, 0)))
+
+    @torch.no_grad()
+    def grow(self, logits: Tensor) -> None:
+        """One more adapter, whose logits are (1,) or (L, 1)."""
+        self.logits = nn.Parameter(torch.cat([self.logits, logits.to(self.logits)], dim=-1))
+
+    def keep(self, chosen: Sequence[int]) -> None:
+        """Leave only the chosen adapters."""
+        self.logits = nn.Parameter(self.logits.detach()[..., list(chosen)].clone())
+
+    def rebuild(self, adapters: int) -> None:
+        """Give a fresh gate the shape of one over so many adapters."""
+        self.logits = nn.Parameter(self.logits.detach().new_zeros(*self.logits.shape[:-1], adapters))
+
+
+class LoRALinear(nn.Module):
+    """timm's fused qkv projection with low-rank adapters on q and v (s = 0 and 1):
+
+        y = W x + b,   y_s += sum_k w_k B_sk A_sk x
+
+    The network sets the weights w before a forward. Frozen adapters are a stack of R rank-one terms, `down` (2, R, d)
+    and `up` (2, d, R), with every |A_sk| = 1 (Frobenius), so that |B_sk| is the size of the product. They are added to
+    W before it meets the tokens: their number costs no work on tokens but the derivatives of w. The adapter that
+    learns, `new_down` (2, r, d) and `new_up` (2, d, r), is computed beside them.
+    """
+
+    down: Tensor
+    up: Tensor
+    new_down: nn.Parameter | None
+    new_up: nn.Parameter | None
+    merged: Tensor | None  # W with all adapters added, between merge and unmerge
+
+    def __init__(self, qkv: nn.Linear) -> None:
+        super().__init__()
+        self.qkv, self.width = qkv, qkv.in_features
+        if qkv.out_features != 3 * self.width:
+            raise ValueError(f"q, k and v of width {self.width} are not {qkv.out_features} numbers")
+        self.register_buffer("down", qkv.weight.new_zeros(2, 0, self.width))
+        self.register_buffer("up", qkv.weight.new_zeros(2, self.width, 0))
+        self.register_parameter("new_down", None)
+        self.register_parameter("new_up", None)
+        self.register_buffer("merged", None, persistent=False)
+        self.term_weights: Tensor | None = None  # (R,): w_k of the adapter that each frozen term belongs to
+        self.newest_weight: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.qkv.weight, self.qkv.bias
+        if self.merged is not None:
+            return F.linear(x, self.merged, bias)
+        if self.down.shape[1]:
+            y = _FrozenSum.apply(x, weight, bias, self.down, self.up, self.term_weights)
+        else:
+            y = F.linear(x, weight, bias)
+        if self.new_down is None:
+            return y
+        up_q, up_v = self.newest_weight * self.new_up
+        none = torch.zeros_like(up_q)
+        up = torch.cat([torch.cat([up_q, none], 1), torch.cat([none, none], 1), torch.cat([none, up_v], 1)])  # (3d, 2r)
+        return y + F.linear(F.linear(x, self.new_down.flatten(0, 1)), up)
+
+    def grow(self, rank: int) -> None:
+        """A new adapter at the LoRA start: A Kaiming-uniform(a = sqrt 5), B zero."""
+        like = self.qkv.weight
+        self.new_down = nn.Parameter(like.new_empty(2, rank, self.width))
+        for down in self.new_down.data:
+            nn.init.kaiming_uniform_(down, a=math.sqrt(5))
+        self.new_up = nn.Parameter(like.new_zeros(2, self.width, rank))
+
+    @torch.no_grad()
+    def freeze_newest(self) -> None:
+        """What learned joins the frozen stack; the size of A goes over to B, which changes no product."""
+        size = self.new_down.norm(dim=(1, 2), keepdim=True)
+        self.down = torch.cat([self.down, self.new_down / size], dim=1)
+        self.up = torch.cat([self.up, self.new_up * size], dim=2)
+        self.new_down = self.new_up = None
+
+    def keep(self, terms: Tensor) -> None:
+        """Leave only these rank-one terms of the frozen stack, (n,) indices."""
+        self.down, self.up = self.down[:, terms].clone(), self.up[:, :, terms].clone()
+
+    def set_sizes_to_one(self, ranks: Sequence[int]) -> None:
+        """Scale the B of every frozen adapter to Frobenius norm 1; one that never learned stays zero."""
+        for part in self.up.split(list(ranks), dim=2):  # views
+            part /= part.norm(dim=(1, 2), keepdim=True).clamp_min(torch.finfo(part.dtype).tiny)
+
+    def rebuild(self, rank: int, new_rank: int | None) -> None:
+        """Give a fresh module a saved shape: the frozen terms, and the rank of the adapter that learns, if one does."""
+        self.down = self.down.new_zeros(2, rank, self.width)
+        self.up = self.up.new_zeros(2, self.width, rank)
+        if new_rank is not None:
+            self.grow(new_rank)
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Add all adapters to a copy of W; the weights w must have been set."""
+        down, up, weights = self.down, self.up, self.term_weights
+        if self.new_down is not None:
+            down, up = torch.cat([down, self.new_down], 1), torch.cat([up, self.new_up], 2)
+            weights = torch.cat([weights, self.newest_weight.expand(self.new_down.shape[1])])
+        self.merged = _with_terms(self.qkv.weight, down, up, weights)
+
+    def unmerge(self) -> None:
+        """Back to W and the adapters beside it; W was never changed."""
+        self.merged = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything the adapters are made of, by name."""
+        own = {"down": self.down, "up": self.up, "new_down": self.new_down, "new_up": self.new_up}
+        return {name: tensor for name, tensor in own.items() if tensor is not None}
+
+
+class LoRAVisionTransformer(nn.Module):
+    """A frozen timm ViT with LoRA adapters on q and v; an adapter is one low-rank direction in each block's q and v.
+
+    Adapter k adds to projection s of block l, with Frobenius norms,
+        beta_k alpha_lsk (B_lsk A_lsk x) / (|B_lsk| |A_lsk|),   alpha_lsk = m_k |B_lsk| |A_lsk|.
+    Once frozen, its direction and its sizes |B| |A| stay. m_k (`magnitudes`), as published one number for the whole
+    network, goes on learning. beta_k is a gate's weight, 1 without a gate.
+
+    Args:
+        vit: a timm VisionTransformer without classifier (`num_classes=0`); it becomes part of this module.
+    """
+
+    def __init__(self, vit: VisionTransformer) -> None:
+        super().__init__()
+        vit.requires_grad_(False)
+        for block in vit.blocks:
+            block.attn.qkv = LoRALinear(block.attn.qkv)
+        self.vit = vit.eval()
+        self.magnitudes = nn.Parameter(torch.empty(0))
+        self.ranks: list[int] = []  # of all adapters, in the order in which they were grown
+        self.is_open = False  # whether the newest one still learns its direction
+
+    def forward(self, images: Tensor, beta: Tensor | None = None) -> Tensor:
+        """Features (B, d), class token after the final norm, of images (B, 3, S, S).
+
+        Args:
+            beta: weights of the adapters, (K,) or a row a block (L, K); None is 1 for all. A merged network has them in
+                its weights and takes none.
+        """
+        if self.is_merged:
+            return self.vit(images)
+        with self._weighted(beta):
+            return self.vit(images)
+
+    @contextmanager
+    def _weighted(self, beta: Tensor | None) -> Iterator[None]:
+        """While open, every projection knows beta_k m_k of its adapters."""
+        weights = self.magnitudes if beta is None else beta * self.magnitudes
+        by_block = weights.expand(len(self.projections), len(self.ranks))  # (L, K)
+        frozen = torch.tensor(self.ranks[:-1] if self.is_open else self.ranks, dtype=torch.int64)
+        owner = torch.eye(len(frozen)).repeat_interleave(frozen, dim=0)  # (R, frozen adapters), one 1 in each row
+        of_terms = by_block[:, : len(frozen)] @ owner.T.to(weights)
+        for projection, terms, own in zip(self.projections, of_terms, by_block, strict=True):
+            projection.term_weights, projection.newest_weight = terms, own[-1] if self.is_open else None
+        try:
+            yield
+        finally:
+            for projection in self.projections:
+                projection.term_weights = projection.newest_weight = None
+
+    def train(self, mode: bool = True) -> "LoRAVisionTransformer":
+        """The frozen transformer stays in evaluation mode; adapters have no mode of their own."""
+        super().train(mode)
+        self.vit.eval()
+        return self
+
+    @property
+    def projections(self) -> list[LoRALinear]:
+        """The adapted projection of every block, in depth order."""
+        return [block.attn.qkv for block in self.vit.blocks]
+
+    # --- merging ------------------------------------------------------------------------------------------------------
+
+    @property
+    def is_merged(self) -> bool:
+        return self.projections[0].merged is not None
+
+    def merge(self, beta: Tensor | None = None) -> None:
+        """Put all adapters, weighted by beta as in `forward`, into the projections; nothing where that is done."""
+        if self.is_merged:
+            return
+        with self._weighted(beta):
+            for projection in self.projections:
+                projection.merge()
+
+    def unmerge(self) -> None:
+        """Back to adapters that can learn."""
+        for projection in self.projections:
+            projection.unmerge()
+
+    # --- structure ----------------------------------------------------------------------------------------------------
+
+    def grow(self, rank: int) -> None:
+        """Add a silent adapter, which learns until `freeze_newest`."""
+        self._require_open(False)
+        self.unmerge()
+        for projection in self.projections:
+            projection.grow(rank)
+        first = self.magnitudes.new_full((1,), FIRST_MAGNITUDE)
+        self.magnitudes = nn.Parameter(torch.cat([self.magnitudes.detach(), first]))
+        self.ranks, self.is_open = [*self.ranks, rank], True
+
+    def freeze_newest(self) -> None:
+        """The newest adapter's direction is final; the function stays as it is."""
+        self._require_open(True)
+        self.unmerge()
+        for projection in self.projections:
+            projection.freeze_newest()
+        self.is_open = False
+
+    def keep(self, chosen: Sequence[int]) -> None:
+        """Leave only the chosen of the frozen adapters: directions and magnitudes of the others are gone."""
+        self._require_open(False)
+        self.unmerge()
+        terms = torch.arange(sum(self.ranks)).split(self.ranks)
+        kept = torch.cat([terms[k] for k in chosen]).to(self.magnitudes.device)
+        for projection in self.projections:
+            projection.keep(kept)
+        self.magnitudes = nn.Parameter(self.magnitudes.detach()[list(chosen)].clone())
+        self.ranks = [self.ranks[k] for k in chosen]
+
+    def reset_magnitudes(self) -> None:
+        """Forget how much each frozen adapter matters, as the published code does at every task: all alpha = 0.8."""
+        self._require_open(False)
+        self.unmerge()
+        for projection in self.projections:
+            projection.set_sizes_to_one(self.ranks)
+        nn.init.constant_(self.magnitudes, FIRST_MAGNITUDE)
+
+    def rebuild(self, ranks: Sequence[int], is_open: bool) -> None:
+        """Give a fresh network a saved shape: the ranks of its adapters, and whether the newest one learns."""
+        frozen = ranks[:-1] if is_open else ranks
+        for projection in self.projections:
+            projection.rebuild(sum(frozen), ranks[-1] if is_open else None)
+        self.magnitudes = nn.Parameter(self.magnitudes.detach().new_zeros(len(ranks)))
+        self.ranks, self.is_open = list(ranks), is_open
+
+    def _require_open(self, is_open: bool) -> None:
+        if self.is_open != is_open:
+            raise RuntimeError(f"the newest adapter {'is frozen' if is_open else 'still learns: freeze it first'}")
+
+    # --- parameters ---------------------------------------------------------------------------------------------------
+
+    def directions(self) -> list[nn.Parameter]:
+        """The parameters of the adapter that learns its direction; none where all are frozen."""
+        return [p for projection in self.projections for p in (projection.new_down, projection.new_up) if p is not None]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything but the frozen transformer, by name."""
+        blocks = enumerate(self.projections)
+        named = {f"block.{i}.{name}": tensor for i, block in blocks for name, tensor in block.tensors().items()}
+        return {**named, "magnitudes": self.magnitudes}
+
+    def adapters_per_block(self) -> dict[int, int]:
+        """How many adapters each block holds: the same number in all."""
+        return dict.fromkeys(range(len(self.projections)), len(self.ranks))
+
+    def parameter_counts(self) -> dict[str, int]:
+        """Numbers of parameters in directions and magnitudes."""
+        directions = sum(t.numel() for projection in self.projections for t in projection.tensors().values())
+        return {"adapters": directions, "magnitudes": self.magnitudes.numel()}
+
+
+def _with_terms(weight: Tensor, down: Tensor, up: Tensor, weights: Tensor) -> Tensor:
+    """W + [E_q; 0; E_v], E_s = up_s diag(weights) down_s: (3d, d) from W (3d, d) and R rank-one terms."""
+    width = weight.shape[1]
+    extra = (up * weights) @ down
+    result = weight.clone()
+    result[:width] += extra[0]
+    result[-width:] += extra[1]
+    return result
+
+
+class _FrozenSum(torch.autograd.Function):
+    """y = (W + [E_q; 0; E_v]) x + b as in `_with_terms`, with derivatives for x and the weights of the terms only.
+
+    With g the gradient of y, a term of row a and column u in projection s has
+        dL/dw = sum over tokens of (a x) (u g_s) = u (sum over tokens of g_s x^T) a.
+    For R terms the first form takes 4 R d operations a token and the second 2 d^2: the cheaper one is taken.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, down: Tensor, up: Tensor, weights: Tensor) -> Tensor:
+        merged = _with_terms(weight, down, up, weights)
+        ctx.save_for_backward(x, merged, down, up)
+        return F.linear(x, merged, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, merged, down, up = (tensor.to(gradient.dtype) for tensor in ctx.saved_tensors)
+        for_x = gradient @ merged if ctx.needs_input_grad[0] else None
+        tokens, width = x.flatten(0, -2), x.shape[-1]
+        of_qkv = gradient.flatten(0, -2)
+        for_weights: Any = 0
+        for a, u, g in ((down[0], up[0], of_qkv[:, :width]), (down[1], up[1], of_qkv[:, -width:])):
+            if 2 * len(a) < width:
+                for_weights = for_weights + _sum_of_products(tokens @ a.T, g @ u, dim=0)
+            else:
+                for_weights = for_weights + _sum_of_products(a, u.T @ (g.T @ tokens), dim=1)
+        return for_x, None, None, None, None, for_weights
+
+
+def _sum_of_products(left: Tensor, right: Tensor, dim: int) -> Tensor:
+    """The sum along a dimension of elementwise products, at least in float32."""
+    wide = torch.promote_types(left.dtype, torch.float32)
+    return (left.to(wide) * right.to(wide)).sum(dim=dim)

@@ -1,0 +1,145 @@
+"""Config keys of SD-LoRA and of Gumbel CL-LoRA, which is SD-LoRA with a sparse gate over its adapters.
+
+config = SDLoRAConfig(model_name="sdlora", dataset="synthetic", lora_rank=4, lambda_sparsity=0.01)
+
+`init_*` keys are those of the first task, the others those of later tasks, as in the published files.
+"""
+
+import os
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import AfterValidator, Field
+
+from utils.config import Conflict, RunConfig
+
+GATE_KEYS = (
+    "gumbel_tau_init", "gumbel_tau_final", "gumbel_anneal_rate", "growth", "growth_threshold", "growth_top_k",
+    "filepath",
+)  # fmt: skip
+STEP_KEYS = ("init_milestones", "init_lr_decay", "milestones", "lrate_decay")
+
+
+def _ascending(pairs: list[list[int]]) -> list[list[int]]:
+    if any(len(pair) != 2 for pair in pairs):
+        raise ValueError("holds an item that is no [task, rank]")
+    tasks = [task for task, _ in pairs]
+    if tasks != sorted(set(tasks)):
+        raise ValueError("tasks are not in ascending order")
+    return pairs
+
+
+Count = Annotated[int, Field(ge=1)]
+RankSchedule = Annotated[list[list[Count]], AfterValidator(_ascending)]
+
+
+class SDLoRAConfig(RunConfig):
+    """SD-LoRA: a LoRA direction a task, magnitudes of all that go on learning; with a gate, Gumbel CL-LoRA."""
+
+    legacy_keys: ClassVar[dict[str, str]] = {
+        **RunConfig.legacy_keys,
+        "tuned_epoch": "a schedule spans the epochs of its task",
+    }
+
+    model_name: Literal["sdlora"] = Field("sdlora", description="The method.")
+
+    init_epoch: int = Field(20, ge=0, description="Epochs of the first task.")
+    init_lr: float = Field(0.008, gt=0, description="Learning rate of the first task.")
+    init_milestones: list[Count] = Field([], description='Epochs after which "steplr" lowers the first task\'s rate.')
+    init_lr_decay: float = Field(0.1, ge=0, le=1, description='Factor of each of these steps of "steplr".')
+    init_weight_decay: float = Field(0.0, ge=0, description="Weight decay of the first task.")
+    epochs: int = Field(20, ge=0, description="Epochs of every later task.")
+    lrate: float = Field(0.008, gt=0, description="Learning rate of later tasks.")
+    milestones: list[Count] = Field([], description='Epochs after which "steplr" lowers a later task\'s rate.')
+    lrate_decay: float = Field(0.1, ge=0, le=1, description='Factor of each of these steps of "steplr".')
+    weight_decay: float = Field(0.0, ge=0, description="Weight decay of later tasks.")
+    optimizer: Literal["sgd", "adam"] = Field("sgd", description='SGD with momentum 0.9; "adam" means AdamW.')
+    scheduler: Literal["cosine", "steplr", "constant"] = Field("cosine", description="How rates change by epoch.")
+    min_lr: float = Field(0.0, ge=0, description='Where "cosine" ends.')
+
+    lora_rank: int = Field(10, ge=1, description="Rank of an adapter; 10 as published.")
+    lora_rank_schedule: RankSchedule = Field(
+        [],
+        description="[[task, rank], ...]: from this task on (counted from 0) adapters have this rank; SD-LoRA-RR.",
+        json_schema_extra={"allowed": "a list of [task, rank], such as [[4, 8], [8, 6]], from task 1 on, ascending"},
+    )
+    sdlora_scaling: Literal["carry", "reset"] = Field(
+        "carry", description='At a new task, earlier adapters weigh what they did, or "reset": all alike, as published.'
+    )
+
+    gumbel_gate: Literal["auto", "off", "global", "layer"] = Field(
+        "auto", description='One gate, or one a layer; "auto" is "global" where lambda_sparsity > 0, else "off".'
+    )
+    lambda_sparsity: float = Field(0.0, ge=0, description="Weight of the gate's entropy in the loss.")
+    gumbel_tau_init: float = Field(5.0, gt=0, description="Temperature of the gate at the start of every task.")
+    gumbel_tau_final: float = Field(0.5, gt=0, description="Its lowest value, and its value in evaluation.")
+    gumbel_anneal_rate: float = Field(0.999, gt=0, le=1, description="What it is multiplied by after every step.")
+    growth: Literal["threshold", "top_k"] = Field(
+        "threshold", description="After a task keep its adapter where its weight is large enough, or the best of all."
+    )
+    growth_threshold: float = Field(0.1, ge=0, lt=1, description="Weight above which a task's adapter is kept.")
+    growth_top_k: int = Field(5, ge=1, description='Adapters that "top_k" keeps.')
+    filepath: str | None = Field(
+        None, min_length=1, description="Folder that gets the gate's files too, beside the run folder's gate/."
+    )
+
+    @property
+    def gate(self) -> str:
+        """What `gumbel_gate` comes to: "off", "global" or "layer"."""
+        if self.gumbel_gate != "auto":
+            return self.gumbel_gate
+        return "global" if self.lambda_sparsity > 0 else "off"
+
+    def rank_of(self, task: int) -> int:
+        """Rank of the adapter that a task adds."""
+        return next((rank for first, rank in reversed(self.lora_rank_schedule) if task >= first), self.lora_rank)
+
+    def conflicts(self) -> list[Conflict]:
+        """Adds ranks beyond the backbone's width, temperatures out of order, a folder that cannot be written to."""
+        found = super().conflicts()
+        shape = self.known_backbone()
+        scheduled = [rank for _, rank in self.lora_rank_schedule]
+        for key, ranks in (("lora_rank", [self.lora_rank]), ("lora_rank_schedule", scheduled)):
+            if shape is not None and max(ranks, default=1) > shape.width:
+                sentence = f"tokens have width {shape.width}; allowed: ranks from 1 to {shape.width}"
+                found.append(((key, "backbone_type"), sentence))
+        if self.gumbel_tau_init < self.gumbel_tau_final:
+            sentence = "the temperature only falls; allowed: gumbel_tau_init >= gumbel_tau_final"
+            found.append((("gumbel_tau_init", "gumbel_tau_final"), sentence))
+        if self.filepath is not None:
+            place = Path(self.filepath).absolute()
+            there = next(path for path in (place, *place.parents) if path.exists())
+            if not there.is_dir() or not os.access(there, os.W_OK):
+                fault = f"{there} is no folder that can be written to"
+                found.append((("filepath",), f"{fault}; allowed: a folder, which is made where there is none"))
+        return found
+
+    def idle_keys(self) -> dict[str, str]:
+        """Adds keys of another schedule or another way of growing, and those of a gate that is off."""
+        reasons = {}
+        if self.scheduler != "steplr":
+            reasons |= dict.fromkeys(STEP_KEYS, f'scheduler is "{self.scheduler}"')
+        if self.scheduler != "cosine":
+            reasons["min_lr"] = f'scheduler is "{self.scheduler}"'
+        if self.gumbel_gate == "off":
+            reasons |= dict.fromkeys(("lambda_sparsity", *GATE_KEYS), 'gumbel_gate is "off"')
+        elif self.gate == "off":
+            reasons |= dict.fromkeys(GATE_KEYS, "no gate where lambda_sparsity is 0")
+        elif self.growth == "top_k":
+            reasons["growth_threshold"] = 'growth is "top_k"'
+        else:
+            reasons["growth_top_k"] = 'growth is "threshold"'
+        return super().idle_keys() | {key: reasons[key] for key in self.given() if key in reasons}
+
+    def remarks(self) -> list[str]:
+        """Warns of an optimizer that published files name and their code does not use, and of a shared folder."""
+        found = []
+        if self.optimizer == "adam":
+            found.append(
+                'optimizer = "adam" is honoured as AdamW; published SD-LoRA files name it, and the published code '
+                'trains with SGD whatever they say: use "sgd" to compare with it'
+            )
+        if self.gate != "off" and self.filepath is not None and len(self.seed) > 1:
+            own = "each seed's own are in its run folder's gate/"
+            found.append(f"filepath = {self.filepath} will hold the gate's files of the last seed; {own}")
+        return found

@@ -1,0 +1,55 @@
+"""What all figures have in common: style, colours, a titled canvas, an axis of tasks.
+
+    with mpl.rc_context(STYLE):
+        figure = titled_figure(7.2, 4.4, "Accuracy (%)", "prefix · method · data · seed 1993")
+        task_axis(figure.subplots(), tasks=10)
+
+Colours can be told apart by colour-blind readers and in print.
+"""
+
+import textwrap
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+DPI = 160
+STYLE: dict[str, Any] = {
+    "font.size": 10,
+    "axes.titlesize": 10,
+    "axes.labelsize": 10,
+    "xtick.labelsize": 9,
+    "ytick.labelsize": 9,
+    "legend.fontsize": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": False,
+    "grid.color": "#dddddd",
+    "grid.linewidth": 0.6,
+}
+BLUE, VERMILLION, INK, GREY = "#0072B2", "#D55E00", "#222222", "#666666"  # the first two: Okabe and Ito
+MOST_NUMBERED_TASKS = 25  # beyond, numbers in cells would be too small to read
+NARROWEST = 6.4  # inches: room for the titles
+
+
+def titled_figure(width: float, height: float, title: str, subtitle: str) -> Figure:
+    """An empty figure (inches) with a title, a grey line under it, and the rest of it for the axes."""
+    wrapped = textwrap.fill(subtitle, width=int(width * 14))
+    header = 0.42 + 0.17 * (1 + wrapped.count("\n"))  # inches
+    height += header - 0.6
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.get_layout_engine().set(rect=(0, 0, 1, 1 - header / height), w_pad=0.08, h_pad=0.06)
+    figure.text(0.1 / width, 1 - 0.1 / height, title, ha="left", va="top", fontsize=12, weight="bold", color=INK)
+    figure.text(0.1 / width, 1 - 0.37 / height, wrapped, ha="left", va="top", fontsize=8.5, color=GREY)
+    return figure
+
+
+def task_axis(axes: Axes, tasks: int, most_ticks: int = 20, label: str | None = "after task") -> None:
+    """Ticks at tasks 0 .. tasks - 1, as many as can be read."""
+    step = next(step for step in (1, 2, 5, 10, 20, 50, tasks) if tasks <= step * most_ticks or step == tasks)
+    axes.set_xlim(-0.4, tasks - 0.6)
+    axes.set_xticks(range(0, tasks, step))
+    if label:
+        axes.set_xlabel(label)
