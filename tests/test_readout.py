@@ -7,7 +7,8 @@ from torch import Tensor
 
 from utils import feature_drift
 from utils.feature_drift import STRENGTHS, fit_drift
-from utils.readout import RIDGES, PrototypeReadout, RanPACReadout
+from utils.readout import FINER, FIT, HELD, RIDGES, SPLIT, PrototypeReadout, RanPACReadout
+from utils.toolkit import seeded_generator
 
 WIDTH = 6
 
@@ -40,7 +41,8 @@ def test_ranpac_is_the_ridge_solution_in_closed_form() -> None:
     readout.add(features, labels)
     hidden = np.maximum(features.double().numpy() @ readout.projection.numpy(), 0)
     wanted = np.eye(3)[labels.numpy()]
-    solutions = [np.linalg.solve(hidden.T @ hidden + r * np.eye(20), hidden.T @ wanted) for r in RIDGES]
+    candidates = RIDGES + [ridge * factor for ridge in RIDGES for factor in FINER]
+    solutions = [np.linalg.solve(hidden.T @ hidden + r * np.eye(20), hidden.T @ wanted) for r in candidates]
     distances = [np.abs(readout.weights.numpy() - solution).max() for solution in solutions]
     assert min(distances) < 1e-6  # one of the candidates, exactly
     queries = torch.randn(4, WIDTH)
@@ -57,12 +59,15 @@ def test_ranpac_task_by_task_is_ranpac_at_once() -> None:
     for first in (0, 3, 6):
         chosen = (labels >= first) & (labels < first + 3)
         parts.add(features[chosen], labels[chosen])
-    torch.testing.assert_close(parts.gram, joint.gram)
-    torch.testing.assert_close(parts.cross, joint.cross)
-    ridge = 100 * torch.eye(30, dtype=torch.float64)
-    torch.testing.assert_close(
-        torch.linalg.solve(parts.gram + ridge, parts.cross), torch.linalg.solve(joint.gram + ridge, joint.cross)
+    (gram, joint_gram), (cross, joint_cross) = (
+        [readout.gram.sum(dim=0) for readout in (parts, joint)],
+        [readout.cross.sum(dim=0) for readout in (parts, joint)],
     )
+    torch.testing.assert_close(gram, joint_gram)
+    torch.testing.assert_close(cross, joint_cross)
+    ridge = 100 * torch.eye(30, dtype=torch.float64)
+    expected = torch.linalg.solve(joint_gram + ridge, joint_cross)
+    torch.testing.assert_close(torch.linalg.solve(gram + ridge, cross), expected)
 
 
 def test_lambda_is_the_one_that_predicts_held_out_images_best() -> None:
@@ -72,11 +77,33 @@ def test_lambda_is_the_one_that_predicts_held_out_images_best() -> None:
     chosen = {}
     for name, wanted in (("clean", labels), ("noise", noise)):
         readout = RanPACReadout(WIDTH, seed=3, dim=100)
-        hidden = readout.random_features(features.double())
-        readout.counts = torch.ones(4, dtype=torch.float64)
-        readout.cross = torch.zeros(100, 4, dtype=torch.float64)
-        chosen[name] = readout.choose_ridge(hidden, wanted)
+        readout.add(features, wanted)
+        chosen[name] = readout.choose_ridge()
     assert chosen["noise"] > 100 * chosen["clean"]
+
+
+def test_lambda_is_chosen_on_what_was_held_out_of_all_tasks() -> None:
+    """The error in closed form is that of the held-out rows of both tasks, for every candidate."""
+    readout, rows = RanPACReadout(WIDTH, seed=3, dim=15), []
+    for first in (0, 2):
+        features, labels = classes_of_features(range(first, first + 2), 10)
+        readout.add(features, labels)
+        rows.append((readout.random_features(features.double()), labels))
+    hidden, labels = torch.cat([h for h, _ in rows]), torch.cat([y for _, y in rows])
+    held = torch.zeros(40, dtype=torch.bool)
+    for first in (0, 2):
+        order = torch.randperm(20, generator=seeded_generator(3, SPLIT, first + 2))
+        held[10 * first + order[:4]] = True
+    torch.testing.assert_close(readout.gram[HELD], hidden[held].T @ hidden[held])
+    torch.testing.assert_close(readout.gram[FIT], hidden[~held].T @ hidden[~held])
+    wanted, errors = torch.eye(4).double()[labels], {}
+    for ridge in RIDGES[4:]:
+        gram = hidden[~held].T @ hidden[~held] + ridge * torch.eye(15)
+        weights = torch.linalg.solve(gram, hidden[~held].T @ wanted[~held])
+        errors[ridge] = float((hidden[held] @ weights - wanted[held]).square().sum())
+    best = min(errors, key=errors.get)
+    assert readout.choose_ridge() in [best, *(best * factor for factor in FINER)]
+    assert readout.part_counts.tolist()[HELD] == torch.bincount(labels[held], minlength=4).tolist()
 
 
 def test_the_projection_belongs_to_the_seed() -> None:
@@ -165,8 +192,9 @@ def test_sums_follow_an_affine_movement_exactly(monkeypatch: pytest.MonkeyPatch)
     new = torch.rand(50, 4, generator=rng, dtype=torch.float64)
     readout.random_features = lambda features: features  # the newest task's, given in that space
     readout.follow(new, new @ jacobian + shift)
-    torch.testing.assert_close(readout.gram, hidden.T @ hidden, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(readout.cross, hidden.T @ torch.eye(3).double()[old_labels], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(readout.gram.sum(dim=0), hidden.T @ hidden, rtol=1e-5, atol=1e-5)
+    wanted = hidden.T @ torch.eye(3).double()[old_labels]
+    torch.testing.assert_close(readout.cross.sum(dim=0), wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_nothing_moved_changes_nothing() -> None:

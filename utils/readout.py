@@ -25,7 +25,9 @@ from utils.toolkit import seeded_generator
 logger = logging.getLogger("nested_lora")
 
 RIDGES = [10.0**k for k in range(-8, 10)]  # candidates for lambda, as published
+FINER = [10.0**-0.5, 10.0**0.5]  # and, relative to the best of them, its neighbours on a grid twice as fine
 HELD_OUT = 0.2  # share of a task's training features that chooses lambda, as published
+FIT, HELD = range(2)  # the two parts that the sums are kept in
 PROJECTION, SPLIT = range(2)  # what a random stream is for; with the seed and a number it names one
 
 
@@ -117,8 +119,14 @@ class RanPACReadout(Readout):
 
         scores(f) = h(f) W,   W = (G + lambda I)^-1 Q,   G = sum_i h_i h_i^T (M, M),   Q = sum_i h_i y_i^T (M, C)
 
-    G and Q are sums over all training features ever added, so learning task by task equals learning all at once. lambda
-    is the candidate of `RIDGES` with the smallest squared error on a held-out fifth of the newest task's features.
+    G and Q are sums over all training features ever added, so learning task by task equals learning all at once. They
+    are kept in two parts, over four fifths of every task's features and over the fifth that is held out: lambda is the
+    candidate whose W, solved from the first part, has the smallest squared error on the second,
+
+        ||H_held W - Y_held||^2 = tr(W^T G_held W) - 2 tr(W^T Q_held) + n_held,
+
+    and the classifier is then solved from both. Published, the newest task's fifth alone chooses: few images of few
+    classes, with which lambda jumps by a factor of ten from task to task.
 
     When the backbone moves, the random features of the newest task's images are known before and after, which gives an
     affine map h -> J^T h + b (`utils/feature_drift.py`). Sums over images that are no longer there follow it exactly,
@@ -129,6 +137,7 @@ class RanPACReadout(Readout):
 
     gram: Tensor
     cross: Tensor
+    part_counts: Tensor
     weights: Tensor
 
     def __init__(self, width: int, seed: int, dim: int) -> None:
@@ -138,25 +147,31 @@ class RanPACReadout(Readout):
 
     def shapes(self, classes: int) -> dict[str, tuple[int, ...]]:
         m = self.dim
-        return {"gram": (m, m), "cross": (m, classes), "weights": (m, classes)}
+        return {"gram": (2, m, m), "cross": (2, m, classes), "part_counts": (2, classes), "weights": (m, classes)}
 
     def refit(self, features: Tensor, targets: Tensor) -> None:
         classes = len(self.counts)
-        self.cross = F.pad(self.cross, (0, classes - self.cross.shape[1]))
+        missing = classes - self.cross.shape[-1]
+        self.cross, self.part_counts = F.pad(self.cross, (0, missing)), F.pad(self.part_counts, (0, missing))
         hidden = self.random_features(features)
-        ridge = self.choose_ridge(hidden, targets)
-        gram, cross = _sums(hidden, targets, classes)
-        self.gram, self.cross = self.gram + gram, self.cross + cross
-        self.weights = _solve(self.gram, self.cross, ridge)
+        order = torch.randperm(len(hidden), generator=seeded_generator(self.seed, SPLIT, classes))
+        held, rest = order.tensor_split([max(1, round(HELD_OUT * len(order)))])
+        for part, rows in ((FIT, rest), (HELD, held)):
+            one_hot = F.one_hot(targets[rows], classes).double()
+            self.gram[part] += hidden[rows].T @ hidden[rows]
+            self.cross[part] += hidden[rows].T @ one_hot
+            self.part_counts[part] += one_hot.sum(dim=0)
+        ridge = self.choose_ridge()
+        self.weights = _solve(self.gram.sum(dim=0), self.cross.sum(dim=0), ridge)
         logger.info(f"Readout: lambda {ridge:g} for {classes} classes, {self.dim} random features")
 
     def follow(self, before: Tensor, after: Tensor) -> float:
         hidden = (self.random_features(features.cpu().double()) for features in (before, after))
         jacobian, shift, explained = fit_drift(*hidden)
-        total = jacobian.T @ self.cross.sum(dim=1)  # J^T m
-        mixed = torch.outer(total, shift)
-        self.gram = jacobian.T @ self.gram @ jacobian + mixed + mixed.T + self.counts.sum() * torch.outer(shift, shift)
-        self.cross = jacobian.T @ self.cross + torch.outer(shift, self.counts)
+        for gram, cross, counts in zip(self.gram, self.cross, self.part_counts, strict=True):  # views
+            mixed = torch.outer(jacobian.T @ cross.sum(dim=1), shift)
+            gram.copy_(jacobian.T @ gram @ jacobian + mixed + mixed.T + counts.sum() * torch.outer(shift, shift))
+            cross.copy_(jacobian.T @ cross + torch.outer(shift, counts))
         return explained
 
     def forward(self, features: Tensor) -> Tensor:
@@ -166,25 +181,22 @@ class RanPACReadout(Readout):
         """h(f) = relu(f P): (n, d) -> (n, M), float64."""
         return F.relu(features @ self.projection)
 
-    def choose_ridge(self, hidden: Tensor, targets: Tensor) -> float:
-        """The lambda with the smallest squared error on held-out rows, fitted on the rest and all that came before."""
-        classes = len(self.counts)
-        order = torch.randperm(len(hidden), generator=seeded_generator(self.seed, SPLIT, classes))
-        held, rest = order.tensor_split([max(1, round(HELD_OUT * len(order)))])
-        gram, cross = _sums(hidden[rest], targets[rest], classes)
-        gram, cross = self.gram + gram, self.cross + cross
-        wanted = F.one_hot(targets[held], classes).double()
-        errors = {}
-        for ridge in RIDGES:
-            weights = _solve(gram, cross, ridge)
-            if weights is not None:
-                errors[ridge] = float((hidden[held] @ weights - wanted).square().mean())
+    def choose_ridge(self) -> float:
+        """The lambda of the smallest squared error on what is held out: the best power of ten, or a neighbour of it."""
+        errors = self._held_out_errors(RIDGES)
+        best = min(errors, key=errors.get)
+        errors |= self._held_out_errors([best * factor for factor in FINER])
         return min(errors, key=errors.get)
 
-
-def _sums(hidden: Tensor, targets: Tensor, classes: int) -> tuple[Tensor, Tensor]:
-    """G (M, M) and Q (M, C) of some random features (n, M)."""
-    return hidden.T @ hidden, hidden.T @ F.one_hot(targets, classes).double()
+    def _held_out_errors(self, ridges: list[float]) -> dict[float, float]:
+        """Squared error on the held-out part, up to a constant, by lambda; those that cannot be solved are left out."""
+        errors = {}
+        for ridge in ridges:
+            weights = _solve(self.gram[FIT], self.cross[FIT], ridge)
+            if weights is not None:
+                fitted = self.gram[HELD] @ weights - 2 * self.cross[HELD]
+                errors[ridge] = float((weights * fitted).sum())
+        return errors
 
 
 def _solve(gram: Tensor, cross: Tensor, ridge: float) -> Tensor | None:
