@@ -5,37 +5,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-import timm
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from backbone.lora import FIRST_MAGNITUDE, GumbelGate, LoRAVisionTransformer, _FrozenSum
+from tests.tiny_vits import DEPTH, MODELS, NAME, WIDTH, images, plain_vit
 from utils.costs import flops_of
-
-DEPTH, WIDTH = 3, 48
-SMALL = {"img_size": 28, "depth": DEPTH, "embed_dim": WIDTH, "num_heads": 3}
-MODELS = {
-    "vit_small_patch16_224": {**SMALL, "img_size": 32},
-    "deit3_small_patch16_224": {**SMALL, "img_size": 32},
-    "vit_small_patch14_reg4_dinov2": SMALL,
-}
-NAME = "vit_small_patch14_reg4_dinov2"
-
-
-def plain_vit(name: str = NAME) -> nn.Module:
-    torch.manual_seed(0)
-    vit = timm.create_model(name, num_classes=0, global_pool="token", **MODELS[name]).eval()
-    with torch.no_grad():
-        for parameter in vit.parameters():  # away from the zeros and ones of a fresh model
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    return vit
-
-
-def images(name: str = NAME, count: int = 4) -> Tensor:
-    side = MODELS[name]["img_size"]
-    return torch.rand(count, 3, side, side, generator=torch.Generator().manual_seed(1))
 
 
 def learned(ranks: Sequence[int] = (2, 3, 4), is_open: bool = True, name: str = NAME) -> LoRAVisionTransformer:

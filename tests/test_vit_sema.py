@@ -1,40 +1,17 @@
 """The wrapped transformer: untrained adapters change nothing, the right blocks hold adapters, only adapters learn."""
 
 import pytest
-import timm
 import torch
 
 from backbone.sema_block import AdapterSpec
 from backbone.vit_sema import SEMAVisionTransformer, token_mean
-
-SMALL = {"img_size": 28, "depth": 3, "embed_dim": 48, "num_heads": 3}
-MODELS = {
-    "vit_small_patch16_224": {**SMALL, "img_size": 32},
-    "deit_small_patch16_224": {**SMALL, "img_size": 32},
-    "deit3_small_patch16_224": {**SMALL, "img_size": 32},
-    "vit_small_patch14_dinov2": SMALL,
-    "vit_small_patch14_reg4_dinov2": SMALL,
-}
-
-
-def plain_vit(name: str) -> torch.nn.Module:
-    torch.manual_seed(0)
-    vit = timm.create_model(name, num_classes=0, global_pool="token", **MODELS[name]).eval()
-    with torch.no_grad():
-        for parameter in vit.parameters():  # away from the zeros and ones of a fresh model
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    return vit
+from tests.tiny_vits import MODELS, images, plain_vit
 
 
 def wrapped(name: str, kind: str = "nested_lora") -> SEMAVisionTransformer:
     vit = plain_vit(name)
     spec = AdapterSpec(width=vit.embed_dim, kind=kind, bottleneck=4, rd_dim=8, buffer_size=16)
     return SEMAVisionTransformer(vit, spec, growing=(1, 2), adapted=range(3))
-
-
-def images(name: str, count: int = 4) -> torch.Tensor:
-    side = MODELS[name]["img_size"]
-    return torch.rand(count, 3, side, side, generator=torch.Generator().manual_seed(1))
 
 
 @pytest.mark.parametrize("kind", ["adaptmlp", "nested_lora"])
