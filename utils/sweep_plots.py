@@ -198,7 +198,8 @@ def bars_figure(cells: Sequence[Cell], baseline: str | None, subtitle: str) -> F
         spread = "" if estimate.std is None else f" ± {estimate.std:.2f}"
         end = max(*values, estimate.mean + (estimate.std or 0.0))
         text = f"{estimate.mean:.2f}{spread}"
-        axes.annotate(text, (end, y), (7, 0), textcoords="offset points", va="center", path_effects=HALO)
+        behind = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # keeps the baseline's line out of the number
+        axes.annotate(text, (end, y), (7, 0), textcoords="offset points", va="center", bbox=behind)
         if cell.name == baseline:
             axes.axvline(estimate.mean, color=INK, lw=0.9, ls="--", zorder=0)
     axes.set_xlim(0, max(1.0, max(max(cell.values("final").values()) for cell in cells)) * 1.04)
