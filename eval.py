@@ -4,13 +4,28 @@ python eval.py --run FOLDER                          tables, figures, and the la
 python eval.py --run FOLDER --recorded               tables and figures of what the run wrote, in seconds
 python eval.py --run FOLDER FOLDER ...               several seeds: mean ± std of those that are finished
 python eval.py --checkpoint FOLDER/checkpoints/task_04   the model as that task left it
+python eval.py --run FOLDER --analyse cka grassmann probes   what its representations did, task after task
 
 FOLDER is a run's, such as logs/sema/mnist_5k/0/2/quickstart_1993_vit_small_patch14_reg4_dinov2.
 """
 
+from __future__ import annotations
+
 import argparse
+import copy
+import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from trainer import Learner, Parts
+    from utils.analysis import Material
+
+IMAGES_PER_CLASS = 20  # that an analysis looks at unless told
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -30,10 +45,33 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     what.add_argument("--checkpoint", type=Path, metavar="FOLDER", help="one checkpoint of a run: test it")
     parser.add_argument("--recorded", action="store_true", help="with --run: only what the run recorded, no test")
+    parser.add_argument(
+        "--analyse",
+        nargs="+",
+        metavar="NAME",
+        help="with --run: rebuild the network after every task; cka, grassmann, probes go to FOLDER/analysis",
+    )
+    parser.add_argument(
+        "--images-per-class",
+        type=int,
+        metavar="N",
+        help=f"with --analyse: test images of each class at most (default: {IMAGES_PER_CLASS})",
+    )
     options = parser.parse_args(arguments)
     if options.recorded and options.checkpoint:
         parser.error("--recorded goes with --run")
+    check_analysis_options(parser, options)
     return options
+
+
+def check_analysis_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Exit with a usage error where the options around `--analyse` do not go together."""
+    if not options.analyse and options.images_per_class is not None:
+        parser.error("--images-per-class goes with --analyse")
+    if options.analyse and (options.checkpoint or options.recorded or len(options.run) > 1):
+        parser.error("--analyse looks at one --run: it takes no --checkpoint, --recorded or further folder")
+    if options.images_per_class is not None and options.images_per_class < 2:
+        parser.error(f"--images-per-class {options.images_per_class}: at least 2, half of them test the probes")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -50,7 +88,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def show(options: argparse.Namespace) -> None:
     """What the command line asks for."""
-    if options.run and len(options.run) > 1:
+    if options.analyse:
+        analyse_run(options.run[0], options.analyse, options.images_per_class or IMAGES_PER_CLASS)
+    elif options.run and len(options.run) > 1:
         show_seeds(options.run)
     elif options.run:
         show_run(options.run[0], test=not options.recorded)
@@ -95,17 +135,108 @@ def show_seeds(folders: list[Path]) -> None:
     print(seeds_table([read_result(folder) for folder in finished]))
 
 
-def report_checkpoint(checkpoint: Path) -> None:
-    """Rebuild the model a checkpoint holds, strictly, and print its accuracy on every task it has seen."""
-    from trainer import Evaluator, assemble, check_identity, make_learner, read_config
-    from utils.checkpoint import load_checkpoint
+def analyse_run(folder: Path, names: list[str], images_per_class: int) -> None:
+    """Run the named analyses on the networks that a finished run's tasks left, print and write what they find."""
+    from utils.analysis import ANALYSES, write_findings
+    from utils.errors import UserError
 
-    tensors, state = load_checkpoint(checkpoint)
-    config = read_config(checkpoint.parent.parent)
+    unknown = [name for name in names if name not in ANALYSES]
+    if unknown:
+        raise UserError(f"--analyse {' '.join(unknown)}: no such analysis; allowed: {', '.join(ANALYSES)}")
+    material = gather(folder, task_checkpoints(folder), images_per_class)
+    found = {name: ANALYSES[name](material) for name in dict.fromkeys(names)}
+    for findings in found.values():
+        print(f"\n{findings.text}")
+    print()
+    for path in write_findings(folder / "analysis", found):
+        print(f"wrote {path}")
+
+
+def task_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoint at the end of every task of a finished run.
+
+    Raises:
+        UserError: the run is unfinished, or a checkpoint is not there.
+    """
+    from trainer import CHECKPOINTS, read_config
+    from utils.checkpoint import checkpoint_name
+    from utils.errors import UserError
+    from utils.run_log import read_accuracy_csv
+
+    config = read_config(folder)
+    if not (folder / "result.json").is_file():
+        raise UserError(
+            f"{folder} is unfinished and cannot be analysed yet: go on with python main.py --resume "
+            f"{shlex.quote(str(folder))}"
+        )
+    paths = [folder / CHECKPOINTS / checkpoint_name(task) for task in range(len(read_accuracy_csv(folder)))]
+    missing = [path.name for path in paths if not path.is_dir()]
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        kept = "all are needed" if config.checkpoints == "all" else 'its config says checkpoints = "last"'
+        again = f"python main.py --config {shlex.quote(str(folder / 'config.json'))} --set checkpoints=all"
+        raise UserError(
+            f"{folder} has no checkpoint of {', '.join(missing[:3])}{more} ({kept}): an analysis rebuilds the network "
+            f"after every task; run it again with {again}"
+        )
+    return paths
+
+
+def gather(folder: Path, checkpoints: list[Path], images_per_class: int) -> Material:
+    """Class tokens of the same test images, and what branches write to, of the network in every checkpoint.
+
+    Raises:
+        UserError: a checkpoint is damaged or foreign, there are too few test images, or the method has no blocks.
+    """
+    import torch
+    from tqdm import tqdm
+
+    from trainer import assemble, read_config, read_result
+    from utils.analysis import Material, chosen_images
+    from utils.checkpoint import load_checkpoint
+    from utils.plots import describe
+
+    config = read_config(folder)
     parts = assemble(config, config.seed[0])
+    images = chosen_images(parts.data, parts.seed, images_per_class)
+    batches = [images[i : i + config.eval_batch_size] for i in range(0, len(images), config.eval_batch_size)]
+    tokens, spaces = [], []
+    with tqdm(total=len(checkpoints) * len(batches), desc="Class tokens", unit="batch", leave=False) as bar:
+        for checkpoint in checkpoints:
+            fresh = replace(parts, backbone=copy.deepcopy(parts.backbone))
+            learner = rebuilt(checkpoint, load_checkpoint(checkpoint), fresh)
+            found = []
+            for batch in batches:
+                views = parts.data.views(batch, "test", "test", None, learner.device)
+                found.append(learner.class_tokens(views).cpu())
+                bar.update()
+            tokens.append(torch.cat(found, dim=1))
+            spaces.append(learner.branch_spaces())
+    about = describe(config.model_dump(), read_result(folder))
+    labels = parts.data.targets(images, "test")
+    return Material(torch.stack(tokens), labels, spaces, parts.seed, f"{about} · {len(images)} test images")
+
+
+def rebuilt(checkpoint: Path, saved: tuple[dict[str, Tensor], dict[str, Any]], parts: Parts) -> Learner:
+    """The learner that was saved, strictly; its network takes the parts' backbone for its own."""
+    from trainer import check_identity, make_learner
+
+    tensors, state = saved
     check_identity(checkpoint, state, parts)
     learner = make_learner(parts, log=None)
     learner.load_state(state["learner"], tensors)
+    return learner
+
+
+def report_checkpoint(checkpoint: Path) -> None:
+    """Rebuild the model a checkpoint holds, strictly, and print its accuracy on every task it has seen."""
+    from trainer import Evaluator, assemble, read_config
+    from utils.checkpoint import load_checkpoint
+
+    saved = load_checkpoint(checkpoint)
+    config = read_config(checkpoint.parent.parent)
+    parts = assemble(config, config.seed[0])
+    learner = rebuilt(checkpoint, saved, parts)
     correct, total = Evaluator(learner, parts.data)(learner.task)
 
     print(f"{checkpoint}: accuracy (%) on the test images of each task seen, class-incremental")

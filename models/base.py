@@ -210,6 +210,18 @@ class Learner(ABC):
         """
         raise UserError(f"model_name = {self.config.model_name!r}: this method names no costs to measure")
 
+    def class_tokens(self, images: Tensor) -> Tensor:
+        """Class token after each of the L transformer blocks, (B, 3, S, S) -> (L, B, d), float32: what is analysed.
+
+        Raises:
+            UserError: the method has no such blocks.
+        """
+        raise UserError(f"model_name = {self.config.model_name!r}: this method has no transformer blocks to analyse")
+
+    def branch_spaces(self) -> dict[tuple[int, int], dict[str, Tensor]]:
+        """What each branch of nested adapters can write to: (block, adapter) -> "fast" and "slow", bases (d, k)."""
+        return {}
+
     def close_run(self) -> None:  # noqa: B027 - most methods keep nothing
         """The run is over: remove what only it needs."""
 

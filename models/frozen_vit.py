@@ -16,6 +16,7 @@ from backbone.sema_block import AdapterSpec
 from backbone.vit_sema import SEMAVisionTransformer
 from models.activations import Place
 from models.base import Learner
+from models.representations import branch_spaces, class_tokens
 from models.task_inputs import TaskInputs
 from models.vit_config import ViTConfig
 from utils.factory import Backbone
@@ -92,6 +93,12 @@ class FrozenViT(Learner):
     def features_of(self, task: int, source: str) -> Tensor:
         fast = self.config.engine == "fast"
         return self.inputs.features_of(task, source) if fast else super().features_of(task, source)
+
+    def class_tokens(self, images: Tensor) -> Tensor:
+        return class_tokens(self.network.vit.blocks, lambda: self.features(images))
+
+    def branch_spaces(self) -> dict[tuple[int, int], dict[str, Tensor]]:
+        return branch_spaces(self.network.modules_by_block)
 
     def close_run(self) -> None:
         self.inputs.store.drop_own("train")

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from backbone.lora import GumbelGate, LoRAVisionTransformer
 from models.base import EpochNote, Learner, Phase, StepResult
 from models.gumbel_growth import GateRecord, GateState, growth_lines, kept_adapters, not_finite_advice, symptoms
+from models.representations import class_tokens
 from models.sdlora_config import SDLoRAConfig
 from models.sdlora_costs import SDLoRACosts
 from utils.factory import Backbone
@@ -97,6 +98,9 @@ class SDLoRA(Learner):
 
     def classify(self, features: Tensor) -> Tensor:
         return self.head(features)
+
+    def class_tokens(self, images: Tensor) -> Tensor:
+        return class_tokens(self.network.vit.blocks, lambda: self.features(images))
 
     def costs(self, build: Callable[[Mapping[str, Any]], Learner]) -> SDLoRACosts:
         return SDLoRACosts(self)

@@ -15,6 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from utils.ridge import left_out_error
+
 # Ridge candidates, relative to the largest squared singular value. Weaker ones fit the newest task's images better and
 # carry other images anywhere; on DINOv2 features of CIFAR-100 leave-one-out chooses none of them.
 STRENGTHS = [10.0**k for k in range(-2, 4)]
@@ -56,16 +58,8 @@ def fit_drift(before: Tensor, after: Tensor) -> Drift:
     x, y = before - centre, movement - common
     u, s, vt = torch.linalg.svd(x, full_matrices=False)  # (n, k), (k,), (k, d)
     projected = u.T @ y  # (k, d)
-    errors = {strength: _left_out_error(strength, u, s, projected, y) for strength in STRENGTHS}
+    errors = {strength: left_out_error(strength * float(s[0].square()), u, s, projected, y) for strength in STRENGTHS}
     strength = min(errors, key=errors.get)
     inverse = s / (s.square() + strength * s[0].square())
     move = vt.T @ (inverse[:, None] * projected)
     return Drift(identity + move, common - centre @ move, 1 - errors[strength] / total)
-
-
-def _left_out_error(strength: float, u: Tensor, s: Tensor, projected: Tensor, y: Tensor) -> float:
-    """Sum of squared leave-one-out residuals of the ridge of one strength."""
-    shrink = s.square() / (s.square() + strength * s[0].square())  # (k,)
-    leverage = (u.square() * shrink).sum(dim=1) + 1 / len(y)
-    residuals = (y - u @ (shrink[:, None] * projected)) / (1 - leverage).clamp_min(1e-6)[:, None]
-    return float(residuals.square().sum())

@@ -1,0 +1,181 @@
+"""How alike two representations are, and how far apart two subspaces.
+
+    linear_cka(x, y)                                 # x (n, p), y (n, q): row i of both is the same sample
+    running = CKA()                                  # the same over minibatches, without keeping them
+    running.add(x, y)
+    running.value
+    a, b = pca_basis(x, rank=8), pca_basis(y, rank=8)    # (d, k), orthonormal columns
+    grassmann_distance(a, b)                         # l2 norm of the principal angles, radians
+
+Everything is computed on the CPU in float64 and is no part of a gradient.
+
+Sources: linear CKA, Kornblith et al., *Similarity of Neural Network Representations Revisited*, ICML 2019; the unbiased
+estimator of HSIC, Song et al., *Feature Selection via Dependence Maximization*, JMLR 2012; its use over minibatches,
+Nguyen et al., *Do Wide and Deep Networks Learn the Same Things?*, ICLR 2021; principal angles, Knyazev & Argentati,
+SIAM Journal on Scientific Computing 23, 2002, as scipy computes them.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from scipy.linalg import subspace_angles
+from torch import Tensor
+
+FEWEST_SAMPLES = 4  # that the unbiased estimator needs
+ROUNDING = 1e-12  # relative size up to which a variation is the rounding of float64
+
+
+def unbiased_hsic(x: Tensor, y: Tensor) -> float:
+    """Unbiased estimate of the Hilbert-Schmidt independence criterion with linear kernels, for x (n, p) and y (n, q).
+
+    With K = X X^T and L = Y Y^T whose diagonals are set to zero (K', L'):
+        1 / (n (n - 3)) (tr K' L' + 1'K'1 1'L'1 / ((n - 1) (n - 2)) - 2 / (n - 2) 1'K'L'1)
+    The estimate does not change when a constant is taken from all rows. With rows centred K 1 = 0, and with
+    k_i = |x_i|^2 and l_i = |y_i|^2 what is left needs no n x n matrix:
+        1 / (n (n - 3)) (||X^T Y||_F^2 - n / (n - 2) sum_i k_i l_i + sum_i k_i sum_i l_i / ((n - 1) (n - 2)))
+
+    Raises:
+        ValueError: x and y have not the same number of rows, or fewer than `FEWEST_SAMPLES`.
+    """
+    return _hsic(*_centred_pair(x, y))
+
+
+class CKA:
+    """Linear centred kernel alignment  sum HSIC(x, y) / sqrt(sum HSIC(x, x) sum HSIC(y, y)),  sums over minibatches.
+
+    1 where y is x but for a rotation, reflection, shift and one common scale; about 0 where they are independent. As
+    each HSIC is unbiased, so is each sum: the value does not depend on the batch size but for noise, may be a little
+    below 0, and is NaN where x or y does not vary.
+    """
+
+    def __init__(self) -> None:
+        self._xy = self._xx = self._yy = 0.0
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """Take in a batch, x (n, p) and y (n, q).
+
+        Raises:
+            ValueError: the batch is not one (see `unbiased_hsic`).
+        """
+        x, y = _centred_pair(x, y)
+        self._xy += _hsic(x, y)
+        self._xx += _hsic(x, x)
+        self._yy += _hsic(y, y)
+
+    @property
+    def value(self) -> float:
+        """CKA of what was taken in so far."""
+        return _alignment(self._xy, self._xx, self._yy)
+
+
+def linear_cka(x: Tensor, y: Tensor) -> float:
+    """CKA (see the class) of two representations of the same samples, x (n, p) and y (n, q)."""
+    running = CKA()
+    running.add(x, y)
+    return running.value
+
+
+def cka_matrix(representations: Sequence[Tensor]) -> Tensor:
+    """`linear_cka` of every pair of m representations (n, d_i) of the same samples, (m, m) float64, symmetric."""
+    centred = [_centred_pair(x, representations[0])[0] for x in representations]
+    own = [_hsic(x, x) for x in centred]
+    matrix = torch.empty(len(own), len(own), dtype=torch.float64)
+    for i, x in enumerate(centred):
+        for j, y in enumerate(centred[: i + 1]):
+            matrix[i, j] = matrix[j, i] = _alignment(own[i] if i == j else _hsic(x, y), own[i], own[j])
+    return matrix
+
+
+def pca_basis(x: Tensor, rank: int) -> Tensor:
+    """The first principal directions of rows x (n, d), the strongest first: (d, k) orthonormal columns.
+
+    k is `rank`, or less where the rows vary in fewer directions.
+
+    Raises:
+        ValueError: rank is below 1, or x is no matrix.
+    """
+    if rank < 1 or x.dim() != 2:
+        raise ValueError(f"rank {rank} of {tuple(x.shape)}: a rank of at least 1, of a matrix")
+    directions, sizes, _ = torch.linalg.svd(_centred(x).T, full_matrices=False)
+    return directions[:, : min(rank, _numerical_rank(sizes, x))]
+
+
+def column_space(left: Tensor, right: Tensor) -> Tensor:
+    """Orthonormal basis (d, k) of the columns of left @ right, for (d, r) and (r, m); k = 0 where the product is zero.
+
+    Directions that the inputs' precision cannot tell from rounding are left out.
+    """
+    basis, rest = torch.linalg.qr(left.detach().cpu().double())
+    directions, sizes, _ = torch.linalg.svd(rest @ right.detach().cpu().double(), full_matrices=False)
+    return basis @ directions[:, : _numerical_rank(sizes, left)]
+
+
+def principal_angles(a: Tensor, b: Tensor) -> Tensor:
+    """Angles between the column spaces of a (d, k) and b (d, m), ascending: (min(k, m),) radians from 0 to pi / 2.
+
+    Tiny angles are as accurate as large ones: they come from sines, not from cosines near 1.
+
+    Raises:
+        ValueError: a or b has no column, or they differ in d.
+    """
+    if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[0] or not a.numel() or not b.numel():
+        raise ValueError(f"no angles between column spaces of shapes {tuple(a.shape)} and {tuple(b.shape)}")
+    angles = subspace_angles(*(basis.detach().cpu().double().numpy() for basis in (a, b)))
+    return torch.from_numpy(angles[::-1].copy())
+
+
+def grassmann_distance(a: Tensor, b: Tensor) -> float:
+    """Length of the shortest path between two subspaces, (sum theta_i^2)^(1/2), radians; arguments as above."""
+    return float(principal_angles(a, b).norm())
+
+
+def rms_angle(a: Tensor, b: Tensor) -> float:
+    """(mean theta_i^2)^(1/2) in degrees: `grassmann_distance` comparable over ranks; NaN where a or b has no column."""
+    if not a.shape[1] or not b.shape[1]:
+        return math.nan
+    return math.degrees(float(principal_angles(a, b).square().mean().sqrt()))
+
+
+def projector_distance(a: Tensor, b: Tensor) -> float:
+    """||P_a - P_b||_F of the projectors on two column spaces, (2 sum sin^2 theta_i + |k - m|)^(1/2)."""
+    sines = principal_angles(a, b).sin().square().sum()
+    return math.sqrt(2 * float(sines) + abs(_rank(a) - _rank(b)))
+
+
+def _rank(basis: Tensor) -> int:
+    return int(torch.linalg.matrix_rank(basis.detach().cpu().double()))
+
+
+def _centred_pair(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Both centred, after a check that they can be compared."""
+    if x.dim() != 2 or y.dim() != 2 or len(x) != len(y) or len(x) < FEWEST_SAMPLES:
+        raise ValueError(
+            f"representations of shapes {tuple(x.shape)} and {tuple(y.shape)}: two matrices of the same at least "
+            f"{FEWEST_SAMPLES} samples are compared"
+        )
+    return _centred(x), _centred(y)
+
+
+def _centred(x: Tensor) -> Tensor:
+    """Rows less their mean, float64; exactly zero where only rounding is left."""
+    x = x.detach().cpu().double()
+    centred = x - x.mean(dim=0)
+    return centred if centred.norm() > ROUNDING * x.norm() else torch.zeros_like(x)
+
+
+def _hsic(x: Tensor, y: Tensor) -> float:
+    """`unbiased_hsic` of centred rows."""
+    n, of_x, of_y = len(x), x.square().sum(dim=1), y.square().sum(dim=1)  # k and l of the formula
+    trace = (x.T @ y).square().sum() - n / (n - 2) * (of_x @ of_y)
+    return float(trace + of_x.sum() * of_y.sum() / ((n - 1) * (n - 2))) / (n * (n - 3))
+
+
+def _alignment(xy: float, xx: float, yy: float) -> float:
+    return xy / math.sqrt(xx * yy) if xx > 0 and yy > 0 else math.nan
+
+
+def _numerical_rank(sizes: Tensor, like: Tensor) -> int:
+    """How many of descending singular values stand out from the rounding of `like`'s entries."""
+    precision = torch.finfo(like.dtype).eps * max(like.shape)
+    return int((sizes > precision * sizes[0]).sum()) if sizes.numel() else 0
