@@ -4,7 +4,7 @@
     python main.py --config exps/ranpac_cifar.json --set first_session=true   # adapters learn in the first task
 
 scores(x) = relu(f(x) P) (G + lambda I)^-1 Q with f the class token, P a fixed random projection to `ranpac_dim`
-numbers, G and Q sums over all training images so far, and lambda chosen on a held-out fifth of the newest task's
+numbers, G and Q sums over all training images so far, and lambda chosen on a held-out fifth of every task
 (`utils.readout.RanPACReadout`). With `first_session` the adapters are trained on task 0 and frozen before its features
 are read, so that all sums belong to one network. Source: McDonnell et al., *RanPAC: Random Projections and Pre-trained
 Models for Continual Learning*, NeurIPS 2023.

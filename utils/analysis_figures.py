@@ -19,7 +19,7 @@ from matplotlib.colors import Colormap, ListedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from utils.canvas import BLUE, GREY, INK, MOST_NUMBERED_TASKS, NARROWEST, VERMILLION, task_axis, titled_figure
+from utils.canvas import BLUE, GREY, INK, MOST_NUMBERED_TASKS, NARROWEST, VERMILLION, panels_by_block, titled_figure
 
 WIDEST = 13.0  # inches that panels side by side may take
 MOST_UNITS = 40  # columns of a unit/label map
@@ -92,27 +92,12 @@ def branch_angles_figure(rows: Sequence[Mapping[str, Any]], subtitle: str) -> Fi
     """
     blocks = sorted({row["block"] for row in rows})
     tasks = 1 + max(row["task"] for row in rows)
-    columns = min(4, len(blocks)) if len(blocks) not in (5, 6, 9) else 3
-    lines = math.ceil(len(blocks) / columns)
     title = "Fast and slow branches: angles of their output spaces"
-    figure = titled_figure(max(NARROWEST, 2.7 * columns), 1.5 + 1.95 * lines, title, subtitle)
-    grid = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
-    for index, axes in enumerate(grid.flat):
-        if index >= len(blocks):
-            axes.set_visible(False)
-            continue
-        _draw_angles(axes, [row for row in rows if row["block"] == blocks[index]])
-        axes.set_title(f"block {blocks[index]}", loc="left", pad=3)
+    figure, panels = panels_by_block(blocks, tasks, title, subtitle, "degrees")
+    for block, axes in panels.items():
+        _draw_angles(axes, [row for row in rows if row["block"] == block])
         axes.set_ylim(-5, 95)
         axes.set_yticks([0, 30, 60, 90])
-        axes.grid(axis="y")
-        axes.set_axisbelow(True)
-        task_axis(axes, tasks, most_ticks=7, label=None)
-        if index + columns >= len(blocks):
-            axes.set_xlabel("after task")
-            axes.tick_params(labelbottom=True)
-        if index % columns == 0:
-            axes.set_ylabel("degrees")
     handles = [Line2D([], [], label=label, **look) for label, look in ANGLES.values()]
     figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False)
     return figure

@@ -1,4 +1,4 @@
-"""What all figures have in common: style, colours, a titled canvas, an axis of tasks.
+"""What all figures have in common: style, colours, a titled canvas, an axis of tasks, panels by block.
 
     with mpl.rc_context(STYLE):
         figure = titled_figure(7.2, 4.4, "Accuracy (%)", "prefix · method · data · seed 1993")
@@ -7,7 +7,9 @@
 Colours can be told apart by colour-blind readers and in print.
 """
 
+import math
 import textwrap
+from collections.abc import Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -53,3 +55,31 @@ def task_axis(axes: Axes, tasks: int, most_ticks: int = 20, label: str | None = 
     axes.set_xticks(range(0, tasks, step))
     if label:
         axes.set_xlabel(label)
+
+
+def panels_by_block(
+    blocks: Sequence[int], tasks: int, title: str, subtitle: str, label: str
+) -> tuple[Figure, dict[int, Axes]]:
+    """A figure of small panels over tasks, one a block, with common axes; `label` names the values.
+
+    Returns:
+        The figure, without a legend, and the panel of each block.
+    """
+    columns = min(4, len(blocks)) if len(blocks) not in (5, 6, 9) else 3
+    lines = math.ceil(len(blocks) / columns)
+    figure = titled_figure(max(NARROWEST, 2.7 * columns), 1.5 + 1.95 * lines, title, subtitle)
+    grid = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).flat
+    for axes in grid[len(blocks) :]:
+        axes.set_visible(False)
+    panels = dict(zip(blocks, grid, strict=False))
+    for index, (block, axes) in enumerate(panels.items()):
+        axes.set_title(f"block {block}", loc="left", pad=3)
+        axes.grid(axis="y")
+        axes.set_axisbelow(True)
+        task_axis(axes, tasks, most_ticks=7, label=None)
+        if index + columns >= len(blocks):
+            axes.set_xlabel("after task")
+            axes.tick_params(labelbottom=True)
+        if index % columns == 0:
+            axes.set_ylabel(label)
+    return figure, panels

@@ -40,6 +40,7 @@ from utils.canvas import (
     NARROWEST,
     STYLE,
     VERMILLION,
+    panels_by_block,
     task_axis,
     titled_figure,
 )
@@ -173,28 +174,13 @@ def norms_figure(events: Sequence[Mapping[str, Any]], subtitle: str) -> Figure:
     """
     blocks = sorted({event["block"] for event in events})
     tasks = 1 + max(event["task"] for event in events)
-    columns = min(4, len(blocks)) if len(blocks) not in (5, 6, 9) else 3
-    lines = math.ceil(len(blocks) / columns)
     title = "Fast and slow branches: size of what each adds, ||W_up W_down||"
-    figure = titled_figure(max(NARROWEST, 2.6 * columns), 1.5 + 1.95 * lines, title, subtitle)
-    grid = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
+    figure, panels = panels_by_block(blocks, tasks, title, subtitle, "norm")
     consolidated = False
-    for index, axes in enumerate(grid.flat):
-        if index >= len(blocks):
-            axes.set_visible(False)
-            continue
-        chosen = [event for event in events if event["block"] == blocks[index]]
+    for block, axes in panels.items():
+        chosen = [event for event in events if event["block"] == block]
         consolidated |= _draw_norms(axes, chosen, marker_size=3.6 if tasks <= 12 else 2.6)
-        axes.set_title(f"block {blocks[index]}", loc="left", pad=3)
-        axes.grid(axis="y")
-        axes.set_axisbelow(True)
-        task_axis(axes, tasks, most_ticks=7, label=None)
-        if index + columns >= len(blocks):
-            axes.set_xlabel("after task")
-            axes.tick_params(labelbottom=True)
-        if index % columns == 0:
-            axes.set_ylabel("norm")
-    axes = grid[0, 0]
+    axes = panels[blocks[0]]
     axes.set_ylim(0, 1.08 * axes.get_ylim()[1])
     handles = [
         Line2D([], [], color=VERMILLION, marker="o", ms=4, lw=1.4, label="fast"),
