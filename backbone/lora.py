@@ -25,6 +25,14 @@ from torch.nn import functional as F
 FIRST_MAGNITUDE = 0.8  # of a new adapter, as published
 
 
+def lora_start(like: Tensor, copies: int, rank: int, inputs: int, outputs: int) -> tuple[nn.Parameter, nn.Parameter]:
+    """A (copies, rank, inputs), Kaiming-uniform(a = sqrt 5), and B (copies, outputs, rank), zero: B A x is silent."""
+    down = nn.Parameter(like.new_empty(copies, rank, inputs))
+    for one in down.data:
+        nn.init.kaiming_uniform_(one, a=math.sqrt(5))
+    return down, nn.Parameter(like.new_zeros(copies, outputs, rank))
+
+
 class GumbelGate(nn.Module):
     """The logits g of a gate beta = sparsemax((g + noise) / tau) over K adapters: (K,), or a row a layer, (L, K).
 
@@ -96,12 +104,8 @@ class LoRALinear(nn.Module):
         return y + F.linear(F.linear(x, self.new_down.flatten(0, 1)), up)
 
     def grow(self, rank: int) -> None:
-        """A new adapter at the LoRA start: A Kaiming-uniform(a = sqrt 5), B zero."""
-        like = self.qkv.weight
-        self.new_down = nn.Parameter(like.new_empty(2, rank, self.width))
-        for down in self.new_down.data:
-            nn.init.kaiming_uniform_(down, a=math.sqrt(5))
-        self.new_up = nn.Parameter(like.new_zeros(2, self.width, rank))
+        """A new adapter at the LoRA start."""
+        self.new_down, self.new_up = lora_start(self.qkv.weight, 2, rank, self.width, self.width)
 
     @torch.no_grad()
     def freeze_newest(self) -> None:

@@ -70,13 +70,35 @@ def test_a_line_for_each_adapter_with_gaps_where_a_branch_is_silent() -> None:
     assert all(math.isnan(line.get_ydata()[0]) for line in axes.lines)
 
 
-def test_units_stand_by_their_best_label_and_only_what_is_beyond_chance_has_a_dot() -> None:
+def test_units_stand_by_their_label_and_only_what_is_beyond_chance_has_a_dot() -> None:
     correlation = np.array([[0.1, 0.9], [-0.8, 0.0], [0.2, 0.3], [0.05, 0.0], [0.7, 0.4]])
     axes = drawn(unit_label_figure, correlation, ["rotate", "shift"], [0.5, 0.35], "Units", ABOUT).axes[0]
-    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["1", "4", "3", "0", "2"]
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["1", "4", "2", "0", "3"]
     assert [tick.get_text() for tick in axes.get_yticklabels()] == ["rotate", "shift"]
     dots = {tuple(map(int, point)) for point in axes.lines[0].get_xydata()}
     assert dots == {(0, 0), (1, 0), (1, 1), (3, 1)}
+
+
+def test_every_label_has_its_strongest_units_and_no_unit_stands_twice() -> None:
+    """Ten units for each of four labels, though all of the first label's are stronger than any of the others'."""
+    correlation = np.zeros((300, 4))
+    correlation[:100, 0] = np.linspace(0.9, 0.8, 100)
+    for label in (1, 2):
+        correlation[100 * label : 100 * (label + 1), label] = -np.linspace(0.3, 0.2, 100)
+    correlation[[5, 105, *range(290, 298)], 3] = 0.1  # the strongest of the last label, two of them shown already
+    axes = drawn(unit_label_figure, correlation, list("abcd"), [0.5] * 4, "Units", ABOUT).axes[0]
+    shown = [int(tick.get_text()) for tick in axes.get_xticklabels()]
+    assert shown == [*range(10), *range(100, 110), *range(200, 210), *range(290, 298)]
+    assert "the 10 strongest of 300 units for each label" in axes.get_title(loc="left")
+
+
+def test_captions_are_folded_between_words() -> None:
+    grid = np.zeros((8, 8), dtype=int)
+    words = "cycle_colours, z17: swap_colours, cycle_colours, transpose"
+    samples = [GridSample(words, grid, grid), GridSample("fall", grid, grid)]
+    long, short = (axes.get_title() for axes in drawn(grid_samples_figure, samples, "Samples", ABOUT).axes[:2])
+    assert long.replace("\n", " ") == words and short == "fall"
+    assert long.count("\n") == 3 and max(map(len, long.splitlines())) <= 18
 
 
 def test_only_the_strongest_units_are_shown() -> None:
@@ -113,6 +135,7 @@ def figures() -> dict[str, Any]:
     wide = Frame("fitted after task", "tested after task", "accuracy (%)", (0.0, 1.0), 1)
     grid = np.arange(64).reshape(8, 8) % 10
     samples = [GridSample("rotate 90, shift", grid, grid, grid)] * 10
+    worded = [GridSample("cycle_colours, z511: swap_colours, cycle_colours, transpose", grid, grid)] * 17
     correlation = np.random.default_rng(0).uniform(-1, 1, (128, 12))
     names = [f"primitive_{i}" for i in range(12)]
     found = {
@@ -128,6 +151,7 @@ def figures() -> dict[str, Any]:
         "units": (unit_label_figure, correlation, names, [0.2] * 12, "Units and primitives", ABOUT),
         "a unit": (unit_label_figure, correlation[:1, :1], names[:1], [0.2], "Units and primitives", ABOUT),
         "samples": (grid_samples_figure, samples, "Samples", ABOUT),
+        "samples with long captions": (grid_samples_figure, worded, "Samples", ABOUT),
         "one sample": (grid_samples_figure, [GridSample("shift", grid, grid)], "Samples", ABOUT),
     }
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from utils.optim import GroupedOptimizer, ParameterGroup, StepDecay
 from utils.toolkit import pack_tensors, unpack_tensors
 
-KINDS = ["sgd", "adam"]
+KINDS = ["sgd", "adam", "fused_adam"]
 
 
 def two_branches(
@@ -134,6 +134,23 @@ def test_table_names_groups_rates_and_sizes() -> None:
         ["slow", "0.1", "5", "2", "15"],
         ["fast", "0.2", "1", "2", "15"],
     ]
+
+
+def test_fused_adam_is_adam() -> None:
+    """The same steps up to rounding."""
+    ends = []
+    for kind in ("adam", "fused_adam"):
+        weight = nn.Parameter(torch.linspace(-1, 1, 7))
+        optimizer = GroupedOptimizer(
+            kind, [ParameterGroup("w", [weight], lr=0.1)], weight_decay=0.1, epochs=3, min_lr=0.0
+        )
+        for step in range(6):
+            optimizer.zero_grad()
+            (weight.square() * (step + 1)).sum().backward()
+            optimizer.step()
+        ends.append(weight.detach())
+    torch.testing.assert_close(*ends)
+    assert not torch.allclose(ends[0], torch.linspace(-1, 1, 7), atol=0.05)
 
 
 def test_a_tensor_in_two_groups_or_frozen_is_refused() -> None:

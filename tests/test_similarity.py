@@ -119,6 +119,15 @@ def test_the_matrix_holds_every_pair() -> None:
     assert torch.equal(matrix, matrix.T)
 
 
+@pytest.mark.parametrize("widths", [(30, 40, 35), (30, 5, 35)], ids=["all wide", "one narrow"])
+def test_the_matrix_of_few_samples_is_that_of_its_pairs(widths: tuple[int, ...]) -> None:
+    """Fewer samples than dimensions take another way to the same numbers."""
+    shared = normal(12, 3)
+    representations = [torch.cat([shared, normal(12, width - 3)], dim=1) for width in widths]
+    expected = [[linear_cka(x, y) for y in representations] for x in representations]
+    torch.testing.assert_close(cka_matrix(representations), torch.tensor(expected, dtype=torch.float64))
+
+
 def test_what_does_not_vary_has_no_cka() -> None:
     x = normal(10, 3)
     constant = torch.full((10, 5), 0.1)

@@ -1,7 +1,7 @@
 """What the representations of a class-incremental run did while it learned: drift, subspaces, what can be read out.
 
     found = {name: ANALYSES[name](material) for name in ("cka", "probes")}
-    write_findings(run / "analysis", found)
+    write_findings(run / "analysis", found)      # utils/findings.py
 
 `python eval.py --run FOLDER --analyse cka grassmann probes` gathers the material from a run's checkpoints. All that
 is compared are class tokens of the same test images, after each block of the network that each task left behind:
@@ -11,29 +11,19 @@ is compared are class tokens of the same test images, after each block of the ne
     probes      accuracy of a linear probe, on the network it was fitted on and on those after other tasks
 """
 
-import csv
-import io
-import json
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
 from utils.analysis_figures import Frame, HeatMap, branch_angles_figure, heat_maps_figure
-from utils.canvas import DPI, STYLE
-from utils.checkpoint import write_synced
 from utils.data_manager import DataManager
 from utils.errors import UserError
-from utils.metrics import CELL, TABLE_WIDTH
+from utils.findings import Findings, Row, listed, number, value_table
 from utils.probes import chance_score, transfer_scores
 from utils.similarity import FEWEST_SAMPLES, cka_matrix, grassmann_distance, pca_basis, principal_angles, rms_angle
 from utils.toolkit import seeded_generator
@@ -43,7 +33,6 @@ RANDOM_PAIRS = 20  # of subspaces, for the angle to be expected by chance
 IMAGES, HALVES, CHANCE = range(1000, 1003)  # what a random stream is for; beside the seed, used nowhere else
 
 Spaces = Mapping[tuple[int, int], Mapping[str, Tensor]]
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -66,23 +55,6 @@ class Material:
     about: str
 
 
-@dataclass(frozen=True)
-class Findings:
-    """What an analysis found.
-
-    Attributes:
-        numbers: all of it, for the JSON file.
-        tables: file stem -> rows, for CSV files.
-        figures: file stem -> what draws the figure.
-        text: the main numbers, to be read.
-    """
-
-    numbers: Row
-    tables: dict[str, list[Row]]
-    figures: dict[str, Callable[[], Figure]]
-    text: str
-
-
 def chosen_images(data: DataManager, seed: int, per_class: int) -> np.ndarray:
     """Stored positions of at most `per_class` test images of every class of the run, class by class, int64 (n,).
 
@@ -100,25 +72,6 @@ def chosen_images(data: DataManager, seed: int, per_class: int) -> np.ndarray:
     return images
 
 
-def write_findings(folder: Path, found: Mapping[str, Findings]) -> list[Path]:
-    """Write `<name>.json`, tables and figures of every analysis into the folder, replacing older ones; the files."""
-    folder.mkdir(exist_ok=True)
-    paths = []
-    for name, findings in found.items():
-        texts = {f"{name}.json": json.dumps(findings.numbers, allow_nan=False) + "\n"}
-        texts |= {f"{stem}.csv": _csv(rows) for stem, rows in findings.tables.items()}
-        for file, text in texts.items():
-            paths.append(folder / file)
-            temporary = folder / f".{file}.tmp"
-            write_synced(temporary, text.encode())
-            os.replace(temporary, paths[-1])
-        with mpl.rc_context(STYLE):
-            for stem, draw in findings.figures.items():
-                paths.append(folder / f"{stem}.png")
-                draw().savefig(paths[-1], dpi=DPI)
-    return paths
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The analyses
 
@@ -131,7 +84,7 @@ def cka(material: Material) -> Findings:
     frame = Frame("block", "after task", "linear CKA", (lowest, 1.0), 3)
     title = "Linear CKA of class tokens between tasks"
     return Findings(
-        numbers=_facts(material) | {"cka": _listed(values)},
+        numbers=_facts(material) | {"cka": listed(values)},
         tables={"cka": _drift_rows(values)},
         figures={"cka": lambda: heat_maps_figure(_drift_maps(values), frame, title, material.about)},
         text=_drift_text(values, "linear CKA (1: the same geometry)", 3),
@@ -152,7 +105,7 @@ def grassmann(material: Material) -> Findings:
     figures = {"grassmann": lambda: heat_maps_figure(_drift_maps(values), frame, title, about)}
     if rows:
         figures["branches"] = lambda: branch_angles_figure(rows, material.about)
-    pca = {"rank": rank, "rms_degrees": _listed(values), "chance_degrees": chance}
+    pca = {"rank": rank, "rms_degrees": listed(values), "chance_degrees": chance}
     drift = f"angle between the first {rank} principal directions (degrees; two random subspaces: {chance:.1f})"
     return Findings(
         numbers=_facts(material) | {"principal": pca, "branches": rows},
@@ -185,7 +138,7 @@ def probes(material: Material) -> Findings:
     title = "Accuracy of linear probes of class tokens (%)"
     pairs = Frame("fitted after task", "tested after task", "accuracy (%)", (0.0, 100.0), 1)
     panels = [HeatMap(f"block {block}", matrix) for block, matrix in enumerate(values)]
-    facts = {"fitted_on": len(train), "tested_on": len(test), "chance": chance, "accuracy": _listed(values)}
+    facts = {"fitted_on": len(train), "tested_on": len(test), "chance": chance, "accuracy": listed(values)}
     return Findings(
         numbers=_facts(material) | facts,
         tables={"probes": rows},
@@ -249,11 +202,11 @@ def branch_rows(material: Material) -> list[Row]:
                     "adapter": adapter,
                     "fast_dimension": k,
                     "slow_dimension": m,
-                    "between": _number(rms_angle(fast, slow)),
+                    "between": number(rms_angle(fast, slow)),
                     "smallest": math.degrees(float(principal_angles(fast, slow)[0])) if there else None,
                     "distance": grassmann_distance(fast, slow) if there else None,
-                    "fast_moved": _number(rms_angle(before["fast"], fast)) if before else None,
-                    "slow_moved": _number(rms_angle(before["slow"], slow)) if before else None,
+                    "fast_moved": number(rms_angle(before["fast"], fast)) if before else None,
+                    "slow_moved": number(rms_angle(before["slow"], slow)) if before else None,
                     "chance": chances.get((k, m)),
                 }
             )
@@ -261,17 +214,8 @@ def branch_rows(material: Material) -> list[Row]:
 
 
 def task_table(title: str, names: Sequence[str], values: np.ndarray, decimals: int) -> str:
-    """A line for each name and a column for each task of values (names, T), folded where it would be too wide."""
-    tasks, first = values.shape[1], max(CELL, *map(len, names))
-    fitting = (TABLE_WIDTH - first) // CELL
-    lines = [title]
-    for start in range(0, tasks, fitting):
-        columns = range(start, min(start + fitting, tasks))
-        lines.append(f"{'':<{first}}" + "".join(f"{f'task {t}':>{CELL}}" for t in columns))
-        for name, row in zip(names, values, strict=True):
-            cells = ["" if math.isnan(row[t]) else f"{row[t]:.{decimals}f}" for t in columns]
-            lines.append(f"{name:<{first}}" + "".join(f"{cell:>{CELL}}" for cell in cells))
-    return "\n".join(lines)
+    """A line for each name and a column for each task of values (names, T)."""
+    return value_table(title, names, [f"task {t}" for t in range(values.shape[1])], values, decimals)
 
 
 def _subspace_angles(material: Material) -> np.ndarray:
@@ -295,7 +239,7 @@ def _against(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _drift_rows(values: np.ndarray) -> list[Row]:
     first, before = _against(values)
     return [
-        {"task": t, "block": b, "with_first": _number(first[b, t]), "with_before": _number(before[b, t])}
+        {"task": t, "block": b, "with_first": number(first[b, t]), "with_before": number(before[b, t])}
         for t in range(values.shape[1])
         for b in range(len(values))
     ]
@@ -339,20 +283,3 @@ def _facts(material: Material) -> Row:
 
 def _blocks(values: np.ndarray) -> list[str]:
     return [f"block {block}" for block in range(len(values))]
-
-
-def _number(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None
-
-
-def _listed(values: np.ndarray) -> list[Any]:
-    """Nested lists, None for NaN."""
-    return np.where(np.isfinite(values), values.astype(object), None).tolist()
-
-
-def _csv(rows: Sequence[Row]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()

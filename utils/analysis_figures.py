@@ -9,6 +9,7 @@ told apart by colour-blind readers and in print.
 """
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ from utils.canvas import BLUE, GREY, INK, MOST_NUMBERED_TASKS, NARROWEST, VERMIL
 WIDEST = 13.0  # inches that panels side by side may take
 MOST_UNITS = 40  # columns of a unit/label map
 SAMPLES_A_LINE = 8
+CAPTION_WIDTH = 18  # characters a line, over a sample
 GRID_COLOURS = ["#111111", *mpl.color_sequences["petroff10"]]  # of the cells of a grid, by number
 
 
@@ -106,16 +108,17 @@ def branch_angles_figure(rows: Sequence[Mapping[str, Any]], subtitle: str) -> Fi
 def unit_label_figure(
     correlation: np.ndarray, labels: Sequence[str], threshold: Sequence[float], title: str, subtitle: str
 ) -> Figure:
-    """Correlations (units, labels) as a map of labels (rows) and the strongest units (columns), by their best label.
+    """Correlations (units, labels) as a map: rows are labels, columns the strongest units of each label in turn.
 
-    What lies beyond its label's threshold, (labels,), has a dot.
+    Every label has its share of `MOST_UNITS`; a unit that is among the strongest of several stands with the first of
+    them. What lies beyond its label's threshold, (labels,), has a dot.
     """
-    strongest = np.argsort(-np.abs(correlation).max(axis=1), kind="stable")[:MOST_UNITS]
-    best = np.abs(correlation[strongest]).argmax(axis=1)
-    shown = strongest[np.argsort(best, kind="stable")]
+    share = max(1, MOST_UNITS // len(labels))
+    strongest = np.argsort(-np.abs(correlation), axis=0, kind="stable")[:share]  # (share, labels)
+    shown = list(dict.fromkeys(strongest.T.ravel().tolist()))
     values = correlation[shown].T  # (labels, units)
     frame = Frame("label", "unit", "correlation", (-1.0, 1.0), 2, "RdBu_r", list(labels), [str(unit) for unit in shown])
-    name = f"the {len(shown)} strongest of {len(correlation)} units; a dot: beyond chance"
+    name = f"the {strongest.shape[0]} strongest of {len(correlation)} units for each label; a dot: beyond chance"
     cell = 0.26
     width = max(NARROWEST, cell * len(shown) + 1.8 + 0.07 * max(map(len, labels)))
     figure = titled_figure(width, 1.75 + cell * len(labels), title, subtitle)
@@ -148,7 +151,8 @@ def grid_samples_figure(samples: Sequence[GridSample], title: str, subtitle: str
     names = ["input", "target", *(["prediction"] if predicted else [])]
     columns = min(len(samples), SAMPLES_A_LINE)
     lines = math.ceil(len(samples) / columns)
-    height = 0.75 + lines * (0.35 + 1.05 * len(names))
+    captions = [textwrap.wrap(sample.caption, CAPTION_WIDTH) for sample in samples]
+    height = 0.75 + lines * (0.25 + 0.12 * max(map(len, captions)) + 1.05 * len(names))
     figure = titled_figure(max(NARROWEST, 0.9 + 1.15 * columns), height, title, subtitle)
     grid = figure.subplots(lines * len(names), columns, squeeze=False)
     for axes in grid.flat:
@@ -161,7 +165,7 @@ def grid_samples_figure(samples: Sequence[GridSample], title: str, subtitle: str
             if picture is not None:
                 _draw_grid(axes, picture, sample.target if name == "prediction" else picture)
             if row == 0:
-                axes.set_title(sample.caption, fontsize=7.5, pad=3)
+                axes.set_title("\n".join(captions[index]), fontsize=7.5, pad=3)
             if column == 0:
                 axes.text(-0.1, 0.5, name, transform=axes.transAxes, ha="right", va="center", fontsize=8.5)
     return figure

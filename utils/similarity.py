@@ -79,11 +79,12 @@ def linear_cka(x: Tensor, y: Tensor) -> float:
 def cka_matrix(representations: Sequence[Tensor]) -> Tensor:
     """`linear_cka` of every pair of m representations (n, d_i) of the same samples, (m, m) float64, symmetric."""
     centred = [_centred_pair(x, representations[0])[0] for x in representations]
-    own = [_hsic(x, x) for x in centred]
+    products, squares = _cross_products(centred), [x.square().sum(dim=1) for x in centred]
+    own = [_debiased(products[i, i], square, square) for i, square in enumerate(squares)]
     matrix = torch.empty(len(own), len(own), dtype=torch.float64)
-    for i, x in enumerate(centred):
-        for j, y in enumerate(centred[: i + 1]):
-            matrix[i, j] = matrix[j, i] = _alignment(own[i] if i == j else _hsic(x, y), own[i], own[j])
+    for i, x in enumerate(squares):
+        for j, y in enumerate(squares[: i + 1]):
+            matrix[i, j] = matrix[j, i] = _alignment(_debiased(products[i, j], x, y), own[i], own[j])
     return matrix
 
 
@@ -166,9 +167,26 @@ def _centred(x: Tensor) -> Tensor:
 
 def _hsic(x: Tensor, y: Tensor) -> float:
     """`unbiased_hsic` of centred rows."""
-    n, of_x, of_y = len(x), x.square().sum(dim=1), y.square().sum(dim=1)  # k and l of the formula
-    trace = (x.T @ y).square().sum() - n / (n - 2) * (of_x @ of_y)
+    return _debiased((x.T @ y).square().sum(), x.square().sum(dim=1), y.square().sum(dim=1))
+
+
+def _debiased(product: Tensor, of_x: Tensor, of_y: Tensor) -> float:
+    """`unbiased_hsic` from ||X^T Y||_F^2 and the squared lengths (n,) of both sides' rows, k and l of its formula."""
+    n = len(of_x)
+    trace = product - n / (n - 2) * (of_x @ of_y)
     return float(trace + of_x.sum() * of_y.sum() / ((n - 1) * (n - 2))) / (n * (n - 3))
+
+
+def _cross_products(centred: Sequence[Tensor]) -> Tensor:
+    """||X_i^T X_j||_F^2 of every pair, (m, m); where rows are fewer than columns, as tr(X_i X_i^T X_j X_j^T)."""
+    if len(centred[0]) < min(x.shape[1] for x in centred):
+        kernels = torch.stack([(x @ x.T).flatten() for x in centred])
+        return kernels @ kernels.T
+    products = torch.empty(len(centred), len(centred), dtype=torch.float64)
+    for i, x in enumerate(centred):
+        for j, y in enumerate(centred[: i + 1]):
+            products[i, j] = products[j, i] = (x.T @ y).square().sum()
+    return products
 
 
 def _alignment(xy: float, xx: float, yy: float) -> float:
