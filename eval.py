@@ -5,6 +5,7 @@ python eval.py --run FOLDER --recorded               tables and figures of what 
 python eval.py --run FOLDER FOLDER ...               several seeds: mean ± std of those that are finished
 python eval.py --checkpoint FOLDER/checkpoints/task_04   the model as that task left it
 python eval.py --run FOLDER --analyse cka grassmann probes   what its representations did, task after task
+python eval.py --run FOLDER --analyse cka grassmann probes units samples   the same of a run on grids, at its end
 
 FOLDER is a run's, such as logs/sema/mnist_5k/0/2/quickstart_1993_vit_small_patch14_reg4_dinov2.
 """
@@ -20,10 +21,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
     from torch import Tensor
 
     from trainer import Learner, Parts
     from utils.analysis import Material
+    from utils.config import RunConfig
+    from utils.findings import Findings
+    from utils.grid_analysis import GridMaterial
 
 IMAGES_PER_CLASS = 20  # that an analysis looks at unless told
 
@@ -49,7 +55,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--analyse",
         nargs="+",
         metavar="NAME",
-        help="with --run: rebuild the network after every task; cka, grassmann, probes go to FOLDER/analysis",
+        help="with --run: rebuild the network after every task; cka, grassmann, probes go to FOLDER/analysis; of a run "
+        "on grids also units, samples",
     )
     parser.add_argument(
         "--images-per-class",
@@ -89,7 +96,7 @@ def main(arguments: list[str] | None = None) -> int:
 def show(options: argparse.Namespace) -> None:
     """What the command line asks for."""
     if options.analyse:
-        analyse_run(options.run[0], options.analyse, options.images_per_class or IMAGES_PER_CLASS)
+        analyse_run(options.run[0], options.analyse, options.images_per_class)
     elif options.run and len(options.run) > 1:
         show_seeds(options.run)
     elif options.run:
@@ -135,21 +142,34 @@ def show_seeds(folders: list[Path]) -> None:
     print(seeds_table([read_result(folder) for folder in finished]))
 
 
-def analyse_run(folder: Path, names: list[str], images_per_class: int) -> None:
-    """Run the named analyses on the networks that a finished run's tasks left, print and write what they find."""
-    from utils.analysis import ANALYSES, write_findings
+def analyse_run(folder: Path, names: list[str], images_per_class: int | None) -> None:
+    """Run the named analyses on the networks that a finished run left, print and write what they find."""
+    from trainer import read_config
     from utils.errors import UserError
+    from utils.findings import ANALYSIS, write_findings
 
-    unknown = [name for name in names if name not in ANALYSES]
+    analyses, gather = analyses_of(read_config(folder))
+    unknown = [name for name in names if name not in analyses]
     if unknown:
-        raise UserError(f"--analyse {' '.join(unknown)}: no such analysis; allowed: {', '.join(ANALYSES)}")
-    material = gather(folder, task_checkpoints(folder), images_per_class)
-    found = {name: ANALYSES[name](material) for name in dict.fromkeys(names)}
+        raise UserError(f"--analyse {' '.join(unknown)}: no such analysis of this run; allowed: {', '.join(analyses)}")
+    checkpoints = task_checkpoints(folder)
+    material = gather(folder, checkpoints, images_per_class)
+    found = {name: analyses[name](material) for name in dict.fromkeys(names)}
     for findings in found.values():
         print(f"\n{findings.text}")
     print()
-    for path in write_findings(folder / "analysis", found):
+    for path in write_findings(folder / ANALYSIS, found):
         print(f"wrote {path}")
+
+
+def analyses_of(config: RunConfig) -> tuple[Mapping[str, Callable[[Any], Findings]], Callable[..., Any]]:
+    """The analyses of a run by name, and what gathers their material from its folder and checkpoints."""
+    from utils import analysis, grid_analysis
+    from utils.config import ClassIncrementalConfig
+
+    if isinstance(config, ClassIncrementalConfig):
+        return analysis.ANALYSES, class_incremental_material
+    return grid_analysis.ANALYSES, material_of_grids
 
 
 def task_checkpoints(folder: Path) -> list[Path]:
@@ -160,8 +180,9 @@ def task_checkpoints(folder: Path) -> list[Path]:
     """
     from trainer import CHECKPOINTS, read_config
     from utils.checkpoint import checkpoint_name
+    from utils.config import ClassIncrementalConfig
     from utils.errors import UserError
-    from utils.run_log import read_accuracy_csv
+    from utils.run_log import read_metrics
 
     config = read_config(folder)
     if not (folder / "result.json").is_file():
@@ -169,12 +190,17 @@ def task_checkpoints(folder: Path) -> list[Path]:
             f"{folder} is unfinished and cannot be analysed yet: go on with python main.py --resume "
             f"{shlex.quote(str(folder))}"
         )
-    paths = [folder / CHECKPOINTS / checkpoint_name(task) for task in range(len(read_accuracy_csv(folder)))]
+    tasks = [event["task"] for event in read_metrics(folder) if event["event"] == "task"]
+    if not tasks:
+        raise UserError(f"{folder} has no task in its metrics.jsonl: the file is damaged, run the experiment again")
+    paths = [folder / CHECKPOINTS / checkpoint_name(task) for task in tasks]
     missing = [path.name for path in paths if not path.is_dir()]
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        kept = "all are needed" if config.checkpoints == "all" else 'its config says checkpoints = "last"'
-        again = f"python main.py --config {shlex.quote(str(folder / 'config.json'))} --set checkpoints=all"
+        kept, again = "all are needed", f"python main.py --config {shlex.quote(str(folder / 'config.json'))}"
+        if isinstance(config, ClassIncrementalConfig):
+            kept = kept if config.checkpoints == "all" else 'its config says checkpoints = "last"'
+            again += " --set checkpoints=all"
         raise UserError(
             f"{folder} has no checkpoint of {', '.join(missing[:3])}{more} ({kept}): an analysis rebuilds the network "
             f"after every task; run it again with {again}"
@@ -182,7 +208,24 @@ def task_checkpoints(folder: Path) -> list[Path]:
     return paths
 
 
-def gather(folder: Path, checkpoints: list[Path], images_per_class: int) -> Material:
+def material_of_grids(folder: Path, checkpoints: list[Path], images_per_class: int | None) -> GridMaterial:
+    """What there is to analyse of the network in the last checkpoint of a run on grids.
+
+    Raises:
+        UserError: the checkpoint is damaged or foreign, or images are to be chosen where there are none.
+    """
+    from trainer import assemble, read_config
+    from utils.checkpoint import load_checkpoint
+    from utils.errors import UserError
+
+    if images_per_class is not None:
+        raise UserError("--images-per-class: a run on grids has no images, its analyses draw new grids; leave it out")
+    config = read_config(folder)
+    parts = assemble(config, config.seed[0])
+    return rebuilt(checkpoints[-1], load_checkpoint(checkpoints[-1]), parts).material()
+
+
+def class_incremental_material(folder: Path, checkpoints: list[Path], images_per_class: int | None) -> Material:
     """Class tokens of the same test images, and what branches write to, of the network in every checkpoint.
 
     Raises:
@@ -198,7 +241,7 @@ def gather(folder: Path, checkpoints: list[Path], images_per_class: int) -> Mate
 
     config = read_config(folder)
     parts = assemble(config, config.seed[0])
-    images = chosen_images(parts.data, parts.seed, images_per_class)
+    images = chosen_images(parts.data, parts.seed, images_per_class or IMAGES_PER_CLASS)
     batches = [images[i : i + config.eval_batch_size] for i in range(0, len(images), config.eval_batch_size)]
     tokens, spaces = [], []
     with tqdm(total=len(checkpoints) * len(batches), desc="Class tokens", unit="batch", leave=False) as bar:
@@ -229,22 +272,15 @@ def rebuilt(checkpoint: Path, saved: tuple[dict[str, Tensor], dict[str, Any]], p
 
 
 def report_checkpoint(checkpoint: Path) -> None:
-    """Rebuild the model a checkpoint holds, strictly, and print its accuracy on every task it has seen."""
-    from trainer import Evaluator, assemble, read_config
+    """Rebuild the model a checkpoint holds, strictly, test it, and print how it did."""
+    from trainer import assemble, read_config
     from utils.checkpoint import load_checkpoint
 
     saved = load_checkpoint(checkpoint)
     config = read_config(checkpoint.parent.parent)
     parts = assemble(config, config.seed[0])
     learner = rebuilt(checkpoint, saved, parts)
-    correct, total = Evaluator(learner, parts.data)(learner.task)
-
-    print(f"{checkpoint}: accuracy (%) on the test images of each task seen, class-incremental")
-    for task, (right, images) in enumerate(zip(correct, total, strict=True)):
-        classes = parts.data.task_classes(task)
-        share = f"{100 * right / images:6.2f}  ({right} of {images})"
-        print(f"task {task:>3}  classes {classes.start:>3}-{classes.stop - 1:<3}  {share}")
-    print(f"total {'':>19}{100 * sum(correct) / sum(total):6.2f}  ({sum(correct)} of {sum(total)})")
+    print(f"{checkpoint}: {learner.Scores.describe(learner.Scores.measure(learner), parts)}")
 
 
 if __name__ == "__main__":

@@ -94,7 +94,7 @@ def main(arguments: list[str] | None = None) -> int:
     from models import SCHEMAS
     from models.base import Interrupted
     from trainer import joined_world, read_config, resume, train
-    from utils.config import load_config
+    from utils.config_files import load_config
     from utils.errors import UserError
     from utils.run_log import attach_console
     from utils.toolkit import keep_freed_memory

@@ -2,9 +2,10 @@
 
     results = train(config)                       # one run a seed; result.json contents
     results = resume(Path("logs/sema/..."))       # goes on from the last checkpoint of a run folder
-    parts = assemble(config, seed=1993)           # data, backbone and device of a run, nothing written
+    parts = assemble(config, seed=1993)           # what a run is made from, nothing written
 
-Test images are read once a task, after its training. What a run leaves behind is described in `utils/run_log.py`.
+What kinds of experiments differ in is in `models/experiment.py`; class-incremental learning is one of them. What a run
+leaves behind is described in `utils/run_log.py`.
 """
 
 import json
@@ -16,7 +17,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -29,49 +30,21 @@ import torchvision
 
 from models import LEARNERS, SCHEMAS
 from models.base import Interrupted, Learner
-from utils.cache import IMAGES
+from models.experiment import Parts
 from utils.checkpoint import checkpoint_name, latest_checkpoint, load_checkpoint, save_checkpoint
-from utils.config import RunConfig, config_from_dict
-from utils.data import load_dataset
-from utils.data_manager import DataManager
+from utils.config import RunConfig
+from utils.config_files import config_from_dict
 from utils.distributed import World, backend_for, local_device, process_group, world_from_environment
 from utils.errors import UserError
-from utils.factory import Backbone, create_backbone
-from utils.metrics import AccuracyMatrix, accuracy_table, seeds_table, summary_table
+from utils.metrics import seeds_table
 from utils.plots import draw_figures
 from utils.run_log import RunLog, SilentLog, folder_of
-from utils.tensor_cache import TensorCache
 from utils.toolkit import out_of_memory_advice, peak_memory_mb, resolve_device, resolve_precision
-from utils.views import ViewSpec
 
 logger = logging.getLogger("nested_lora")
 
 CHECKPOINTS = "checkpoints"
 ALONE = World()
-
-
-@dataclass(frozen=True)
-class Parts:
-    """What a configuration and a seed determine before anything is trained or written."""
-
-    config: RunConfig
-    seed: int
-    data: DataManager
-    backbone: Backbone
-    device: torch.device
-    warnings: list[str]
-    cache: TensorCache
-    world: World
-
-    def identity(self) -> dict[str, Any]:
-        """What a checkpoint must share with a run to belong to it."""
-        return {
-            "model_name": self.config.model_name,
-            "seed": self.seed,
-            "weights_sha256": self.backbone.sha256,
-            "data_sha256": self.data.dataset.sha256,
-            "class_order": list(self.data.class_order),
-        }
 
 
 def train(
@@ -165,7 +138,7 @@ def check_identity(checkpoint: Path, state: dict[str, Any], parts: Parts) -> Non
 
 
 def assemble(config: RunConfig, seed: int, world: World = ALONE) -> Parts:
-    """Data, backbone and device of a run; seeds the global generator that initialises adapters.
+    """Everything a run is made from; seeds the global generator that initialises modules.
 
     Raises:
         UserError: data or weights cannot be had, or the device is absent.
@@ -174,36 +147,12 @@ def assemble(config: RunConfig, seed: int, world: World = ALONE) -> Parts:
     device = local_device(device, world)
     precision, precision_warning = resolve_precision(config.precision, device)
     config = config.model_copy(update={"precision": precision})
-    cache = TensorCache(config.cache_root, config.cache_gb)
-    decoded = Path(config.cache_root) / IMAGES if cache.enabled else None
-    dataset = load_dataset(config.dataset, config.data_root, decode_to=decoded, decode_gb=config.cache_gb)
-    backbone = create_backbone(
-        config.backbone_type,
-        weights=config.weights,
-        weights_root=Path(config.weights_root),
-        image_size=config.image_size,
-    )
-    norm = (backbone.mean, backbone.std) if config.input_normalization == "weights" else (None, None)
-    size = backbone.image_size
-    data = DataManager(
-        dataset,
-        seed=seed,
-        shuffle=config.shuffle,
-        init_cls=config.init_cls,
-        increment=config.increment,
-        max_tasks=config.max_tasks,
-        max_train_per_class=config.max_train_per_class,
-        max_test_per_class=config.max_test_per_class,
-        train_view=ViewSpec(size, config.augmentation, *norm),
-        test_view=ViewSpec(size, "none", *norm),
-        num_workers=default_workers(device) if config.num_workers is None else config.num_workers,
-        rank=world.rank,
-        world_size=world.size,
-    )
+    warnings = [warning for warning in (device_warning, precision_warning) if warning]
+    kind = LEARNERS[config.model_name].Parts
+    parts = kind.prepare(config, seed=seed, device=device, world=world, warnings=warnings)
     torch.manual_seed(seed)
     torch.backends.cudnn.benchmark = False
-    warnings = [warning for warning in (device_warning, precision_warning) if warning]
-    return Parts(config, seed, data, backbone, device, warnings, cache, world)
+    return parts
 
 
 @contextmanager
@@ -224,11 +173,10 @@ class Run:
     """One seed from its first task to its result."""
 
     def __init__(self, parts: Parts, log: RunLog) -> None:
-        self.parts, self.config, self.data, self.log = parts, parts.config, parts.data, log
+        self.parts, self.config, self.log = parts, parts.config, log
         self.stop = StopRequest()
-        self.learner = make_learner(parts, log, lambda: self.stop.requested)
-        self.evaluate = Evaluator(self.learner, self.data)
-        self.matrix = AccuracyMatrix()
+        self.learner = make_learner(parts, log, lambda: self.stop.requested, self.save_progress)
+        self.scores = self.learner.Scores()
         self.seconds_before = 0.0  # of earlier processes, and of finished tasks of this one
         self.started = time.perf_counter()
 
@@ -239,12 +187,10 @@ class Run:
         logger.info(f"Run folder: {self.log.folder}")
         for warning in parts.warnings:
             logger.warning(warning)
-        logger.info(
-            f"Backbone {parts.backbone.tag}, {parts.backbone.image_size} px, on {parts.device}; seed {parts.seed}"
-        )
+        logger.info(f"{parts.introduction()}, on {parts.device}; seed {parts.seed}")
         with self.stop:
             try:
-                for task in range(len(self.matrix), self.data.nb_tasks):
+                for task in range(len(self.scores), parts.nb_tasks):
                     self.run_task(task)
             except Interrupted:
                 self.save_interrupted()
@@ -254,68 +200,56 @@ class Run:
     def run_task(self, task: int) -> None:
         """Train, evaluate, record, save."""
         if self.learner.task != task:
-            classes = self.data.task_classes(task)
-            logger.info(f"Learning on {classes.start}-{classes.stop} (task {task} of {self.data.nb_tasks})")
+            logger.info(self.parts.opening(task))
             self.learner.begin_task(task)
         with out_of_memory_advice(self.config.batch_size, self.config.grad_accumulation, self.config.eval_batch_size):
             self.learner.train_task()
-            self.matrix.add(*self.evaluate(task))
+            self.scores.add(self.scores.measure(self.learner))
         self.parts.world.check_same(f"the model after task {task}", self.learner.fingerprint())
         self.record_task(task)
         self.save(checkpoint_name(task))
-        if not self.parts.world.is_main:
-            return
         superseded = [f"{checkpoint_name(task)}_step_*"]
-        if self.config.checkpoints == "last":
+        if not self.parts.keeps_every_task:
             superseded += [checkpoint_name(earlier) for earlier in range(task)]
         for pattern in superseded:
-            for folder in (self.log.folder / CHECKPOINTS).glob(pattern):
-                shutil.rmtree(folder)
+            self.remove_checkpoints(pattern)
 
     def record_task(self, task: int) -> None:
         """What the log and the metrics say of a finished task."""
-        summary, matrix = self.learner.summary(), self.matrix
+        summary = self.learner.summary()
         self.log.metric(
             "task",
             task=task,
-            accuracy=matrix.rows[-1],
-            total=matrix.curve[-1],
+            **self.scores.event(),
             **summary,
             seconds=self.seconds,
             peak_memory_mb=peak_memory_mb(self.parts.device),
         )
-        self.log.accuracy_csv(matrix.rows)
-        logger.info(f"CNN top1 curve: {[round(value, 2) for value in matrix.curve]}")
-        logger.info(f"Average Accuracy (CNN): {matrix.average:.2f}")
-        per_task = ", ".join(f"{value:.2f}" for value in matrix.rows[-1])
-        forgetting = "" if matrix.forgetting is None else f", forgetting {matrix.forgetting:.2f}"
-        logger.info(f"Task {task}: accuracy per task [{per_task}], total {matrix.curve[-1]:.2f}{forgetting}")
-        logger.info(f"Task {task}: adapters per block {_compact(summary['adapters'])}, {self.seconds:.0f} s so far")
+        self.scores.record(self.log)
+        for line in self.scores.lines(summary):
+            logger.info(line)
+        logger.info(f"Task {task}: {self.seconds:.0f} s so far")
 
     def finish(self) -> dict[str, Any]:
-        """result.json, figures and the closing table."""
-        summary = self.learner.summary()
-        adapters = summary["adapters"]
-        expansions = sum(adapters.values()) - len(adapters)
+        """result.json, figures and the closing tables."""
+        summary, weights = self.learner.summary(), self.parts.weights()
+        cost = {"seconds": self.seconds, "peak_memory_mb": peak_memory_mb(self.parts.device)}
         result = {
             "seed": self.parts.seed,
-            "metrics": self.matrix.summary() | {"expansions": expansions},
-            "accuracy": self.matrix.rows,
-            "curve": self.matrix.curve,
-            "adapters": adapters,
+            **self.scores.result(summary),
             "parameters": summary["parameters"],
-            "weights": {"tag": self.parts.backbone.tag, "note": self.parts.backbone.note},
-            "cost": {"seconds": self.seconds, "peak_memory_mb": peak_memory_mb(self.parts.device)},
+            "weights": weights,
+            "cost": cost | self.scores.cost(),
         }
         self.learner.close_run()
         if not self.parts.world.is_main:
             return result
         self.log.result(result)
         draw_figures(self.log.folder)
-        logger.info("\n" + accuracy_table(self.matrix))
-        logger.info("\n" + summary_table(self.matrix, expansions, summary["parameters"]))
-        if self.parts.backbone.note:
-            logger.info(f"Weights {self.parts.backbone.tag}: {self.parts.backbone.note}")
+        for table in self.scores.tables(summary):
+            logger.info("\n" + table)
+        if weights["note"]:
+            logger.info(f"Weights {weights['tag']}: {weights['note']}")
         logger.info(f"{self.seconds:.0f} s on {self.parts.device}; everything is in {self.log.folder}")
         return result
 
@@ -335,58 +269,47 @@ class Run:
         state = {
             "run": self.parts.identity(),
             "learner": learner,
-            "accuracy": self.matrix.to_json(),
+            "accuracy": self.scores.to_json(),
             "metrics_bytes": self.log.metrics_bytes,
             "seconds": self.seconds,
         }
         save_checkpoint(folder, tensors, state)
         return folder
 
+    def save_progress(self) -> Path:
+        """Save inside a task, in place of what was saved in it before."""
+        task = self.learner.task
+        saved = self.save(checkpoint_name(task, self.learner.progress.steps))
+        self.remove_checkpoints(f"{checkpoint_name(task)}_step_*", but=saved)
+        return saved
+
     def save_interrupted(self) -> None:
         """Save between two steps and say how to go on."""
-        saved = self.save(checkpoint_name(self.learner.task, self.learner.progress.steps))
+        saved = self.save_progress()
         logger.warning(f"Stopped and saved {saved}. Continue with: python main.py --resume {self.log.folder}")
 
     def load_state(self, state: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
         """Become the run that a checkpoint was taken of."""
         self.learner.load_state(state["learner"], tensors)
-        self.matrix = AccuracyMatrix.from_json(state["accuracy"])
+        self.scores.load_json(state["accuracy"])
         self.seconds_before = state["seconds"]
 
+    def remove_checkpoints(self, pattern: str, but: Path | None = None) -> None:
+        """Remove the checkpoints whose names match, apart from one."""
+        if self.parts.world.is_main:
+            for folder in (self.log.folder / CHECKPOINTS).glob(pattern):
+                if folder != but:
+                    shutil.rmtree(folder)
 
-def make_learner(parts: Parts, log: RunLog | None, stop_requested: Callable[[], bool] = lambda: False) -> Learner:
+
+def make_learner(
+    parts: Parts,
+    log: RunLog | None,
+    stop_requested: Callable[[], bool] = lambda: False,
+    save: Callable[[], object] = lambda: None,
+) -> Learner:
     """The method that the configuration names, on the parts."""
-    learner = LEARNERS[parts.config.model_name]
-    return learner(
-        parts.config,
-        parts.backbone,
-        parts.data,
-        seed=parts.seed,
-        device=parts.device,
-        log=log,
-        cache=parts.cache,
-        world=parts.world,
-        stop_requested=stop_requested,
-    )
-
-
-class Evaluator:
-    """Test accuracy of a learner on every task seen: class-incremental, no task label given."""
-
-    def __init__(self, learner: Learner, data: DataManager) -> None:
-        self.learner, self.data = learner, data
-
-    @torch.no_grad()
-    def __call__(self, task: int) -> tuple[list[int], list[int]]:
-        """Images classified right and images in all, for every task up to `task`."""
-        correct, total = [], []
-        for k in range(task + 1):
-            targets = self.data.targets(self.data.indices(self.data.task_classes(k), "test"), "test")
-            features = self.learner.features_of(k, "test").to(self.learner.device)
-            predictions = self.learner.classify(features).argmax(dim=1).cpu()
-            correct.append(int((predictions == targets).sum()))
-            total.append(len(targets))
-        return correct, total
+    return LEARNERS[parts.config.model_name](parts, log=log, stop_requested=stop_requested, save=save)
 
 
 class StopRequest:
@@ -421,8 +344,8 @@ class StopRequest:
 
 
 def manifest(parts: Parts) -> dict[str, Any]:
-    """What the run was made with: versions, commit, weights, data, class order, device."""
-    backbone, device = parts.backbone, parts.device
+    """What the run was made with: versions, commit, device, and what its kind of experiment names."""
+    device = parts.device
     return {
         "versions": {
             "python": platform.python_version(),
@@ -434,10 +357,7 @@ def manifest(parts: Parts) -> dict[str, Any]:
         },
         "commit": commit(),
         "seed": parts.seed,
-        "weights": {"tag": backbone.tag, "sha256": backbone.sha256, "note": backbone.note},
-        "image_size": backbone.image_size,
-        "data": {"name": parts.config.dataset, "sha256": parts.data.dataset.sha256},
-        "class_order": list(parts.data.class_order),
+        **parts.manifest(),
         "device": torch.cuda.get_device_name(device)
         if device.type == "cuda"
         else f"{device.type} ({platform.machine()})",
@@ -459,17 +379,6 @@ def commit() -> str | None:
         return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.CalledProcessError):
         return None
-
-
-def default_workers(device: torch.device) -> int:
-    """Data workers where the config leaves it open: none beside a computing CPU, else up to 8."""
-    return 0 if device.type == "cpu" else min(8, torch.multiprocessing.cpu_count())
-
-
-def _compact(adapters: dict[int, int]) -> str:
-    """{0: 1, ..., 9: 2} as "1 x 9, block 9: 2": the blocks that grew stand out."""
-    single = sum(count == 1 for count in adapters.values())
-    return ", ".join([f"1 in {single} blocks", *(f"{n} in block {b}" for b, n in adapters.items() if n > 1)])
 
 
 def _short(value: Any) -> str:

@@ -7,6 +7,7 @@ from models.linear_probe import LinearProbe
 from models.ranpac import RanPAC
 from models.sdlora import SDLoRA
 from models.sema import SEMA
+from models.shared_subspace import SharedSubspace
 from models.simplecil import SimpleCIL
 
 LEARNERS: dict[str, type[Learner]] = {
@@ -17,5 +18,6 @@ LEARNERS: dict[str, type[Learner]] = {
     "linear_probe": LinearProbe,
     "joint": Joint,
     "sdlora": SDLoRA,
+    "shared_subspace": SharedSubspace,
 }
 SCHEMAS = {name: learner.Config for name, learner in LEARNERS.items()}

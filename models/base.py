@@ -1,8 +1,7 @@
 """What a learner is, and the only epoch loop of the repository.
 
-    learner.begin_task(task)      # new classes: the classifier gains rows
+    learner.begin_task(task)
     learner.train_task()          # the method's own story, made of stages; a stage may run a phase of training
-    logits = learner.classify(learner.features(images))
 
 A phase (`Phase`) names its epochs, batches, loss and optimizer; `Learner.run_phase` runs it, logs an epoch line, and
 stops cleanly between two steps when asked to. Everything that a resumed run needs is in `Learner.state`.
@@ -18,14 +17,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from models.experiment import Parts, Scores
 from utils.config import RunConfig
-from utils.data_manager import DataManager
-from utils.distributed import World
 from utils.errors import UserError
-from utils.factory import Backbone
 from utils.optim import GroupedOptimizer
 from utils.run_log import RunLog
-from utils.tensor_cache import TensorCache
 from utils.toolkit import autocast, pack_tensors, sha256_of, unpack_tensors
 
 logger = logging.getLogger("nested_lora")
@@ -67,6 +63,8 @@ class Phase:
         replicated: every rank sees whole batches, so that gradients are equal already and not summed over ranks.
         classifies: whether results say how many samples were classified right.
         block: the block that grew, when the phase is about one.
+        announced: whether its start is logged with its rates.
+        save_every: epochs after which the run is saved inside the phase; 0: only when it is interrupted.
         before_step: called with the number of the coming step (from 1), gradients in place.
         after_step: called with the number of the step just taken and what moved in it.
         after_epoch: called with an epoch's mean loss and its steps, before the epoch is logged.
@@ -82,6 +80,8 @@ class Phase:
     replicated: bool = False
     classifies: bool = True
     block: int | None = None
+    announced: bool = True
+    save_every: int = 0
     before_step: Callable[[int], None] | None = None
     after_step: Callable[[int, dict[str, bool]], None] | None = None
     after_epoch: Callable[[float, int], EpochNote] = lambda loss, steps: EpochNote()
@@ -109,66 +109,46 @@ class Progress:
 
 
 class Learner(ABC):
-    """A class-incremental learning method on a frozen backbone.
+    """A learning method: its modules and the stages its tasks go through.
 
-    Subclasses add only what is particular to them: which modules there are and which stages a task goes through.
+    Subclasses add only what is particular to them. The parts of a kind of experiment are in `models/experiment.py`.
 
     Args:
-        config: the run's validated configuration, of the subclass's own `Config`.
-        backbone: frozen timm ViT with its provenance.
-        data: the task sequence.
-        seed: seeds data order and initialisation.
-        device: where to compute.
+        parts: what the run is made from: its validated configuration, of the subclass's own `Config`, and more.
         log: the run's record.
-        cache: where what is computed once may be kept.
-        world: this process among those that train together.
         stop_requested: asked between two steps; True on any rank makes `train_task` raise `Interrupted` on all.
+        save: writes a checkpoint, where a phase asks for one before its end.
     """
 
     Config: ClassVar[type[RunConfig]]
+    Parts: ClassVar[type[Parts]]
+    Scores: ClassVar[type[Scores]]
+    modules: nn.ModuleDict  # the subclass makes them
 
     def __init__(
         self,
-        config: RunConfig,
-        backbone: Backbone,
-        data: DataManager,
+        parts: Parts,
         *,
-        seed: int,
-        device: torch.device,
         log: RunLog,
-        cache: TensorCache,
-        world: World,
         stop_requested: Callable[[], bool] = lambda: False,
+        save: Callable[[], object] = lambda: None,
     ) -> None:
-        self.config, self.data, self.seed, self.device, self.log = config, data, seed, device, log
-        self.cache, self.world, self._stop_requested = cache, world, stop_requested
+        self.config, self.seed, self.device, self.world = parts.config, parts.seed, parts.device, parts.world
+        self.log, self._stop_requested, self._save = log, stop_requested, save
         self.task = -1
         self.progress = Progress()
         self._open_phase: dict[str, Any] | None = None  # position and optimizer of a phase that was interrupted
-        self.modules = self.build(backbone).to(device)
 
     # --- what a method adds -----------------------------------------------------------------------------------------
 
     @abstractmethod
-    def build(self, backbone: Backbone) -> nn.ModuleDict:
-        """The method's modules; their state (the frozen backbone's apart) is the checkpoint."""
-
-    @abstractmethod
     def open_task(self) -> None:
-        """`self.task` has begun: make room for its classes."""
+        """`self.task` has begun: make room for what it brings."""
 
     @property
     @abstractmethod
     def stages(self) -> dict[str, Callable[[], str]]:
         """The stages of a task by name, each returning the next one's; begins at "start", ends with "done"."""
-
-    @abstractmethod
-    def features(self, images: Tensor) -> Tensor:
-        """What the classifier reads, (B, 3, S, S) -> (B, d), float32."""
-
-    @abstractmethod
-    def classify(self, features: Tensor) -> Tensor:
-        """Logits over all classes seen, (B, d) -> (B, C)."""
 
     @abstractmethod
     def structure(self) -> dict[str, Any]:
@@ -184,23 +164,9 @@ class Learner(ABC):
 
     @abstractmethod
     def summary(self) -> dict[str, Any]:
-        """What the task record says of the model: "adapters" {block: number} and "parameters" {part: number}."""
+        """What the task record says of the model: "parameters" {part: number}, and what its experiment needs."""
 
     # --- what a method may do otherwise -----------------------------------------------------------------------------
-
-    def features_of(self, task: int, source: str) -> Tensor:
-        """`features` of a task's "train" or "test" images in the test view, in stored order, (n, d), on every rank."""
-        classes, size = self.data.task_classes(task), self.config.eval_batch_size
-        batches = self.data.batches(classes, source=source, mode="test", batch_size=size)
-        left, parts = self.data.count(classes, source), []
-        for images, _ in tqdm(batches, desc=f"Features of {source} images of task {task}", unit="batch", leave=False):
-            if self.stopping():
-                raise Interrupted
-            with torch.no_grad():
-                features = self.features(images.to(self.device))
-            parts.append(self.world.gather_rows(features, min(size, left)))
-            left -= size
-        return torch.cat(parts)
 
     def costs(self, build: Callable[[Mapping[str, Any]], "Learner"]) -> Any:
         """What there is to measure about the method (`utils/benchmark.py`): see `models/sema_costs.py`.
@@ -209,18 +175,6 @@ class Learner(ABC):
             UserError: the method names nothing.
         """
         raise UserError(f"model_name = {self.config.model_name!r}: this method names no costs to measure")
-
-    def class_tokens(self, images: Tensor) -> Tensor:
-        """Class token after each of the L transformer blocks, (B, 3, S, S) -> (L, B, d), float32: what is analysed.
-
-        Raises:
-            UserError: the method has no such blocks.
-        """
-        raise UserError(f"model_name = {self.config.model_name!r}: this method has no transformer blocks to analyse")
-
-    def branch_spaces(self) -> dict[tuple[int, int], dict[str, Tensor]]:
-        """What each branch of nested adapters can write to: (block, adapter) -> "fast" and "slow", bases (d, k)."""
-        return {}
 
     def close_run(self) -> None:  # noqa: B027 - most methods keep nothing
         """The run is over: remove what only it needs."""
@@ -248,7 +202,7 @@ class Learner(ABC):
         """
         position = self._restore_phase(phase)
         where = f"Task {self.task} {phase.name}" + (f" block {phase.block}" if phase.block is not None else "")
-        if position == Position():
+        if phase.announced and position == Position():
             logger.info(f"{where}: {phase.epochs} epochs of {phase.steps_per_epoch} steps\n{phase.optimizer.table()}")
         total = phase.epochs * phase.steps_per_epoch
         done = position.epoch * phase.steps_per_epoch + position.step
@@ -256,11 +210,15 @@ class Learner(ABC):
             while position.epoch < phase.epochs:
                 for batch in phase.batches(position.epoch, position.step):
                     if self.stopping():
-                        self._open_phase = {"position": asdict(position), "optimizer": phase.optimizer.state()}
+                        self._keep_phase(phase, position)
                         raise Interrupted
                     self.take_step(phase, position, batch)
                     bar.update()
                 position = self._end_epoch(phase, position)
+                if phase.save_every and position.epoch % phase.save_every == 0 and position.epoch < phase.epochs:
+                    self._keep_phase(phase, position)
+                    self._save()
+                    self._open_phase = None
                 bar.set_postfix_str(f"epoch {position.epoch}/{phase.epochs}")
         self.progress.phases += 1
 
@@ -326,6 +284,10 @@ class Learner(ABC):
         )  # fmt: skip
         return Position(epoch=epoch)
 
+    def _keep_phase(self, phase: Phase, position: Position) -> None:
+        """Make where a phase stands part of the state."""
+        self._open_phase = {"position": asdict(position), "optimizer": phase.optimizer.state()}
+
     def _restore_phase(self, phase: Phase) -> Position:
         """The start of a phase, or where an interrupted one stopped."""
         saved, self._open_phase = self._open_phase, None
@@ -343,11 +305,6 @@ class Learner(ABC):
     def autocast(self) -> Any:
         """The run's precision, for forwards of the backbone."""
         return autocast(self.device, self.config.precision)
-
-    @property
-    def classes(self) -> range:
-        """The open task's classes, in incremental labels."""
-        return self.data.task_classes(self.task)
 
     # --- state ------------------------------------------------------------------------------------------------------
 

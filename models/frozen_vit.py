@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from backbone.sema_block import AdapterSpec
 from backbone.vit_sema import SEMAVisionTransformer
 from models.activations import Place
-from models.base import Learner
+from models.class_incremental import ClassIncrementalLearner
 from models.representations import branch_spaces, class_tokens
 from models.task_inputs import TaskInputs
 from models.vit_config import ViTConfig
@@ -27,7 +27,7 @@ logger = logging.getLogger("nested_lora")
 READOUTS: dict[str, type[Readout]] = {"cosine": PrototypeReadout, "ranpac": RanPACReadout}
 
 
-class FrozenViT(Learner):
+class FrozenViT(ClassIncrementalLearner):
     """Class-incremental learning from the features of a frozen ViT.
 
     Attributes:

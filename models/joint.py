@@ -11,7 +11,7 @@ from pydantic import Field
 
 from models.tuning import AdapterTuning
 from models.vit_config import AdapterConfig
-from utils.config import Conflict, RunConfig
+from utils.config import ClassIncrementalConfig, Conflict
 from utils.data import class_count
 
 
@@ -32,10 +32,10 @@ class Joint(AdapterTuning):
     config: JointConfig
 
 
-def one_task(config: RunConfig) -> list[Conflict]:
+def one_task(config: ClassIncrementalConfig) -> list[Conflict]:
     """The conflict of a joint method with a first task that leaves classes out, if there is one."""
     classes = class_count(config.dataset, config.data_root)
     if classes in (None, config.init_cls):
         return []
-    sentence = f'{config.model_name} learns all classes at once; allowed: init_cls = {classes}'
+    sentence = f"{config.model_name} learns all classes at once; allowed: init_cls = {classes}"
     return [(("init_cls", "dataset"), sentence)]

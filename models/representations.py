@@ -1,6 +1,6 @@
 """What there is to look at inside a network: class tokens after its blocks, and the spaces that branches write to.
 
-Learners give them to `eval.py --analyse` through `Learner.class_tokens` and `Learner.branch_spaces`.
+Learners give them to `eval.py --analyse` through `ClassIncrementalLearner.class_tokens` and `.branch_spaces`.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from backbone.lora import GumbelGate, LoRAVisionTransformer
 from models.base import EpochNote, Learner, Phase, StepResult
+from models.class_incremental import ClassIncrementalLearner
 from models.gumbel_growth import GateRecord, GateState, growth_lines, kept_adapters, not_finite_advice, symptoms
 from models.representations import class_tokens
 from models.sdlora_config import SDLoRAConfig
@@ -42,7 +43,7 @@ Batch = tuple[Tensor, Tensor]  # images (B, 3, S, S) and incremental labels (B,)
 TRAINING, NOISE = range(2)
 
 
-class SDLoRA(Learner):
+class SDLoRA(ClassIncrementalLearner):
     """Decoupled directions and magnitudes; with a gate, sparse weights over them."""
 
     Config = SDLoRAConfig

@@ -11,7 +11,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, Field
 
-from utils.config import Conflict, RunConfig
+from utils.config import ClassIncrementalConfig, Conflict
 
 GATE_KEYS = (
     "gumbel_tau_init", "gumbel_tau_final", "gumbel_anneal_rate", "growth", "growth_threshold", "growth_top_k",
@@ -33,11 +33,11 @@ Count = Annotated[int, Field(ge=1)]
 RankSchedule = Annotated[list[list[Count]], AfterValidator(_ascending)]
 
 
-class SDLoRAConfig(RunConfig):
+class SDLoRAConfig(ClassIncrementalConfig):
     """SD-LoRA: a LoRA direction a task, magnitudes of all that go on learning; with a gate, Gumbel CL-LoRA."""
 
     legacy_keys: ClassVar[dict[str, str]] = {
-        **RunConfig.legacy_keys,
+        **ClassIncrementalConfig.legacy_keys,
         "tuned_epoch": "a schedule spans the epochs of its task",
     }
 

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from models.vit_config import AdapterConfig
-from utils.config import Conflict, RunConfig
+from utils.config import ClassIncrementalConfig, Conflict
 
 CONSOLIDATION_KEYS = {
     f"nested_lora_{rule}" for rule in ("consolidation", "consolidation_alpha", "consolidation_schedule", "reset")
@@ -20,7 +20,7 @@ class SEMAConfig(AdapterConfig):
     """SEMA (self-expansion, mixture of adapters); `ffn_adapter_type` "nested_lora" gives adapters two time scales."""
 
     legacy_keys: ClassVar[dict[str, str]] = {
-        **RunConfig.legacy_keys,
+        **ClassIncrementalConfig.legacy_keys,
         "init_epoch": "func_epoch and rd_epoch say how long",
         "epochs": "func_epoch and rd_epoch say how long",
         "tuned_epoch": "func_epoch and rd_epoch say how long",

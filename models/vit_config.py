@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from utils.config import Conflict, RunConfig
+from utils.config import ClassIncrementalConfig, Conflict
 
 
 def _tiny_for_null(value: Any) -> Any:
@@ -28,7 +28,7 @@ def _number_in_quotes(value: Any) -> Any:
     return value
 
 
-class ViTConfig(RunConfig):
+class ViTConfig(ClassIncrementalConfig):
     """Features of a frozen ViT."""
 
     engine: Literal["fast", "reference"] = Field(

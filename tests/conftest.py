@@ -12,7 +12,8 @@ from models import SCHEMAS
 from models.base import Learner
 from models.sdlora import SDLoRA
 from trainer import assemble, make_learner
-from utils.config import RunConfig, config_from_dict, load_config
+from utils.config import RunConfig
+from utils.config_files import config_from_dict, load_config
 from utils.run_log import RunLog
 
 ROOT = Path(__file__).parent.parent
@@ -44,6 +45,34 @@ TINY_SDLORA = {
     "init_lr": 0.05,
     "lrate": 0.05,
     "lora_rank": 2,
+}
+
+
+TINY_GRIDS = {
+    "model_name": "shared_subspace",
+    "prefix": "tiny",
+    "device": "cpu",
+    "primitives": ["rotate", "shift", "frame", "fall", "erase"],
+    "held_out_pairs": 2,
+    "test_compositions": 10,
+    "validation_samples": 16,
+    "test_samples": 16,
+    "width": 8,
+    "depth": 1,
+    "heads": 2,
+    "hidden": 12,
+    "sparse_units": 16,
+    "sharing_rank": 2,
+    "batch_size": 12,
+    "group_size": 4,
+    "epochs": 3,
+    "steps_per_epoch": 5,
+    "save_every": 1,
+    "few_shot_tasks": 2,
+    "few_shot_samples": 4,
+    "few_shot_queries": 8,
+    "few_shot_steps": 4,
+    "few_shot_every": 2,
 }
 
 

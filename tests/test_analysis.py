@@ -15,7 +15,7 @@ from torch import Tensor
 
 import eval as evaluation
 import main
-from models.base import Learner
+from models.class_incremental import ClassIncrementalLearner
 from tests.conftest import ROOT, TINY, TINY_SDLORA
 from tests.test_plots import drawn_texts
 from trainer import assemble, read_config
@@ -77,6 +77,10 @@ def analyse(folder: Path, *names: str) -> int:
     return evaluation.main(["--run", str(folder), "--analyse", *names, "--images-per-class", "4"])
 
 
+def gather(folder: Path) -> Material:
+    return evaluation.class_incremental_material(folder, evaluation.task_checkpoints(folder), 4)
+
+
 def table(path: Path) -> list[dict[str, str]]:
     with open(path) as file:
         return list(csv.DictReader(file))
@@ -120,7 +124,7 @@ def test_the_analysis_is_the_same_again_and_replaces_the_one_before(nested: Path
     for _ in range(2):
         assert analyse(nested, "cka", "cka") == 0
         found.append((nested / "analysis" / "cka.json").read_bytes())
-    gathered = [evaluation.gather(nested, evaluation.task_checkpoints(nested), 4) for _ in range(2)]
+    gathered = [gather(nested) for _ in range(2)]
     assert found[0] == found[1] and torch.equal(gathered[0].tokens, gathered[1].tokens)
     for name in ("grassmann", "probes"):
         first, second = (ANALYSES[name](material) for material in gathered)
@@ -138,7 +142,7 @@ def test_the_numbers_are_those_of_the_networks_that_the_checkpoints_hold(nested:
         images, labels = next(iter(parts.data.batches(range(4), source="test", mode="test", batch_size=16)))
         with torch.no_grad():
             tokens.append(learner.network(images, 0, 3)[:, 0][labels.argsort(stable=True)])
-    material = evaluation.gather(nested, evaluation.task_checkpoints(nested), 4)
+    material = gather(nested)
     assert torch.equal(material.labels, torch.arange(4).repeat_interleave(4))
     torch.testing.assert_close(material.tokens[:, 2], torch.stack(tokens))
     cka = json.loads((nested / "analysis" / "cka.json").read_text())["cka"]
@@ -185,7 +189,7 @@ def test_an_unfinished_run_is_not_analysed(nested: Path, tmp_path: Path, capsys:
 def test_an_unknown_analysis_is_a_sentence(nested: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.rmtree(nested / "analysis", ignore_errors=True)
     assert analyse(nested, "cka", "ckaa") == 2
-    assert "--analyse ckaa: no such analysis; allowed: cka, grassmann, probes" in capsys.readouterr().err
+    assert "--analyse ckaa: no such analysis of this run; allowed: cka, grassmann, probes\n" in capsys.readouterr().err
     assert not (nested / "analysis").exists()
 
 
@@ -253,7 +257,7 @@ def test_branch_spaces_are_those_of_the_trained_products(make_sema) -> None:
 
 def test_a_method_without_blocks_says_so(make_sema) -> None:
     with pytest.raises(UserError, match="no transformer blocks to analyse"):
-        Learner.class_tokens(make_sema(max_tasks=1), torch.zeros(1, 3, 32, 32))
+        ClassIncrementalLearner.class_tokens(make_sema(max_tasks=1), torch.zeros(1, 3, 32, 32))
 
 
 # --- the analyses -----------------------------------------------------------------------------------------------------

@@ -12,7 +12,8 @@ from torch import Tensor
 from models import LEARNERS
 from models.base import Interrupted, Learner
 from trainer import train
-from utils.config import ConfigError, RunConfig
+from utils.config import RunConfig
+from utils.config_files import ConfigError
 from utils.run_log import read_metrics
 
 Config = Callable[..., RunConfig]

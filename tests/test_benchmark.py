@@ -81,3 +81,8 @@ def test_a_method_without_costs_is_a_sentence(
     monkeypatch.setattr(SEMA, "costs", Learner.costs)
     assert benchmark.main(["--config", str(ROOT / "exps/smoke.json"), "--repeats", "1"]) == 2
     assert "names no costs" in capsys.readouterr().err
+
+
+def test_a_run_of_another_kind_is_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    assert benchmark.main(["--config", str(ROOT / "exps/shared_subspace_small.json")]) == 2
+    assert "no pretrained network to measure against; allowed: a class-incremental" in capsys.readouterr().err

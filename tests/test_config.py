@@ -1,4 +1,4 @@
-"""Tests of `utils.config` and `models.sema_config`: shipped and published files load, mistakes are told at once."""
+"""Tests of `utils.config`, `utils.config_files`, `models.sema_config`: files load, mistakes are told at once."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,8 @@ import models
 import utils.config
 from models import SCHEMAS
 from models.sema_config import SEMAConfig
-from utils.config import ConfigError, LoadedConfig, RunConfig, config_from_dict, load_config
+from utils.config import ClassIncrementalConfig, RunConfig
+from utils.config_files import ConfigError, LoadedConfig, config_from_dict, load_config
 from utils.errors import UserError
 from utils.factory import BackboneShape
 
@@ -105,12 +106,13 @@ def test_shipped_config_loads_and_states_its_command(path: Path, monkeypatch: py
 def test_every_promised_config_is_shipped() -> None:
     cifar = {"nested_lora_cifar", "nested_lora_cifar_seed", "matched_adapter_cifar", "debug_nested_lora"}
     cifar |= {"sema_cifar", "baseline_sema_cifar"}
+    grids = {"shared_subspace", "shared_subspace_small"}
     dino = {"nested_lora_cifar_dinov2s", "baseline_sema_cifar_dinov2s"}
     inr = {"nested_lora_inr_10task", "sema_inr_5task", "sema_inr_10task", "sema_inr_20tasks"}
     methods = ("simplecil", "ranpac", "linear_probe", "finetune", "joint", "sema_always", "sema_never")
     data = ("cifar", "cifar_dinov2s", "inr", "ina", "vtab")
     assert {f"{method}_{name}" for method in methods for name in data} <= {path.stem for path in EXPS}
-    assert cifar | dino | inr | {"sema_ina", "sema_vtab", "quickstart", "smoke"} <= {path.stem for path in EXPS}
+    assert cifar | dino | inr | grids | {"sema_ina", "sema_vtab", "quickstart", "smoke"} <= {path.stem for path in EXPS}
 
 
 def shipped(name: str, *overrides: str) -> dict[str, Any]:
@@ -185,7 +187,7 @@ def test_resolved_config_survives_json_and_is_frozen() -> None:
         config.init_cls = 5
 
 
-@pytest.mark.parametrize("schema", [RunConfig, SEMAConfig])
+@pytest.mark.parametrize("schema", [ClassIncrementalConfig, SEMAConfig])
 def test_every_key_is_described_and_no_legacy_key_shadows_one(schema: type[RunConfig]) -> None:
     assert all(field.description for field in schema.model_fields.values())
     assert not schema.legacy_keys.keys() & schema.model_fields.keys()

@@ -14,7 +14,7 @@ from models.sdlora import SDLoRA
 from models.sdlora_config import SDLoRAConfig
 from tests.conftest import TINY_SDLORA
 from tests.test_sdlora import GATE, KEEP, events, run_tasks
-from utils.config import config_from_dict
+from utils.config_files import config_from_dict
 from utils.errors import UserError
 from utils.metrics import active_adapters_table
 

@@ -10,8 +10,8 @@ import torch
 import eval as evaluation
 import main
 from models import SCHEMAS
-from tests.conftest import ROOT, TINY
-from utils.config import load_config
+from tests.conftest import ROOT, TINY, TINY_GRIDS
+from utils.config_files import load_config
 from utils.run_log import read_metrics
 
 SMOKE = str(ROOT / "exps/smoke.json")
@@ -240,6 +240,8 @@ def test_every_shipped_config_builds_its_learner(
         "cache_root": str(tmp_path / "cache"),
     }
     schema = type(load_config(path, [], SCHEMAS).config)
+    if schema is SCHEMAS["shared_subspace"]:
+        changes |= {key: value for key, value in TINY_GRIDS.items() if key not in ("prefix", "primitives")}
     if schema.model_fields["model_name"].default in ("joint", "linear_probe"):
         changes |= {"init_cls": 8, "increment": 8}
     known = {key: value for key, value in changes.items() if key in schema.model_fields}

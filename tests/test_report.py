@@ -315,7 +315,7 @@ def without(part: str) -> dict:
         ({"a": {}, "b": {}}, None, "no run of this sweep is finished"),
         ({"a": {1: without("curve")}}, None, 'cell "a", seed 1: result.json is damaged, it has no "curve"'),
         ({"a": {1: without("cost")}}, None, 'cell "a", seed 1: result.json is damaged, it has no "cost"'),
-        ({"a": {1: invented(1, 40, final=None)}}, None, "it has no final accuracy"),
+        ({"a": {1: invented(1, 40, final=None)}}, None, "it has no A_N"),
         ({"a": {1: invented(1, 40), 2: invented(2, 40, tasks=3)}}, None, "4 with seed 1, 3 with seed 2"),
     ],
 )

@@ -14,8 +14,9 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tqdm import tqdm
 
+from utils.config import ClassIncrementalConfig, RunConfig
 from utils.errors import UserError
-from utils.run_log import RunLog, attach_console, read_accuracy_csv, read_metrics, run_folder, scalars
+from utils.run_log import RunLog, attach_console, folder_of, read_accuracy_csv, read_metrics, scalars
 
 logger = logging.getLogger("nested_lora")
 
@@ -37,11 +38,16 @@ def drawn(folder) -> dict[str, list[tuple[int, float]]]:
     return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
-def test_run_folder_is_where_readers_of_the_logs_look():
-    folder = run_folder("logs", "sema", "cifar224", 50, 50, "debug_nested_lora", 1993, "pretrained_vit_b16_224_adapter")
+def test_a_run_is_recorded_where_readers_of_the_logs_look():
+    config = ClassIncrementalConfig(
+        model_name="sema", prefix="debug_nested_lora", dataset="cifar224", init_cls=50, increment=50,
+        backbone_type="pretrained_vit_b16_224_adapter",
+    )  # fmt: skip
+    folder = folder_of(config, 1993)
     assert folder.as_posix() == "logs/sema/cifar224/0/50/debug_nested_lora_1993_pretrained_vit_b16_224_adapter"
-    folder = run_folder("logs", "sema", "a/b", 50, 10, "p", 1, "org/vit.tag")
-    assert folder.as_posix() == "logs/sema/a-b/50/10/p_1_org-vit.tag"
+    other = config.model_copy(update={"dataset": "a/b.npz", "increment": 10, "backbone_type": "org/vit.tag"})
+    assert folder_of(other, 1).as_posix() == "logs/sema/b/50/10/debug_nested_lora_1_org-vit.tag"
+    assert folder_of(RunConfig(model_name="grids", prefix="p"), 1).as_posix() == "logs/grids/p_1"
 
 
 def test_create_writes_config_and_a_log_beside_the_folder(tmp_path, capsys):

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from models.class_incremental import Evaluator
 from models.sdlora import SDLoRA
-from trainer import Evaluator, assemble
+from trainer import assemble
 from utils.errors import UserError
 from utils.gumbel_utils import sparsemax
 from utils.plots import draw_figures

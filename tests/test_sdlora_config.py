@@ -9,7 +9,7 @@ import pytest
 from models import SCHEMAS
 from models.sdlora_config import SDLoRAConfig
 from tests.conftest import ROOT, TINY_SDLORA
-from utils.config import ConfigError, LoadedConfig, config_from_dict, load_config
+from utils.config_files import ConfigError, LoadedConfig, config_from_dict, load_config
 
 PUBLISHED_C100: dict[str, Any] = {
     "prefix": "reproduce",

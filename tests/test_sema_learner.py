@@ -10,8 +10,8 @@ from torch import Tensor
 
 from backbone.sema_block import is_learning
 from models.activations import Activations, Images
+from models.class_incremental import Evaluator
 from models.sema import SEMA
-from trainer import Evaluator
 from utils.config import RunConfig
 from utils.run_log import read_metrics
 

@@ -9,7 +9,7 @@ import pytest
 import main
 from models import SCHEMAS
 from tests.conftest import ROOT
-from utils.config import ConfigError
+from utils.config_files import ConfigError
 from utils.sweep import LONGEST_SLUG, Sweep, load_sweep, slug_of
 
 SMOKE = str(ROOT / "exps/smoke.json")

@@ -24,7 +24,7 @@ import main
 from models import SCHEMAS
 from tests.conftest import ROOT, TINY
 from tests.crash import outcome
-from utils.config import load_config
+from utils.config_files import load_config
 from utils.run_log import RESULT, folder_of
 from utils.sweep_engines import ENGINES, Job, Needs, Outcome, lock
 

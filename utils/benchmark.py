@@ -18,9 +18,10 @@ from typing import Any
 
 import torch
 
-from utils.config import config_from_dict, load_config
+from utils.config import ClassIncrementalConfig
+from utils.config_files import config_from_dict, load_config
 from utils.costs import Clock, Measured, flops_of, matmul_ceiling, measure_all, plain_forward, trace
-from utils.errors import exit_code
+from utils.errors import UserError, exit_code
 from utils.run_log import SilentLog
 from utils.toolkit import keep_freed_memory
 
@@ -114,6 +115,9 @@ def main(arguments: list[str] | None = None) -> int:
 
     def run() -> None:
         config = load_config(options.config, options.overrides, SCHEMAS).config
+        if not isinstance(config, ClassIncrementalConfig):
+            problem = f"model_name = {config.model_name!r} has no pretrained network to measure against"
+            raise UserError(f"{options.config}: {problem}; allowed: a class-incremental method")
         with tempfile.TemporaryDirectory() as scratch:
             given = config.model_dump() | STAND_INS | {"cache_root": scratch}
             if "cache_views" in given:  # what is stored is measured as stored

@@ -4,9 +4,13 @@
         figure = titled_figure(7.2, 4.4, "Accuracy (%)", "prefix · method · data · seed 1993")
         task_axis(figure.subplots(), tasks=10)
 
+    as_written("costs $5")                  # text of the user's, not a formula
+    png(figure)                             # its bytes
+
 Colours can be told apart by colour-blind readers and in print.
 """
 
+import io
 import math
 import textwrap
 from collections.abc import Sequence
@@ -37,15 +41,32 @@ NARROWEST = 6.4  # inches: room for the titles
 
 def titled_figure(width: float, height: float, title: str, subtitle: str) -> Figure:
     """An empty figure (inches) with a title, a grey line under it, and the rest of it for the axes."""
-    wrapped = textwrap.fill(subtitle, width=int(width * 14))
-    header = 0.42 + 0.17 * (1 + wrapped.count("\n"))  # inches
+    lines = textwrap.fill(subtitle, width=int(width * 14))
+    header = 0.42 + 0.17 * (1 + lines.count("\n"))  # inches
     height += header - 0.6
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     figure.get_layout_engine().set(rect=(0, 0, 1, 1 - header / height), w_pad=0.08, h_pad=0.06)
     figure.text(0.1 / width, 1 - 0.1 / height, title, ha="left", va="top", fontsize=12, weight="bold", color=INK)
-    figure.text(0.1 / width, 1 - 0.37 / height, wrapped, ha="left", va="top", fontsize=8.5, color=GREY)
+    figure.text(0.1 / width, 1 - 0.37 / height, lines, ha="left", va="top", fontsize=8.5, color=GREY)
     return figure
+
+
+def wrapped(text: str, width: int) -> str:
+    """Text of the user's in lines of so many characters at most."""
+    return "\n".join(as_written(line) for line in textwrap.wrap(text, width)) or " "
+
+
+def as_written(text: str) -> str:
+    """Text of the user's that Matplotlib shall not read as a formula."""
+    return " ".join(text.split()).replace("$", r"\$")
+
+
+def png(figure: Figure) -> bytes:
+    """The picture, as the bytes of a PNG file."""
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", dpi=DPI)
+    return stream.getvalue()
 
 
 def task_axis(axes: Axes, tasks: int, most_ticks: int = 20, label: str | None = "after task") -> None:

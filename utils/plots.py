@@ -6,6 +6,7 @@
     figures/accuracy_curves.png   accuracy over all classes seen, and over each task's, as the run goes on
     figures/norms.png             what the fast and the slow branch add in each block (where a run logs them)
     figures/growth.png            number of adapters in each block
+    figures/training.png, ...     of a run on grids: see utils/grid_figures.py
     figures/beta_*.png            weights of a gate over adapters (where a run has one): see utils/gate_figures.py
 
 An unfinished run is drawn as far as it got. Colours can be told apart by colour-blind readers and in print.
@@ -46,6 +47,7 @@ from utils.canvas import (
 )
 from utils.errors import UserError
 from utils.gate_figures import beta_evolution_figure, beta_heatmap_figure, beta_layers_figure
+from utils.grid_figures import few_shot_figure, training_figure, zero_shot_figure
 from utils.run_log import ACCURACY, CONFIG, RESULT, read_accuracy_csv, read_metrics
 
 
@@ -61,6 +63,8 @@ def draw_figures(run_folder: Path) -> list[Path]:
     tasks = [event for event in events if event["event"] == "task"]
     norms = [event for event in events if event["event"] == "norms"]
     gates = [event for event in events if event["event"] == "gate"]
+    validated = [event for event in events if event["event"] == "epoch" and "validation_iou" in event]
+    few_shot = [event for event in events if event["event"] == "few_shot"]
     rows = read_accuracy_csv(run_folder) if (run_folder / ACCURACY).exists() else []
     finished = min(len(rows), len(tasks))  # a run killed between the two files has one row more in one of them
     rows, totals = rows[:finished], [event["total"] for event in tasks[:finished]]
@@ -80,6 +84,12 @@ def draw_figures(run_folder: Path) -> list[Path]:
             figures["beta_heatmap.png"] = beta_heatmap_figure(gates, describe(config, result))
             if "beta_values_by_layer" in gates[-1]:
                 figures["beta_layers.png"] = beta_layers_figure(gates, describe(config, result))
+        if validated:
+            figures["training.png"] = training_figure(validated, describe(config, result))
+        if tasks and "zero_shot" in tasks[-1]:
+            figures["zero_shot.png"] = zero_shot_figure(tasks[-1]["zero_shot"], describe(config, result))
+        if few_shot:
+            figures["few_shot.png"] = few_shot_figure(few_shot, describe(config, result))
         folder = run_folder / "figures"
         folder.mkdir(exist_ok=True)
         for name, figure in figures.items():
@@ -92,7 +102,13 @@ def describe(config: Mapping[str, Any], result: Mapping[str, Any] | None) -> str
     seed = (result or {}).get("seed", config.get("seed"))
     if isinstance(seed, list):
         seed = ", ".join(map(str, seed))
-    names = [config.get("prefix"), config.get("model_name"), config.get("dataset"), config.get("backbone_type")]
+    names = [
+        config.get("prefix"),
+        config.get("model_name"),
+        config.get("dataset"),
+        config.get("backbone_type"),
+        config.get("encoder"),
+    ]
     parts = [str(name) for name in names if name] + [f"seed {seed}"]
     return " · ".join(parts if result else [*parts, "unfinished"])
 

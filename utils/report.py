@@ -2,11 +2,12 @@
 
     write_report(Path("logs/sweeps/ranks"), "ranks", "does rank matter?", runs, baseline="matched adapter", ...)
 
-    report.html   one page with everything, figures included; it needs no other file and no network
-    summary.md    the same tables for a README or an issue
-    summary.csv   a line for each cell and quantity, at full precision, with its difference from the baseline
-    runs.csv      a line for each run
-    figures/      what `utils/sweep_plots.py` draws
+    report.html      one page with everything, figures included; it needs no other file and no network
+    summary.md       the same tables for a README or an issue
+    summary.csv      a line for each cell and quantity, at full precision, with its difference from the baseline
+    runs.csv         a line for each run
+    hypotheses.csv   a line for each hypothesis, at full precision, where the sweep states some
+    figures/         what `utils/sweep_plots.py` and `utils/hypotheses_figure.py` draw
 
 The same input gives the same bytes. Everything is computed before the first file is replaced.
 """
@@ -25,12 +26,15 @@ from typing import Any, NamedTuple
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 
 from utils.errors import UserError
+from utils.hypotheses import Answer, Hypothesis, answer
+from utils.hypotheses_figure import CAPTION, hypotheses_png
 from utils.plots import DPI
 from utils.report_data import Cell, quantity_names, tabulate
-from utils.report_tables import difference_tables, facts, main_table, reading_notes, runs_table
-from utils.sweep_plots import BARS, CURVES, DIFFERENCES, FIGURES, TRADE_OFF, sweep_figures
+from utils.report_tables import difference_tables, facts, hypotheses_table, main_table, reading_notes, runs_table
+from utils.sweep_plots import FIGURES, sweep_figures
 
 FIGURES_FOLDER = "figures"
+HYPOTHESES, HYPOTHESES_FIGURE = "hypotheses.csv", "hypotheses.png"
 CSS_DPI = 96  # pixels an inch on a page
 MARKDOWN_SIGNS = re.compile(
     r"[\\`*\[\]|~$]"
@@ -38,15 +42,6 @@ MARKDOWN_SIGNS = re.compile(
     r"|<(?=[a-zA-Z/!?])|&(?=#?\w+;)"  # tags and entities
     r"|^[>#]|^[-+](?=\s)"
 )
-CAPTIONS = {
-    BARS: "Final accuracy A_N of every cell: the bar ends at the mean, the whiskers show ± std, dots are seeds.",
-    DIFFERENCES: "Difference of A_N and of forgetting from the baseline, paired by seed, with its 95 % interval. Where "
-    "the interval holds zero the seeds do not decide. Cells with another number of tasks are in the tables alone.",
-    CURVES: "Accuracy over all classes seen so far, after each task: mean over seeds, band ± std. A dashed line is a "
-    "cell that learned all classes in one task.",
-    TRADE_OFF: "How well each task is learned (plasticity) against how much of it is lost later (forgetting). Better "
-    "is right and down.",
-}
 
 
 class Picture(NamedTuple):
@@ -68,6 +63,7 @@ def write_report(
     baseline: str | None,
     commands: Mapping[str, str],
     unfinished: Mapping[str, str],
+    hypotheses: Mapping[str, Hypothesis] | None = None,
 ) -> list[Path]:
     """Write the report of a sweep into its folder, over an earlier one; returns the files.
 
@@ -79,21 +75,26 @@ def write_report(
         baseline: the cell that the others are compared with, if there is one.
         commands: cell name -> command that repeats it.
         unfinished: "cell, seed 1993" -> why there is no result.
+        hypotheses: name -> hypothesis, about these cells; without any the report does not speak of them.
 
     Raises:
         UserError: the baseline is no cell, no run is finished, a result is damaged, or the folder cannot be written.
     """
     cells = tabulate(runs, baseline)
+    answers = answer(hypotheses or {}, cells)
     figures = sweep_figures(cells, baseline, title)
+    answered = hypotheses_png(answers, title) if answers else b""
     page = {
         "title": title,
         "description": description,
         "facts": facts(cells, baseline, unfinished),
-        "notes": reading_notes(cells, baseline),
+        "notes": reading_notes(cells, baseline, answers),
+        "hypotheses": hypotheses_table(answers) if answers else None,
+        "hypotheses_picture": _picture(HYPOTHESES_FIGURE, answered, CAPTION) if answers else None,
         "main": main_table(cells),
         "differences": difference_tables(cells, baseline),
         "runs": runs_table(cells),
-        "pictures": [_picture(name, png) for name, png in figures.items()],
+        "pictures": [_picture(name, png, cells[0].kind.captions[name]) for name, png in figures.items()],
         "commands": commands,
         "unfinished": unfinished,
     }
@@ -104,9 +105,11 @@ def write_report(
         "report.html": _render("report_template.html", page),
         **{f"{FIGURES_FOLDER}/{name}": png for name, png in figures.items()},
     }
+    if answers:
+        files |= {HYPOTHESES: _csv(hypothesis_rows(answers)), f"{FIGURES_FOLDER}/{HYPOTHESES_FIGURE}": answered}
     try:
-        for name in FIGURES:  # of an earlier report
-            (folder / FIGURES_FOLDER / name).unlink(missing_ok=True)
+        for name in (*(f"{FIGURES_FOLDER}/{figure}" for figure in (*FIGURES, HYPOTHESES_FIGURE)), HYPOTHESES):
+            (folder / name).unlink(missing_ok=True)  # of an earlier report
         return [_replace(folder / name, content) for name, content in files.items()]
     except OSError as error:
         raise UserError(f"cannot write the report into {folder}: {error.strerror}; it must be writable") from error
@@ -143,6 +146,38 @@ def summary_rows(cells: Sequence[Cell], baseline: str | None) -> list[dict[str, 
     return rows
 
 
+def hypothesis_rows(answers: Sequence[Answer]) -> list[dict[str, Any]]:
+    """A row for each hypothesis; what there is not is None. Differences are the cell's side minus the other."""
+    rows = []
+    for each in answers:
+        (cell, metric), (against, against_metric) = each.hypothesis.sides
+        (ours, theirs), difference = each.estimates, each.difference
+        rows.append(
+            {
+                "hypothesis": each.name,
+                "says": each.hypothesis.says,
+                "cell": cell,
+                "metric": metric,
+                "against": against,
+                "against_metric": against_metric,
+                "expected": each.hypothesis.expected,
+                "n": len(each.pairs),
+                "mean": ours and ours.mean,
+                "std": ours and ours.std,
+                "against_mean": theirs and theirs.mean,
+                "against_std": theirs and theirs.std,
+                "difference": difference and difference.mean,
+                "difference_std": difference and difference.std,
+                "difference_low95": difference and difference.low,
+                "difference_high95": difference and difference.high,
+                "p_t": difference and difference.p_t,
+                "p_holm": each.p_holm,
+                "verdict": each.verdict,
+            }
+        )
+    return rows
+
+
 def run_rows(cells: Sequence[Cell]) -> list[dict[str, Any]]:
     """A row for each finished run: cell, seed, every quantity, tasks, weights tag."""
     names = quantity_names(cells)
@@ -168,10 +203,10 @@ def _csv(rows: Sequence[Mapping[str, Any]]) -> bytes:
     return text.getvalue().encode()
 
 
-def _picture(name: str, png: bytes) -> Picture:
+def _picture(name: str, png: bytes, caption: str) -> Picture:
     width, height = (int.from_bytes(png[start : start + 4], "big") for start in (16, 20))  # of the PNG's header
     size = (round(side * CSS_DPI / DPI) for side in (width, height))
-    return Picture(name, CAPTIONS[name], base64.b64encode(png).decode(), *size)
+    return Picture(name, caption, base64.b64encode(png).decode(), *size)
 
 
 def _render(template: str, page: Mapping[str, Any]) -> bytes:

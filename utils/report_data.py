@@ -17,11 +17,9 @@ from functools import cached_property
 from typing import Any
 
 from utils.errors import UserError
-from utils.metrics import PERCENT_METRICS, is_number
+from utils.metrics import is_number
+from utils.quantities import CLASS_INCREMENTAL, Kind, kind_of
 from utils.statistics import Estimate, Paired, holm, interval, paired
-
-LOWER_IS_BETTER = ("forgetting",)
-NEEDED = {"metrics": dict, "curve": list, "parameters": dict, "weights": dict, "cost": dict}  # of a result.json
 
 
 @dataclass(frozen=True)
@@ -46,11 +44,13 @@ class Cell:
     Attributes:
         name: as the sweep's table has it.
         results: seed -> result.json of its finished runs, seeds ascending.
+        kind: of its runs, and of all cells.
         comparisons: metric -> difference from the baseline; empty for the baseline, and where nothing is comparable.
     """
 
     name: str
     results: dict[int, Mapping[str, Any]]
+    kind: Kind = CLASS_INCREMENTAL
     comparisons: dict[str, Comparison] = field(default_factory=dict)
 
     @cached_property
@@ -67,7 +67,7 @@ class Cell:
     @property
     def tasks(self) -> int:
         """Number of tasks of each run; 0 without a run."""
-        return next((len(result["curve"]) for result in self.results.values()), 0)
+        return next((tasks_of(result) for result in self.results.values()), 0)
 
     def values(self, quantity: str) -> dict[int, float]:
         """seed -> value, for the seeds that have a number."""
@@ -85,13 +85,14 @@ def tabulate(runs: Mapping[str, Mapping[int, Mapping[str, Any]]], baseline: str 
         raise UserError(f'baseline = "{baseline}" is no cell of this sweep; allowed: {_quoted(runs)}')
     if not any(runs.values()):
         raise UserError("no run of this sweep is finished, there is nothing to report: run the sweep first")
+    kind = _common_kind(runs)
     for name, results in runs.items():
-        _check_results(name, results)
-    cells = [Cell(name, dict(sorted(results.items()))) for name, results in runs.items()]
+        _check_results(name, results, kind)
+    cells = [Cell(name, dict(sorted(results.items())), kind) for name, results in runs.items()]
     reference = next((cell for cell in cells if cell.name == baseline), None)
     if reference is not None:
         others = [cell for cell in cells if cell is not reference]
-        for metric in PERCENT_METRICS:
+        for metric in kind.metrics:
             _compare(others, reference, metric)
     return cells
 
@@ -103,7 +104,7 @@ def measured(result: Mapping[str, Any]) -> dict[str, float | None]:
     """
     parameters, cost = result["parameters"], result["cost"]
     values = {
-        **dict.fromkeys([*PERCENT_METRICS, "expansions"]),
+        **dict.fromkeys(kind_of(result).metrics),
         **result["metrics"],
         "parameters_adapters": parameters.get("adapters"),
         "parameters_stored": parameters.get("stored"),
@@ -111,6 +112,11 @@ def measured(result: Mapping[str, Any]) -> dict[str, float | None]:
         "peak_memory_mb": cost.get("peak_memory_mb"),
     }
     return {name: value if is_number(value) else None for name, value in values.items()}
+
+
+def tasks_of(result: Mapping[str, Any]) -> int:
+    """Tasks of a finished run: as many as its curve has points, one where its kind has no curve."""
+    return len(result["curve"]) if "curve" in result else 1
 
 
 def quantity_names(cells: Sequence[Cell]) -> list[str]:
@@ -127,44 +133,58 @@ def best_cells(cells: Sequence[Cell], metric: str) -> set[str]:
     means = {cell.name: cell.estimates[metric].mean for cell in several if metric in cell.estimates}
     if len(means) < 2:
         return set()
-    best = (min if metric in LOWER_IS_BETTER else max)(means.values())
+    best = (min if cells[0].kind.lower_is_better(metric) else max)(means.values())
     return {name for name, mean in means.items() if math.isclose(mean, best, rel_tol=1e-12)}
 
 
 def _compare(cells: Sequence[Cell], reference: Cell, metric: str) -> None:
     """Add one metric's comparison to every cell that has it; together they are the family of Holm's adjustment.
 
-    Only A_N means the same whatever the number of tasks: the other metrics are compared at equal numbers.
+    Only the main metric means the same whatever the number of tasks: the others are compared at equal numbers.
     """
     found = {}
     for cell in cells:
         difference = paired(cell.values(metric), reference.values(metric))
-        if difference is not None and (metric == "final" or cell.tasks == reference.tasks):
+        if difference is not None and (metric == reference.kind.main or cell.tasks == reference.tasks):
             found[cell.name] = difference
     adjusted = dict(zip(found, holm([difference.p_t for difference in found.values()]), strict=True))
     for cell in cells:
         if difference := found.get(cell.name):
-            cell.comparisons[metric] = Comparison(difference, adjusted[cell.name], _verdict(metric, difference))
+            lower_is_better = reference.kind.lower_is_better(metric)
+            cell.comparisons[metric] = Comparison(
+                difference, adjusted[cell.name], _verdict(difference, lower_is_better)
+            )
 
 
-def _verdict(metric: str, difference: Paired) -> str:
+def _verdict(difference: Paired, lower_is_better: bool) -> str:
     if difference.n == 1:
         return "one seed"
     if not difference.excludes_zero:
         return "undecided"
-    return "better" if (difference.mean < 0) == (metric in LOWER_IS_BETTER) else "worse"
+    return "better" if (difference.mean < 0) == lower_is_better else "worse"
 
 
-def _check_results(name: str, results: Mapping[int, Mapping[str, Any]]) -> None:
+def _common_kind(runs: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> Kind:
+    """The kind of all finished runs. Raises UserError where they are of several."""
+    kinds = {name: kind_of(result) for name, results in runs.items() for result in results.values()}
+    first, kind = next(iter(kinds.items()))
+    other = next((name for name, its in kinds.items() if its is not kind), None)
+    if other is not None:
+        both = f'cells "{first}" and "{other}" measure different things'
+        raise UserError(f"{both}, there is nothing to compare: give each kind of experiment a sweep of its own")
+    return kind
+
+
+def _check_results(name: str, results: Mapping[int, Mapping[str, Any]], kind: Kind) -> None:
     """Refuse results that lack a part, and a cell whose runs differ in their number of tasks."""
     advice = "remove that run's folder and run the sweep again"
     for seed, result in results.items():
-        for key, kind in NEEDED.items():
-            if not isinstance(result.get(key), kind):
+        for key, form in kind.needed.items():
+            if not isinstance(result.get(key), form):
                 raise UserError(f'cell "{name}", seed {seed}: result.json is damaged, it has no "{key}"; {advice}')
-        if not is_number(result["metrics"].get("final")):
-            raise UserError(f'cell "{name}", seed {seed}: result.json is damaged, it has no final accuracy; {advice}')
-    tasks = {seed: len(result["curve"]) for seed, result in results.items()}
+        if not is_number(result["metrics"].get(kind.main)):
+            raise UserError(f'cell "{name}", seed {seed}: result.json is damaged, it has no {kind.main_name}; {advice}')
+    tasks = {seed: tasks_of(result) for seed, result in results.items()}
     if 0 in tasks.values() or len(set(tasks.values())) > 1:
         each = ", ".join(f"{number} with seed {seed}" for seed, number in tasks.items())
         raise UserError(f'cell "{name}": its runs must have the same number of tasks, they have {each}; {advice}')

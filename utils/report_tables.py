@@ -11,35 +11,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from utils.report_data import LOWER_IS_BETTER, Cell, best_cells
+from utils.hypotheses import CONTRADICTED, SUPPORTED, Answer
+from utils.quantities import Quantity
+from utils.report_data import Cell, best_cells
 from utils.statistics import Estimate
 
 ABSENT = "–"
 ALPHA = 0.05  # p values below it are counted as differences
-COMPARED = {"final": "A_N", "average": "average", "forgetting": "forgetting", "plasticity": "plasticity"}
-
-
-class Column(NamedTuple):
-    """How a quantity is shown: its heading, decimals, what it is divided by, and whether equal values need a ± 0."""
-
-    heading: str
-    decimals: int
-    unit: float = 1.0
-    spread: bool = True
-
-
-COLUMNS = {
-    "final": Column("A_N (%)", 2),
-    "average": Column("average (%)", 2),
-    "forgetting": Column("forgetting (points)", 2),
-    "bwt": Column("BWT (points)", 2),
-    "plasticity": Column("plasticity (%)", 2),
-    "expansions": Column("adapters added", 1, spread=False),
-    "parameters_adapters": Column("adapter parameters", 0, spread=False),
-    "parameters_stored": Column("stored parameters", 0, spread=False),
-    "seconds": Column("minutes a run", 1, unit=60.0),
-    "peak_memory_mb": Column("peak memory (MB)", 0),
-}
+TONES = {SUPPORTED: "better", CONTRADICTED: "worse"}
 
 
 class Entry(NamedTuple):
@@ -60,9 +39,10 @@ class Table(NamedTuple):
 
 
 def main_table(cells: Sequence[Cell]) -> Table:
-    """A row for each cell: n, then mean ± std of each quantity over seeds; the best means of `COMPARED` are strong."""
-    shown = {quantity: column for quantity, column in COLUMNS.items() if quantity not in ("bwt", "peak_memory_mb")}
-    best = {metric: best_cells(cells, metric) for metric in COMPARED}
+    """A row for each cell: n, then mean ± std of each quantity over seeds; the best of what is compared is strong."""
+    kind = cells[0].kind
+    shown = {quantity: column for quantity, column in kind.quantities.items() if column.in_main}
+    best = {metric: best_cells(cells, metric) for metric in kind.compared}
     rows = []
     for cell in cells:
         entries = [Entry(cell.name), Entry(str(len(cell.results)))]
@@ -74,68 +54,92 @@ def main_table(cells: Sequence[Cell]) -> Table:
 
 
 def difference_tables(cells: Sequence[Cell], baseline: str | None) -> list[Table]:
-    """A table for each metric of `COMPARED` that some cell shares with the baseline; none without a baseline."""
+    """A table for each compared metric that some cell shares with the baseline; none without a baseline."""
     reference = next((cell for cell in cells if cell.name == baseline), None)
     if reference is None:
         return []
     headings = ["cell", "n", "difference", "95 % interval", "p (t)", "p (Holm)", "p (Wilcoxon)", "result"]
-    tables = []
-    for metric, name in COMPARED.items():
+    tables, kind = [], reference.kind
+    for metric, name in kind.compared.items():
         others = [cell for cell in cells if cell is not reference]
         rows = [_difference_row(cell, metric) for cell in others if metric in cell.comparisons]
         if rows:
-            level = _mean_std(reference.estimates[metric], COLUMNS[metric])
-            caption = f"{name}, {'lower' if metric in LOWER_IS_BETTER else 'higher'} is better; baseline: {level}"
+            level = _mean_std(reference.estimates[metric], kind.quantities[metric])
+            caption = f"{name}, {'lower' if kind.lower_is_better(metric) else 'higher'} is better; baseline: {level}"
             left_out = [f"{c.name} ({_why_not(c, reference)})" for c in others if metric not in c.comparisons]
             note = f"Not compared: {'; '.join(left_out)}." if left_out else ""
             tables.append(Table(caption, headings, rows, note))
     return tables
 
 
+def hypotheses_table(answers: Sequence[Answer]) -> Table:
+    """A row for each hypothesis: what it says and compares, both sides, their difference, and the verdict."""
+    headings = ["hypothesis", "compared", "expected", "cell", "against", "difference", "95 % interval", "n", "p (Holm)"]
+    rows = []
+    for answer in answers:
+        tone = TONES.get(answer.verdict, "")
+        difference, limits = answer.difference_text
+        rows.append(
+            [
+                Entry(f"{answer.name}: {answer.hypothesis.says}"),
+                Entry(answer.comparison),
+                Entry(answer.hypothesis.expected),
+                *(Entry(_mean_std(estimate, answer.quantity)) for estimate in answer.estimates),
+                Entry(difference or ABSENT, bool(tone), tone),
+                Entry(limits or ABSENT),
+                Entry(str(len(answer.pairs))),
+                Entry(_p(answer.p_holm)),
+                Entry(answer.verdict, bool(tone), tone),
+            ]
+        )
+    missing = [f"{answer.name} ({answer.missing})" for answer in answers if answer.missing]
+    note = f"No number: {'; '.join(missing)}." if missing else ""
+    return Table("", [*headings, "verdict"], rows, note)
+
+
 def runs_table(cells: Sequence[Cell]) -> Table:
     """A row for each finished run."""
-    rows = []
+    rows, columns = [], cells[0].kind.quantities
     for cell in cells:
         for seed, values in cell.quantities.items():
             entries = [Entry(cell.name), Entry(str(seed))]
-            for quantity, column in COLUMNS.items():
+            for quantity, column in columns.items():
                 value = values[quantity]
                 decimals = 0 if quantity == "expansions" else column.decimals
                 entries.append(Entry(ABSENT if value is None else f"{value / column.unit:,.{decimals}f}"))
             rows.append(entries)
-    return Table("", ["cell", "seed", *(column.heading for column in COLUMNS.values())], rows)
+    return Table("", ["cell", "seed", *(column.heading for column in columns.values())], rows)
 
 
 def facts(cells: Sequence[Cell], baseline: str | None, unfinished: Mapping[str, str]) -> list[tuple[str, str]]:
     """What was compared, on what, and what came out: (name, text) pairs."""
-    finished = [cell for cell in cells if cell.results]
+    finished, kind = [cell for cell in cells if cell.results], cells[0].kind
     runs = sum(len(cell.results) for cell in cells)
     found = [("Cells", str(len(cells)) + _in_brackets(len(cells) - len(finished), "without a finished run"))]
     found.append(("Finished runs", str(runs) + _in_brackets(len(unfinished), "not finished")))
     found += [("Seeds", _seeds(finished)), ("Tasks", _tasks(finished))]
     found += [("Weights", text) for text in _weights(finished)]
-    best = [cell for cell in cells if cell.name in best_cells(cells, "final")]
+    best = [cell for cell in cells if cell.name in best_cells(cells, kind.main)]
     if best:
-        names, estimate = ", ".join(cell.name for cell in best), best[0].estimates["final"]
-        found.append(("Best mean A_N", f"{names}, {_mean_std(estimate, COLUMNS['final'])} (n = {estimate.n})"))
+        names, estimate = ", ".join(cell.name for cell in best), best[0].estimates[kind.main]
+        level = _mean_std(estimate, kind.quantities[kind.main])
+        found.append((f"Best mean {kind.main_name}", f"{names}, {level} (n = {estimate.n})"))
     if baseline is not None:
         found.append(("Baseline", baseline))
         found += [
-            (f"{COMPARED[metric]} against the baseline", text)
-            for metric in ("final", "forgetting")
+            (f"{kind.compared[metric]} against the baseline", text)
+            for metric in kind.panels
             if (text := _outcome(cells, metric))
         ]
     return found
 
 
-def reading_notes(cells: Sequence[Cell], baseline: str | None) -> list[str]:
+def reading_notes(cells: Sequence[Cell], baseline: str | None, answers: Sequence[Answer] = ()) -> list[str]:
     """How to read the report, sentence by sentence; only what this report has."""
     notes = [
         "A cell is one configuration, run once with each seed. Numbers are mean ± std over its n finished runs (std "
         "with ddof 1; a single run has none). The best mean of a column is bold.",
-        "A_N is the accuracy over all classes after the last task; average is the mean of the accuracy over all "
-        "classes seen, taken after every task; forgetting is how far each earlier task fell from its best, lower is "
-        "better; plasticity is the accuracy on each task just after learning it.",
+        *cells[0].kind.notes,
     ]
     single = [cell.name for cell in cells if cell.tasks == 1]
     if single and any(cell.tasks > 1 for cell in cells):
@@ -145,13 +149,21 @@ def reading_notes(cells: Sequence[Cell], baseline: str | None) -> list[str]:
         )
     if baseline is not None:
         notes += [
-            "Differences are the cell's value minus the baseline's, paired by seed: the same seed means the same class "
-            'order and the same images. "better" and "worse" say that the 95 % interval of the mean difference '
+            "Differences are the cell's value minus the baseline's, paired by seed: the same seed means "
+            f'{cells[0].kind.pairing}. "better" and "worse" say that the 95 % interval of the mean difference '
             '(Student\'s t) excludes zero; "undecided" does not mean equal, it means that these seeds do not tell.',
             "p (t) is the two-sided paired t-test. p (Holm) is the same, adjusted for all comparisons of that metric "
             "in this report; the intervals are not adjusted. p (Wilcoxon) is the exact signed-rank test, which "
             "supposes no normal distribution; with n seeds it cannot be below 2 / 2^n, 0.0625 for five.",
         ]
+    if answers:
+        notes.append(
+            "A hypothesis is answered by the metric of its cell minus that of the other side, paired by seed, over the "
+            'n seeds that have both. "supported" and "contradicted" say that the 95 % interval of the mean difference '
+            "(Student's t) excludes zero on the expected side, or on the other; "
+            '"undecided" does not mean equal, it means that these seeds do not tell. p (Holm) is the two-sided paired '
+            "t-test, adjusted for all hypotheses of this sweep; the intervals are not adjusted."
+        )
     return notes
 
 
@@ -160,11 +172,12 @@ def _difference_row(cell: Cell, metric: str) -> list[Entry]:
     paired = comparison.paired
     strong = paired.excludes_zero
     tone = comparison.verdict if strong else ""
-    limits = ABSENT if paired.low is None else f"{paired.low:+.2f} to {paired.high:+.2f}"
+    decimals = max(2, cell.kind.quantities[metric].decimals)
+    limits = ABSENT if paired.low is None else f"{paired.low:+.{decimals}f} to {paired.high:+.{decimals}f}"
     return [
         Entry(cell.name),
         Entry(str(paired.n)),
-        Entry(f"{paired.mean:+.2f}", strong, tone),
+        Entry(f"{paired.mean:+.{decimals}f}", strong, tone),
         Entry(limits),
         *(Entry(_p(p)) for p in (paired.p_t, comparison.p_holm, paired.p_wilcoxon)),
         Entry(comparison.verdict, strong, tone),
@@ -221,7 +234,7 @@ def _weights(cells: Sequence[Cell]) -> list[str]:
     return texts
 
 
-def _mean_std(estimate: Estimate | None, column: Column) -> str:
+def _mean_std(estimate: Estimate | None, column: Quantity) -> str:
     if estimate is None:
         return ABSENT
     spread = estimate.std is not None and (column.spread or estimate.std > 0)

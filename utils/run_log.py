@@ -1,14 +1,14 @@
 """The record of one run (one seed): its folder, its text log, its numbers, and TensorBoard.
 
-    folder = run_folder("logs", "sema", "cifar224", 10, 10, "nested", 1993, "vit_small_patch14_reg4_dinov2")
-    with RunLog.create(folder, config=config, overwrite=False) as run:
+    with RunLog.create(folder_of(config, seed=1993), config=config.model_dump(), overwrite=False) as run:
         run.manifest({...})
         run.metric("epoch", task=0, phase="func", block=None, epoch=0, loss=0.7, train_accuracy=81.0, lr={"fast": 0.01})
         run.accuracy_csv(matrix.rows)
         run.result({...})
 
 `config.json`, `manifest.json`, `result.json` and `accuracy.csv` are replaced as a whole, atomically. `metrics.jsonl`
-takes one line an event. `tb/` is a view of `metrics.jsonl` and nothing else: it is redrawn when a run is resumed.
+takes one line an event. `tb/` and `metrics.csv` (tag, step, value) are views of `metrics.jsonl` and nothing else: they
+are redrawn when a run is resumed.
 The text log lies beside the folder as `<folder>.log`.
 """
 
@@ -34,7 +34,6 @@ from tqdm import tqdm
 
 from utils.checkpoint import sync_folder, write_synced
 from utils.config import RunConfig
-from utils.data import dataset_slug
 from utils.errors import UserError
 
 logger = logging.getLogger("nested_lora")
@@ -45,43 +44,20 @@ RESULT = "result.json"
 METRICS = "metrics.jsonl"
 ACCURACY = "accuracy.csv"
 TENSORBOARD = "tb"
+TABLE = "metrics.csv"
 
 _FORMAT = "%(asctime)s [%(filename)s] => %(message)s"
 _POSITION_FIELDS = {"task", "epoch", "step"}  # where in the run an event happened: not values to draw
 _NUMBERED_FIELDS = {"block", "adapter"}  # numbers that say what an event is about: part of its tag
 
 
-def run_folder(
-    logs_root: str | Path,
-    model_name: str,
-    dataset_slug: str,
-    init_cls: int,
-    increment: int,
-    prefix: str,
-    seed: int,
-    backbone_type: str,
-) -> Path:
-    """`<logs_root>/<model_name>/<dataset>/<init_cls>/<increment>/<prefix>_<seed>_<backbone_type>`.
-
-    init_cls is written as 0 when it equals the increment. Slashes inside a name become dashes: every name is one level.
-    """
-    first = 0 if init_cls == increment else init_cls
-    names = [model_name, dataset_slug, str(first), str(increment), f"{prefix}_{seed}_{backbone_type}"]
-    return Path(logs_root).joinpath(*(name.replace("/", "-").replace("\\", "-") for name in names))
-
-
 def folder_of(config: RunConfig, seed: int) -> Path:
-    """`run_folder` of one seed of a configuration."""
-    return run_folder(
-        config.logs_root,
-        config.model_name,
-        dataset_slug(config.dataset),
-        config.init_cls,
-        config.increment,
-        config.prefix,
-        seed,
-        config.backbone_type,
-    )
+    """Where one seed of a configuration is recorded: its `folder_names` below `logs_root`.
+
+    Slashes inside a name become dashes: every name is one level.
+    """
+    names = config.folder_names(seed)
+    return Path(config.logs_root).joinpath(*(name.replace("/", "-").replace("\\", "-") for name in names))
 
 
 class RunLog:
@@ -92,7 +68,7 @@ class RunLog:
         self.log_path = _log_path(folder)
         self._handlers = _attach(self.log_path)
         self._metrics = open(folder / METRICS, "ab")  # noqa: SIM115 - closed by close()
-        self._board = _Board(folder / TENSORBOARD)
+        self._views = _Views(folder / TENSORBOARD, folder / TABLE)
 
     @classmethod
     def create(cls, folder: Path, *, config: Mapping[str, Any], overwrite: bool) -> RunLog:
@@ -122,7 +98,7 @@ class RunLog:
     def reopen(cls, folder: Path, metrics_bytes: int) -> RunLog:
         """Go on with the record of an interrupted run as it stood when a checkpoint noted `metrics_bytes`.
 
-        Cuts `metrics.jsonl` to that size, redraws `tb/` from what is left, and appends to the text log.
+        Cuts `metrics.jsonl` to that size, redraws its views from what is left, and appends to the text log.
         Raises UserError when the folder is not a run's, or `metrics.jsonl` cannot have had that size.
         """
         folder = Path(folder)
@@ -132,7 +108,7 @@ class RunLog:
         shutil.rmtree(folder / TENSORBOARD, ignore_errors=True)
         run = cls(folder)
         for event in read_metrics(folder):
-            run._board.add(event)
+            run._views.add(event)
         return run
 
     @property
@@ -151,7 +127,7 @@ class RunLog:
         record = {"event": event, **_plain(fields)}
         self._metrics.write(json.dumps(record, allow_nan=False).encode() + b"\n")
         self._metrics.flush()
-        self._board.add(record)
+        self._views.add(record)
 
     def write_json(self, name: str, values: Mapping[str, Any]) -> Path:
         """Write `<folder>/<name>` as a whole or not at all. Non-finite numbers become null."""
@@ -180,7 +156,7 @@ class RunLog:
             logger.removeHandler(handler)
             handler.close()
         self._handlers = []
-        self._board.close()
+        self._views.close()
         self._metrics.close()
 
     def __enter__(self) -> RunLog:
@@ -287,20 +263,29 @@ def scalars(event: Mapping[str, Any]) -> list[tuple[str, float]]:
     return [("/".join([*about, *path]), value) for path, value in _numbers(values)]
 
 
-class _Board:
-    """TensorBoard writer whose step is a counter for each tag, so that the same events always draw the same curves."""
+class _Views:
+    """The numbers of events for TensorBoard and as a table.
 
-    def __init__(self, folder: Path) -> None:
-        self._writer = SummaryWriter(str(folder))
+    The step is a counter for each tag, so that the same events always give the same curves and lines.
+    """
+
+    def __init__(self, board: Path, table: Path) -> None:
+        self._writer = SummaryWriter(str(board))
+        self._table = open(table, "w", encoding="utf-8", newline="")  # noqa: SIM115 - closed by close()
+        self._rows = csv.writer(self._table, lineterminator="\n")
+        self._rows.writerow(["tag", "step", "value"])
         self._steps: Counter[str] = Counter()
 
     def add(self, event: Mapping[str, Any]) -> None:
         for tag, value in scalars(event):
             self._writer.add_scalar(tag, value, self._steps[tag])
+            self._rows.writerow([tag, self._steps[tag], value])
             self._steps[tag] += 1
+        self._table.flush()
 
     def close(self) -> None:
         self._writer.close()
+        self._table.close()
 
 
 class _Console(logging.Handler):

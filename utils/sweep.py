@@ -10,7 +10,6 @@ every seed. What a row changes is laid over its base in this order: `set`, the c
 `utils/sweep_run.py` runs the table.
 """
 
-import difflib
 import hashlib
 import itertools
 import json
@@ -24,7 +23,9 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from utils.config import BASE_KEY, ConfigError, RunConfig, Seeds, Text, load_config, read_object
+from utils.config import RunConfig, Seeds, Text
+from utils.config_files import BASE_KEY, ConfigError, load_config, no_such, read_object
+from utils.hypotheses import Hypothesis, read_hypotheses
 
 SHAPING = {"base", "set", "cells", "grid"}  # keys without which there is no telling what the cells are
 LONGEST_SLUG = 120  # bytes; seed and backbone follow in a file name of at most 255
@@ -63,6 +64,11 @@ class SweepFile(BaseModel):
         json_schema_extra={"allowed": "an object of keys, each with a list of values"},
     )
     baseline: Text | None = Field(None, description="Name of the cell that the others are compared with.")
+    hypotheses: dict[str, dict[str, Any]] = Field(
+        {},
+        description="Hypothesis name -> the keys of `Hypothesis`; the report answers each.",
+        json_schema_extra={"allowed": "an object of names, each with an object of keys and values"},
+    )
     threads: int = Field(1, ge=1, description="Threads of a run; as many cores are set aside for it.")
     memory_gb: float = Field(3.0, gt=0, description="Memory a run may need in GB (10^9 bytes).")
 
@@ -91,6 +97,7 @@ class Sweep:
     cells: tuple[Cell, ...]
     seeds: tuple[int, ...]
     baseline: str | None
+    hypotheses: Mapping[str, Hypothesis]
     threads: int
     memory_gb: float
 
@@ -106,6 +113,7 @@ class Sweep:
             "description": self.description,
             "seeds": list(self.seeds),
             "baseline": self.baseline,
+            "hypotheses": {name: hypothesis.model_dump() for name, hypothesis in self.hypotheses.items()},
             "cells": [
                 {"name": cell.name, "slug": cell.slug, "config": cell.config.model_dump(mode="json")}
                 for cell in self.cells
@@ -138,7 +146,9 @@ def load_sweep(path: str | Path, overrides: Sequence[str], schemas: Mapping[str,
         raise ConfigError(str(path), checked.problems, checked.footer)
     file = SweepFile(**checked.sound)
     plans = list(_plans(file))
-    problems = [*checked.problems, *_table_problems(file, [plan.name for plan in plans], overrides)]
+    names = [plan.name for plan in plans]
+    hypotheses, doubts = read_hypotheses(file.hypotheses, names)
+    problems = [*checked.problems, *_table_problems(file, names, overrides), *doubts]
 
     cells: list[Cell] = []
     faults: dict[str, list[str]] = {}
@@ -164,6 +174,7 @@ def load_sweep(path: str | Path, overrides: Sequence[str], schemas: Mapping[str,
         cells=tuple(Cell(cell.name, cell.slug, cell.config.model_copy(update=runs)) for cell in cells),
         seeds=tuple(file.seeds),
         baseline=file.baseline,
+        hypotheses=hypotheses,
         threads=file.threads,
         memory_gb=file.memory_gb,
     )
@@ -207,10 +218,7 @@ def _table_problems(file: SweepFile, names: Sequence[str], overrides: Sequence[s
     given = {override.partition("=")[0].strip() for override in overrides}
     problems += [f"--set {key}: not with --sweep, {OWNED[key]}" for key in ("seed", "prefix") if key in given]
     if file.baseline is not None and names and file.baseline not in names:
-        near = difflib.get_close_matches(file.baseline, names, n=1)
-        guess = f"; did you mean {_quoted(near[0])}?" if near else ""
-        listed = ", ".join(_quoted(name) for name in names[:8]) + (", ..." if len(names) > 8 else "")
-        problems.append(f"baseline = {_quoted(file.baseline)}: no such cell{guess}; allowed: {listed}")
+        problems.append(f"baseline = {_quoted(file.baseline)}: {no_such('cell', file.baseline, names)}")
     return [*problems, *_collisions(names)]
 
 

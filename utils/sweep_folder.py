@@ -167,6 +167,7 @@ def write_summary(sweep: Sweep, runs: Sequence[Run], unfinished: Mapping[str, st
         sweep.description,
         results,
         baseline=sweep.baseline,
+        hypotheses=sweep.hypotheses,
         commands={run.cell.name: _command(sweep, run) for run in runs[: len(sweep.cells)]},
         unfinished=unfinished,
     )

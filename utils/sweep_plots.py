@@ -5,7 +5,7 @@
     curves.png                  accuracy over all classes seen, as the run goes on, mean and deviation over seeds
     plasticity_forgetting.png   how well new tasks are learned against how much of old ones is lost
     differences.png             difference from the baseline with its 95 % interval
-    bars.png                    final accuracy of every cell, with every seed
+    bars.png                    the main metric of every cell, with every seed
 
 Figures without numbers are left out. The baseline is black or grey; colours can be told apart by colour-blind
 readers, and cells of the same colour differ in their marker. Text of the user's is drawn as it is written.
@@ -13,8 +13,6 @@ readers, and cells of the same colour differ in their marker. Text of the user's
 
 from __future__ import annotations
 
-import io
-import textwrap
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -27,10 +25,22 @@ from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 from matplotlib.text import Text
 
-from utils.canvas import BLUE, DPI, GREY, INK, NARROWEST, STYLE, VERMILLION, task_axis, titled_figure
+from utils.canvas import (
+    BLUE,
+    GREY,
+    INK,
+    NARROWEST,
+    STYLE,
+    VERMILLION,
+    as_written,
+    png,
+    task_axis,
+    titled_figure,
+    wrapped,
+)
+from utils.quantities import BARS, CURVES, DIFFERENCES, TRADE_OFF
 from utils.report_data import Cell
 
-CURVES, TRADE_OFF, DIFFERENCES, BARS = "curves.png", "plasticity_forgetting.png", "differences.png", "bars.png"
 FIGURES = (BARS, DIFFERENCES, CURVES, TRADE_OFF)  # in the order of the report
 MANY_CELLS = 12  # beyond, curves show the best alone, and labels beside points become numbers
 HIGHLIGHTED = 5
@@ -61,17 +71,17 @@ def sweep_figures(cells: Sequence[Cell], baseline: str | None, subtitle: str) ->
     reference = next((cell for cell in cells if cell.name == baseline), None)
     compared = [cell for cell in cells if cell.comparisons and reference and cell.tasks == reference.tasks]
     looks = cell_looks(cells, baseline)
-    subtitle = _as_written(subtitle)
+    subtitle = as_written(subtitle)
     figures = {}
     with mpl.rc_context(STYLE):
         figures[BARS] = bars_figure(cells, baseline, subtitle)
         if compared:
-            figures[DIFFERENCES] = differences_figure(compared, f"{subtitle} · baseline: {_as_written(str(baseline))}")
+            figures[DIFFERENCES] = differences_figure(compared, f"{subtitle} · baseline: {as_written(str(baseline))}")
         if any(cell.tasks > 1 for cell in cells):
             figures[CURVES] = curves_figure(cells, looks, baseline, subtitle)
         if traded:
             figures[TRADE_OFF] = trade_off_figure(traded, looks, subtitle)
-        return {name: _png(figure) for name, figure in figures.items()}
+        return {name: png(figure) for name, figure in figures.items()}
 
 
 def highlighted(cells: Sequence[Cell], baseline: str | None) -> list[Cell]:
@@ -151,24 +161,24 @@ def trade_off_figure(cells: Sequence[Cell], looks: dict[str, Look], subtitle: st
     axes.set_axisbelow(True)
     if not beside:
         _legend_beside(axes, handles, names)
-    labels = [_as_written(cell.name) if beside else str(number) for number, cell in enumerate(cells, start=1)]
+    labels = [as_written(cell.name) if beside else str(number) for number, cell in enumerate(cells, start=1)]
     _label_points(figure, axes, labels, np.array(means), np.array(covered))
     return figure
 
 
 def differences_figure(cells: Sequence[Cell], subtitle: str) -> Figure:
-    """Paired difference of A_N and of forgetting from the baseline with its 95 % interval, points; a line a cell."""
-    panels = {"final": "A_N: right of zero is better", "forgetting": "forgetting: left of zero is better"}
-    panels = {metric: text for metric, text in panels.items() if any(metric in cell.comparisons for cell in cells)}
-    most = max(cell.comparisons["final"].paired.n for cell in cells)
+    """Paired difference of the kind's panels from the baseline with its 95 % interval; a line a cell."""
+    kind = cells[0].kind
+    panels = {metric: p for metric, p in kind.panels.items() if any(metric in cell.comparisons for cell in cells)}
+    most = max(cell.comparisons[kind.main].paired.n for cell in cells)
     labels = []
     for cell in cells:
-        n = cell.comparisons["final"].paired.n
+        n = cell.comparisons[kind.main].paired.n
         labels.append(_wrapped(cell.name if n == most else f"{cell.name} (n = {n})"))
     subtitle = f"{subtitle} · paired by seed, n = {most}"
     title = "Difference from the baseline with 95 % interval"
     figure, row = _figure_with_rows(labels, title, subtitle, panels=len(panels))
-    for axes, (metric, direction) in zip(row, panels.items(), strict=True):
+    for axes, (metric, panel) in zip(row, panels.items(), strict=True):
         axes.axvline(0, color=INK, lw=1)
         for y, cell in enumerate(cells):
             if comparison := cell.comparisons.get(metric):
@@ -176,8 +186,8 @@ def differences_figure(cells: Sequence[Cell], subtitle: str) -> Figure:
                 if paired.low is not None:
                     axes.plot([paired.low, paired.high], [y, y], color=look.get_color(), lw=2, solid_capstyle="butt")
                 axes.plot(paired.mean, y, "o", color=look.get_color(), mfc=look.get_markerfacecolor(), ms=6.5)
-        axes.set_title(direction, loc="left", pad=5)
-        axes.set_xlabel("difference (points)")
+        axes.set_title(panel.title, loc="left", pad=5)
+        axes.set_xlabel(f"difference ({panel.unit})")
         axes.margins(x=0.08)
     found = {comparison.verdict for cell in cells for comparison in cell.comparisons.values()}
     handles = [_verdict_handle(verdict) for verdict in VERDICT_COLOURS if verdict in found]
@@ -186,10 +196,11 @@ def differences_figure(cells: Sequence[Cell], subtitle: str) -> Figure:
 
 
 def bars_figure(cells: Sequence[Cell], baseline: str | None, subtitle: str) -> Figure:
-    """A_N of every cell (%): a bar to the mean, ± std over seeds, a dot a seed; a dashed line at the baseline's."""
-    figure, (axes,) = _figure_with_rows([_wrapped(cell.name) for cell in cells], "Final accuracy A_N (%)", subtitle)
+    """The main metric of every cell: a bar to the mean, ± std over seeds, a dot a seed; a line at the baseline's."""
+    main, (title, axis) = cells[0].kind.main, cells[0].kind.bars
+    figure, (axes,) = _figure_with_rows([_wrapped(cell.name) for cell in cells], title, subtitle)
     for y, cell in enumerate(cells):
-        estimate, values = cell.estimates["final"], list(cell.values("final").values())
+        estimate, values = cell.estimates[main], list(cell.values(main).values())
         axes.barh(y, estimate.mean, height=0.66, color=GREY if cell.name == baseline else BLUE, alpha=0.45, lw=0)
         if estimate.std is not None:
             axes.errorbar(estimate.mean, y, xerr=estimate.std, ecolor=INK, elinewidth=1.3, capsize=3, fmt="none")
@@ -202,10 +213,10 @@ def bars_figure(cells: Sequence[Cell], baseline: str | None, subtitle: str) -> F
         axes.annotate(text, (end, y), (7, 0), textcoords="offset points", va="center", bbox=behind)
         if cell.name == baseline:
             axes.axvline(estimate.mean, color=INK, lw=0.9, ls="--", zorder=0)
-    axes.set_xlim(0, max(1.0, max(max(cell.values("final").values()) for cell in cells)) * 1.04)
-    axes.set_xlabel("accuracy over all classes after the last task (%)")
+    axes.set_xlim(0, max(1.0, max(max(cell.values(main).values()) for cell in cells)) * 1.04)
+    axes.set_xlabel(axis)
     handles = [Line2D([], [], color=INK, marker="o", ms=3, mfc="white", lw=0, label="one seed")]
-    if any(cell.estimates["final"].std is not None for cell in cells):
+    if any(cell.estimates[main].std is not None for cell in cells):
         handles.append(Line2D([], [], color=INK, lw=1.3, label="mean ± std"))
     if any(cell.name == baseline for cell in cells):
         handles.append(Line2D([], [], color=INK, lw=0.9, ls="--", label="the baseline's mean"))
@@ -215,7 +226,7 @@ def bars_figure(cells: Sequence[Cell], baseline: str | None, subtitle: str) -> F
 
 def _ranked(cells: Sequence[Cell]) -> list[Cell]:
     """The cells by their mean A_N, the best first."""
-    return sorted(cells, key=lambda cell: -cell.estimates["final"].mean)
+    return sorted(cells, key=lambda cell: -cell.estimates[cell.kind.main].mean)
 
 
 def _draw_curve(axes: Axes, cell: Cell, look: Look, tasks: int, width: float) -> Line2D:
@@ -315,15 +326,4 @@ def _longest(labels: Sequence[str]) -> int:
 
 def _wrapped(name: str) -> str:
     """A cell's name in lines of `LABEL_WIDTH` characters at most, for a figure."""
-    return "\n".join(_as_written(line) for line in textwrap.wrap(name, LABEL_WIDTH)) or " "
-
-
-def _as_written(text: str) -> str:
-    """Text of the user's that Matplotlib shall not read as a formula."""
-    return " ".join(text.split()).replace("$", r"\$")
-
-
-def _png(figure: Figure) -> bytes:
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png", dpi=DPI)
-    return stream.getvalue()
+    return wrapped(name, LABEL_WIDTH)

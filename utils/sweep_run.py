@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from utils.config import RunConfig
 from utils.errors import UserError
+from utils.quantities import kind_of
 from utils.sweep import Sweep
 from utils.sweep_engines import ENGINES, STOPPED, Engine, Job, Needs, requests
 from utils.sweep_folder import Run, all_runs, refuse_running, remove, survey, write_summary, write_table
@@ -211,4 +212,5 @@ class StopRequest:
 
 
 def _brief(result: dict[str, Any]) -> str:
-    return f"A_N {result['metrics']['final']:.2f}, {result['cost']['seconds'] / 60:.1f} min"
+    kind = kind_of(result)
+    return f"{kind.main_name} {result['metrics'][kind.main]:.2f}, {result['cost']['seconds'] / 60:.1f} min"
