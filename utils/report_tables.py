@@ -73,8 +73,8 @@ def difference_tables(cells: Sequence[Cell], baseline: str | None) -> list[Table
 
 
 def hypotheses_table(answers: Sequence[Answer]) -> Table:
-    """A row for each hypothesis: what it says and compares, both sides, their difference, and the verdict."""
-    headings = ["hypothesis", "compared", "expected", "cell", "against", "difference", "95 % interval", "n", "p (Holm)"]
+    """A row for each hypothesis: what it says, the verdict and its number, and what is compared on both sides."""
+    headings = ["hypothesis", "verdict", "difference", "95 % interval", "n", "p (Holm)", "compared", "cell", "against"]
     rows = []
     for answer in answers:
         tone = TONES.get(answer.verdict, "")
@@ -82,19 +82,18 @@ def hypotheses_table(answers: Sequence[Answer]) -> Table:
         rows.append(
             [
                 Entry(f"{answer.name}: {answer.hypothesis.says}"),
-                Entry(answer.comparison),
-                Entry(answer.hypothesis.expected),
-                *(Entry(_mean_std(estimate, answer.quantity)) for estimate in answer.estimates),
+                Entry(answer.verdict, bool(tone), tone),
                 Entry(difference or ABSENT, bool(tone), tone),
                 Entry(limits or ABSENT),
                 Entry(str(len(answer.pairs))),
                 Entry(_p(answer.p_holm)),
-                Entry(answer.verdict, bool(tone), tone),
+                Entry(answer.comparison),
+                *(Entry(_mean_std(estimate, answer.quantity)) for estimate in answer.estimates),
             ]
         )
     missing = [f"{answer.name} ({answer.missing})" for answer in answers if answer.missing]
     note = f"No number: {'; '.join(missing)}." if missing else ""
-    return Table("", [*headings, "verdict"], rows, note)
+    return Table("", headings, rows, note)
 
 
 def runs_table(cells: Sequence[Cell]) -> Table:
