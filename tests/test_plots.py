@@ -4,11 +4,10 @@ import json
 import random
 
 import matplotlib as mpl
-import numpy as np
 import pytest
 from matplotlib.image import imread
-from matplotlib.text import Text
 
+from tests.drawn import assert_readable
 from utils import plots
 from utils.errors import UserError
 from utils.plots import draw_figures
@@ -114,24 +113,8 @@ def test_what_is_no_run_is_a_sentence(tmp_path):
         draw_figures(run)
 
 
-def drawn_texts(figure, monkeypatch) -> list[tuple[str, np.ndarray]]:
-    """Every text that reaches the picture, with its corners [x0, y0, x1, y1] in pixels."""
-    found = {}
-    real = Text.draw
-
-    def draw(self, renderer, *args, **kwargs):
-        real(self, renderer, *args, **kwargs)
-        if self.get_visible() and self.get_text().strip():
-            found[id(self)] = (self.get_text(), self.get_window_extent(renderer).extents)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Text, "draw", draw)
-        figure.canvas.draw()
-    return list(found.values())
-
-
 @pytest.mark.parametrize("tasks", [1, 4, 10, 20, 40])
-def test_no_text_overlaps_another_or_leaves_the_picture(tasks, monkeypatch):
+def test_no_text_overlaps_another_or_leaves_the_picture(tasks):
     rows, totals, norms, adapters = invented(tasks)
     subtitle = "a_rather_long_prefix · sema · omnibenchmark · pretrained_vit_b16_224_in21k_adapter · seed 1"
     three_blocks = [event for event in norms if event["block"] < 3]
@@ -145,14 +128,7 @@ def test_no_text_overlaps_another_or_leaves_the_picture(tasks, monkeypatch):
         if tasks in (1, 20):  # the slowest to draw
             figures.append(plots.norms_figure(norms, subtitle))
         for figure in figures:
-            texts = drawn_texts(figure, monkeypatch)
-            assert len(texts) > 5
-            width, height = figure.bbox.size
-            for i, (text, (x0, y0, x1, y1)) in enumerate(texts):
-                assert x0 >= 0 and y0 >= 0 and x1 <= width and y1 <= height, f"{text!r} leaves the picture"
-                for other, (u0, v0, u1, v1) in texts[:i]:
-                    apart = x1 <= u0 + 1 or u1 <= x0 + 1 or y1 <= v0 + 1 or v1 <= y0 + 1
-                    assert apart, f"{text!r} runs into {other!r}"
+            assert_readable(figure)
 
 
 def test_accuracy_matrix_prints_each_number_in_its_cell():

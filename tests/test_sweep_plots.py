@@ -4,8 +4,8 @@ import matplotlib as mpl
 import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
-from matplotlib.text import Text
 
+from tests.drawn import assert_readable
 from tests.test_report import invented, metric_runs
 from utils.plots import STYLE
 from utils.report_data import tabulate
@@ -41,24 +41,8 @@ def test_many_cells_are_told_apart_and_the_best_are_highlighted():
     assert min(max(rgb) - min(rgb) for rgb in channels) > 0.2  # grey is for what is not highlighted
 
 
-def drawn_texts(figure, monkeypatch) -> list[tuple[str, np.ndarray]]:
-    """Every text that reaches the picture, with its corners [x0, y0, x1, y1] in pixels; leader lines left out."""
-    found = {}
-    real = Text.draw
-
-    def draw(self, renderer, *args, **kwargs):
-        real(self, renderer, *args, **kwargs)
-        if self.get_visible() and self.get_text().strip():
-            found[id(self)] = (self.get_text(), Text.get_window_extent(self, renderer).extents)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Text, "draw", draw)
-        figure.canvas.draw()
-    return list(found.values())
-
-
 @pytest.mark.parametrize("number", [2, 10, 28])
-def test_no_text_overlaps_another_or_leaves_the_picture(number, monkeypatch):
+def test_no_text_overlaps_another_or_leaves_the_picture(number):
     runs = many_cells(number) if number > 10 else {f"cell {i}": r for i, r in enumerate(many_cells(number).values())}
     baseline = next(iter(runs))
     cells = tabulate(runs, baseline)
@@ -71,14 +55,7 @@ def test_no_text_overlaps_another_or_leaves_the_picture(number, monkeypatch):
             differences_figure(cells[1:], subtitle),
         ]
         for figure in figures:
-            texts = drawn_texts(figure, monkeypatch)
-            assert len(texts) > 5
-            width, height = figure.bbox.size
-            for i, (text, (x0, y0, x1, y1)) in enumerate(texts):
-                assert x0 >= 0 and y0 >= 0 and x1 <= width and y1 <= height, f"{text!r} leaves the picture"
-                for other, (u0, v0, u1, v1) in texts[:i]:
-                    apart = x1 <= u0 + 1 or u1 <= x0 + 1 or y1 <= v0 + 1 or v1 <= y0 + 1
-                    assert apart, f"{text!r} runs into {other!r}"
+            assert_readable(figure)
 
 
 def test_bars_and_differences_show_the_numbers():
