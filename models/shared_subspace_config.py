@@ -125,7 +125,7 @@ class SharedSubspaceConfig(RunConfig):
     def _group_conflicts(self) -> list[Conflict]:
         size, rank = self.group_size, self.sharing_rank
         if size < LEAST_GROUP:
-            fault = f"{size} sample{'' if size == 1 else 's'} of a group span no subspace"
+            fault = f"a group of {size} spans no subspace"
             return [(("group_size",), f"{fault}; allowed: an integer >= {LEAST_GROUP}")]
         found: list[Conflict] = []
         if rank >= size:

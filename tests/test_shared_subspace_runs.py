@@ -264,7 +264,7 @@ BAD = {
     "a primitive twice": ({"primitives": ["rotate", "fall", "fall"]}, "holds fall more than once"),
     "length beyond the set": ({"test_length": 6}, "there are 5; allowed: lengths from 1 to 5"),
     "training length beyond the set": ({"train_lengths": [1, 9]}, "lengths from 1 to 5"),
-    "group of one": ({"group_size": 1}, "1 sample of a group span no subspace"),
+    "group of one": ({"group_size": 1}, "a group of 1 spans no subspace"),
     "empty held-out split": ({"held_out_pairs": 0}, "held_out_pairs"),
     "empty training split": ({"train_lengths": [2], "held_out_pairs": 10}, "may be empty"),
     "subspace larger than its group": ({"sharing_rank": 4}, "sharing_rank below group_size"),

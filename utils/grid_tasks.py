@@ -251,7 +251,7 @@ class GroupedBatchSampler(Sampler[list[int]]):
 
     def __init__(self, labels: Tensor, *, groups: int, group_size: int, generator: torch.Generator) -> None:
         if group_size < LEAST_GROUP:
-            fault = f"group_size = {group_size}: the samples of a group of {group_size} span no subspace"
+            fault = f"group_size = {group_size}: a group of {group_size} spans no subspace"
             raise UserError(f"{fault}; allowed: {LEAST_GROUP} or more")
         self._group = group_numbers(labels)
         self.groups, self.group_size, self._generator = groups, group_size, generator
@@ -297,7 +297,8 @@ def split_problems(
         found.append((("test_length", "train_lengths"), "it would not be unseen; allowed: a length not in training"))
     most = pairs - (list(train_lengths) == [2])
     if not 1 <= held_out_pairs <= most:
-        fault = f"{number} primitives make {pairs} pairs, and neither training nor the held-out set may be empty"
+        made = f"{pairs} pair{'' if pairs == 1 else 's'}"
+        fault = f"{number} primitives make {made}, and neither training nor the held-out set may be empty"
         found.append((("held_out_pairs", "primitives"), f"{fault}; allowed: from 1 to {most}"))
     return found
 

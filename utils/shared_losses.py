@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-LEAST_GROUP = 2  # samples: those of a single one span no subspace
+from utils.grid_tasks import LEAST_GROUP
+
 LEAST_GAP = 1e-3  # between the eigenvalues on both sides of the cut, relative to the largest; below, PCA is unstable
 RIDGE = 1e-3  # of the random projection, relative to the trace: what it falls back on where samples do not vary
 
