@@ -3,7 +3,7 @@
     learner.begin_task(task)      # new classes: the classifier gains rows
     learner.train_task()
     logits = learner.classify(learner.features(images))
-    correct, total = Evaluator(learner, learner.data)(task)
+    accuracy_of(learner, tasks=task + 1).correct      # images of each task
 
 Test images are read once a task, after its training.
 """
@@ -125,7 +125,7 @@ class AccuracyScores(Scores):
 
     @staticmethod
     def measure(learner: "ClassIncrementalLearner") -> Counts:
-        return Counts(*Evaluator(learner, learner.data)(learner.task))
+        return accuracy_of(learner, learner.task + 1)
 
     @staticmethod
     def describe(measured: Counts, parts: ClassIncrementalParts) -> str:
@@ -238,23 +238,17 @@ class ClassIncrementalLearner(Learner):
         return self.data.task_classes(self.task)
 
 
-class Evaluator:
-    """Test accuracy of a learner on every task seen: class-incremental, no task label given."""
-
-    def __init__(self, learner: ClassIncrementalLearner, data: DataManager) -> None:
-        self.learner, self.data = learner, data
-
-    @torch.no_grad()
-    def __call__(self, task: int) -> tuple[list[int], list[int]]:
-        """Images classified right and images in all, for every task up to `task`."""
-        correct, total = [], []
-        for k in range(task + 1):
-            targets = self.data.targets(self.data.indices(self.data.task_classes(k), "test"), "test")
-            features = self.learner.features_of(k, "test").to(self.learner.device)
-            predictions = self.learner.classify(features).argmax(dim=1).cpu()
-            correct.append(int((predictions == targets).sum()))
-            total.append(len(targets))
-        return correct, total
+@torch.no_grad()
+def accuracy_of(learner: ClassIncrementalLearner, tasks: int) -> Counts:
+    """Test a learner on the first so many tasks: class-incremental, no task label given."""
+    correct, total = [], []
+    for task in range(tasks):
+        targets = learner.data.targets(learner.data.indices(learner.data.task_classes(task), "test"), "test")
+        features = learner.features_of(task, "test").to(learner.device)
+        predictions = learner.classify(features).argmax(dim=1).cpu()
+        correct.append(int((predictions == targets).sum()))
+        total.append(len(targets))
+    return Counts(correct, total)
 
 
 def default_workers(device: torch.device) -> int:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from models.class_incremental import Evaluator
+from models.class_incremental import accuracy_of
 from models.sdlora import SDLoRA
 from trainer import assemble
 from utils.errors import UserError
@@ -255,8 +255,7 @@ def test_epoch_lines_have_the_published_form(make_sdlora: Make, caplog: pytest.L
 def test_evaluation_is_merged_and_its_weights_have_no_noise(make_sdlora: Make) -> None:
     learner = run_tasks(make_sdlora(**GATE, **KEEP), 2)
     beta = sparsemax(learner.gate.logits / 0.5)
-    evaluate = Evaluator(learner, learner.data)
-    assert evaluate(1) == evaluate(1) and learner.network.is_merged
+    assert accuracy_of(learner, 2) == accuracy_of(learner, 2) and learner.network.is_merged
     images = learner.data.views(learner.data.indices(range(2), "test"), "test", "test", None)
     merged = features(learner)
     learner.network.unmerge()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from backbone.sema_block import is_learning
 from models.activations import Activations, Images
-from models.class_incremental import Evaluator
+from models.class_incremental import accuracy_of
 from models.sema import SEMA
 from utils.config import RunConfig
 from utils.run_log import read_metrics
@@ -217,16 +217,15 @@ def test_evaluation_computes_again_only_what_has_changed(
     monkeypatch.setattr(Activations, "compute", counted)
     for threshold, again in ((STAY, 1), (GROW, 2)):
         learner = make_sema(nested_lora_use_consolidation=False, cache_root=str(tmp_path / str(again)), **threshold)
-        evaluate = Evaluator(learner, learner.data)
         ran.clear()
         for task in range(2):
             learner.begin_task(task)
             learner.train_task()
-            outcome = evaluate(task)
+            outcome = accuracy_of(learner, task + 1)
         images = {depth: sum(n for start, stop, n in ran if (start, stop) == depth) for depth in ((0, 4), (4, 6))}
         assert images == {(0, 4): 4 * 8, (4, 6): (again + 1) * 2 * 8}
         learner.close_run()  # nothing is kept any more
-        assert outcome == evaluate(1)
+        assert outcome == accuracy_of(learner, 2)
 
 
 def test_old_classes_take_no_part_in_the_loss(make_sema: Make) -> None:
