@@ -8,9 +8,8 @@ Sources: LoRA (Hu et al., ICLR 2022); bottleneck adapters (Houlsby et al., ICML 
 """
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from backbone.lora import lora_start
+from backbone.lora import LowRank
 from backbone.sema_components import Adapter
 
 
@@ -20,10 +19,10 @@ class LowRankLinear(nn.Module):
     def __init__(self, linear: nn.Linear, rank: int) -> None:
         super().__init__()
         self.linear = linear.requires_grad_(False)
-        self.down, self.up = lora_start(linear.weight, 1, rank, linear.in_features, linear.out_features)
+        self.low_rank = LowRank(linear.weight, 1, rank, linear.in_features, linear.out_features)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear(x) + F.linear(F.linear(x, self.down[0]), self.up[0])
+        return self.linear(x) + self.low_rank(x)
 
 
 class AdaptedLinear(nn.Module):

@@ -25,12 +25,28 @@ from torch.nn import functional as F
 FIRST_MAGNITUDE = 0.8  # of a new adapter, as published
 
 
-def lora_start(like: Tensor, copies: int, rank: int, inputs: int, outputs: int) -> tuple[nn.Parameter, nn.Parameter]:
-    """A (copies, rank, inputs), Kaiming-uniform(a = sqrt 5), and B (copies, outputs, rank), zero: B A x is silent."""
-    down = nn.Parameter(like.new_empty(copies, rank, inputs))
-    for one in down.data:
-        nn.init.kaiming_uniform_(one, a=math.sqrt(5))
-    return down, nn.Parameter(like.new_zeros(copies, outputs, rank))
+class LowRank(nn.Module):
+    """The matrices of LoRA,  x -> [B_1 A_1 x; ...; B_S A_S x],  (..., d) -> (..., S o).
+
+    `down` holds A, (S, r, d), Kaiming-uniform(a = sqrt 5) at the start; `up` holds B, (S, o, r), zero: it is silent.
+
+    Args:
+        like: a tensor whose device and precision they take.
+        copies: S.
+        rank: r.
+        inputs: d.
+        outputs: o.
+    """
+
+    def __init__(self, like: Tensor, copies: int, rank: int, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.down = nn.Parameter(like.new_empty(copies, rank, inputs))
+        for one in self.down.data:
+            nn.init.kaiming_uniform_(one, a=math.sqrt(5))
+        self.up = nn.Parameter(like.new_zeros(copies, outputs, rank))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(F.linear(x, self.down.flatten(0, 1)), torch.block_diag(*self.up))
 
 
 class GumbelGate(nn.Module):
@@ -66,13 +82,12 @@ class LoRALinear(nn.Module):
     The network sets the weights w before a forward. Frozen adapters are a stack of R rank-one terms, `down` (2, R, d)
     and `up` (2, d, R), with every |A_sk| = 1 (Frobenius), so that |B_sk| is the size of the product. They are added to
     W before it meets the tokens: their number costs no work on tokens but the derivatives of w. The adapter that
-    learns, `new_down` (2, r, d) and `new_up` (2, d, r), is computed beside them.
+    learns, `new`, is computed beside them.
     """
 
     down: Tensor
     up: Tensor
-    new_down: nn.Parameter | None
-    new_up: nn.Parameter | None
+    new: LowRank | None
     merged: Tensor | None  # W with all adapters added, between merge and unmerge
 
     def __init__(self, qkv: nn.Linear) -> None:
@@ -82,8 +97,7 @@ class LoRALinear(nn.Module):
             raise ValueError(f"q, k and v of width {self.width} are not {qkv.out_features} numbers")
         self.register_buffer("down", qkv.weight.new_zeros(2, 0, self.width))
         self.register_buffer("up", qkv.weight.new_zeros(2, self.width, 0))
-        self.register_parameter("new_down", None)
-        self.register_parameter("new_up", None)
+        self.register_module("new", None)
         self.register_buffer("merged", None, persistent=False)
         self.term_weights: Tensor | None = None  # (R,): w_k of the adapter that each frozen term belongs to
         self.newest_weight: Tensor | None = None
@@ -96,24 +110,24 @@ class LoRALinear(nn.Module):
             y = _FrozenSum.apply(x, weight, bias, self.down, self.up, self.term_weights)
         else:
             y = F.linear(x, weight, bias)
-        if self.new_down is None:
+        if self.new is None:
             return y
-        up_q, up_v = self.newest_weight * self.new_up
+        up_q, up_v = self.newest_weight * self.new.up
         none = torch.zeros_like(up_q)
         up = torch.cat([torch.cat([up_q, none], 1), torch.cat([none, none], 1), torch.cat([none, up_v], 1)])  # (3d, 2r)
-        return y + F.linear(F.linear(x, self.new_down.flatten(0, 1)), up)
+        return y + F.linear(F.linear(x, self.new.down.flatten(0, 1)), up)
 
     def grow(self, rank: int) -> None:
         """A new adapter at the LoRA start."""
-        self.new_down, self.new_up = lora_start(self.qkv.weight, 2, rank, self.width, self.width)
+        self.new = LowRank(self.qkv.weight, 2, rank, self.width, self.width)
 
     @torch.no_grad()
     def freeze_newest(self) -> None:
         """What learned joins the frozen stack; the size of A goes over to B, which changes no product."""
-        size = self.new_down.norm(dim=(1, 2), keepdim=True)
-        self.down = torch.cat([self.down, self.new_down / size], dim=1)
-        self.up = torch.cat([self.up, self.new_up * size], dim=2)
-        self.new_down = self.new_up = None
+        size = self.new.down.norm(dim=(1, 2), keepdim=True)
+        self.down = torch.cat([self.down, self.new.down / size], dim=1)
+        self.up = torch.cat([self.up, self.new.up * size], dim=2)
+        self.new = None
 
     def keep(self, terms: Tensor) -> None:
         """Leave only these rank-one terms of the frozen stack, (n,) indices."""
@@ -135,9 +149,9 @@ class LoRALinear(nn.Module):
     def merge(self) -> None:
         """Add all adapters to a copy of W; the weights w must have been set."""
         down, up, weights = self.down, self.up, self.term_weights
-        if self.new_down is not None:
-            down, up = torch.cat([down, self.new_down], 1), torch.cat([up, self.new_up], 2)
-            weights = torch.cat([weights, self.newest_weight.expand(self.new_down.shape[1])])
+        if self.new is not None:
+            down, up = torch.cat([down, self.new.down], 1), torch.cat([up, self.new.up], 2)
+            weights = torch.cat([weights, self.newest_weight.expand(self.new.down.shape[1])])
         self.merged = _with_terms(self.qkv.weight, down, up, weights)
 
     def unmerge(self) -> None:
@@ -146,8 +160,8 @@ class LoRALinear(nn.Module):
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything the adapters are made of, by name."""
-        own = {"down": self.down, "up": self.up, "new_down": self.new_down, "new_up": self.new_up}
-        return {name: tensor for name, tensor in own.items() if tensor is not None}
+        learning = {} if self.new is None else {"new_down": self.new.down, "new_up": self.new.up}
+        return {"down": self.down, "up": self.up} | learning
 
 
 class LoRAVisionTransformer(nn.Module):
@@ -285,7 +299,8 @@ class LoRAVisionTransformer(nn.Module):
 
     def directions(self) -> list[nn.Parameter]:
         """The parameters of the adapter that learns its direction; none where all are frozen."""
-        return [p for projection in self.projections for p in (projection.new_down, projection.new_up) if p is not None]
+        learning = [projection.new for projection in self.projections if projection.new is not None]
+        return [parameter for new in learning for parameter in (new.down, new.up)]
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything but the frozen transformer, by name."""

@@ -234,7 +234,7 @@ def test_class_tokens_are_what_enters_the_next_block_and_become_the_features(mak
 def test_class_tokens_of_merged_directions_become_the_features(make_sdlora) -> None:
     learner = make_sdlora()
     learner.begin_task(0)
-    torch.nn.init.normal_(learner.network.projections[2].new_up)
+    torch.nn.init.normal_(learner.network.projections[2].new.up)
     images = torch.rand(3, 3, 32, 32, generator=seeded_generator(0))
     tokens = learner.class_tokens(images)
     with torch.no_grad():

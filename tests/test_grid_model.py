@@ -190,9 +190,10 @@ def test_adapters_are_their_formulas() -> None:
     torch.manual_seed(0)
     linear, x = nn.Linear(6, 4), torch.randn(3, 6)
     lora = LowRankLinear(copy.deepcopy(linear), rank=2)
-    nn.init.normal_(lora.up)
-    assert lora.down.shape == (1, 2, 6) and lora.up.shape == (1, 4, 2)
-    torch.testing.assert_close(lora(x), x @ (linear.weight + lora.up[0] @ lora.down[0]).T + linear.bias)
+    low_rank = lora.low_rank
+    nn.init.normal_(low_rank.up)
+    assert low_rank.down.shape == (1, 2, 6) and low_rank.up.shape == (1, 4, 2)
+    torch.testing.assert_close(lora(x), x @ (linear.weight + low_rank.up[0] @ low_rank.down[0]).T + linear.bias)
     adapted = AdaptedLinear(copy.deepcopy(linear), rank=2)
     nn.init.normal_(adapted.adapter.up_proj.weight)
     y = linear(x)

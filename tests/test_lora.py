@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from backbone.lora import FIRST_MAGNITUDE, GumbelGate, LoRAVisionTransformer, _FrozenSum
+from backbone.lora import FIRST_MAGNITUDE, GumbelGate, LoRAVisionTransformer, LowRank, _FrozenSum
 from tests.tiny_vits import DEPTH, MODELS, NAME, WIDTH, images, plain_vit
 from utils.costs import flops_of
 
@@ -37,7 +37,7 @@ def factors(network: LoRAVisionTransformer) -> list[list[tuple[Tensor, Tensor]]]
         for s in (0, 1):
             frozen = network.ranks[:-1] if network.is_open else network.ranks
             pairs = list(zip(block.down[s].split(frozen), block.up[s].split(frozen, dim=1), strict=True))
-            found.append(pairs + ([(block.new_down[s], block.new_up[s])] if network.is_open else []))
+            found.append(pairs + ([(block.new.down[s], block.new.up[s])] if network.is_open else []))
     return found
 
 
@@ -334,3 +334,16 @@ def test_a_training_step_keeps_no_more_activations_with_many_adapters() -> None:
             of_size.append(total[0])
         saved.append(of_size[1] - of_size[0])
     assert saved[0] == saved[1] > 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The matrices by themselves
+
+
+def test_low_rank_products_stand_one_after_the_other() -> None:
+    low_rank, x = LowRank(torch.empty(0), copies=2, rank=3, inputs=5, outputs=4), torch.randn(7, 5)
+    assert torch.equal(low_rank(x), torch.zeros(7, 8))
+    nn.init.normal_(low_rank.up)
+    expected = torch.cat([x @ (low_rank.up[s] @ low_rank.down[s]).T for s in (0, 1)], dim=1)
+    torch.testing.assert_close(low_rank(x), expected)
+    assert low_rank.down.abs().max() <= (1 / 5) ** 0.5 + 1e-6  # the bound of Kaiming-uniform(a = sqrt 5)

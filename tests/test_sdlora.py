@@ -74,7 +74,7 @@ def test_it_is_sd_lora_written_out(make_sdlora: Make) -> None:
     for task in range(2):
         learner.begin_task(task)
         head = copy.deepcopy(learner.head.tasks[-1])
-        new = [(p.new_down[s].detach(), p.new_up[s].detach()) for p in learner.network.projections for s in (0, 1)]
+        new = [(p.new.down[s].detach(), p.new.up[s].detach()) for p in learner.network.projections for s in (0, 1)]
         new = [(a.clone().requires_grad_(), b.clone().requires_grad_()) for a, b in new]
         magnitudes = [torch.tensor(0.8, requires_grad=True) for _ in range(task + 1)]
         leaves = [*magnitudes, *(factor for pair in new for factor in pair), *head.parameters()]
