@@ -16,7 +16,6 @@ from utils.similarity import (
     linear_cka,
     pca_basis,
     principal_angles,
-    projector_distance,
     rms_angle,
     unbiased_hsic,
 )
@@ -198,14 +197,6 @@ def test_angles_belong_to_spaces_not_to_bases() -> None:
     assert grassmann_distance(turn @ a, turn @ b) == pytest.approx(value) == grassmann_distance(b, a)
     assert grassmann_distance(a, a @ normal(3, 3, seed=4)) < 1e-12
     assert grassmann_distance(turn[:, :2], turn[:, 2:4]) == pytest.approx(math.pi / math.sqrt(2))
-
-
-@pytest.mark.parametrize("columns", [3, 5])
-def test_projector_distance_is_that_of_the_projectors(columns: int) -> None:
-    a, b = normal(12, 3), normal(12, columns, seed=1)
-    p, q = (m @ torch.linalg.pinv(m) for m in (a, b))
-    assert projector_distance(a, b) == pytest.approx(float((p - q).norm()))
-    assert projector_distance(a, 2 * a) < 1e-12
 
 
 def test_an_empty_space_has_no_angles() -> None:

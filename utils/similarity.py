@@ -138,16 +138,6 @@ def rms_angle(a: Tensor, b: Tensor) -> float:
     return math.degrees(float(principal_angles(a, b).square().mean().sqrt()))
 
 
-def projector_distance(a: Tensor, b: Tensor) -> float:
-    """||P_a - P_b||_F of the projectors on two column spaces, (2 sum sin^2 theta_i + |k - m|)^(1/2)."""
-    sines = principal_angles(a, b).sin().square().sum()
-    return math.sqrt(2 * float(sines) + abs(_rank(a) - _rank(b)))
-
-
-def _rank(basis: Tensor) -> int:
-    return int(torch.linalg.matrix_rank(basis.detach().cpu().double()))
-
-
 def _centred_pair(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Both centred, after a check that they can be compared."""
     if x.dim() != 2 or y.dim() != 2 or len(x) != len(y) or len(x) < FEWEST_SAMPLES:
