@@ -214,15 +214,11 @@ def material_of_grids(folder: Path, checkpoints: list[Path], images_per_class: i
     Raises:
         UserError: the checkpoint is damaged or foreign, or images are to be chosen where there are none.
     """
-    from trainer import assemble, read_config
-    from utils.checkpoint import load_checkpoint
     from utils.errors import UserError
 
     if images_per_class is not None:
         raise UserError("--images-per-class: a run on grids has no images, its analyses draw new grids; leave it out")
-    config = read_config(folder)
-    parts = assemble(config, config.seed[0])
-    return rebuilt(checkpoints[-1], load_checkpoint(checkpoints[-1]), parts).material()
+    return saved_learner(checkpoints[-1])[0].material()
 
 
 def class_incremental_material(folder: Path, checkpoints: list[Path], images_per_class: int | None) -> Material:
@@ -271,15 +267,20 @@ def rebuilt(checkpoint: Path, saved: tuple[dict[str, Tensor], dict[str, Any]], p
     return learner
 
 
-def report_checkpoint(checkpoint: Path) -> None:
-    """Rebuild the model a checkpoint holds, strictly, test it, and print how it did."""
+def saved_learner(checkpoint: Path) -> tuple[Learner, Parts]:
+    """The learner that a checkpoint holds, and what its run is made from."""
     from trainer import assemble, read_config
     from utils.checkpoint import load_checkpoint
 
     saved = load_checkpoint(checkpoint)
     config = read_config(checkpoint.parent.parent)
     parts = assemble(config, config.seed[0])
-    learner = rebuilt(checkpoint, saved, parts)
+    return rebuilt(checkpoint, saved, parts), parts
+
+
+def report_checkpoint(checkpoint: Path) -> None:
+    """Rebuild the model a checkpoint holds, strictly, test it, and print how it did."""
+    learner, parts = saved_learner(checkpoint)
     print(f"{checkpoint}: {learner.Scores.describe(learner.Scores.measure(learner), parts)}")
 
 

@@ -31,6 +31,7 @@ from utils.hypotheses_figure import CAPTION, hypotheses_png
 from utils.plots import DPI
 from utils.report_data import Cell, quantity_names, tabulate
 from utils.report_tables import difference_tables, facts, hypotheses_table, main_table, reading_notes, runs_table
+from utils.statistics import Paired
 from utils.sweep_plots import FIGURES, sweep_figures
 
 FIGURES_FOLDER = "figures"
@@ -133,11 +134,7 @@ def summary_rows(cells: Sequence[Cell], baseline: str | None) -> list[dict[str, 
                     "high95": estimate and estimate.high,
                     "baseline": baseline,
                     "paired_n": difference and difference.n,
-                    "difference": difference and difference.mean,
-                    "difference_std": difference and difference.std,
-                    "difference_low95": difference and difference.low,
-                    "difference_high95": difference and difference.high,
-                    "p_t": difference and difference.p_t,
+                    **_difference_fields(difference),
                     "p_holm": comparison and comparison.p_holm,
                     "p_wilcoxon": difference and difference.p_wilcoxon,
                     "verdict": comparison and comparison.verdict,
@@ -166,16 +163,23 @@ def hypothesis_rows(answers: Sequence[Answer]) -> list[dict[str, Any]]:
                 "std": ours and ours.std,
                 "against_mean": theirs and theirs.mean,
                 "against_std": theirs and theirs.std,
-                "difference": difference and difference.mean,
-                "difference_std": difference and difference.std,
-                "difference_low95": difference and difference.low,
-                "difference_high95": difference and difference.high,
-                "p_t": difference and difference.p_t,
+                **_difference_fields(difference),
                 "p_holm": each.p_holm,
                 "verdict": each.verdict,
             }
         )
     return rows
+
+
+def _difference_fields(difference: Paired | None) -> dict[str, float | None]:
+    """The fields of a paired difference in a row; None each without one."""
+    return {
+        "difference": difference and difference.mean,
+        "difference_std": difference and difference.std,
+        "difference_low95": difference and difference.low,
+        "difference_high95": difference and difference.high,
+        "p_t": difference and difference.p_t,
+    }
 
 
 def run_rows(cells: Sequence[Cell]) -> list[dict[str, Any]]:
