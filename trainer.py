@@ -8,7 +8,6 @@ What kinds of experiments differ in is in `models/experiment.py`; class-incremen
 leaves behind is described in `utils/run_log.py`.
 """
 
-import json
 import logging
 import platform
 import shutil
@@ -36,6 +35,7 @@ from utils.config import RunConfig
 from utils.config_files import config_from_dict
 from utils.distributed import World, backend_for, local_device, process_group, world_from_environment
 from utils.errors import UserError
+from utils.files import read_json
 from utils.metrics import seeds_table
 from utils.plots import draw_figures
 from utils.run_log import RunLog, SilentLog, folder_of
@@ -111,19 +111,12 @@ def read_config(folder: Path) -> RunConfig:
         raise UserError(
             f"{folder} is not a run folder: it has no config.json; give a folder such as logs/sema/.../run_1993_..."
         )
-    return config_from_dict(_read_json(path), SCHEMAS, str(path)).config
+    return config_from_dict(read_json(path), SCHEMAS, str(path)).config
 
 
 def read_result(folder: Path) -> dict[str, Any]:
     """The result.json of a finished run."""
-    return _read_json(folder / "result.json")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not valid JSON (line {error.lineno}): restore it, or start a new run") from error
+    return read_json(folder / "result.json")
 
 
 def check_identity(checkpoint: Path, state: dict[str, Any], parts: Parts) -> None:

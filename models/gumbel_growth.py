@@ -13,7 +13,6 @@ A gate's files hold, for every task so far, `beta_values` (t + 1,), zero where a
 import io
 import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ import torch
 from torch import Tensor
 
 from models.sdlora_config import SDLoRAConfig
-from utils.checkpoint import write_synced
+from utils.files import replace_file
 
 UNIFORM = 0.1  # weights that all lie closer to 1 / K than this part of it are called uniform
 FEW = 1 / 3  # adapters that are kept, of all tasks: fewer or as many are called few
@@ -152,7 +151,4 @@ class GateRecord:
         text = json.dumps({"task": self.task, **self.numbers()}, indent=1) + "\n"
         folder.mkdir(parents=True, exist_ok=True)
         for suffix, content in (("pt", buffer.getvalue()), ("json", text.encode())):
-            path = folder / f"beta_values_task_{self.task}.{suffix}"
-            temporary = path.with_name(f".{path.name}.tmp")
-            write_synced(temporary, content)
-            os.replace(temporary, path)
+            replace_file(folder / f"beta_values_task_{self.task}.{suffix}", content)

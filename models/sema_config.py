@@ -67,11 +67,11 @@ class SEMAConfig(AdapterConfig):
     )
     nested_lora_consolidation_alpha: float = Field(0.1, ge=0, le=1, description="Share of fast that moves into slow.")
     nested_lora_consolidation_schedule: Literal["constant", "mean"] = Field(
-        "constant", description='alpha in every task, or alpha / (task + 1): with alpha 1, slow is the mean over tasks.'
+        "constant", description="alpha in every task, or alpha / (task + 1): with alpha 1, slow is the mean over tasks."
     )
     nested_lora_reset: Literal["lora", "zeros", "aligned"] = Field(
         "lora",
-        description='Fast restarts as a new LoRA; all zero, after which it cannot learn; or on slow\'s hidden units '
+        description="Fast restarts as a new LoRA; all zero, after which it cannot learn; or on slow's hidden units "
         '("aligned", where it also starts before the first task).',
     )
 

@@ -10,6 +10,7 @@ import pytest
 
 from utils import assets
 from utils.errors import UserError
+from utils.files import sha256_file
 
 CONTENT = b"weights" * 1000
 DIGEST = hashlib.sha256(CONTENT).hexdigest()
@@ -115,4 +116,4 @@ def test_named_asset_goes_to_its_own_file(tmp_path, monkeypatch):
 def test_sha256_file(tmp_path):
     path = tmp_path / "x"
     path.write_bytes(CONTENT)
-    assert assets.sha256_file(path) == DIGEST
+    assert sha256_file(path) == DIGEST

@@ -210,9 +210,7 @@ def test_the_default_is_the_quickstart() -> None:
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "exps").glob("*.json")), ids=lambda path: path.stem)
-def test_every_shipped_config_builds_its_learner(
-    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_shipped_config_builds_its_learner(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """End to end on generated images and an untrained tiny backbone: only data, weights and sizes differ."""
     monkeypatch.setattr("trainer.draw_figures", lambda folder: [])  # the same for all, and most of the time
     changes = {

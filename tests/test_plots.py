@@ -105,7 +105,7 @@ def test_the_subtitle_names_the_seed_of_this_run():
 
 
 def test_what_is_no_run_is_a_sentence(tmp_path):
-    with pytest.raises(UserError, match="not a run folder: it holds no config.json"):
+    with pytest.raises(UserError, match="holds no config.json"):
         draw_figures(tmp_path)
     run = write_run(tmp_path / "run")
     (run / "config.json").write_text("{")

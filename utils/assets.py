@@ -17,10 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from utils.errors import UserError
+from utils.files import CHUNK_BYTES, sha256_file
 
 log = logging.getLogger("nested_lora")
-
-CHUNK_BYTES = 1 << 20
 
 
 class AssetError(UserError):
@@ -57,15 +56,6 @@ PACKAGE_ASSETS = {
         size="1.4 MB",
     ),
 }
-
-
-def sha256_file(path: Path | str) -> str:
-    """Hexadecimal SHA-256 of a file's bytes. Raises OSError when it cannot be read."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def fetch_asset(name: str, folder: Path) -> Path:

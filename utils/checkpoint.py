@@ -26,6 +26,7 @@ from safetensors import SafetensorError
 from safetensors import torch as safetensors_torch
 
 from utils.errors import UserError
+from utils.files import sync_folder, write_synced
 
 FORMAT = "nested-lora checkpoint"
 VERSION = 1
@@ -128,25 +129,6 @@ def latest_checkpoint(checkpoints: Path) -> Path | None:
             task, step = position.groups()
             found[int(task), float("inf") if step is None else int(step)] = folder
     return found[max(found)] if found else None
-
-
-def write_synced(path: Path, data: bytes) -> None:
-    """Write a file and wait until the disk has it."""
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Wait until the disk has the folder's entries, such as a rename in it (Windows has no such call)."""
-    if os.name == "nt":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _tidy(checkpoints: Path) -> None:

@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from tqdm import tqdm
 
-from utils.checkpoint import write_synced
+from utils.files import write_synced
 from utils.tensor_cache import RESERVE
 
 try:

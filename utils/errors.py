@@ -1,5 +1,6 @@
 """The one exception for mistakes a person can mend; the commands tell of it without a traceback, exit code 2."""
 
+import errno
 import sys
 from collections.abc import Callable
 
@@ -8,12 +9,38 @@ class UserError(Exception):
     """One clear sentence: what is wrong, what was given, what is allowed, what to do."""
 
 
+WAYS_OUT = {
+    errno.ENOSPC: "free some space, or choose another disk with logs_root or cache_root",
+    errno.EDQUOT: "free some space, or choose another disk with logs_root or cache_root",
+    errno.EROFS: "choose a folder that can be written with logs_root or cache_root",
+    errno.EACCES: "change its permissions, or choose another folder",
+    errno.EPERM: "change its permissions, or choose another folder",
+    errno.EFBIG: "raise the limit on file sizes (ulimit -f), or choose another disk",
+    errno.EMFILE: "raise the limit on open files (ulimit -n)",
+    errno.ENOTDIR: "a file stands where a folder is needed: move it away, or choose another folder",
+    errno.EISDIR: "a folder stands where a file is needed: move it away",
+    errno.EEXIST: "a file stands where a folder is needed: move it away, or choose another folder",
+    errno.ENAMETOOLONG: "choose a shorter name",
+}
+
+
+def os_error_sentence(error: OSError) -> str:
+    """What the operating system refused, with the path and what to do."""
+    where = f"{error.filename}: " if error.filename is not None else ""
+    way_out = WAYS_OUT.get(error.errno, "check the path and its disk")
+    return f"{where}{error.strerror or error}; {way_out}, then go on with --resume where a run had begun"
+
+
 def exit_code(run: Callable[[], object]) -> int:
-    """Run a command: 0 when it is done, 2 after a `UserError`, whose text goes to standard error, 130 after Ctrl-C."""
+    """Run a command: 0 when it is done, 2 after a mistake or a refusal of the operating system, told on standard error
+    in a sentence, 130 after Ctrl-C."""
     try:
         run()
     except UserError as error:
         sys.stderr.write(f"{error}\n")
+        return 2
+    except OSError as error:
+        sys.stderr.write(f"{os_error_sentence(error)}\n")
         return 2
     except KeyboardInterrupt:
         return 130

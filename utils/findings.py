@@ -8,7 +8,6 @@ import csv
 import io
 import json
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from utils.canvas import DPI, STYLE
-from utils.checkpoint import write_synced
+from utils.files import replace_file
 from utils.metrics import CELL, TABLE_WIDTH
 
 ANALYSIS = "analysis"  # folder of a run
@@ -54,10 +53,7 @@ def write_findings(folder: Path, found: Mapping[str, Findings]) -> list[Path]:
         texts = {f"{name}.json": json.dumps(findings.numbers, allow_nan=False) + "\n"}
         texts |= {f"{stem}.csv": _csv(rows) for stem, rows in findings.tables.items() if rows}
         for file, text in texts.items():
-            paths.append(folder / file)
-            temporary = folder / f".{file}.tmp"
-            write_synced(temporary, text.encode())
-            os.replace(temporary, paths[-1])
+            paths.append(replace_file(folder / file, text.encode()))
         with mpl.rc_context(STYLE):
             for stem, draw in findings.figures.items():
                 paths.append(folder / f"{stem}.png")

@@ -14,7 +14,6 @@ An unfinished run is drawn as far as it got. Colours can be told apart by colour
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections import defaultdict
@@ -45,7 +44,7 @@ from utils.canvas import (
     task_axis,
     titled_figure,
 )
-from utils.errors import UserError
+from utils.files import read_json
 from utils.gate_figures import beta_evolution_figure, beta_heatmap_figure, beta_layers_figure
 from utils.grid_figures import few_shot_figure, training_figure, zero_shot_figure
 from utils.run_log import ACCURACY, CONFIG, RESULT, read_accuracy_csv, read_metrics
@@ -57,8 +56,8 @@ def draw_figures(run_folder: Path) -> list[Path]:
     Raises UserError when the folder is not a run folder or one of its files is damaged.
     """
     run_folder = Path(run_folder)
-    config = _read_json(run_folder / CONFIG)
-    result = _read_json(run_folder / RESULT) if (run_folder / RESULT).exists() else None
+    config = read_json(run_folder / CONFIG)
+    result = read_json(run_folder / RESULT) if (run_folder / RESULT).exists() else None
     events = read_metrics(run_folder)
     tasks = [event for event in events if event["event"] == "task"]
     norms = [event for event in events if event["event"] == "norms"]
@@ -281,12 +280,3 @@ def _draw_norms(axes: Axes, events: Sequence[Mapping[str, Any]], marker_size: fl
                     axes.plot(*zip(*chosen, strict=True), marker, **look)
             changed |= any(after)
     return changed
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise UserError(f"{path.parent} is not a run folder: it holds no {path.name}")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}): the file is damaged") from error

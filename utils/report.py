@@ -17,7 +17,6 @@ from __future__ import annotations
 import base64
 import csv
 import io
-import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,6 +25,7 @@ from typing import Any, NamedTuple
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 
 from utils.errors import UserError
+from utils.files import replace_file
 from utils.hypotheses import Answer, Hypothesis, answer
 from utils.hypotheses_figure import CAPTION, hypotheses_png
 from utils.plots import DPI
@@ -109,9 +109,10 @@ def write_report(
     if answers:
         files |= {HYPOTHESES: _csv(hypothesis_rows(answers)), f"{FIGURES_FOLDER}/{HYPOTHESES_FIGURE}": answered}
     try:
+        (folder / FIGURES_FOLDER).mkdir(parents=True, exist_ok=True)
         for name in (*(f"{FIGURES_FOLDER}/{figure}" for figure in (*FIGURES, HYPOTHESES_FIGURE)), HYPOTHESES):
             (folder / name).unlink(missing_ok=True)  # of an earlier report
-        return [_replace(folder / name, content) for name, content in files.items()]
+        return [replace_file(folder / name, content) for name, content in files.items()]
     except OSError as error:
         raise UserError(f"cannot write the report into {folder}: {error.strerror}; it must be writable") from error
 
@@ -230,12 +231,3 @@ def _render(template: str, page: Mapping[str, Any]) -> bytes:
 def _markdown(text: str) -> str:
     """Text in one line that Markdown shows as it is, in a table too."""
     return MARKDOWN_SIGNS.sub(r"\\\g<0>", " ".join(text.split()))
-
-
-def _replace(path: Path, content: bytes) -> Path:
-    """Write a file as a whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
-    return path

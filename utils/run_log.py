@@ -32,9 +32,9 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from utils.checkpoint import sync_folder, write_synced
 from utils.config import RunConfig
 from utils.errors import UserError
+from utils.files import replace_file
 
 logger = logging.getLogger("nested_lora")
 
@@ -166,12 +166,7 @@ class RunLog:
         self.close()
 
     def _replace(self, name: str, text: str) -> Path:
-        path = self.folder / name
-        temporary = path.with_name(f".{name}.tmp")
-        write_synced(temporary, text.encode())
-        os.replace(temporary, path)
-        sync_folder(self.folder)
-        return path
+        return replace_file(self.folder / name, text.encode())
 
 
 class SilentLog(RunLog):

@@ -15,7 +15,6 @@
 
 import json
 import logging
-import os
 import shlex
 import shutil
 from collections.abc import Mapping, Sequence
@@ -26,6 +25,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from utils.errors import UserError
+from utils.files import read_json, write_json
 from utils.run_log import CONFIG, RESULT, folder_of
 from utils.sweep import Cell, Sweep
 from utils.sweep_engines import lock
@@ -75,7 +75,7 @@ class Run:
 
     def result(self) -> dict[str, Any]:
         """The content of its `result.json`."""
-        return _read_json(self.folder / RESULT)
+        return read_json(self.folder / RESULT)
 
     def remove_leftovers(self) -> None:
         """Remove what a process killed before it wrote its configuration left: a new run would go beside it."""
@@ -134,7 +134,7 @@ def write_table(sweep: Sweep, runs: Sequence[Run]) -> None:
     """
     path = sweep.folder / TABLE
     if path.is_file():
-        before = [cell["name"] for cell in _read_json(path)["cells"]]
+        before = [cell["name"] for cell in read_json(path)["cells"]]
         gone = [name for name in before if name not in {cell.name for cell in sweep.cells}]
         if gone:
             logger.warning(f"No longer in the table, their runs stay in {sweep.folder}: {'; '.join(gone)}")
@@ -144,8 +144,8 @@ def write_table(sweep: Sweep, runs: Sequence[Run]) -> None:
         problem = f"cannot create {sweep.folder}: {error.strerror}"
         raise UserError(f"{problem}; logs_root must be a writable folder") from error
     for run in runs:
-        _write_json(run.config_path, run.cell.resolved(run.seed))
-    _write_json(path, sweep.table())
+        write_json(run.config_path, run.cell.resolved(run.seed))
+    write_json(path, sweep.table())
 
 
 def write_summary(sweep: Sweep, runs: Sequence[Run], unfinished: Mapping[str, str]) -> None:
@@ -187,7 +187,7 @@ def _check_unchanged(run: Run) -> None:
     path = run.folder / CONFIG
     ways_out = f"rename the cell, or remove the folder {run.folder}"
     try:
-        theirs = type(run.cell.config).model_validate(_read_json(path)).model_dump(mode="json")
+        theirs = type(run.cell.config).model_validate(read_json(path)).model_dump(mode="json")
     except ValidationError as error:
         raise UserError(f"cell {run.cell.name!r}: {path} is not of this method and version; {ways_out}") from error
     ours = run.cell.resolved(run.seed)
@@ -200,17 +200,3 @@ def _check_unchanged(run: Run) -> None:
             f"cell {run.cell.name!r}, seed {run.seed}, was run with another configuration, now it has "
             f"{', '.join(changes)}; {ways_out}"
         )
-
-
-def _write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Write a file as a whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}): restore it, or remove {path.parent}") from error

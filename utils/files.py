@@ -1,0 +1,94 @@
+"""Files written whole or not at all, JSON read with one sentence for whatever is wrong with it, hashes of contents.
+
+replace_file(folder / "summary.md", text.encode())
+write_json(folder / "config.json", values)
+values = read_json(folder / "config.json")          # UserError: absent, not UTF-8, not JSON, no object
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from utils.errors import UserError
+
+CHUNK_BYTES = 2**20
+
+
+def replace_file(path: Path, content: bytes) -> Path:
+    """Write a file so that at every moment the old one or the new one is there, whole; returns its path.
+
+    The content goes to a hidden temporary file beside it, is forced to disk and renamed. The folder must exist.
+    Raises OSError when the disk does not take it; the temporary file is removed then.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        write_synced(temporary, content)
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+    return path
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> Path:
+    """Write a JSON object, readable, in UTF-8, as a whole or not at all; raises ValueError for NaN and infinities."""
+    return replace_file(path, (json.dumps(values, indent=2, allow_nan=False, ensure_ascii=False) + "\n").encode())
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        UserError: the file is absent, a folder, unreadable, not UTF-8, not JSON, nested too deep, or no object.
+    """
+    try:
+        values = json.loads(path.read_bytes().decode("utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{path.parent} holds no {path.name}: it is not the folder it was taken for, or the file was removed"
+        ) from error
+    except IsADirectoryError as error:
+        raise UserError(f"{path} is a folder where a JSON file should be: restore the file") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    except RecursionError as error:
+        raise UserError(f"{path} is damaged: its JSON is nested too deep; restore the file") from error
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is damaged: not valid JSON (line {error.lineno}); restore the file") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is damaged: not UTF-8 (byte {error.start}); restore the file") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} is damaged: it holds no JSON object; restore the file")
+    return values
+
+
+def sha256_file(path: Path | str) -> str:
+    """Hexadecimal SHA-256 of a file's bytes. Raises OSError when it cannot be read."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def write_synced(path: Path, data: bytes) -> None:
+    """Write a file and wait until the disk has it."""
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the disk has the folder's entries, such as a rename in it (Windows has no such call)."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
