@@ -56,13 +56,13 @@ def read_json(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     except RecursionError as error:
-        raise UserError(f"{path} is damaged: its JSON is nested too deep; restore the file") from error
+        raise UserError(f"{path} is not valid JSON (nested too deep): the file is damaged, restore it") from error
     except json.JSONDecodeError as error:
-        raise UserError(f"{path} is damaged: not valid JSON (line {error.lineno}); restore the file") from error
+        raise UserError(f"{path} is not valid JSON (line {error.lineno}): the file is damaged, restore it") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is damaged: not UTF-8 (byte {error.start}); restore the file") from error
+        raise UserError(f"{path} is not UTF-8 (byte {error.start}): the file is damaged, restore it") from error
     if not isinstance(values, dict):
-        raise UserError(f"{path} is damaged: it holds no JSON object; restore the file")
+        raise UserError(f"{path} holds no JSON object: the file is damaged, restore it")
     return values
 
 
