@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from backbone.sema_components import NestedLoRAAdapter
+from backbone.sema_components import LoRAAdapter, NestedLoRAAdapter
 
 RIDGE = 1e-6  # relative to the mean diagonal of the Gram matrix: keeps the solve finite when units are silent or equal
 
@@ -59,10 +59,15 @@ def consolidate(adapter: NestedLoRAAdapter, tokens: Tensor, how: Consolidation) 
 
 
 def add_weights(adapter: NestedLoRAAdapter, tokens: Tensor, alpha: float) -> None:
-    """theta_slow <- theta_slow + alpha theta_fast, tensor by tensor (the seeds' rule; `tokens` are not needed).
+    """theta_slow <- theta_slow + alpha theta_fast (the seeds' rule; `tokens` are not needed).
 
-    The hidden units of the two branches are unrelated, so this adds weights that do not belong together.
+    Tensor by tensor for branches with an activation: their hidden units are unrelated, so this adds weights that do not
+    belong together. Linear branches are their matrices W = W_up W_down, so theta is W there: W_slow + alpha W_fast at
+    rank r is its truncated singular value decomposition, exact where its rank is at most r (Eckart & Young 1936).
     """
+    if isinstance(adapter.slow, LoRAAdapter):
+        up, down = _linear_target(adapter, alpha)
+        return _set_product(adapter.slow, up, down)
     for slow, fast in zip(adapter.slow.parameters(), adapter.fast.parameters(), strict=True):
         slow.add_(fast, alpha=alpha)
 
@@ -74,8 +79,17 @@ def refit_function(adapter: NestedLoRAAdapter, tokens: Tensor, alpha: float) -> 
     the one whose removal costs least after the others are refitted, until r are left; the up-projection and bias are
     the ridge least-squares solution. With G = H^T H over units and a constant column and W = G^-1 H^T Y, removing
     unit j raises the squared error by ||W_j||^2 / (G^-1)_jj (Optimal Brain Surgeon, Hassibi & Stork 1993).
+
+    For linear branches the least-squares solution of rank r is W = V V^T (W_slow + alpha W_fast), V (d, r) the first
+    principal directions of the outputs on the tokens (reduced-rank regression, Izenman 1975).
     """
     slow, fast = adapter.slow, adapter.fast
+    if isinstance(slow, LoRAAdapter):
+        up, down = _linear_target(adapter, alpha)
+        basis, mixing = torch.linalg.qr(up)  # outputs are basis (mixing down x)
+        outputs = (tokens.double() @ down.T) @ mixing.T  # (N, 2r)
+        directions = torch.linalg.svd(outputs, full_matrices=False).Vh[: slow.down_proj.out_features].T  # (2r, r)
+        return _set_product(slow, basis @ directions, directions.T @ mixing @ down)
     rank = slow.down_proj.out_features
     down = torch.cat([slow.down_proj.weight, fast.down_proj.weight]).double()  # (2r, d)
     bias = torch.cat([slow.down_proj.bias, fast.down_proj.bias]).double()  # (2r,)
@@ -99,6 +113,27 @@ def refit_function(adapter: NestedLoRAAdapter, tokens: Tensor, alpha: float) -> 
     slow.up_proj.bias.copy_(solution[-1])
 
 
+def _linear_target(adapter: NestedLoRAAdapter, alpha: float) -> tuple[Tensor, Tensor]:
+    """W_slow + alpha W_fast of linear branches as a product of (d, 2r) and (2r, d), in double precision."""
+    slow, fast = adapter.slow, adapter.fast
+    up = torch.cat([slow.up_proj.weight, alpha * fast.up_proj.weight], dim=1)
+    return up.double(), torch.cat([slow.down_proj.weight, fast.down_proj.weight]).double()
+
+
+def _set_product(branch: LoRAAdapter, up: Tensor, down: Tensor) -> None:
+    """Make W_up W_down the best approximation of rank r of up (d, k) times down (k, d), k >= r, in Frobenius norm.
+
+    W_down gets orthonormal rows and W_up the sizes: a unit of no size has a zero W_up, as at the LoRA start, and can
+    learn.
+    """
+    rank = branch.down_proj.out_features
+    left, left_core = torch.linalg.qr(up)
+    right, right_core = torch.linalg.qr(down.T)
+    u, sizes, vh = torch.linalg.svd(left_core @ right_core.T)
+    branch.up_proj.weight.copy_(left @ u[:, :rank] * sizes[:rank])
+    branch.down_proj.weight.copy_(vh[:rank] @ right.T)
+
+
 def _ridge(gram: Tensor, cross: Tensor, kept: list[int]) -> tuple[Tensor, Tensor]:
     """Ridge solution over the kept units, (k, d), and the inverse of their regularised Gram matrix, (k, k)."""
     part = gram[kept][:, kept]
@@ -118,10 +153,10 @@ def interpolate(adapter: NestedLoRAAdapter, tokens: Tensor, alpha: float) -> Non
     averaging fine-tuned weights (Wortsman et al., *Model soups*, ICML 2022) along the sequence of tasks.
     """
     slow, fast = adapter.slow, adapter.fast
-    slow.down_proj.weight.lerp_(fast.down_proj.weight, alpha)
-    slow.down_proj.bias.lerp_(fast.down_proj.bias, alpha)
-    slow.up_proj.weight.add_(fast.up_proj.weight, alpha=alpha)
-    slow.up_proj.bias.add_(fast.up_proj.bias, alpha=alpha)
+    for mine, solution in zip(slow.down_proj.parameters(), fast.down_proj.parameters(), strict=True):
+        mine.lerp_(solution, alpha)
+    for mine, learned in zip(slow.up_proj.parameters(), fast.up_proj.parameters(), strict=True):
+        mine.add_(learned, alpha=alpha)
 
 
 def reset_to_lora_start(adapter: NestedLoRAAdapter) -> None:

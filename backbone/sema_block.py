@@ -25,7 +25,7 @@ class AdapterSpec:
     Attributes:
         width: d of the residual stream.
         kind: a key of `ADAPTERS`.
-        bottleneck: hidden units ("adaptmlp"), or rank of each branch ("nested_lora").
+        bottleneck: hidden units ("adaptmlp"), rank ("lora"), or rank of each branch ("nested_lora...").
         scale: factor on every adapter's output.
         rd_dim: hidden units of the representation descriptor.
         buffer_size: how many reconstruction errors its records keep.
@@ -106,18 +106,20 @@ class SEMAModules(nn.Module):
     def _stack(self, x: Tensor, weights: Tensor, chosen: list[int]) -> Tensor:
         """sum_k w_k A_k(x) over the chosen k, with R hidden units in all.
 
-        The weights multiply the hidden units, (B, 1, R + K), not the outputs; one unit more an adapter is always 1 and
-        carries its output bias.
+        The weights multiply the hidden units, (B, 1, R + K), not the outputs; where adapters have biases, one unit more
+        per adapter is always 1 and carries its output bias.
         """
         parts = [self.adapters[k].functional.factors() for k in chosen]
-        count, width = len(parts), x.shape[-1]
-        down = torch.cat([*(part.down for part in parts), x.new_zeros(count, width)])  # (R + K, d)
-        down_bias = torch.cat([*(part.down_bias for part in parts), x.new_ones(count)])
-        up = torch.cat([*(part.up for part in parts), torch.stack([part.up_bias for part in parts], 1)], 1)
-        units = [k for k, part in zip(chosen, parts, strict=True) for _ in part.down_bias]
-        owner = torch.tensor(units + chosen, device=x.device)  # whose weight multiplies a hidden unit
-        hidden = F.relu(F.linear(x, down, down_bias))  # (B, N, R + K)
-        return F.linear(hidden * weights[:, None, owner].to(hidden.dtype), up)
+        downs, ups, down_bias = [part.down for part in parts], [part.up for part in parts], None
+        owners = [k for k, down in zip(chosen, downs, strict=True) for _ in down]  # whose weight a hidden unit takes
+        if parts[0].up_bias is not None:
+            downs.append(x.new_zeros(len(parts), x.shape[-1]))
+            down_bias = torch.cat([*(part.down_bias for part in parts), x.new_ones(len(parts))])
+            ups.append(torch.stack([part.up_bias for part in parts], dim=1))
+            owners += chosen
+        hidden = parts[0].activation(F.linear(x, torch.cat(downs), down_bias))  # (B, N, R + K)
+        mixed = hidden * weights[:, None, torch.tensor(owners, device=x.device)].to(hidden.dtype)
+        return F.linear(mixed, torch.cat(ups, dim=1))
 
     def mixing_weights(self, token_mean: Tensor) -> Tensor:
         """softmax over the adapters of the router's logits; (B, d) -> (B, K), rows sum to 1."""

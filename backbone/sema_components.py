@@ -10,27 +10,37 @@ Sources: SEMA (Wang et al., CVPR 2025), AdaptFormer (Chen et al., NeurIPS 2022),
 """
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+Activation = Callable[[Tensor], Tensor]
+
+
+def identity(x: Tensor) -> Tensor:
+    """No activation."""
+    return x
+
 
 class Factors(NamedTuple):
-    """An adapter as one bottleneck  x -> up relu(down x + down_bias) + up_bias  of R hidden units, scale folded in.
+    """An adapter as one bottleneck  x -> up phi(down x + down_bias) + up_bias  of R hidden units, scale folded in.
 
-    Shapes: down (R, d), down_bias (R,), up (d, R), up_bias (d,).
+    Shapes: down (R, d), down_bias (R,), up (d, R), up_bias (d,). An adapter without biases has None for both. phi is
+    the activation.
     """
 
     down: Tensor
-    down_bias: Tensor
+    down_bias: Tensor | None
     up: Tensor
-    up_bias: Tensor
+    up_bias: Tensor | None
+    activation: Activation
 
     def apply(self, x: Tensor) -> Tensor:
         """The function itself, (..., d) -> (..., d)."""
-        return F.linear(F.relu(F.linear(x, self.down, self.down_bias)), self.up, self.up_bias)
+        return F.linear(self.activation(F.linear(x, self.down, self.down_bias)), self.up, self.up_bias)
 
 
 class Adapter(nn.Module):
@@ -45,19 +55,22 @@ class Adapter(nn.Module):
         scale: s; the published SEMA code names 0.1 in its configs and applies 1.
     """
 
+    biased: ClassVar[bool] = True
+    activation: ClassVar[Activation] = staticmethod(F.relu)
+
     def __init__(self, width: int, bottleneck: int, scale: float = 1.0) -> None:
         super().__init__()
         self.scale = scale
-        self.down_proj = nn.Linear(width, bottleneck)
-        self.up_proj = nn.Linear(bottleneck, width)
+        self.down_proj = nn.Linear(width, bottleneck, bias=self.biased)
+        self.up_proj = nn.Linear(bottleneck, width, bias=self.biased)
         self.reset()
 
     @torch.no_grad()
     def reset(self) -> None:
         """Return to the LoRA start: the output is exactly zero and the adapter can learn."""
+        for parameter in self.parameters():
+            nn.init.zeros_(parameter)
         nn.init.kaiming_uniform_(self.down_proj.weight, a=math.sqrt(5))
-        for tensor in (self.down_proj.bias, self.up_proj.weight, self.up_proj.bias):
-            nn.init.zeros_(tensor)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.factors().apply(x)
@@ -65,7 +78,9 @@ class Adapter(nn.Module):
     def factors(self) -> Factors:
         """The same function as one bottleneck of r units, for mixtures that stack their adapters."""
         down, up = self.down_proj, self.up_proj
-        return Factors(down.weight, down.bias, *scaled(self.scale, up.weight, up.bias))
+        return Factors(
+            down.weight, down.bias, scaled(self.scale, up.weight), scaled(self.scale, up.bias), self.activation
+        )
 
     @torch.no_grad()
     def effect(self) -> float:
@@ -78,12 +93,22 @@ class Adapter(nn.Module):
         return {"adapter": list(self.parameters())}
 
 
+class LoRAAdapter(Adapter):
+    """Plain low-rank adapter  A(x) = s W_up W_down x: no activation, no biases (LoRA, Hu et al. 2022, beside the MLP).
+
+    A linear map: sums and means of such adapters are those of their matrices W_up W_down.
+    """
+
+    biased = False
+    activation = staticmethod(identity)
+
+
 class NestedLoRAAdapter(nn.Module):
     """Two adapters on two time scales  Delta(x) = slow(x) + fast(x), always both, no gate between them.
 
     Computed as one adapter of bottleneck 2r on the stacked weights: two matrix products instead of four.
     Rank r costs the parameters of one `Adapter` with bottleneck 2r plus one output bias of d numbers. Both branches
-    start silent (LoRA start) but with different down-projections.
+    start silent (LoRA start) but with different down-projections. `Branch` is the class of both.
 
     Args:
         width: d, the width of the residual stream.
@@ -91,11 +116,13 @@ class NestedLoRAAdapter(nn.Module):
         scale: applied to both branches.
     """
 
+    Branch: ClassVar[type[Adapter]] = Adapter
+
     def __init__(self, width: int, bottleneck: int, scale: float = 1.0) -> None:
         super().__init__()
         self.scale = scale
-        self.slow = Adapter(width, bottleneck, scale)
-        self.fast = Adapter(width, bottleneck, scale)
+        self.slow = self.Branch(width, bottleneck, scale)
+        self.fast = self.Branch(width, bottleneck, scale)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.factors().apply(x)
@@ -103,11 +130,13 @@ class NestedLoRAAdapter(nn.Module):
     def factors(self) -> Factors:
         """Both branches as one bottleneck of 2r units: those of slow first."""
         slow, fast = self.slow.factors(), self.fast.factors()
+        biased = self.Branch.biased
         return Factors(
             torch.cat([slow.down, fast.down]),
-            torch.cat([slow.down_bias, fast.down_bias]),
+            torch.cat([slow.down_bias, fast.down_bias]) if biased else None,
             torch.cat([slow.up, fast.up], dim=1),
-            slow.up_bias + fast.up_bias,
+            slow.up_bias + fast.up_bias if biased else None,
+            slow.activation,
         )
 
     @torch.no_grad()
@@ -129,7 +158,18 @@ class NestedLoRAAdapter(nn.Module):
         return norms | {f"{name}_effect": branch.effect() for name, branch in self.named_children()}
 
 
-ADAPTERS: dict[str, type[nn.Module]] = {"adaptmlp": Adapter, "nested_lora": NestedLoRAAdapter}
+class NestedLinearLoRAAdapter(NestedLoRAAdapter):
+    """`NestedLoRAAdapter` of two plain low-rank branches: rank r has exactly the parameters of one of rank 2r."""
+
+    Branch = LoRAAdapter
+
+
+ADAPTERS: dict[str, type[nn.Module]] = {
+    "adaptmlp": Adapter,
+    "lora": LoRAAdapter,
+    "nested_lora": NestedLoRAAdapter,
+    "nested_lora_linear": NestedLinearLoRAAdapter,
+}
 
 
 class AE(nn.Module):
@@ -198,9 +238,9 @@ class Records(nn.Module):
         return ((errors.double() - self.mean) / self.stddev).abs().to(errors.dtype)
 
 
-def scaled(scale: float, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors times the scale; themselves when it is 1."""
-    return tensors if scale == 1.0 else tuple(scale * tensor for tensor in tensors)
+def scaled(scale: float, tensor: Tensor | None) -> Tensor | None:
+    """The tensor times the scale; itself when that is 1 or there is none."""
+    return tensor if scale == 1.0 or tensor is None else scale * tensor
 
 
 def l2_norm(tensors: list[nn.Parameter]) -> float:

@@ -185,6 +185,9 @@ class Learner(ABC):
         """Open a task: its classes become known."""
         self.task, self.progress = task, Progress(stage="start")
         self.open_task()
+        parameters = list(self.modules.parameters())
+        logger.info(f"All params: {sum(p.numel() for p in parameters)}")
+        logger.info(f"Trainable params: {sum(p.numel() for p in parameters if p.requires_grad)}")
 
     def train_task(self) -> None:
         """Go through the open task's stages from where it stands; after an interruption, from there."""

@@ -208,8 +208,8 @@ class SEMA(AdapterTuning):
             reports = modules.end_of_task_training(self._freezes, consolidation, tokens.get(block))
             for k, report in reports.items():
                 logger.info(
-                    f"Task {self.task}: consolidated Nested LoRA {block}.{k} with alpha={consolidation.alpha:g} "
-                    f"({consolidation.rule}), drift {report.drift:.3f}, "
+                    f"Consolidated Nested LoRA at layer {block} with alpha={consolidation.alpha:g}: task {self.task}, "
+                    f"adapter {k}, {consolidation.rule}, drift {report.drift:.3f}, "
                     f"fast {report.before['fast']:.3f} -> {report.after['fast']:.3f}, "
                     f"slow {report.before['slow']:.3f} -> {report.after['slow']:.3f}"
                 )
@@ -267,4 +267,4 @@ class SEMA(AdapterTuning):
     @property
     def _freezes(self) -> bool:
         """Whether adapters freeze with their task (SEMA's rule)."""
-        return not (self.config.ffn_adapter_type == "nested_lora" and self.config.nested_lora_freeze == "never")
+        return not (self.config.nested and self.config.nested_lora_freeze == "never")

@@ -78,7 +78,7 @@ class SEMAConfig(AdapterConfig):
     @property
     def consolidates(self) -> bool:
         """Whether there are two branches and fast moves into slow at task ends."""
-        return self.ffn_adapter_type == "nested_lora" and self.nested_lora_use_consolidation
+        return self.nested and self.nested_lora_use_consolidation
 
     @property
     def aligned(self) -> bool:
@@ -96,7 +96,7 @@ class SEMAConfig(AdapterConfig):
     def idle_keys(self) -> dict[str, str]:
         """Adds the keys of consolidation while it is off, and those of growth while nothing grows."""
         given, idle = self.given(), super().idle_keys()
-        if self.ffn_adapter_type == "nested_lora" and not self.nested_lora_use_consolidation:
+        if self.nested and not self.nested_lora_use_consolidation:
             unused = [key for key in given if key in CONSOLIDATION_KEYS]
             idle |= dict.fromkeys(unused, "nested_lora_use_consolidation is false")
         if self.expansion == "never":

@@ -47,7 +47,7 @@ class SEMACosts:
         config, images = self.learner.config, self.learner.data.count(self.learner.data.task_classes(0), "train")
         step = config.batch_size
         found = [Cost(FIRST_STEP, self._first_step, step, 2.1)]
-        if config.ffn_adapter_type == "nested_lora":
+        if config.nested:
             found += [
                 Cost(MATCHED_STEP, self._matched_step, step),
                 Cost("  nested against that adapter", self._first_step, step, 1.05, against=MATCHED_STEP),
@@ -109,7 +109,8 @@ class SEMACosts:
 
     def _matched_step(self) -> Callable[[], object]:
         rank = self.learner.config.nested_lora_rank
-        other = self.build({"ffn_adapter_type": "adaptmlp", "ffn_num": 2 * rank})
+        kind = "lora" if self.learner.config.ffn_adapter_type == "nested_lora_linear" else "adaptmlp"
+        other = self.build({"ffn_adapter_type": kind, "ffn_num": 2 * rank})
         other.begin_task(0)
         return steps(other, other.functional_phase())
 

@@ -5,6 +5,7 @@ over the current task's classes. `head` says what classifies in the end: those r
 that the phase has shaped.
 """
 
+import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -22,6 +23,8 @@ from models.vit_config import AdapterConfig, TrainingConfig
 from utils.factory import Backbone
 from utils.inc_net import IncrementalHead
 from utils.optim import GroupedOptimizer, ParameterGroup
+
+logger = logging.getLogger("nested_lora")
 
 FUNCTIONAL = 0  # what a data-order key is for; a method numbers its own purposes from 1 on (4 is `task_inputs.VIEW`)
 
@@ -73,6 +76,7 @@ class Tuning(FrozenViT):
         trace = next((SlowTrace(g, self.log, self.task) for g in phase.optimizer.groups if g.name == "slow"), None)
         if trace is not None:
             phase.before_step, phase.after_step = trace.before_step, trace.after_step
+            logger.info(f"[NestedLoRA] optimizer groups => {phase.optimizer.summary()}")
         self.run_phase(phase)
         if trace is not None:
             trace.summary(phase.optimizer.steps)
@@ -180,11 +184,10 @@ class AdapterTuning(Tuning):
     def adapter_spec(self, width: int) -> AdapterSpec:
         """What an adapter looks like."""
         config = self.config
-        nested = config.ffn_adapter_type == "nested_lora"
         return AdapterSpec(
             width=width,
             kind=config.ffn_adapter_type,
-            bottleneck=config.nested_lora_rank if nested else config.ffn_num,
+            bottleneck=config.nested_lora_rank if config.nested else config.ffn_num,
             scale=config.ffn_adapter_scalar,
             stacked=config.engine == "fast",
         )

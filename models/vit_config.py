@@ -75,12 +75,14 @@ class TrainingConfig(ViTConfig):
 class AdapterConfig(TrainingConfig):
     """Adapters in the blocks of the ViT: one bottleneck each, or a fast and a slow one (Nested LoRA)."""
 
-    ffn_adapter_type: Literal["adaptmlp", "nested_lora"] = Field(
-        "adaptmlp", description="One bottleneck adapter, or a fast and a slow one summed."
+    ffn_adapter_type: Literal["adaptmlp", "lora", "nested_lora", "nested_lora_linear"] = Field(
+        "adaptmlp",
+        description='One ReLU bottleneck; one plain low-rank product without ReLU and biases ("lora"); or a fast and a '
+        'slow one of either, summed ("nested_lora", "nested_lora_linear").',
     )
-    ffn_num: int = Field(16, ge=1, description='Bottleneck width of an "adaptmlp" adapter.')
+    ffn_num: int = Field(16, ge=1, description='Bottleneck width of an "adaptmlp" adapter, rank of a "lora" one.')
     adapter_lr: float | None = Field(
-        None, ge=0, description='Learning rate of "adaptmlp" adapters; null = init_lr, as published.'
+        None, ge=0, description="Learning rate of adapters with one branch; null = init_lr, as published."
     )
     ffn_adapter_scalar: Annotated[float, BeforeValidator(_number_in_quotes)] = Field(
         1.0, description="Factor on an adapter's output; the published code names 0.1 and applies 1."
@@ -114,6 +116,11 @@ class AdapterConfig(TrainingConfig):
             found += self._beyond_depth(shape.depth)
         return found
 
+    @property
+    def nested(self) -> bool:
+        """Whether an adapter has a fast and a slow branch."""
+        return self.ffn_adapter_type.startswith("nested_lora")
+
     def _beyond_depth(self, depth: int) -> list[Conflict]:
         return [
             ((key, "backbone_type"), f"the backbone has {depth} blocks; allowed: {key} from 0 to {depth - 1}")
@@ -124,7 +131,7 @@ class AdapterConfig(TrainingConfig):
     def idle_keys(self) -> dict[str, str]:
         """Adds keys of the other adapter type, and of slow steps where slow steps every step."""
         given, idle = self.given(), super().idle_keys()
-        if self.ffn_adapter_type != "nested_lora":
+        if not self.nested:
             nested = [key for key in given if key.startswith("nested_lora_")]
             return idle | dict.fromkeys(nested, f'ffn_adapter_type is "{self.ffn_adapter_type}"')
         if "ffn_num" in given:

@@ -1,19 +1,20 @@
 """Consolidation and reset: what moves into slow, what is left of fast, and what it does to the function."""
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from backbone.consolidation import Consolidation, consolidate
-from backbone.sema_components import Adapter, NestedLoRAAdapter
+from backbone.sema_components import Adapter, LoRAAdapter, NestedLinearLoRAAdapter, NestedLoRAAdapter
 
 WIDTH, RANK = 24, 4
 
 
-def trained_adapter(seed: int = 0) -> NestedLoRAAdapter:
+def trained_adapter(seed: int = 0, kind: type[NestedLoRAAdapter] = NestedLoRAAdapter) -> NestedLoRAAdapter:
     """Both branches away from their start."""
     torch.manual_seed(seed)
-    adapter = NestedLoRAAdapter(WIDTH, RANK)
+    adapter = kind(WIDTH, RANK)
     with torch.no_grad():
         for parameter in adapter.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
@@ -202,3 +203,60 @@ def test_mean_of_the_tasks_solutions() -> None:
         solutions.append((adapter.slow.up_proj.weight + adapter.fast.up_proj.weight).detach().clone())
         consolidate(adapter, features(), Consolidation("interpolate", alpha=1 / (task + 1), reset="aligned"))
     torch.testing.assert_close(adapter.slow.up_proj.weight.detach(), torch.stack(solutions).mean(dim=0))
+
+
+# --- linear branches: an adapter is its matrix ------------------------------------------------------------------------
+
+
+def matrix(branch: LoRAAdapter) -> np.ndarray:
+    """W_up W_down, (d, d), in double precision."""
+    return (branch.up_proj.weight.double() @ branch.down_proj.weight.double()).detach().numpy()
+
+
+def truncated(of: np.ndarray, rank: int) -> np.ndarray:
+    u, sizes, vh = np.linalg.svd(of)
+    return u[:, :rank] * sizes[:rank] @ vh[:rank]
+
+
+def test_a_linear_adapter_is_its_matrix_without_biases() -> None:
+    adapter, x = trained_adapter(kind=NestedLinearLoRAAdapter).slow, features()
+    assert [name for name, _ in adapter.named_parameters()] == ["down_proj.weight", "up_proj.weight"]
+    torch.testing.assert_close(adapter(x), x @ torch.from_numpy(matrix(adapter)).T.float())
+
+
+@pytest.mark.parametrize("rule", ["weights", "function"])
+def test_linear_consolidation_is_exact_where_the_rank_allows(rule: str) -> None:
+    """With a silent slow branch, slow becomes alpha fast: to rounding, by both rules."""
+    adapter, x = trained_adapter(kind=NestedLinearLoRAAdapter), features()
+    adapter.slow.reset()
+    wanted = (0.3 * adapter.fast(x)).detach()
+    consolidate(adapter, x, Consolidation(rule, alpha=0.3, reset="lora"))
+    assert distance(adapter(x).detach(), wanted) < 1e-5
+
+
+def test_the_weights_rule_of_linear_branches_adds_their_matrices() -> None:
+    """The nearest matrix of rank r to W_slow + alpha W_fast, by a singular value decomposition of the whole."""
+    adapter = trained_adapter(kind=NestedLinearLoRAAdapter)
+    wanted = truncated(matrix(adapter.slow) + 0.5 * matrix(adapter.fast), RANK)
+    consolidate(adapter, features(), Consolidation("weights", alpha=0.5, reset="lora"))
+    np.testing.assert_allclose(matrix(adapter.slow), wanted, atol=1e-5)
+
+
+def test_the_function_rule_of_linear_branches_is_the_best_of_its_rank_on_the_tokens() -> None:
+    """Its outputs are the truncated decomposition of the target's outputs, on tokens that are far from isotropic."""
+    adapter = trained_adapter(kind=NestedLinearLoRAAdapter)
+    x = features() * torch.logspace(-1, 1, WIDTH)
+    target = matrix(adapter.slow) + 0.5 * matrix(adapter.fast)
+    wanted = truncated(x.double().numpy() @ target.T, RANK)
+    consolidate(adapter, x, Consolidation("function", alpha=0.5, reset="lora"))
+    outputs = x.double().numpy() @ matrix(adapter.slow).T
+    np.testing.assert_allclose(outputs, wanted, atol=1e-4 * np.abs(wanted).max())
+
+
+def test_a_linear_branch_can_learn_after_nothing_was_consolidated() -> None:
+    """W = 0 leaves W_up zero and W_down not: its gradient is not zero."""
+    adapter, x = NestedLinearLoRAAdapter(WIDTH, RANK), features()
+    consolidate(adapter, x, Consolidation("weights", alpha=1.0, reset="lora"))
+    assert not adapter(x).any()
+    (adapter(x) - x).square().mean().backward()
+    assert adapter.slow.up_proj.weight.grad.norm() > 0

@@ -45,6 +45,7 @@ def run(config: RunConfig) -> tuple[dict[str, Any], list[float]]:
         {"cache_views": 1, "nested_lora_freeze": "never", "adapter_blocks": "growing"},
         {"cache_views": 1, "ffn_adapter_type": "adaptmlp", "exp_threshold": 1e9},
         {"cache_views": 1, "nested_lora_use_consolidation": True, "nested_lora_consolidation": "function"},
+        {"cache_views": 1, "ffn_adapter_type": "nested_lora_linear", "nested_lora_use_consolidation": True},
     ],
     ids=lambda changes: "-".join(map(str, changes.values())) or "as shipped",
 )

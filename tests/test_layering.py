@@ -1,6 +1,7 @@
 """Imports run one way: main, eval -> trainer -> models -> backbone; anything -> utils, which knows nothing above."""
 
 import ast
+import pydoc
 import re
 from pathlib import Path
 
@@ -78,3 +79,12 @@ def test_no_file_names_a_machine_or_prints_where_the_log_belongs() -> None:
                 n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Call) and getattr(n.func, "id", "") == "print"
             ]
             assert not calls, path
+
+
+def test_where_published_names_went_exists() -> None:
+    """Every dotted name in the right column of the README's table can be imported."""
+    table = (ROOT / "README.md").read_text().split("Where published names went")[1].split("## The tree")[0]
+    names = re.findall(r"`((?:models|backbone|utils)\.[\w.]+)`", table)
+    assert len(names) > 10
+    for name in names:
+        assert pydoc.locate(name) is not None, name

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from backbone.consolidation import Consolidation
 from backbone.sema_block import AdapterSpec, SEMAModules, is_learning
-from backbone.sema_components import Records
+from backbone.sema_components import ADAPTERS, Records
 
 SPEC = AdapterSpec(width=12, kind="nested_lora", bottleneck=2, rd_dim=4, buffer_size=10)
 
@@ -40,7 +40,7 @@ def test_output_is_the_router_weighted_sum() -> None:
 
 
 @pytest.mark.parametrize("adapters", [1, 2, 5])
-@pytest.mark.parametrize("kind", ["adaptmlp", "nested_lora"])
+@pytest.mark.parametrize("kind", ADAPTERS)
 def test_stacked_adapters_are_the_sum_one_by_one(kind: str, adapters: int) -> None:
     """Output and every gradient, with frozen and learning adapters, biases and a scale that is not 1."""
     torch.manual_seed(3)

@@ -179,6 +179,16 @@ def test_the_matched_adapter_runs_in_the_same_learner(make_sema: Make) -> None:
     assert difference == 6 * 64
 
 
+def test_two_linear_branches_have_exactly_the_parameters_of_one_of_twice_the_rank(make_sema: Make) -> None:
+    nested = make_sema(ffn_adapter_type="nested_lora_linear", nested_lora_rank=4, **STAY)
+    run_tasks(nested, 1)
+    assert events(nested, "slow_step") and events(nested, "consolidation")
+    single = make_sema(ffn_adapter_type="lora", ffn_num=8, **STAY)
+    run_tasks(single, 1)
+    assert events(single, "slow_step") == []
+    assert nested.summary()["parameters"]["adapters"] == single.summary()["parameters"]["adapters"] == 6 * 2 * 8 * 64
+
+
 @pytest.mark.parametrize("views", [0, 1, 2])
 def test_descriptor_training_takes_the_same_steps_cached_or_fresh(make_sema: Make, views: int) -> None:
     """However token means are obtained: the same number of steps, errors recorded, a falling loss."""

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from backbone.sema_block import AdapterSpec
+from backbone.sema_components import ADAPTERS
 from backbone.vit_sema import SEMAVisionTransformer, token_mean
 from tests.tiny_vits import MODELS, images, plain_vit
 
@@ -14,7 +15,7 @@ def wrapped(name: str, kind: str = "nested_lora") -> SEMAVisionTransformer:
     return SEMAVisionTransformer(vit, spec, growing=(1, 2), adapted=range(3))
 
 
-@pytest.mark.parametrize("kind", ["adaptmlp", "nested_lora"])
+@pytest.mark.parametrize("kind", ADAPTERS)
 @pytest.mark.parametrize("name", MODELS)
 def test_untrained_adapters_give_timms_output_bit_for_bit(name: str, kind: str) -> None:
     """Also with several adapters in a block, and in bf16."""

@@ -158,6 +158,11 @@ class GroupedOptimizer:
         """Learning rate of each group now."""
         return {group.name: rate["lr"] for group, rate in zip(self.groups, self._optimizer.param_groups, strict=True)}
 
+    def summary(self) -> str:
+        """Rate and number of tensors of each group in one line."""
+        rates = self.rates
+        return "; ".join(f"{g.name}: lr={rates[g.name]:g}, params={len(g.parameters)}" for g in self.groups)
+
     def table(self) -> str:
         """Group, learning rate, interval, tensors and parameters: one line each."""
         lines = [f"{'group':<8}{'lr':>10}{'every':>7}{'tensors':>9}{'parameters':>12}"]
