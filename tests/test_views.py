@@ -7,6 +7,8 @@ import pytest
 import torch
 import torchvision.transforms as classic
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as published
 
@@ -114,6 +116,33 @@ def test_strong_reduction_differs_by_a_grey_level_at_rare_pixels():
     assert torch.equal(centre_views(images, 56), expected.float() / 255)
     levels = (products(images, 56, None) - expected).abs()
     assert 0 < levels.max() <= 1 and levels.mean() < 0.02
+
+
+class LargestTensor(TorchDispatchMode):
+    """Bytes of the largest tensor that any operation makes."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **kwargs or {})
+        made = [tensor for tensor in tree_leaves(result) if isinstance(tensor, torch.Tensor)]
+        self.bytes = max([self.bytes, *(tensor.untyped_storage().nbytes() for tensor in made)])
+        return result
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 3000), (3000, 1), (2, 5000), (300, 9000)])
+def test_elongated_images_need_no_more_memory_than_they_and_their_views(height, width):
+    """Resized as a whole, as published, one pixel by 3000 would be 256 by 768000."""
+    images = noise(2, height, width)
+    with LargestTensor() as largest:
+        centre_views(images, 224), train_views(images, 224)
+    assert largest.bytes <= 2 * max(images.nbytes, 2 * 3 * 224 * 224 * 4)
+
+
+@pytest.mark.parametrize(("height", "width", "size"), [(1, 3000, 16), (3000, 1, 16), (7, 300, 64), (300, 9, 8)])
+def test_test_views_of_elongated_images_are_torchvisions_to_the_bit(height, width, size):
+    images = noise(2, height, width)
+    assert torch.equal(centre_views(images, size), published_centre(images, size).float() / 255)
 
 
 def test_test_view_is_the_published_one():

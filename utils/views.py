@@ -15,6 +15,9 @@ torchvision's transforms on uint8 tensors. They are made in one of two ways:
 - `interpolated`: torch's own, image by image, which is faster for large images on the CPU and nowhere else. The two
   agree to the bit, but by at most one grey level at rare pixels where images are made smaller by more than a factor of
   2 (test view) or 4 (training views), for which torch takes weights finer than 2^-15 or 2^-16.
+
+The test view resizes the whole image and keeps the centre. For images longer than `ELONGATED` times their width, which
+would become huge, `products` makes the centre alone.
 """
 
 import dataclasses
@@ -32,7 +35,8 @@ AUGMENTATIONS = ("crop_flip", "crop", "none")
 AREA = (0.05, 1.0)  # of a training crop, in parts of the image
 ASPECT = (3 / 4, 4 / 3)  # width : height of a training crop
 ATTEMPTS = 10  # boxes drawn before a centred one is taken
-FORMAT = 1  # counts changes of this file that change the numbers
+FORMAT = 2  # counts changes of this file that change the numbers
+ELONGATED = 4  # longer to shorter side from which on the test view is never made by resizing the whole image
 CPU_CHUNK = 8  # images worked on at a time, so that intermediate results stay in the processor's cache
 
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio, odd
@@ -87,7 +91,8 @@ def views_of(images: Tensor, spec: ViewSpec, key: tuple[int, ...] | None, indice
     crops = None
     if key is not None and spec.augmentation != "none":
         crops = draw_crops(key, indices, height, width, spec.augmentation == "crop_flip")
-    large = height * width > size * size and images.device.type == "cpu"
+    elongated = crops is None and max(height, width) > ELONGATED * min(height, width)
+    large = height * width > size * size and images.device.type == "cpu" and not elongated
     return _normalised((interpolated if large else products)(images, size, crops), spec)
 
 
@@ -139,6 +144,10 @@ class Crops:
     height: np.ndarray
     width: np.ndarray
     mirrored: np.ndarray
+
+    def of(self, images: slice) -> "Crops":
+        """Those of some of the images."""
+        return Crops(*(values[images] for values in dataclasses.astuple(self)))
 
 
 def draw_crops(key: tuple[int, ...], indices: np.ndarray, height: int, width: int, mirror: bool) -> Crops:
@@ -196,18 +205,24 @@ BILINEAR, BICUBIC = Filter(_triangle, 1, 16), Filter(_cubic, 2, 15)
 
 
 def taps(
-    starts: np.ndarray, lengths: np.ndarray, size: int, kernel: Filter, device: torch.device
+    starts: np.ndarray,
+    lengths: np.ndarray,
+    size: int,
+    kernel: Filter,
+    device: torch.device,
+    part: range | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Which pixels make the `size` output pixels of each span: positions int64 and weights float64, (B, size, taps).
 
     Spans have `lengths[b]` pixels from `starts[b]` on. Output pixel i weighs pixel j of its span with
     kernel((j + 1/2 - c) / r), where c = (i + 1/2) s, s is the length by the size and r = max(s, 1); the weights of an
-    output pixel sum to 1, and those of positions outside the span are 0.
+    output pixel sum to 1, and those of positions outside the span are 0. `part`: these output pixels only.
     """
+    part = range(size) if part is None else part
     start, length = (torch.from_numpy(values).to(device)[:, None, None] for values in (starts, lengths))
     scale = length.double() / size
     reach = scale.clamp(min=1)
-    centre = (torch.arange(size, device=device, dtype=torch.float64)[:, None] + 0.5) * scale
+    centre = (torch.arange(part.start, part.stop, device=device, dtype=torch.float64)[:, None] + 0.5) * scale
     first = (centre - kernel.radius * reach + 0.5).long().clamp(min=0)
     count = 2 * int(np.ceil(kernel.radius * max(1.0, lengths.max() / size))) + 1
     pixel = first + torch.arange(count, device=device)
@@ -222,21 +237,45 @@ def matrices(positions: Tensor, values: Tensor, source: int) -> Tensor:
     return zeros.scatter_add_(2, positions.clamp(max=source - 1), values)
 
 
-def _on_grid(values: Tensor, bits: int) -> Tensor:
-    """Weights rounded to multiples of 2^-p, float32: p is the largest with |weight| < 2^(15 - p), at most `bits`."""
-    largest = values.abs().amax((1, 2), keepdim=True)
+def _on_grid(values: Tensor, largest: Tensor, bits: int) -> Tensor:
+    """Weights rounded to multiples of 2^-p, float32: p is the largest with largest < 2^(15 - p), at most `bits`."""
     power = ((2**15 - 0.5) / largest).log2().ceil().long() - 1
     steps = torch.ones_like(power) << power.clamp(max=bits)
     return ((values * steps).round() / steps).float()
+
+
+def _largest(values: Tensor) -> Tensor:
+    return values.abs().amax((1, 2), keepdim=True)
+
+
+def _exact(device: torch.device) -> torch.device:
+    """Where weights are computed, as some devices have no float64."""
+    return device if device.type == "cuda" else torch.device("cpu")
 
 
 def _resizing(
     source: int, starts: np.ndarray, lengths: np.ndarray, size: int, kernel: Filter, device: torch.device
 ) -> Tensor:
     """Matrices that resize spans of an axis of `source` pixels, float32 (B, size, source) on the device."""
-    exact = device if device.type == "cuda" else torch.device("cpu")  # some devices have no float64
-    positions, values = taps(starts, lengths, size, kernel, exact)
-    return matrices(positions.to(device), _on_grid(values, kernel.bits).to(device), source)
+    positions, values = taps(starts, lengths, size, kernel, _exact(device))
+    return matrices(positions.to(device), _on_grid(values, _largest(values), kernel.bits).to(device), source)
+
+
+def _resizing_centre(side: int, resized: int, part: range, device: torch.device) -> tuple[range, Tensor]:
+    """Some output pixels of an axis resized as a whole: which of its pixels they need, and the matrix of those.
+
+    Weights are rounded as in the whole axis. Where that is made longer, its largest is one of the first output pixel,
+    which lacks the negative weights of the pixels before it.
+    """
+
+    def weights(of: range) -> tuple[Tensor, Tensor]:
+        return taps(np.array([0]), np.array([side]), resized, BICUBIC, _exact(device), of)
+
+    largest = _largest(weights(range(resized if resized <= side else 1))[1])
+    positions, values = weights(part)
+    used = range(int(positions.min()), min(int(positions.max()) + 1, side))
+    values = _on_grid(values, largest, BICUBIC.bits)
+    return used, matrices((positions - used.start).to(device), values.to(device), len(used))
 
 
 def _test_size(height: int, width: int, size: int) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -262,22 +301,27 @@ def interpolated(images: Tensor, size: int, crops: Crops | None) -> Tensor:
 
 def products(images: Tensor, size: int, crops: Crops | None) -> Tensor:
     """Grey levels of the crops, or for None of the test view, on any device: float32 (B, 3, S, S)."""
-    used, rows, columns = _centre(images, size) if crops is None else _crops(images, size, crops)
     levels = torch.empty((len(images), 3, size, size), device=images.device)
     chunk = CPU_CHUNK if images.device.type == "cpu" else len(images)
+    if crops is None:
+        images, rows, columns = _centre(images, size)
     with torch.autocast(images.device.type, enabled=False):
-        for part in zip(*(tensor.split(chunk) for tensor in (levels, used, rows, columns)), strict=True):
-            part[0].copy_(_resampled(*part[1:]))
+        for start in range(0, len(images), chunk):
+            chosen = slice(start, start + chunk)
+            part = images[chosen]
+            if crops is not None:
+                part, rows, columns = _crops(part, size, crops.of(chosen))
+            levels[chosen] = _resampled(part, rows, columns)
     return levels
 
 
 def _centre(images: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The images, and the matrices of rows and columns for the test view."""
-    sides, start, axes = images.shape[-2:], np.array([0]), []
+    """The part of the images that the test view uses, and the matrices of its rows and columns."""
+    sides, axes = images.shape[-2:], []
     for side, resized, first in zip(sides, *_test_size(*sides, size), strict=True):
-        matrix = _resizing(side, start, np.array([side]), resized, BICUBIC, images.device)
-        axes.append(matrix[:, first : first + size].expand(len(images), -1, -1))
-    return images, *axes
+        axes.append(_resizing_centre(side, resized, range(first, first + size), images.device))
+    (high, rows), (wide, columns) = axes
+    return images[:, :, high.start : high.stop, wide.start : wide.stop], rows, columns
 
 
 def _crops(images: Tensor, size: int, crops: Crops) -> tuple[Tensor, Tensor, Tensor]:
@@ -291,12 +335,15 @@ def _crops(images: Tensor, size: int, crops: Crops) -> tuple[Tensor, Tensor, Ten
 
 
 def _resampled(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """rows @ image @ columns^T of every channel, each pass rounded to grey levels 0..255: float32 (B, 3, S, S)."""
+    """rows @ image @ columns^T of every channel, each pass rounded to grey levels 0..255: float32 (B, 3, S, S).
+
+    Matrices are (B, S, height or width), or (1, S, height or width) for all images.
+    """
     batch, channels, height, width = images.shape
     levels = images.permute(0, 2, 1, 3).reshape(batch, height * channels, width).float()
-    levels = _to_levels(torch.bmm(levels, columns.mT))
-    levels = _to_levels(torch.bmm(rows, levels.view(batch, height, -1)))  # (B, S, channels times S)
-    return levels.view(batch, rows.shape[1], channels, -1).permute(0, 2, 1, 3)
+    levels = _to_levels(levels @ columns.mT)
+    levels = _to_levels(rows @ levels.view(batch, height, -1))  # (B, S, channels times S)
+    return levels.view(batch, -1, channels, columns.shape[1]).permute(0, 2, 1, 3)
 
 
 def _to_levels(values: Tensor) -> Tensor:
