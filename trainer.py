@@ -128,6 +128,22 @@ def check_identity(checkpoint: Path, state: dict[str, Any], parts: Parts) -> Non
                 f"{checkpoint} does not belong to this run: its {key} is {_short(theirs)}, this run's is "
                 f"{_short(ours)}; resume with the data, weights and config it was made with"
             )
+    _check_data(checkpoint, state.get("data") or {}, parts)
+
+
+def _check_data(checkpoint: Path, read: dict[str, list[str]], parts: Parts) -> None:
+    """Refuse a checkpoint whose tasks have read other images than are there now."""
+    ours = parts.data_read(*(len(read.get(source, [])) for source in ("train", "test")))
+    for source, hashes in ours.items():
+        theirs = read.get(source, [])
+        if source not in read or len(theirs) != len(hashes):
+            raise UserError(f"{checkpoint} does not belong to this run: its {source} images are of other tasks")
+        changed = [task for task in range(len(hashes)) if theirs[task] != hashes[task]]
+        if changed:
+            raise UserError(
+                f"{checkpoint} does not belong to this run: the {source} images of task {changed[0]}, which it has "
+                f"read, have changed since; put the files back that were there"
+            )
 
 
 def assemble(config: RunConfig, seed: int, world: World = ALONE) -> Parts:
@@ -261,6 +277,7 @@ class Run:
         learner, tensors = self.learner.state()
         state = {
             "run": self.parts.identity(),
+            "data": self.parts.data_read(self.learner.task + 1, len(self.scores)),
             "learner": learner,
             "accuracy": self.scores.to_json(),
             "metrics_bytes": self.log.metrics_bytes,

@@ -21,7 +21,7 @@ from models.base import Interrupted, Learner
 from models.experiment import Parts, Scores
 from utils.cache import IMAGES
 from utils.config import ClassIncrementalConfig
-from utils.data import load_dataset
+from utils.data import ImageCache, load_dataset
 from utils.data_manager import DataManager
 from utils.distributed import World
 from utils.errors import UserError
@@ -46,8 +46,8 @@ class ClassIncrementalParts(Parts):
         cls, config: ClassIncrementalConfig, *, seed: int, device: torch.device, world: World, warnings: list[str]
     ) -> Self:
         cache = TensorCache(config.cache_root, config.cache_gb)
-        decoded = Path(config.cache_root) / IMAGES if cache.enabled else None
-        dataset = load_dataset(config.dataset, config.data_root, decode_to=decoded, decode_gb=config.cache_gb)
+        images = ImageCache(Path(config.cache_root) / IMAGES, config.cache_gb)
+        dataset = load_dataset(config.dataset, config.data_root, images)
         backbone = create_backbone(
             config.backbone_type,
             weights=config.weights,
@@ -82,7 +82,7 @@ class ClassIncrementalParts(Parts):
         return self.config.checkpoints == "all"
 
     def introduction(self) -> str:
-        return f"Backbone {self.backbone.tag}, {self.backbone.image_size} px"
+        return f"{self.data.describe()}. Backbone {self.backbone.tag}, {self.backbone.image_size} px"
 
     def opening(self, task: int) -> str:
         classes = self.data.task_classes(task)
@@ -96,14 +96,21 @@ class ClassIncrementalParts(Parts):
             "weights": {"tag": self.backbone.tag, "sha256": self.backbone.sha256, "note": self.backbone.note},
             "image_size": self.backbone.image_size,
             "data": {"name": self.config.dataset, "sha256": self.data.dataset.sha256},
+            "data_of_tasks": self.data_read(self.nb_tasks, self.nb_tasks),
             "class_order": list(self.data.class_order),
         }
 
     def identity(self) -> dict[str, Any]:
         return super().identity() | {
             "weights_sha256": self.backbone.sha256,
-            "data_sha256": self.data.dataset.sha256,
             "class_order": list(self.data.class_order),
+        }
+
+    def data_read(self, trained: int, tested: int) -> dict[str, list[str]]:
+        counts = {"train": trained, "test": tested}
+        return {
+            source: [self.data.content_sha256(task, source) for task in range(min(count, self.nb_tasks))]
+            for source, count in counts.items()
         }
 
 

@@ -69,6 +69,13 @@ class Parts(ABC):
         """What a checkpoint must share with a run to belong to it; subclasses extend `super()`'s."""
         return {"model_name": self.config.model_name, "seed": self.seed}
 
+    def data_read(self, trained: int, tested: int) -> dict[str, list[str]]:
+        """SHA-256 of the images and labels that a run has read: of the first tasks' "train" and "test" ones.
+
+        A checkpoint belongs to a run with the same; what no task has read may change. None where data are generated.
+        """
+        return {}
+
     @property
     def keeps_every_task(self) -> bool:
         """Whether the checkpoints of earlier tasks stay."""

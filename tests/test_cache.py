@@ -10,6 +10,7 @@ import pytest
 from tests.test_tensor_cache import chunk, files, fill, numbers
 from utils.cache import main
 from utils.decoded_images import DecodedImages
+from utils.file_memo import FileMemo
 from utils.tensor_cache import TensorCache
 
 
@@ -29,6 +30,18 @@ def test_decoded_images_are_listed_and_removed(cache: TensorCache, capsys: pytes
     assert main(["--root", str(cache.root), "--clear"]) == 0
     assert "1 groups removed" in capsys.readouterr().out
     assert not store.exists() and files(cache.root / "images") == ["photo.png"]
+
+
+def test_what_is_known_of_image_files_is_listed_and_removed(
+    cache: TensorCache, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = cache.root.parent / "image.png"
+    path.write_bytes(b"content")
+    FileMemo(cache.root / "images", "rule").add({path: ("state", "0" * 64)})
+    assert main(["--root", str(cache.root)]) == 0
+    assert "images/files.sqlite" in capsys.readouterr().out
+    assert main(["--root", str(cache.root), "--clear"]) == 0
+    assert "1 groups removed" in capsys.readouterr().out and files(cache.root / "images") == []
 
 
 def test_listing(cache: TensorCache, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,8 +7,11 @@ import logging
 import multiprocessing
 import os
 import pickle
+import shutil
 import signal
+import struct
 import time
+import zipfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -18,12 +21,13 @@ import pytest
 import torch
 from PIL import Image
 
-from utils import data, decoded_images, image_sets
+from tests.image_folders import folder_images, write_folder
+from utils import data, decoded_images
 from utils.data import (
     DATASETS,
     ArrayImages,
     Dataset,
-    FolderImages,
+    ImageCache,
     class_count,
     dataset_slug,
     load_dataset,
@@ -39,15 +43,6 @@ def arrays(classes: int = 3, each: int = 2, side: int = 8, **changed) -> dict[st
     names = np.array([f"class{i}" for i in range(classes)])
     content = {"x_train": images[0], "y_train": labels, "x_test": images[1], "y_test": labels, "class_names": names}
     return {key: value for key, value in (content | changed).items() if value is not None}
-
-
-def write_folder(root: Path, split: str, names: list[str], suffix: str = ".png") -> None:
-    for label, name in enumerate(names):
-        folder = root / split / name
-        folder.mkdir(parents=True)
-        for i in range(2):
-            pixels = np.full((6, 5, 3), 40 * label + i, dtype=np.uint8)
-            Image.fromarray(pixels).save(folder / f"{i}{suffix}")
 
 
 # ---------------------------------------------------------------------------------------------------------- .npz
@@ -94,6 +89,9 @@ def test_grey_images_get_three_equal_channels(tmp_path, shape):
         ({"x_test": np.zeros((0, 8, 8, 3), np.uint8), "y_test": np.zeros(0, int)}, r"x_test is uint8 \(0, 8"),
         ({"y_train": np.arange(5)}, "y_train is .* one for each of 6 images"),
         ({"y_train": np.zeros(6)}, "y_train is float64"),
+        ({"y_train": np.full(6, np.nan)}, "y_train is float64"),
+        ({"y_train": np.array(["a"] * 6)}, "y_train is <U1"),
+        ({"x_train": np.array([[[None]]] * 6)}, "without pickle"),
         ({"y_test": np.array([0, 0, 1, 1, 2, 3])}, "y_test has labels from 0 to 3; expected 0 to 2"),
         ({"y_test": np.array([0, 0, 1, 1, 2, -1])}, "y_test has labels from -1 to 2"),
         ({"y_test": np.array([0, 0, 1, 1, 1, 1])}, "1 classes have no test image, such as class2"),
@@ -121,6 +119,73 @@ def test_truncated_and_foreign_npz(tmp_path):
             load_dataset(str(tmp_path / name), tmp_path)
 
 
+def rewrite_header(path: Path, member: str, shape: tuple[int, ...], beyond: int | None = None) -> None:
+    """Let the header of an array in an .npz claim another shape, and the archive another size."""
+    with np.load(path) as file:
+        stored = {key: file[key] for key in file.files}
+    with zipfile.ZipFile(path, "w") as archive:
+        for key, array in stored.items():
+            content = io.BytesIO()
+            descr = np.lib.format.dtype_to_descr(array.dtype)
+            header = {"descr": descr, "fortran_order": False, "shape": shape if key == member else array.shape}
+            np.lib.format.write_array_header_1_0(content, header)
+            archive.writestr(f"{key}.npy", content.getvalue() + array.tobytes())
+    if beyond is not None:  # sizes in the archive's directory: compressed, then plain
+        raw = bytearray(path.read_bytes())
+        place = raw.rindex(f"{member}.npy".encode()) - 46
+        raw[place + 20 : place + 28] = struct.pack("<II", beyond, beyond)
+        path.write_bytes(raw)
+
+
+@pytest.mark.parametrize(
+    ("shape", "beyond"),
+    [((10**6, 8, 8, 3), None), ((10**14, 8, 8, 3), None), ((7, 8, 8, 3), None), ((5, 8, 8, 3), None)]
+    + [((10**6, 8, 8, 3), 192 * 10**6 + 128), ((-6, 8, 8, 3), None)],
+)
+def test_a_header_that_claims_what_the_file_does_not_hold_is_one_sentence(tmp_path, shape, beyond):
+    np.savez(tmp_path / "bad.npz", **arrays())
+    rewrite_header(tmp_path / "bad.npz", "x_train", shape, beyond)
+    with pytest.raises(UserError, match="bad.npz cannot be read.*x_train.npy") as caught:
+        load_dataset(str(tmp_path / "bad.npz"), tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (np.array(["é".encode(), b"b", b"c"]), ["é", "b", "c"]),
+        (np.array(["e\u0301", "b", "c"]), ["é", "b", "c"]),
+        (np.array([1, 2, 30]), ["1", "2", "30"]),
+        (np.array([b"\xff", b"b", b"c"]), None),
+        (np.array(["\udcff", "b", "c"]), None),
+    ],
+)
+def test_class_names_may_be_utf8_bytes(tmp_path, names, expected):
+    np.savez(tmp_path / "mine.npz", **arrays(class_names=names))
+    if expected is None:
+        with pytest.raises(UserError, match="mine.npz: a name in class_names is not UTF-8"):
+            load_dataset("mine.npz", tmp_path)
+    else:
+        assert load_dataset("mine.npz", tmp_path).class_names == expected
+
+
+def test_npz_in_upper_case(tmp_path):
+    with open(tmp_path / "MINE.NPZ", "wb") as file:
+        np.savez(file, **arrays())
+    assert load_dataset("MINE.NPZ", tmp_path).name == "MINE" == dataset_slug("x/MINE.NPZ")
+    assert class_count("MINE.NPZ", tmp_path) == 3 and class_count("absent.NPZ", tmp_path) is None
+
+
+@pytest.mark.parametrize("name", ["mine.npz", "cifar100"])
+@pytest.mark.parametrize("kind", ["a folder", "a FIFO", "a link to nothing"])
+def test_what_is_no_file_in_the_place_of_an_npz_is_named(tmp_path, name, kind):
+    path = tmp_path / ("mine.npz" if name == "mine.npz" else "cifar100.npz")
+    {"a folder": os.mkdir, "a FIFO": os.mkfifo, "a link to nothing": lambda p: os.symlink("gone", p)}[kind](path)
+    for read in (load_dataset, class_count):
+        with pytest.raises(UserError, match=f"{path.name} cannot be read.* {kind}"):
+            read(name, tmp_path)
+
+
 # -------------------------------------------------------------------------------------------------------- folders
 
 
@@ -146,11 +211,11 @@ def test_named_folder_data_sets(tmp_path, folder):
 
 
 def write_domainnet(root: Path, domains=data.DOMAINS) -> None:
-    """Two classes, one training and one test image of each in every domain, and the lists of these domains."""
+    """Three classes, one training and one test image of each in every domain, and the lists of these domains."""
     for d, domain in enumerate(data.DOMAINS):
         for split in ("train", "test"):
             lines = []
-            for label, name in ((7, "zebra"), (3, "ant")):
+            for label, name in ((0, "zebra"), (1, "Ant"), (2, "ant")):
                 file = root / domain / name / f"{domain}_{label:03}_{split}.png"
                 file.parent.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(np.full((4, 4, 3), 10 * label + d, np.uint8)).save(file)
@@ -160,15 +225,15 @@ def write_domainnet(root: Path, domains=data.DOMAINS) -> None:
 
 
 def test_domainnet_is_its_published_lists_pooled(tmp_path):
-    """Classes are numbered by name, whatever the lists number them by."""
+    """Classes have the numbers of the lists, whatever order their names have."""
     assert class_count("domainnet", tmp_path) == 345
     write_domainnet(tmp_path / "domainnet")
     dataset = load_dataset("domainnet", tmp_path)
-    assert dataset.class_names == ["ant", "zebra"] and len(dataset.train) == len(dataset.test) == 12
-    assert dataset.train.labels.tolist() == [1, 0] * 6
-    assert [int(dataset.test[i][0, 0, 0]) for i in range(12)] == [base + d for d in range(6) for base in (70, 30)]
-    decoded = load_dataset("domainnet", tmp_path, decode_to=tmp_path / "decoded")
-    decoded.train.prepare(np.arange(12))
+    assert dataset.class_names == ["zebra", "Ant", "ant"] and len(dataset.train) == len(dataset.test) == 18
+    assert dataset.train.labels.tolist() == [0, 1, 2] * 6
+    assert [int(dataset.test[i][0, 0, 0]) for i in range(18)] == [base + d for d in range(6) for base in (0, 10, 20)]
+    decoded = load_dataset("domainnet", tmp_path, ImageCache(tmp_path / "decoded", 1))
+    decoded.train.prepare(np.arange(18))
     assert decoded.sha256 == dataset.sha256 and same_images(decoded.train, dataset.train)
 
 
@@ -182,16 +247,23 @@ def test_domainnet_may_be_split_in_folders(tmp_path):
     ("content", "message"),
     [
         (None, "looked at .*domainnet/train, .*real_test.txt; .*M3SDA"),
-        ("real/ant 3\n", "real_test.txt, line 1 is 'real/ant 3'; expected <domain>/<class>/<file> <number>"),
-        ("real/../x.png 3\n", "expected <domain>"),
-        ("real/ant/none.png 3\n", "the image .*real/ant/none.png is listed and is not there"),
-        ("real/emu/x.png 3\n", "no training list has the class emu"),
+        (b"real/ant 2\n", "real_test.txt, line 1 is 'real/ant 2'; expected <domain>/<class>/<file> <number>"),
+        (b"real/../x.png 2\n", "expected <domain>"),
+        (b"/ant/x.png 2\n", "expected <domain>"),
+        (b"real/ant/x.png " + b"9" * 5000, "expected <domain>"),
+        (b"real/ant/none.png 2\n", "real/ant/none.png .it is not there"),
+        (b"real/emu/x.png 3\n", "no training list has the class emu"),
+        (b"real/emu/x.png 7\n", "no class has the number 3, and one has 7"),
+        (b"real/emu/x.png 2\n", "the number 2 to ant and emu"),
+        (b"real/ant/x.png 1\nreal/Ant/x.png 0\n", "the number 0 to Ant and zebra"),
+        (b"real/ant/x.png 3\n", "give ant the numbers 2 and 3"),
+        (b"real/\xff/x.png 3\n", "real_test.txt cannot be read"),
     ],
 )
 def test_lists_that_are_not_whole_are_a_sentence(tmp_path, content, message):
     write_domainnet(tmp_path / "domainnet")
     file = tmp_path / "domainnet" / "real_test.txt"
-    file.unlink() if content is None else file.write_text(content)
+    file.unlink() if content is None else file.write_bytes(content)
     with pytest.raises(UserError, match=message) as caught:
         load_dataset("domainnet", tmp_path)
     assert "\n" not in str(caught.value)
@@ -223,7 +295,7 @@ def test_truncated_image_is_named_and_never_filled(tmp_path, suffix, kept, monke
     path = tmp_path / f"cut{suffix}"
     path.write_bytes(buffer.getvalue()[: int(kept * len(buffer.getvalue()))])
     with pytest.raises(UserError, match=f"{path}.*replace or remove"):
-        FolderImages([path], np.array([0]))[0]
+        folder_images([path])[0]
 
 
 def test_batch_is_one_tensor_or_a_list_where_sizes_differ(tmp_path):
@@ -234,7 +306,7 @@ def test_batch_is_one_tensor_or_a_list_where_sizes_differ(tmp_path):
     files = [tmp_path / f"{i}.png" for i in range(3)]
     for file, side in zip(files, (4, 4, 5), strict=True):
         Image.fromarray(np.full((side, 6, 3), side, np.uint8)).save(file)
-    images = FolderImages(files, np.zeros(3))
+    images = folder_images(files)
     assert images.batch(np.array([0, 1])).shape == (2, 3, 4, 6) and images.batch(np.arange(0)) == []
     assert [image.shape for image in images.batch(np.arange(3))] == [(3, 4, 6), (3, 4, 6), (3, 5, 6)]
 
@@ -242,7 +314,7 @@ def test_batch_is_one_tensor_or_a_list_where_sizes_differ(tmp_path):
 def test_folder_images_are_shown_as_rgb(tmp_path):
     Image.fromarray(np.full((4, 4), 7, np.uint8)).save(tmp_path / "grey.png")
     Image.fromarray(np.full((4, 4, 4), 9, np.uint8), "RGBA").save(tmp_path / "alpha.png")
-    images = FolderImages([tmp_path / "grey.png", tmp_path / "alpha.png"], np.zeros(2))
+    images = folder_images([tmp_path / "grey.png", tmp_path / "alpha.png"])
     assert images[0].tolist() == np.full((3, 4, 4), 7).tolist() and images[1].shape == (3, 4, 4)
 
 
@@ -251,14 +323,14 @@ def test_folder_images_are_shown_as_rgb(tmp_path):
 
 @pytest.fixture
 def opened(monkeypatch) -> collections.Counter:
-    """How often every file was opened as an image by this process."""
-    counts, open_image = collections.Counter(), Image.open
+    """How often this process read every image file to decode it, after the check."""
+    counts, read = collections.Counter(), Path.read_bytes
 
-    def counted(path):
-        counts[Path(path).name] += 1
-        return open_image(path)
+    def counted(path: Path) -> bytes:
+        counts.update([path.name] if path.suffix == ".png" else [])
+        return read(path)
 
-    monkeypatch.setattr(image_sets.Image, "open", counted)
+    monkeypatch.setattr(Path, "read_bytes", counted)
     return counts
 
 
@@ -291,17 +363,21 @@ def plain(tmp_path) -> Dataset:
 
 
 def load(tmp_path: Path) -> Dataset:
-    return load_dataset(str(tmp_path / "set"), tmp_path, decode_to=tmp_path / "decoded")
+    return load_dataset(str(tmp_path / "set"), tmp_path, ImageCache(tmp_path / "decoded", 1))
+
+
+def stores(tmp_path: Path) -> list[Path]:
+    return [path.parent for path in (tmp_path / "decoded").glob(f"*/{PIXELS}")]
 
 
 def store(tmp_path: Path) -> Path:
-    (folder,) = (tmp_path / "decoded").iterdir()
+    (folder,) = (path for path in (tmp_path / "decoded").iterdir() if path.is_dir())
     return folder
 
 
 def test_every_file_is_decoded_once_by_all_runs(tmp_path, plain, opened):
     first = load(tmp_path)
-    assert not (tmp_path / "decoded").exists() and first.sha256 == plain.sha256
+    assert not stores(tmp_path) and first.sha256 == plain.sha256
     for chosen in ([3, 1, 3], [1, 2], range(11), range(11)):
         first.train.prepare(np.array(chosen))
         first.train.batch(np.array(chosen))
@@ -317,27 +393,27 @@ def test_every_file_is_decoded_once_by_all_runs(tmp_path, plain, opened):
 def test_named_folder_data_sets_are_decoded_once_too(tmp_path, opened):
     ragged(tmp_path / "imagenet-r")
     for _ in range(2):
-        dataset = load_dataset("imagenetr", tmp_path, tmp_path / "decoded")
+        dataset = load_dataset("imagenetr", tmp_path, ImageCache(tmp_path / "decoded", 1))
         for images in (dataset.train, dataset.test):
             images.prepare(np.arange(11))
             images.batch(np.arange(11))
-    assert opened == {f"{i:02}.png": 2 for i in range(11)} and len(list((tmp_path / "decoded").iterdir())) == 2
+    assert opened == {f"{i:02}.png": 1 for i in range(11)} and len(stores(tmp_path)) == 1  # both splits are the same
 
 
 def test_unprepared_images_are_right_and_written_by_nobody(tmp_path, plain, opened):
     images = load(tmp_path).train
-    assert same_images(images, plain.train) and opened["03.png"] == 2 and not (tmp_path / "decoded").exists()
+    assert same_images(images, plain.train) and opened["03.png"] == 2 and not stores(tmp_path)
 
 
 def test_changed_file_is_another_data_set(tmp_path, plain):
     path = tmp_path / "set" / "train" / "ant" / "00.png"
     for value in (9, 8):
         Image.fromarray(np.full((5, 20, 3), value, np.uint8)).save(path, "BMP")  # of the same size in bytes
-        os.utime(path, ns=(value, value))
+        os.utime(path, ns=(10**18, 10**18))
         images = load(tmp_path).train
         images.prepare(np.arange(11))
         assert images[0].unique().tolist() == [value]
-    assert len(list((tmp_path / "decoded").iterdir())) == 2
+    assert len(stores(tmp_path)) == 2
 
 
 def in_another_process(work: Callable[[], None]) -> multiprocessing.Process:
@@ -431,6 +507,18 @@ def test_damaged_store_is_decoded_again(tmp_path, plain, opened, damage, warning
     assert not opened
 
 
+def test_the_store_of_other_images_is_not_taken_for_this_one(tmp_path, plain):
+    load(tmp_path).train.prepare(np.arange(11))
+    ours, before = store(tmp_path), list(plain.train)
+    for path in (tmp_path / "set" / "train" / "ant").iterdir():
+        pixels = 255 - np.asarray(Image.open(path))
+        Image.fromarray(pixels).save(path)
+    images = load(tmp_path).train
+    shutil.copytree(ours, images.decoded.folder)
+    images.prepare(np.arange(11))
+    assert all(torch.equal(new, 255 - old) for new, old in zip(images, before, strict=True))
+
+
 def test_reading_goes_on_while_a_damaged_store_is_replaced(tmp_path, plain):
     reader = load(tmp_path).train
     reader.prepare(np.arange(11))
@@ -444,11 +532,10 @@ def test_reading_goes_on_while_a_damaged_store_is_replaced(tmp_path, plain):
 def test_corrupt_image_is_named_and_keeps_the_others(tmp_path, plain, opened, monkeypatch, which):
     monkeypatch.setattr(decoded_images, "BLOCK", 2)
     path = tmp_path / "set" / "train" / "ant" / f"{which:02}.png"
-    whole = path.read_bytes()
+    whole, images = path.read_bytes(), load(tmp_path).train
     path.write_bytes(whole[:50])
-    images = load(tmp_path).train
     for _ in range(2):
-        with pytest.raises(UserError, match=f"{path}.*replace or remove") as caught:
+        with pytest.raises(UserError, match=f"{path}.*replaced meanwhile") as caught:
             images.prepare(np.arange(11))
         assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match=f"{path}"):
@@ -467,7 +554,7 @@ def test_full_disk_and_unwritable_folder_cost_time_only(tmp_path, plain, monkeyp
         assert same_images(images, plain.train)
     assert len(warnings()) == 1 and "2 GB of the disk" in warnings()[0]
     (tmp_path / "file").write_text("")
-    images = load_dataset(str(tmp_path / "set"), tmp_path, tmp_path / "file" / "below").train
+    images = load_dataset(str(tmp_path / "set"), tmp_path, ImageCache(tmp_path / "file" / "below", 1)).train
     images.prepare(np.arange(11))
     assert same_images(images, plain.train) and len(warnings()) == 2
 
@@ -476,10 +563,12 @@ def test_decoded_images_keep_to_their_limit(tmp_path, plain, monkeypatch, warnin
     monkeypatch.setattr(decoded_images, "BLOCK", 1)
     sizes = [image.numel() for image in plain.train]
     gigabytes = (sum(sizes) + sizes[0] + sizes[1] + 1) / 1e9
-    dataset = load_dataset(str(tmp_path / "set"), tmp_path, tmp_path / "decoded", gigabytes)
+    Image.fromarray(np.zeros((5, 20, 3), np.uint8)).save(tmp_path / "set" / "test" / "ant" / "00.png")
+    plain = load_dataset(str(tmp_path / "set"), tmp_path)
+    dataset = load_dataset(str(tmp_path / "set"), tmp_path, ImageCache(tmp_path / "decoded", gigabytes))
     for images in (dataset.train, dataset.test, dataset.test):
         images.prepare(np.arange(11))
-        assert same_images(images, plain.train)
+        assert same_images(images, plain.train if images is dataset.train else plain.test)
     held = sorted(path.stat().st_size for path in (tmp_path / "decoded").glob(f"*/{PIXELS}"))
     assert held == [sizes[0] + sizes[1], sum(sizes)] and len(warnings()) == 1 and "may hold" in warnings()[0]
 
@@ -488,7 +577,7 @@ def test_without_file_locks_nothing_is_kept(tmp_path, plain, monkeypatch):
     monkeypatch.setattr(decoded_images, "fcntl", None)
     images = load(tmp_path).train
     images.prepare(np.arange(11))
-    assert same_images(images, plain.train) and not (tmp_path / "decoded").exists()
+    assert same_images(images, plain.train) and not stores(tmp_path)
 
 
 def test_reading_checks_the_bytes(tmp_path):

@@ -7,8 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.image_folders import folder_images
 from utils import image_sets
-from utils.data import ArrayImages, Dataset, FolderImages
+from utils.data import ArrayImages, Dataset
 from utils.data_manager import DataManager
 from utils.decoded_images import DecodedImages
 from utils.errors import UserError
@@ -111,6 +112,38 @@ def test_stored_order_without_key():
     images, targets = collect(data.batches(range(3), source="train", mode="test", batch_size=4))
     assert targets.tolist() == [0, 1, 2] * TRAIN_EACH
     assert corners(images)[:, 1].tolist() == np.repeat(np.arange(TRAIN_EACH), 3).tolist()
+
+
+# --------------------------------------------------------------------------------------------------------- content
+
+
+def test_a_tasks_hash_is_of_its_own_images_and_labels():
+    def hashes(**changed) -> list[str]:
+        data = manager(dataset, shuffle=False, **changed)
+        return [data.content_sha256(task, source) for task in range(4) for source in ("train", "test")]
+
+    def changed() -> list[int]:
+        return [place for place, (old, new) in enumerate(zip(before, hashes(), strict=True)) if old != new]
+
+    dataset = make_dataset()
+    before, few = hashes(), hashes(max_train_per_class=2)
+    assert len(set(before)) == 8 and before == hashes() and before[1::2] == few[1::2]
+    assert not set(before[::2]) & set(few)
+    dataset.train.images[np.flatnonzero(dataset.train.labels == 5)[0], 0, 0, 0] ^= 1  # class 5 is of task 2
+    assert changed() == [4]
+    dataset = make_dataset()
+    dataset.test.labels[[0, 1]] = 1, 0  # two classes of task 0
+    assert changed() == [1]
+
+
+def test_the_log_says_how_many_images_there_are():
+    dataset = make_dataset()
+    dataset.train.labels[0] = 1
+    dataset = Dataset("toy", dataset.class_names, dataset.train, dataset.test, "", "2 hidden (.DS_Store)")
+    told = manager(dataset, shuffle=False).describe()
+    assert "7 classes" in told and "train 42 images, 5 to 7 per class" in told and "2 hidden" in told
+    assert "test 21 images, 3 per class" in told
+    assert "train 4 images, 2 per class" in manager(max_tasks=1, max_train_per_class=2).describe()
 
 
 # ------------------------------------------------------------------------------------------------------ small runs
@@ -269,7 +302,7 @@ def folder_manager(tmp_path, sizes: list[tuple[int, int]], keep: bool, **changed
         paths.append(tmp_path / f"{i}.png")
         Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(paths[-1])
     decoded = DecodedImages(tmp_path / "decoded", 2 * len(paths), "decoding") if keep else None
-    images = FolderImages(paths * 2, np.repeat([0, 1], len(paths)), decoded)
+    images = folder_images(paths * 2, np.repeat([0, 1], len(paths)), decoded)
     return manager(Dataset("files", ["a", "b"], images, images, ""), init_cls=1, increment=1, **changed)
 
 
@@ -295,8 +328,8 @@ def test_shares_of_files_may_be_empty(tmp_path):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_epochs_decode_every_file_once_and_only_those_in_use(tmp_path, monkeypatch, workers):
-    opened, open_image = [], Image.open
-    monkeypatch.setattr(image_sets.Image, "open", lambda path: opened.append(path) or open_image(path))
+    opened, decode = [], image_sets.decode
+    monkeypatch.setattr(image_sets, "decode", lambda content: opened.append(content) or decode(content))
     data = folder_manager(tmp_path, [(20, 30), (31, 12), (9, 9)], keep=True, num_workers=workers)
     for epoch in range(2):
         list(data.batches(range(1), source="train", mode="train", batch_size=2, key=(epoch,)))
@@ -329,7 +362,7 @@ def test_wrong_arguments():
 def test_unreadable_image_is_one_sentence_with_any_number_of_workers(tmp_path, keep, workers):
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "fine.png")
     (tmp_path / "broken.png").write_bytes((tmp_path / "fine.png").read_bytes()[:40])
-    images = FolderImages([tmp_path / "fine.png", tmp_path / "broken.png"], np.array([0, 1]))
+    images = folder_images([tmp_path / "fine.png", tmp_path / "broken.png"], np.array([0, 1]))
     if keep:
         images.decoded = DecodedImages(tmp_path / "decoded", 2, "decoding")
     dataset = Dataset("files", ["a", "b"], images, images, "")

@@ -13,15 +13,16 @@ from pathlib import Path
 
 from utils.decoded_images import decoded_in, remove_decoded
 from utils.errors import UserError, exit_code
+from utils.file_memo import DATABASE, memo_bytes, remove_memo
 from utils.tensor_cache import ABOUT, MARKER, groups_in, last_use, remove_group
 
-IMAGES = "images"  # folder of decoded images in a cache
+IMAGES = "images"  # folder in a cache of what is known of image files: decoded pixels, and which files are good
 
 
 def listing(root: Path) -> list[str]:
     """Lines that say what a cache holds, the group used last first, then decoded images."""
-    groups, decoded = groups_in(root), decoded_in(root / IMAGES)
-    if not groups and not decoded:
+    groups, decoded, memo = groups_in(root), decoded_in(root / IMAGES), memo_bytes(root / IMAGES)
+    if not groups and not decoded and not memo:
         return [f"nothing is in {root}"]
     width = max([len("group"), *map(len, groups), *(len(f"{IMAGES}/{store.name}") for store in decoded)])
     lines = [f"{'group':{width}}  {'MB':>10}  chunks  {'last used':16}  about"]
@@ -36,21 +37,24 @@ def listing(root: Path) -> list[str]:
     lines += [
         f"{f'{IMAGES}/{store.name}':{width}}  {size / 1e6:10.1f}  decoded images" for store, size in decoded.items()
     ]
-    total = sum(sum(files.values()) for files in groups.values()) + sum(decoded.values())
+    if memo:
+        lines.append(f"{f'{IMAGES}/{DATABASE}':{width}}  {memo / 1e6:10.1f}  hashes of image files")
+    total = sum(sum(files.values()) for files in groups.values()) + sum(decoded.values()) + memo
     return [*lines, f"total: {total / 1e6:.1f} MB in {len(groups) + len(decoded)} groups"]
 
 
 def clear(root: Path) -> list[str]:
     """Remove all that a cache holds; says what that freed. Raises UserError where `root` is another folder."""
     decoded = decoded_in(root / IMAGES)
-    ours = (root / MARKER).is_file() or bool(decoded)
+    memo = memo_bytes(root / IMAGES)
+    ours = (root / MARKER).is_file() or bool(decoded) or bool(memo)
     if root.exists() and not ours and (not root.is_dir() or any(root.iterdir())):
         raise UserError(f"{root} is not a cache, it holds no file {MARKER}: give a cache's folder; nothing was removed")
     groups = groups_in(root)
-    freed = sum(remove_group(root / group) for group in groups) + sum(decoded.values())
+    freed = sum(remove_group(root / group) for group in groups) + sum(decoded.values()) + remove_memo(root / IMAGES)
     for store in decoded:
         remove_decoded(store)
-    removed = len(groups) + len(decoded)
+    removed = len(groups) + len(decoded) + bool(memo)
     return [f"{removed} groups removed from {root}: {freed} bytes freed"] if removed else [f"nothing is in {root}"]
 
 

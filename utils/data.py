@@ -8,25 +8,25 @@ A data set of your own is an `.npz` with `x_train, y_train, x_test, y_test, clas
 """
 
 import difflib
-import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torchvision
 
 from utils.assets import fetch_asset
 from utils.errors import UserError
+from utils.image_files import class_folders
 from utils.image_sets import (
+    NO_CACHE,
     NPZ_KEYS,
     ArrayImages,
     Dataset,
     FolderImages,
+    ImageCache,
     ImageSet,
-    class_folders,
     from_arrays,
     from_folder,
     from_lists,
@@ -40,6 +40,7 @@ __all__ = [
     "ArrayImages",
     "Dataset",
     "FolderImages",
+    "ImageCache",
     "ImageSet",
     "class_count",
     "dataset_slug",
@@ -59,7 +60,7 @@ class Source:
     """Where a named data set comes from.
 
     classes: number of classes as published.
-    load: (name, data_root, decode_to=, decode_gb=) -> Dataset.
+    load: (name, data_root, cache) -> Dataset.
     files: names under data_root that hold it when it is there already (an .npz, or a folder with train/ and test/).
     """
 
@@ -68,11 +69,11 @@ class Source:
     files: tuple[str, ...] = ()
 
 
-def _synthetic(name: str, data_root: Path, **decoding: Any) -> Dataset:
+def _synthetic(name: str, data_root: Path, cache: ImageCache) -> Dataset:
     return from_arrays(name, *synthetic_arrays())
 
 
-def _mnist_5k(name: str, data_root: Path, **decoding: Any) -> Dataset:
+def _mnist_5k(name: str, data_root: Path, cache: ImageCache) -> Dataset:
     """500 images a digit in stored order: the first 400 of every digit are for training, the last 100 for the test."""
     path = fetch_asset("mnist_5k", data_root)
     table = np.loadtxt(path, delimiter=",", dtype=np.uint8)  # (5000, 784 pixels and the label)
@@ -88,8 +89,8 @@ def _mnist_5k(name: str, data_root: Path, **decoding: Any) -> Dataset:
 def _downloaded(kind: str, npz: str) -> Callable[..., Dataset]:
     """Loader of a torchvision data set `kind`: `<data_root>/<npz>` first, else torchvision's own files or download."""
 
-    def load(name: str, data_root: Path, **decoding: Any) -> Dataset:
-        if (data_root / npz).is_file():
+    def load(name: str, data_root: Path, cache: ImageCache) -> Dataset:
+        if os.path.lexists(data_root / npz):
             return from_npz(name, data_root / npz)
         try:
             parts = [
@@ -106,27 +107,27 @@ def _downloaded(kind: str, npz: str) -> Callable[..., Dataset]:
     return load
 
 
-def _folders(name: str, data_root: Path, **decoding: Any) -> Dataset:
+def _folders(name: str, data_root: Path, cache: ImageCache) -> Dataset:
     places = [data_root / file for file in DATASETS[name].files]
     for place in places:
         if _is_split_folder(place):
-            return from_folder(name, place, **decoding)
+            return from_folder(name, place, cache)
     raise _missing(
         name, places, "the published train/test split is linked from https://github.com/zhoudw-zdw/RevisitingCIL"
     )
 
 
-def _domainnet(name: str, data_root: Path, **decoding: Any) -> Dataset:
+def _domainnet(name: str, data_root: Path, cache: ImageCache) -> Dataset:
     """All domains pooled by class, split as the published lists `<domain>_train.txt` and `<domain>_test.txt` say."""
     place = data_root / DATASETS[name].files[0]
     if _is_split_folder(place):
-        return from_folder(name, place, **decoding)
+        return from_folder(name, place, cache)
     lists = {split: [place / f"{domain}_{split}.txt" for domain in DOMAINS] for split in ("train", "test")}
     absent = [file for group in lists.values() for file in group if not file.is_file()]
     if absent:
         how = "the six domains and their lists are on http://ai.bu.edu/M3SDA"
         raise _missing(name, [place / "train", *absent], how)
-    return from_lists(name, place, lists, **decoding)
+    return from_lists(name, place, lists, cache)
 
 
 DATASETS = {
@@ -147,26 +148,24 @@ DATASETS = {
 }
 
 
-def load_dataset(
-    name: str, data_root: str | Path, decode_to: Path | None = None, decode_gb: float = math.inf
-) -> Dataset:
+def load_dataset(name: str, data_root: str | Path, cache: ImageCache = NO_CACHE) -> Dataset:
     """A data set by name (a key of `DATASETS`) or path (an .npz or a folder, as given or inside `data_root`).
 
     Args:
-        decode_to, decode_gb: where and up to which size image files are kept decoded, as for `from_folder`.
+        cache: where what is known of image files is kept.
 
     Raises:
         UserError: unknown name, data that is not there (with where it was looked for and how to get it), or a file or
-            folder that does not hold a data set.
+            folder that does not hold a data set; of image files that are bad, all.
     """
     data_root = Path(data_root)
     if name in DATASETS:
-        return DATASETS[name].load(name, data_root, decode_to=decode_to, decode_gb=decode_gb)
+        return DATASETS[name].load(name, data_root, cache)
     path = _find(name, data_root)
     if path is None:
         raise _missing(name, _places(name, data_root), "check the path")
     slug = dataset_slug(name)
-    return from_npz(slug, path) if path.is_file() else from_folder(slug, path, decode_to, decode_gb)
+    return from_npz(slug, path) if _is_npz(path) else from_folder(slug, path, cache)
 
 
 def class_count(name: str, data_root: str | Path) -> int | None:
@@ -183,21 +182,25 @@ def class_count(name: str, data_root: str | Path) -> int | None:
 def dataset_slug(name: str) -> str:
     """Short name for log paths: a named data set's own, else the stem of the path."""
     path = Path(os.path.abspath(name))
-    return name if name in DATASETS else path.stem if path.suffix == ".npz" else path.name
+    return name if name in DATASETS else path.stem if _is_npz(path) else path.name
 
 
 def _count(path: Path) -> int:
-    return (
-        len(read_npz(path, ("class_names",))["class_names"]) if path.is_file() else len(class_folders(path / "train"))
-    )
+    if _is_npz(path):
+        return len(read_npz(path, ("class_names",))["class_names"])
+    return len(class_folders(path / "train"))
+
+
+def _is_npz(path: Path) -> bool:
+    return path.suffix.lower() == ".npz"
 
 
 def _holds_data(path: Path) -> bool:
-    return path.is_file() if path.suffix == ".npz" else _is_split_folder(path)
+    return os.path.lexists(path) if _is_npz(path) else _is_split_folder(path)
 
 
 def _is_split_folder(path: Path) -> bool:
-    return (path / "train").is_dir() and (path / "test").is_dir()
+    return os.path.isdir(path / "train") and os.path.isdir(path / "test")
 
 
 def _places(name: str, data_root: Path) -> list[Path]:
@@ -210,10 +213,10 @@ def _find(name: str, data_root: Path) -> Path | None:
     found = next((path for path in places if _holds_data(path)), None)
     if found is not None:
         return found
-    folder = next((path for path in places if path.is_dir()), None)
+    folder = next((path for path in places if os.path.isdir(path)), None)
     if folder is not None:
         raise UserError(f"dataset {name!r}: the folder {folder} has no train/ and test/; expected <split>/<class>/*.")
-    if name.endswith(".npz") or "/" in name or os.sep in name:
+    if _is_npz(Path(name)) or "/" in name or os.sep in name:
         return None
     near = difflib.get_close_matches(name, DATASETS, n=3, cutoff=0.5)
     raise UserError(

@@ -9,6 +9,7 @@
 label of incremental class i.
 """
 
+import hashlib
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -82,6 +83,7 @@ class DataManager:
         self.nb_tasks = len(self._tasks)
         limits = {"train": max_train_per_class, "test": max_test_per_class}
         self._labels = {source: self._incremental_labels(source, limits[source], seed) for source in SOURCES}
+        self._hashes: dict[tuple[int, str], str] = {}
         self.train_view, self.test_view = train_view, test_view
         self._num_workers, self._share = num_workers, World(rank, world_size).share
 
@@ -110,6 +112,25 @@ class DataManager:
     def targets(self, indices: np.ndarray, source: str) -> Tensor:
         """Incremental labels of stored images, int64 (n,)."""
         return torch.from_numpy(self._labels[source][indices])
+
+    def content_sha256(self, task: int, source: str) -> str:
+        """SHA-256 that names a task's "train" or "test" images and their labels; other images are no part of it."""
+        if (task, source) not in self._hashes:
+            indices = self.indices(self.task_classes(task), source)
+            labels = ",".join(map(str, self._labels[source][indices]))
+            content = getattr(self.dataset, source).content_sha256(indices)
+            self._hashes[task, source] = hashlib.sha256(f"{labels} {content}".encode()).hexdigest()
+        return self._hashes[task, source]
+
+    def describe(self) -> str:
+        """How many images the tasks' classes have, and what of the data set is left out, in a line for the log."""
+        told, classes = [], range(self._tasks[-1].stop)
+        for source in SOURCES:
+            each = np.bincount(self._labels[source][self.indices(classes, source)], minlength=len(classes))
+            span = f"{each.min():,}" if each.min() == each.max() else f"{each.min():,} to {each.max():,}"
+            told.append(f"{source} {each.sum():,} images, {span} per class")
+        left_out = f"; left out: {self.dataset.left_out}" if self.dataset.left_out else ""
+        return f"Data {self.dataset.name}, {len(classes)} classes: {'; '.join(told)}{left_out}"
 
     def views(
         self, indices: np.ndarray, source: str, mode: str, view: tuple[int, ...] | None, device: torch.device = CPU

@@ -43,13 +43,14 @@ class DecodedImages:
     """Images decoded once for all runs and processes: one flat file that grows, read through a memory map.
 
     `pixels.u8` holds images one after the other, each (h, w, 3). `index.npy` is int64 (N, 4): where each image starts
-    (-1: it is not there), h, w and the CRC-32 of its bytes; its last 32 bytes are the SHA-256 of those before. Pixels
-    are on disk before an index that knows of them takes the old one's place, so that a killed process loses its last
-    seconds. One process writes at a time; where files cannot be locked (Windows), none does. Damage is noticed, and
-    what it hit decoded again.
+    (-1: it is not there), h, w and the CRC-32 of its bytes; its last 32 bytes are the SHA-256 of the folder's name and
+    of those before. Pixels are on disk before an index that knows of them takes the old one's place, so that a killed
+    process loses its last seconds. One process writes at a time; where files cannot be locked (Windows), none does.
+    Damage is noticed, and what it hit decoded again.
 
     Args:
-        folder: of these images alone, created when there is something to write; it can be removed between runs.
+        folder: of these images alone, named by their content and by what decodes them; created when there is something
+            to write; it can be removed between runs.
         count: N.
         label: what the progress bar says.
         limit_gb: size in GB (10^9 bytes) up to which this folder and those beside it are filled.
@@ -113,7 +114,7 @@ class DecodedImages:
         self._table, self._pixels = np.tile(np.array(ABSENT), (self.count, 1)), None
         try:
             content = (self.folder / INDEX).read_bytes()
-            if hashlib.sha256(content[:-32]).digest() != content[-32:]:
+            if self._checksum(content[:-32]) != content[-32:]:
                 raise ValueError(f"{INDEX} does not have its SHA-256")
             table = np.load(io.BytesIO(content), allow_pickle=False)
             pixels = np.memmap(self.folder / PIXELS, np.uint8, "r")
@@ -131,7 +132,7 @@ class DecodedImages:
         if (table[:, 0] < 0).all():
             path.unlink(missing_ok=True)  # a new file: other processes may still map a damaged one
         room = self.limit_gb * 1e9 - sum(file.stat().st_size for file in self.folder.parent.glob(f"*/{PIXELS}"))
-        bar = tqdm(total=len(missing), desc=self.label, unit="image", leave=False)
+        bar = tqdm(total=len(missing), desc=self.label, unit="image", leave=False, disable=None)
         with open(path, "ab") as file, ThreadPoolExecutor(THREADS) as threads, bar:
             try:
                 saved = time.monotonic()
@@ -163,8 +164,12 @@ class DecodedImages:
         stream = io.BytesIO()
         np.save(stream, table)
         content = stream.getvalue()
-        write_synced(self.folder / f"{INDEX}.tmp", content + hashlib.sha256(content).digest())
+        write_synced(self.folder / f"{INDEX}.tmp", content + self._checksum(content))
         os.replace(self.folder / f"{INDEX}.tmp", self.folder / INDEX)
+
+    def _checksum(self, content: bytes) -> bytes:
+        """Of an index, and of the folder's name: an index of other images is not taken for this one."""
+        return hashlib.sha256(self.folder.name.encode() + content).digest()
 
 
 def _end(table: np.ndarray) -> int:

@@ -8,6 +8,7 @@ values = read_json(folder / "config.json")          # UserError: absent, not UTF
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,13 @@ from typing import Any
 from utils.errors import UserError
 
 CHUNK_BYTES = 2**20
+IRREGULAR = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
 
 
 def replace_file(path: Path, content: bytes) -> Path:
@@ -73,6 +81,20 @@ def sha256_file(path: Path | str) -> str:
         while chunk := file.read(CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def why_no_file(path: Path) -> str | None:
+    """The reason why a path cannot be read as a file, such as "it is a FIFO"; None for a regular file.
+
+    Nothing is opened: opening a FIFO would wait for ever.
+    """
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return "it is a link to nothing" if path.is_symlink() else "it is not there"
+    except (OSError, ValueError) as error:
+        return f"the system refuses it: {getattr(error, 'strerror', None) or error}"
+    return None if stat.S_ISREG(mode) else f"it is {IRREGULAR.get(stat.S_IFMT(mode), 'no regular file')}"
 
 
 def write_synced(path: Path, data: bytes) -> None:

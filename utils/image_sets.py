@@ -2,33 +2,46 @@
 
     dataset = from_npz("mine", Path("mine.npz"))            # x_train, y_train, x_test, y_test, class_names
     dataset = from_folder("mine", Path("mine"))             # train/<class>/* and test/<class>/*
-    dataset = from_folder("mine", Path("mine"), Path("cache/images"))       # the same, every file decoded only once
+    dataset = from_folder("mine", Path("mine"), ImageCache(Path("cache/images"), limit_gb=20))  # read and decoded once
     dataset = from_lists("domainnet", root, {"train": [...], "test": [...]})  # image files named in published lists
     image = dataset.train[0]                                # (3, H, W) uint8
     images = dataset.train.batch(indices)                   # (B, 3, H, W), or a list where sizes differ
+    dataset.train.content_sha256(indices)                   # names the content of these images
 
 `utils.data` finds them by name. Every error is one sentence that names the file.
 """
 
 import hashlib
 import math
-import os
+import unicodedata
 import zipfile
-import zlib
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageFile
 from torch import Tensor
 
 from utils.decoded_images import DecodedImages
 from utils.errors import UserError
+from utils.file_memo import FileMemo
+from utils.files import why_no_file
+from utils.image_files import (
+    DECODER,
+    LeftOut,
+    check_images,
+    class_folders,
+    decode,
+    first_visits,
+    image_files,
+    why_bad,
+)
 
 NPZ_KEYS = ("x_train", "y_train", "x_test", "y_test", "class_names")
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+DEFLATE_LIMIT = 1100  # bytes that a byte of a compressed file can stand for, and a few more
+HASHED = 1024  # images hashed at a time
 
 
 class ImageSet:
@@ -47,6 +60,10 @@ class ImageSet:
         """Several images: uint8 (B, 3, H, W), or a list of (3, H, W) where their sizes differ or there are none."""
         images = [self[index] for index in indices]
         return torch.stack(images) if len({image.shape for image in images}) == 1 else images
+
+    def content_sha256(self, indices: np.ndarray) -> str:
+        """SHA-256 that names the content of these images, in this order."""
+        raise NotImplementedError
 
     def prepare(self, indices: np.ndarray) -> None:
         """Do once what makes these images quick to read, before several processes read them."""
@@ -68,6 +85,12 @@ class ArrayImages(ImageSet):
         images = images if images.shape[-1] == 3 else np.repeat(images, 3, axis=-1)
         return torch.from_numpy(images).permute(0, 3, 1, 2)
 
+    def content_sha256(self, indices: np.ndarray) -> str:
+        digest = hashlib.sha256(f"{self.images.shape[1:]}".encode())
+        for start in range(0, len(indices), HASHED):
+            digest.update(np.ascontiguousarray(self.images[indices[start : start + HASHED]]))
+        return digest.hexdigest()
+
 
 class FolderImages(ImageSet):
     """Image files, all decoded to RGB.
@@ -75,15 +98,24 @@ class FolderImages(ImageSet):
     Args:
         paths: the files.
         labels: one each.
+        hashes: SHA-256 of the content of each, from `check_images`.
+        memo: where the hashes are remembered; forgets that of a file whose bytes are others when it is read.
         decoded: where `prepare` puts decoded images, from which they are then read; None decodes at every access.
 
     Raises:
-        UserError: from `self[i]`, `batch` and `prepare`, naming a file that is corrupt or truncated.
+        UserError: from `self[i]`, `batch` and `prepare`, naming a file that cannot be read or is no longer the same.
     """
 
-    def __init__(self, paths: Sequence[Path], labels: np.ndarray, decoded: DecodedImages | None = None) -> None:
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        labels: np.ndarray,
+        hashes: Sequence[str],
+        memo: FileMemo,
+        decoded: DecodedImages | None = None,
+    ) -> None:
         super().__init__(labels)
-        self.paths, self.decoded = paths, decoded
+        self.paths, self.hashes, self.memo, self.decoded = paths, hashes, memo, decoded
 
     def __getitem__(self, index: int) -> Tensor:
         pixels = None if self.decoded is None else self.decoded.read(index)
@@ -94,21 +126,32 @@ class FolderImages(ImageSet):
         if self.decoded is not None:
             self.decoded.add(indices, self._decode)
 
+    def content_sha256(self, indices: np.ndarray) -> str:
+        return hashlib.sha256("".join(self.hashes[index] for index in indices).encode()).hexdigest()
+
     def _decode(self, index: int) -> np.ndarray:
         path = self.paths[index]
-        ImageFile.LOAD_TRUNCATED_IMAGES = False  # some libraries switch it on; a half grey image must not pass
         try:
-            with Image.open(path) as image:
-                return np.array(image.convert("RGB"))
+            content = path.read_bytes()
+            if hashlib.sha256(content).hexdigest() == self.hashes[index]:
+                return decode(content)
         except Exception as error:  # decoders raise errors of many kinds on bad bytes
-            raise UserError(f"The image {path} cannot be read ({error}); replace or remove it.") from error
+            raise UserError(f"The image {path} cannot be read ({why_bad(error)}); replace or remove it.") from error
+        self.memo.forget(path)
+        raise UserError(
+            f"The image {path} is not the one that was there when its content was hashed: it was replaced meanwhile. "
+            "Run the command again, or go on with --resume: its content is then hashed anew."
+        )
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Training and test images of the same classes; `sha256` names the content.
+    """Training and test images of the same classes.
 
-    The hash is over the arrays' shapes and bytes, or for folders over the files' relative paths and sizes.
+    Attributes:
+        sha256: names the content: over labels and pixels, or for image files over labels and the files' bytes. Names
+            of files and classes are no part of it.
+        left_out: what lies beside the images and is not read, counted and named, or "".
     """
 
     name: str
@@ -116,15 +159,21 @@ class Dataset:
     train: ImageSet
     test: ImageSet
     sha256: str
+    left_out: str = ""
 
     def __post_init__(self) -> None:
-        for source, images in (("train", self.train), ("test", self.test)):
-            absent = np.flatnonzero(np.bincount(images.labels, minlength=len(self.class_names)) == 0)
-            if len(absent):
-                names = ", ".join(self.class_names[i] for i in absent[:3])
-                raise UserError(
-                    f"Data set {self.name!r}: {len(absent)} classes have no {source} image, such as {names}."
-                )
+        labels = {"train": self.train.labels, "test": self.test.labels}
+        _require_images(self.name, self.class_names, labels, self.left_out)
+
+
+def _require_images(name: str, class_names: list[str], labels: dict[str, np.ndarray], left_out: str) -> None:
+    """Raise UserError where a class has no image in a split."""
+    for source, numbers in labels.items():
+        absent = np.flatnonzero(np.bincount(numbers, minlength=len(class_names)) == 0)
+        if len(absent):
+            names = ", ".join(class_names[i] for i in absent[:3])
+            also = f" (left out: {left_out})" if left_out else ""
+            raise UserError(f"Data set {name!r}: {len(absent)} classes have no {source} image, such as {names}{also}.")
 
 
 def from_arrays(name: str, class_names: list[str], arrays: dict[str, np.ndarray]) -> Dataset:
@@ -141,7 +190,7 @@ def from_arrays(name: str, class_names: list[str], arrays: dict[str, np.ndarray]
 def from_npz(name: str, path: Path) -> Dataset:
     """The data set of an .npz with `NPZ_KEYS`. Raises UserError for missing keys, wrong types, shapes or labels."""
     arrays = read_npz(path, NPZ_KEYS)
-    class_names = [str(text) for text in arrays.pop("class_names").astype(str)]
+    class_names = _names(path, arrays.pop("class_names"))
     for source in ("train", "test"):
         _check_split(path, source, arrays[f"x_{source}"], arrays[f"y_{source}"], len(class_names))
         arrays[f"y_{source}"] = arrays[f"y_{source}"].astype(np.int64)
@@ -150,6 +199,9 @@ def from_npz(name: str, path: Path) -> Dataset:
 
 def read_npz(path: Path, keys: Sequence[str]) -> dict[str, np.ndarray]:
     """The arrays `keys` of an .npz, never through pickle. Raises UserError naming the file."""
+    reason = why_no_file(path)
+    if reason:
+        raise UserError(f"{path} cannot be read as an .npz data set: {reason}.")
     try:
         file = np.load(path, allow_pickle=False)
         if not isinstance(file, np.lib.npyio.NpzFile):
@@ -158,14 +210,40 @@ def read_npz(path: Path, keys: Sequence[str]) -> dict[str, np.ndarray]:
             missing = [key for key in keys if key not in file.files]
             if missing:
                 raise UserError(f"{path} lacks {', '.join(missing)}; a data set file has {', '.join(NPZ_KEYS)}.")
+            for key in keys:
+                _check_size(file.zip, f"{key}.npy", path.stat().st_size)
             arrays = {key: file[key] for key in keys}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(f"{path} cannot be read as an .npz data set without pickle: {error}.") from error
-    if arrays.get("class_names", np.zeros(0)).ndim != 1:
-        raise UserError(
-            f"{path}: class_names has shape {arrays['class_names'].shape}; expected one name a class, (C,)."
-        )
+    except UserError:
+        raise
+    except Exception as error:  # readers raise errors of many kinds on bad bytes
+        raise UserError(f"{path} cannot be read as an .npz data set without pickle: {why_bad(error)}.") from error
+    names = arrays.get("class_names", np.zeros(0))
+    if names.ndim != 1:
+        raise UserError(f"{path}: class_names has shape {names.shape}; expected one name a class, (C,).")
     return arrays
+
+
+def _check_size(archive: zipfile.ZipFile, member: str, available: int) -> None:
+    """Raise ValueError where an array's header, or the archive's, claims more than the file can hold."""
+    info = archive.getinfo(member)
+    with archive.open(member) as stream:
+        version = np.lib.format.read_magic(stream)
+        read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+        shape, _, dtype = read_header[version](stream)
+        claimed = math.prod(shape) * dtype.itemsize
+        held = info.file_size - stream.tell()
+    if not dtype.hasobject and claimed != held or info.file_size > DEFLATE_LIMIT * available:
+        raise ValueError(f"the header of {member} says {claimed:,} bytes of data, and the file holds {held:,}")
+
+
+def _names(path: Path, names: np.ndarray) -> list[str]:
+    """Class names as text; bytes are taken for UTF-8."""
+    try:
+        texts = [name.decode("utf-8") if isinstance(name, bytes) else str(name) for name in names.tolist()]
+        "".join(texts).encode("utf-8")
+    except UnicodeError as error:
+        raise UserError(f"{path}: a name in class_names is not UTF-8 ({error.reason}); write it in UTF-8.") from error
+    return [unicodedata.normalize("NFC", text) for text in texts]
 
 
 def _check_split(path: Path, source: str, images: np.ndarray, labels: np.ndarray, classes: int) -> None:
@@ -187,30 +265,44 @@ def _check_split(path: Path, source: str, images: np.ndarray, labels: np.ndarray
         )
 
 
-def class_folders(split: Path) -> list[str]:
-    """Names of the class folders of train/ or test/, sorted."""
-    return sorted(entry.name for entry in os.scandir(split) if entry.is_dir() and not entry.name.startswith("."))
+@dataclass(frozen=True)
+class ImageCache:
+    """Where what is known of image files is kept, for all runs: which are good (`FileMemo`), and decoded pixels.
+
+    Attributes:
+        folder: of all data sets together; None keeps nothing.
+        limit_gb: size in GB that decoded pixels may reach; 0 keeps none.
+    """
+
+    folder: Path | None = None
+    limit_gb: float = 0
+
+    @property
+    def memo(self) -> FileMemo:
+        return FileMemo(self.folder, DECODER)
+
+    def decoded(self, hashes: Sequence[str], label: str) -> DecodedImages | None:
+        """The place of decoded images, named by the files' content and by what decodes them."""
+        if self.folder is None or not self.limit_gb:
+            return None
+        name = hashlib.sha256("\n".join([DECODER, *hashes]).encode()).hexdigest()
+        return DecodedImages(self.folder / name, len(hashes), label, self.limit_gb)
 
 
-def _image_files(folder: Path) -> Iterator[Path]:
-    """Image files below a folder in sorted order."""
-    for place, folders, files in os.walk(folder, followlinks=True):
-        folders.sort()
-        yield from (Path(place, file) for file in sorted(files) if file.lower().endswith(IMAGE_SUFFIXES))
+NO_CACHE = ImageCache()
 
 
-def from_folder(name: str, path: Path, decode_to: Path | None = None, decode_gb: float = math.inf) -> Dataset:
+def from_folder(name: str, path: Path, cache: ImageCache = NO_CACHE) -> Dataset:
     """Image files `train/<class>/*` and `test/<class>/*`; classes are numbered in sorted order.
 
-    Args:
-        decode_to: folder for decoded images (`DecodedImages`): each split gets a folder in it that is named by the
-            hash over its files' relative paths, sizes and modification times. None decodes files at every access.
-        decode_gb: size in GB that all that is in `decode_to` may reach.
+    Hidden files and folders and files with other suffixes are left out, and each real folder of a split is read once.
 
     Raises:
-        UserError: train/ and test/ differ in their classes or a class has no image.
+        UserError: train/ and test/ differ in their classes, a class has no image, or image files are bad.
     """
-    class_names, test_names = class_folders(path / "train"), class_folders(path / "test")
+    left_out = LeftOut()
+    folders = {split: class_folders(path / split, left_out) for split in ("train", "test")}
+    class_names, test_names = list(folders["train"]), list(folders["test"])
     if class_names != test_names or not class_names:
         only = {"train": set(class_names) - set(test_names), "test": set(test_names) - set(class_names)}
         told = [f"only in {split}: {', '.join(sorted(names)[:5])}" for split, names in only.items() if names]
@@ -219,10 +311,13 @@ def from_folder(name: str, path: Path, decode_to: Path | None = None, decode_gb:
         )
     files = {}
     for split in ("train", "test"):
-        groups = [list(_image_files(path / split / class_name)) for class_name in class_names]
+        visited: set[tuple[int, int]] = set()
+        first_visits([path, path / "train", path / "test"], LeftOut(), visited)  # no link leads back up
+        roots = [first_visits(folders[split][class_name], left_out, visited) for class_name in class_names]
+        groups = [[file for root in place for file in image_files(root, left_out, visited)] for place in roots]
         labels = np.repeat(np.arange(len(groups)), [len(group) for group in groups])
         files[split] = ([file for group in groups for file in group], labels)
-    return from_files(name, path, class_names, files, decode_to, decode_gb)
+    return from_files(name, path, class_names, files, cache, str(left_out))
 
 
 def from_files(
@@ -230,65 +325,78 @@ def from_files(
     path: Path,
     class_names: list[str],
     files: dict[str, tuple[list[Path], np.ndarray]],
-    decode_to: Path | None = None,
-    decode_gb: float = math.inf,
+    cache: ImageCache = NO_CACHE,
+    left_out: str = "",
 ) -> Dataset:
     """The data set of image files with labels; `files` has those of "train" and of "test", all below `path`.
 
+    Every file is decoded once, before anything is learned from one; the cache remembers which were good.
+
     Raises:
-        UserError: a file is not there, or a class has no image.
+        UserError: a class has no image, or files are not there or bad: all of them in one list.
     """
-    digest, sets = hashlib.sha256(), []
+    _require_images(name, class_names, {split: labels for split, (_, labels) in files.items()}, left_out)
+    every = [file for paths, _ in files.values() for file in paths]
+    hashes, memo, sets = iter(check_images(every, path, cache.memo, name)), cache.memo, []
+    digest = hashlib.sha256()
     for split, (paths, labels) in files.items():
-        versions = hashlib.sha256()
-        for file in paths:
-            relative = file.relative_to(path).as_posix()
-            try:
-                status = file.stat()
-            except FileNotFoundError as error:
-                raise UserError(f"Data set {name!r}: the image {file} is listed and is not there.") from error
-            digest.update(f"{relative} {status.st_size}\n".encode())
-            versions.update(f"{relative} {status.st_size} {status.st_mtime_ns}\n".encode())
-        decoded = None
-        if decode_to is not None:
-            folder = Path(decode_to) / versions.hexdigest()
-            decoded = DecodedImages(folder, len(paths), f"decoding {name} {split}", decode_gb)
-        sets.append(FolderImages(paths, labels, decoded))
-    return Dataset(name, class_names, *sets, digest.hexdigest())
+        own = [next(hashes) for _ in paths]
+        decoded = cache.decoded(own, f"decoding {name} {split}")
+        sets.append(FolderImages(paths, labels, own, memo, decoded))
+        digest.update(f"{split}\n".encode())
+        digest.update("".join(f"{label} {sha256}\n" for label, sha256 in zip(labels, own, strict=True)).encode())
+    return Dataset(name, class_names, *sets, digest.hexdigest(), left_out)
 
 
-def from_lists(
-    name: str,
-    path: Path,
-    lists: dict[str, list[Path]],
-    decode_to: Path | None = None,
-    decode_gb: float = math.inf,
-) -> Dataset:
+def from_lists(name: str, path: Path, lists: dict[str, list[Path]], cache: ImageCache = NO_CACHE) -> Dataset:
     """The data set of published lists of image files, each line `<domain>/<class>/<file> <number>`, relative to `path`.
 
-    All lists of a split are pooled; classes are those of the training lists' folders, numbered in sorted order.
+    All lists of a split are pooled; a class has the number that the lists give it.
 
     Raises:
-        UserError: a line of another form, an unknown class, or as from `from_files`.
+        UserError: a line of another form, a class without training images, a class with two numbers or a number with
+            two classes, a number that is missing, or as from `from_files`.
     """
     rows = {split: [row for file in group for row in _listed(file)] for split, group in lists.items()}
-    class_names = sorted({class_name for _, class_name in rows["train"]})
-    numbers = {class_name: number for number, class_name in enumerate(class_names)}
-    strange = sorted({class_name for _, class_name in rows["test"]} - numbers.keys())
+    names, numbers = defaultdict(set), defaultdict(set)
+    for _, class_name, number in (row for split_rows in rows.values() for row in split_rows):
+        names[number].add(class_name)
+        numbers[class_name].add(number)
+    for number, several in sorted(names.items()):
+        if len(several) > 1:
+            raise UserError(f"{path}: the lists give the number {number} to {_in_words(several)}; mend the lists.")
+    for class_name, several in sorted(numbers.items()):
+        if len(several) > 1:
+            raise UserError(f"{path}: the lists give {class_name} the numbers {_in_words(several)}; mend the lists.")
+    absent = next((number for number in range(len(names)) if number not in names), None)
+    if absent is not None or not names:
+        told = "they are empty" if absent is None else f"no class has the number {absent}, and one has {max(names)}"
+        raise UserError(f"{path}: the lists are not whole: {told}; get the published ones.")
+    class_names = [next(iter(names[number])) for number in range(len(names))]
+    strange = sorted({row[1] for row in rows["test"]} - {row[1] for row in rows["train"]})
     if strange:
         raise UserError(f"{path}: no training list has the class {strange[0]} of a test list.")
     files = {
-        split: ([path / relative for relative, _ in pairs], np.array([numbers[c] for _, c in pairs], dtype=np.int64))
-        for split, pairs in rows.items()
+        split: ([path / row[0] for row in split_rows], np.array([row[2] for row in split_rows], dtype=np.int64))
+        for split, split_rows in rows.items()
     }
-    return from_files(name, path, class_names, files, decode_to, decode_gb)
+    return from_files(name, path, class_names, files, cache)
 
 
-def _listed(file: Path) -> Iterator[tuple[str, str]]:
-    """Relative path and class of every line of a list."""
-    for number, line in enumerate(file.read_text().splitlines(), start=1):
+def _in_words(values: set) -> str:
+    return " and ".join(str(value) for value in sorted(values))
+
+
+def _listed(file: Path) -> Iterator[tuple[str, str, int]]:
+    """Relative path, class and number of every line of a list."""
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeError) as error:
+        raise UserError(f"The list {file} cannot be read ({why_bad(error)}); get the published one.") from error
+    for place, line in enumerate(lines, start=1):
         relative, _, label = line.strip().rpartition(" ")
         folders = relative.split("/")
-        if len(folders) != 3 or not label.isdigit() or ".." in folders:
-            raise UserError(f"{file}, line {number} is {line!r}; expected <domain>/<class>/<file> <number>.")
-        yield relative, folders[1]
+        numbered = label.isdecimal() and label.isascii() and len(label) < 10
+        if len(folders) != 3 or not all(folders) or ".." in folders or not numbered:
+            raise UserError(f"{file}, line {place} is {line!r}; expected <domain>/<class>/<file> <number>.")
+        yield relative, folders[1], int(label)

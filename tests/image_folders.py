@@ -1,0 +1,29 @@
+"""Image files for tests."""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from utils.data import FolderImages
+from utils.decoded_images import DecodedImages
+from utils.file_memo import FileMemo
+from utils.files import sha256_file
+
+
+def write_folder(root: Path, split: str, names: list[str], suffix: str = ".png", each: int = 2) -> None:
+    """Images of one colour in every class: 40 times the number of the class, and one more for every further one."""
+    for label, name in enumerate(names):
+        folder = root / split / name
+        folder.mkdir(parents=True)
+        for i in range(each):
+            pixels = np.full((6, 5, 3), 40 * label + i, dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / f"{i}{suffix}")
+
+
+def folder_images(
+    paths: list[Path], labels: np.ndarray | None = None, decoded: DecodedImages | None = None
+) -> FolderImages:
+    """Image files that nobody has checked."""
+    labels = np.zeros(len(paths)) if labels is None else labels
+    return FolderImages(paths, labels, [sha256_file(path) for path in paths], FileMemo(None, ""), decoded)
