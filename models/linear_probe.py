@@ -5,26 +5,22 @@
 There is one task that holds all classes, as for `joint`. The augmented views are those of every other method.
 """
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from models.joint import one_task
 from models.tuning import Tuning
 from models.vit_config import TrainingConfig
-from utils.config import Conflict
 
 
 class LinearProbeConfig(TrainingConfig):
     """The linear probe has no keys of its own, one task, and a trained classifier."""
 
+    one_task: ClassVar[bool] = True
+
     model_name: Literal["linear_probe"] = Field("linear_probe", description="The method.")
     head: Literal["fc"] = Field("fc", description="The trained classifier.")
     head_drift: Literal["none"] = Field("none", description="Features never move.")
-
-    def conflicts(self) -> list[Conflict]:
-        """Adds that all classes come at once."""
-        return [*super().conflicts(), *one_task(self)]
 
 
 class LinearProbe(Tuning):

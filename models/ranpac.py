@@ -18,7 +18,8 @@ from backbone.sema_block import freeze
 from backbone.vit_sema import SEMAVisionTransformer
 from models.frozen_vit import FrozenViT
 from models.tuning import AdapterTuning
-from models.vit_config import AdapterConfig
+from models.vit_config import BATCH_KEYS, AdapterConfig, ViTConfig
+from utils.config import IdleRule
 from utils.factory import Backbone
 
 
@@ -29,6 +30,18 @@ class RanPACConfig(AdapterConfig):
     first_session: bool = Field(False, description="Train adapters on the first task; false trains nothing.")
     head: Literal["ranpac"] = Field("ranpac", description="RanPAC's ridge regression.")
     head_drift: Literal["none"] = Field("none", description="Features never move once they have been read.")
+
+    @property
+    def trains_adapters(self) -> bool:
+        return self.first_session
+
+    def idle_rules(self) -> list[IdleRule]:
+        """Adds everything about adapters and their training without a first session."""
+        training = AdapterConfig.model_fields.keys() - ViTConfig.model_fields.keys() - {"head", "head_drift"}
+        return [
+            (not self.first_session, "first_session is false", [*BATCH_KEYS, *training]),
+            *super().idle_rules(),
+        ]
 
 
 class RanPAC(AdapterTuning):

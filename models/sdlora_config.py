@@ -11,13 +11,16 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, Field
 
-from utils.config import ClassIncrementalConfig, Conflict
+from utils.config import ClassIncrementalConfig, Conflict, IdleRule
 
 GATE_KEYS = (
     "gumbel_tau_init", "gumbel_tau_final", "gumbel_anneal_rate", "growth", "growth_threshold", "growth_top_k",
     "filepath",
 )  # fmt: skip
 STEP_KEYS = ("init_milestones", "init_lr_decay", "milestones", "lrate_decay")
+FIRST_TASK_KEYS = ("init_lr", "init_milestones", "init_lr_decay", "init_weight_decay")
+LATER_TASK_KEYS = ("lrate", "milestones", "lrate_decay", "weight_decay")
+TRAINING_KEYS = ("optimizer", "scheduler", "min_lr", "batch_size", "grad_accumulation", "augmentation")
 
 
 def _ascending(pairs: list[list[int]]) -> list[list[int]]:
@@ -114,22 +117,25 @@ class SDLoRAConfig(ClassIncrementalConfig):
                 found.append((("filepath",), f"{fault}; allowed: a folder, which is made where there is none"))
         return found
 
-    def idle_keys(self) -> dict[str, str]:
-        """Adds keys of another schedule or another way of growing, and those of a gate that is off."""
-        reasons = {}
-        if self.scheduler != "steplr":
-            reasons |= dict.fromkeys(STEP_KEYS, f'scheduler is "{self.scheduler}"')
-        if self.scheduler != "cosine":
-            reasons["min_lr"] = f'scheduler is "{self.scheduler}"'
-        if self.gumbel_gate == "off":
-            reasons |= dict.fromkeys(("lambda_sparsity", *GATE_KEYS), 'gumbel_gate is "off"')
-        elif self.gate == "off":
-            reasons |= dict.fromkeys(GATE_KEYS, "no gate where lambda_sparsity is 0")
-        elif self.growth == "top_k":
-            reasons["growth_threshold"] = 'growth is "top_k"'
-        else:
-            reasons["growth_top_k"] = 'growth is "threshold"'
-        return super().idle_keys() | {key: reasons[key] for key in self.given() if key in reasons}
+    def idle_rules(self) -> list[IdleRule]:
+        """Adds keys of another schedule or another way of growing, of a gate that is off, of tasks without epochs."""
+        scheduler, growth = f'scheduler is "{self.scheduler}"', f'growth is "{self.growth}"'
+        at_rest = self.gumbel_tau_init == self.gumbel_tau_final
+        return [
+            (self.scheduler != "steplr", scheduler, STEP_KEYS),
+            (self.scheduler != "cosine", scheduler, ("min_lr",)),
+            (not self.init_milestones, "no init_milestones", ("init_lr_decay",)),
+            (not self.milestones, "no milestones", ("lrate_decay",)),
+            (self.gumbel_gate == "off", 'gumbel_gate is "off"', ("lambda_sparsity", *GATE_KEYS)),
+            (self.gate == "off", "no gate where lambda_sparsity is 0", GATE_KEYS),
+            (self.growth == "top_k", growth, ("growth_threshold",)),
+            (self.growth == "threshold", growth, ("growth_top_k",)),
+            (at_rest, "gumbel_tau_init is gumbel_tau_final", ("gumbel_anneal_rate",)),
+            (self.init_epoch == 0, "init_epoch is 0", FIRST_TASK_KEYS),
+            (self.epochs == 0, "epochs is 0", LATER_TASK_KEYS),
+            (self.init_epoch == self.epochs == 0, "no epoch trains anything", TRAINING_KEYS),
+            *super().idle_rules(),
+        ]
 
     def remarks(self) -> list[str]:
         """Warns of an optimizer that published files name and their code does not use, and of a shared folder."""

@@ -164,7 +164,7 @@ class SEMA(AdapterTuning):
         if phase.block is None:
             return "close"
         modules = self.network.modules_by_block[phase.block]
-        modules.freeze_functional(adapters=self._freezes)
+        modules.freeze_functional(adapters=self.config.freezes)
         modules.freeze_rd()
         return "scan"
 
@@ -205,7 +205,7 @@ class SEMA(AdapterTuning):
         consolidation = self.consolidation() if config.consolidates else None
         tokens = self._task_tokens() if consolidation else {}
         for block, modules in self.network.modules_by_block.items():
-            reports = modules.end_of_task_training(self._freezes, consolidation, tokens.get(block))
+            reports = modules.end_of_task_training(self.config.freezes, consolidation, tokens.get(block))
             for k, report in reports.items():
                 logger.info(
                     f"Consolidated Nested LoRA at layer {block} with alpha={consolidation.alpha:g}: task {self.task}, "
@@ -261,10 +261,3 @@ class SEMA(AdapterTuning):
             for block, tokens in inputs.items():
                 parts[block].append(tokens)
         return {block: torch.cat(tokens) for block, tokens in parts.items()}
-
-    # --- shared by the stages ---------------------------------------------------------------------------------------
-
-    @property
-    def _freezes(self) -> bool:
-        """Whether adapters freeze with their task (SEMA's rule)."""
-        return not (self.config.nested and self.config.nested_lora_freeze == "never")

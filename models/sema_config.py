@@ -8,12 +8,12 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from models.vit_config import AdapterConfig
-from utils.config import ClassIncrementalConfig, Conflict
+from utils.config import ClassIncrementalConfig, Conflict, IdleRule
 
-CONSOLIDATION_KEYS = {
+CONSOLIDATION_KEYS = tuple(
     f"nested_lora_{rule}" for rule in ("consolidation", "consolidation_alpha", "consolidation_schedule", "reset")
-}
-GROWTH_KEYS = {"rd_epoch", "rd_lr", "rd_dim", "rd_views", "buffer_size", "exp_threshold", "detect_batch_size"}
+)
+GROWTH_KEYS = ("rd_epoch", "rd_lr", "rd_dim", "rd_views", "buffer_size", "exp_threshold", "detect_batch_size")
 
 
 class SEMAConfig(AdapterConfig):
@@ -85,6 +85,19 @@ class SEMAConfig(AdapterConfig):
         """Whether fast starts every task on the hidden units of slow."""
         return self.consolidates and self.nested_lora_reset == "aligned"
 
+    @property
+    def grows(self) -> bool:
+        return self.expansion != "never"
+
+    @property
+    def trains(self) -> bool:
+        return super().trains or (self.grows and self.rd_epoch > 0)
+
+    @property
+    def freezes(self) -> bool:
+        """Whether adapters freeze with their task (SEMA's rule)."""
+        return not (self.nested and self.nested_lora_freeze == "never")
+
     def conflicts(self) -> list[Conflict]:
         """Adds that units can be interpolated only where they belong together."""
         found = super().conflicts()
@@ -93,15 +106,21 @@ class SEMAConfig(AdapterConfig):
             found.append((("nested_lora_consolidation", "nested_lora_reset"), sentence))
         return found
 
-    def idle_keys(self) -> dict[str, str]:
-        """Adds the keys of consolidation while it is off, and those of growth while nothing grows."""
-        given, idle = self.given(), super().idle_keys()
-        if self.nested and not self.nested_lora_use_consolidation:
-            unused = [key for key in given if key in CONSOLIDATION_KEYS]
-            idle |= dict.fromkeys(unused, "nested_lora_use_consolidation is false")
-        if self.expansion == "never":
-            idle |= dict.fromkeys([key for key in given if key in GROWTH_KEYS], 'expansion is "never"')
-        return idle
+    def idle_rules(self) -> list[IdleRule]:
+        """Adds keys of consolidation while it is off, of growth while nothing grows, of tasks that train no adapter."""
+        off = self.nested and not self.nested_lora_use_consolidation
+        nothing_moves = self.consolidates and self.nested_lora_consolidation_alpha == 0
+        later = ("head_drift", "nested_lora_consolidation_schedule")
+        undescribed = ("rd_lr", "rd_views", "buffer_size", "exp_threshold")
+        return [
+            (off, "nested_lora_use_consolidation is false", CONSOLIDATION_KEYS),
+            (nothing_moves, "nested_lora_consolidation_alpha is 0", ("nested_lora_consolidation_schedule",)),
+            (not self.grows, 'expansion is "never"', GROWTH_KEYS),
+            (self.expansion == "always", 'expansion is "always"', ("exp_threshold",)),
+            (self.rd_epoch == 0, "rd_epoch is 0", undescribed),
+            *super().idle_rules(),
+            (not self.grows and self.freezes, "adapters learn in the first task only", later),
+        ]
 
     def remarks(self) -> list[str]:
         """Adds a warning of the reset that ends learning."""

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from utils.config import Conflict, RunConfig
+from utils.config import Conflict, IdleRule, RunConfig
 from utils.grid_primitives import FEWEST_COLOURS, MOST_COLOURS, PRIMITIVES
 from utils.grid_tasks import LEAST_GROUP, split_problems
 
@@ -158,19 +158,18 @@ class SharedSubspaceConfig(RunConfig):
             found.append((("few_shot_every", "few_shot_steps"), f"{fault}; allowed: from 1 to {self.few_shot_steps}"))
         return found
 
-    def idle_keys(self) -> dict[str, str]:
+    def idle_rules(self) -> list[IdleRule]:
         """Adds keys of losses without weight and of parts that are not there."""
-        reasons = {}
-        if self.encoder == "gru":
-            reasons["heads"] = 'encoder is "gru"'
-        if not self.sparse_units:
-            reasons |= dict.fromkeys(("beta", "sparse_activity"), "sparse_units is 0")
-        if not self.shares:
-            reasons |= dict.fromkeys(("sharing_ema", "sharing_detach"), "alpha is 0")
-        if not self.few_shot_tasks:
-            few_shot = [key for key in type(self).model_fields if key.startswith("few_shot_")]
-            reasons |= dict.fromkeys(few_shot[1:], "few_shot_tasks is 0")
-        return super().idle_keys() | {key: reasons[key] for key in self.given() if key in reasons}
+        few_shot = [key for key in type(self).model_fields if key.startswith("few_shot_") and key != "few_shot_tasks"]
+        codes = any(weight > 0 for _, weight in self.beta)
+        return [
+            (self.encoder == "gru", 'encoder is "gru"', ("heads",)),
+            (self.sparse_units == 0, "sparse_units is 0", ("beta", "sparse_activity")),
+            (not codes, "beta is 0", ("sparse_activity",)),
+            (not self.shares, "alpha is 0", ("sharing_ema", "sharing_detach")),
+            (self.few_shot_tasks == 0, "few_shot_tasks is 0", few_shot),
+            *super().idle_rules(),
+        ]
 
     @property
     def shares(self) -> bool:

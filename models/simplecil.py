@@ -12,13 +12,22 @@ from typing import Literal
 from pydantic import Field
 
 from models.frozen_vit import FrozenViT
-from models.vit_config import ViTConfig
+from models.vit_config import BATCH_KEYS, ViTConfig
+from utils.config import IdleRule
 
 
 class SimpleCILConfig(ViTConfig):
     """SimpleCIL has no keys of its own."""
 
     model_name: Literal["simplecil"] = Field("simplecil", description="The method.")
+
+    def idle_rules(self) -> list[IdleRule]:
+        """Adds keys of training and of the other closed-form classifier."""
+        return [
+            (True, "nothing is trained", BATCH_KEYS),
+            (True, "class means classify", ["ranpac_dim"]),
+            *super().idle_rules(),
+        ]
 
 
 class SimpleCIL(FrozenViT):

@@ -4,7 +4,8 @@
     phase = Phase(..., before_step=trace.before_step, after_step=trace.after_step)
     trace.summary(optimizer.steps)
 
-Changing `nested_lora_update_interval_slow` shows in the log lines and in the `slow_step` events of metrics.jsonl.
+Changing `nested_lora_update_interval_slow` shows in the log lines and in the `slow_step` events of metrics.jsonl. A slow
+branch with rate 0 never steps: there is nothing to trace, and one line says so.
 """
 
 import logging
@@ -30,7 +31,7 @@ class SlowTrace:
 
     def before_step(self, step: int) -> None:
         """Remember the group's tensors if step (counted from 1) is traced."""
-        traced = step <= FIRST or step % SPARSE == 0
+        traced = self.group.lr > 0 and (step <= FIRST or step % SPARSE == 0)
         self._before = [p.detach().clone() for p in self.group.parameters] if traced else None
 
     def after_step(self, step: int, moved: dict[str, bool]) -> None:
@@ -48,5 +49,8 @@ class SlowTrace:
 
     def summary(self, steps: int) -> None:
         """One line at the phase's end: how many of its steps updated the group."""
+        if self.group.lr == 0:
+            logger.info(f"Task {self.task}: slow stays as it is in all {steps} steps (nested_lora_lr_slow is 0)")
+            return
         every = self.group.every
         logger.info(f"Task {self.task}: slow updated in {steps // every} of {steps} steps (interval {every})")

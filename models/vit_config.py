@@ -7,11 +7,18 @@
 A method's own `Config` extends one of them beside its learner.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 
-from utils.config import ClassIncrementalConfig, Conflict
+from utils.config import ClassIncrementalConfig, Conflict, IdleRule
+from utils.data import class_count
+
+BATCH_KEYS = ("batch_size", "grad_accumulation", "augmentation")  # count only where something is trained by gradient
+FUNCTIONAL_RATES = (
+    "adapter_lr", "nested_lora_lr_fast", "nested_lora_lr_slow", "nested_lora_update_interval_slow",
+    "nested_lora_slow_grad",
+)  # fmt: skip
 
 
 def _tiny_for_null(value: Any) -> Any:
@@ -45,7 +52,9 @@ class ViTConfig(ClassIncrementalConfig):
 
 
 class TrainingConfig(ViTConfig):
-    """Something learns by gradient: a classifier at least."""
+    """Something learns by gradient: a classifier at least. `one_task`: the method learns all classes at once."""
+
+    one_task: ClassVar[bool] = False
 
     func_epoch: int = Field(5, ge=0, description="Epochs of a functional phase (adapters, router, classifier).")
     init_lr: float = Field(0.005, gt=0, description="Learning rate of functional phases.")
@@ -66,10 +75,35 @@ class TrainingConfig(ViTConfig):
         "none", description='Class statistics of earlier tasks when features move: kept, or carried along ("linear").'
     )
 
-    def idle_keys(self) -> dict[str, str]:
-        """Adds keys of a head that is not used."""
-        unused = {"fc": {"head_drift", "ranpac_dim"}, "cosine": {"ranpac_dim"}, "ranpac": set()}[self.head]
-        return super().idle_keys() | {key: f'head is "{self.head}"' for key in self.given() if key in unused}
+    def conflicts(self) -> list[Conflict]:
+        """Adds a first task that leaves classes out where there is no other."""
+        found = super().conflicts()
+        if self.one_task and not any("dataset" in keys for keys, _ in found):
+            classes = class_count(self.dataset, self.data_root)
+            if classes not in (None, self.init_cls):
+                sentence = f"{self.model_name} learns all classes at once; allowed: init_cls = {classes}"
+                found.append((("init_cls", "dataset"), sentence))
+        return found
+
+    @property
+    def trains(self) -> bool:
+        """Whether there is any epoch of training."""
+        return self.func_epoch > 0
+
+    def idle_rules(self) -> list[IdleRule]:
+        """Adds keys of later tasks where there are none, of training without epochs, of other heads, of equal views."""
+        head = f'head is "{self.head}"'
+        one_view = self.augmentation == "none" and (self.engine == "reference" or self.cache_gb == 0)
+        training = ("batch_size", "augmentation", "weight_decay", "min_lr", "optimizer", "cache_views")
+        return [
+            (self.one_task, "there is one task", ("max_tasks", "checkpoints", "head_drift")),
+            (not self.trains, "no epoch trains anything", training),
+            (self.func_epoch == 0, "func_epoch is 0", ("init_lr", "grad_accumulation")),
+            (self.head == "fc", head, ("head_drift", "ranpac_dim")),
+            (self.head == "cosine", head, ("ranpac_dim",)),
+            (one_view, 'augmentation is "none" and nothing is stored', ("cache_views",)),
+            *super().idle_rules(),
+        ]
 
 
 class AdapterConfig(TrainingConfig):
@@ -105,9 +139,19 @@ class AdapterConfig(TrainingConfig):
         "discard", description="Between slow steps, drop the gradients or use their mean at the k-th step."
     )
 
+    @property
+    def grows(self) -> bool:
+        """Whether blocks may gain adapters."""
+        return False
+
+    @property
+    def trains_adapters(self) -> bool:
+        """Whether adapters are there to be trained."""
+        return True
+
     def conflicts(self) -> list[Conflict]:
-        """Adds the order of the growing blocks and the depth of the backbone."""
-        found = super().conflicts()
+        """Adds the order of the growing blocks, the depth of the backbone, and rates at which no adapter learns."""
+        found = [*super().conflicts(), *self._rate_conflicts()]
         if self.adapt_start_layer > self.adapt_end_layer:
             sentence = "the first growing block comes after the last; allowed: adapt_start_layer <= adapt_end_layer"
             found.append((("adapt_start_layer", "adapt_end_layer"), sentence))
@@ -128,19 +172,33 @@ class AdapterConfig(TrainingConfig):
             if getattr(self, key) >= depth
         ]
 
-    def idle_keys(self) -> dict[str, str]:
-        """Adds keys of the other adapter type, and of slow steps where slow steps every step."""
-        given, idle = self.given(), super().idle_keys()
-        if not self.nested:
-            nested = [key for key in given if key.startswith("nested_lora_")]
-            return idle | dict.fromkeys(nested, f'ffn_adapter_type is "{self.ffn_adapter_type}"')
-        if "ffn_num" in given:
-            idle["ffn_num"] = "nested_lora_rank is the width"
-        if "adapter_lr" in given:
-            idle["adapter_lr"] = "nested_lora_lr_fast and nested_lora_lr_slow are the rates"
-        if self.nested_lora_update_interval_slow <= 1 and "nested_lora_slow_grad" in given:
-            idle["nested_lora_slow_grad"] = "slow steps every step"
-        return idle
+    def _rate_conflicts(self) -> list[Conflict]:
+        nothing = "adapters would learn nothing"
+        if not self.trains_adapters:
+            return []
+        if self.nested and self.nested_lora_lr_fast == self.nested_lora_lr_slow == 0:
+            keys = ("nested_lora_lr_fast", "nested_lora_lr_slow")
+            return [(keys, f"{nothing}; allowed: a rate above 0 for one of the branches at least")]
+        if not self.nested and self.adapter_lr == 0:
+            return [(("adapter_lr",), f"{nothing}; allowed: a rate above 0, or null for init_lr")]
+        return []
+
+    def idle_rules(self) -> list[IdleRule]:
+        """Adds keys of the other adapter type, of a slow branch that stays, and of blocks where none may grow."""
+        kind = f'ffn_adapter_type is "{self.ffn_adapter_type}"'
+        nested = [key for key in type(self).model_fields if key.startswith("nested_lora_")]
+        rhythm = ("nested_lora_update_interval_slow", "nested_lora_slow_grad")
+        everywhere = not self.grows and self.adapter_blocks == "all"
+        return [
+            (not self.nested, kind, nested),
+            (self.nested, "nested_lora_rank is the width", ("ffn_num",)),
+            (self.nested, "nested_lora_lr_fast and nested_lora_lr_slow are the rates", ("adapter_lr",)),
+            (self.func_epoch == 0, "func_epoch is 0", FUNCTIONAL_RATES),
+            (self.nested_lora_lr_slow == 0, "nested_lora_lr_slow is 0", rhythm),
+            (self.nested_lora_update_interval_slow <= 1, "slow steps every step", ("nested_lora_slow_grad",)),
+            (everywhere, "all blocks have an adapter and none grows", ("adapt_start_layer", "adapt_end_layer")),
+            *super().idle_rules(),
+        ]
 
     def remarks(self) -> list[str]:
         """Warns of a scale that the published code names but does not apply."""

@@ -7,7 +7,7 @@ A method describes its keys in a subclass of `RunConfig` (of `ClassIncrementalCo
 beside its learner; this file knows no method by name. `utils/config_files.py` reads and checks the files.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -19,6 +19,7 @@ from utils.factory import BackboneShape, backbone_shape
 from utils.toolkit import resolve_device
 
 Conflict = tuple[tuple[str, ...], str]  # the keys involved, and one sentence that says what is allowed
+IdleRule = tuple[bool, str, Iterable[str]]  # whether it applies, the reason in few words, keys that change nothing then
 
 
 def _listed(value: Any) -> Any:
@@ -54,7 +55,7 @@ Text = Annotated[str, Field(min_length=1)]
 class RunConfig(BaseModel):
     """The keys every run has. Unknown keys are refused, types are strict (no `true` for an integer), values frozen.
 
-    A subclass adds its keys and may extend `legacy_keys`, `folder_names`, `conflicts`, `idle_keys` and `remarks`.
+    A subclass adds its keys and may extend `legacy_keys`, `folder_names`, `conflicts`, `idle_rules` and `remarks`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
@@ -95,9 +96,25 @@ class RunConfig(BaseModel):
         """Keys that are fine one by one and impossible together or on this machine; subclasses extend `super()`'s."""
         return self._device_conflicts()
 
+    def idle_rules(self) -> list[IdleRule]:
+        """When keys change nothing given the others; a subclass puts its rules before those of `super()`.
+
+        How much there is to do is not looked at: with `max_tasks` 1 the keys of later tasks keep their meaning.
+        """
+        return []
+
     def idle_keys(self) -> dict[str, str]:
-        """Keys that were set and change nothing given the others, with the reason; subclasses extend `super()`'s."""
-        return {}
+        """Keys that were set and change nothing given the others, with the reason of the first rule that applies.
+
+        A resolved configuration sets every key, so that none of them was anyone's choice.
+        """
+        given, reasons = self.given(), {}
+        if len(given) == len(type(self).model_fields):
+            return {}
+        for applies, reason, keys in self.idle_rules():
+            if applies:
+                reasons = dict.fromkeys(keys, reason) | reasons
+        return {key: reasons[key] for key in given if key in reasons}
 
     def given(self) -> list[str]:
         """The keys that were set, in the order of the schema."""
@@ -168,6 +185,15 @@ class ClassIncrementalConfig(RunConfig):
     def conflicts(self) -> list[Conflict]:
         """Adds data and backbones that are not there, and sizes that do not fit them."""
         return [*self._class_conflicts(), *self._backbone_conflicts(), *super().conflicts()]
+
+    def idle_rules(self) -> list[IdleRule]:
+        """Adds folders in which nothing is looked for or kept."""
+        return [
+            (self.weights is not None, "weights says which", ["weights_root"]),
+            (self.dataset == "synthetic", 'dataset is "synthetic"', ["data_root"]),
+            (self.cache_gb == 0, "cache_gb is 0", ["cache_root"]),
+            *super().idle_rules(),
+        ]
 
     def known_backbone(self) -> BackboneShape | None:
         """Depth, width and patch of the backbone; None when its name is unknown (which `conflicts` reports)."""

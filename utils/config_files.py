@@ -4,7 +4,8 @@
     loaded.config.init_lr    # typed and frozen
     loaded.notes             # lines worth logging: keys with no effect, departures from published behaviour
 
-A file may say `"base": "other.json"` (relative to itself) and state only what differs; `description` is not inherited.
+A file may say `"base": "other.json"` (relative to itself) and state only what differs; `description` is not inherited,
+and null takes an inherited key back to its default.
 """
 
 import difflib
@@ -65,6 +66,14 @@ class _Given:
     origins: dict[str, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     complete: bool = True  # False when a file of the chain could not be read
+    taken_back: set[str] = field(default_factory=set)  # keys that had a value and are null now
+
+    def change(self, values: Mapping[str, Any], origin: str) -> None:
+        """Lay values over those there are."""
+        self.taken_back -= values.keys()
+        self.taken_back |= {key for key, value in values.items() if value is None and key in self.values}
+        self.values |= values
+        self.origins |= dict.fromkeys(values, origin)
 
 
 def load_config(
@@ -86,8 +95,7 @@ def load_config(
     """
     given = _read_chain(Path(path), ())
     for origin, values in changes:
-        given.values |= values
-        given.origins |= dict.fromkeys(values, origin)
+        given.change(values, origin)
     _apply_overrides(given, overrides)
     return _check(given, schemas, str(path))
 
@@ -156,6 +164,8 @@ def _read_chain(path: Path, seen: tuple[Path, ...]) -> _Given:
         origins={key: base.origins.get(key) or f"from {target}" for key in inherited},
         problems=[*own.problems, *(f"{label}: {problem}" for problem in base.problems)],
         complete=own.complete and base.complete,
+        taken_back=(base.taken_back - own.values.keys())
+        | {key for key, value in own.values.items() if value is None and key in base.values},
     )
 
 
@@ -219,8 +229,7 @@ def _apply_overrides(given: _Given, overrides: Sequence[str]) -> None:
         elif key == BASE_KEY:
             given.problems.append(f"--set {override}: a base is named in a file; allowed: the keys of the method")
         else:
-            given.values[key] = _parsed(text)
-            given.origins[key] = "--set"
+            given.change({key: _parsed(text)}, "--set")
 
 
 def _parsed(text: str) -> Any:
@@ -236,6 +245,9 @@ def _parsed(text: str) -> Any:
 
 def _check(given: _Given, schemas: Mapping[str, type[RunConfig]], source: str) -> LoadedConfig:
     name, schema, faults = _pick_schema(given.values, schemas)
+    no_value = _field_faults(schema, dict.fromkeys(given.taken_back & schema.model_fields.keys())).keys()
+    dropped = {key for key in given.taken_back if key in no_value or key not in schema.model_fields}
+    given.values = {key: value for key, value in given.values.items() if key not in dropped}
     possible = schemas.values() if schema is ClassIncrementalConfig else [schema]
     valid = {key for option in possible for key in option.model_fields}
     accepted = valid.union(*(option.legacy_keys for option in possible))

@@ -33,7 +33,8 @@ class ParameterGroup:
     Attributes:
         name: the group's name in tables and logs.
         parameters: its tensors, each in one group only.
-        lr: learning rate at the start; the optimizer's schedule changes it epoch by epoch.
+        lr: learning rate at the start; the optimizer's schedule changes it epoch by epoch. At 0 the group never steps,
+            wherever the schedule ends.
         every: the group steps on steps k, 2k, 3k, ... (0 and 1: on every step).
         between: what happens to the gradients of the other steps: "discard" drops them, "accumulate" steps with the
             mean of all k.
@@ -135,7 +136,7 @@ class GroupedOptimizer:
 
     def moves_next(self, group: ParameterGroup) -> bool:
         """Whether the group is updated by the coming step."""
-        return (self.steps + 1) % group.every == 0
+        return group.lr > 0 and (self.steps + 1) % group.every == 0
 
     def step(self) -> dict[str, bool]:
         """Update the groups whose turn it is; says which were."""
