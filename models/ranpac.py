@@ -1,7 +1,7 @@
 """RanPAC: ridge regression on random features of the network, task by task equal to all tasks at once.
 
-    python main.py --config exps/ranpac_cifar.json                            # training-free
-    python main.py --config exps/ranpac_cifar.json --set first_session=true   # adapters learn in the first task
+    python main.py --config exps/ranpac_cifar.json                                              # training-free
+    python main.py --config exps/ranpac_cifar.json --set first_session=true --set ffn_num=32    # adapts in task 0
 
 scores(x) = relu(f(x) P) (G + lambda I)^-1 Q with f the class token, P a fixed random projection to `ranpac_dim`
 numbers, G and Q sums over all training images so far, and lambda chosen on a held-out fifth of every task

@@ -1,6 +1,6 @@
 """What a configuration costs on this machine, in forward passes of the plain timm network.
 
-    python -m utils.benchmark --config exps/nested_lora_cifar_seed.json
+    python -m utils.benchmark --config exps/nested_lora_cifar.json
     python -m utils.benchmark --config X.json --set precision=bf16 --repeats 7 --profile trace/
 
 The unit is one forward pass of the unchanged timm network over the same images in the same dtype, timed next to every

@@ -245,9 +245,8 @@ def _parsed(text: str) -> Any:
 
 def _check(given: _Given, schemas: Mapping[str, type[RunConfig]], source: str) -> LoadedConfig:
     name, schema, faults = _pick_schema(given.values, schemas)
-    no_value = _field_faults(schema, dict.fromkeys(given.taken_back & schema.model_fields.keys())).keys()
-    dropped = {key for key in given.taken_back if key in no_value or key not in schema.model_fields}
-    given.values = {key: value for key, value in given.values.items() if key not in dropped}
+    taken_back = _taken_back(given, schema)
+    given.values = {key: value for key, value in given.values.items() if key not in taken_back}
     possible = schemas.values() if schema is ClassIncrementalConfig else [schema]
     valid = {key for option in possible for key in option.model_fields}
     accepted = valid.union(*(option.legacy_keys for option in possible))
@@ -272,6 +271,13 @@ def _check(given: _Given, schemas: Mapping[str, type[RunConfig]], source: str) -
     idle = with_reason({**legacy, **config.idle_keys()})
     notes = [f"keys with no effect here: {', '.join(idle)}"] if idle else []
     return LoadedConfig(config, [*notes, *config.remarks()])
+
+
+def _taken_back(given: _Given, schema: type[RunConfig]) -> set[str]:
+    """Keys that null took back: all that are null now and were not, but for those where null is a value of its own."""
+    fields = {key: schema.model_fields[key] for key in given.taken_back if key in schema.model_fields}
+    faulty = _field_faults(schema, dict.fromkeys(fields))
+    return given.taken_back - {key for key, info in fields.items() if key not in faulty and info.default is not None}
 
 
 def _pick_schema(
