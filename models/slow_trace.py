@@ -4,8 +4,8 @@
     phase = Phase(..., before_step=trace.before_step, after_step=trace.after_step)
     trace.summary(optimizer.steps)
 
-Changing `nested_lora_update_interval_slow` shows in the log lines and in the `slow_step` events of metrics.jsonl. A slow
-branch with rate 0 never steps: there is nothing to trace, and one line says so.
+Changing `nested_lora_update_interval_slow` shows in the log lines and in the `slow_step` events of metrics.jsonl. A
+slow branch with rate 0 never steps: there is nothing to trace, and one line says so.
 """
 
 import logging

@@ -10,11 +10,12 @@ import torch
 
 from models import SCHEMAS
 from models.base import Learner
+from models.class_incremental import ClassIncrementalLearner
 from models.sdlora import SDLoRA
 from trainer import assemble, make_learner
 from utils.config import RunConfig
 from utils.config_files import config_from_dict, load_config
-from utils.run_log import RunLog
+from utils.run_log import RunLog, SilentLog
 
 ROOT = Path(__file__).parent.parent
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -74,6 +75,19 @@ TINY_GRIDS = {
     "few_shot_steps": 4,
     "few_shot_every": 2,
 }
+
+
+def run_scores(config: RunConfig) -> torch.Tensor:
+    """Scores of all test images, (n, C), at the end of a run that keeps no record."""
+    parts = assemble(config, seed=1)
+    learner = make_learner(parts, SilentLog(Path(config.logs_root)))
+    assert isinstance(learner, ClassIncrementalLearner)
+    for task in range(parts.nb_tasks):
+        learner.begin_task(task)
+        learner.train_task()
+    with torch.no_grad():
+        tasks = [learner.features_of(task, "test") for task in range(parts.nb_tasks)]
+        return learner.classify(torch.cat(tasks))
 
 
 @pytest.fixture

@@ -136,15 +136,15 @@ def test_the_guides_file_loads_as_printed_and_every_key_counts() -> None:
 
 
 def test_the_guides_baseline_is_made_of_the_shipped_file(tmp_path: Path) -> None:
-    """Its lines: read sdlora_c100.json, lambda_sparsity 0, another filepath, written as JSON."""
+    """Its lines: read sdlora_c100.json, lambda_sparsity 0, another filepath; ours leaves the gate's keys out."""
     config = json.loads((ROOT / "exps/sdlora_c100.json").read_text())
     config["lambda_sparsity"] = 0.0
     config["filepath"] = "./CF100_baseline/"
     (tmp_path / "baseline.json").write_text(json.dumps(config, indent=4))
     made = load_config(tmp_path / "baseline.json", [], SCHEMAS).config
-    assert made.gate == "off"
+    assert made.gate == "off" and "filepath" in made.idle_keys()
     differing = {key for key, value in made if value != getattr(shipped("sdlora_c100_baseline"), key)}
-    assert differing == {"description", "prefix"}
+    assert differing == {"description", "prefix", "filepath"}
 
 
 def test_the_guides_values_are_those_of_the_shipped_file() -> None:

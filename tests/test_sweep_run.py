@@ -177,6 +177,14 @@ def test_runs_go_seed_by_seed_from_configs_that_stand_alone(sweep: Command, star
     assert table["cells"][1]["config"]["ffn_num"] == 8
 
 
+def test_keys_of_a_cell_without_effect_are_named(
+    sweep: Command, started: Started, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert sweep() == 0
+    named = [line for line in capsys.readouterr().out.splitlines() if "no effect" in line]
+    assert len(named) == len(TABLE["cells"]) and "matched adapter: " in named[1] and "nested_lora_rank" in named[1]
+
+
 def test_a_jobs_needs_and_places(sweep: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     sweep.write(threads=3, memory_gb=7)
     seen: list[Any] = []

@@ -17,7 +17,7 @@ import os
 import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -75,11 +75,12 @@ class SweepFile(BaseModel):
 
 @dataclass(frozen=True)
 class Cell:
-    """A row of the table: its name, the name's form for paths, and its configuration."""
+    """A row of the table: its name, the name's form for paths, its configuration, and lines worth logging about it."""
 
     name: str
     slug: str
     config: RunConfig
+    notes: tuple[str, ...] = ()
 
     def resolved(self, seed: int) -> dict[str, Any]:
         """The configuration of one of its runs, as `config.json` holds it."""
@@ -171,7 +172,7 @@ def load_sweep(path: str | Path, overrides: Sequence[str], schemas: Mapping[str,
         overrides=tuple(overrides),
         description=file.description,
         folder=folder,
-        cells=tuple(Cell(cell.name, cell.slug, cell.config.model_copy(update=runs)) for cell in cells),
+        cells=tuple(replace(cell, config=cell.config.model_copy(update=runs)) for cell in cells),
         seeds=tuple(file.seeds),
         baseline=file.baseline,
         hypotheses=hypotheses,
@@ -252,8 +253,8 @@ def _resolve(
     slug = slug_of(plan.name)
     fixed = ("sweep", {"prefix": slug, "seed": file.seeds})
     target = Path(os.path.normpath(path.parent / base))
-    config = load_config(target, overrides, schemas, [description, *plan.changes, fixed]).config
-    return Cell(plan.name, slug, config)
+    loaded = load_config(target, overrides, schemas, [description, *plan.changes, fixed])
+    return Cell(plan.name, slug, loaded.config, tuple(loaded.notes))
 
 
 def _by_cell(faults: Mapping[str, Sequence[str]], cells: int) -> list[str]:

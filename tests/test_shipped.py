@@ -1,0 +1,211 @@
+"""The files in exps/: which are there, their values, that every key of theirs counts; and README's ablations."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from models import SCHEMAS
+from models.sema_config import CONSOLIDATION_KEYS, SEMAConfig
+from tests.conftest import ROOT, run_scores
+from utils.config import RunConfig
+from utils.config_files import load_config
+from utils.sweep import load_sweep
+
+FILES = sorted((ROOT / "exps").glob("*.json"))
+SWEEPS = sorted((ROOT / "exps/sweeps").glob("*.json"))
+DATA = ("cifar", "cifar_dinov2s", "inr_10task")
+BASELINES = ("simplecil", "ranpac", "linear_probe", "finetune", "joint", "sema_always", "sema_never")
+DINOV2S = {"backbone_type", "image_size", "input_normalization", "precision"}
+
+
+def shipped(name: str, *overrides: str) -> RunConfig:
+    return load_config(ROOT / "exps" / f"{name}.json", overrides, SCHEMAS).config
+
+
+def differing(first: RunConfig, second: RunConfig) -> set[str]:
+    """Keys that are not the same in both, or that only one method has."""
+    ours, theirs = first.model_dump(), second.model_dump()
+    keys = ours.keys() | theirs.keys()
+    return {key for key in keys if ours.get(key) != theirs.get(key)} - {"description", "prefix"}
+
+
+def test_every_promised_config_is_shipped() -> None:
+    kinds = ("nested_lora", "baseline_sema", "nested_mean", "matched_adapter")
+    ours = {f"{kind}_{name}" for kind in kinds for name in DATA}
+    sema = {"sema_cifar", "sema_inr_5task", "sema_inr_10task", "sema_inr_20tasks", "sema_ina", "sema_vtab"}
+    baselines = {f"{kind}_{name}" for kind in BASELINES for name in ("cifar", "cifar_dinov2s", "inr", "ina", "vtab")}
+    others = {"quickstart", "smoke", "debug_nested_lora", "shared_subspace", "shared_subspace_small"}
+    assert ours | sema | baselines | others <= {path.stem for path in FILES}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Values
+
+SPECIFIED = {
+    "model_name": "sema", "expansion": "novelty", "head": "fc",
+    "rd_epoch": 20, "init_lr": 0.005, "rd_lr": 0.01, "batch_size": 32, "optimizer": "sgd", "weight_decay": 0.0005,
+    "exp_threshold": 2.0, "adapter_blocks": "all", "adapt_start_layer": 9, "adapt_end_layer": 11,
+    "ffn_adapter_type": "nested_lora", "nested_lora_rank": 16,
+    "nested_lora_lr_fast": 0.01, "nested_lora_lr_slow": 0.001, "nested_lora_update_interval_slow": 5,
+    "nested_lora_slow_grad": "discard", "nested_lora_freeze": "task",
+    "nested_lora_use_consolidation": False, "nested_lora_consolidation_alpha": 0.1,
+}  # fmt: skip
+SPECIFIED_FILES = {
+    "nested_lora_cifar": {"dataset": "cifar224", "init_cls": 10, "increment": 10, "func_epoch": 5},
+    "nested_lora_cifar_dinov2s": {"dataset": "cifar224", "init_cls": 10, "increment": 10, "func_epoch": 5},
+    "nested_lora_inr_10task": {"dataset": "imagenetr", "init_cls": 20, "increment": 20, "func_epoch": 20},
+    "debug_nested_lora": {"init_cls": 50, "increment": 50, "max_tasks": 1, "func_epoch": 1, "rd_epoch": 1},
+}
+
+PUBLISHED_SEMA = {
+    "model_name": "sema", "expansion": "novelty", "seed": [1993],
+    "backbone_type": "pretrained_vit_b16_224_adapter", "input_normalization": "none", "augmentation": "crop_flip",
+    "func_epoch": 20, "rd_epoch": 20, "init_lr": 0.005, "rd_lr": 0.01,
+    "batch_size": 32, "optimizer": "sgd", "weight_decay": 0.0005, "min_lr": 0.0,
+    "ffn_adapter_type": "adaptmlp", "ffn_num": 16, "ffn_adapter_scalar": 1.0, "adapter_blocks": "all",
+    "adapt_start_layer": 9, "adapt_end_layer": 11, "rd_dim": 128, "buffer_size": 500, "detect_batch_size": 128,
+}  # fmt: skip
+PUBLISHED_SDLORA = {
+    "model_name": "sdlora", "gumbel_gate": "auto", "lambda_sparsity": 0.0, "lora_rank": 10, "sdlora_scaling": "reset",
+    "backbone_type": "vit_base_patch16_224", "shuffle": True, "optimizer": "sgd", "batch_size": 128,
+    "init_weight_decay": 0.0, "weight_decay": 0.0,
+}  # fmt: skip
+PUBLISHED: dict[str, dict[str, Any]] = {
+    name: PUBLISHED_SEMA
+    | {"dataset": dataset, "shuffle": shuffle, "init_cls": classes, "increment": classes, "exp_threshold": threshold}
+    | ({"func_epoch": 5} if name == "sema_cifar" else {})
+    for name, dataset, shuffle, classes, threshold in [
+        ("sema_cifar", "cifar224", True, 10, 2.0),
+        ("sema_inr_5task", "imagenetr", True, 40, 2.0),
+        ("sema_inr_10task", "imagenetr", True, 20, 2.0),
+        ("sema_inr_20tasks", "imagenetr", True, 10, 2.0),
+        ("sema_ina", "imageneta", False, 10, 1.0),
+        ("sema_vtab", "vtab", False, 10, 1.0),
+    ]
+} | {
+    name: PUBLISHED_SDLORA
+    | {"dataset": dataset, "init_cls": classes, "increment": classes, "seed": [seed], "scheduler": scheduler}
+    | {"init_epoch": epochs, "epochs": epochs, "init_lr": first, "lrate": later}
+    | {"init_milestones": steps, "milestones": steps, "init_lr_decay": decay, "lrate_decay": decay}
+    for name, dataset, classes, seed, epochs, first, later, scheduler, steps, decay in [
+        ("sdlora_inr", "imagenetr", 20, 1995, 20, 0.01, 0.01, "constant", [], 0.1),
+        ("sdlora_ina", "imageneta", 20, 1993, 20, 0.01, 0.005, "steplr", [10, 15], 0.05),
+        ("sdlora_domainnet", "domainnet", 69, 1993, 10, 0.02, 0.02, "steplr", [4, 6, 8], 0.005),
+    ]
+}  # as the published code trains; its lists of milestones go on to epoch 10000, and 0.1 is never used
+
+
+@pytest.mark.parametrize("name", [*SPECIFIED_FILES, *PUBLISHED])
+def test_files_that_carry_a_name_carry_its_values(name: str) -> None:
+    expected = SPECIFIED | SPECIFIED_FILES[name] if name in SPECIFIED_FILES else PUBLISHED[name]
+    config = shipped(name).model_dump()
+    assert {key: config[key] for key in expected} == expected
+
+
+@pytest.mark.parametrize("data", ["ina", "vtab"])
+@pytest.mark.parametrize("method", BASELINES)
+def test_baselines_learn_the_classes_of_the_published_file_in_its_order(method: str, data: str) -> None:
+    published, ours = shipped(f"sema_{data}"), shipped(f"{method}_{data}")
+    assert (ours.dataset, ours.shuffle, ours.seed) == (published.dataset, published.shuffle, published.seed)
+    classes = {"ina": 200, "vtab": 50}[data] if method in ("linear_probe", "joint") else published.init_cls
+    assert (ours.init_cls, ours.increment) == (classes, classes)
+
+
+@pytest.mark.parametrize("data", DATA)
+def test_baseline_differs_from_nested_in_the_adapter_alone(data: str) -> None:
+    nested, baseline = shipped(f"nested_lora_{data}"), shipped(f"baseline_sema_{data}")
+    changed = {key for key in differing(nested, baseline) if not key.startswith("nested_lora_")}
+    assert changed == {"ffn_adapter_type", "ffn_num"} and baseline.ffn_num == 2 * nested.nested_lora_rank
+
+
+@pytest.mark.parametrize("data", DATA)
+def test_matched_adapter_differs_from_nested_mean_in_the_adapter_and_its_rate_alone(data: str) -> None:
+    nested, matched = shipped(f"nested_mean_{data}"), shipped(f"matched_adapter_{data}")
+    theirs = set(type(matched).model_fields)
+    changed = {key for key in differing(nested, matched) & theirs if not key.startswith("nested_lora_")}
+    assert changed == {"model_name", "ffn_adapter_type", "ffn_num", "adapter_lr"}
+    assert matched.ffn_num == 2 * nested.nested_lora_rank
+
+
+@pytest.mark.parametrize("kind", ["nested_lora", "baseline_sema", "nested_mean", "matched_adapter"])
+def test_dinov2s_and_imagenet_r_are_the_same_experiment_on_other_weights_and_data(kind: str) -> None:
+    cifar = shipped(f"{kind}_cifar")
+    assert differing(cifar, shipped(f"{kind}_cifar_dinov2s")) == DINOV2S
+    assert differing(cifar, shipped(f"{kind}_inr_10task")) == {"dataset", "init_cls", "increment", "func_epoch"}
+
+
+@pytest.mark.parametrize("kind", ["nested_lora", "nested_mean"])
+def test_a_nested_file_names_every_nested_key_that_counts(kind: str) -> None:
+    written = json.loads((ROOT / f"exps/{kind}_cifar.json").read_text()).keys()
+    nested = {key for key in SEMAConfig.model_fields if key.startswith("nested_lora_")}
+    silent = {
+        "nested_lora": set(CONSOLIDATION_KEYS),
+        "nested_mean": {"nested_lora_update_interval_slow", "nested_lora_slow_grad"},
+    }
+    assert nested & written == nested - silent[kind]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# No dead keys
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_every_key_of_a_shipped_file_counts(path: Path) -> None:
+    loaded = load_config(path, [], SCHEMAS)
+    assert loaded.config.idle_keys() == {} and not any("no effect" in note for note in loaded.notes)
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
+def test_every_key_of_a_shipped_cell_counts(path: Path) -> None:
+    dead = {cell.name: cell.config.idle_keys() for cell in load_sweep(path, [], SCHEMAS).cells}
+    assert not any(dead.values()), dead
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ablations
+
+TABLE = re.compile(r"^\| question \| edits of `(\w+)\*\.json` \|\n\| --- \| --- \|\n((?:\|.*\n)+)", re.MULTILINE)
+STAND_IN = {
+    "dataset": "synthetic", "init_cls": 2, "increment": 2, "max_tasks": 2, "seed": 1,
+    "max_train_per_class": 8, "max_test_per_class": 4, "batch_size": 4, "func_epoch": 3,
+    "backbone_type": "test_vit", "weights": "random", "image_size": 32, "adapt_start_layer": 4, "adapt_end_layer": 5,
+    "device": "cpu", "precision": "fp32", "cache_gb": 0,
+}  # fmt: skip
+STAND_IN_ONLY = {"nested_lora_cifar": {"rd_epoch": 1, "detect_batch_size": 8}, "nested_mean_cifar": {"ranpac_dim": 20}}
+
+
+def ablations(readme: str) -> Iterator[tuple[str, list[list[str]]]]:
+    """(file, its edits) for every table of ablations; an edit is a list of `key=value`."""
+    for file, rows in TABLE.findall(readme):
+        cells = [row.split("|")[2] for row in rows.splitlines()]
+        yield file, [edit.split() for cell in cells for edit in re.findall(r"`([^`]+)`", cell)]
+
+
+ABLATIONS = dict(ablations((ROOT / "README.md").read_text()))
+
+
+def test_readme_names_the_ablations_of_the_seeds() -> None:
+    edits = {part for edits in ABLATIONS.values() for edit in edits for part in edit}
+    assert set(ABLATIONS) == set(STAND_IN_ONLY) and sum(map(len, ABLATIONS.values())) >= 25
+    for asked in (
+        "nested_lora_update_interval_slow=1", "nested_lora_update_interval_slow=10", "nested_lora_rank=8",
+        "nested_lora_lr_slow=0.002", "nested_lora_use_consolidation=true", "nested_lora_consolidation_alpha=0.05",
+        "nested_lora_consolidation_alpha=0.2",
+    ):  # fmt: skip
+        assert asked in edits
+
+
+@pytest.mark.parametrize("file", STAND_IN_ONLY)
+def test_every_ablation_of_readme_changes_what_the_run_predicts(file: str, tmp_path: Path) -> None:
+    small = [f"{key}={json.dumps(value)}" for key, value in (STAND_IN | STAND_IN_ONLY[file]).items()]
+    small.append(f"logs_root={tmp_path}")
+    unedited = run_scores(shipped(file, *small))
+    for edit in ABLATIONS[file]:
+        config = shipped(file, *small, *edit)
+        assert not config.idle_keys().keys() & {part.split("=")[0] for part in edit}, edit
+        assert not torch.equal(run_scores(config), unedited), edit
