@@ -22,7 +22,7 @@ Make = Callable[..., SEMA]
 
 SMALL = {"max_train_per_class": 8, "max_test_per_class": 4, "func_epoch": 2, "rd_epoch": 1, "ranpac_dim": 20}
 ONE_TASK = {"init_cls": 8, "increment": 8, "max_train_per_class": 4}
-SLOW_RHYTHM = {"nested_lora_update_interval_slow": 7, "nested_lora_slow_grad": "accumulate"}
+SLOW_RHYTHM = {"nested_lora_update_interval_slow": 2, "nested_lora_slow_grad": "accumulate"}
 GROWTH = {"rd_epoch": 2, "rd_lr": 0.5, "rd_dim": 3, "rd_views": 2, "buffer_size": 9, "exp_threshold": 0.1}
 GATE = {"gumbel_tau_init": 2.0, "gumbel_anneal_rate": 0.5, "growth": "top_k", "growth_top_k": 1}
 TRAINING = {"batch_size": 3, "grad_accumulation": 2, "augmentation": "none"}

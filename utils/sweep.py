@@ -108,6 +108,14 @@ class Sweep:
         changes = (part for override in self.overrides for part in ("--set", override))
         return shlex.join(["python", "main.py", "--sweep", str(self.path), *changes])
 
+    def notes(self) -> dict[str, list[str]]:
+        """Lines worth logging before the first run, each with the names of the cells that it is about."""
+        found: dict[str, list[str]] = {}
+        for cell in self.cells:
+            for note in cell.notes:
+                found.setdefault(note, []).append(cell.name)
+        return found
+
     def table(self) -> dict[str, Any]:
         """The content of `sweep.json`."""
         return {

@@ -64,9 +64,8 @@ def run_sweep(
             if overwrite:
                 remove(sweep)
             write_table(sweep, runs)
-            for cell in sweep.cells:
-                for note in cell.notes:
-                    logger.info(f"{cell.name}: {note}")
+            for note, names in sweep.notes().items():
+                logger.info(f"{'; '.join(names)}: {note}")
             logger.info(f"{len(waiting)} of {len(runs)} runs to do, {chosen.jobs} at once; all is in {sweep.folder}")
             with StopRequest(sweep.folder / STOP) as stop:
                 troubles = run_all(chosen, sweep, waiting, len(runs), stop)
