@@ -143,8 +143,8 @@ def test_a_resolved_configuration_states_every_key_and_names_none(smoke_config: 
 
 
 def test_folders_that_nothing_is_looked_for_in_are_named(smoke_config: Config) -> None:
-    named = smoke_config(data_root="x", weights_root="x", cache_gb=0).idle_keys()
-    assert {"data_root", "weights_root", "cache_root"} <= named.keys()
+    named = smoke_config(data_root="x", weights_root="x").idle_keys()
+    assert {"data_root", "weights_root"} <= named.keys()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

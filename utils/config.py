@@ -187,11 +187,10 @@ class ClassIncrementalConfig(RunConfig):
         return [*self._class_conflicts(), *self._backbone_conflicts(), *super().conflicts()]
 
     def idle_rules(self) -> list[IdleRule]:
-        """Adds folders in which nothing is looked for or kept."""
+        """Adds folders in which nothing is looked for."""
         return [
             (self.weights is not None, "weights says which", ["weights_root"]),
             (self.dataset == "synthetic", 'dataset is "synthetic"', ["data_root"]),
-            (self.cache_gb == 0, "cache_gb is 0", ["cache_root"]),
             *super().idle_rules(),
         ]
 
