@@ -15,7 +15,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -36,6 +36,7 @@ from utils.config_files import config_from_dict
 from utils.distributed import World, backend_for, local_device, process_group, world_from_environment
 from utils.errors import UserError
 from utils.files import read_json
+from utils.folders import FolderLock, remove_replaced
 from utils.metrics import seeds_table
 from utils.plots import draw_figures
 from utils.run_log import RunLog, SilentLog, folder_of
@@ -71,12 +72,15 @@ def train(
 def open_log(parts: Parts, overwrite: bool) -> RunLog:
     """A new run's record: written by the first rank, the others keep none."""
     config, world = parts.config, parts.world
-    if not world.is_main:
-        return SilentLog(Path(world.broadcast_text(None)))
-    resolved = config.model_dump(mode="json") | {"seed": [parts.seed]}
-    log = RunLog.create(folder_of(config, parts.seed), config=resolved, overwrite=overwrite)
-    world.broadcast_text(str(log.folder))
-    return log
+    logs: list[RunLog] = []
+
+    def create() -> str:
+        resolved = config.model_dump(mode="json") | {"seed": [parts.seed]}
+        logs.append(RunLog.create(folder_of(config, parts.seed), config=resolved, overwrite=overwrite))
+        return str(logs[0].folder)
+
+    folder = world.on_main(create)
+    return logs[0] if logs else SilentLog(Path(folder))
 
 
 def resume(folder: Path, world: World = ALONE) -> list[dict[str, Any]]:
@@ -87,16 +91,19 @@ def resume(folder: Path, world: World = ALONE) -> list[dict[str, Any]]:
         Interrupted: stopped by a signal, after saving.
     """
     config = read_config(folder)
-    if (folder / "result.json").exists():
-        raise UserError(f"{folder} is finished: its result.json is there; read it, or run its config.json again")
-    parts = assemble(config, config.seed[0], world)
-    checkpoint = latest_checkpoint(folder / CHECKPOINTS)
-    tensors, state = load_checkpoint(checkpoint) if checkpoint else ({}, None)
-    if state is not None:
-        check_identity(checkpoint, state, parts)
-    world.barrier()  # everyone has read what the record says before it is cut
-    written = state["metrics_bytes"] if state else 0
-    with RunLog.reopen(folder, written) if world.is_main else SilentLog(folder) as log:
+    lock = FolderLock(folder)
+    with ExitStack() as held:
+        world.on_main(lambda: str(held.enter_context(lock)))
+        if (folder / "result.json").exists():
+            raise UserError(f"{folder} is finished: its result.json is there; read it, or run its config.json again")
+        parts = assemble(config, config.seed[0], world)
+        checkpoint = latest_checkpoint(folder / CHECKPOINTS)
+        tensors, state = load_checkpoint(checkpoint) if checkpoint else ({}, None)
+        if state is not None:
+            check_identity(checkpoint, state, parts)
+        world.barrier()  # everyone has read what the record says before it is cut
+        written = state["metrics_bytes"] if state else 0
+        log = held.enter_context(RunLog.reopen(folder, written, lock) if world.is_main else SilentLog(folder))
         logger.info(f"Resuming {folder} from {checkpoint.name if checkpoint else 'its start'}")
         run = Run(parts, log)
         if state is not None:
@@ -255,6 +262,7 @@ class Run:
             return result
         self.log.result(result)
         draw_figures(self.log.folder)
+        remove_replaced(self.log.folder)
         for table in self.scores.tables(summary):
             logger.info("\n" + table)
         if weights["note"]:

@@ -89,14 +89,14 @@ def test_a_text_log_without_its_folder_is_not_appended_to(tmp_path):
 
 def test_overwrite_replaces_folder_and_log_and_nothing_else(tmp_path):
     with create(tmp_path / "run") as run:
-        logger.info("old")
+        logger.info("first words")
         run.metric("epoch", loss=1.0)
         run.result({})
     (tmp_path / "run_2").mkdir()
     with create(tmp_path / "run", overwrite=True, lr=2) as run:
-        logger.info("new")
+        logger.info("second words")
     assert run.folder.name == "run" and (tmp_path / "run_2").exists()
-    assert "old" not in run.log_path.read_text() and "new" in run.log_path.read_text()
+    assert "first" not in run.log_path.read_text() and "second" in run.log_path.read_text()
     assert read_metrics(run.folder) == [] and not (run.folder / "result.json").exists()
 
 

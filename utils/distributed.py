@@ -10,7 +10,7 @@ One process exchanges nothing. Several must call the same methods of `World` in 
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from utils.errors import UserError
+from utils.errors import UserError, os_error_sentence
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,26 @@ class World:
         if self.size > 1:
             dist.broadcast_object_list(box, src=0, device=self._carrier)
         return box[0]
+
+    def on_main(self, call: Callable[[], str]) -> str:
+        """What a call returns on rank 0, which alone makes it, on every rank.
+
+        A UserError or OSError that it raises there is raised there, and a UserError of the same words on the others.
+        """
+        text, refused = "", None
+        if self.is_main:
+            try:
+                text = call()
+            except (UserError, OSError) as error:
+                refused = error
+        problem = self.broadcast_text(
+            os_error_sentence(refused) if isinstance(refused, OSError) else str(refused or "")
+        )
+        if refused is not None:
+            raise refused
+        if problem:
+            raise UserError(problem)
+        return self.broadcast_text(text)
 
 
 def world_from_environment() -> World:

@@ -9,7 +9,8 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,23 @@ def replace_file(path: Path, content: bytes) -> Path:
 
 def write_json(path: Path, values: Mapping[str, Any]) -> Path:
     """Write a JSON object, readable, in UTF-8, as a whole or not at all; raises ValueError for NaN and infinities."""
-    return replace_file(path, (json.dumps(values, indent=2, allow_nan=False, ensure_ascii=False) + "\n").encode())
+    return replace_file(path, json_bytes(values))
+
+
+def json_bytes(values: Mapping[str, Any]) -> bytes:
+    """The content of a JSON file for people: indented, UTF-8; raises ValueError for NaN and infinities."""
+    return (json.dumps(values, indent=2, allow_nan=False, ensure_ascii=False) + "\n").encode()
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Lets an OSError that names no file, such as that of a full disk, name the one that is being written inside."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -99,7 +116,7 @@ def why_no_file(path: Path) -> str | None:
 
 def write_synced(path: Path, data: bytes) -> None:
     """Write a file and wait until the disk has it."""
-    with open(path, "wb") as file:
+    with naming(path), open(path, "wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())

@@ -9,14 +9,13 @@
 `config.json`, `manifest.json`, `result.json` and `accuracy.csv` are replaced as a whole, atomically. `metrics.jsonl`
 takes one line an event. `tb/` and `metrics.csv` (tag, step, value) are views of `metrics.jsonl` and nothing else: they
 are redrawn when a run is resumed.
-The text log lies beside the folder as `<folder>.log`.
+The text log lies beside the folder as `<folder>.log`. One process at a time writes a run (`utils/folders.py`).
 """
 
 from __future__ import annotations
 
 import csv
 import io
-import itertools
 import json
 import logging
 import math
@@ -26,6 +25,7 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,17 @@ from tqdm import tqdm
 
 from utils.config import RunConfig
 from utils.errors import UserError
-from utils.files import replace_file
+from utils.files import json_bytes, naming, replace_file
+from utils.folders import (
+    FolderLock,
+    create_folder,
+    numbered,
+    remove_folder,
+    replaced_folders,
+    restore_replaced,
+    set_aside,
+    text_log,
+)
 
 logger = logging.getLogger("nested_lora")
 
@@ -61,77 +71,110 @@ def folder_of(config: RunConfig, seed: int) -> Path:
 
 
 class RunLog:
-    """Everything one run writes, apart from its checkpoints and figures. Open one with `create` or `reopen`."""
+    """Everything one run writes, apart from its checkpoints and figures. Open one with `create` or `reopen`.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.log_path = _log_path(folder)
-        self._handlers = _attach(self.log_path)
-        self._metrics = open(folder / METRICS, "ab")  # noqa: SIM115 - closed by close()
-        self._views = _Views(folder / TENSORBOARD, folder / TABLE)
+    It holds the folder's lock until it is closed. A new run that ends with an error before it has recorded anything
+    leaves no folder, and what it was to replace is back in its place.
+    """
+
+    def __init__(self, folder: Path, lock: FolderLock, *, new: bool = False) -> None:
+        self.folder, self._lock, self._new = folder, lock, new
+        self.log_path = text_log(folder)
+        with ExitStack() as opened:
+            self._handlers = _attach(self.log_path)
+            opened.callback(self._detach)
+            self._metrics = opened.enter_context(open(folder / METRICS, "ab", buffering=0))
+            self._views = _Views(folder / TENSORBOARD, folder / TABLE)
+            opened.pop_all()
 
     @classmethod
-    def create(cls, folder: Path, *, config: Mapping[str, Any], overwrite: bool) -> RunLog:
-        """Start the record of a new run and write its `config.json`.
+    def create(
+        cls, folder: Path, *, config: Mapping[str, Any], overwrite: bool, manifest: Mapping[str, Any] | None = None
+    ) -> RunLog:
+        """Start the record of a new run; its folder holds `config.json` (and `manifest.json`) from the first moment on.
 
-        An existing folder is left alone: the run goes to `<folder>_2` (or `_3`, ...), and an existing run without a
-        result is named in the log with the command that continues it. With `overwrite` the existing folder and its log
-        are removed first. Raises UserError when the folder cannot be created, or is to be replaced and is no run's.
+        An existing folder is left alone: the run goes to `<folder>_2` (or `_3`, ...), and what is there is named in the
+        log, an unfinished run with the command that continues it. With `overwrite` the existing folder and its log are
+        set aside until the new run is finished. What a process left that was killed before it had begun is removed.
+        Raises UserError when the folder cannot be created, is being written, or is to be replaced and is no run's.
         """
         folder = Path(folder)
-        if overwrite:
-            _remove_run(folder)
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
-            folder, existing = _claim(folder)
+            lock, notes = _claim(folder, overwrite)
         except OSError as error:
             raise UserError(f"cannot create {folder}: {error.strerror}; logs_root must be a writable folder") from error
-        run = cls(folder)
-        run.write_json(CONFIG, config)
-        for other in existing:
-            if (other / CONFIG).exists() and not (other / RESULT).exists():
-                command = f"python main.py --resume {shlex.quote(str(other))}"
-                logger.warning("%s has no %s: unfinished, or still running. To continue it: %s", other, RESULT, command)
+        folder = lock.folder
+        try:
+            if overwrite:
+                notes += _make_way(folder)
+            try:
+                files = {CONFIG: config} | ({} if manifest is None else {MANIFEST: manifest})
+                create_folder(folder, {name: json_bytes(_plain(values)) for name, values in files.items()})
+                run = cls(folder, lock, new=True)
+            except BaseException:
+                _give_up(folder)
+                raise
+        except BaseException:
+            lock.release()
+            raise
+        for note in notes:
+            logger.warning(note)
         return run
 
     @classmethod
-    def reopen(cls, folder: Path, metrics_bytes: int) -> RunLog:
+    def reopen(cls, folder: Path, metrics_bytes: int, lock: FolderLock | None = None) -> RunLog:
         """Go on with the record of an interrupted run as it stood when a checkpoint noted `metrics_bytes`.
 
         Cuts `metrics.jsonl` to that size, redraws its views from what is left, and appends to the text log.
-        Raises UserError when the folder is not a run's, or `metrics.jsonl` cannot have had that size.
+        lock: the folder's, where the caller has taken it; it is given back when the record is closed.
+        Raises UserError when the folder is not a run's or is being written, or `metrics.jsonl` cannot have had that
+        size.
         """
         folder = Path(folder)
         if not (folder / CONFIG).is_file():
             raise UserError(f"{folder} is not a run folder: it holds no {CONFIG}")
-        _cut_metrics(folder / METRICS, metrics_bytes)
-        shutil.rmtree(folder / TENSORBOARD, ignore_errors=True)
-        run = cls(folder)
-        for event in read_metrics(folder):
-            run._views.add(event)
+        lock = lock or FolderLock(folder).acquire()
+        try:
+            _cut_metrics(folder / METRICS, metrics_bytes)
+            shutil.rmtree(folder / TENSORBOARD, ignore_errors=True)
+            run = cls(folder, lock)
+            for event in read_metrics(folder):
+                run._views.add(event)
+        except BaseException:
+            lock.release()
+            raise
         return run
 
     @property
     def metrics_bytes(self) -> int:
         """Size of `metrics.jsonl` in bytes, all of them on disk, so that a checkpoint can rely on them."""
-        self._metrics.flush()
-        os.fsync(self._metrics.fileno())
+        with naming(self.folder / METRICS):
+            os.fsync(self._metrics.fileno())
         return os.fstat(self._metrics.fileno()).st_size
 
     def metric(self, event: str, **fields: Any) -> None:
         """Append one line `{"event": event, **fields}` to `metrics.jsonl` and hand it to the operating system.
 
         Non-finite numbers become null; NumPy and tensor values become plain ones; keys become text.
-        A killed process loses at most the line it was writing.
+        A killed process loses at most the line it was writing. OSError when the disk does not take it; no part of the
+        line stays then.
         """
         record = {"event": event, **_plain(fields)}
-        self._metrics.write(json.dumps(record, allow_nan=False).encode() + b"\n")
-        self._metrics.flush()
+        line = json.dumps(record, allow_nan=False).encode() + b"\n"
+        size = os.fstat(self._metrics.fileno()).st_size
+        with naming(self.folder / METRICS):
+            try:
+                while line:
+                    line = line[self._metrics.write(line) :]
+            except OSError:
+                self._metrics.truncate(size)
+                raise
         self._views.add(record)
 
     def write_json(self, name: str, values: Mapping[str, Any]) -> Path:
         """Write `<folder>/<name>` as a whole or not at all. Non-finite numbers become null."""
-        return self._replace(name, json.dumps(_plain(values), indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+        return self._replace(name, json_bytes(_plain(values)))
 
     def manifest(self, values: Mapping[str, Any]) -> Path:
         """Write `manifest.json`: what the run was made with (versions, weights, class order, data, device)."""
@@ -148,25 +191,36 @@ class RunLog:
         """
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows([*row, *[""] * (len(rows) - len(row))] for row in rows)
-        return self._replace(ACCURACY, text.getvalue())
+        return self._replace(ACCURACY, text.getvalue().encode())
 
     def close(self) -> None:
-        """Close the files and take the handlers off the logger. Closing twice is harmless."""
-        for handler in self._handlers:
-            logger.removeHandler(handler)
-            handler.close()
-        self._handlers = []
-        self._views.close()
-        self._metrics.close()
+        """Close the files, take the handlers off the logger, give the lock back. Closing twice is harmless."""
+        with ExitStack() as closing:  # each of them, whatever the disk refuses of the others
+            closing.callback(self._lock.release)
+            closing.callback(self._metrics.close)
+            closing.callback(self._views.close)
+            closing.callback(self._detach)
 
     def __enter__(self) -> RunLog:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        with ExitStack() as closing:
+            closing.callback(self.close)
+            if kind is not None and self._new and _unbegun(self.folder):
+                closing.callback(_give_up, self.folder)
+            elif kind is not None:
+                for note in waiting_notes(self.folder):
+                    logger.warning(note)
 
-    def _replace(self, name: str, text: str) -> Path:
-        return replace_file(self.folder / name, text.encode())
+    def _detach(self) -> None:
+        for handler in self._handlers:
+            logger.removeHandler(handler)
+            handler.close()
+        self._handlers = []
+
+    def _replace(self, name: str, content: bytes) -> Path:
+        return replace_file(self.folder / name, content)
 
 
 class SilentLog(RunLog):
@@ -185,7 +239,10 @@ class SilentLog(RunLog):
     def close(self) -> None:
         pass
 
-    def _replace(self, name: str, text: str) -> Path:
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def _replace(self, name: str, content: bytes) -> Path:
         return self.folder / name
 
 
@@ -265,7 +322,9 @@ class _Views:
     """
 
     def __init__(self, board: Path, table: Path) -> None:
-        self._writer = SummaryWriter(str(board))
+        self._board, self._table_path = board, table
+        with naming(board):
+            self._writer = SummaryWriter(str(board))
         self._table = open(table, "w", encoding="utf-8", newline="")  # noqa: SIM115 - closed by close()
         self._rows = csv.writer(self._table, lineterminator="\n")
         self._rows.writerow(["tag", "step", "value"])
@@ -273,14 +332,18 @@ class _Views:
 
     def add(self, event: Mapping[str, Any]) -> None:
         for tag, value in scalars(event):
-            self._writer.add_scalar(tag, value, self._steps[tag])
+            with naming(self._board):
+                self._writer.add_scalar(tag, value, self._steps[tag])
             self._rows.writerow([tag, self._steps[tag], value])
             self._steps[tag] += 1
-        self._table.flush()
+        with naming(self._table_path):
+            self._table.flush()
 
     def close(self) -> None:
-        self._writer.close()
-        self._table.close()
+        with naming(self._table_path):
+            self._table.close()
+        with naming(self._board):
+            self._writer.close()
 
 
 class _Console(logging.Handler):
@@ -294,7 +357,15 @@ class _Console(logging.Handler):
 
 
 class _TextLog(logging.FileHandler):
-    """The text log of one run; a type of its own so that two runs are never open at once."""
+    """The text log of one run; a type of its own so that two runs are never open at once. OSError on a full disk."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+            return
+        with naming(Path(self.baseFilename)):
+            raise error
 
 
 def _attach(log_path: Path) -> list[logging.Handler]:
@@ -309,32 +380,74 @@ def _attach(log_path: Path) -> list[logging.Handler]:
     return [text_log] if console is None else [text_log, console]
 
 
-def _log_path(folder: Path) -> Path:
-    return folder.with_name(f"{folder.name}.log")
+def _claim(folder: Path, overwrite: bool) -> tuple[FolderLock, list[str]]:
+    """The lock of the first free of `folder`, `folder_2`, ...; what to say of those that are taken.
 
-
-def _claim(folder: Path) -> tuple[Path, list[Path]]:
-    """Create the first free of `folder`, `folder_2`, `folder_3`, ...; returns it and the ones that were taken."""
-    taken = []
-    for number in itertools.count(1):
-        candidate = folder if number == 1 else folder.with_name(f"{folder.name}_{number}")
-        if not _log_path(candidate).exists():
-            try:
-                candidate.mkdir()
-                return candidate, taken
-            except FileExistsError:  # also when another process has just created it
-                pass
-        taken.append(candidate)
+    With `overwrite` that of `folder` itself; UserError when another process has it.
+    """
+    notes: list[str] = []
+    for candidate in numbered(folder):
+        lock = FolderLock(candidate)
+        try:
+            lock.acquire()
+        except UserError:
+            if overwrite:
+                raise
+            notes.append(f"{candidate} is being written by {lock.holder}")
+            continue
+        restore_replaced(candidate)
+        if _half_made(candidate):
+            remove_folder(candidate)
+        if overwrite or not (os.path.lexists(candidate) or os.path.lexists(text_log(candidate))):
+            return lock, [*notes, f"this run goes to {candidate}"] if notes else []
+        lock.release()
+        notes += _taken_notes(candidate)
     raise AssertionError("unreachable: the numbers do not end")
 
 
-def _remove_run(folder: Path) -> None:
-    """Remove a run's folder and text log; refuses a folder that holds other things than a run."""
-    if folder.is_dir() and not (folder / CONFIG).is_file() and any(folder.iterdir()):
+def _taken_notes(folder: Path) -> list[str]:
+    """What to say of a folder that a new run leaves alone."""
+    if (folder / CONFIG).exists() and not (folder / RESULT).exists():
+        command = f"python main.py --resume {shlex.quote(str(folder))}"
+        return [f"{folder} has no {RESULT}: unfinished. To continue it: {command}", *waiting_notes(folder)]
+    return [f"{folder} is there already (--overwrite replaces it)", *waiting_notes(folder)]
+
+
+def waiting_notes(folder: Path) -> list[str]:
+    """Where the runs are that a run replaces, until it is finished; nothing where it replaces none."""
+    where = ", ".join(map(str, replaced_folders(folder)))
+    return [f"{where}: the run that {folder.name} replaces, removed when that is finished"] if where else []
+
+
+def _make_way(folder: Path) -> list[str]:
+    """Set a run's folder and text log aside; refuses a folder that holds other things than a run."""
+    if os.path.lexists(folder) and not (folder / CONFIG).is_file():
         raise UserError(f"{folder} holds no {CONFIG}, so it is not a run folder: move it away, it is not overwritten")
+    if folder.is_dir():
+        set_aside(folder)
+    else:
+        remove_folder(folder)
+    return waiting_notes(folder)
+
+
+def _give_up(folder: Path) -> None:
+    """Remove a new run that has recorded nothing; what it was to replace comes back."""
     if folder.exists():
-        shutil.rmtree(folder)
-    _log_path(folder).unlink(missing_ok=True)
+        remove_folder(folder)
+    restore_replaced(folder)
+
+
+def _half_made(folder: Path) -> bool:
+    """Whether a folder is what a process left that was killed before it had written a configuration."""
+    if not folder.is_dir() or folder.is_symlink():
+        return False
+    return {path.name for path in folder.iterdir()} <= {METRICS, TENSORBOARD, TABLE, f".{CONFIG}.tmp"}
+
+
+def _unbegun(folder: Path) -> bool:
+    """Whether a run has recorded nothing yet: no event, no checkpoint."""
+    at_first = {CONFIG, MANIFEST, METRICS, TENSORBOARD, TABLE}
+    return {path.name for path in folder.iterdir()} <= at_first and (folder / METRICS).stat().st_size == 0
 
 
 def _cut_metrics(path: Path, size: int) -> None:
