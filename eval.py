@@ -20,6 +20,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from utils.files import named_folder
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
@@ -44,12 +46,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument(
         "--run",
-        type=Path,
+        type=named_folder,
         nargs="+",
         metavar="FOLDER",
         help="a run folder: redraw its figures and test its last checkpoint; several: their mean and deviation",
     )
-    what.add_argument("--checkpoint", type=Path, metavar="FOLDER", help="one checkpoint of a run: test it")
+    what.add_argument("--checkpoint", type=named_folder, metavar="FOLDER", help="one checkpoint of a run: test it")
     parser.add_argument("--recorded", action="store_true", help="with --run: only what the run recorded, no test")
     parser.add_argument(
         "--analyse",
@@ -110,12 +112,18 @@ def show_run(folder: Path, test: bool) -> None:
     from trainer import CHECKPOINTS, read_config
     from utils.checkpoint import latest_checkpoint
     from utils.errors import UserError
+    from utils.folders import FolderLock, Held
     from utils.plots import draw_figures
     from utils.run_log import read_accuracy_csv
 
     read_config(folder)  # refuses what is no run folder
-    for figure in draw_figures(folder):
-        print(f"drew {figure}")
+    lock = FolderLock(folder)
+    try:
+        with lock:
+            for figure in draw_figures(folder):
+                print(f"drew {figure}")
+    except Held:
+        print(f"drew no figures: {folder} is being written by {lock.holder}")
     if (folder / "accuracy.csv").is_file():
         print("\nrecorded accuracy (%), row: after task, column: on task")
         for t, row in enumerate(read_accuracy_csv(folder)):
@@ -147,6 +155,7 @@ def analyse_run(folder: Path, names: list[str], images_per_class: int | None) ->
     from trainer import read_config
     from utils.errors import UserError
     from utils.findings import ANALYSIS, write_findings
+    from utils.folders import FolderLock
 
     analyses, gather = analyses_of(read_config(folder))
     unknown = [name for name in names if name not in analyses]
@@ -158,8 +167,9 @@ def analyse_run(folder: Path, names: list[str], images_per_class: int | None) ->
     for findings in found.values():
         print(f"\n{findings.text}")
     print()
-    for path in write_findings(folder / ANALYSIS, found):
-        print(f"wrote {path}")
+    with FolderLock(folder):
+        for path in write_findings(folder / ANALYSIS, found):
+            print(f"wrote {path}")
 
 
 def analyses_of(config: RunConfig) -> tuple[Mapping[str, Callable[[Any], Findings]], Callable[..., Any]]:
@@ -230,9 +240,8 @@ def class_incremental_material(folder: Path, checkpoints: list[Path], images_per
     import torch
     from tqdm import tqdm
 
-    from trainer import assemble, read_config, read_result
+    from trainer import assemble, load_run_checkpoint, read_config, read_result
     from utils.analysis import Material, chosen_images
-    from utils.checkpoint import load_checkpoint
     from utils.plots import describe
 
     config = read_config(folder)
@@ -243,7 +252,7 @@ def class_incremental_material(folder: Path, checkpoints: list[Path], images_per
     with tqdm(total=len(checkpoints) * len(batches), desc="Class tokens", unit="batch", leave=False) as bar:
         for checkpoint in checkpoints:
             fresh = replace(parts, backbone=copy.deepcopy(parts.backbone))
-            learner = rebuilt(checkpoint, load_checkpoint(checkpoint), fresh)
+            learner = rebuilt(checkpoint, load_run_checkpoint(checkpoint), fresh)
             found = []
             for batch in batches:
                 views = parts.data.views(batch, "test", "test", None, learner.device)
@@ -258,21 +267,22 @@ def class_incremental_material(folder: Path, checkpoints: list[Path], images_per
 
 def rebuilt(checkpoint: Path, saved: tuple[dict[str, Tensor], dict[str, Any]], parts: Parts) -> Learner:
     """The learner that was saved, strictly; its network takes the parts' backbone for its own."""
-    from trainer import check_identity, make_learner
+    from trainer import check_config, check_identity, fitting, make_learner
 
     tensors, state = saved
+    check_config(checkpoint, state, parts)
     check_identity(checkpoint, state, parts)
     learner = make_learner(parts, log=None)
-    learner.load_state(state["learner"], tensors)
+    with fitting(checkpoint):
+        learner.load_state(state["learner"], tensors)
     return learner
 
 
 def saved_learner(checkpoint: Path) -> tuple[Learner, Parts]:
     """The learner that a checkpoint holds, and what its run is made from."""
-    from trainer import assemble, read_config
-    from utils.checkpoint import load_checkpoint
+    from trainer import assemble, load_run_checkpoint, read_config
 
-    saved = load_checkpoint(checkpoint)
+    saved = load_run_checkpoint(checkpoint)
     config = read_config(checkpoint.parent.parent)
     parts = assemble(config, config.seed[0])
     return rebuilt(checkpoint, saved, parts), parts

@@ -14,8 +14,8 @@ import argparse
 import logging
 import os
 import sys
-from pathlib import Path
 
+from utils.files import named_folder
 from utils.sweep_engines import ENGINES
 
 DEFAULT = "exps/quickstart.json"
@@ -37,7 +37,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         dest="overrides",
         help="change one key; may be repeated",
     )
-    parser.add_argument("--resume", type=Path, metavar="FOLDER", help="continue the run in this folder")
+    parser.add_argument("--resume", type=named_folder, metavar="FOLDER", help="continue the run in this folder")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing folder of the same name")
     parser.add_argument("--sweep", metavar="FILE", help="run a JSON table of experiments; what is finished is skipped")
     parser.add_argument("--jobs", type=int, metavar="N", help="of a sweep: runs at once (default: as many as fit)")
@@ -92,10 +92,9 @@ def main(arguments: list[str] | None = None) -> int:
         os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported
     # Imported after parsing, so that --help and usage errors answer at once.
     from models import SCHEMAS
-    from models.base import Interrupted
     from trainer import joined_world, read_config, resume, train
     from utils.config_files import load_config
-    from utils.errors import UserError
+    from utils.errors import exit_code
     from utils.run_log import attach_console
     from utils.toolkit import keep_freed_memory
 
@@ -105,7 +104,9 @@ def main(arguments: list[str] | None = None) -> int:
         logging.getLogger("nested_lora").addHandler(logging.NullHandler())  # the first process says it
     keep_freed_memory()
     together = False
-    try:
+
+    def work() -> int | None:
+        nonlocal together
         if options.sweep:
             return sweep(options)
         if options.resume:
@@ -119,13 +120,9 @@ def main(arguments: list[str] | None = None) -> int:
                 resume(options.resume, world)
             else:
                 train(config, overwrite=options.overwrite, notes=notes, world=world)
-    except UserError as error:
-        if first or together:  # a mistake that all processes meet is told once
-            print(error, file=sys.stderr)
-        return 2
-    except (Interrupted, KeyboardInterrupt):
-        return 130
-    return 0
+        return None
+
+    return exit_code(work, tells=lambda: first or together)  # a mistake that all processes meet is told once
 
 
 if __name__ == "__main__":

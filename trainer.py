@@ -8,24 +8,22 @@ What kinds of experiments differ in is in `models/experiment.py`; class-incremen
 leaves behind is described in `utils/run_log.py`.
 """
 
+import json
 import logging
-import platform
+import re
+import shlex
 import shutil
 import signal
-import subprocess
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
-import safetensors
-import timm
 import torch
-import torchvision
 
 from models import LEARNERS, SCHEMAS
 from models.base import Interrupted, Learner
@@ -37,15 +35,25 @@ from utils.distributed import World, backend_for, local_device, process_group, w
 from utils.errors import UserError
 from utils.files import read_json
 from utils.folders import FolderLock, remove_replaced
+from utils.manifest import MANIFEST, Command, read_manifest, this_session, timestamp
 from utils.metrics import seeds_table
 from utils.plots import draw_figures
-from utils.run_log import RunLog, SilentLog, folder_of
+from utils.run_log import CONFIG, METRICS, RESULT, RunLog, SilentLog, folder_of, is_complete, waiting_notes
 from utils.toolkit import out_of_memory_advice, peak_memory_mb, resolve_device, resolve_precision
 
 logger = logging.getLogger("nested_lora")
 
 CHECKPOINTS = "checkpoints"
 ALONE = World()
+STATE: dict[str, Any] = {  # of a checkpoint: what each part must be
+    "run": dict,
+    "config": dict,
+    "learner": dict,
+    "accuracy": dict,
+    "metrics_bytes": int,
+    "seconds": float,
+    "peak_memory_mb": float,
+}
 
 
 def train(
@@ -57,73 +65,226 @@ def train(
         UserError: data, weights or device cannot be had, before any folder is made.
         Interrupted: stopped by a signal, after saving.
     """
-    results = []
-    for seed in config.seed:
-        parts = assemble(config, seed, world)
-        with open_log(parts, overwrite) as log:
-            for note in notes:
-                logger.info(note)
-            results.append(Run(parts, log).to_the_end())
-    if len(results) > 1:
-        logger.info(seeds_table(results))
+    command = Command(id=uuid.uuid4().hex, seeds=config.seed, overwrite=overwrite)
+    results = [start_run(config, seed, command, notes, world) for seed in config.seed]
+    tell_mean(results)
     return results
 
 
-def open_log(parts: Parts, overwrite: bool) -> RunLog:
+def start_run(
+    config: RunConfig, seed: int, command: Command, notes: Sequence[str] = (), world: World = ALONE
+) -> dict[str, Any]:
+    """Run one seed from its start; its result."""
+    parts = assemble(config, seed, world)
+    with open_log(parts, command) as log:
+        for note in notes:
+            logger.info(note)
+        return Run(parts, log).to_the_end()
+
+
+def open_log(parts: Parts, command: Command) -> RunLog:
     """A new run's record: written by the first rank, the others keep none."""
     config, world = parts.config, parts.world
     logs: list[RunLog] = []
 
     def create() -> str:
-        resolved = config.model_dump(mode="json") | {"seed": [parts.seed]}
-        logs.append(RunLog.create(folder_of(config, parts.seed), config=resolved, overwrite=overwrite))
-        return str(logs[0].folder)
+        session = this_session(parts.device, config.precision, world.size)
+        manifest = {"command": command.model_dump(), "sessions": [session.model_dump()], "seed": parts.seed}
+        log = RunLog.create(
+            folder_of(config, parts.seed),
+            config=resolved_config(parts),
+            manifest=manifest | parts.manifest(),
+            overwrite=command.overwrite,
+        )
+        logs.append(log)
+        return str(log.folder)
 
     folder = world.on_main(create)
     return logs[0] if logs else SilentLog(Path(folder))
 
 
 def resume(folder: Path, world: World = ALONE) -> list[dict[str, Any]]:
-    """Go on with the run in a folder from its last checkpoint, or from its start where there is none.
+    """Finish the run in a folder, then the other seeds of the command that started it; the results of all of them.
 
     Raises:
-        UserError: no run folder, a finished run, or a checkpoint that is damaged, foreign or newer.
+        UserError: no run folder, nothing left to do, another process is at work in it, an edited configuration that
+            would mix two experiments, or a checkpoint that is damaged, foreign or newer.
         Interrupted: stopped by a signal, after saving.
     """
-    config = read_config(folder)
-    lock = FolderLock(folder)
+    config, command = read_config(folder), read_manifest(folder).command
+    runs = [SeedRun(*row) for row in json.loads(world.on_main(lambda: json.dumps(seed_runs(folder, config, command))))]
+    left = [run for run in runs if not run.complete]
+    results = {run.seed: read_result(Path(run.folder)) for run in runs if run.complete}
+    if len(runs) > 1:
+        listed = ", ".join(f"{run.seed} {run.state}" for run in runs)
+        logger.info(f"Seeds of the command that started this run: {listed}")
+    for run in left:
+        if run.folder:
+            results[run.seed] = finish_run(Path(run.folder), world)
+        else:
+            others = config.model_copy(update={"seed": [run.seed]})
+            results[run.seed] = start_run(others, run.seed, command, world=world)
+    in_order = [results[seed] for seed in command.seeds]
+    tell_mean(in_order)
+    if not left:
+        raise UserError(f"{folder} is finished: its {RESULT} is there; read it, or run its config.json again")
+    return in_order
+
+
+class SeedRun(NamedTuple):
+    """One seed of a command: its folder, "" where it has not begun, and whether nothing of it is missing."""
+
+    seed: int
+    folder: str
+    complete: bool
+
+    @property
+    def state(self) -> str:
+        """How far it is, for the log."""
+        return "finished" if self.complete else "to be resumed" if self.folder else "to be started"
+
+
+def seed_runs(folder: Path, config: RunConfig, command: Command) -> list[SeedRun]:
+    """The runs of a command: that in the folder first, the others, which lie beside it, in the order of the command."""
+    own = config.seed[0]
+    folders = {own: folder}
+    for seed in command.seeds:
+        names = re.compile(re.escape(folder_of(config, seed).name) + r"(_\d+)?")
+        for beside in [] if seed == own else sorted(folder.absolute().parent.iterdir()):
+            is_run = names.fullmatch(beside.name) and (beside / MANIFEST).exists()
+            if is_run and read_manifest(beside).command.id == command.id:
+                folders[seed] = folder.with_name(beside.name)
+    seeds = [own, *(seed for seed in command.seeds if seed != own)]
+    return [SeedRun(s, str(folders.get(s, "")), s in folders and is_complete(folders[s])) for s in seeds]
+
+
+def finish_run(folder: Path, world: World = ALONE) -> dict[str, Any]:
+    """Go on with the run in a folder from its last checkpoint, or from its start where there is none; its result.
+
+    Where the result is there, only what was to follow it is made.
+    """
+    config, lock = read_config(folder), FolderLock(folder)
     with ExitStack() as held:
-        world.on_main(lambda: str(held.enter_context(lock)))
-        if (folder / "result.json").exists():
-            raise UserError(f"{folder} is finished: its result.json is there; read it, or run its config.json again")
+        world.on_main(lambda: held.enter_context(lock).folder.name)
+        manifest = read_manifest(folder)
+        if (folder / RESULT).exists():
+            if world.is_main:
+                log = held.enter_context(RunLog.reopen(folder, (folder / METRICS).stat().st_size, lock))
+                logger.info(f"{folder} has its {RESULT}: what should have followed it is made now")
+                complete_run(log)
+            return read_result(folder)
         parts = assemble(config, config.seed[0], world)
         checkpoint = latest_checkpoint(folder / CHECKPOINTS)
-        tensors, state = load_checkpoint(checkpoint) if checkpoint else ({}, None)
+        tensors, state = load_run_checkpoint(checkpoint) if checkpoint else ({}, None)
+        edited = check_config(checkpoint, state, parts) if state else []
         if state is not None:
             check_identity(checkpoint, state, parts)
         world.barrier()  # everyone has read what the record says before it is cut
         written = state["metrics_bytes"] if state else 0
         log = held.enter_context(RunLog.reopen(folder, written, lock) if world.is_main else SilentLog(folder))
         logger.info(f"Resuming {folder} from {checkpoint.name if checkpoint else 'its start'}")
+        for note in [*edited, *waiting_notes(folder)]:
+            logger.warning(note)
+        session = this_session(parts.device, parts.config.precision, world.size)
+        differences = session.differences(manifest.sessions[-1])
+        if differences:
+            logger.warning(f"Not as in the session before, which manifest.json records: {', '.join(differences)}")
+        log.manifest(manifest.model_copy(update={"sessions": [*manifest.sessions, session]}).model_dump())
         run = Run(parts, log)
         if state is not None:
-            run.load_state(state, tensors)
-        return [run.to_the_end()]
+            with fitting(checkpoint):
+                run.load_state(state, tensors)
+        return run.to_the_end()
+
+
+def complete_run(log: RunLog) -> None:
+    """What follows the result: figures, the end of what the run replaces, and the note that nothing is missing."""
+    draw_figures(log.folder)
+    remove_replaced(log.folder)
+    log.manifest(read_manifest(log.folder).model_copy(update={"finished": timestamp()}).model_dump())
+
+
+def tell_mean(results: Sequence[dict[str, Any]]) -> None:
+    """The table of means over seeds, where there are several."""
+    if len(results) > 1:
+        logger.info(seeds_table(results))
 
 
 def read_config(folder: Path) -> RunConfig:
     """The configuration a run folder was made with."""
-    path = folder / "config.json"
+    path = folder / CONFIG
     if not path.is_file():
-        raise UserError(
-            f"{folder} is not a run folder: it has no config.json; give a folder such as logs/sema/.../run_1993_..."
-        )
+        told = [f"{folder} is not a run folder: it has no {CONFIG}", *waiting_notes(folder)]
+        raise UserError(f"{'; '.join(told)}; give a folder such as logs/sema/.../run_1993_...")
     return config_from_dict(read_json(path), SCHEMAS, str(path)).config
 
 
 def read_result(folder: Path) -> dict[str, Any]:
-    """The result.json of a finished run."""
-    return read_json(folder / "result.json")
+    """The result.json of a finished run. UserError: it is absent or damaged."""
+    result = read_json(folder / RESULT)
+    metrics = result.get("metrics")
+    if not isinstance(result.get("seed"), int) or not isinstance(metrics, dict) or not metrics:
+        raise UserError(f"{folder / RESULT} holds no seed and metrics: the file is damaged, restore it")
+    return result
+
+
+def resolved_config(parts: Parts) -> dict[str, Any]:
+    """The configuration of a run as it is recorded, with the run's own seed."""
+    return parts.config.model_dump(mode="json") | {"seed": [parts.seed]}
+
+
+def load_run_checkpoint(checkpoint: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The tensors and the state of a checkpoint of a run.
+
+    Raises:
+        UserError: it is damaged, or not one of this program and version.
+    """
+    tensors, state = load_checkpoint(checkpoint)
+    missing = [key for key, kind in STATE.items() if not isinstance(state.get(key), kind)]
+    if missing:
+        raise UserError(
+            f"{checkpoint} holds no usable {', '.join(missing)}: it is damaged or of another version of this program; "
+            "go on with the version that made it, or remove it to go on from the checkpoint before it"
+        )
+    return tensors, state
+
+
+@contextmanager
+def fitting(checkpoint: Path) -> Iterator[None]:
+    """Turns what a state raises that does not fit the run into a sentence that names its checkpoint."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{checkpoint}: {error}") from error
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
+        told = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(
+            f"{checkpoint} does not fit this program ({_short(told, 200)}): it is damaged or of another version; go on "
+            "with the version that made it, or remove it to go on from the checkpoint before it"
+        ) from error
+
+
+def check_config(checkpoint: Path, state: dict[str, Any], parts: Parts) -> list[str]:
+    """What to say of keys that were edited since a checkpoint and change no number.
+
+    Raises:
+        UserError: another key was edited, so that the run would mix two experiments.
+    """
+    before, now = state["config"], resolved_config(parts)
+    edited = {
+        key: f"{key} was {_short(json.dumps(before.get(key)))}, is {_short(json.dumps(now.get(key)))}"
+        for key in [*now, *(key for key in before if key not in now)]
+        if before.get(key) != now.get(key)
+    }
+    mixing = [words for key, words in edited.items() if key not in parts.config.editable_keys]
+    if mixing:
+        path = checkpoint.parent.parent / CONFIG
+        raise UserError(
+            f"{path} does not belong to this run any more, {checkpoint.name} was made with another: "
+            f"{'; '.join(mixing)}; set back what was edited, or start a run of its own with python main.py --config "
+            f"{shlex.quote(str(path))}"
+        )
+    return [f"Edited since {checkpoint.name} was saved: {'; '.join(edited.values())}"] if edited else []
 
 
 def check_identity(checkpoint: Path, state: dict[str, Any], parts: Parts) -> None:
@@ -193,13 +354,12 @@ class Run:
         self.stop = StopRequest()
         self.learner = make_learner(parts, log, lambda: self.stop.requested, self.save_progress)
         self.scores = self.learner.Scores()
-        self.seconds_before = 0.0  # of earlier processes, and of finished tasks of this one
+        self.seconds_before = self.peak_before = 0.0  # of earlier processes
         self.started = time.perf_counter()
 
     def to_the_end(self) -> dict[str, Any]:
         """All tasks that are left, then the result; a stop request saves and raises `Interrupted`."""
         parts = self.parts
-        self.log.manifest(manifest(parts))
         logger.info(f"Run folder: {self.log.folder}")
         for warning in parts.warnings:
             logger.warning(warning)
@@ -239,7 +399,7 @@ class Run:
             **self.scores.event(),
             **summary,
             seconds=self.seconds,
-            peak_memory_mb=peak_memory_mb(self.parts.device),
+            peak_memory_mb=self.peak_memory_mb,
         )
         self.scores.record(self.log)
         for line in self.scores.lines(summary):
@@ -249,7 +409,7 @@ class Run:
     def finish(self) -> dict[str, Any]:
         """result.json, figures and the closing tables."""
         summary, weights = self.learner.summary(), self.parts.weights()
-        cost = {"seconds": self.seconds, "peak_memory_mb": peak_memory_mb(self.parts.device)}
+        cost = {"seconds": self.seconds, "peak_memory_mb": self.peak_memory_mb}
         result = {
             "seed": self.parts.seed,
             **self.scores.result(summary),
@@ -261,8 +421,7 @@ class Run:
         if not self.parts.world.is_main:
             return result
         self.log.result(result)
-        draw_figures(self.log.folder)
-        remove_replaced(self.log.folder)
+        complete_run(self.log)
         for table in self.scores.tables(summary):
             logger.info("\n" + table)
         if weights["note"]:
@@ -275,24 +434,33 @@ class Run:
         """Wall-clock seconds of work on this run, over all processes that worked on it."""
         return self.seconds_before + time.perf_counter() - self.started
 
+    @property
+    def peak_memory_mb(self) -> float:
+        """Most memory in MiB that a process that worked on this run has taken."""
+        return max(self.peak_before, peak_memory_mb(self.parts.device))
+
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
     def save(self, name: str) -> Path:
         """Write a checkpoint of everything a resumed run needs."""
         folder = self.log.folder / CHECKPOINTS / name
-        if not self.parts.world.is_main:
-            return folder
+        self.parts.world.on_main(lambda: self._write_checkpoint(folder))
+        return folder
+
+    def _write_checkpoint(self, folder: Path) -> str:
         learner, tensors = self.learner.state()
         state = {
             "run": self.parts.identity(),
             "data": self.parts.data_read(self.learner.task + 1, len(self.scores)),
+            "config": resolved_config(self.parts),
             "learner": learner,
             "accuracy": self.scores.to_json(),
             "metrics_bytes": self.log.metrics_bytes,
             "seconds": self.seconds,
+            "peak_memory_mb": self.peak_memory_mb,
         }
         save_checkpoint(folder, tensors, state)
-        return folder
+        return folder.name
 
     def save_progress(self) -> Path:
         """Save inside a task, in place of what was saved in it before."""
@@ -310,7 +478,7 @@ class Run:
         """Become the run that a checkpoint was taken of."""
         self.learner.load_state(state["learner"], tensors)
         self.scores.load_json(state["accuracy"])
-        self.seconds_before = state["seconds"]
+        self.seconds_before, self.peak_before = state["seconds"], state["peak_memory_mb"]
 
     def remove_checkpoints(self, pattern: str, but: Path | None = None) -> None:
         """Remove the checkpoints whose names match, apart from one."""
@@ -331,12 +499,13 @@ def make_learner(
 
 
 class StopRequest:
-    """Turns Ctrl-C and SIGTERM into a request that training honours between two steps; a second one stops at once.
+    """Turns Ctrl-C, SIGTERM and a lost terminal (SIGHUP) into a request that training honours between two steps.
 
-    Signals less than a second apart are one: torchrun passes on to its processes what the terminal sent them already.
+    A second one stops at once. Signals less than a second apart are one: torchrun passes on to its processes what the
+    terminal sent them already. SIGHUP that is ignored, as under nohup, stays ignored.
     """
 
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+    SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
     def __init__(self) -> None:
         self.requested = False
@@ -345,7 +514,8 @@ class StopRequest:
 
     def __enter__(self) -> "StopRequest":
         for number in self.SIGNALS:
-            self._previous[number] = signal.signal(number, self._request)
+            if number in (signal.SIGINT, signal.SIGTERM) or signal.getsignal(number) != signal.SIG_IGN:
+                self._previous[number] = signal.signal(number, self._request)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -361,45 +531,7 @@ class StopRequest:
         logger.warning("Stopping after this step and saving; once more stops at once without saving")
 
 
-def manifest(parts: Parts) -> dict[str, Any]:
-    """What the run was made with: versions, commit, device, and what its kind of experiment names."""
-    device = parts.device
-    return {
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "torchvision": torchvision.__version__,
-            "timm": timm.__version__,
-            "numpy": np.__version__,
-            "safetensors": safetensors.__version__,
-        },
-        "commit": commit(),
-        "seed": parts.seed,
-        **parts.manifest(),
-        "device": torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"{device.type} ({platform.machine()})",
-        "precision": parts.config.precision,
-        "threads": torch.get_num_threads(),
-        "processes": parts.world.size,
-    }
-
-
-def commit() -> str | None:
-    """Commit of the code, with "+changes" where the working tree differs; None outside a git checkout."""
-    root = Path(__file__).parent
-
-    def git(*arguments: str) -> str:
-        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True)
-        return done.stdout.strip()
-
-    try:
-        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def _short(value: Any) -> str:
+def _short(text: Any, width: int = 40) -> str:
     """A value for a sentence, not longer than it needs to be."""
-    text = str(value)
-    return text if len(text) <= 40 else text[:37] + "..."
+    text = str(text)
+    return text if len(text) <= width else text[: width - 3] + "..."

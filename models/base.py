@@ -10,8 +10,8 @@ stops cleanly between two steps when asked to. Everything that a resumed run nee
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any, ClassVar
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,16 +19,14 @@ from tqdm import tqdm
 
 from models.experiment import Parts, Scores
 from utils.config import RunConfig
-from utils.errors import UserError
+from utils.errors import Interrupted, UserError
 from utils.optim import GroupedOptimizer
 from utils.run_log import RunLog
 from utils.toolkit import autocast, pack_tensors, sha256_of, unpack_tensors
 
 logger = logging.getLogger("nested_lora")
 
-
-class Interrupted(Exception):
-    """Training stopped between two steps because it was asked to; the learner's state says where."""
+Saved = TypeVar("Saved")
 
 
 @dataclass
@@ -297,7 +295,7 @@ class Learner(ABC):
         if saved is None:
             return Position()
         phase.optimizer.load_state(saved["optimizer"])
-        return Position(**saved["position"])
+        return _exactly(Position, saved["position"])
 
     # --- helpers for methods ----------------------------------------------------------------------------------------
 
@@ -345,11 +343,19 @@ class Learner(ABC):
         learning = set(state["learning"])
         for name, parameter in self.modules.named_parameters():
             parameter.requires_grad_(name in learning)
-        self.task, self.progress = state["task"], Progress(**state["progress"])
+        self.task, self.progress = state["task"], _exactly(Progress, state["progress"])
         self._open_phase = unpack_tensors(state["phase"], tensors)
         torch.set_rng_state(tensors["rng.cpu"])
         if self.device.type == "cuda" and "rng.cuda" in tensors:
             torch.cuda.set_rng_state(tensors["rng.cuda"], self.device)
+
+
+def _exactly(kind: type[Saved], values: dict[str, Any]) -> Saved:
+    """A dataclass with the values that `asdict` took of one; ValueError where any is missing or unknown."""
+    names = [field.name for field in fields(kind)]
+    if sorted(values) != sorted(names):
+        raise ValueError(f"{kind.__name__} has {', '.join(sorted(values))} instead of {', '.join(sorted(names))}")
+    return kind(**values)
 
 
 @torch.no_grad()

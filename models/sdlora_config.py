@@ -44,6 +44,8 @@ class SDLoRAConfig(ClassIncrementalConfig):
         "tuned_epoch": "a schedule spans the epochs of its task",
     }
 
+    editable_keys: ClassVar[frozenset[str]] = ClassIncrementalConfig.editable_keys | {"filepath"}
+
     model_name: Literal["sdlora"] = Field("sdlora", description="The method.")
 
     init_epoch: int = Field(20, ge=0, description="Epochs of the first task.")

@@ -7,7 +7,7 @@ that share of the training steps. `[[0, 0], [0.3, 1]]` rises from 0 to 1 over th
 """
 
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
@@ -51,6 +51,8 @@ def _weight(default: float, description: str) -> Any:
 
 class SharedSubspaceConfig(RunConfig):
     """Do subspaces shared between tasks help on new combinations of them?"""
+
+    editable_keys: ClassVar[frozenset[str]] = RunConfig.editable_keys | {"save_every"}
 
     model_name: Literal["shared_subspace"] = Field("shared_subspace", description="The method.")
 

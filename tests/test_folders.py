@@ -77,7 +77,7 @@ def test_a_dead_process_holds_nothing(tmp_path: Path, holder) -> None:
 
 def test_a_folder_holds_its_files_from_the_first_moment(tmp_path: Path, monkeypatch) -> None:
     """Whatever is killed: the folder is not there, or whole; the next attempt removes what was left."""
-    calls = ("mkdir", "fsync", "rename")
+    calls = ("mkdir", "fsync", "replace")
     for name in calls:
 
         def dies(*_: object, **__: object) -> None:

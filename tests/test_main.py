@@ -79,10 +79,11 @@ def test_result_and_matrix_agree(finished: Path) -> None:
 
 def test_the_manifest_says_what_the_run_was_made_with(finished: Path) -> None:
     manifest = json.loads((finished / "manifest.json").read_text())
-    assert set(manifest["versions"]) >= {"python", "torch", "torchvision", "timm", "numpy"}
+    session = manifest["sessions"][0]
+    assert set(session["versions"]) >= {"python", "torch", "torchvision", "timm", "numpy"}
     assert manifest["weights"]["tag"] == "test_vit.random" and len(manifest["weights"]["sha256"]) == 64
     assert sorted(manifest["class_order"]) == list(range(8)) and len(manifest["data"]["sha256"]) == 64
-    assert manifest["device"].startswith("cpu")
+    assert session["device"].startswith("cpu")
 
 
 def test_the_same_seed_gives_the_same_numbers(finished: Path, tmp_path: Path) -> None:

@@ -166,13 +166,13 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 def test_state_of_another_run_is_refused(stopped: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = json.loads((stopped / "config.json").read_text())
     (stopped / "config.json").write_text(json.dumps(config | {"seed": [7]}))
-    assert "does not belong to this run: its seed is 1993" in refused(capsys, "--resume", str(stopped))
+    assert "seed was [1993], is [7]" in refused(capsys, "--resume", str(stopped))
 
 
 def test_a_shape_that_does_not_fit_is_refused(stopped: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = json.loads((stopped / "config.json").read_text())
     (stopped / "config.json").write_text(json.dumps(config | {"nested_lora_rank": 3}))
-    assert "does not fit this configuration" in refused(capsys, "--resume", str(stopped))
+    assert "nested_lora_rank was 4, is 3" in refused(capsys, "--resume", str(stopped))
 
 
 def test_a_damaged_checkpoint_is_refused(stopped: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -63,7 +63,7 @@ def test_two_processes_train_what_one_does(tmp_path: Path, changes: dict[str, An
     assert sum(json.loads((one / "result.json").read_text())["adapters"].values()) > 2
     assert_same_run(two, one)
     assert len(list((tmp_path / "two").rglob("*.log"))) == 1 and list((two / "figures").iterdir())
-    assert json.loads((two / "manifest.json").read_text())["processes"] == 2
+    assert json.loads((two / "manifest.json").read_text())["sessions"][0]["processes"] == 2
 
 
 def test_stopped_together_and_resumed_together(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,8 @@ def save_checkpoint(folder: Path, tensors: Mapping[str, torch.Tensor], state: Ma
     folder: where it shall stand; its parent is created. An existing checkpoint there is replaced.
     tensors: any dtype safetensors knows, any device, any shape; aliases and views are stored as separate copies.
     state: what JSON can hold, with text keys. Tuples come back as lists; numbers come back exactly.
-    Raises TypeError for a state that JSON would change or cannot hold, OSError when the disk does not take it.
+    Raises TypeError for a state that JSON would change or cannot hold, OSError when the disk does not take it: what was
+    there before is as it was then.
     """
     folder = Path(folder)
     _require_text_keys(state, "state")
@@ -56,8 +58,6 @@ def save_checkpoint(folder: Path, tensors: Mapping[str, torch.Tensor], state: Ma
     folder.parent.mkdir(parents=True, exist_ok=True)
     _tidy(folder.parent)
 
-    temporary = folder.with_name(TEMPORARY + folder.name)
-    temporary.mkdir()
     # A fresh contiguous CPU copy of each: safetensors refuses tensors that share memory.
     copies = {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
@@ -71,14 +71,20 @@ def save_checkpoint(folder: Path, tensors: Mapping[str, torch.Tensor], state: Ma
         "state_sha256": hashlib.sha256(state_text.encode()).hexdigest(),
         "state": state,
     }
-    write_synced(temporary / TENSORS_FILE, payload)
-    write_synced(temporary / STATE_FILE, json.dumps(header, indent=1).encode())
-    sync_folder(temporary)
-
+    temporary = folder.with_name(TEMPORARY + folder.name)
     aside = folder.with_name(SET_ASIDE + folder.name)
-    if folder.exists():
-        os.rename(folder, aside)
-    os.rename(temporary, folder)
+    try:
+        temporary.mkdir()
+        write_synced(temporary / TENSORS_FILE, payload)
+        write_synced(temporary / STATE_FILE, json.dumps(header, indent=1).encode())
+        sync_folder(temporary)
+        if folder.exists():
+            os.rename(folder, aside)
+        os.rename(temporary, folder)
+    except OSError:  # a full disk, say
+        with suppress(OSError):
+            _tidy(folder.parent)
+        raise
     sync_folder(folder.parent)
     if aside.exists():
         _remove(aside)
@@ -114,10 +120,12 @@ def latest_checkpoint(checkpoints: Path) -> Path | None:
 
     Furthest by the (task, step) in its name: the end of a task comes after all its steps. Leftovers of interrupted
     saves are passed over, and folders that lack a file; a damaged checkpoint is not, so that `load_checkpoint` refuses
-    it rather than a run going on silently from an older one. Reads only.
+    it rather than a run going on silently from an older one. Reads only. UserError where a file stands in its place.
     """
     checkpoints = Path(checkpoints)
     if not checkpoints.is_dir():
+        if os.path.lexists(checkpoints):
+            raise UserError(f"{checkpoints} is no folder of checkpoints: restore the folder that was there")
         return None
     found: dict[tuple[int, float], Path] = {}
     for folder in checkpoints.iterdir():
@@ -153,7 +161,7 @@ def _remove(aside: Path) -> None:
 def _read_header(folder: Path) -> dict[str, Any]:
     try:
         header = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _damaged(folder, f"{STATE_FILE} is not valid JSON ({error})") from error
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         raise UserError(f"{folder} is not a checkpoint of this program: its {STATE_FILE} does not say '{FORMAT}'")

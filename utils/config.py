@@ -55,12 +55,17 @@ Text = Annotated[str, Field(min_length=1)]
 class RunConfig(BaseModel):
     """The keys every run has. Unknown keys are refused, types are strict (no `true` for an integer), values frozen.
 
-    A subclass adds its keys and may extend `legacy_keys`, `folder_names`, `conflicts`, `idle_rules` and `remarks`.
+    A subclass adds its keys and may extend `legacy_keys`, `folder_names`, `conflicts`, `idle_rules` and `remarks`, and
+    `editable_keys`: those that may be edited before a run is resumed, since they change its numbers by no more than
+    rounding, or name files that are known by their content.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
 
     legacy_keys: ClassVar[dict[str, str]] = {}
+    editable_keys: ClassVar[frozenset[str]] = frozenset(
+        {"description", "prefix", "logs_root", "device", "grad_accumulation", "eval_batch_size"}
+    )
 
     description: str = Field("", description="The command that runs this file and the number it is expected to give.")
     prefix: str = Field(
@@ -148,6 +153,9 @@ class ClassIncrementalConfig(RunConfig):
         "drop": "the backbone is frozen and in evaluation mode",
         "drop_path": "the backbone is frozen and in evaluation mode",
     }
+    editable_keys: ClassVar[frozenset[str]] = RunConfig.editable_keys | {
+        "dataset", "data_root", "weights", "weights_root", "num_workers", "checkpoints", "cache_root", "cache_gb",
+    }  # fmt: skip
 
     dataset: Text = Field("cifar224", description="A known data set's name, or the path of an .npz or image folder.")
     data_root: Text = Field("data", description="Folder where data sets are looked for and downloaded to.")

@@ -9,6 +9,10 @@ class UserError(Exception):
     """One clear sentence: what is wrong, what was given, what is allowed, what to do."""
 
 
+class Interrupted(Exception):
+    """Training stopped between two steps because it was asked to; the learner's state says where."""
+
+
 WAYS_OUT = {
     errno.ENOSPC: "free some space, or choose another disk with logs_root or cache_root",
     errno.EDQUOT: "free some space, or choose another disk with logs_root or cache_root",
@@ -31,17 +35,17 @@ def os_error_sentence(error: OSError) -> str:
     return f"{where}{error.strerror or error}; {way_out}, then go on with --resume where a run had begun"
 
 
-def exit_code(run: Callable[[], object]) -> int:
-    """Run a command: 0 when it is done, 2 after a mistake or a refusal of the operating system, told on standard error
-    in a sentence, 130 after Ctrl-C."""
+def exit_code(run: Callable[[], int | None], tells: Callable[[], bool] = lambda: True) -> int:
+    """The exit code of a command: what it returns (None: 0), 2 after a mistake, 130 after it was asked to stop.
+
+    A mistake, or what the operating system refused, is told on standard error in a sentence, where `tells` allows.
+    """
     try:
-        run()
-    except UserError as error:
-        sys.stderr.write(f"{error}\n")
+        return run() or 0
+    except (UserError, OSError) as error:
+        sentence = os_error_sentence(error) if isinstance(error, OSError) else str(error)
+        if tells():
+            sys.stderr.write(f"{sentence}\n")
         return 2
-    except OSError as error:
-        sys.stderr.write(f"{os_error_sentence(error)}\n")
-        return 2
-    except KeyboardInterrupt:
+    except (Interrupted, KeyboardInterrupt):
         return 130
-    return 0

@@ -17,7 +17,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 
-from utils.canvas import DPI, STYLE
+from utils.canvas import STYLE, png
 from utils.files import replace_file
 from utils.metrics import CELL, TABLE_WIDTH
 
@@ -56,8 +56,7 @@ def write_findings(folder: Path, found: Mapping[str, Findings]) -> list[Path]:
             paths.append(replace_file(folder / file, text.encode()))
         with mpl.rc_context(STYLE):
             for stem, draw in findings.figures.items():
-                paths.append(folder / f"{stem}.png")
-                draw().savefig(paths[-1], dpi=DPI)
+                paths.append(replace_file(folder / f"{stem}.png", png(draw())))
     return paths
 
 

@@ -33,6 +33,10 @@ REPLACED = ".replaced"  # what is added to the name of a folder while its replac
 ORPHANS = 10.0  # seconds that data workers may outlive a killed process, whose lock they hold
 
 
+class Held(UserError):
+    """Another process has the lock of a folder."""
+
+
 class FolderLock:
     """The right to write in a folder, held by one process at a time and lost when it ends, however it ends.
 
@@ -48,11 +52,11 @@ class FolderLock:
         self._owner = real.with_name(f".{real.name}.lock.json")
 
     def acquire(self) -> FolderLock:
-        """Take the lock; UserError when another process has it, naming that process."""
+        """Take the lock; `Held`, a UserError that names the process that has it, where another does."""
         try:
             self._lock.acquire(timeout=ORPHANS if self._left_by_the_dead() else 0)
         except Timeout:
-            raise UserError(
+            raise Held(
                 f"{self.folder} is being written by {self.holder}: wait until it has ended, or stop it, then give the "
                 "command again"
             ) from None
@@ -125,7 +129,7 @@ def create_folder(folder: Path, files: Mapping[str, bytes]) -> None:
         for name, content in files.items():
             write_synced(prepared / name, content)
         sync_folder(prepared)
-        os.rename(prepared, folder)
+        os.replace(prepared, folder)
     except OSError:
         shutil.rmtree(prepared, ignore_errors=True)
         raise
@@ -172,7 +176,7 @@ def remove_replaced(folder: Path) -> None:
             with FolderLock(aside) as lock:
                 remove_folder(aside)
                 lock.path.unlink()
-        except UserError as error:
+        except Held as error:
             logger.warning(f"What {folder} replaces stays: {error}")
 
 

@@ -33,7 +33,6 @@ from matplotlib.ticker import MaxNLocator
 
 from utils.canvas import (
     BLUE,
-    DPI,
     GREY,
     INK,
     MOST_NUMBERED_TASKS,
@@ -41,13 +40,15 @@ from utils.canvas import (
     STYLE,
     VERMILLION,
     panels_by_block,
+    png,
     task_axis,
     titled_figure,
 )
-from utils.files import read_json
+from utils.errors import UserError
+from utils.files import read_json, replace_file
 from utils.gate_figures import beta_evolution_figure, beta_heatmap_figure, beta_layers_figure
 from utils.grid_figures import few_shot_figure, training_figure, zero_shot_figure
-from utils.run_log import ACCURACY, CONFIG, RESULT, read_accuracy_csv, read_metrics
+from utils.run_log import ACCURACY, CONFIG, FIGURES, METRICS, RESULT, read_accuracy_csv, read_metrics
 
 
 def draw_figures(run_folder: Path) -> list[Path]:
@@ -59,41 +60,54 @@ def draw_figures(run_folder: Path) -> list[Path]:
     config = read_json(run_folder / CONFIG)
     result = read_json(run_folder / RESULT) if (run_folder / RESULT).exists() else None
     events = read_metrics(run_folder)
+    rows = read_accuracy_csv(run_folder) if (run_folder / ACCURACY).exists() else []
+    try:
+        with mpl.rc_context(STYLE):
+            drawn = {name: png(figure) for name, figure in _figures(events, rows, describe(config, result)).items()}
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        told = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(
+            f"{run_folder / METRICS} holds events that cannot be drawn ({told}): the file is damaged, restore it"
+        ) from error
+    folder = run_folder / FIGURES
+    folder.mkdir(exist_ok=True)
+    return [replace_file(folder / name, picture) for name, picture in drawn.items()]
+
+
+def _figures(events: Sequence[dict[str, Any]], rows: Sequence[Sequence[float]], about: str) -> dict[str, Figure]:
+    """Every figure there are numbers for, by its file's name.
+
+    rows: of the accuracy matrix, none for other kinds of runs; about: the line under the titles.
+    """
     tasks = [event for event in events if event["event"] == "task"]
     norms = [event for event in events if event["event"] == "norms"]
     gates = [event for event in events if event["event"] == "gate"]
     validated = [event for event in events if event["event"] == "epoch" and "validation_iou" in event]
     few_shot = [event for event in events if event["event"] == "few_shot"]
-    rows = read_accuracy_csv(run_folder) if (run_folder / ACCURACY).exists() else []
     finished = min(len(rows), len(tasks))  # a run killed between the two files has one row more in one of them
     rows, totals = rows[:finished], [event["total"] for event in tasks[:finished]]
     adapters = [event.get("adapters") or {} for event in tasks]
 
     figures: dict[str, Figure] = {}
-    with mpl.rc_context(STYLE):
-        if rows:
-            figures["accuracy_matrix.png"] = accuracy_matrix_figure(rows, totals, describe(config, result))
-            figures["accuracy_curves.png"] = accuracy_curves_figure(rows, totals, describe(config, result))
-        if norms:
-            figures["norms.png"] = norms_figure(norms, describe(config, result))
-        if any(adapters):
-            figures["growth.png"] = growth_figure(adapters, describe(config, result))
-        if gates:
-            figures["beta_evolution.png"] = beta_evolution_figure(gates, describe(config, result))
-            figures["beta_heatmap.png"] = beta_heatmap_figure(gates, describe(config, result))
-            if "beta_values_by_layer" in gates[-1]:
-                figures["beta_layers.png"] = beta_layers_figure(gates, describe(config, result))
-        if validated:
-            figures["training.png"] = training_figure(validated, describe(config, result))
-        if tasks and "zero_shot" in tasks[-1]:
-            figures["zero_shot.png"] = zero_shot_figure(tasks[-1]["zero_shot"], describe(config, result))
-        if few_shot:
-            figures["few_shot.png"] = few_shot_figure(few_shot, describe(config, result))
-        folder = run_folder / "figures"
-        folder.mkdir(exist_ok=True)
-        for name, figure in figures.items():
-            figure.savefig(folder / name, dpi=DPI)
-    return [folder / name for name in figures]
+    if rows:
+        figures["accuracy_matrix.png"] = accuracy_matrix_figure(rows, totals, about)
+        figures["accuracy_curves.png"] = accuracy_curves_figure(rows, totals, about)
+    if norms:
+        figures["norms.png"] = norms_figure(norms, about)
+    if any(adapters):
+        figures["growth.png"] = growth_figure(adapters, about)
+    if gates:
+        figures["beta_evolution.png"] = beta_evolution_figure(gates, about)
+        figures["beta_heatmap.png"] = beta_heatmap_figure(gates, about)
+        if "beta_values_by_layer" in gates[-1]:
+            figures["beta_layers.png"] = beta_layers_figure(gates, about)
+    if validated:
+        figures["training.png"] = training_figure(validated, about)
+    if tasks and "zero_shot" in tasks[-1]:
+        figures["zero_shot.png"] = zero_shot_figure(tasks[-1]["zero_shot"], about)
+    if few_shot:
+        figures["few_shot.png"] = few_shot_figure(few_shot, about)
+    return figures
 
 
 def describe(config: Mapping[str, Any], result: Mapping[str, Any] | None) -> str:

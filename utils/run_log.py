@@ -37,6 +37,7 @@ from utils.errors import UserError
 from utils.files import json_bytes, naming, replace_file
 from utils.folders import (
     FolderLock,
+    Held,
     create_folder,
     numbered,
     remove_folder,
@@ -45,15 +46,16 @@ from utils.folders import (
     set_aside,
     text_log,
 )
+from utils.manifest import MANIFEST, read_manifest
 
 logger = logging.getLogger("nested_lora")
 
 CONFIG = "config.json"
-MANIFEST = "manifest.json"
 RESULT = "result.json"
 METRICS = "metrics.jsonl"
 ACCURACY = "accuracy.csv"
 TENSORBOARD = "tb"
+FIGURES = "figures"
 TABLE = "metrics.csv"
 
 _FORMAT = "%(asctime)s [%(filename)s] => %(message)s"
@@ -246,6 +248,16 @@ class SilentLog(RunLog):
         return self.folder / name
 
 
+def is_complete(folder: Path) -> bool:
+    """Whether nothing of a run is missing: its result, its figures, and the end of what it replaces.
+
+    Raises UserError when its manifest is damaged.
+    """
+    if not (folder / RESULT).exists() or not (folder / FIGURES).is_dir() or replaced_folders(folder):
+        return False
+    return read_manifest(folder).finished is not None
+
+
 def attach_console() -> logging.Handler | None:
     """Show the program's messages on standard output without breaking progress bars.
 
@@ -273,9 +285,10 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(finished, start=1):
         try:
             event = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path}, line {number} is not valid JSON ({error}): the file is damaged") from error
-        if not isinstance(event, dict) or "event" not in event:
+        is_event = isinstance(event, dict) and isinstance(event.get("event"), str)
+        if not is_event or not isinstance(event.get("task", 0), int):
             raise UserError(f"{path}, line {number} is not an event: the file is damaged or foreign")
         events.append(event)
     return events
@@ -289,14 +302,14 @@ def read_accuracy_csv(folder: Path) -> list[list[float]]:
     path = Path(folder) / ACCURACY
     if not path.is_file():
         raise UserError(f"{folder} holds no {ACCURACY}: no task of this run has finished, or it is not a run folder")
-    rows = list(csv.reader(path.read_text(encoding="utf-8").splitlines()))
     try:
+        rows = list(csv.reader(path.read_text(encoding="utf-8").splitlines()))
         matrix = [[float(cell) for cell in row[: t + 1]] for t, row in enumerate(rows)]
         triangular = all(len(row) == len(rows) and not any(row[t + 1 :]) for t, row in enumerate(rows))
-    except ValueError as error:
+    except (ValueError, csv.Error) as error:
         raise UserError(f"{path} is damaged: {error}") from error
-    if not triangular:
-        raise UserError(f"{path} is damaged: not a lower-triangular matrix of {len(rows)} tasks")
+    if not triangular or not all(0 <= value <= 100 for row in matrix for value in row):
+        raise UserError(f"{path} is damaged: not a lower-triangular matrix of percentages, {len(rows)} tasks")
     return matrix
 
 
@@ -390,7 +403,7 @@ def _claim(folder: Path, overwrite: bool) -> tuple[FolderLock, list[str]]:
         lock = FolderLock(candidate)
         try:
             lock.acquire()
-        except UserError:
+        except Held:
             if overwrite:
                 raise
             notes.append(f"{candidate} is being written by {lock.holder}")

@@ -137,7 +137,8 @@ def out_of_memory_advice(batch_size: int, grad_accumulation: int, eval_batch_siz
         raise UserError(
             f"out of memory with batch_size {batch_size}, grad_accumulation {grad_accumulation} and eval_batch_size "
             f"{eval_batch_size}: {smaller}halve the sizes to batch_size={max(1, batch_size // 2)}, "
-            f"eval_batch_size={max(1, eval_batch_size // 2)}; what is saved can be resumed after editing config.json"
+            f"eval_batch_size={max(1, eval_batch_size // 2)}; what is saved can be resumed after editing "
+            "grad_accumulation or eval_batch_size in its config.json"
         ) from error
 
 
