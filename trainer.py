@@ -216,7 +216,10 @@ def read_config(folder: Path) -> RunConfig:
     if not path.is_file():
         told = [f"{folder} is not a run folder: it has no {CONFIG}", *waiting_notes(folder)]
         raise UserError(f"{'; '.join(told)}; give a folder such as logs/sema/.../run_1993_...")
-    return config_from_dict(read_json(path), SCHEMAS, str(path)).config
+    values = read_json(path)
+    if not {"model_name", "seed"} <= values.keys():
+        raise UserError(f"{path} names no model_name and seed, as that of a run does: the file is damaged, restore it")
+    return config_from_dict(values, SCHEMAS, str(path)).config
 
 
 def read_result(folder: Path) -> dict[str, Any]:
