@@ -23,13 +23,16 @@ import os
 import shlex
 import shutil
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from torch.utils.tensorboard import SummaryWriter
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
 from tqdm import tqdm
 
 from utils.config import RunConfig
@@ -335,9 +338,12 @@ class _Views:
     """
 
     def __init__(self, board: Path, table: Path) -> None:
-        self._board, self._table_path = board, table
-        with naming(board):
-            self._writer = SummaryWriter(str(board))
+        board.mkdir(exist_ok=True)
+        self._events_path = board / f"events.out.tfevents.{time.time_ns() // 10**9}.{os.getpid()}"
+        self._table_path = table
+        self._events = open(self._events_path, "wb")  # noqa: SIM115 - closed by close()
+        self._records = RecordWriter(self._events)
+        self._records.write(Event(wall_time=time.time(), file_version="brain.Event:2").SerializeToString())
         self._table = open(table, "w", encoding="utf-8", newline="")  # noqa: SIM115 - closed by close()
         self._rows = csv.writer(self._table, lineterminator="\n")
         self._rows.writerow(["tag", "step", "value"])
@@ -345,18 +351,23 @@ class _Views:
 
     def add(self, event: Mapping[str, Any]) -> None:
         for tag, value in scalars(event):
-            with naming(self._board):
-                self._writer.add_scalar(tag, value, self._steps[tag])
-            self._rows.writerow([tag, self._steps[tag], value])
+            step = self._steps[tag]
+            summary = Summary(value=[Summary.Value(tag=tag, simple_value=value)])
+            with naming(self._events_path):
+                self._records.write(Event(wall_time=time.time(), step=step, summary=summary).SerializeToString())
+            with naming(self._table_path):
+                self._rows.writerow([tag, step, value])
             self._steps[tag] += 1
+        with naming(self._events_path):
+            self._events.flush()
         with naming(self._table_path):
             self._table.flush()
 
     def close(self) -> None:
-        with naming(self._table_path):
-            self._table.close()
-        with naming(self._board):
-            self._writer.close()
+        with ExitStack() as closing:
+            for path, file in ((self._events_path, self._events), (self._table_path, self._table)):
+                closing.enter_context(naming(path))
+                closing.callback(file.close)
 
 
 class _Console(logging.Handler):
