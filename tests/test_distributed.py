@@ -69,11 +69,20 @@ def exchange(world: World) -> dict[str, Any]:
     told["one differs"] = refusal(UserError, lambda: world.check_same("the model", f"{world.rank == 1}"))
     told["all differ"] = refusal(UserError, lambda: world.check_same("the order", f"{world.rank}"))
     told["texts"] = [world.broadcast_text(text if world.is_main else None) for text in ("logs/Läufe/1", "", "x" * 5000)]
+    told["decided"] = world.on_main(lambda: f"by rank {world.rank}")
+    for error in (UserError("no"), OSError(28, "No space left on device", "a.json")):
+        told[type(error).__name__] = refusal(
+            (UserError, OSError), lambda error=error: world.on_main(lambda: fail(error))
+        )
     told["ignored"] = world.broadcast_text(f"from rank {world.rank}")
     return told
 
 
-def refusal(kind: type[Exception], call: Callable[[], Any]) -> str:
+def fail(error: Exception) -> str:
+    raise error
+
+
+def refusal(kind: type[Exception] | tuple[type[Exception], ...], call: Callable[[], Any]) -> str:
     """The text of the error that the call must raise."""
     try:
         call()
@@ -166,6 +175,11 @@ def test_differing_texts_are_refused_on_all_ranks_and_the_ranks_are_named(ranks)
 def test_text_of_rank_0_reaches_all_ranks(ranks):
     assert all(told["texts"] == ["logs/Läufe/1", "", "x" * 5000] for told in ranks)
     assert all(told["ignored"] == "from rank 0" for told in ranks)
+
+
+def test_what_rank_0_decides_or_refuses_reaches_all_ranks(ranks):
+    assert all(told["decided"] == "by rank 0" and told["UserError"] == "no" for told in ranks)
+    assert all("a.json" in told["OSError"] and "No space left" in told["OSError"] for told in ranks)
 
 
 # --- one process ------------------------------------------------------------------------------------------------------

@@ -148,6 +148,10 @@ def test_what_is_refused_before_training_leaves_no_trace(
     overwrite: bool, finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Refused by the data, when the learner is made, or in the first step: the old run is where it was."""
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "make_learner", lambda *_, **__: (_ for _ in ()).throw(UserError("not this")))
+        told(capsys, 2, main.main, *command(finished.parents[5] / "new"))
+    assert not (finished.parents[5] / "new").exists()
     before, logs = content(finished), finished.parents[4]
     option = ["--overwrite"] if overwrite else []
     told(capsys, 2, main.main, *command(logs, dataset="nowhere.npz"), *option)
@@ -218,9 +222,7 @@ def test_what_should_follow_the_result_is_made_by_a_resume(
         assert "is finished" in told(capsys, 2, main.main, "--resume", str(folder))
 
 
-def test_a_lost_terminal_saves_unless_it_is_ignored(made: tuple[Path, list[str]], tmp_path: Path) -> None:
-    second = made[1].index("step", made[1].index("rename"))
-    assert run(command(tmp_path / "lost"), die_at=second, how=signal.SIGHUP)[0] == 130
+def test_a_lost_terminal_that_is_ignored_stops_nothing() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
     try:
         with trainer.StopRequest() as stop:
@@ -306,7 +308,7 @@ def file_size() -> Iterator[Callable[[int], None]]:
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-@pytest.mark.parametrize("size", [0, 300, 1500, 3000, 10_000, 30_000])
+@pytest.mark.parametrize("size", [0, 300, 3000, 10_000, 30_000])
 def test_a_disk_that_is_full_ends_in_a_sentence(
     size: int, finished: Path, file_size: Callable[[int], None], capsys: pytest.CaptureFixture[str]
 ) -> None:

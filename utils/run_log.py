@@ -25,8 +25,8 @@ import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +82,8 @@ class RunLog:
     leaves no folder, and what it was to replace is back in its place.
     """
 
-    def __init__(self, folder: Path, lock: FolderLock, *, new: bool = False) -> None:
-        self.folder, self._lock, self._new = folder, lock, new
+    def __init__(self, folder: Path, lock: FolderLock, *, give_up: Callable[[], None] = lambda: None) -> None:
+        self.folder, self._lock, self._give_up = folder, lock, give_up
         self.log_path = text_log(folder)
         with ExitStack() as opened:
             self._handlers = _attach(self.log_path)
@@ -104,6 +104,7 @@ class RunLog:
         Raises UserError when the folder cannot be created, is being written, or is to be replaced and is no run's.
         """
         folder = Path(folder)
+        new_parents = [parent for parent in folder.parents if not parent.exists()]
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
             lock, notes = _claim(folder, overwrite)
@@ -116,9 +117,9 @@ class RunLog:
             try:
                 files = {CONFIG: config} | ({} if manifest is None else {MANIFEST: manifest})
                 create_folder(folder, {name: json_bytes(_plain(values)) for name, values in files.items()})
-                run = cls(folder, lock, new=True)
+                run = cls(folder, lock, give_up=lambda: _give_up(lock, new_parents))
             except BaseException:
-                _give_up(folder)
+                _give_up(lock, new_parents)
                 raise
         except BaseException:
             lock.release()
@@ -212,9 +213,8 @@ class RunLog:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         with ExitStack() as closing:
             closing.callback(self.close)
-            if kind is not None and self._new and _unbegun(self.folder):
-                closing.callback(_give_up, self.folder)
-            elif kind is not None:
+            if kind is not None:
+                self._give_up()
                 for note in waiting_notes(self.folder):
                     logger.warning(note)
 
@@ -454,11 +454,17 @@ def _make_way(folder: Path) -> list[str]:
     return waiting_notes(folder)
 
 
-def _give_up(folder: Path) -> None:
-    """Remove a new run that has recorded nothing; what it was to replace comes back."""
-    if folder.exists():
-        remove_folder(folder)
-    restore_replaced(folder)
+def _give_up(lock: FolderLock, new_parents: Sequence[Path]) -> None:
+    """Remove a new run that has recorded nothing, and the folders made for it; what it was to replace comes back."""
+    if lock.folder.exists() and not _unbegun(lock.folder):
+        return
+    remove_folder(lock.folder)
+    if restore_replaced(lock.folder) is None and new_parents:
+        lock.path.unlink()
+        lock.release()
+        for parent in new_parents:
+            with suppress(OSError):  # another process has put something there
+                parent.rmdir()
 
 
 def _half_made(folder: Path) -> bool:
@@ -471,7 +477,8 @@ def _half_made(folder: Path) -> bool:
 def _unbegun(folder: Path) -> bool:
     """Whether a run has recorded nothing yet: no event, no checkpoint."""
     at_first = {CONFIG, MANIFEST, METRICS, TENSORBOARD, TABLE}
-    return {path.name for path in folder.iterdir()} <= at_first and (folder / METRICS).stat().st_size == 0
+    empty = not (folder / METRICS).exists() or (folder / METRICS).stat().st_size == 0
+    return empty and {path.name for path in folder.iterdir()} <= at_first
 
 
 def _cut_metrics(path: Path, size: int) -> None:
