@@ -183,7 +183,7 @@ class RunLog:
         return self._replace(name, json_bytes(_plain(values)))
 
     def manifest(self, values: Mapping[str, Any]) -> Path:
-        """Write `manifest.json`: what the run was made with (versions, weights, class order, data, device)."""
+        """Write `manifest.json`: what the run was made with, and in which sessions (`utils/manifest.py`)."""
         return self.write_json(MANIFEST, values)
 
     def result(self, values: Mapping[str, Any]) -> Path:
