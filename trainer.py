@@ -112,6 +112,11 @@ def resume(folder: Path, world: World = ALONE) -> list[dict[str, Any]]:
         Interrupted: stopped by a signal, after saving.
     """
     config, command = read_config(folder), read_manifest(folder).command
+    if config.seed[1:] or config.seed[0] not in command.seeds:
+        raise UserError(
+            f"{folder / CONFIG} does not belong to this run any more: its seed is {_short(config.seed)}, and the run was "
+            f"started for one of {_short(command.seeds)}; set back what was edited"
+        )
     runs = [SeedRun(*row) for row in json.loads(world.on_main(lambda: json.dumps(seed_runs(folder, config, command))))]
     left = [run for run in runs if not run.complete]
     results = {run.seed: read_result(Path(run.folder)) for run in runs if run.complete}
