@@ -38,7 +38,8 @@ from utils.folders import FolderLock, remove_replaced
 from utils.manifest import MANIFEST, Command, read_manifest, this_session, timestamp
 from utils.metrics import seeds_table
 from utils.plots import draw_figures
-from utils.run_log import CONFIG, METRICS, RESULT, RunLog, SilentLog, folder_of, is_complete, waiting_notes
+from utils.run_folder import CONFIG, METRICS, RESULT, folder_of, is_complete, waiting_notes
+from utils.run_log import RunLog, SilentLog
 from utils.toolkit import out_of_memory_advice, peak_memory_mb, resolve_device, resolve_precision
 
 logger = logging.getLogger("nested_lora")
@@ -114,8 +115,8 @@ def resume(folder: Path, world: World = ALONE) -> list[dict[str, Any]]:
     config, command = read_config(folder), read_manifest(folder).command
     if config.seed[1:] or config.seed[0] not in command.seeds:
         raise UserError(
-            f"{folder / CONFIG} does not belong to this run any more: its seed is {_short(config.seed)}, and the run was "
-            f"started for one of {_short(command.seeds)}; set back what was edited"
+            f"{folder / CONFIG} does not belong to this run any more: its seed is {_short(config.seed)}, and the run "
+            f"was started for one of {_short(command.seeds)}; set back what was edited"
         )
     runs = [SeedRun(*row) for row in json.loads(world.on_main(lambda: json.dumps(seed_runs(folder, config, command))))]
     left = [run for run in runs if not run.complete]

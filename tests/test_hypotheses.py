@@ -27,7 +27,8 @@ from utils.hypotheses_figure import hypotheses_figure, hypotheses_png
 from utils.report import write_report
 from utils.report_data import tabulate
 from utils.report_tables import hypotheses_table
-from utils.run_log import RESULT, folder_of
+from utils.run_folder import folder_of
+from utils.run_log import RESULT
 from utils.sweep import load_sweep
 
 QUANTILE = 0.95 / math.sqrt(2 * 0.975 * 0.025)  # 0.975 of Student's t with 2 degrees of freedom

@@ -16,7 +16,8 @@ from tqdm import tqdm
 
 from utils.config import ClassIncrementalConfig, RunConfig
 from utils.errors import UserError
-from utils.run_log import RunLog, attach_console, folder_of, read_accuracy_csv, read_metrics, scalars
+from utils.run_folder import folder_of
+from utils.run_log import RunLog, attach_console, read_accuracy_csv, read_metrics, scalars
 
 logger = logging.getLogger("nested_lora")
 

@@ -179,7 +179,7 @@ def test_a_checkpoint_of_other_splits_is_refused(
     (folder_of(tmp_path) / "config.json").write_text(json.dumps(config | {"held_out_pairs": 3}))
     capsys.readouterr()
     assert main.main(["--resume", str(folder_of(tmp_path))]) == 2
-    assert "does not belong to this run: its splits_sha256" in capsys.readouterr().err
+    assert "held_out_pairs was 2, is 3" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------------------------

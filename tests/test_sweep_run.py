@@ -25,7 +25,8 @@ from models import SCHEMAS
 from tests.conftest import ROOT, TINY
 from tests.crash import outcome
 from utils.config_files import load_config
-from utils.run_log import RESULT, folder_of
+from utils.run_folder import folder_of
+from utils.run_log import RESULT
 from utils.sweep_engines import ENGINES, Job, Needs, Outcome, lock
 
 TABLE = {

@@ -7,7 +7,7 @@
         ...
         remove_replaced(folder)         # the new one is finished
 
-The folder of a run is made by `utils/run_log.py`, that of a sweep by `utils/sweep_folder.py`.
+Those of runs are claimed by `utils/run_folder.py`, that of a sweep by `utils/sweep_folder.py`.
 """
 
 from __future__ import annotations

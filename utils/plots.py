@@ -48,7 +48,8 @@ from utils.errors import UserError
 from utils.files import read_json, replace_file
 from utils.gate_figures import beta_evolution_figure, beta_heatmap_figure, beta_layers_figure
 from utils.grid_figures import few_shot_figure, training_figure, zero_shot_figure
-from utils.run_log import ACCURACY, CONFIG, FIGURES, METRICS, RESULT, read_accuracy_csv, read_metrics
+from utils.run_folder import ACCURACY, CONFIG, FIGURES, METRICS, RESULT
+from utils.run_log import read_accuracy_csv, read_metrics
 
 
 def draw_figures(run_folder: Path) -> list[Path]:

@@ -20,13 +20,12 @@ import json
 import logging
 import math
 import os
-import shlex
 import shutil
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -35,44 +34,28 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 from tqdm import tqdm
 
-from utils.config import RunConfig
 from utils.errors import UserError
 from utils.files import json_bytes, naming, replace_file
-from utils.folders import (
-    FolderLock,
-    Held,
-    create_folder,
-    numbered,
-    remove_folder,
-    replaced_folders,
-    restore_replaced,
-    set_aside,
-    text_log,
+from utils.folders import FolderLock, create_folder, text_log
+from utils.manifest import MANIFEST
+from utils.run_folder import (
+    ACCURACY,
+    CONFIG,
+    METRICS,
+    RESULT,
+    TABLE,
+    TENSORBOARD,
+    claim,
+    give_up,
+    make_way,
+    waiting_notes,
 )
-from utils.manifest import MANIFEST, read_manifest
 
 logger = logging.getLogger("nested_lora")
-
-CONFIG = "config.json"
-RESULT = "result.json"
-METRICS = "metrics.jsonl"
-ACCURACY = "accuracy.csv"
-TENSORBOARD = "tb"
-FIGURES = "figures"
-TABLE = "metrics.csv"
 
 _FORMAT = "%(asctime)s [%(filename)s] => %(message)s"
 _POSITION_FIELDS = {"task", "epoch", "step"}  # where in the run an event happened: not values to draw
 _NUMBERED_FIELDS = {"block", "adapter"}  # numbers that say what an event is about: part of its tag
-
-
-def folder_of(config: RunConfig, seed: int) -> Path:
-    """Where one seed of a configuration is recorded: its `folder_names` below `logs_root`.
-
-    Slashes inside a name become dashes: every name is one level.
-    """
-    names = config.folder_names(seed)
-    return Path(config.logs_root).joinpath(*(name.replace("/", "-").replace("\\", "-") for name in names))
 
 
 class RunLog:
@@ -82,8 +65,8 @@ class RunLog:
     leaves no folder, and what it was to replace is back in its place.
     """
 
-    def __init__(self, folder: Path, lock: FolderLock, *, give_up: Callable[[], None] = lambda: None) -> None:
-        self.folder, self._lock, self._give_up = folder, lock, give_up
+    def __init__(self, folder: Path, lock: FolderLock, *, undo: Callable[[], None] = lambda: None) -> None:
+        self.folder, self._lock, self._undo = folder, lock, undo
         self.log_path = text_log(folder)
         with ExitStack() as opened:
             self._handlers = _attach(self.log_path)
@@ -107,25 +90,24 @@ class RunLog:
         new_parents = [parent for parent in folder.parents if not parent.exists()]
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
-            lock, notes = _claim(folder, overwrite)
+            lock, notes = claim(folder, overwrite)
         except OSError as error:
             raise UserError(f"cannot create {folder}: {error.strerror}; logs_root must be a writable folder") from error
         folder = lock.folder
-        try:
+        files = {CONFIG: config} | ({} if manifest is None else {MANIFEST: manifest})
+        with ExitStack() as failed:
+            failed.callback(lock.release)
             if overwrite:
-                notes += _make_way(folder)
-            try:
-                files = {CONFIG: config} | ({} if manifest is None else {MANIFEST: manifest})
+                notes += make_way(folder)
+            with ExitStack() as unmade:
+                unmade.callback(give_up, lock, new_parents)
                 create_folder(folder, {name: json_bytes(_plain(values)) for name, values in files.items()})
-                run = cls(folder, lock, give_up=lambda: _give_up(lock, new_parents))
-            except BaseException:
-                _give_up(lock, new_parents)
-                raise
-        except BaseException:
-            lock.release()
-            raise
-        for note in notes:
-            logger.warning(note)
+                run = cls(folder, lock, undo=lambda: give_up(lock, new_parents))
+                unmade.pop_all()
+            failed.push(run)
+            for note in notes:
+                logger.warning(note)
+            failed.pop_all()
         return run
 
     @classmethod
@@ -141,15 +123,15 @@ class RunLog:
         if not (folder / CONFIG).is_file():
             raise UserError(f"{folder} is not a run folder: it holds no {CONFIG}")
         lock = lock or FolderLock(folder).acquire()
-        try:
+        with ExitStack() as failed:
+            failed.callback(lock.release)
             _cut_metrics(folder / METRICS, metrics_bytes)
             shutil.rmtree(folder / TENSORBOARD, ignore_errors=True)
             run = cls(folder, lock)
+            failed.push(run)
             for event in read_metrics(folder):
                 run._views.add(event)
-        except BaseException:
-            lock.release()
-            raise
+            failed.pop_all()
         return run
 
     @property
@@ -214,7 +196,7 @@ class RunLog:
         with ExitStack() as closing:
             closing.callback(self.close)
             if kind is not None:
-                self._give_up()
+                self._undo()
                 for note in waiting_notes(self.folder):
                     logger.warning(note)
 
@@ -249,16 +231,6 @@ class SilentLog(RunLog):
 
     def _replace(self, name: str, content: bytes) -> Path:
         return self.folder / name
-
-
-def is_complete(folder: Path) -> bool:
-    """Whether nothing of a run is missing: its result, its figures, and the end of what it replaces.
-
-    Raises UserError when its manifest is damaged.
-    """
-    if not (folder / RESULT).exists() or not (folder / FIGURES).is_dir() or replaced_folders(folder):
-        return False
-    return read_manifest(folder).finished is not None
 
 
 def attach_console() -> logging.Handler | None:
@@ -402,83 +374,6 @@ def _attach(log_path: Path) -> list[logging.Handler]:
     logger.setLevel(logging.INFO)
     logger.addHandler(text_log)
     return [text_log] if console is None else [text_log, console]
-
-
-def _claim(folder: Path, overwrite: bool) -> tuple[FolderLock, list[str]]:
-    """The lock of the first free of `folder`, `folder_2`, ...; what to say of those that are taken.
-
-    With `overwrite` that of `folder` itself; UserError when another process has it.
-    """
-    notes: list[str] = []
-    for candidate in numbered(folder):
-        lock = FolderLock(candidate)
-        try:
-            lock.acquire()
-        except Held:
-            if overwrite:
-                raise
-            notes.append(f"{candidate} is being written by {lock.holder}")
-            continue
-        restore_replaced(candidate)
-        if _half_made(candidate):
-            remove_folder(candidate)
-        if overwrite or not (os.path.lexists(candidate) or os.path.lexists(text_log(candidate))):
-            return lock, [*notes, f"this run goes to {candidate}"] if notes else []
-        lock.release()
-        notes += _taken_notes(candidate)
-    raise AssertionError("unreachable: the numbers do not end")
-
-
-def _taken_notes(folder: Path) -> list[str]:
-    """What to say of a folder that a new run leaves alone."""
-    if (folder / CONFIG).exists() and not (folder / RESULT).exists():
-        command = f"python main.py --resume {shlex.quote(str(folder))}"
-        return [f"{folder} has no {RESULT}: unfinished. To continue it: {command}", *waiting_notes(folder)]
-    return [f"{folder} is there already (--overwrite replaces it)", *waiting_notes(folder)]
-
-
-def waiting_notes(folder: Path) -> list[str]:
-    """Where the runs are that a run replaces, until it is finished; nothing where it replaces none."""
-    where = ", ".join(map(str, replaced_folders(folder)))
-    return [f"{where}: the run that {folder.name} replaces, removed when that is finished"] if where else []
-
-
-def _make_way(folder: Path) -> list[str]:
-    """Set a run's folder and text log aside; refuses a folder that holds other things than a run."""
-    if os.path.lexists(folder) and not (folder / CONFIG).is_file():
-        raise UserError(f"{folder} holds no {CONFIG}, so it is not a run folder: move it away, it is not overwritten")
-    if folder.is_dir():
-        set_aside(folder)
-    else:
-        remove_folder(folder)
-    return waiting_notes(folder)
-
-
-def _give_up(lock: FolderLock, new_parents: Sequence[Path]) -> None:
-    """Remove a new run that has recorded nothing, and the folders made for it; what it was to replace comes back."""
-    if lock.folder.exists() and not _unbegun(lock.folder):
-        return
-    remove_folder(lock.folder)
-    if restore_replaced(lock.folder) is None and new_parents:
-        lock.path.unlink()
-        lock.release()
-        for parent in new_parents:
-            with suppress(OSError):  # another process has put something there
-                parent.rmdir()
-
-
-def _half_made(folder: Path) -> bool:
-    """Whether a folder is what a process left that was killed before it had written a configuration."""
-    if not folder.is_dir() or folder.is_symlink():
-        return False
-    return {path.name for path in folder.iterdir()} <= {METRICS, TENSORBOARD, TABLE, f".{CONFIG}.tmp"}
-
-
-def _unbegun(folder: Path) -> bool:
-    """Whether a run has recorded nothing yet: no event, no checkpoint."""
-    at_first = {CONFIG, MANIFEST, METRICS, TENSORBOARD, TABLE}
-    empty = not (folder / METRICS).exists() or (folder / METRICS).stat().st_size == 0
-    return empty and {path.name for path in folder.iterdir()} <= at_first
 
 
 def _cut_metrics(path: Path, size: int) -> None:

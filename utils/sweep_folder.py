@@ -26,7 +26,7 @@ from pydantic import ValidationError
 
 from utils.errors import UserError
 from utils.files import read_json, write_json
-from utils.run_log import CONFIG, RESULT, folder_of
+from utils.run_folder import CONFIG, RESULT, folder_of
 from utils.sweep import Cell, Sweep
 from utils.sweep_engines import lock
 
