@@ -48,6 +48,7 @@ CHECKPOINTS = "checkpoints"
 ALONE = World()
 STATE: dict[str, Any] = {  # of a checkpoint: what each part must be
     "run": dict,
+    "data": dict,
     "config": dict,
     "learner": dict,
     "accuracy": dict,
@@ -195,7 +196,8 @@ def finish_run(folder: Path, world: World = ALONE) -> dict[str, Any]:
         differences = session.differences(manifest.sessions[-1])
         if differences:
             logger.warning(f"Not as in the session before, which manifest.json records: {', '.join(differences)}")
-        log.manifest(manifest.model_copy(update={"sessions": [*manifest.sessions, session]}).model_dump())
+        sessions = [*manifest.sessions, session]
+        log.manifest(manifest.model_copy(update={"sessions": sessions}).model_dump() | parts.manifest())
         run = Run(parts, log)
         if state is not None:
             with fitting(checkpoint):
