@@ -61,6 +61,8 @@ def write(folder: Path, runs: dict[str, dict[int, dict]], **given: dict[str, Any
 
 
 SMALL = runs_of(ours=[3.0, 5.5, 8.0], theirs=[1.0, 3.0, 5.0])  # differences 2, 2.5, 3
+for seed, result in SMALL["ours"].items():
+    result["cost"]["seconds"] += (-60, 0, 60)[seed]
 
 
 def p_of(t: float) -> float:
@@ -92,8 +94,8 @@ def test_an_answer_is_the_paired_difference() -> None:
         ([-1.0, 0.5, 2.0], "lower", "supported"),
         ([-1.0, 0.5, 2.0], "higher", "contradicted"),
         ([3.0, 6.0, 6.0], "higher", "undecided"),  # differences 2, 3, 1: 2 ± 2.48
-        ([1.0, 3.0, 5.0], "higher", "undecided"),  # the same in every seed
-        ([2.0, 4.0, 6.0], "higher", "supported"),  # exactly 1 more in every seed
+        ([1.0, 3.0, 5.0], "higher", "same in every seed"),
+        ([2.0, 4.0, 6.0], "higher", "same in every seed"),  # 1 more, without any spread
         ([3.0], "higher", "one seed"),
         ([None, None, None, 3.0], "higher", "no number"),
     ],
@@ -300,14 +302,20 @@ def test_the_section_follows_the_facts_in_both_texts(written: tuple[Path, list[P
 
 def test_numbers_are_shown_in_the_unit_of_their_heading() -> None:
     runs = runs_of(ours=[1.0] * 3, theirs=[1.0] * 3)
-    for result in runs["ours"].values():
-        result["cost"]["seconds"] += 120
+    for seed, result in runs["ours"].items():
+        result["cost"]["seconds"] += 60 * (seed + 1)
     answers = answers_of(runs, H1={**NEAR, "metric": "seconds"})
     entries = [entry.text for entry in hypotheses_table(answers).rows[0]]
     assert entries[1:] == [
-        "supported", "+2.00", "+2.00 to +2.00", "3", "<0.001", "minutes a run, ours against theirs", "12.0 ± 0.0",
+        "undecided", "+2.00", "-0.48 to +4.48", "3", "0.074", "minutes a run, ours against theirs", "12.0 ± 1.0",
         "10.0 ± 0.0",
     ]  # fmt: skip
+
+
+def test_a_difference_that_no_seed_changes_has_no_interval_and_no_p() -> None:
+    answers = answers_of(runs_of(ours=[3.0, 4.5, 6.0], theirs=[1.0, 2.5, 4.0]), H1=NEAR)
+    entries = [entry.text for entry in hypotheses_table(answers).rows[0]]
+    assert entries[1:6] == ["same in every seed", "+2.000", "–", "3", "–"]
 
 
 def test_one_seed_has_no_interval_and_no_p() -> None:
@@ -321,7 +329,7 @@ def test_hypotheses_about_runs_on_grids() -> None:
     entries = [entry.text for entry in hypotheses_table(answers_of(GRIDS, H1={"says": "nearer", **about})).rows[0]]
     compared = "distance, sharing tasks, sharing against no sharing"
     assert entries[:2] == ["H1: nearer", "supported"]
-    assert entries[6:] == [compared, "0.202 ± 0.001", "0.502 ± 0.001"]
+    assert entries[6:] == [compared, "0.202 ± 0.001", "0.504 ± 0.002"]
 
 
 def test_without_hypotheses_the_rest_of_the_report_is_the_same(

@@ -41,7 +41,7 @@ def grids(seed: int, iou: float, distance: float) -> dict:
 
 RUNS = {
     "sharing": {seed: grids(seed, 40 + 0.1 * seed, 0.2) for seed in SEEDS},
-    "no sharing": {seed: grids(seed, 38, 0.5) for seed in SEEDS},
+    "no sharing": {seed: grids(seed, 38, 0.5 + seed / 1000) for seed in SEEDS},
 }
 
 
@@ -59,10 +59,9 @@ def test_differences_know_which_direction_is_better() -> None:
     compared = cells[0].comparisons
     assert compared["unseen_iou"].verdict == "better" and compared["unseen_iou"].paired.mean == pytest.approx(2.2)
     assert compared["grassmann_shared"].verdict == "better" and compared["grassmann_shared"].paired.mean < 0
-    assert compared["unit_alignment"].verdict == "undecided"  # the same in both
-    assert compared["few_shot_steps"].verdict == "undecided"
+    assert compared["unit_alignment"].verdict == compared["few_shot_steps"].verdict == "same in every seed"
     (table,) = [table for table in difference_tables(cells, "no sharing") if table.caption.startswith("distance")]
-    assert "lower is better" in table.caption and table.rows[0][2].text == "-0.300"
+    assert "lower is better" in table.caption and table.rows[0][2].text == "-0.302"
     headings = main_table(cells).headings
     assert "few-shot steps" in headings and "peak memory (MB)" not in headings
 

@@ -181,6 +181,28 @@ def test_the_verdict_knows_which_way_is_better(metric, ours, verdict):
     assert best_cells(tabulate(runs, "base"), metric) == {"base" if verdict == "worse" else "ours"}
 
 
+def test_a_cell_that_the_seed_cannot_change_is_not_certain():
+    """A prototype method on one class order: every run has the same numbers, as has the baseline in its plasticity."""
+    runs = metric_runs("final", [50.0, 50.0, 50.0], [40.0, 40.0, 40.0])
+    runs["other"] = {seed: invented(seed, 40, final=42.0 + seed) for seed in range(3)}
+    cells = tabulate(runs, "base")
+    found = {cell.name: cell.comparisons["final"] for cell in cells if cell.comparisons}
+    assert found["ours"].verdict == "same in every seed" and found["ours"].p_holm is None
+    assert found["other"].p_holm == found["other"].paired.p_t  # alone in its family
+    row = next(row for row in difference_tables(cells, "base")[0].rows if row[0].text == "ours")
+    assert [entry.text for entry in row[1:]] == ["3", "+10.00", "–", "–", "–", "–", "same in every seed"]
+    assert not any(entry.strong for entry in row)
+    notes = " ".join(reading_notes(cells, "base"))
+    assert "ours (A_N); base (A_N)" in notes and '"same in every seed"' in notes
+    assert "1 same in every seed" in dict(facts(cells, "base", {}))["A_N against the baseline"]
+    rows = {row["cell"]: row for row in summary_rows(cells, "base") if row["metric"] == "final"}
+    none = ("low95", "high95", "difference_low95", "difference_high95", "p_t", "p_holm", "p_wilcoxon")
+    assert rows["ours"]["std"] == rows["ours"]["difference_std"] == 0 and {rows["ours"][key] for key in none} == {None}
+    assert list(sweep_figures(cells, "base", "no spread"))
+    varied = tabulate({name: runs[name] for name in ("other",)} | {"b": table_of_runs()["base"]}, None)
+    assert not any("every seed" in note for note in reading_notes(varied, None))
+
+
 def test_the_main_table_shows_mean_and_std_and_the_best():
     runs = metric_runs("final", [44.0, 45.0, 46.0], [40.0, 41.5, 43.0])
     table = main_table(tabulate(runs, "base"))

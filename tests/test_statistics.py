@@ -80,18 +80,29 @@ def test_one_pair_has_a_mean_alone():
     assert not result.excludes_zero
 
 
-@pytest.mark.parametrize(("offset", "p"), [(0.5, 0.0), (0.0, 1.0), (0.1, 0.0)])
-def test_equal_differences_are_a_point_without_warnings(offset, p):
+@pytest.mark.parametrize("offset", [0.5, 0.0, 0.1])
+def test_differences_that_no_seed_changes_have_no_interval_and_no_p(offset):
     """0.1 is no binary fraction: over values of different sizes the differences are equal only to rounding."""
     theirs = {seed: 10.3 * 3**seed for seed in range(6)}
     ours = {seed: value + offset for seed, value in theirs.items()}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         result = paired(ours, theirs)
-    assert (result.std, result.low, result.high) == (0.0, result.mean, result.mean)
-    assert result.mean == pytest.approx(offset) and result.p_t == p
-    assert result.excludes_zero == (offset != 0)
-    assert result.p_wilcoxon == pytest.approx(2 / 2**6 if offset else 1.0)
+    assert (result.n, result.std, result.same) == (6, 0.0, True)
+    assert result.mean == pytest.approx(offset)
+    assert [result.low, result.high, result.p_t, result.p_wilcoxon] == [None] * 4
+    assert not result.excludes_zero
+
+
+def test_a_mean_of_values_that_no_seed_changes_has_no_interval():
+    estimate = interval([70.1, 70.1, 70.1 * (1 + 2e-16)])
+    assert (estimate.mean, estimate.std, estimate.low, estimate.high) == (pytest.approx(70.1), 0.0, None, None)
+    assert estimate.same and not interval([70.1]).same and not interval([70.1, 70.2]).same
+
+
+def test_small_differences_that_are_not_rounding_are_tested():
+    result = paired(seeded([70.0, 70.00001, 70.0]), dict.fromkeys(range(3), 70.0))
+    assert not result.same and result.low < 0 < result.high and 0 < result.p_t < 1
 
 
 def test_the_signed_rank_test_is_exact_with_ties_and_zeros():

@@ -13,6 +13,7 @@ seed. The verdict follows from its 95 % interval:
     contradicted    it excludes zero on the other side
     undecided       it holds zero: these seeds do not tell
     one seed        a difference without an interval
+    same in every seed   the difference is one number, which no seed changes: there is no interval
     no number       no seed has both sides
 """
 
@@ -27,7 +28,7 @@ from utils.config import Text
 from utils.config_files import check_object, no_such
 from utils.quantities import Quantity
 from utils.report_data import Cell
-from utils.statistics import Estimate, Paired, holm, interval, paired
+from utils.statistics import SAME, Estimate, Paired, holm, interval, paired
 
 SUPPORTED, CONTRADICTED, UNDECIDED = "supported", "contradicted", "undecided"
 ONE_SEED, NO_NUMBER = "one seed", "no number"
@@ -62,7 +63,7 @@ class Answer:
         pairs: seed -> (value of the cell's side, of the other), for the seeds that have both.
         difference: the cell's side minus the other; None without pairs.
         p_holm: p of the paired t-test, adjusted over all hypotheses of the sweep; None where there is no p.
-        verdict: "supported", "contradicted", "undecided", "one seed" or "no number".
+        verdict: "supported", "contradicted", "undecided", "one seed", `SAME` or "no number".
         missing: why there is no number; "" where there is one.
     """
 
@@ -183,6 +184,8 @@ def _verdict(difference: Paired | None, expected: str) -> str:
         return NO_NUMBER
     if difference.n == 1:
         return ONE_SEED
+    if difference.same:
+        return SAME
     if not difference.excludes_zero:
         return UNDECIDED
     return SUPPORTED if (difference.mean > 0) == (expected == "higher") else CONTRADICTED

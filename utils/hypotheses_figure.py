@@ -30,7 +30,7 @@ COLOURS = {SUPPORTED: BLUE, CONTRADICTED: VERMILLION}  # other verdicts are grey
 PALE = "#a8a8a8"
 PANEL, AXES_HEIGHT = 4.7, 1.75  # inches: width of a panel with its margins, height of its axes
 TEXT_WIDTH, SIDE_WIDTH = 54, 24  # characters a line: above a panel, below each of its sides
-LONGEST_NAME = 30  # characters of a hypothesis's name
+LONGEST_NAME = 24  # characters of a hypothesis's name
 SMALL, LINE = 8.5, 11.0  # points: size of the text around a panel, and what a line of it takes
 HALF_MARK = 0.13  # of a mean, where the sides lie 1 apart
 

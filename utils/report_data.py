@@ -19,7 +19,7 @@ from typing import Any
 from utils.errors import UserError
 from utils.metrics import is_number
 from utils.quantities import CLASS_INCREMENTAL, Kind, kind_of
-from utils.statistics import Estimate, Paired, holm, interval, paired
+from utils.statistics import SAME, Estimate, Paired, holm, interval, paired
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,8 @@ class Comparison:
     Attributes:
         paired: the difference over the seeds that both have.
         p_holm: p of the paired t-test, adjusted over all cells compared with the baseline in this metric.
-        verdict: "better" or "worse" where the interval excludes zero, "undecided" where it does not, "one seed".
+        verdict: "better" or "worse" where the interval excludes zero, "undecided" where it does not; without an
+            interval "one seed" or `SAME`.
     """
 
     paired: Paired
@@ -159,6 +160,8 @@ def _compare(cells: Sequence[Cell], reference: Cell, metric: str) -> None:
 def _verdict(difference: Paired, lower_is_better: bool) -> str:
     if difference.n == 1:
         return "one seed"
+    if difference.same:
+        return SAME
     if not difference.excludes_zero:
         return "undecided"
     return "better" if (difference.mean < 0) == lower_is_better else "worse"

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from utils.hypotheses import CONTRADICTED, SUPPORTED, Answer
 from utils.quantities import Quantity
 from utils.report_data import Cell, best_cells
-from utils.statistics import Estimate
+from utils.statistics import SAME, Estimate
 
 ABSENT = "–"
 ALPHA = 0.05  # p values below it are counted as differences
@@ -155,6 +155,7 @@ def reading_notes(cells: Sequence[Cell], baseline: str | None, answers: Sequence
             "in this report; the intervals are not adjusted. p (Wilcoxon) is the exact signed-rank test, which "
             "supposes no normal distribution; with n seeds it cannot be below 2 / 2^n, 0.0625 for five.",
         ]
+    notes += _notes_on_sameness(cells, answers)
     if answers:
         notes.append(
             "A hypothesis is answered by the metric of its cell minus that of the other side, paired by seed, over the "
@@ -162,6 +163,25 @@ def reading_notes(cells: Sequence[Cell], baseline: str | None, answers: Sequence
             "(Student's t) excludes zero on the expected side, or on the other; "
             '"undecided" does not mean equal, it means that these seeds do not tell. p (Holm) is the two-sided paired '
             "t-test, adjusted for all hypotheses of this sweep; the intervals are not adjusted."
+        )
+    return notes
+
+
+def _notes_on_sameness(cells: Sequence[Cell], answers: Sequence[Answer]) -> list[str]:
+    """Why numbers and differences that no seed changes have no interval and no p; nothing where there are none."""
+    notes, names = [], cells[0].kind.compared
+    fixed = {cell.name: [names[m] for m in names if m in cell.estimates and cell.estimates[m].same] for cell in cells}
+    listed = "; ".join(f"{name} ({', '.join(metrics)})" for name, metrics in fixed.items() if metrics)
+    if listed:
+        notes.append(
+            f"The same number with every seed: {listed}. There ± 0 is no certainty: the seed does not reach that "
+            "number, so several runs say no more than one, and its mean has no interval."
+        )
+    verdicts = [comparison.verdict for cell in cells for comparison in cell.comparisons.values()]
+    if SAME in (*verdicts, *(answer.verdict for answer in answers)):
+        notes.append(
+            f'"{SAME}" says that a difference is one number, to rounding, whatever the seed: nothing in it varies by '
+            "chance, so there is nothing to test, no interval and no p, and Holm's adjustment leaves it out."
         )
     return notes
 
@@ -194,12 +214,14 @@ def _outcome(cells: Sequence[Cell], metric: str) -> str:
     """How the comparisons of a metric ended, in numbers; empty without comparisons that have an interval."""
     found = [cell.comparisons[metric] for cell in cells if metric in cell.comparisons]
     decided = [comparison for comparison in found if comparison.p_holm is not None]
+    same = sum(comparison.verdict == SAME for comparison in found)
+    untested = f"{same} {SAME}" if same else ""
     if not decided:
-        return ""
+        return untested
     counts = [f"{sum(c.verdict == verdict for c in decided)} {verdict}" for verdict in ("better", "worse", "undecided")]
     sure = sum(comparison.p_holm < ALPHA for comparison in decided)
     holm = f"{sure} of {len(decided)} differ after Holm's adjustment (p < {ALPHA})"
-    return f"{', '.join(counts)} by 95 % interval; {holm}"
+    return "; ".join(filter(None, [f"{', '.join(counts)} by 95 % interval", holm, untested]))
 
 
 def _seeds(cells: Sequence[Cell]) -> str:

@@ -40,6 +40,7 @@ from utils.canvas import (
 )
 from utils.quantities import BARS, CURVES, DIFFERENCES, TRADE_OFF
 from utils.report_data import Cell
+from utils.statistics import SAME
 
 FIGURES = (BARS, DIFFERENCES, CURVES, TRADE_OFF)  # in the order of the report
 MANY_CELLS = 12  # beyond, curves show the best alone, and labels beside points become numbers
@@ -48,7 +49,7 @@ LABEL_WIDTH = 44  # characters a line
 LONGEST_BESIDE = 24  # characters of a label that may stand beside its point
 LINE, LETTER = 0.155, 0.068  # inches that a line of text and a letter of it take
 PALE = "#c4c4c4"
-VERDICT_COLOURS = {"better": BLUE, "worse": VERMILLION, "undecided": GREY, "one seed": GREY}
+VERDICT_COLOURS = {"better": BLUE, "worse": VERMILLION, "undecided": GREY, SAME: GREY, "one seed": GREY}
 COLOURS = [c for c in map(to_hex, mpl.color_sequences["petroff10"]) if c not in ("#94a4a2", "#717581")]  # no greys
 MARKERS = "oDv^PX<>"
 HALO = [withStroke(linewidth=2.5, foreground="white")]  # keeps text readable on lines
@@ -185,7 +186,8 @@ def differences_figure(cells: Sequence[Cell], subtitle: str) -> Figure:
                 look, paired = _verdict_handle(comparison.verdict), comparison.paired
                 if paired.low is not None:
                     axes.plot([paired.low, paired.high], [y, y], color=look.get_color(), lw=2, solid_capstyle="butt")
-                axes.plot(paired.mean, y, "o", color=look.get_color(), mfc=look.get_markerfacecolor(), ms=6.5)
+                mark = {"marker": look.get_marker(), "mfc": look.get_markerfacecolor(), "ms": 6.5}
+                axes.plot(paired.mean, y, color=look.get_color(), **mark)
         axes.set_title(panel.title, loc="left", pad=5)
         axes.set_xlabel(f"difference ({panel.unit})")
         axes.margins(x=0.08)
@@ -246,8 +248,8 @@ def _draw_curve(axes: Axes, cell: Cell, look: Look, tasks: int, width: float) ->
 def _verdict_handle(verdict: str) -> Line2D:
     """How a comparison is drawn, for the legend: hollow where there is no interval."""
     label = "undecided: the interval holds zero" if verdict == "undecided" else verdict
-    look = {"mfc": "white", "lw": 0} if verdict == "one seed" else {"lw": 2}
-    return Line2D([], [], color=VERDICT_COLOURS[verdict], marker="o", label=label, **look)
+    look = {"mfc": "white", "lw": 0} if verdict in (SAME, "one seed") else {"lw": 2}
+    return Line2D([], [], color=VERDICT_COLOURS[verdict], marker="s" if verdict == SAME else "o", label=label, **look)
 
 
 def _figure_with_legend(labels: Sequence[str], title: str, subtitle: str) -> tuple[Figure, Axes]:
