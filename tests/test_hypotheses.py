@@ -18,6 +18,7 @@ import main
 from models import SCHEMAS
 from tests.conftest import ROOT
 from tests.drawn import assert_readable
+from tests.test_provenance import CHANGES, origins, record
 from tests.test_quantities import RUNS as GRIDS
 from tests.test_report import Page, invented
 from utils.canvas import BLUE, GREY, STYLE, VERMILLION
@@ -161,6 +162,18 @@ def test_a_number_that_is_missing_is_explained() -> None:
     assert found[1].missing.startswith('no run of "theirs" has a number "chance", there are final,')
     assert found[2].missing == 'no run of "crashed" has finished'
     assert found[3].missing == "no seed has both sides"
+
+
+def test_only_runs_of_the_same_provenance_are_paired(tmp_path: Path) -> None:
+    runs = runs_of(ours=[3.0, 5.5, 8.0], theirs=[1.0, 3.0, 5.0], other=[1.0, 2.5, 7.0])
+    was, _, now = origins(tmp_path, {}, {}, CHANGES[0][1]).values()
+    made = {"ours": {0: was, 1: was, 2: was}, "theirs": {0: now, 1: was, 2: was}, "other": dict.fromkeys(range(3), now)}
+    given = hypotheses_of(
+        list(runs), H1=NEAR, H2={**NEAR, "against": "other"}, H3={**without("against"), "against_metric": "final"}
+    )
+    found = answer(given, tabulate(runs, None, made))
+    assert [list(each.pairs) for each in found] == [[1, 2], [], [0, 1, 2]]
+    assert found[0].difference.n == 2 and found[1].verdict == "no number" and "provenance" in found[1].missing
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -372,6 +385,7 @@ def test_the_command_line_reports_on_the_hypotheses_of_the_file(tmp_path: Path) 
         for seed in sweep.seeds:
             folder = folder_of(cell.config, seed)
             folder.mkdir(parents=True)
+            record(folder, cell.resolved(seed))
             (folder / RESULT).write_text(json.dumps(invented(seed, 50 if cell.name == "ours" else 40)))
     assert main.main(["--sweep", str(path), "--set", logs_root, "--report"]) == 0
     summary = (sweep.folder / "summary.md").read_text()

@@ -10,6 +10,7 @@ import pytest
 from matplotlib.image import imread
 from scipy import stats
 
+from tests.test_provenance import CHANGES, origins
 from utils import report
 from utils.errors import UserError
 from utils.report import run_rows, summary_rows, write_report
@@ -231,6 +232,26 @@ def test_numbers_that_are_missing_or_not_finite_count_as_absent():
     ours = tabulate(runs, "base")[0]
     assert (ours.estimates["plasticity"].n, ours.comparisons["plasticity"].verdict) == (1, "one seed")
     assert "parameters_adapters" not in ours.estimates
+
+
+def test_runs_of_another_provenance_are_told_and_not_paired(tmp_path):
+    """Two seeds of the old code in both cells, a third of which only the baseline was run anew."""
+    was, _, now = origins(tmp_path, {}, {}, CHANGES[0][1]).values()
+    runs = metric_runs("final", [44.0, 45.1, 46.2], [40.0, 41.5, 42.0])
+    made = {"ours": {0: was, 1: was, 2: was}, "base": {0: was, 1: was, 2: now}}
+    old = {"ours, seed 2": ("code", "python main.py --config cells/ours_2.json --overwrite")}
+    told = {"baseline": "base", "commands": {}, "unfinished": {}, "origins": made, "outdated": old}
+    write_report(tmp_path, "ranks", "", runs, **told)
+    rows = {(row["cell"], row["metric"]): row for row in read_csv(tmp_path / "summary.csv")}
+    row = rows["ours", "final"]
+    assert (row["n"], row["paired_n"], float(row["difference"])) == ("3", "2", pytest.approx(3.8))
+    assert float(row["mean"]) == pytest.approx(45.1)
+    page = Page((tmp_path / "report.html").read_text()).text
+    for text in (page, (tmp_path / "summary.md").read_text()):
+        assert "ours and base, seed 2 (code)" in text and old["ours, seed 2"][1] in text
+    cells = tabulate(runs, "base", {"ours": dict.fromkeys(range(3), was), "base": dict.fromkeys(range(3), now)})
+    assert cells[0].comparisons == {} and difference_tables(cells, "base") == []
+    assert "differences.png" not in sweep_figures(cells, "base", "code")
 
 
 def test_one_seed_and_no_baseline(tmp_path):

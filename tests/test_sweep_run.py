@@ -24,6 +24,7 @@ import main
 from models import SCHEMAS
 from tests.conftest import ROOT, TINY
 from tests.crash import outcome
+from tests.test_provenance import record
 from utils.config_files import load_config
 from utils.run_folder import folder_of
 from utils.run_log import RESULT
@@ -108,13 +109,13 @@ def train(job: Job) -> Outcome:
     return Outcome(main.main(list(job.arguments)), "the last line")
 
 
-def pretend(job: Job) -> Outcome:
+def pretend(job: Job, **made_with: Any) -> Outcome:
     """A run folder with a result, and nothing trained."""
     assert job.arguments[0] == "--config"
     values = json.loads(Path(job.arguments[1]).read_text())
     folder = folder_of(load_config(job.arguments[1], [], SCHEMAS).config, values["seed"][0])
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(values))
+    record(folder, values, **made_with)
     (folder / RESULT).write_text(json.dumps({"metrics": {"final": 12.5}, "cost": {"seconds": 30.0}}))
     return Outcome(0, "")
 
@@ -314,6 +315,33 @@ def test_a_cell_that_is_renamed_leaves_its_runs(
     assert sweep() == 0
     assert f"No longer in the table, their runs stay in {sweep.folder}: nested\n" in capsys.readouterr().out
     assert sweep.run_folder("nested", 1).is_dir() and list(reports[-1].runs) == ["small", "matched adapter"]
+
+
+def test_a_sweep_that_goes_on_with_other_code_says_so(
+    sweep: Command, started: Started, reports: list[SimpleNamespace], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before the first run, from what is installed now; and in the report, from what all runs recorded."""
+    sweep.write(seeds=[1])
+    assert sweep() == 0
+    assert "changed" not in capsys.readouterr().out and reports[-1].outdated == {}
+    started.work = lambda job: pretend(job, code_sha256="0" * 64)
+    sweep.write()
+    assert sweep() == 0
+    shown = capsys.readouterr().out
+    begins, told = "The code changed between runs: ", "runs that differ in it"
+    before, after = shown.split("nested, seed 2: A_N")
+    for part in (before, after):
+        (line,) = [line for line in part.splitlines() if begins in line]
+        assert "nested, seed 1; matched adapter, seed 1," in line and told in line
+    again = {slug: f"python main.py --config {sweep.config(slug, 1)} --overwrite" for slug, _ in RUNS}
+    assert reports[-1].outdated == {
+        "nested, seed 1": ("code", again["nested"]),
+        "matched adapter, seed 1": ("code", again["matched-adapter"]),
+    }
+    assert {seed: origin.values["code"]["sha256"][0] for seed, origin in reports[-1].origins["nested"].items()} == {
+        1: "c",
+        2: "0",
+    }
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@
     answer(hypotheses, tabulate(runs, baseline))[0].verdict             # "supported"
 
 A hypothesis is about a difference: the metric of `cell` minus that of `against`, or minus `against_metric`, paired by
-seed. The verdict follows from its 95 % interval:
+seed, where both runs have the same provenance. The verdict follows from its 95 % interval:
 
     supported       the interval excludes zero on the expected side
     contradicted    it excludes zero on the other side
@@ -138,10 +138,10 @@ def answer(hypotheses: Mapping[str, Hypothesis], cells: Sequence[Cell]) -> list[
         cells: every cell of the sweep, of one kind.
     """
     by_name, kind = {cell.name: cell for cell in cells}, cells[0].kind
-    values = {
-        name: tuple(by_name[cell].values(metric) for cell, metric in hypothesis.sides)
-        for name, hypothesis in hypotheses.items()
-    }
+    values = {}
+    for name, hypothesis in hypotheses.items():
+        (cell, metric), (other, other_metric) = hypothesis.sides
+        values[name] = by_name[cell].sides(metric, by_name[other], other_metric)
     differences = {name: paired(ours, theirs) for name, (ours, theirs) in values.items()}
     adjusted = holm([difference and difference.p_t for difference in differences.values()])
     answers = []
@@ -202,6 +202,8 @@ def _why_no_number(hypothesis: Hypothesis, cells: Mapping[str, Cell]) -> str:
             there = f"has a number {_quoted(metric)}, there are {', '.join(cell.estimates)}"
             lacking.setdefault(there, []).append(name)
     reasons = [f"no run of {' or '.join(map(_quoted, names))} {lack}" for lack, names in lacking.items()]
+    if not reasons and cells[hypothesis.cell].unlike(cells[hypothesis.sides[1][0]]):
+        return "no seed has both sides from runs of the same provenance"
     return "; ".join(reasons) or "no seed has both sides"
 
 

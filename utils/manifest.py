@@ -9,9 +9,11 @@ A session is one process (or one group of them under torchrun) that worked on th
 is a run of its own, and the runs of one command share its id. `finished` is written last of all.
 """
 
+import hashlib
 import platform
 import subprocess
 from datetime import datetime
+from functools import cache
 from pathlib import Path
 from typing import Annotated
 
@@ -26,6 +28,7 @@ from utils.errors import UserError
 from utils.files import read_json
 
 MANIFEST = "manifest.json"
+CODE = ("*.py", "backbone/**/*.py", "models/**/*.py", "utils/**/*.py")  # what a run can execute
 
 
 class Command(BaseModel):
@@ -45,6 +48,7 @@ class Session(BaseModel):
 
     started: str
     commit: str | None
+    code_sha256: str
     versions: dict[str, str]
     device: str
     precision: str
@@ -86,19 +90,38 @@ def this_session(device: torch.device, precision: str, processes: int) -> Sessio
     return Session(
         started=timestamp(),
         commit=commit(),
-        versions={
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "torchvision": torchvision.__version__,
-            "timm": timm.__version__,
-            "numpy": np.__version__,
-            "safetensors": safetensors.__version__,
-        },
+        code_sha256=code_sha256(),
+        versions=versions(),
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} ({platform.machine()})",
         precision=precision,
         threads=torch.get_num_threads(),
         processes=processes,
     )
+
+
+def versions() -> dict[str, str]:
+    """Python's version, and those of the libraries that numbers depend on."""
+    return {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "torchvision": torchvision.__version__,
+        "timm": timm.__version__,
+        "numpy": np.__version__,
+        "safetensors": safetensors.__version__,
+    }
+
+
+@cache
+def code_sha256() -> str:
+    """SHA-256 over names and contents of the program's Python files, as they are when it is first asked for.
+
+    Unlike a commit it sees changes that were not committed, and does not change with a commit that touches no code.
+    """
+    root, digest = Path(__file__).resolve().parent.parent, hashlib.sha256()
+    for path in sorted({path for pattern in CODE for path in root.glob(pattern)}):
+        content = path.read_bytes()
+        digest.update(f"{path.relative_to(root).as_posix()} {len(content)}\n".encode() + content)
+    return digest.hexdigest()
 
 
 def timestamp() -> str:

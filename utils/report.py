@@ -29,6 +29,7 @@ from utils.files import replace_file
 from utils.hypotheses import Answer, Hypothesis, answer
 from utils.hypotheses_figure import CAPTION, hypotheses_png
 from utils.plots import DPI
+from utils.provenance import Provenance
 from utils.report_data import Cell, quantity_names, tabulate
 from utils.report_tables import difference_tables, facts, hypotheses_table, main_table, reading_notes, runs_table
 from utils.statistics import Paired
@@ -65,6 +66,8 @@ def write_report(
     commands: Mapping[str, str],
     unfinished: Mapping[str, str],
     hypotheses: Mapping[str, Hypothesis] | None = None,
+    origins: Mapping[str, Mapping[int, Provenance]] | None = None,
+    outdated: Mapping[str, tuple[str, str]] | None = None,
 ) -> list[Path]:
     """Write the report of a sweep into its folder, over an earlier one; returns the files.
 
@@ -77,11 +80,13 @@ def write_report(
         commands: cell name -> command that repeats it.
         unfinished: "cell, seed 1993" -> why there is no result.
         hypotheses: name -> hypothesis, about these cells; without any the report does not speak of them.
+        origins: cell name -> seed -> provenance of the run; only runs of the same one are paired.
+        outdated: "cell, seed 1993" -> (what it differs in from the newest runs, command that runs it again).
 
     Raises:
         UserError: the baseline is no cell, no run is finished, a result is damaged, or the folder cannot be written.
     """
-    cells = tabulate(runs, baseline)
+    cells = tabulate(runs, baseline, origins)
     answers = answer(hypotheses or {}, cells)
     figures = sweep_figures(cells, baseline, title)
     answered = hypotheses_png(answers, title) if answers else b""
@@ -98,6 +103,7 @@ def write_report(
         "pictures": [_picture(name, png, cells[0].kind.captions[name]) for name, png in figures.items()],
         "commands": commands,
         "unfinished": unfinished,
+        "outdated": outdated or {},
     }
     files = {
         "summary.csv": _csv(summary_rows(cells, baseline)),

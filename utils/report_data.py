@@ -4,6 +4,8 @@
     cells[0].estimates["final"].mean                        # A_N over the cell's seeds
     cells[0].comparisons["final"].paired.low                # lower end of the interval of A_N minus the baseline's
 
+Differences are paired by seed, and only between two runs of the same provenance (`utils/provenance.py`).
+
 A *cell* is a named configuration that was run with several seeds. Every table, figure and file of the report is made
 from this list and computes nothing itself.
 """
@@ -18,6 +20,7 @@ from typing import Any
 
 from utils.errors import UserError
 from utils.metrics import is_number
+from utils.provenance import Provenance
 from utils.quantities import CLASS_INCREMENTAL, Kind, kind_of
 from utils.statistics import SAME, Estimate, Paired, holm, interval, paired
 
@@ -46,12 +49,14 @@ class Cell:
         name: as the sweep's table has it.
         results: seed -> result.json of its finished runs, seeds ascending.
         kind: of its runs, and of all cells.
+        origins: seed -> provenance of its run, where it is known.
         comparisons: metric -> difference from the baseline; empty for the baseline, and where nothing is comparable.
     """
 
     name: str
     results: dict[int, Mapping[str, Any]]
     kind: Kind = CLASS_INCREMENTAL
+    origins: Mapping[int, Provenance] = field(default_factory=dict)
     comparisons: dict[str, Comparison] = field(default_factory=dict)
 
     @cached_property
@@ -75,9 +80,27 @@ class Cell:
         found = {seed: values.get(quantity) for seed, values in self.quantities.items()}
         return {seed: value for seed, value in found.items() if value is not None}
 
+    def unlike(self, other: Cell) -> dict[int, list[str]]:
+        """seed -> what the provenance of the two cells' runs differs in; seeds that can be paired are absent."""
+        common = [seed for seed in self.origins if seed in other.origins]
+        found = {seed: self.origins[seed].unlike(other.origins[seed]) for seed in common}
+        return {seed: kinds for seed, kinds in found.items() if kinds}
 
-def tabulate(runs: Mapping[str, Mapping[int, Mapping[str, Any]]], baseline: str | None) -> list[Cell]:
+    def sides(self, metric: str, other: Cell, other_metric: str) -> tuple[dict[int, float], dict[int, float]]:
+        """Own values and another cell's by seed, to be paired: own ones of another provenance are left out."""
+        unlike = self.unlike(other)
+        ours = {seed: value for seed, value in self.values(metric).items() if seed not in unlike}
+        return ours, other.values(other_metric)
+
+
+def tabulate(
+    runs: Mapping[str, Mapping[int, Mapping[str, Any]]],
+    baseline: str | None,
+    origins: Mapping[str, Mapping[int, Provenance]] | None = None,
+) -> list[Cell]:
     """The cells in the table's order, compared with the baseline where there is one.
+
+    origins: cell name -> seed -> provenance; runs that have none are taken to be alike.
 
     Raises:
         UserError: the baseline is no cell, no run is finished, or a result is not readable.
@@ -89,7 +112,8 @@ def tabulate(runs: Mapping[str, Mapping[int, Mapping[str, Any]]], baseline: str 
     kind = _common_kind(runs)
     for name, results in runs.items():
         _check_results(name, results, kind)
-    cells = [Cell(name, dict(sorted(results.items())), kind) for name, results in runs.items()]
+    known = origins or {}
+    cells = [Cell(name, dict(sorted(results.items())), kind, known.get(name, {})) for name, results in runs.items()]
     reference = next((cell for cell in cells if cell.name == baseline), None)
     if reference is not None:
         others = [cell for cell in cells if cell is not reference]
@@ -145,7 +169,7 @@ def _compare(cells: Sequence[Cell], reference: Cell, metric: str) -> None:
     """
     found = {}
     for cell in cells:
-        difference = paired(cell.values(metric), reference.values(metric))
+        difference = paired(*cell.sides(metric, reference, metric))
         if difference is not None and (metric == reference.kind.main or cell.tasks == reference.tasks):
             found[cell.name] = difference
     adjusted = dict(zip(found, holm([difference.p_t for difference in found.values()]), strict=True))

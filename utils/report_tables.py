@@ -156,6 +156,7 @@ def reading_notes(cells: Sequence[Cell], baseline: str | None, answers: Sequence
             "supposes no normal distribution; with n seeds it cannot be below 2 / 2^n, 0.0625 for five.",
         ]
     notes += _notes_on_sameness(cells, answers)
+    notes += _notes_on_provenance(cells, baseline, answers)
     if answers:
         notes.append(
             "A hypothesis is answered by the metric of its cell minus that of the other side, paired by seed, over the "
@@ -186,6 +187,24 @@ def _notes_on_sameness(cells: Sequence[Cell], answers: Sequence[Answer]) -> list
     return notes
 
 
+def _notes_on_provenance(cells: Sequence[Cell], baseline: str | None, answers: Sequence[Answer]) -> list[str]:
+    """Which runs are not paired, and why; nothing where all that could be are."""
+    by_name = {cell.name: cell for cell in cells}
+    compared = [(cell.name, baseline) for cell in cells if baseline in by_name]
+    compared += [(cell, other) for answer in answers for (cell, _), (other, _) in [answer.hypothesis.sides]]
+    left_out = [
+        f"{cell} and {other}, seed {seed} ({', '.join(kinds)})"
+        for cell, other in dict.fromkeys(compared)
+        for seed, kinds in by_name[cell].unlike(by_name[other]).items()
+    ]
+    if not left_out:
+        return []
+    return [
+        f"Left out of pairing, because the two runs differ in what is named: {'; '.join(left_out)}. Means are over all "
+        "finished runs, these too."
+    ]
+
+
 def _difference_row(cell: Cell, metric: str) -> list[Entry]:
     comparison = cell.comparisons[metric]
     paired = comparison.paired
@@ -207,7 +226,12 @@ def _why_not(cell: Cell, reference: Cell) -> str:
     """Why a cell is not compared with the baseline."""
     if not cell.results:
         return "no finished run"
-    return "no seed in common" if not cell.results.keys() & reference.results.keys() else "another number of tasks"
+    common = cell.results.keys() & reference.results.keys()
+    if not common:
+        return "no seed in common"
+    if common <= cell.unlike(reference).keys():
+        return "no two runs of the same provenance"
+    return "another number of tasks"
 
 
 def _outcome(cells: Sequence[Cell], metric: str) -> str:

@@ -26,6 +26,7 @@ from pydantic import ValidationError
 
 from utils.errors import UserError
 from utils.files import read_json, write_json
+from utils.provenance import Provenance, changes, outdated, read_provenance
 from utils.run_folder import CONFIG, RESULT, folder_of
 from utils.sweep import Cell, Sweep
 from utils.sweep_engines import lock
@@ -73,9 +74,18 @@ class Run:
         """Whether there is a result."""
         return (self.folder / RESULT).is_file()
 
+    @property
+    def again(self) -> str:
+        """The command that runs it once more, in its place."""
+        return shlex.join(["python", "main.py", "--config", str(self.config_path), "--overwrite"])
+
     def result(self) -> dict[str, Any]:
         """The content of its `result.json`."""
         return read_json(self.folder / RESULT)
+
+    def provenance(self) -> Provenance:
+        """The code, libraries, data and weights it was made with."""
+        return read_provenance(self.folder)
 
     def remove_leftovers(self) -> None:
         """Remove what a process killed before it wrote its configuration left: a new run would go beside it."""
@@ -154,11 +164,17 @@ def write_summary(sweep: Sweep, runs: Sequence[Run], unfinished: Mapping[str, st
     unfinished: label -> why there is no result.
     """
     results: dict[str, dict[int, dict[str, Any]]] = {cell.name: {} for cell in sweep.cells}
-    for run in runs:
-        if run.finished:
-            results[run.cell.name][run.seed] = run.result()
-    if not any(results.values()):
+    origins: dict[str, dict[int, Provenance]] = {cell.name: {} for cell in sweep.cells}
+    finished = sorted((run for run in runs if run.finished), key=lambda run: (run.folder / RESULT).stat().st_mtime_ns)
+    if not finished:
         return
+    for run in finished:
+        results[run.cell.name][run.seed] = run.result()
+        origins[run.cell.name][run.seed] = run.provenance()
+    by_label = {run.label: origins[run.cell.name][run.seed] for run in finished}
+    for sentence in changes(by_label):
+        logger.warning(f"{sentence}; runs that differ in it are not paired")
+    old = outdated(by_label)
     from utils.report import write_report  # here: only a sweep with results draws
 
     paths = write_report(
@@ -170,6 +186,8 @@ def write_summary(sweep: Sweep, runs: Sequence[Run], unfinished: Mapping[str, st
         hypotheses=sweep.hypotheses,
         commands={run.cell.name: _command(sweep, run) for run in runs[: len(sweep.cells)]},
         unfinished=unfinished,
+        origins=origins,
+        outdated={run.label: (", ".join(old[run.label]), run.again) for run in runs if run.label in old},
     )
     logger.info(f"Summary: {', '.join(map(str, paths))}")
 

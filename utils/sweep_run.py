@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from utils.config import RunConfig
 from utils.errors import UserError
+from utils.provenance import changes, present
 from utils.quantities import kind_of
 from utils.sweep import Sweep
 from utils.sweep_engines import ENGINES, STOPPED, Engine, Job, Needs, requests
@@ -66,6 +67,7 @@ def run_sweep(
             write_table(sweep, runs)
             for note, names in sweep.notes().items():
                 logger.info(f"{'; '.join(names)}: {note}")
+            tell_what_changed(runs)
             logger.info(f"{len(waiting)} of {len(runs)} runs to do, {chosen.jobs} at once; all is in {sweep.folder}")
             with StopRequest(sweep.folder / STOP) as stop:
                 troubles = run_all(chosen, sweep, waiting, len(runs), stop)
@@ -96,6 +98,13 @@ def report_sweep(sweep: Sweep) -> None:
         raise UserError(f"{sweep.folder} holds no finished run to report on; first run {sweep.command}")
     reasons = {run.label: "not finished" if run.started else NOT_STARTED for run in runs if not run.finished}
     write_summary(sweep, runs, reasons)
+
+
+def tell_what_changed(runs: Sequence[Run]) -> None:
+    """Warn before the first run where code or libraries are not those of the finished ones."""
+    finished = {run.label: run.provenance() for run in runs if run.finished}
+    for sentence in changes({**finished, "what runs now": present()}):
+        logger.warning(f"{sentence}; runs that differ in it will not be paired")
 
 
 def run_all(engine: Engine, sweep: Sweep, waiting: Sequence[Run], total: int, stop: "StopRequest") -> dict[str, str]:
