@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
 import shlex
 import sys
 from dataclasses import replace
@@ -137,7 +138,11 @@ def show_run(folder: Path, test: bool) -> None:
 
 
 def show_seeds(folders: list[Path]) -> None:
-    """Mean ± std over finished runs of one experiment with different seeds."""
+    """Mean ± std over finished runs of one experiment with different seeds.
+
+    Raises:
+        UserError: no run is finished, or the runs differ in more than their seed.
+    """
     from trainer import read_result
     from utils.errors import UserError
     from utils.metrics import seeds_table
@@ -147,7 +152,43 @@ def show_seeds(folders: list[Path]) -> None:
         print(f"left out, no result.json: {folder}")
     if not finished:
         raise UserError("none of the folders holds a finished run (a result.json)")
-    print(seeds_table([read_result(folder) for folder in finished]))
+    check_one_experiment(finished)
+    results = [read_result(folder) for folder in finished]
+    for folder, result in zip(finished, results, strict=True):
+        if not isinstance(result.get("metrics"), dict) or "seed" not in result:
+            raise UserError(f"{folder / 'result.json'} is damaged, it lacks its metrics or its seed: run it again")
+    print(seeds_table(results))
+
+
+def check_one_experiment(folders: list[Path]) -> None:
+    """Refuse runs that differ in more than their seed; other code or libraries are told.
+
+    Raises:
+        UserError: a seed stands twice, or configuration, data or weights differ.
+    """
+    from trainer import read_config
+    from utils.errors import UserError
+    from utils.provenance import changes, read_provenance
+
+    advice = "give runs that differ in their seed alone; a sweep compares experiments"
+    configs = {folder: read_config(folder) for folder in folders}
+    by_seed: dict[int, Path] = {}
+    first = folders[0]
+    for folder in folders:
+        both, seed = f"{first} and {folder}", configs[folder].seed[0]
+        if seed in by_seed:
+            raise UserError(f"{by_seed[seed]} and {folder} both have seed {seed}: give each seed once")
+        by_seed[seed] = folder
+        differing = configs[first].differing(configs[folder])
+        if differing:
+            listed = ", ".join(f"{key} ({json.dumps(a)} and {json.dumps(b)})" for key, (a, b) in differing.items())
+            raise UserError(f"{both} are different experiments, they differ in {listed}: {advice}")
+        ours, theirs = read_provenance(first).values, read_provenance(folder).values
+        other = [kind for kind in ("data", "weights") if ours.get(kind) != theirs.get(kind)]
+        if other:
+            raise UserError(f"{both} were run with other {' and '.join(other)} (the hashes differ): {advice}")
+    for sentence in changes({str(folder): read_provenance(folder) for folder in folders}):
+        print(f"note: {sentence}")
 
 
 def analyse_run(folder: Path, names: list[str], images_per_class: int | None) -> None:

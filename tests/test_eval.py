@@ -1,0 +1,83 @@
+"""`eval.py --run A B`: the mean over seeds of one experiment, and runs that are none; on invented folders."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import eval as evaluation
+from models import SCHEMAS
+from tests.conftest import ROOT
+from tests.test_provenance import CHANGES, record
+from tests.test_report import invented
+from utils.config_files import load_config
+
+
+def finished(folder: Path, seed: int, made_with: dict[str, Any] | None = None, **changes: Any) -> str:
+    """The folder of a finished run of exps/smoke.json with these changes."""
+    config = load_config(ROOT / "exps/smoke.json", [], SCHEMAS, [("test", {"seed": seed, **changes})]).config
+    record(folder, config.model_dump(mode="json"), **(made_with or {}))
+    (folder / "result.json").write_text(json.dumps(invented(seed, 40)))
+    return str(folder)
+
+
+def refused(capsys: pytest.CaptureFixture[str], *folders: str) -> str:
+    assert evaluation.main(["--run", *folders]) == 2
+    shown = capsys.readouterr()
+    assert "Mean" not in shown.out and len(shown.err.splitlines()) == 1
+    return shown.err
+
+
+def test_keys_that_change_no_number_may_differ(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = finished(tmp_path / "a", 1)
+    places = {"prefix": "other", "description": "other", "cache_root": "x", "cache_gb": 1.0, "num_workers": 0}
+    second = finished(tmp_path / "b", 2, logs_root="elsewhere", checkpoints="last", data_root="y", **places)
+    assert evaluation.main(["--run", first, second]) == 0
+    shown = capsys.readouterr().out
+    assert "over seeds 1, 2" in shown and "note" not in shown
+
+
+@pytest.mark.parametrize("changes", [{"batch_size": 2}, {"cache_views": 1}, {"rd_dim": 3, "precision": "bf16"}])
+def test_other_keys_are_named(changes: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folders = finished(tmp_path / "a", 1), finished(tmp_path / "b", 2), finished(tmp_path / "c", 3, **changes)
+    message = refused(capsys, *folders)
+    for key, value in changes.items():
+        assert key in message and json.dumps(value) in message
+    assert folders[0] in message and folders[2] in message and "prefix" not in message
+
+
+def test_another_method_is_another_experiment(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    second = load_config(ROOT / "exps/shared_subspace_small.json", [], SCHEMAS, [("test", {"seed": 2})]).config
+    record(tmp_path / "b")
+    (tmp_path / "b/config.json").write_text(second.model_dump_json())
+    (tmp_path / "b/result.json").write_text(json.dumps(invented(2, 40)))
+    message = refused(capsys, finished(tmp_path / "a", 1), str(tmp_path / "b"))
+    assert 'model_name ("sema" and "shared_subspace")' in message
+
+
+def test_a_seed_counts_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, second = finished(tmp_path / "a", 1), finished(tmp_path / "a_2", 1)
+    for twice in (second, first):
+        message = refused(capsys, first, finished(tmp_path / "b", 2), twice)
+        assert "seed 1" in message and twice in message
+
+
+@pytest.mark.parametrize(("kind", "changed"), CHANGES)
+def test_other_data_and_weights_are_refused_and_other_code_is_told(
+    kind: str, changed: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folders = finished(tmp_path / "a", 1), finished(tmp_path / "b", 2, changed)
+    if kind in ("data", "weights"):
+        assert kind in refused(capsys, *folders)
+    else:
+        assert evaluation.main(["--run", *folders]) == 0
+        shown = capsys.readouterr().out
+        assert f"The {kind} changed" in shown and "over seeds 1, 2" in shown
+
+
+def test_a_damaged_result_is_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folders = finished(tmp_path / "a", 1), finished(tmp_path / "b", 2)
+    for content in ("[]", "{}", '{"metrics": 3, "seed": 2}', "{"):
+        (tmp_path / "b/result.json").write_text(content)
+        assert str(tmp_path / "b") in refused(capsys, *folders)
