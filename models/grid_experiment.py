@@ -24,6 +24,7 @@ from utils.distributed import World
 from utils.errors import UserError
 from utils.grid_tables import SPLIT_NAMES, few_shot_table, zero_shot_table
 from utils.grid_tasks import HELD_OUT, UNSEEN, GridTasks
+from utils.quantities import KIND
 from utils.shared_losses import iou
 from utils.toolkit import seeded_generator
 
@@ -133,7 +134,7 @@ class GridScores(Scores):
     def result(self, summary: dict[str, Any]) -> dict[str, Any]:
         rows = [{key: value for key, value in row.items() if key != "seconds"} for row in self.values["few_shot"]]
         return {
-            "kind": "grids",
+            KIND: SharedSubspaceConfig.kind,
             "metrics": metrics_of(self.values),
             "zero_shot": self.values["zero_shot"],
             "few_shot": rows,

@@ -52,8 +52,8 @@ def _weight(default: float, description: str) -> Any:
 class SharedSubspaceConfig(RunConfig):
     """Do subspaces shared between tasks help on new combinations of them?"""
 
+    kind: ClassVar[str] = "grids"
     editable_keys: ClassVar[frozenset[str]] = RunConfig.editable_keys | {"save_every"}
-
     model_name: Literal["shared_subspace"] = Field("shared_subspace", description="The method.")
 
     colours: int = Field(5, ge=FEWEST_COLOURS, le=MOST_COLOURS, description="Colours there are, the background too.")

@@ -221,8 +221,10 @@ def sweep_file(folder: Path, **values: Any) -> Path:
 def test_all_mistakes_come_at_once_before_anything_is_written(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    bad = {**NEAR, "cell": "our", "expected": "less", "against": "their"}
-    path = sweep_file(tmp_path, hypotheses={"H1": bad, "H2": without("against"), "H3": NEAR, " ": NEAR}, baseline="x")
+    bad, good = {**NEAR, "cell": "our", "expected": "less", "against": "their"}, {**NEAR, "metric": "final"}
+    given = {"H1": bad, "H2": without("against"), "H3": good, " ": good, "H4": {**NEAR, "metric": "finl"}}
+    given["H5"] = {**good, "against_metric": "unseen_iou"}
+    path = sweep_file(tmp_path, hypotheses=given, baseline="x")
     assert main.main(["--sweep", str(path), "--set", f"logs_root={tmp_path}/logs"]) == 2
     message = capsys.readouterr().err
     for line in (
@@ -232,9 +234,11 @@ def test_all_mistakes_come_at_once_before_anything_is_written(
         'hypothesis "H1": against = "their": no such cell',
         'hypothesis "H2": against, against_metric: both are missing',
         "hypotheses: a name is empty",
+        'hypothesis "H4": metric = "finl": no such metric; did you mean "final"?; allowed: "final", "average", ',
+        'hypothesis "H5": against_metric = "unseen_iou": no such metric; allowed: "final", ',
     ):
         assert f"  - {line}" in message
-    assert "6 problems" in message and "H3" not in message and "Traceback" not in message
+    assert "8 problems" in message and "H3" not in message and "Traceback" not in message
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -246,9 +250,10 @@ def test_hypotheses_are_an_object_of_objects(tmp_path: Path, given: Any) -> None
 
 
 def test_a_sweep_has_its_hypotheses_and_records_them(tmp_path: Path) -> None:
-    sweep = load_sweep(sweep_file(tmp_path, hypotheses={"H1": NEAR}), [], SCHEMAS)
-    assert sweep.hypotheses["H1"].sides == (("ours", "score"), ("theirs", "score"))
-    assert sweep.table()["hypotheses"] == {"H1": {**NEAR, "against_metric": None}}
+    given = {**NEAR, "metric": "parameters_stored"}
+    sweep = load_sweep(sweep_file(tmp_path, hypotheses={"H1": given}), [], SCHEMAS)
+    assert sweep.hypotheses["H1"].sides == (("ours", "parameters_stored"), ("theirs", "parameters_stored"))
+    assert sweep.table()["hypotheses"] == {"H1": {**given, "against_metric": None}}
     assert load_sweep(sweep_file(tmp_path), [], SCHEMAS).hypotheses == {}
 
 

@@ -12,6 +12,7 @@ import main
 from models import SCHEMAS
 from tests.conftest import ROOT, TINY, TINY_GRIDS
 from utils.config_files import load_config
+from utils.quantities import KINDS, kind_of
 from utils.run_log import read_metrics
 
 SMOKE = str(ROOT / "exps/smoke.json")
@@ -69,6 +70,7 @@ def test_result_and_matrix_agree(finished: Path) -> None:
     assert metrics["final"] == pytest.approx(sum(rows[1]) / 2)  # tasks of equal size
     assert metrics["forgetting"] == pytest.approx(rows[0][0] - rows[1][0]) and metrics["bwt"] == -metrics["forgetting"]
     assert metrics["plasticity"] == pytest.approx((rows[0][0] + rows[1][1]) / 2)
+    assert kind_of(result) is KINDS[SCHEMAS["sema"].kind] and set(kind_of(result).metrics) == set(metrics)
     assert metrics["expansions"] == sum(result["adapters"].values()) - 6
     tasks = [event for event in read_metrics(finished) if event["event"] == "task"]
     assert [event["accuracy"] for event in tasks] == rows

@@ -200,6 +200,32 @@ def test_tables_that_cannot_be_run(tmp_path: Path, values: dict[str, Any], told:
     assert told in "\n".join(problems(tmp_path, **values))
 
 
+def test_experiments_of_different_kinds_are_no_table(tmp_path: Path) -> None:
+    grids = str(ROOT / "exps/shared_subspace_small.json")
+    cells = {"classes": {}, "grids": {"base": grids}, "more": {"base": grids, "alpha": 0.0}}
+    hypothesis = {"says": "?", "cell": "grids", "metric": "final", "expected": "higher", "against": "more"}
+    found = problems(tmp_path, cells=cells, hypotheses={"H1": hypothesis})
+    assert len(found) == 2
+    assert 'class_incremental: "classes"; grids: "grids", "more"' in found[0] and "a sweep of its own" in found[0]
+    assert found[1].startswith('hypothesis "H1": metric = "final": no such metric')
+    of_one_kind = {name: cells[name] for name in ("grids", "more")}
+    assert names(load(tmp_path, cells=of_one_kind, hypotheses={"H1": {**hypothesis, "metric": "unseen_iou"}}))
+
+
+def test_a_cell_that_differs_in_keys_without_effect_is_its_own_baseline(tmp_path: Path) -> None:
+    plain = {"ffn_adapter_type": "adaptmlp"}
+    cells = {"plain": plain, "rank 2": {**plain, "nested_lora_rank": 2}, "wide": {**plain, "ffn_num": 8}}
+    (problem,) = problems(tmp_path, cells=cells, baseline="plain")
+    assert 'cells "plain" and "rank 2": the same configuration' in problem and "nested_lora_rank" in problem
+
+
+def test_two_cells_of_one_name(tmp_path: Path) -> None:
+    path = tmp_path / "table.json"
+    path.write_text(f'{{"base": {json.dumps(SMOKE)}, "cells": {{"a": {{"rd_dim": 3}}, "a": {{"rd_dim": 4}}}}}}')
+    with pytest.raises(ConfigError, match="a: written twice"):
+        load_sweep(path, [], SCHEMAS)
+
+
 def test_a_file_that_is_no_sweep(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
     for content, told in ((None, "does not exist"), ("{", "not valid JSON"), ("{}", "base: missing")):

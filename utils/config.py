@@ -71,6 +71,7 @@ class RunConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
 
+    kind: ClassVar[str]  # of experiment, an entry of `KINDS` in utils/quantities.py: what its numbers are
     legacy_keys: ClassVar[dict[str, str]] = {}
     editable_keys: ClassVar[frozenset[str]] = frozenset(
         {"description", "prefix", "logs_root", "device", "grad_accumulation", "eval_batch_size"}
@@ -160,6 +161,7 @@ class RunConfig(BaseModel):
 class ClassIncrementalConfig(RunConfig):
     """The keys every class-incremental method has: data, tasks, and a pretrained backbone."""
 
+    kind: ClassVar[str] = "class_incremental"
     legacy_keys: ClassVar[dict[str, str]] = {
         "memory_size": "no exemplar memory",
         "memory_per_class": "no exemplar memory",

@@ -26,7 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from utils.config import Text
 from utils.config_files import check_object, no_such
-from utils.quantities import Quantity
+from utils.quantities import Kind, Quantity
 from utils.report_data import Cell
 from utils.statistics import SAME, Estimate, Paired, holm, interval, paired
 
@@ -128,6 +128,17 @@ def read_hypotheses(
         if not found:
             hypotheses[name] = Hypothesis(**checked.sound)
     return hypotheses, problems
+
+
+def unknown_metrics(hypotheses: Mapping[str, Hypothesis], kinds: Mapping[str, Kind]) -> Iterator[str]:
+    """A sentence for each metric that no run of its cell has; kinds: cell name -> kind, of the cells that have one."""
+    for name, hypothesis in hypotheses.items():
+        (cell, metric), (other, _) = hypothesis.sides
+        named = {"metric": (cell, metric), "against_metric": (other, hypothesis.against_metric)}
+        for key, (its, given) in named.items():
+            if its in kinds and given is not None and given not in kinds[its].names:
+                problem = no_such("metric", given, kinds[its].names)
+                yield f"hypothesis {_quoted(name)}: {key} = {_quoted(given)}: {problem}"
 
 
 def answer(hypotheses: Mapping[str, Hypothesis], cells: Sequence[Cell]) -> list[Answer]:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from utils.errors import UserError
 
 KIND = "kind"
+COSTS = ("parameters_adapters", "parameters_stored", "seconds", "peak_memory_mb")  # beside the metrics of any kind
 UNLISTED_DECIMALS = 3  # of a metric without an entry
 BARS, DIFFERENCES, CURVES, TRADE_OFF = "bars.png", "differences.png", "curves.png", "plasticity_forgetting.png"
 
@@ -47,7 +48,7 @@ class Kind(NamedTuple):
         main: the metric that every result must have: drawn as bars, and what "best" means.
         main_name: what sentences call it.
         bars: title and axis of the figure of bars.
-        metrics: names that every run of the kind has in its "metrics".
+        metrics: names of all numbers that a run of the kind may have in its "metrics".
         needed: parts of a result.json, with their types.
         quantities: of tables, in their order.
         panels: quantities whose differences are drawn.
@@ -71,6 +72,11 @@ class Kind(NamedTuple):
     def compared(self) -> dict[str, str]:
         """The quantities of tables of differences, and what they are called there."""
         return {name: quantity.compared for name, quantity in self.quantities.items() if quantity.compared}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every number of a run by name: what a hypothesis may be about."""
+        return (*self.metrics, *COSTS)
 
     def quantity(self, metric: str) -> Quantity:
         """How a metric is shown; one without an entry by its name."""
@@ -131,16 +137,26 @@ GRIDS = Kind(
     bars=("IoU on unseen compositions, zero-shot (%)", "IoU on compositions longer than any in training (%)"),
     metrics=(
         "train_iou",
+        "train_solved",
         "held_out_iou",
+        "held_out_solved",
         "unseen_iou",
         "unseen_solved",
+        "cka_shared",
+        "cka_other",
         "grassmann_shared",
         "grassmann_other",
         "grassmann_gap",
+        "grassmann_chance",
+        "probe_train",
+        "probe_held_out",
+        "probe_unseen",
+        "hidden_alignment",
+        "hidden_chance",
+        "hidden_aligned",
         "unit_alignment",
         "unit_chance",
-        "hidden_alignment",
-        "probe_unseen",
+        "unit_aligned",
         "few_shot_before",
         "few_shot_after",
         "few_shot_steps",

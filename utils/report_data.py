@@ -21,7 +21,7 @@ from typing import Any
 from utils.errors import UserError
 from utils.metrics import is_number
 from utils.provenance import Provenance
-from utils.quantities import CLASS_INCREMENTAL, Kind, kind_of
+from utils.quantities import CLASS_INCREMENTAL, COSTS, Kind, kind_of
 from utils.statistics import SAME, Estimate, Paired, holm, interval, paired
 
 
@@ -128,14 +128,8 @@ def measured(result: Mapping[str, Any]) -> dict[str, float | None]:
     What is absent, or no finite number, is None.
     """
     parameters, cost = result["parameters"], result["cost"]
-    values = {
-        **dict.fromkeys(kind_of(result).metrics),
-        **result["metrics"],
-        "parameters_adapters": parameters.get("adapters"),
-        "parameters_stored": parameters.get("stored"),
-        "seconds": cost.get("seconds"),
-        "peak_memory_mb": cost.get("peak_memory_mb"),
-    }
+    costs = (parameters.get("adapters"), parameters.get("stored"), cost.get("seconds"), cost.get("peak_memory_mb"))
+    values = {**dict.fromkeys(kind_of(result).metrics), **result["metrics"], **dict(zip(COSTS, costs, strict=True))}
     return {name: value if is_number(value) else None for name, value in values.items()}
 
 

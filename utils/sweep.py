@@ -25,9 +25,11 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from utils.config import RunConfig, Seeds, Text
 from utils.config_files import BASE_KEY, ConfigError, load_config, no_such, read_object
-from utils.hypotheses import Hypothesis, read_hypotheses
+from utils.hypotheses import Hypothesis, read_hypotheses, unknown_metrics
+from utils.quantities import KINDS
 
 SHAPING = {"base", "set", "cells", "grid"}  # keys without which there is no telling what the cells are
+MOST_NAMED = 4  # cells of a kind in a sentence
 LONGEST_SLUG = 120  # bytes; seed and backbone follow in a file name of at most 255
 OWNED = {
     "seed": 'the seeds of all cells stand in "seeds"',
@@ -168,7 +170,9 @@ def load_sweep(path: str | Path, overrides: Sequence[str], schemas: Mapping[str,
         except ConfigError as error:
             faults[plan.name] = error.problems
             footers.append(error.footer)
-    problems += [*_by_cell(faults, len(plans)), *_twins(cells)]
+    kinds = {cell.name: KINDS[cell.config.kind] for cell in cells}
+    problems += [*_by_cell(faults, len(plans)), *_mixed_kinds(cells), *_twins(cells)]
+    problems += unknown_metrics(hypotheses, kinds)
     if problems:
         raise ConfigError(str(path), problems, "\n".join(dict.fromkeys(filter(None, footers))))
 
@@ -277,15 +281,28 @@ def _by_cell(faults: Mapping[str, Sequence[str]], cells: int) -> list[str]:
     ]
 
 
+def _mixed_kinds(cells: Sequence[Cell]) -> Iterator[str]:
+    """Experiments whose numbers are different things."""
+    names: dict[str, list[str]] = {}
+    for cell in cells:
+        names.setdefault(cell.config.kind, []).append(_quoted(cell.name))
+    if len(names) > 1:
+        each = "; ".join(f"{kind}: {', '.join(its[:MOST_NAMED])}" for kind, its in names.items())
+        yield f"cells of different kinds of experiments ({each}): allowed: one kind, each has a sweep of its own"
+
+
 def _twins(cells: Sequence[Cell]) -> Iterator[str]:
-    """Cells with the same configuration: one of them is a mistake."""
+    """Cells with the same configuration, but for names and for keys that change nothing: one of them is a mistake."""
     first: dict[str, int] = {}
     for number, cell in enumerate(cells):
-        values = cell.config.model_dump(mode="json", exclude={"prefix", "description"})
+        idle = {key: type(cell.config).model_fields[key].default for key in cell.config.idle_keys()}
+        values = {**cell.config.model_dump(mode="json", exclude={"prefix", "description"}), **idle}
         other = first.setdefault(json.dumps(values, sort_keys=True), number)
         if other != number:
             both = f"cells {_quoted(cells[other].name)} and {_quoted(cell.name)}"
-            yield f"{both}: the same configuration; leave one out"
+            unused = sorted({*cells[other].config.idle_keys(), *idle})
+            but = f", but for keys that change nothing here ({', '.join(unused)})" if unused else ""
+            yield f"{both}: the same configuration{but}; leave one out"
 
 
 def _quoted(text: str) -> str:
