@@ -1,6 +1,5 @@
 """Tests of `utils.sweep_engines`: one process at a time with a small stand-in for main.py, machines in numbers, Ray."""
 
-import fcntl
 import json
 import os
 import signal
@@ -21,7 +20,6 @@ from utils.sweep_engines import (
     available_memory_gb,
     execute,
     jobs_at_once,
-    lock,
     visible_gpus,
 )
 
@@ -105,27 +103,6 @@ def test_nothing_is_started_once_a_stop_was_asked_for(job: MakeJob) -> None:
     made.stop.write_bytes(b".")
     assert execute(made) == (130, "stopped before it started")
     assert not made.output.exists()
-
-
-def test_a_run_is_not_started_twice_at_once(job: MakeJob) -> None:
-    made = job("print('started')")
-    made.output.parent.mkdir()
-    with open(made.output, "ab") as held:
-        assert lock(held)
-        assert execute(made).code == 1 and "another process" in execute(made).last_line
-    assert execute(made) == (0, "started")
-
-
-def test_the_lock_lives_as_long_as_the_process_does(job: MakeJob) -> None:
-    """The sweep may be killed: what it started goes on and holds the lock by itself."""
-    made = job("import os, sys\nif os.fork() == 0:\n    open(sys.argv[1])", "held")  # the child waits for a writer
-    held = made.working_folder / "held"
-    os.mkfifo(held)
-    assert execute(made).code == 0
-    with open(made.output, "ab") as file:
-        assert not lock(file)
-        open(held, "wb").close()
-        fcntl.flock(file, fcntl.LOCK_EX)  # comes back once the child has ended
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ Most run the command line's `main` in this process in place of one of its own, w
 Ctrl-C and Ray are tried with real processes.
 """
 
+import errno
 import json
 import os
 import shutil
@@ -21,14 +22,16 @@ from typing import Any
 import pytest
 
 import main
+import utils.sweep_folder
 from models import SCHEMAS
 from tests.conftest import ROOT, TINY
 from tests.crash import outcome
 from tests.test_provenance import record
 from utils.config_files import load_config
-from utils.run_folder import folder_of
-from utils.run_log import RESULT
-from utils.sweep_engines import ENGINES, Job, Needs, Outcome, lock
+from utils.errors import UserError
+from utils.folders import FolderLock
+from utils.run_folder import RESULT, folder_of
+from utils.sweep_engines import ENGINES, Job, Needs, Outcome
 
 TABLE = {
     "description": "what it is for",
@@ -55,6 +58,7 @@ def wait(learner):
 
 Learner.stopping = wait
 """
+RESULTS = {"metrics": {"final": 12.5}, "curve": [12.5], "parameters": {}, "weights": {}, "cost": {"seconds": 30.0}}
 RUNS = [("nested", 1), ("matched-adapter", 1), ("nested", 2), ("matched-adapter", 2)]
 
 
@@ -82,6 +86,11 @@ class Command:
 
     def config(self, slug: str, seed: int) -> Path:
         return self.folder / f"cells/{slug}_{seed}.json"
+
+
+def anew(config: Path) -> tuple[str, ...]:
+    """The arguments of a run that is started, not resumed."""
+    return ("--config", str(config), "--overwrite")
 
 
 class Started(list):
@@ -116,7 +125,7 @@ def pretend(job: Job, **made_with: Any) -> Outcome:
     folder = folder_of(load_config(job.arguments[1], [], SCHEMAS).config, values["seed"][0])
     folder.mkdir(parents=True)
     record(folder, values, **made_with)
-    (folder / RESULT).write_text(json.dumps({"metrics": {"final": 12.5}, "cost": {"seconds": 30.0}}))
+    (folder / RESULT).write_text(json.dumps(RESULTS))
     return Outcome(0, "")
 
 
@@ -165,7 +174,7 @@ def files(folder: Path) -> dict[Path, bytes]:
 
 def test_runs_go_seed_by_seed_from_configs_that_stand_alone(sweep: Command, started: Started) -> None:
     assert sweep() == 0
-    assert started == [("--config", str(sweep.config(*run))) for run in RUNS]
+    assert started == [anew(sweep.config(*run)) for run in RUNS]
     for slug, seed in RUNS:
         config = json.loads(sweep.config(slug, seed).read_text())
         assert (config["prefix"], config["seed"]) == (slug, [seed])
@@ -244,7 +253,7 @@ def test_what_is_finished_is_skipped(sweep: Command, started: Started, reports: 
     shutil.rmtree(sweep.run_folder("nested", 2))
     started.clear()
     assert sweep() == 0
-    assert started == [("--config", str(sweep.config("nested", 2)))]
+    assert started == [anew(sweep.config("nested", 2))]
     started.clear()
     assert sweep() == 0
     assert started == [] and len(reports) == 3
@@ -256,7 +265,7 @@ def test_new_cells_and_seeds_are_run_beside_the_finished(sweep: Command, started
     started.clear()
     sweep.write()
     assert sweep() == 0
-    assert started == [("--config", str(sweep.config(*run))) for run in RUNS[1:]]
+    assert started == [anew(sweep.config(*run)) for run in RUNS[1:]]
 
 
 def test_a_broken_run_is_resumed_to_the_same_end(sweep: Command, started: Started) -> None:
@@ -374,6 +383,97 @@ def test_overwrite_begins_anew(sweep: Command, started: Started) -> None:
     started.clear()
     assert sweep("--overwrite") == 0
     assert len(started) == 4 and not (sweep.folder / "summary.md").exists()
+    assert not replaced(sweep).exists()
+
+
+def replaced(sweep: Command) -> Path:
+    """Where the results are that a sweep replaces and has not finished replacing."""
+    return sweep.folder.with_name("table.replaced")
+
+
+def test_old_results_wait_until_the_new_sweep_is_finished(
+    sweep: Command, started: Started, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One run of the new sweep fails, is tried again, and then all of it is there."""
+    assert sweep() == 0
+    (sweep.folder / "summary.md").write_text("old")
+    before = {path.relative_to(sweep.folder): content for path, content in files(sweep.folder).items()}
+    started.work = lambda job: Outcome(1, "failed") if "nested_2" in job.arguments[1] else pretend(job)
+    assert sweep("--overwrite") == 1
+    kept = {path.relative_to(replaced(sweep)): content for path, content in files(replaced(sweep)).items()}
+    assert kept == before and not (sweep.folder / "summary.md").exists()
+    assert str(replaced(sweep)) in capsys.readouterr().out
+    assert sweep() == 1 and replaced(sweep).is_dir() and str(replaced(sweep)) in capsys.readouterr().out
+    started.work = pretend
+    assert sweep() == 0 and not replaced(sweep).exists() and str(replaced(sweep)) not in capsys.readouterr().out[-200:]
+
+
+def test_a_refusal_leaves_old_results_where_they_were(
+    sweep: Command, started: Started, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An engine that cannot be had; a disk that is full as the new table is written."""
+    assert sweep() == 0
+    before = files(sweep.folder)
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert "requirements-ray.txt" in refused(sweep, capsys, "--overwrite", "--engine", "ray")
+    assert files(sweep.folder) == before
+
+    def full(path: Path, values: Any) -> Path:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(utils.sweep_folder, "write_json", full)
+    started.clear()
+    message = refused(sweep, capsys, "--overwrite")
+    assert "No space left" in message and "python main.py --sweep" in message
+    assert files(sweep.folder) == before and not replaced(sweep).exists() and started == []
+
+
+def test_results_set_aside_by_a_process_that_was_killed_come_back(sweep: Command, started: Started) -> None:
+    assert sweep() == 0
+    before = files(sweep.folder)
+    sweep.folder.rename(replaced(sweep))
+    started.clear()
+    assert sweep() == 0 and started == []
+    assert files(sweep.folder) == before and not replaced(sweep).exists()
+
+
+def test_one_process_runs_a_sweep(sweep: Command, started: Started, capsys: pytest.CaptureFixture[str]) -> None:
+    def while_it_runs(job: Job) -> Outcome:
+        with pytest.raises(UserError, match=f"table is being written by process {os.getpid()}"):
+            FolderLock(sweep.folder).acquire()
+        return pretend(job)
+
+    started.work = while_it_runs
+    assert sweep() == 0
+    started.clear()
+    for options in ((), ("--overwrite",)):
+        with FolderLock(sweep.folder):
+            assert f"process {os.getpid()}" in refused(sweep, capsys, *options)
+    assert started == [] and sweep("--report") == 0
+
+
+DEEP = b'{"cells":' + b"[" * 100_000
+
+
+@pytest.mark.parametrize(
+    "content", [b"[]", b"{}", b"\xff{}", b'{"metrics": 3, "cells": [4], "versions": 1}', DEEP, None]
+)
+@pytest.mark.parametrize("name", ["sweep.json", RESULT, "manifest.json"])
+def test_a_damaged_file_of_a_sweep_is_named(
+    name: str, content: bytes | None, sweep: Command, started: Started, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also a folder in its place. Nothing is started, nothing is written."""
+    sweep.write(seeds=[1])
+    assert sweep() == 0
+    sweep.write()
+    started.clear()
+    path = (sweep.folder if name == "sweep.json" else sweep.run_folder("nested", 1)) / name
+    path.unlink()
+    path.mkdir() if content is None else path.write_bytes(content)
+    before = files(sweep.folder)
+    for options in ((), ("--report",)):
+        assert str(path) in refused(sweep, capsys, *options)
+    assert files(sweep.folder) == before and started == []
 
 
 def test_overwrite_removes_no_folder_of_another_kind(
@@ -392,11 +492,10 @@ def test_a_sweep_whose_runs_still_go_on_is_left_alone(
     assert sweep() == 0
     shutil.rmtree(sweep.run_folder("nested", 1))
     started.clear()
-    log = sweep.folder / "logs/nested_1.txt"
-    log.parent.mkdir()
-    with open(log, "ab") as held:
-        assert lock(held)
-        assert f"the run that writes {log} still goes on" in refused(sweep, capsys, *options)
+    folder = sweep.run_folder("nested", 1)
+    with FolderLock(folder):
+        message = refused(sweep, capsys, *options)
+    assert str(folder) in message and f"process {os.getpid()}" in message
     assert started == [] and sweep.run_folder("nested", 2).is_dir()
     assert sweep(*options) == 0 and started
 
@@ -411,7 +510,21 @@ def test_an_engine_that_cannot_be_had_leaves_nothing(
 
 def test_a_folder_that_cannot_be_made(sweep: Command, started: Started, capsys: pytest.CaptureFixture[str]) -> None:
     sweep.folder.parent.parent.write_text("a file")
-    assert "logs_root must be a writable folder" in refused(sweep, capsys)
+    message = refused(sweep, capsys)
+    assert str(sweep.folder.parent.parent) in message and "a file stands where a folder is needed" in message
+
+
+@pytest.mark.parametrize("part", ["cells", "logs", "stop"])
+def test_something_else_where_a_sweep_writes(
+    part: str, sweep: Command, started: Started, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert sweep() == 0
+    shutil.rmtree(sweep.folder / part, ignore_errors=True)
+    (sweep.folder / part).mkdir() if part == "stop" else (sweep.folder / part).write_text("a file")
+    shutil.rmtree(sweep.run_folder("nested", 1))
+    started.clear()
+    message = refused(sweep, capsys)
+    assert str(sweep.folder / part) in message and "where a" in message and started == []
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -496,6 +609,44 @@ def test_a_machine_that_is_lost_is_a_failure_of_its_run(
     assert reports[0].unfinished["nested, seed 1"] == "RuntimeError: the node is gone"
 
 
+def test_a_run_that_failed_on_a_full_disk_says_so(
+    sweep: Command, started: Started, reports: list[SimpleNamespace], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its last words may be lost: they go to the same disk. Or its output cannot be opened at all."""
+
+    def submit(job: Job) -> Future:
+        future: Future = Future()
+        if job.output.name == "nested_2.txt":
+            future.set_result(pretend(job))
+        elif "nested" in job.output.name:
+            future.set_exception(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(job.output)))
+        else:
+            future.set_result(Outcome(120, "it printed nothing"))
+        return future
+
+    started.submit = submit
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=100))
+    assert sweep() == 1
+    (report,) = reports
+    assert "No space left" in report.unfinished["nested, seed 1"]
+    assert "exit code 120" in report.unfinished["matched adapter, seed 1"]
+    assert "is full" in report.unfinished["matched adapter, seed 1"]
+
+
+def test_a_report_that_cannot_be_written_does_not_hide_what_ran(
+    sweep: Command, started: Started, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise UserError("cannot write the report")
+
+    monkeypatch.setitem(sys.modules, "utils.report", SimpleNamespace(write_report=refuse))
+    started.work = lambda job: Outcome(1, "failed") if "nested_2" in job.arguments[1] else pretend(job)
+    assert sweep() == 2
+    shown = capsys.readouterr()
+    assert shown.err.endswith("cannot write the report\n")
+    assert "1 failed, 3 of 4 runs are finished" in shown.out and "nested, seed 2: exit code 1" in shown.out
+
+
 def test_without_a_finished_run_there_is_no_summary(
     sweep: Command, started: Started, reports: list[SimpleNamespace]
 ) -> None:
@@ -535,7 +686,7 @@ def test_an_error_of_ours_stops_the_runs_before_it_is_told(sweep: Command, start
     second: Future = Future()
 
     def until_asked(stop: Path) -> None:
-        while not stop.exists():
+        while not stop.stat().st_size:
             time.sleep(0.01)
         second.set_result(Outcome(130, ""))
 
@@ -577,7 +728,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on_to_the_same_end(tmp_path: Pat
 
     started.work = lambda job: train(job) if "--resume" in job.arguments else pretend(job)
     assert sweep() == 0
-    assert started == [("--resume", str(folder)), ("--config", str(sweep.config("second", 1)))]
+    assert started == [("--resume", str(folder)), anew(sweep.config("second", 1))]
     assert main.main(["--config", str(sweep.config("first", 1)), "--set", f"logs_root={tmp_path}/whole"]) == 0
     assert outcome(folder) == outcome(tmp_path / "whole" / folder.relative_to(sweep.folder / "runs"))
 

@@ -28,11 +28,11 @@ WAYS_OUT = {
 }
 
 
-def os_error_sentence(error: OSError) -> str:
-    """What the operating system refused, with the path and what to do."""
+def os_error_sentence(error: OSError, go_on: str = "go on with --resume where a run had begun") -> str:
+    """What the operating system refused, with the path and what to do; go_on: how, once it is mended."""
     where = f"{error.filename}: " if error.filename is not None else ""
     way_out = WAYS_OUT.get(error.errno, "check the path and its disk")
-    return f"{where}{error.strerror or error}; {way_out}, then go on with --resume where a run had begun"
+    return f"{where}{error.strerror or error}; {way_out}, then {go_on}"
 
 
 def exit_code(run: Callable[[], int | None], tells: Callable[[], bool] = lambda: True) -> int:

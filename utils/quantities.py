@@ -221,7 +221,7 @@ def kind_of(result: Mapping[str, Any]) -> Kind:
         UserError: it names a kind that is not known.
     """
     name = result.get(KIND, "class_incremental")
-    if name not in KINDS:
+    if not isinstance(name, str) or name not in KINDS:
         raise UserError(
             f"a result.json is of kind {name!r}; allowed: {', '.join(KINDS)}; run it again with this program"
         )

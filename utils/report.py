@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 
-from utils.errors import UserError
+from utils.errors import UserError, os_error_sentence
 from utils.files import replace_file
 from utils.hypotheses import Answer, Hypothesis, answer
 from utils.hypotheses_figure import CAPTION, hypotheses_png
@@ -120,7 +120,8 @@ def write_report(
             (folder / name).unlink(missing_ok=True)  # of an earlier report
         return [replace_file(folder / name, content) for name, content in files.items()]
     except OSError as error:
-        raise UserError(f"cannot write the report into {folder}: {error.strerror}; it must be writable") from error
+        go_on = "write it again: add --report to the sweep's command"
+        raise UserError(f"cannot write the report into {folder}: {os_error_sentence(error, go_on)}") from error
 
 
 def summary_rows(cells: Sequence[Cell], baseline: str | None) -> list[dict[str, Any]]:

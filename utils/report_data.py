@@ -196,17 +196,28 @@ def _common_kind(runs: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> Kind:
     return kind
 
 
+def fault_of(result: Mapping[str, Any], kind: Kind) -> str | None:
+    """What a finished run's result.json lacks to be reported on, or None; kind: what it should be of."""
+    if kind_of(result) is not kind:
+        return "it is of another kind of experiment"
+    lacking = next((key for key, form in kind.needed.items() if not isinstance(result.get(key), form)), None)
+    if lacking is not None:
+        return f'it has no "{lacking}"'
+    if not is_number(result["metrics"].get(kind.main)):
+        return f"it has no {kind.main_name}"
+    if "curve" in kind.needed and not (result["curve"] and all(map(is_number, result["curve"]))):
+        return 'its "curve" holds something else than numbers'
+    return None
+
+
 def _check_results(name: str, results: Mapping[int, Mapping[str, Any]], kind: Kind) -> None:
     """Refuse results that lack a part, and a cell whose runs differ in their number of tasks."""
     advice = "remove that run's folder and run the sweep again"
     for seed, result in results.items():
-        for key, form in kind.needed.items():
-            if not isinstance(result.get(key), form):
-                raise UserError(f'cell "{name}", seed {seed}: result.json is damaged, it has no "{key}"; {advice}')
-        if not is_number(result["metrics"].get(kind.main)):
-            raise UserError(f'cell "{name}", seed {seed}: result.json is damaged, it has no {kind.main_name}; {advice}')
+        if fault := fault_of(result, kind):
+            raise UserError(f'cell "{name}", seed {seed}: result.json is damaged, {fault}; {advice}')
     tasks = {seed: tasks_of(result) for seed, result in results.items()}
-    if 0 in tasks.values() or len(set(tasks.values())) > 1:
+    if len(set(tasks.values())) > 1:
         each = ", ".join(f"{number} with seed {seed}" for seed, number in tasks.items())
         raise UserError(f'cell "{name}": its runs must have the same number of tasks, they have {each}; {advice}')
 

@@ -22,14 +22,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from utils.errors import UserError
-
-try:
-    import fcntl
-except ImportError:  # not on Windows: there a run is not locked
-    fcntl = None
 
 MAIN = Path(__file__).resolve().parent.parent / "main.py"
 CGROUP = Path("/sys/fs/cgroup")  # where Linux says what a container may use
@@ -57,7 +52,7 @@ class Job:
     """One process to run.
 
     arguments: of `main.py`; paths are relative to `working_folder`.
-    output: file that gets what the process prints; locked while it runs.
+    output: file that gets what the process prints.
     stop: file whose length counts the requests to stop.
     gpu: whether the process is given a GPU of its own, where there is one.
     """
@@ -193,14 +188,11 @@ def execute(job: Job, gpu: str | None = None) -> Outcome:
 
     The process is the leader of its own group, so a Ctrl-C in the terminal does not reach it. It is stopped with
     SIGTERM, which runs answer as they answer Ctrl-C: Ray's workers block SIGINT, and their processes inherit that.
-    The output file is locked by the process itself: the lock lasts as long as it lives, whatever becomes of us.
     """
     if requests(job.stop):
         return Outcome(STOPPED, "stopped before it started")
     job.output.parent.mkdir(parents=True, exist_ok=True)
     with open(job.output, "ab") as output:
-        if not lock(output):
-            return Outcome(1, f"another process is at work on this run and writes {job.output}")
         start = output.tell()
         process = subprocess.Popen(
             [sys.executable, str(MAIN), *job.arguments],
@@ -235,19 +227,6 @@ def requests(stop: Path) -> int:
         return stop.stat().st_size
     except FileNotFoundError:
         return 0
-
-
-def lock(file: IO[bytes]) -> bool:
-    """Lock an open file; False where another process holds the lock. Where there are no locks always True."""
-    if fcntl is None:
-        return True
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True
-    return True
 
 
 def jobs_at_once(cores: int, memory: float, gpus: int, *, threads: int, memory_gb: float) -> int:

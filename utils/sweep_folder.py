@@ -15,8 +15,8 @@
 
 import json
 import logging
+import os
 import shlex
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,10 +26,12 @@ from pydantic import ValidationError
 
 from utils.errors import UserError
 from utils.files import read_json, write_json
+from utils.folders import FolderLock, remove_folder, replaced_folders, restore_replaced, set_aside
 from utils.provenance import Provenance, changes, outdated, read_provenance
+from utils.quantities import KINDS
+from utils.report_data import fault_of
 from utils.run_folder import CONFIG, RESULT, folder_of
 from utils.sweep import Cell, Sweep
-from utils.sweep_engines import lock
 
 logger = logging.getLogger("nested_lora")
 
@@ -72,7 +74,7 @@ class Run:
     @property
     def finished(self) -> bool:
         """Whether there is a result."""
-        return (self.folder / RESULT).is_file()
+        return (self.folder / RESULT).exists()
 
     @property
     def again(self) -> str:
@@ -80,17 +82,16 @@ class Run:
         return shlex.join(["python", "main.py", "--config", str(self.config_path), "--overwrite"])
 
     def result(self) -> dict[str, Any]:
-        """The content of its `result.json`."""
-        return read_json(self.folder / RESULT)
+        """The content of its `result.json`. Raises UserError when it is damaged."""
+        path = self.folder / RESULT
+        result = read_json(path)
+        if fault := fault_of(result, KINDS[self.cell.config.kind]):
+            raise UserError(f"{path} is damaged, {fault}: run it again with {self.again}")
+        return result
 
     def provenance(self) -> Provenance:
         """The code, libraries, data and weights it was made with."""
         return read_provenance(self.folder)
-
-    def remove_leftovers(self) -> None:
-        """Remove what a process killed before it wrote its configuration left: a new run would go beside it."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-        self.folder.with_name(f"{self.folder.name}.log").unlink(missing_ok=True)
 
 
 def all_runs(sweep: Sweep) -> list[Run]:
@@ -102,12 +103,16 @@ def survey(sweep: Sweep) -> list[Run]:
     """Every run of the table, seed by seed; none of them started with another configuration.
 
     Raises:
-        UserError: a run folder was made with another configuration than its cell now has.
+        UserError: a run folder was made with another configuration than its cell now has, or one of its files is
+            damaged.
     """
     runs = all_runs(sweep)
     for run in runs:
         if run.started:
             _check_unchanged(run)
+        if run.finished:
+            run.result(), run.provenance()
+    _names_before(sweep)
     return runs
 
 
@@ -115,47 +120,59 @@ def refuse_running(sweep: Sweep) -> None:
     """Refuse to touch the folder while any of its runs is at work, also one whose sweep was killed.
 
     Raises:
-        UserError: a process holds the lock on its output.
+        UserError: a process holds the lock of a run's folder.
     """
-    for path in sorted((sweep.folder / "logs").glob("*.txt")):
-        with open(path, "ab") as file:
-            if not lock(file):
-                raise UserError(f"{sweep.folder}: the run that writes {path} still goes on; wait for it, or stop it")
+    for path in sorted((sweep.folder / "runs").rglob(".*.lock")):
+        with FolderLock(path.with_name(path.name[1 : -len(".lock")])):
+            pass
 
 
-def remove(sweep: Sweep) -> None:
-    """Remove the sweep's folder.
-
-    Raises:
-        UserError: the folder holds other things than a sweep.
-    """
-    folder = sweep.folder
-    if folder.is_dir() and not (folder / TABLE).is_file() and any(folder.iterdir()):
-        raise UserError(f"{folder} holds no {TABLE}, so it is not a sweep's: move it away, it is not overwritten")
-    if folder.exists():
-        shutil.rmtree(folder)
-
-
-def write_table(sweep: Sweep, runs: Sequence[Run]) -> None:
+def begin(sweep: Sweep, runs: Sequence[Run], overwrite: bool) -> None:
     """Write `sweep.json` and the configuration of every run; cells that left the table are named in the log.
 
+    With `overwrite` the sweep's earlier folder is set aside first (`utils/folders.py`), and is back where this fails.
+
     Raises:
-        UserError: the folder cannot be created.
+        UserError: the folder to be replaced holds other things than a sweep.
+        OSError: the folder cannot be written.
     """
-    path = sweep.folder / TABLE
-    if path.is_file():
-        before = [cell["name"] for cell in read_json(path)["cells"]]
-        gone = [name for name in before if name not in {cell.name for cell in sweep.cells}]
-        if gone:
-            logger.warning(f"No longer in the table, their runs stay in {sweep.folder}: {'; '.join(gone)}")
+    folder = sweep.folder
+    replaces = overwrite and os.path.lexists(folder)
+    if replaces:
+        if not (folder / TABLE).is_file():
+            raise UserError(f"{folder} holds no {TABLE}, so it is no sweep's: move it away, it is not overwritten")
+        set_aside(folder)
+    gone = [name for name in _names_before(sweep) if name not in {cell.name for cell in sweep.cells}]
+    if gone:
+        logger.warning(f"No longer in the table, their runs stay in {folder}: {'; '.join(gone)}")
     try:
-        (sweep.folder / "cells").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        problem = f"cannot create {sweep.folder}: {error.strerror}"
-        raise UserError(f"{problem}; logs_root must be a writable folder") from error
-    for run in runs:
-        write_json(run.config_path, run.cell.resolved(run.seed))
-    write_json(path, sweep.table())
+        for part in ("cells", "logs"):
+            (folder / part).mkdir(parents=True, exist_ok=True)
+        write_json(folder / TABLE, sweep.table())
+        for run in runs:
+            write_json(run.config_path, run.cell.resolved(run.seed))
+    except OSError:
+        if replaces:
+            remove_folder(folder)
+            restore_replaced(folder)
+        raise
+
+
+def tell_replaced(sweep: Sweep) -> None:
+    """Say where the results lie that the sweep replaces, until all its runs are finished."""
+    for path in replaced_folders(sweep.folder):
+        logger.warning(f"{path}: the results that this sweep replaces, removed when all its runs are finished")
+
+
+def _names_before(sweep: Sweep) -> list[str]:
+    """The cells that the table had when it was last run. Raises UserError when its `sweep.json` is damaged."""
+    path = sweep.folder / TABLE
+    if not path.exists():
+        return []
+    try:
+        return [str(cell["name"]) for cell in read_json(path)["cells"]]
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged, it lists no cells: remove it, it is written anew") from error
 
 
 def write_summary(sweep: Sweep, runs: Sequence[Run], unfinished: Mapping[str, str]) -> None:

@@ -9,11 +9,14 @@ What it leaves behind is described in `utils/sweep_folder.py`.
 """
 
 import logging
+import os
 import shlex
+import shutil
 import signal
 from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -21,16 +24,18 @@ from typing import Any
 from tqdm import tqdm
 
 from utils.config import RunConfig
-from utils.errors import UserError
+from utils.errors import UserError, os_error_sentence
+from utils.folders import FolderLock, remove_replaced, restore_replaced
 from utils.provenance import changes, present
 from utils.quantities import kind_of
 from utils.sweep import Sweep
 from utils.sweep_engines import ENGINES, STOPPED, Engine, Job, Needs, requests
-from utils.sweep_folder import Run, all_runs, refuse_running, remove, survey, write_summary, write_table
+from utils.sweep_folder import Run, all_runs, begin, refuse_running, survey, tell_replaced, write_summary
 
 logger = logging.getLogger("nested_lora")
 
 STOP = "stop"
+FULL = 2**20  # bytes left on a disk on which little can be written any more
 NOT_STARTED, CUT_SHORT = "not started", "stopped"  # why a run has no result, apart from failures
 
 
@@ -44,27 +49,39 @@ def run_sweep(
         engine: a name in `ENGINES`.
         jobs: runs at once; None for as many as fit.
         address: of a Ray cluster; None starts a Ray of our own.
-        overwrite: remove the sweep's folder first.
+        overwrite: run everything anew; what there was is set aside until that is finished.
 
     Returns:
         The exit code: 0 everything is finished, 1 some runs failed, 130 stopped before the end.
 
     Raises:
-        UserError: a cell is not what its run folder was made with, runs of the sweep still go on, or the engine
-            cannot be had; nothing was started.
+        UserError: a cell is not what its run folder was made with, the sweep or a run of it still goes on, or the
+            engine cannot be had, and nothing was started; or the disk refused something.
     """
+    again = command(sweep, engine, jobs, address)
+    try:
+        sweep.folder.parent.mkdir(parents=True, exist_ok=True)
+        with FolderLock(sweep.folder):
+            return _run_locked(
+                sweep, engine, Needs(sweep.threads, sweep.memory_gb, jobs, False, address), overwrite, again
+            )
+    except OSError as error:
+        raise UserError(os_error_sentence(error, f"go on with {again}")) from error
+
+
+def _run_locked(sweep: Sweep, engine: str, needs: Needs, overwrite: bool, again: str) -> int:
+    """`run_sweep` by the one process that has the sweep's folder; again: the command that goes on with it."""
     refuse_running(sweep)
+    restore_replaced(sweep.folder)
     runs = all_runs(sweep) if overwrite else survey(sweep)
     waiting = [run for run in runs if overwrite or not run.finished]
     troubles: dict[str, str] = {}
     stopped = False
     if waiting:
-        gpu = any(wants_gpu(run.cell.config) for run in waiting)
-        chosen = ENGINES[engine](Needs(sweep.threads, sweep.memory_gb, jobs, gpu, address))
-        with chosen:
-            if overwrite:
-                remove(sweep)
-            write_table(sweep, runs)
+        needs = replace(needs, gpu=any(wants_gpu(run.cell.config) for run in waiting))
+        with ENGINES[engine](needs) as chosen:
+            begin(sweep, runs, overwrite)
+            tell_replaced(sweep)
             for note, names in sweep.notes().items():
                 logger.info(f"{'; '.join(names)}: {note}")
             tell_what_changed(runs)
@@ -73,10 +90,22 @@ def run_sweep(
                 troubles = run_all(chosen, sweep, waiting, len(runs), stop)
                 stopped = stop.requests > 0
     unfinished = {run.label: troubles.get(run.label, NOT_STARTED) for run in runs if not run.finished}
-    write_summary(sweep, runs, unfinished)
-    outcome = f"{len(runs) - len(unfinished)} of {len(runs)} runs are finished"
+    try:
+        write_summary(sweep, runs, unfinished)
+        if not unfinished:
+            remove_replaced(sweep.folder)
+    finally:
+        tell_replaced(sweep)
+        code = _tell_outcome(sweep, len(runs), unfinished, troubles, stopped, again)
+    return code
+
+
+def _tell_outcome(
+    sweep: Sweep, total: int, unfinished: Mapping[str, str], troubles: Mapping[str, str], stopped: bool, again: str
+) -> int:
+    """Say how the sweep ended; its exit code."""
+    outcome = f"{total - len(unfinished)} of {total} runs are finished"
     listed = "".join(f"\n  {label}: {trouble}" for label, trouble in troubles.items())
-    again = command(sweep, engine, jobs, address)
     if stopped and unfinished:
         logger.warning(f"Stopped, {outcome}. Continue with: {again}{listed}")
         return STOPPED
@@ -137,11 +166,8 @@ def run_all(engine: Engine, sweep: Sweep, waiting: Sequence[Run], total: int, st
 
 def job_of(sweep: Sweep, run: Run) -> Job:
     """The job that starts a run, or resumes it where it broke off."""
-    if run.started:
-        arguments = ("--resume", str(run.folder))
-    else:
-        run.remove_leftovers()
-        arguments = ("--config", str(run.config_path))
+    anew = ("--config", str(run.config_path), "--overwrite")  # in its own place: never in a folder beside it
+    arguments = ("--resume", str(run.folder)) if run.started else anew
     here = Path.cwd()
     return Job(
         arguments=arguments,
@@ -157,6 +183,8 @@ def what_went_wrong(run: Run, future: Future) -> str | None:
     """Why a run that has ended is no success; None when it is one."""
     try:
         code, last_line = future.result()
+    except OSError as error:
+        return os_error_sentence(error, "try again")
     except Exception as error:  # the engine's: a machine was lost, a process could not be started
         return " ".join(f"{type(error).__name__}: {error}".split())
     if code == 0 and run.finished:
@@ -164,7 +192,8 @@ def what_went_wrong(run: Run, future: Future) -> str | None:
     if code in (STOPPED, -signal.SIGTERM):  # the second: stopped before it could have saved anything
         return CUT_SHORT
     ended = f"signal {-code} ({signal.strsignal(-code)})" if code < 0 else f"exit code {code}"
-    return f"{ended}: {last_line}"
+    full = shutil.disk_usage(run.output_path.parent).free < FULL
+    return f"{ended}: {last_line}" + (f"; the disk of {run.output_path} is full, free some space" if full else "")
 
 
 def failures(troubles: Mapping[str, str]) -> int:
@@ -203,11 +232,10 @@ class StopRequest:
 
     def request(self) -> None:
         """Ask all runs to stop."""
-        with open(self.path, "ab") as file:
-            file.write(b".")
+        os.truncate(self.path, self.requests + 1)  # takes no block of the disk: a full one can be left
 
     def __enter__(self) -> "StopRequest":
-        self.path.unlink(missing_ok=True)
+        self.path.write_bytes(b"")
         for number in self.SIGNALS:
             self._previous[number] = signal.signal(number, self._on_signal)
         return self
