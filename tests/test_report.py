@@ -254,6 +254,30 @@ def test_runs_of_another_provenance_are_told_and_not_paired(tmp_path):
     assert "differences.png" not in sweep_figures(cells, "base", "code")
 
 
+@pytest.mark.parametrize(
+    ("order", "new", "paired_seeds"),
+    [
+        ([0, 1, 2], {2}, {0, 1}),  # the most seeds
+        ([0, 1, 2], {1, 2}, {1, 2}),
+        ([0, 1], {1}, {1}),  # the latest of equals
+        ([1, 0], {0}, {0}),
+        ([0, 1, 2], set(), {0, 1, 2}),
+    ],
+)
+def test_a_difference_is_over_runs_of_one_provenance(tmp_path, order, new, paired_seeds):
+    """Both cells were run with other data from some seed on: pairs of the two kinds are not thrown together."""
+    was, _, now = origins(tmp_path, {}, {}, CHANGES[3][1]).values()
+    runs = metric_runs("final", [50.0, 50.0, 70.0], [40.0, 41.0, 49.0])
+    runs = {name: {seed: results[seed] for seed in order} for name, results in runs.items()}
+    made = dict.fromkeys(runs, {seed: now if seed in new else was for seed in order})
+    cells = tabulate(runs, "base", made)
+    differences = [runs["ours"][s]["metrics"]["final"] - runs["base"][s]["metrics"]["final"] for s in paired_seeds]
+    found = cells[0].comparisons["final"].paired
+    assert (found.n, found.mean) == (len(paired_seeds), pytest.approx(np.mean(differences)))
+    assert cells[0].left_out(cells[1]) == {seed: ["data"] for seed in order if seed not in paired_seeds}
+    assert len(cells[0].results) == len(order)
+
+
 def test_one_seed_and_no_baseline(tmp_path):
     runs = {"a": {1: invented(1, 40)}, "b": {1: invented(1, 42)}}
     files = write(tmp_path, runs, baseline=None)

@@ -213,7 +213,7 @@ def _why_no_number(hypothesis: Hypothesis, cells: Mapping[str, Cell]) -> str:
             there = f"has a number {_quoted(metric)}, there are {', '.join(cell.estimates)}"
             lacking.setdefault(there, []).append(name)
     reasons = [f"no run of {' or '.join(map(_quoted, names))} {lack}" for lack, names in lacking.items()]
-    if not reasons and cells[hypothesis.cell].unlike(cells[hypothesis.sides[1][0]]):
+    if not reasons and cells[hypothesis.cell].left_out(cells[hypothesis.sides[1][0]]):
         return "no seed has both sides from runs of the same provenance"
     return "; ".join(reasons) or "no seed has both sides"
 

@@ -80,7 +80,7 @@ def write_report(
         commands: cell name -> command that repeats it.
         unfinished: "cell, seed 1993" -> why there is no result.
         hypotheses: name -> hypothesis, about these cells; without any the report does not speak of them.
-        origins: cell name -> seed -> provenance of the run; only runs of the same one are paired.
+        origins: cell name -> seed -> provenance of the run, in the order in which they ended.
         outdated: "cell, seed 1993" -> (what it differs in from the newest runs, command that runs it again).
 
     Raises:

@@ -4,7 +4,7 @@
     cells[0].estimates["final"].mean                        # A_N over the cell's seeds
     cells[0].comparisons["final"].paired.low                # lower end of the interval of A_N minus the baseline's
 
-Differences are paired by seed, and only between two runs of the same provenance (`utils/provenance.py`).
+Differences are paired by seed, over runs of one provenance (`utils/provenance.py`).
 
 A *cell* is a named configuration that was run with several seeds. Every table, figure and file of the report is made
 from this list and computes nothing itself.
@@ -49,7 +49,7 @@ class Cell:
         name: as the sweep's table has it.
         results: seed -> result.json of its finished runs, seeds ascending.
         kind: of its runs, and of all cells.
-        origins: seed -> provenance of its run, where it is known.
+        origins: seed -> provenance of its run, where it is known, in the order in which the runs ended.
         comparisons: metric -> difference from the baseline; empty for the baseline, and where nothing is comparable.
     """
 
@@ -80,16 +80,37 @@ class Cell:
         found = {seed: values.get(quantity) for seed, values in self.quantities.items()}
         return {seed: value for seed, value in found.items() if value is not None}
 
-    def unlike(self, other: Cell) -> dict[int, list[str]]:
-        """seed -> what the provenance of the two cells' runs differs in; seeds that can be paired are absent."""
-        common = [seed for seed in self.origins if seed in other.origins]
-        found = {seed: self.origins[seed].unlike(other.origins[seed]) for seed in common}
-        return {seed: kinds for seed, kinds in found.items() if kinds}
+    def left_out(self, other: Cell) -> dict[int, list[str]]:
+        """seed -> kinds of provenance, for the seeds that are not paired with another cell's.
+
+        All runs of a comparison, of both cells, have one provenance; where there are several, that of the most seeds,
+        the latest of equals. The kinds are those that differ between the two runs, or from what is compared.
+        """
+        common = [seed for seed in self.origins if seed in other.origins]  # in the order of `origins`
+        kinds = {seed: self.origins[seed].unlike(other.origins[seed]) for seed in common}
+        groups: list[list[int]] = []
+        for seed in common:
+            if kinds[seed]:
+                continue
+            for group in groups:
+                if not self._changed(other, seed, group[0]):
+                    group.append(seed)
+                    break
+            else:
+                groups.append([seed])
+        paired = max(reversed(groups), key=len, default=[])
+        left_out = [seed for seed in sorted(common) if seed not in paired]
+        return {seed: kinds[seed] or self._changed(other, seed, paired[0]) for seed in left_out}
+
+    def _changed(self, other: Cell, seed: int, since: int) -> list[str]:
+        """The kinds in which the runs of two cells with a seed differ from their runs with another one."""
+        kinds = self.origins[seed].unlike(self.origins[since]) + other.origins[seed].unlike(other.origins[since])
+        return list(dict.fromkeys(kinds))
 
     def sides(self, metric: str, other: Cell, other_metric: str) -> tuple[dict[int, float], dict[int, float]]:
-        """Own values and another cell's by seed, to be paired: own ones of another provenance are left out."""
-        unlike = self.unlike(other)
-        ours = {seed: value for seed, value in self.values(metric).items() if seed not in unlike}
+        """Own values and another cell's by seed, to be paired; own ones that are `left_out` are absent."""
+        left_out = self.left_out(other)
+        ours = {seed: value for seed, value in self.values(metric).items() if seed not in left_out}
         return ours, other.values(other_metric)
 
 

@@ -190,18 +190,19 @@ def _notes_on_sameness(cells: Sequence[Cell], answers: Sequence[Answer]) -> list
 def _notes_on_provenance(cells: Sequence[Cell], baseline: str | None, answers: Sequence[Answer]) -> list[str]:
     """Which runs are not paired, and why; nothing where all that could be are."""
     by_name = {cell.name: cell for cell in cells}
-    compared = [(cell.name, baseline) for cell in cells if baseline in by_name]
+    compared = [(cell.name, baseline) for cell in cells if baseline in by_name and cell.name != baseline]
     compared += [(cell, other) for answer in answers for (cell, _), (other, _) in [answer.hypothesis.sides]]
     left_out = [
         f"{cell} and {other}, seed {seed} ({', '.join(kinds)})"
         for cell, other in dict.fromkeys(compared)
-        for seed, kinds in by_name[cell].unlike(by_name[other]).items()
+        for seed, kinds in by_name[cell].left_out(by_name[other]).items()
     ]
     if not left_out:
         return []
     return [
-        f"Left out of pairing, because the two runs differ in what is named: {'; '.join(left_out)}. Means are over all "
-        "finished runs, these too."
+        "A difference is over runs of one provenance, of both cells: the same code, libraries, data and weights; where "
+        "there are several, that of the most seeds. Left out, with what is not the same: "
+        f"{'; '.join(left_out)}. Means are over all finished runs, these too."
     ]
 
 
@@ -229,7 +230,7 @@ def _why_not(cell: Cell, reference: Cell) -> str:
     common = cell.results.keys() & reference.results.keys()
     if not common:
         return "no seed in common"
-    if common <= cell.unlike(reference).keys():
+    if common <= cell.left_out(reference).keys():
         return "no two runs of the same provenance"
     return "another number of tasks"
 

@@ -8,8 +8,10 @@
     runs/...                       the run folders
     summary.md, report.html, ...   what came out (`utils/report.py`)
 
+One process at a time runs a sweep. `<name>.replaced` beside it holds what it replaces, until it is finished.
+
     runs = survey(sweep)                        # every cell with every seed; refuses what does not fit the table
-    write_table(sweep, runs)
+    begin(sweep, runs, overwrite=False)         # the table and the configurations
     write_summary(sweep, runs, {"nested, seed 1994": "not started"})
 """
 
@@ -190,7 +192,7 @@ def write_summary(sweep: Sweep, runs: Sequence[Run], unfinished: Mapping[str, st
         origins[run.cell.name][run.seed] = run.provenance()
     by_label = {run.label: origins[run.cell.name][run.seed] for run in finished}
     for sentence in changes(by_label):
-        logger.warning(f"{sentence}; runs that differ in it are not paired")
+        logger.warning(f"{sentence}; runs that differ in it are not compared")
     old = outdated(by_label)
     from utils.report import write_report  # here: only a sweep with results draws
 

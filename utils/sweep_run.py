@@ -133,7 +133,7 @@ def tell_what_changed(runs: Sequence[Run]) -> None:
     """Warn before the first run where code or libraries are not those of the finished ones."""
     finished = {run.label: run.provenance() for run in runs if run.finished}
     for sentence in changes({**finished, "what runs now": present()}):
-        logger.warning(f"{sentence}; runs that differ in it will not be paired")
+        logger.warning(f"{sentence}; runs that differ in it will not be compared")
 
 
 def run_all(engine: Engine, sweep: Sweep, waiting: Sequence[Run], total: int, stop: "StopRequest") -> dict[str, str]:
