@@ -31,8 +31,17 @@ def refused(capsys: pytest.CaptureFixture[str], *folders: str) -> str:
 
 def test_keys_that_change_no_number_may_differ(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first = finished(tmp_path / "a", 1)
-    places = {"prefix": "other", "description": "other", "cache_root": "x", "cache_gb": 1.0, "num_workers": 0}
-    second = finished(tmp_path / "b", 2, logs_root="elsewhere", checkpoints="last", data_root="y", **places)
+    places = {
+        "prefix": "other",
+        "eval_batch_size": 3,
+        "description": "other",
+        "cache_root": "x",
+        "cache_gb": 1.0,
+        "num_workers": 0,
+    }
+    second = finished(
+        tmp_path / "b", 2, logs_root="elsewhere", description="other", checkpoints="last", data_root="y", **places
+    )
     assert evaluation.main(["--run", first, second]) == 0
     shown = capsys.readouterr().out
     assert "over seeds 1, 2" in shown and "note" not in shown

@@ -51,15 +51,6 @@ Seeds = Annotated[list[Seed], Field(min_length=1), AfterValidator(_distinct), Be
 Device = Annotated[Any, AfterValidator(_check_device), BeforeValidator(_listed)]
 Text = Annotated[str, Field(min_length=1)]
 
-# Keys that say what a run is called, where its files lie and what computes it: its numbers depend on none of them but
-# for rounding, and on the content of data and weights by their hashes.
-PLACE_KEYS = frozenset(
-    {
-        "description", "prefix", "logs_root", "data_root", "weights_root", "cache_root", "cache_gb", "num_workers",
-        "checkpoints", "device",
-    }
-)  # fmt: skip
-
 
 class RunConfig(BaseModel):
     """The keys every run has. Unknown keys are refused, types are strict (no `true` for an integer), values frozen.
@@ -140,14 +131,14 @@ class RunConfig(BaseModel):
         return []
 
     def differing(self, other: "RunConfig") -> dict[str, tuple[Any, Any]]:
-        """Key -> both values, for the keys in which two experiments differ, apart from `PLACE_KEYS` and the seed.
+        """Key -> both values, for the keys in which two experiments differ, apart from the seed and `editable_keys`.
 
         Of two methods only the name of the method is told.
         """
         if self.model_name != other.model_name:
             return {"model_name": (self.model_name, other.model_name)}
         ours, theirs = self.model_dump(mode="json"), other.model_dump(mode="json")
-        keys = [key for key in ours if key not in PLACE_KEYS and key != "seed"]
+        keys = [key for key in ours if key not in self.editable_keys and key != "seed"]
         return {key: (ours[key], theirs[key]) for key in keys if ours[key] != theirs[key]}
 
     def _device_conflicts(self) -> list[Conflict]:

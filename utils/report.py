@@ -24,11 +24,11 @@ from typing import Any, NamedTuple
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 
+from utils.canvas import DPI
 from utils.errors import UserError, os_error_sentence
 from utils.files import replace_file
 from utils.hypotheses import Answer, Hypothesis, answer
 from utils.hypotheses_figure import CAPTION, hypotheses_png
-from utils.plots import DPI
 from utils.provenance import Provenance
 from utils.report_data import Cell, quantity_names, tabulate
 from utils.report_tables import difference_tables, facts, hypotheses_table, main_table, reading_notes, runs_table
