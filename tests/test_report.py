@@ -232,6 +232,9 @@ def test_numbers_that_are_missing_or_not_finite_count_as_absent():
     ours = tabulate(runs, "base")[0]
     assert (ours.estimates["plasticity"].n, ours.comparisons["plasticity"].verdict) == (1, "one seed")
     assert "parameters_adapters" not in ours.estimates
+    table = main_table(tabulate(runs, "base"))
+    shown = {row[0].text: row[table.headings.index("plasticity (%)")].text for row in table.rows}
+    assert shown == {"ours": "50.00 (n = 1)", "base": "51.00 ± 1.00"}
 
 
 def test_runs_of_another_provenance_are_told_and_not_paired(tmp_path):

@@ -39,7 +39,10 @@ class Table(NamedTuple):
 
 
 def main_table(cells: Sequence[Cell]) -> Table:
-    """A row for each cell: n, then mean ± std of each quantity over seeds; the best of what is compared is strong."""
+    """A row for each cell: n, then mean ± std of each quantity over seeds; the best of what is compared is strong.
+
+    Where fewer runs than n have a number, it says how many.
+    """
     kind = cells[0].kind
     shown = {quantity: column for quantity, column in kind.quantities.items() if column.in_main}
     best = {metric: best_cells(cells, metric) for metric in kind.compared}
@@ -47,7 +50,9 @@ def main_table(cells: Sequence[Cell]) -> Table:
     for cell in cells:
         entries = [Entry(cell.name), Entry(str(len(cell.results)))]
         for quantity, column in shown.items():
-            text = _mean_std(cell.estimates.get(quantity), column)
+            estimate = cell.estimates.get(quantity)
+            text = _mean_std(estimate, column)
+            text += f" (n = {estimate.n})" if estimate and estimate.n < len(cell.results) else ""
             entries.append(Entry(text, strong=cell.name in best.get(quantity, ())))
         rows.append(entries)
     return Table("", ["cell", "n", *(column.heading for column in shown.values())], rows)

@@ -8,6 +8,7 @@ early. Ctrl-C and SIGTERM are passed on to the runs, which save; called again, t
 What it leaves behind is described in `utils/sweep_folder.py`.
 """
 
+import errno
 import logging
 import os
 import shlex
@@ -192,7 +193,7 @@ def what_went_wrong(run: Run, future: Future) -> str | None:
     if code in (STOPPED, -signal.SIGTERM):  # the second: stopped before it could have saved anything
         return CUT_SHORT
     ended = f"signal {-code} ({signal.strsignal(-code)})" if code < 0 else f"exit code {code}"
-    full = shutil.disk_usage(run.output_path.parent).free < FULL
+    full = shutil.disk_usage(run.output_path.parent).free < FULL and os.strerror(errno.ENOSPC) not in last_line
     return f"{ended}: {last_line}" + (f"; the disk of {run.output_path} is full, free some space" if full else "")
 
 
