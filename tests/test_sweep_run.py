@@ -681,6 +681,25 @@ def test_once_stopped_no_further_run_is_started(
     assert again in capsys.readouterr().out
 
 
+def test_a_lost_terminal_stops_a_sweep_once(sweep: Command, started: Started) -> None:
+    """Terminal and shell may both tell of it; the run that is stopped saves all the same."""
+
+    def work(job: Job) -> Outcome:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert job.stop.stat().st_size == 1
+        return Outcome(130, "")
+
+    started.work = work
+    assert sweep() == 130 and len(started) == 1 and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup
+    try:
+        started.work = lambda job: os.kill(os.getpid(), signal.SIGHUP) or pretend(job)
+        assert sweep() == 0 and len(started) == 5
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_an_error_of_ours_stops_the_runs_before_it_is_told(sweep: Command, started: Started) -> None:
     """The first run ends with a torn result while the second is at work."""
     second: Future = Future()

@@ -4,7 +4,7 @@
     report_sweep(load_sweep("exps/sweeps/smoke.json", [], schemas))          # the summary again, no run
 
 Every run is a process of its own (`utils/sweep_engines.py`), started seed by seed, so that all cells can be compared
-early. Ctrl-C and SIGTERM are passed on to the runs, which save; called again, the sweep goes on from there.
+early. Ctrl-C, SIGTERM and SIGHUP are passed on to the runs, which save; called again, the sweep goes on from there.
 What it leaves behind is described in `utils/sweep_folder.py`.
 """
 
@@ -215,12 +215,13 @@ def command(sweep: Sweep, engine: str, jobs: int | None, address: str | None) ->
 
 
 class StopRequest:
-    """Ctrl-C and SIGTERM while the context is open, counted in the length of a file that every machine can see.
+    """Ctrl-C, SIGTERM and a lost terminal (SIGHUP), counted in the length of a file that every machine can see.
 
-    The runs are asked to save and end; asked once more, they end at once.
+    The runs are asked to save and end; asked once more, they end at once. SIGHUP may come from terminal and shell: it
+    asks once, and stays ignored where it is ignored, as under nohup.
     """
 
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+    HANGUP = getattr(signal, "SIGHUP", None)  # Windows has none
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -237,7 +238,8 @@ class StopRequest:
 
     def __enter__(self) -> "StopRequest":
         self.path.write_bytes(b"")
-        for number in self.SIGNALS:
+        heard = self.HANGUP is not None and signal.getsignal(self.HANGUP) != signal.SIG_IGN
+        for number in (signal.SIGINT, signal.SIGTERM, *([self.HANGUP] if heard else [])):
             self._previous[number] = signal.signal(number, self._on_signal)
         return self
 
@@ -247,6 +249,8 @@ class StopRequest:
         self.path.unlink(missing_ok=True)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if number == self.HANGUP and self.requests:
+            return
         self.request()
         logger.warning("Stopping: the runs save and end; once more ends them at once without saving")
 
