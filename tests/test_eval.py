@@ -39,9 +39,7 @@ def test_keys_that_change_no_number_may_differ(tmp_path: Path, capsys: pytest.Ca
         "cache_gb": 1.0,
         "num_workers": 0,
     }
-    second = finished(
-        tmp_path / "b", 2, logs_root="elsewhere", description="other", checkpoints="last", data_root="y", **places
-    )
+    second = finished(tmp_path / "b", 2, logs_root="elsewhere", checkpoints="last", data_root="y", **places)
     assert evaluation.main(["--run", first, second]) == 0
     shown = capsys.readouterr().out
     assert "over seeds 1, 2" in shown and "note" not in shown

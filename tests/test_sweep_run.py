@@ -628,7 +628,8 @@ def test_a_run_that_failed_on_a_full_disk_says_so(
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=100))
     assert sweep() == 1
     (report,) = reports
-    assert "No space left" in report.unfinished["nested, seed 1"]
+    refusal = report.unfinished["nested, seed 1"]
+    assert "nested_1.txt: No space left" in refusal and "free some space" in refusal
     assert "exit code 120" in report.unfinished["matched adapter, seed 1"]
     assert "is full" in report.unfinished["matched adapter, seed 1"]
 
