@@ -233,6 +233,30 @@ def test_a_damaged_file_is_built_again(
     assert torch.equal(fresh().get("group", "key", never), numbers())
 
 
+@pytest.mark.parametrize("mapped", [False, True])
+@pytest.mark.parametrize("place", [("group", "other"), ("elsewhere", "key")], ids=["another key", "another group"])
+def test_a_file_of_another_key_or_group_is_refused(
+    cache: TensorCache,
+    fresh,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    place: tuple[str, str],
+    mapped: bool,
+) -> None:
+    """A whole file, right in itself, under a name that is not its own."""
+    if mapped:
+        monkeypatch.setattr(tensor_cache, "IN_MEMORY", 64)
+    cache.get("group", "key", numbers)
+    (group, key), source = place, chunk(cache.root)
+    (cache.root / group).mkdir(exist_ok=True)
+    shutil.copy2(source, cache.root / group / source.name.replace("key.", f"{key}."))
+    with caplog.at_level(logging.WARNING, "nested_lora"):
+        got = fresh().get(group, key, lambda: numbers(7))
+    assert torch.equal(got, numbers(7)) and "damaged" in caplog.text
+    assert torch.equal(fresh().get(group, key, never), numbers(7))
+    assert torch.equal(fresh().get("group", "key", never), numbers())
+
+
 def test_any_altered_byte_is_found(cache: TensorCache, fresh, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each byte of the header and of the data, one at a time."""
     cache.get("group", "key", lambda: numbers(count=8).reshape(2, 4))

@@ -4,7 +4,8 @@
     tokens = cache.get(group, key, build=lambda: network(images))    # read back, or built and stored
 
 A file is `<root>/<group>/<key>.<dtype>.<checksum>.npy`. A rename makes it appear, complete, and a process compares its
-checksum when it first reads it: a damaged file is removed and its tensor built again. A group is removed as a whole, by
+checksum, which covers group, key and dtype too, when it first reads it: a file that is damaged, or was copied from
+another key or group, is removed and its tensor built again. A group is removed as a whole, by
 `drop` or, where room is needed, when others were used since; its folder's modification time is its last use. Nothing
 but files named like these is ever removed.
 """
@@ -52,7 +53,7 @@ class TensorCache:
         self.root, self.limit_gb = Path(root), limit_gb
         self._names: dict[str, dict[str, str]] = {}  # group -> key -> file, as last seen
         self._mapped: dict[str, dict[str, Tensor]] = {}  # group -> key -> open memory map
-        self._verified: dict[Path, tuple[int, int]] = {}  # file -> its size and time when its checksum was right
+        self._verified: dict[Path, tuple[int, ...]] = {}  # file -> its `_version` when its checksum was right
         self._sizes: dict[str, int] = {}  # group -> bytes, as last measured and with what was written since
         self._measured = -math.inf
         self._touched: dict[str, float] = {}
@@ -161,10 +162,10 @@ class TensorCache:
             data = torch.from_file(str(path), shared=False, size=status.st_size, dtype=torch.uint8)
         else:
             data = torch.from_numpy(np.fromfile(path, np.uint8))
-        if self._verified.get(path) != (status.st_size, status.st_mtime_ns):
-            if _checksum(dtype, data.numpy()) != checksum:
-                raise ValueError("its content does not have the checksum in its name")
-            self._verified[path] = (status.st_size, status.st_mtime_ns)
+        if self._verified.get(path) != _version(status):
+            if _checksum(group, key, dtype, data.numpy()) != checksum:
+                raise ValueError("content, key and group do not have the checksum in its name")
+            self._verified[path] = _version(status)
         shape, start = _parse_header(data)
         tensor = data[start:].view(getattr(torch, dtype)).reshape(shape)
         if mapped:
@@ -179,12 +180,11 @@ class TensorCache:
             self._warn_once("room", self._no_room(group, size))
             return tensor
         dtype = str(tensor.dtype).removeprefix("torch.")
-        path = self.root / group / f"{key}.{dtype}.{_checksum(dtype, *parts)}.npy"
+        path = self.root / group / f"{key}.{dtype}.{_checksum(group, key, dtype, *parts)}.npy"
         try:
             self._write(path, *parts)
             self._sizes[group] = self._sizes.get(group, 0) + size
-            status = path.stat()
-            self._verified[path] = (status.st_size, status.st_mtime_ns)
+            self._verified[path] = _version(path.stat())
             return self._load(group, key, path) if size > IN_MEMORY + HEADER else tensor
         except (OSError, RuntimeError) as error:
             if not isinstance(error, FileNotFoundError):  # else another process removed the group meanwhile
@@ -280,12 +280,17 @@ def _parse_header(data: Tensor) -> tuple[tuple[int, ...], int]:
     return np.lib.format.read_array_header_1_0(header)[0], header.tell()
 
 
-def _checksum(dtype: str, *parts: Any) -> str:
-    """Of a file's bytes, which tell the shape too, and of the dtype in its name."""
-    digest = hashlib.sha256(dtype.encode())
+def _checksum(group: str, key: str, dtype: str, *parts: Any) -> str:
+    """Checksum of a file's bytes, which tell the shape too, and of what the file is for."""
+    digest = hashlib.sha256(f"{group}/{key}.{dtype}\n".encode())
     for part in parts:
         digest.update(part)
     return digest.hexdigest()[:32]
+
+
+def _version(status: os.stat_result) -> tuple[int, ...]:
+    """Size, modification time and inode: what changes when a file is written or another takes its place."""
+    return status.st_size, status.st_mtime_ns, status.st_ino
 
 
 def last_use(path: Path) -> float:
