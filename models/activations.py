@@ -27,9 +27,8 @@ from backbone.vit_sema import SEMAVisionTransformer
 from models.base import Interrupted
 from utils.data_manager import DataManager
 from utils.distributed import World
-from utils.errors import UserError
 from utils.tensor_cache import TensorCache
-from utils.toolkit import autocast, sha256_of
+from utils.toolkit import autocast, require_finite, sha256_of
 
 logger = logging.getLogger("nested_lora")
 
@@ -128,12 +127,7 @@ class Activations:
             x = self.below.take(indices[start : start + place.batch_size]).to(place.device)
             with autocast(place.device, place.precision):
                 parts.append(self.network(x, self.below.depth, self.depth).to(self.dtype).cpu())
-        result = torch.cat(parts)
-        if not torch.isfinite(result).all():
-            raise UserError(
-                f'activations that enter block {self.depth} are beyond what {self.dtype} holds; set precision to "fp32"'
-            )
-        return result
+        return require_finite(torch.cat(parts), f"activations at depth {self.depth}, as {self.dtype},", place.precision)
 
     def fill(self, chunks: list[np.ndarray], label: str) -> None:
         """Compute the files that are not there, each rank its part; without room `take` computes every time instead.

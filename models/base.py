@@ -22,7 +22,7 @@ from utils.config import RunConfig
 from utils.errors import Interrupted, UserError
 from utils.optim import GroupedOptimizer
 from utils.run_log import RunLog
-from utils.toolkit import autocast, pack_tensors, sha256_of, unpack_tensors
+from utils.toolkit import autocast, not_finite_advice, pack_tensors, require_finite, sha256_of, unpack_tensors
 
 logger = logging.getLogger("nested_lora")
 
@@ -199,7 +199,7 @@ class Learner(ABC):
 
         Raises:
             Interrupted: a stop was requested; the phase's position and optimizer are kept for the checkpoint.
-            UserError: the loss is not finite.
+            UserError: the loss is not finite, or the last step left weights that are not.
         """
         position = self._restore_phase(phase)
         where = f"Task {self.task} {phase.name}" + (f" block {phase.block}" if phase.block is not None else "")
@@ -221,6 +221,9 @@ class Learner(ABC):
                     self._save()
                     self._open_phase = None
                 bar.set_postfix_str(f"epoch {position.epoch}/{phase.epochs}")
+        for group in phase.optimizer.groups:
+            for parameter in group.parameters:
+                require_finite(parameter.detach(), f"{where}: the weights of group {group.name}", self.config.precision)
         self.progress.phases += 1
 
     def take_step(self, phase: Phase, position: Position, batch: Any) -> None:
@@ -252,7 +255,7 @@ class Learner(ABC):
         if position.loss != position.loss or abs(position.loss) == float("inf"):
             raise UserError(
                 f"the loss of task {self.task}, phase {phase.name}, epoch {position.epoch + 1} is not finite; "
-                f"learning rates are {phase.optimizer.rates}: lower them, or use precision fp32"
+                f"learning rates are {phase.optimizer.rates}: {not_finite_advice(self.config.precision)}"
             )
 
     def _totals(self, phase: Phase, results: list[StepResult]) -> tuple[float, int, int | None]:

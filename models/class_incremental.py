@@ -29,6 +29,7 @@ from utils.factory import Backbone, create_backbone
 from utils.metrics import AccuracyMatrix, accuracy_table, summary_table
 from utils.run_log import RunLog
 from utils.tensor_cache import TensorCache
+from utils.toolkit import predictions
 from utils.views import ViewSpec
 
 
@@ -247,13 +248,18 @@ class ClassIncrementalLearner(Learner):
 
 @torch.no_grad()
 def accuracy_of(learner: ClassIncrementalLearner, tasks: int) -> Counts:
-    """Test a learner on the first so many tasks: class-incremental, no task label given."""
+    """Test a learner on the first so many tasks: class-incremental, no task label given.
+
+    Raises:
+        UserError: a score is not finite.
+    """
     correct, total = [], []
     for task in range(tasks):
         targets = learner.data.targets(learner.data.indices(learner.data.task_classes(task), "test"), "test")
         features = learner.features_of(task, "test").to(learner.device)
-        predictions = learner.classify(features).argmax(dim=1).cpu()
-        correct.append(int((predictions == targets).sum()))
+        what = f"the test images of task {task}"
+        predicted = predictions(learner.classify(features), what, learner.config.precision).cpu()
+        correct.append(int((predicted == targets).sum()))
         total.append(len(targets))
     return Counts(correct, total)
 

@@ -21,6 +21,7 @@ from models.task_inputs import TaskInputs
 from models.vit_config import ViTConfig
 from utils.factory import Backbone
 from utils.readout import PrototypeReadout, RanPACReadout, Readout
+from utils.toolkit import require_finite
 
 logger = logging.getLogger("nested_lora")
 
@@ -110,7 +111,7 @@ class FrozenViT(ClassIncrementalLearner):
     def fit_readout(self) -> str:
         """Take the task's training features into the readout, which first follows the network where it has moved."""
         if self.readout is not None:
-            features = self.features_of(self.task, "train")
+            features = self.training_features()
             if self.features_before is not None:
                 self._follow(self.features_before, features)
             targets = self.data.targets(self.data.indices(self.classes, "train"), "train")
@@ -119,10 +120,19 @@ class FrozenViT(ClassIncrementalLearner):
         self.inputs.store.drop_own("train")
         return "done"
 
+    def training_features(self) -> Tensor:
+        """Features of the open task's training images in the test view, (n, d).
+
+        Raises:
+            UserError: one is not finite.
+        """
+        features = self.features_of(self.task, "train")
+        return require_finite(features, f"the features of task {self.task}'s training images", self.config.precision)
+
     def _follow(self, before: Tensor, after: Tensor) -> None:
         """Carry the readout's class statistics along with the features, and say how far those moved."""
         before, after = before.cpu(), after.cpu()
-        moved = float((after - before).norm() / before.norm())
+        moved = float((after - before).norm() / before.norm().clamp_min(torch.finfo(before.dtype).tiny))
         explained = None
         if moved:
             explained = self.readout.follow(before, after)

@@ -35,7 +35,7 @@ from utils.grid_analysis import ANALYSES, GridMaterial, metrics_of
 from utils.grid_tasks import TRAIN, GridBatch, GridSamples, GroupedBatchSampler
 from utils.optim import GroupedOptimizer, ParameterGroup
 from utils.shared_losses import TASK_LOSSES, SharingLoss, iou, sparse_terms, weight_at
-from utils.toolkit import seeded_generator
+from utils.toolkit import predictions, seeded_generator
 
 logger = logging.getLogger("nested_lora")
 
@@ -264,12 +264,16 @@ class SharedSubspace(Learner):
 
     @torch.no_grad()
     def predict(self, samples: GridSamples) -> Tensor:
-        """Colours of the grids that the network gives, (N, 8, 8) on the CPU."""
+        """Colours of the grids that the network gives, (N, 8, 8) on the CPU.
+
+        Raises:
+            UserError: a score is not finite.
+        """
         found = []
         for batch in samples.batches(self.config.eval_batch_size):
             with self.autocast():
                 logits = self.model(batch.input.to(self.device), batch.program.to(self.device)).logits
-            found.append(logits.argmax(dim=1).cpu())
+            found.append(predictions(logits, "grids", self.config.precision).cpu())
         return torch.cat(found)
 
     @torch.no_grad()

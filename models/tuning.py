@@ -65,7 +65,7 @@ class Tuning(FrozenViT):
     def start_task(self) -> str:
         """Remember the features as the task finds them, where the readout is to follow their movement."""
         if self.readout is not None and self.task and self.config.head_drift == "linear":
-            self.features_before = self.features_of(self.task, "train").cpu()
+            self.features_before = self.training_features().cpu()
         return "functional"
 
     # --- stage: functional ------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from models.base import Interrupted, Learner
 from trainer import train
 from utils.config import RunConfig
 from utils.config_files import ConfigError
+from utils.errors import UserError
 from utils.run_log import read_metrics
 
 Config = Callable[..., RunConfig]
@@ -189,6 +190,53 @@ def test_the_mean_schedule_divides_alpha_by_the_number_of_tasks(make_sema: Make)
     run_tasks(learner, 3)
     events = [event for event in read_metrics(learner.log.folder) if event["event"] == "consolidation"]
     assert {event["task"]: event["alpha"] for event in events} == pytest.approx({0: 1, 1: 1 / 2, 2: 1 / 3})
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_scores_that_are_not_numbers_are_no_accuracy(name: str, make_sema: Make) -> None:
+    """Whatever classifies: a network that gives NaN is not tested, and the advice fits the run's precision."""
+    learner = make_sema(**METHODS[name])
+    run_tasks(learner, 1)
+    assert sum(learner.Scores.measure(learner).total)
+    learner.network.vit.norm.bias.data[0] = torch.nan
+    learner.cache.limit_gb = 0  # what is stored belongs to the network before
+    with pytest.raises(UserError, match="not finite") as caught:
+        learner.Scores.measure(learner)
+    assert "fp32" not in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_scores_beyond_the_largest_number_are_no_accuracy(make_sema: Make) -> None:
+    """Features are fine; the classifier has grown without bound."""
+    learner = make_sema(model_name="finetune")
+    run_tasks(learner, 1)
+    learner.head.tasks[0].weight.data.fill_(3e38)
+    with pytest.raises(UserError, match="scores of the test images of task 0 are not finite"):
+        learner.Scores.measure(learner)
+
+
+@pytest.mark.parametrize("head", ["cosine", "ranpac"])
+def test_a_readout_takes_in_no_features_that_are_not_numbers(head: str, make_sema: Make) -> None:
+    learner = make_sema(model_name="finetune", head=head, ranpac_dim=50, func_epoch=0, cache_gb=0)
+    learner.network.vit.norm.bias.data[0] = torch.inf
+    learner.begin_task(0)
+    with pytest.raises(UserError, match="features of task 0's training images are not finite"):
+        learner.train_task()
+
+
+def test_weights_that_the_last_step_of_a_phase_ruined_end_the_run(make_sema: Make) -> None:
+    """The loss was still a number then, and no further one would be computed."""
+    learner = make_sema(model_name="finetune", ffn_adapter_type="adaptmlp")
+    learner.begin_task(0)
+    phase = learner.functional_phase()
+    last, (group, *_) = phase.epochs * phase.steps_per_epoch, phase.optimizer.groups
+
+    def ruin(step: int, moved: dict[str, bool]) -> None:
+        if step == last:
+            group.parameters[0].data[0] = torch.nan
+
+    phase.after_step = ruin
+    with pytest.raises(UserError, match="Task 0 func: the weights of group adapter are not finite"):
+        learner.run_phase(phase)
 
 
 def test_every_learner_is_named_by_its_key() -> None:

@@ -159,17 +159,19 @@ def test_no_room_is_said_once_and_computed_instead(smoke_config: Make, caplog: p
     assert sum("has no room" in record.message for record in caplog.records) == 1
 
 
-def test_activations_beyond_float16_are_a_sentence_that_helps(
-    smoke_config: Make, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("precision", "dtype", "size"), [("bf16", "float16", 1e6), ("fp32", "float32", np.inf)])
+def test_activations_beyond_what_holds_them_are_a_sentence_that_helps(
+    smoke_config: Make, monkeypatch: pytest.MonkeyPatch, precision: str, dtype: str, size: float
 ) -> None:
-    """Whether they would be stored or not, fp32 is what holds them."""
+    """Whether they would be stored or not; fp32 is what holds more, where it is not used already."""
     original = SEMAVisionTransformer.forward
-    huge = lambda self, x, start=0, stop=None: original(self, x, start, stop) + (1e6 if stop == 4 else 0)  # noqa: E731
+    huge = lambda self, x, start=0, stop=None: original(self, x, start, stop) + (size if stop == 4 else 0)  # noqa: E731
     monkeypatch.setattr(SEMAVisionTransformer, "forward", huge)
     monkeypatch.setattr(trainer, "resolve_precision", lambda precision, device: (precision, None))
     for gb in (1, 0):
-        with pytest.raises(UserError, match='block 4 are beyond .*float16 holds; set precision to "fp32"$'):
-            train(smoke_config(cache_views=1, adapter_blocks="growing", precision="bf16", cache_gb=gb))
+        with pytest.raises(UserError, match=f"depth 4, as torch.{dtype}, are not finite") as caught:
+            train(smoke_config(cache_views=1, adapter_blocks="growing", precision=precision, cache_gb=gb))
+        assert ("fp32" in str(caught.value)) == (precision != "fp32")
 
 
 # --------------------------------------------------------------------------------------------------------------- memory

@@ -78,8 +78,45 @@ def test_lambda_is_the_one_that_predicts_held_out_images_best() -> None:
     for name, wanted in (("clean", labels), ("noise", noise)):
         readout = RanPACReadout(WIDTH, seed=3, dim=100)
         readout.add(features, wanted)
-        chosen[name] = readout.choose_ridge()
+        chosen[name] = readout.ranked_ridges()[0]
     assert chosen["noise"] > 100 * chosen["clean"]
+
+
+REPEATED = {
+    "one image repeated in every class": (torch.full((20, WIDTH), 3.0), torch.arange(20) % 4),
+    "an image of each class, repeated": (
+        1e6 * torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(0)).repeat(10, 1),
+        torch.arange(30) % 3,
+    ),
+    "one image a class": (torch.randn(4, WIDTH, generator=torch.Generator().manual_seed(0)), torch.arange(4)),
+    "one image": (torch.full((1, WIDTH), 2.0), torch.zeros(1, dtype=torch.int64)),
+    "nothing but zeros": (torch.zeros(8, WIDTH), torch.arange(8) % 2),
+}
+
+
+@pytest.mark.parametrize("dim", [20, 300])
+@pytest.mark.parametrize("kind", [PrototypeReadout, RanPACReadout])
+@pytest.mark.parametrize("what", REPEATED)
+def test_repeated_and_single_images_are_classified_and_followed(what: str, kind: type, dim: int) -> None:
+    """Singular sums, features that do not vary, fewer images than parts: scores are numbers, also once those moved."""
+    features, labels = REPEATED[what]
+    readout = kind(WIDTH, seed=3, dim=dim)
+    readout.add(features, labels)
+    assert torch.isfinite(readout(features)).all()
+    if what == "an image of each class, repeated":
+        assert torch.equal(readout(features).argmax(dim=1), labels)
+    explained = readout.follow(features, features + 1)
+    assert 0 <= explained <= 1
+    readout.add(2 * features + 1, labels + len(labels.unique()))
+    assert torch.isfinite(readout(features + 1)).all()
+
+
+def test_images_that_are_all_alike_are_taken_to_have_moved_alike() -> None:
+    before = torch.ones(5, WIDTH)
+    drift = fit_drift(before, before + 2)
+    torch.testing.assert_close(drift.apply(torch.zeros(1, WIDTH).double()), torch.full((1, WIDTH), 2.0).double())
+    assert drift.explained == pytest.approx(1)
+    assert fit_drift(before[:1], before[:1] + 2).explained == 0  # one image says nothing about another
 
 
 def test_lambda_is_chosen_on_what_was_held_out_of_all_tasks() -> None:
@@ -102,7 +139,7 @@ def test_lambda_is_chosen_on_what_was_held_out_of_all_tasks() -> None:
         weights = torch.linalg.solve(gram, hidden[~held].T @ wanted[~held])
         errors[ridge] = float((hidden[held] @ weights - wanted[held]).square().sum())
     best = min(errors, key=errors.get)
-    assert readout.choose_ridge() in [best, *(best * factor for factor in FINER)]
+    assert readout.ranked_ridges()[0] in [best, *(best * factor for factor in FINER)]
     assert readout.part_counts.tolist()[HELD] == torch.bincount(labels[held], minlength=4).tolist()
 
 

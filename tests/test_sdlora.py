@@ -48,6 +48,15 @@ def features(learner: SDLoRA, task: int = 0) -> Tensor:
 # SD-LoRA
 
 
+@pytest.mark.parametrize("changes", [{}, GATE], ids=["sdlora", "gumbel"])
+def test_scores_that_are_not_numbers_are_no_accuracy(changes: dict[str, Any], make_sdlora: Make) -> None:
+    learner = run_tasks(make_sdlora(**changes), 1)
+    assert sum(accuracy_of(learner, 1).total)
+    learner.head.tasks[0].bias.data[0] = torch.nan
+    with pytest.raises(UserError, match="scores of the test images of task 0 are not finite"):
+        accuracy_of(learner, 1)
+
+
 def test_what_learns_in_a_later_task(make_sdlora: Make) -> None:
     """The new direction, the magnitudes of all, the new rows; old directions and rows stay to the bit."""
     learner = run_tasks(make_sdlora(weight_decay=0.1, init_weight_decay=0.1), 1)

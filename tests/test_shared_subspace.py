@@ -55,6 +55,15 @@ def gradients(learner: SharedSubspace) -> list[torch.Tensor]:
     return [tensor.clone() for tensor in phase.optimizer.gradients()]
 
 
+def test_colours_are_not_chosen_among_scores_that_are_not_numbers(make: Make) -> None:
+    learner = make()
+    samples = learner.tasks.draw("train", 4, seeded_generator(1))
+    assert learner.accuracy(samples)["iou"] >= 0
+    next(learner.model.parameters()).data.fill_(torch.nan)
+    with pytest.raises(UserError, match="scores of grids are not finite"):
+        learner.accuracy(samples)
+
+
 @pytest.mark.parametrize("changes", [{}, {"encoder": "gru", "decoder": "deconvolution", "task_loss": "iou"}], ids=str)
 def test_five_steps_of_a_small_batch(changes: dict[str, Any], make: Make) -> None:
     """Two groups of two: everything learns, nothing is left undefined, the record has every term."""

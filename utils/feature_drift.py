@@ -41,25 +41,27 @@ class Drift(NamedTuple):
 
 
 def fit_drift(before: Tensor, after: Tensor) -> Drift:
-    """The affine map from old to new features of the same images (n, d), n >= 2; computed and returned in float64.
+    """The affine map from old to new features of the same images (n, d); computed and returned in float64.
 
     It knows the newest task's images alone: where features of older classes move otherwise, it misleads.
 
     With X = before - mean and Y = after - before - mean movement, J = I + (X^T X + s I)^-1 X^T Y: with little evidence
     (s large against the data) all images are taken to have moved alike. s is the candidate of `STRENGTHS` with the
     smallest leave-one-out error, whose residuals are e_i / (1 - h_ii), h the diagonal of the hat matrix with mean.
+    Images that are all alike give J = I; of one image alone nothing is explained, as nothing is left to predict it.
     """
     before, after = before.double(), after.double()
     movement, identity = after - before, torch.eye(before.shape[1], dtype=torch.float64)
     total = float(movement.square().sum())
-    if total == 0:
-        return Drift(identity, torch.zeros(before.shape[1], dtype=torch.float64), 1.0)
+    if total == 0 or len(before) == 1:
+        return Drift(identity, movement.mean(dim=0), float(total == 0))
     centre, common = before.mean(dim=0), movement.mean(dim=0)
     x, y = before - centre, movement - common
     u, s, vt = torch.linalg.svd(x, full_matrices=False)  # (n, k), (k,), (k, d)
     projected = u.T @ y  # (k, d)
-    errors = {strength: left_out_error(strength * float(s[0].square()), u, s, projected, y) for strength in STRENGTHS}
+    largest = float(s[0].square()) or 1.0  # images that are all alike: any ridge gives the same
+    errors = {strength: left_out_error(strength * largest, u, s, projected, y) for strength in STRENGTHS}
     strength = min(errors, key=errors.get)
-    inverse = s / (s.square() + strength * s[0].square())
+    inverse = s / (s.square() + strength * largest)
     move = vt.T @ (inverse[:, None] * projected)
     return Drift(identity + move, common - centre @ move, 1 - errors[strength] / total)

@@ -12,6 +12,7 @@ means and cosine; RanPAC (McDonnell et al., *RanPAC: Random Projections and Pre-
 NeurIPS 2023), random projection and ridge regression.
 """
 
+import itertools
 import logging
 from abc import ABC, abstractmethod
 
@@ -126,7 +127,9 @@ class RanPACReadout(Readout):
         ||H_held W - Y_held||^2 = tr(W^T G_held W) - 2 tr(W^T Q_held) + n_held,
 
     and the classifier is then solved from both. Published, the newest task's fifth alone chooses: few images of few
-    classes, with which lambda jumps by a factor of ten from task to task.
+    classes, with which lambda jumps by a factor of ten from task to task. A lambda with which a sum is not positive
+    definite to working precision (images repeated, fewer than random features) is passed over for the next best, of
+    equal errors for the smaller power of ten; where all are, lambda goes on growing by tens until one will do.
 
     When the backbone moves, the random features of the newest task's images are known before and after, which gives an
     affine map h -> J^T h + b (`utils/feature_drift.py`). Sums over images that are no longer there follow it exactly,
@@ -161,8 +164,10 @@ class RanPACReadout(Readout):
             self.gram[part] += hidden[rows].T @ hidden[rows]
             self.cross[part] += hidden[rows].T @ one_hot
             self.part_counts[part] += one_hot.sum(dim=0)
-        ridge = self.choose_ridge()
-        self.weights = _solve(self.gram.sum(dim=0), self.cross.sum(dim=0), ridge)
+        gram, cross = self.gram.sum(dim=0), self.cross.sum(dim=0)
+        larger = (RIDGES[-1] * 10.0**k for k in itertools.count(1))
+        solutions = ((ridge, _solve(gram, cross, ridge)) for ridge in itertools.chain(self.ranked_ridges(), larger))
+        ridge, self.weights = next((ridge, weights) for ridge, weights in solutions if weights is not None)
         logger.info(f"Readout: lambda {ridge:g} for {classes} classes, {self.dim} random features")
 
     def follow(self, before: Tensor, after: Tensor) -> float:
@@ -181,12 +186,12 @@ class RanPACReadout(Readout):
         """h(f) = relu(f P): (n, d) -> (n, M), float64."""
         return F.relu(features @ self.projection)
 
-    def choose_ridge(self) -> float:
-        """The lambda of the smallest squared error on what is held out: the best power of ten, or a neighbour of it."""
+    def ranked_ridges(self) -> list[float]:
+        """Candidates for lambda by squared error on what is held out: powers of ten, and neighbours of the best."""
         errors = self._held_out_errors(RIDGES)
-        best = min(errors, key=errors.get)
-        errors |= self._held_out_errors([best * factor for factor in FINER])
-        return min(errors, key=errors.get)
+        best = min(errors, key=errors.get, default=None)
+        errors |= self._held_out_errors([best * factor for factor in FINER] if best else [])
+        return sorted(errors, key=errors.get)
 
     def _held_out_errors(self, ridges: list[float]) -> dict[float, float]:
         """Squared error on the held-out part, up to a constant, by lambda; those that cannot be solved are left out."""

@@ -95,6 +95,32 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
 
 
+def not_finite_advice(precision: str) -> str:
+    """What to do where numbers became NaN or infinite in a run of this precision."""
+    exact = "" if precision == "fp32" else 'set precision to "fp32", '
+    return f"{exact}lower the learning rates, or start from other weights"
+
+
+def require_finite(values: Tensor, what: str, precision: str) -> Tensor:
+    """The values themselves, once it is known that they are numbers.
+
+    Raises:
+        UserError: one is NaN or infinite; `what`, a plural, names them.
+    """
+    if not torch.isfinite(values).all():
+        raise UserError(f"{what} are not finite (NaN or infinity): {not_finite_advice(precision)}")
+    return values
+
+
+def predictions(scores: Tensor, what: str, precision: str) -> Tensor:
+    """The class of the highest score, (B, C, ...) -> (B, ...); every tested prediction is made here.
+
+    Raises:
+        UserError: a score is NaN or infinite; `what` says of what the scores are.
+    """
+    return require_finite(scores, f"the scores of {what}", precision).argmax(dim=1)
+
+
 def keep_freed_memory() -> bool:
     """Let glibc's allocator keep what is freed instead of returning it to the system after every tensor.
 
