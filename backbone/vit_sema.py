@@ -52,7 +52,7 @@ class SEMAVisionTransformer(nn.Module):
         self, vit: VisionTransformer, spec: AdapterSpec, growing: Iterable[int], adapted: Iterable[int]
     ) -> None:
         super().__init__()
-        self.growing, adapted = tuple(growing), set(adapted)
+        self.spec, self.growing, adapted = spec, tuple(growing), set(adapted)
         freeze(vit)
         for i, block in enumerate(vit.blocks):
             modules = SEMAModules(spec, block=i, growable=i in self.growing) if i in adapted else None

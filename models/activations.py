@@ -6,16 +6,17 @@
     features = network(x, tokens.depth)
 
 Activations are kept as files of one class each (`utils/tensor_cache.py`), named by a hash of everything that shapes
-them: weights, the adapters below the depth, data, view, precision, library. Where no adapter lies below, every run with
-these weights and views shares them; else they are this run's own and are removed when it no longer needs them. A depth
-counts as in `SEMAVisionTransformer.forward`: 0 images, k tokens that enter block k, `network.depth` features.
+them: weights, architecture with its options, the adapters below the depth, data, view, precision, library versions.
+Where no adapter lies below, every run with these weights and views shares them; else they are this run's own and are
+removed when it no longer needs them. A depth counts as in `SEMAVisionTransformer.forward`: 0 images, k tokens that
+enter block k, `network.depth` features.
 """
 
 import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -42,7 +43,7 @@ class Place:
     Attributes:
         device, precision: of the forward passes.
         batch_size: images in one of them.
-        identity: what else shapes the results (hashes of weights and data, library versions), as JSON.
+        identity: what else shapes the results (backbone, hash of the data, library versions), as JSON.
         world: ranks share the work of filling the cache.
         stop_requested: asked on this rank between two files; True raises `Interrupted`, and what is stored stays.
     """
@@ -223,6 +224,7 @@ class ActivationStore:
             "source": source,
             "view": view,
             "adapters": sha256_of(adapters) if adapters else None,
+            "adapter_spec": asdict(self.network.spec) if adapters else None,
             "transform": spec.to_json(),
             "precision": self.place.precision,
             "device": self.place.device.type,

@@ -94,7 +94,13 @@ class ClassIncrementalParts(Parts):
 
     def manifest(self) -> dict[str, Any]:
         return {
-            "weights": {"tag": self.backbone.tag, "sha256": self.backbone.sha256, "note": self.backbone.note},
+            "weights": {
+                "tag": self.backbone.tag,
+                "sha256": self.backbone.sha256,
+                "architecture": self.backbone.architecture,
+                "options_sha256": self.backbone.options_sha256,
+                "note": self.backbone.note,
+            },
             "image_size": self.backbone.image_size,
             "data": {"name": self.config.dataset, "sha256": self.data.dataset.sha256},
             "data_of_tasks": self.data_read(self.nb_tasks, self.nb_tasks),
@@ -103,7 +109,7 @@ class ClassIncrementalParts(Parts):
 
     def identity(self) -> dict[str, Any]:
         return super().identity() | {
-            "weights_sha256": self.backbone.sha256,
+            **self.backbone.identity(),
             "class_order": list(self.data.class_order),
         }
 

@@ -9,7 +9,11 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+import numpy
+import PIL
+import timm
 import torch
+import torchvision
 from torch import Tensor, nn
 
 from backbone.sema_block import AdapterSpec
@@ -25,6 +29,7 @@ from utils.toolkit import require_finite
 
 logger = logging.getLogger("nested_lora")
 
+LIBRARIES = (torch, torchvision, timm, numpy, PIL)  # another version of one may give other activations
 READOUTS: dict[str, type[Readout]] = {"cosine": PrototypeReadout, "ranpac": RanPACReadout}
 
 
@@ -46,7 +51,12 @@ class FrozenViT(ClassIncrementalLearner):
             device=self.device,
             precision=self.config.precision,
             batch_size=self.config.eval_batch_size,
-            identity={"weights": backbone.sha256, "data": self.data.dataset.sha256, "torch": torch.__version__},
+            identity={
+                **backbone.identity(),
+                "options": backbone.options_sha256,
+                "data": self.data.dataset.sha256,
+                "versions": {module.__name__: module.__version__ for module in LIBRARIES},
+            },
             world=self.world,
             stop_requested=self._stop_requested,
         )

@@ -1,13 +1,16 @@
 """The fast engine gives what the reference gives: same accuracy, same growth; its cache is shared, safe and bounded."""
 
+import functools
 import gc
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 
 import trainer
@@ -172,6 +175,45 @@ def test_activations_beyond_what_holds_them_are_a_sentence_that_helps(
         with pytest.raises(UserError, match=f"depth 4, as torch.{dtype}, are not finite") as caught:
             train(smoke_config(cache_views=1, adapter_blocks="growing", precision=precision, cache_gb=gb))
         assert ("fp32" in str(caught.value)) == (precision != "fp32")
+
+
+@pytest.mark.parametrize(
+    "option",
+    [{"act_layer": "quick_gelu"}, {"norm_layer": functools.partial(torch.nn.LayerNorm, eps=1e-3)}, {"num_heads": 4}],
+    ids=["activation", "norm", "heads"],
+)
+def test_another_network_with_the_same_weights_reads_activations_of_its_own(
+    make_sema: Make, monkeypatch: pytest.MonkeyPatch, option: dict[str, Any]
+) -> None:
+    """What no weight shows decides what the network computes, so it names what is stored."""
+    changes = {"model_name": "simplecil", "input_normalization": "weights"}
+
+    def features(**more: Any) -> torch.Tensor:
+        learner = make_sema(**changes, **more)
+        learner.begin_task(0)
+        return learner.features_of(0, "test")
+
+    first, create = features(), timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda *args, **kwargs: create(*args, **kwargs, **option))
+    other = features()
+    assert not torch.equal(other, first) and torch.equal(other, features(cache_gb=0))
+    assert torch.equal(other, features())
+
+
+@pytest.mark.parametrize("library", ["torch", "torchvision", "timm", "numpy", "PIL"])
+def test_another_version_of_a_library_computes_activations_anew(
+    make_sema: Make, monkeypatch: pytest.MonkeyPatch, library: str
+) -> None:
+    def groups() -> set[str]:
+        learner = make_sema(model_name="simplecil")
+        learner.begin_task(0)
+        learner.features_of(0, "test")
+        return {path.name for path in learner.cache.root.glob("test-*")}
+
+    before = groups()
+    assert groups() == before
+    monkeypatch.setattr(sys.modules[library], "__version__", "0.0.1")
+    assert groups() > before
 
 
 # --------------------------------------------------------------------------------------------------------------- memory

@@ -1,6 +1,9 @@
 """Backbones by name: shapes without weights, exact and strict loading, one sentence for everything that cannot work."""
 
+import functools
+import os
 import urllib.error
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +19,11 @@ from utils.factory import backbone_shape, create_backbone
 
 TINY = "vit_tiny_patch16_224"
 DINO = "vit_small_patch14_reg4_dinov2"
+OPTIONS = {  # of the same number of weights of the same shapes
+    "activation": {"act_layer": "quick_gelu"},
+    "norm": {"norm_layer": functools.partial(torch.nn.LayerNorm, eps=1e-3)},
+    "heads": {"num_heads": 6},
+}
 
 
 @pytest.fixture(scope="module")
@@ -120,11 +128,28 @@ def test_hash_sees_one_changed_number(tiny):
     assert factory._sha256(state) != tiny.sha256
 
 
-@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("option", OPTIONS, ids=str)
+def test_an_option_that_no_weight_shows_is_in_the_hash_of_options(tiny, monkeypatch, option):
+    assert (
+        create_backbone(TINY, weights="random", weights_root="no", image_size=32).options_sha256 == tiny.options_sha256
+    )
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda *args, **kwargs: create(*args, **kwargs, **OPTIONS[option]))
+    other = create_backbone(TINY, weights="random", weights_root="nowhere", image_size=32)
+    assert other.sha256 == tiny.sha256 and other.options_sha256 != tiny.options_sha256
+
+
+def test_another_architecture_with_the_same_weights_is_another_backbone(tiny):
+    other = create_backbone("deit_tiny_patch16_224", weights="random", weights_root="nowhere", image_size=32)
+    assert other.sha256 == tiny.sha256
+    assert other.identity() != tiny.identity() and tiny.identity()["architecture"] == TINY
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors", ".SAFETENSORS"])
 def test_local_file_loads_and_ignores_the_head(tiny, tmp_path, suffix):
     state = {k: v.clone() for k, v in tiny.vit.state_dict().items()} | {"head.weight": torch.zeros(5, 192)}
     path = tmp_path / f"mine{suffix}"
-    save_file(state, path) if suffix == ".safetensors" else torch.save({"model": state}, path)
+    save_file(state, path) if suffix != ".pth" else torch.save({"model": state}, path)
     loaded = create_backbone(TINY, weights=str(path), weights_root="nowhere", image_size=32)
     assert loaded.sha256 == tiny.sha256 and loaded.tag == f"{TINY}.{path.name}"
 
@@ -159,6 +184,34 @@ def test_files_that_do_not_fit_are_refused_by_name(tiny, tmp_path):
         load({"something": torch.zeros(1)})
     with pytest.raises(UserError, match="no state dict"):
         load({"epoch": 3})
+    with pytest.raises(UserError, match="no state dict"):
+        load({0: torch.zeros(1)})
+    with pytest.raises(UserError, match=r"1 not of floating-point numbers \(norm.bias\)"):
+        load(state | {"norm.bias": torch.zeros(192, dtype=torch.int8)})
+
+
+@pytest.mark.parametrize("number", [torch.nan, torch.inf])
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors", ".npz"])
+def test_weights_that_are_not_numbers_are_named(tiny, tmp_path, suffix, number):
+    state = {name: tensor.clone() for name, tensor in tiny.vit.state_dict().items()}
+    state["blocks.3.mlp.fc1.bias"][2] = number
+    path = tmp_path / f"bad{suffix}"
+    if suffix == ".npz":
+        tiny_copy = create_backbone(TINY, weights="random", weights_root="nowhere", image_size=32).vit
+        tiny_copy.load_state_dict(state)
+        np.savez(path, **jax_arrays(tiny_copy))
+    else:
+        save_file(state, path) if suffix == ".safetensors" else torch.save(state, path)
+    with pytest.raises(UserError, match=rf"bad{suffix} holds NaN or infinite weights, in blocks.3.mlp.fc1.bias"):
+        create_backbone(TINY, weights=str(path), weights_root="nowhere", image_size=32)
+
+
+def test_a_name_that_is_not_utf8_is_told(tmp_path):
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/\xff.pth")
+    Path(path).write_bytes(b"")
+    with pytest.raises(UserError, match="not UTF-8") as caught:
+        create_backbone(TINY, weights=path, weights_root="nowhere", image_size=32)
+    assert str(caught.value).encode()
 
 
 def test_missing_truncated_and_pickled_files(tmp_path):
@@ -272,3 +325,19 @@ def test_jax_npz_loads_exactly_and_refuses_other_depths(tiny, tmp_path):
     np.savez(tmp_path / "short.npz", **arrays)
     with pytest.raises(UserError, match="short.npz"):
         create_backbone(TINY, weights=str(tmp_path / "short.npz"), weights_root="nowhere", image_size=32)
+
+
+def test_jax_npz_with_integers_or_headers_beyond_the_file_is_refused_without_reading_it(tiny, tmp_path):
+    """A header that asks for terabytes would be given them before the first byte is read."""
+    arrays = jax_arrays(tiny.vit)
+    np.savez(tmp_path / "integers.npz", **arrays | {"embedding/bias": np.zeros(192, np.int32)})
+    np.savez(tmp_path / "whole.npz", **arrays)
+    header = b"{'descr': '<f4', 'fortran_order': False, 'shape': (1000000000000,), }"
+    damaged = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + bytes(16)
+    with zipfile.ZipFile(tmp_path / "whole.npz") as whole, zipfile.ZipFile(tmp_path / "beyond.npz", "w") as beyond:
+        for name in whole.namelist():
+            beyond.writestr(name, damaged if name == "embedding/bias.npy" else whole.read(name))
+    for name, what in (("integers.npz", "embedding/bias int32"), ("beyond.npz", "embedding/bias.npy")):
+        with pytest.raises(UserError, match=what) as caught:
+            create_backbone(TINY, weights=str(tmp_path / name), weights_root="nowhere", image_size=32)
+        assert name in str(caught.value) and "\n" not in str(caught.value)

@@ -11,18 +11,17 @@ image tower, DINOv2 with and without registers). Distilled DeiT is refused: its 
 import difflib
 import functools
 import hashlib
+import json
 import logging
 import re
 import ssl
 import urllib.error
 import urllib.request
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import huggingface_hub
-import numpy as np
 import timm
 import torch
 from safetensors.torch import load_file
@@ -32,6 +31,7 @@ from torch import Tensor
 
 from utils.assets import fetch_asset
 from utils.errors import UserError
+from utils.files import npz_headers
 
 log = logging.getLogger("nested_lora")
 
@@ -69,18 +69,30 @@ class BackboneShape:
 class Backbone:
     """A frozen network and where it comes from.
 
-    `sha256` is over name and bytes of every tensor of the network as built (names sorted), so the same file at another
-    image size, which resizes the position embedding, has another hash. `mean` and `std` are the weights' own input
-    normalisation, a channel each.
+    Attributes:
+        vit: the network.
+        tag: the weights' name, for people.
+        architecture: its name in timm, which decides what the network computes with its weights.
+        sha256: over name and bytes of every tensor of the network as built (names sorted), so the same file at another
+            image size, which resizes the position embedding, has another hash.
+        options_sha256: over class and plain attributes (activation, eps, heads, ...) of every module: what this version
+            of timm makes of the architecture.
+        mean, std: the weights' own input normalisation, a channel each.
     """
 
     vit: VisionTransformer
     tag: str
+    architecture: str
     sha256: str
+    options_sha256: str
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     image_size: int
     note: str
+
+    def identity(self) -> dict[str, str]:
+        """What tells the network from others, whatever version of timm builds it."""
+        return {"architecture": self.architecture, "weights_sha256": self.sha256}
 
 
 @functools.lru_cache
@@ -119,7 +131,7 @@ def create_backbone(
         image_size: side in pixels; None for the size the weights were made for.
 
     The global random state is left as it was. Raises UserError as `backbone_shape`, and for weights that cannot be had,
-    cannot be read, or do not fit tensor by tensor (a classification head is ignored).
+    cannot be read, do not fit tensor by tensor (a classification head is ignored), or are no finite numbers.
     """
     arch, tag = _resolve(backbone_type, weights)
     image_size = image_size or _image_size(arch, tag)
@@ -138,7 +150,17 @@ def create_backbone(
         log.info("Backbone %s: %s", resolved, note)
     config = _pretrained_cfg(arch, tag)
     vit.eval().requires_grad_(False)
-    return Backbone(vit, resolved, _sha256(vit.state_dict()), tuple(config.mean), tuple(config.std), image_size, note)
+    return Backbone(
+        vit,
+        tag=resolved,
+        architecture=arch,
+        sha256=_sha256(vit.state_dict()),
+        options_sha256=_options_sha256(vit),
+        mean=tuple(config.mean),
+        std=tuple(config.std),
+        image_size=image_size,
+        note=note,
+    )
 
 
 # ------------------------------------------------------------------------------------------------------- names
@@ -227,6 +249,10 @@ def _unsupported(vit: torch.nn.Module) -> str:
 def _existing(path: Path) -> Path:
     if not path.is_file():
         raise UserError(f'weights = {str(path)!r}: there is no such file; allowed: null, "random", or a file.')
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"weights = {str(path)!r}: the name is not UTF-8; rename the file.") from error
     return path
 
 
@@ -280,12 +306,19 @@ def _check_hub() -> None:
 
 
 def _load(vit: VisionTransformer, source: Path | dict[str, Tensor]) -> None:
-    """Load weights strictly into `vit`. Raises UserError naming what does not fit."""
+    """Load weights strictly into `vit`. Raises UserError naming what does not fit or is not finite."""
     name = str(source) if isinstance(source, Path) else "the downloaded weights"
-    if isinstance(source, Path) and source.suffix == ".npz":
+    if isinstance(source, Path) and source.suffix.lower() == ".npz":
         _load_jax(vit, source)
-        return
-    state = _read_state_dict(source) if isinstance(source, Path) else source
+    else:
+        _load_state(vit, name, _read_state_dict(source) if isinstance(source, Path) else source)
+    broken = [key for key, tensor in vit.state_dict().items() if not torch.isfinite(tensor).all()]
+    if broken:
+        raise UserError(f"{name} holds NaN or infinite weights, in {_first_three(broken)}; take another file.")
+
+
+def _load_state(vit: VisionTransformer, name: str, state: dict[str, Tensor]) -> None:
+    """Load a state dict strictly; `name` says where it comes from. Raises UserError naming what does not fit."""
     patch = state.get("patch_embed.proj.weight")
     own = vit.patch_embed.proj.weight
     if patch is not None and patch.ndim == 4 and patch.shape != own.shape:  # the filter below would resample patches
@@ -309,36 +342,41 @@ def _check_fit(name: str, given: Mapping[str, Tensor], wanted: Mapping[str, Tens
         "missing": [k for k in wanted if k not in given],
         "unexpected": [k for k in given if k not in wanted],
         "of another shape": [f"{k} {tuple(given[k].shape)} instead of {tuple(wanted[k].shape)}" for k in shapes],
+        "not of floating-point numbers": [k for k in wanted if k in given and not given[k].is_floating_point()],
     }
-    told = [
-        f"{len(keys)} {kind} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
-        for kind, keys in differences.items()
-        if keys
-    ]
+    told = [f"{len(keys)} {kind} ({_first_three(keys)})" for kind, keys in differences.items() if keys]
     if told:
         raise UserError(f"{name} does not fit the backbone: {'; '.join(told)}.")
+
+
+def _first_three(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def _read_state_dict(path: Path) -> dict[str, Tensor]:
     """Tensors of a .safetensors or .pth file, read without running pickled code. Raises UserError."""
     try:
-        tensors = path.suffix == ".safetensors"
+        tensors = path.suffix.lower() == ".safetensors"
         state = load_file(path) if tensors else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # each format fails in its own way on a truncated or foreign file
         raise UserError(f"{path} cannot be read as weights: {_first_line(error)}.") from error
     for wrapper in ("model", "state_dict"):
         state = state.get(wrapper, state) if isinstance(state, Mapping) else state
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+    mapping = isinstance(state, Mapping)
+    if not (mapping and all(isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items())):
         raise UserError(f"{path} holds no state dict (a mapping from names to tensors).")
     return dict(state)
 
 
 def _load_jax(vit: VisionTransformer, path: Path) -> None:
-    """Load a JAX .npz (timm's own reader), after checking that its patch and number of blocks are the network's."""
+    """Load a JAX .npz (timm's own reader), after checking that its patch, number of blocks and types are possible."""
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            blocks = {int(found[1]) for key in arrays.files if (found := re.search(r"encoderblock_(\d+)/", key))}
-            kernel = next((arrays[key].shape for key in arrays.files if key.endswith("embedding/kernel")), None)
+        headers = npz_headers(path)
+        blocks = {int(found[1]) for key in headers if (found := re.search(r"encoderblock_(\d+)/", key))}
+        kernel = next((shape for key, (shape, _) in headers.items() if key.endswith("embedding/kernel")), None)
+        other = [f"{key} {dtype}" for key, (_, dtype) in headers.items() if dtype.kind != "f"]
+        if other:
+            raise UserError(f"{path} holds arrays that are not of floating-point numbers: {_first_three(other)}.")
         expected = (*vit.patch_embed.patch_size, 3, vit.embed_dim)
         if kernel != expected or (blocks and len(blocks) != len(vit.blocks)):
             raise UserError(
@@ -346,7 +384,9 @@ def _load_jax(vit: VisionTransformer, path: Path) -> None:
                 f"expected {expected} and {len(vit.blocks)}."
             )
         vit.load_pretrained(str(path))
-    except (KeyError, ValueError, RuntimeError, OSError, EOFError, zipfile.BadZipFile) as error:
+    except UserError:
+        raise
+    except Exception as error:  # a damaged archive, or one of another layout, fails in many ways
         raise UserError(f"{path} cannot be read as JAX weights of this ViT: {_first_line(error)}.") from error
 
 
@@ -356,3 +396,17 @@ def _sha256(state: Mapping[str, Tensor]) -> str:
         digest.update(name.encode())
         digest.update(state[name].detach().cpu().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def _options_sha256(network: torch.nn.Module) -> str:
+    described = [
+        (name, str(type(module)), {key: value for key, value in vars(module).items() if _is_plain(value)})
+        for name, module in network.named_modules()
+    ]
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, bool | int | float | str)

@@ -3,16 +3,21 @@
 replace_file(folder / "summary.md", text.encode())
 write_json(folder / "config.json", values)
 values = read_json(folder / "config.json")          # UserError: absent, not UTF-8, not JSON, no object
+headers = npz_headers(path)                         # shape and type of its arrays; ValueError: more than it holds
 """
 
 import hashlib
 import json
+import math
 import os
 import stat
+import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from utils.errors import UserError
 
@@ -95,6 +100,29 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f"{path} holds no JSON object: the file is damaged, restore it")
     return values
+
+
+def npz_headers(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    """Shape and type of every array in an .npz, from the headers alone.
+
+    Reading an array sets aside the memory that its header asks for; what is in a damaged one can be any number.
+
+    Raises:
+        ValueError: a header is none, or asks for other than the bytes that follow it.
+        OSError, zipfile.BadZipFile: the file cannot be read, or is no archive.
+    """
+    headers = {}
+    with zipfile.ZipFile(path) as archive:
+        for member in archive.infolist():
+            with archive.open(member) as file:
+                first = np.lib.format.read_magic(file) == (1, 0)
+                read = np.lib.format.read_array_header_1_0 if first else np.lib.format.read_array_header_2_0
+                shape, _, dtype = read(file)
+                held = member.file_size - file.tell()
+            if not dtype.hasobject and math.prod(shape) * dtype.itemsize != held:
+                raise ValueError(f"its array {member.filename} is {dtype} {shape} by its header and has {held} bytes")
+            headers[member.filename.removesuffix(".npy")] = (shape, dtype)
+    return headers
 
 
 def sha256_file(path: Path | str) -> str:
