@@ -22,7 +22,15 @@ from utils.config import RunConfig
 from utils.errors import Interrupted, UserError
 from utils.optim import GroupedOptimizer
 from utils.run_log import RunLog
-from utils.toolkit import autocast, not_finite_advice, pack_tensors, require_finite, sha256_of, unpack_tensors
+from utils.toolkit import (
+    autocast,
+    dead_worker_advice,
+    not_finite_advice,
+    pack_tensors,
+    require_finite,
+    sha256_of,
+    unpack_tensors,
+)
 
 logger = logging.getLogger("nested_lora")
 
@@ -189,8 +197,9 @@ class Learner(ABC):
 
     def train_task(self) -> None:
         """Go through the open task's stages from where it stands; after an interruption, from there."""
-        while self.progress.stage != "done":
-            self.progress.stage = self.stages[self.progress.stage]()
+        with dead_worker_advice():
+            while self.progress.stage != "done":
+                self.progress.stage = self.stages[self.progress.stage]()
 
     # --- the loop ---------------------------------------------------------------------------------------------------
 
@@ -209,12 +218,15 @@ class Learner(ABC):
         done = position.epoch * phase.steps_per_epoch + position.step
         with tqdm(total=total, initial=done, desc=where, unit="step", leave=False) as bar:
             while position.epoch < phase.epochs:
-                for batch in phase.batches(position.epoch, position.step):
-                    if self.stopping():
-                        self._keep_phase(phase, position)
-                        raise Interrupted
-                    self.take_step(phase, position, batch)
-                    bar.update()
+                try:
+                    for batch in phase.batches(position.epoch, position.step):
+                        if self.stopping():
+                            raise Interrupted
+                        self.take_step(phase, position, batch)
+                        bar.update()
+                except Interrupted:  # also from what makes the batches
+                    self._keep_phase(phase, position)
+                    raise
                 position = self._end_epoch(phase, position)
                 if phase.save_every and position.epoch % phase.save_every == 0 and position.epoch < phase.epochs:
                     self._keep_phase(phase, position)

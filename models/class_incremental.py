@@ -29,7 +29,7 @@ from utils.factory import Backbone, create_backbone
 from utils.metrics import AccuracyMatrix, accuracy_table, summary_table
 from utils.run_log import RunLog
 from utils.tensor_cache import TensorCache
-from utils.toolkit import predictions
+from utils.toolkit import dead_worker_advice, predictions
 from utils.views import ViewSpec
 
 
@@ -206,6 +206,7 @@ class ClassIncrementalLearner(Learner):
     def __init__(self, parts: ClassIncrementalParts, **record: Any) -> None:
         super().__init__(parts, **record)
         self.data, self.cache = parts.data, parts.cache
+        self.data.stop_requested = self._stop_requested
         self.modules = self.build(parts.backbone).to(self.device)
 
     @abstractmethod
@@ -262,7 +263,8 @@ def accuracy_of(learner: ClassIncrementalLearner, tasks: int) -> Counts:
     correct, total = [], []
     for task in range(tasks):
         targets = learner.data.targets(learner.data.indices(learner.data.task_classes(task), "test"), "test")
-        features = learner.features_of(task, "test").to(learner.device)
+        with dead_worker_advice():
+            features = learner.features_of(task, "test").to(learner.device)
         what = f"the test images of task {task}"
         predicted = predictions(learner.classify(features), what, learner.config.precision).cpu()
         correct.append(int((predicted == targets).sum()))

@@ -1,6 +1,13 @@
 """Tasks cover every class once; a batch depends on its key and on nothing else."""
 
+import multiprocessing
+import os
 import random
+import shutil
+import signal
+import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,11 +15,12 @@ import torch
 from PIL import Image
 
 from tests.image_folders import folder_images
-from utils import image_sets
+from utils import data_manager, image_sets
 from utils.data import ArrayImages, Dataset
 from utils.data_manager import DataManager
 from utils.decoded_images import DecodedImages
-from utils.errors import UserError
+from utils.errors import Interrupted, UserError
+from utils.toolkit import dead_worker_advice
 from utils.views import ViewSpec
 
 CLASSES, TRAIN_EACH, TEST_EACH = 7, 6, 3
@@ -339,6 +347,101 @@ def test_epochs_decode_every_file_once_and_only_those_in_use(tmp_path, monkeypat
     for view in range(2):
         data.views(data.indices(range(2), "train"), "train", "train", (view,))
     assert len(opened) == 6
+
+
+# --------------------------------------------------------------------------------------------------- data workers
+
+
+def with_shared_memory(monkeypatch, free: int) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="shared memory is no folder here")
+@pytest.mark.parametrize(("free", "expected"), [(10**9, 2), (6 * 4000, 2), (4 * 4000, 1), (2000, 0)])
+def test_workers_are_as_many_as_shared_memory_has_room_for(monkeypatch, caplog, free, expected):
+    """A batch of 5 views of 8 x 8 takes 5 x (3 x 64 x 4 + 8) = 3880 bytes; there may be two a worker and two more."""
+    expected_batches = train_batches(manager())
+    with_shared_memory(monkeypatch, free)
+    data, seen = manager(num_workers=2), []
+    for _ in range(2):
+        batches = data.batches(range(4), source="train", mode="train", batch_size=5, key=(1993, 0, 1))
+        for number, (batch, wanted) in enumerate(zip(batches, expected_batches, strict=True)):
+            assert same([batch], [wanted])
+            if number == 0:
+                seen.append(len(multiprocessing.active_children()))
+    assert seen == [expected, expected]
+    told = [message for message in caplog.messages if "num_workers" in message]
+    assert len(told) == (expected < 2) and all("/dev/shm" in message for message in told)
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="shared memory is no folder here")
+def test_processes_of_one_machine_share_its_shared_memory(monkeypatch, caplog):
+    with_shared_memory(monkeypatch, 6 * 4000)
+    train_batches(manager(num_workers=2))
+    assert not caplog.messages
+    train_batches(manager(num_workers=2, world_size=4))
+    assert "num_workers = 2: 0 used" in caplog.text
+
+
+class SleepingImages(ArrayImages):
+    """The first batch at once, the others never."""
+
+    def batch(self, indices: np.ndarray) -> torch.Tensor:
+        if 0 not in indices:
+            time.sleep(600)
+        return super().batch(indices)
+
+
+def sleeping_batches(**changed):
+    images = np.zeros((6, 8, 8, 3), np.uint8)
+    sets = [SleepingImages(images, np.zeros(6, int)) for _ in range(2)]
+    data = manager(Dataset("slow", ["a"], *sets, ""), init_cls=1, increment=1, num_workers=2, **changed)
+    return data, iter(data.batches(range(1), source="test", mode="test", batch_size=2))
+
+
+def test_a_killed_worker_is_one_sentence():
+    """Whether its batch is waited for, or the process is at work on another one."""
+    for waiting in (True, False):
+        _, batches = sleeping_batches()
+        next(batches)
+        with pytest.raises(UserError, match="num_workers") as caught, dead_worker_advice():
+            for worker in multiprocessing.active_children():
+                os.kill(worker.pid, signal.SIGKILL)
+            if waiting:
+                next(batches)
+            time.sleep(10)
+        assert "\n" not in str(caught.value)
+
+
+def test_workers_that_hang_are_one_sentence(monkeypatch):
+    monkeypatch.setattr(data_manager, "LOOK_EVERY", 0.05)
+    monkeypatch.setattr(data_manager, "PATIENCE", 0.2)
+    _, batches = sleeping_batches()
+    next(batches)
+    with pytest.raises(UserError, match="no data worker .* num_workers to 0"):
+        next(batches)
+    assert not multiprocessing.active_children()
+
+
+def test_a_stop_request_ends_the_wait_for_workers(monkeypatch):
+    monkeypatch.setattr(data_manager, "LOOK_EVERY", 0.05)
+    data, batches = sleeping_batches()
+    next(batches)
+    data.stop_requested = lambda: True
+    with pytest.raises(Interrupted):
+        next(batches)
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGHUP", "SIGTERM"])
+def test_workers_leave_a_request_to_stop_to_the_process_that_started_them(name):
+    """A terminal sends it to all: the batches that were asked for still come."""
+    batches = iter(manager(num_workers=2).batches(range(4), source="train", mode="test", batch_size=2))
+    for _ in range(2):  # one of each worker
+        next(batches)
+    for worker in multiprocessing.active_children():
+        os.kill(worker.pid, getattr(signal, name))
+    assert len(list(batches)) == 10
 
 
 # ---------------------------------------------------------------------------------------------------------- misuse

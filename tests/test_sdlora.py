@@ -1,9 +1,10 @@
 """SD-LoRA and Gumbel CL-LoRA as a learner on tiny generated data: what learns when, boundaries, the gate, state."""
 
 import copy
+import itertools
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 from models.class_incremental import accuracy_of
 from models.sdlora import SDLoRA
 from trainer import assemble
-from utils.errors import UserError
+from utils.errors import Interrupted, UserError
 from utils.gumbel_utils import sparsemax
 from utils.plots import draw_figures
 from utils.run_log import read_metrics
@@ -311,3 +312,25 @@ def test_a_checkpoint_of_another_shape_is_refused(make_sdlora: Make) -> None:
     saved, kept = run_tasks(make_sdlora(), 1).state()
     with pytest.raises(UserError, match="does not fit this configuration: gate.logits is missing"):
         make_sdlora(gumbel_gate="global").load_state(saved, kept)
+
+
+def test_a_stop_while_batches_are_waited_for_is_one_between_two_steps(make_sdlora: Make) -> None:
+    """What makes the batches may be stopped too: resumed from there, the task ends as it would have."""
+    whole = run_tasks(make_sdlora(), 1)
+    stopped = make_sdlora()
+    batches = stopped.data.batches
+
+    def two_batches(*args: Any, **keys: Any) -> Iterator[Any]:
+        yield from itertools.islice(batches(*args, **keys), 2)
+        raise Interrupted
+
+    stopped.data.batches = two_batches
+    stopped.begin_task(0)
+    with pytest.raises(Interrupted):
+        stopped.train_task()
+    state, saved = stopped.state()
+    again = make_sdlora()
+    again.load_state(json.loads(json.dumps(state)), {name: tensor.clone() for name, tensor in saved.items()})
+    assert again.progress.steps == 2
+    again.train_task()
+    assert again.fingerprint() == whole.fingerprint()

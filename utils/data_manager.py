@@ -10,7 +10,14 @@ label of incremental class i.
 """
 
 import hashlib
+import logging
+import multiprocessing
+import shutil
+import signal
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from multiprocessing.process import BaseProcess
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,13 +26,20 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from utils.distributed import World
-from utils.errors import UserError
+from utils.errors import Interrupted, UserError
 from utils.image_sets import Dataset, ImageSet
+from utils.toolkit import dead_worker_advice
 from utils.views import ViewSpec, seed_sequence, views_of
+
+logger = logging.getLogger("nested_lora")
 
 SOURCES = ("train", "test")
 CPU = torch.device("cpu")
 MODES = ("train", "test")
+SHARED_MEMORY = Path("/dev/shm")  # what workers pass batches through; 64 MB in a container unless told
+PREFETCHED = 2  # batches that each worker makes ahead
+LOOK_EVERY = 1.0  # seconds of waiting for workers between two looks at whether to go on waiting
+PATIENCE = 300.0  # seconds without a batch after which workers are taken to hang
 
 
 class DataManager:
@@ -40,7 +54,8 @@ class DataManager:
         max_train_per_class, max_test_per_class: keep k images of every class: the first k of a permutation drawn from
             (seed, split, class), so a smaller k keeps a subset of a larger one; they stay in stored order.
         train_view, test_view: what the network sees of an image.
-        num_workers: processes that prepare batches; 0 for none. Changes no result.
+        num_workers: processes that prepare batches, fewer where shared memory is too small for what they pass on;
+            0 for none. Changes no result.
         rank, world_size: which of several processes this is, as `batches` gives each a share of every batch.
 
     Attributes:
@@ -48,6 +63,7 @@ class DataManager:
         class_names: name of every incremental class.
         nb_classes: classes of the data set.
         nb_tasks: number of tasks.
+        stop_requested: asked while workers are waited for; True raises `Interrupted`.
 
     Raises:
         UserError: init_cls or increment is larger than the number of classes.
@@ -85,7 +101,9 @@ class DataManager:
         self._labels = {source: self._incremental_labels(source, limits[source], seed) for source in SOURCES}
         self._hashes: dict[tuple[int, str], str] = {}
         self.train_view, self.test_view = train_view, test_view
-        self._num_workers, self._share = num_workers, World(rank, world_size).share
+        self._num_workers, self._world = num_workers, World(rank, world_size)
+        self.stop_requested: Callable[[], bool] = lambda: False
+        self._told_of_shared_memory = False
 
     def task_classes(self, task: int) -> range:
         """Incremental labels of a task. Raises IndexError outside 0 .. nb_tasks - 1."""
@@ -178,7 +196,8 @@ class DataManager:
 
         Raises:
             ValueError: mode "train" without a key, or an argument out of range.
-            UserError: while iterating, for an image that cannot be read.
+            UserError: while iterating, for an image that cannot be read, or workers that were killed or hang.
+            Interrupted: while iterating, when a stop was requested during a wait for workers.
         """
         named = None if mode == "test" else key if view is None else view
         spec = self._spec(mode, named)
@@ -187,11 +206,30 @@ class DataManager:
             getattr(self.dataset, source),
             self._labels[source],
             [order[first : first + batch_size] for first in range(0, len(order), batch_size)],
-            self._share,
+            self._world.share,
             spec,
             named,
         )
-        return Batches(batches, start, self._num_workers)
+        largest_share = -(-batch_size // self._world.size)
+        workers = self._workers_that_fit(largest_share * (3 * spec.image_size**2 * torch.float32.itemsize + 8))
+        return Batches(batches, start, workers, lambda: self.stop_requested())
+
+    def _workers_that_fit(self, batch_bytes: int) -> int:
+        """How many of the workers shared memory has room for, with the batches that they make ahead."""
+        workers = self._num_workers
+        if not workers or not SHARED_MEMORY.is_dir():
+            return workers
+        free = shutil.disk_usage(SHARED_MEMORY).free // self._world.size
+        in_use = 2  # batches that no worker has any longer: the last one and the next
+        fitting = max(0, (free // batch_bytes - in_use) // PREFETCHED)
+        if fitting < workers and not self._told_of_shared_memory:
+            self._told_of_shared_memory = True
+            needed = (PREFETCHED * workers + in_use) * batch_bytes
+            logger.warning(
+                f"num_workers = {workers}: {fitting} used, as {SHARED_MEMORY} has {free / 1e6:.0f} MB free for each "
+                f"process and {workers} workers may need {needed / 1e6:.0f}; enlarge it (docker run --shm-size) for all"
+            )
+        return min(workers, fitting)
 
     def _spec(self, mode: str, view: tuple[int, ...] | None) -> ViewSpec:
         if mode not in MODES or (mode == "train") == (view is None):
@@ -213,15 +251,20 @@ class DataManager:
 class Batches:
     """An iterable over batches with a length; iterating again gives the same batches."""
 
-    def __init__(self, dataset: "_BatchDataset", start: int, num_workers: int) -> None:
+    def __init__(
+        self, dataset: "_BatchDataset", start: int, num_workers: int, stop_requested: Callable[[], bool]
+    ) -> None:
         if not 0 <= start <= len(dataset):
             raise ValueError(f"start={start}: there are {len(dataset)} batches")
-        self._dataset, self._start = dataset, start
+        self._dataset, self._start, self._stop_requested = dataset, start, stop_requested
         self._loader = DataLoader(
             dataset,
             batch_size=None,
             sampler=range(start, len(dataset)),
             num_workers=num_workers,
+            prefetch_factor=PREFETCHED if num_workers else None,
+            timeout=LOOK_EVERY if num_workers else 0,
+            worker_init_fn=_leave_signals_to_the_main_process,
             collate_fn=_unchanged,
             generator=torch.Generator(),  # otherwise the loader draws a seed from the global state
         )
@@ -231,10 +274,34 @@ class Batches:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         self._dataset.prepare(self._start)
-        for batch in self._loader:
+        others = multiprocessing.active_children()
+        batches = iter(self._loader)
+        workers = [process for process in multiprocessing.active_children() if process not in others]
+        while (batch := self._next(batches, workers)) is not None:
             if isinstance(batch, UserError):
                 raise batch
             yield batch
+
+    def _next(self, batches: Iterator[object], workers: list[BaseProcess]) -> object:
+        """What comes next, or None at the end; workers that are no longer waited for are killed."""
+        silent = 0.0
+        while True:
+            try:
+                with dead_worker_advice():
+                    return next(batches, None)
+            except RuntimeError as error:
+                if not str(error).startswith("DataLoader timed out"):
+                    raise
+            silent += LOOK_EVERY
+            if self._stop_requested():
+                _kill(workers)
+                raise Interrupted
+            if silent >= PATIENCE:
+                _kill(workers)
+                raise UserError(
+                    f"no data worker has given a batch for {silent:.0f} s: they hang, for lack of shared memory "
+                    f"({SHARED_MEMORY}) or because images cannot be read; set num_workers to 0"
+                )
 
 
 class _BatchDataset(TorchDataset):
@@ -283,3 +350,22 @@ def _views(
 
 def _unchanged(batch: object) -> object:
     return batch
+
+
+def _kill(workers: list[BaseProcess]) -> None:
+    """End workers that may hang, without the error that PyTorch raises when one is killed."""
+    for worker in workers:
+        with suppress(RuntimeError):
+            worker.kill()
+            worker.join(LOOK_EVERY)
+
+
+def _leave_signals_to_the_main_process(worker: int) -> None:
+    """A stop request reaches all processes of a terminal or job: the main one honours it, and its workers go on.
+
+    The first SIGTERM is taken for such a request; a second one ends the worker.
+    """
+    for name in ("SIGINT", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))

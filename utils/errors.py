@@ -1,4 +1,4 @@
-"""The one exception for mistakes a person can mend; the commands tell of it without a traceback, exit code 2."""
+"""The exception for mistakes a person can mend, told by the commands without a traceback, and the one for a stop."""
 
 import errno
 import sys
@@ -10,7 +10,7 @@ class UserError(Exception):
 
 
 class Interrupted(Exception):
-    """Training stopped between two steps because it was asked to; the learner's state says where."""
+    """Work stopped between two steps because it was asked to; what it leaves can be saved and gone on with."""
 
 
 WAYS_OUT = {

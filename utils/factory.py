@@ -32,6 +32,7 @@ from torch import Tensor
 from utils.assets import fetch_asset
 from utils.errors import UserError
 from utils.files import npz_headers
+from utils.toolkit import first_line
 
 log = logging.getLogger("nested_lora")
 
@@ -278,15 +279,10 @@ def _from_hub(arch: str, tag: str, weights_root: Path) -> dict[str, Tensor]:
     except Exception as error:  # the hub client raises classes of several HTTP libraries without a common base
         raise UserError(
             f"The weights {arch}.{tag} are neither in {weights_root} nor could be downloaded from timm's hub "
-            f"({_first_line(error)}); put them at "
+            f"({first_line(error)}); put them at "
             f"{weights_root / f'{arch}.{tag}.safetensors'} (or .pth, .npz), or set backbone_type to "
             f'{PACKAGE_BACKBONE!r}, which needs only a package index, or weights to "random".'
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    """The first line of an error's text without its full stop, or its class when it says nothing."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(". ")
 
 
 def _is_cached(repo: str) -> bool:
@@ -329,7 +325,7 @@ def _load_state(vit: VisionTransformer, name: str, state: dict[str, Tensor]) -> 
     try:
         state = checkpoint_filter_fn(dict(state), vit, adapt_layer_scale=True)
     except Exception as error:  # a foreign layout fails anywhere inside the conversion
-        raise UserError(f"{name} does not hold weights of a timm ViT of this kind: {_first_line(error)}.") from error
+        raise UserError(f"{name} does not hold weights of a timm ViT of this kind: {first_line(error)}.") from error
     state = {key: value for key, value in state.items() if not key.startswith("head.")}
     _check_fit(name, state, vit.state_dict())
     vit.load_state_dict(state, strict=True)
@@ -359,7 +355,7 @@ def _read_state_dict(path: Path) -> dict[str, Tensor]:
         tensors = path.suffix.lower() == ".safetensors"
         state = load_file(path) if tensors else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # each format fails in its own way on a truncated or foreign file
-        raise UserError(f"{path} cannot be read as weights: {_first_line(error)}.") from error
+        raise UserError(f"{path} cannot be read as weights: {first_line(error)}.") from error
     for wrapper in ("model", "state_dict"):
         state = state.get(wrapper, state) if isinstance(state, Mapping) else state
     mapping = isinstance(state, Mapping)
@@ -387,7 +383,7 @@ def _load_jax(vit: VisionTransformer, path: Path) -> None:
     except UserError:
         raise
     except Exception as error:  # a damaged archive, or one of another layout, fails in many ways
-        raise UserError(f"{path} cannot be read as JAX weights of this ViT: {_first_line(error)}.") from error
+        raise UserError(f"{path} cannot be read as JAX weights of this ViT: {first_line(error)}.") from error
 
 
 def _sha256(state: Mapping[str, Tensor]) -> str:

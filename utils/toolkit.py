@@ -168,6 +168,28 @@ def out_of_memory_advice(batch_size: int, grad_accumulation: int, eval_batch_siz
         ) from error
 
 
+@contextlib.contextmanager
+def dead_worker_advice() -> Iterator[None]:
+    """Turn PyTorch's error for a data worker that has ended too early into a sentence.
+
+    It is raised by a signal handler, in whatever the process is doing when the worker ends.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise UserError(
+            f"a data worker has ended before its work was done ({first_line(error)}): it was killed, or there was too "
+            "little memory for it; lower num_workers (0 uses none) and go on with --resume where a run had begun"
+        ) from error
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's text without its full stop, or its class when it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(". ")
+
+
 def seeded_generator(*key: int) -> torch.Generator:
     """A CPU generator of its own for a key of non-negative integers; different keys give unrelated streams."""
     seed = np.random.SeedSequence(key).generate_state(1, dtype=np.uint64)[0]
