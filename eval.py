@@ -272,7 +272,8 @@ def class_incremental_material(folder: Path, checkpoints: list[Path], images_per
     """Class tokens of the same test images, and what branches write to, of the network in every checkpoint.
 
     Raises:
-        UserError: a checkpoint is damaged or foreign, there are too few test images, or the method has no blocks.
+        UserError: a checkpoint is damaged or foreign, there are too few test images, the method has no blocks, or what
+            they give is not finite.
     """
     import torch
     from tqdm import tqdm
@@ -280,6 +281,7 @@ def class_incremental_material(folder: Path, checkpoints: list[Path], images_per
     from trainer import assemble, load_run_checkpoint, read_config, read_result
     from utils.analysis import Material, chosen_images
     from utils.plots import describe
+    from utils.toolkit import require_finite
 
     config = read_config(folder)
     parts = assemble(config, config.seed[0])
@@ -293,7 +295,8 @@ def class_incremental_material(folder: Path, checkpoints: list[Path], images_per
             found = []
             for batch in batches:
                 views = parts.data.views(batch, "test", "test", None, learner.device)
-                found.append(learner.class_tokens(views).cpu())
+                what = f"the class tokens of {checkpoint.name}"
+                found.append(require_finite(learner.class_tokens(views).cpu(), what, config.precision))
                 bar.update()
             tokens.append(torch.cat(found, dim=1))
             spaces.append(learner.branch_spaces())

@@ -43,6 +43,9 @@ class RanPACConfig(AdapterConfig):
             *super().idle_rules(),
         ]
 
+    def one_class_advice(self, task: int) -> str:
+        return super().one_class_advice(task) if self.first_session and task == 0 else ""
+
 
 class RanPAC(AdapterTuning):
     """Random projection and ridge regression on frozen, or once adapted, features."""

@@ -139,9 +139,13 @@ class SDLoRAConfig(ClassIncrementalConfig):
             *super().idle_rules(),
         ]
 
+    def one_class_advice(self, task: int) -> str:
+        other = 'use larger tasks, or model_name "finetune" with head "cosine" or "ranpac"'
+        return f"the classifier cannot tell such classes apart: {other}"
+
     def remarks(self) -> list[str]:
-        """Warns of an optimizer that published files name and their code does not use, and of a shared folder."""
-        found = []
+        """Adds a warning of an optimizer that published code does not use, and one of a shared folder."""
+        found = super().remarks()
         if self.optimizer == "adam":
             found.append(
                 'optimizer = "adam" is honoured as AdamW; published SD-LoRA files name it, and the published code '

@@ -105,6 +105,11 @@ class TrainingConfig(ViTConfig):
             *super().idle_rules(),
         ]
 
+    def one_class_advice(self, task: int) -> str:
+        if self.head == "fc":
+            return 'the classifier cannot tell such classes apart: set head to "cosine" or "ranpac", or enlarge tasks'
+        return f'head "{self.head}" tells such classes apart all the same, by features that they leave as they are'
+
 
 class AdapterConfig(TrainingConfig):
     """Adapters in the blocks of the ViT: one bottleneck each, or a fast and a slow one (Nested LoRA)."""

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import models
@@ -12,6 +13,7 @@ from models import SCHEMAS
 from models.sema_config import SEMAConfig
 from utils.config import ClassIncrementalConfig, RunConfig
 from utils.config_files import ConfigError, LoadedConfig, config_from_dict, load_config
+from utils.data import class_count
 from utils.errors import UserError
 from utils.factory import BackboneShape
 
@@ -397,6 +399,43 @@ def test_idle_keys_of_nested_lora_are_noted() -> None:
     assert check(**nested, nested_lora_reset="lora").notes == []
     (note,) = check(ffn_adapter_type="nested_lora", nested_lora_slow_grad="accumulate").notes
     assert note == "keys with no effect here: nested_lora_slow_grad (slow steps every step)"
+
+
+ONE_CLASS = {"init_cls": 1, "increment": 1}  # of 100
+ALL_OF_THEM, THE_FIRST, THE_LAST = "task 0, 1, 2, ... of 0 to 99", "task 0 of 0 to 33", "task 33 of 0 to 33"
+
+
+@pytest.mark.parametrize(
+    ("changes", "which", "words"),
+    [
+        ({"model_name": "sema"}, ALL_OF_THEM, ["cosine", "ranpac"]),
+        ({"model_name": "finetune"}, ALL_OF_THEM, ["cosine", "ranpac"]),
+        ({"model_name": "finetune", "head": "cosine"}, ALL_OF_THEM, ["cosine"]),
+        ({"model_name": "sdlora"}, ALL_OF_THEM, ["cosine", "ranpac"]),
+        ({"model_name": "ranpac", "first_session": True}, "task 0 of 0 to 99", ["ranpac"]),
+        ({"model_name": "sema", "increment": 3}, THE_FIRST, ["cosine", "ranpac"]),
+        ({"model_name": "sdlora", "init_cls": 3, "increment": 3}, THE_LAST, ["cosine", "ranpac"]),
+        ({"model_name": "ranpac"}, None, []),
+        ({"model_name": "simplecil"}, None, []),
+        ({"model_name": "sema", "init_cls": 3, "increment": 3, "max_tasks": 3}, None, []),
+        ({"model_name": "sema", "init_cls": 4, "increment": 3}, None, []),
+    ],
+    ids=str,
+)
+def test_tasks_of_one_class_are_told_once_with_the_heads_that_work(
+    changes: dict[str, Any], which: str | None, words: list[str]
+) -> None:
+    notes = [note for note in check(**ONE_CLASS | changes).notes if "one class" in note]
+    assert len(notes) == (which is not None)
+    assert all(which in note and "teaches nothing" in note and all(word in note for word in words) for note in notes)
+
+
+def test_tasks_of_one_class_are_counted_in_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(utils.config, "class_count", class_count)
+    arrays = {f"{name}_{source}": np.zeros(3, np.uint8) for name in "xy" for source in ("train", "test")}
+    np.savez(tmp_path / "mine.npz", **arrays, class_names=np.array(["a", "b", "c"]))
+    (note,) = check(dataset="mine.npz", data_root=str(tmp_path), init_cls=2, increment=2).notes
+    assert "task 1 of 0 to 1 brings one class" in note
 
 
 def test_departures_are_remarked() -> None:

@@ -14,6 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from utils.data import class_count, dataset_slug
+from utils.data_manager import tasks_of
 from utils.errors import UserError
 from utils.factory import BackboneShape, backbone_shape
 from utils.toolkit import resolve_device
@@ -214,6 +215,22 @@ class ClassIncrementalConfig(RunConfig):
             (self.dataset == "synthetic", 'dataset is "synthetic"', ["data_root"]),
             *super().idle_rules(),
         ]
+
+    def remarks(self) -> list[str]:
+        """Adds a warning of tasks that the method learns nothing from."""
+        classes = class_count(self.dataset, self.data_root)
+        tasks = [] if classes is None else tasks_of(classes, self.init_cls, self.increment, self.max_tasks)
+        advice = {task: self.one_class_advice(task) for task, labels in enumerate(tasks) if len(labels) == 1}
+        untaught = [task for task, text in advice.items() if text]
+        if not untaught:
+            return super().remarks()
+        shown = ", ".join(map(str, untaught[:3])) + (", ..." if len(untaught) > 3 else "")
+        fault = f"task {shown} of 0 to {len(tasks) - 1} brings one class: cross-entropy over it alone is zero"
+        return [*super().remarks(), f"{fault} and teaches nothing; {advice[untaught[0]]}"]
+
+    def one_class_advice(self, task: int) -> str:
+        """What to do where a task brings one class only; empty where the method learns from it all the same."""
+        return ""
 
     def known_backbone(self) -> BackboneShape | None:
         """Depth, width and patch of the backbone; None when its name is unknown (which `conflicts` reports)."""

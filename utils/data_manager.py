@@ -94,8 +94,7 @@ class DataManager:
         order = np.random.RandomState(seed).permutation(self.nb_classes) if shuffle else np.arange(self.nb_classes)
         self.class_order = order.tolist()
         self.class_names = [dataset.class_names[label] for label in self.class_order]
-        starts = [0, *range(init_cls, self.nb_classes, increment)]
-        self._tasks = [range(a, b) for a, b in zip(starts, [*starts[1:], self.nb_classes], strict=True)][:max_tasks]
+        self._tasks = tasks_of(self.nb_classes, init_cls, increment, max_tasks)
         self.nb_tasks = len(self._tasks)
         limits = {"train": max_train_per_class, "test": max_test_per_class}
         self._labels = {source: self._incremental_labels(source, limits[source], seed) for source in SOURCES}
@@ -246,6 +245,12 @@ class DataManager:
                 rng = np.random.default_rng([seed, SOURCES.index(source), label])
                 labels[rng.permutation(members)[limit:]] = -1
         return labels
+
+
+def tasks_of(classes: int, init_cls: int, increment: int, max_tasks: int | None) -> list[range]:
+    """The incremental labels of every task of a sequence; the last task may be shorter."""
+    starts = [0, *range(init_cls, classes, increment)]
+    return [range(a, b) for a, b in zip(starts, [*starts[1:], classes], strict=True)][:max_tasks]
 
 
 class Batches:
