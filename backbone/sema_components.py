@@ -232,10 +232,14 @@ class Records(nn.Module):
         return self.errors[: len(self)].double().std()
 
     def z_scores(self, errors: Tensor) -> Tensor:
-        """|error - mean| / std for errors (B,) -> (B,); zeros until more than two errors are stored."""
+        """|error - mean| / std for errors (B,) -> (B,); zeros until more than two errors are stored.
+
+        Where the stored errors are all alike (images repeated), an error like them has z = 0, any other infinite z.
+        """
         if len(self) <= 2:
             return torch.zeros_like(errors)
-        return ((errors.double() - self.mean) / self.stddev).abs().to(errors.dtype)
+        distance = (errors.double() - self.mean).abs()
+        return torch.where(distance == 0, 0.0, distance / self.stddev).to(errors.dtype)
 
 
 def scaled(scale: float, tensor: Tensor | None) -> Tensor | None:

@@ -155,6 +155,13 @@ def test_z_scores_are_zero_until_more_than_two_errors_are_stored() -> None:
     torch.testing.assert_close(record.z_scores(errors), torch.tensor([3.0, 3.0]))  # mean 2, unbiased std 1
 
 
+def test_z_scores_of_errors_that_are_all_alike_are_numbers() -> None:
+    """Images repeated: what is like them is not new, and the smallest difference is."""
+    record = Records(10)
+    record.push(torch.full((4,), 2.0))
+    assert record.z_scores(torch.tensor([2.0, 2.5])).tolist() == [0, torch.inf]
+
+
 def test_novelty_is_the_smallest_mean_over_adapters() -> None:
     block = modules()
     block.grow()
