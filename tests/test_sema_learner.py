@@ -255,7 +255,7 @@ def test_a_diverging_loss_is_a_sentence(make_sema: Make) -> None:
 
     learner = make_sema(init_lr=1e30, nested_lora_lr_fast=1e30, func_epoch=3)
     learner.begin_task(0)
-    with pytest.raises(UserError, match="not finite.*lower them"):
+    with pytest.raises(UserError, match="not finite.*lower the learning rates"):
         learner.train_task()
 
 
