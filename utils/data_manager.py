@@ -209,7 +209,7 @@ class DataManager:
             spec,
             named,
         )
-        largest_share = -(-batch_size // self._world.size)
+        largest_share = max(1, -(-min(batch_size, len(order)) // self._world.size))
         workers = self._workers_that_fit(largest_share * (3 * spec.image_size**2 * torch.float32.itemsize + 8))
         return Batches(batches, start, workers, lambda: self.stop_requested())
 
