@@ -222,8 +222,10 @@ def test_missing_truncated_and_pickled_files(tmp_path):
     torch.save(Code(), tmp_path / "code.pth")
     (tmp_path / "cut.safetensors").write_bytes(b"\x10")
     (tmp_path / "cut.npz").write_bytes(b"PK")
+    os.mkfifo(tmp_path / "pipe.pth")
     for name, message in [
-        ("absent.pth", "no such file"),
+        ("absent.pth", "it is not there"),
+        ("pipe.pth", "it is a FIFO"),
         ("code.pth", "cannot be read"),
         ("cut.safetensors", "cannot be read"),
         ("cut.npz", "cannot be read"),

@@ -187,7 +187,10 @@ def test_losses_that_are_not_numbers_name_the_gates_keys_too(
 ) -> None:
     learner = make_sdlora(**GATE, init_lr=1e30)
     learner.begin_task(0)
-    with caplog.at_level("WARNING", logger="nested_lora"), pytest.raises(UserError, match="not finite.*lower the learning rates"):
+    with (
+        caplog.at_level("WARNING", logger="nested_lora"),
+        pytest.raises(UserError, match="not finite.*lower the learning rates"),
+    ):
         learner.train_task()
     (message,) = {text for text in caplog.messages if "gradients are not finite" in text}
     assert "lambda_sparsity (now 0.01)" in message and "gumbel_anneal_rate" in message

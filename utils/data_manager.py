@@ -39,6 +39,7 @@ MODES = ("train", "test")
 SHARED_MEMORY = Path("/dev/shm")  # what workers pass batches through; 64 MB in a container unless told
 PREFETCHED = 2  # batches that each worker makes ahead
 LOOK_EVERY = 1.0  # seconds of waiting for workers between two looks at whether to go on waiting
+LAST_WAIT = 5.0  # seconds that a killed worker is given to end
 PATIENCE = 300.0  # seconds without a batch after which workers are taken to hang
 
 
@@ -362,7 +363,7 @@ def _kill(workers: list[BaseProcess]) -> None:
     for worker in workers:
         with suppress(RuntimeError):
             worker.kill()
-            worker.join(LOOK_EVERY)
+            worker.join(LAST_WAIT)
 
 
 def _leave_signals_to_the_main_process(worker: int) -> None:

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from utils.assets import fetch_asset
 from utils.errors import UserError
-from utils.files import npz_headers
+from utils.files import npz_headers, why_no_file
 from utils.toolkit import first_line
 
 log = logging.getLogger("nested_lora")
@@ -248,8 +248,9 @@ def _unsupported(vit: torch.nn.Module) -> str:
 
 
 def _existing(path: Path) -> Path:
-    if not path.is_file():
-        raise UserError(f'weights = {str(path)!r}: there is no such file; allowed: null, "random", or a file.')
+    reason = why_no_file(path)
+    if reason:
+        raise UserError(f'weights = {str(path)!r}: {reason}; allowed: null, "random", or a file.')
     try:
         str(path).encode()
     except UnicodeEncodeError as error:

@@ -22,6 +22,7 @@ import numpy as np
 from utils.errors import UserError
 
 CHUNK_BYTES = 2**20
+DEFLATE_LIMIT = 1100  # bytes that a byte of a compressed file can stand for, and a few more
 IRREGULAR = {
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a FIFO",
@@ -108,10 +109,10 @@ def npz_headers(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
     Reading an array sets aside the memory that its header asks for; what is in a damaged one can be any number.
 
     Raises:
-        ValueError: a header is none, or asks for other than the bytes that follow it.
+        ValueError: a header is none, asks for other than the bytes that follow it, or for more than the file can hold.
         OSError, zipfile.BadZipFile: the file cannot be read, or is no archive.
     """
-    headers = {}
+    headers, most = {}, DEFLATE_LIMIT * path.stat().st_size
     with zipfile.ZipFile(path) as archive:
         for member in archive.infolist():
             with archive.open(member) as file:
@@ -119,8 +120,8 @@ def npz_headers(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
                 read = np.lib.format.read_array_header_1_0 if first else np.lib.format.read_array_header_2_0
                 shape, _, dtype = read(file)
                 held = member.file_size - file.tell()
-            if not dtype.hasobject and math.prod(shape) * dtype.itemsize != held:
-                raise ValueError(f"its array {member.filename} is {dtype} {shape} by its header and has {held} bytes")
+            if not dtype.hasobject and math.prod(shape) * dtype.itemsize != held or held > most:
+                raise ValueError(f"{member.filename} is {dtype} {shape} by its header, and holds {held:,} bytes")
             headers[member.filename.removesuffix(".npy")] = (shape, dtype)
     return headers
 

@@ -12,9 +12,7 @@
 """
 
 import hashlib
-import math
 import unicodedata
-import zipfile
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -27,7 +25,7 @@ from torch import Tensor
 from utils.decoded_images import DecodedImages
 from utils.errors import UserError
 from utils.file_memo import FileMemo
-from utils.files import why_no_file
+from utils.files import npz_headers, why_no_file
 from utils.image_files import (
     DECODER,
     LeftOut,
@@ -40,7 +38,6 @@ from utils.image_files import (
 )
 
 NPZ_KEYS = ("x_train", "y_train", "x_test", "y_test", "class_names")
-DEFLATE_LIMIT = 1100  # bytes that a byte of a compressed file can stand for, and a few more
 HASHED = 1024  # images hashed at a time
 
 
@@ -203,15 +200,11 @@ def read_npz(path: Path, keys: Sequence[str]) -> dict[str, np.ndarray]:
     if reason:
         raise UserError(f"{path} cannot be read as an .npz data set: {reason}.")
     try:
-        file = np.load(path, allow_pickle=False)
-        if not isinstance(file, np.lib.npyio.NpzFile):
-            raise ValueError("it is a single array")
-        with file:
-            missing = [key for key in keys if key not in file.files]
-            if missing:
-                raise UserError(f"{path} lacks {', '.join(missing)}; a data set file has {', '.join(NPZ_KEYS)}.")
-            for key in keys:
-                _check_size(file.zip, f"{key}.npy", path.stat().st_size)
+        held = npz_headers(path)
+        missing = [key for key in keys if key not in held]
+        if missing:
+            raise UserError(f"{path} lacks {', '.join(missing)}; a data set file has {', '.join(NPZ_KEYS)}.")
+        with np.load(path, allow_pickle=False) as file:
             arrays = {key: file[key] for key in keys}
     except UserError:
         raise
@@ -221,19 +214,6 @@ def read_npz(path: Path, keys: Sequence[str]) -> dict[str, np.ndarray]:
     if names.ndim != 1:
         raise UserError(f"{path}: class_names has shape {names.shape}; expected one name a class, (C,).")
     return arrays
-
-
-def _check_size(archive: zipfile.ZipFile, member: str, available: int) -> None:
-    """Raise ValueError where an array's header, or the archive's, claims more than the file can hold."""
-    info = archive.getinfo(member)
-    with archive.open(member) as stream:
-        version = np.lib.format.read_magic(stream)
-        read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-        shape, _, dtype = read_header[version](stream)
-        claimed = math.prod(shape) * dtype.itemsize
-        held = info.file_size - stream.tell()
-    if not dtype.hasobject and claimed != held or info.file_size > DEFLATE_LIMIT * available:
-        raise ValueError(f"the header of {member} says {claimed:,} bytes of data, and the file holds {held:,}")
 
 
 def _names(path: Path, names: np.ndarray) -> list[str]:
