@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from models.vit_config import AdapterConfig
-from utils.config import ClassIncrementalConfig, Conflict, IdleRule
+from utils.config import MOST, ClassIncrementalConfig, Conflict, IdleRule
 
 CONSOLIDATION_KEYS = tuple(
     f"nested_lora_{rule}" for rule in ("consolidation", "consolidation_alpha", "consolidation_schedule", "reset")
@@ -46,15 +46,22 @@ class SEMAConfig(AdapterConfig):
     expansion: Literal["novelty", "always", "never"] = Field(
         "novelty", description="Growing blocks gain an adapter where data are new, once in every task, or never."
     )
-    rd_epoch: int = Field(20, ge=0, description="Epochs of a representation descriptor phase.")
-    rd_lr: float = Field(0.01, gt=0, description="Learning rate of representation descriptors.")
-    rd_dim: int = Field(128, ge=1, description="Width of a descriptor's bottleneck.")
+    rd_epoch: int = Field(20, ge=0, le=MOST, description="Epochs of a representation descriptor phase.")
+    rd_lr: float = Field(0.01, gt=0, lt=1e3, description="Learning rate of representation descriptors.")
+    rd_dim: int = Field(128, ge=1, le=16384, description="Width of a descriptor's bottleneck.")
     rd_views: int = Field(
-        1, ge=0, description="Augmented views of an image for the descriptors; 0 = new ones every epoch, as published."
+        1,
+        ge=0,
+        le=1000,
+        description="Augmented views of an image for the descriptors; 0 = new ones every epoch, as published.",
     )
-    buffer_size: int = Field(500, ge=3, description="Reconstruction errors a descriptor's running statistics keep.")
-    exp_threshold: float = Field(2.0, ge=0, description="A block is novel if all adapters' mean z-scores exceed it.")
-    detect_batch_size: int = Field(128, ge=2, description="Images in a batch of the novelty scan.")
+    buffer_size: int = Field(
+        500, ge=3, le=MOST, description="Reconstruction errors a descriptor's running statistics keep."
+    )
+    exp_threshold: float = Field(
+        2.0, ge=0, le=1e9, description="A block is novel if all adapters' mean z-scores exceed it."
+    )
+    detect_batch_size: int = Field(128, ge=2, le=MOST, description="Images in a batch of the novelty scan.")
 
     nested_lora_freeze: Literal["task", "never"] = Field(
         "task", description='Adapters freeze with their task (SEMA), or "never": all go on learning in later tasks.'
@@ -74,6 +81,10 @@ class SEMAConfig(AdapterConfig):
         description="Fast restarts as a new LoRA; all zero, after which it cannot learn; or on slow's hidden units "
         '("aligned", where it also starts before the first task).',
     )
+
+    @property
+    def trained_rates(self) -> list[str]:
+        return [*super().trained_rates, *(["rd_lr"] if self.grows else [])]
 
     @property
     def consolidates(self) -> bool:

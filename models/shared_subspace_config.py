@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from utils.config import Conflict, IdleRule, RunConfig
+from utils.config import MOST, Conflict, IdleRule, RunConfig, falling_rate
 from utils.grid_primitives import FEWEST_COLOURS, MOST_COLOURS, PRIMITIVES
 from utils.grid_tasks import LEAST_GROUP, split_problems
 
@@ -27,9 +27,16 @@ def _rising_shares(points: list[list[float]]) -> list[list[float]]:
     shares = [share for share, _ in points]
     if shares != sorted(set(shares)) or not 0 <= shares[0] <= shares[-1] <= 1:
         raise ValueError("shares are not in ascending order from 0 to 1")
-    if any(weight < 0 for _, weight in points):
-        raise ValueError("a weight is negative")
+    if any(not 0 <= weight <= MOST for _, weight in points):
+        raise ValueError(f"a weight is not between 0 and {MOST}")
     return points
+
+
+def _no_boolean(value: Any) -> Any:
+    """`true` equals 1, and is no number of cells."""
+    if isinstance(value, bool):
+        raise ValueError("a wrong type (a boolean)")
+    return value
 
 
 def _distinct(names: list[str]) -> list[str]:
@@ -39,10 +46,14 @@ def _distinct(names: list[str]) -> list[str]:
     return names
 
 
-WEIGHT_ALLOWED = "a number >= 0, or points [[share, weight], ...] with shares of training from 0 to 1, ascending"
+MOST_SAMPLES = 2 * 10**7  # of an epoch: 4 GB
+WEIGHT_ALLOWED = (
+    f"a number from 0 to {MOST}, or points [[share, weight], ...], shares of training from 0 to 1 ascending"
+)
 Weight = Annotated[list[list[float]], AfterValidator(_rising_shares), BeforeValidator(_as_points)]
 Names = Annotated[list[str], Field(min_length=2), AfterValidator(_distinct)]
-Lengths = Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)]
+Length = Annotated[int, Field(ge=1, le=len(PRIMITIVES))]
+Lengths = Annotated[list[Length], Field(min_length=1)]
 
 
 def _weight(default: float, description: str) -> Any:
@@ -63,52 +74,64 @@ class SharedSubspaceConfig(RunConfig):
         json_schema_extra={"allowed": f"a list of at least two different ones of {', '.join(PRIMITIVES)}"},
     )
     train_lengths: Lengths = Field([1, 2], description="Numbers of steps of the compositions to train on.")
-    test_length: int = Field(3, ge=1, description="Number of steps of the unseen compositions.")
-    held_out_pairs: int = Field(12, ge=1, description="Pairs of primitives that training never combines.")
-    test_compositions: int = Field(200, ge=1, description="Unseen compositions; all where there are fewer.")
-    validation_samples: int = Field(512, ge=1, description="Samples that choose the best epoch.")
-    test_samples: int = Field(1024, ge=1, description="Samples of each table's line.")
+    test_length: Length = Field(3, description="Number of steps of the unseen compositions.")
+    held_out_pairs: int = Field(
+        12, ge=1, le=math.comb(len(PRIMITIVES), 2), description="Pairs of primitives that training never combines."
+    )
+    test_compositions: int = Field(200, ge=1, le=MOST, description="Unseen compositions; all where there are fewer.")
+    validation_samples: int = Field(512, ge=1, le=MOST, description="Samples that choose the best epoch.")
+    test_samples: int = Field(1024, ge=1, le=MOST, description="Samples of each table's line.")
 
     encoder: Literal["transformer", "gru"] = Field("transformer", description="What reads program and patches.")
     decoder: Literal["deconvolution", "mlp"] = Field("mlp", description="What makes a grid of h.")
-    width: int = Field(64, ge=2, description="Width of the tokens; that of the decoder follows.")
-    depth: int = Field(2, ge=1, description="Layers of the encoder.")
-    heads: int = Field(4, ge=1, description="Heads of a transformer's attention.")
-    patch: Literal[1, 2, 4] = Field(2, description="Cells along an edge of a patch.")
-    hidden: int = Field(128, ge=2, description="Width of the bottleneck h.")
-    sparse_units: int = Field(512, ge=0, description="Units of the sparse autoencoder of h; 0: there is none.")
+    width: int = Field(64, ge=2, le=4096, description="Width of the tokens; that of the decoder follows.")
+    depth: int = Field(2, ge=1, le=100, description="Layers of the encoder.")
+    heads: int = Field(4, ge=1, le=4096, description="Heads of a transformer's attention.")
+    patch: Annotated[Literal[1, 2, 4], BeforeValidator(_no_boolean)] = Field(
+        2, description="Cells along an edge of a patch."
+    )
+    hidden: int = Field(128, ge=2, le=4096, description="Width of the bottleneck h.")
+    sparse_units: int = Field(
+        512, ge=0, le=65536, description="Units of the sparse autoencoder of h; 0: there is none."
+    )
     sparse_activity: float = Field(0.05, gt=0, lt=1, description="Share of its units that shall be active.")
 
     task_loss: Literal["ce", "iou"] = Field("ce", description="Cross-entropy of the cells, or 1 - IoU.")
     alpha: Weight = _weight(0.1, "Weight of the sharing loss.")
     beta: Weight = _weight(0.1, "Weight of the sparse autoencoder's loss.")
     gamma: Weight = _weight(0.1, "Weight of naming the primitives.")
-    sharing_rank: int = Field(4, ge=1, description="Dimensions of a group's subspace.")
+    sharing_rank: int = Field(4, ge=1, le=4096, description="Dimensions of a group's subspace.")
     sharing_ema: float = Field(0.0, ge=0, lt=1, description="Decay of a running mean to pull towards; 0: none.")
     sharing_detach: bool = Field(False, description="Whether what is pulled towards stands still.")
 
-    batch_size: int = Field(128, ge=1, description="Samples in a training step: a multiple of group_size.")
-    group_size: int = Field(16, description="Samples of a group: of the same primitives.")
-    eval_batch_size: int = Field(512, ge=1, description="Samples in a batch without gradients.")
-    epochs: int = Field(60, ge=1, description="Epochs; each draws new samples, is validated, and moves the rate on.")
-    steps_per_epoch: int = Field(100, ge=1, description="Training steps of an epoch.")
+    batch_size: int = Field(128, ge=1, le=MOST, description="Samples in a training step: a multiple of group_size.")
+    group_size: int = Field(16, ge=LEAST_GROUP, le=MOST, description="Samples of a group: of the same primitives.")
+    eval_batch_size: int = Field(512, ge=1, le=MOST, description="Samples in a batch without gradients.")
+    epochs: int = Field(
+        60, ge=1, le=MOST, description="Epochs; each draws new samples, is validated, and moves the rate on."
+    )
+    steps_per_epoch: int = Field(100, ge=1, le=MOST, description="Training steps of an epoch.")
     optimizer: Literal["sgd", "adam", "fused_adam"] = Field(
         "fused_adam", description='SGD with momentum 0.9, or AdamW; "fused_adam" is AdamW in one kernel, the fastest.'
     )
-    init_lr: float = Field(0.001, gt=0, description="Learning rate at the start.")
-    min_lr: float = Field(0.0, ge=0, description="Where its cosine ends.")
-    weight_decay: float = Field(0.01, ge=0, description="Weight decay.")
-    clip_norm: float = Field(1.0, gt=0, description="Longest gradient, as one vector; longer ones are shortened to it.")
-    save_every: int = Field(10, ge=1, description="Epochs after which a checkpoint is written.")
+    init_lr: float = Field(0.001, gt=0, lt=1e3, description="Learning rate at the start.")
+    min_lr: float = Field(0.0, ge=0, lt=1e3, description="Where its cosine ends.")
+    weight_decay: float = Field(0.01, ge=0, lt=1e3, description="Weight decay.")
+    clip_norm: float = Field(
+        1.0, gt=0, le=1e9, description="Longest gradient, as one vector; longer ones are shortened to it."
+    )
+    save_every: int = Field(10, ge=1, le=MOST, description="Epochs after which a checkpoint is written.")
 
-    few_shot_tasks: int = Field(12, ge=0, description="Unseen compositions that adapters are fitted to, one by one.")
+    few_shot_tasks: int = Field(
+        12, ge=0, le=MOST, description="Unseen compositions that adapters are fitted to, one by one."
+    )
     few_shot_method: Literal["lora", "adapter"] = Field("lora", description="What is put at the bottleneck.")
-    few_shot_rank: int = Field(4, ge=1, description="Its rank, or hidden units.")
-    few_shot_samples: int = Field(32, ge=1, description="Samples of the new task to learn from.")
-    few_shot_queries: int = Field(256, ge=1, description="Other samples of it to look at.")
-    few_shot_steps: int = Field(100, ge=1, description="Steps on them, all samples in each.")
-    few_shot_every: int = Field(5, ge=1, description="Steps between two looks at the others.")
-    few_shot_lr: float = Field(0.01, gt=0, description="Learning rate of the adapters.")
+    few_shot_rank: int = Field(4, ge=1, le=4096, description="Its rank, or hidden units.")
+    few_shot_samples: int = Field(32, ge=1, le=MOST, description="Samples of the new task to learn from.")
+    few_shot_queries: int = Field(256, ge=1, le=MOST, description="Other samples of it to look at.")
+    few_shot_steps: int = Field(100, ge=1, le=MOST, description="Steps on them, all samples in each.")
+    few_shot_every: int = Field(5, ge=1, le=MOST, description="Steps between two looks at the others.")
+    few_shot_lr: float = Field(0.01, gt=0, lt=1e3, description="Learning rate of the adapters.")
     few_shot_target: float = Field(90.0, gt=0, le=100, description="IoU in percent that counts as reached.")
 
     @property
@@ -122,13 +145,11 @@ class SharedSubspaceConfig(RunConfig):
     def conflicts(self) -> list[Conflict]:
         """Adds splits there cannot be, groups too small for a subspace, and sizes that do not divide."""
         splits = split_problems(self.primitives, self.train_lengths, self.test_length, self.held_out_pairs)
-        return [*super().conflicts(), *splits, *self._group_conflicts(), *self._size_conflicts()]
+        rates = falling_rate(self, ["init_lr"])
+        return [*super().conflicts(), *splits, *self._group_conflicts(), *self._size_conflicts(), *rates]
 
     def _group_conflicts(self) -> list[Conflict]:
         size, rank = self.group_size, self.sharing_rank
-        if size < LEAST_GROUP:
-            fault = f"a group of {size} spans no subspace"
-            return [(("group_size",), f"{fault}; allowed: an integer >= {LEAST_GROUP}")]
         found: list[Conflict] = []
         if rank >= size:
             fault = f"the subspace of {size} samples has at most {size - 1} dimensions"
@@ -143,6 +164,15 @@ class SharedSubspaceConfig(RunConfig):
 
     def _size_conflicts(self) -> list[Conflict]:
         found: list[Conflict] = []
+        for key, length in (("train_lengths", max(self.train_lengths)), ("test_length", self.test_length)):
+            orders = math.perm(len(self.primitives), length)
+            if orders > MOST:
+                fault = f"{len(self.primitives)} primitives make {orders} compositions of length {length}"
+                found.append(((key, "primitives"), f"{fault}; allowed: at most {MOST} compositions"))
+        samples = self.steps_per_epoch * self.batch_size
+        if samples > MOST_SAMPLES:
+            fault = f"the {samples} samples of an epoch are drawn at once"
+            found.append((("steps_per_epoch", "batch_size"), f"{fault}; allowed: at most {MOST_SAMPLES} together"))
         if self.encoder == "transformer" and self.width % self.heads:
             fault = "each head takes an equal share of the width"
             found.append((("width", "heads"), f"{fault}; allowed: a width that heads divides"))
@@ -155,6 +185,9 @@ class SharedSubspaceConfig(RunConfig):
         if self.few_shot_tasks > unseen > 0:
             fault = f"each few-shot task is another unseen composition, and there are {unseen}"
             found.append((("few_shot_tasks", "test_compositions"), f"{fault}; allowed: from 0 to {unseen}"))
+        if self.few_shot_tasks and self.few_shot_rank > self.hidden:
+            fault = f"h has {self.hidden} dimensions"
+            found.append((("few_shot_rank", "hidden"), f"{fault}; allowed: from 1 to {self.hidden}"))
         if self.few_shot_every > self.few_shot_steps:
             fault = "there would be no look"
             found.append((("few_shot_every", "few_shot_steps"), f"{fault}; allowed: from 1 to {self.few_shot_steps}"))

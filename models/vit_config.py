@@ -9,10 +9,9 @@ A method's own `Config` extends one of them beside its learner.
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
-from utils.config import ClassIncrementalConfig, Conflict, IdleRule
-from utils.data import class_count
+from utils.config import MOST, ClassIncrementalConfig, Conflict, IdleRule, falling_rate
 
 BATCH_KEYS = ("batch_size", "grad_accumulation", "augmentation")  # count only where something is trained by gradient
 FUNCTIONAL_RATES = (
@@ -35,13 +34,26 @@ def _number_in_quotes(value: Any) -> Any:
     return value
 
 
+def _not_zero(scale: float) -> float:
+    if abs(scale) < 1e-6:
+        raise ValueError("so near to 0 that adapters would add nothing")
+    return scale
+
+
 class ViTConfig(ClassIncrementalConfig):
     """Features of a frozen ViT."""
 
     engine: Literal["fast", "reference"] = Field(
         "fast", description='"reference" stores no activations and stacks no adapters: slow and plain, fp32 only.'
     )
-    ranpac_dim: int = Field(2000, ge=1, description="Random features of RanPAC's ridge regression; published: 10000.")
+    ranpac_dim: int = Field(
+        2000, ge=1, le=32768, description="Random features of RanPAC's ridge regression; published: 10000."
+    )
+
+    @property
+    def trains(self) -> bool:
+        """Nothing, unless a subclass does."""
+        return False
 
     def conflicts(self) -> list[Conflict]:
         """Adds the precision of the reference."""
@@ -56,17 +68,22 @@ class TrainingConfig(ViTConfig):
 
     one_task: ClassVar[bool] = False
 
-    func_epoch: int = Field(5, ge=0, description="Epochs of a functional phase (adapters, router, classifier).")
-    init_lr: float = Field(0.005, gt=0, description="Learning rate of functional phases.")
-    weight_decay: float = Field(0.0005, ge=0, description="Weight decay.")
-    min_lr: Annotated[float, Field(ge=0), BeforeValidator(_tiny_for_null)] = Field(
+    func_epoch: int = Field(
+        5, ge=0, le=MOST, description="Epochs of a functional phase (adapters, router, classifier)."
+    )
+    init_lr: float = Field(0.005, gt=0, lt=1e3, description="Learning rate of functional phases.")
+    weight_decay: float = Field(0.0005, ge=0, lt=1e3, description="Weight decay.")
+    min_lr: Annotated[float, Field(ge=0, lt=1e3), BeforeValidator(_tiny_for_null)] = Field(
         0.0,
         description="Where the cosine schedule ends; null is read as 1e-8, as published.",
-        json_schema_extra={"allowed": "a number >= 0, or null for 1e-8"},
+        json_schema_extra={"allowed": "a number >= 0 and < 1000, or null for 1e-8"},
     )
     optimizer: Literal["sgd", "adam"] = Field("sgd", description='SGD with momentum 0.9; "adam" means AdamW.')
     cache_views: int = Field(
-        0, ge=0, description="Fixed augmented views of an image for training; 0 = new ones every epoch, as published."
+        0,
+        ge=0,
+        le=1000,
+        description="Fixed augmented views of an image for training; 0 = new ones every epoch, as published.",
     )
     head: Literal["fc", "cosine", "ranpac"] = Field(
         "fc", description="What classifies: the trained classifier, class means by cosine, or RanPAC's ridge."
@@ -76,10 +93,10 @@ class TrainingConfig(ViTConfig):
     )
 
     def conflicts(self) -> list[Conflict]:
-        """Adds a first task that leaves classes out where there is no other."""
-        found = super().conflicts()
+        """Adds a schedule that would raise a rate, and a first task that leaves classes out where there is no other."""
+        found = super().conflicts() + (falling_rate(self, self.trained_rates) if self.trains else [])
         if self.one_task and not any("dataset" in keys for keys, _ in found):
-            classes = class_count(self.dataset, self.data_root)
+            classes = self.known_classes()
             if classes not in (None, self.init_cls):
                 sentence = f"{self.model_name} learns all classes at once; allowed: init_cls = {classes}"
                 found.append((("init_cls", "dataset"), sentence))
@@ -89,6 +106,11 @@ class TrainingConfig(ViTConfig):
     def trains(self) -> bool:
         """Whether there is any epoch of training."""
         return self.func_epoch > 0
+
+    @property
+    def trained_rates(self) -> list[str]:
+        """Keys of the learning rates that something is trained with."""
+        return ["init_lr"]
 
     def idle_rules(self) -> list[IdleRule]:
         """Adds keys of later tasks where there are none, of training without epochs, of other heads, of equal views."""
@@ -114,31 +136,37 @@ class TrainingConfig(ViTConfig):
 class AdapterConfig(TrainingConfig):
     """Adapters in the blocks of the ViT: one bottleneck each, or a fast and a slow one (Nested LoRA)."""
 
+    known_as: ClassVar[dict[str, str]] = TrainingConfig.known_as | {"use_nested_lora": "ffn_adapter_type=nested_lora"}
+
     ffn_adapter_type: Literal["adaptmlp", "lora", "nested_lora", "nested_lora_linear"] = Field(
         "adaptmlp",
         description='One ReLU bottleneck; one plain low-rank product without ReLU and biases ("lora"); or a fast and a '
         'slow one of either, summed ("nested_lora", "nested_lora_linear").',
     )
-    ffn_num: int = Field(16, ge=1, description='Bottleneck width of an "adaptmlp" adapter, rank of a "lora" one.')
+    ffn_num: int = Field(
+        16, ge=1, le=8192, description='Bottleneck width of an "adaptmlp" adapter, rank of a "lora" one.'
+    )
     adapter_lr: float | None = Field(
-        None, ge=0, description="Learning rate of adapters with one branch; null = init_lr, as published."
+        None, ge=0, lt=1e3, description="Learning rate of adapters with one branch; null = init_lr, as published."
     )
-    ffn_adapter_scalar: Annotated[float, BeforeValidator(_number_in_quotes)] = Field(
-        1.0, description="Factor on an adapter's output; the published code names 0.1 and applies 1."
-    )
+    ffn_adapter_scalar: Annotated[
+        float, Field(ge=-1e3, le=1e3), AfterValidator(_not_zero), BeforeValidator(_number_in_quotes)
+    ] = Field(1.0, description="Factor on an adapter's output; the published code names 0.1 and applies 1.")
     adapter_blocks: Literal["all", "growing"] = Field(
         "all", description="Blocks that carry adapters: all, as published, or only those that may grow."
     )
-    adapt_start_layer: int = Field(9, ge=0, description="First block that may grow, counted from 0.")
-    adapt_end_layer: int = Field(11, ge=0, description="Last block that may grow, inclusive.")
+    adapt_start_layer: int = Field(9, ge=0, le=1000, description="First block that may grow, counted from 0.")
+    adapt_end_layer: int = Field(11, ge=0, le=1000, description="Last block that may grow, inclusive.")
 
-    nested_lora_rank: int = Field(16, ge=1, description="Rank of each of the two branches.")
-    nested_lora_lr_fast: float = Field(0.01, ge=0, description="Learning rate of fast branches; 0: they stay silent.")
+    nested_lora_rank: int = Field(16, ge=1, le=4096, description="Rank of each of the two branches.")
+    nested_lora_lr_fast: float = Field(
+        0.01, ge=0, lt=1e3, description="Learning rate of fast branches; 0: they stay silent."
+    )
     nested_lora_lr_slow: float = Field(
-        0.001, ge=0, description="Learning rate of slow branches; 0: only consolidation moves them."
+        0.001, ge=0, lt=1e3, description="Learning rate of slow branches; 0: only consolidation moves them."
     )
     nested_lora_update_interval_slow: int = Field(
-        1, ge=0, description="Slow branches step on every k-th step only; 0 and 1 mean every step."
+        1, ge=0, le=MOST, description="Slow branches step on every k-th step only; 0 and 1 mean every step."
     )
     nested_lora_slow_grad: Literal["discard", "accumulate"] = Field(
         "discard", description="Between slow steps, drop the gradients or use their mean at the k-th step."
@@ -154,15 +182,23 @@ class AdapterConfig(TrainingConfig):
         """Whether adapters are there to be trained."""
         return True
 
+    @property
+    def trained_rates(self) -> list[str]:
+        if self.nested:
+            return [*super().trained_rates, "nested_lora_lr_fast", "nested_lora_lr_slow"]
+        return [*super().trained_rates, *(["adapter_lr"] if self.adapter_lr is not None else [])]
+
     def conflicts(self) -> list[Conflict]:
-        """Adds the order of the growing blocks, the depth of the backbone, and rates at which no adapter learns."""
+        """Adds, where adapters are trained, the order of blocks, the backbone's depth and width, and useless rates."""
         found = [*super().conflicts(), *self._rate_conflicts()]
+        if not self.trains_adapters:
+            return found
         if self.adapt_start_layer > self.adapt_end_layer:
             sentence = "the first growing block comes after the last; allowed: adapt_start_layer <= adapt_end_layer"
             found.append((("adapt_start_layer", "adapt_end_layer"), sentence))
         shape = self.known_backbone()
         if shape is not None:
-            found += self._beyond_depth(shape.depth)
+            found += [*self._beyond_depth(shape.depth), *self._beyond_width(shape.width)]
         return found
 
     @property
@@ -176,6 +212,13 @@ class AdapterConfig(TrainingConfig):
             for key in ("adapt_start_layer", "adapt_end_layer")
             if getattr(self, key) >= depth
         ]
+
+    def _beyond_width(self, width: int) -> list[Conflict]:
+        """Two branches of the largest rank have as many units as one adapter of twice that width."""
+        key, most = ("nested_lora_rank", width) if self.nested else ("ffn_num", 2 * width)
+        if getattr(self, key) <= most:
+            return []
+        return [((key, "backbone_type"), f"tokens have width {width}; allowed: {key} from 1 to {most}")]
 
     def _rate_conflicts(self) -> list[Conflict]:
         nothing = "adapters would learn nothing"

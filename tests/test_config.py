@@ -168,14 +168,14 @@ def test_all_mistakes_come_in_one_message(tmp_path: Path) -> None:
     expected = [
         "--set nonsense: no key and value; allowed: --set key=value",
         "nested_lora_rnk = 8: unknown key; did you mean nested_lora_rank?",
-        'rd_lr = "0.01": a wrong type (text); write 0.01 without quotes; allowed: a number > 0',
+        'rd_lr = "0.01": a wrong type (text); write 0.01 without quotes; allowed: a number > 0 and < 1000',
         'optimizer = "sdg": not a choice; did you mean "sgd"?; allowed: "sgd", "adam"',
-        "nested_lora_rank = 0: too small; allowed: an integer >= 1",
-        "nested_lora_lr_fast = -0.1: too small; allowed: a number >= 0",
-        "nested_lora_update_interval_slow = -1: too small; allowed: an integer >= 0",
+        "nested_lora_rank = 0: too small; allowed: an integer >= 1 and <= 4096",
+        "nested_lora_lr_fast = -0.1: too small; allowed: a number >= 0 and < 1000",
+        "nested_lora_update_interval_slow = -1: too small; allowed: an integer >= 0 and <= 1000000",
         "seed = []: empty; allowed: an integer from 0 to 4294967295, or a list of different ones, at least one",
-        "increment = true: a wrong type (a boolean); allowed: an integer >= 1",
-        "detect_batch_size = 1 (--set): too small; allowed: an integer >= 2",
+        "increment = true: a wrong type (a boolean); allowed: an integer >= 1 and <= 1000000",
+        "detect_batch_size = 1 (--set): too small; allowed: an integer >= 2 and <= 1000000",
         'init_cls = 120, dataset = "cifar224" (default): the data set has 100 classes; allowed: init_cls from 1 to 100',
         'device = "cuda" was asked for, but there is none; use "auto" or "cpu"',
         f"adapt_start_layer = 12, adapt_end_layer = 10: the first growing block comes after the last; {clash}",
@@ -189,19 +189,25 @@ def test_all_mistakes_come_in_one_message(tmp_path: Path) -> None:
     ("values", "line"),
     [
         ({"shuffle": 1}, "shuffle = 1: a wrong type (an integer); allowed: true or false"),
-        ({"func_epoch": 2.5}, "func_epoch = 2.5: a wrong type (a decimal number); allowed: an integer >= 0"),
-        ({"init_lr": True}, "init_lr = true: a wrong type (a boolean); allowed: a number > 0"),
-        ({"init_lr": None}, "init_lr = null: a wrong type (null); allowed: a number > 0"),
+        (
+            {"func_epoch": 2.5},
+            "func_epoch = 2.5: a wrong type (a decimal number); allowed: an integer >= 0 and <= 1000000",
+        ),
+        ({"init_lr": True}, "init_lr = true: a wrong type (a boolean); allowed: a number > 0 and < 1000"),
+        ({"init_lr": None}, "init_lr = null: a wrong type (null); allowed: a number > 0 and < 1000"),
         ({"prefix": 3}, "prefix = 3: a wrong type (an integer); allowed: a name without / and \\"),
         ({"prefix": "a/b"}, 'prefix = "a/b": cannot be part of a folder\'s name; allowed: a name without / and \\'),
         ({"dataset": ""}, 'dataset = "": empty; allowed: non-empty text in double quotes'),
-        ({"max_tasks": 0}, "max_tasks = 0: too small; allowed: an integer >= 1 or null"),
-        ({"ffn_adapter_scalar": "big"}, 'ffn_adapter_scalar = "big": a wrong type (text); allowed: a number'),
+        ({"max_tasks": 0}, "max_tasks = 0: too small; allowed: an integer >= 1 and <= 1000000 or null"),
+        (
+            {"ffn_adapter_scalar": "big"},
+            'ffn_adapter_scalar = "big": a wrong type (text); allowed: a number >= -1000 and <= 1000',
+        ),
         (
             {"nested_lora_consolidation_alpha": 2},
             "nested_lora_consolidation_alpha = 2: too large; allowed: a number >= 0 and <= 1",
         ),
-        ({"min_lr": -1}, "min_lr = -1: too small; allowed: a number >= 0, or null for 1e-8"),
+        ({"min_lr": -1}, "min_lr = -1: too small; allowed: a number >= 0 and < 1000, or null for 1e-8"),
     ],
 )
 def test_a_bad_value_is_named_with_what_is_allowed(values: dict[str, Any], line: str) -> None:
@@ -224,7 +230,7 @@ def test_bad_devices(device: Any) -> None:
 
 
 def test_infinite_numbers_are_refused() -> None:
-    assert problems(rd_lr=float("inf")) == ["rd_lr = Infinity: not a finite number; allowed: a number > 0"]
+    assert problems(rd_lr=float("inf")) == ["rd_lr = Infinity: not a finite number; allowed: a number > 0 and < 1000"]
 
 
 def test_backbone_mistakes() -> None:
@@ -297,7 +303,7 @@ def test_invalid_json_is_located(tmp_path: Path, text: str, told: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load_config(write(tmp_path, text), ["rd_dim=0"], SCHEMAS)
     assert told in caught.value.problems[0]
-    assert caught.value.problems[1] == "rd_dim = 0 (--set): too small; allowed: an integer >= 1"
+    assert caught.value.problems[1] == "rd_dim = 0 (--set): too small; allowed: an integer >= 1 and <= 16384"
 
 
 def test_unreadable_file_and_wrong_encoding(tmp_path: Path) -> None:
@@ -334,8 +340,8 @@ def test_a_fault_in_a_base_names_the_base(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         load_config(path, [], SCHEMAS)
     assert caught.value.problems == [
-        "rd_lr = -1: too small; allowed: a number > 0",
-        f"rd_dim = 0 (from {base}): too small; allowed: an integer >= 1",
+        "rd_lr = -1: too small; allowed: a number > 0 and < 1000",
+        f"rd_dim = 0 (from {base}): too small; allowed: an integer >= 1 and <= 16384",
     ]
 
 

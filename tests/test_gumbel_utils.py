@@ -148,3 +148,9 @@ def test_a_newcomer_joins_on_equal_terms(size: int) -> None:
     rows = torch.tensor([[1.0, 0.8, -5.0], [0.0, 0.1, 0.2]])  # in the first the third has no weight
     torch.testing.assert_close(newcomer_logits(rows, 0.5), torch.tensor([[0.9], [0.1]]))
     assert newcomer_logits(torch.zeros(3, 0), 0.5).tolist() == [[0.0]] * 3
+
+
+def test_what_is_no_number_has_no_weights() -> None:
+    """A run that diverged fails by its loss, not inside the projection."""
+    for logits in ([math.nan, 1.0], [math.inf, 1.0], [-math.inf, -math.inf]):
+        assert sparsemax(torch.tensor(logits)).isnan().any()

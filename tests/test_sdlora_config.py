@@ -221,7 +221,7 @@ def test_one_folder_for_several_seeds_is_remarked() -> None:
         ({"lora_rank": 0}, "lora_rank = 0: too small; allowed: an integer >= 1"),
         ({"lambda_sparsity": -0.1}, "lambda_sparsity = -0.1: too small; allowed: a number >= 0"),
         ({"gumbel_anneal_rate": 1.1}, "gumbel_anneal_rate = 1.1: too large; allowed: a number > 0 and <= 1"),
-        ({"gumbel_tau_final": 0}, "gumbel_tau_final = 0: too small; allowed: a number > 0"),
+        ({"gumbel_tau_final": 0}, "gumbel_tau_final = 0: too small; allowed: a number >= 1e-06"),
         ({"growth_threshold": 1}, "growth_threshold = 1: too large; allowed: a number >= 0 and < 1"),
         ({"growth": "topk"}, 'growth = "topk": not a choice; did you mean "top_k"?; allowed: "threshold", "top_k"'),
         ({"growth_top_k": 0}, "growth_top_k = 0: too small; allowed: an integer >= 1"),

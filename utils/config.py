@@ -7,18 +7,22 @@ A method describes its keys in a subclass of `RunConfig` (of `ClassIncrementalCo
 beside its learner; this file knows no method by name. `utils/config_files.py` reads and checks the files.
 """
 
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
 from utils.data import class_count, dataset_slug
 from utils.data_manager import tasks_of
-from utils.errors import UserError
+from utils.errors import UserError, os_error_sentence
 from utils.factory import BackboneShape, backbone_shape
 from utils.toolkit import resolve_device
 
+MOST = 10**6  # of whatever is counted: batches, epochs, images; more is a slip of the keyboard
+PATH_BYTES, NAME_BYTES = 4096, 255  # that file systems take: a whole path, and each name in it
+BELOW_RUN = 256  # bytes of a path that what a run writes into its folder may add
+BESIDE_RUN = 16  # bytes that a run folder's name may gain: the number of a sibling, the suffix of its log
 Conflict = tuple[tuple[str, ...], str]  # the keys involved, and one sentence that says what is allowed
 IdleRule = tuple[bool, str, Iterable[str]]  # whether it applies, the reason in few words, keys that change nothing then
 
@@ -35,11 +39,43 @@ def _distinct(seeds: list[int]) -> list[int]:
     return seeds
 
 
+def falling_rate(config: "RunConfig", rates: Sequence[str]) -> list[Conflict]:
+    """The conflict of a schedule that ends at `min_lr` with rates, named by their keys, that begin below it.
+
+    What has rate 0 is not trained, and not raised to `min_lr` either.
+    """
+    lower = {key: rate for key in rates if 0 < (rate := getattr(config, key)) < config.min_lr}
+    if not lower:
+        return []
+    sentence = f"the schedule only lowers a rate; allowed: min_lr from 0 to {min(lower.values()):g}"
+    return [(("min_lr", *lower), sentence)]
+
+
 def _check_device(value: Any) -> Any:
     items = value if isinstance(value, list) else [value]
     if not items or any(isinstance(item, bool) or not isinstance(item, str | int) for item in items):
         raise ValueError("names no device")
     return value
+
+
+def check_text(text: str) -> None:
+    """Raises ValueError where no file and no path can hold the text."""
+    if "\0" in text:
+        raise ValueError("holds a NUL character")
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise ValueError("holds half a surrogate pair, which is no character")
+
+
+def _fitting_path(text: str) -> str:
+    """A path as the file system takes it, `~` expanded."""
+    check_text(text)
+    path = os.path.expanduser(text)
+    if len(os.fsencode(os.path.abspath(path))) > PATH_BYTES - BELOW_RUN:
+        raise ValueError(f"is longer than the {PATH_BYTES - BELOW_RUN} bytes a path may have here")
+    longest = max(len(name) for name in os.fsencode(path).split(b"/"))
+    if longest > NAME_BYTES:
+        raise ValueError(f"holds a name of {longest} bytes; file systems take {NAME_BYTES}")
+    return path
 
 
 def _allowed(text: str) -> dict[str, Any]:
@@ -51,14 +87,16 @@ Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Seeds = Annotated[list[Seed], Field(min_length=1), AfterValidator(_distinct), BeforeValidator(_listed)]
 Device = Annotated[Any, AfterValidator(_check_device), BeforeValidator(_listed)]
 Text = Annotated[str, Field(min_length=1)]
+PathText = Annotated[Text, AfterValidator(_fitting_path)]
 
 
 class RunConfig(BaseModel):
     """The keys every run has. Unknown keys are refused, types are strict (no `true` for an integer), values frozen.
 
-    A subclass adds its keys and may extend `legacy_keys`, `folder_names`, `conflicts`, `idle_rules` and `remarks`, and
-    `editable_keys`: those that may be edited before a run is resumed, since they change its numbers by no more than
-    rounding, or name files that are known by their content.
+    A subclass adds its keys and may extend `legacy_keys`, `folder_names`, `conflicts`, `idle_rules`, `remarks`,
+    `editable_keys` (those that may be edited before a run is resumed, since they change its numbers by no more than
+    rounding, or name files that are known by their content), and `known_as` (other names of keys -> `key` or
+    `key=value`, for the message about an unknown key).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
@@ -68,6 +106,7 @@ class RunConfig(BaseModel):
     editable_keys: ClassVar[frozenset[str]] = frozenset(
         {"description", "prefix", "logs_root", "device", "grad_accumulation", "eval_batch_size"}
     )
+    known_as: ClassVar[dict[str, str]] = {"learning_rate": "init_lr", "lr": "init_lr", "gpu": "device"}
 
     description: str = Field("", description="The command that runs this file and the number it is expected to give.")
     prefix: str = Field(
@@ -77,7 +116,7 @@ class RunConfig(BaseModel):
         json_schema_extra=_allowed("a name without / and \\"),
     )
     model_name: str = Field(description="The method: one of the registered learners.")
-    logs_root: Text = Field("logs", description="Folder under which run folders are made.")
+    logs_root: PathText = Field("logs", description="Folder under which run folders are made.")
 
     seed: Seeds = Field(
         [1993],
@@ -91,9 +130,22 @@ class RunConfig(BaseModel):
     )
     precision: Literal["fp32", "bf16"] = Field("fp32", description="fp32, or bf16 autocast where the device has it.")
 
-    batch_size: int = Field(32, ge=1, description="Samples in a training step, over all devices.")
-    grad_accumulation: int = Field(1, ge=1, description="Parts a training step is cut into to save memory.")
-    eval_batch_size: int = Field(64, ge=1, description="Samples in a batch without gradients.")
+    batch_size: int = Field(32, ge=1, le=MOST, description="Samples in a training step, over all devices.")
+    grad_accumulation: int = Field(1, ge=1, le=MOST, description="Parts a training step is cut into to save memory.")
+    eval_batch_size: int = Field(64, ge=1, le=MOST, description="Samples in a batch without gradients.")
+
+    @field_validator("*")
+    @classmethod
+    def _writable_text(cls, value: Any) -> Any:
+        """Refuses text that no file and no path takes."""
+        if isinstance(value, str):
+            check_text(value)
+        return value
+
+    @property
+    def trains(self) -> bool:
+        """Whether anything is learned by gradient."""
+        return True
 
     def folder_names(self, seed: int) -> list[str]:
         """The names of a run's folder and of those above it, from `logs_root` on."""
@@ -101,7 +153,7 @@ class RunConfig(BaseModel):
 
     def conflicts(self) -> list[Conflict]:
         """Keys that are fine one by one and impossible together or on this machine; subclasses extend `super()`'s."""
-        return self._device_conflicts()
+        return [*self._device_conflicts(), *self._folder_conflicts()]
 
     def idle_rules(self) -> list[IdleRule]:
         """When keys change nothing given the others; a subclass puts its rules before those of `super()`.
@@ -149,6 +201,16 @@ class RunConfig(BaseModel):
             return [(("device",), str(error))]
         return []
 
+    def _folder_conflicts(self) -> list[Conflict]:
+        names = [len(os.fsencode(name)) for name in self.folder_names(max(self.seed))]
+        whole = len(os.fsencode(os.path.abspath(self.logs_root))) + sum(names) + len(names)
+        longest, most = NAME_BYTES - BESIDE_RUN, PATH_BYTES - BELOW_RUN
+        if max(names) <= longest and whole <= most:
+            return []
+        fault = f"the longest name in the run folder's path would have {max(names)} bytes, the whole path {whole}"
+        way_out = "shorten prefix, logs_root, or the names of dataset and backbone_type"
+        return [(("prefix", "logs_root"), f"{fault}; allowed: {longest} and {most}; {way_out}")]
+
 
 class ClassIncrementalConfig(RunConfig):
     """The keys every class-incremental method has: data, tasks, and a pretrained backbone."""
@@ -171,22 +233,34 @@ class ClassIncrementalConfig(RunConfig):
         "dataset", "data_root", "weights", "weights_root", "num_workers", "checkpoints", "cache_root", "cache_gb",
     }  # fmt: skip
 
-    dataset: Text = Field("cifar224", description="A known data set's name, or the path of an .npz or image folder.")
-    data_root: Text = Field("data", description="Folder where data sets are looked for and downloaded to.")
-    weights_root: Text = Field("weights", description="Folder where backbone weights are looked for and fetched to.")
+    dataset: PathText = Field(
+        "cifar224", description="A known data set's name, or the path of an .npz or image folder."
+    )
+    data_root: PathText = Field("data", description="Folder where data sets are looked for and downloaded to.")
+    weights_root: PathText = Field(
+        "weights", description="Folder where backbone weights are looked for and fetched to."
+    )
     shuffle: bool = Field(True, description="Draw the class order from the seed; false keeps the data set's order.")
-    init_cls: int = Field(10, ge=1, description="Classes of the first task.")
-    increment: int = Field(10, ge=1, description="Classes of every later task; the last task may be shorter.")
-    max_tasks: int | None = Field(None, ge=1, description="Stop after this many tasks; null runs all.")
-    max_train_per_class: int | None = Field(None, ge=1, description="Training images of each class; null = all.")
-    max_test_per_class: int | None = Field(None, ge=1, description="Test images of each class; null = all.")
-    num_workers: int | None = Field(None, ge=0, description="Data workers; null = 0 on the CPU, else min(8, cores).")
+    init_cls: int = Field(10, ge=1, le=MOST, description="Classes of the first task.")
+    increment: int = Field(10, ge=1, le=MOST, description="Classes of every later task; the last task may be shorter.")
+    max_tasks: int | None = Field(None, ge=1, le=MOST, description="Stop after this many tasks; null runs all.")
+    max_train_per_class: int | None = Field(
+        None, ge=1, le=MOST, description="Training images of each class; null = all."
+    )
+    max_test_per_class: int | None = Field(None, ge=1, le=MOST, description="Test images of each class; null = all.")
+    num_workers: int | None = Field(
+        None, ge=0, le=256, description="Data workers; null = 0 on the CPU, else min(8, cores)."
+    )
 
     backbone_type: Text = Field(
         "pretrained_vit_b16_224_adapter", description="Published short name, or a timm name with its weight tag."
     )
-    weights: Text | None = Field(None, description='null for the backbone\'s own, "random" for untrained, or a file.')
-    image_size: int | None = Field(None, ge=8, description="Side of the input in pixels; null = the weights' own.")
+    weights: PathText | None = Field(
+        None, description='null for the backbone\'s own, "random" for untrained, or a file.'
+    )
+    image_size: int | None = Field(
+        None, ge=8, le=2048, description="Side of the input in pixels; null = the weights' own."
+    )
     input_normalization: Literal["none", "weights"] = Field(
         "none", description='"none" feeds images in [0, 1], as published; "weights" uses mean and std of the weights.'
     )
@@ -195,8 +269,8 @@ class ClassIncrementalConfig(RunConfig):
     )
 
     checkpoints: Literal["all", "last"] = Field("all", description="Keep the checkpoint of every task, or the last.")
-    cache_root: Text = Field("cache", description="Folder for what is computed once: activations, decoded images.")
-    cache_gb: float = Field(20.0, ge=0, description="Size it may reach in GB (10^9 bytes); 0 keeps nothing.")
+    cache_root: PathText = Field("cache", description="Folder for what is computed once: activations, decoded images.")
+    cache_gb: float = Field(20.0, ge=0, le=MOST, description="Size it may reach in GB (10^9 bytes); 0 keeps nothing.")
 
     def folder_names(self, seed: int) -> list[str]:
         """Method, data set, classes of the first task (0 where they are the increment), increment, then the run."""
@@ -206,7 +280,18 @@ class ClassIncrementalConfig(RunConfig):
 
     def conflicts(self) -> list[Conflict]:
         """Adds data and backbones that are not there, and sizes that do not fit them."""
-        return [*self._class_conflicts(), *self._backbone_conflicts(), *super().conflicts()]
+        found = [*self._class_conflicts(), *self._backbone_conflicts(), *super().conflicts()]
+        if self.trains and self.grad_accumulation > self.batch_size:
+            fault = f"a step of {self.batch_size} samples has at most as many parts"
+            found.append((("grad_accumulation", "batch_size"), f"{fault}; allowed: from 1 to {self.batch_size}"))
+        return found
+
+    def known_classes(self) -> int | None:
+        """Number of classes of the data set; None when it is unknown (which `conflicts` reports) or not there yet."""
+        try:
+            return class_count(self.dataset, self.data_root)
+        except (UserError, OSError):
+            return None
 
     def idle_rules(self) -> list[IdleRule]:
         """Adds folders in which nothing is looked for."""
@@ -244,6 +329,8 @@ class ClassIncrementalConfig(RunConfig):
             classes = class_count(self.dataset, self.data_root)
         except UserError as error:
             return [(("dataset",), str(error))]
+        except OSError as error:
+            return [(("dataset",), os_error_sentence(error))]
         if classes is None:
             return []
         return [
@@ -254,10 +341,10 @@ class ClassIncrementalConfig(RunConfig):
 
     def _backbone_conflicts(self) -> list[Conflict]:
         found: list[Conflict] = []
-        if self.weights not in (None, "random") and not Path(self.weights).is_file():
+        if self.weights not in (None, "random") and not os.path.isfile(self.weights):
             found.append((("weights",), 'there is no such file; allowed: null, "random" or the path of a weight file'))
         try:
-            shape = backbone_shape(self.backbone_type, weights=self.weights)
+            shape = backbone_shape(self.backbone_type, weights=self.weights and "random")
         except UserError as error:
             return [*found, (("backbone_type",), str(error))]
         if self.image_size is not None and self.image_size % shape.patch:

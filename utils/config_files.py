@@ -9,6 +9,7 @@ and null takes an inherited key back to its default.
 """
 
 import difflib
+import functools
 import json
 import os
 import textwrap
@@ -19,7 +20,7 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ValidationError
 
-from utils.config import ClassIncrementalConfig, RunConfig, with_reason
+from utils.config import ClassIncrementalConfig, RunConfig, check_text, with_reason
 from utils.errors import UserError
 
 BASE_KEY = "base"
@@ -93,7 +94,7 @@ def load_config(
     Raises:
         ConfigError: anything is wrong; it lists every problem, and nothing has been created yet.
     """
-    given = _read_chain(Path(path), ())
+    given = _read_chain(Path(os.path.expanduser(path)), ())
     for origin, values in changes:
         given.change(values, origin)
     _apply_overrides(given, overrides)
@@ -143,18 +144,22 @@ def _check_object(given: _Given, schema: type[BaseModel]) -> CheckedObject:
     return CheckedObject(sound, set(faults), [*given.problems, *_fault_lines(faults, given)], footer)
 
 
-def _read_chain(path: Path, seen: tuple[Path, ...]) -> _Given:
+def _read_chain(path: Path, seen: tuple[str, ...]) -> _Given:
     """The file's values over those of its base, recursively."""
     own = _read_file(path)
     if BASE_KEY not in own.values:
         return own
     name = own.values.pop(BASE_KEY)
     label = f"{BASE_KEY} = {_shown(name)}"
-    chain = (*seen, path.resolve())
+    chain = (*seen, os.path.realpath(path))
     if not isinstance(name, str):
         return _broken(own, f"{label}: a wrong type ({_kind(name)}); allowed: the path of a JSON file, from this one")
-    target = Path(os.path.normpath(path.parent / name))
-    if target.resolve() in chain:
+    try:
+        check_text(name)
+    except ValueError as error:
+        return _broken(own, f"{label}: {error}; allowed: the path of a JSON file, from this one")
+    target = Path(os.path.normpath(path.parent / os.path.expanduser(name)))
+    if os.path.realpath(target) in chain:
         return _broken(own, f"{label}: {target} is this file or one that inherits from it; allowed: a chain that ends")
     base = _read_chain(target, chain)
     base.values.pop("description", None)
@@ -225,9 +230,11 @@ def _apply_overrides(given: _Given, overrides: Sequence[str]) -> None:
         key, equals, text = override.partition("=")
         key = key.strip()
         if not equals or not key:
-            given.problems.append(f"--set {override}: no key and value; allowed: --set key=value")
+            given.problems.append(f"--set {_printable(override)}: no key and value; allowed: --set key=value")
         elif key == BASE_KEY:
-            given.problems.append(f"--set {override}: a base is named in a file; allowed: the keys of the method")
+            given.problems.append(
+                f"--set {_printable(override)}: a base is named in a file; allowed: the keys of the method"
+            )
         else:
             given.change({key: _parsed(text)}, "--set")
 
@@ -297,7 +304,7 @@ def _unknown_key(key: str, valid: Collection[str], name: str, schemas: Mapping[s
     owners = [other for other, schema in schemas.items() if key in schema.model_fields]
     if owners:
         return f"not a key of model_name {_shown(name)}; it belongs to {_choices(owners)}"
-    near = _nearest(key, valid)
+    near = nearest_key(key, valid, schemas.values())
     if near:
         return f"unknown key; did you mean {near}?"
     return f"unknown key; {LISTED if len(valid) > MOST_IN_LINE else 'allowed: ' + ', '.join(valid)}"
@@ -308,7 +315,7 @@ def _field_faults(schema: type[BaseModel], values: Mapping[str, Any]) -> dict[st
     try:
         schema.model_validate(dict(values))
     except ValidationError as error:
-        properties = schema.model_json_schema()["properties"]
+        properties = _properties(schema)
         faults: dict[str, str] = {}
         for detail in error.errors(include_url=False):
             key = str(detail["loc"][0])
@@ -316,6 +323,11 @@ def _field_faults(schema: type[BaseModel], values: Mapping[str, Any]) -> dict[st
             faults.setdefault(key, f"{_what_is_wrong(detail, prop)}; allowed: {_allowed_text(prop)}")
         return faults
     return {}
+
+
+@functools.lru_cache
+def _properties(schema: type[BaseModel]) -> dict[str, Any]:
+    return schema.model_json_schema()["properties"]
 
 
 def _what_is_wrong(detail: Mapping[str, Any], prop: Mapping[str, Any]) -> str:
@@ -328,12 +340,19 @@ def _what_is_wrong(detail: Mapping[str, Any], prop: Mapping[str, Any]) -> str:
         hint = "" if plain is value or isinstance(plain, str) else f"; write {_shown(plain)} without quotes"
         return f"{item}a wrong type ({_kind(value)}){hint}"
     if kind == "literal_error":
-        near = _nearest(value, prop.get("enum", [])) if isinstance(value, str) else None
+        choices = prop.get("enum", [prop.get("const")])
+        if isinstance(value, str) and _parsed(value) in choices:
+            return f"a wrong type (text); write {_shown(_parsed(value))} without quotes"
+        near = _nearest(value, map(str, choices)) if isinstance(value, str) else None
         return "not a choice" + (f"; did you mean {_shown(near)}?" if near else "")
     if kind.startswith("greater_than"):
         return f"{item}too small"
+    if kind == "int_parsing_size":
+        return f"{item}too {'large' if value > 0 else 'small'}"
     if kind.startswith("less_than"):
         return f"{item}too large"
+    if kind == "string_unicode":
+        return f"{item}holds half a surrogate pair, which is no character"
     if kind in ("too_short", "string_too_short"):
         return "empty"
     if kind == "finite_number":
@@ -355,9 +374,13 @@ def _allowed_text(prop: Mapping[str, Any]) -> str:
         return f"a {'non-empty ' if prop.get('minItems') else ''}list, each item {_allowed_text(prop['items'])}"
     words = {"integer": "an integer", "number": "a number", "boolean": "true or false", "null": "null"}
     bounds = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
-    limits = " and ".join(f"{sign} {prop[name]:g}" for name, sign in bounds.items() if name in prop)
+    limits = " and ".join(f"{sign} {_number(prop[name])}" for name, sign in bounds.items() if name in prop)
     text = "non-empty text in double quotes" if prop.get("minLength") else "text in double quotes"
     return " ".join(filter(None, [words.get(prop.get("type", ""), text), limits]))
+
+
+def _number(value: float) -> str:
+    return str(int(value)) if value == int(value) else f"{value:g}"
 
 
 def _fault_lines(faults: Mapping[str, str], given: _Given) -> list[str]:
@@ -387,9 +410,40 @@ def _list_of_keys(valid: Iterable[str]) -> str:
     return textwrap.fill(listed, width=110, initial_indent="  ", subsequent_indent="    ")
 
 
+def nearest_key(name: str, keys: Iterable[str], schemas: Iterable[type[RunConfig]] = ()) -> str | None:
+    """The key, or `key=value`, that a name most likely means: by a schema's `known_as`, words in common, or letters.
+
+    Words that differ by a letter or two count nearly as the same, so that `nested_lora_alpha` is
+    `nested_lora_consolidation_alpha` and not `nested_lora_rank`, which is as near by letters.
+    """
+    keys, plain = list(keys), _plain_name(name)
+    for schema in schemas:
+        meant = schema.known_as.get(plain, "")
+        if meant.partition("=")[0] in keys:
+            return meant
+    words = set(plain.split("_"))
+
+    def in_common(key: str) -> float:
+        own = set(key.split("_"))
+        alike = sum(max(_alike(word, other) for other in own) for word in words)
+        return alike / (len(words | own) - len(words & own) + alike)
+
+    near = max(keys, key=lambda key: (in_common(key), _alike(plain, key, 0)), default="")
+    return near if near and in_common(near) >= 0.5 else _nearest(plain, keys)
+
+
+def _alike(first: str, second: str, least: float = 0.75) -> float:
+    """Share of letters in common, 0 where it is below the least."""
+    ratio = difflib.SequenceMatcher(None, first, second).ratio()
+    return ratio if ratio >= least else 0
+
+
+def _plain_name(name: str) -> str:
+    return name.strip().lower().replace("-", "_")
+
+
 def _nearest(name: str, options: Iterable[str], cutoff: float = 0.6) -> str | None:
-    plain = name.strip().lower().replace("-", "_")
-    return next(iter(difflib.get_close_matches(plain, list(options), n=1, cutoff=cutoff)), None)
+    return next(iter(difflib.get_close_matches(_plain_name(name), list(options), n=1, cutoff=cutoff)), None)
 
 
 def _choices(options: Iterable[Any]) -> str:
@@ -402,7 +456,10 @@ def _key(key: str) -> str:
 
 def _shown(value: Any) -> str:
     """A value as it stands in the JSON file, cut when long."""
-    text = json.dumps(value, ensure_ascii=False, default=repr)
+    return _printable(json.dumps(value, ensure_ascii=False, default=repr))
+
+
+def _printable(text: str) -> str:
     return _clipped(text.encode("utf-8", "backslashreplace").decode())
 
 

@@ -83,7 +83,7 @@ def read_json(path: Path) -> dict[str, Any]:
         UserError: the file is absent, a folder, unreadable, not UTF-8, not JSON, nested too deep, or no object.
     """
     try:
-        values = json.loads(path.read_bytes().decode("utf-8"))
+        values = json.loads(path.read_bytes().decode("utf-8-sig"))
     except FileNotFoundError as error:
         raise UserError(
             f"{path.parent} holds no {path.name}: it is not the folder it was taken for, or the file was removed"

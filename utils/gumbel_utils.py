@@ -88,8 +88,8 @@ def _threshold(z: Tensor) -> Tensor:
     ordered = z.sort(dim=-1, descending=True).values
     ranks = torch.arange(1, z.shape[-1] + 1, dtype=z.dtype, device=z.device)
     sums = ordered.cumsum(dim=-1)
-    size = (1 + ranks * ordered > sums).sum(dim=-1, keepdim=True)  # of the support: at least 1
-    return (sums.gather(-1, size - 1) - 1) / size
+    size = (1 + ranks * ordered > sums).sum(dim=-1, keepdim=True)  # of the support: at least 1 of numbers
+    return (sums.gather(-1, size.clamp_min(1) - 1) - 1) / size
 
 
 def _wide(x: Tensor) -> Tensor:

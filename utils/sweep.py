@@ -71,8 +71,8 @@ class SweepFile(BaseModel):
         description="Hypothesis name -> the keys of `Hypothesis`; the report answers each.",
         json_schema_extra={"allowed": "an object of names, each with an object of keys and values"},
     )
-    threads: int = Field(1, ge=1, description="Threads of a run; as many cores are set aside for it.")
-    memory_gb: float = Field(3.0, gt=0, description="Memory a run may need in GB (10^9 bytes).")
+    threads: int = Field(1, ge=1, le=1024, description="Threads of a run; as many cores are set aside for it.")
+    memory_gb: float = Field(3.0, gt=0, le=1e6, description="Memory a run may need in GB (10^9 bytes).")
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ def load_sweep(path: str | Path, overrides: Sequence[str], schemas: Mapping[str,
     Raises:
         ConfigError: the file or any of its cells is wrong; it lists every problem, cell by cell.
     """
-    path = Path(path)
+    path = Path(os.path.expanduser(path))
     checked = read_object(path, SweepFile)
     if checked.faulty & SHAPING:
         raise ConfigError(str(path), checked.problems, checked.footer)
@@ -264,7 +264,7 @@ def _resolve(
     description = ("sweep", {"description": f"cell {_quoted(plan.name)} of the sweep {path.name}"})
     slug = slug_of(plan.name)
     fixed = ("sweep", {"prefix": slug, "seed": file.seeds})
-    target = Path(os.path.normpath(path.parent / base))
+    target = Path(os.path.normpath(path.parent / os.path.expanduser(base)))
     loaded = load_config(target, overrides, schemas, [description, *plan.changes, fixed])
     return Cell(plan.name, slug, loaded.config, tuple(loaded.notes))
 

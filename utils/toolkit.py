@@ -8,6 +8,7 @@ with autocast(device, "bf16"):
 import contextlib
 import ctypes
 import hashlib
+import re
 import resource
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -21,6 +22,7 @@ from torch import Tensor
 from utils.errors import UserError
 
 Item = TypeVar("Item")
+GPU_NUMBER = re.compile("[0-9]{1,4}")
 END = object()  # what `one_ahead` takes for the end of its items
 DEVICES = 'allowed: "auto", "cpu", "mps", "cuda", "cuda:N", or a published list such as ["0"] or ["-1"]'
 
@@ -45,22 +47,22 @@ def resolve_device(spec: str | int | list[str | int]) -> tuple[torch.device, str
         if not torch.backends.mps.is_available():
             raise UserError('device = "mps" was asked for, but this PyTorch sees no MPS device; use "auto" or "cpu"')
         return torch.device("mps"), None
-    kind, _, index = name.partition(":")
-    if kind == "cuda" and (not index or index.isdigit()):
+    index = name.partition(":")[2]
+    if re.fullmatch(r"cuda(:[0-9]{1,4})?", name):
         if int(index or 0) >= torch.cuda.device_count():
             seen = torch.cuda.device_count()
             raise UserError(
                 f'device = "{spec}" was asked for, but this PyTorch sees {seen} CUDA devices; use "auto" or "cpu"'
             )
         return torch.device("cuda", int(index or 0)), None
-    if name.isdigit():
+    if GPU_NUMBER.fullmatch(name):
         return _resolve_list([name])
     raise UserError(f"device = {spec!r} is unknown; {DEVICES}")
 
 
 def _resolve_list(spec: list[str | int]) -> tuple[torch.device, str | None]:
     names = [str(item) for item in spec]
-    if not names or any(not name.lstrip("-").isdigit() for name in names):
+    if not names or any(name != "-1" and not GPU_NUMBER.fullmatch(name) for name in names):
         raise UserError(f"device = {spec!r} is unknown; {DEVICES}")
     if names[0] == "-1":
         return torch.device("cpu"), None
