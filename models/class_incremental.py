@@ -15,17 +15,17 @@ from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from models.base import Interrupted, Learner
 from models.experiment import Parts, Scores
 from utils.cache import IMAGES
 from utils.config import ClassIncrementalConfig
+from utils.console import progress
 from utils.data import ImageCache, load_dataset
 from utils.data_manager import DataManager
 from utils.distributed import World
 from utils.errors import UserError
-from utils.factory import Backbone, create_backbone
+from utils.factory import Backbone, create_backbone, find_weights
 from utils.metrics import AccuracyMatrix, accuracy_table, summary_table
 from utils.run_log import RunLog
 from utils.tensor_cache import TensorCache
@@ -48,7 +48,10 @@ class ClassIncrementalParts(Parts):
     ) -> Self:
         cache = TensorCache(config.cache_root, config.cache_gb)
         images = ImageCache(Path(config.cache_root) / IMAGES, config.cache_gb)
-        dataset = load_dataset(config.dataset, config.data_root, images)
+        try:
+            dataset = load_dataset(config.dataset, config.data_root, images)
+        except UserError as error:
+            raise UserError("\n".join([str(error), *_missing_weights(config)])) from error
         backbone = create_backbone(
             config.backbone_type,
             weights=config.weights,
@@ -226,7 +229,7 @@ class ClassIncrementalLearner(Learner):
         classes, size = self.data.task_classes(task), self.config.eval_batch_size
         batches = self.data.batches(classes, source=source, mode="test", batch_size=size)
         left, parts = self.data.count(classes, source), []
-        for images, _ in tqdm(batches, desc=f"Features of {source} images of task {task}", unit="batch", leave=False):
+        for images, _ in progress(batches, desc=f"Features of {source} images of task {task}", unit="batch"):
             if self.stopping():
                 raise Interrupted
             with torch.no_grad():
@@ -270,6 +273,15 @@ def accuracy_of(learner: ClassIncrementalLearner, tasks: int) -> Counts:
         correct.append(int((predicted == targets).sum()))
         total.append(len(targets))
     return Counts(correct, total)
+
+
+def _missing_weights(config: ClassIncrementalConfig) -> list[str]:
+    """What is wrong with the weights, without fetching them: told with what is wrong with the data."""
+    try:
+        find_weights(config.backbone_type, weights=config.weights, weights_root=Path(config.weights_root))
+    except UserError as error:
+        return [str(error)]
+    return []
 
 
 def default_workers(device: torch.device) -> int:

@@ -53,6 +53,10 @@ BACKBONES = {
     "vit_base_patch16_224_in21k": "vit_base_patch16_224.augreg_in21k",
     PACKAGE_BACKBONE: f"{PACKAGE_BACKBONE}.{PACKAGE_TAG}",
 }
+NO_HUB_NEEDED = (  # shipped files whose weights come from the package index
+    "run exps/nested_lora_cifar_dinov2s.json, which needs CIFAR-100 and the package index, or exps/quickstart.json, "
+    "which needs the package index alone"
+)
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".npz")
 
 
@@ -164,6 +168,24 @@ def create_backbone(
     )
 
 
+def find_weights(backbone_type: str, *, weights: str | None, weights_root: Path) -> None:
+    """Check that weights are there or their source can be reached, fetching nothing; arguments as `create_backbone`.
+
+    Raises:
+        UserError: they cannot be had.
+    """
+    arch, tag = _resolve(backbone_type, weights)
+    if weights == "random" or tag == PACKAGE_TAG or (weights is None and _file_of(arch, tag, weights_root)):
+        return
+    if weights is not None:
+        _existing(Path(weights))
+        return
+    try:
+        _hub_source(arch, tag)
+    except OSError as error:
+        raise _unavailable(arch, tag, weights_root, error) from error
+
+
 # ------------------------------------------------------------------------------------------------------- names
 
 
@@ -262,28 +284,43 @@ def _named_weights(arch: str, tag: str, weights_root: Path) -> Path | dict[str, 
     """Weights of a tag: a file in `weights_root`, else the package index, else timm's hub."""
     if tag == PACKAGE_TAG:
         return fetch_asset(arch, weights_root)
+    return _file_of(arch, tag, weights_root) or _from_hub(arch, tag, weights_root)
+
+
+def _file_of(arch: str, tag: str, weights_root: Path) -> Path | None:
+    """The file of a tag's weights, where there is one."""
     files = [weights_root / f"{arch}.{tag}{suffix}" for suffix in WEIGHT_SUFFIXES]
-    return next((path for path in files if path.is_file()), None) or _from_hub(arch, tag, weights_root)
+    return next((path for path in files if path.is_file()), None)
 
 
 def _from_hub(arch: str, tag: str, weights_root: Path) -> dict[str, Tensor]:
     """State dict of a tag from timm's hub or the hub's local cache. Raises UserError when it cannot be had."""
-    config = timm.get_pretrained_cfg(f"{arch}.{tag}")
-    source = [part for part in (config.hf_hub_id, config.hf_hub_filename) if part]
     try:
-        if not source:
-            raise OSError("timm keeps no copy of these weights on its hub")
-        if not _is_cached(config.hf_hub_id):
-            _check_hub()
+        source = _hub_source(arch, tag)
+        if not _is_cached(source[0]):
             log.info("Fetching weights %s.%s from timm's hub", arch, tag)
         return load_state_dict_from_hf(*source, weights_only=True)
     except Exception as error:  # the hub client raises classes of several HTTP libraries without a common base
-        raise UserError(
-            f"The weights {arch}.{tag} are neither in {weights_root} nor could be downloaded from timm's hub "
-            f"({first_line(error)}); put them at "
-            f"{weights_root / f'{arch}.{tag}.safetensors'} (or .pth, .npz), or set backbone_type to "
-            f'{PACKAGE_BACKBONE!r}, which needs only a package index, or weights to "random".'
-        ) from error
+        raise _unavailable(arch, tag, weights_root, error) from error
+
+
+def _hub_source(arch: str, tag: str) -> list[str]:
+    """Repository and file of a tag on timm's hub. Raises OSError where there is none, or no way to it."""
+    config = timm.get_pretrained_cfg(f"{arch}.{tag}")
+    source = [part for part in (config.hf_hub_id, config.hf_hub_filename) if part]
+    if not source:
+        raise OSError("timm keeps no copy of these weights on its hub")
+    if not _is_cached(source[0]):
+        _check_hub()
+    return source
+
+
+def _unavailable(arch: str, tag: str, weights_root: Path, error: Exception) -> UserError:
+    return UserError(
+        f"The weights {arch}.{tag} are neither in {weights_root} nor could be downloaded from timm's hub "
+        f"({first_line(error)}); put them at {weights_root / f'{arch}.{tag}.safetensors'} (or .pth, .npz), or "
+        f"{NO_HUB_NEEDED}."
+    )
 
 
 def _is_cached(repo: str) -> bool:
