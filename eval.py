@@ -21,7 +21,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils.files import named_folder
+from utils.command_line import given_path, parse_or_advise
+from utils.console import attach_console, prepare_console, progress
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -44,15 +45,15 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=__doc__,
     )
-    what = parser.add_mutually_exclusive_group(required=True)
+    what = parser.add_mutually_exclusive_group()
     what.add_argument(
         "--run",
-        type=named_folder,
+        type=given_path,
         nargs="+",
         metavar="FOLDER",
         help="a run folder: redraw its figures and test its last checkpoint; several: their mean and deviation",
     )
-    what.add_argument("--checkpoint", type=named_folder, metavar="FOLDER", help="one checkpoint of a run: test it")
+    what.add_argument("--checkpoint", type=given_path, metavar="FOLDER", help="one checkpoint of a run: test it")
     parser.add_argument("--recorded", action="store_true", help="with --run: only what the run recorded, no test")
     parser.add_argument(
         "--analyse",
@@ -67,11 +68,20 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         metavar="N",
         help=f"with --analyse: test images of each class at most (default: {IMAGES_PER_CLASS})",
     )
-    options = parser.parse_args(arguments)
+    options = parse_or_advise(parser, arguments, way_out)
+    if not options.run and not options.checkpoint:
+        parser.error("one of --run FOLDER and --checkpoint FOLDER is needed")
     if options.recorded and options.checkpoint:
         parser.error("--recorded goes with --run")
     check_analysis_options(parser, options)
     return options
+
+
+def way_out(name: str, values: list[str]) -> str:
+    """What to write in place of an argument that there is not: the folder to test, where it is known."""
+    folder = next((shlex.quote(value) for value in values if Path(value).is_dir()), "FOLDER")
+    forms = "python eval.py --run FOLDER, a task's model with python eval.py --checkpoint FOLDER/checkpoints/task_00"
+    return f"a run is tested with {forms.replace('FOLDER', folder)}; what it is made with is in its config.json"
 
 
 def check_analysis_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
@@ -86,12 +96,12 @@ def check_analysis_options(parser: argparse.ArgumentParser, options: argparse.Na
 
 def main(arguments: list[str] | None = None) -> int:
     """Show what the command line asks for; the exit code: 0 done, 2 a mistake to mend."""
+    prepare_console()
     options = parse(arguments)
     from utils.errors import exit_code
-    from utils.run_log import attach_console
     from utils.toolkit import keep_freed_memory
 
-    attach_console()
+    attach_console(goes_on=False)
     keep_freed_memory()
     return exit_code(lambda: show(options))
 
@@ -276,7 +286,6 @@ def class_incremental_material(folder: Path, checkpoints: list[Path], images_per
             they give is not finite.
     """
     import torch
-    from tqdm import tqdm
 
     from trainer import assemble, load_run_checkpoint, read_config, read_result
     from utils.analysis import Material, chosen_images
@@ -288,7 +297,7 @@ def class_incremental_material(folder: Path, checkpoints: list[Path], images_per
     images = chosen_images(parts.data, parts.seed, images_per_class or IMAGES_PER_CLASS)
     batches = [images[i : i + config.eval_batch_size] for i in range(0, len(images), config.eval_batch_size)]
     tokens, spaces = [], []
-    with tqdm(total=len(checkpoints) * len(batches), desc="Class tokens", unit="batch", leave=False) as bar:
+    with progress(total=len(checkpoints) * len(batches), desc="Class tokens", unit="batch") as bar:
         for checkpoint in checkpoints:
             fresh = replace(parts, backbone=copy.deepcopy(parts.backbone))
             learner = rebuilt(checkpoint, load_run_checkpoint(checkpoint), fresh)

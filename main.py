@@ -11,14 +11,18 @@ python main.py --sweep X.json --report                           its summary aga
 """
 
 import argparse
+import difflib
 import logging
 import os
 import sys
 
-from utils.files import named_folder
+from utils.command_line import as_set, given_path, parse_or_advise
+from utils.console import attach_console, prepare_console
 from utils.sweep_engines import ENGINES
 
 DEFAULT = "exps/quickstart.json"
+OPTIONS = ("config", "set", "resume", "overwrite", "sweep", "jobs", "engine", "ray-address", "report")
+OF_EVAL = {"eval", "evaluate", "test", "run", "checkpoint", "recorded", "analyse", "images-per-class"}
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -28,7 +32,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=__doc__,
     )
-    parser.add_argument("--config", metavar="FILE", help=f"JSON experiment to run (default: {DEFAULT})")
+    parser.add_argument(
+        "--config", type=given_path, metavar="FILE", help=f"JSON experiment to run (default: {DEFAULT})"
+    )
     parser.add_argument(
         "--set",
         action="append",
@@ -37,20 +43,45 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         dest="overrides",
         help="change one key; may be repeated",
     )
-    parser.add_argument("--resume", type=named_folder, metavar="FOLDER", help="continue the run in this folder")
+    parser.add_argument("--resume", type=given_path, metavar="FOLDER", help="continue the run in this folder")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing folder of the same name")
-    parser.add_argument("--sweep", metavar="FILE", help="run a JSON table of experiments; what is finished is skipped")
+    parser.add_argument(
+        "--sweep", type=given_path, metavar="FILE", help="run a table of experiments; what is finished is skipped"
+    )
     parser.add_argument("--jobs", type=int, metavar="N", help="of a sweep: runs at once (default: as many as fit)")
     parser.add_argument("--engine", choices=list(ENGINES), help="of a sweep: what executes its runs (default: local)")
     parser.add_argument(
         "--ray-address", metavar="ADDR", help="with --engine ray: a cluster (default: a Ray of its own)"
     )
     parser.add_argument("--report", action="store_true", help="of a sweep: only write the summary again")
-    options = parser.parse_args(arguments)
+    options = parse_or_advise(parser, arguments, way_out)
     check_sweep_options(parser, options)
     if options.resume and (options.config or options.overrides or options.overwrite):
         parser.error("--resume continues a run exactly as it was: it takes no --config, --set or --overwrite")
     return options
+
+
+def way_out(name: str, values: list[str]) -> str:
+    """What to write in place of an argument that there is not."""
+    from models import SCHEMAS
+    from utils.config_files import nearest_key
+
+    keys = dict.fromkeys(key for schema in SCHEMAS.values() for key in schema.model_fields)
+    if not name and values[0].endswith(".json"):
+        return f"write --config {values[0]}"
+    if not name and "=" in values[0]:
+        name, _, value = values[0].partition("=")
+        values = [value]
+    if name in keys:
+        return f"keys of a config are changed with --set: write {as_set(name, values)}"
+    if name in OF_EVAL:
+        return "a run is tested and looked at with: python eval.py --run FOLDER"
+    option = next(iter(difflib.get_close_matches(name, OPTIONS, n=1, cutoff=0.8)), None)
+    if option:
+        return f"did you mean --{option}?"
+    key, _, value = (nearest_key(name, keys, SCHEMAS.values()) or "").partition("=")
+    near = f"did you mean {as_set(key, [value] if value else values)}?" if key else "--help lists the arguments"
+    return f"keys of a config are changed with --set KEY=VALUE: {near}"
 
 
 def check_sweep_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
@@ -86,16 +117,16 @@ def sweep(options: argparse.Namespace) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run what the command line asks for; the exit code: 0 done, 1 runs of a sweep failed, 2 a mistake, 130 stopped."""
+    prepare_console()
     options = parse(arguments)
     first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun started, if it did
     if not first:
-        os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported
+        os.environ["TQDM_DISABLE"] = "1"
     # Imported after parsing, so that --help and usage errors answer at once.
     from models import SCHEMAS
     from trainer import joined_world, read_config, resume, train
     from utils.config_files import load_config
     from utils.errors import exit_code
-    from utils.run_log import attach_console
     from utils.toolkit import keep_freed_memory
 
     if first:

@@ -22,10 +22,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from backbone.vit_sema import SEMAVisionTransformer
 from models.base import Interrupted
+from utils.console import progress
 from utils.data_manager import DataManager
 from utils.distributed import World
 from utils.tensor_cache import TensorCache
@@ -146,7 +146,7 @@ class Activations:
         self._chunks = chunks
         self._place_of = {int(i): (c, r) for c, chunk in enumerate(chunks) for r, i in enumerate(chunk)}
         todo = [number for number in missing if number % world.size == world.rank]
-        for number in tqdm(todo, desc=label, unit="class", leave=False):
+        for number in progress(todo, desc=label, unit="class"):
             if self.place.stop_requested():
                 break
             self._file(number)

@@ -15,10 +15,10 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from models.experiment import Parts, Scores
 from utils.config import RunConfig
+from utils.console import progress
 from utils.errors import Interrupted, UserError
 from utils.optim import GroupedOptimizer
 from utils.run_log import RunLog
@@ -216,7 +216,7 @@ class Learner(ABC):
             logger.info(f"{where}: {phase.epochs} epochs of {phase.steps_per_epoch} steps\n{phase.optimizer.table()}")
         total = phase.epochs * phase.steps_per_epoch
         done = position.epoch * phase.steps_per_epoch + position.step
-        with tqdm(total=total, initial=done, desc=where, unit="step", leave=False) as bar:
+        with progress(total=total, initial=done, desc=where, unit="step") as bar:
             while position.epoch < phase.epochs:
                 try:
                     for batch in phase.batches(position.epoch, position.step):

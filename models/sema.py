@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from backbone.consolidation import Consolidation
 from backbone.sema_block import AdapterSpec, SEMAModules, is_learning
@@ -29,6 +28,7 @@ from models.sema_config import SEMAConfig
 from models.sema_costs import SEMACosts
 from models.task_inputs import Batch
 from models.tuning import FUNCTIONAL, AdapterTuning, learning
+from utils.console import progress
 from utils.errors import UserError
 from utils.factory import Backbone
 from utils.optim import GroupedOptimizer, ParameterGroup
@@ -102,7 +102,7 @@ class SEMA(AdapterTuning):
         source = self.inputs.view(self.task, memory["scan"], key)
         batches = self.inputs.read(self.task, source, key, size, start=memory["batch"])
         left = self.inputs.batch_count(self.task, size) - memory["batch"]
-        for batch in tqdm(batches, total=left, desc=f"Task {self.task} scan", unit="batch", leave=False):
+        for batch in progress(batches, total=left, desc=f"Task {self.task} scan", unit="batch"):
             if self.stopping():
                 raise Interrupted
             memory["batch"] += 1

@@ -15,11 +15,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from backbone.vit_sema import SEMAVisionTransformer
 from models.activations import Activations, ActivationStore, Images, Place
 from models.base import Interrupted
+from utils.console import progress
 from utils.data_manager import DataManager
 from utils.tensor_cache import TensorCache
 from utils.toolkit import autocast, one_ahead
@@ -111,7 +111,7 @@ class TaskInputs:
         """Features (n, d) of stored images as the network gives them now, not kept."""
         place, parts = self.place, [torch.empty(0, self.network.vit.num_features)]
         starts = range(0, len(indices), place.batch_size)
-        for start in tqdm(starts, desc=label, unit="batch", leave=False):
+        for start in progress(starts, desc=label, unit="batch"):
             if place.stop_requested():
                 break
             x = below.take(indices[start : start + place.batch_size]).to(place.device)
@@ -202,7 +202,7 @@ class TaskInputs:
         order_key, size, parts = (*key, view), self.place.batch_size, []
         batches = self.read(task, self.view(task, view, key), order_key, size)
         label, count = f"Task {task} rd view {view + 1}", self.batch_count(task, size)
-        for batch in tqdm(batches, total=count, desc=label, unit="batch", leave=False):
+        for batch in progress(batches, total=count, desc=label, unit="batch"):
             if self.place.world.any(self.place.stop_requested()):
                 raise Interrupted
             parts.append(self.token_means(batch, blocks))

@@ -159,6 +159,16 @@ def test_eval_recorded_tests_nothing(finished: Path, capsys: pytest.CaptureFixtu
     assert "recorded accuracy" in shown and "class-incremental" not in shown
 
 
+def test_a_run_folder_may_be_where_we_are(
+    finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(finished)
+    assert evaluation.main(["--run", ".", "--recorded"]) == 0
+    assert "recorded accuracy" in capsys.readouterr().out
+    assert main.main(["--resume", "."]) == 2
+    assert f"{finished} is finished" in capsys.readouterr().err
+
+
 BAD = {
     "unknown key": ({"nested_lora_rnk": 8}, "nested_lora_rank"),
     "wrong type": ({"batch_size": "many"}, "batch_size"),

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from utils.analysis_figures import Frame, HeatMap, branch_angles_figure, heat_maps_figure
+from utils.console import progress
 from utils.data_manager import DataManager
 from utils.errors import UserError
 from utils.findings import Findings, Row, listed, number, value_table
@@ -78,7 +78,7 @@ def chosen_images(data: DataManager, seed: int, per_class: int) -> np.ndarray:
 
 def cka(material: Material) -> Findings:
     """How much of each block's geometry is kept: linear CKA between the networks after different tasks."""
-    blocks = tqdm(material.tokens.unbind(1), desc="CKA", unit="block", leave=False)
+    blocks = progress(material.tokens.unbind(1), desc="CKA", unit="block")
     values = np.stack([cka_matrix(list(tokens)).numpy() for tokens in blocks])  # (L, T, T)
     lowest = min(0.9, math.floor(10 * np.nanmin(values, initial=1.0)) / 10)
     frame = Frame("block", "after task", "linear CKA", (lowest, 1.0), 3)
@@ -122,7 +122,7 @@ def probes(material: Material) -> Findings:
     """
     labels = material.labels
     train, test = halves(labels, seeded_generator(material.seed, HALVES))
-    blocks = tqdm(material.tokens.unbind(1), desc="Probes", unit="block", leave=False)
+    blocks = progress(material.tokens.unbind(1), desc="Probes", unit="block")
     scores = torch.stack([transfer_scores(list(tokens), labels, train, test) for tokens in blocks])
     values = 100 * scores.numpy()  # (L, T, T), percent
     chance = 100 * chance_score(labels[test])
@@ -222,7 +222,7 @@ def _subspace_angles(material: Material) -> np.ndarray:
     """`rms_angle` between principal subspaces, (L, T, T) degrees; NaN where a block's tokens do not vary."""
     tasks = len(material.tokens)
     values = np.zeros((material.tokens.shape[1], tasks, tasks))
-    for block, tokens in enumerate(tqdm(material.tokens.unbind(1), desc="Angles", unit="block", leave=False)):
+    for block, tokens in enumerate(progress(material.tokens.unbind(1), desc="Angles", unit="block")):
         bases = [pca_basis(representation, PCA_RANK) for representation in tokens]
         for i, j in np.ndindex(tasks, tasks):
             values[block, i, j] = values[block, j, i] if j < i else rms_angle(bases[i], bases[j])

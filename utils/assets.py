@@ -105,7 +105,8 @@ def _download_wheel(requirement: str, folder: Path, target: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
     command += ["--disable-pip-version-check", "--dest", str(folder), requirement]
     shown = None if sys.stdout.isatty() else subprocess.PIPE  # a person sees pip's own progress bar
-    done = subprocess.run(command, stdout=shown, stderr=subprocess.PIPE, text=True, check=False)
+    decoded = {"encoding": "utf-8", "errors": "replace"}
+    done = subprocess.run(command, stdout=shown, stderr=subprocess.PIPE, check=False, **decoded)
     wheels = sorted(folder.glob("*.whl"))
     if done.returncode != 0 or len(wheels) != 1:
         lines = [line.strip() for line in (done.stderr or "").splitlines() if line.strip()]

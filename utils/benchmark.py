@@ -18,8 +18,10 @@ from typing import Any
 
 import torch
 
+from utils.command_line import given_path
 from utils.config import ClassIncrementalConfig
 from utils.config_files import config_from_dict, load_config
+from utils.console import prepare_console
 from utils.costs import Clock, Measured, flops_of, matmul_ceiling, measure_all, plain_forward, trace
 from utils.errors import UserError, exit_code
 from utils.run_log import SilentLog
@@ -56,7 +58,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         metavar=("TRAIN", "TEST", "TASKS"),
         help="images of a task and number of tasks, for the projection (default CIFAR-100 10x10: 5000 1000 10)",
     )
-    parser.add_argument("--profile", type=Path, metavar="FOLDER", help="write a torch profiler trace of a task-0 step")
+    parser.add_argument(
+        "--profile", type=given_path, metavar="FOLDER", help="write a torch profiler trace of a task-0 step"
+    )
     return parser.parse_args(arguments)
 
 
@@ -110,6 +114,7 @@ def main(arguments: list[str] | None = None) -> int:
     from models import SCHEMAS
     from trainer import assemble, make_learner
 
+    prepare_console()
     options = parse(arguments)
     keep_freed_memory()
 

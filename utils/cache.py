@@ -11,6 +11,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from utils.command_line import given_path
+from utils.console import prepare_console
 from utils.decoded_images import decoded_in, remove_decoded
 from utils.errors import UserError, exit_code
 from utils.file_memo import DATABASE, memo_bytes, remove_memo
@@ -60,8 +62,9 @@ def clear(root: Path) -> list[str]:
 
 def main(arguments: list[str] | None = None) -> int:
     """List or empty a cache; the exit code: 0 done, 2 a mistake to mend."""
+    prepare_console()
     parser = argparse.ArgumentParser(prog="python -m utils.cache", description="What a cache holds; empty it.")
-    parser.add_argument("--root", type=Path, default=Path("cache"), metavar="FOLDER", help="default: %(default)s")
+    parser.add_argument("--root", type=given_path, default=Path("cache"), metavar="FOLDER", help="default: %(default)s")
     parser.add_argument("--clear", action="store_true", help="remove everything that the cache holds")
     options = parser.parse_args(arguments)
     return exit_code(lambda: print("\n".join(clear(options.root) if options.clear else listing(options.root))))

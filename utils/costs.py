@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
+
+from utils.console import progress
 
 CEILING_SIDE = 2048  # of the square matrices whose product says what the device can do
 
@@ -142,4 +143,4 @@ def plain_forward(network: torch.nn.Module, images: Tensor, context: Callable[[]
 
 def measure_all(clock: Clock, costs: Iterable[Cost]) -> list[Measured]:
     """Every cost in turn, in order: an earlier one may bring the network into the state of a later one."""
-    return [clock.measure(cost) for cost in tqdm(list(costs), desc="measuring", unit="cost", leave=False)]
+    return [clock.measure(cost) for cost in progress(list(costs), desc="measuring", unit="cost")]

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from tqdm import tqdm
 
+from utils.console import progress
 from utils.files import write_synced
 from utils.tensor_cache import RESERVE
 
@@ -89,7 +89,7 @@ class DecodedImages:
             return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with open(self.folder / LOCK, "w") as lock:
+            with open(self.folder / LOCK, "wb") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 self._open()  # another process may have written since
                 try:
@@ -132,7 +132,7 @@ class DecodedImages:
         if (table[:, 0] < 0).all():
             path.unlink(missing_ok=True)  # a new file: other processes may still map a damaged one
         room = self.limit_gb * 1e9 - sum(file.stat().st_size for file in self.folder.parent.glob(f"*/{PIXELS}"))
-        bar = tqdm(total=len(missing), desc=self.label, unit="image", leave=False, disable=None)
+        bar = progress(total=len(missing), desc=self.label, unit="image")
         with open(path, "ab") as file, ThreadPoolExecutor(THREADS) as threads, bar:
             try:
                 saved = time.monotonic()

@@ -4,6 +4,8 @@ import errno
 import sys
 from collections.abc import Callable
 
+from utils.console import READER_GONE, discard, tell
+
 
 class UserError(Exception):
     """One clear sentence: what is wrong, what was given, what is allowed, what to do."""
@@ -36,16 +38,22 @@ def os_error_sentence(error: OSError, go_on: str = "go on with --resume where a 
 
 
 def exit_code(run: Callable[[], int | None], tells: Callable[[], bool] = lambda: True) -> int:
-    """The exit code of a command: what it returns (None: 0), 2 after a mistake, 130 after it was asked to stop.
+    """The exit code of a command: what it returns (None: 0), 2 after a mistake, 130 after it was asked to stop, and 141
+    where nobody reads the output any more.
 
     A mistake, or what the operating system refused, is told on standard error in a sentence, where `tells` allows.
     """
     try:
-        return run() or 0
+        code = run() or 0
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        discard(sys.stdout)
+        return READER_GONE
     except (UserError, OSError) as error:
         sentence = os_error_sentence(error) if isinstance(error, OSError) else str(error)
         if tells():
-            sys.stderr.write(f"{sentence}\n")
+            tell(sentence)
         return 2
     except (Interrupted, KeyboardInterrupt):
         return 130

@@ -59,12 +59,6 @@ def json_bytes(values: Mapping[str, Any]) -> bytes:
     return (json.dumps(values, indent=2, allow_nan=False, ensure_ascii=False) + "\n").encode()
 
 
-def named_folder(text: str) -> Path:
-    """The folder that a command line names, by a path with its own name at the end: `.` and `..` have none."""
-    folder = Path(text)
-    return folder.resolve() if folder.name in ("", "..") else folder
-
-
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
     """Lets an OSError that names no file, such as that of a full disk, name the one that is being written inside."""

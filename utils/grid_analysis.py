@@ -21,7 +21,6 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
-from tqdm import tqdm
 
 from utils.analysis_figures import (
     Frame,
@@ -31,6 +30,7 @@ from utils.analysis_figures import (
     heat_maps_figure,
     unit_label_figure,
 )
+from utils.console import progress
 from utils.findings import Findings, Row, listed, number, value_table
 from utils.grid_tables import SPLIT_NAMES
 from utils.grid_tasks import GridBatch
@@ -87,7 +87,7 @@ class GridMaterial:
 
 def cka(material: GridMaterial) -> Findings:
     """How alike tasks arrange the same grids: linear CKA between them, in every layer."""
-    layers = tqdm(material.same.items(), desc="CKA", unit="layer", leave=False)
+    layers = progress(material.same.items(), desc="CKA", unit="layer")
     values = {layer: cka_matrix(list(vectors)).numpy() for layer, vectors in layers}
     frame = Frame("layer", "primitive", "linear CKA", (0.0, 1.0), row_names=list(values), column_names=None)
     about = f"{material.about} · {material.same['h'].shape[1]} input grids"
@@ -97,7 +97,7 @@ def cka(material: GridMaterial) -> Findings:
 
 def grassmann(material: GridMaterial) -> Findings:
     """How far tasks' principal subspaces lie apart, in every layer; random subspaces for comparison."""
-    layers = tqdm(material.own.items(), desc="Grassmann distances", unit="layer", leave=False)
+    layers = progress(material.own.items(), desc="Grassmann distances", unit="layer")
     values = {layer: _distances(vectors, material.rank) for layer, vectors in layers}
     generator = seeded_generator(material.seed, CHANCE)
     chance = {layer: _chance_distance(vectors, material.rank, generator) for layer, vectors in material.own.items()}
@@ -115,7 +115,7 @@ def grassmann(material: GridMaterial) -> Findings:
 def probes(material: GridMaterial) -> Findings:
     """What a linear probe reads of the primitives in every layer: mean average precision, percent."""
     fitted, names = material.fitted, list(material.splits)
-    layers = tqdm(fitted.layers.items(), desc="Probes", unit="layer", leave=False)
+    layers = progress(fitted.layers.items(), desc="Probes", unit="layer")
     probe_of = {layer: fit_probe(vectors, fitted.samples.primitives) for layer, vectors in layers}
     scores = {
         layer: [

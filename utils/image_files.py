@@ -20,8 +20,8 @@ from pathlib import Path
 import numpy as np
 import PIL
 from PIL import Image, ImageFile, UnidentifiedImageError
-from tqdm import tqdm
 
+from utils.console import progress
 from utils.errors import UserError
 from utils.file_memo import FileMemo, read_signed
 from utils.files import why_no_file
@@ -227,7 +227,7 @@ def check_images(paths: Sequence[Path], root: Path, memo: FileMemo, label: str) 
         with memo.lock():
             hashes = memo.known(root, sound)  # another process may have checked them meanwhile
             missing = [path for path in sound if path not in hashes]
-            bar = tqdm(total=len(missing), desc=f"checking {label}", unit="image", leave=False, disable=None)
+            bar = progress(total=len(missing), desc=f"checking {label}", unit="image")
             with ThreadPoolExecutor(THREADS) as threads, bar:
                 for start in range(0, len(missing), BLOCK):
                     block = missing[start : start + BLOCK]

@@ -32,8 +32,8 @@ from typing import Any
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
-from tqdm import tqdm
 
+from utils.console import LOG_FORMAT, attach_console
 from utils.errors import UserError
 from utils.files import json_bytes, naming, replace_file
 from utils.folders import FolderLock, create_folder, text_log
@@ -53,7 +53,6 @@ from utils.run_folder import (
 
 logger = logging.getLogger("nested_lora")
 
-_FORMAT = "%(asctime)s [%(filename)s] => %(message)s"
 _POSITION_FIELDS = {"task", "epoch", "step"}  # where in the run an event happened: not values to draw
 _NUMBERED_FIELDS = {"block", "adapter"}  # numbers that say what an event is about: part of its tag
 
@@ -233,20 +232,6 @@ class SilentLog(RunLog):
         return self.folder / name
 
 
-def attach_console() -> logging.Handler | None:
-    """Show the program's messages on standard output without breaking progress bars.
-
-    Returns the handler, or None where one is attached already: call it at the start of a program; a run calls it too.
-    """
-    if any(isinstance(handler, _Console) for handler in logger.handlers):
-        return None
-    handler = _Console()
-    handler.setFormatter(logging.Formatter(_FORMAT))
-    logger.setLevel(logging.INFO)
-    logger.addHandler(handler)
-    return handler
-
-
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The events in a run's `metrics.jsonl`, in order. A last line that was never finished is left out.
 
@@ -342,16 +327,6 @@ class _Views:
                 closing.callback(file.close)
 
 
-class _Console(logging.Handler):
-    """Messages above a progress bar instead of through it."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        try:
-            tqdm.write(self.format(record), file=sys.stdout)
-        except Exception:  # as every logging handler: a message must never end the program
-            self.handleError(record)
-
-
 class _TextLog(logging.FileHandler):
     """The text log of one run; a type of its own so that two runs are never open at once. OSError on a full disk."""
 
@@ -369,8 +344,8 @@ def _attach(log_path: Path) -> list[logging.Handler]:
     if any(isinstance(handler, _TextLog) for handler in logger.handlers):
         raise RuntimeError("another run's log is still open; close it first: one seed, one log")
     console = attach_console()
-    text_log = _TextLog(log_path, encoding="utf-8")
-    text_log.setFormatter(logging.Formatter(_FORMAT))
+    text_log = _TextLog(log_path, encoding="utf-8", errors="backslashreplace")
+    text_log.setFormatter(logging.Formatter(LOG_FORMAT))
     logger.setLevel(logging.INFO)
     logger.addHandler(text_log)
     return [text_log] if console is None else [text_log, console]

@@ -239,7 +239,7 @@ def available_cores() -> int:
     """Cores this process may use: its affinity, and the share its container is given."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with suppress(OSError, ValueError):  # "max" where there is no limit
-        quota, period = map(int, (CGROUP / "cpu.max").read_text().split())
+        quota, period = map(int, (CGROUP / "cpu.max").read_text(encoding="utf-8").split())
         cores = min(cores, quota // period)
     return max(1, cores)
 
@@ -251,10 +251,10 @@ def available_memory_gb() -> float:
     """
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     with suppress(OSError):
-        lines = dict(line.split(":") for line in MEMINFO.read_text().splitlines())
+        lines = dict(line.split(":") for line in MEMINFO.read_text(encoding="utf-8").splitlines())
         memory = int(lines["MemAvailable"].split()[0]) * 1024
     with suppress(OSError, ValueError):
-        memory = min(memory, int((CGROUP / "memory.max").read_text()))
+        memory = min(memory, int((CGROUP / "memory.max").read_text(encoding="utf-8")))
     return memory / 1e9
 
 

@@ -22,9 +22,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from tqdm import tqdm
-
 from utils.config import RunConfig
+from utils.console import progress
 from utils.errors import UserError, os_error_sentence
 from utils.folders import FolderLock, remove_replaced, restore_replaced
 from utils.provenance import changes, present
@@ -141,7 +140,8 @@ def run_all(engine: Engine, sweep: Sweep, waiting: Sequence[Run], total: int, st
     """Run what is waiting, in order; label -> what became of it, for the runs that ended without success."""
     pending, troubles = deque(waiting), {}
     running: dict[Future, Run] = {}
-    with tqdm(total=total, initial=total - len(waiting), desc=sweep.path.stem, unit="run") as bar:
+    finished = total - len(waiting)
+    with progress(total=total, initial=finished, desc=sweep.path.stem, unit="run", leave=True) as bar:
         try:
             while running or (pending and not stop.requests):
                 while pending and len(running) < engine.jobs and not stop.requests:
@@ -152,8 +152,9 @@ def run_all(engine: Engine, sweep: Sweep, waiting: Sequence[Run], total: int, st
                     run = running.pop(future)
                     trouble = what_went_wrong(run, future)
                     if trouble is None:
+                        finished += 1
                         bar.update()
-                        logger.info(f"{run.label}: {_brief(run.result())} ({bar.n} of {total})")
+                        logger.info(f"{run.label}: {_brief(run.result())} ({finished} of {total})")
                     else:
                         troubles[run.label] = trouble
                         logger.warning(f"{run.label}: {trouble}; it printed {run.output_path}")

@@ -195,7 +195,7 @@ class TensorCache:
         """Let a file of these bytes or buffers appear at once in a group's folder. Raises OSError."""
         path.parent.mkdir(parents=True, exist_ok=True)
         if not (self.root / MARKER).exists():
-            (self.root / MARKER).write_text("python -m utils.cache --root FOLDER --clear empties this cache.\n")
+            (self.root / MARKER).write_bytes(b"python -m utils.cache --root FOLDER --clear empties this cache.\n")
         temporary = path.with_name(f".tmp-{os.getpid()}-{os.urandom(4).hex()}")
         try:
             with open(temporary, "wb") as file:

@@ -1,0 +1,88 @@
+"""The console: messages above progress bars, on whatever terminal, pipe or encoding there is.
+
+    prepare_console()             # first of all in a command
+    attach_console()              # messages of the program go to standard output
+    for batch in progress(batches, desc="scan", unit="batch"):     # a bar, where standard error is a terminal
+        logger.info("...")
+
+Into a file or a pipe go whole lines only, at once, so that `2>&1 | tee run.txt` and `grep` see them as they come.
+"""
+
+import io
+import logging
+import os
+import sys
+from typing import Any
+
+LOG_FORMAT = "%(asctime)s [%(filename)s] => %(message)s"
+READER_GONE = 141  # exit code of a command whose output nobody reads any more: 128 + SIGPIPE, as of other commands
+
+logger = logging.getLogger("nested_lora")
+
+
+def prepare_console() -> None:
+    """Let standard output and error take any text line by line, and leave progress bars to terminals.
+
+    What the console's encoding lacks is written as an escape. The bars of libraries obey TQDM_DISABLE, which they read
+    when they import tqdm: call this before.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace", line_buffering=True)
+    if not (sys.stderr and sys.stderr.isatty()):
+        os.environ.setdefault("TQDM_DISABLE", "1")
+
+
+def progress(items: Any = None, *, leave: bool = False, **options: Any) -> Any:
+    """tqdm's bar, shown where standard error is a terminal and TQDM_DISABLE is not set."""
+    from tqdm import tqdm  # here: it reads TQDM_DISABLE when it is imported
+
+    return tqdm(items, leave=leave, disable="TQDM_DISABLE" in os.environ or None, **options)
+
+
+def attach_console(*, goes_on: bool = True) -> logging.Handler | None:
+    """Show the program's messages on standard output without breaking progress bars.
+
+    Once nobody reads them, a program that goes on is silent: a run has its text log. Another gets BrokenPipeError.
+    Returns the handler, or None where one is attached already: call it at the start of a program; a run calls it too.
+    """
+    if any(isinstance(handler, _Console) for handler in logger.handlers):
+        return None
+    handler = _Console(goes_on)
+    handler.setFormatter(logging.Formatter(LOG_FORMAT))
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    return handler
+
+
+def tell(text: str) -> None:
+    """Write a line to standard error, where anyone reads it."""
+    try:
+        sys.stderr.write(f"{text}\n")
+    except BrokenPipeError:
+        discard(sys.stderr)
+
+
+def discard(stream: io.TextIOBase) -> None:
+    """Send what is still written to a stream nowhere: its reader has gone."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+class _Console(logging.Handler):
+    """Messages above a progress bar instead of through it."""
+
+    def __init__(self, goes_on: bool) -> None:
+        super().__init__()
+        self.goes_on = goes_on
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
+        try:
+            tqdm.write(self.format(record), file=sys.stdout)
+        except BrokenPipeError:
+            if not self.goes_on:
+                raise
+            discard(sys.stdout)
+        except Exception:  # as every logging handler: a message must never end the program
+            self.handleError(record)
