@@ -196,7 +196,8 @@ class Records(nn.Module):
     """The last `capacity` reconstruction errors of one descriptor; mean and deviation for z-scores.
 
     The errors are buffers, so they are saved and resumed with the model. z = |error - mean| / std with the unbiased
-    std, and zero while two errors or fewer are stored.
+    std, and zero while two errors or fewer are stored. Errors on what the descriptor has trained on before are smaller
+    than others and would make z of everything else too large: the learner pushes errors on views that are new to it.
     """
 
     errors: Tensor

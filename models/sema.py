@@ -8,6 +8,10 @@ images; the shallowest block that finds a batch novel grows by one adapter, whic
 the scan goes on, and is repeated until a whole one adds nothing. If nothing grew, what is trainable is trained. Then
 the task closes: consolidation (nested, if asked for), router rows merged, freezing.
 
+What a batch is compared with are a descriptor's errors on views of its task's images that it has not trained on. With
+new views in every epoch they are recorded while it trains, as published. Where views come again (`rd_views`), its
+training errors would be too small: then errors on newly drawn views are recorded when it has been trained.
+
 Source: SEMA (Wang et al., CVPR 2025) as its published code computes it; Nested LoRA as in the project's design.
 """
 
@@ -26,7 +30,7 @@ from backbone.vit_sema import SEMAVisionTransformer
 from models.base import Interrupted, Learner, Phase, StepResult
 from models.sema_config import SEMAConfig
 from models.sema_costs import SEMACosts
-from models.task_inputs import Batch
+from models.task_inputs import VIEW, Batch
 from models.tuning import FUNCTIONAL, AdapterTuning, learning
 from utils.console import progress
 from utils.errors import UserError
@@ -38,6 +42,7 @@ logger = logging.getLogger("nested_lora")
 
 # What a data-order key is for; with the seed, the task and a counter it names one order and one set of augmentations.
 DESCRIPTORS, SCAN, FEATURES = range(FUNCTIONAL + 1, FUNCTIONAL + 4)
+RECORDS = VIEW + 1
 CONSOLIDATION_IMAGES = 128  # images of the task that consolidation looks at
 CONSOLIDATION_TOKENS = 32  # tokens of each of them
 
@@ -77,6 +82,7 @@ class SEMA(AdapterTuning):
         return super().stages | {
             "scan": self.scan,
             "descriptors": self.train_descriptors,
+            "records": self.record_errors,
             "close": self.end_of_task_training,
         }
 
@@ -158,28 +164,20 @@ class SEMA(AdapterTuning):
     # --- stage: descriptors -----------------------------------------------------------------------------------------
 
     def train_descriptors(self) -> str:
-        """Train the descriptors that may learn, recording their errors; after a growth, freeze what is new."""
-        phase = self.descriptor_phase()
-        self.run_phase(phase)
-        if phase.block is None:
-            return "close"
-        modules = self.network.modules_by_block[phase.block]
-        modules.freeze_functional(adapters=self.config.freezes)
-        modules.freeze_rd()
-        return "scan"
+        """Train the descriptors that may learn."""
+        self.run_phase(self.descriptor_phase())
+        return "records"
 
     def descriptor_phase(self) -> Phase:
         """The descriptor phase that the task has come to."""
         epochs = self.config.rd_epoch
         key = (self.seed, self.task, DESCRIPTORS, self.progress.phases)
-        views, size = self.config.rd_views, self.config.batch_size
-        newest = {block: self.network.modules_by_block[block].adapters[-1] for block in self.network.growing}
-        blocks = [block for block, adapter in newest.items() if is_learning(adapter.rd)]
+        views, size = self.config.distinct_rd_views, self.config.batch_size
         return Phase(
             name="rd",
             epochs=epochs,
             optimizer=self.update_rd_optimizer_and_scheduler(epochs),
-            batches=self.inputs.means_by_epoch(self.task, key, blocks, views=views, epochs=epochs, size=size),
+            batches=self.inputs.means_by_epoch(self.task, key, self._described, views=views, epochs=epochs, size=size),
             steps_per_epoch=self.inputs.batch_count(self.task, size),
             observe=self._describe,
             replicated=True,
@@ -188,14 +186,58 @@ class SEMA(AdapterTuning):
         )
 
     def _describe(self, means: dict[int, Tensor]) -> StepResult:
-        """Reconstruction error of the newest descriptors, recorded as it is measured."""
-        self.network.observe(means)
+        """Reconstruction error of the newest descriptors; recorded as it is measured while no view has come before."""
+        if not self.config.repeats_rd_views:
+            self.network.observe(means)
         return StepResult(self.network.descriptor_loss(means), len(next(iter(means.values()))))
+
+    @property
+    def _described(self) -> list[int]:
+        """The blocks whose newest descriptor is learning."""
+        newest = {block: self.network.modules_by_block[block].adapters[-1] for block in self.network.growing}
+        return [block for block, adapter in newest.items() if is_learning(adapter.rd)]
 
     def update_rd_optimizer_and_scheduler(self, num_epoch: int) -> GroupedOptimizer:
         """The optimizer of the descriptors that learn."""
         parameters = learning(self.network.descriptor_parameters())
         return self.optimizer_over([ParameterGroup("rd", parameters, lr=self.config.rd_lr)], num_epoch)
+
+    # --- stage: records ---------------------------------------------------------------------------------------------
+
+    def record_errors(self) -> str:
+        """Record the errors of trained descriptors unless training has; after a growth, freeze what is new.
+
+        As many as training would have recorded: min(`buffer_size`, images of the task * `rd_epoch`), each on a newly
+        drawn view, of one image after the other in a drawn order.
+        """
+        config, blocks = self.config, self._described
+        if config.repeats_rd_views:
+            key = (self.seed, self.task, RECORDS, self.progress.phases)
+            errors = min(config.buffer_size, config.rd_epoch * self.data.count(self.classes, "train"))
+            self.network.observe(self.inputs.new_means(self.task, key, blocks, errors))
+        self._log_records(blocks)
+        if self.phase_block is None:
+            return "close"
+        modules = self.network.modules_by_block[self.phase_block]
+        modules.freeze_functional(adapters=self.config.freezes)
+        modules.freeze_rd()
+        return "scan"
+
+    def _log_records(self, blocks: list[int]) -> None:
+        """What z-scores of the newest descriptors compare with: how many errors, of which views, mean and deviation."""
+        views, shown = "new" if self.config.repeats_rd_views else "training", []
+        for block in blocks:
+            adapters = self.network.modules_by_block[block].adapters
+            record = adapters[-1].rd_loss_record
+            if len(record) > 2:  # else every z-score is zero
+                mean, std = float(record.mean), float(record.stddev)
+                shown.append(f"block {block}: {len(record)}, {mean:.3g} ± {std:.3g}")
+                self.log.metric(
+                    "records", task=self.task, block=block, adapter=len(adapters) - 1, views=views,
+                    errors=len(record), mean=mean, std=std,
+                )  # fmt: skip
+        if shown:
+            logger.info(f"Task {self.task} rd: errors recorded on {views} views: {'; '.join(shown)}")
 
     # --- stage: close -----------------------------------------------------------------------------------------------
 

@@ -87,6 +87,16 @@ class SEMAConfig(AdapterConfig):
         return [*super().trained_rates, *(["rd_lr"] if self.grows else [])]
 
     @property
+    def distinct_rd_views(self) -> int:
+        """Views of an image that descriptors train on in turn, at most the `cache_views` there are; 0 = new ones."""
+        return min(self.rd_views, self.cache_views) if self.cache_views else self.rd_views
+
+    @property
+    def repeats_rd_views(self) -> bool:
+        """Whether descriptors train on a view more than once though an image has others."""
+        return 0 < self.distinct_rd_views < self.rd_epoch and self.augmentation != "none"
+
+    @property
     def consolidates(self) -> bool:
         """Whether there are two branches and fast moves into slow at task ends."""
         return self.nested and self.nested_lora_use_consolidation

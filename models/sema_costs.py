@@ -90,13 +90,15 @@ class SEMACosts:
         grown = growths * config.func_epoch * cost[STEP.format(6)]
         still = views * cost[TAIL] + config.func_epoch * cost[HEAD_STEP]
         tested = sum(range(2, tasks + 1)) if growths else later
+        errors = min(config.buffer_size, config.rd_epoch * train) if config.repeats_rd_views else 0
         return {
             "task 0, functional": train * config.func_epoch * cost[FIRST_STEP],
-            "task 0, descriptors": train * (config.rd_views * cost[RD_FIRST] + epochs),
+            "task 0, descriptors": train * (config.distinct_rd_views * cost[RD_FIRST] + epochs),
             "later tasks, frozen blocks": later * views * train * cost[PREFIX],
             "later tasks, scans": later * train * cost[SCAN] * (2 if growths else 1),
             "later tasks, functional": later * train * (grown if growths else still),
-            "later tasks, descriptors": later * growths * train * (config.rd_views * cost[SCAN] + epochs),
+            "later tasks, descriptors": later * growths * train * (config.distinct_rd_views * cost[SCAN] + epochs),
+            "descriptors' errors on new views": (1 + later * growths) * errors * (cost[PREFIX] + cost[SCAN]),
             "test images": test * (tasks * cost[PREFIX] + (1 + tested) * cost[TAIL]),
         }
 

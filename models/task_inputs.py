@@ -9,6 +9,7 @@ The fast engine reads stored activations of the frozen part (`models/activations
 With K `views` every training image has K fixed augmented views; with 0 every pass draws new ones, as published.
 """
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -209,3 +210,21 @@ class TaskInputs:
         order = self.data.order(self.data.task_classes(task), "train", order_key)
         stored = torch.from_numpy(np.argsort(order)).to(self.place.device)
         return {block: torch.cat([part[block] for part in parts])[stored] for block in blocks}
+
+    def new_means(self, task: int, key: tuple[int, ...], blocks: list[int], count: int) -> dict[int, Tensor]:
+        """Token means of newly drawn views of a task's training images: {block: (count, d)}.
+
+        View after view of all images, each in an order of its own, until there are `count` of at least 1.
+        """
+        views = (((*key, number), self.fresh((*key, number))) for number in itertools.count())
+        batches = (batch for name, view in views for batch in self.read(task, view, name, self.place.batch_size))
+        parts, total = [], 0
+        with tqdm(total=count, desc=f"Task {task} rd, new views", unit="image", leave=False) as bar:
+            while total < count:
+                if self.place.world.any(self.place.stop_requested()):
+                    raise Interrupted
+                batch = next(batches)
+                parts.append(self.token_means(batch, blocks))
+                total += batch.total
+                bar.update(batch.total)
+        return {block: torch.cat([part[block] for part in parts])[:count] for block in blocks}

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from backbone.sema_block import is_learning
 from models.activations import Activations, Images
+from models.base import Interrupted
 from models.class_incremental import accuracy_of
 from models.sema import SEMA
 from utils.config import RunConfig
@@ -197,6 +198,122 @@ def test_descriptor_training_takes_the_same_steps_cached_or_fresh(make_sema: Mak
     losses = [event["loss"] for event in events(learner, "epoch") if event["phase"] == "rd"]
     assert len(losses) == 6 and losses[-1] < losses[0]
     assert len(learner.network.modules_by_block[4].adapters[0].rd_loss_record) == 64
+
+
+REPEATED = {"rd_views": 1, "rd_epoch": 6, "rd_lr": 0.05}  # training views come again
+ONCE = {  # no view comes again, or there is no other
+    "new": {"rd_views": 0, "rd_epoch": 6},
+    "as many as epochs": {"rd_views": 2, "rd_epoch": 2},
+    "the only one": {"rd_views": 1, "rd_epoch": 6, "augmentation": "none"},
+}
+
+
+def errors_of(learner: SEMA, block: int, means: Tensor) -> Tensor:
+    """Mean squared reconstruction errors of the newest descriptor of a block, written out."""
+    rd = learner.network.modules_by_block[block].adapters[-1].rd
+    code = means @ rd.encoder.weight.T + rd.encoder.bias
+    return (means - code @ rd.decoder.weight.T - rd.decoder.bias).square().mean(dim=1).detach()
+
+
+def train_first_task(learner: SEMA, block: int) -> tuple[Tensor, Tensor]:
+    """Train task 0; what the block's descriptor has read (images, d): with gradients, and to record errors of it."""
+    read: dict[bool, list[Tensor]] = {True: [], False: []}
+    learner.begin_task(0)
+    rd = learner.network.modules_by_block[block].adapters[0].rd
+    rd.register_forward_hook(lambda module, inputs, _: read[torch.is_grad_enabled()].append(inputs[0].clone()))
+    learner.train_task()
+    return torch.cat(read[True]), torch.cat(read[False])
+
+
+def seen_before(rows: Tensor, others: Tensor) -> Tensor:
+    """Whether each row is one of the others up to rounding, bool (B,)."""
+    return (torch.cdist(rows, others) < 1e-4).any(dim=1)
+
+
+@pytest.mark.parametrize("cached", [0, 2])
+@pytest.mark.parametrize("views", [1, 2])
+def test_recorded_errors_are_of_views_that_training_never_saw(make_sema: Make, views: int, cached: int) -> None:
+    """They are the trained descriptor's, as many as the records hold, whether the trained views are stored or not."""
+    learner = make_sema(**REPEATED | {"rd_views": views, "cache_views": cached}, **STAY)
+    trained, recorded = train_first_task(learner, 4)
+    record = learner.network.modules_by_block[4].adapters[0].rd_loss_record
+    assert len(recorded) == len(record) == 64 and not seen_before(recorded, trained).any()
+    torch.testing.assert_close(record.errors, errors_of(learner, 4, recorded))
+
+
+@pytest.mark.parametrize("case", ONCE)
+def test_where_no_view_comes_again_errors_are_recorded_in_training(make_sema: Make, case: str) -> None:
+    """As published: the last errors that training saw, each measured before the step that it led to."""
+    learner = make_sema(**ONCE[case], **STAY)
+    trained, recorded = train_first_task(learner, 4)
+    assert torch.equal(trained, recorded)
+    assert len(learner.network.modules_by_block[4].adapters[0].rd_loss_record) == 64
+
+
+def test_new_views_of_seen_images_are_as_new_as_what_was_recorded(make_sema: Make) -> None:
+    """z-scores of the task's own images in further views are those of a normal sample, about 0.8."""
+    learner = make_sema(**REPEATED | {"rd_epoch": 60, "optimizer": "adam"}, **STAY)
+    run_tasks(learner, 1)
+    further = learner.inputs.fresh((7,)).take(learner.data.indices(learner.classes, "train"))
+    means = learner.network.token_means(further, 0, [4, 5])
+    assert all(0.5 < learner.network.modules_by_block[block].novelty(means[block]) < 1.2 for block in (4, 5))
+
+
+def test_few_images_give_as_many_errors_as_training_would(make_sema: Make) -> None:
+    learner = make_sema(**REPEATED | {"rd_epoch": 3, "buffer_size": 500}, **STAY)
+    run_tasks(learner, 1)
+    assert len(learner.network.modules_by_block[4].adapters[0].rd_loss_record) == 3 * 32
+
+
+def test_what_z_scores_compare_with_is_in_the_record(make_sema: Make) -> None:
+    """One line for each descriptor that was trained: how many errors, of which views, their mean and deviation."""
+    learner = make_sema(**REPEATED, **GROW)
+    run_tasks(learner, 2)
+    found = events(learner, "records")
+    assert [(e["task"], e["block"], e["adapter"]) for e in found] == [(0, 4, 0), (0, 5, 0), (1, 4, 1), (1, 5, 1)]
+    for event in found:
+        record = learner.network.modules_by_block[event["block"]].adapters[event["adapter"]].rd_loss_record
+        assert (event["errors"], event["mean"], event["std"]) == (64, float(record.mean), float(record.stddev))
+        assert event["views"] == "new"
+    learner = make_sema(rd_views=0, **STAY)
+    run_tasks(learner, 1)
+    assert [event["views"] for event in events(learner, "records")] == ["training"] * 2
+
+
+def test_both_engines_record_the_same_errors(make_sema: Make) -> None:
+    records = []
+    for engine in ("fast", "reference"):
+        learner = make_sema(engine=engine, **REPEATED, **STAY)
+        run_tasks(learner, 1)
+        records.append(learner.network.modules_by_block[5].adapters[0].rd_loss_record.errors.clone())
+    torch.testing.assert_close(*records, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("task", [0, 1])
+def test_stopped_while_errors_are_recorded_ends_the_same(make_sema: Make, task: int) -> None:
+    """In task 0 and after a growth: nothing is recorded twice or lost."""
+    changes = {**REPEATED, "eval_batch_size": 16, **GROW}  # four batches of new views
+    whole = make_sema(**changes)
+    run_tasks(whole, 2)
+    asked: list[int] = []
+
+    def at_the_third_batch() -> bool:
+        if learner.task == task and learner.progress.stage == "records":
+            asked.append(task)
+        return len(asked) == 3
+
+    learner = make_sema(at_the_third_batch, **changes)
+    with pytest.raises(Interrupted):
+        run_tasks(learner, 2)
+    assert learner.task == task and learner.progress.stage == "records"
+    state = learner.state()
+    resumed = make_sema(**changes)
+    resumed.load_state(*state)
+    resumed.train_task()
+    for later in range(task + 1, 2):
+        resumed.begin_task(later)
+        resumed.train_task()
+    assert resumed.fingerprint() == whole.fingerprint()
 
 
 def test_stored_token_means_are_those_of_a_forward(make_sema: Make) -> None:
