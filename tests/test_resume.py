@@ -17,7 +17,7 @@ CHANGES = {
     "max_train_per_class": 8,
     "max_tasks": 3,
     "exp_threshold": 0.5,
-    "rd_epoch": 1,
+    "rd_epoch": 2,
     "nested_lora_slow_grad": "accumulate",
     "nested_lora_update_interval_slow": 3,
     "nested_lora_freeze": "never",

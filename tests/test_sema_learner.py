@@ -230,8 +230,7 @@ def seen_before(rows: Tensor, others: Tensor) -> Tensor:
     return (torch.cdist(rows, others) < 1e-4).any(dim=1)
 
 
-@pytest.mark.parametrize("cached", [0, 2])
-@pytest.mark.parametrize("views", [1, 2])
+@pytest.mark.parametrize(("views", "cached"), [(1, 0), (2, 0), (1, 2), (6, 2)])  # the last: six epochs of two views
 def test_recorded_errors_are_of_views_that_training_never_saw(make_sema: Make, views: int, cached: int) -> None:
     """They are the trained descriptor's, as many as the records hold, whether the trained views are stored or not."""
     learner = make_sema(**REPEATED | {"rd_views": views, "cache_views": cached}, **STAY)
