@@ -219,7 +219,7 @@ class TaskInputs:
         views = (((*key, number), self.fresh((*key, number))) for number in itertools.count())
         batches = (batch for name, view in views for batch in self.read(task, view, name, self.place.batch_size))
         parts, total = [], 0
-        with tqdm(total=count, desc=f"Task {task} rd, new views", unit="image", leave=False) as bar:
+        with progress(total=count, desc=f"Task {task} rd, new views", unit="image") as bar:
             while total < count:
                 if self.place.world.any(self.place.stop_requested()):
                     raise Interrupted
