@@ -18,6 +18,7 @@ CHANGES = {
     "max_tasks": 3,
     "exp_threshold": 0.5,
     "rd_epoch": 2,
+    "rd_views": 1,  # errors are recorded after training
     "nested_lora_slow_grad": "accumulate",
     "nested_lora_update_interval_slow": 3,
     "nested_lora_freeze": "never",
