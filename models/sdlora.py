@@ -52,7 +52,8 @@ class SDLoRA(ClassIncrementalLearner):
     def build(self, backbone: Backbone) -> nn.ModuleDict:
         vit, kind = backbone.vit, self.config.gate
         self.adapters: list[int] = []  # the task that grew each adapter
-        parts = {"backbone": LoRAVisionTransformer(vit), "head": IncrementalHead(vit.num_features)}
+        head = IncrementalHead(vit.num_features, self.config.row_init)
+        parts = {"backbone": LoRAVisionTransformer(vit), "head": head}
         if kind != "off":
             parts["gate"] = GumbelGate(len(vit.blocks) if kind == "layer" else None)
         return nn.ModuleDict(parts)

@@ -71,6 +71,11 @@ class SDLoRAConfig(ClassIncrementalConfig):
     sdlora_scaling: Literal["carry", "reset"] = Field(
         "carry", description='At a new task, earlier adapters weigh what they did, or "reset": all alike, as published.'
     )
+    classifier_init: Literal["auto", "torch_default", "kaiming_linear"] = Field(
+        "auto",
+        description='How new classifier rows of d weights are drawn: uniformly up to 1 / sqrt(d) ("torch_default") or '
+        'sqrt(3 / d) ("kaiming_linear", as published); "auto" is the latter where sdlora_scaling is "reset".',
+    )
 
     gumbel_gate: Literal["auto", "off", "global", "layer"] = Field(
         "auto", description='One gate, or one a layer; "auto" is "global" where lambda_sparsity > 0, else "off".'
@@ -96,6 +101,13 @@ class SDLoRAConfig(ClassIncrementalConfig):
         if self.gumbel_gate != "auto":
             return self.gumbel_gate
         return "global" if self.lambda_sparsity > 0 else "off"
+
+    @property
+    def row_init(self) -> str:
+        """What `classifier_init` comes to: "torch_default" or "kaiming_linear"."""
+        if self.classifier_init != "auto":
+            return self.classifier_init
+        return "kaiming_linear" if self.sdlora_scaling == "reset" else "torch_default"
 
     def rank_of(self, task: int) -> int:
         """Rank of the adapter that a task adds."""

@@ -125,6 +125,32 @@ def test_carry_leaves_old_data_as_they_were_before_the_first_step(make_sdlora: M
             learner.train_task()
 
 
+@pytest.mark.parametrize(
+    ("changes", "bound"),
+    [
+        ({"sdlora_scaling": "carry"}, 1 / 8),
+        ({"sdlora_scaling": "reset"}, math.sqrt(3) / 8),
+        ({"sdlora_scaling": "reset", "classifier_init": "torch_default"}, 1 / 8),
+        ({"sdlora_scaling": "carry", "classifier_init": "kaiming_linear"}, math.sqrt(3) / 8),
+    ],
+)
+def test_new_classifier_rows_are_uniform_up_to_a_bound(
+    make_sdlora: Make, changes: dict[str, Any], bound: float
+) -> None:
+    """In every task: of d = 64 inputs up to 1 / sqrt(d), or with "reset" as published up to sqrt(3 / d); bias zero."""
+    learner = make_sdlora(init_epoch=0, epochs=0, **changes)
+    for task in range(2):
+        learner.begin_task(task)
+        rows = learner.head.tasks[-1]
+        (values,) = rows.weight.detach().double().reshape(1, -1)
+        assert len(values) == 2 * 64 and not rows.bias.any()
+        assert 0.9 * bound < values.abs().max() <= bound * (1 + 1e-6)
+        cumulated = (values.sort().values / bound + 1) / 2  # of a uniform variable: near (i + 1/2) / n
+        steps = (torch.arange(len(values)) + 0.5) / len(values)
+        assert (cumulated - steps).abs().max() < 1.95 / math.sqrt(len(values))  # Kolmogorov: exceeded once in 1000
+        learner.train_task()
+
+
 def test_the_gate_off_is_sd_lora_bit_for_bit(make_sdlora: Make) -> None:
     """Whatever the gate's keys say; and explicit weights of one are no different from none."""
     runs = [

@@ -188,6 +188,12 @@ def test_when_there_is_a_gate(values: dict[str, Any], gate: str) -> None:
     assert check(**values).config.gate == gate
 
 
+def test_files_that_train_as_published_draw_classifier_rows_as_published() -> None:
+    published = {name for name in NAMES if shipped(f"sdlora_{name}").row_init == "kaiming_linear"}
+    assert published == {"inr", "ina", "domainnet"}
+    assert check(sdlora_scaling="reset", classifier_init="torch_default").config.row_init == "torch_default"
+
+
 def test_rank_of_a_task() -> None:
     config = check(lora_rank=10, lora_rank_schedule=[[4, 8], [8, 6]]).config
     assert [config.rank_of(task) for task in (0, 3, 4, 7, 8, 50)] == [10, 10, 8, 8, 6, 6]

@@ -10,20 +10,25 @@ import math
 import torch
 from torch import Tensor, nn
 
+# How new rows are drawn, as arguments of Kaiming's uniform distribution on [-g sqrt(3 / d), g sqrt(3 / d)]: its gain g
+# is sqrt(1 / 3) for the first, with which torch fills an nn.Linear, and 1 for the second.
+ROW_INITS = {"torch_default": {"a": math.sqrt(5)}, "kaiming_linear": {"nonlinearity": "linear"}}
+
 
 class IncrementalHead(nn.Module):
     """One linear classifier over all classes seen, stored as one block of rows a task.
 
     Only the newest block learns: the rows of other tasks have no gradient, so weight decay and momentum cannot move
-    them. Rows start Kaiming-uniform(a = sqrt 5) with zero bias, as the published single `fc` does.
+    them. Rows start with zero bias and weights as `init` says; "torch_default" is what published SEMA does.
 
     Args:
         width: d, length of a feature vector.
+        init: a key of `ROW_INITS`.
     """
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, init: str = "torch_default") -> None:
         super().__init__()
-        self.width = width
+        self.width, self.init = width, init
         self.tasks = nn.ModuleList()
 
     def grow(self, classes: int) -> None:
@@ -32,7 +37,7 @@ class IncrementalHead(nn.Module):
             for parameter in old.parameters():
                 parameter.requires_grad_(False)
         rows = nn.Linear(self.width, classes)
-        nn.init.kaiming_uniform_(rows.weight, a=math.sqrt(5))
+        nn.init.kaiming_uniform_(rows.weight, **ROW_INITS[self.init])
         nn.init.zeros_(rows.bias)
         device = self.tasks[0].weight.device if self.tasks else rows.weight.device
         self.tasks.append(rows.to(device))
