@@ -179,7 +179,7 @@ def test_slow_at_rate_zero_stays_and_nothing_says_it_was_updated(
     make_sema: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Not even where the schedule ends above its rate: slow keeps every bit, no trace, one line says why."""
-    learner = make_sema(nested_lora_lr_slow=0, nested_lora_use_consolidation=False, func_epoch=3, min_lr=0.01)
+    learner = make_sema(nested_lora_lr_slow=0, nested_lora_use_consolidation=False, func_epoch=3, min_lr=0.005)
     learner.begin_task(0)
     slow = [p for modules in learner.network.modules_by_block.values() for p in modules.parameter_groups()["slow"]]
     before = [p.clone() for p in slow]
@@ -195,7 +195,7 @@ def test_slow_at_rate_zero_stays_and_nothing_says_it_was_updated(
 
 
 def test_null_takes_an_inherited_key_back_to_its_default(tmp_path: Path) -> None:
-    (tmp_path / "base.json").write_text('{"rd_dim": 8, "max_tasks": 3, "min_lr": 0.1, "exp_threshold": 5}')
+    (tmp_path / "base.json").write_text('{"rd_dim": 8, "max_tasks": 3, "min_lr": 0.001, "exp_threshold": 5}')
     (tmp_path / "mid.json").write_text('{"base": "base.json", "rd_dim": null, "exp_threshold": null}')
     (tmp_path / "top.json").write_text('{"base": "mid.json", "max_tasks": null, "min_lr": null, "exp_threshold": 4}')
     config = load_config(tmp_path / "top.json", ["device=cpu"], SCHEMAS).config
