@@ -16,7 +16,7 @@ import main
 from models import SCHEMAS
 from models.sema_config import SEMAConfig
 from tests.conftest import ROOT, TINY, TINY_GRIDS, TINY_SDLORA
-from trainer import assemble
+from trainer import assemble, train
 from utils import factory
 from utils.config_files import ConfigError, LoadedConfig, config_from_dict, load_config, nearest_key
 from utils.errors import UserError
@@ -285,3 +285,19 @@ def test_a_run_in_the_current_folder_is_resumed_or_told(
     monkeypatch.chdir(tmp_path)
     assert main.main(["--resume", "."]) == 2
     assert f"{tmp_path} is not a run folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("method", "values"),
+    [
+        ("shared_subspace", {"init_lr": 999.0, "few_shot_tasks": 0}),
+        ("sdlora", {"weight_decay": 999.0, "max_tasks": 2}),
+    ],
+)
+def test_a_run_at_the_limits_that_diverges_ends_in_a_sentence(
+    method: str, values: dict[str, Any], tmp_path: Path
+) -> None:
+    """Not inside the mathematics: sparse weights and subspaces of what is no number are no numbers."""
+    roots = {key: str(tmp_path / key) for key in ("logs_root", "cache_root") if key in SCHEMAS[method].model_fields}
+    with pytest.raises(UserError, match="not finite"):
+        train(check(method, **values, **roots).config)

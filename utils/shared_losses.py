@@ -109,9 +109,11 @@ def group_projector(x: Tensor, rank: int, probe: Tensor) -> Projector:
     Where the gap between eigenvalue `rank` and the next is below `LEAST_GAP` of the largest, or samples do not span so
     many directions, these directions are not determined. Then the subspace is that of (C / tr C + RIDGE I) `probe`, a
     few random directions (d, rank) seen through the covariance C, which is always defined. Source: Halko, Martinsson
-    and Tropp, *Finding Structure with Randomness*, 2011.
+    and Tropp, *Finding Structure with Randomness*, 2011. Of samples that are no numbers the projector is none either.
     """
     x = x - x.mean(dim=0)
+    if not x.isfinite().all():
+        return Projector(x.new_full((x.shape[1], x.shape[1]), torch.nan), True)
     _, sizes, directions = torch.linalg.svd(x.detach(), full_matrices=False)
     eigenvalues = F.pad(sizes.square(), (0, max(0, rank + 1 - len(sizes))))
     gap = eigenvalues[rank - 1] - eigenvalues[rank]
