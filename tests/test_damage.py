@@ -30,6 +30,14 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def of_another_seed(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sound run that the finished one can be averaged with."""
+    logs = tmp_path_factory.mktemp("other")
+    assert main.main(arguments(logs, **SMALL, seed=[2])) == 0
+    return folder_of(logs)
+
+
+@pytest.fixture(scope="module")
 def unfinished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Stopped in the second of two tasks: the newest checkpoint is inside it."""
     logs = tmp_path_factory.mktemp("unfinished")
@@ -112,12 +120,14 @@ def quick_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("name", JSON + CHECKPOINT)
-def test_a_finished_run(name: str, finished: Path, damaged, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_finished_run(
+    name: str, finished: Path, of_another_seed: Path, damaged, capsys: pytest.CaptureFixture[str]
+) -> None:
     for damage in DAMAGES:
         folder = damaged(finished, name, damage)
         run_folder = str(folder)
         answered(capsys, main.main, ["--resume", run_folder], name)
-        answered(capsys, evaluation.main, ["--run", run_folder, run_folder], name)
+        answered(capsys, evaluation.main, ["--run", run_folder, str(of_another_seed)], name)
         if name in CHECKPOINT:
             answered(capsys, evaluation.main, ["--checkpoint", str(folder / "checkpoints" / "task_01")], name)
             answered(capsys, evaluation.main, ["--run", run_folder, "--analyse", "grassmann"], name)

@@ -185,7 +185,7 @@ def test_warnings_reach_the_log_of_a_run(make_sdlora: Make, caplog: pytest.LogCa
 def test_losses_that_are_not_numbers_name_the_gates_keys_too(
     make_sdlora: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
-    learner = make_sdlora(**GATE, init_lr=1e30)
+    learner = make_sdlora(**GATE, init_lr=999, init_weight_decay=999)
     learner.begin_task(0)
     with (
         caplog.at_level("WARNING", logger="nested_lora"),

@@ -27,6 +27,7 @@ from utils.data import ImageCache, load_dataset
 from utils.errors import UserError
 from utils.file_memo import DATABASE
 from utils.image_files import decode, to_rgb
+from utils.manifest import Command
 
 RNG = np.random.default_rng(0)
 
@@ -517,7 +518,7 @@ def test_what_no_finished_task_has_read_may_change(tmp_path, smoke_config):
         write_folder(tmp_path / "set", split, ["ant", "bee", "cat"])
     config = smoke_config(**simplecil(tmp_path / "set"))
     parts = assemble(config, seed=1)
-    with open_log(parts, overwrite=False) as log:
+    with open_log(parts, Command(id="one", seeds=[1], overwrite=False)) as log:
         Run(parts, log).run_task(0)
     (tmp_path / "set" / "train" / "cat" / "0.png").unlink()
     Image.new("RGB", (8, 8), "red").save(tmp_path / "set" / "test" / "bee" / "1.png")

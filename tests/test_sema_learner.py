@@ -369,7 +369,7 @@ def test_old_classes_take_no_part_in_the_loss(make_sema: Make) -> None:
 def test_a_diverging_loss_is_a_sentence(make_sema: Make) -> None:
     from utils.errors import UserError
 
-    learner = make_sema(init_lr=1e30, nested_lora_lr_fast=1e30, func_epoch=3)
+    learner = make_sema(init_lr=999, nested_lora_lr_fast=999, weight_decay=999, func_epoch=3)
     learner.begin_task(0)
     with pytest.raises(UserError, match="not finite.*lower the learning rates"):
         learner.train_task()
