@@ -122,8 +122,7 @@ class SDLoRAConfig(ClassIncrementalConfig):
             if shape is not None and max(ranks, default=1) > shape.width:
                 sentence = f"tokens have width {shape.width}; allowed: ranks from 1 to {shape.width}"
                 found.append(((key, "backbone_type"), sentence))
-        if self.scheduler == "cosine":
-            found += falling_rate(self, ("init_lr", "lrate"))
+        found += falling_rate(self, ("init_lr", "lrate"))
         if self.gumbel_tau_init < self.gumbel_tau_final:
             sentence = "the temperature only falls; allowed: gumbel_tau_init >= gumbel_tau_final"
             found.append((("gumbel_tau_init", "gumbel_tau_final"), sentence))

@@ -41,6 +41,8 @@ class SEMAConfig(AdapterConfig):
         "vpt_num": "no prompts",
     }
 
+    rates: ClassVar[tuple[str, ...]] = (*AdapterConfig.rates, "rd_lr")
+
     model_name: Literal["sema"] = Field("sema", description="The method.")
 
     expansion: Literal["novelty", "always", "never"] = Field(
@@ -85,12 +87,10 @@ class SEMAConfig(AdapterConfig):
     )
 
     @property
-    def trained_rates(self) -> list[str]:
-        return [*super().trained_rates, *(["rd_lr"] if self.grows else [])]
-
-    @property
     def distinct_rd_views(self) -> int:
-        """Views of an image that descriptors train on in turn, at most the `cache_views` there are; 0 = new ones."""
+        """Views of an image that descriptors train on in turn, at most as many as there are; 0 = new ones."""
+        if self.augmentation == "none":
+            return 1
         return min(self.rd_views, self.cache_views) if self.cache_views else self.rd_views
 
     @property
@@ -133,6 +133,8 @@ class SEMAConfig(AdapterConfig):
         """Adds keys of consolidation while it is off, of growth while nothing grows, of tasks that train no adapter."""
         off = self.nested and not self.nested_lora_use_consolidation
         nothing_moves = self.consolidates and self.nested_lora_consolidation_alpha == 0
+        silent = self.consolidates and self.nested_lora_lr_fast == 0 and self.nested_lora_consolidation != "weights"
+        shares = ("nested_lora_consolidation_alpha", "nested_lora_consolidation_schedule")
         later = ("head_drift", "nested_lora_consolidation_schedule")
         undescribed = ("rd_lr", "rd_views", "buffer_size", "exp_threshold")
         return [
@@ -141,6 +143,8 @@ class SEMAConfig(AdapterConfig):
             (not self.grows, 'expansion is "never"', GROWTH_KEYS),
             (self.expansion == "always", 'expansion is "always"', ("exp_threshold",)),
             (self.rd_epoch == 0, "rd_epoch is 0", undescribed),
+            (self.augmentation == "none", 'augmentation is "none"', ("rd_views",)),
+            (silent, "nested_lora_lr_fast is 0", shares),
             *super().idle_rules(),
             (not self.grows and self.freezes, "adapters learn in the first task only", later),
         ]

@@ -14,10 +14,6 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from utils.config import MOST, ClassIncrementalConfig, Conflict, IdleRule, falling_rate
 
 BATCH_KEYS = ("batch_size", "grad_accumulation", "augmentation")  # count only where something is trained by gradient
-FUNCTIONAL_RATES = (
-    "adapter_lr", "nested_lora_lr_fast", "nested_lora_lr_slow", "nested_lora_update_interval_slow",
-    "nested_lora_slow_grad",
-)  # fmt: skip
 
 
 def _tiny_for_null(value: Any) -> Any:
@@ -64,9 +60,13 @@ class ViTConfig(ClassIncrementalConfig):
 
 
 class TrainingConfig(ViTConfig):
-    """Something learns by gradient: a classifier at least. `one_task`: the method learns all classes at once."""
+    """Something learns by gradient: a classifier at least.
+
+    `one_task`: the method learns all classes at once. `rates`: the keys of its learning rates.
+    """
 
     one_task: ClassVar[bool] = False
+    rates: ClassVar[tuple[str, ...]] = ("init_lr",)
 
     func_epoch: int = Field(
         5, ge=0, le=MOST, description="Epochs of a functional phase (adapters, router, classifier)."
@@ -94,7 +94,7 @@ class TrainingConfig(ViTConfig):
 
     def conflicts(self) -> list[Conflict]:
         """Adds a schedule that would raise a rate, and a first task that leaves classes out where there is no other."""
-        found = super().conflicts() + (falling_rate(self, self.trained_rates) if self.trains else [])
+        found = super().conflicts() + falling_rate(self, self.rates)
         if self.one_task and not any("dataset" in keys for keys, _ in found):
             classes = self.known_classes()
             if classes not in (None, self.init_cls):
@@ -107,11 +107,6 @@ class TrainingConfig(ViTConfig):
         """Whether there is any epoch of training."""
         return self.func_epoch > 0
 
-    @property
-    def trained_rates(self) -> list[str]:
-        """Keys of the learning rates that something is trained with."""
-        return ["init_lr"]
-
     def idle_rules(self) -> list[IdleRule]:
         """Adds keys of later tasks where there are none, of training without epochs, of other heads, of equal views."""
         head = f'head is "{self.head}"'
@@ -120,7 +115,7 @@ class TrainingConfig(ViTConfig):
         return [
             (self.one_task, "there is one task", ("max_tasks", "checkpoints", "head_drift")),
             (not self.trains, "no epoch trains anything", training),
-            (self.func_epoch == 0, "func_epoch is 0", ("init_lr", "grad_accumulation")),
+            (self.func_epoch == 0, "func_epoch is 0", ("init_lr", "grad_accumulation", "head_drift")),
             (self.head == "fc", head, ("head_drift", "ranpac_dim")),
             (self.head == "cosine", head, ("ranpac_dim",)),
             (one_view, 'augmentation is "none" and nothing is stored', ("cache_views",)),
@@ -137,6 +132,7 @@ class AdapterConfig(TrainingConfig):
     """Adapters in the blocks of the ViT: one bottleneck each, or a fast and a slow one (Nested LoRA)."""
 
     known_as: ClassVar[dict[str, str]] = TrainingConfig.known_as | {"use_nested_lora": "ffn_adapter_type=nested_lora"}
+    rates: ClassVar[tuple[str, ...]] = ("init_lr", "adapter_lr", "nested_lora_lr_fast", "nested_lora_lr_slow")
 
     ffn_adapter_type: Literal["adaptmlp", "lora", "nested_lora", "nested_lora_linear"] = Field(
         "adaptmlp",
@@ -181,12 +177,6 @@ class AdapterConfig(TrainingConfig):
     def trains_adapters(self) -> bool:
         """Whether adapters are there to be trained."""
         return True
-
-    @property
-    def trained_rates(self) -> list[str]:
-        if self.nested:
-            return [*super().trained_rates, "nested_lora_lr_fast", "nested_lora_lr_slow"]
-        return [*super().trained_rates, *(["adapter_lr"] if self.adapter_lr is not None else [])]
 
     def conflicts(self) -> list[Conflict]:
         """Adds, where adapters are trained, the order of blocks, the backbone's depth and width, and useless rates."""
@@ -241,7 +231,7 @@ class AdapterConfig(TrainingConfig):
             (not self.nested, kind, nested),
             (self.nested, "nested_lora_rank is the width", ("ffn_num",)),
             (self.nested, "nested_lora_lr_fast and nested_lora_lr_slow are the rates", ("adapter_lr",)),
-            (self.func_epoch == 0, "func_epoch is 0", FUNCTIONAL_RATES),
+            (self.func_epoch == 0, "func_epoch is 0", (*AdapterConfig.rates, *rhythm)),
             (self.nested_lora_lr_slow == 0, "nested_lora_lr_slow is 0", rhythm),
             (self.nested_lora_update_interval_slow <= 1, "slow steps every step", ("nested_lora_slow_grad",)),
             (everywhere, "all blocks have an adapter and none grows", ("adapt_start_layer", "adapt_end_layer")),

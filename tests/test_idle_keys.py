@@ -51,6 +51,11 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         {"nested_lora_consolidation_schedule": "mean"},
         "alpha is 0",
     ),
+    "fast silent": (
+        {"nested_lora_lr_fast": 0, "nested_lora_lr_slow": 0.05},
+        {"nested_lora_consolidation_alpha": 0.7, "nested_lora_consolidation_schedule": "mean"},
+        "lr_fast is 0",
+    ),
     "nested": ({}, {"ffn_num": 5, "adapter_lr": 0.3}, "nested_lora_"),
     "one adapter": (
         {"ffn_adapter_type": "adaptmlp"},
@@ -66,6 +71,11 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     ),
     "growth in every task": ({"expansion": "always"}, {"exp_threshold": 0.1}, 'expansion is "always"'),
     "descriptors untrained": ({"rd_epoch": 0}, {"rd_lr": 0.5, "exp_threshold": 0.0}, "rd_epoch is 0"),
+    "descriptors with one view": (
+        {"augmentation": "none", "rd_epoch": 3, "rd_lr": 0.5, "exp_threshold": 1.0},
+        {"rd_views": 0},
+        'augmentation is "none"',
+    ),
     "fc head": ({"head": "fc"}, {"head_drift": "linear", "ranpac_dim": 7}, 'head is "fc"'),
     "cosine head": ({"model_name": "finetune", "head": "cosine"}, {"ranpac_dim": 7}, 'head is "cosine"'),
     "one view": (
@@ -76,7 +86,14 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "finetune, all blocks": ({"model_name": "finetune"}, {"adapt_start_layer": 1}, "none grows"),
     "finetune, no epoch": (
         {"model_name": "finetune", "func_epoch": 0, "head": "cosine"},
-        {"init_lr": 0.5, "weight_decay": 0.1, "optimizer": "adam", "nested_lora_lr_fast": 0.3, **TRAINING},
+        {
+            "init_lr": 0.5,
+            "weight_decay": 0.1,
+            "optimizer": "adam",
+            "nested_lora_lr_fast": 0.3,
+            "head_drift": "linear",
+            **TRAINING,
+        },
         "func_epoch is 0",
     ),
     "joint": (

@@ -42,10 +42,13 @@ def _distinct(seeds: list[int]) -> list[int]:
 def falling_rate(config: "RunConfig", rates: Sequence[str]) -> list[Conflict]:
     """The conflict of a schedule that ends at `min_lr` with rates, named by their keys, that begin below it.
 
-    What has rate 0 is not trained, and not raised to `min_lr` either.
+    What has rate 0 is not trained, and not raised to `min_lr` either; None stands for another of the rates. Keys that
+    change nothing are in nothing's way.
     """
-    lower = {key: rate for key in rates if 0 < (rate := getattr(config, key)) < config.min_lr}
-    if not lower:
+    idle = config.without_effect()
+    counting = {key: rate for key in rates if key not in idle and (rate := getattr(config, key))}
+    lower = {key: rate for key, rate in counting.items() if rate < config.min_lr}
+    if not lower or "min_lr" in idle:
         return []
     sentence = f"the schedule only lowers a rate; allowed: min_lr from 0 to {min(lower.values()):g}"
     return [(("min_lr", *lower), sentence)]
@@ -162,17 +165,22 @@ class RunConfig(BaseModel):
         """
         return []
 
-    def idle_keys(self) -> dict[str, str]:
-        """Keys that were set and change nothing given the others, with the reason of the first rule that applies.
-
-        A resolved configuration sets every key, so that none of them was anyone's choice.
-        """
-        given, reasons = self.given(), {}
-        if len(given) == len(type(self).model_fields):
-            return {}
+    def without_effect(self) -> dict[str, str]:
+        """Keys that change nothing given the others, set or not, with the reason of the first rule that applies."""
+        reasons: dict[str, str] = {}
         for applies, reason, keys in self.idle_rules():
             if applies:
                 reasons = dict.fromkeys(keys, reason) | reasons
+        return reasons
+
+    def idle_keys(self) -> dict[str, str]:
+        """Those of the keys without effect that were set.
+
+        A resolved configuration sets every key, so that none of them was anyone's choice.
+        """
+        given, reasons = self.given(), self.without_effect()
+        if len(given) == len(type(self).model_fields):
+            return {}
         return {key: reasons[key] for key in given if key in reasons}
 
     def given(self) -> list[str]:
