@@ -88,3 +88,14 @@ def test_where_published_names_went_exists() -> None:
     assert len(names) > 10
     for name in names:
         assert pydoc.locate(name) is not None, name
+
+
+def test_the_tree_in_readme_lists_every_file() -> None:
+    """`folder/a.py, b.py   what they are`; of packages' own files only that which names the methods."""
+    tree = (ROOT / "README.md").read_text().split("## The tree")[1].split("```")[1]
+    listed = []
+    for names in re.findall(r"^([\w/]+\.py(?:, \w+\.py)*)  ", tree, re.MULTILINE):
+        first, *others = names.split(", ")
+        listed += [first, *(str(Path(first).with_name(name)) for name in others)]
+    files = {path.relative_to(ROOT).as_posix() for path in FILES} - {"backbone/__init__.py"}
+    assert sorted(listed) == sorted(files)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -164,6 +165,37 @@ def test_every_key_of_a_shipped_file_counts(path: Path) -> None:
 def test_every_key_of_a_shipped_cell_counts(path: Path) -> None:
     dead = {cell.name: cell.config.idle_keys() for cell in load_sweep(path, [], SCHEMAS).cells}
     assert not any(dead.values()), dead
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Commands
+
+
+LOADERS = {"--config": load_config, "--sweep": load_sweep}
+
+
+def commands(text: str) -> Iterator[list[str]]:
+    """The words of commands that run an experiment: lines of bash blocks, and code within a line."""
+    text = text.replace("\\\n", " ")
+    lines = [line for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
+    for line in [*lines, *re.findall(r"`((?:python|--config|--sweep) [^`\n]*)`", text)]:
+        if re.search(r"--(config|sweep|set) ", line):
+            yield shlex.split(line, comments=True)
+
+
+@pytest.mark.parametrize("document", ["README.md", "exps/RESULTS.md"])
+def test_every_command_of_the_docs_loads(document: str) -> None:
+    """But for placeholders such as `X.json`, `...` and `<folder>`; the quickstart where no file is named."""
+    loaded = 0
+    for words in commands((ROOT / document).read_text()):
+        options = list(zip(words, words[1:], strict=False))
+        overrides = [value for option, value in options if option == "--set" and "<" not in value]
+        named = [pair for pair in options if pair[0] in LOADERS] or [("--config", "exps/quickstart.json")]
+        for option, file in named:
+            if file.startswith("exps/"):
+                LOADERS[option](ROOT / file, overrides, SCHEMAS)
+                loaded += 1
+    assert loaded >= 8
 
 
 # ---------------------------------------------------------------------------------------------------------------------
