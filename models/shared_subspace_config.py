@@ -188,7 +188,7 @@ class SharedSubspaceConfig(RunConfig):
         if self.few_shot_tasks and self.few_shot_rank > self.hidden:
             fault = f"h has {self.hidden} dimensions"
             found.append((("few_shot_rank", "hidden"), f"{fault}; allowed: from 1 to {self.hidden}"))
-        if self.few_shot_every > self.few_shot_steps:
+        if self.few_shot_tasks and self.few_shot_every > self.few_shot_steps:
             fault = "there would be no look"
             found.append((("few_shot_every", "few_shot_steps"), f"{fault}; allowed: from 1 to {self.few_shot_steps}"))
         return found

@@ -182,7 +182,8 @@ def test_what_a_method_does_not_use_is_not_refused() -> None:
     assert check("sdlora", scheduler="constant", min_lr=10)
     assert check("sdlora", epochs=0, lrate=0.001, min_lr=0.01)
     assert check("sema", rd_epoch=0, rd_lr=0.0001, min_lr=0.001)
-    assert check("finetune", func_epoch=0, adapter_lr=0.0001, min_lr=0.001)
+    assert check("finetune", func_epoch=0, adapter_lr=0.0001, min_lr=0.001, grad_accumulation=100)
+    assert check("shared_subspace", few_shot_tasks=0, few_shot_steps=1)
     assert check("sema", ffn_adapter_type="nested_lora", ffn_num=8192)
 
 

@@ -289,7 +289,7 @@ class ClassIncrementalConfig(RunConfig):
     def conflicts(self) -> list[Conflict]:
         """Adds data and backbones that are not there, and sizes that do not fit them."""
         found = [*self._class_conflicts(), *self._backbone_conflicts(), *super().conflicts()]
-        if self.trains and self.grad_accumulation > self.batch_size:
+        if self.grad_accumulation > self.batch_size and "grad_accumulation" not in self.without_effect():
             fault = f"a step of {self.batch_size} samples has at most as many parts"
             found.append((("grad_accumulation", "batch_size"), f"{fault}; allowed: from 1 to {self.batch_size}"))
         return found
