@@ -32,10 +32,6 @@ class RanPACConfig(AdapterConfig):
     head_drift: Literal["none"] = Field("none", description="Features never move once they have been read.")
 
     @property
-    def trains(self) -> bool:
-        return self.first_session and super().trains
-
-    @property
     def trains_adapters(self) -> bool:
         return self.first_session
 

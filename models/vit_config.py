@@ -46,11 +46,6 @@ class ViTConfig(ClassIncrementalConfig):
         2000, ge=1, le=32768, description="Random features of RanPAC's ridge regression; published: 10000."
     )
 
-    @property
-    def trains(self) -> bool:
-        """Nothing, unless a subclass does."""
-        return False
-
     def conflicts(self) -> list[Conflict]:
         """Adds the precision of the reference."""
         found = super().conflicts()

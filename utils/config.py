@@ -145,11 +145,6 @@ class RunConfig(BaseModel):
             check_text(value)
         return value
 
-    @property
-    def trains(self) -> bool:
-        """Whether anything is learned by gradient."""
-        return True
-
     def folder_names(self, seed: int) -> list[str]:
         """The names of a run's folder and of those above it, from `logs_root` on."""
         return [self.model_name, f"{self.prefix}_{seed}"]
