@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import shlex
 import sys
 from dataclasses import replace
@@ -153,7 +152,7 @@ def show_seeds(folders: list[Path]) -> None:
     Raises:
         UserError: no run is finished, or the runs differ in more than their seed.
     """
-    from trainer import read_result
+    from trainer import check_one_experiment, read_result
     from utils.errors import UserError
     from utils.metrics import seeds_table
 
@@ -162,39 +161,9 @@ def show_seeds(folders: list[Path]) -> None:
         print(f"left out, no result.json: {folder}")
     if not finished:
         raise UserError("none of the folders holds a finished run (a result.json)")
-    check_one_experiment(finished)
+    for note in check_one_experiment(finished):
+        print(f"note: {note}")
     print(seeds_table([read_result(folder) for folder in finished]))
-
-
-def check_one_experiment(folders: list[Path]) -> None:
-    """Refuse runs that differ in more than their seed; other code or libraries are told.
-
-    Raises:
-        UserError: a seed stands twice, or configuration, data or weights differ.
-    """
-    from trainer import read_config
-    from utils.errors import UserError
-    from utils.provenance import changes, read_provenance
-
-    advice = "give runs that differ in their seed alone; a sweep compares experiments"
-    configs = {folder: read_config(folder) for folder in folders}
-    by_seed: dict[int, Path] = {}
-    first = folders[0]
-    for folder in folders:
-        both, seed = f"{first} and {folder}", configs[folder].seed[0]
-        if seed in by_seed:
-            raise UserError(f"{by_seed[seed]} and {folder} both have seed {seed}: give each seed once")
-        by_seed[seed] = folder
-        differing = configs[first].differing(configs[folder])
-        if differing:
-            listed = ", ".join(f"{key} ({json.dumps(a)} and {json.dumps(b)})" for key, (a, b) in differing.items())
-            raise UserError(f"{both} are different experiments, they differ in {listed}: {advice}")
-        ours, theirs = read_provenance(first).values, read_provenance(folder).values
-        other = [kind for kind in ("data", "weights") if ours.get(kind) != theirs.get(kind)]
-        if other:
-            raise UserError(f"{both} were run with other {' and '.join(other)} (the hashes differ): {advice}")
-    for sentence in changes({str(folder): read_provenance(folder) for folder in folders}):
-        print(f"note: {sentence}")
 
 
 def analyse_run(folder: Path, names: list[str], images_per_class: int | None) -> None:

@@ -38,6 +38,7 @@ from utils.folders import FolderLock, remove_replaced
 from utils.manifest import MANIFEST, Command, read_manifest, this_session, timestamp
 from utils.metrics import seeds_table
 from utils.plots import draw_figures
+from utils.provenance import changes, read_provenance
 from utils.run_folder import CONFIG, METRICS, RESULT, folder_of, is_complete, waiting_notes
 from utils.run_log import RunLog, SilentLog
 from utils.toolkit import out_of_memory_advice, peak_memory_mb, resolve_device, resolve_precision
@@ -74,26 +75,32 @@ def train(
 
 
 def start_run(
-    config: RunConfig, seed: int, command: Command, notes: Sequence[str] = (), world: World = ALONE
+    config: RunConfig,
+    seed: int,
+    command: Command,
+    notes: Sequence[str] = (),
+    world: World = ALONE,
+    beside: Path | None = None,
 ) -> dict[str, Any]:
-    """Run one seed from its start; its result."""
+    """Run one seed from its start, where the configuration says or beside a folder; its result."""
     parts = assemble(config, seed, world)
-    with open_log(parts, command) as log:
+    with open_log(parts, command, beside) as log:
         for note in notes:
             logger.info(note)
         return Run(parts, log).to_the_end()
 
 
-def open_log(parts: Parts, command: Command) -> RunLog:
+def open_log(parts: Parts, command: Command, beside: Path | None = None) -> RunLog:
     """A new run's record: written by the first rank, the others keep none."""
     config, world = parts.config, parts.world
+    place = folder_of(config, parts.seed)
     logs: list[RunLog] = []
 
     def create() -> str:
         session = this_session(parts.device, config.precision, world.size)
         manifest = {"command": command.model_dump(), "sessions": [session.model_dump()], "seed": parts.seed}
         log = RunLog.create(
-            folder_of(config, parts.seed),
+            beside.with_name(place.name) if beside else place,
             config=resolved_config(parts),
             manifest=manifest | parts.manifest(),
             overwrite=command.overwrite,
@@ -110,7 +117,8 @@ def resume(folder: Path, world: World = ALONE) -> list[dict[str, Any]]:
 
     Raises:
         UserError: no run folder, nothing left to do, another process is at work in it, an edited configuration that
-            would mix two experiments, or a checkpoint that is damaged, foreign or newer.
+            would mix two experiments in the run or in the mean over seeds, or a checkpoint that is damaged, foreign or
+            newer.
         Interrupted: stopped by a signal, after saving.
     """
     config, command = read_config(folder), read_manifest(folder).command
@@ -120,6 +128,7 @@ def resume(folder: Path, world: World = ALONE) -> list[dict[str, Any]]:
             f"was started for one of {_short(command.seeds)}; set back what was edited"
         )
     runs = [SeedRun(*row) for row in json.loads(world.on_main(lambda: json.dumps(seed_runs(folder, config, command))))]
+    check_same_config([Path(run.folder) for run in runs if run.folder])
     left = [run for run in runs if not run.complete]
     results = {run.seed: read_result(Path(run.folder)) for run in runs if run.complete}
     if len(runs) > 1:
@@ -130,9 +139,10 @@ def resume(folder: Path, world: World = ALONE) -> list[dict[str, Any]]:
             results[run.seed] = finish_run(Path(run.folder), world)
         else:
             others = config.model_copy(update={"seed": [run.seed]})
-            results[run.seed] = start_run(others, run.seed, command, world=world)
+            results[run.seed] = start_run(others, run.seed, command, world=world, beside=folder)
     in_order = [results[seed] for seed in command.seeds]
-    tell_mean(in_order)
+    if world.is_main:
+        tell_mean(in_order, [Path(run.folder) for run in seed_runs(folder, config, command)])
     if not left:
         raise UserError(f"{folder} is finished: its {RESULT} is there; read it, or run its config.json again")
     return in_order
@@ -152,17 +162,30 @@ class SeedRun(NamedTuple):
 
 
 def seed_runs(folder: Path, config: RunConfig, command: Command) -> list[SeedRun]:
-    """The runs of a command: that in the folder first, the others, which lie beside it, in the order of the command."""
+    """The runs of a command: that in the folder first, the others, which lie beside it, in the order of the command.
+
+    They are found also where the prefix was edited since they were made.
+    """
     own = config.seed[0]
     folders = {own: folder}
     for seed in command.seeds:
-        names = re.compile(re.escape(folder_of(config, seed).name) + r"(_\d+)?")
+        name = folder_of(config, seed).name
+        names = re.compile(".*" + re.escape(name.removeprefix(config.prefix)) + r"(_\d+)?")
         for beside in [] if seed == own else sorted(folder.absolute().parent.iterdir()):
-            is_run = names.fullmatch(beside.name) and (beside / MANIFEST).exists()
-            if is_run and read_manifest(beside).command.id == command.id:
+            if names.fullmatch(beside.name) and _is_of(beside, command, surely=beside.name.startswith(name)):
                 folders[seed] = folder.with_name(beside.name)
     seeds = [own, *(seed for seed in command.seeds if seed != own)]
     return [SeedRun(s, str(folders.get(s, "")), s in folders and is_complete(folders[s])) for s in seeds]
+
+
+def _is_of(folder: Path, command: Command, surely: bool) -> bool:
+    """Whether a folder holds a run of a command; one with a damaged manifest does not, or is refused if `surely`."""
+    try:
+        return (folder / MANIFEST).exists() and read_manifest(folder).command.id == command.id
+    except UserError:
+        if surely:
+            raise
+        return False
 
 
 def finish_run(folder: Path, world: World = ALONE) -> dict[str, Any]:
@@ -212,10 +235,56 @@ def complete_run(log: RunLog) -> None:
     log.manifest(read_manifest(log.folder).model_copy(update={"finished": timestamp()}).model_dump())
 
 
-def tell_mean(results: Sequence[dict[str, Any]]) -> None:
-    """The table of means over seeds, where there are several."""
-    if len(results) > 1:
-        logger.info(seeds_table(results))
+def tell_mean(results: Sequence[dict[str, Any]], folders: Sequence[Path] = ()) -> None:
+    """The table of means over seeds, where there are several and what is in their folders is one experiment."""
+    if len(results) < 2:
+        return
+    try:
+        notes = check_one_experiment(folders)
+    except UserError as error:
+        logger.warning(f"No mean over the seeds: {error}")
+        return
+    for note in notes:
+        logger.warning(note)
+    logger.info(seeds_table(results))
+
+
+def check_one_experiment(folders: Sequence[Path]) -> list[str]:
+    """Refuse run folders that differ in more than their seed; a sentence where their code or libraries do.
+
+    Raises:
+        UserError: a seed stands twice, or configuration, data or weights differ.
+    """
+    by_seed: dict[int, Path] = {}
+    for folder in folders:
+        seed = read_config(folder).seed[0]
+        if seed in by_seed:
+            raise UserError(f"{by_seed[seed]} and {folder} both have seed {seed}: give each seed once")
+        by_seed[seed] = folder
+    check_same_config(folders)
+    origins = {folder: read_provenance(folder) for folder in folders}
+    for folder in folders:
+        ours, theirs = origins[folders[0]].values, origins[folder].values
+        other = [kind for kind in ("data", "weights") if ours.get(kind) != theirs.get(kind)]
+        if other:
+            raise UserError(
+                f"{folders[0]} and {folder} were run with other {' and '.join(other)} (the hashes differ): a mean is "
+                "over runs that differ in their seed alone; a sweep compares experiments"
+            )
+    return changes({str(folder): origin for folder, origin in origins.items()})
+
+
+def check_same_config(folders: Sequence[Path]) -> None:
+    """Refuse run folders whose configurations differ in more than the seed and `editable_keys`, naming the keys."""
+    configs = [read_config(folder) for folder in folders]
+    for folder, config in zip(folders, configs, strict=True):
+        differing = configs[0].differing(config)
+        if differing:
+            listed = ", ".join(f"{key} ({json.dumps(a)} and {json.dumps(b)})" for key, (a, b) in differing.items())
+            raise UserError(
+                f"{folders[0]} and {folder} are different experiments, their {CONFIG} differ in {listed}: a mean is "
+                "over runs that differ in their seed alone; set back what was edited, or compare them in a sweep"
+            )
 
 
 def read_config(folder: Path) -> RunConfig:

@@ -14,8 +14,10 @@ import pytest
 import eval as evaluation
 import main
 import trainer
+from models import SCHEMAS
 from tests.crash import run, run_together
 from tests.test_main import arguments, folders
+from utils.config_files import config_from_dict
 from utils.errors import UserError
 from utils.folders import FolderLock, replaced_folders, set_aside
 from utils.run_log import read_metrics
@@ -295,6 +297,75 @@ def test_a_resume_goes_on_with_the_seeds_of_its_command(
     for folder in folders(logs)[:2]:
         shown = told(capsys, 2, main.main, "--resume", str(folder))
         assert "is finished" in shown and "over seeds 1, 2, 3" in shown
+
+
+@pytest.fixture(scope="module")
+def two_seeds_of_three(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs that learn nothing by gradient: the first of three seeds finished, the second stopped after a task."""
+    logs = tmp_path_factory.mktemp("seeds") / "logs"
+    values = {"model_name": "simplecil", "dataset": "synthetic", "init_cls": 4, "increment": 4, "seed": [1, 2, 3]}
+    values |= {"backbone_type": "test_vit", "weights": "random", "image_size": 32, "device": "cpu", "prefix": "some"}
+    values |= {"max_train_per_class": 2, "max_test_per_class": 2, "logs_root": str(logs), "cache_gb": 0.0}
+    config = config_from_dict(values, SCHEMAS, "test").config
+    saved: list[str] = []
+
+    def save(run: trainer.Run, name: str) -> Path:
+        folder = original(run, name)
+        saved.append(name)
+        if len(saved) == 3:
+            raise KeyboardInterrupt
+        return folder
+
+    original = trainer.Run.save
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(trainer.Run, "save", save)
+        trainer.train(config)
+    return logs
+
+
+@pytest.fixture
+def seeds_left(two_seeds_of_three: Path, tmp_path: Path) -> list[Path]:
+    """The folders of seed 1, finished, and of seed 2, unfinished; seed 3 is not started."""
+    shutil.copytree(two_seeds_of_three, tmp_path / "moved")
+    return folders(tmp_path / "moved")
+
+
+@pytest.mark.parametrize("edited", [{}, {"prefix": "other"}, {"logs_root": "elsewhere"}])
+@pytest.mark.parametrize("resumed", [0, 1])
+def test_seeds_that_are_left_are_run_beside_the_others(
+    resumed: int, edited: dict[str, str], seeds_left: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where the folders were moved, and whatever the places in the configuration say now."""
+    edit(seeds_left[resumed], **edited)
+    for code in (0, 2):
+        shown = told(capsys, code, main.main, "--resume", str(seeds_left[resumed]))
+        assert "over seeds 1, 2, 3" in shown
+        found = folders(seeds_left[0].parent)
+        assert sorted(json.loads((folder / "config.json").read_text())["seed"][0] for folder in found) == [1, 2, 3]
+
+
+@pytest.mark.parametrize(("edited", "lost"), [(0, False), (1, True)])
+@pytest.mark.parametrize("resumed", [0, 1])
+def test_seeds_of_edited_configurations_are_not_mixed(
+    resumed: int, edited: int, lost: bool, seeds_left: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither where the edited run is finished, nor where it would begin anew without its checkpoints."""
+    edit(seeds_left[edited], max_tasks=1)
+    if lost:
+        shutil.rmtree(seeds_left[edited] / "checkpoints")
+    before = [content(folder) for folder in seeds_left]
+    assert "max_tasks" in told(capsys, 2, main.main, "--resume", str(seeds_left[resumed]))
+    assert [content(folder) for folder in folders(seeds_left[0].parent)] == before
+
+
+def test_seeds_with_other_data_have_no_mean(
+    seeds_left: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = json.loads((seeds_left[0] / "manifest.json").read_text())
+    manifest["data"]["sha256"] = "0" * 64
+    (seeds_left[0] / "manifest.json").write_text(json.dumps(manifest))
+    shown = told(capsys, 0, main.main, "--resume", str(seeds_left[1]))
+    assert "data" in shown and "over seeds" not in shown and str(seeds_left[0]) in shown
 
 
 # --- what the operating system refuses --------------------------------------------------------------------------------
