@@ -9,11 +9,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-import numpy
-import PIL
-import timm
 import torch
-import torchvision
 from torch import Tensor, nn
 
 from backbone.sema_block import AdapterSpec
@@ -24,12 +20,12 @@ from models.representations import branch_spaces, class_tokens
 from models.task_inputs import TaskInputs
 from models.vit_config import ViTConfig
 from utils.factory import Backbone
+from utils.manifest import library_versions
 from utils.readout import PrototypeReadout, RanPACReadout, Readout
 from utils.toolkit import require_finite
 
 logger = logging.getLogger("nested_lora")
 
-LIBRARIES = (torch, torchvision, timm, numpy, PIL)  # another version of one may give other activations
 READOUTS: dict[str, type[Readout]] = {"cosine": PrototypeReadout, "ranpac": RanPACReadout}
 
 
@@ -55,7 +51,7 @@ class FrozenViT(ClassIncrementalLearner):
                 **backbone.identity(),
                 "options": backbone.options_sha256,
                 "data": self.data.dataset.sha256,
-                "versions": {module.__name__: module.__version__ for module in LIBRARIES},
+                "versions": library_versions(),
             },
             world=self.world,
             stop_requested=self._stop_requested,

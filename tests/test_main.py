@@ -82,7 +82,7 @@ def test_result_and_matrix_agree(finished: Path) -> None:
 def test_the_manifest_says_what_the_run_was_made_with(finished: Path) -> None:
     manifest = json.loads((finished / "manifest.json").read_text())
     session = manifest["sessions"][0]
-    assert set(session["versions"]) >= {"python", "torch", "torchvision", "timm", "numpy"}
+    assert set(session["versions"]) >= {"python", "torch", "torchvision", "timm", "numpy", "PIL"}
     assert manifest["weights"]["tag"] == "test_vit.random" and len(manifest["weights"]["sha256"]) == 64
     assert sorted(manifest["class_order"]) == list(range(8)) and len(manifest["data"]["sha256"]) == 64
     assert session["device"].startswith("cpu")

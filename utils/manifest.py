@@ -17,7 +17,8 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
+import numpy
+import PIL
 import safetensors
 import timm
 import torch
@@ -28,6 +29,7 @@ from utils.errors import UserError
 from utils.files import read_json
 
 MANIFEST = "manifest.json"
+LIBRARIES = (torch, torchvision, timm, numpy, PIL)  # another version of one may make other numbers of the same files
 CODE = ("*.py", "backbone/**/*.py", "models/**/*.py", "utils/**/*.py")  # what a run can execute
 
 
@@ -100,15 +102,13 @@ def this_session(device: torch.device, precision: str, processes: int) -> Sessio
 
 
 def versions() -> dict[str, str]:
-    """Python's version, and those of the libraries that numbers depend on."""
-    return {
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "torchvision": torchvision.__version__,
-        "timm": timm.__version__,
-        "numpy": np.__version__,
-        "safetensors": safetensors.__version__,
-    }
+    """Python's version, and those of the libraries that a run uses."""
+    return {"python": platform.python_version(), **library_versions(), "safetensors": safetensors.__version__}
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of the libraries that shape numbers."""
+    return {module.__name__: str(module.__version__) for module in LIBRARIES}
 
 
 @cache
