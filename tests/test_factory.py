@@ -139,6 +139,30 @@ def test_an_option_that_no_weight_shows_is_in_the_hash_of_options(tiny, monkeypa
     assert other.sha256 == tiny.sha256 and other.options_sha256 != tiny.options_sha256
 
 
+class Applied(torch.nn.Module):
+    """An activation given as a function."""
+
+    def __init__(self, function, **options):
+        super().__init__()
+        self.functions = [functools.partial(function, **options)]
+
+    def forward(self, x):
+        return self.functions[0](x)
+
+
+def test_a_function_that_a_module_applies_is_in_the_hash_of_options(monkeypatch):
+    create = timm.create_model
+
+    def options(layer):
+        monkeypatch.setattr(timm, "create_model", lambda *args, **kwargs: create(*args, **kwargs, act_layer=layer))
+        return create_backbone(TINY, weights="random", weights_root="no", image_size=32).options_sha256
+
+    elu = functools.partial(torch.nn.functional.elu, alpha=2.0)
+    functions = (torch.sin, torch.cos, torch.nn.functional.elu, elu)
+    hashes = [options(functools.partial(Applied, function)) for function in functions]
+    assert len(set(hashes)) == 4 and options(functools.partial(Applied, torch.sin)) == hashes[0]
+
+
 def test_another_architecture_with_the_same_weights_is_another_backbone(tiny):
     other = create_backbone("deit_tiny_patch16_224", weights="random", weights_root="nowhere", image_size=32)
     assert other.sha256 == tiny.sha256

@@ -80,8 +80,8 @@ class Backbone:
         architecture: its name in timm, which decides what the network computes with its weights.
         sha256: over name and bytes of every tensor of the network as built (names sorted), so the same file at another
             image size, which resizes the position embedding, has another hash.
-        options_sha256: over class and plain attributes (activation, eps, heads, ...) of every module: what this version
-            of timm makes of the architecture.
+        options_sha256: over class and attributes (activation, eps, heads, ...) of every module: what this version of
+            timm makes of the architecture.
         mean, std: the weights' own input normalisation, a channel each.
     """
 
@@ -434,13 +434,22 @@ def _sha256(state: Mapping[str, Tensor]) -> str:
 
 def _options_sha256(network: torch.nn.Module) -> str:
     described = [
-        (name, str(type(module)), {key: value for key, value in vars(module).items() if _is_plain(value)})
+        (name, str(type(module)), {key: _described(value) for key, value in vars(module).items() if key[0] != "_"})
         for name, module in network.named_modules()
     ]
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
 
-def _is_plain(value: object) -> bool:
-    if isinstance(value, tuple):
-        return all(map(_is_plain, value))
-    return value is None or isinstance(value, bool | int | float | str)
+def _described(value: object) -> object:
+    """An attribute of a module as JSON that every process gives alike: functions and classes by name, others by type.
+
+    A dict is a record, such as of where weights come from, and no option.
+    """
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, list | tuple):
+        return [_described(item) for item in value]
+    if isinstance(value, functools.partial):
+        return [_described(item) for item in (value.func, *value.args, *sorted(value.keywords.items()))]
+    named = value if hasattr(value, "__qualname__") else type(value)
+    return f"{named.__module__}.{named.__qualname__}"
