@@ -237,6 +237,19 @@ def test_domainnet_is_its_published_lists_pooled(tmp_path):
     assert decoded.sha256 == dataset.sha256 and same_images(decoded.train, dataset.train)
 
 
+def test_names_in_lists_are_one_class_in_either_form_of_their_accents(tmp_path):
+    root = tmp_path / "domainnet"
+    write_domainnet(root)
+    for number, domain in enumerate(data.DOMAINS):
+        name = ("caf\u00e9", "cafe\u0301")[number % 2]
+        (root / domain / "ant").rename(root / domain / name)
+        for split in ("train", "test"):
+            file = root / f"{domain}_{split}.txt"
+            file.write_text(file.read_text().replace("/ant/", f"/{name}/"), encoding="utf-8")
+    dataset = load_dataset("domainnet", tmp_path)
+    assert dataset.class_names == ["zebra", "Ant", "caf\u00e9"] and dataset.train.labels.tolist() == [0, 1, 2] * 6
+
+
 def test_domainnet_may_be_split_in_folders(tmp_path):
     for split in ("train", "test"):
         write_folder(tmp_path / "domainnet", split, ["a", "b", "c"])

@@ -379,4 +379,4 @@ def _listed(file: Path) -> Iterator[tuple[str, str, int]]:
         numbered = label.isdecimal() and label.isascii() and len(label) < 10
         if len(folders) != 3 or not all(folders) or ".." in folders or not numbered:
             raise UserError(f"{file}, line {place} is {line!r}; expected <domain>/<class>/<file> <number>.")
-        yield relative, folders[1], int(label)
+        yield relative, unicodedata.normalize("NFC", folders[1]), int(label)
