@@ -32,7 +32,7 @@ from utils.checkpoint import checkpoint_name, latest_checkpoint, load_checkpoint
 from utils.config import RunConfig
 from utils.config_files import config_from_dict
 from utils.distributed import World, backend_for, local_device, process_group, world_from_environment
-from utils.errors import UserError
+from utils.errors import UserError, in_one_line
 from utils.files import read_json
 from utils.folders import FolderLock, remove_replaced
 from utils.manifest import MANIFEST, Command, read_manifest, this_session, timestamp
@@ -337,7 +337,7 @@ def fitting(checkpoint: Path) -> Iterator[None]:
     except UserError as error:
         raise UserError(f"{checkpoint}: {error}") from error
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
-        told = " ".join(f"{type(error).__name__}: {error}".split())
+        told = in_one_line(error)
         raise UserError(
             f"{checkpoint} does not fit this program ({_short(told, 200)}): it is damaged or of another version; go on "
             "with the version that made it, or remove it to go on from the checkpoint before it"

@@ -37,6 +37,11 @@ def os_error_sentence(error: OSError, go_on: str = "go on with --resume where a 
     return f"{where}{error.strerror or error}; {way_out}, then {go_on}"
 
 
+def in_one_line(error: Exception) -> str:
+    """An error's class and text without line breaks, for a sentence."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
 def exit_code(run: Callable[[], int | None], tells: Callable[[], bool] = lambda: True) -> int:
     """The exit code of a command: what it returns (None: 0), 2 after a mistake, 130 after it was asked to stop, and 141
     where nobody reads the output any more.

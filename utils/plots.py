@@ -44,7 +44,7 @@ from utils.canvas import (
     task_axis,
     titled_figure,
 )
-from utils.errors import UserError
+from utils.errors import UserError, in_one_line
 from utils.files import read_json, replace_file
 from utils.gate_figures import beta_evolution_figure, beta_heatmap_figure, beta_layers_figure
 from utils.grid_figures import few_shot_figure, training_figure, zero_shot_figure
@@ -66,7 +66,7 @@ def draw_figures(run_folder: Path) -> list[Path]:
         with mpl.rc_context(STYLE):
             drawn = {name: png(figure) for name, figure in _figures(events, rows, describe(config, result)).items()}
     except (LookupError, TypeError, ValueError, AttributeError) as error:
-        told = " ".join(f"{type(error).__name__}: {error}".split())
+        told = in_one_line(error)
         raise UserError(
             f"{run_folder / METRICS} holds events that cannot be drawn ({told}): the file is damaged, restore it"
         ) from error

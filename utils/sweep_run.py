@@ -24,7 +24,7 @@ from typing import Any
 
 from utils.config import RunConfig
 from utils.console import progress
-from utils.errors import UserError, os_error_sentence
+from utils.errors import UserError, in_one_line, os_error_sentence
 from utils.folders import FolderLock, remove_replaced, restore_replaced
 from utils.provenance import changes, present
 from utils.quantities import kind_of
@@ -188,7 +188,7 @@ def what_went_wrong(run: Run, future: Future) -> str | None:
     except OSError as error:
         return os_error_sentence(error, "try again")
     except Exception as error:  # the engine's: a machine was lost, a process could not be started
-        return " ".join(f"{type(error).__name__}: {error}".split())
+        return in_one_line(error)
     if code == 0 and run.finished:
         return None
     if code in (STOPPED, -signal.SIGTERM):  # the second: stopped before it could have saved anything
