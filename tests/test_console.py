@@ -89,6 +89,25 @@ def test_a_run_goes_on_without_a_reader_and_other_commands_stop(
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no disk that is always full")
+def test_output_to_a_full_disk_hides_neither_run_nor_mistake(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    with open("/dev/full", "w", encoding="utf-8") as full, monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", full)
+        prepare_console()
+        assert evaluation.main(["--run", str(tmp_path)]) == 2
+    with open("/dev/full", "w", encoding="utf-8") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        monkeypatch.setattr(logger, "handlers", [])
+        prepare_console()
+        attach_console()
+        logger.info("into the text log alone")
+        logger.info("more")
+    told = capsys.readouterr().err
+    assert told.count("No space left") == 1 and "Traceback" not in told
+
+
 def test_a_piped_run_writes_clean_lines_and_outlives_its_reader(tmp_path: Path) -> None:
     """As in `main.py 2>&1 | head -1` on a console that knows ASCII alone."""
     changes = {**TINY, "max_tasks": 1, "logs_root": str(tmp_path), "cache_root": str(tmp_path / "cache")}

@@ -43,7 +43,8 @@ def progress(items: Any = None, *, leave: bool = False, **options: Any) -> Any:
 def attach_console(*, goes_on: bool = True) -> logging.Handler | None:
     """Show the program's messages on standard output without breaking progress bars.
 
-    Once nobody reads them, a program that goes on is silent: a run has its text log. Another gets BrokenPipeError.
+    Once nobody reads them, or the disk that they go to is full, a program that goes on is silent: a run has its text
+    log. Another gets the OSError.
     Returns the handler, or None where one is attached already: call it at the start of a program; a run calls it too.
     """
     if any(isinstance(handler, _Console) for handler in logger.handlers):
@@ -56,15 +57,16 @@ def attach_console(*, goes_on: bool = True) -> logging.Handler | None:
 
 
 def tell(text: str) -> None:
-    """Write a line to standard error, where anyone reads it."""
+    """Write a line to standard error, where anyone reads it and there is room for it."""
     try:
         sys.stderr.write(f"{text}\n")
-    except BrokenPipeError:
+        sys.stderr.flush()
+    except OSError:
         discard(sys.stderr)
 
 
 def discard(stream: io.TextIOBase) -> None:
-    """Send what is still written to a stream nowhere: its reader has gone."""
+    """Send what is still written to a stream nowhere: its reader has gone, or its disk is full."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
@@ -80,9 +82,11 @@ class _Console(logging.Handler):
 
         try:
             tqdm.write(self.format(record), file=sys.stdout)
-        except BrokenPipeError:
+        except OSError as error:
             if not self.goes_on:
                 raise
             discard(sys.stdout)
+            if not isinstance(error, BrokenPipeError):
+                tell(f"standard output: {error.strerror}; a run goes on, its text log has what it says")
         except Exception:  # as every logging handler: a message must never end the program
             self.handleError(record)
