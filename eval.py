@@ -97,12 +97,12 @@ def main(arguments: list[str] | None = None) -> int:
     """Show what the command line asks for; the exit code: 0 done, 2 a mistake to mend."""
     prepare_console()
     options = parse(arguments)
-    from utils.errors import exit_code
+    from utils.errors import AGAIN, exit_code
     from utils.toolkit import keep_freed_memory
 
     attach_console(goes_on=False)
     keep_freed_memory()
-    return exit_code(lambda: show(options))
+    return exit_code(lambda: show(options), go_on=AGAIN)
 
 
 def show(options: argparse.Namespace) -> None:
@@ -127,6 +127,11 @@ def show_run(folder: Path, test: bool) -> None:
     from utils.run_log import read_accuracy_csv
 
     read_config(folder)  # refuses what is no run folder
+    if (folder / "accuracy.csv").is_file():
+        print("recorded accuracy (%), row: after task, column: on task")
+        for t, row in enumerate(read_accuracy_csv(folder)):
+            print(f"task {t:>3}  " + " ".join(f"{value:6.2f}" for value in row))
+        print()
     lock = FolderLock(folder)
     try:
         with lock:
@@ -134,10 +139,6 @@ def show_run(folder: Path, test: bool) -> None:
                 print(f"drew {figure}")
     except Held:
         print(f"drew no figures: {folder} is being written by {lock.holder}")
-    if (folder / "accuracy.csv").is_file():
-        print("\nrecorded accuracy (%), row: after task, column: on task")
-        for t, row in enumerate(read_accuracy_csv(folder)):
-            print(f"task {t:>3}  " + " ".join(f"{value:6.2f}" for value in row))
     if test:
         checkpoint = latest_checkpoint(folder / CHECKPOINTS)
         if checkpoint is None:

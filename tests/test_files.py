@@ -52,6 +52,13 @@ def test_a_refused_write_leaves_the_old_file_and_nothing_beside(tmp_path: Path, 
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
 
 
+def test_a_refused_write_names_the_file_and_not_a_temporary_one(tmp_path: Path) -> None:
+    (tmp_path / "x").mkdir()
+    with pytest.raises(IsADirectoryError) as refused:
+        replace_file(tmp_path / "x", b"new")
+    assert refused.value.filename == str(tmp_path / "x")
+
+
 def test_a_command_that_the_system_refuses_ends_in_a_sentence(tmp_path: Path, capsys) -> None:
     (tmp_path / "file").write_text("")
     assert exit_code(lambda: (tmp_path / "file" / "folder").mkdir()) == 2

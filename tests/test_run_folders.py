@@ -1,5 +1,6 @@
 """A run's folder from the command line: one process writes it, nothing of an earlier run is lost, every end is told."""
 
+import errno
 import json
 import os
 import resource
@@ -398,6 +399,19 @@ def test_a_disk_that_is_full_ends_in_a_sentence(
         assert str(kept[0]) in out
         assert main.main(["--resume", str(finished)]) == 0
     assert not list(finished.parent.glob("*.replaced"))
+
+
+def test_a_folder_that_cannot_be_written_is_shown_as_far_as_it_goes(
+    finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As on a read-only disk: what was recorded, then a sentence that speaks of no resuming."""
+
+    def refuse(self: FolderLock) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(self.path))
+
+    monkeypatch.setattr(FolderLock, "acquire", refuse)
+    shown = told(capsys, 2, evaluation.main, "--run", str(finished), "--recorded")
+    assert "recorded accuracy" in shown and "Read-only" in shown and "--resume" not in shown
 
 
 @pytest.mark.parametrize("name", ["figures", "checkpoints", "tb", "metrics.csv", "metrics.jsonl"])

@@ -111,7 +111,7 @@ def test_overwrite_refuses_a_folder_that_is_no_run(tmp_path):
 
 def test_a_place_that_cannot_be_written_is_a_sentence(tmp_path):
     (tmp_path / "logs").write_text("a file")
-    with pytest.raises(UserError, match="cannot create .*logs_root must be a writable folder"):
+    with pytest.raises(UserError, match="cannot create .*a file stands where a folder is needed"):
         create(tmp_path / "logs" / "run")
 
 

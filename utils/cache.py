@@ -14,7 +14,7 @@ from pathlib import Path
 from utils.command_line import given_path
 from utils.console import prepare_console
 from utils.decoded_images import decoded_in, remove_decoded
-from utils.errors import UserError, exit_code
+from utils.errors import AGAIN, UserError, exit_code
 from utils.file_memo import DATABASE, memo_bytes, remove_memo
 from utils.tensor_cache import ABOUT, MARKER, groups_in, last_use, remove_group
 
@@ -67,7 +67,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--root", type=given_path, default=Path("cache"), metavar="FOLDER", help="default: %(default)s")
     parser.add_argument("--clear", action="store_true", help="remove everything that the cache holds")
     options = parser.parse_args(arguments)
-    return exit_code(lambda: print("\n".join(clear(options.root) if options.clear else listing(options.root))))
+    work = clear if options.clear else listing
+    return exit_code(lambda: print("\n".join(work(options.root))), go_on=AGAIN)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,8 @@ class Interrupted(Exception):
     """Work stopped between two steps because it was asked to; what it leaves can be saved and gone on with."""
 
 
+AGAIN = "give the command again"
+RESUME = "go on with --resume where a run had begun"
 WAYS_OUT = {
     errno.ENOSPC: "free some space, or choose another disk with logs_root or cache_root",
     errno.EDQUOT: "free some space, or choose another disk with logs_root or cache_root",
@@ -30,7 +32,7 @@ WAYS_OUT = {
 }
 
 
-def os_error_sentence(error: OSError, go_on: str = "go on with --resume where a run had begun") -> str:
+def os_error_sentence(error: OSError, go_on: str = RESUME) -> str:
     """What the operating system refused, with the path and what to do; go_on: how, once it is mended."""
     where = f"{error.filename}: " if error.filename is not None else ""
     way_out = WAYS_OUT.get(error.errno, "check the path and its disk")
@@ -42,11 +44,12 @@ def in_one_line(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 
-def exit_code(run: Callable[[], int | None], tells: Callable[[], bool] = lambda: True) -> int:
+def exit_code(run: Callable[[], int | None], tells: Callable[[], bool] = lambda: True, go_on: str = RESUME) -> int:
     """The exit code of a command: what it returns (None: 0), 2 after a mistake, 130 after it was asked to stop, and 141
     where nobody reads the output any more.
 
     A mistake, or what the operating system refused, is told on standard error in a sentence, where `tells` allows.
+    go_on: how to, once what was refused is mended.
     """
     try:
         code = run() or 0
@@ -56,7 +59,7 @@ def exit_code(run: Callable[[], int | None], tells: Callable[[], bool] = lambda:
         discard(sys.stdout)
         return READER_GONE
     except (UserError, OSError) as error:
-        sentence = os_error_sentence(error) if isinstance(error, OSError) else str(error)
+        sentence = os_error_sentence(error, go_on) if isinstance(error, OSError) else str(error)
         if tells():
             tell(sentence)
         return 2

@@ -36,13 +36,15 @@ def replace_file(path: Path, content: bytes) -> Path:
     """Write a file so that at every moment the old one or the new one is there, whole; returns its path.
 
     The content goes to a hidden temporary file beside it, is forced to disk and renamed. The folder must exist.
-    Raises OSError when the disk does not take it; the temporary file is removed then.
+    Raises OSError, naming the file, when the disk does not take it; the temporary file is removed then.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         write_synced(temporary, content)
         os.replace(temporary, path)
-    except OSError:
+    except OSError as error:
+        if error.errno is not None:
+            error.filename = str(path)  # not the temporary one
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)

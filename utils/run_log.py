@@ -34,7 +34,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from utils.console import LOG_FORMAT, attach_console
-from utils.errors import UserError
+from utils.errors import AGAIN, UserError, os_error_sentence
 from utils.files import json_bytes, naming, replace_file
 from utils.folders import FolderLock, create_folder, text_log
 from utils.manifest import MANIFEST
@@ -91,7 +91,7 @@ class RunLog:
             folder.parent.mkdir(parents=True, exist_ok=True)
             lock, notes = claim(folder, overwrite)
         except OSError as error:
-            raise UserError(f"cannot create {folder}: {error.strerror}; logs_root must be a writable folder") from error
+            raise UserError(f"cannot create {folder}: {os_error_sentence(error, AGAIN)}") from error
         folder = lock.folder
         files = {CONFIG: config} | ({} if manifest is None else {MANIFEST: manifest})
         with ExitStack() as failed:
