@@ -382,6 +382,7 @@ def check_identity(checkpoint: Path, state: dict[str, Any], parts: Parts) -> Non
 def _check_data(checkpoint: Path, read: dict[str, list[str]], parts: Parts) -> None:
     """Refuse a checkpoint whose tasks have read other images than are there now."""
     ours = parts.data_read(*(len(read.get(source, [])) for source in ("train", "test")))
+    finished = len(read.get("test", []))  # tasks
     for source, hashes in ours.items():
         theirs = read.get(source, [])
         if source not in read or len(theirs) != len(hashes):
@@ -391,6 +392,7 @@ def _check_data(checkpoint: Path, read: dict[str, list[str]], parts: Parts) -> N
             raise UserError(
                 f"{checkpoint} does not belong to this run: the {source} images of task {changed[0]}, which it has "
                 f"read, have changed since; put the files back that were there"
+                + (", or remove this checkpoint to go on from the one before it" if changed[0] >= finished else "")
             )
 
 

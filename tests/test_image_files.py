@@ -5,6 +5,7 @@ import colorsys
 import io
 import os
 import re
+import shutil
 import socket
 import sqlite3
 import struct
@@ -23,6 +24,7 @@ from tests.conftest import ROOT
 from tests.image_folders import write_folder
 from trainer import Run, assemble, open_log, resume, train
 from utils import file_memo, image_files
+from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.data import ImageCache, load_dataset
 from utils.errors import UserError
 from utils.file_memo import DATABASE
@@ -528,5 +530,12 @@ def test_what_no_finished_task_has_read_may_change(tmp_path, smoke_config):
     with pytest.raises(UserError, match="test images of task 0.*have changed"):
         resume(log.folder)
     read.write_bytes(kept)
+    newest = log.folder / "checkpoints" / "task_00"
+    tensors, state = load_checkpoint(newest)
+    inside = state | {"data": state["data"] | {"train": [*state["data"]["train"], "of a file that was bad"]}}
+    save_checkpoint(newest.with_name("task_01_step_000001"), tensors, inside)  # as if stopped in task 1
+    with pytest.raises(UserError, match="train images of task 1.*remove this checkpoint to go on"):
+        resume(log.folder)
+    shutil.rmtree(newest.with_name("task_01_step_000001"))
     (result,) = resume(log.folder)
     assert len(result["curve"]) == 3
