@@ -30,7 +30,8 @@ from tests.test_provenance import record
 from utils.config_files import load_config
 from utils.errors import UserError
 from utils.folders import FolderLock
-from utils.run_folder import RESULT, folder_of
+from utils.manifest import MANIFEST
+from utils.run_folder import FIGURES, RESULT, folder_of
 from utils.sweep_engines import ENGINES, Job, Needs, Outcome
 
 TABLE = {
@@ -125,6 +126,9 @@ def pretend(job: Job, **made_with: Any) -> Outcome:
     folder = folder_of(load_config(job.arguments[1], [], SCHEMAS).config, values["seed"][0])
     folder.mkdir(parents=True)
     record(folder, values, **made_with)
+    manifest = json.loads((folder / MANIFEST).read_text())
+    (folder / MANIFEST).write_text(json.dumps(manifest | {"finished": "2026-11-28T15:30:00+00:00"}))
+    (folder / FIGURES).mkdir()
     (folder / RESULT).write_text(json.dumps(RESULTS))
     return Outcome(0, "")
 
@@ -282,6 +286,32 @@ def test_a_broken_run_is_resumed_to_the_same_end(sweep: Command, started: Starte
     assert outcome(folder) == whole and not folder.with_name(folder.name + "_2").exists()
 
 
+def test_what_should_follow_a_result_is_made_before_a_sweep_is_finished(sweep: Command, started: Started) -> None:
+    """Figures do not fit the disk after a result: a failure, old results stay, the next time makes them."""
+    sweep.write(seeds=[1], cells={"nested": {}}, baseline=None)
+    assert sweep() == 0
+    before = {path.relative_to(sweep.folder): content for path, content in files(sweep.folder).items()}
+
+    def without_figures(job: Job) -> Outcome:
+        pretend(job)
+        (sweep.run_folder("nested", 1) / FIGURES).rmdir()
+        return Outcome(2, "No space left on device")
+
+    def completed(job: Job) -> Outcome:
+        (sweep.run_folder("nested", 1) / FIGURES).mkdir()
+        return Outcome(0, "")
+
+    started.work = without_figures
+    assert sweep("--overwrite") == 1
+    kept = {path.relative_to(replaced(sweep)): content for path, content in files(replaced(sweep)).items()}
+    assert kept == before
+    started.clear()
+    started.work = completed
+    assert sweep() == 0
+    assert started == [("--resume", str(sweep.run_folder("nested", 1)))]
+    assert not replaced(sweep).exists()
+
+
 def test_a_run_killed_before_it_wrote_its_config_is_started_again_in_its_place(
     sweep: Command, started: Started
 ) -> None:
@@ -435,6 +465,31 @@ def test_results_set_aside_by_a_process_that_was_killed_come_back(sweep: Command
     started.clear()
     assert sweep() == 0 and started == []
     assert files(sweep.folder) == before and not replaced(sweep).exists()
+
+
+@pytest.mark.parametrize("options", [[], ["--overwrite"]])
+@pytest.mark.parametrize("moment", ["mkdir", "replace"])
+def test_a_sweep_killed_while_it_made_its_folder_is_taken_over(
+    options: list[str], moment: str, sweep: Command, started: Started, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the first folder in it, or its first file that follows: the next command finds a sweep's folder or none."""
+    assert sweep() == 0
+
+    class Killed(BaseException):
+        pass
+
+    def die(*arguments: Any, **_: Any) -> None:
+        if "cells" in str(arguments[0]):
+            raise Killed
+
+    owner = {"mkdir": Path, "replace": os}[moment]
+    original = getattr(owner, moment)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(owner, moment, lambda *a, **k: die(*a) or original(*a, **k))
+        sweep("--overwrite")
+    started.clear()
+    assert sweep(*options) == 0 and len(started) == 4
+    assert not replaced(sweep).exists()
 
 
 def test_one_process_runs_a_sweep(sweep: Command, started: Started, capsys: pytest.CaptureFixture[str]) -> None:

@@ -182,9 +182,9 @@ def remove_replaced(folder: Path) -> None:
 
 def remove_folder(folder: Path) -> None:
     """Remove a folder and its text log."""
+    text_log(folder).unlink(missing_ok=True)  # first: a folder without it is found again by what goes on
     if folder.exists():
         shutil.rmtree(folder)
-    text_log(folder).unlink(missing_ok=True)
 
 
 def _move(source: Path, target: Path) -> None:

@@ -27,12 +27,12 @@ from typing import Any
 from pydantic import ValidationError
 
 from utils.errors import UserError
-from utils.files import read_json, write_json
-from utils.folders import FolderLock, remove_folder, replaced_folders, restore_replaced, set_aside
+from utils.files import json_bytes, read_json, write_json
+from utils.folders import FolderLock, create_folder, remove_folder, replaced_folders, restore_replaced, set_aside
 from utils.provenance import Provenance, changes, outdated, read_provenance
 from utils.quantities import KINDS
 from utils.report_data import fault_of
-from utils.run_folder import CONFIG, RESULT, folder_of
+from utils.run_folder import CONFIG, RESULT, folder_of, is_complete
 from utils.sweep import Cell, Sweep
 
 logger = logging.getLogger("nested_lora")
@@ -83,6 +83,11 @@ class Run:
         """The command that runs it once more, in its place."""
         return shlex.join(["python", "main.py", "--config", str(self.config_path), "--overwrite"])
 
+    @property
+    def complete(self) -> bool:
+        """Whether nothing is missing, the figures included. Raises UserError when its manifest is damaged."""
+        return is_complete(self.folder)
+
     def result(self) -> dict[str, Any]:
         """The content of its `result.json`. Raises UserError when it is damaged."""
         path = self.folder / RESULT
@@ -132,29 +137,33 @@ def refuse_running(sweep: Sweep) -> None:
 def begin(sweep: Sweep, runs: Sequence[Run], overwrite: bool) -> None:
     """Write `sweep.json` and the configuration of every run; cells that left the table are named in the log.
 
-    With `overwrite` the sweep's earlier folder is set aside first (`utils/folders.py`), and is back where this fails.
+    With `overwrite` the sweep's earlier folder is set aside first (`utils/folders.py`), and is back where this fails. A
+    new folder holds `sweep.json` from its first moment on, and is gone where this fails.
 
     Raises:
         UserError: the folder to be replaced holds other things than a sweep.
         OSError: the folder cannot be written.
     """
     folder = sweep.folder
-    replaces = overwrite and os.path.lexists(folder)
-    if replaces:
+    if overwrite and os.path.lexists(folder):
         if not (folder / TABLE).is_file():
             raise UserError(f"{folder} holds no {TABLE}, so it is no sweep's: move it away, it is not overwritten")
         set_aside(folder)
     gone = [name for name in _names_before(sweep) if name not in {cell.name for cell in sweep.cells}]
     if gone:
         logger.warning(f"No longer in the table, their runs stay in {folder}: {'; '.join(gone)}")
+    new = not os.path.lexists(folder)
     try:
+        if new:
+            create_folder(folder, {TABLE: json_bytes(sweep.table())})
+        else:
+            write_json(folder / TABLE, sweep.table())
         for part in ("cells", "logs"):
-            (folder / part).mkdir(parents=True, exist_ok=True)
-        write_json(folder / TABLE, sweep.table())
+            (folder / part).mkdir(exist_ok=True)
         for run in runs:
             write_json(run.config_path, run.cell.resolved(run.seed))
     except OSError:
-        if replaces:
+        if new:
             remove_folder(folder)
             restore_replaced(folder)
         raise

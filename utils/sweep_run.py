@@ -74,7 +74,7 @@ def _run_locked(sweep: Sweep, engine: str, needs: Needs, overwrite: bool, again:
     refuse_running(sweep)
     restore_replaced(sweep.folder)
     runs = all_runs(sweep) if overwrite else survey(sweep)
-    waiting = [run for run in runs if overwrite or not run.finished]
+    waiting = [run for run in runs if overwrite or not run.complete]
     troubles: dict[str, str] = {}
     stopped = False
     if waiting:
@@ -89,24 +89,25 @@ def _run_locked(sweep: Sweep, engine: str, needs: Needs, overwrite: bool, again:
             with StopRequest(sweep.folder / STOP) as stop:
                 troubles = run_all(chosen, sweep, waiting, len(runs), stop)
                 stopped = stop.requests > 0
-    unfinished = {run.label: troubles.get(run.label, NOT_STARTED) for run in runs if not run.finished}
+    incomplete = [run for run in runs if not run.complete]
+    reasons = {run.label: troubles.get(run.label, NOT_STARTED) for run in incomplete if not run.finished}
     try:
-        write_summary(sweep, runs, unfinished)
-        if not unfinished:
+        write_summary(sweep, runs, reasons)
+        if not incomplete:
             remove_replaced(sweep.folder)
     finally:
         tell_replaced(sweep)
-        code = _tell_outcome(sweep, len(runs), unfinished, troubles, stopped, again)
+        code = _tell_outcome(sweep, len(runs), len(incomplete), troubles, stopped, again)
     return code
 
 
 def _tell_outcome(
-    sweep: Sweep, total: int, unfinished: Mapping[str, str], troubles: Mapping[str, str], stopped: bool, again: str
+    sweep: Sweep, total: int, incomplete: int, troubles: Mapping[str, str], stopped: bool, again: str
 ) -> int:
     """Say how the sweep ended; its exit code."""
-    outcome = f"{total - len(unfinished)} of {total} runs are finished"
+    outcome = f"{total - incomplete} of {total} runs are finished"
     listed = "".join(f"\n  {label}: {trouble}" for label, trouble in troubles.items())
-    if stopped and unfinished:
+    if stopped and incomplete:
         logger.warning(f"Stopped, {outcome}. Continue with: {again}{listed}")
         return STOPPED
     if troubles:
@@ -189,7 +190,7 @@ def what_went_wrong(run: Run, future: Future) -> str | None:
         return os_error_sentence(error, "try again")
     except Exception as error:  # the engine's: a machine was lost, a process could not be started
         return in_one_line(error)
-    if code == 0 and run.finished:
+    if code == 0 and run.complete:
         return None
     if code in (STOPPED, -signal.SIGTERM):  # the second: stopped before it could have saved anything
         return CUT_SHORT
