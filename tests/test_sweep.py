@@ -172,8 +172,10 @@ def test_neither_are_they_taken_from_the_command_line(tmp_path: Path, override: 
 
 
 def test_a_base_is_the_sweeps_or_a_cells(tmp_path: Path) -> None:
-    found = problems(tmp_path, set={"base": SMOKE}, cells={"a": {"base": 5}})
-    assert found[0].startswith("set: base cannot be set") and found[1].startswith('cell "a": base = 5: not text')
+    found = problems(tmp_path, set={"base": SMOKE}, grid={"base": [SMOKE]}, cells={"a": {"base": 5}})
+    assert [problem.partition(" cannot")[0] for problem in found[:2]] == ["set: base", "grid: base"]
+    assert len(found) == 3 and "base = 5: a wrong type (an integer)" in found[2]
+    assert "base = a\0b: holds a NUL character" in problems(tmp_path, base="a\0b", cells={"a": {}})[0]
 
 
 @pytest.mark.parametrize(
@@ -193,6 +195,11 @@ def test_a_base_is_the_sweeps_or_a_cells(tmp_path: Path) -> None:
         ({"cells": {"a": {}, "b": {"description": "other"}}}, 'cells "a" and "b": the same configuration'),
         ({"grid": {"rd_dim": [3, 3]}}, 'cells "rd_dim=3" and "rd_dim=3": the files of both would be named rd_dim=3'),
         ({"cells": {"a b": {}, "A-b": {"rd_dim": 3}}}, 'cells "a b" and "A-b": the files of both would be named A-b'),
+        ({"cells": {"\ud800": {}}}, 'cell "\\ud800": its name holds half a surrogate pair'),
+        ({"grid": {"weights": ["\ud800"]}}, 'cell "weights=\\ud800": its name holds half a surrogate pair'),
+        ({"cells": {"a\0": {}}}, 'cell "a\\u0000": its name holds a NUL character'),
+        ({"cells": {"a": {}}, "hypotheses": {"\ud800": {}}}, 'hypothesis "\\ud800": its name holds half'),
+        ({"grid": {key: list(range(1000)) for key in ("rd_dim", "ffn_num", "rd_epoch")}}, "1000000000 cells; allowed:"),
         ({"cells": {"a": {}}, "base": None}, "base = null: a wrong type (null)"),
     ],
 )

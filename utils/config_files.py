@@ -126,6 +126,14 @@ def check_object(values: Mapping[str, Any], schema: type[BaseModel]) -> CheckedO
     return _check_object(_Given(values=dict(values)), schema)
 
 
+def base_of(path: Path, name: Any) -> Path:
+    """The file that another, at the path, names as its base. Raises ValueError where the name can be no path's."""
+    if not isinstance(name, str):
+        raise ValueError(f"a wrong type ({_kind(name)})")
+    check_text(name)
+    return Path(os.path.normpath(path.parent / os.path.expanduser(name)))
+
+
 def no_such(what: str, name: str, allowed: Sequence[str]) -> str:
     """The words for a name that is none of those allowed: `no such cell; did you mean "a"?; allowed: "a", "b"`."""
     near = difflib.get_close_matches(name, allowed, n=1)
@@ -152,13 +160,10 @@ def _read_chain(path: Path, seen: tuple[str, ...]) -> _Given:
     name = own.values.pop(BASE_KEY)
     label = f"{BASE_KEY} = {_shown(name)}"
     chain = (*seen, os.path.realpath(path))
-    if not isinstance(name, str):
-        return _broken(own, f"{label}: a wrong type ({_kind(name)}); allowed: the path of a JSON file, from this one")
     try:
-        check_text(name)
+        target = base_of(path, name)
     except ValueError as error:
         return _broken(own, f"{label}: {error}; allowed: the path of a JSON file, from this one")
-    target = Path(os.path.normpath(path.parent / os.path.expanduser(name)))
     if os.path.realpath(target) in chain:
         return _broken(own, f"{label}: {target} is this file or one that inherits from it; allowed: a chain that ends")
     base = _read_chain(target, chain)

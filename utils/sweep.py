@@ -13,22 +13,24 @@ every seed. What a row changes is laid over its base in this order: `set`, the c
 import hashlib
 import itertools
 import json
+import math
 import os
 import re
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from utils.config import RunConfig, Seeds, Text
-from utils.config_files import BASE_KEY, ConfigError, load_config, no_such, read_object
+from utils.config import RunConfig, Seeds, Text, check_text
+from utils.config_files import BASE_KEY, ConfigError, base_of, load_config, no_such, read_object
 from utils.hypotheses import Hypothesis, read_hypotheses, unknown_metrics
 from utils.quantities import KINDS
 
 SHAPING = {"base", "set", "cells", "grid"}  # keys without which there is no telling what the cells are
+MOST_CELLS = 10_000  # more is a slip of the keyboard
 MOST_NAMED = 4  # cells of a kind in a sentence
 LONGEST_SLUG = 120  # bytes; seed and backbone follow in a file name of at most 255
 OWNED = {
@@ -156,8 +158,13 @@ def load_sweep(path: str | Path, overrides: Sequence[str], schemas: Mapping[str,
     if checked.faulty & SHAPING:
         raise ConfigError(str(path), checked.problems, checked.footer)
     file = SweepFile(**checked.sound)
+    count = max(1, len(file.cells)) * math.prod(map(len, file.grid.values()))
+    if count > MOST_CELLS:
+        raise ConfigError(str(path), [f"cells, grid: {count} cells; allowed: at most {MOST_CELLS}"])
     plans = list(_plans(file))
     names = [plan.name for plan in plans]
+    if unwritable := [*_unwritable("cell", names), *_unwritable("hypothesis", file.hypotheses)]:
+        raise ConfigError(str(path), [*checked.problems, *unwritable], checked.footer)
     hypotheses, doubts = read_hypotheses(file.hypotheses, names)
     problems = [*checked.problems, *_table_problems(file, names, overrides), *doubts]
 
@@ -211,11 +218,16 @@ def _plans(file: SweepFile) -> Iterator[_Plan]:
         return
     points = [dict(zip(file.grid, values, strict=True)) for values in itertools.product(*file.grid.values())]
     for cell, own in file.cells.items() if file.cells else [(None, {})]:
-        own_changes = {key: value for key, value in own.items() if key != BASE_KEY}
         for point in points:
             parts = [] if cell is None else [cell]
             name = ", ".join([*parts, *(f"{key}={_bare(value)}" for key, value in point.items())])
-            yield _Plan(name, own.get(BASE_KEY, file.base), [("set", file.set), ("cell", own_changes), ("grid", point)])
+            layers = {"set": file.set, "cell": own, "grid": point}
+            changes = [(origin, _without_base(values)) for origin, values in layers.items()]
+            yield _Plan(name, own.get(BASE_KEY, file.base), changes)
+
+
+def _without_base(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if key != BASE_KEY}
 
 
 def _table_problems(file: SweepFile, names: Sequence[str], overrides: Sequence[str]) -> list[str]:
@@ -236,14 +248,21 @@ def _table_problems(file: SweepFile, names: Sequence[str], overrides: Sequence[s
 
 
 def _forbidden(file: SweepFile) -> Iterator[str]:
-    """Keys where they may not stand: those the sweep sets itself, and a base that is not a cell's or no path."""
+    """Keys where they may not stand: those the sweep sets itself, and a base that is not a cell's."""
     cells = {f"cell {_quoted(name)}": own for name, own in file.cells.items()}
     for place, values in {"set": file.set, "grid": file.grid, **cells}.items():
         yield from (f"{place}: {key} cannot be set, {OWNED[key]}; leave it out" for key in OWNED if key in values)
         if BASE_KEY in values and place not in cells:
             yield f'{place}: base cannot be set; allowed: "base" of the sweep or of a cell'
-        elif not isinstance(values.get(BASE_KEY, ""), str):
-            yield f"{place}: base = {_bare(values[BASE_KEY])}: not text; allowed: a path, from the sweep file"
+
+
+def _unwritable(what: str, names: Iterable[str]) -> Iterator[str]:
+    """Names that no file holds."""
+    for name in names:
+        try:
+            check_text(name)
+        except ValueError as error:
+            yield f"{what} {json.dumps(name)}: its name {error}; rename it"
 
 
 def _collisions(names: Sequence[str]) -> Iterator[str]:
@@ -260,11 +279,14 @@ def _resolve(
     plan: _Plan, path: Path, file: SweepFile, overrides: Sequence[str], schemas: Mapping[str, type[RunConfig]]
 ) -> Cell:
     """The cell's configuration, checked. Raises ConfigError."""
-    base = plan.base if isinstance(plan.base, str) else file.base
+    try:
+        target = base_of(path, plan.base)
+    except ValueError as error:
+        problem = f"base = {_bare(plan.base)}: {error}; allowed: the path of a JSON file, from the sweep's"
+        raise ConfigError(str(path), [problem]) from None
     description = ("sweep", {"description": f"cell {_quoted(plan.name)} of the sweep {path.name}"})
     slug = slug_of(plan.name)
     fixed = ("sweep", {"prefix": slug, "seed": file.seeds})
-    target = Path(os.path.normpath(path.parent / os.path.expanduser(base)))
     loaded = load_config(target, overrides, schemas, [description, *plan.changes, fixed])
     return Cell(plan.name, slug, loaded.config, tuple(loaded.notes))
 
