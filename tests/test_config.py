@@ -239,7 +239,7 @@ def test_backbone_mistakes() -> None:
     (line,) = problems(backbone_type="vit", image_size=230)
     assert line.endswith("allowed: a multiple of 16, such as 224 or 240")
     (line,) = problems(backbone_type="vit", weights="nowhere.safetensors")
-    assert line.startswith('weights = "nowhere.safetensors": there is no such file; allowed: null, "random"')
+    assert line.startswith('weights = "nowhere.safetensors": it is not there; allowed: null, "random"')
 
 
 def test_unknown_key_without_a_near_one_lists_the_valid_keys() -> None:

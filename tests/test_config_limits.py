@@ -118,6 +118,20 @@ def test_a_value_beyond_the_limits_is_one_sentence(method: str, values: dict[str
     assert told in line and len(line) < 400
 
 
+def test_weights_that_are_no_file_are_named_before_they_are_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.pth")
+    for path, told in ((tmp_path / "pipe.pth", "it is a FIFO"), (tmp_path, "it is a folder")):
+        assert f'"{path}": {told}; allowed: null, "random"' in problem("sema", weights=str(path))
+
+
+def test_paths_that_the_locale_cannot_write_are_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "fsencode", lambda path: path.encode("ascii"))  # as with LC_ALL=C PYTHONUTF8=0
+    for values in ({"prefix": "é"}, {"logs_root": "é"}, {"cache_root": "é"}):
+        line = problem("sema", **values)
+        assert "holds 'é', which no path has in this locale (ascii)" in line and "PYTHONUTF8=1" in line
+    check("sema", description="é")
+
+
 SPOILED: list[Any] = [
     0, -1, -2, 2**31, 2**63, 10**30, 10**400, 1e-320, 1e-30, 0.5, 999.0, 1e38, 1e39, 1e300, math.nan, math.inf,
     -math.inf, True, None, "", "4", "nan", "\0", "\ud800", "²", "cuda:99", "~", "~nobody/x", ".", "/", "é\u0301",

@@ -89,6 +89,12 @@ def test_a_run_goes_on_without_a_reader_and_other_commands_stop(
     assert capsys.readouterr().err == ""
 
 
+def test_closed_streams_take_what_they_are_given(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for stream in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, stream, None)  # as Python has it under `>&- 2>&-`
+    assert cache.main(["--root", str(tmp_path)]) == 0
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no disk that is always full")
 def test_output_to_a_full_disk_hides_neither_run_nor_mistake(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path

@@ -212,6 +212,9 @@ def test_files_that_do_not_fit_are_refused_by_name(tiny, tmp_path):
         load({0: torch.zeros(1)})
     with pytest.raises(UserError, match=r"1 not of floating-point numbers \(norm.bias\)"):
         load(state | {"norm.bias": torch.zeros(192, dtype=torch.int8)})
+    for without_values in (torch.zeros(192).to_sparse(), torch.zeros(192, device="meta")):
+        with pytest.raises(UserError, match=r"1 not of floating-point numbers \(norm.bias\)"):
+            load(state | {"norm.bias": without_values})
 
 
 @pytest.mark.parametrize("number", [torch.nan, torch.inf])

@@ -9,6 +9,7 @@ beside its learner; this file knows no method by name. `utils/config_files.py` r
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator
@@ -17,6 +18,7 @@ from utils.data import class_count, dataset_slug
 from utils.data_manager import tasks_of
 from utils.errors import UserError, os_error_sentence
 from utils.factory import BackboneShape, backbone_shape
+from utils.files import why_no_file
 from utils.toolkit import resolve_device
 
 MOST = 10**6  # of whatever is counted: batches, epochs, images; more is a slip of the keyboard
@@ -69,13 +71,22 @@ def check_text(text: str) -> None:
         raise ValueError("holds half a surrogate pair, which is no character")
 
 
+def _bytes(path: str) -> int:
+    """Length of a path, or of a name in one. Raises ValueError where the file system takes none such."""
+    try:
+        return len(os.fsencode(path))
+    except UnicodeEncodeError as error:
+        fault = f"holds {path[error.start]!r}, which no path has in this locale ({error.encoding})"
+        raise ValueError(f"{fault}: set PYTHONUTF8=1") from None
+
+
 def _fitting_path(text: str) -> str:
     """A path as the file system takes it, `~` expanded."""
     check_text(text)
     path = os.path.expanduser(text)
-    if len(os.fsencode(os.path.abspath(path))) > PATH_BYTES - BELOW_RUN:
+    if _bytes(os.path.abspath(path)) > PATH_BYTES - BELOW_RUN:
         raise ValueError(f"is longer than the {PATH_BYTES - BELOW_RUN} bytes a path may have here")
-    longest = max(len(name) for name in os.fsencode(path).split(b"/"))
+    longest = max(map(_bytes, path.split("/")))
     if longest > NAME_BYTES:
         raise ValueError(f"holds a name of {longest} bytes; file systems take {NAME_BYTES}")
     return path
@@ -205,8 +216,11 @@ class RunConfig(BaseModel):
         return []
 
     def _folder_conflicts(self) -> list[Conflict]:
-        names = [len(os.fsencode(name)) for name in self.folder_names(max(self.seed))]
-        whole = len(os.fsencode(os.path.abspath(self.logs_root))) + sum(names) + len(names)
+        try:
+            names = [_bytes(name) for name in self.folder_names(max(self.seed))]
+            whole = _bytes(os.path.abspath(self.logs_root)) + sum(names) + len(names)
+        except ValueError as error:
+            return [(("prefix", "logs_root"), f"the run folder's path {error}")]
         longest, most = NAME_BYTES - BESIDE_RUN, PATH_BYTES - BELOW_RUN
         if max(names) <= longest and whole <= most:
             return []
@@ -306,7 +320,7 @@ class ClassIncrementalConfig(RunConfig):
 
     def remarks(self) -> list[str]:
         """Adds a warning of tasks that the method learns nothing from."""
-        classes = class_count(self.dataset, self.data_root)
+        classes = self.known_classes()
         tasks = [] if classes is None else tasks_of(classes, self.init_cls, self.increment, self.max_tasks)
         advice = {task: self.one_class_advice(task) for task, labels in enumerate(tasks) if len(labels) == 1}
         untaught = [task for task, text in advice.items() if text]
@@ -344,8 +358,8 @@ class ClassIncrementalConfig(RunConfig):
 
     def _backbone_conflicts(self) -> list[Conflict]:
         found: list[Conflict] = []
-        if self.weights not in (None, "random") and not os.path.isfile(self.weights):
-            found.append((("weights",), 'there is no such file; allowed: null, "random" or the path of a weight file'))
+        if self.weights not in (None, "random") and (reason := why_no_file(Path(self.weights))):
+            found.append((("weights",), f'{reason}; allowed: null, "random" or the path of a weight file'))
         try:
             shape = backbone_shape(self.backbone_type, weights=self.weights and "random")
         except UserError as error:

@@ -23,13 +23,15 @@ logger = logging.getLogger("nested_lora")
 def prepare_console() -> None:
     """Let standard output and error take any text line by line, and leave progress bars to terminals.
 
-    What the console's encoding lacks is written as an escape. The bars of libraries obey TQDM_DISABLE, which they read
-    when they import tqdm: call this before.
+    What the console's encoding lacks is written as an escape; a stream that was closed (`>&-`) takes what it is given.
+    The bars of libraries obey TQDM_DISABLE, which they read when they import tqdm: call this before.
     """
+    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - as long as the program
+    sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace", line_buffering=True)
-    if not (sys.stderr and sys.stderr.isatty()):
+    if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")
 
 
@@ -43,8 +45,7 @@ def progress(items: Any = None, *, leave: bool = False, **options: Any) -> Any:
 def attach_console(*, goes_on: bool = True) -> logging.Handler | None:
     """Show the program's messages on standard output without breaking progress bars.
 
-    Once nobody reads them, or the disk that they go to is full, a program that goes on is silent: a run has its text
-    log. Another gets the OSError.
+    Once nobody takes them, a program that goes on is silent: a run has its text log. Another gets the OSError.
     Returns the handler, or None where one is attached already: call it at the start of a program; a run calls it too.
     """
     if any(isinstance(handler, _Console) for handler in logger.handlers):
@@ -87,6 +88,6 @@ class _Console(logging.Handler):
                 raise
             discard(sys.stdout)
             if not isinstance(error, BrokenPipeError):
-                tell(f"standard output: {error.strerror}; a run goes on, its text log has what it says")
+                tell(f"standard output: {error.strerror}; the messages go on in the run's text log")
         except Exception:  # as every logging handler: a message must never end the program
             self.handleError(record)

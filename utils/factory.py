@@ -376,11 +376,16 @@ def _check_fit(name: str, given: Mapping[str, Tensor], wanted: Mapping[str, Tens
         "missing": [k for k in wanted if k not in given],
         "unexpected": [k for k in given if k not in wanted],
         "of another shape": [f"{k} {tuple(given[k].shape)} instead of {tuple(wanted[k].shape)}" for k in shapes],
-        "not of floating-point numbers": [k for k in wanted if k in given and not given[k].is_floating_point()],
+        "not of floating-point numbers": [k for k in wanted if k in given and not _holds_floats(given[k])],
     }
     told = [f"{len(keys)} {kind} ({_first_three(keys)})" for kind, keys in differences.items() if keys]
     if told:
         raise UserError(f"{name} does not fit the backbone: {'; '.join(told)}.")
+
+
+def _holds_floats(tensor: Tensor) -> bool:
+    """Whether every entry is there, as a floating-point number."""
+    return tensor.is_floating_point() and tensor.layout == torch.strided and not tensor.is_meta
 
 
 def _first_three(names: list[str]) -> str:
