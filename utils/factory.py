@@ -398,7 +398,9 @@ def _read_state_dict(path: Path) -> dict[str, Tensor]:
         tensors = path.suffix.lower() == ".safetensors"
         state = load_file(path) if tensors else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # each format fails in its own way on a truncated or foreign file
-        raise UserError(f"{path} cannot be read as weights: {first_line(error)}.") from error
+        plain = tensors or isinstance(error, OSError)  # torch.load's other errors advise to run what is pickled
+        reason = first_line(error) if plain else "it is damaged, or holds more than tensors, which could run code"
+        raise UserError(f"{path} cannot be read as weights: {reason}; give a state dict as it was saved.") from error
     for wrapper in ("model", "state_dict"):
         state = state.get(wrapper, state) if isinstance(state, Mapping) else state
     mapping = isinstance(state, Mapping)
