@@ -43,7 +43,7 @@ class ViTConfig(ClassIncrementalConfig):
         "fast", description='"reference" stores no activations and stacks no adapters: slow and plain, fp32 only.'
     )
     ranpac_dim: int = Field(
-        2000, ge=1, le=32768, description="Random features of RanPAC's ridge regression; published: 10000."
+        2000, ge=1, le=20_000, description="Random features of RanPAC's ridge regression; published: 10000."
     )
 
     def conflicts(self) -> list[Conflict]:
