@@ -1,6 +1,7 @@
 """Shared by the tests: tiny runs on generated images, nothing downloaded, one thread."""
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from utils.run_log import RunLog, SilentLog
 ROOT = Path(__file__).parent.parent
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
+if hasattr(signal, "SIGHUP"):  # ignored where the tests run under nohup, and what they start would ignore it, too
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 TINY = {
     "max_train_per_class": 16,
