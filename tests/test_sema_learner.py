@@ -371,7 +371,7 @@ def test_a_diverging_loss_is_a_sentence(make_sema: Make) -> None:
 
     learner = make_sema(init_lr=999, nested_lora_lr_fast=999, weight_decay=999, func_epoch=3)
     learner.begin_task(0)
-    with pytest.raises(UserError, match="not finite.*lower the learning rates"):
+    with pytest.raises(UserError, match="not finite.*lower the learning rates or the weight decay"):
         learner.train_task()
 
 

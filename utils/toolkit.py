@@ -100,7 +100,7 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
 def not_finite_advice(precision: str) -> str:
     """What to do where numbers became NaN or infinite in a run of this precision."""
     exact = "" if precision == "fp32" else 'set precision to "fp32", '
-    return f"{exact}lower the learning rates, or start from other weights"
+    return f"{exact}lower the learning rates or the weight decay, or start from other weights"
 
 
 def require_finite(values: Tensor, what: str, precision: str) -> Tensor:
