@@ -28,11 +28,11 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from models.shared_subspace.analysis import GridMaterial
     from trainer import Learner, Parts
-    from utils.analysis import Material
-    from utils.config import RunConfig
-    from utils.findings import Findings
-    from utils.grid_analysis import GridMaterial
+    from utils.analysis.findings import Findings
+    from utils.analysis.representations import Material
+    from utils.config.schema import RunConfig
 
 IMAGES_PER_CLASS = 20  # that an analysis looks at unless told
 
@@ -52,8 +52,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         metavar="FOLDER",
         help="a run folder: redraw its figures and test its last checkpoint; several: their mean and deviation",
     )
-    what.add_argument("--checkpoint", type=given_path, metavar="FOLDER", help="one checkpoint of a run: test it")
-    parser.add_argument("--recorded", action="store_true", help="with --run: only what the run recorded, no test")
+    what.add_argument(
+        "--checkpoint", type=given_path, metavar="FOLDER", help="one checkpoint of a run: test it"
+    )
+    parser.add_argument(
+        "--recorded", action="store_true", help="with --run: only what the run recorded, no test"
+    )
     parser.add_argument(
         "--analyse",
         nargs="+",
@@ -80,7 +84,9 @@ def way_out(name: str, values: list[str]) -> str:
     """What to write in place of an argument that there is not: the folder to test, where it is known."""
     folder = next((shlex.quote(value) for value in values if Path(value).is_dir()), "FOLDER")
     forms = "python eval.py --run FOLDER, a task's model with python eval.py --checkpoint FOLDER/checkpoints/task_00"
-    return f"a run is tested with {forms.replace('FOLDER', folder)}; what it is made with is in its config.json"
+    return (
+        f"a run is tested with {forms.replace('FOLDER', folder)}; what it is made with is in its config.json"
+    )
 
 
 def check_analysis_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
@@ -90,7 +96,9 @@ def check_analysis_options(parser: argparse.ArgumentParser, options: argparse.Na
     if options.analyse and (options.checkpoint or options.recorded or len(options.run) > 1):
         parser.error("--analyse looks at one --run: it takes no --checkpoint, --recorded or further folder")
     if options.images_per_class is not None and options.images_per_class < 2:
-        parser.error(f"--images-per-class {options.images_per_class}: at least 2, half of them test the probes")
+        parser.error(
+            f"--images-per-class {options.images_per_class}: at least 2, half of them test the probes"
+        )
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -98,7 +106,7 @@ def main(arguments: list[str] | None = None) -> int:
     prepare_console()
     options = parse(arguments)
     from utils.errors import AGAIN, exit_code
-    from utils.toolkit import keep_freed_memory
+    from utils.training.device import keep_freed_memory
 
     attach_console(goes_on=False)
     keep_freed_memory()
@@ -119,14 +127,15 @@ def show(options: argparse.Namespace) -> None:
 
 def show_run(folder: Path, test: bool) -> None:
     """Recorded accuracy and figures of a run folder, then its last checkpoint tested."""
+    from models import LEARNERS
     from trainer import CHECKPOINTS, read_config
-    from utils.checkpoint import latest_checkpoint
     from utils.errors import UserError
-    from utils.folders import FolderLock, Held
-    from utils.plots import draw_figures
-    from utils.run_log import read_accuracy_csv
+    from utils.runs.checkpoint import latest_checkpoint
+    from utils.runs.figures import draw_figures
+    from utils.runs.folders import FolderLock, Held
+    from utils.runs.run_log import read_accuracy_csv
 
-    read_config(folder)  # refuses what is no run folder
+    config = read_config(folder)  # refuses what is no run folder
     if (folder / "accuracy.csv").is_file():
         print("recorded accuracy (%), row: after task, column: on task")
         for t, row in enumerate(read_accuracy_csv(folder)):
@@ -135,14 +144,16 @@ def show_run(folder: Path, test: bool) -> None:
     lock = FolderLock(folder)
     try:
         with lock:
-            for figure in draw_figures(folder):
+            for figure in draw_figures(folder, LEARNERS[config.model_name].figures):
                 print(f"drew {figure}")
     except Held:
         print(f"drew no figures: {folder} is being written by {lock.holder}")
     if test:
         checkpoint = latest_checkpoint(folder / CHECKPOINTS)
         if checkpoint is None:
-            raise UserError(f"{folder} has no checkpoint to test yet: let the run finish a task, or use --recorded")
+            raise UserError(
+                f"{folder} has no checkpoint to test yet: let the run finish a task, or use --recorded"
+            )
         print()
         report_checkpoint(checkpoint)
 
@@ -155,7 +166,7 @@ def show_seeds(folders: list[Path]) -> None:
     """
     from trainer import check_one_experiment, read_result
     from utils.errors import UserError
-    from utils.metrics import seeds_table
+    from utils.runs.metrics import seeds_table
 
     finished = [folder for folder in folders if (folder / "result.json").is_file()]
     for folder in sorted(set(folders) - set(finished)):
@@ -170,14 +181,16 @@ def show_seeds(folders: list[Path]) -> None:
 def analyse_run(folder: Path, names: list[str], images_per_class: int | None) -> None:
     """Run the named analyses on the networks that a finished run left, print and write what they find."""
     from trainer import read_config
+    from utils.analysis.findings import ANALYSIS, write_findings
     from utils.errors import UserError
-    from utils.findings import ANALYSIS, write_findings
-    from utils.folders import FolderLock
+    from utils.runs.folders import FolderLock
 
     analyses, gather = analyses_of(read_config(folder))
     unknown = [name for name in names if name not in analyses]
     if unknown:
-        raise UserError(f"--analyse {' '.join(unknown)}: no such analysis of this run; allowed: {', '.join(analyses)}")
+        raise UserError(
+            f"--analyse {' '.join(unknown)}: no such analysis of this run; allowed: {', '.join(analyses)}"
+        )
     checkpoints = task_checkpoints(folder)
     material = gather(folder, checkpoints, images_per_class)
     found = {name: analyses[name](material) for name in dict.fromkeys(names)}
@@ -191,8 +204,9 @@ def analyse_run(folder: Path, names: list[str], images_per_class: int | None) ->
 
 def analyses_of(config: RunConfig) -> tuple[Mapping[str, Callable[[Any], Findings]], Callable[..., Any]]:
     """The analyses of a run by name, and what gathers their material from its folder and checkpoints."""
-    from utils import analysis, grid_analysis
-    from utils.config import ClassIncrementalConfig
+    from models.shared_subspace import analysis as grid_analysis
+    from models.vit.config import ClassIncrementalConfig
+    from utils.analysis import representations as analysis
 
     if isinstance(config, ClassIncrementalConfig):
         return analysis.ANALYSES, class_incremental_material
@@ -205,11 +219,11 @@ def task_checkpoints(folder: Path) -> list[Path]:
     Raises:
         UserError: the run is unfinished, or a checkpoint is not there.
     """
+    from models.vit.config import ClassIncrementalConfig
     from trainer import CHECKPOINTS, read_config
-    from utils.checkpoint import checkpoint_name
-    from utils.config import ClassIncrementalConfig
     from utils.errors import UserError
-    from utils.run_log import read_metrics
+    from utils.runs.checkpoint import checkpoint_name
+    from utils.runs.run_log import read_metrics
 
     config = read_config(folder)
     if not (folder / "result.json").is_file():
@@ -219,7 +233,9 @@ def task_checkpoints(folder: Path) -> list[Path]:
         )
     tasks = [event["task"] for event in read_metrics(folder) if event["event"] == "task"]
     if not tasks:
-        raise UserError(f"{folder} has no task in its metrics.jsonl: the file is damaged, run the experiment again")
+        raise UserError(
+            f"{folder} has no task in its metrics.jsonl: the file is damaged, run the experiment again"
+        )
     paths = [folder / CHECKPOINTS / checkpoint_name(task) for task in tasks]
     missing = [path.name for path in paths if not path.is_dir()]
     if missing:
@@ -244,11 +260,15 @@ def material_of_grids(folder: Path, checkpoints: list[Path], images_per_class: i
     from utils.errors import UserError
 
     if images_per_class is not None:
-        raise UserError("--images-per-class: a run on grids has no images, its analyses draw new grids; leave it out")
+        raise UserError(
+            "--images-per-class: a run on grids has no images, its analyses draw new grids; leave it out"
+        )
     return saved_learner(checkpoints[-1])[0].material()
 
 
-def class_incremental_material(folder: Path, checkpoints: list[Path], images_per_class: int | None) -> Material:
+def class_incremental_material(
+    folder: Path, checkpoints: list[Path], images_per_class: int | None
+) -> Material:
     """Class tokens of the same test images, and what branches write to, of the network in every checkpoint.
 
     Raises:
@@ -258,9 +278,9 @@ def class_incremental_material(folder: Path, checkpoints: list[Path], images_per
     import torch
 
     from trainer import assemble, load_run_checkpoint, read_config, read_result
-    from utils.analysis import Material, chosen_images
-    from utils.plots import describe
-    from utils.toolkit import require_finite
+    from utils.analysis.representations import Material, chosen_images
+    from utils.runs.figures import describe
+    from utils.training.device import require_finite
 
     config = read_config(folder)
     parts = assemble(config, config.seed[0])

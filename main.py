@@ -18,7 +18,7 @@ import sys
 
 from utils.command_line import as_set, given_path, parse_or_advise
 from utils.console import attach_console, prepare_console
-from utils.sweep_engines import ENGINES
+from utils.sweeps.executors import ENGINES
 
 DEFAULT = "exps/quickstart.json"
 OPTIONS = ("config", "set", "resume", "overwrite", "sweep", "jobs", "engine", "ray-address", "report")
@@ -44,12 +44,21 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help="change one key; may be repeated",
     )
     parser.add_argument("--resume", type=given_path, metavar="FOLDER", help="continue the run in this folder")
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing folder of the same name")
     parser.add_argument(
-        "--sweep", type=given_path, metavar="FILE", help="run a table of experiments; what is finished is skipped"
+        "--overwrite", action="store_true", help="replace an existing folder of the same name"
     )
-    parser.add_argument("--jobs", type=int, metavar="N", help="of a sweep: runs at once (default: as many as fit)")
-    parser.add_argument("--engine", choices=list(ENGINES), help="of a sweep: what executes its runs (default: local)")
+    parser.add_argument(
+        "--sweep",
+        type=given_path,
+        metavar="FILE",
+        help="run a table of experiments; what is finished is skipped",
+    )
+    parser.add_argument(
+        "--jobs", type=int, metavar="N", help="of a sweep: runs at once (default: as many as fit)"
+    )
+    parser.add_argument(
+        "--engine", choices=list(ENGINES), help="of a sweep: what executes its runs (default: local)"
+    )
     parser.add_argument(
         "--ray-address", metavar="ADDR", help="with --engine ray: a cluster (default: a Ray of its own)"
     )
@@ -64,7 +73,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def way_out(name: str, values: list[str]) -> str:
     """What to write in place of an argument that there is not."""
     from models import SCHEMAS
-    from utils.config_files import nearest_key
+    from utils.config.loading import nearest_key
 
     keys = dict.fromkeys(key for schema in SCHEMAS.values() for key in schema.model_fields)
     if not name and values[0].endswith(".json"):
@@ -80,7 +89,9 @@ def way_out(name: str, values: list[str]) -> str:
     if option:
         return f"did you mean --{option}?"
     key, _, value = (nearest_key(name, keys, SCHEMAS.values()) or "").partition("=")
-    near = f"did you mean {as_set(key, [value] if value else values)}?" if key else "--help lists the arguments"
+    near = (
+        f"did you mean {as_set(key, [value] if value else values)}?" if key else "--help lists the arguments"
+    )
     return f"keys of a config are changed with --set KEY=VALUE: {near}"
 
 
@@ -104,8 +115,8 @@ def check_sweep_options(parser: argparse.ArgumentParser, options: argparse.Names
 def sweep(options: argparse.Namespace) -> int:
     """Run a table of experiments, or report on it; the exit code."""
     from models import SCHEMAS
-    from utils.sweep import load_sweep
-    from utils.sweep_run import report_sweep, run_sweep
+    from utils.sweeps.run import report_sweep, run_sweep
+    from utils.sweeps.spec import load_sweep
 
     table = load_sweep(options.sweep, options.overrides, SCHEMAS)
     if options.report:
@@ -125,9 +136,9 @@ def main(arguments: list[str] | None = None) -> int:
     # Imported after parsing, so that --help and usage errors answer at once.
     from models import SCHEMAS
     from trainer import joined_world, read_config, resume, train
-    from utils.config_files import load_config
+    from utils.config.loading import load_config
     from utils.errors import exit_code
-    from utils.toolkit import keep_freed_memory
+    from utils.training.device import keep_freed_memory
 
     if first:
         attach_console()

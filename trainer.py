@@ -5,7 +5,7 @@
     parts = assemble(config, seed=1993)           # what a run is made from, nothing written
 
 What kinds of experiments differ in is in `models/experiment.py`; class-incremental learning is one of them. What a run
-leaves behind is described in `utils/run_log.py`.
+leaves behind is described in `utils/runs/run_log.py`.
 """
 
 import json
@@ -28,20 +28,20 @@ import torch
 from models import LEARNERS, SCHEMAS
 from models.base import Interrupted, Learner
 from models.experiment import Parts
-from utils.checkpoint import checkpoint_name, latest_checkpoint, load_checkpoint, save_checkpoint
-from utils.config import RunConfig
-from utils.config_files import config_from_dict
-from utils.distributed import World, backend_for, local_device, process_group, world_from_environment
+from utils.config.loading import config_from_dict
+from utils.config.schema import RunConfig
 from utils.errors import UserError, in_one_line
 from utils.files import read_json
-from utils.folders import FolderLock, remove_replaced
-from utils.manifest import MANIFEST, Command, read_manifest, this_session, timestamp
-from utils.metrics import seeds_table
-from utils.plots import draw_figures
-from utils.provenance import changes, read_provenance
-from utils.run_folder import CONFIG, METRICS, RESULT, folder_of, is_complete, waiting_notes
-from utils.run_log import RunLog, SilentLog
-from utils.toolkit import out_of_memory_advice, peak_memory_mb, resolve_device, resolve_precision
+from utils.runs.checkpoint import checkpoint_name, latest_checkpoint, load_checkpoint, save_checkpoint
+from utils.runs.figures import draw_figures
+from utils.runs.folders import FolderLock, remove_replaced
+from utils.runs.manifest import MANIFEST, Command, read_manifest, this_session, timestamp
+from utils.runs.metrics import seeds_table
+from utils.runs.provenance import changes, read_provenance
+from utils.runs.run_folder import CONFIG, METRICS, RESULT, folder_of, is_complete, waiting_notes
+from utils.runs.run_log import RunLog, SilentLog
+from utils.training.device import out_of_memory_advice, peak_memory_mb, resolve_device, resolve_precision
+from utils.training.distributed import World, backend_for, local_device, process_group, world_from_environment
 
 logger = logging.getLogger("nested_lora")
 
@@ -127,7 +127,10 @@ def resume(folder: Path, world: World = ALONE) -> list[dict[str, Any]]:
             f"{folder / CONFIG} does not belong to this run any more: its seed is {_short(config.seed)}, and the run "
             f"was started for one of {_short(command.seeds)}; set back what was edited"
         )
-    runs = [SeedRun(*row) for row in json.loads(world.on_main(lambda: json.dumps(seed_runs(folder, config, command))))]
+    runs = [
+        SeedRun(*row)
+        for row in json.loads(world.on_main(lambda: json.dumps(seed_runs(folder, config, command))))
+    ]
     check_same_config([Path(run.folder) for run in runs if run.folder])
     left = [run for run in runs if not run.complete]
     results = {run.seed: read_result(Path(run.folder)) for run in runs if run.complete}
@@ -218,7 +221,9 @@ def finish_run(folder: Path, world: World = ALONE) -> dict[str, Any]:
         session = this_session(parts.device, parts.config.precision, world.size)
         differences = session.differences(manifest.sessions[-1])
         if differences:
-            logger.warning(f"Not as in the session before, which manifest.json records: {', '.join(differences)}")
+            logger.warning(
+                f"Not as in the session before, which manifest.json records: {', '.join(differences)}"
+            )
         sessions = [*manifest.sessions, session]
         log.manifest(manifest.model_copy(update={"sessions": sessions}).model_dump() | parts.manifest())
         run = Run(parts, log)
@@ -230,7 +235,7 @@ def finish_run(folder: Path, world: World = ALONE) -> dict[str, Any]:
 
 def complete_run(log: RunLog) -> None:
     """What follows the result: figures, the end of what the run replaces, and the note that nothing is missing."""
-    draw_figures(log.folder)
+    draw_figures(log.folder, LEARNERS[read_config(log.folder).model_name].figures)
     remove_replaced(log.folder)
     log.manifest(read_manifest(log.folder).model_copy(update={"finished": timestamp()}).model_dump())
 
@@ -280,7 +285,9 @@ def check_same_config(folders: Sequence[Path]) -> None:
     for folder, config in zip(folders, configs, strict=True):
         differing = configs[0].differing(config)
         if differing:
-            listed = ", ".join(f"{key} ({json.dumps(a)} and {json.dumps(b)})" for key, (a, b) in differing.items())
+            listed = ", ".join(
+                f"{key} ({json.dumps(a)} and {json.dumps(b)})" for key, (a, b) in differing.items()
+            )
             raise UserError(
                 f"{folders[0]} and {folder} are different experiments, their {CONFIG} differ in {listed}: a mean is "
                 "over runs that differ in their seed alone; set back what was edited, or compare them in a sweep"
@@ -295,7 +302,9 @@ def read_config(folder: Path) -> RunConfig:
         raise UserError(f"{'; '.join(told)}; give a folder such as logs/sema/.../run_1993_...")
     values = read_json(path)
     if not {"model_name", "seed"} <= values.keys():
-        raise UserError(f"{path} names no model_name and seed, as that of a run does: the file is damaged, restore it")
+        raise UserError(
+            f"{path} names no model_name and seed, as that of a run does: the file is damaged, restore it"
+        )
     return config_from_dict(values, SCHEMAS, str(path)).config
 
 
@@ -386,13 +395,19 @@ def _check_data(checkpoint: Path, read: dict[str, list[str]], parts: Parts) -> N
     for source, hashes in ours.items():
         theirs = read.get(source, [])
         if source not in read or len(theirs) != len(hashes):
-            raise UserError(f"{checkpoint} does not belong to this run: its {source} images are of other tasks")
+            raise UserError(
+                f"{checkpoint} does not belong to this run: its {source} images are of other tasks"
+            )
         changed = [task for task in range(len(hashes)) if theirs[task] != hashes[task]]
         if changed:
             raise UserError(
                 f"{checkpoint} does not belong to this run: the {source} images of task {changed[0]}, which it has "
                 f"read, have changed since; put the files back that were there"
-                + (", or remove this checkpoint to go on from the one before it" if changed[0] >= finished else "")
+                + (
+                    ", or remove this checkpoint to go on from the one before it"
+                    if changed[0] >= finished
+                    else ""
+                )
             )
 
 
@@ -460,7 +475,9 @@ class Run:
         if self.learner.task != task:
             logger.info(self.parts.opening(task))
             self.learner.begin_task(task)
-        with out_of_memory_advice(self.config.batch_size, self.config.grad_accumulation, self.config.eval_batch_size):
+        with out_of_memory_advice(
+            self.config.batch_size, self.config.grad_accumulation, self.config.eval_batch_size
+        ):
             self.learner.train_task()
             self.scores.add(self.scores.measure(self.learner))
         self.parts.world.check_same(f"the model after task {task}", self.learner.fingerprint())
@@ -587,7 +604,9 @@ class StopRequest:
     terminal sent them already. SIGHUP that is ignored, as under nohup, stays ignored.
     """
 
-    SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+    SIGNALS = tuple(
+        getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+    )
 
     def __init__(self) -> None:
         self.requested = False

@@ -88,7 +88,9 @@ def refit_function(adapter: NestedLoRAAdapter, tokens: Tensor, alpha: float) -> 
         up, down = _linear_target(adapter, alpha)
         basis, mixing = torch.linalg.qr(up)  # outputs are basis (mixing down x)
         outputs = (tokens.double() @ down.T) @ mixing.T  # (N, 2r)
-        directions = torch.linalg.svd(outputs, full_matrices=False).Vh[: slow.down_proj.out_features].T  # (2r, r)
+        directions = (
+            torch.linalg.svd(outputs, full_matrices=False).Vh[: slow.down_proj.out_features].T
+        )  # (2r, r)
         return _set_product(slow, basis @ directions, directions.T @ mixing @ down)
     rank = slow.down_proj.out_features
     down = torch.cat([slow.down_proj.weight, fast.down_proj.weight]).double()  # (2r, d)

@@ -114,7 +114,9 @@ class LoRALinear(nn.Module):
             return y
         up_q, up_v = self.newest_weight * self.new.up
         none = torch.zeros_like(up_q)
-        up = torch.cat([torch.cat([up_q, none], 1), torch.cat([none, none], 1), torch.cat([none, up_v], 1)])  # (3d, 2r)
+        up = torch.cat(
+            [torch.cat([up_q, none], 1), torch.cat([none, none], 1), torch.cat([none, up_v], 1)]
+        )  # (3d, 2r)
         return y + F.linear(F.linear(x, self.new.down.flatten(0, 1)), up)
 
     def grow(self, rank: int) -> None:
@@ -204,7 +206,9 @@ class LoRAVisionTransformer(nn.Module):
         weights = self.magnitudes if beta is None else beta * self.magnitudes
         by_block = weights.expand(len(self.projections), len(self.ranks))  # (L, K)
         frozen = torch.tensor(self.ranks[:-1] if self.is_open else self.ranks, dtype=torch.int64)
-        owner = torch.eye(len(frozen)).repeat_interleave(frozen, dim=0)  # (R, frozen adapters), one 1 in each row
+        owner = torch.eye(len(frozen)).repeat_interleave(
+            frozen, dim=0
+        )  # (R, frozen adapters), one 1 in each row
         of_terms = by_block[:, : len(frozen)] @ owner.T.to(weights)
         for projection, terms, own in zip(self.projections, of_terms, by_block, strict=True):
             projection.term_weights, projection.newest_weight = terms, own[-1] if self.is_open else None
@@ -293,7 +297,9 @@ class LoRAVisionTransformer(nn.Module):
 
     def _require_open(self, is_open: bool) -> None:
         if self.is_open != is_open:
-            raise RuntimeError(f"the newest adapter {'is frozen' if is_open else 'still learns: freeze it first'}")
+            raise RuntimeError(
+                f"the newest adapter {'is frozen' if is_open else 'still learns: freeze it first'}"
+            )
 
     # --- parameters ---------------------------------------------------------------------------------------------------
 
@@ -305,7 +311,9 @@ class LoRAVisionTransformer(nn.Module):
     def tensors(self) -> dict[str, Tensor]:
         """Everything but the frozen transformer, by name."""
         blocks = enumerate(self.projections)
-        named = {f"block.{i}.{name}": tensor for i, block in blocks for name, tensor in block.tensors().items()}
+        named = {
+            f"block.{i}.{name}": tensor for i, block in blocks for name, tensor in block.tensors().items()
+        }
         return {**named, "magnitudes": self.magnitudes}
 
     def adapters_per_block(self) -> dict[int, int]:
@@ -337,7 +345,9 @@ class _FrozenSum(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, down: Tensor, up: Tensor, weights: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, down: Tensor, up: Tensor, weights: Tensor
+    ) -> Tensor:
         merged = _with_terms(weight, down, up, weights)
         ctx.save_for_backward(x, merged, down, up)
         return F.linear(x, merged, bias)

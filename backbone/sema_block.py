@@ -77,7 +77,9 @@ class SEMAModules(nn.Module):
         self.spec, self.block, self.growable = spec, block, growable
         self.adapters = nn.ModuleList([AdapterModule(spec, described=growable)])
         self.router = nn.Linear(spec.width, 1) if growable else None
-        self.new_router: nn.Linear | None = None  # the row of an adapter grown in this task, merged when it freezes
+        self.new_router: nn.Linear | None = (
+            None  # the row of an adapter grown in this task, merged when it freezes
+        )
         self.added_for_task = True  # the newest adapter began to learn in the current task
 
     def forward(self, x: Tensor) -> Tensor:
@@ -111,7 +113,9 @@ class SEMAModules(nn.Module):
         """
         parts = [self.adapters[k].functional.factors() for k in chosen]
         downs, ups, down_bias = [part.down for part in parts], [part.up for part in parts], None
-        owners = [k for k, down in zip(chosen, downs, strict=True) for _ in down]  # whose weight a hidden unit takes
+        owners = [
+            k for k, down in zip(chosen, downs, strict=True) for _ in down
+        ]  # whose weight a hidden unit takes
         if parts[0].up_bias is not None:
             downs.append(x.new_zeros(len(parts), x.shape[-1]))
             down_bias = torch.cat([*(part.down_bias for part in parts), x.new_ones(len(parts))])
@@ -179,7 +183,10 @@ class SEMAModules(nn.Module):
                 freeze(adapter.rd)
 
     def end_of_task_training(
-        self, freeze_adapters: bool = True, consolidation: Consolidation | None = None, tokens: Tensor | None = None
+        self,
+        freeze_adapters: bool = True,
+        consolidation: Consolidation | None = None,
+        tokens: Tensor | None = None,
     ) -> dict[int, ConsolidationReport]:
         """Close a task: consolidate what learned in it, merge the router, freeze.
 
@@ -232,7 +239,9 @@ class SEMAModules(nn.Module):
 
     def router_parameters(self) -> list[nn.Parameter]:
         """The parameters of the router and of a row not merged yet."""
-        return [p for router in (self.router, self.new_router) if router is not None for p in router.parameters()]
+        return [
+            p for router in (self.router, self.new_router) if router is not None for p in router.parameters()
+        ]
 
     def is_learning(self) -> bool:
         """Whether anything on the functional side learns now."""

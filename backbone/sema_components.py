@@ -79,7 +79,11 @@ class Adapter(nn.Module):
         """The same function as one bottleneck of r units, for mixtures that stack their adapters."""
         down, up = self.down_proj, self.up_proj
         return Factors(
-            down.weight, down.bias, scaled(self.scale, up.weight), scaled(self.scale, up.bias), self.activation
+            down.weight,
+            down.bias,
+            scaled(self.scale, up.weight),
+            scaled(self.scale, up.bias),
+            self.activation,
         )
 
     @torch.no_grad()

@@ -88,7 +88,9 @@ class SEMAVisionTransformer(nn.Module):
 
     def fixed_depth(self) -> int:
         """Depth up to which nothing will change again: the first block that may grow or has a learning adapter."""
-        changing = (b for b, modules in self.modules_by_block.items() if modules.growable or modules.is_learning())
+        changing = (
+            b for b, modules in self.modules_by_block.items() if modules.growable or modules.is_learning()
+        )
         return next(changing, self.depth)
 
     def learning_depth(self) -> int:
@@ -134,7 +136,9 @@ class SEMAVisionTransformer(nn.Module):
                 attention.fused_attn = before
 
     @contextmanager
-    def capture_inputs(self, blocks: Iterable[int], reduce: Callable[[Tensor], Tensor]) -> Iterator[dict[int, Tensor]]:
+    def capture_inputs(
+        self, blocks: Iterable[int], reduce: Callable[[Tensor], Tensor]
+    ) -> Iterator[dict[int, Tensor]]:
         """While open, each forward leaves `reduce(x)` of the adapters' input x (B, N, d) in the dict, by block."""
         captured: dict[int, Tensor] = {}
 

@@ -7,7 +7,7 @@ from models.linear_probe import LinearProbe
 from models.ranpac import RanPAC
 from models.sdlora import SDLoRA
 from models.sema import SEMA
-from models.shared_subspace import SharedSubspace
+from models.shared_subspace.learner import SharedSubspace
 from models.simplecil import SimpleCIL
 
 LEARNERS: dict[str, type[Learner]] = {

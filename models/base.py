@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from models.experiment import Parts, Scores
-from utils.config import RunConfig
+from utils.config.schema import RunConfig
 from utils.console import progress
 from utils.errors import Interrupted, UserError
-from utils.optim import GroupedOptimizer
-from utils.run_log import RunLog
-from utils.toolkit import (
+from utils.runs.figures import Figures
+from utils.runs.run_log import RunLog
+from utils.training.device import (
     autocast,
     dead_worker_advice,
     not_finite_advice,
@@ -31,6 +31,7 @@ from utils.toolkit import (
     sha256_of,
     unpack_tensors,
 )
+from utils.training.optim import GroupedOptimizer
 
 logger = logging.getLogger("nested_lora")
 
@@ -129,6 +130,7 @@ class Learner(ABC):
     Config: ClassVar[type[RunConfig]]
     Parts: ClassVar[type[Parts]]
     Scores: ClassVar[type[Scores]]
+    figures: ClassVar[Figures]
     modules: nn.ModuleDict  # the subclass makes them
 
     def __init__(
@@ -143,7 +145,9 @@ class Learner(ABC):
         self.log, self._stop_requested, self._save = log, stop_requested, save
         self.task = -1
         self.progress = Progress()
-        self._open_phase: dict[str, Any] | None = None  # position and optimizer of a phase that was interrupted
+        self._open_phase: dict[str, Any] | None = (
+            None  # position and optimizer of a phase that was interrupted
+        )
 
     # --- what a method adds -----------------------------------------------------------------------------------------
 
@@ -211,9 +215,13 @@ class Learner(ABC):
             UserError: the loss is not finite, or the last step left weights that are not.
         """
         position = self._restore_phase(phase)
-        where = f"Task {self.task} {phase.name}" + (f" block {phase.block}" if phase.block is not None else "")
+        where = f"Task {self.task} {phase.name}" + (
+            f" block {phase.block}" if phase.block is not None else ""
+        )
         if phase.announced and position == Position():
-            logger.info(f"{where}: {phase.epochs} epochs of {phase.steps_per_epoch} steps\n{phase.optimizer.table()}")
+            logger.info(
+                f"{where}: {phase.epochs} epochs of {phase.steps_per_epoch} steps\n{phase.optimizer.table()}"
+            )
         total = phase.epochs * phase.steps_per_epoch
         done = position.epoch * phase.steps_per_epoch + position.step
         with progress(total=total, initial=done, desc=where, unit="step") as bar:
@@ -228,14 +236,20 @@ class Learner(ABC):
                     self._keep_phase(phase, position)
                     raise
                 position = self._end_epoch(phase, position)
-                if phase.save_every and position.epoch % phase.save_every == 0 and position.epoch < phase.epochs:
+                if (
+                    phase.save_every
+                    and position.epoch % phase.save_every == 0
+                    and position.epoch < phase.epochs
+                ):
                     self._keep_phase(phase, position)
                     self._save()
                     self._open_phase = None
                 bar.set_postfix_str(f"epoch {position.epoch}/{phase.epochs}")
         for group in phase.optimizer.groups:
             for parameter in group.parameters:
-                require_finite(parameter.detach(), f"{where}: the weights of group {group.name}", self.config.precision)
+                require_finite(
+                    parameter.detach(), f"{where}: the weights of group {group.name}", self.config.precision
+                )
         self.progress.phases += 1
 
     def take_step(self, phase: Phase, position: Position, batch: Any) -> None:
@@ -369,7 +383,9 @@ def _exactly(kind: type[Saved], values: dict[str, Any]) -> Saved:
     """A dataclass with the values that `asdict` took of one; ValueError where any is missing or unknown."""
     names = [field.name for field in fields(kind)]
     if sorted(values) != sorted(names):
-        raise ValueError(f"{kind.__name__} has {', '.join(sorted(values))} instead of {', '.join(sorted(names))}")
+        raise ValueError(
+            f"{kind.__name__} has {', '.join(sorted(values))} instead of {', '.join(sorted(names))}"
+        )
     return kind(**values)
 
 
@@ -387,6 +403,8 @@ def load_strictly(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
             wrong.append(f"{name} has shape {tuple(theirs[name].shape)} instead of {tuple(ours[name].shape)}")
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise UserError(f"the checkpoint does not fit this configuration: {'; '.join(sorted(wrong)[:3])}{more}")
+        raise UserError(
+            f"the checkpoint does not fit this configuration: {'; '.join(sorted(wrong)[:3])}{more}"
+        )
     for name, tensor in ours.items():
         tensor.copy_(theirs[name])

@@ -6,7 +6,7 @@
     scores.add(scores.measure(learner))  # after each of `parts.nb_tasks` tasks
     scores.result(learner.summary())     # what `result.json` says
 
-Class-incremental learning is in `models/class_incremental.py`, tasks on grids in `models/grid_experiment.py`.
+Class-incremental learning is in `models/vit/class_incremental.py`, tasks on grids in `models/shared_subspace/evaluation.py`.
 """
 
 from abc import ABC, abstractmethod
@@ -15,9 +15,9 @@ from typing import Any, Self
 
 import torch
 
-from utils.config import RunConfig
-from utils.distributed import World
-from utils.run_log import RunLog
+from utils.config.schema import RunConfig
+from utils.runs.run_log import RunLog
+from utils.training.distributed import World
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,9 @@ class Parts(ABC):
 
     @classmethod
     @abstractmethod
-    def prepare(cls, config: RunConfig, *, seed: int, device: torch.device, world: World, warnings: list[str]) -> Self:
+    def prepare(
+        cls, config: RunConfig, *, seed: int, device: torch.device, world: World, warnings: list[str]
+    ) -> Self:
         """Get hold of everything.
 
         Raises:

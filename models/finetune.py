@@ -1,6 +1,6 @@
 """Finetune: one adapter a block that goes on learning in every task, without growth and without freezing.
 
-    python main.py --config exps/finetune_cifar.json
+    python main.py --config exps/baselines/finetune_cifar.json
 
 The adapters (any `ffn_adapter_type`) and the newest classifier rows are trained with the cross-entropy over the current
 task's classes; nothing protects what was learned before. It is what Nested LoRA with `nested_lora_freeze` "never" must
@@ -11,8 +11,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from models.tuning import AdapterTuning
-from models.vit_config import AdapterConfig
+from models.vit.config import AdapterConfig
+from models.vit.tuning import AdapterTuning
 
 
 class FinetuneConfig(AdapterConfig):

@@ -97,9 +97,15 @@ def symptoms(gate: GateState, kept: Sequence[int], config: SDLoRAConfig, tau: fl
     """
     found, adapters, total = [], len(gate.adapters), gate.task + 1
     if adapters > 1 and max(abs(adapters * beta - 1) for beta in gate.mean) < UNIFORM:
-        found.append(f"beta values are almost uniform: increase lambda_sparsity (now {config.lambda_sparsity:g})")
+        found.append(
+            f"beta values are almost uniform: increase lambda_sparsity (now {config.lambda_sparsity:g})"
+        )
     if config.growth == "threshold" and total > 2 and len(kept) <= FEW * total:
-        what = "all adapters but the first were pruned" if len(kept) == 1 else f"only {len(kept)} of {total} are kept"
+        what = (
+            "all adapters but the first were pruned"
+            if len(kept) == 1
+            else f"only {len(kept)} of {total} are kept"
+        )
         found.append(f"{what}: lower growth_threshold (now {config.growth_threshold:g})")
     if adapters > 1 and steps and tau > COOLED * config.gumbel_tau_final:
         rate = math.floor(1e4 * (config.gumbel_tau_final / config.gumbel_tau_init) ** (1 / steps)) / 1e4

@@ -1,6 +1,6 @@
 """Joint: the same adapters trained on all classes at once; an upper bound for what task-by-task learning can reach.
 
-    python main.py --config exps/joint_cifar.json
+    python main.py --config exps/baselines/joint_cifar.json
 
 There is one task that holds all classes, so the record has a final accuracy and neither forgetting nor a curve.
 """
@@ -9,8 +9,8 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from models.tuning import AdapterTuning
-from models.vit_config import AdapterConfig
+from models.vit.config import AdapterConfig
+from models.vit.tuning import AdapterTuning
 
 
 class JointConfig(AdapterConfig):

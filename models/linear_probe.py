@@ -1,6 +1,6 @@
 """Linear probe: a linear classifier trained on frozen features of all classes at once; what the features alone offer.
 
-    python main.py --config exps/linear_probe_cifar.json
+    python main.py --config exps/baselines/linear_probe_cifar.json
 
 There is one task that holds all classes, as for `joint`. The augmented views are those of every other method.
 """
@@ -9,8 +9,8 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from models.tuning import Tuning
-from models.vit_config import TrainingConfig
+from models.vit.config import TrainingConfig
+from models.vit.tuning import Tuning
 
 
 class LinearProbeConfig(TrainingConfig):

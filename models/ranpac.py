@@ -1,11 +1,11 @@
 """RanPAC: ridge regression on random features of the network, task by task equal to all tasks at once.
 
-    python main.py --config exps/ranpac_cifar.json                                              # training-free
-    python main.py --config exps/ranpac_cifar.json --set first_session=true --set ffn_num=32    # adapts in task 0
+    python main.py --config exps/baselines/ranpac_cifar.json                                              # training-free
+    python main.py --config exps/baselines/ranpac_cifar.json --set first_session=true --set ffn_num=32    # adapts in task 0
 
 scores(x) = relu(f(x) P) (G + lambda I)^-1 Q with f the class token, P a fixed random projection to `ranpac_dim`
 numbers, G and Q sums over all training images so far, and lambda chosen on a held-out fifth of every task
-(`utils.readout.RanPACReadout`). With `first_session` the adapters are trained on task 0 and frozen before its features
+(`models.vit.closed_form.RanPACReadout`). With `first_session` the adapters are trained on task 0 and frozen before its features
 are read, so that all sums belong to one network. Source: McDonnell et al., *RanPAC: Random Projections and Pre-trained
 Models for Continual Learning*, NeurIPS 2023.
 """
@@ -16,11 +16,11 @@ from pydantic import Field
 
 from backbone.sema_block import freeze
 from backbone.vit_sema import SEMAVisionTransformer
-from models.frozen_vit import FrozenViT
-from models.tuning import AdapterTuning
-from models.vit_config import BATCH_KEYS, AdapterConfig, ViTConfig
-from utils.config import IdleRule
-from utils.factory import Backbone
+from models.vit.config import BATCH_KEYS, AdapterConfig, ViTConfig
+from models.vit.frozen_vit import FrozenViT
+from models.vit.pretrained import Backbone
+from models.vit.tuning import AdapterTuning
+from utils.config.schema import IdleRule
 
 
 class RanPACConfig(AdapterConfig):

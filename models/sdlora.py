@@ -12,28 +12,38 @@ Sources: SD-LoRA (Wu et al., ICLR 2025); the gate and conditional growth as in t
 """
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from backbone.lora import GumbelGate, LoRAVisionTransformer
 from models.base import EpochNote, Learner, Phase, StepResult
-from models.class_incremental import ClassIncrementalLearner
-from models.gumbel_growth import GateRecord, GateState, growth_lines, kept_adapters, not_finite_advice, symptoms
-from models.representations import class_tokens
+from models.gate_figures import gate_figures
+from models.gumbel_growth import (
+    GateRecord,
+    GateState,
+    growth_lines,
+    kept_adapters,
+    not_finite_advice,
+    symptoms,
+)
 from models.sdlora_config import SDLoRAConfig
 from models.sdlora_costs import SDLoRACosts
-from utils.factory import Backbone
+from models.vit.class_incremental import ClassIncrementalLearner
+from models.vit.pretrained import Backbone
+from models.vit.representations import class_tokens
 from utils.gumbel_utils import gumbel_sparsemax, newcomer_logits, sparsemax, sparsity_loss
 from utils.inc_net import IncrementalHead
-from utils.metrics import active_adapters_table
-from utils.optim import GroupedOptimizer, ParameterGroup, StepDecay
-from utils.run_log import read_metrics
-from utils.toolkit import seeded_generator
+from utils.runs.figures import class_incremental_figures
+from utils.runs.metrics import active_adapters_table
+from utils.runs.run_log import read_metrics
+from utils.training.device import seeded_generator
+from utils.training.optim import GroupedOptimizer, ParameterGroup, StepDecay
 
 logger = logging.getLogger("nested_lora")
 
@@ -58,6 +68,12 @@ class SDLoRA(ClassIncrementalLearner):
             parts["gate"] = GumbelGate(len(vit.blocks) if kind == "layer" else None)
         return nn.ModuleDict(parts)
 
+    @staticmethod
+    def figures(
+        events: Sequence[Mapping[str, Any]], rows: Sequence[Sequence[float]], about: str
+    ) -> dict[str, Figure]:
+        return class_incremental_figures(events, rows, about) | gate_figures(events, about)
+
     @property
     def network(self) -> LoRAVisionTransformer:
         return self.modules["backbone"]
@@ -79,7 +95,10 @@ class SDLoRA(ClassIncrementalLearner):
         if self.config.sdlora_scaling == "reset":
             self.network.reset_magnitudes()
         self.grow()
-        self.progress.memory = {"tau": self.config.gumbel_tau_init, "sparse": 0.0}  # sparse: sum over the open epoch
+        self.progress.memory = {
+            "tau": self.config.gumbel_tau_init,
+            "sparse": 0.0,
+        }  # sparse: sum over the open epoch
 
     def grow(self) -> None:
         """One more adapter, with the rank that is due."""
@@ -90,7 +109,11 @@ class SDLoRA(ClassIncrementalLearner):
 
     @property
     def stages(self) -> dict[str, Callable[[], str]]:
-        return {"start": self.announce, "functional": self.train_functional, "close": self.end_of_task_training}
+        return {
+            "start": self.announce,
+            "functional": self.train_functional,
+            "close": self.end_of_task_training,
+        }
 
     def features(self, images: Tensor) -> Tensor:
         """Class token of the network with all adapters merged into its weights, (B, 3, S, S) -> (B, d), float32."""
@@ -158,13 +181,19 @@ class SDLoRA(ClassIncrementalLearner):
             parts=self._parts,
         )
         if self.gate is not None:
-            phase.before_step, phase.after_step, phase.after_epoch = self._before_step, self._anneal, self._note
+            phase.before_step, phase.after_step, phase.after_epoch = (
+                self._before_step,
+                self._anneal,
+                self._note,
+            )
         return phase
 
     def _batches(self, epoch: int, start: int) -> Iterable[Batch]:
         """This rank's shares of an epoch's batches, newly augmented; every block learns, so no activation is kept."""
         key, size = (self.seed, self.task, TRAINING, epoch), self.config.batch_size
-        return self.data.batches(self.classes, source="train", mode="train", batch_size=size, key=key, start=start)
+        return self.data.batches(
+            self.classes, source="train", mode="train", batch_size=size, key=key, start=start
+        )
 
     def _parts(self, batch: Batch) -> list[Batch]:
         """The batch in `grad_accumulation` parts of nearly equal size, without empty ones."""
@@ -272,7 +301,9 @@ class SDLoRA(ClassIncrementalLearner):
     def close_run(self) -> None:
         """The table of active adapters over tasks, from the run's own record."""
         if self.gate is not None and self.world.is_main:
-            masks = {e["task"]: e["pruning_mask"] for e in read_metrics(self.log.folder) if e["event"] == "gate"}
+            masks = {
+                e["task"]: e["pruning_mask"] for e in read_metrics(self.log.folder) if e["event"] == "gate"
+            }
             if len(masks) > 1:
                 logger.info("\n" + active_adapters_table(masks))
 
@@ -296,7 +327,9 @@ class SDLoRA(ClassIncrementalLearner):
             self.head.grow(classes)
 
     def checkpoint_tensors(self) -> dict[str, Tensor]:
-        tensors = self.network.tensors() | {f"head.{name}": tensor for name, tensor in self.head.state_dict().items()}
+        tensors = self.network.tensors() | {
+            f"head.{name}": tensor for name, tensor in self.head.state_dict().items()
+        }
         return tensors if self.gate is None else tensors | {"gate.logits": self.gate.logits}
 
     def summary(self) -> dict[str, Any]:

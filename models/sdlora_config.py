@@ -11,7 +11,8 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, Field
 
-from utils.config import MOST, ClassIncrementalConfig, Conflict, IdleRule, PathText, falling_rate
+from models.vit.config import ClassIncrementalConfig
+from utils.config.schema import MOST, Conflict, IdleRule, PathText, falling_rate
 
 GATE_KEYS = (
     "gumbel_tau_init", "gumbel_tau_final", "gumbel_anneal_rate", "growth", "growth_threshold", "growth_top_k",
@@ -50,26 +51,35 @@ class SDLoRAConfig(ClassIncrementalConfig):
 
     init_epoch: int = Field(20, ge=0, le=MOST, description="Epochs of the first task.")
     init_lr: float = Field(0.008, gt=0, lt=1e3, description="Learning rate of the first task.")
-    init_milestones: list[Count] = Field([], description='Epochs after which "steplr" lowers the first task\'s rate.')
+    init_milestones: list[Count] = Field(
+        [], description='Epochs after which "steplr" lowers the first task\'s rate.'
+    )
     init_lr_decay: float = Field(0.1, ge=0, le=1, description='Factor of each of these steps of "steplr".')
     init_weight_decay: float = Field(0.0, ge=0, lt=1e3, description="Weight decay of the first task.")
     epochs: int = Field(20, ge=0, le=MOST, description="Epochs of every later task.")
     lrate: float = Field(0.008, gt=0, lt=1e3, description="Learning rate of later tasks.")
-    milestones: list[Count] = Field([], description='Epochs after which "steplr" lowers a later task\'s rate.')
+    milestones: list[Count] = Field(
+        [], description='Epochs after which "steplr" lowers a later task\'s rate.'
+    )
     lrate_decay: float = Field(0.1, ge=0, le=1, description='Factor of each of these steps of "steplr".')
     weight_decay: float = Field(0.0, ge=0, lt=1e3, description="Weight decay of later tasks.")
     optimizer: Literal["sgd", "adam"] = Field("sgd", description='SGD with momentum 0.9; "adam" means AdamW.')
-    scheduler: Literal["cosine", "steplr", "constant"] = Field("cosine", description="How rates change by epoch.")
+    scheduler: Literal["cosine", "steplr", "constant"] = Field(
+        "cosine", description="How rates change by epoch."
+    )
     min_lr: float = Field(0.0, ge=0, lt=1e3, description='Where "cosine" ends.')
 
     lora_rank: int = Field(10, ge=1, le=4096, description="Rank of an adapter; 10 as published.")
     lora_rank_schedule: RankSchedule = Field(
         [],
         description="[[task, rank], ...]: from this task on (counted from 0) adapters have this rank; SD-LoRA-RR.",
-        json_schema_extra={"allowed": "a list of [task, rank], such as [[4, 8], [8, 6]], from task 1 on, ascending"},
+        json_schema_extra={
+            "allowed": "a list of [task, rank], such as [[4, 8], [8, 6]], from task 1 on, ascending"
+        },
     )
     sdlora_scaling: Literal["carry", "reset"] = Field(
-        "carry", description='At a new task, earlier adapters weigh what they did, or "reset": all alike, as published.'
+        "carry",
+        description='At a new task, earlier adapters weigh what they did, or "reset": all alike, as published.',
     )
     classifier_init: Literal["auto", "torch_default", "kaiming_linear"] = Field(
         "auto",
@@ -78,18 +88,26 @@ class SDLoRAConfig(ClassIncrementalConfig):
     )
 
     gumbel_gate: Literal["auto", "off", "global", "layer"] = Field(
-        "auto", description='One gate, or one a layer; "auto" is "global" where lambda_sparsity > 0, else "off".'
+        "auto",
+        description='One gate, or one a layer; "auto" is "global" where lambda_sparsity > 0, else "off".',
     )
     lambda_sparsity: float = Field(0.0, ge=0, lt=1e3, description="Weight of the gate's entropy in the loss.")
     gumbel_tau_init: float = Field(
         5.0, ge=1e-6, le=1e6, description="Temperature of the gate at the start of every task."
     )
-    gumbel_tau_final: float = Field(0.5, ge=1e-6, le=1e6, description="Its lowest value, and its value in evaluation.")
-    gumbel_anneal_rate: float = Field(0.999, gt=0, le=1, description="What it is multiplied by after every step.")
-    growth: Literal["threshold", "top_k"] = Field(
-        "threshold", description="After a task keep its adapter where its weight is large enough, or the best of all."
+    gumbel_tau_final: float = Field(
+        0.5, ge=1e-6, le=1e6, description="Its lowest value, and its value in evaluation."
     )
-    growth_threshold: float = Field(0.1, ge=0, lt=1, description="Weight above which a task's adapter is kept.")
+    gumbel_anneal_rate: float = Field(
+        0.999, gt=0, le=1, description="What it is multiplied by after every step."
+    )
+    growth: Literal["threshold", "top_k"] = Field(
+        "threshold",
+        description="After a task keep its adapter where its weight is large enough, or the best of all.",
+    )
+    growth_threshold: float = Field(
+        0.1, ge=0, lt=1, description="Weight above which a task's adapter is kept."
+    )
     growth_top_k: int = Field(5, ge=1, le=MOST, description='Adapters that "top_k" keeps.')
     filepath: PathText | None = Field(
         None, description="Folder that gets the gate's files too, beside the run folder's gate/."
@@ -111,7 +129,9 @@ class SDLoRAConfig(ClassIncrementalConfig):
 
     def rank_of(self, task: int) -> int:
         """Rank of the adapter that a task adds."""
-        return next((rank for first, rank in reversed(self.lora_rank_schedule) if task >= first), self.lora_rank)
+        return next(
+            (rank for first, rank in reversed(self.lora_rank_schedule) if task >= first), self.lora_rank
+        )
 
     def conflicts(self) -> list[Conflict]:
         """Adds ranks beyond the backbone's width, temperatures out of order, a folder that cannot be written to."""
@@ -131,7 +151,9 @@ class SDLoRAConfig(ClassIncrementalConfig):
             there = next(path for path in (place, *place.parents) if os.path.exists(path))
             if not os.path.isdir(there) or not os.access(there, os.W_OK):
                 fault = f"{there} is no folder that can be written to"
-                found.append((("filepath",), f"{fault}; allowed: a folder, which is made where there is none"))
+                found.append(
+                    (("filepath",), f"{fault}; allowed: a folder, which is made where there is none")
+                )
         return found
 
     def idle_rules(self) -> list[IdleRule]:

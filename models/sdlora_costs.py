@@ -48,7 +48,10 @@ class SDLoRACosts:
         least, most = ADAPTERS[0], ADAPTERS[-1]
         ratio = f"  {most} against {least} adapter"
         against = EVALUATION.format(least)
-        return [*found, Cost(ratio, self._evaluation(most), config.eval_batch_size, KEPT_COST, against=against)]
+        return [
+            *found,
+            Cost(ratio, self._evaluation(most), config.eval_batch_size, KEPT_COST, against=against),
+        ]
 
     def projected(
         self, cost: Mapping[str, float], *, train: int, test: int, tasks: int, growths: float

@@ -30,13 +30,13 @@ from backbone.vit_sema import SEMAVisionTransformer
 from models.base import Interrupted, Learner, Phase, StepResult
 from models.sema_config import SEMAConfig
 from models.sema_costs import SEMACosts
-from models.task_inputs import VIEW, Batch
-from models.tuning import FUNCTIONAL, AdapterTuning, learning
+from models.vit.pretrained import Backbone
+from models.vit.task_inputs import VIEW, Batch
+from models.vit.tuning import FUNCTIONAL, AdapterTuning, learning
 from utils.console import progress
 from utils.errors import UserError
-from utils.factory import Backbone
-from utils.optim import GroupedOptimizer, ParameterGroup
-from utils.toolkit import seeded_generator
+from utils.training.device import seeded_generator
+from utils.training.optim import GroupedOptimizer, ParameterGroup
 
 logger = logging.getLogger("nested_lora")
 
@@ -63,7 +63,10 @@ class SEMA(AdapterTuning):
     def adapter_spec(self, width: int) -> AdapterSpec:
         config = self.config
         return replace(
-            super().adapter_spec(width), rd_dim=config.rd_dim, buffer_size=config.buffer_size, aligned=config.aligned
+            super().adapter_spec(width),
+            rd_dim=config.rd_dim,
+            buffer_size=config.buffer_size,
+            aligned=config.aligned,
         )
 
     def open_task(self) -> None:
@@ -92,7 +95,9 @@ class SEMA(AdapterTuning):
 
     def costs(self, build: Callable[[Mapping[str, Any]], Learner]) -> SEMACosts:
         if not self.network.growing:
-            raise UserError('expansion = "never": the benchmark measures growth; allowed with it: "novelty", "always"')
+            raise UserError(
+                'expansion = "never": the benchmark measures growth; allowed with it: "novelty", "always"'
+            )
         return SEMACosts(self, build)
 
     # --- stage: scan ------------------------------------------------------------------------------------------------
@@ -177,7 +182,9 @@ class SEMA(AdapterTuning):
             name="rd",
             epochs=epochs,
             optimizer=self.update_rd_optimizer_and_scheduler(epochs),
-            batches=self.inputs.means_by_epoch(self.task, key, self._described, views=views, epochs=epochs, size=size),
+            batches=self.inputs.means_by_epoch(
+                self.task, key, self._described, views=views, epochs=epochs, size=size
+            ),
             steps_per_epoch=self.inputs.batch_count(self.task, size),
             observe=self._describe,
             replicated=True,
@@ -255,7 +262,9 @@ class SEMA(AdapterTuning):
                     f"fast {report.before['fast']:.3f} -> {report.after['fast']:.3f}, "
                     f"slow {report.before['slow']:.3f} -> {report.after['slow']:.3f}"
                 )
-                self.log.metric("norms", task=self.task, block=block, adapter=k, when="before", **report.before)
+                self.log.metric(
+                    "norms", task=self.task, block=block, adapter=k, when="before", **report.before
+                )
                 self.log.metric(
                     "consolidation", task=self.task, block=block, adapter=k, alpha=consolidation.alpha,
                     rule=consolidation.rule, drift=report.drift,
@@ -272,7 +281,9 @@ class SEMA(AdapterTuning):
 
     def _log_norms(self, block: int, modules: SEMAModules) -> None:
         """`||theta_fast||` and `||theta_slow||` of a block's adapters as the task leaves them."""
-        nested = [a.functional.norms() for a in modules.adapters if isinstance(a.functional, NestedLoRAAdapter)]
+        nested = [
+            a.functional.norms() for a in modules.adapters if isinstance(a.functional, NestedLoRAAdapter)
+        ]
         for k, norms in enumerate(nested):
             self.log.metric("norms", task=self.task, block=block, adapter=k, when="after", **norms)
         if nested:

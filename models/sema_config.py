@@ -7,11 +7,12 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from models.vit_config import AdapterConfig
-from utils.config import MOST, ClassIncrementalConfig, Conflict, IdleRule
+from models.vit.config import AdapterConfig, ClassIncrementalConfig
+from utils.config.schema import MOST, Conflict, IdleRule
 
 CONSOLIDATION_KEYS = tuple(
-    f"nested_lora_{rule}" for rule in ("consolidation", "consolidation_alpha", "consolidation_schedule", "reset")
+    f"nested_lora_{rule}"
+    for rule in ("consolidation", "consolidation_alpha", "consolidation_schedule", "reset")
 )
 GROWTH_KEYS = ("rd_epoch", "rd_lr", "rd_dim", "rd_views", "buffer_size", "exp_threshold", "detect_batch_size")
 
@@ -46,7 +47,8 @@ class SEMAConfig(AdapterConfig):
     model_name: Literal["sema"] = Field("sema", description="The method.")
 
     expansion: Literal["novelty", "always", "never"] = Field(
-        "novelty", description="Growing blocks gain an adapter where data are new, once in every task, or never."
+        "novelty",
+        description="Growing blocks gain an adapter where data are new, once in every task, or never.",
     )
     rd_epoch: int = Field(20, ge=0, le=MOST, description="Epochs of a representation descriptor phase.")
     rd_lr: float = Field(0.01, gt=0, lt=1e3, description="Learning rate of representation descriptors.")
@@ -68,17 +70,23 @@ class SEMAConfig(AdapterConfig):
     detect_batch_size: int = Field(128, ge=2, le=MOST, description="Images in a batch of the novelty scan.")
 
     nested_lora_freeze: Literal["task", "never"] = Field(
-        "task", description='Adapters freeze with their task (SEMA), or "never": all go on learning in later tasks.'
+        "task",
+        description='Adapters freeze with their task (SEMA), or "never": all go on learning in later tasks.',
     )
-    nested_lora_use_consolidation: bool = Field(False, description="At task ends, move fast into slow; reset fast.")
+    nested_lora_use_consolidation: bool = Field(
+        False, description="At task ends, move fast into slow; reset fast."
+    )
     nested_lora_consolidation: Literal["weights", "function", "interpolate"] = Field(
         "weights",
         description="Add fast's tensors to slow's; refit slow to slow(x) + alpha * fast(x); or move slow's hidden "
         'units a share alpha of the way to those that fast made of them (needs nested_lora_reset "aligned").',
     )
-    nested_lora_consolidation_alpha: float = Field(0.1, ge=0, le=1, description="Share of fast that moves into slow.")
+    nested_lora_consolidation_alpha: float = Field(
+        0.1, ge=0, le=1, description="Share of fast that moves into slow."
+    )
     nested_lora_consolidation_schedule: Literal["constant", "mean"] = Field(
-        "constant", description="alpha in every task, or alpha / (task + 1): with alpha 1, slow is the mean over tasks."
+        "constant",
+        description="alpha in every task, or alpha / (task + 1): with alpha 1, slow is the mean over tasks.",
     )
     nested_lora_reset: Literal["lora", "zeros", "aligned"] = Field(
         "lora",
@@ -125,7 +133,9 @@ class SEMAConfig(AdapterConfig):
         """Adds that units can be interpolated only where they belong together."""
         found = super().conflicts()
         if self.consolidates and self.nested_lora_consolidation == "interpolate" and not self.aligned:
-            sentence = 'units of slow and fast do not belong together; allowed with "interpolate": reset "aligned"'
+            sentence = (
+                'units of slow and fast do not belong together; allowed with "interpolate": reset "aligned"'
+            )
             found.append((("nested_lora_consolidation", "nested_lora_reset"), sentence))
         return found
 
@@ -133,7 +143,11 @@ class SEMAConfig(AdapterConfig):
         """Adds keys of consolidation while it is off, of growth while nothing grows, of tasks that train no adapter."""
         off = self.nested and not self.nested_lora_use_consolidation
         nothing_moves = self.consolidates and self.nested_lora_consolidation_alpha == 0
-        silent = self.consolidates and self.nested_lora_lr_fast == 0 and self.nested_lora_consolidation != "weights"
+        silent = (
+            self.consolidates
+            and self.nested_lora_lr_fast == 0
+            and self.nested_lora_consolidation != "weights"
+        )
         shares = ("nested_lora_consolidation_alpha", "nested_lora_consolidation_schedule")
         later = ("head_drift", "nested_lora_consolidation_schedule")
         undescribed = ("rd_lr", "rd_views", "buffer_size", "exp_threshold")

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from models.base import Learner, Phase, Position
-from models.task_inputs import VIEW
+from models.vit.task_inputs import VIEW
 from utils.costs import Cost
 
 FIRST_STEP = "functional step of task 0"
@@ -44,7 +44,10 @@ class SEMACosts:
 
     def parts(self) -> list[Cost]:
         """Every part, with the targets of the design where it names one."""
-        config, images = self.learner.config, self.learner.data.count(self.learner.data.task_classes(0), "train")
+        config, images = (
+            self.learner.config,
+            self.learner.data.count(self.learner.data.task_classes(0), "train"),
+        )
         step = config.batch_size
         found = [Cost(FIRST_STEP, self._first_step, step, 2.1)]
         if config.nested:
@@ -69,7 +72,9 @@ class SEMACosts:
                 found.append(Cost(EVALUATION, self._evaluation, config.eval_batch_size, 1.05))
         most, some = ADAPTERS[-1], ADAPTERS[-2]
         ratio = f"  {most} against {some} adapters (1 % each is {1 + (most - some) / 100:g})"
-        found.append(Cost(ratio, self._later_step(most), step, 1 + (most - some) / 100, against=STEP.format(some)))
+        found.append(
+            Cost(ratio, self._later_step(most), step, 1 + (most - some) / 100, against=STEP.format(some))
+        )
         return found
 
     def projected(
@@ -97,7 +102,10 @@ class SEMACosts:
             "later tasks, frozen blocks": later * views * train * cost[PREFIX],
             "later tasks, scans": later * train * cost[SCAN] * (2 if growths else 1),
             "later tasks, functional": later * train * (grown if growths else still),
-            "later tasks, descriptors": later * growths * train * (config.distinct_rd_views * cost[SCAN] + epochs),
+            "later tasks, descriptors": later
+            * growths
+            * train
+            * (config.distinct_rd_views * cost[SCAN] + epochs),
             "descriptors' errors on new views": (1 + later * growths) * errors * (cost[PREFIX] + cost[SCAN]),
             "test images": test * (tasks * cost[PREFIX] + (1 + tested) * cost[TAIL]),
         }
@@ -145,7 +153,12 @@ class SEMACosts:
         return lambda: data.views(indices, "train", "train", (VIEW, 0))
 
     def _reading(self) -> Callable[[], object]:
-        data, opened, key, size = self.learner.data, self.inputs.view(1, 0, (0,)), (0,), self.learner.config.batch_size
+        data, opened, key, size = (
+            self.learner.data,
+            self.inputs.view(1, 0, (0,)),
+            (0,),
+            self.learner.config.batch_size,
+        )
         order = data.order(self.learner.classes, "train", key)
         return lambda: [opened.take(order[start : start + size]) for start in range(0, len(order), size)]
 
@@ -178,7 +191,9 @@ class SEMACosts:
                 modules.grow()
                 modules.freeze_functional()
                 modules.freeze_rd()
-        for parameter in self.network.modules_by_block[self.network.growing[0]].adapters[-1].functional.parameters():
+        for parameter in (
+            self.network.modules_by_block[self.network.growing[0]].adapters[-1].functional.parameters()
+        ):
             parameter.requires_grad_(True)
 
     @torch.no_grad()
@@ -197,7 +212,9 @@ class SEMACosts:
         return tail
 
     def _evaluation(self) -> Callable[[], object]:
-        images = self.learner.data.indices(self.learner.classes, "train")[: self.learner.config.eval_batch_size]
+        images = self.learner.data.indices(self.learner.classes, "train")[
+            : self.learner.config.eval_batch_size
+        ]
         views = self.learner.data.views(images, "train", "train", (VIEW, 0)).to(self.learner.device)
 
         @torch.no_grad()

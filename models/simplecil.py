@@ -1,6 +1,6 @@
 """SimpleCIL: class means of the frozen network's features, compared by cosine; nothing is trained.
 
-    python main.py --config exps/simplecil_cifar.json
+    python main.py --config exps/baselines/simplecil_cifar.json
 
 score_c(x) = cos(f(x), m_c), with f the class token of the frozen ViT and m_c its mean over the training images of
 class c in the test view. Source: Zhou et al., *Revisiting Class-Incremental Learning with Pre-Trained Models:
@@ -11,9 +11,9 @@ from typing import Literal
 
 from pydantic import Field
 
-from models.frozen_vit import FrozenViT
-from models.vit_config import BATCH_KEYS, ViTConfig
-from utils.config import IdleRule
+from models.vit.config import BATCH_KEYS, ViTConfig
+from models.vit.frozen_vit import FrozenViT
+from utils.config.schema import IdleRule
 
 
 class SimpleCILConfig(ViTConfig):
@@ -31,7 +31,7 @@ class SimpleCILConfig(ViTConfig):
 
 
 class SimpleCIL(FrozenViT):
-    """Nearest class mean by cosine on frozen features (`utils.readout.PrototypeReadout`)."""
+    """Nearest class mean by cosine on frozen features (`models.vit.closed_form.PrototypeReadout`)."""
 
     Config = SimpleCILConfig
     config: SimpleCILConfig

@@ -11,17 +11,19 @@ import torch
 
 from models import SCHEMAS
 from models.base import Learner
-from models.class_incremental import ClassIncrementalLearner
 from models.sdlora import SDLoRA
+from models.vit.class_incremental import ClassIncrementalLearner
 from trainer import assemble, make_learner
-from utils.config import RunConfig
-from utils.config_files import config_from_dict, load_config
-from utils.run_log import RunLog, SilentLog
+from utils.config.loading import config_from_dict, load_config
+from utils.config.schema import RunConfig
+from utils.runs.run_log import RunLog, SilentLog
 
 ROOT = Path(__file__).parent.parent
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
-if hasattr(signal, "SIGHUP"):  # ignored where the tests run under nohup, and what they start would ignore it, too
+if hasattr(
+    signal, "SIGHUP"
+):  # ignored where the tests run under nohup, and what they start would ignore it, too
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 TINY = {
@@ -78,6 +80,11 @@ TINY_GRIDS = {
     "few_shot_steps": 4,
     "few_shot_every": 2,
 }
+
+
+def shipped_file(name: str) -> Path:
+    """The file of this name below exps/, in whatever folder it lies."""
+    return next((ROOT / "exps").rglob(f"{name}.json"))
 
 
 def run_scores(config: RunConfig) -> torch.Tensor:

@@ -16,27 +16,29 @@ import torch
 
 import backbone.sema_block
 import main
-import models.activations
-import models.task_inputs
-import utils.checkpoint
-import utils.optim
+import models.vit.activations
+import models.vit.task_inputs
+import utils.runs.checkpoint
+import utils.training.optim
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.crash"])
 
 # What counts as a moment, in the order in which it happens during a run.
 MOMENTS: dict[str, tuple[Any, str]] = {
-    "step": (utils.optim.GroupedOptimizer, "step"),
+    "step": (utils.training.optim.GroupedOptimizer, "step"),
     "scan": (backbone.sema_block.SEMAModules, "novelty"),
-    "test": (models.task_inputs.TaskInputs, "features_of"),
-    "store": (models.activations.Activations, "compute"),
-    "write": (utils.checkpoint, "write_synced"),
+    "test": (models.vit.task_inputs.TaskInputs, "features_of"),
+    "store": (models.vit.activations.Activations, "compute"),
+    "write": (utils.runs.checkpoint, "write_synced"),
     "rename": (os, "rename"),
     "replace": (os, "replace"),
 }
 
 
-def run(arguments: list[str], die_at: int | None = None, how: signal.Signals = signal.SIGKILL) -> tuple[int, list[str]]:
+def run(
+    arguments: list[str], die_at: int | None = None, how: signal.Signals = signal.SIGKILL
+) -> tuple[int, list[str]]:
     """Run `main.py arguments` in a child that gets the signal at moment `die_at`: (exit code, moments)."""
     receiver, sender = CONTEXT.Pipe(duplex=False)
     child = CONTEXT.Process(target=_child, args=(arguments, die_at, int(how), sender))

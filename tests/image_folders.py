@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from utils.data import FolderImages
-from utils.decoded_images import DecodedImages
-from utils.file_memo import FileMemo
+from utils.cache.decoded_images import DecodedImages
+from utils.cache.file_memo import FileMemo
+from utils.data.datasets import FolderImages
 from utils.files import sha256_file
 
 

@@ -9,9 +9,9 @@ import pytest
 import eval as evaluation
 from models import SCHEMAS
 from tests.conftest import ROOT
-from tests.test_provenance import CHANGES, record
-from tests.test_report import invented
-from utils.config_files import load_config
+from tests.utils.reports.test_report import invented
+from tests.utils.runs.test_provenance import CHANGES, record
+from utils.config.loading import load_config
 
 
 def finished(folder: Path, seed: int, made_with: dict[str, Any] | None = None, **changes: Any) -> str:
@@ -45,8 +45,12 @@ def test_keys_that_change_no_number_may_differ(tmp_path: Path, capsys: pytest.Ca
     assert "over seeds 1, 2" in shown and "note" not in shown
 
 
-@pytest.mark.parametrize("changes", [{"batch_size": 2}, {"cache_views": 1}, {"rd_dim": 3, "precision": "bf16"}])
-def test_other_keys_are_named(changes: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "changes", [{"batch_size": 2}, {"cache_views": 1}, {"rd_dim": 3, "precision": "bf16"}]
+)
+def test_other_keys_are_named(
+    changes: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folders = finished(tmp_path / "a", 1), finished(tmp_path / "b", 2), finished(tmp_path / "c", 3, **changes)
     message = refused(capsys, *folders)
     for key, value in changes.items():
@@ -55,7 +59,9 @@ def test_other_keys_are_named(changes: dict[str, Any], tmp_path: Path, capsys: p
 
 
 def test_another_method_is_another_experiment(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    second = load_config(ROOT / "exps/shared_subspace_small.json", [], SCHEMAS, [("test", {"seed": 2})]).config
+    second = load_config(
+        ROOT / "exps/shared_subspace_small.json", [], SCHEMAS, [("test", {"seed": 2})]
+    ).config
     record(tmp_path / "b")
     (tmp_path / "b/config.json").write_text(second.model_dump_json())
     (tmp_path / "b/result.json").write_text(json.dumps(invented(2, 40)))

@@ -3,6 +3,7 @@
 import ast
 import pydoc
 import re
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -10,52 +11,86 @@ import pytest
 from models import LEARNERS
 
 ROOT = Path(__file__).parent.parent
-ALLOWED = {
-    "main": {"trainer", "models", "utils"},
-    "eval": {"trainer", "utils"},
-    "trainer": {"models", "utils"},
-    "models": {"models", "backbone", "utils"},
-    "backbone": {"backbone"},
-    "utils": {"utils"},
-}
-COMMANDS = ("benchmark.py", "cache.py")  # files of utils that are also run with `python -m`
-FILES = [path for name in ALLOWED for path in [*ROOT.glob(f"{name}.py"), *ROOT.glob(f"{name}/**/*.py")]]
+PACKAGES = ("backbone", "models", "utils")
+FILES = sorted([*ROOT.glob("*.py"), *(path for name in PACKAGES for path in ROOT.glob(f"{name}/**/*.py"))])
+COMMANDS = ("main.py", "eval.py", "utils/benchmark.py", "utils/cache/__main__.py")
+# A room may import those that stand before it, and itself; `utils` below means the files at its top.
+ROOMS = (
+    "utils",
+    "utils.cache",
+    "utils.training",
+    "utils.data",
+    "utils.config",
+    "utils.runs",
+    "utils.analysis",
+    "utils.reports",
+    "utils.sweeps",
+    "backbone",
+    "models.experiment",
+    "models.base",
+    "models.vit",
+    "models.shared_subspace",
+    "models",
+    "trainer",
+    "eval",
+    "main",
+)
 
 
-def imported(path: Path, without: str = "") -> set[str]:
-    """First parts of every module the file imports, at any depth of the code but in the function `without`."""
-    tree = ast.parse(path.read_text())
-    tree.body = [node for node in tree.body if getattr(node, "name", None) != without or not without]
-    names = set()
-    for node in ast.walk(tree):
+def module_of(path: Path) -> str:
+    """`utils/runs/metrics.py` -> `utils.runs.metrics`; a package's `__init__.py` is the package."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {module_of(path): path for path in FILES}
+
+
+def room_of(module: str) -> str:
+    """The longest room that a module lies in."""
+    return max((room for room in ROOMS if f"{module}.".startswith(f"{room}.")), key=len)
+
+
+def imported(path: Path) -> set[str]:
+    """Our modules that a file imports, at any depth of its code and for type checking as well."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
+            found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            names.add(node.module.split(".")[0] if node.module and not node.level else "relative import")
-    return names
+            assert not node.level, f"{path}: relative import"
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if name in MODULES else node.module for name in names}
+    return {name for name in found if name.split(".")[0] in {*PACKAGES, "trainer", "eval", "main", "tests"}}
 
 
-def test_every_layer_is_looked_at() -> None:
-    assert {path.relative_to(ROOT).parts[0].removesuffix(".py") for path in FILES} == set(ALLOWED)
+def test_every_room_is_looked_at() -> None:
+    assert {room_of(module) for module in MODULES} == set(ROOMS)
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_imports_run_one_way(path: Path) -> None:
-    layer = path.relative_to(ROOT).parts[0].removesuffix(".py")
-    ours = (set(ALLOWED) | {"relative import", "tests"}) & imported(path)
-    if path.name == "benchmark.py":  # its `main` is a command line like main.py; nothing else of it looks up
-        ours = imported(path, without="main") & ours
-    assert ours <= ALLOWED[layer]
+@pytest.mark.parametrize("module", sorted(MODULES.keys() - {"utils.benchmark"}))
+def test_imports_run_one_way(module: str) -> None:
+    """`backbone` imports nothing of ours, `utils` nothing above it, and a room none that stands after it."""
+    own = room_of(module)
+    allowed = {"backbone"} if own == "backbone" else set(ROOMS[: ROOMS.index(own) + 1])
+    assert {other for other in imported(MODULES[module]) if room_of(other) not in allowed} == set()
 
 
-@pytest.mark.parametrize("path", [path for path in FILES if path.parent.name == "utils"], ids=lambda path: path.name)
+@pytest.mark.xfail(reason="the learner on grids and its evaluation name each other for type checking")
+def test_no_files_import_each_other_in_a_circle() -> None:
+    """Local imports and those for type checking count, too."""
+    graph = {module: imported(path) & MODULES.keys() - {module} for module, path in MODULES.items()}
+    list(TopologicalSorter(graph).static_order())  # CycleError names the circle
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("utils/**/*.py")), ids=str)
 def test_utils_name_no_method(path: Path) -> None:
     """No learner is spelled out in code below `utils/` (comments and docstrings may give examples)."""
     tree = ast.parse(path.read_text())
     docstrings = {
         node.body[0].value
         for node in ast.walk(tree)
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node, clean=False)
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
+        and ast.get_docstring(node, clean=False)
     }
     constants = [n for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
     spelled = [n.value for n in constants if n not in docstrings and n.value in LEARNERS]
@@ -74,9 +109,11 @@ def test_no_file_names_a_machine_or_prints_where_the_log_belongs() -> None:
     for path in FILES:
         text = path.read_text()
         assert not re.search(r"(?<![\w.])/(home|mnt|data/Datasets)/", text), path
-        if path.name not in ("main.py", "eval.py", *COMMANDS):
+        if path.relative_to(ROOT).as_posix() not in COMMANDS:
             calls = [
-                n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Call) and getattr(n.func, "id", "") == "print"
+                n
+                for n in ast.walk(ast.parse(text))
+                if isinstance(n, ast.Call) and getattr(n.func, "id", "") == "print"
             ]
             assert not calls, path
 
@@ -90,12 +127,9 @@ def test_where_published_names_went_exists() -> None:
         assert pydoc.locate(name) is not None, name
 
 
-def test_the_tree_in_readme_lists_every_file() -> None:
-    """`folder/a.py, b.py   what they are`; of packages' own files only that which names the methods."""
+def test_the_tree_in_readme_names_every_room() -> None:
+    """Each folder that holds code stands in the tree with what it is."""
     tree = (ROOT / "README.md").read_text().split("## The tree")[1].split("```")[1]
-    listed = []
-    for names in re.findall(r"^([\w/]+\.py(?:, \w+\.py)*)  ", tree, re.MULTILINE):
-        first, *others = names.split(", ")
-        listed += [first, *(str(Path(first).with_name(name)) for name in others)]
-    files = {path.relative_to(ROOT).as_posix() for path in FILES} - {"backbone/__init__.py"}
-    assert sorted(listed) == sorted(files)
+    folders = {path.parent.relative_to(ROOT).as_posix() for path in FILES} - {"."}
+    listed = set(re.findall(r"^ *([\w/]+)/  +\S", tree, re.MULTILINE))
+    assert folders <= listed

@@ -10,7 +10,7 @@ import pytest
 
 from tests.conftest import ROOT, TINY
 from tests.crash import outcome, run
-from utils.checkpoint import latest_checkpoint
+from utils.runs.checkpoint import latest_checkpoint
 
 CHANGES = {
     **TINY,
@@ -29,7 +29,11 @@ CHANGES = {
 def command(logs: Path, **changes: object) -> list[str]:
     values = {**CHANGES, **places(logs), **changes}
     settings = [f"{key}={json.dumps(value)}" for key, value in values.items()]
-    return ["--config", str(ROOT / "exps/smoke.json"), *(part for setting in settings for part in ("--set", setting))]
+    return [
+        "--config",
+        str(ROOT / "exps/smoke.json"),
+        *(part for setting in settings for part in ("--set", setting)),
+    ]
 
 
 def places(folder: Path) -> dict[str, str]:
@@ -84,7 +88,9 @@ PLACES = ["first task", "checkpoint files", "checkpoint rename", "between tasks"
 
 
 @pytest.mark.parametrize("where", [*PLACES, *(f"random {i}" for i in range(5))])
-def test_killed_and_resumed_is_uninterrupted(reference: tuple[dict, list[str]], where: str, tmp_path: Path) -> None:
+def test_killed_and_resumed_is_uninterrupted(
+    reference: tuple[dict, list[str]], where: str, tmp_path: Path
+) -> None:
     expected, moments = reference
     code, _ = run(command(tmp_path), die_at=chosen_points(moments)[where])
     assert code == -signal.SIGKILL
@@ -135,7 +141,11 @@ def test_ctrl_c_saves_and_resumes_where_it_stopped(
     assert latest_checkpoint(folder / "checkpoints").name.startswith("task_01_step_")
     assert f"python main.py --resume {folder}" in folder.with_name(folder.name + ".log").read_text()
     assert finish(tmp_path) == expected
-    assert [path.name for path in sorted((folder / "checkpoints").iterdir())] == ["task_00", "task_01", "task_02"]
+    assert [path.name for path in sorted((folder / "checkpoints").iterdir())] == [
+        "task_00",
+        "task_01",
+        "task_02",
+    ]
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGHUP])

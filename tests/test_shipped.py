@@ -12,12 +12,12 @@ import torch
 
 from models import SCHEMAS
 from models.sema_config import CONSOLIDATION_KEYS, SEMAConfig
-from tests.conftest import ROOT, run_scores
-from utils.config import RunConfig
-from utils.config_files import load_config
-from utils.sweep import load_sweep
+from tests.conftest import ROOT, run_scores, shipped_file
+from utils.config.loading import load_config
+from utils.config.schema import RunConfig
+from utils.sweeps.spec import load_sweep
 
-FILES = sorted((ROOT / "exps").glob("*.json"))
+FILES = sorted(path for path in (ROOT / "exps").rglob("*.json") if path.parent.name != "sweeps")
 SWEEPS = sorted((ROOT / "exps/sweeps").glob("*.json"))
 DATA = ("cifar", "cifar_dinov2s", "inr_10task")
 BASELINES = ("simplecil", "ranpac", "linear_probe", "finetune", "joint", "sema_always", "sema_never")
@@ -25,7 +25,7 @@ DINOV2S = {"backbone_type", "image_size", "input_normalization", "precision"}
 
 
 def shipped(name: str, *overrides: str) -> RunConfig:
-    return load_config(ROOT / "exps" / f"{name}.json", overrides, SCHEMAS).config
+    return load_config(shipped_file(name), overrides, SCHEMAS).config
 
 
 def differing(first: RunConfig, second: RunConfig) -> set[str]:
@@ -39,7 +39,9 @@ def test_every_promised_config_is_shipped() -> None:
     kinds = ("nested_lora", "baseline_sema", "nested_mean", "matched_adapter")
     ours = {f"{kind}_{name}" for kind in kinds for name in DATA}
     sema = {"sema_cifar", "sema_inr_5task", "sema_inr_10task", "sema_inr_20tasks", "sema_ina", "sema_vtab"}
-    baselines = {f"{kind}_{name}" for kind in BASELINES for name in ("cifar", "cifar_dinov2s", "inr", "ina", "vtab")}
+    baselines = {
+        f"{kind}_{name}" for kind in BASELINES for name in ("cifar", "cifar_dinov2s", "inr", "ina", "vtab")
+    }
     others = {"quickstart", "smoke", "debug_nested_lora", "shared_subspace", "shared_subspace_small"}
     assert ours | sema | baselines | others <= {path.stem for path in FILES}
 
@@ -78,7 +80,13 @@ PUBLISHED_SDLORA = {
 }  # fmt: skip
 PUBLISHED: dict[str, dict[str, Any]] = {
     name: PUBLISHED_SEMA
-    | {"dataset": dataset, "shuffle": shuffle, "init_cls": classes, "increment": classes, "exp_threshold": threshold}
+    | {
+        "dataset": dataset,
+        "shuffle": shuffle,
+        "init_cls": classes,
+        "increment": classes,
+        "exp_threshold": threshold,
+    }
     | ({"func_epoch": 5} if name == "sema_cifar" else {})
     for name, dataset, shuffle, classes, threshold in [
         ("sema_cifar", "cifar224", True, 10, 2.0),
@@ -137,12 +145,17 @@ def test_matched_adapter_differs_from_nested_mean_in_the_adapter_and_its_rate_al
 def test_dinov2s_and_imagenet_r_are_the_same_experiment_on_other_weights_and_data(kind: str) -> None:
     cifar = shipped(f"{kind}_cifar")
     assert differing(cifar, shipped(f"{kind}_cifar_dinov2s")) == DINOV2S
-    assert differing(cifar, shipped(f"{kind}_inr_10task")) == {"dataset", "init_cls", "increment", "func_epoch"}
+    assert differing(cifar, shipped(f"{kind}_inr_10task")) == {
+        "dataset",
+        "init_cls",
+        "increment",
+        "func_epoch",
+    }
 
 
 @pytest.mark.parametrize("kind", ["nested_lora", "nested_mean"])
 def test_a_nested_file_names_every_nested_key_that_counts(kind: str) -> None:
-    written = json.loads((ROOT / f"exps/{kind}_cifar.json").read_text()).keys()
+    written = json.loads(shipped_file(f"{kind}_cifar").read_text()).keys()
     nested = {key for key in SEMAConfig.model_fields if key.startswith("nested_lora_")}
     silent = {
         "nested_lora": set(CONSOLIDATION_KEYS),
@@ -177,7 +190,9 @@ LOADERS = {"--config": load_config, "--sweep": load_sweep}
 def commands(text: str) -> Iterator[list[str]]:
     """The words of commands that run an experiment: lines of bash blocks, and code within a line."""
     text = text.replace("\\\n", " ")
-    lines = [line for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
+    lines = [
+        line for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL) for line in block.splitlines()
+    ]
     for line in [*lines, *re.findall(r"`((?:python|--config|--sweep) [^`\n]*)`", text)]:
         if re.search(r"--(config|sweep|set) ", line):
             yield shlex.split(line, comments=True)
@@ -201,14 +216,19 @@ def test_every_command_of_the_docs_loads(document: str) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # Ablations
 
-TABLE = re.compile(r"^\| question \| edits of `(\w+)\*\.json` \|\n\| --- \| --- \|\n((?:\|.*\n)+)", re.MULTILINE)
+TABLE = re.compile(
+    r"^\| question \| edits of `(\w+)\*\.json` \|\n\| --- \| --- \|\n((?:\|.*\n)+)", re.MULTILINE
+)
 STAND_IN = {
     "dataset": "synthetic", "init_cls": 2, "increment": 2, "max_tasks": 2, "seed": 1,
     "max_train_per_class": 8, "max_test_per_class": 4, "batch_size": 4, "func_epoch": 3,
     "backbone_type": "test_vit", "weights": "random", "image_size": 32, "adapt_start_layer": 4, "adapt_end_layer": 5,
     "device": "cpu", "precision": "fp32", "cache_gb": 0,
 }  # fmt: skip
-STAND_IN_ONLY = {"nested_lora_cifar": {"rd_epoch": 1, "detect_batch_size": 8}, "nested_mean_cifar": {"ranpac_dim": 20}}
+STAND_IN_ONLY = {
+    "nested_lora_cifar": {"rd_epoch": 1, "detect_batch_size": 8},
+    "nested_mean_cifar": {"ranpac_dim": 20},
+}
 
 
 def ablations(readme: str) -> Iterator[tuple[str, list[list[str]]]]:

@@ -18,14 +18,14 @@ from typing import Any
 
 import torch
 
+from models.vit.config import ClassIncrementalConfig
 from utils.command_line import given_path
-from utils.config import ClassIncrementalConfig
-from utils.config_files import config_from_dict, load_config
+from utils.config.loading import config_from_dict, load_config
 from utils.console import prepare_console
 from utils.costs import Clock, Measured, flops_of, matmul_ceiling, measure_all, plain_forward, trace
 from utils.errors import UserError, exit_code
-from utils.run_log import SilentLog
-from utils.toolkit import keep_freed_memory
+from utils.runs.run_log import SilentLog
+from utils.training.device import keep_freed_memory
 
 STAND_INS = {  # for data and weights: they do not change what anything costs
     "dataset": "synthetic",
@@ -46,10 +46,20 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         epilog=__doc__,
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="JSON experiment")
-    change = {"action": "append", "default": [], "metavar": "KEY=VALUE", "dest": "overrides", "help": "change a key"}
+    change = {
+        "action": "append",
+        "default": [],
+        "metavar": "KEY=VALUE",
+        "dest": "overrides",
+        "help": "change a key",
+    }
     parser.add_argument("--set", **change)
-    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="of every measurement (default 5)")
-    parser.add_argument("--growths", type=float, default=1, metavar="G", help="adapters a later task adds (default 1)")
+    parser.add_argument(
+        "--repeats", type=int, default=5, metavar="N", help="of every measurement (default 5)"
+    )
+    parser.add_argument(
+        "--growths", type=float, default=1, metavar="G", help="adapters a later task adds (default 1)"
+    )
     parser.add_argument(
         "--sizes",
         type=int,
@@ -64,7 +74,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def report(learner: Any, plain: torch.nn.Module, build: Callable[[Mapping[str, Any]], Any], options: Any) -> None:
+def report(
+    learner: Any, plain: torch.nn.Module, build: Callable[[Mapping[str, Any]], Any], options: Any
+) -> None:
     """Measure the learner's costs next to the plain network; print the table, the share of the ceiling, a whole run."""
     config, device, data = learner.config, learner.device, learner.data
     chosen = data.indices(data.task_classes(0), "train")[: config.batch_size]
@@ -73,11 +85,15 @@ def report(learner: Any, plain: torch.nn.Module, build: Callable[[Mapping[str, A
     clock = Clock(work, len(images), device, options.repeats)
     costs = learner.costs(build)
     measured = measure_all(clock, costs.parts())
-    print(f"{config.backbone_type}, {data.train_view.image_size} px, batch {config.batch_size}, {config.precision}")
+    print(
+        f"{config.backbone_type}, {data.train_view.image_size} px, batch {config.batch_size}, {config.precision}"
+    )
     print(
         f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}; medians of {options.repeats} repeats"
     )
-    print(f"plain forward: {clock.images_per_second:.1f} images/s; below, plain forwards an image (least - most)\n")
+    print(
+        f"plain forward: {clock.images_per_second:.1f} images/s; below, plain forwards an image (least - most)\n"
+    )
     for row in measured:
         print(row.line())
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
@@ -105,7 +121,9 @@ def print_projection(costs: Any, measured: list[Measured], clock: Clock, options
     )
     for name, value in parts.items():
         print(f"  {name:<30}{value:>12,.0f} image-forwards")
-    print(f"  {'all':<30}{total:>12,.0f} image-forwards, {total / speed / 60:,.0f} minutes at {speed:.1f} images/s")
+    print(
+        f"  {'all':<30}{total:>12,.0f} image-forwards, {total / speed / 60:,.0f} minutes at {speed:.1f} images/s"
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -15,7 +15,9 @@ import sys
 from typing import Any
 
 LOG_FORMAT = "%(asctime)s [%(filename)s] => %(message)s"
-READER_GONE = 141  # exit code of a command whose output nobody reads any more: 128 + SIGPIPE, as of other commands
+READER_GONE = (
+    141  # exit code of a command whose output nobody reads any more: 128 + SIGPIPE, as of other commands
+)
 
 logger = logging.getLogger("nested_lora")
 

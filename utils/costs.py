@@ -130,7 +130,9 @@ def trace(work: Callable[[], object], folder: Path) -> Path:
     return path
 
 
-def plain_forward(network: torch.nn.Module, images: Tensor, context: Callable[[], object]) -> Callable[[], Tensor]:
+def plain_forward(
+    network: torch.nn.Module, images: Tensor, context: Callable[[], object]
+) -> Callable[[], Tensor]:
     """The unit of work: a forward pass without gradients."""
 
     @torch.no_grad()

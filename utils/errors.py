@@ -44,7 +44,9 @@ def in_one_line(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 
-def exit_code(run: Callable[[], int | None], tells: Callable[[], bool] = lambda: True, go_on: str = RESUME) -> int:
+def exit_code(
+    run: Callable[[], int | None], tells: Callable[[], bool] = lambda: True, go_on: str = RESUME
+) -> int:
     """The exit code of a command: what it returns (None: 0), 2 after a mistake, 130 after it was asked to stop, and 141
     where nobody reads the output any more.
 

@@ -89,11 +89,17 @@ def read_json(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     except RecursionError as error:
-        raise UserError(f"{path} is not valid JSON (nested too deep): the file is damaged, restore it") from error
+        raise UserError(
+            f"{path} is not valid JSON (nested too deep): the file is damaged, restore it"
+        ) from error
     except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not valid JSON (line {error.lineno}): the file is damaged, restore it") from error
+        raise UserError(
+            f"{path} is not valid JSON (line {error.lineno}): the file is damaged, restore it"
+        ) from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 (byte {error.start}): the file is damaged, restore it") from error
+        raise UserError(
+            f"{path} is not UTF-8 (byte {error.start}): the file is damaged, restore it"
+        ) from error
     if not isinstance(values, dict):
         raise UserError(f"{path} holds no JSON object: the file is damaged, restore it")
     return values
@@ -117,7 +123,9 @@ def npz_headers(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
                 shape, _, dtype = read(file)
                 held = member.file_size - file.tell()
             if not dtype.hasobject and math.prod(shape) * dtype.itemsize != held or held > most:
-                raise ValueError(f"{member.filename} is {dtype} {shape} by its header, and holds {held:,} bytes")
+                raise ValueError(
+                    f"{member.filename} is {dtype} {shape} by its header, and holds {held:,} bytes"
+                )
             headers[member.filename.removesuffix(".npy")] = (shape, dtype)
     return headers
 

@@ -24,7 +24,9 @@ def sparsemax(logits: Tensor, dim: int = -1) -> Tensor:
     return _Sparsemax.apply(logits, dim)
 
 
-def gumbel_sparsemax(logits: Tensor, tau: float, dim: int = -1, generator: torch.Generator | None = None) -> Tensor:
+def gumbel_sparsemax(
+    logits: Tensor, tau: float, dim: int = -1, generator: torch.Generator | None = None
+) -> Tensor:
     """sparsemax((logits + G) / tau) with independent standard Gumbel noise G.
 
     Args:
@@ -68,7 +70,9 @@ class _Sparsemax(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, dim: int) -> Tensor:
         moved = _wide(logits).movedim(dim, -1)
-        moved = moved - moved.amax(dim=-1, keepdim=True)  # a constant shift changes nothing and keeps numbers small
+        moved = moved - moved.amax(
+            dim=-1, keepdim=True
+        )  # a constant shift changes nothing and keeps numbers small
         result = (moved - _threshold(moved)).clamp_min(0).movedim(-1, dim)
         ctx.save_for_backward(result > 0)
         ctx.dim = dim

@@ -1,0 +1,123 @@
+"""Few-shot adaptation on grids: adapters at the bottleneck learn an unseen composition from a few samples.
+
+    adapt_to_all(learner)    # every row goes to `learner.progress.memory["few_shot"]` and to the record
+
+The network is frozen, adapters are put on both linear layers at its bottleneck (`GridModel.insert`), fitted, and taken
+away again, so that every composition starts from the same network. A row says how many steps, and seconds of them, the
+IoU on other samples of the composition took to reach the target.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from models.base import EpochNote, Phase, StepResult
+from models.shared_subspace.losses import TASK_LOSSES
+from models.shared_subspace.tasks import UNSEEN, GridBatch, GridSamples
+from utils.training.device import seeded_generator
+from utils.training.optim import GroupedOptimizer, ParameterGroup, StepDecay
+
+if TYPE_CHECKING:
+    from models.shared_subspace.learner import SharedSubspace
+
+CHOICE, SAMPLES = (
+    0xF5,
+    0xF6,
+)  # what a key of random numbers is for, beside the seed and the composition's number
+
+
+def adapt_to_all(learner: SharedSubspace) -> None:
+    """Fit adapters to the unseen compositions that are left, one after the other."""
+    rows = learner.progress.memory["few_shot"]
+    while len(rows) < learner.config.few_shot_tasks:
+        row = adapt_to(learner, len(rows))
+        rows.append(row)
+        learner.log.metric("few_shot", **row)
+
+
+def adapt_to(learner: SharedSubspace, number: int) -> dict[str, Any]:
+    """Fit adapters to one composition with its parameters, and take them away: its row of the table, IoU in percent."""
+    config, memory, model = learner.config, learner.progress.memory, learner.model
+    composition = chosen_compositions(learner)[number]
+    counts = (config.few_shot_samples, config.few_shot_queries)
+    support, query = learner.tasks.draw_task(
+        composition, counts, seeded_generator(learner.seed, SAMPLES, number)
+    )
+    if not model.is_adapted:  # else: stopped while they learned
+        memory["looks"] = {"iou": [learner.accuracy(query)["iou"]], "seconds": [0.0]}
+        model.insert(config.few_shot_method, config.few_shot_rank)
+    looks = memory["looks"]
+    name = f"{number + 1} of {config.few_shot_tasks}: {learner.tasks.describe(composition)}"
+    learner.run_phase(few_shot_phase(learner, support, query, looks, name))
+    model.remove_adapters()
+    memory["looks"] = None
+    first = next((i for i, value in enumerate(looks["iou"]) if value >= config.few_shot_target), None)
+    return {
+        "composition": learner.tasks.describe(composition),
+        "before": looks["iou"][0],
+        "after": looks["iou"][-1],
+        "steps": None if first is None else first * config.few_shot_every,
+        "all_steps": config.few_shot_steps,
+        "every": config.few_shot_every,
+        "target": config.few_shot_target,
+        "looks": looks["iou"],
+        "seconds": looks["seconds"][-1 if first is None else first],
+    }
+
+
+def chosen_compositions(learner: SharedSubspace) -> Tensor:
+    """The unseen compositions in the order in which they are adapted to, (M, S)."""
+    compositions = learner.tasks.splits[UNSEEN].compositions
+    return compositions[torch.randperm(len(compositions), generator=seeded_generator(learner.seed, CHOICE))]
+
+
+def few_shot_phase(
+    learner: SharedSubspace,
+    support: GridSamples,
+    query: GridSamples,
+    looks: dict[str, list[float]],
+    name: str,
+) -> Phase:
+    """Steps on all samples of `support`, with a look at `query` after every few of them; its name in the log."""
+    config, batch = learner.config, support.batch(slice(None))
+    clock = {"began": 0.0, "spent": looks["seconds"][-1]}
+
+    def observe(part: GridBatch) -> StepResult:
+        clock["began"] = time.perf_counter()
+        part = part.to(learner.device)
+        with learner.autocast():
+            logits = learner.model(part.input, part.program).logits
+        right = (logits.argmax(dim=1) == part.target).flatten(1).all(dim=1).sum()
+        return StepResult(TASK_LOSSES[config.task_loss](logits, part.target), len(part), right)
+
+    def look(step: int, moved: dict[str, bool]) -> None:
+        clock["spent"] += time.perf_counter() - clock["began"]
+        if step % config.few_shot_every == 0:
+            looks["iou"].append(learner.accuracy(query)["iou"])
+            looks["seconds"].append(clock["spent"])
+
+    def note(loss: float, steps: int) -> EpochNote:
+        return EpochNote(f" ({name}: IoU {looks['iou'][0]:.2f} -> {looks['iou'][-1]:.2f})")
+
+    return Phase(
+        name="few_shot",
+        epochs=1,
+        optimizer=GroupedOptimizer(
+            config.optimizer,
+            [ParameterGroup("adapter", learner.model.adapters(), lr=config.few_shot_lr)],
+            weight_decay=0.0,
+            epochs=1,
+            min_lr=0.0,
+            step_decay=StepDecay(),
+        ),
+        batches=lambda epoch, start: [batch] * (config.few_shot_steps - start),
+        steps_per_epoch=config.few_shot_steps,
+        observe=observe,
+        after_step=look,
+        after_epoch=note,
+        announced=not learner.progress.memory["few_shot"],
+    )

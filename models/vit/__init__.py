@@ -1,0 +1,1 @@
+"""What the class-incremental methods on a frozen ViT share."""

@@ -1,0 +1,260 @@
+"""What enters the part of the network that may still change: activations of the part below it, computed once.
+
+    store = ActivationStore(network, data, cache, identity={...}, ...)
+    tokens = store.at(9, classes, "train", view=(VIEW, 0))     # the frozen blocks 0-8 run once for every image
+    x = tokens.take(indices)                                   # (n, N, d): what enters block 9 for these stored images
+    features = network(x, tokens.depth)
+
+Activations are kept as files of one class each (`utils/cache/tensor_cache.py`), named by a hash of everything that shapes
+them: weights, architecture with its options, the adapters below the depth, data, view, precision, library versions.
+Where no adapter lies below, every run with these weights and views shares them; else they are this run's own and are
+removed when it no longer needs them. A depth counts as in `SEMAVisionTransformer.forward`: 0 images, k tokens that
+enter block k, `network.depth` features.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from backbone.vit_sema import SEMAVisionTransformer
+from models.base import Interrupted
+from utils.cache.tensor_cache import TensorCache
+from utils.console import progress
+from utils.data.tasks import DataManager
+from utils.training.device import autocast, require_finite, sha256_of
+from utils.training.distributed import World
+
+logger = logging.getLogger("nested_lora")
+
+CHUNK = 256  # images in a file, all of one class
+
+
+@dataclass(frozen=True)
+class Place:
+    """How the activations are computed, the same for a whole run.
+
+    Attributes:
+        device, precision: of the forward passes.
+        batch_size: images in one of them.
+        identity: what else shapes the results (backbone, hash of the data, library versions), as JSON.
+        world: ranks share the work of filling the cache.
+        stop_requested: asked on this rank between two files; True raises `Interrupted`, and what is stored stays.
+    """
+
+    device: torch.device
+    precision: str
+    batch_size: int
+    identity: Mapping[str, Any]
+    world: World
+    stop_requested: Callable[[], bool]
+
+
+class Images:
+    """Depth 0: one view of each image, made when asked for.
+
+    Args:
+        view: the key of the augmented view; None is the test view.
+        device: where `take` makes the views.
+    """
+
+    depth = 0
+
+    def __init__(
+        self, data: DataManager, source: str, view: tuple[int, ...] | None, device: torch.device
+    ) -> None:
+        self.data, self.source, self.view, self.device = data, source, view, device
+
+    def take(self, indices: np.ndarray) -> Tensor:
+        """Views of stored images (n,) -> (n, 3, S, S), float32."""
+        return self.data.views(
+            indices, self.source, "test" if self.view is None else "train", self.view, self.device
+        )
+
+
+class Activations:
+    """Activations at one depth for the images of some classes, one view of each; files where the cache has room.
+
+    Args:
+        below: where this depth's inputs come from: images, or activations of a lesser depth.
+        depth: what `take` returns.
+        about: everything that shapes the activations; its hash is in the name of their files' group.
+        dtype: as which they are stored.
+    """
+
+    def __init__(
+        self,
+        network: SEMAVisionTransformer,
+        below: "Images | Activations",
+        depth: int,
+        place: Place,
+        cache: TensorCache,
+        about: Mapping[str, Any],
+        dtype: torch.dtype,
+    ) -> None:
+        self.network, self.below, self.depth, self.place = network, below, depth, place
+        self.cache, self.about, self.dtype = cache, about, dtype
+        digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+        self.group = f"{about['source']}-{depth}-{digest[:24]}"
+        self._chunks: list[np.ndarray] = []  # stored indices of the images of each file
+        self._place_of: dict[int, tuple[int, int]] = {}  # stored index -> its file and row
+
+    @property
+    def stored(self) -> bool:
+        """Whether the cache had room for them."""
+        return bool(self._chunks)
+
+    def take(self, indices: np.ndarray) -> Tensor:
+        """Activations of stored images (n,) on the CPU, float32: (n, N, d) tokens or (n, d) features."""
+        if not self.stored or not len(indices):
+            return self.compute(indices).float()
+        places = np.array([self._place_of[int(index)] for index in indices]).reshape(-1, 2)
+        parts = []
+        for number in np.unique(places[:, 0]):
+            inside = np.flatnonzero(places[:, 0] == number)
+            parts.append((inside, self._file(number)[torch.from_numpy(places[inside, 1])]))
+        taken = torch.empty(len(indices), *parts[0][1].shape[1:])
+        for inside, rows in parts:
+            taken[torch.from_numpy(inside)] = rows.float()
+        return taken
+
+    @torch.no_grad()
+    def compute(self, indices: np.ndarray) -> Tensor:
+        """The same by running the network, in the dtype of the files."""
+        place, parts = self.place, []
+        for start in range(0, max(1, len(indices)), place.batch_size):
+            x = self.below.take(indices[start : start + place.batch_size]).to(place.device)
+            with autocast(place.device, place.precision):
+                parts.append(self.network(x, self.below.depth, self.depth).to(self.dtype).cpu())
+        return require_finite(
+            torch.cat(parts), f"activations at depth {self.depth}, as {self.dtype},", place.precision
+        )
+
+    def fill(self, chunks: list[np.ndarray], label: str) -> None:
+        """Compute the files that are not there, each rank its part; without room `take` computes every time instead.
+
+        Raises:
+            Interrupted: a stop was requested.
+        """
+        world = self.place.world
+        missing = [n for n, chunk in enumerate(chunks) if not self.cache.has(self.group, chunk_key(chunk))]
+        images = sum(len(chunks[number]) for number in missing)
+        room = self.cache.enabled and self.cache.make_room(self.group, images * self._row_bytes())
+        if world.any(not room):
+            return
+        self.cache.describe(self.group, self.about)
+        self._chunks = chunks
+        self._place_of = {int(i): (c, r) for c, chunk in enumerate(chunks) for r, i in enumerate(chunk)}
+        todo = [number for number in missing if number % world.size == world.rank]
+        for number in progress(todo, desc=label, unit="class"):
+            if self.place.stop_requested():
+                break
+            self._file(number)
+        if world.any(self.place.stop_requested()):  # also where the ranks wait for each other
+            raise Interrupted
+
+    def _file(self, number: int) -> Tensor:
+        chunk = self._chunks[number]
+        return self.cache.get(self.group, chunk_key(chunk), lambda: self.compute(chunk))
+
+    def _row_bytes(self) -> int:
+        """Size of one image's activations in a file."""
+        vit = self.network.vit
+        tokens = (
+            1 if self.depth == self.network.depth else vit.patch_embed.num_patches + vit.num_prefix_tokens
+        )
+        return tokens * vit.embed_dim * self.dtype.itemsize
+
+
+class ActivationStore:
+    """Opens activations at any depth and knows which of their files are this run's own."""
+
+    def __init__(
+        self, network: SEMAVisionTransformer, data: DataManager, cache: TensorCache, place: Place
+    ) -> None:
+        self.network, self.data, self.cache, self.place = network, data, cache, place
+        self._own: dict[str, str] = {}  # group of files that only this run can use -> their source
+        self._warned = False
+
+    def at(
+        self,
+        depth: int,
+        classes: range,
+        source: str,
+        view: tuple[int, ...] | None,
+        below: "Images | Activations | None" = None,
+        label: str = "",
+    ) -> "Images | Activations":
+        """Activations at a depth of the images of these classes, computed now where they are not stored.
+
+        Args:
+            below: activations of a lesser depth to start from, or None for the images.
+            label: what the progress bar says.
+        """
+        below = Images(self.data, source, view, self.place.device) if below is None else below
+        if depth == below.depth:
+            return below
+        about = self._about(depth, source, view)
+        opened = Activations(self.network, below, depth, self.place, self.cache, about, self._dtype(depth))
+        opened.fill(list(self._chunks(classes, source)), label)
+        if opened.stored:
+            if about["adapters"] is not None:
+                self._own[opened.group] = source
+        elif self.cache.enabled and not self._warned:
+            self._warned = True
+            logger.warning(
+                f"The cache has no room for {source} activations of block {depth}: they are computed whenever they are "
+                "needed; raise cache_gb, free disk space, or empty the cache (python -m utils.cache --clear)"
+            )
+        return opened
+
+    def drop_own(self, source: str, keep: Sequence[Images | Activations] = ()) -> None:
+        """Remove the files of one source that are this run's own and that none of `keep` reads."""
+        kept = {opened.group for opened in keep if isinstance(opened, Activations)}
+        groups = [group for group, of in self._own.items() if of == source and group not in kept]
+        if groups:
+            self.place.world.barrier()
+        for group in groups:
+            del self._own[group]
+            if self.place.world.local_rank == 0:
+                self.cache.drop(group)
+
+    def _about(self, depth: int, source: str, view: tuple[int, ...] | None) -> dict[str, Any]:
+        """Everything that shapes the activations."""
+        adapters = self.network.tensors_below(depth)
+        spec = self.data.test_view if view is None else self.data.train_view
+        return {
+            "depth": depth,
+            "source": source,
+            "view": view,
+            "adapters": sha256_of(adapters) if adapters else None,
+            "adapter_spec": asdict(self.network.spec) if adapters else None,
+            "transform": spec.to_json(),
+            "precision": self.place.precision,
+            "device": self.place.device.type,
+            "batch_size": self.place.batch_size,
+            **self.place.identity,
+        }
+
+    def _dtype(self, depth: int) -> torch.dtype:
+        """Features and fp32 runs are stored exactly; tokens of a bf16 run in float16, 3 bits finer than bf16."""
+        return (
+            torch.float16 if self.place.precision == "bf16" and depth < self.network.depth else torch.float32
+        )
+
+    def _chunks(self, classes: range, source: str) -> Iterator[np.ndarray]:
+        """Stored indices of each class in files of at most CHUNK images: the same whatever the order of classes."""
+        for label in classes:
+            indices = self.data.indices(range(label, label + 1), source)
+            yield from (indices[start : start + CHUNK] for start in range(0, len(indices), CHUNK))
+
+
+def chunk_key(indices: np.ndarray) -> str:
+    """Name of the file that holds these stored images, in this order."""
+    return hashlib.sha256(np.ascontiguousarray(indices, dtype="<i8").tobytes()).hexdigest()[:32]

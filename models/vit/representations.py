@@ -1,0 +1,46 @@
+"""What there is to look at inside a network: class tokens after its blocks, and the spaces that branches write to.
+
+Learners give them to `eval.py --analyse` through `ClassIncrementalLearner.class_tokens` and `.branch_spaces`.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from backbone.sema_block import SEMAModules
+from backbone.sema_components import NestedLoRAAdapter
+from utils.analysis.similarity import column_space
+
+
+@torch.no_grad()
+def class_tokens(blocks: Sequence[nn.Module], run: Callable[[], object]) -> Tensor:
+    """First token of what each of the L blocks (in depth order) gives while `run` runs them once, (L, B, d) float32."""
+    found: list[Tensor] = []
+    handles = [
+        block.register_forward_hook(lambda module, inputs, x: found.append(x[:, 0].float()))
+        for block in blocks
+    ]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return torch.stack(found)
+
+
+def branch_spaces(modules_by_block: Mapping[int, SEMAModules]) -> dict[tuple[int, int], dict[str, Tensor]]:
+    """Bases (d, k) of the columns of W_up W_down of both branches of every nested adapter, by block and adapter."""
+    nested = {
+        (block, k): adapter.functional
+        for block, modules in modules_by_block.items()
+        for k, adapter in enumerate(modules.adapters)
+        if isinstance(adapter.functional, NestedLoRAAdapter)
+    }
+    return {
+        place: {
+            name: column_space(branch.up_proj.weight, branch.down_proj.weight)
+            for name, branch in (("fast", functional.fast), ("slow", functional.slow))
+        }
+        for place, functional in nested.items()
+    }

@@ -1,0 +1,243 @@
+"""What a task's training and test images look like where the network may still change, and batches of them.
+
+    inputs = TaskInputs(network, data, cache, place, fast=True, views=2)
+    source = inputs.view(task, 0, key)                        # one augmented view of the task's training images
+    for batch in inputs.read(task, source, key, size=32):
+        features = network(batch.inputs, batch.depth)
+
+The fast engine reads stored activations of the frozen part (`models/vit/activations.py`); the reference reads images.
+With K `views` every training image has K fixed augmented views; with 0 every pass draws new ones, as published.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from backbone.vit_sema import SEMAVisionTransformer
+from models.base import Interrupted
+from models.vit.activations import Activations, ActivationStore, Images, Place
+from utils.cache.tensor_cache import TensorCache
+from utils.console import progress
+from utils.data.tasks import DataManager
+from utils.training.device import autocast, one_ahead
+
+Source = Images | Activations
+VIEW = 4  # (VIEW, v) draws augmented view v of every image: without a seed, so that all runs can share what it gives
+
+
+class Batch(NamedTuple):
+    """This rank's share of a batch: inputs of one depth (0: images) with incremental labels; `total` over all ranks."""
+
+    inputs: Tensor
+    targets: Tensor
+    depth: int
+    total: int
+
+    def parts(self, count: int) -> "list[Batch]":
+        """Cut into `count` parts of nearly equal size, leaving out empty ones."""
+        pairs = zip(self.inputs.tensor_split(count), self.targets.tensor_split(count), strict=True)
+        return [self._replace(inputs=inputs, targets=targets) for inputs, targets in pairs if len(targets)]
+
+
+class TaskInputs:
+    """Inputs of the tasks of one run.
+
+    Args:
+        network: whose frozen part is computed once; its depths are those of the inputs.
+        data: the task sequence.
+        cache: where activations are kept.
+        place: how activations are computed.
+        fast: read stored activations; False reads images.
+        views: K, fixed augmented views of a training image.
+    """
+
+    def __init__(
+        self,
+        network: SEMAVisionTransformer,
+        data: DataManager,
+        cache: TensorCache,
+        place: Place,
+        fast: bool,
+        views: int,
+    ) -> None:
+        self.network, self.data, self.place, self.fast, self.views = network, data, place, fast, views
+        self.store = ActivationStore(network, data, cache, place)
+
+    # --- sources ------------------------------------------------------------------------------------------------------
+
+    def view(self, task: int, number: int, key: tuple[int, ...], depth: int | None = None) -> Source:
+        """A task's training inputs in one view: a fixed one, or without any the one that (key, number) draws.
+
+        Args:
+            depth: how far the network is run already, where nothing learns below it while the result is in use; by
+                default up to where the network may ever change.
+        """
+        views = self.views
+        if not views:
+            return self.fresh((*key, number))
+        return self._at(task, "train", (VIEW, number % views), f"view {number % views + 1} of {views}", depth)
+
+    def fresh(self, key: tuple[int, ...]) -> Images:
+        """Training images in views that the key draws."""
+        return Images(self.data, "train", key, self.place.device)
+
+    def by_epoch(self, task: int, key: tuple[int, ...], epochs: int) -> Callable[[int], Source]:
+        """Where each epoch of a functional phase reads; views used more than once are run to where learning begins."""
+        views = self.views
+        if not views:
+            return lambda epoch: self.view(task, epoch, key)
+        depth = self.network.learning_depth() if self.fast and views < epochs else None
+        opened = [self.view(task, number, key, depth) for number in range(min(views, epochs))]
+        return lambda epoch: opened[epoch % len(opened)]
+
+    def features_of(self, task: int, source: str) -> Tensor:
+        """Features of a task's images in the test view, in stored order, (n, d), on every rank.
+
+        Those of test images are kept while nothing learns, so that what is unchanged is not computed again.
+        """
+        indices, world = self.data.indices(self.data.task_classes(task), source), self.place.world
+        mine = indices[world.share(len(indices))]
+        if source == "test" and self.network.learning_depth() == self.network.depth:
+            features = self._at(task, source, None, f"{source} features", self.network.depth).take(mine)
+        else:
+            features = self._passing_features(
+                self._at(task, source, None, source, None), mine, f"{source} features"
+            )
+        return world.gather_rows(features, len(indices))
+
+    @torch.no_grad()
+    def _passing_features(self, below: Source, indices: np.ndarray, label: str) -> Tensor:
+        """Features (n, d) of stored images as the network gives them now, not kept."""
+        place, parts = self.place, [torch.empty(0, self.network.vit.num_features)]
+        starts = range(0, len(indices), place.batch_size)
+        for start in progress(starts, desc=label, unit="batch"):
+            if place.stop_requested():
+                break
+            x = below.take(indices[start : start + place.batch_size]).to(place.device)
+            with autocast(place.device, place.precision):
+                parts.append(self.network(x, below.depth).float().cpu())
+        if place.world.any(place.stop_requested()):  # also where the ranks wait for each other
+            raise Interrupted
+        return torch.cat(parts)
+
+    def _at(
+        self, task: int, source: str, view: tuple[int, ...] | None, what: str, depth: int | None
+    ) -> Source:
+        """One view at the depth below which nothing ever changes, and from there on to a greater one if asked to."""
+        classes, fixed = self.data.task_classes(task), self.network.fixed_depth() if self.fast else 0
+        label = f"Task {task}, {what}, blocks 0-{fixed - 1}"
+        opened = self.store.at(fixed, classes, source, view, label=label)
+        if depth is None or depth == fixed:
+            return opened
+        label = f"Task {task}, {what}, blocks {fixed}-{depth - 1}"
+        deeper = self.store.at(depth, classes, source, view, below=opened, label=label)
+        if source == "test":  # features of models that are no more
+            self.store.drop_own("test", keep=[opened, deeper])
+        return deeper
+
+    # --- batches ------------------------------------------------------------------------------------------------------
+
+    def read(
+        self, task: int, source: Source, key: tuple[int, ...], size: int, start: int = 0
+    ) -> Iterator[Batch]:
+        """A task's training batches of `size` images, from number `start` on, in the order that `key` names."""
+        classes = self.data.task_classes(task)
+        order = self.data.order(classes, "train", key)
+        groups = [order[first : first + size] for first in range(start * size, len(order), size)]
+        if isinstance(source, Images):
+            loaded = self.data.batches(
+                classes, source="train", mode="train", batch_size=size, key=key, start=start, view=source.view
+            )
+            for (images, targets), group in zip(loaded, groups, strict=True):
+                yield Batch(images, targets, 0, len(group))
+            return
+        stored = (self._stored(source, group) for group in groups)
+        yield from one_ahead(stored) if self.place.device.type == "cuda" else stored
+
+    def _stored(self, source: Activations, indices: np.ndarray) -> Batch:
+        """This rank's share of the activations of these images."""
+        mine = indices[self.place.world.share(len(indices))]
+        return Batch(source.take(mine), self.data.targets(mine, "train"), source.depth, len(indices))
+
+    def batch_count(self, task: int, size: int) -> int:
+        """Training batches of `size` images in a task."""
+        return -(-self.data.count(self.data.task_classes(task), "train") // size)
+
+    # --- token means --------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def token_means(self, batch: Batch, blocks: list[int]) -> dict[int, Tensor]:
+        """What routers and descriptors of the blocks read from a batch, on every rank: {block: (B, d)}, float32."""
+        place = self.place
+        with autocast(place.device, place.precision):
+            means = self.network.token_means(batch.inputs.to(place.device), batch.depth, blocks)
+        return {block: place.world.gather_rows(rows, batch.total) for block, rows in means.items()}
+
+    def means_by_epoch(
+        self, task: int, key: tuple[int, ...], blocks: list[int], *, views: int, epochs: int, size: int
+    ) -> Callable[[int, int], Iterator[dict[int, Tensor]]]:
+        """(epoch, start) -> batches of `size` token means of the blocks, of `views` views; 0: of new ones every epoch.
+
+        While descriptors learn nothing below them does, so the fast engine runs the network once a view, not once an
+        epoch.
+        """
+
+        def computed(epoch: int, start: int) -> Iterator[dict[int, Tensor]]:
+            source = self.view(task, epoch % views, key) if views else self.fresh((*key, epoch))
+            for batch in self.read(task, source, (*key, epoch), size, start):
+                yield self.token_means(batch, blocks)
+
+        if not (self.fast and views):
+            return computed
+        stored = [self.all_means(task, number, key, blocks) for number in range(min(views, epochs))]
+        classes = self.data.task_classes(task)
+        indices = self.data.indices(classes, "train")
+
+        def looked_up(epoch: int, start: int) -> Iterator[dict[int, Tensor]]:
+            rows = torch.from_numpy(
+                np.searchsorted(indices, self.data.order(classes, "train", (*key, epoch)))
+            )
+            for chosen in rows.split(size)[start:]:
+                yield {
+                    block: means[chosen.to(means.device)]
+                    for block, means in stored[epoch % len(stored)].items()
+                }
+
+        return looked_up
+
+    def all_means(self, task: int, view: int, key: tuple[int, ...], blocks: list[int]) -> dict[int, Tensor]:
+        """Token means of one view of a task's training images in stored order: {block: (images, d)}."""
+        order_key, size, parts = (*key, view), self.place.batch_size, []
+        batches = self.read(task, self.view(task, view, key), order_key, size)
+        label, count = f"Task {task} rd view {view + 1}", self.batch_count(task, size)
+        for batch in progress(batches, total=count, desc=label, unit="batch"):
+            if self.place.world.any(self.place.stop_requested()):
+                raise Interrupted
+            parts.append(self.token_means(batch, blocks))
+        order = self.data.order(self.data.task_classes(task), "train", order_key)
+        stored = torch.from_numpy(np.argsort(order)).to(self.place.device)
+        return {block: torch.cat([part[block] for part in parts])[stored] for block in blocks}
+
+    def new_means(self, task: int, key: tuple[int, ...], blocks: list[int], count: int) -> dict[int, Tensor]:
+        """Token means of newly drawn views of a task's training images: {block: (count, d)}.
+
+        View after view of all images, each in an order of its own, until there are `count` of at least 1.
+        """
+        views = (((*key, number), self.fresh((*key, number))) for number in itertools.count())
+        batches = (
+            batch for name, view in views for batch in self.read(task, view, name, self.place.batch_size)
+        )
+        parts, total = [], 0
+        with progress(total=count, desc=f"Task {task} rd, new views", unit="image") as bar:
+            while total < count:
+                if self.place.world.any(self.place.stop_requested()):
+                    raise Interrupted
+                batch = next(batches)
+                parts.append(self.token_means(batch, blocks))
+                total += batch.total
+                bar.update(batch.total)
+        return {block: torch.cat([part[block] for part in parts])[:count] for block in blocks}

@@ -1,0 +1,186 @@
+"""One block's adapters: mixing, growing, freezing, and the structure a checkpoint rebuilds."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from backbone.consolidation import Consolidation
+from backbone.sema_block import AdapterSpec, SEMAModules, is_learning
+from backbone.sema_components import ADAPTERS, Records
+
+SPEC = AdapterSpec(width=12, kind="nested_lora", bottleneck=2, rd_dim=4, buffer_size=10)
+
+
+def modules(growable: bool = True) -> SEMAModules:
+    torch.manual_seed(0)
+    return SEMAModules(SPEC, block=3, growable=growable)
+
+
+def disturb(block: SEMAModules) -> None:
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+
+
+def tokens(seed: int = 0) -> Tensor:
+    return torch.randn(6, 5, 12, generator=torch.Generator().manual_seed(seed))
+
+
+def test_output_is_the_router_weighted_sum() -> None:
+    """softmax(router(mean x)) written out with two adapters, one row not merged yet."""
+    block = modules()
+    block.grow()
+    disturb(block)
+    x = tokens()
+    mean = x.mean(dim=1)
+    logits = torch.cat([block.router(mean), block.new_router(mean)], dim=1)
+    weights = torch.exp(logits) / torch.exp(logits).sum(dim=1, keepdim=True)
+    expected = weights[:, 0, None, None] * block.adapters[0](x) + weights[:, 1, None, None] * block.adapters[
+        1
+    ](x)
+    torch.testing.assert_close(block(x), expected)
+
+
+@pytest.mark.parametrize("adapters", [1, 2, 5])
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_stacked_adapters_are_the_sum_one_by_one(kind: str, adapters: int) -> None:
+    """Output and every gradient, with frozen and learning adapters, biases and a scale that is not 1."""
+    torch.manual_seed(3)
+    block = SEMAModules(AdapterSpec(width=12, kind=kind, bottleneck=3, scale=0.7), block=3, growable=True)
+    for _ in range(adapters - 1):
+        block.freeze_functional()
+        block.grow()
+    disturb(block)
+    learning = [p for group in block.parameter_groups().values() for p in group if p.requires_grad]
+    results = []
+    for mix in (block.mix_stacked, block.mix_one_by_one):
+        x = tokens().requires_grad_(True)
+        out = mix(x, block.mixing_weights(x.mean(dim=1)))
+        results.append((out, *torch.autograd.grad(out.square().sum(), [x, *learning], allow_unused=True)))
+    for stacked, single in zip(*results, strict=True):
+        if adapters > 1 or stacked is not None:  # the router of a single adapter decides nothing
+            torch.testing.assert_close(stacked, single)
+
+
+def test_the_reference_mixes_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    block = SEMAModules(
+        AdapterSpec(width=12, kind="adaptmlp", bottleneck=3, stacked=False), block=3, growable=True
+    )
+    monkeypatch.setattr(block, "mix_stacked", None)
+    assert block(tokens()).shape == tokens().shape
+
+
+def test_merging_the_router_keeps_the_function_and_freezing_keeps_it_still() -> None:
+    block = modules()
+    block.end_of_task_training()
+    block.grow()
+    disturb(block)
+    before = block(tokens()).detach()
+    block.end_of_task_training()
+    assert block.new_router is None and block.router.out_features == 2
+    torch.testing.assert_close(block(tokens()), before)
+    assert not is_learning(block)
+
+
+def test_growth_leaves_what_was_there_frozen_and_untouched() -> None:
+    block = modules()
+    block.end_of_task_training()
+    old = {name: tensor.clone() for name, tensor in block.state_dict().items()}
+    new = block.grow()
+    assert is_learning(new.functional) and is_learning(new.rd) and is_learning(block.new_router)
+    assert not is_learning(block.adapters[0]) and not is_learning(block.router)
+    assert all(torch.equal(block.state_dict()[name], tensor) for name, tensor in old.items())
+
+
+def test_freeze_never_keeps_every_adapter_learning() -> None:
+    block = modules()
+    block.end_of_task_training(freeze_adapters=False)
+    block.grow()
+    block.end_of_task_training(freeze_adapters=False)
+    assert all(is_learning(adapter.functional) for adapter in block.adapters)
+    assert not any(is_learning(adapter.rd) for adapter in block.adapters)
+    assert not is_learning(block.router)
+
+
+@pytest.mark.parametrize(("freeze_adapters", "expected"), [(True, [1]), (False, [0, 1])])
+def test_consolidation_reaches_what_learned_in_the_task(freeze_adapters: bool, expected: list[int]) -> None:
+    """Under "task" only the adapter added in it, under "never" all of them; a task without growth consolidates none."""
+    how = Consolidation("weights", alpha=0.1, reset="lora")
+    block = modules()
+    disturb(block)
+    assert set(block.end_of_task_training(freeze_adapters, how, tokens().flatten(0, 1))) == {0}
+    block.grow()
+    assert sorted(block.end_of_task_training(freeze_adapters, how, tokens().flatten(0, 1))) == expected
+    again = block.end_of_task_training(freeze_adapters, how, tokens().flatten(0, 1))
+    assert sorted(again) == ([] if freeze_adapters else [0, 1])
+
+
+def test_outside_the_growing_range_there_is_one_adapter_and_nothing_else() -> None:
+    block = modules(growable=False)
+    assert block.router is None and block.adapters[0].rd is None
+    with pytest.raises(ValueError, match="cannot grow"):
+        block.grow()
+
+
+def test_rebuild_gives_a_fresh_module_the_saved_shape() -> None:
+    """Merged rows, a row not merged yet, and whether the newest adapter belongs to the open task."""
+    block = modules()
+    block.end_of_task_training()
+    block.grow()
+    block.freeze_functional()
+    block.end_of_task_training()
+    block.grow()
+    disturb(block)
+    fresh = modules()
+    fresh.rebuild(block.structure())
+    fresh.load_state_dict(block.state_dict())
+    torch.testing.assert_close(fresh(tokens()), block(tokens()))
+    assert fresh.structure() == block.structure() and fresh.new_router is not None
+
+
+def test_records_keep_the_last_errors_as_published() -> None:
+    """The batch that fills the buffer is cut to the room left; after that the oldest go."""
+    record = Records(4)
+    record.push(torch.tensor([1.0, 2.0, 3.0]))
+    record.push(torch.tensor([4.0, 5.0, 6.0]))
+    assert record.errors.tolist() == [1, 2, 3, 4] and len(record) == 4
+    record.push(torch.tensor([7.0, 8.0]))
+    assert record.errors.tolist() == [3, 4, 7, 8]
+    record.push(torch.arange(10.0))
+    assert record.errors.tolist() == [6, 7, 8, 9]
+
+
+def test_z_scores_are_zero_until_more_than_two_errors_are_stored() -> None:
+    record = Records(10)
+    errors = torch.tensor([5.0, -1.0])
+    record.push(torch.tensor([1.0, 3.0]))
+    assert record.z_scores(errors).tolist() == [0, 0]
+    record.push(torch.tensor([2.0]))
+    torch.testing.assert_close(record.z_scores(errors), torch.tensor([3.0, 3.0]))  # mean 2, unbiased std 1
+
+
+def test_z_scores_of_errors_that_are_all_alike_are_numbers() -> None:
+    """Images repeated: what is like them is not new, and the smallest difference is."""
+    record = Records(10)
+    record.push(torch.full((4,), 2.0))
+    assert record.z_scores(torch.tensor([2.0, 2.5])).tolist() == [0, torch.inf]
+
+
+def test_novelty_is_the_smallest_mean_over_adapters() -> None:
+    block = modules()
+    block.grow()
+    disturb(block)
+    mean = tokens().mean(dim=1)
+    for k, adapter in enumerate(block.adapters):
+        adapter.rd_loss_record.push(torch.tensor([1.0, 2.0, 3.0]) * (k + 1))
+    scores = [a.rd_loss_record.z_scores(a.rd(mean)).mean().item() for a in block.adapters]
+    assert block.novelty(mean) == pytest.approx(min(scores))
+
+
+def test_observing_stops_with_the_descriptor() -> None:
+    block = modules()
+    block.observe(tokens().mean(dim=1))
+    assert len(block.adapters[0].rd_loss_record) == 6
+    block.freeze_rd()
+    block.observe(tokens().mean(dim=1))
+    assert len(block.adapters[0].rd_loss_record) == 6

@@ -1,0 +1,125 @@
+"""The wrapped transformer: untrained adapters change nothing, the right blocks hold adapters, only adapters learn."""
+
+import pytest
+import torch
+
+from backbone.sema_block import AdapterSpec
+from backbone.sema_components import ADAPTERS
+from backbone.vit_sema import SEMAVisionTransformer, token_mean
+from tests.tiny_vits import MODELS, images, plain_vit
+
+
+def wrapped(name: str, kind: str = "nested_lora") -> SEMAVisionTransformer:
+    vit = plain_vit(name)
+    spec = AdapterSpec(width=vit.embed_dim, kind=kind, bottleneck=4, rd_dim=8, buffer_size=16)
+    return SEMAVisionTransformer(vit, spec, growing=(1, 2), adapted=range(3))
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+@pytest.mark.parametrize("name", MODELS)
+def test_untrained_adapters_give_timms_output_bit_for_bit(name: str, kind: str) -> None:
+    """Also with several adapters in a block, and in bf16."""
+    network = wrapped(name, kind)
+    x = images(name)
+    network.modules_by_block[1].grow()
+    with torch.no_grad():
+        assert torch.equal(network(x), plain_vit(name)(x))
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(network(x), plain_vit(name)(x))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_running_in_stretches_is_running_at_once(name: str) -> None:
+    """Images to block k to block j to features, bit for bit; a stretch of nothing returns what it was given."""
+    network, x = wrapped(name), images(name)
+    with torch.no_grad():
+        for parameter in network.modules_by_block[1].adapters[0].parameters():
+            parameter.add_(0.1)
+        whole = network(x)
+        for middle in (1, 2):
+            tokens = network(x, 0, middle)
+            assert torch.equal(network(network(tokens, middle, 2), 2), whole)
+        assert network(whole, network.depth) is whole
+    with pytest.raises(ValueError, match="between 0 and 3"):
+        network(x, 2, 1)
+
+
+def test_depths_follow_what_may_change_and_what_learns() -> None:
+    network = wrapped("vit_small_patch16_224")  # adapters in blocks 0 to 2, of which 1 and 2 may grow
+    assert (network.fixed_depth(), network.learning_depth()) == (0, 0)
+    for modules in network.modules_by_block.values():
+        modules.end_of_task_training()
+    assert (network.fixed_depth(), network.learning_depth()) == (1, 3)
+    network.modules_by_block[2].grow()
+    assert (network.fixed_depth(), network.learning_depth()) == (1, 2)
+    assert {name.split(".")[0] for name in network.tensors_below(2)} == {"0", "1"}
+    assert network.tensors_below(0) == {}
+
+
+def test_token_means_stop_at_the_deepest_block_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = wrapped("vit_small_patch16_224")
+    x = images("vit_small_patch16_224")
+    with torch.no_grad(), network.capture_inputs((1,), token_mean) as expected:
+        network(x)
+    monkeypatch.setattr(network.vit.blocks[2], "forward", None)
+    torch.testing.assert_close(network.token_means(x, 0, [1]), expected)
+
+
+def test_a_trained_adapter_changes_the_output() -> None:
+    """The test above can fail: one non-zero up-projection and the features move."""
+    network = wrapped("vit_small_patch16_224")
+    x = images("vit_small_patch16_224")
+    with torch.no_grad():
+        before = network(x)
+        torch.nn.init.normal_(network.modules_by_block[1].adapters[0].functional.fast.up_proj.weight)
+        assert not torch.equal(network(x), before)
+
+
+def test_only_adapters_learn_and_the_transformer_keeps_its_mode() -> None:
+    network = wrapped("vit_small_patch16_224").train()
+    assert not network.vit.training and not network.vit.blocks[0].block.training
+    learning = {id(p) for p in network.parameters() if p.requires_grad}
+    owned = {id(p) for group in network.parameter_groups().values() for p in group}
+    owned |= {id(p) for p in network.descriptor_parameters()}
+    assert learning == owned
+
+
+def test_capture_inputs_sees_what_the_adapters_see_and_cleans_up() -> None:
+    network = wrapped("vit_small_patch16_224")
+    x = images("vit_small_patch16_224")
+    seen = []
+    handle = network.modules_by_block[2].register_forward_pre_hook(
+        lambda module, inputs: seen.append(inputs[0])
+    )
+    with torch.no_grad(), network.capture_inputs((1, 2), token_mean) as means:
+        network(x)
+    handle.remove()
+    assert set(means) == {1, 2}
+    torch.testing.assert_close(means[2], seen[0].mean(dim=1))
+    assert all(not modules._forward_pre_hooks for modules in network.modules_by_block.values())
+
+
+def test_adapter_reads_the_residual_stream_before_the_mlp() -> None:
+    """Block i: x + attn(norm1(x)) goes in; the result is added beside the MLP."""
+    network = wrapped("vit_small_patch16_224")
+    with torch.no_grad():
+        torch.nn.init.normal_(network.modules_by_block[0].adapters[0].functional.slow.up_proj.weight)
+        wrapper = network.vit.blocks[0]
+        x = torch.randn(2, 5, 48)
+        attended = x + wrapper.block.attn(wrapper.block.norm1(x))
+        expected = (
+            attended + wrapper.block.mlp(wrapper.block.norm2(attended)) + wrapper.adapter_module(attended)
+        )
+        torch.testing.assert_close(wrapper(x), expected)
+
+
+def test_parameter_counts_are_those_of_the_formula() -> None:
+    """Two grown blocks of width 48: adapters 2r(2d + 1) + 2d each, descriptors and router rows as their sizes say."""
+    network = wrapped("vit_small_patch16_224")
+    network.modules_by_block[2].grow()
+    d, r, rd = 48, 4, 8
+    assert network.parameter_counts() == {
+        "adapters": 4 * (2 * (2 * d * r + r + d)),
+        "descriptors": 3 * (2 * d * rd + rd + d),
+        "routers": 3 * (d + 1),
+    }

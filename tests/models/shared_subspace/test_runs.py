@@ -1,0 +1,338 @@
+"""Runs on grids from the user's side: the record, the same seed twice, resume, eval.py, and bad input."""
+
+import csv
+import itertools
+import json
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import eval as evaluation
+import main
+from models.base import Learner
+from models.shared_subspace.config import SharedSubspaceConfig
+from tests.conftest import TINY_GRIDS
+from tests.crash import run
+from utils.reports.metric_catalogue import GRIDS, KINDS, kind_of
+from utils.runs.run_log import read_metrics
+
+ANALYSIS_FILES = {
+    "cka.json", "cka.csv", "cka.png", "grassmann.json", "grassmann.csv", "grassmann.png", "probes.json", "probes.csv",
+    "probes.png", "units.json", "units_h.csv", "units_h.png", "units_z.csv", "units_z.png", "unit_samples.png",
+    "samples.json", "samples.png",
+}  # fmt: skip
+
+
+def arguments(logs: Path, **changes: object) -> list[str]:
+    """The command line of a tiny run; its configuration lies beside the logs."""
+    logs.mkdir(parents=True, exist_ok=True)
+    path = logs / "tiny.json"
+    path.write_text(json.dumps(TINY_GRIDS | {"logs_root": str(logs / "logs"), "seed": [1]} | changes))
+    return ["--config", str(path)]
+
+
+def folder_of(logs: Path, seed: int = 1, encoder: str = "transformer") -> Path:
+    return logs / "logs" / "shared_subspace" / "grids" / f"tiny_{seed}_{encoder}"
+
+
+def outcome(folder: Path) -> dict[str, Any]:
+    """What must not depend on interruptions and on time."""
+    result = json.loads((folder / "result.json").read_text())
+    result.pop("cost")
+    events = [
+        {k: v for k, v in e.items() if k not in ("seconds", "peak_memory_mb")} for e in read_metrics(folder)
+    ]
+    analysis = {path.name: path.read_bytes() for path in (folder / "analysis").iterdir()}
+    return {"result": result, "events": events, "analysis": analysis}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of one finished run."""
+    logs = tmp_path_factory.mktemp("finished")
+    assert main.main(arguments(logs)) == 0
+    return folder_of(logs)
+
+
+def test_the_folder_tells_the_whole_story(finished: Path) -> None:
+    files = {path.name for path in finished.iterdir()}
+    assert files == {
+        "config.json", "manifest.json", "metrics.jsonl", "metrics.csv", "result.json", "figures", "tb", "checkpoints",
+        "analysis",
+    }  # fmt: skip
+    assert [path.name for path in (finished / "checkpoints").iterdir()] == ["task_00"]
+    assert {path.name for path in (finished / "figures").iterdir()} == {
+        "training.png",
+        "zero_shot.png",
+        "few_shot.png",
+    }
+    assert {path.name for path in (finished / "analysis").iterdir()} == ANALYSIS_FILES
+    assert list((finished / "tb").iterdir())
+    log = finished.with_name(finished.name + ".log").read_text()
+    for part in (
+        "validation IoU",
+        "Back to the weights",
+        "unseen length",
+        "reached it",
+        "IoU of the input itself",
+        "Subspaces of h",
+        "Sparse code",
+    ):
+        assert part in log
+
+
+def test_the_result_agrees_with_the_record(finished: Path) -> None:
+    result = json.loads((finished / "result.json").read_text())
+    events = read_metrics(finished)
+    (task,) = [event for event in events if event["event"] == "task"]
+    assert task["zero_shot"] == result["zero_shot"] and set(task["zero_shot"]) == {
+        "train",
+        "held_out",
+        "unseen",
+    }
+    for name in ("cka", "grassmann", "probes", "units"):
+        numbers = json.loads((finished / "analysis" / f"{name}.json").read_text())["metrics"]
+        assert numbers and numbers.items() <= task["analysis"].items() <= result["metrics"].items()
+    assert kind_of(result) is GRIDS is KINDS[SharedSubspaceConfig.kind] and set(GRIDS.metrics) == set(
+        result["metrics"]
+    )
+    assert result["metrics"]["unseen_iou"] == result["zero_shot"]["unseen"]["iou"]
+    rows = [event for event in events if event["event"] == "few_shot"]
+    assert [row["composition"] for row in rows] == [row["composition"] for row in result["few_shot"]]
+    assert result["metrics"]["few_shot_after"] == pytest.approx(sum(row["after"] for row in rows) / 2)
+    assert result["cost"]["few_shot_seconds"] > 0 and result["parameters"]["stored"] > 0
+    best = max(e["validation_iou"] for e in events if e["event"] == "epoch" and e["phase"] == "train")
+    log = finished.with_name(finished.name + ".log").read_text()
+    assert f"validation IoU {best:.2f} %" in log
+
+
+def test_the_table_of_numbers_holds_what_tensorboard_draws(finished: Path) -> None:
+    with open(finished / "metrics.csv") as file:
+        rows = list(csv.DictReader(file))
+    trained = [row for row in rows if row["tag"] == "epoch/train/validation_iou"]
+    events = [e for e in read_metrics(finished) if e["event"] == "epoch" and e["phase"] == "train"]
+    assert [float(row["value"]) for row in trained] == [event["validation_iou"] for event in events]
+    assert [row["step"] for row in trained] == ["0", "1", "2"]
+
+
+def test_the_manifest_says_what_was_held_out(finished: Path) -> None:
+    manifest = json.loads((finished / "manifest.json").read_text())
+    assert len(manifest["held_out"]) == 4 and len(manifest["splits_sha256"]) == 64
+
+
+def test_the_same_seed_gives_the_same_numbers_and_another_seed_others(finished: Path, tmp_path: Path) -> None:
+    assert main.main(arguments(tmp_path, seed=[1, 2])) == 0
+    assert outcome(folder_of(tmp_path)) == outcome(finished)
+    assert outcome(folder_of(tmp_path, seed=2))["result"]["metrics"] != outcome(finished)["result"]["metrics"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Resume
+
+
+def stop_at(number: int) -> Callable[[Learner], bool]:
+    """What `Learner.stopping` says when a stop is requested before the n-th step."""
+    looks = itertools.count(1)
+    return lambda learner: next(looks) == number
+
+
+@pytest.mark.parametrize(
+    "at", [8, 11, 17, 21], ids=["in an epoch", "between epochs", "in few-shot", "in the second task"]
+)
+def test_stopped_and_resumed_is_uninterrupted(
+    at: int, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """15 steps train, then 4 for each of two few-shot tasks."""
+    with monkeypatch.context() as patched:
+        patched.setattr(Learner, "stopping", stop_at(at))
+        assert main.main(arguments(tmp_path)) == 130
+    folder = folder_of(tmp_path)
+    assert not (folder / "result.json").exists()
+    (checkpoint,) = (folder / "checkpoints").iterdir()  # those of earlier epochs have made room
+    assert checkpoint.name == f"task_00_step_{at - 1:06d}"
+    assert main.main(["--resume", str(folder)]) == 0
+    assert outcome(folder) == outcome(finished)
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+    """A run with everything that has a state of its own, and what came out."""
+    changes = {"sharing_ema": 0.5, "encoder": "gru", "few_shot_method": "adapter", "grad_accumulation": 2}
+    logs = tmp_path_factory.mktemp("options")
+    code, moments = run(arguments(logs, **changes))
+    assert code == 0
+    yield {"changes": changes, "moments": moments, "outcome": outcome(folder_of(logs, encoder="gru"))}
+
+
+@pytest.mark.parametrize("after", [0, 1, 2], ids=["first save", "second save", "all is trained"])
+def test_killed_and_resumed_is_uninterrupted(after: int, options: dict[str, Any], tmp_path: Path) -> None:
+    """Killed in the third step after a save; the last one is followed by few-shot adaptation."""
+    saves = [i for i, moment in enumerate(options["moments"]) if moment == "rename"]
+    assert len(saves) >= 3
+    point = saves[after] + 4 if after < 2 else saves[2] - 3
+    code, _ = run(arguments(tmp_path, **options["changes"]), die_at=point)
+    assert code == -signal.SIGKILL
+    folder = folder_of(tmp_path, encoder="gru")
+    assert any((folder / "checkpoints").iterdir())
+    assert run(["--resume", str(folder)])[0] == 0
+    assert outcome(folder) == options["outcome"]
+
+
+def test_a_checkpoint_of_other_splits_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(Learner, "stopping", stop_at(2))
+        assert main.main(arguments(tmp_path)) == 130
+    config = json.loads((folder_of(tmp_path) / "config.json").read_text())
+    (folder_of(tmp_path) / "config.json").write_text(json.dumps(config | {"held_out_pairs": 3}))
+    capsys.readouterr()
+    assert main.main(["--resume", str(folder_of(tmp_path))]) == 2
+    assert "held_out_pairs was 2, is 3" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# eval.py
+
+
+def test_eval_tests_the_checkpoint_again(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert evaluation.main(["--run", str(finished)]) == 0
+    shown = capsys.readouterr().out
+    for name, values in json.loads((finished / "result.json").read_text())["zero_shot"].items():
+        label = {"train": "met in training", "held_out": "held-out pairs", "unseen": "unseen length"}[name]
+        line = next(line for line in shown.splitlines() if line.startswith(label))
+        assert f"{values['iou']:.2f}" in line and f"{values['cells']:.2f}" in line
+
+
+@pytest.fixture
+def copied(finished: Path, tmp_path: Path) -> Path:
+    """The finished run without its analysis, to be changed."""
+    return shutil.copytree(finished, tmp_path / "run", ignore=shutil.ignore_patterns("analysis"))
+
+
+def analyse(folder: Path, *arguments: str) -> int:
+    return evaluation.main(["--run", str(folder), "--analyse", *arguments])
+
+
+def test_an_analysis_later_is_the_one_that_the_run_made(
+    finished: Path, copied: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert analyse(copied, "cka", "units") == 0
+    written = sorted(copied.joinpath("analysis").iterdir())
+    assert {path.name for path in written} == {n for n in ANALYSIS_FILES if n.startswith(("cka", "unit"))}
+    for path in written:
+        assert path.read_bytes() == (finished / "analysis" / path.name).read_bytes()
+    shown = capsys.readouterr().out
+    assert "Linear CKA between tasks" in shown and "best unit of z for each primitive" in shown
+    assert all(f"wrote {path}" in shown for path in written)
+
+
+def test_every_analysis_replaces_the_one_before(finished: Path, copied: Path) -> None:
+    copied.joinpath("analysis").mkdir()
+    copied.joinpath("analysis", "grassmann.json").write_text("{}")
+    assert analyse(copied, "grassmann", "probes", "samples") == 0
+    for name in ("grassmann.json", "grassmann.csv", "probes.csv", "samples.json"):
+        assert (copied / "analysis" / name).read_text() == (finished / "analysis" / name).read_text()
+
+
+def damage(folder: Path, what: str) -> None:
+    if what == "unfinished":
+        (folder / "result.json").unlink()
+    if what == "removed":
+        shutil.rmtree(folder / "checkpoints" / "task_00")
+
+
+REFUSED = {
+    "images": (
+        ["cka", "--images-per-class", "4"],
+        "a run on grids has no images, its analyses draw new grids",
+    ),
+    "unknown": (
+        ["cka", "branches"],
+        "--analyse branches: no such analysis of this run; allowed: cka, grassmann, ",
+    ),
+    "unfinished": (["cka"], "is unfinished and cannot be analysed yet: go on with python main.py --resume"),
+    "removed": (["cka"], "has no checkpoint of task_00 (all are needed)"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_cannot_be_analysed_is_a_sentence(
+    what: str, copied: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    named, expected = REFUSED[what]
+    damage(copied, what)
+    assert analyse(copied, *named) == 2
+    message = capsys.readouterr().err
+    assert expected in message and message.count("\n") == 1 and "checkpoints=all" not in message
+    assert not (copied / "analysis").exists()
+
+
+def test_the_names_of_all_analyses_are_allowed(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert analyse(copied, "nothing") == 2
+    assert "allowed: cka, grassmann, probes, units, samples\n" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bad input
+
+BAD = {
+    "unknown primitive": ({"primitives": ["rotate", "spin", "fall"]}, "no such primitive: spin"),
+    "a primitive twice": ({"primitives": ["rotate", "fall", "fall"]}, "holds fall more than once"),
+    "length beyond the set": ({"test_length": 6}, "there are 5; allowed: lengths from 1 to 5"),
+    "training length beyond the set": ({"train_lengths": [1, 9]}, "lengths from 1 to 5"),
+    "group of one": ({"group_size": 1}, "group_size = 1: too small"),
+    "empty held-out split": ({"held_out_pairs": 0}, "held_out_pairs"),
+    "empty training split": ({"train_lengths": [2], "held_out_pairs": 10}, "may be empty"),
+    "subspace larger than its group": ({"sharing_rank": 4}, "sharing_rank below group_size"),
+    "step of part of a group": ({"batch_size": 10}, "whole groups"),
+    "one group": ({"batch_size": 4}, "at least two"),
+    "more parts than groups": ({"grad_accumulation": 4}, "from 1 to 3"),
+    "heads that do not divide": ({"heads": 3}, "heads divides"),
+    "more tasks than compositions": ({"few_shot_tasks": 11}, "from 0 to 10"),
+    "no look": ({"few_shot_every": 5}, "from 1 to 4"),
+    "weights out of order": ({"alpha": [[0.5, 1], [0.2, 0]]}, "ascending"),
+    "negative weight": ({"beta": -1}, "a number from 0"),
+    "weight that is text": ({"gamma": "much"}, "a number from 0"),
+    "two colours": ({"colours": 2}, "an integer >= 3"),
+    "a key of another method": ({"init_cls": 10}, 'not a key of model_name "shared_subspace"'),
+    "a misspelt key": ({"sharing_rnk": 2}, "did you mean sharing_rank?"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_a_message_and_exit_code_2_before_any_folder(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes, expected = BAD[name]
+    assert main.main(arguments(tmp_path, **changes)) == 2
+    message = capsys.readouterr().err
+    assert expected in message and "Traceback" not in message
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny.json"]
+
+
+def test_keys_without_effect_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from models import SCHEMAS
+    from utils.config.loading import config_from_dict
+
+    changes = {
+        "alpha": 0,
+        "sharing_ema": 0.5,
+        "sparse_units": 0,
+        "beta": 1,
+        "encoder": "gru",
+        "few_shot_tasks": 0,
+    }
+    (note,) = config_from_dict(TINY_GRIDS | changes, SCHEMAS, "test").notes
+    for part in (
+        "sharing_ema (alpha is 0)",
+        "beta (sparse_units is 0)",
+        'heads (encoder is "gru")',
+        "few_shot_every",
+    ):
+        assert part in note
+    assert config_from_dict(TINY_GRIDS, SCHEMAS, "test").notes == []

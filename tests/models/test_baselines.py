@@ -1,0 +1,258 @@
+"""The learners that Nested LoRA is compared with, and the heads, on tiny generated data."""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from models import LEARNERS
+from models.base import Interrupted, Learner
+from trainer import train
+from utils.config.loading import ConfigError
+from utils.config.schema import RunConfig
+from utils.errors import UserError
+from utils.runs.run_log import read_metrics
+
+Config = Callable[..., RunConfig]
+Make = Callable[..., Learner]
+ALL_CLASSES = {"init_cls": 8, "increment": 8}
+NESTED = {"ffn_adapter_type": "nested_lora"}
+METHODS: dict[str, dict[str, Any]] = {
+    "simplecil": {"model_name": "simplecil"},
+    "ranpac": {"model_name": "ranpac", "ranpac_dim": 50},
+    "ranpac, adapted": {"model_name": "ranpac", "ranpac_dim": 50, "first_session": True},
+    "linear probe": {"model_name": "linear_probe", **ALL_CLASSES},
+    "joint": {"model_name": "joint", **ALL_CLASSES},
+    "finetune": {"model_name": "finetune"},
+    "finetune, ranpac": {
+        "model_name": "finetune",
+        "head": "ranpac",
+        "head_drift": "linear",
+        "ranpac_dim": 50,
+    },
+    "finetune, cosine": {"model_name": "finetune", "head": "cosine", "head_drift": "linear"},
+    "sema, ranpac": {"model_name": "sema", "head": "ranpac", "head_drift": "linear", "ranpac_dim": 50},
+    "sema, growing": {"model_name": "sema", "expansion": "always"},
+    "sema, never growing": {"model_name": "sema", "expansion": "never", "head": "cosine"},
+}
+
+
+def run_tasks(learner: Learner, tasks: int) -> None:
+    for task in range(tasks):
+        learner.begin_task(task)
+        learner.train_task()
+
+
+def training_features(learner: Learner, task: int) -> tuple[np.ndarray, np.ndarray]:
+    """Features of a task's training images in the test view, computed here, and labels."""
+    data = learner.data
+    indices = data.indices(data.task_classes(task), "train")
+    with torch.no_grad():
+        features = learner.features(data.views(indices, "train", "test", None))
+    return features.double().numpy(), data.targets(indices, "train").numpy()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_baseline_runs_to_its_result(name: str, smoke_config: Config) -> None:
+    """Through the command line's own path: result, accuracies and the numbers of the record."""
+    config = smoke_config(**METHODS[name])
+    (result,) = train(config)
+    tasks = 1 if "init_cls" in METHODS[name] else 4
+    assert len(result["accuracy"]) == tasks and 0 <= result["metrics"]["final"] <= 100
+    assert result["parameters"]["stored"] == sum(v for k, v in result["parameters"].items() if k != "stored")
+    assert (result["metrics"]["forgetting"] is None) == (tasks == 1)
+
+
+@pytest.mark.parametrize("name", ["ranpac, adapted", "finetune, ranpac", "sema, ranpac", "sema, growing"])
+def test_a_baseline_resumed_is_the_one_never_stopped(name: str, make_sema: Make) -> None:
+    """Stopped at several moments, between steps and between batches of features, it ends bit for bit the same."""
+    changes = METHODS[name] | {"max_tasks": 3}
+    whole = make_sema(**changes)
+    run_tasks(whole, 3)
+    expected = whole.fingerprint()
+    for stop_at in (2, 5, 9):
+        asked = iter(range(10**9))
+        stopped = make_sema(lambda asked=asked, at=stop_at: next(asked) >= at, **changes)
+        with pytest.raises(Interrupted):
+            run_tasks(stopped, 3)
+        state, tensors = stopped.state()
+        again = make_sema(**changes)
+        again.load_state(
+            json.loads(json.dumps(state)), {name: tensor.clone() for name, tensor in tensors.items()}
+        )
+        again.train_task()
+        for task in range(again.task + 1, 3):
+            again.begin_task(task)
+            again.train_task()
+        assert again.fingerprint() == expected
+
+
+def test_simplecil_scores_are_cosines_with_class_means(make_sema: Make) -> None:
+    learner = make_sema(model_name="simplecil")
+    run_tasks(learner, 2)
+    gathered = [training_features(learner, task) for task in range(2)]
+    features, labels = (np.concatenate(parts) for parts in zip(*gathered, strict=True))
+    means = np.stack([features[labels == c].mean(axis=0) for c in range(4)])
+    queries = features[:5]
+    cosine = queries @ means.T / np.linalg.norm(queries, axis=1)[:, None] / np.linalg.norm(means, axis=1)
+    np.testing.assert_allclose(learner.classify(torch.tensor(queries)).numpy(), cosine, atol=1e-4)
+
+
+def test_training_free_ranpac_task_by_task_has_the_sums_of_all_tasks(make_sema: Make) -> None:
+    learner = make_sema(**METHODS["ranpac"])
+    run_tasks(learner, 4)
+    gathered = [training_features(learner, task) for task in range(4)]
+    features, labels = (np.concatenate(parts) for parts in zip(*gathered, strict=True))
+    hidden = np.maximum(features @ learner.readout.projection.numpy(), 0)
+    gram, cross = learner.readout.gram.sum(dim=0).numpy(), learner.readout.cross.sum(dim=0).numpy()
+    np.testing.assert_allclose(gram, hidden.T @ hidden, rtol=1e-4)
+    np.testing.assert_allclose(cross, hidden.T @ np.eye(8)[labels], rtol=1e-4, atol=1e-4)
+    assert not learner.network.modules_by_block and "adapters" not in learner.summary()["parameters"]
+
+
+def moving(learner: Learner) -> dict[str, Tensor]:
+    return {n: t.clone() for n, t in learner.checkpoint_tensors().items() if n.startswith("block.")}
+
+
+def same(before: dict[str, Tensor], after: dict[str, Tensor]) -> bool:
+    return all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_ranpac_adapts_in_the_first_task_only(make_sema: Make) -> None:
+    learner = make_sema(**METHODS["ranpac, adapted"])
+    start = moving(learner)
+    run_tasks(learner, 1)
+    adapted = moving(learner)
+    assert not same(start, adapted)
+    learner.begin_task(1)
+    learner.train_task()
+    assert same(adapted, moving(learner))
+    assert not [p for p in learner.modules.parameters() if p.requires_grad]
+
+
+def test_finetune_never_freezes_and_sema_does(make_sema: Make) -> None:
+    for name, changes in {
+        "finetune": {},
+        "sema": {"expansion": "never", "ffn_adapter_type": "adaptmlp"},
+    }.items():
+        learner = make_sema(model_name=name, **changes)
+        run_tasks(learner, 1)
+        before = moving(learner)
+        learner.begin_task(1)
+        learner.train_task()
+        assert same(before, moving(learner)) == (name == "sema")
+
+
+def test_always_growing_grows_every_block_once_a_task_and_never_growing_none(make_sema: Make) -> None:
+    counts = {}
+    for expansion in ("always", "never"):
+        learner = make_sema(expansion=expansion, exp_threshold=1e9)
+        run_tasks(learner, 3)
+        counts[expansion] = [learner.network.adapters_per_block()[block] for block in (4, 5)]
+    assert counts == {"always": [3, 3], "never": [1, 1]}
+    assert learner.summary()["parameters"]["descriptors"] == 0  # nothing to detect with where nothing grows
+
+
+def test_the_adapter_rate_is_its_own_where_it_is_given(make_sema: Make) -> None:
+    rates = {}
+    for given in (None, 0.123):
+        learner = make_sema(
+            model_name="finetune", ffn_adapter_type="adaptmlp", adapter_lr=given, init_lr=0.004
+        )
+        learner.begin_task(0)
+        rates[given] = learner.update_optimizer_and_scheduler(1).rates
+    assert rates == {None: {"adapter": 0.004, "other": 0.004}, 0.123: {"adapter": 0.123, "other": 0.004}}
+
+
+def test_a_joint_method_refuses_a_first_task_that_leaves_classes_out(smoke_config: Config) -> None:
+    for name in ("joint", "linear_probe"):
+        with pytest.raises(ConfigError, match=f"{name} learns all classes at once; allowed: init_cls = 8"):
+            smoke_config(model_name=name, init_cls=2)
+
+
+def test_the_readout_follows_only_where_it_is_asked_to(make_sema: Make) -> None:
+    """Only with "linear" are features compared with those the task began with, logged, and old sums carried along."""
+    sums = {}
+    for drift in ("none", "linear"):
+        learner = make_sema(
+            model_name="finetune", head="ranpac", head_drift=drift, ranpac_dim=50, func_epoch=2
+        )
+        run_tasks(learner, 2)
+        found = [event for event in read_metrics(learner.log.folder) if event["event"] == "feature_drift"]
+        assert len(found) == (drift == "linear")
+        sums[drift] = learner.readout.cross.sum(dim=0)
+    assert found[0]["moved"] > 0 and found[0]["explained"] <= 1
+    assert not torch.equal(sums["none"], sums["linear"])
+
+
+def test_heads_do_not_change_what_is_trained(make_sema: Make) -> None:
+    adapters = []
+    for head in ("fc", "cosine", "ranpac"):
+        learner = make_sema(model_name="finetune", head=head, ranpac_dim=50)
+        run_tasks(learner, 2)
+        adapters.append(moving(learner))
+    assert same(adapters[0], adapters[1]) and same(adapters[0], adapters[2])
+
+
+def test_the_mean_schedule_divides_alpha_by_the_number_of_tasks(make_sema: Make) -> None:
+    keys = {"nested_lora_consolidation_alpha": 1.0, "nested_lora_consolidation_schedule": "mean"}
+    learner = make_sema(**NESTED, nested_lora_use_consolidation=True, expansion="always", **keys)
+    run_tasks(learner, 3)
+    events = [event for event in read_metrics(learner.log.folder) if event["event"] == "consolidation"]
+    assert {event["task"]: event["alpha"] for event in events} == pytest.approx({0: 1, 1: 1 / 2, 2: 1 / 3})
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_scores_that_are_not_numbers_are_no_accuracy(name: str, make_sema: Make) -> None:
+    """Whatever classifies: a network that gives NaN is not tested, and the advice fits the run's precision."""
+    learner = make_sema(**METHODS[name])
+    run_tasks(learner, 1)
+    assert sum(learner.Scores.measure(learner).total)
+    learner.network.vit.norm.bias.data[0] = torch.nan
+    learner.cache.limit_gb = 0  # what is stored belongs to the network before
+    with pytest.raises(UserError, match="not finite") as caught:
+        learner.Scores.measure(learner)
+    assert "fp32" not in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_scores_beyond_the_largest_number_are_no_accuracy(make_sema: Make) -> None:
+    """Features are fine; the classifier has grown without bound."""
+    learner = make_sema(model_name="finetune")
+    run_tasks(learner, 1)
+    learner.head.tasks[0].weight.data.fill_(3e38)
+    with pytest.raises(UserError, match="scores of the test images of task 0 are not finite"):
+        learner.Scores.measure(learner)
+
+
+@pytest.mark.parametrize("head", ["cosine", "ranpac"])
+def test_a_readout_takes_in_no_features_that_are_not_numbers(head: str, make_sema: Make) -> None:
+    learner = make_sema(model_name="finetune", head=head, ranpac_dim=50, func_epoch=0, cache_gb=0)
+    learner.network.vit.norm.bias.data[0] = torch.inf
+    learner.begin_task(0)
+    with pytest.raises(UserError, match="features of task 0's training images are not finite"):
+        learner.train_task()
+
+
+def test_weights_that_the_last_step_of_a_phase_ruined_end_the_run(make_sema: Make) -> None:
+    """The loss was still a number then, and no further one would be computed."""
+    learner = make_sema(model_name="finetune", ffn_adapter_type="adaptmlp")
+    learner.begin_task(0)
+    phase = learner.functional_phase()
+    last, (group, *_) = phase.epochs * phase.steps_per_epoch, phase.optimizer.groups
+
+    def ruin(step: int, moved: dict[str, bool]) -> None:
+        if step == last:
+            group.parameters[0].data[0] = torch.nan
+
+    phase.after_step = ruin
+    with pytest.raises(UserError, match="Task 0 func: the weights of group adapter are not finite"):
+        learner.run_phase(phase)
+
+
+def test_every_learner_is_named_by_its_key() -> None:
+    for name, learner in LEARNERS.items():
+        assert learner.Config.model_fields["model_name"].default == name

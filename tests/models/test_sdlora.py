@@ -1,0 +1,380 @@
+"""SD-LoRA and Gumbel CL-LoRA as a learner on tiny generated data: what learns when, boundaries, the gate, state."""
+
+import copy
+import itertools
+import json
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from models.sdlora import SDLoRA
+from models.vit.class_incremental import accuracy_of
+from trainer import assemble
+from utils.errors import Interrupted, UserError
+from utils.gumbel_utils import sparsemax
+from utils.runs.figures import draw_figures
+from utils.runs.run_log import read_metrics
+
+GATE = {"lambda_sparsity": 0.01, "gumbel_anneal_rate": 0.8}
+KEEP = {"growth_threshold": 0.0}
+Make = Callable[..., SDLoRA]
+
+
+def run_tasks(learner: SDLoRA, tasks: int, first: int = 0) -> SDLoRA:
+    for task in range(first, first + tasks):
+        learner.begin_task(task)
+        learner.train_task()
+    return learner
+
+
+def tensors(learner: SDLoRA) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in learner.checkpoint_tensors().items()}
+
+
+def events(learner: SDLoRA, name: str) -> list[dict[str, Any]]:
+    return [event for event in read_metrics(learner.log.folder) if event["event"] == name]
+
+
+@torch.no_grad()
+def features(learner: SDLoRA, task: int = 0) -> Tensor:
+    return learner.features_of(task, "test")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# SD-LoRA
+
+
+@pytest.mark.parametrize("changes", [{}, GATE], ids=["sdlora", "gumbel"])
+def test_scores_that_are_not_numbers_are_no_accuracy(changes: dict[str, Any], make_sdlora: Make) -> None:
+    learner = run_tasks(make_sdlora(**changes), 1)
+    assert sum(accuracy_of(learner, 1).total)
+    learner.head.tasks[0].bias.data[0] = torch.nan
+    with pytest.raises(UserError, match="scores of the test images of task 0 are not finite"):
+        accuracy_of(learner, 1)
+
+
+def test_what_learns_in_a_later_task(make_sdlora: Make) -> None:
+    """The new direction, the magnitudes of all, the new rows; old directions and rows stay to the bit."""
+    learner = run_tasks(make_sdlora(weight_decay=0.1, init_weight_decay=0.1), 1)
+    before = tensors(learner)
+    learner.begin_task(1)
+    optimizer = learner.update_optimizer_and_scheduler(2)
+    sizes = {group.name: sum(p.numel() for p in group.parameters) for group in optimizer.groups}
+    assert sizes == {"lora": 6 * 4 * 64 * 2, "alpha": 2, "head": 2 * 65}
+    learner.train_task()
+    after = tensors(learner)
+    assert after["magnitudes"][0] != before["magnitudes"][0] and after["magnitudes"][1] != 0.8
+    for name, tensor in before.items():
+        was = after[name][tuple(slice(size) for size in tensor.shape)]
+        assert torch.equal(was, tensor) == (name != "magnitudes"), name
+    assert after["block.3.up"][..., 2:].abs().max() > 0
+    assert learner.summary()["adapters"] == dict.fromkeys(range(6), 2)
+
+
+def test_it_is_sd_lora_written_out(make_sdlora: Make) -> None:
+    """Three tasks of SGD by hand, with autograd through the dense formula, learn the same."""
+    learner = make_sdlora(sdlora_scaling="reset", init_epoch=1, epochs=1, scheduler="constant")
+    plain = copy.deepcopy(assemble(learner.config, seed=1).backbone.vit)
+    old: list[list[Tensor]] = []  # of each task: unit directions by block and projection
+    for task in range(3):
+        learner.begin_task(task)
+        head = copy.deepcopy(learner.head.tasks[-1])
+        new = [
+            (p.new.down[s].detach(), p.new.up[s].detach())
+            for p in learner.network.projections
+            for s in (0, 1)
+        ]
+        new = [(a.clone().requires_grad_(), b.clone().requires_grad_()) for a, b in new]
+        magnitudes = [torch.tensor(0.8, requires_grad=True) for _ in range(task + 1)]
+        leaves = [*magnitudes, *(factor for pair in new for factor in pair), *head.parameters()]
+        optimizer = torch.optim.SGD(leaves, lr=0.05, momentum=0.9)
+        for images, targets in learner._batches(0, 0):
+            weights = {}
+            for i, block in enumerate(plain.blocks):
+                q, v = (
+                    magnitudes[-1] * new[j][1] @ new[j][0]
+                    + sum(magnitudes[k] * old[k][j] for k in range(task))
+                    for j in (2 * i, 2 * i + 1)
+                )
+                extra = torch.cat([q, torch.zeros_like(q), v])
+                weights[f"blocks.{i}.attn.qkv.weight"] = block.attn.qkv.weight + extra
+            logits = head(torch.func.functional_call(plain, weights, (images,)))
+            optimizer.zero_grad()
+            F.cross_entropy(logits, targets - 2 * task).backward()
+            optimizer.step()
+        products = [(b @ a).detach() for a, b in new]
+        old.append(
+            [product / (b.norm() * a.norm()).detach() for product, (a, b) in zip(products, new, strict=True)]
+        )
+        learner.train_task()
+        close = {"atol": 1e-4, "rtol": 1e-3}
+        torch.testing.assert_close(learner.network.magnitudes.data, torch.stack(magnitudes).detach(), **close)
+        torch.testing.assert_close(learner.head.tasks[-1].weight.data, head.weight.data, **close)
+        for j, product in enumerate(products):
+            projection, s = learner.network.projections[j // 2], j % 2
+            torch.testing.assert_close(projection.up[s][:, -2:] @ projection.down[s][-2:], product, **close)
+
+
+def test_carry_leaves_old_data_as_they_were_before_the_first_step(make_sdlora: Make) -> None:
+    """At every boundary; "reset" jumps, as published."""
+    for scaling, jumps in (("carry", False), ("reset", True)):
+        learner = run_tasks(make_sdlora(sdlora_scaling=scaling), 1)
+        for task in (1, 2):
+            before = features(learner)
+            learner.begin_task(task)
+            difference = (features(learner) - before).abs().max()
+            assert difference > 1e-3 if jumps else difference < 1e-5
+            learner.train_task()
+
+
+@pytest.mark.parametrize(
+    ("changes", "bound"),
+    [
+        ({"sdlora_scaling": "carry"}, 1 / 8),
+        ({"sdlora_scaling": "reset"}, math.sqrt(3) / 8),
+        ({"sdlora_scaling": "reset", "classifier_init": "torch_default"}, 1 / 8),
+        ({"sdlora_scaling": "carry", "classifier_init": "kaiming_linear"}, math.sqrt(3) / 8),
+    ],
+)
+def test_new_classifier_rows_are_uniform_up_to_a_bound(
+    make_sdlora: Make, changes: dict[str, Any], bound: float
+) -> None:
+    """In every task: of d = 64 inputs up to 1 / sqrt(d), or with "reset" as published up to sqrt(3 / d); bias zero."""
+    learner = make_sdlora(init_epoch=0, epochs=0, **changes)
+    for task in range(2):
+        learner.begin_task(task)
+        rows = learner.head.tasks[-1]
+        (values,) = rows.weight.detach().double().reshape(1, -1)
+        assert len(values) == 2 * 64 and not rows.bias.any()
+        assert 0.9 * bound < values.abs().max() <= bound * (1 + 1e-6)
+        cumulated = (values.sort().values / bound + 1) / 2  # of a uniform variable: near (i + 1/2) / n
+        steps = (torch.arange(len(values)) + 0.5) / len(values)
+        assert (cumulated - steps).abs().max() < 1.95 / math.sqrt(
+            len(values)
+        )  # Kolmogorov: exceeded once in 1000
+        learner.train_task()
+
+
+def test_the_gate_off_is_sd_lora_bit_for_bit(make_sdlora: Make) -> None:
+    """Whatever the gate's keys say; and explicit weights of one are no different from none."""
+    runs = [
+        {},
+        {"gumbel_tau_init": 9.0, "gumbel_anneal_rate": 0.5, "growth_threshold": 0.9},
+        {"gumbel_gate": "off", "lambda_sparsity": 0.5},
+    ]
+    fingerprints = {run_tasks(make_sdlora(**changes), 2).fingerprint() for changes in runs}
+    assert len(fingerprints) == 1
+    gated = run_tasks(make_sdlora(**GATE), 2)
+    assert gated.fingerprint() not in fingerprints
+
+
+def test_a_gate_with_one_adapter_is_sd_lora(make_sdlora: Make) -> None:
+    """In the first task its weight is 1, its entropy 0: every tensor is the same to the bit."""
+    plain, gated = (tensors(run_tasks(make_sdlora(**changes), 1)) for changes in ({}, GATE))
+    assert gated.keys() - plain.keys() == {"gate.logits"} and gated["gate.logits"].tolist() == [0.0]
+    assert all(torch.equal(tensor, gated[name]) for name, tensor in plain.items())
+
+
+def test_rank_schedule(make_sdlora: Make) -> None:
+    learner = run_tasks(make_sdlora(lora_rank=4, lora_rank_schedule=[[1, 3], [3, 1]], epochs=1), 4)
+    assert learner.network.ranks == [4, 3, 3, 1]
+    assert learner.summary()["parameters"]["adapters"] == 6 * 4 * 64 * 11
+
+
+def test_rates_of_first_and_later_tasks_and_their_schedules(make_sdlora: Make) -> None:
+    keys = {"init_lr": 0.1, "lrate": 0.2, "init_epoch": 3, "epochs": 3}
+    steps = {"init_milestones": [1], "init_lr_decay": 0.5, "milestones": [1, 2], "lrate_decay": 0.1}
+    expected = {
+        "constant": ([0.1, 0.1, 0.1], [0.2, 0.2, 0.2]),
+        "steplr": ([0.1, 0.05, 0.05], [0.2, 0.02, 0.002]),
+        "cosine": ([0.1, 0.0775, 0.0325], [0.2, 0.1525, 0.0575]),
+    }
+    for scheduler, rates in expected.items():
+        learner = run_tasks(
+            make_sdlora(**keys, **steps, scheduler=scheduler, min_lr=0.01, max_train_per_class=4), 2
+        )
+        seen = [event["lr"]["lora"] for event in events(learner, "epoch")]
+        assert seen == pytest.approx([*rates[0], *rates[1]])
+    for optimizer, kind in (("sgd", torch.optim.SGD), ("adam", torch.optim.AdamW)):
+        learner = make_sdlora(optimizer=optimizer, init_weight_decay=0.3, weight_decay=0.2)
+        learner.begin_task(0)
+        built = learner.update_optimizer_and_scheduler(1)._optimizer
+        assert isinstance(built, kind) and built.param_groups[0]["weight_decay"] == 0.3
+        learner.train_task()
+        learner.begin_task(1)
+        assert learner.update_optimizer_and_scheduler(1)._optimizer.param_groups[0]["weight_decay"] == 0.2
+
+
+def test_any_number_of_tasks(make_sdlora: Make) -> None:
+    """Beyond the twenty of the published code: tasks of one class, again and again the same network and head."""
+    learner = make_sdlora(init_cls=1, increment=1, init_epoch=0, epochs=0)
+    for task in range(8):
+        learner.begin_task(task)
+        learner.train_task()
+    for _ in range(20):
+        learner.grow()
+        learner.network.freeze_newest()
+    assert len(learner.adapters) == 28 and features(learner).isfinite().all()
+
+
+def test_gradients_add_up_over_parts(make_sdlora: Make) -> None:
+    """Three parts of a step, the noise of the gate in each the same."""
+    whole, parts = (tensors(run_tasks(make_sdlora(**GATE, grad_accumulation=n), 2)) for n in (1, 3))
+    for name, tensor in whole.items():
+        torch.testing.assert_close(parts[name], tensor, atol=1e-4, rtol=1e-3)
+
+
+def test_training_draws_nothing_from_the_global_generator(make_sdlora: Make) -> None:
+    learner = make_sdlora(**GATE)
+    learner.begin_task(0)
+    before = torch.get_rng_state()
+    learner.train_task()
+    assert torch.equal(before, torch.get_rng_state())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The gate in training
+
+
+def test_noise_and_temperature_step_by_step(make_sdlora: Make) -> None:
+    """tau falls by the rate to its floor, starts again with every task; every step has noise of its own."""
+    learner = make_sdlora(**GATE, gumbel_tau_init=2.0, gumbel_tau_final=1.0)
+    run_tasks(learner, 1)
+    assert learner.progress.memory["tau"] == 1.0 and learner.progress.steps == 6
+    learner.begin_task(1)
+    assert learner.progress.memory["tau"] == 2.0
+    phase, draws, taus = learner.functional_phase(), [], []
+    for steps in range(4):
+        learner.progress.steps = steps
+        draws.append(learner.noisy_beta().detach())
+        assert torch.equal(draws[-1], learner.noisy_beta())
+        phase.after_step(steps + 1, {})
+        taus.append(learner.progress.memory["tau"])
+    assert taus == pytest.approx([1.6, 1.28, 1.024, 1.0])
+    assert len({tuple(draw.tolist()) for draw in draws}) == 4
+    assert learner.beta().tolist() == [0.5, 0.5]  # without noise
+
+
+@pytest.mark.parametrize("kind", ["global", "layer"])
+def test_the_gate_learns_and_the_penalty_is_its_entropy(make_sdlora: Make, kind: str) -> None:
+    learner = run_tasks(make_sdlora(gumbel_gate=kind, lambda_sparsity=0.3, **KEEP), 2)
+    logits = learner.gate.logits
+    assert logits.shape == ((2,) if kind == "global" else (6, 2)) and (logits != 0).any()
+    torch.testing.assert_close(learner.beta().sum(dim=-1), torch.ones(logits.shape[:-1]))
+    beta = torch.tensor([0.25, 0.75]) if kind == "global" else torch.tensor([[0.25, 0.75], [1.0, 0.0]])
+    entropy = -(0.25 * math.log(0.25) + 0.75 * math.log(0.75))
+    assert learner.penalty(beta).item() == pytest.approx(0.3 * entropy / len(torch.atleast_2d(beta)))
+
+
+def test_a_gate_without_a_penalty(make_sdlora: Make) -> None:
+    learner = run_tasks(make_sdlora(gumbel_gate="global", **KEEP), 2)
+    assert learner.gate is not None and all(event["sparse"] == 0 for event in events(learner, "epoch"))
+
+
+def test_epoch_lines_have_the_published_form(make_sdlora: Make, caplog: pytest.LogCaptureFixture) -> None:
+    """`Loss 1.234 (clf=1.200, sparse=0.034), tau=4.567, Train_accy ...`, whose parts add up."""
+    with caplog.at_level("INFO", logger="nested_lora"):
+        learner = run_tasks(make_sdlora(**GATE), 2)
+        plain = run_tasks(make_sdlora(), 1)
+    assert (
+        "[Gumbel CL-LoRA] tau_init=5.0, tau_final=0.5, anneal_rate=0.8, lambda_sparsity=0.01"
+        in caplog.messages
+    )
+    recorded = events(learner, "epoch")
+    assert [event["tau"] for event in recorded] == pytest.approx([5 * 0.8**3, 5 * 0.8**6] * 2)
+    assert recorded[0]["sparse"] == 0 < recorded[2]["sparse"] <= 0.01 * math.log(2)
+    for event in recorded:
+        assert event["clf"] + event["sparse"] == pytest.approx(event["loss"])
+        line = (
+            f"Task {event['task']}, Epoch {event['epoch']}/2 => Loss {event['loss']:.3f} (clf={event['clf']:.3f}, "
+            f"sparse={event['sparse']:.3f}), tau={event['tau']:.3f}, Train_accy {event['train_accuracy']:.2f}"
+        )
+        assert any(message.endswith(line) for message in caplog.messages)
+    assert "tau" not in events(plain, "epoch")[0] and not any(
+        "clf" in message for message in caplog.messages[-6:]
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Evaluation, figures, state
+
+
+def test_evaluation_is_merged_and_its_weights_have_no_noise(make_sdlora: Make) -> None:
+    learner = run_tasks(make_sdlora(**GATE, **KEEP), 2)
+    beta = sparsemax(learner.gate.logits / 0.5)
+    assert accuracy_of(learner, 2) == accuracy_of(learner, 2) and learner.network.is_merged
+    images = learner.data.views(learner.data.indices(range(2), "test"), "test", "test", None)
+    merged = features(learner)
+    learner.network.unmerge()
+    with torch.no_grad():
+        torch.testing.assert_close(learner.network(images, beta), merged, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("gate", ["off", "layer"])
+def test_figures_of_a_run(make_sdlora: Make, gate: str) -> None:
+    """The gate's figures are drawn where there is one, from the record alone."""
+    learner = run_tasks(make_sdlora(gumbel_gate=gate), 2)
+    names = {path.name for path in draw_figures(learner.log.folder, SDLoRA.figures)}
+    assert names == (
+        set() if gate == "off" else {"beta_evolution.png", "beta_heatmap.png", "beta_layers.png"}
+    )
+
+
+@pytest.mark.parametrize("kind", ["off", "global", "layer"])
+@pytest.mark.parametrize("open_task", [False, True])
+def test_state_comes_back_in_a_fresh_learner(make_sdlora: Make, kind: str, open_task: bool) -> None:
+    """After a task, and inside one; going on gives the same."""
+    changes = {"gumbel_gate": kind, "lora_rank_schedule": [[1, 3]], **KEEP}
+    learner = run_tasks(make_sdlora(**changes), 2)
+    if open_task:
+        learner.begin_task(2)
+    saved, kept = learner.state()
+    saved, kept = json.loads(json.dumps(saved)), {name: tensor.clone() for name, tensor in kept.items()}
+
+    def go_on(one: SDLoRA) -> tuple[str, list[int], Tensor, str]:
+        """What it is, and what it becomes."""
+        now = one.fingerprint(), list(one.adapters), features(one)
+        torch.manual_seed(5)
+        if not open_task:
+            one.begin_task(2)
+        one.train_task()
+        return *now, one.fingerprint()
+
+    expected = go_on(learner)
+    other = make_sdlora(**changes)
+    other.load_state(saved, kept)
+    for ours, theirs in zip(go_on(other), expected, strict=True):
+        assert torch.equal(ours, theirs) if isinstance(ours, Tensor) else ours == theirs
+
+
+def test_a_checkpoint_of_another_shape_is_refused(make_sdlora: Make) -> None:
+    saved, kept = run_tasks(make_sdlora(), 1).state()
+    with pytest.raises(UserError, match="does not fit this configuration: gate.logits is missing"):
+        make_sdlora(gumbel_gate="global").load_state(saved, kept)
+
+
+def test_a_stop_while_batches_are_waited_for_is_one_between_two_steps(make_sdlora: Make) -> None:
+    """What makes the batches may be stopped too: resumed from there, the task ends as it would have."""
+    whole = run_tasks(make_sdlora(), 1)
+    stopped = make_sdlora()
+    batches = stopped.data.batches
+
+    def two_batches(*args: Any, **keys: Any) -> Iterator[Any]:
+        yield from itertools.islice(batches(*args, **keys), 2)
+        raise Interrupted
+
+    stopped.data.batches = two_batches
+    stopped.begin_task(0)
+    with pytest.raises(Interrupted):
+        stopped.train_task()
+    state, saved = stopped.state()
+    again = make_sdlora()
+    again.load_state(json.loads(json.dumps(state)), {name: tensor.clone() for name, tensor in saved.items()})
+    assert again.progress.steps == 2
+    again.train_task()
+    assert again.fingerprint() == whole.fingerprint()

@@ -1,0 +1,297 @@
+"""Keys of SD-LoRA: published and guide's files load, shipped ones say what they promise, mistakes are told at once."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from models import SCHEMAS
+from models.sdlora_config import SDLoRAConfig
+from tests.conftest import ROOT, TINY_SDLORA, shipped_file
+from utils.config.loading import ConfigError, LoadedConfig, config_from_dict, load_config
+
+PUBLISHED_C100: dict[str, Any] = {
+    "prefix": "reproduce",
+    "dataset": "cifar224",
+    "memory_size": 0,
+    "memory_per_class": 0,
+    "fixed_memory": False,
+    "shuffle": True,
+    "init_cls": 10,
+    "increment": 10,
+    "model_name": "sdlora",
+    "backbone_type": "vit_base_patch16_224",
+    "device": ["0"],
+    "seed": [1993],
+    "scheduler": "cosine",
+    "min_lr": 0.005,
+    "tuned_epoch": 20,
+    "filepath": "./CF100/",
+    "init_epoch": 20,
+    "init_lr": 0.008,
+    "init_milestones": [60, 120, 170],
+    "init_lr_decay": 0.1,
+    "init_weight_decay": 0.0005,
+    "epochs": 20,
+    "lrate": 0.008,
+    "milestones": [40, 70],
+    "lrate_decay": 0,
+    "batch_size": 128,
+    "weight_decay": 0.0002,
+}
+PUBLISHED_DOMAINNET: dict[str, Any] = PUBLISHED_C100 | {
+    "dataset": "domainnet",
+    "init_cls": 69,
+    "increment": 69,
+    "device": ["0", "1"],
+    "optimizer": "adam",
+    "scheduler": "steplr",
+    "filepath": "./domainnet-verify/",
+    "init_epoch": 10,
+    "init_lr": 0.02,
+    "init_milestones": [4, 6, 8, 10000],
+    "init_lr_decay": 0.005,
+    "init_weight_decay": 0.0,
+    "milestones": [4, 6, 8, 10000],
+    "lrate_decay": 0.005,
+}
+GUIDE: dict[str, Any] = {
+    "prefix": "test",
+    "dataset": "cifar224",
+    "init_cls": 10,
+    "increment": 10,
+    "model_name": "sdlora",
+    "backbone_type": "vit_base_patch16_224",
+    "device": ["0"],
+    "seed": [1993],
+    "filepath": "./CF100_test/",
+    "init_epoch": 2,
+    "epochs": 2,
+    "batch_size": 32,
+    "init_lr": 8e-3,
+    "lrate": 8e-3,
+    "scheduler": "cosine",
+    "min_lr": 5e-3,
+    "gumbel_tau_init": 5.0,
+    "gumbel_tau_final": 0.5,
+    "gumbel_anneal_rate": 0.999,
+    "lambda_sparsity": 0.01,
+    "growth_threshold": 0.1,
+}
+NAMES = ("c100", "c100_test", "c100_baseline", "inr", "ina", "domainnet", "cifar_dinov2s")
+
+
+def check(**values: Any) -> LoadedConfig:
+    return config_from_dict(TINY_SDLORA | values, SCHEMAS, "test")
+
+
+def problems(**values: Any) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        check(**values)
+    return caught.value.problems
+
+
+def shipped(name: str) -> SDLoRAConfig:
+    return load_config(shipped_file(name), [], SCHEMAS).config
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def test_every_promised_config_is_shipped() -> None:
+    gates = {name: shipped(f"sdlora_{name}").gate for name in NAMES}
+    assert gates == {name: "global" if name in ("c100", "c100_test") else "off" for name in NAMES}
+    assert shipped("gumbel_cifar_dinov2s").gate == "global"
+
+
+def test_a_published_file_is_sd_lora_and_one_line_says_what_has_no_effect() -> None:
+    loaded = config_from_dict(PUBLISHED_C100, SCHEMAS, "published")
+    assert loaded.config.gate == "off" and (loaded.config.lora_rank, loaded.config.optimizer) == (10, "sgd")
+    for key, value in PUBLISHED_C100.items():
+        if key not in SDLoRAConfig.legacy_keys:
+            assert getattr(loaded.config, key) == value, key
+    (note,) = loaded.notes
+    steps = 'init_milestones, init_lr_decay, milestones, lrate_decay (scheduler is "cosine")'
+    assert note == (
+        "keys with no effect here: memory_size, memory_per_class, fixed_memory (no exemplar memory), tuned_epoch "
+        f"(a schedule spans the epochs of its task), {steps}, filepath (no gate where lambda_sparsity is 0)"
+    )
+
+
+def test_a_published_file_whose_optimizer_its_code_ignores_is_remarked() -> None:
+    loaded = config_from_dict(PUBLISHED_DOMAINNET, SCHEMAS, "published")
+    assert loaded.config.milestones == [4, 6, 8, 10000] and loaded.config.optimizer == "adam"
+    first, second = loaded.notes
+    assert "min_lr (scheduler is" in first and "milestones" not in first
+    assert second.startswith('optimizer = "adam" is honoured as AdamW; published SD-LoRA files name it')
+
+
+def test_the_guides_file_loads_as_printed_and_every_key_counts() -> None:
+    loaded = config_from_dict(GUIDE, SCHEMAS, "guide")
+    assert loaded.notes == [] and loaded.config.gate == "global"
+    ours = json.loads((ROOT / "exps/sdlora_c100_test.json").read_text())
+    assert ours | GUIDE == ours and ours.keys() - GUIDE.keys() == {"description", "max_tasks"}
+
+
+def test_the_guides_baseline_is_made_of_the_shipped_file(tmp_path: Path) -> None:
+    """Its lines: read sdlora_c100.json, lambda_sparsity 0, another filepath; ours leaves the gate's keys out."""
+    config = json.loads((ROOT / "exps/sdlora_c100.json").read_text())
+    config["lambda_sparsity"] = 0.0
+    config["filepath"] = "./CF100_baseline/"
+    (tmp_path / "baseline.json").write_text(json.dumps(config, indent=4))
+    made = load_config(tmp_path / "baseline.json", [], SCHEMAS).config
+    assert made.gate == "off" and "filepath" in made.idle_keys()
+    differing = {key for key, value in made if value != getattr(shipped("sdlora_c100_baseline"), key)}
+    assert differing == {"description", "prefix", "filepath"}
+
+
+def test_the_guides_values_are_those_of_the_shipped_file() -> None:
+    """What its scenarios call "was"."""
+    config = shipped("sdlora_c100")
+    assert (config.growth_threshold, config.lambda_sparsity, config.batch_size) == (0.1, 0.01, 128)
+    assert (config.gumbel_anneal_rate, config.gumbel_tau_init, config.gumbel_tau_final) == (0.999, 5.0, 0.5)
+    assert (config.init_epoch, config.epochs, config.init_lr, config.lrate, config.min_lr) == (
+        20,
+        20,
+        8e-3,
+        8e-3,
+        5e-3,
+    )
+
+
+def test_gumbel_differs_from_sd_lora_in_the_gate_alone() -> None:
+    plain, gated = shipped("sdlora_cifar_dinov2s"), shipped("gumbel_cifar_dinov2s")
+    differing = {key for key, value in plain if value != getattr(gated, key)} - {"description", "prefix"}
+    assert differing == {"gumbel_gate", "lambda_sparsity", "gumbel_anneal_rate"}
+
+
+def test_every_key_is_described_and_no_legacy_key_shadows_one() -> None:
+    assert all(field.description for field in SDLoRAConfig.model_fields.values())
+    assert not SDLoRAConfig.legacy_keys.keys() & SDLoRAConfig.model_fields.keys()
+
+
+def test_resolved_config_survives_json() -> None:
+    config = check(lora_rank_schedule=[[4, 8], [8, 6]], lambda_sparsity=0.1).config
+    assert config_from_dict(json.loads(json.dumps(config.model_dump())), SCHEMAS, "again").config == config
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Meaning
+
+
+@pytest.mark.parametrize(
+    ("values", "gate"),
+    [
+        ({}, "off"),
+        ({"lambda_sparsity": 0.01}, "global"),
+        ({"gumbel_gate": "layer"}, "layer"),
+        ({"gumbel_gate": "off", "lambda_sparsity": 0.01}, "off"),
+    ],
+)
+def test_when_there_is_a_gate(values: dict[str, Any], gate: str) -> None:
+    assert check(**values).config.gate == gate
+
+
+def test_files_that_train_as_published_draw_classifier_rows_as_published() -> None:
+    published = {name for name in NAMES if shipped(f"sdlora_{name}").row_init == "kaiming_linear"}
+    assert published == {"inr", "ina", "domainnet"}
+    assert check(sdlora_scaling="reset", classifier_init="torch_default").config.row_init == "torch_default"
+
+
+def test_rank_of_a_task() -> None:
+    config = check(lora_rank=10, lora_rank_schedule=[[4, 8], [8, 6]]).config
+    assert [config.rank_of(task) for task in (0, 3, 4, 7, 8, 50)] == [10, 10, 8, 8, 6, 6]
+
+
+@pytest.mark.parametrize(
+    ("values", "note"),
+    [
+        ({"growth_threshold": 0.2}, "growth_threshold (no gate where lambda_sparsity is 0)"),
+        ({"gumbel_gate": "off", "lambda_sparsity": 0.1}, 'gumbel_gate is "off"'),
+        (
+            {"lambda_sparsity": 0.1, "growth": "top_k", "growth_threshold": 0.2},
+            'growth_threshold (growth is "top_k")',
+        ),
+        ({"lambda_sparsity": 0.1, "growth_top_k": 3}, 'growth_top_k (growth is "threshold")'),
+        ({"scheduler": "constant", "min_lr": 0.1}, 'min_lr (scheduler is "constant")'),
+        ({"milestones": [3]}, 'milestones (scheduler is "cosine")'),
+    ],
+)
+def test_keys_that_change_nothing_are_noted(values: dict[str, Any], note: str) -> None:
+    (line,) = check(**values).notes
+    assert line.startswith("keys with no effect here: ") and note in line
+
+
+def test_one_folder_for_several_seeds_is_remarked() -> None:
+    (line,) = check(lambda_sparsity=0.1, filepath="CF100", seed=[1, 2]).notes
+    assert line.startswith("filepath = CF100 will hold the gate's files of the last seed")
+    assert check(lambda_sparsity=0.1, filepath="CF100", seed=[1]).notes == []
+
+
+@pytest.mark.parametrize(
+    ("values", "line"),
+    [
+        ({"lora_rank": 0}, "lora_rank = 0: too small; allowed: an integer >= 1"),
+        ({"lambda_sparsity": -0.1}, "lambda_sparsity = -0.1: too small; allowed: a number >= 0"),
+        ({"gumbel_anneal_rate": 1.1}, "gumbel_anneal_rate = 1.1: too large; allowed: a number > 0 and <= 1"),
+        ({"gumbel_tau_final": 0}, "gumbel_tau_final = 0: too small; allowed: a number >= 1e-06"),
+        ({"growth_threshold": 1}, "growth_threshold = 1: too large; allowed: a number >= 0 and < 1"),
+        (
+            {"growth": "topk"},
+            'growth = "topk": not a choice; did you mean "top_k"?; allowed: "threshold", "top_k"',
+        ),
+        ({"growth_top_k": 0}, "growth_top_k = 0: too small; allowed: an integer >= 1"),
+        (
+            {"scheduler": "step"},
+            'not a choice; did you mean "steplr"?; allowed: "cosine", "steplr", "constant"',
+        ),
+        (
+            {"milestones": [0]},
+            "milestones = [0]: item 1 (0) is too small; allowed: a list, each item an integer >= 1",
+        ),
+        ({"lrate_decay": 2}, "lrate_decay = 2: too large; allowed: a number >= 0 and <= 1"),
+        (
+            {"lora_rank_schedule": [[4, 8], [4, 6]]},
+            "tasks are not in ascending order; allowed: a list of [task, rank]",
+        ),
+        (
+            {"lora_rank_schedule": [[4]]},
+            "lora_rank_schedule = [[4]]: holds an item that is no [task, rank]; allowed: ",
+        ),
+        ({"lora_rank_schedule": [[0, 8]]}, "lora_rank_schedule = [[0, 8]]: item 1 (0) is too small"),
+        (
+            {"lora_rank_schedule": [4, 8]},
+            "lora_rank_schedule = [4, 8]: item 1 (4) is a wrong type (an integer)",
+        ),
+        ({"gumbel_gate": True}, 'allowed: "auto", "off", "global", "layer"'),
+        ({"filepath": ""}, 'filepath = "": empty; allowed: non-empty text in double quotes or null'),
+        ({"rd_dim": 8}, 'rd_dim = 8: not a key of model_name "sdlora"; it belongs to "sema"'),
+        ({"lambda_sparsty": 1}, "lambda_sparsty = 1: unknown key; did you mean lambda_sparsity?"),
+        ({"lora_rank": 65}, "tokens have width 64; allowed: ranks from 1 to 64"),
+        ({"lora_rank_schedule": [[1, 65]]}, "tokens have width 64; allowed: ranks from 1 to 64"),
+        (
+            {"gumbel_tau_init": 0.1},
+            "the temperature only falls; allowed: gumbel_tau_init >= gumbel_tau_final",
+        ),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_bad_value_is_named_with_what_is_allowed(values: dict[str, Any], line: str) -> None:
+    (problem,) = problems(**values)
+    assert line in problem
+
+
+def test_a_folder_that_cannot_be_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        (problem,) = problems(lambda_sparsity=0.1, filepath=str(path))
+        assert f"{tmp_path / 'file'} is no folder that can be written to; allowed: a folder" in problem
+    assert check(lambda_sparsity=0.1, filepath=str(tmp_path / "new" / "folder")).notes == []
+    assert not (tmp_path / "new").exists()
+
+
+def test_all_mistakes_come_in_one_message() -> None:
+    found = problems(lora_rank=0, growth="none", gumbel_tau_init=0.1, milestone=[3])
+    assert [line.split(" = ")[0] for line in found] == ["lora_rank", "growth", "milestone", "gumbel_tau_init"]

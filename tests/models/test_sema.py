@@ -1,0 +1,415 @@
+"""SEMA as a learner on tiny generated data: what learns when, growth, traces, consolidation, reuse of features."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from backbone.sema_block import is_learning
+from models.base import Interrupted
+from models.sema import SEMA
+from models.vit.activations import Activations, Images
+from models.vit.class_incremental import accuracy_of
+from utils.config.schema import RunConfig
+from utils.runs.run_log import read_metrics
+
+Make = Callable[..., SEMA]
+GROW, STAY = {"exp_threshold": 0.0}, {"exp_threshold": 1e9}  # every batch is novel; none is
+
+
+def events(learner: SEMA, name: str) -> list[dict]:
+    return [event for event in read_metrics(learner.log.folder) if event["event"] == name]
+
+
+def run_tasks(learner: SEMA, tasks: int) -> None:
+    for task in range(tasks):
+        learner.begin_task(task)
+        learner.train_task()
+
+
+def tensors(learner: SEMA) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in learner.checkpoint_tensors().items()}
+
+
+def changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
+    return {name for name in before if not torch.equal(before[name], after[name])}
+
+
+def test_groups_are_a_partition_with_the_configured_rates(make_sema: Make) -> None:
+    """Every learning tensor but the descriptors' is in exactly one of slow, fast, other."""
+    learner = make_sema(nested_lora_lr_fast=0.02, nested_lora_lr_slow=0.003, init_lr=0.004)
+    learner.begin_task(0)
+    optimizer = learner.update_optimizer_and_scheduler(2)
+    assert optimizer.rates == {"slow": 0.003, "fast": 0.02, "other": 0.004}
+    grouped = [id(p) for group in optimizer.groups for p in group.parameters]
+    learning = {id(p) for p in learner.modules.parameters() if p.requires_grad}
+    descriptors = {id(p) for p in learner.network.descriptor_parameters()}
+    assert len(grouped) == len(set(grouped)) and set(grouped) == learning - descriptors
+    for block in learner.network.modules_by_block.values():
+        functional = block.adapters[0].functional
+        slow, fast = (next(g for g in optimizer.groups if g.name == name) for name in ("slow", "fast"))
+        assert {id(p) for p in functional.slow.parameters()} <= {id(p) for p in slow.parameters}
+        assert {id(p) for p in functional.fast.parameters()} <= {id(p) for p in fast.parameters}
+
+
+def test_the_table_of_groups_is_logged_at_the_start_of_every_phase(
+    make_sema: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", logger="nested_lora"):
+        run_tasks(make_sema(**STAY), 2)
+    tables = [message for message in caplog.messages if "tensors" in message and "parameters" in message]
+    phases = [message for message in caplog.messages if " epochs of " in message]
+    assert tables == phases and len(phases) == 3  # func and rd of task 0, func of task 1
+    assert "slow" in tables[0] and "fast" in tables[0] and "other" in tables[0] and "rd" in tables[1]
+
+
+def test_nothing_grown_trains_only_the_new_classes(make_sema: Make) -> None:
+    """freeze "task": in a later task without growth only the newest classifier rows move, the older not by a bit."""
+    learner = make_sema(nested_lora_use_consolidation=False, weight_decay=0.1, **STAY)
+    run_tasks(learner, 1)
+    before = tensors(learner)
+    learner.begin_task(1)
+    learner.train_task()
+    assert changed(before, tensors(learner)) == set()
+    assert learner.head.tasks[1].weight.shape[0] == 2
+    assert learner.network.adapters_per_block() == dict.fromkeys(range(6), 1)
+
+
+def test_growth_is_once_a_block_and_task_shallowest_first(make_sema: Make) -> None:
+    learner = make_sema(**GROW)
+    run_tasks(learner, 2)
+    assert [(event["task"], event["block"], event["adapters"]) for event in events(learner, "growth")] == [
+        (1, 4, 2),
+        (1, 5, 2),
+    ]
+    phases = [(e["phase"], e["block"]) for e in events(learner, "epoch") if e["task"] == 1]
+    assert list(dict.fromkeys(phases)) == [("func", 4), ("rd", 4), ("func", 5), ("rd", 5)]
+    assert not any(is_learning(modules) for modules in learner.network.modules_by_block.values())
+
+
+def test_a_scan_says_how_near_every_block_came_to_growing(make_sema: Make) -> None:
+    learner = make_sema(**STAY)
+    run_tasks(learner, 2)
+    (scan,) = events(learner, "scan")
+    assert scan["task"] == 1 and set(scan["highest_z"]) == {"4", "5"}
+    assert all(z > 0 for z in scan["highest_z"].values())
+
+
+def test_a_grown_block_leaves_older_adapters_and_rows_untouched(make_sema: Make) -> None:
+    """freeze "task": after growth in block 4 and 5, what task 0 trained is bit-identical but for the longer router."""
+    learner = make_sema(nested_lora_use_consolidation=False, weight_decay=0.1, **GROW)
+    run_tasks(learner, 1)
+    before = tensors(learner)
+    learner.begin_task(1)
+    learner.train_task()
+    after = tensors(learner)
+    routers = {f"block.{block}.router.{kind}" for block in (4, 5) for kind in ("weight", "bias")}
+    kept = {name: tensor for name, tensor in after.items() if name in before and name not in routers}
+    assert changed({name: before[name] for name in kept}, kept) == set()
+    for name in routers:
+        assert torch.equal(after[name][:1], before[name])
+
+
+def test_freeze_never_lets_both_branches_of_all_adapters_go_on(make_sema: Make) -> None:
+    """With and without growth, while descriptors and router rows of earlier tasks stay."""
+    for threshold in (GROW, STAY):
+        changes = {"nested_lora_use_consolidation": False, "nested_lora_update_interval_slow": 1, **threshold}
+        learner = make_sema(nested_lora_freeze="never", **changes)
+        run_tasks(learner, 1)
+        before = tensors(learner)
+        learner.begin_task(1)
+        learner.train_task()
+        after = tensors(learner)
+        moved = changed(
+            before,
+            {
+                name: after[name][: len(before[name])] if before[name].dim() else after[name]
+                for name in before
+            },
+        )
+        functional = {name for name in before if ".functional." in name}
+        assert moved == functional
+
+
+@pytest.mark.parametrize("interval", [1, 3])
+def test_the_trace_shows_the_interval(make_sema: Make, interval: int) -> None:
+    """Steps that do not update slow move it by exactly zero; the others by more."""
+    learner = make_sema(nested_lora_update_interval_slow=interval, func_epoch=2, **STAY)
+    run_tasks(learner, 1)
+    trace = events(learner, "slow_step")
+    assert [event["step"] for event in trace] == list(range(1, 9))
+    assert [event["updated"] for event in trace] == [step % interval == 0 for step in range(1, 9)]
+    assert all((event["moved"] > 0) == event["updated"] for event in trace)
+
+
+@pytest.mark.parametrize("rule", ["weights", "function"])
+def test_consolidation_is_logged_with_norms_and_drift(make_sema: Make, rule: str) -> None:
+    learner = make_sema(nested_lora_consolidation=rule, nested_lora_consolidation_alpha=0.2, **STAY)
+    run_tasks(learner, 2)
+    consolidated = events(learner, "consolidation")
+    assert [(e["task"], e["block"]) for e in consolidated] == [(0, block) for block in range(6)]
+    assert all(e["alpha"] == 0.2 and e["rule"] == rule and 0 < e["drift"] <= 1.5 for e in consolidated)
+    norms = events(learner, "norms")
+    assert {(e["task"], e["when"]) for e in norms} == {(0, "before"), (0, "after"), (1, "after")}
+    for modules in learner.network.modules_by_block.values():
+        assert torch.count_nonzero(modules.adapters[0].functional.fast.up_proj.weight) == 0
+
+
+def test_without_consolidation_fast_keeps_what_it_learned(make_sema: Make) -> None:
+    learner = make_sema(nested_lora_use_consolidation=False, **STAY)
+    run_tasks(learner, 1)
+    assert events(learner, "consolidation") == []
+    assert all(
+        m.adapters[0].functional.fast.up_proj.weight.norm() > 0
+        for m in learner.network.modules_by_block.values()
+    )
+
+
+def test_adapters_in_growing_blocks_only(make_sema: Make) -> None:
+    learner = make_sema(adapter_blocks="growing", **GROW)
+    run_tasks(learner, 2)
+    assert learner.network.adapters_per_block() == {4: 2, 5: 2}
+
+
+def test_the_matched_adapter_runs_in_the_same_learner(make_sema: Make) -> None:
+    """adaptmlp with 2r: one group, no branch norms, the nested one's parameters but for one bias an adapter."""
+    nested = make_sema(nested_lora_rank=4, **STAY)
+    matched = make_sema(ffn_adapter_type="adaptmlp", ffn_num=8, **STAY)
+    run_tasks(matched, 1)
+    assert [group.name for group in matched.update_optimizer_and_scheduler(1).groups] == ["other"]
+    assert events(matched, "norms") == [] and events(matched, "slow_step") == []
+    difference = nested.summary()["parameters"]["adapters"] - matched.summary()["parameters"]["adapters"]
+    assert difference == 6 * 64
+
+
+def test_two_linear_branches_have_exactly_the_parameters_of_one_of_twice_the_rank(make_sema: Make) -> None:
+    nested = make_sema(ffn_adapter_type="nested_lora_linear", nested_lora_rank=4, **STAY)
+    run_tasks(nested, 1)
+    assert events(nested, "slow_step") and events(nested, "consolidation")
+    single = make_sema(ffn_adapter_type="lora", ffn_num=8, **STAY)
+    run_tasks(single, 1)
+    assert events(single, "slow_step") == []
+    assert (
+        nested.summary()["parameters"]["adapters"]
+        == single.summary()["parameters"]["adapters"]
+        == 6 * 2 * 8 * 64
+    )
+
+
+@pytest.mark.parametrize("views", [0, 1, 2])
+def test_descriptor_training_takes_the_same_steps_cached_or_fresh(make_sema: Make, views: int) -> None:
+    """However token means are obtained: the same number of steps, errors recorded, a falling loss."""
+    learner = make_sema(rd_views=views, rd_epoch=6, rd_lr=0.05, **STAY)
+    run_tasks(learner, 1)
+    losses = [event["loss"] for event in events(learner, "epoch") if event["phase"] == "rd"]
+    assert len(losses) == 6 and losses[-1] < losses[0]
+    assert len(learner.network.modules_by_block[4].adapters[0].rd_loss_record) == 64
+
+
+REPEATED = {"rd_views": 1, "rd_epoch": 6, "rd_lr": 0.05}  # training views come again
+ONCE = {  # no view comes again, or there is no other
+    "new": {"rd_views": 0, "rd_epoch": 6},
+    "as many as epochs": {"rd_views": 2, "rd_epoch": 2},
+    "the only one": {"rd_views": 1, "rd_epoch": 6, "augmentation": "none"},
+}
+
+
+def errors_of(learner: SEMA, block: int, means: Tensor) -> Tensor:
+    """Mean squared reconstruction errors of the newest descriptor of a block, written out."""
+    rd = learner.network.modules_by_block[block].adapters[-1].rd
+    code = means @ rd.encoder.weight.T + rd.encoder.bias
+    return (means - code @ rd.decoder.weight.T - rd.decoder.bias).square().mean(dim=1).detach()
+
+
+def train_first_task(learner: SEMA, block: int) -> tuple[Tensor, Tensor]:
+    """Train task 0; what the block's descriptor has read (images, d): with gradients, and to record errors of it."""
+    read: dict[bool, list[Tensor]] = {True: [], False: []}
+    learner.begin_task(0)
+    rd = learner.network.modules_by_block[block].adapters[0].rd
+    rd.register_forward_hook(
+        lambda module, inputs, _: read[torch.is_grad_enabled()].append(inputs[0].clone())
+    )
+    learner.train_task()
+    return torch.cat(read[True]), torch.cat(read[False])
+
+
+def seen_before(rows: Tensor, others: Tensor) -> Tensor:
+    """Whether each row is one of the others up to rounding, bool (B,)."""
+    return (torch.cdist(rows, others) < 1e-4).any(dim=1)
+
+
+@pytest.mark.parametrize(
+    ("views", "cached"), [(1, 0), (2, 0), (1, 2), (6, 2)]
+)  # the last: six epochs of two views
+def test_recorded_errors_are_of_views_that_training_never_saw(
+    make_sema: Make, views: int, cached: int
+) -> None:
+    """They are the trained descriptor's, as many as the records hold, whether the trained views are stored or not."""
+    learner = make_sema(**REPEATED | {"rd_views": views, "cache_views": cached}, **STAY)
+    trained, recorded = train_first_task(learner, 4)
+    record = learner.network.modules_by_block[4].adapters[0].rd_loss_record
+    assert len(recorded) == len(record) == 64 and not seen_before(recorded, trained).any()
+    torch.testing.assert_close(record.errors, errors_of(learner, 4, recorded))
+
+
+@pytest.mark.parametrize("case", ONCE)
+def test_where_no_view_comes_again_errors_are_recorded_in_training(make_sema: Make, case: str) -> None:
+    """As published: the last errors that training saw, each measured before the step that it led to."""
+    learner = make_sema(**ONCE[case], **STAY)
+    trained, recorded = train_first_task(learner, 4)
+    assert torch.equal(trained, recorded)
+    assert len(learner.network.modules_by_block[4].adapters[0].rd_loss_record) == 64
+
+
+def test_new_views_of_seen_images_are_as_new_as_what_was_recorded(make_sema: Make) -> None:
+    """z-scores of the task's own images in further views are those of a normal sample, about 0.8."""
+    learner = make_sema(**REPEATED | {"rd_epoch": 60, "optimizer": "adam"}, **STAY)
+    run_tasks(learner, 1)
+    further = learner.inputs.fresh((7,)).take(learner.data.indices(learner.classes, "train"))
+    means = learner.network.token_means(further, 0, [4, 5])
+    assert all(0.5 < learner.network.modules_by_block[block].novelty(means[block]) < 1.2 for block in (4, 5))
+
+
+def test_few_images_give_as_many_errors_as_training_would(make_sema: Make) -> None:
+    learner = make_sema(**REPEATED | {"rd_epoch": 3, "buffer_size": 500}, **STAY)
+    run_tasks(learner, 1)
+    assert len(learner.network.modules_by_block[4].adapters[0].rd_loss_record) == 3 * 32
+
+
+def test_what_z_scores_compare_with_is_in_the_record(make_sema: Make) -> None:
+    """One line for each descriptor that was trained: how many errors, of which views, their mean and deviation."""
+    learner = make_sema(**REPEATED, **GROW)
+    run_tasks(learner, 2)
+    found = events(learner, "records")
+    assert [(e["task"], e["block"], e["adapter"]) for e in found] == [
+        (0, 4, 0),
+        (0, 5, 0),
+        (1, 4, 1),
+        (1, 5, 1),
+    ]
+    for event in found:
+        record = learner.network.modules_by_block[event["block"]].adapters[event["adapter"]].rd_loss_record
+        assert (event["errors"], event["mean"], event["std"]) == (
+            64,
+            float(record.mean),
+            float(record.stddev),
+        )
+        assert event["views"] == "new"
+    learner = make_sema(rd_views=0, **STAY)
+    run_tasks(learner, 1)
+    assert [event["views"] for event in events(learner, "records")] == ["training"] * 2
+
+
+def test_both_engines_record_the_same_errors(make_sema: Make) -> None:
+    records = []
+    for engine in ("fast", "reference"):
+        learner = make_sema(engine=engine, **REPEATED, **STAY)
+        run_tasks(learner, 1)
+        records.append(learner.network.modules_by_block[5].adapters[0].rd_loss_record.errors.clone())
+    torch.testing.assert_close(*records, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("task", [0, 1])
+def test_stopped_while_errors_are_recorded_ends_the_same(make_sema: Make, task: int) -> None:
+    """In task 0 and after a growth: nothing is recorded twice or lost."""
+    changes = {**REPEATED, "eval_batch_size": 16, **GROW}  # four batches of new views
+    whole = make_sema(**changes)
+    run_tasks(whole, 2)
+    asked: list[int] = []
+
+    def at_the_third_batch() -> bool:
+        if learner.task == task and learner.progress.stage == "records":
+            asked.append(task)
+        return len(asked) == 3
+
+    learner = make_sema(at_the_third_batch, **changes)
+    with pytest.raises(Interrupted):
+        run_tasks(learner, 2)
+    assert learner.task == task and learner.progress.stage == "records"
+    state = learner.state()
+    resumed = make_sema(**changes)
+    resumed.load_state(*state)
+    resumed.train_task()
+    for later in range(task + 1, 2):
+        resumed.begin_task(later)
+        resumed.train_task()
+    assert resumed.fingerprint() == whole.fingerprint()
+
+
+def test_stored_token_means_are_those_of_a_forward(make_sema: Make) -> None:
+    """The fast engine looks up what the reference computes in every epoch, in the same order."""
+    batches = {}
+    for engine in ("fast", "reference"):
+        learner = make_sema(rd_views=1, engine=engine)
+        learner.begin_task(0)
+        batches[engine] = learner.inputs.means_by_epoch(0, (1, 2, 3), [4, 5], views=1, epochs=2, size=8)
+    for epoch in (0, 1):
+        looked_up, computed = (list(batches[engine](epoch, 1)) for engine in ("fast", "reference"))
+        assert [len(batch[5]) for batch in looked_up] == [8, 8, 8]
+        for ours, theirs in zip(looked_up, computed, strict=True):
+            torch.testing.assert_close(ours, theirs)
+
+
+def test_evaluation_computes_again_only_what_has_changed(
+    make_sema: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Without growth the features of old test images are kept, with growth only the growing blocks run again."""
+    ran: list[tuple[int, int, int]] = []
+    compute = Activations.compute
+
+    def counted(self: Activations, indices: np.ndarray) -> Tensor:
+        ran.append((self.below.depth, self.depth, len(indices)))
+        return compute(self, indices)
+
+    monkeypatch.setattr(Activations, "compute", counted)
+    for threshold, again in ((STAY, 1), (GROW, 2)):
+        learner = make_sema(
+            nested_lora_use_consolidation=False, cache_root=str(tmp_path / str(again)), **threshold
+        )
+        ran.clear()
+        for task in range(2):
+            learner.begin_task(task)
+            learner.train_task()
+            outcome = accuracy_of(learner, task + 1)
+        images = {
+            depth: sum(n for start, stop, n in ran if (start, stop) == depth) for depth in ((0, 4), (4, 6))
+        }
+        assert images == {(0, 4): 4 * 8, (4, 6): (again + 1) * 2 * 8}
+        learner.close_run()  # nothing is kept any more
+        assert outcome == accuracy_of(learner, 2)
+
+
+def test_old_classes_take_no_part_in_the_loss(make_sema: Make) -> None:
+    """Cross-entropy over the newest rows equals cross-entropy with older logits at minus infinity."""
+    learner = make_sema(**STAY)
+    run_tasks(learner, 1)
+    learner.begin_task(1)
+    batch = next(learner.inputs.read(1, Images(learner.data, "train", (1,), learner.device), (1, 1, 0, 0), 8))
+    logits = learner.classify(learner.features(batch.inputs))
+    logits[:, :2] = -torch.inf
+    expected = torch.nn.functional.cross_entropy(logits, batch.targets)
+    torch.testing.assert_close(learner._classify(batch).loss, expected)
+
+
+def test_a_diverging_loss_is_a_sentence(make_sema: Make) -> None:
+    from utils.errors import UserError
+
+    learner = make_sema(init_lr=999, nested_lora_lr_fast=999, weight_decay=999, func_epoch=3)
+    learner.begin_task(0)
+    with pytest.raises(UserError, match="not finite.*lower the learning rates or the weight decay"):
+        learner.train_task()
+
+
+def test_short_last_task_and_increment_one(
+    smoke_config: Callable[..., RunConfig], make_sema: Make, tmp_path: Path
+) -> None:
+    """8 classes as 3, 3, 2 and as eight tasks of one."""
+    learner = make_sema(init_cls=3, increment=3, **STAY)
+    run_tasks(learner, 3)
+    assert [rows.out_features for rows in learner.head.tasks] == [3, 3, 2]
+    learner = make_sema(init_cls=1, increment=1, func_epoch=1, **STAY)
+    run_tasks(learner, 8)
+    assert [rows.out_features for rows in learner.head.tasks] == [1] * 8

@@ -1,0 +1,286 @@
+"""The fast engine gives what the reference gives: same accuracy, same growth; its cache is shared, safe and bounded."""
+
+import functools
+import gc
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+
+import trainer
+from backbone.vit_sema import SEMAVisionTransformer
+from models.vit.activations import Activations
+from trainer import train
+from utils.config.schema import RunConfig
+from utils.errors import UserError
+
+Make = Callable[..., RunConfig]
+SEVERAL_TASKS = {"max_tasks": 3, "func_epoch": 2, "exp_threshold": 0.5, "augmentation": "none", "min_lr": 0.0}
+
+
+def losses(result_folder: Path) -> list[float]:
+    events = [json.loads(line) for line in (result_folder / "metrics.jsonl").read_text().splitlines()]
+    return [event["loss"] for event in events if event["event"] == "epoch"]
+
+
+def only_folder(config: RunConfig) -> Path:
+    return next(path.parent for path in Path(config.logs_root).rglob("config.json"))
+
+
+def run(config: RunConfig) -> tuple[dict[str, Any], list[float]]:
+    """Result and losses of a configuration's only run."""
+    result = train(config, overwrite=True)[0]
+    return result, losses(only_folder(config))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"cache_views": 1},
+        {"cache_views": 2, "adapter_blocks": "growing"},
+        {"cache_views": 1, "nested_lora_freeze": "never", "adapter_blocks": "growing"},
+        {"cache_views": 1, "ffn_adapter_type": "adaptmlp", "exp_threshold": 1e9},
+        {"cache_views": 1, "nested_lora_use_consolidation": True, "nested_lora_consolidation": "function"},
+        {"cache_views": 1, "ffn_adapter_type": "nested_lora_linear", "nested_lora_use_consolidation": True},
+    ],
+    ids=lambda changes: "-".join(map(str, changes.values())) or "as shipped",
+)
+def test_fast_is_reference_without_augmentation(smoke_config: Make, changes: dict[str, Any]) -> None:
+    """Same accuracies, same growth, the same losses to rounding."""
+    results = {}
+    for engine in ("fast", "reference"):
+        results[engine] = run(smoke_config(**SEVERAL_TASKS | changes, engine=engine))
+    (fast, fast_losses), (reference, reference_losses) = results["fast"], results["reference"]
+    assert fast["accuracy"] == reference["accuracy"]
+    assert fast["adapters"] == reference["adapters"] and fast["metrics"] == reference["metrics"]
+    torch.testing.assert_close(
+        torch.tensor(fast_losses), torch.tensor(reference_losses), rtol=1e-3, atol=1e-4
+    )
+
+
+def test_the_growth_test_above_sees_growth(smoke_config: Make) -> None:
+    assert run(smoke_config(**SEVERAL_TASKS))[0]["metrics"]["expansions"] > 0
+
+
+def test_fixed_views_are_the_same_stored_or_made_again(smoke_config: Make) -> None:
+    """With augmentation: K views out of the cache, and the same K views computed every time."""
+    changes = {"max_tasks": 2, "func_epoch": 3, "cache_views": 2, "exp_threshold": 0.5}
+    stored, computed, other = (
+        run(smoke_config(**changes, cache_gb=gb, seed=[seed])) for gb, seed in ((1, 1), (0, 1), (1, 2))
+    )
+    assert stored[0]["accuracy"] == computed[0]["accuracy"]
+    torch.testing.assert_close(torch.tensor(stored[1]), torch.tensor(computed[1]), rtol=1e-3, atol=1e-4)
+    assert other[1] != stored[1]
+
+
+def test_a_step_in_parts_is_the_same_step(smoke_config: Make) -> None:
+    whole, parts = (run(smoke_config(**SEVERAL_TASKS, grad_accumulation=n)) for n in (1, 3))
+    assert whole[0]["accuracy"] == parts[0]["accuracy"]
+    torch.testing.assert_close(torch.tensor(whole[1]), torch.tensor(parts[1]), rtol=1e-4, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------------ the cache
+
+
+@pytest.fixture
+def computed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """(from depth, to depth) of everything that is computed for the cache while the test runs, once an image."""
+    seen: list[tuple[int, int]] = []
+    original = Activations.compute
+
+    def compute(self: Activations, indices: np.ndarray) -> torch.Tensor:
+        seen.extend([(self.below.depth, self.depth)] * len(indices))
+        return original(self, indices)
+
+    monkeypatch.setattr(Activations, "compute", compute)
+    return seen
+
+
+def test_seeds_and_methods_share_what_no_adapter_shapes(
+    smoke_config: Make, computed: list[tuple[int, int]]
+) -> None:
+    """Adapters in growing blocks only: every image passes the frozen blocks once, for all seeds and both adapters."""
+    changes = {"adapter_blocks": "growing", "cache_views": 1, "max_tasks": None, "max_train_per_class": None}
+    changes |= {"max_test_per_class": None, "func_epoch": 1, "rd_epoch": 1, "exp_threshold": 1e9}
+    run(smoke_config(**changes, seed=[1]))
+    assert computed.count((0, 4)) == 8 * (40 + 20)
+    computed.clear()
+    run(smoke_config(**changes, seed=[2]))
+    run(smoke_config(**changes, seed=[1], ffn_adapter_type="adaptmlp"))
+    assert computed.count((0, 4)) == 0 and computed.count((4, 6)) > 0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"image_size": 16}, {"augmentation": "crop"}, {"precision": "bf16"}, {"adapt_start_layer": 5}],
+    ids=lambda change: next(iter(change)),
+)
+def test_what_shapes_the_activations_is_in_their_key(
+    smoke_config: Make,
+    computed: list[tuple[int, int]],
+    change: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(trainer, "resolve_precision", lambda precision, device: (precision, None))
+    changes = {"adapter_blocks": "growing", "cache_views": 1, "max_tasks": 1}
+    run(smoke_config(**changes))
+    computed.clear()
+    run(smoke_config(**changes | change))
+    depth = change.get("adapt_start_layer", 4)
+    train_images, test_images = 2 * 16, 2 * 8
+    assert computed.count((0, depth)) == train_images + (0 if "augmentation" in change else test_images)
+
+
+def test_a_trained_prefix_is_a_runs_own_and_leaves_nothing(
+    smoke_config: Make, computed: list[tuple[int, int]]
+) -> None:
+    config = smoke_config(**SEVERAL_TASKS, cache_views=1)
+    run(config)
+    assert computed.count((0, 4)) > 0
+    assert list(Path(config.cache_root).rglob("*.npy")) == []
+
+
+def test_an_altered_cache_changes_nothing(smoke_config: Make) -> None:
+    changes = {**SEVERAL_TASKS, "adapter_blocks": "growing", "cache_views": 1}
+    expected = run(smoke_config(**changes))
+    files = sorted(Path(smoke_config().cache_root).rglob("*.npy"))
+    assert files
+    for number, file in enumerate(files):
+        data = bytearray(file.read_bytes())
+        if number % 2:
+            data[-1] ^= 255
+        else:
+            data = data[: len(data) // 2]
+        file.write_bytes(data)
+    assert run(smoke_config(**changes))[1] == expected[1]
+
+
+def test_no_room_is_said_once_and_computed_instead(
+    smoke_config: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    changes = {**SEVERAL_TASKS, "adapter_blocks": "growing", "cache_views": 1}
+    stored = run(smoke_config(**changes, cache_root=str(Path(smoke_config().cache_root) / "other")))
+    with caplog.at_level("WARNING", logger="nested_lora"):
+        tight = run(smoke_config(**changes, cache_gb=1e-6))
+    assert stored[0]["accuracy"] == tight[0]["accuracy"]
+    assert sum("has no room" in record.message for record in caplog.records) == 1
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype", "size"), [("bf16", "float16", 1e6), ("fp32", "float32", np.inf)]
+)
+def test_activations_beyond_what_holds_them_are_a_sentence_that_helps(
+    smoke_config: Make, monkeypatch: pytest.MonkeyPatch, precision: str, dtype: str, size: float
+) -> None:
+    """Whether they would be stored or not; fp32 is what holds more, where it is not used already."""
+    original = SEMAVisionTransformer.forward
+    huge = lambda self, x, start=0, stop=None: original(self, x, start, stop) + (size if stop == 4 else 0)  # noqa: E731
+    monkeypatch.setattr(SEMAVisionTransformer, "forward", huge)
+    monkeypatch.setattr(trainer, "resolve_precision", lambda precision, device: (precision, None))
+    for gb in (1, 0):
+        with pytest.raises(UserError, match=f"depth 4, as torch.{dtype}, are not finite") as caught:
+            train(smoke_config(cache_views=1, adapter_blocks="growing", precision=precision, cache_gb=gb))
+        assert ("fp32" in str(caught.value)) == (precision != "fp32")
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"act_layer": "quick_gelu"},
+        {"norm_layer": functools.partial(torch.nn.LayerNorm, eps=1e-3)},
+        {"num_heads": 4},
+    ],
+    ids=["activation", "norm", "heads"],
+)
+def test_another_network_with_the_same_weights_reads_activations_of_its_own(
+    make_sema: Make, monkeypatch: pytest.MonkeyPatch, option: dict[str, Any]
+) -> None:
+    """What no weight shows decides what the network computes, so it names what is stored."""
+    changes = {"model_name": "simplecil", "input_normalization": "weights"}
+
+    def features(**more: Any) -> torch.Tensor:
+        learner = make_sema(**changes, **more)
+        learner.begin_task(0)
+        return learner.features_of(0, "test")
+
+    first, create = features(), timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda *args, **kwargs: create(*args, **kwargs, **option))
+    other = features()
+    assert not torch.equal(other, first) and torch.equal(other, features(cache_gb=0))
+    assert torch.equal(other, features())
+
+
+@pytest.mark.parametrize("library", ["torch", "torchvision", "timm", "numpy", "PIL"])
+def test_another_version_of_a_library_computes_activations_anew(
+    make_sema: Make, monkeypatch: pytest.MonkeyPatch, library: str
+) -> None:
+    def groups() -> set[str]:
+        learner = make_sema(model_name="simplecil")
+        learner.begin_task(0)
+        learner.features_of(0, "test")
+        return {path.name for path in learner.cache.root.glob("test-*")}
+
+    before = groups()
+    assert groups() == before
+    monkeypatch.setattr(sys.modules[library], "__version__", "0.0.1")
+    assert groups() > before
+
+
+# --------------------------------------------------------------------------------------------------------------- memory
+
+
+def test_memory_does_not_grow_with_the_number_of_tasks(smoke_config: Make, tmp_path: Path) -> None:
+    """Twenty tasks: beyond the model itself, as many tensor bytes live after the last task as after the second."""
+    rng = np.random.default_rng(0)
+    arrays = {}
+    for source, each in (("train", 8), ("test", 4)):
+        arrays[f"x_{source}"] = rng.integers(0, 256, (20 * each, 16, 16, 3), dtype=np.uint8)
+        arrays[f"y_{source}"] = np.repeat(np.arange(20), each)
+    np.savez(tmp_path / "twenty.npz", **arrays, class_names=np.array([f"c{i}" for i in range(20)]))
+    config = smoke_config(
+        dataset=str(tmp_path / "twenty.npz"), init_cls=1, increment=1, cache_views=1, exp_threshold=0.5,
+        max_train_per_class=None, max_test_per_class=None, rd_epoch=1,
+    )  # fmt: skip
+    with trainer.RunLog.create(tmp_path / "run", config=config.model_dump(), overwrite=False) as log:
+        run = trainer.Run(trainer.assemble(config, 1), log)
+        beyond = []
+        for task in range(20):
+            run.run_task(task)
+            gc.collect()
+            alive = {
+                t.data_ptr(): t.numel() * t.element_size()
+                for t in gc.get_objects()
+                if issubclass(type(t), torch.Tensor)
+            }
+            model = sum(t.numel() * t.element_size() for t in run.learner.modules.state_dict().values())
+            beyond.append(sum(alive.values()) - model)
+        grown = sum(run.learner.network.adapters_per_block().values())
+    assert grown > 6
+    assert max(beyond[2:]) <= beyond[1] + 2**16
+
+
+def test_out_of_memory_says_what_to_change(smoke_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    def exhausted(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    monkeypatch.setattr(trainer.Learner, "take_step", exhausted)
+    with pytest.raises(
+        UserError, match="batch_size 8, .*set grad_accumulation=2.*batch_size=4, eval_batch_size=32"
+    ):
+        train(smoke_config())
+
+
+def test_other_errors_pass_through(smoke_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> None:
+        raise RuntimeError("shapes differ")
+
+    monkeypatch.setattr(trainer.Learner, "take_step", broken)
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        train(smoke_config())

@@ -1,0 +1,215 @@
+"""utils.analysis.probes: probes against explicit solutions, separable and shuffled labels; units that stand for labels."""
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from torch import Tensor
+from torch.nn import functional as F
+
+from utils.analysis.probes import (
+    RIDGES,
+    accuracy,
+    average_precision,
+    chance_score,
+    fit_probe,
+    probe_score,
+    transfer_scores,
+    unit_label_correlation,
+    unit_report,
+)
+from utils.training.device import seeded_generator
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=seeded_generator(seed), dtype=torch.float64)
+
+
+def clusters(n: int = 120, spread: float = 0.3, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Four classes around corners, in 10 numbers of very different size."""
+    labels = torch.arange(n) % 4
+    corners = 3 * F.one_hot(labels, 10)
+    return (corners + spread * normal(n, 10, seed=seed)) * torch.logspace(-3, 3, 10) + 5, labels
+
+
+def several(n: int = 150, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Three labels a sample, each of them linear in 8 numbers."""
+    x = normal(n, 8, seed=seed)
+    return x, (x[:, :3] > torch.tensor([0.0, 0.5, 1.0])).long()
+
+
+def test_separable_classes_are_read_on_images_that_were_not_fitted() -> None:
+    x, labels = clusters()
+    probe = fit_probe(x[:80], labels[:80])
+    assert probe_score(probe, x[80:], labels[80:]) == 1.0 == accuracy(probe.scores(x[80:]), labels[80:])
+
+
+def test_separable_labels_have_a_high_average_precision() -> None:
+    x, labels = several(800)
+    assert (
+        probe_score(fit_probe(x[:600], labels[:600]), x[600:], labels[600:])
+        > 0.95
+        > 3 * chance_score(labels) / 2
+    )
+
+
+def test_shuffled_labels_are_read_no_better_than_chance() -> None:
+    """Ten shufflings of 200 test images: the mean accuracy has a standard error of 1 percent."""
+    x, labels = clusters(400)
+    y, many = several(400)
+    found, precision = [], []
+    for seed in range(10):
+        order = torch.randperm(400, generator=seeded_generator(seed))
+        found.append(probe_score(fit_probe(x[:200], labels[order][:200]), x[200:], labels[order][200:]))
+        precision.append(probe_score(fit_probe(y[:200], many[order][:200]), y[200:], many[order][200:]))
+    assert np.mean(found) == pytest.approx(chance_score(labels), abs=0.04)
+    assert np.mean(precision) == pytest.approx(chance_score(many), abs=0.06)
+
+
+def test_the_probe_is_the_ridge_regression_it_says_it_is() -> None:
+    x, labels = clusters(30, spread=2.0)
+    probe = fit_probe(x, labels)
+    z, y = (x - x.mean(0)) / x.std(0), F.one_hot(labels).double()
+    solved = torch.linalg.solve(z.T @ z + len(x) * probe.ridge * torch.eye(10), z.T @ (y - y.mean(0)))
+    torch.testing.assert_close(probe.scores(x), z @ solved + y.mean(0))
+
+
+@pytest.mark.parametrize("spread", [0.3, 4.0])
+def test_the_ridge_is_the_one_that_leaving_out_each_sample_prefers(spread: float) -> None:
+    """Every candidate refitted without every sample."""
+    x, labels = clusters(16, spread)
+    z, y = (x - x.mean(0)) / x.std(0), F.one_hot(labels).double()
+    errors = []
+    for ridge in RIDGES:
+        error = 0.0
+        for i in range(16):
+            keep = torch.arange(16) != i
+            centre, mean = z[keep].mean(0), y[keep].mean(0)
+            rest = z[keep] - centre
+            weights = torch.linalg.solve(
+                rest.T @ rest + 16 * ridge * torch.eye(10), rest.T @ (y[keep] - mean)
+            )
+            error += float((y[i] - mean - (z[i] - centre) @ weights).square().sum())
+        errors.append(error)
+    assert fit_probe(x, labels).ridge == RIDGES[int(np.argmin(errors))]
+
+
+def test_a_probe_does_not_depend_on_units_and_ignores_what_does_not_vary() -> None:
+    x, labels = clusters(40)
+    scores = fit_probe(x, labels).scores(x)
+    changed = torch.cat([x * torch.logspace(3, -3, 10) - 8, torch.full((40, 2), 0.1)], 1)
+    torch.testing.assert_close(fit_probe(changed, labels).scores(changed), scores)
+    wide = torch.cat([x, normal(40, 100)], 1)  # more numbers than samples
+    assert torch.isfinite(fit_probe(wide, labels).weights).all()
+
+
+def test_average_precision_by_its_definition() -> None:
+    scores, labels = normal(40, 3), (normal(40, 3, seed=1) > 0.4).long()
+    for column in range(3):
+        order = sorted(range(40), key=lambda i: -float(scores[i, column]))
+        hits, total = 0, 0.0
+        for rank, i in enumerate(order, start=1):
+            if labels[i, column]:
+                hits += 1
+                total += hits / rank
+        expected = total / int(labels[:, column].sum())
+        assert float(average_precision(scores, labels)[column]) == pytest.approx(expected)
+
+
+def test_average_precision_of_perfect_reversed_tied_and_absent_labels() -> None:
+    labels = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 0], [0, 0, 0, 0], [0, 0, 0, 0]])
+    scores = torch.tensor([[4.0, 1, 5, 1], [3, 2, 5, 2], [2, 3, 5, 3], [1, 4, 5, 4]])
+    found = average_precision(scores, labels)
+    assert found[:3].tolist() == pytest.approx([1.0, (1 / 3 + 2 / 4) / 2, 0.5]) and found[3].isnan()
+    probe = fit_probe(scores, labels)
+    assert probe_score(probe, scores, labels) == pytest.approx(
+        float(average_precision(probe.scores(scores), labels)[:3].mean())
+    )
+    assert chance_score(labels) == 0.5 and chance_score(torch.tensor([0, 0, 0, 1])) == 0.75
+
+
+def test_transfer_needs_the_same_coordinates() -> None:
+    """Read by a probe of its own, a rotated copy is as good; by the other's probe it is not."""
+    x, labels = clusters(200)
+    x = (x - x.mean(0)) / x.std(0)
+    turned = x @ torch.linalg.qr(normal(10, 10))[0]
+    train, test = torch.arange(0, 200)[:100], torch.arange(100, 200)
+    scores = transfer_scores([x, turned, x], labels, train, test)
+    assert (
+        scores[0, 0] == scores[0, 2] == scores[2, 0] == 1.0 == scores[1, 1]
+        and scores[0, 1] < 0.8 > scores[1, 0]
+    )
+    probe = fit_probe(x[train], labels[train])
+    assert scores[0, 1] == probe_score(probe, turned[test], labels[test])
+
+
+@pytest.mark.parametrize("shapes", [((1, 4), (1,)), ((6, 4), (5,)), ((6,), (6,))])
+def test_what_cannot_be_fitted_is_refused(shapes: tuple[tuple[int, ...], ...]) -> None:
+    with pytest.raises(ValueError, match="no probe"):
+        fit_probe(normal(*shapes[0]), torch.zeros(shapes[1], dtype=torch.int64))
+
+
+# --- units ------------------------------------------------------------------------------------------------------------
+
+
+def sparse_units(n: int = 400) -> tuple[Tensor, Tensor]:
+    """Units 0 to 2 follow one label each, 3 is noise, 4 is dead, 5 follows two labels."""
+    labels = (normal(n, 3) > 0.5).long()
+    noise = normal(n, 6, seed=1).abs()
+    units = torch.cat([labels, torch.zeros(n, 2), labels[:, :1] + labels[:, 1:2]], 1) + 0.2 * noise
+    units[:, 3] = noise[:, 3]
+    units[:, 4] = 0
+    return units, labels
+
+
+def test_correlation_is_point_biserial() -> None:
+    units, labels = sparse_units()
+    found = unit_label_correlation(units, labels)
+    assert found.shape == (6, 3)
+    for unit, label in ((0, 0), (3, 1), (5, 1)):
+        expected = stats.pointbiserialr(labels[:, label].numpy(), units[:, unit].numpy()).statistic
+        assert float(found[unit, label]) == pytest.approx(expected)
+    assert found[4].tolist() == [0, 0, 0]
+    assert unit_label_correlation(units, torch.ones_like(labels)).abs().max() == 0
+
+
+def test_units_that_stand_for_labels_are_found_and_told_from_chance() -> None:
+    units, labels = sparse_units()
+    report = unit_report(units, labels, seeded_generator(1))
+    assert report.best_unit.tolist() == [0, 1, 2] and (report.best > 0.8).all()
+    assert report.dead == 1 and report.active_share.tolist() == [1, 1, 1, 1, 0, 1]
+    torch.testing.assert_close(report.mean_activity, units.double().mean(0))
+    assert report.aligned == 1.0 and report.p.tolist() == pytest.approx([1 / 201] * 3)
+    assert report.purity > report.purity_by_chance
+
+
+def test_noise_is_not_told_from_chance_however_many_units_there_are() -> None:
+    """The threshold is that of the best of 300 units: five labels of noise are beyond it once in four such tests."""
+    labels = (normal(100, 5, seed=3) > 0).long()
+    report = unit_report(normal(100, 300, seed=4), labels, seeded_generator(2))
+    assert report.best.abs().min() > 2 / 100**0.5  # a single unit would seem significant
+    assert report.aligned <= 0.2 and report.p.min() > 0.01
+    assert report.purity == pytest.approx(report.purity_by_chance, abs=0.05)
+
+
+def test_purity_from_one_label_to_all_alike() -> None:
+    labels = torch.tensor([[0, 0], [0, 1], [1, 0], [1, 1]]).repeat(20, 1)
+    generator = seeded_generator(0)
+    assert unit_report(labels.double(), labels, generator, 3).purity == pytest.approx(1)
+    assert unit_report(labels.sum(1, keepdim=True).double(), labels, generator, 3).purity == pytest.approx(
+        0.5
+    )
+
+
+def test_the_same_generator_draws_the_same_chance() -> None:
+    units, labels = sparse_units(60)
+    first, second = (unit_report(units, labels, seeded_generator(7), 20) for _ in range(2))
+    other = unit_report(units, labels, seeded_generator(8), 20)
+    assert torch.equal(first.threshold, second.threshold) and not torch.equal(
+        first.threshold, other.threshold
+    )
+
+
+def test_units_and_labels_of_different_samples_are_refused() -> None:
+    with pytest.raises(ValueError, match="no correlation"):
+        unit_label_correlation(normal(5, 2), torch.ones(4, 2))

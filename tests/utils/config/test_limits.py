@@ -1,0 +1,346 @@
+"""What every key of every method allows: limits on both sides, text that paths can hold, keys that fit each other.
+
+Thousands of spoiled configurations are loaded: each is accepted or answered with a sentence.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import main
+from models import SCHEMAS
+from models.sema_config import SEMAConfig
+from models.vit import pretrained as factory
+from tests.conftest import ROOT, TINY, TINY_GRIDS, TINY_SDLORA, shipped_file
+from trainer import assemble, train
+from utils.config.loading import ConfigError, LoadedConfig, config_from_dict, load_config, nearest_key
+from utils.errors import UserError
+from utils.sweeps.spec import SweepFile
+
+SMOKE = json.loads((ROOT / "exps/smoke.json").read_text(encoding="utf-8"))
+WHOLE = {"init_cls": 8, "increment": 8}  # all classes of the generated data in one task
+
+
+def tiny(method: str) -> dict[str, Any]:
+    """A tiny configuration of a method."""
+    if method == "sdlora":
+        return TINY_SDLORA | {"lambda_sparsity": 0.1}
+    if method == "shared_subspace":
+        return TINY_GRIDS
+    own = SCHEMAS[method].model_fields
+    values = SMOKE | TINY | (WHOLE if method in ("joint", "linear_probe") else {})
+    return {key: value for key, value in values.items() if key in own} | {"model_name": method}
+
+
+def check(method: str, **values: Any) -> LoadedConfig:
+    return config_from_dict(tiny(method) | values, SCHEMAS, "test")
+
+
+def problem(method: str, **values: Any) -> str:
+    with pytest.raises(ConfigError) as caught:
+        check(method, **values)
+    (line,) = caught.value.problems
+    return line
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Limits of single keys
+
+
+def numbers(schema: Any, name: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    """(key, JSON schema) of every number in a JSON schema, at any depth."""
+    if isinstance(schema, list):
+        for option in schema:
+            yield from numbers(option, name)
+    elif isinstance(schema, dict):
+        if schema.get("type") in ("integer", "number") and "enum" not in schema:
+            yield name, schema
+        for part in ("anyOf", "items", "additionalProperties"):
+            yield from numbers(schema.get(part), name)
+        for key, value in schema.get("properties", {}).items():
+            yield from numbers(value, f"{name}.{key}" if name else key)
+
+
+@pytest.mark.parametrize("schema", [*SCHEMAS.values(), SweepFile], ids=lambda schema: schema.__name__)
+def test_every_number_has_limits_on_both_sides(schema: Any) -> None:
+    found = list(numbers(schema.model_json_schema()))
+    lower, upper = {"minimum", "exclusiveMinimum"}, {"maximum", "exclusiveMaximum"}
+    open_ended = {key for key, number in found if not lower & number.keys() or not upper & number.keys()}
+    weights = {
+        "alpha",
+        "beta",
+        "gamma",
+    } & schema.model_fields.keys()  # points, whose rule is not in the JSON schema
+    assert len(found) > 1 and open_ended == weights
+    for key in weights:
+        for value in (-1, 1e7, [[0, 1e300]], [[0, -1]]):
+            assert "allowed: a number from 0 to 1000000" in problem("shared_subspace", **{key: value})
+
+
+def test_limits_are_finite_in_single_precision() -> None:
+    limits = {"minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum"}
+    for schema in SCHEMAS.values():
+        for _, number in numbers(schema.model_json_schema()):
+            assert all(abs(number[limit]) < 2**127 for limit in limits & number.keys())
+
+
+@pytest.mark.parametrize(
+    ("method", "values", "told"),
+    [
+        ("sema", {"batch_size": 10**6 + 1}, "too large; allowed: an integer >= 1 and <= 1000000"),
+        ("sema", {"init_lr": 1000}, "too large; allowed: a number > 0 and < 1000"),
+        ("sema", {"func_epoch": 10**400}, "too large; allowed: an integer >= 0"),
+        ("sema", {"ffn_adapter_scalar": 0}, "adapters would add nothing"),
+        ("sdlora", {"gumbel_tau_final": 1e-7}, "too small; allowed: a number >= 1e-06"),
+        ("shared_subspace", {"patch": "4"}, "write 4 without quotes; allowed: 1, 2, 4"),
+        ("shared_subspace", {"patch": True}, "a wrong type (a boolean)"),
+        ("shared_subspace", {"patch": "four"}, "not a choice; allowed: 1, 2, 4"),
+        ("sema", {"device": -2}, "is unknown; allowed: "),
+        ("sema", {"device": "cuda:-1"}, "is unknown; allowed: "),
+        ("sema", {"device": ["²"]}, "is unknown; allowed: "),
+        ("sema", {"device": "cuda:99"}, '"cuda:99" was asked for'),
+        ("sema", {"logs_root": "a\0b"}, "holds a NUL character"),
+        ("sema", {"description": "a\0b"}, "holds a NUL character"),
+        ("sema", {"description": "\ud800"}, "half a surrogate pair"),
+        ("sema", {"prefix": "\ud800"}, "half a surrogate pair"),
+        ("sema", {"dataset": "\udcff.npz"}, "half a surrogate pair"),
+        ("sema", {"cache_root": ""}, "empty; allowed: non-empty text"),
+        ("sema", {"data_root": "d" * 256}, "holds a name of 256 bytes; file systems take 255"),
+        ("sema", {"cache_root": "é" * 128}, "holds a name of 256 bytes"),
+        ("sdlora", {"filepath": "/".join(["f" * 200] * 20)}, "longer than the 3840 bytes"),
+        ("sema", {"prefix": "p" * 226}, "run folder's path would have 240 bytes"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_value_beyond_the_limits_is_one_sentence(method: str, values: dict[str, Any], told: str) -> None:
+    line = problem(method, **values)
+    assert told in line and len(line) < 400
+
+
+def test_weights_that_are_no_file_are_named_before_they_are_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe.pth")
+    for path, told in (("pipe.pth", "it is a FIFO"), (".", "it is a folder")):
+        assert f'"{path}": {told}; allowed: null, "random"' in problem("sema", weights=path)
+
+
+def test_paths_that_the_locale_cannot_write_are_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "fsencode", lambda path: path.encode("ascii"))  # as with LC_ALL=C PYTHONUTF8=0
+    for values in ({"prefix": "é"}, {"logs_root": "é"}, {"cache_root": "é"}):
+        line = problem("sema", **values)
+        assert "holds 'é', which no path has in this locale (ascii)" in line and "PYTHONUTF8=1" in line
+    check("sema", description="é")
+
+
+SPOILED: list[Any] = [
+    0, -1, -2, 2**31, 2**63, 10**30, 10**400, 1e-320, 1e-30, 0.5, 999.0, 1e38, 1e39, 1e300, math.nan, math.inf,
+    -math.inf, True, None, "", "4", "nan", "\0", "\ud800", "²", "cuda:99", "~", "~nobody/x", ".", "/", "é\u0301",
+    "\x1b[31m", "x" * 300, "a/" * 3000, "a.npz", [], [True], ["-2"], [-2], ["²"], [[]], [[0, 1e300]], [[10**9, 1]],
+    [10**400], {}, {"a": 1}, ["rotate", "x\0"],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ["sema", "ranpac", "sdlora", "shared_subspace"])
+def test_a_spoiled_configuration_is_accepted_or_answered(method: str, tmp_path: Path) -> None:
+    """Every key with every value; what is accepted has a run folder whose names a file system takes."""
+    values, answered = tiny(method), 0
+    for key in [*SCHEMAS[method].model_fields, *SCHEMAS[method].legacy_keys, "no_such_key"]:
+        for value in [*SPOILED, str(tmp_path), __file__]:
+            try:
+                config = config_from_dict(values | {key: value}, SCHEMAS, "test").config
+            except ConfigError as error:
+                str(error).encode()
+                answered += 1
+            else:
+                names = config.folder_names(max(config.seed))
+                assert all(len(os.fsencode(name)) < 240 and "\0" not in name for name in names)
+    assert answered > 500
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Keys together
+
+
+@pytest.mark.parametrize(
+    ("method", "values", "told"),
+    [
+        ("finetune", {"grad_accumulation": 9}, "allowed: from 1 to 8"),
+        ("finetune", {"min_lr": 0.5}, "allowed: min_lr from 0 to 0.001"),
+        ("sema", {"nested_lora_lr_slow": 0, "min_lr": 0.006}, "allowed: min_lr from 0 to 0.005"),
+        ("sdlora", {"min_lr": 0.06}, "allowed: min_lr from 0 to 0.05"),
+        ("shared_subspace", {"min_lr": 0.1}, "allowed: min_lr from 0 to 0.001"),
+        ("sema", {"nested_lora_rank": 65}, "tokens have width 64; allowed: nested_lora_rank from 1 to 64"),
+        ("sema", {"ffn_adapter_type": "adaptmlp", "ffn_num": 129}, "allowed: ffn_num from 1 to 128"),
+        ("shared_subspace", {"few_shot_rank": 13}, "h has 12 dimensions; allowed: from 1 to 12"),
+        ("shared_subspace", {"steps_per_epoch": 10**6, "batch_size": 24}, "allowed: at most 20000000"),
+        (
+            "shared_subspace",
+            {
+                "primitives": list(SCHEMAS["shared_subspace"].model_fields["primitives"].default),
+                "test_length": 7,
+            },
+            "compositions of length 7; allowed: at most 1000000",
+        ),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_keys_that_do_not_fit_each_other(method: str, values: dict[str, Any], told: str) -> None:
+    assert told in problem(method, **values)
+
+
+def test_what_a_method_does_not_use_is_not_refused() -> None:
+    """RanPAC without a first session has no adapters and trains nothing; a constant rate ends nowhere."""
+    unused = {
+        "adapt_start_layer": 50,
+        "adapt_end_layer": 40,
+        "nested_lora_rank": 4096,
+        "min_lr": 1,
+        "ffn_num": 8192,
+    }
+    assert (
+        check("ranpac", first_session=False, **unused, grad_accumulation=100).config.adapt_start_layer == 50
+    )
+    with pytest.raises(ConfigError) as caught:
+        check("ranpac", first_session=True, **unused, grad_accumulation=100)
+    assert len(caught.value.problems) >= 4
+    assert check("simplecil", grad_accumulation=100)
+    assert check("sdlora", scheduler="constant", min_lr=10)
+    assert check("sdlora", epochs=0, lrate=0.001, min_lr=0.01)
+    assert check("sema", rd_epoch=0, rd_lr=0.0001, min_lr=0.001)
+    assert check("finetune", func_epoch=0, adapter_lr=0.0001, min_lr=0.001, grad_accumulation=100)
+    assert check("shared_subspace", few_shot_tasks=0, few_shot_steps=1)
+    assert check("sema", ffn_adapter_type="nested_lora", ffn_num=8192)
+
+
+def test_the_method_that_needs_all_classes_tells_of_unknown_data_with_the_rest() -> None:
+    with pytest.raises(ConfigError) as caught:
+        check("joint", dataset="cifra100", batch_size=0)
+    assert [line.split(" ")[0] for line in caught.value.problems] == ["batch_size", "dataset"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Paths and files
+
+
+def test_the_home_folder_is_expanded_in_every_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "base.json").write_text(json.dumps(tiny("sdlora") | {"batch_size": 5}), encoding="utf-8")
+    (tmp_path / "w.pth").touch()
+    paths = {key: "~/x" for key in ("logs_root", "data_root", "weights_root", "cache_root", "filepath")}
+    values = {"base": "~/base.json", **paths, "weights": "~/w.pth", "dataset": "~/d.npz"}
+    (tmp_path / "own.json").write_text(json.dumps(values), encoding="utf-8")
+    config = load_config("~/own.json", [], SCHEMAS).config
+    assert config.batch_size == 5 and (config.weights, config.dataset) == (
+        f"{tmp_path}/w.pth",
+        f"{tmp_path}/d.npz",
+    )
+    assert {getattr(config, key) for key in paths} == {f"{tmp_path}/x"}
+
+
+def test_a_byte_order_mark_is_no_fault(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(tiny("sema")).encode())
+    assert load_config(path, [], SCHEMAS).config.rd_dim == tiny("sema")["rd_dim"]
+
+
+@pytest.mark.parametrize("base", ["a\0b", "\ud800", "b" * 300, "a/" * 3000, ".", ""])
+def test_a_base_that_cannot_be_a_file(base: str, tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"base": base}), encoding="utf-8")
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, [], SCHEMAS)
+    (line,) = caught.value.problems
+    assert line.startswith("base = ")
+    str(caught.value).encode()
+
+
+@pytest.mark.parametrize(
+    "override", ["\ud800=1", "rd_dim=\ud800", "\udcff", "rd_dim=1e999", "rd_dim=" + "9" * 5000]
+)
+def test_a_setting_that_no_file_could_hold(override: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(ROOT / "exps/smoke.json", [override], SCHEMAS)
+    str(caught.value).encode()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Nearest keys
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("nested_lora_alpha", "nested_lora_consolidation_alpha"),
+        ("nested_lora_interval", "nested_lora_update_interval_slow"),
+        ("use_nested_lora", "ffn_adapter_type=nested_lora"),
+        ("nested_lora_rnk", "nested_lora_rank"),
+        ("nested_lora_fast_lr", "nested_lora_lr_fast"),
+        ("nested_lora_consolidate", "nested_lora_consolidation"),
+        ("Batch-Size", "batch_size"),
+        ("batchsize", "batch_size"),
+        ("learning_rate", "init_lr"),
+        ("epoch_func", "func_epoch"),
+        ("threshold", "exp_threshold"),
+        ("qqqq", None),
+    ],
+)
+def test_the_nearest_key(name: str, key: str | None) -> None:
+    assert nearest_key(name, SEMAConfig.model_fields, [SEMAConfig]) == key
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs
+
+
+def test_missing_data_and_weights_are_told_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the files to run instead, which are shipped, need what is said, and keep the images small."""
+
+    def unreachable() -> None:
+        raise OSError("no way to the hub")
+
+    monkeypatch.setattr(factory, "_check_hub", unreachable)
+    absent = {"dataset": "imagenetr", "backbone_type": "vit_tiny_patch16_224.augreg_in21k", "weights": None}
+    config = check("sema", **absent, data_root=str(tmp_path), weights_root=str(tmp_path)).config
+    with pytest.raises(UserError) as caught:
+        assemble(config, seed=1)
+    told = str(caught.value)
+    assert "imagenetr" in told and "vit_tiny_patch16_224.augreg_in21k.safetensors" in told
+    assert list(tmp_path.iterdir()) == []
+    for name in ("quickstart", "smoke", "nested_lora_cifar_dinov2s"):
+        assert str(shipped_file(name).relative_to(ROOT)) in told
+        config = load_config(shipped_file(name), [], SCHEMAS).config
+        factory.find_weights(config.backbone_type, weights=config.weights, weights_root=tmp_path)
+        assert config.image_size is not None and config.image_size <= 224
+
+
+def test_a_run_in_the_current_folder_is_resumed_or_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main.main(["--resume", "."]) == 2
+    assert f"{tmp_path} is not a run folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("method", "values"),
+    [
+        ("shared_subspace", {"init_lr": 999.0, "few_shot_tasks": 0}),
+        ("sdlora", {"weight_decay": 999.0, "max_tasks": 2}),
+    ],
+)
+def test_a_run_at_the_limits_that_diverges_ends_in_a_sentence(
+    method: str, values: dict[str, Any], tmp_path: Path
+) -> None:
+    """Not inside the mathematics: sparse weights and subspaces of what is no number are no numbers."""
+    roots = {
+        key: str(tmp_path / key) for key in ("logs_root", "cache_root") if key in SCHEMAS[method].model_fields
+    }
+    with pytest.raises(UserError, match="not finite"):
+        train(check(method, **values, **roots).config)

@@ -1,0 +1,487 @@
+"""Tasks cover every class once; a batch depends on its key and on nothing else."""
+
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.image_folders import folder_images
+from utils.cache.decoded_images import DecodedImages
+from utils.data import image_sets
+from utils.data import tasks as data_manager
+from utils.data.datasets import ArrayImages, Dataset
+from utils.data.tasks import DataManager
+from utils.data.transforms import ViewSpec
+from utils.errors import Interrupted, UserError
+from utils.training.device import dead_worker_advice
+
+CLASSES, TRAIN_EACH, TEST_EACH = 7, 6, 3
+
+
+def make_dataset() -> Dataset:
+    """Class c, image i is noise, (c, i, split) at the corner of its test view; classes are interleaved as stored."""
+
+    def part(each: int, split: int) -> ArrayImages:
+        labels = np.tile(np.arange(CLASSES), each)
+        images = np.random.default_rng(split).integers(0, 256, (len(labels), 18, 18, 3), dtype=np.uint8)
+        images[:, 1, 1] = np.stack(
+            [labels, np.repeat(np.arange(each), CLASSES), np.full(len(labels), split)], 1
+        )
+        return ArrayImages(images, labels)
+
+    return Dataset("toy", [f"c{i}" for i in range(CLASSES)], part(TRAIN_EACH, 0), part(TEST_EACH, 1), "")
+
+
+def manager(dataset: Dataset | None = None, **changed) -> DataManager:
+    settings = dict(seed=1993, shuffle=True, init_cls=2, increment=2)
+    settings |= dict(
+        train_view=ViewSpec(8, "crop_flip"), test_view=ViewSpec(16, "none")
+    )  # 18 pixels are not resized
+    return DataManager(dataset or make_dataset(), **(settings | changed))
+
+
+def collect(batches) -> tuple[torch.Tensor, torch.Tensor]:
+    images, targets = zip(*batches, strict=True)
+    return torch.cat(images), torch.cat(targets)
+
+
+def corners(images: torch.Tensor) -> torch.Tensor:
+    """What `make_dataset` wrote at the corner of test views: (class, image, split), int64 (n, 3)."""
+    return (images[:, :, 0, 0] * 255).round().long()
+
+
+def train_batches(data: DataManager, key=(1993, 0, 1), **kwargs):
+    return list(data.batches(range(4), source="train", mode="train", batch_size=5, key=key, **kwargs))
+
+
+def same(left, right) -> bool:
+    pairs = zip(left, right, strict=True)
+    return all(torch.equal(a, c) and torch.equal(b, d) for (a, b), (c, d) in pairs)
+
+
+# ---------------------------------------------------------------------------------------------------------- tasks
+
+
+def test_class_order_is_the_published_permutation():
+    np.random.seed(1993)
+    expected = np.random.permutation(CLASSES).tolist()
+    data = manager()
+    assert data.class_order == expected and data.class_names == [f"c{i}" for i in expected]
+    assert manager(shuffle=False).class_order == list(range(CLASSES))
+    assert manager(seed=1).class_order != expected
+
+
+@pytest.mark.parametrize("init_cls", [1, 2, 3, 7])
+@pytest.mark.parametrize("increment", [1, 2, 3, 7])
+def test_tasks_cover_every_class_once(init_cls, increment):
+    data = manager(init_cls=init_cls, increment=increment)
+    sizes = [len(data.task_classes(task)) for task in range(data.nb_tasks)]
+    assert [label for task in range(data.nb_tasks) for label in data.task_classes(task)] == list(
+        range(CLASSES)
+    )
+    assert sizes[0] == init_cls and all(size == increment for size in sizes[1:-1]) and sizes[-1] >= 1
+    assert data.nb_classes == CLASSES
+
+
+def test_max_tasks_cuts_the_sequence_and_tasks_out_of_range_raise():
+    data = manager(max_tasks=2)
+    assert (data.nb_tasks, data.nb_classes) == (2, CLASSES) and manager(max_tasks=99).nb_tasks == 4
+    for task in (-1, 2):
+        with pytest.raises(IndexError, match="tasks 0 to 1"):
+            data.task_classes(task)
+
+
+def test_more_classes_than_there_are():
+    with pytest.raises(UserError, match="init_cls = 8: 'toy' has 7 classes"):
+        manager(init_cls=8)
+    with pytest.raises(UserError, match="increment = 9"):
+        manager(increment=9)
+
+
+def test_targets_are_incremental_labels_of_the_right_images():
+    data = manager()
+    for task in range(data.nb_tasks):
+        classes = data.task_classes(task)
+        images, targets = collect(data.batches(classes, source="test", mode="test", batch_size=4))
+        assert images.dtype == torch.float32 and targets.dtype == torch.int64
+        assert sorted(targets.tolist()) == sorted([*classes] * TEST_EACH)
+        assert [data.class_order[t] for t in targets] == corners(images)[:, 0].tolist()
+        assert (corners(images)[:, 2] == 1).all() and data.count(classes, "test") == len(targets)
+        indices = data.indices(classes, "test")
+        assert (
+            torch.equal(data.targets(indices, "test"), targets)
+            and data.targets(indices, "test").dtype == torch.int64
+        )
+
+
+def test_stored_order_without_key():
+    data = manager(shuffle=False)
+    images, targets = collect(data.batches(range(3), source="train", mode="test", batch_size=4))
+    assert targets.tolist() == [0, 1, 2] * TRAIN_EACH
+    assert corners(images)[:, 1].tolist() == np.repeat(np.arange(TRAIN_EACH), 3).tolist()
+
+
+# --------------------------------------------------------------------------------------------------------- content
+
+
+def test_a_tasks_hash_is_of_its_own_images_and_labels():
+    def hashes(**changed) -> list[str]:
+        data = manager(dataset, shuffle=False, **changed)
+        return [data.content_sha256(task, source) for task in range(4) for source in ("train", "test")]
+
+    def changed() -> list[int]:
+        return [place for place, (old, new) in enumerate(zip(before, hashes(), strict=True)) if old != new]
+
+    dataset = make_dataset()
+    before, few = hashes(), hashes(max_train_per_class=2)
+    assert len(set(before)) == 8 and before == hashes() and before[1::2] == few[1::2]
+    assert not set(before[::2]) & set(few)
+    dataset.train.images[np.flatnonzero(dataset.train.labels == 5)[0], 0, 0, 0] ^= 1  # class 5 is of task 2
+    assert changed() == [4]
+    dataset = make_dataset()
+    dataset.test.labels[[0, 1]] = 1, 0  # two classes of task 0
+    assert changed() == [1]
+
+
+def test_the_log_says_how_many_images_there_are():
+    dataset = make_dataset()
+    dataset.train.labels[0] = 1
+    dataset = Dataset("toy", dataset.class_names, dataset.train, dataset.test, "", "2 hidden (.DS_Store)")
+    told = manager(dataset, shuffle=False).describe()
+    assert "7 classes" in told and "train 42 images, 5 to 7 per class" in told and "2 hidden" in told
+    assert "test 21 images, 3 per class" in told
+    assert "train 4 images, 2 per class" in manager(max_tasks=1, max_train_per_class=2).describe()
+
+
+# ------------------------------------------------------------------------------------------------------ small runs
+
+
+def test_max_per_class_is_a_seeded_nested_subset_in_stored_order():
+    def kept(**changed) -> list[tuple[int, int]]:
+        data = manager(shuffle=False, **changed)
+        images, _ = collect(data.batches(range(CLASSES), source="train", mode="test", batch_size=50))
+        return [(c, i) for c, i, _ in corners(images).tolist()]
+
+    two, four = kept(max_train_per_class=2), kept(max_train_per_class=4)
+    assert np.bincount([c for c, _ in two]).tolist() == [2] * CLASSES
+    assert set(two) < set(four) and two == [pair for pair in kept() if pair in set(two)]
+    assert two == kept(max_train_per_class=2) and two != kept(max_train_per_class=2, seed=7)
+    assert {i for _, i in two} != {0, 1}
+    assert len(kept(max_train_per_class=99)) == CLASSES * TRAIN_EACH
+
+
+def test_limits_are_separate_for_train_and_test():
+    data = manager(max_train_per_class=5, max_test_per_class=1)
+    assert data.count(range(CLASSES), "train") == 35 and data.count(range(CLASSES), "test") == 7
+
+
+# ----------------------------------------------------------------------------------------------------- determinism
+
+
+def test_key_decides_order_and_augmentation():
+    data = manager()
+    assert same(train_batches(data), train_batches(manager()))
+    other = train_batches(data, key=(1993, 0, 2))
+    assert not torch.equal(collect(other)[1], collect(train_batches(data))[1])
+    assert not same(train_batches(data, key=(0,)), train_batches(data, key=(0, 0)))
+    assert len(train_batches(data, key=(-1, 2**70))) == 5
+
+
+def test_batches_iterate_twice_alike_and_count_themselves():
+    batches = manager().batches(range(4), source="train", mode="train", batch_size=5, key=(1,))
+    first, second = list(batches), list(batches)
+    assert len(batches) == len(first) == 5 and same(first, second)
+    assert [len(targets) for _, targets in first] == [5, 5, 5, 5, 4]
+
+
+def test_images_of_a_batch_and_batches_of_an_epoch_get_different_views():
+    dataset = make_dataset()
+    dataset.train.images[:] = dataset.train.images[0]  # equal images: only the augmentation differs
+    images, _ = collect(train_batches(manager(dataset)))
+    assert len({image.numpy().tobytes() for image in images}) == len(images)
+
+
+@pytest.mark.parametrize("start", range(6))
+def test_start_gives_the_tail(start):
+    data = manager()
+    assert same(train_batches(data, start=start), train_batches(data)[start:])
+
+
+def test_start_does_not_compute_what_it_skips(monkeypatch):
+    read, batch = [], ArrayImages.batch
+    monkeypatch.setattr(
+        ArrayImages, "batch", lambda self, indices: read.extend(indices) or batch(self, indices)
+    )
+    data = manager()
+    assert len(train_batches(data, start=4)) == 1
+    assert read == data.order(range(4), "train", (1993, 0, 1))[20:].tolist()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_number_of_workers_changes_nothing(workers):
+    assert same(train_batches(manager()), train_batches(manager(num_workers=workers)))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_global_random_states_are_neither_read_nor_changed(workers):
+    data = manager(num_workers=workers)
+    expected = train_batches(data)
+    torch.manual_seed(5), np.random.seed(5), random.seed(5)
+    before = torch.random.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
+    assert same(train_batches(data), expected)
+    list(data.batches(range(4), source="test", mode="test", batch_size=5))
+    assert torch.equal(torch.random.get_rng_state(), before[0])
+    assert (np.random.get_state()[1] == before[1]).all() and random.getstate() == before[2]
+
+
+def test_key_with_test_view_shuffles_only():
+    data = manager()
+    stored = list(data.batches(range(4), source="train", mode="test", batch_size=50))[0]
+    mixed = list(data.batches(range(4), source="train", mode="test", batch_size=50, key=(3,)))[0]
+
+    def multiset(batch):
+        return sorted((int(target), image.numpy().tobytes()) for image, target in zip(*batch, strict=True))
+
+    assert multiset(stored) == multiset(mixed) and not torch.equal(stored[1], mixed[1])
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 7, 24])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_view_depends_on_its_key_and_image_alone(batch_size, workers):
+    data, view = manager(), (4, 1)
+    indices = data.indices(range(4), "train")
+    expected = dict(zip(indices.tolist(), data.views(indices, "train", "train", view), strict=True))
+    other = manager(num_workers=workers, max_train_per_class=5)
+    key = (1, batch_size)
+    images, targets = collect(
+        other.batches(range(2, 4), source="train", mode="train", batch_size=batch_size, key=key, view=view)
+    )
+    order = other.order(range(2, 4), "train", key)
+    assert len(order) == 10 and torch.equal(targets, other.targets(order, "train"))
+    assert torch.equal(images, torch.stack([expected[index] for index in order.tolist()]))
+
+
+def test_order_and_views_are_named_apart():
+    data = manager()
+    common = dict(source="train", mode="train", batch_size=50)
+    (by_key,) = data.batches(range(4), **common, key=(1,))
+    (by_both,) = data.batches(range(4), **common, key=(1,), view=(1,))
+    (other_view,) = data.batches(range(4), **common, key=(1,), view=(2,))
+    (stored,) = data.batches(range(4), **common, view=(2,))
+    assert same([by_key], [by_both]) and not torch.equal(by_key[0], other_view[0])
+    order = np.argsort(data.order(range(4), "train", (1,)))
+    assert torch.equal(other_view[0][order], stored[0]) and torch.equal(other_view[1], by_key[1])
+    assert data.order(range(4), "train", (1,)).tolist() != data.indices(range(4), "train").tolist()
+
+
+# ------------------------------------------------------------------------------------------------ several processes
+
+
+@pytest.mark.parametrize("world", [2, 3, 7])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_shares_of_all_ranks_make_the_batches_of_one_process(world, workers):
+    whole = train_batches(manager())
+    ranks = [
+        train_batches(manager(rank=rank, world_size=world, num_workers=workers)) for rank in range(world)
+    ]
+    assert {len(batches) for batches in ranks} == {len(whole)}
+    for (images, targets), *parts in zip(whole, *ranks, strict=True):
+        seen, labels = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+        assert torch.equal(seen, images) and torch.equal(labels, targets)
+        sizes = [len(part) for _, part in parts]
+        assert max(sizes) - min(sizes) <= 1 and all(len(a) == len(b) for a, b in parts)
+    if world == 7:
+        empty = [images for images, _ in ranks[0] if not len(images)]
+        assert empty and empty[0].shape == (0, 3, 8, 8) and empty[0].dtype == torch.float32
+
+
+def test_rank_changes_neither_order_nor_counts():
+    one, third = manager(), manager(rank=2, world_size=3)
+    assert one.order(range(4), "train", (5,)).tolist() == third.order(range(4), "train", (5,)).tolist()
+    assert one.count(range(4), "train") == third.count(range(4), "train")
+    indices = one.indices(range(4), "test")
+    assert torch.equal(one.views(indices, "test", "test", None), third.views(indices, "test", "test", None))
+
+
+# ------------------------------------------------------------------------------------------------------- image files
+
+
+def folder_manager(tmp_path, sizes: list[tuple[int, int]], keep: bool, **changed) -> DataManager:
+    """Images of these heights and widths in class 0 and copies in class 1, as files, perhaps decoded once."""
+    rng, paths = np.random.default_rng(0), []
+    for i, (height, width) in enumerate(sizes):
+        paths.append(tmp_path / f"{i}.png")
+        Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(paths[-1])
+    decoded = DecodedImages(tmp_path / "decoded", 2 * len(paths), "decoding") if keep else None
+    images = folder_images(paths * 2, np.repeat([0, 1], len(paths)), decoded)
+    return manager(Dataset("files", ["a", "b"], images, images, ""), init_cls=1, increment=1, **changed)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("keep", [False, True])
+def test_images_of_different_sizes_get_the_views_that_each_gets_alone(tmp_path, keep, workers):
+    sizes = [(20, 30), (31, 12), (20, 30), (9, 9), (40, 20)]
+    data = folder_manager(tmp_path, sizes, keep, num_workers=workers)
+    for mode, view in (("train", (7,)), ("test", None)):
+        alone = torch.cat([data.views(np.array([i]), "train", mode, view) for i in range(10)])
+        images, _ = collect(data.batches(range(2), source="train", mode=mode, batch_size=4, view=view))
+        by_class = torch.from_numpy(data.indices(range(2), "train"))
+        assert torch.equal(images, alone[by_class])
+        assert torch.equal(data.views(np.array([0, 2]), "train", mode, view), alone[[0, 2]])  # of one size
+        assert data.views(np.arange(0), "train", mode, view).shape[0] == 0
+
+
+def test_shares_of_files_may_be_empty(tmp_path):
+    data = folder_manager(tmp_path, [(20, 30)], keep=False, rank=0, world_size=3)
+    (batch,) = data.batches(range(1), source="train", mode="train", batch_size=4, key=(1,))
+    assert batch[0].shape == (0, 3, 8, 8) and batch[1].shape == (0,)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_epochs_decode_every_file_once_and_only_those_in_use(tmp_path, monkeypatch, workers):
+    opened, decode = [], image_sets.decode
+    monkeypatch.setattr(image_sets, "decode", lambda content: opened.append(content) or decode(content))
+    data = folder_manager(tmp_path, [(20, 30), (31, 12), (9, 9)], keep=True, num_workers=workers)
+    for epoch in range(2):
+        list(data.batches(range(1), source="train", mode="train", batch_size=2, key=(epoch,)))
+    assert len(opened) == 3
+    missing = data.dataset.train.decoded._missing(np.arange(6))
+    assert missing.tolist() == data.indices(range(1, 2), "train").tolist()
+    for view in range(2):
+        data.views(data.indices(range(2), "train"), "train", "train", (view,))
+    assert len(opened) == 6
+
+
+# --------------------------------------------------------------------------------------------------- data workers
+
+
+def with_shared_memory(monkeypatch, free: int) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="shared memory is no folder here")
+@pytest.mark.parametrize(("free", "expected"), [(10**9, 2), (6 * 4000, 2), (4 * 4000, 1), (2000, 0)])
+def test_workers_are_as_many_as_shared_memory_has_room_for(monkeypatch, caplog, free, expected):
+    """A batch of 5 views of 8 x 8 takes 5 x (3 x 64 x 4 + 8) = 3880 bytes; there may be two a worker and two more."""
+    expected_batches = train_batches(manager())
+    with_shared_memory(monkeypatch, free)
+    data, seen = manager(num_workers=2), []
+    for _ in range(2):
+        batches = data.batches(range(4), source="train", mode="train", batch_size=5, key=(1993, 0, 1))
+        for number, (batch, wanted) in enumerate(zip(batches, expected_batches, strict=True)):
+            assert same([batch], [wanted])
+            if number == 0:
+                seen.append(len(multiprocessing.active_children()))
+    assert seen == [expected, expected]
+    told = [message for message in caplog.messages if "num_workers" in message]
+    assert len(told) == (expected < 2) and all("/dev/shm" in message for message in told)
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="shared memory is no folder here")
+def test_processes_of_one_machine_share_its_shared_memory(monkeypatch, caplog):
+    with_shared_memory(monkeypatch, 6 * 4000)
+    train_batches(manager(num_workers=2))
+    assert not caplog.messages
+    train_batches(manager(num_workers=2, world_size=4))
+    assert "num_workers = 2: 0 used" in caplog.text
+
+
+class SleepingImages(ArrayImages):
+    """The first batch at once, the others never."""
+
+    def batch(self, indices: np.ndarray) -> torch.Tensor:
+        if 0 not in indices:
+            time.sleep(600)
+        return super().batch(indices)
+
+
+def sleeping_batches(**changed):
+    images = np.zeros((6, 8, 8, 3), np.uint8)
+    sets = [SleepingImages(images, np.zeros(6, int)) for _ in range(2)]
+    data = manager(Dataset("slow", ["a"], *sets, ""), init_cls=1, increment=1, num_workers=2, **changed)
+    return data, iter(data.batches(range(1), source="test", mode="test", batch_size=2))
+
+
+def test_a_killed_worker_is_one_sentence():
+    """Whether its batch is waited for, or the process is at work on another one."""
+    for waiting in (True, False):
+        _, batches = sleeping_batches()
+        next(batches)
+        with pytest.raises(UserError, match="num_workers") as caught, dead_worker_advice():
+            for worker in multiprocessing.active_children():
+                os.kill(worker.pid, signal.SIGKILL)
+            if waiting:
+                next(batches)
+            time.sleep(10)
+        assert "\n" not in str(caught.value)
+
+
+def test_workers_that_hang_are_one_sentence(monkeypatch):
+    monkeypatch.setattr(data_manager, "LOOK_EVERY", 0.05)
+    monkeypatch.setattr(data_manager, "PATIENCE", 0.2)
+    _, batches = sleeping_batches()
+    next(batches)
+    with pytest.raises(UserError, match="no data worker .* num_workers to 0"):
+        next(batches)
+    assert not multiprocessing.active_children()
+
+
+def test_a_stop_request_ends_the_wait_for_workers(monkeypatch):
+    monkeypatch.setattr(data_manager, "LOOK_EVERY", 0.05)
+    data, batches = sleeping_batches()
+    next(batches)
+    data.stop_requested = lambda: True
+    with pytest.raises(Interrupted):
+        next(batches)
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGHUP", "SIGTERM"])
+def test_workers_leave_a_request_to_stop_to_the_process_that_started_them(name):
+    """A terminal sends it to all: the batches that were asked for still come."""
+    batches = iter(manager(num_workers=2).batches(range(4), source="train", mode="test", batch_size=2))
+    for _ in range(2):  # one of each worker
+        next(batches)
+    for worker in multiprocessing.active_children():
+        os.kill(worker.pid, getattr(signal, name))
+    assert len(list(batches)) == 10
+
+
+# ---------------------------------------------------------------------------------------------------------- misuse
+
+
+def test_wrong_arguments():
+    data = manager()
+    good = dict(source="train", mode="train", batch_size=4, key=(1,))
+    for wrong in ({"key": None}, {"mode": "eval"}, {"source": "val"}, {"start": 99}, {"start": -1}):
+        with pytest.raises(ValueError):
+            data.batches(range(4), **(good | wrong))
+    with pytest.raises(ValueError, match="range"):
+        data.batches(range(4, 9), **good)
+    for mode, view in (("train", None), ("test", (1,)), ("eval", (1,))):
+        with pytest.raises(ValueError, match="mode"):
+            data.views(np.arange(2), "train", mode, view)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("keep", [False, True])
+def test_unreadable_image_is_one_sentence_with_any_number_of_workers(tmp_path, keep, workers):
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "fine.png")
+    (tmp_path / "broken.png").write_bytes((tmp_path / "fine.png").read_bytes()[:40])
+    images = folder_images([tmp_path / "fine.png", tmp_path / "broken.png"], np.array([0, 1]))
+    if keep:
+        images.decoded = DecodedImages(tmp_path / "decoded", 2, "decoding")
+    dataset = Dataset("files", ["a", "b"], images, images, "")
+    data = manager(dataset, init_cls=1, increment=1, num_workers=workers)
+    with pytest.raises(UserError) as caught:
+        list(data.batches(range(2), source="test", mode="test", batch_size=2))
+    assert str(tmp_path / "broken.png") in str(caught.value) and "\n" not in str(caught.value)

@@ -1,0 +1,293 @@
+"""Views are torchvision's to the bit, drawn from the same distribution, and depend on key and stored index alone."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import torchvision.transforms as classic
+from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms.v2 import functional as published
+
+from utils.data import transforms as views
+from utils.data.transforms import (
+    BICUBIC,
+    BILINEAR,
+    Crops,
+    ViewSpec,
+    draw_crops,
+    interpolated,
+    matrices,
+    products,
+    taps,
+    uniforms,
+    views_of,
+)
+from utils.errors import UserError
+
+KEY = (1993, 0, 1)
+CPU = torch.device("cpu")
+SHAPES = [(32, 32, 224), (100, 80, 56), (45, 91, 32), (224, 224, 64)]  # height, width, size of the view
+
+
+def noise(count: int, height: int, width: int) -> torch.Tensor:
+    pixels = np.random.default_rng(0).integers(0, 256, (count, height, width, 3), dtype=np.uint8)
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2)
+
+
+def train_views(images: torch.Tensor, size: int, augmentation: str = "crop_flip", key=KEY, indices=None):
+    indices = np.arange(len(images)) if indices is None else indices
+    return views_of(images, ViewSpec(size, augmentation), key, indices)
+
+
+def crops_of(count: int, height: int, width: int) -> Crops:
+    return draw_crops(KEY, np.arange(count), height, width, True)
+
+
+def boxes(crops: Crops) -> np.ndarray:
+    """Top, left, height and width of every crop, (B, 4)."""
+    return np.stack([crops.top, crops.left, crops.height, crops.width], 1)
+
+
+def centre_views(images: torch.Tensor, size: int) -> torch.Tensor:
+    return views_of(images, ViewSpec(size, "crop_flip"), None, np.arange(len(images)))
+
+
+# -------------------------------------------------------------------------------------------------------- resampling
+
+
+@pytest.mark.parametrize(("mode", "kernel"), [("bilinear", BILINEAR), ("bicubic", BICUBIC)])
+@pytest.mark.parametrize(("height", "width", "size"), [*SHAPES, (7, 300, 20), (1, 2, 9)])
+def test_weights_before_rounding_are_those_of_antialiased_interpolation(mode, kernel, height, width, size):
+    image = noise(1, height, width).double()
+    rows, columns = (
+        matrices(*taps(np.array([0]), np.array([side]), size, kernel, CPU), side) for side in (height, width)
+    )
+    expected = torch.nn.functional.interpolate(image, (size, size), mode=mode, antialias=True)
+    torch.testing.assert_close(rows[:, None] @ image @ columns[:, None].mT, expected, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize(("height", "width", "size"), SHAPES)
+def test_weights_of_a_crop_are_those_of_resizing_it_alone(height, width, size):
+    image = noise(1, height, width).double()
+    crops = crops_of(20, height, width)
+    rows = matrices(*taps(crops.top, crops.height, size, BILINEAR, CPU), height)
+    columns = matrices(*taps(crops.left, crops.width, size, BILINEAR, CPU), width)
+    for ours, box in zip(rows[:, None] @ image @ columns[:, None].mT, boxes(crops), strict=True):
+        expected = published.resized_crop(image[0], *box, [size, size], antialias=True)
+        torch.testing.assert_close(ours, expected, atol=1e-3, rtol=0)
+
+
+def published_crop(image: torch.Tensor, box: np.ndarray, mirrored: bool, size: int) -> torch.Tensor:
+    crop = published.resized_crop(image, *box, [size, size], antialias=True)
+    return published.horizontal_flip(crop) if mirrored else crop
+
+
+def published_centre(images: torch.Tensor, size: int) -> torch.Tensor:
+    resize = v2.Resize(256 * size // 224, interpolation=InterpolationMode.BICUBIC, antialias=True)
+    return v2.Compose([resize, v2.CenterCrop(size)])(images)
+
+
+@pytest.mark.parametrize("make", [products, interpolated])
+@pytest.mark.parametrize(("height", "width", "size"), SHAPES)
+def test_training_views_are_torchvisions_to_the_bit(make, height, width, size):
+    images, crops = noise(20, height, width), crops_of(20, height, width)
+    expected = [
+        published_crop(*each, size) for each in zip(images, boxes(crops), crops.mirrored, strict=True)
+    ]
+    assert torch.equal(make(images, size, crops).byte(), torch.stack(expected))
+    assert torch.equal(train_views(images, size), torch.stack(expected).float() / 255)
+
+
+@pytest.mark.parametrize("make", [products, interpolated])
+@pytest.mark.parametrize(
+    ("height", "width", "size"), [(32, 32, 224), (100, 80, 56), (45, 91, 32), (256, 257, 224)]
+)
+def test_test_views_are_torchvisions_to_the_bit(make, height, width, size):
+    images = noise(3, height, width)
+    expected = published_centre(images, size)
+    assert torch.equal(make(images, size, None).byte(), expected)
+    assert torch.equal(centre_views(images, size), expected.float() / 255)
+
+
+def test_strong_reduction_differs_by_a_grey_level_at_rare_pixels():
+    """Torch's weights are then finer than float32 sums are exact on; on the CPU its own arithmetic is used."""
+    images = noise(2, 700, 900)
+    expected = published_centre(images, 56)
+    assert torch.equal(centre_views(images, 56), expected.float() / 255)
+    levels = (products(images, 56, None) - expected).abs()
+    assert 0 < levels.max() <= 1 and levels.mean() < 0.02
+
+
+class LargestTensor(TorchDispatchMode):
+    """Bytes of the largest tensor that any operation makes."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **kwargs or {})
+        made = [tensor for tensor in tree_leaves(result) if isinstance(tensor, torch.Tensor)]
+        self.bytes = max([self.bytes, *(tensor.untyped_storage().nbytes() for tensor in made)])
+        return result
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 3000), (3000, 1), (2, 5000), (300, 9000)])
+def test_elongated_images_need_no_more_memory_than_they_and_their_views(height, width):
+    """Resized as a whole, as published, one pixel by 3000 would be 256 by 768000."""
+    images = noise(2, height, width)
+    with LargestTensor() as largest:
+        centre_views(images, 224), train_views(images, 224)
+    assert largest.bytes <= 2 * max(images.nbytes, 2 * 3 * 224 * 224 * 4)
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "size"), [(1, 3000, 16), (3000, 1, 16), (7, 300, 64), (300, 9, 8)]
+)
+def test_test_views_of_elongated_images_are_torchvisions_to_the_bit(height, width, size):
+    images = noise(2, height, width)
+    assert torch.equal(centre_views(images, size), published_centre(images, size).float() / 255)
+
+
+def test_test_view_is_the_published_one():
+    small = Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 15, 3), dtype=np.uint8))
+    photo = small.resize((100, 80), Image.BICUBIC)
+    resize = classic.Resize(256, interpolation=InterpolationMode.BICUBIC)
+    expected = classic.Compose([resize, classic.CenterCrop(224), classic.ToTensor()])(photo)
+    ours = centre_views(torch.from_numpy(np.array(photo)).permute(2, 0, 1)[None], 224)[0]
+    assert ours.shape == (3, 224, 224) and ours.dtype == torch.float32
+    torch.testing.assert_close(ours, expected, atol=1.01 / 255, rtol=0)
+
+
+def test_normalisation_is_applied_when_given():
+    images, mean, std = noise(9, 40, 30), (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)
+    spec = ViewSpec(32, "crop_flip", mean, std)
+    for key, plain in ((None, centre_views(images, 32)), (KEY, train_views(images, 32))):
+        expected = (plain - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+        torch.testing.assert_close(views_of(images, spec, key, np.arange(9)), expected)
+
+
+def test_augmentations():
+    images = noise(40, 30, 40)
+    plain, mirrored = train_views(images, 16, "crop"), crops_of(40, 30, 40).mirrored
+    expected = torch.where(torch.from_numpy(mirrored)[:, None, None, None], plain.flip(-1), plain)
+    assert torch.equal(train_views(images, 16), expected) and 10 < mirrored.sum() < 30
+    assert torch.equal(train_views(images, 16, "none"), centre_views(images, 16))
+
+
+# -------------------------------------------------------------------------------------------------------- randomness
+
+
+def test_numbers_are_those_of_splitmix64():
+    """First outputs for the seed 1234567, as listed for the published generator."""
+    states = np.uint64(1234567) + np.arange(1, 4, dtype=np.uint64) * views._GAMMA
+    assert views._mix(states).tolist() == [6457827717110365317, 3203168211198807973, 9817491932198370423]
+
+
+def test_numbers_are_uniform_and_depend_on_key_index_and_position_alone():
+    numbers = uniforms(KEY, np.arange(2000), 23)
+    assert numbers.min() >= 0 and numbers.max() < 1 and len(np.unique(numbers)) == numbers.size
+    counts = np.histogram(numbers, 100, (0, 1))[0]
+    assert ((counts - 460) ** 2 / 460).sum() < 150  # chi-squared with 99 degrees of freedom: p = 0.0007
+    assert np.abs(np.corrcoef(numbers, rowvar=False) - np.eye(23)).max() < 0.1
+    assert np.array_equal(uniforms(KEY, np.array([7, 1999, 3]), 5), numbers[[7, 1999, 3], :5])
+    keys = [KEY, (1993, 0, 2), (1993, 0), (0,), (0, 0), (), (-1, 2**70), (-1, 2**71)]
+    assert (
+        len({float(uniforms(key, np.array([0]), 1)[0, 0]) for key in keys}) == len(keys) - 1
+    )  # both are 0 mod 2^64
+
+
+def test_boxes_are_distributed_as_torchvisions():
+    height, width, count = 60, 90, 4000
+    crop, canvas = v2.RandomResizedCrop(8, scale=(0.05, 1.0)), torch.empty(3, height, width)
+    torch.manual_seed(0)
+    drawn = [crop.make_params([canvas]) for _ in range(count)]
+    theirs = np.array([[box["top"], box["left"], box["height"], box["width"]] for box in drawn], dtype=float)
+    ours = boxes(crops_of(count, height, width)).astype(float)
+
+    def features(boxes: np.ndarray) -> np.ndarray:
+        top, left, h, w = boxes.T
+        assert (h > 0).all() and (w > 0).all() and (top + h <= height).all() and (left + w <= width).all()
+        places = top / (height - h + 1), left / (width - w + 1)
+        return np.stack([h * w, w / h, h, w, *places])
+
+    for mine, other in zip(features(ours), features(theirs), strict=True):
+        points = np.concatenate([mine, other])
+        below = (np.searchsorted(np.sort(values), points, "right") / count for values in (mine, other))
+        assert np.abs(np.subtract(*below)).max() < 0.045  # two-sample Kolmogorov-Smirnov, p = 0.001
+
+
+@pytest.mark.parametrize(("height", "width"), [(10, 400), (400, 10)])
+def test_box_where_none_fits_is_torchvisions(height, width):
+    box = v2.RandomResizedCrop(8, scale=(0.05, 1.0)).make_params([torch.empty(3, height, width)])
+    expected = [box["top"], box["left"], box["height"], box["width"]]
+    assert boxes(crops_of(5, height, width)).tolist() == [expected] * 5
+
+
+@pytest.mark.parametrize("size", [24, 96])
+def test_a_view_does_not_depend_on_the_other_images_of_the_batch(size):
+    images, indices = noise(30, 50, 40), np.random.default_rng(1).permutation(1000)[:30]
+    together = train_views(images, size, indices=indices)
+    for chosen in (np.arange(30)[::-1].copy(), np.array([4, 4, 17]), np.arange(11), *np.arange(30)[:, None]):
+        assert torch.equal(train_views(images[chosen], size, indices=indices[chosen]), together[chosen])
+    assert torch.equal(train_views(images.contiguous(), size, indices=indices), together)
+    assert together.is_contiguous() and centre_views(images, size).is_contiguous()
+    assert torch.equal(centre_views(images, size)[3:4], centre_views(images[3:4], size))
+
+
+def test_another_key_or_index_gives_another_view():
+    same = noise(1, 40, 40).expand(12, -1, -1, -1)
+    seen = train_views(same, 16)
+    assert len({view.numpy().tobytes() for view in seen}) == 12
+    assert all(
+        not torch.equal(a, b) for a, b in zip(seen, train_views(same, 16, key=(1993, 0, 2)), strict=True)
+    )
+
+
+def test_global_state_is_neither_read_nor_changed():
+    images = noise(4, 40, 40)
+    expected = train_views(images, 64)
+    torch.manual_seed(5)
+    before = torch.random.get_rng_state()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(train_views(images, 64), expected)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_no_images_give_no_views():
+    for key in (None, KEY):
+        empty = views_of(torch.empty(0, 3, 9, 9, dtype=torch.uint8), ViewSpec(16, "crop"), key, np.arange(0))
+        assert empty.shape == (0, 3, 16, 16) and empty.dtype == torch.float32
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(("height", "width", "size"), SHAPES)
+def test_products_are_the_same_on_every_device(height, width, size):
+    images = noise(20, height, width)
+    for crops in (crops_of(20, height, width), None):
+        assert torch.equal(products(images.cuda(), size, crops).cpu(), products(images, size, crops))
+
+
+# -------------------------------------------------------------------------------------------------------------- spec
+
+
+def test_spec_refuses_what_it_cannot_do():
+    with pytest.raises(UserError, match="allowed: crop_flip, crop, none"):
+        ViewSpec(16, "flip")
+    with pytest.raises(ValueError, match="both or none"):
+        ViewSpec(16, "crop", mean=(0.5, 0.5, 0.5))
+
+
+def test_spec_as_json_tells_specs_apart():
+    half = (0.5, 0.5, 0.5)
+    specs = [
+        ViewSpec(16, "crop"),
+        ViewSpec(17, "crop"),
+        ViewSpec(16, "none"),
+        ViewSpec(16, "crop", half, half),
+    ]
+    assert len({json.dumps(spec.to_json(), sort_keys=True) for spec in specs}) == 4
+    assert json.loads(json.dumps(specs[3].to_json()))["mean"] == list(half)

@@ -1,0 +1,490 @@
+"""Hypotheses of a sweep: what is refused, the numbers and verdicts, and what the report says and draws."""
+
+import csv
+import json
+import math
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import pytest
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+
+import main
+from models import SCHEMAS
+from tests.conftest import ROOT
+from tests.drawn import assert_readable
+from tests.utils.reports.test_metric_catalogue import RUNS as GRIDS
+from tests.utils.reports.test_report import Page, invented
+from tests.utils.runs.test_provenance import CHANGES, origins, record
+from utils.config.loading import ConfigError
+from utils.plotting import BLUE, GREY, STYLE, VERMILLION
+from utils.reports.cells import tabulate
+from utils.reports.hypotheses import Answer, Hypothesis, answer, read_hypotheses
+from utils.reports.hypotheses_figure import hypotheses_figure, hypotheses_png
+from utils.reports.report import write_report
+from utils.reports.tables import hypotheses_table
+from utils.runs.run_folder import folder_of
+from utils.runs.run_log import RESULT
+from utils.sweeps.spec import load_sweep
+
+QUANTILE = 0.95 / math.sqrt(2 * 0.975 * 0.025)  # 0.975 of Student's t with 2 degrees of freedom
+NEAR = {"says": "it is higher", "cell": "ours", "metric": "score", "expected": "higher", "against": "theirs"}
+CELLS = ["ours", "theirs"]
+
+
+def hypotheses_of(cells: list[str], **given: dict[str, Any]) -> dict[str, Hypothesis]:
+    hypotheses, problems = read_hypotheses(given, cells)
+    assert problems == []
+    return hypotheses
+
+
+def runs_of(**scores: list[float | None]) -> dict[str, dict[int, dict]]:
+    """Cell -> seed 0, 1, ... -> a run with that score; a seed without one has no run."""
+    return {
+        name: {
+            seed: invented(seed, 40, score=score) for seed, score in enumerate(values) if score is not None
+        }
+        for name, values in scores.items()
+    }
+
+
+def answers_of(runs: dict[str, dict[int, dict]], **given: dict[str, Any]) -> list[Answer]:
+    return answer(hypotheses_of(list(runs), **given), tabulate(runs, None))
+
+
+def write(folder: Path, runs: dict[str, dict[int, dict]], **given: dict[str, Any]) -> list[Path]:
+    hypotheses = hypotheses_of(list(runs), **given)
+    told = {"baseline": None, "commands": {}, "unfinished": {}}
+    return write_report(folder, "ranks", "", runs, **told, hypotheses=hypotheses)
+
+
+SMALL = runs_of(ours=[3.0, 5.5, 8.0], theirs=[1.0, 3.0, 5.0])  # differences 2, 2.5, 3
+for seed, result in SMALL["ours"].items():
+    result["cost"]["seconds"] += (-60, 0, 60)[seed]
+
+
+def p_of(t: float) -> float:
+    """Two-sided p of Student's t with 2 degrees of freedom, where it has a closed form."""
+    return 1 - abs(t) / math.sqrt(t * t + 2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Numbers and verdicts
+
+
+def test_an_answer_is_the_paired_difference() -> None:
+    (found,) = answers_of(SMALL, H1=NEAR)
+    assert found.pairs == {0: (3.0, 1.0), 1: (5.5, 3.0), 2: (8.0, 5.0)}
+    assert [(estimate.mean, estimate.std) for estimate in found.estimates] == [(5.5, 2.5), (3.0, 2.0)]
+    half = QUANTILE * 0.5 / math.sqrt(3)
+    difference = found.difference
+    assert (difference.n, difference.mean, difference.std) == (3, 2.5, pytest.approx(0.5))
+    assert (difference.low, difference.high) == pytest.approx((2.5 - half, 2.5 + half))
+    assert difference.p_t == found.p_holm == pytest.approx(p_of(2.5 * math.sqrt(3) / 0.5))
+    assert found.verdict == "supported" and found.missing == ""
+
+
+@pytest.mark.parametrize(
+    ("ours", "expected", "verdict"),
+    [
+        ([3.0, 5.5, 8.0], "higher", "supported"),
+        ([3.0, 5.5, 8.0], "lower", "contradicted"),
+        ([-1.0, 0.5, 2.0], "lower", "supported"),
+        ([-1.0, 0.5, 2.0], "higher", "contradicted"),
+        ([3.0, 6.0, 6.0], "higher", "undecided"),  # differences 2, 3, 1: 2 ± 2.48
+        ([1.0, 3.0, 5.0], "higher", "same in every seed"),
+        ([2.0, 4.0, 6.0], "higher", "same in every seed"),  # 1 more, without any spread
+        ([3.0], "higher", "one seed"),
+        ([None, None, None, 3.0], "higher", "no number"),
+    ],
+)
+def test_every_verdict(ours: list[float | None], expected: str, verdict: str) -> None:
+    (found,) = answers_of(runs_of(ours=ours, theirs=[1.0, 3.0, 5.0]), H1={**NEAR, "expected": expected})
+    assert found.verdict == verdict
+    assert (found.difference is None) == (verdict == "no number") == bool(found.missing)
+
+
+def test_only_seeds_that_both_have_count() -> None:
+    (found,) = answers_of(runs_of(ours=[3.0, 5.5, 8.0, 100.0], theirs=[1.0, None, 5.0]), H1=NEAR)
+    assert list(found.pairs) == [0, 2] and found.estimates[0].mean == 5.5 and found.difference.mean == 2.5
+
+
+@pytest.mark.parametrize(
+    ("sides", "difference", "compared"),
+    [
+        ({"against": "theirs"}, 30.0, "score, ours against theirs"),
+        ({"against_metric": "chance"}, 39.0, "score against chance, ours"),
+        ({"against": "theirs", "against_metric": "chance"}, 38.0, "score, ours against chance, theirs"),
+        ({"against": "ours", "against_metric": "final"}, 0.0, "score against A_N (%), ours"),
+    ],
+)
+def test_the_other_side_is_another_cell_or_metric_or_both(
+    sides: dict[str, str], difference: float, compared: str
+) -> None:
+    runs = {
+        "ours": {seed: invented(seed, 40, score=40.0, chance=1.0, final=40.0) for seed in (1, 2)},
+        "theirs": {seed: invented(seed, 40, score=10.0, chance=2.0) for seed in (1, 2)},
+    }
+    plain = {key: value for key, value in NEAR.items() if key != "against"}
+    (found,) = answers_of(runs, H1=plain | sides)
+    assert found.difference.mean == difference
+    assert found.comparison == compared
+
+
+def test_p_values_are_adjusted_over_the_hypotheses_that_have_one() -> None:
+    runs = runs_of(ours=[3.0, 5.5, 8.0], theirs=[1.0, 3.0, 5.0], other=[1.0, 2.5, 7.0])
+    one_more = {**NEAR, "against": "other"}  # differences 2, 3, 1
+    found = answers_of(runs, H1=NEAR, H2=one_more, H3={**NEAR, "metric": "nothing"})
+    small, large = p_of(2.5 * math.sqrt(3) / 0.5), p_of(2 * math.sqrt(3))
+    assert [each.difference and each.difference.p_t for each in found] == [
+        pytest.approx(small),
+        pytest.approx(large),
+        None,
+    ]
+    assert [each.p_holm for each in found] == [pytest.approx(2 * small), pytest.approx(large), None]
+
+
+def test_a_number_that_is_missing_is_explained() -> None:
+    runs = {**runs_of(ours=[1.0, 2.0], theirs=[1.0, 2.0], late=[None, None, 3.0]), "crashed": {}}
+    given = {
+        "H1": {**NEAR, "metric": "scroe"},
+        "H2": {**NEAR, "against_metric": "chance"},
+        "H3": {**NEAR, "against": "crashed"},
+        "H4": {**NEAR, "against": "late"},
+    }
+    found = answers_of(runs, **given)
+    assert {each.verdict for each in found} == {"no number"}
+    assert found[0].missing.startswith(
+        'no run of "ours" or "theirs" has a number "scroe", there are final, average,'
+    )
+    assert "score" in found[0].missing
+    assert found[1].missing.startswith('no run of "theirs" has a number "chance", there are final,')
+    assert found[2].missing == 'no run of "crashed" has finished'
+    assert found[3].missing == "no seed has both sides"
+
+
+def test_only_runs_of_the_same_provenance_are_paired(tmp_path: Path) -> None:
+    runs = runs_of(ours=[3.0, 5.5, 8.0], theirs=[1.0, 3.0, 5.0], other=[1.0, 2.5, 7.0])
+    was, _, now = origins(tmp_path, {}, {}, CHANGES[0][1]).values()
+    made = {
+        "ours": {0: was, 1: was, 2: was},
+        "theirs": {0: now, 1: was, 2: was},
+        "other": dict.fromkeys(range(3), now),
+    }
+    given = hypotheses_of(
+        list(runs),
+        H1=NEAR,
+        H2={**NEAR, "against": "other"},
+        H3={**without("against"), "against_metric": "final"},
+    )
+    found = answer(given, tabulate(runs, None, made))
+    assert [list(each.pairs) for each in found] == [[1, 2], [], [0, 1, 2]]
+    assert found[0].difference.n == 2 and found[1].verdict == "no number" and "provenance" in found[1].missing
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Mistakes in the file
+
+
+def without(*keys: str) -> dict[str, Any]:
+    return {key: value for key, value in NEAR.items() if key not in keys}
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        (
+            {**NEAR, "cell": "our"},
+            'cell = "our": no such cell; did you mean "ours"?; allowed: "ours", "theirs"',
+        ),
+        ({**NEAR, "against": "x"}, 'against = "x": no such cell; allowed: "ours", "theirs"'),
+        (
+            {**NEAR, "expected": "highr"},
+            'expected = "highr": not a choice; did you mean "higher"?; allowed: "higher", ',
+        ),
+        ({**NEAR, "metrics": "a"}, 'metrics = "a": unknown key; did you mean metric?'),
+        (
+            {**NEAR, "qqqq": 1},
+            "qqqq = 1: unknown key; allowed: says, cell, metric, expected, against, against_metric",
+        ),
+        (without("against"), "against, against_metric: both are missing; allowed: at least one of them"),
+        (
+            {**NEAR, "against": None},
+            "against, against_metric: both are missing; allowed: at least one of them",
+        ),
+        (
+            {**NEAR, "against": "ours"},
+            "against, against_metric: score of ours on both sides; allowed: another cell or",
+        ),
+        (without("metric"), "metric: missing; allowed: non-empty text in double quotes"),
+        ({**NEAR, "says": ""}, 'says = "": empty; allowed: non-empty text'),
+        ({**NEAR, "metric": 3}, "metric = 3: a wrong type (an integer)"),
+    ],
+)
+def test_a_mistake_is_one_sentence(values: dict[str, Any], told: str) -> None:
+    hypotheses, problems = read_hypotheses({"H1": values}, CELLS)
+    assert hypotheses == {} and len(problems) == 1 and problems[0].startswith(f'hypothesis "H1": {told}')
+
+
+def sweep_file(folder: Path, **values: Any) -> Path:
+    path = folder / "table.json"
+    cells = {"ours": {}, "theirs": {"rd_dim": 3}}
+    path.write_text(
+        json.dumps({"base": str(ROOT / "exps/smoke.json"), "seeds": [1, 2], "cells": cells, **values})
+    )
+    return path
+
+
+def test_all_mistakes_come_at_once_before_anything_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad, good = {**NEAR, "cell": "our", "expected": "less", "against": "their"}, {**NEAR, "metric": "final"}
+    given = {"H1": bad, "H2": without("against"), "H3": good, " ": good, "H4": {**NEAR, "metric": "finl"}}
+    given["H5"] = {**good, "against_metric": "unseen_iou"}
+    path = sweep_file(tmp_path, hypotheses=given, baseline="x")
+    assert main.main(["--sweep", str(path), "--set", f"logs_root={tmp_path}/logs"]) == 2
+    message = capsys.readouterr().err
+    for line in (
+        'baseline = "x": no such cell',
+        'hypothesis "H1": cell = "our": no such cell',
+        'hypothesis "H1": expected = "less": not a choice',
+        'hypothesis "H1": against = "their": no such cell',
+        'hypothesis "H2": against, against_metric: both are missing',
+        "hypotheses: a name is empty",
+        'hypothesis "H4": metric = "finl": no such metric; did you mean "final"?; allowed: "final", "average", ',
+        'hypothesis "H5": against_metric = "unseen_iou": no such metric; allowed: "final", ',
+    ):
+        assert f"  - {line}" in message
+    assert "8 problems" in message and "H3" not in message and "Traceback" not in message
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("given", [["H1"], {"H1": "it is higher"}])
+def test_hypotheses_are_an_object_of_objects(tmp_path: Path, given: Any) -> None:
+    with pytest.raises(
+        ConfigError, match="a wrong type .* allowed: an object of names, each with an object"
+    ) as caught:
+        load_sweep(sweep_file(tmp_path, hypotheses=given), [], SCHEMAS)
+    assert len(caught.value.problems) == 1
+
+
+def test_a_sweep_has_its_hypotheses_and_records_them(tmp_path: Path) -> None:
+    given = {**NEAR, "metric": "parameters_stored"}
+    sweep = load_sweep(sweep_file(tmp_path, hypotheses={"H1": given}), [], SCHEMAS)
+    assert sweep.hypotheses["H1"].sides == (("ours", "parameters_stored"), ("theirs", "parameters_stored"))
+    assert sweep.table()["hypotheses"] == {"H1": {**given, "against_metric": None}}
+    assert load_sweep(sweep_file(tmp_path), [], SCHEMAS).hypotheses == {}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The report
+
+
+GIVEN = {
+    "H1": NEAR,
+    "H2": {**NEAR, "says": "a|b <script> & $x_1$", "expected": "lower"},
+    "H3": {**NEAR, "metric": "nothing"},
+    "H4": {**NEAR, "metric": "seconds", "expected": "lower"},
+}
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Path]]:
+    """(folder, files) of a report with a supported, a contradicted and an unanswered hypothesis, and one of minutes."""
+    folder = tmp_path_factory.mktemp("sweep")
+    return folder, write(folder, SMALL, **GIVEN)
+
+
+def test_hypotheses_csv_has_every_digit(written: tuple[Path, list[Path]]) -> None:
+    with open(written[0] / "hypotheses.csv", newline="") as file:
+        rows = {row["hypothesis"]: row for row in csv.DictReader(file)}
+    assert list(rows) == list(GIVEN)
+    first = rows["H1"]
+    named = ("says", "cell", "metric", "against", "against_metric", "expected", "n", "verdict")
+    assert [first[key] for key in named] == [
+        "it is higher", "ours", "score", "theirs", "score", "higher", "3", "supported",
+    ]  # fmt: skip
+    numbers = ("mean", "std", "against_mean", "against_std", "difference", "difference_std")
+    assert [float(first[key]) for key in numbers] == pytest.approx([5.5, 2.5, 3.0, 2.0, 2.5, 0.5], rel=1e-14)
+    limits = [float(first[f"difference_{end}95"]) for end in ("low", "high")]
+    half = QUANTILE * 0.5 / math.sqrt(3)
+    assert limits == pytest.approx([2.5 - half, 2.5 + half], rel=1e-12)
+    p = p_of(2.5 * math.sqrt(3) / 0.5)
+    assert (float(first["p_t"]), float(first["p_holm"])) == pytest.approx((p, 3 * p))
+    assert (rows["H3"]["n"], rows["H3"]["difference"], rows["H3"]["p_holm"]) == ("0", "", "")
+    assert rows["H3"]["verdict"] == "no number" and rows["H2"]["verdict"] == "contradicted"
+
+
+def test_the_section_follows_the_facts_in_both_texts(written: tuple[Path, list[Path]]) -> None:
+    folder, files = written
+    names = {str(path.relative_to(folder)) for path in files}
+    assert {"hypotheses.csv", "figures/hypotheses.png"} <= names
+    markdown, html = (folder / "summary.md").read_text(), (folder / "report.html").read_text()
+    headings = re.findall(r"^## (.*)$", markdown, re.MULTILINE), re.findall("<h2>(.*)</h2>", html)
+    assert [found[0] for found in headings] == ["Hypotheses", "Hypotheses"]
+    section = markdown.split("## Hypotheses")[1].split("\n## ")[0]
+    row = "| H1: it is higher | **supported** | **+2.500** | +1.258 to +3.742 | 3 | 0.039 "
+    assert row + "| score, ours against theirs | 5.500 ± 2.500 | 3.000 ± 2.000 |" in section
+    assert "(figures/hypotheses.png)" in section and "there are final, average" in section
+    assert (
+        len({len(re.findall(r"(?<!\\)\|", line)) for line in section.split("\n") if line.startswith("|")})
+        == 1
+    )
+    page = Page(html)
+    assert page.open == [] and "script" not in {tag for tag, _ in page.tags}
+    before = html.split("<h2>How to read it</h2>")[0]
+    assert before.count("data:image/png;base64,") == 1 and "there are final, average" in before
+    assert '<td class="strong better">supported</td>' in before
+    assert '<td class="strong worse">contradicted</td>' in before
+    for text in (" ".join(page.text.split()), markdown):
+        assert "A hypothesis is answered by" in text
+
+
+def test_numbers_are_shown_in_the_unit_of_their_heading() -> None:
+    runs = runs_of(ours=[1.0] * 3, theirs=[1.0] * 3)
+    for seed, result in runs["ours"].items():
+        result["cost"]["seconds"] += 60 * (seed + 1)
+    answers = answers_of(runs, H1={**NEAR, "metric": "seconds"})
+    entries = [entry.text for entry in hypotheses_table(answers).rows[0]]
+    assert entries[1:] == [
+        "undecided", "+2.00", "-0.48 to +4.48", "3", "0.074", "minutes a run, ours against theirs", "12.0 ± 1.0",
+        "10.0 ± 0.0",
+    ]  # fmt: skip
+
+
+def test_a_difference_that_no_seed_changes_has_no_interval_and_no_p() -> None:
+    answers = answers_of(runs_of(ours=[3.0, 4.5, 6.0], theirs=[1.0, 2.5, 4.0]), H1=NEAR)
+    entries = [entry.text for entry in hypotheses_table(answers).rows[0]]
+    assert entries[1:6] == ["same in every seed", "+2.000", "–", "3", "–"]
+
+
+def test_one_seed_has_no_interval_and_no_p() -> None:
+    answers = answers_of(runs_of(ours=[3.0], theirs=[1.0]), H1=NEAR)
+    entries = [entry.text for entry in hypotheses_table(answers).rows[0]]
+    assert entries[1:6] == ["one seed", "+2.000", "–", "1", "–"] and entries[7:] == ["3.000", "1.000"]
+
+
+def test_hypotheses_about_runs_on_grids() -> None:
+    about = {"cell": "sharing", "metric": "grassmann_shared", "against": "no sharing", "expected": "lower"}
+    entries = [
+        entry.text for entry in hypotheses_table(answers_of(GRIDS, H1={"says": "nearer", **about})).rows[0]
+    ]
+    compared = "distance, sharing tasks, sharing against no sharing"
+    assert entries[:2] == ["H1: nearer", "supported"]
+    assert entries[6:] == [compared, "0.202 ± 0.001", "0.504 ± 0.002"]
+
+
+def test_without_hypotheses_the_rest_of_the_report_is_the_same(
+    written: tuple[Path, list[Path]], tmp_path: Path
+) -> None:
+    """Files of hypotheses of an earlier report go; what else the texts say is the same to the byte."""
+    folder = shutil.copytree(written[0], tmp_path / "sweep")
+    files = write(folder, SMALL)
+    assert {path for path in folder.rglob("*") if path.is_file()} == set(files)
+    assert {path.relative_to(folder) for path in files} == {
+        path.relative_to(written[0]) for path in written[1]
+    } - {
+        Path("hypotheses.csv"),
+        Path("figures/hypotheses.png"),
+    }
+    parts = {
+        "summary.md": [r"## Hypotheses\n.*?(?=## Means)", r"- A hypothesis is answered[^\n]*\n"],
+        "report.html": [
+            r"<h2>Hypotheses</h2>\n.*?(?=<h2>How to)",
+            r"<li>A hypothesis is answered[^\n]*\n",
+            r"\.hypotheses td[^\n]*\n\.hypotheses th[^\n]*\n",
+        ],
+    }
+    for path in files:
+        before = (written[0] / path.relative_to(folder)).read_bytes()
+        for part in parts.get(path.name, []):
+            before, number = re.subn(part.encode(), b"", before, flags=re.DOTALL)
+            assert number == 1
+        assert path.read_bytes() == before and b"ypothes" not in before
+
+
+def test_the_same_hypotheses_give_the_same_picture(written: tuple[Path, list[Path]]) -> None:
+    picture = hypotheses_png(answers_of(SMALL, **GIVEN), "ranks")
+    assert picture == (written[0] / "figures/hypotheses.png").read_bytes()
+
+
+def test_the_command_line_reports_on_the_hypotheses_of_the_file(tmp_path: Path) -> None:
+    about_final = {**NEAR, "metric": "final"}
+    path, logs_root = sweep_file(tmp_path, hypotheses={"H1": about_final}), f"logs_root={tmp_path}/logs"
+    sweep = load_sweep(path, [logs_root], SCHEMAS)
+    for cell in sweep.cells:
+        for seed in sweep.seeds:
+            folder = folder_of(cell.config, seed)
+            folder.mkdir(parents=True)
+            record(folder, cell.resolved(seed))
+            (folder / RESULT).write_text(json.dumps(invented(seed, 50 if cell.name == "ours" else 40)))
+    assert main.main(["--sweep", str(path), "--set", logs_root, "--report"]) == 0
+    summary = (sweep.folder / "summary.md").read_text()
+    assert "| H1: it is higher | **supported** |" in summary and "| A_N (%), ours against theirs |" in summary
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The figure
+
+
+def figure_of(answers: list[Answer]) -> Figure:
+    with mpl.rc_context(STYLE):
+        figure = hypotheses_figure(answers, "ranks")
+        figure.canvas.draw()
+    return figure
+
+
+def test_a_panel_a_hypothesis_in_the_verdicts_colour() -> None:
+    found = answers_of(SMALL, **GIVEN, H5={**NEAR, "against_metric": "final"})
+    shown = [axes for axes in figure_of(found).axes if axes.get_visible()]
+    titles = ["H1: supported", "H2: contradicted", "H3: no number", "H4: undecided", "H5: contradicted"]
+    assert [axes.get_title(loc="left") for axes in shown] == titles
+    colours = [to_hex(axes._left_title.get_color()).upper() for axes in shown]
+    assert colours == [BLUE.upper(), VERMILLION.upper(), GREY, GREY, VERMILLION.upper()]
+    assert len({round(axes.get_position().x0, 3) for axes in shown}) == 2  # columns
+
+
+def test_a_panel_shows_every_seed_both_means_and_the_difference() -> None:
+    (found,) = answers_of(SMALL, H1=NEAR)
+    (axes,) = figure_of([found]).axes
+    *seeds, ours, theirs = axes.lines
+    assert [list(line.get_ydata()) for line in seeds] == [[1.0, 3.0], [3.0, 5.5], [5.0, 8.0]]
+    assert all(list(line.get_xdata()) == [0, 1] for line in seeds)
+    assert [list(line.get_ydata()) for line in (ours, theirs)] == [[5.5, 5.5], [3.0, 3.0]]
+    assert [np.mean(line.get_xdata()) for line in (ours, theirs)] == [1, 0]
+    assert [line.get_color() for line in (ours, theirs)] == [BLUE, BLUE]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["theirs", "ours"]
+    (text,) = [text.get_text() for text in axes.texts]
+    assert text == "score, ours against theirs\n+2.500, 95 % +1.258 to +3.742 (n = 3)"
+
+
+def test_sides_of_one_cell_are_called_by_their_metrics_in_their_unit() -> None:
+    (found,) = answers_of(
+        runs_of(ours=[3.0, 5.5]), H1={**without("against"), "metric": "seconds", "against_metric": "score"}
+    )
+    (axes,) = figure_of([found]).axes
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["score", "minutes a run"]
+    assert axes.lines[0].get_ydata()[1] == pytest.approx(10.0)
+
+
+@pytest.mark.parametrize("number", [1, 2, 5])
+def test_no_text_of_the_figure_overlaps_another_or_leaves_the_picture(number: int) -> None:
+    long = [f"a cell $5 of a long name, nested_lora_rank={i}, nested_lora_freeze=never" for i in range(2)]
+    runs = {
+        name: {s: invented(s, 40 + 5 * i, score=1e6 + s + i) for s in range(5)} for i, name in enumerate(long)
+    }
+    cells = {**NEAR, "cell": long[0], "against": long[1]}
+    about = [
+        cells,
+        {**cells, "against": None, "against_metric": "plasticity"},
+        {**cells, "metric": "nothing"},
+    ]
+    given = {f"H{i}" + " of a long name" * i: about[i % 3] for i in range(number)}
+    with mpl.rc_context(STYLE):
+        figure = hypotheses_figure(answers_of(runs, **given), "a long name of a sweep " * 8)
+        assert_readable(figure)

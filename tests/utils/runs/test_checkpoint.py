@@ -1,0 +1,280 @@
+"""utils.runs.checkpoint: bit-for-bit round trips, refusal of anything damaged, and a crash at every step of a save."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from utils.errors import UserError
+from utils.runs import checkpoint
+from utils.runs.checkpoint import checkpoint_name, latest_checkpoint, load_checkpoint, save_checkpoint
+
+TENSORS = {"weight": torch.arange(6.0).reshape(2, 3), "count": torch.tensor(3)}
+
+
+def saved(folder: Path, mark: int = 1) -> Path:
+    save_checkpoint(folder, {**TENSORS, "mark": torch.tensor(mark)}, {"mark": mark})
+    return folder
+
+
+def bits(tensor: torch.Tensor) -> bytes:
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.randn(3, 4),
+        torch.randn(3, 4, dtype=torch.float64),
+        torch.randn(5).to(torch.bfloat16),
+        torch.tensor([float("nan"), float("inf"), -0.0, 1e-45]),
+        torch.tensor(2.5),
+        torch.tensor(7),
+        torch.empty(0),
+        torch.empty(0, 3, dtype=torch.int64),
+        torch.tensor([True, False]),
+        torch.get_rng_state(),
+        torch.randn(4, 3).t(),
+        torch.randn(1, 3).expand(4, 3),
+        torch.randn(2, requires_grad=True),
+    ],
+    ids=lambda tensor: f"{tensor.dtype}-{tuple(tensor.shape)}",
+)
+def test_tensors_come_back_bit_for_bit(tmp_path, tensor):
+    save_checkpoint(tmp_path / "task_00", {"x": tensor}, {})
+    loaded = load_checkpoint(tmp_path / "task_00")[0]["x"]
+    assert (loaded.dtype, loaded.shape) == (tensor.dtype, tensor.shape)
+    assert bits(loaded) == bits(tensor.detach())
+
+
+def test_aliases_are_stored_apart(tmp_path):
+    base = torch.arange(4.0)
+    save_checkpoint(tmp_path / "task_00", {"a": base, "b": base, "tail": base[2:]}, {})
+    loaded, _ = load_checkpoint(tmp_path / "task_00")
+    loaded["a"].zero_()
+    assert loaded["b"].tolist() == [0, 1, 2, 3] and loaded["tail"].tolist() == [2, 3]
+
+
+def test_state_comes_back_exactly(tmp_path):
+    state = {"python": random.getstate()[1], "x": 0.1 + 0.2, "big": 2**80, "none": None, "text": "é\n"}
+    state["nan"] = float("nan")
+    save_checkpoint(tmp_path / "task_00", {}, state)
+    tensors, loaded = load_checkpoint(tmp_path / "task_00")
+    assert tensors == {}
+    assert loaded.pop("nan") != state.pop("nan")
+    assert loaded == {**state, "python": list(state["python"])}
+
+
+@pytest.mark.parametrize("state", [{9: 1}, {"blocks": {9: 1}}, {"list": [{0: 1}]}, {"x": object()}])
+def test_state_that_json_would_change_is_refused_before_anything_is_written(tmp_path, state):
+    with pytest.raises(TypeError):
+        save_checkpoint(tmp_path / "task_00", {}, state)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_folder_holds_no_pickle(tmp_path):
+    folder = saved(tmp_path / "task_00")
+    assert sorted(path.name for path in folder.iterdir()) == ["state.json", "tensors.safetensors"]
+
+
+def test_a_later_save_replaces_the_earlier(tmp_path):
+    saved(tmp_path / "task_00", 1)
+    saved(tmp_path / "task_00", 2)
+    assert load_checkpoint(tmp_path / "task_00")[1] == {"mark": 2}
+    assert [path.name for path in tmp_path.iterdir()] == ["task_00"]
+
+
+def test_latest_is_the_furthest_by_task_and_step(tmp_path):
+    assert latest_checkpoint(tmp_path / "nowhere") is None
+    assert latest_checkpoint(tmp_path) is None
+    for task, step in [(1, None), (2, 9), (2, 120), (0, 99)]:
+        saved(tmp_path / checkpoint_name(task, step))
+    assert latest_checkpoint(tmp_path).name == "task_02_step_000120"
+    saved(tmp_path / checkpoint_name(2))
+    assert latest_checkpoint(tmp_path).name == "task_02"
+    saved(tmp_path / checkpoint_name(100))
+    assert latest_checkpoint(tmp_path).name == "task_100"
+
+
+def test_latest_passes_over_leftovers_and_foreign_folders(tmp_path):
+    saved(tmp_path / "task_01")
+    shutil.copytree(tmp_path / "task_01", tmp_path / ".tmp-task_05")
+    shutil.copytree(tmp_path / "task_01", tmp_path / "task_07_backup")
+    (tmp_path / "task_06").mkdir()
+    (tmp_path / "task_08").write_text("a file")
+    assert latest_checkpoint(tmp_path).name == "task_01"
+
+
+class Crash(BaseException):
+    """Stands for SIGKILL: nothing in the code may catch it."""
+
+
+def crash_at(monkeypatch, step: int) -> list[str]:
+    """Let the step-th disk operation of a save raise Crash instead of happening; returns the operations so far."""
+    done: list[str] = []
+
+    def guarded(name, real):
+        def call(*args, **kwargs):
+            if len(done) == step:
+                raise Crash
+            done.append(name)
+            return real(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(os, "rename", guarded("rename", os.rename))
+    monkeypatch.setattr(os, "replace", guarded("replace", os.replace))
+    monkeypatch.setattr(os, "fsync", guarded("fsync", os.fsync))
+    monkeypatch.setattr(shutil, "rmtree", guarded("rmtree", shutil.rmtree))
+    monkeypatch.setattr(Path, "mkdir", guarded("mkdir", Path.mkdir))
+    return done
+
+
+@pytest.mark.parametrize("replacing", [False, True])
+def test_crash_at_every_step_leaves_a_whole_checkpoint(tmp_path, monkeypatch, replacing):
+    """Saving mark 2 over (or after) mark 1 and dying: mark 1 or 2 is found, whole, and the next save cleans up."""
+    step, seen = 0, set()
+    while True:
+        folder = tmp_path / f"{replacing}-{step}"
+        first = saved(folder / "task_00", 1)
+        target = first if replacing else folder / "task_01"
+        with monkeypatch.context() as patch:
+            done = crash_at(patch, step)
+            try:
+                saved(target, 2)
+                finished = True
+            except Crash:
+                finished = False
+        found = load_checkpoint(latest_checkpoint(folder))
+        assert found[1]["mark"] in (1, 2)
+        assert found[0]["mark"] == found[1]["mark"]
+        assert torch.equal(found[0]["weight"], TENSORS["weight"])
+        seen.add(found[1]["mark"])
+        if finished:
+            assert found[1]["mark"] == 2
+            assert {"mkdir", "fsync", "rename"} <= set(done)
+            break
+        saved(folder / "task_02", 3)  # the run goes on
+        names = {path.name for path in folder.iterdir()}
+        assert names == {"task_00", "task_02"} | (
+            {"task_01"} if not replacing and found[1]["mark"] == 2 else set()
+        )
+        assert load_checkpoint(latest_checkpoint(folder))[1] == {"mark": 3}
+        step += 1
+    assert seen == {1, 2}
+    assert step >= (7 if replacing else 6)
+
+
+def test_crash_between_the_two_renames_keeps_the_only_checkpoint(tmp_path, monkeypatch):
+    saved(tmp_path / "task_00", 1)
+    real = os.rename
+
+    def rename(source, target):
+        if Path(source).name.startswith(".tmp-"):
+            raise Crash
+        real(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", rename)
+        with pytest.raises(Crash):
+            saved(tmp_path / "task_00", 2)
+    assert not (tmp_path / "task_00").exists()
+    assert load_checkpoint(latest_checkpoint(tmp_path))[1] == {"mark": 1}
+    saved(tmp_path / "task_00", 3)
+    assert [path.name for path in tmp_path.iterdir()] == ["task_00"]
+    assert load_checkpoint(tmp_path / "task_00")[1] == {"mark": 3}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_sigkill_while_saving_in_a_loop(tmp_path):
+    """A process that replaces one checkpoint for ever is killed at random moments: a whole one is always there."""
+    folder = saved(tmp_path / "task_00", 0)
+    mark, kills, waits = 0, 0, random.Random(0)
+    while kills < 15 or mark <= 15:  # until it was killed often enough and has also got somewhere
+        child = os.fork()
+        if child == 0:
+            try:
+                while True:
+                    mark += 1
+                    saved(folder, mark)
+            finally:
+                os._exit(1)  # a failing child must not go on with the test suite
+        time.sleep(waits.uniform(0.005, 0.05) * (1 + kills / 15))
+        kills += 1
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        tensors, state = load_checkpoint(latest_checkpoint(tmp_path))
+        assert tensors["mark"].item() == state["mark"] >= mark
+        mark = state["mark"]
+
+
+@pytest.mark.parametrize("name", ["state.json", "tensors.safetensors"])
+def test_every_truncation_is_refused(tmp_path, name):
+    folder = saved(tmp_path / "task_00")
+    whole = (folder / name).read_bytes()
+    for size in range(len(whole)):
+        (folder / name).write_bytes(whole[:size])
+        with pytest.raises(UserError, match="task_00"):
+            load_checkpoint(folder)
+    (folder / name).write_bytes(whole)
+    load_checkpoint(folder)
+
+
+@pytest.mark.parametrize("name", ["state.json", "tensors.safetensors"])
+def test_every_flipped_byte_is_refused_or_changes_nothing(tmp_path, name):
+    folder = saved(tmp_path / "task_00")
+    whole = (folder / name).read_bytes()
+    harmless = 0
+    for position in range(len(whole)):
+        for flip in (0x01, 0x20, 0x80):
+            (folder / name).write_bytes(
+                whole[:position] + bytes([whole[position] ^ flip]) + whole[position + 1 :]
+            )
+            try:
+                tensors, state = load_checkpoint(folder)
+            except UserError as error:
+                assert "task_00" in str(error)
+            else:
+                harmless += 1
+                assert state == {"mark": 1} and tensors["weight"].equal(TENSORS["weight"])
+    assert harmless == 0 or name == "state.json"  # white space in JSON means nothing
+
+
+def test_a_damaged_checkpoint_is_refused_rather_than_passed_over(tmp_path):
+    saved(tmp_path / "task_00")
+    saved(tmp_path / "task_01")
+    (tmp_path / "task_01" / "state.json").write_text("{")
+    with pytest.raises(UserError, match="task_01 is damaged.*remove it"):
+        load_checkpoint(latest_checkpoint(tmp_path))
+
+
+def test_what_is_wrong_is_said(tmp_path):
+    folder = saved(tmp_path / "task_00")
+    with pytest.raises(UserError, match="no such folder"):
+        load_checkpoint(tmp_path / "task_09")
+    header = json.loads((folder / "state.json").read_text())
+
+    def refuse(change: dict, match: str) -> None:
+        (folder / "state.json").write_text(json.dumps({**header, **change}))
+        with pytest.raises(UserError, match=match):
+            load_checkpoint(folder)
+
+    refuse({"version": checkpoint.VERSION + 1}, "format 2, this program reads up to 1")
+    refuse({"version": "1"}, "no usable version")
+    refuse({"format": "something else"}, "not a checkpoint of this program")
+    refuse({"tensors_sha256": "0" * 64}, "tensors.safetensors does not have the recorded SHA-256")
+    refuse({"tensors_bytes": 1}, "instead of 1")
+    refuse({"state": {"mark": 5}}, "state.json does not have the recorded SHA-256")
+    refuse({"state": None}, "no usable state")
+    (folder / "state.json").write_text("[1]")
+    with pytest.raises(UserError, match="not a checkpoint of this program"):
+        load_checkpoint(folder)
+    (folder / "state.json").unlink()
+    with pytest.raises(UserError, match="holds no state.json"):
+        load_checkpoint(folder)

@@ -1,0 +1,132 @@
+"""utils.runs.folders: one process writes a folder, a dead one holds nothing, and what is replaced is there until the end."""
+
+import multiprocessing
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from utils.errors import UserError
+from utils.runs.folders import (
+    FolderLock,
+    create_folder,
+    remove_replaced,
+    replaced_folders,
+    restore_replaced,
+    set_aside,
+)
+
+FORK = multiprocessing.get_context("fork")
+
+
+def hold(folder: Path, ready: "multiprocessing.connection.Connection") -> None:
+    with FolderLock(folder):
+        ready.send(os.getpid())
+        signal.pause()
+
+
+@pytest.fixture
+def holder(tmp_path: Path):
+    """Another process that writes `tmp_path / "run"`; it is killed at the end, if not before."""
+    receiver, sender = FORK.Pipe(duplex=False)
+    process = FORK.Process(target=hold, args=(tmp_path / "run", sender), daemon=True)
+    process.start()
+    assert receiver.recv() == process.pid
+    yield process
+    process.kill()
+    process.join()
+
+
+def made(folder: Path, content: str) -> Path:
+    create_folder(folder, {"config.json": content.encode()})
+    folder.with_name(folder.name + ".log").write_text(content)
+    return folder
+
+
+def content(folder: Path) -> tuple[str, str]:
+    return (folder / "config.json").read_text(), folder.with_name(folder.name + ".log").read_text()
+
+
+def test_a_second_process_is_told_who_writes(tmp_path: Path, holder) -> None:
+    with pytest.raises(
+        UserError, match=rf"run is being written by process {holder.pid} on \S+ since \d{{4}}-\d\d"
+    ):
+        FolderLock(tmp_path / "run").acquire()
+    with pytest.raises(UserError, match=f"process {holder.pid}"):  # and a third
+        FolderLock(tmp_path / "run").acquire()
+    with FolderLock(tmp_path / "run_2"):  # another folder is free
+        pass
+
+
+def test_the_same_folder_by_another_name_is_the_same(tmp_path: Path, holder, monkeypatch) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "latest").symlink_to("run")
+    monkeypatch.chdir(tmp_path / "run")
+    for name in ("../latest", ".", "../run/"):
+        with pytest.raises(UserError, match=f"process {holder.pid}"):
+            FolderLock(Path(name)).acquire()
+
+
+def test_a_dead_process_holds_nothing(tmp_path: Path, holder) -> None:
+    holder.kill()
+    holder.join()
+    with FolderLock(tmp_path / "run"), pytest.raises(UserError, match=f"process {os.getpid()} "):
+        FolderLock(tmp_path / "run").acquire()
+    with FolderLock(tmp_path / "run"):
+        pass
+
+
+def test_a_folder_holds_its_files_from_the_first_moment(tmp_path: Path, monkeypatch) -> None:
+    """Whatever is killed: the folder is not there, or whole; the next attempt removes what was left."""
+    calls = ("mkdir", "fsync", "replace")
+    for name in calls:
+
+        def dies(*_: object, **__: object) -> None:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, name, dies)
+            with pytest.raises(KeyboardInterrupt):
+                create_folder(tmp_path / "run", {"config.json": b"{}"})
+        assert not (tmp_path / "run").exists()
+    made(tmp_path / "run", "{}")
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "run.log"}
+
+
+def test_what_is_replaced_waits_until_the_end(tmp_path: Path) -> None:
+    folder = made(tmp_path / "run", "first")
+    assert set_aside(folder) == tmp_path / "run.replaced"
+    assert not folder.exists()
+    made(folder, "second")
+    assert restore_replaced(folder) is None  # its replacement stands
+    assert set_aside(folder) == tmp_path / "run.replaced_2"
+    made(folder, "third")
+    assert [content(path)[0] for path in replaced_folders(folder)] == ["first", "second"]
+    assert content(folder) == ("third", "third")
+    (tmp_path / "run.replaced_notes").mkdir()  # a name of somebody else's
+    remove_replaced(folder)
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "run.log", "run.replaced_notes"}
+
+
+def test_what_was_moved_and_not_replaced_comes_back(tmp_path: Path, monkeypatch) -> None:
+    """Killed after the folder was moved, before its log was, and after both."""
+    folder = made(tmp_path / "run", "first")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            set_aside(folder)
+    assert restore_replaced(folder) == tmp_path / "run.replaced"
+    assert content(folder) == ("first", "first")
+    set_aside(folder)
+    restore_replaced(folder)
+    assert content(folder) == ("first", "first") and replaced_folders(folder) == []
+
+
+def test_a_replaced_folder_that_is_written_stays(tmp_path: Path, caplog) -> None:
+    folder = made(tmp_path / "run", "first")
+    aside = set_aside(folder)
+    with FolderLock(aside):
+        remove_replaced(folder)
+    assert content(aside) == ("first", "first") and "stays" in caplog.text
+    assert replaced_folders(folder) == [aside]

@@ -1,0 +1,344 @@
+"""utils.runs.run_log: where a run's record lies, that nothing of it is overwritten, torn or shared between seeds."""
+
+import csv
+import json
+import logging
+import os
+import re
+import signal
+import time
+
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tqdm import tqdm
+
+from models.vit.config import ClassIncrementalConfig
+from utils.config.schema import RunConfig
+from utils.errors import UserError
+from utils.runs.run_folder import folder_of
+from utils.runs.run_log import RunLog, attach_console, read_accuracy_csv, read_metrics, scalars
+
+logger = logging.getLogger("nested_lora")
+
+
+@pytest.fixture(autouse=True)
+def no_handler_stays():
+    before = list(logger.handlers)
+    yield
+    assert logger.handlers == before
+
+
+def create(folder, overwrite=False, **config):
+    return RunLog.create(folder, config=config, overwrite=overwrite)
+
+
+def drawn(folder) -> dict[str, list[tuple[int, float]]]:
+    """tag -> [(step, value)] of a TensorBoard folder."""
+    events = EventAccumulator(str(folder / "tb")).Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def test_a_run_is_recorded_where_readers_of_the_logs_look():
+    config = ClassIncrementalConfig(
+        model_name="sema", prefix="debug_nested_lora", dataset="cifar224", init_cls=50, increment=50,
+        backbone_type="pretrained_vit_b16_224_adapter",
+    )  # fmt: skip
+    folder = folder_of(config, 1993)
+    assert (
+        folder.as_posix() == "logs/sema/cifar224/0/50/debug_nested_lora_1993_pretrained_vit_b16_224_adapter"
+    )
+    other = config.model_copy(update={"dataset": "a/b.npz", "increment": 10, "backbone_type": "org/vit.tag"})
+    assert folder_of(other, 1).as_posix() == "logs/sema/b/50/10/debug_nested_lora_1_org-vit.tag"
+    assert folder_of(RunConfig(model_name="grids", prefix="p"), 1).as_posix() == "logs/grids/p_1"
+
+
+def test_create_writes_config_and_a_log_beside_the_folder(tmp_path, capsys):
+    with create(tmp_path / "a" / "run_1.tag", lr=0.1) as run:
+        logger.info("hello %d", 7)
+    assert json.loads((run.folder / "config.json").read_text()) == {"lr": 0.1}
+    assert run.log_path == tmp_path / "a" / "run_1.tag.log"
+    line = run.log_path.read_text()
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d [\d:,]+ \[test_run_log\.py\] => hello 7\n", line)
+    assert capsys.readouterr().out == line
+    logger.warning("after the run")
+    assert run.log_path.read_text() == line
+
+
+def test_an_existing_run_is_never_overwritten(tmp_path):
+    with create(tmp_path / "run", lr=1) as first:
+        first.metric("epoch", loss=1.0)
+        first.result({"seed": 1})
+    with create(tmp_path / "run", lr=2) as second:
+        pass
+    with create(tmp_path / "run", lr=3) as third:
+        pass
+    assert [run.folder.name for run in (first, second, third)] == ["run", "run_2", "run_3"]
+    assert [run.log_path.name for run in (first, second, third)] == ["run.log", "run_2.log", "run_3.log"]
+    assert json.loads((tmp_path / "run" / "config.json").read_text()) == {"lr": 1}
+    assert len(read_metrics(tmp_path / "run")) == 1
+    log = third.log_path.read_text()
+    assert f"python main.py --resume {tmp_path / 'run_2'}" in log  # unfinished
+    assert not re.search(rf"--resume {tmp_path / 'run'}\n", log)  # finished
+
+
+def test_a_text_log_without_its_folder_is_not_appended_to(tmp_path):
+    (tmp_path / "run.log").write_text("old\n")
+    with create(tmp_path / "run") as run:
+        logger.info("new")
+    assert run.folder.name == "run_2"
+    assert (tmp_path / "run.log").read_text() == "old\n"
+
+
+def test_overwrite_replaces_folder_and_log_and_nothing_else(tmp_path):
+    with create(tmp_path / "run") as run:
+        logger.info("first words")
+        run.metric("epoch", loss=1.0)
+        run.result({})
+    (tmp_path / "run_2").mkdir()
+    with create(tmp_path / "run", overwrite=True, lr=2) as run:
+        logger.info("second words")
+    assert run.folder.name == "run" and (tmp_path / "run_2").exists()
+    assert "first" not in run.log_path.read_text() and "second" in run.log_path.read_text()
+    assert read_metrics(run.folder) == [] and not (run.folder / "result.json").exists()
+
+
+def test_overwrite_refuses_a_folder_that_is_no_run(tmp_path):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.txt").write_text("years of work")
+    with pytest.raises(UserError, match="not a run folder"):
+        create(tmp_path / "thesis", overwrite=True)
+    assert (tmp_path / "thesis" / "chapter.txt").exists()
+
+
+def test_a_place_that_cannot_be_written_is_a_sentence(tmp_path):
+    (tmp_path / "logs").write_text("a file")
+    with pytest.raises(UserError, match="cannot create .*a file stands where a folder is needed"):
+        create(tmp_path / "logs" / "run")
+
+
+def test_one_seed_one_log(tmp_path):
+    with create(tmp_path / "seed_1") as one:
+        logger.info("first seed")
+        with pytest.raises(RuntimeError, match="still open"):
+            create(tmp_path / "seed_x")
+    with create(tmp_path / "seed_2") as two:
+        logger.info("second seed")
+    one.close()  # again: harmless
+    assert "second" not in one.log_path.read_text() and "first" not in two.log_path.read_text()
+
+
+def test_console_is_attached_once(tmp_path, capsys):
+    console = attach_console()
+    try:
+        assert attach_console() is None
+        with create(tmp_path / "run"):
+            logger.info("once")
+        logger.info("still shown")
+    finally:
+        logger.removeHandler(console)
+    out = capsys.readouterr().out
+    assert out.count("once") == 1 and "still shown" in out
+
+
+def test_messages_do_not_break_a_progress_bar(tmp_path, capsys):
+    with create(tmp_path / "run"), tqdm(total=2, leave=False) as bar:
+        bar.update()
+        logger.info("between")
+    out, err = capsys.readouterr()
+    assert out.endswith("=> between\n") and "1/2" in err
+
+
+def test_metric_lines_are_plain_json(tmp_path):
+    with create(tmp_path / "run") as run:
+        run.metric(
+            "epoch",
+            loss=float("nan"),
+            lr={"fast": np.float32(0.5), 9: -np.inf},
+            block=None,
+            ok=np.bool_(True),
+        )
+        run.metric(
+            "task",
+            accuracy=np.array([1.0, np.inf]),
+            total=torch.tensor(0.25),
+            n=np.int64(3),
+            classes=range(2),
+        )
+        lines = (run.folder / "metrics.jsonl").read_text().splitlines()  # readable while the run is open
+    epoch, task = map(json.loads, lines)
+    assert epoch == {
+        "event": "epoch",
+        "loss": None,
+        "lr": {"fast": 0.5, "9": None},
+        "block": None,
+        "ok": True,
+    }
+    assert task == {"event": "task", "accuracy": [1.0, None], "total": 0.25, "n": 3, "classes": [0, 1]}
+
+
+def test_every_torn_last_line_is_left_out(tmp_path):
+    with create(tmp_path / "run") as run:
+        for i in range(3):
+            run.metric("epoch", epoch=i)
+    path = run.folder / "metrics.jsonl"
+    whole = path.read_bytes()
+    for size in range(len(whole) + 1):
+        path.write_bytes(whole[:size])
+        assert [event["epoch"] for event in read_metrics(run.folder)] == list(
+            range(whole[:size].count(b"\n"))
+        )
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_sigkill_loses_at_most_the_line_being_written(tmp_path):
+    with create(tmp_path / "run") as run:
+        ready, tell = os.pipe()
+        child = os.fork()
+        if child == 0:
+            try:
+                for i in range(10**9):
+                    run.metric("note", i=i, text="x" * 500)
+                    os.write(tell, b".")
+            finally:
+                os._exit(1)  # a failing child must not go on with the test suite
+        time.sleep(0.2)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        os.close(tell)
+        written = 0
+        while chunk := os.read(ready, 1 << 16):
+            written += len(chunk)
+        os.close(ready)
+    events = read_metrics(run.folder)
+    assert [event["i"] for event in events] == list(range(len(events)))
+    assert len(events) >= written > 0
+
+
+def test_damage_inside_the_file_is_a_sentence(tmp_path):
+    with pytest.raises(UserError, match="holds no metrics.jsonl"):
+        read_metrics(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text('{"event": "a"}\n{"eve\n{"event": "b"}\n')
+    with pytest.raises(UserError, match="line 2 is not valid JSON"):
+        read_metrics(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text("[1]\n")
+    with pytest.raises(UserError, match="line 1 is not an event"):
+        read_metrics(tmp_path)
+
+
+def test_reopen_continues_exactly_where_the_checkpoint_was(tmp_path):
+    with create(tmp_path / "run") as run:
+        logger.info("before")
+        run.metric("epoch", phase="func", loss=1.0)
+        run.metric("epoch", phase="func", loss=0.5)
+        offset = run.metrics_bytes
+        run.metric("epoch", phase="func", loss=99.0)
+        run.metric("growth", block=9, adapters=2, z=3.0)
+    with open(run.folder / "metrics.jsonl", "ab") as file:
+        file.write(b'{"event": "torn')
+    with RunLog.reopen(run.folder, offset) as run:
+        logger.info("after")
+        run.metric("epoch", phase="func", loss=0.25)
+    assert [event["loss"] for event in read_metrics(run.folder)] == [1.0, 0.5, 0.25]
+    assert drawn(run.folder) == {"epoch/func/loss": [(0, 1.0), (1, 0.5), (2, 0.25)]}
+    log = run.log_path.read_text()
+    assert "before" in log and "after" in log
+
+
+def test_reopen_from_the_very_start(tmp_path):
+    with create(tmp_path / "run") as run:
+        assert run.metrics_bytes == 0
+        run.metric("epoch", loss=1.0)
+    with RunLog.reopen(run.folder, 0) as run:
+        assert run.metrics_bytes == 0
+    assert read_metrics(run.folder) == []
+
+
+def test_reopen_refuses_what_does_not_fit(tmp_path):
+    with create(tmp_path / "run") as run:
+        run.metric("epoch", loss=1.0)
+        size = run.metrics_bytes
+    for offset in (size + 1, size - 1, -1):
+        with pytest.raises(UserError, match="does not fit the checkpoint"):
+            RunLog.reopen(run.folder, offset)
+    assert len(read_metrics(run.folder)) == 1
+    with pytest.raises(UserError, match="not a run folder"):
+        RunLog.reopen(tmp_path, 0)
+
+
+def test_json_files_are_replaced_as_a_whole(tmp_path, monkeypatch):
+    with create(tmp_path / "run") as run:
+        run.manifest({"device": "cpu", "path": tmp_path})
+        run.result({"final": 1.0, "bad": float("inf")})
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("killed")))
+            with pytest.raises(OSError, match="killed"):
+                run.result({"final": 2.0})
+        assert json.loads((run.folder / "result.json").read_text()) == {"final": 1.0, "bad": None}
+        run.result({"final": 3.0})
+    assert json.loads((run.folder / "result.json").read_text()) == {"final": 3.0}
+    assert json.loads((run.folder / "manifest.json").read_text()) == {"device": "cpu", "path": str(tmp_path)}
+    assert not [path for path in run.folder.iterdir() if path.name.endswith(".tmp")]
+
+
+def test_accuracy_csv_is_numeric_and_exact(tmp_path):
+    rows = [[100 / 3], [0.1 + 0.2, 50.0], [1.0, 2.0, 100.0]]
+    with create(tmp_path / "run") as run:
+        path = run.accuracy_csv(rows)
+    assert list(csv.reader(path.open()))[0] == [repr(100 / 3), "", ""]
+    values = np.genfromtxt(path, delimiter=",")
+    assert values.shape == (3, 3) and np.isnan(values[0, 1]) and values[2, 2] == 100.0
+    assert read_accuracy_csv(run.folder) == rows
+
+
+def test_damaged_accuracy_csv_is_a_sentence(tmp_path):
+    with pytest.raises(UserError, match="holds no accuracy.csv"):
+        read_accuracy_csv(tmp_path)
+    for text in ("1.0,2.0\n3.0,4.0\n", "1.0,\n2.0\n", "many\n", "1.0,\n,2.0\n"):
+        (tmp_path / "accuracy.csv").write_text(text)
+        with pytest.raises(UserError, match="is damaged"):
+            read_accuracy_csv(tmp_path)
+
+
+def test_scalars_of_each_kind_of_event():
+    epoch = {
+        "event": "epoch",
+        "task": 3,
+        "phase": "rd",
+        "block": 9,
+        "epoch": 2,
+        "loss": 0.5,
+        "train_accuracy": None,
+    }
+    assert scalars({**epoch, "lr": {"rd": 0.1}}) == [
+        ("epoch/rd/block_09/loss", 0.5),
+        ("epoch/rd/block_09/lr/rd", 0.1),
+    ]
+    step = {"event": "slow_step", "task": 0, "phase": "func", "step": 5, "updated": True, "moved": 0.25}
+    assert scalars(step) == [("slow_step/func/updated", 1.0), ("slow_step/func/moved", 0.25)]
+    norms = {
+        "event": "norms",
+        "task": 0,
+        "block": 11,
+        "adapter": 1,
+        "when": "before",
+        "fast": 1.0,
+        "slow": 2.0,
+    }
+    assert scalars(norms)[1] == ("norms/block_11/adapter_01/before/slow", 2.0)
+    task = {
+        "event": "task",
+        "task": 1,
+        "accuracy": [90.0, 80.0],
+        "total": 85.0,
+        "adapters": {"9": 2},
+        "seconds": 3,
+    }
+    assert scalars(task) == [
+        ("task/accuracy/00", 90.0),
+        ("task/accuracy/01", 80.0),
+        ("task/total", 85.0),
+        ("task/adapters/09", 2.0),
+        ("task/seconds", 3.0),
+    ]

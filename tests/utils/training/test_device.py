@@ -1,0 +1,153 @@
+"""Devices by every name users have, precision, packing of nested state, keys to generators."""
+
+import json
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from utils.errors import UserError
+from utils.training import device as toolkit
+from utils.training.device import (
+    autocast,
+    keep_freed_memory,
+    pack_tensors,
+    peak_memory_mb,
+    resolve_device,
+    seeded_generator,
+    unpack_tensors,
+)
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("spec", ["cpu", "CPU", ["-1"], [-1], "-1"])
+def test_names_of_the_cpu(spec: object) -> None:
+    assert resolve_device(spec) == (CPU, None)
+
+
+@pytest.mark.parametrize("spec", [["0"], [0], "0", ["0", "1"]])
+def test_a_published_list_falls_back_with_a_warning(spec: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    device, warning = resolve_device(spec)
+    assert device == CPU and "running on the CPU" in warning
+
+
+def test_gpus_that_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert resolve_device("auto") == (torch.device("cuda:0"), None)
+    assert resolve_device("cuda:1") == (torch.device("cuda:1"), None)
+    assert resolve_device(["1"]) == (torch.device("cuda:1"), None)
+    device, warning = resolve_device(["0", "1"])
+    assert device == torch.device("cuda:0") and "only GPU 0" in warning
+
+
+@pytest.mark.parametrize("spec", ["cuda", "cuda:3", "mps"])
+def test_a_device_asked_for_by_name_must_be_there(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(UserError, match="asked for"):
+        resolve_device(spec)
+
+
+@pytest.mark.parametrize("spec", ["gpu", "cuda:x", [], ["a"], "tpu:0"])
+def test_unknown_devices_are_refused_with_the_choices(spec: object) -> None:
+    with pytest.raises(UserError, match="allowed"):
+        resolve_device(spec)
+
+
+def test_precision() -> None:
+    x = torch.ones(2, 2)
+    with autocast(CPU, "bf16"):
+        assert (x @ x).dtype == torch.bfloat16
+    with autocast(CPU, "fp32"):
+        assert (x @ x).dtype == torch.float32
+
+
+def test_packing_survives_json() -> None:
+    tree = {"a": [torch.arange(3), None, 0.1], "b": {"c": torch.tensor(2.5), "d": "text"}}
+    packed, tensors = pack_tensors(tree, "state")
+    assert sorted(tensors) == ["state.a.0", "state.b.c"]
+    back = unpack_tensors(json.loads(json.dumps(packed)), tensors)
+    assert torch.equal(back["a"][0], torch.arange(3)) and back["a"][1:] == [None, 0.1]
+    assert back["b"]["c"] == 2.5 and back["b"]["d"] == "text"
+
+
+def test_generators_depend_on_their_whole_key() -> None:
+    def draw(*key: int) -> float:
+        return float(torch.rand((), generator=seeded_generator(*key)))
+
+    assert draw(1, 2) == draw(1, 2)
+    assert len({draw(1, 2), draw(2, 1), draw(1, 3), draw(12)}) == 4
+
+
+def test_memory_helpers_answer() -> None:
+    assert peak_memory_mb(CPU) > 1
+    assert keep_freed_memory() in (True, False)
+
+
+def test_bf16_is_taken_where_the_device_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    for has in (True, False):
+        monkeypatch.setattr(toolkit, "has_bf16", lambda device, has=has: has)
+        assert toolkit.resolve_precision("fp32", cpu) == ("fp32", None)
+        precision, warning = toolkit.resolve_precision("bf16", cpu)
+        assert (precision, warning is None) == (("bf16", True) if has else ("fp32", False))
+    assert "no bf16 instructions" in warning
+
+
+def test_sha256_of_tensors_sees_names_values_shapes_and_not_the_order() -> None:
+    a, b = torch.arange(4.0), torch.ones(2)
+    expected = toolkit.sha256_of({"a": a, "b": b})
+    assert toolkit.sha256_of({"b": b, "a": a}) == expected
+    others = [
+        {"a": a},
+        {"a": b, "b": a},
+        {"a": a.view(2, 2), "b": b},
+        {"a": a + 1, "b": b},
+        {"a": a.int(), "b": b},
+    ]
+    assert expected not in map(toolkit.sha256_of, others)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA"),
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_out_of_memory_is_advice(error: Exception) -> None:
+    advice = "set grad_accumulation=4 .*batch_size=16, eval_batch_size=32"
+    with pytest.raises(UserError, match=advice), toolkit.out_of_memory_advice(32, 2, 64):
+        raise error
+    with pytest.raises(UserError, match="eval_batch_size 1: halve"), toolkit.out_of_memory_advice(1, 1, 1):
+        raise error
+
+
+def test_other_errors_are_not_taken_for_lack_of_memory() -> None:
+    with pytest.raises(RuntimeError, match="shapes"), toolkit.out_of_memory_advice(1, 1, 1):
+        raise RuntimeError("shapes")
+
+
+def test_one_ahead_gives_the_same_items_and_passes_errors_on() -> None:
+    started: list[int] = []
+
+    def items() -> Iterator[int]:
+        for number in range(4):
+            started.append(number)
+            yield number
+        raise ValueError("at the end")
+
+    received = []
+    with pytest.raises(ValueError, match="at the end"):
+        for item in toolkit.one_ahead(items()):
+            received.append(item)
+    assert received == started == [0, 1, 2, 3]
+    assert list(toolkit.one_ahead([])) == [] and list(toolkit.one_ahead([None, 0])) == [None, 0]
+    abandoned = toolkit.one_ahead(iter(range(3)))
+    assert next(abandoned) == 0
+    abandoned.close()

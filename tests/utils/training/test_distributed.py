@@ -1,0 +1,320 @@
+"""utils.training.distributed: one process exchanges nothing; two and three real processes tell each other what they should."""
+
+import multiprocessing
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from utils.errors import UserError
+from utils.training.distributed import World, backend_for, local_device, process_group, world_from_environment
+
+CONTEXT = multiprocessing.get_context(
+    "forkserver"
+)  # its server preloads what tests.crash says, where that is imported
+VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+TOTALS = (0, 1, 2, 5, 6)  # of rows: with 2 and 3 ranks equal, unequal and empty shares
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.uint8, torch.bool)
+TAILS = ((), (3,), (2, 4), (0,))
+
+
+# --- what the ranks do ------------------------------------------------------------------------------------------------
+
+
+def all_rows(total: int, dtype: torch.dtype, tail: tuple[int, ...]) -> Tensor:
+    """The rows (total, *tail) that the ranks hold together."""
+    values = torch.randn((total, *tail), generator=torch.Generator().manual_seed(total)) * 50
+    return values.to(dtype) if dtype.is_floating_point else values.abs().to(dtype)
+
+
+def gradients(rank: int) -> list[Tensor]:
+    """What a rank sums: two dtypes, a scalar, a transposed matrix, an empty tensor, a parameter with gradients."""
+    generator = torch.Generator().manual_seed(rank)
+    return [
+        torch.randn(3, 5, generator=generator),
+        torch.arange(4) + rank,
+        torch.randn((), generator=generator),
+        torch.randn(2, 7, generator=generator).T,
+        torch.zeros(0),
+        torch.nn.Parameter(torch.randn(6, generator=generator)),
+    ]
+
+
+def exchange(world: World) -> dict[str, Any]:
+    """Everything a rank can ask the others, and what it was told."""
+    told: dict[str, Any] = {"world": (world.rank, world.size, world.local_rank, world.local_size)}
+    told["rows"] = {
+        (total, dtype, tail): world.gather_rows(all_rows(total, dtype, tail)[world.share(total)], total)
+        for total in TOTALS
+        for dtype in DTYPES
+        for tail in TAILS
+    }
+    learned = torch.ones(7, 2, requires_grad=True)
+    told["learned rows"] = world.gather_rows((learned * 2)[world.share(7)], 7)
+    told["transposed rows"] = world.gather_rows(torch.arange(21).view(3, 7).T[world.share(7)], 7)
+    told["wrong rows"] = refusal(ValueError, lambda: world.gather_rows(torch.zeros(5), 4))
+    tensors = gradients(world.rank)
+    kept = [tensor.data_ptr() for tensor in tensors]
+    world.sum_in_place(tensors)
+    told["sums"], told["in place"] = tensors, [tensor.data_ptr() for tensor in tensors] == kept
+    world.sum_in_place([])
+    told["any"] = [world.any(rank == world.rank) for rank in range(world.size)] + [
+        world.any(False),
+        world.any(True),
+    ]
+    world.barrier()
+    world.check_same("the hash of nothing", "")
+    world.check_same("the hash of the model", "0123abcd")
+    told["one differs"] = refusal(UserError, lambda: world.check_same("the model", f"{world.rank == 1}"))
+    told["all differ"] = refusal(UserError, lambda: world.check_same("the order", f"{world.rank}"))
+    told["texts"] = [
+        world.broadcast_text(text if world.is_main else None) for text in ("logs/Läufe/1", "", "x" * 5000)
+    ]
+    told["decided"] = world.on_main(lambda: f"by rank {world.rank}")
+    for error in (UserError("no"), OSError(28, "No space left on device", "a.json")):
+        told[type(error).__name__] = refusal(
+            (UserError, OSError), lambda error=error: world.on_main(lambda: fail(error))
+        )
+    told["ignored"] = world.broadcast_text(f"from rank {world.rank}")
+    return told
+
+
+def fail(error: Exception) -> str:
+    raise error
+
+
+def refusal(kind: type[Exception] | tuple[type[Exception], ...], call: Callable[[], Any]) -> str:
+    """The text of the error that the call must raise."""
+    try:
+        call()
+    except kind as error:
+        return str(error)
+    return "not refused"
+
+
+# --- real processes ---------------------------------------------------------------------------------------------------
+
+
+def run_ranks(size: int, folder: Path) -> list[dict[str, Any]]:
+    """`exchange` in `size` processes, with the environment that torchrun gives; what each was told, by rank."""
+    store = dist.TCPStore(
+        "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60)
+    )
+    shared = {
+        "WORLD_SIZE": str(size),
+        "LOCAL_WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store is the launcher's, as with torchrun
+        "TORCHELASTIC_RESTART_COUNT": "0",
+    }
+    children = []
+    for rank in range(size):
+        environment = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        children.append(
+            CONTEXT.Process(target=_child, args=(environment, folder / f"{rank}.pt"), daemon=True)
+        )
+        children[-1].start()
+    for child in children:
+        child.join(60)
+    assert [child.exitcode for child in children] == [0] * size
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(size)]
+
+
+def _child(environment: dict[str, str], path: Path) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(environment)
+    world = world_from_environment()
+    with process_group(world, backend_for(world.device)):
+        told = exchange(world)
+    torch.save(told | {"left": not dist.is_initialized()}, path)
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return run_ranks(request.param, tmp_path_factory.mktemp("ranks"))
+
+
+def test_ranks_know_who_they_are_and_leave_the_group(ranks):
+    size = len(ranks)
+    assert [told["world"] for told in ranks] == [(rank, size, rank, size) for rank in range(size)]
+    assert all(told["left"] for told in ranks)
+
+
+def test_gathered_rows_are_those_of_one_process(ranks):
+    for told in ranks:
+        assert len(told["rows"]) == len(TOTALS) * len(DTYPES) * len(TAILS)
+        for (total, dtype, tail), rows in told["rows"].items():
+            assert rows.dtype == dtype
+            assert rows.equal(all_rows(total, dtype, tail)), (total, dtype, tail)
+        assert told["learned rows"].equal(torch.full((7, 2), 2.0)) and not told["learned rows"].requires_grad
+        assert told["transposed rows"].equal(torch.arange(21).view(3, 7).T)
+
+
+def test_rows_that_are_not_the_share_are_refused(ranks):
+    assert all(
+        f"rank {rank} of {len(ranks)} holds 5 of 4 rows" in told["wrong rows"]
+        for rank, told in enumerate(ranks)
+    )
+
+
+def test_sums_are_in_place_and_the_same_bits_on_all_ranks(ranks):
+    expected = [torch.stack(parts).sum(0) for parts in zip(*map(gradients, range(len(ranks))), strict=True)]
+    for told in ranks:
+        assert told["in place"]
+        for total, first, wanted in zip(told["sums"], ranks[0]["sums"], expected, strict=True):
+            assert total.equal(first)
+            torch.testing.assert_close(total, wanted, check_stride=False)
+        assert told["sums"][-1].requires_grad
+
+
+def test_any_is_true_on_all_ranks_if_it_is_on_one(ranks):
+    assert all(told["any"] == [True] * len(ranks) + [False, True] for told in ranks)
+
+
+def test_differing_texts_are_refused_on_all_ranks_and_the_ranks_are_named(ranks):
+    others = ", ".join(str(rank) for rank in range(1, len(ranks)))
+    assert all(told["one differs"].startswith("the model differs on rank 1 from rank 0") for told in ranks)
+    assert all(
+        told["all differ"].startswith(f"the order differs on rank {others} from rank 0") for told in ranks
+    )
+
+
+def test_text_of_rank_0_reaches_all_ranks(ranks):
+    assert all(told["texts"] == ["logs/Läufe/1", "", "x" * 5000] for told in ranks)
+    assert all(told["ignored"] == "from rank 0" for told in ranks)
+
+
+def test_what_rank_0_decides_or_refuses_reaches_all_ranks(ranks):
+    assert all(told["decided"] == "by rank 0" and told["UserError"] == "no" for told in ranks)
+    assert all("a.json" in told["OSError"] and "No space left" in told["OSError"] for told in ranks)
+
+
+# --- one process ------------------------------------------------------------------------------------------------------
+
+
+def test_one_process_exchanges_nothing():
+    world, rows, tensor = World(), torch.randn(4, 2, requires_grad=True), torch.ones(3)
+    assert world.is_main and world.share(7) == slice(0, 7)
+    assert world.gather_rows(rows, 4) is rows
+    world.sum_in_place([tensor])
+    assert tensor.equal(torch.ones(3))
+    assert world.any(True) is True and world.any(False) is False
+    world.barrier()
+    world.check_same("the model", "abc")
+    assert world.broadcast_text("logs/run") == "logs/run"
+    with process_group(world, "gloo"):
+        assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 7, 8])
+def test_shares_cover_every_row_once_and_differ_by_one_at_most(size):
+    for n in range(30):
+        shares = [list(range(n))[World(rank, size).share(n)] for rank in range(size)]
+        assert [row for share in shares for row in share] == list(range(n))
+        assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+# --- environment and devices ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def environment(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Sets the variables of torchrun that are given, as text, and removes the others."""
+
+    def put(**values: str) -> None:
+        for name in VARIABLES:
+            monkeypatch.delenv(name, raising=False)
+        for name, value in values.items():
+            monkeypatch.setenv(name, value)
+
+    return put
+
+
+def test_environment_of_torchrun(environment):
+    environment(RANK="3", WORLD_SIZE="4", LOCAL_RANK="1", LOCAL_WORLD_SIZE="2")
+    assert world_from_environment() == World(rank=3, size=4, local_rank=1, local_size=2)
+    environment(RANK="3", WORLD_SIZE="4", LOCAL_RANK="1")
+    assert world_from_environment() == World(rank=3, size=4, local_rank=1, local_size=2)
+
+
+@pytest.mark.parametrize(
+    "values", [{}, {"WORLD_SIZE": "1"}, {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}]
+)
+def test_environment_of_one_process(environment, values):
+    environment(**values)
+    assert world_from_environment() == World()
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE='two'"),
+        ({"WORLD_SIZE": ""}, "WORLD_SIZE=''"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE='0'"),
+        ({"RANK": None}, "RANK=''"),
+        ({"RANK": "-1"}, "RANK='-1'"),
+        ({"RANK": "2"}, "RANK='2' in the environment; allowed: 0 to 1"),
+        ({"LOCAL_RANK": None}, "LOCAL_RANK=''"),
+        ({"LOCAL_RANK": "1.5"}, "LOCAL_RANK='1.5'"),
+        ({"LOCAL_WORLD_SIZE": "1"}, "LOCAL_WORLD_SIZE='1' in the environment; allowed: 2 to 2"),
+        ({"LOCAL_WORLD_SIZE": "3"}, "LOCAL_WORLD_SIZE='3'"),
+    ],
+)
+def test_malformed_environment_is_refused(environment, values, told):
+    whole = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+    environment(**{name: value for name, value in (whole | values).items() if value is not None})
+    with pytest.raises(UserError, match=told):
+        world_from_environment()
+
+
+def test_each_local_rank_takes_its_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    cuda, cpu = torch.device("cuda:0"), torch.device("cpu")
+    assert local_device(torch.device("cuda"), World(3, 4, 1, local_size=2)) == torch.device("cuda:1")
+    assert local_device(cuda, World(2, 4, 0, local_size=2)) == cuda
+    assert local_device(torch.device("cuda:1"), World()) == torch.device("cuda:1")
+    assert local_device(cpu, World(1, 2, 1, local_size=2)) == cpu
+    assert backend_for(cuda) == "nccl" and backend_for(cpu) == "gloo"
+
+
+@pytest.mark.parametrize("world", [World(0, 3, 0, local_size=3), World(2, 3, 2)])
+def test_too_few_gpus_are_refused_on_every_rank(monkeypatch, world):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(
+        UserError, match="3 processes on this machine .* sees 2: lower .* to at most 2, or set device"
+    ):
+        local_device(torch.device("cuda:0"), world)
+
+
+@pytest.mark.parametrize(
+    ("backend", "device", "fails", "done"),
+    [
+        ("gloo", "cpu", False, ["join", "leave"]),
+        ("gloo", "cpu", True, ["join", "leave"]),
+        ("nccl", "cuda:1", False, ["cuda:1", "join", "leave"]),
+        ("nccl", "cuda:1", True, ["cuda:1", "join"]),
+    ],
+)
+def test_group_is_left_unless_that_could_wait_for_ever(monkeypatch, backend, device, fails, done):
+    seen, given = [], {}
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: seen.append(str(device)))
+    monkeypatch.setattr(
+        dist, "init_process_group", lambda *args, **more: (seen.append("join"), given.update(more))
+    )
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: seen.append("leave"))
+    world = World(1, 2, 1, torch.device(device))
+    try:
+        with process_group(world, backend):
+            if fails:
+                raise UserError("a mistake")
+    except UserError:
+        assert fails
+    assert seen == done
+    assert given["device_id"] == (world.device if backend == "nccl" else None)

@@ -1,0 +1,89 @@
+"""Two processes with gloo train what one does on the same global batches: same growth, one log, resumable."""
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import ROOT, TINY
+from tests.crash import run, run_together
+
+CHANGES: dict[str, Any] = {
+    **TINY,
+    "max_tasks": 3,
+    "func_epoch": 2,
+    "exp_threshold": 0.5,
+    "adapter_blocks": "growing",
+    "cache_views": 1,
+    "batch_size": 7,  # shares of unlike size, and a last batch of four
+    "max_train_per_class": 9,
+}
+
+
+def command(logs: Path, **changes: Any) -> list[str]:
+    values = {**CHANGES, "logs_root": str(logs), "cache_root": str(logs / "cache"), **changes}
+    settings = [f"{key}={json.dumps(value)}" for key, value in values.items()]
+    return [
+        "--config",
+        str(ROOT / "exps/smoke.json"),
+        *(part for setting in settings for part in ("--set", setting)),
+    ]
+
+
+def folder_of(logs: Path) -> Path:
+    (folder,) = (path.parent for path in logs.rglob("config.json"))
+    return folder
+
+
+def events(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(folder: Path) -> list[float]:
+    return [event["loss"] for event in events(folder) if event["event"] == "epoch"]
+
+
+def assert_same_run(ours: Path, theirs: Path) -> None:
+    """The same growth at the same points, the same accuracies, losses to rounding."""
+    result, expected = (json.loads((folder / "result.json").read_text()) for folder in (ours, theirs))
+    for key in ("accuracy", "adapters", "metrics", "parameters"):
+        assert result[key] == expected[key]
+    kinds = [
+        [(e["event"], e.get("task"), e.get("block")) for e in events(folder)] for folder in (ours, theirs)
+    ]
+    assert kinds[0] == kinds[1]
+    assert losses(ours) == pytest.approx(losses(theirs), rel=1e-3, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"cache_views": 0, "adapter_blocks": "all", "nested_lora_freeze": "never", "rd_views": 0}],
+    ids=["stored activations", "images"],
+)
+def test_two_processes_train_what_one_does(tmp_path: Path, changes: dict[str, Any]) -> None:
+    assert run(command(tmp_path / "one", **changes))[0] == 0
+    assert run_together(command(tmp_path / "two", **changes), 2) == [0, 0]
+    one, two = folder_of(tmp_path / "one"), folder_of(tmp_path / "two")
+    assert sum(json.loads((one / "result.json").read_text())["adapters"].values()) > 2
+    assert_same_run(two, one)
+    assert len(list((tmp_path / "two").rglob("*.log"))) == 1 and list((two / "figures").iterdir())
+    assert json.loads((two / "manifest.json").read_text())["sessions"][0]["processes"] == 2
+
+
+def test_stopped_together_and_resumed_together(tmp_path: Path) -> None:
+    """A signal to one process saves once and stops both; both go on to the same end."""
+    assert run_together(command(tmp_path / "whole"), 2) == [0, 0]
+    assert run_together(command(tmp_path / "cut"), 2, die_at=40, how=signal.SIGINT) == [130, 130]
+    folder = folder_of(tmp_path / "cut")
+    assert not (folder / "result.json").exists() and list((folder / "checkpoints").iterdir())
+    assert run_together(["--resume", str(folder)], 2) == [0, 0]
+    whole = folder_of(tmp_path / "whole")
+    assert_same_run(folder, whole)
+    assert losses(folder) == losses(whole)
+
+
+def test_a_mistake_ends_all_of_them(tmp_path: Path) -> None:
+    assert run_together(command(tmp_path, batch_size=0), 2) == [2, 2]
+    assert list(tmp_path.iterdir()) == []

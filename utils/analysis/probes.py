@@ -1,0 +1,239 @@
+"""What a linear map can read out of a representation, and which unit of it stands for which label.
+
+    probe = fit_probe(features, labels)              # classes (n,) or several labels a sample (n, P) of 0 and 1
+    probe_score(probe, other_features, other_labels)     # accuracy, or mean average precision: transfer
+    report = unit_report(activities, labels, generator)  # units (n, k) against labels (n, P), with chance
+
+Probes are ridge regressions of the labels, solved in closed form in float64 on the CPU: the same numbers at every call,
+no optimizer to tune, and no dependency for it. The ridge is chosen by leave-one-out.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from utils.analysis.ridge import left_out_error
+
+RIDGES = [10.0**k for k in range(-6, 5)]  # candidates, relative to the number of samples
+CONFIDENCE = 0.95  # of the threshold that correlations by chance stay below
+
+
+@dataclass(frozen=True)
+class Probe:
+    """scores(x) = x W + b.
+
+    Attributes:
+        weights: W (d, C), float64.
+        offset: b (C,), float64.
+        ridge: the candidate of `RIDGES` that leave-one-out chose.
+    """
+
+    weights: Tensor
+    offset: Tensor
+    ridge: float
+
+    def scores(self, features: Tensor) -> Tensor:
+        """A score for each class or label, (n, d) -> (n, C) float64: the larger, the likelier."""
+        return features.detach().cpu().double() @ self.weights + self.offset
+
+
+def fit_probe(features: Tensor, labels: Tensor) -> Probe:
+    """Ridge regression of labels on features (n, d) that were brought to mean 0 and deviation 1.
+
+    With X the standardised features, Y the labels (one-hot classes, or 0 and 1) less their mean, and ridge r:
+    W = (X^T X + n r I)^-1 X^T Y, where r is the candidate with the smallest squared leave-one-out error. Its residuals
+    are e_i / (1 - h_ii), h the diagonal of the hat matrix with mean. Features that do not vary take no part.
+
+    Args:
+        features: (n, d).
+        labels: classes (n,) from 0 on, int64, or (n, P) of 0 and 1.
+
+    Raises:
+        ValueError: there are fewer than two samples, or labels and features do not fit.
+    """
+    if features.dim() != 2 or len(features) < 2 or len(labels) != len(features) or labels.dim() not in (1, 2):
+        raise ValueError(f"no probe on features {tuple(features.shape)} with labels {tuple(labels.shape)}")
+    x = features.detach().cpu().double()
+    targets = (F.one_hot(labels.cpu()) if labels.dim() == 1 else labels.cpu()).double()
+    centre, spread, mean = x.mean(dim=0), x.std(dim=0), targets.mean(dim=0)
+    varies = spread > torch.finfo(features.dtype).eps * centre.abs()
+    scale = torch.where(varies, 1 / spread.clamp_min(torch.finfo(x.dtype).tiny), 0.0)
+    u, s, vt = torch.linalg.svd((x - centre) * scale, full_matrices=False)  # (n, k), (k,), (k, d)
+    y = targets - mean
+    projected = u.T @ y  # (k, C)
+    errors = {ridge: left_out_error(len(x) * ridge, u, s, projected, y) for ridge in RIDGES}
+    ridge = min(errors, key=errors.get)
+    weights = scale[:, None] * (vt.T @ ((s / (s.square() + len(x) * ridge))[:, None] * projected))
+    return Probe(weights, mean - centre @ weights, ridge)
+
+
+def accuracy(scores: Tensor, labels: Tensor) -> float:
+    """Share of samples whose class (n,) has the highest of the scores (n, C)."""
+    return float((scores.argmax(dim=1) == labels.cpu()).double().mean())
+
+
+def average_precision(scores: Tensor, labels: Tensor) -> Tensor:
+    """sum_i (R_i - R_(i-1)) P_i for each label, (P,); P_i and R_i are precision and recall of the samples down to i.
+
+    scores (n, P), labels (n, P) of 0 and 1. Samples are taken from the highest score down, those of one score together.
+    1 where all that have the label come first; about its frequency in a random order; NaN where none has it.
+    """
+    scores, truth = scores.detach().cpu(), labels.cpu().double()
+    order = scores.argsort(dim=0, descending=True, stable=True)
+    ranked, hits = scores.gather(0, order), truth.gather(0, order).cumsum(dim=0)  # (n, P)
+    taken = torch.arange(1, len(truth) + 1, dtype=torch.float64)[:, None]
+    last_of_score = torch.cat([ranked[1:] != ranked[:-1], torch.ones_like(ranked[:1], dtype=torch.bool)])
+    result = []
+    for precision, found, ends in zip((hits / taken).T, hits.T, last_of_score.T, strict=True):
+        recall = found[ends] / found[-1]
+        result.append((precision[ends] * recall.diff(prepend=recall.new_zeros(1))).sum())
+    return torch.stack(result)
+
+
+def probe_score(probe: Probe, features: Tensor, labels: Tensor) -> float:
+    """How well a probe reads these features, which need not be those it was fitted on, from 0 to 1.
+
+    Accuracy for classes (n,); for labels (n, P) the mean of `average_precision` over those that some sample has.
+    """
+    scores = probe.scores(features)
+    return (
+        accuracy(scores, labels) if labels.dim() == 1 else float(average_precision(scores, labels).nanmean())
+    )
+
+
+def chance_score(labels: Tensor) -> float:
+    """What `probe_score` is without any information: share of the commonest class, or mean frequency of the labels."""
+    if labels.dim() == 1:
+        return float(labels.bincount().max() / len(labels))
+    frequency = labels.double().mean(dim=0)
+    return float(frequency[frequency > 0].mean())
+
+
+def transfer_scores(representations: Sequence[Tensor], labels: Tensor, train: Tensor, test: Tensor) -> Tensor:
+    """Scores (m, m) float64 of probes over m representations (n, d) of the same samples.
+
+    Entry (i, j): fitted on the rows `train` of representation i, scored on the rows `test` of representation j.
+    """
+    probes = [fit_probe(features[train], labels[train]) for features in representations]
+    rows = [
+        [probe_score(probe, features[test], labels[test]) for features in representations] for probe in probes
+    ]
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Units
+
+
+@dataclass(frozen=True)
+class UnitReport:
+    """How the k units of a representation go with P labels.
+
+    Attributes:
+        correlation: (k, P), see `unit_label_correlation`.
+        mean_activity: (k,).
+        active_share: (k,) share of samples on which a unit is not zero.
+        best_unit: (P,) index of the unit with the largest |r|.
+        best: (P,) its r.
+        threshold: (P,) the largest |r| over all units stays below it by chance, with probability `CONFIDENCE`.
+        p: (P,) how likely a best unit at least as good is by chance.
+        purity: mean over units that live of max_l r_l^2 / sum_l r_l^2: 1 where each goes with one label alone, 1 / P
+            where with all alike. NaN where no unit correlates with anything.
+        purity_by_chance: the same for permuted labels, on average.
+    """
+
+    correlation: Tensor
+    mean_activity: Tensor
+    active_share: Tensor
+    best_unit: Tensor
+    best: Tensor
+    threshold: Tensor
+    p: Tensor
+    purity: float
+    purity_by_chance: float
+
+    @property
+    def dead(self) -> int:
+        """Number of units that are zero on every sample."""
+        return int((self.active_share == 0).sum())
+
+    @property
+    def aligned(self) -> float:
+        """Share of the labels whose best unit is beyond the threshold of chance."""
+        return float((self.best.abs() > self.threshold).double().mean())
+
+
+def unit_label_correlation(activities: Tensor, labels: Tensor) -> Tensor:
+    """Point-biserial correlation of every unit with every label, (n, k) and (n, P) of 0 and 1 -> (k, P) float64.
+
+    r = (mean activity with the label - without it) / std sqrt(q (1 - q)), q the label's frequency: Pearson's
+    correlation with a variable of two values. 0 where a unit or a label does not vary.
+
+    Raises:
+        ValueError: the two have not the same number of samples, or fewer than two.
+    """
+    return _standardised(activities, labels).T @ _standardised(labels, activities)
+
+
+def unit_report(
+    activities: Tensor, labels: Tensor, generator: torch.Generator, permutations: int = 200
+) -> UnitReport:
+    """Correlations of units (n, k) with labels (n, P), with what permuted labels would give.
+
+    Samples are taken to be independent. A permutation moves all labels of a sample together, so it keeps how labels
+    occur with one another, and takes the largest |r| over units, as `best` does: many units are no advantage.
+
+    Args:
+        activities: (n, k); a unit that is exactly 0 is not active.
+        labels: (n, P) of 0 and 1.
+        generator: draws the permutations, on the CPU.
+        permutations: how many; no p is below 1 / (1 + permutations).
+
+    Raises:
+        ValueError: as `unit_label_correlation`.
+    """
+    units, wanted = _standardised(activities, labels), _standardised(labels, activities)
+    correlation = units.T @ wanted
+    largest, best_unit = correlation.abs().max(dim=0)
+    by_chance, purities = [], []
+    for _ in range(permutations):
+        order = torch.randperm(len(wanted), generator=generator)
+        permuted = units.T @ wanted[order]
+        by_chance.append(permuted.abs().amax(dim=0))
+        purities.append(_purity(permuted))
+    chance = torch.stack(by_chance)  # (permutations, P)
+    activities = activities.detach().cpu().double()
+    return UnitReport(
+        correlation=correlation,
+        mean_activity=activities.mean(dim=0),
+        active_share=(activities != 0).double().mean(dim=0),
+        best_unit=best_unit,
+        best=correlation.gather(0, best_unit[None])[0],
+        threshold=chance.quantile(CONFIDENCE, dim=0),
+        p=(1 + (chance >= largest).sum(dim=0)) / (1 + permutations),
+        purity=_purity(correlation),
+        purity_by_chance=sum(purities) / len(purities),
+    )
+
+
+def _standardised(values: Tensor, others: Tensor) -> Tensor:
+    """Columns with mean 0 and length 1, float64, so that products are correlations; 0 where a column does not vary."""
+    if values.dim() != 2 or others.dim() != 2 or len(values) != len(others) or len(values) < 2:
+        raise ValueError(
+            f"no correlation between {tuple(values.shape)} and {tuple(others.shape)}: two (n, ...), n >= 2"
+        )
+    x = values.detach().cpu().double()
+    centred = x - x.mean(dim=0)
+    length = centred.norm(dim=0)
+    varies = length > 1e-12 * x.norm(dim=0)
+    return torch.where(varies, centred / length.where(varies, 1.0), 0.0)
+
+
+def _purity(correlation: Tensor) -> float:
+    """`UnitReport.purity` of correlations (k, P); NaN where all are zero."""
+    squares = correlation.square()
+    total = squares.sum(dim=1)
+    return float((squares.amax(dim=1)[total > 0] / total[total > 0]).mean())

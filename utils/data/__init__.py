@@ -1,0 +1,1 @@
+"""Data sets, their images, the task sequence, and the views that a network sees."""

@@ -1,0 +1,250 @@
+"""Data sets by name or path, held as uint8 images; `utils.data.transforms` turns them into network inputs.
+
+    dataset = load_dataset("cifar224", "data")              # or "my_set.npz", or a folder with train/ and test/
+    image = dataset.train[0]                                # (3, H, W) uint8
+
+A data set of your own is an `.npz` with `x_train, y_train, x_test, y_test, class_names` (images uint8, (N, H, W, 3) or
+(N, H, W)), or image files `train/<class>/*` and `test/<class>/*`.
+"""
+
+import difflib
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torchvision
+
+from utils.data.download import fetch_asset
+from utils.data.image_files import class_folders
+from utils.data.image_sets import (
+    NO_CACHE,
+    NPZ_KEYS,
+    ArrayImages,
+    Dataset,
+    FolderImages,
+    ImageCache,
+    ImageSet,
+    from_arrays,
+    from_folder,
+    from_lists,
+    from_npz,
+    read_npz,
+)
+from utils.data.synthetic import CLASS_NAMES, synthetic_arrays
+from utils.errors import UserError
+
+__all__ = [
+    "DATASETS",
+    "ArrayImages",
+    "Dataset",
+    "FolderImages",
+    "ImageCache",
+    "ImageSet",
+    "class_count",
+    "dataset_slug",
+    "load_dataset",
+]
+
+MNIST_5K_TRAIN_PER_DIGIT = 400
+DOMAINS = ("clipart", "infograph", "painting", "quickdraw", "real", "sketch")  # of DomainNet
+NO_DATA_NEEDED = "exps/quickstart.json (package index only) and exps/smoke.json need no data set of your own"
+
+
+# --------------------------------------------------------------------------------------------------- named data sets
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a named data set comes from.
+
+    classes: number of classes as published.
+    load: (name, data_root, cache) -> Dataset.
+    files: names under data_root that hold it when it is there already (an .npz, or a folder with train/ and test/).
+    """
+
+    classes: int
+    load: Callable[..., Dataset]
+    files: tuple[str, ...] = ()
+
+
+def _synthetic(name: str, data_root: Path, cache: ImageCache) -> Dataset:
+    return from_arrays(name, *synthetic_arrays())
+
+
+def _mnist_5k(name: str, data_root: Path, cache: ImageCache) -> Dataset:
+    """500 images a digit in stored order: the first 400 of every digit are for training, the last 100 for the test."""
+    path = fetch_asset("mnist_5k", data_root)
+    table = np.loadtxt(path, delimiter=",", dtype=np.uint8)  # (5000, 784 pixels and the label)
+    images, labels = table[:, :-1].reshape(-1, 28, 28), table[:, -1].astype(np.int64)
+    rank = np.empty_like(labels)  # position of an image among those of its digit
+    for digit in range(10):
+        rank[labels == digit] = np.arange(np.sum(labels == digit))
+    train = rank < MNIST_5K_TRAIN_PER_DIGIT
+    arrays = {
+        "x_train": images[train],
+        "y_train": labels[train],
+        "x_test": images[~train],
+        "y_test": labels[~train],
+    }
+    return from_arrays(name, [str(digit) for digit in range(10)], arrays)
+
+
+def _downloaded(kind: str, npz: str) -> Callable[..., Dataset]:
+    """Loader of a torchvision data set `kind`: `<data_root>/<npz>` first, else torchvision's own files or download."""
+
+    def load(name: str, data_root: Path, cache: ImageCache) -> Dataset:
+        if os.path.lexists(data_root / npz):
+            return from_npz(name, data_root / npz)
+        try:
+            parts = [
+                getattr(torchvision.datasets, kind)(data_root, train=train, download=True)
+                for train in (True, False)
+            ]
+        except Exception as error:  # network, disk and archive errors of several libraries
+            reason = " ".join(str(error).split())
+            raise _missing(
+                name, [data_root / npz], f"downloading it with torchvision failed: {reason}"
+            ) from error
+        arrays = {}
+        for source, part in zip(("train", "test"), parts, strict=True):
+            arrays |= {
+                f"x_{source}": np.asarray(part.data),
+                f"y_{source}": np.asarray(part.targets, dtype=np.int64),
+            }
+        return from_arrays(name, list(parts[0].classes), arrays)
+
+    return load
+
+
+def _folders(name: str, data_root: Path, cache: ImageCache) -> Dataset:
+    places = [data_root / file for file in DATASETS[name].files]
+    for place in places:
+        if _is_split_folder(place):
+            return from_folder(name, place, cache)
+    raise _missing(
+        name,
+        places,
+        "the published train/test split is linked from https://github.com/zhoudw-zdw/RevisitingCIL",
+    )
+
+
+def _domainnet(name: str, data_root: Path, cache: ImageCache) -> Dataset:
+    """All domains pooled by class, split as the published lists `<domain>_train.txt` and `<domain>_test.txt` say."""
+    place = data_root / DATASETS[name].files[0]
+    if _is_split_folder(place):
+        return from_folder(name, place, cache)
+    lists = {split: [place / f"{domain}_{split}.txt" for domain in DOMAINS] for split in ("train", "test")}
+    absent = [file for group in lists.values() for file in group if not file.is_file()]
+    if absent:
+        how = "the six domains and their lists are on http://ai.bu.edu/M3SDA"
+        raise _missing(name, [place / "train", *absent], how)
+    return from_lists(name, place, lists, cache)
+
+
+DATASETS = {
+    "synthetic": Source(len(CLASS_NAMES), _synthetic),
+    "mnist_5k": Source(10, _mnist_5k),
+    "mnist": Source(10, _downloaded("MNIST", "mnist.npz"), ("mnist.npz",)),
+    "fashion_mnist": Source(10, _downloaded("FashionMNIST", "fashion_mnist.npz"), ("fashion_mnist.npz",)),
+    "cifar10": Source(10, _downloaded("CIFAR10", "cifar10.npz"), ("cifar10.npz",)),
+    "cifar100": Source(100, _downloaded("CIFAR100", "cifar100.npz"), ("cifar100.npz",)),
+    "cifar224": Source(100, _downloaded("CIFAR100", "cifar100.npz"), ("cifar100.npz",)),
+    "imagenetr": Source(200, _folders, ("imagenet-r", "imagenetr")),
+    "imageneta": Source(200, _folders, ("imagenet-a", "imageneta")),
+    "vtab": Source(50, _folders, ("vtab",)),
+    "cub": Source(200, _folders, ("cub",)),
+    "objectnet": Source(200, _folders, ("objectnet",)),
+    "omnibenchmark": Source(300, _folders, ("omnibenchmark",)),
+    "domainnet": Source(345, _domainnet, ("domainnet",)),
+}
+
+
+def load_dataset(name: str, data_root: str | Path, cache: ImageCache = NO_CACHE) -> Dataset:
+    """A data set by name (a key of `DATASETS`) or path (an .npz or a folder, as given or inside `data_root`).
+
+    Args:
+        cache: where what is known of image files is kept.
+
+    Raises:
+        UserError: unknown name, data that is not there (with where it was looked for and how to get it), or a file or
+            folder that does not hold a data set; of image files that are bad, all.
+    """
+    data_root = Path(data_root)
+    if name in DATASETS:
+        return DATASETS[name].load(name, data_root, cache)
+    path = _find(name, data_root)
+    if path is None:
+        raise _missing(name, _places(name, data_root), "check the path")
+    slug = dataset_slug(name)
+    return from_npz(slug, path) if _is_npz(path) else from_folder(slug, path, cache)
+
+
+def class_count(name: str, data_root: str | Path) -> int | None:
+    """Number of classes without reading images; None when the path does not exist yet. UserError for unknown names."""
+    data_root = Path(data_root)
+    if name in DATASETS:
+        files = (data_root / file for file in DATASETS[name].files)
+        path = next((file for file in files if _holds_data(file)), None)
+        return DATASETS[name].classes if path is None else _count(path)
+    path = _find(name, data_root)
+    return None if path is None else _count(path)
+
+
+def dataset_slug(name: str) -> str:
+    """Short name for log paths: a named data set's own, else the stem of the path."""
+    path = Path(os.path.abspath(name))
+    return name if name in DATASETS else path.stem if _is_npz(path) else path.name
+
+
+def _count(path: Path) -> int:
+    if _is_npz(path):
+        return len(read_npz(path, ("class_names",))["class_names"])
+    return len(class_folders(path / "train"))
+
+
+def _is_npz(path: Path) -> bool:
+    return path.suffix.lower() == ".npz"
+
+
+def _holds_data(path: Path) -> bool:
+    return os.path.lexists(path) if _is_npz(path) else _is_split_folder(path)
+
+
+def _is_split_folder(path: Path) -> bool:
+    return os.path.isdir(path / "train") and os.path.isdir(path / "test")
+
+
+def _places(name: str, data_root: Path) -> list[Path]:
+    return list(dict.fromkeys([Path(name).expanduser(), data_root / name]))
+
+
+def _find(name: str, data_root: Path) -> Path | None:
+    """Existing data at a path; None when it looks like a path and is not there. Raises UserError for unknown names."""
+    places = _places(name, data_root)
+    found = next((path for path in places if _holds_data(path)), None)
+    if found is not None:
+        return found
+    folder = next((path for path in places if os.path.isdir(path)), None)
+    if folder is not None:
+        raise UserError(
+            f"dataset {name!r}: the folder {folder} has no train/ and test/; expected <split>/<class>/*."
+        )
+    if _is_npz(Path(name)) or "/" in name or os.sep in name:
+        return None
+    near = difflib.get_close_matches(name, DATASETS, n=3, cutoff=0.5)
+    raise UserError(
+        f"dataset {name!r} is not known; "
+        + (f"nearest: {', '.join(near)}; " if near else "")
+        + f"allowed: {', '.join(DATASETS)}, a path ending in .npz, or a folder with train/<class>/* and test/<class>/*."
+    )
+
+
+def _missing(name: str, places: Sequence[Path], how: str) -> UserError:
+    looked = ", ".join(str(place) for place in places)
+    return UserError(
+        f"Data set {name!r} was not found: looked at {looked}; {how}. "
+        f"A data set is an .npz with {', '.join(NPZ_KEYS)}, or a folder with train/<class>/* and "
+        f"test/<class>/*; put it there, or set data_root or dataset to where it is. {NO_DATA_NEEDED}."
+    )

@@ -1,0 +1,1 @@
+"""Reports of sweeps: statistics over seeds, hypotheses, tables and figures."""

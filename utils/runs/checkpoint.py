@@ -1,0 +1,209 @@
+"""Checkpoints that survive being killed at any byte: safetensors for tensors, JSON for the rest, no pickle.
+
+    save_checkpoint(run / "checkpoints" / checkpoint_name(3), tensors, state)          # at the end of task 3
+    save_checkpoint(run / "checkpoints" / checkpoint_name(3, 120), tensors, state)     # interrupted at its step 120
+    tensors, state = load_checkpoint(latest_checkpoint(run / "checkpoints"))
+
+A checkpoint is a folder with `tensors.safetensors` and `state.json`, which records the format's version and the hashes
+of both parts. It is written under a hidden name (`.tmp-...`), forced to disk and renamed, so a visible folder is always
+complete. A folder that is replaced is first set aside as `.old-...` and removed last: until the new one stands, the old
+one is still found by `latest_checkpoint`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors import torch as safetensors_torch
+
+from utils.errors import UserError
+from utils.files import sync_folder, write_synced
+
+FORMAT = "nested-lora checkpoint"
+VERSION = 1
+TENSORS_FILE = "tensors.safetensors"
+STATE_FILE = "state.json"
+TEMPORARY = ".tmp-"  # unfinished or to be removed: never read
+SET_ASIDE = ".old-"  # complete, while its replacement is moved into place
+_NAME = re.compile(r"task_(\d+)(?:_step_(\d+))?")
+
+
+def checkpoint_name(task: int, step: int | None = None) -> str:
+    """Folder name of a checkpoint: `task_03` at the end of task 3, `task_03_step_000120` after 120 of its steps."""
+    return f"task_{task:02d}" if step is None else f"task_{task:02d}_step_{step:06d}"
+
+
+def save_checkpoint(folder: Path, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> None:
+    """Write a checkpoint so that at every moment either the old one, the new one or none is visible, each whole.
+
+    folder: where it shall stand; its parent is created. An existing checkpoint there is replaced.
+    tensors: any dtype safetensors knows, any device, any shape; aliases and views are stored as separate copies.
+    state: what JSON can hold, with text keys. Tuples come back as lists; numbers come back exactly.
+    Raises TypeError for a state that JSON would change or cannot hold, OSError when the disk does not take it: what was
+    there before is as it was then.
+    """
+    folder = Path(folder)
+    _require_text_keys(state, "state")
+    state_text = _canonical(state)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    _tidy(folder.parent)
+
+    # A fresh contiguous CPU copy of each: safetensors refuses tensors that share memory.
+    copies = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, tensor in tensors.items()
+    }
+    payload = safetensors_torch.save(copies)
+    header = {
+        "format": FORMAT,
+        "version": VERSION,
+        "tensors_bytes": len(payload),
+        "tensors_sha256": hashlib.sha256(payload).hexdigest(),
+        "state_sha256": hashlib.sha256(state_text.encode()).hexdigest(),
+        "state": state,
+    }
+    temporary = folder.with_name(TEMPORARY + folder.name)
+    aside = folder.with_name(SET_ASIDE + folder.name)
+    try:
+        temporary.mkdir()
+        write_synced(temporary / TENSORS_FILE, payload)
+        write_synced(temporary / STATE_FILE, json.dumps(header, indent=1).encode())
+        sync_folder(temporary)
+        if folder.exists():
+            os.rename(folder, aside)
+        os.rename(temporary, folder)
+    except OSError:  # a full disk, say
+        with suppress(OSError):
+            _tidy(folder.parent)
+        raise
+    sync_folder(folder.parent)
+    if aside.exists():
+        _remove(aside)
+
+
+def load_checkpoint(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Read a checkpoint back: (tensors on the CPU, state), after checking version and hashes.
+
+    Raises UserError when the folder is missing, foreign, truncated, damaged or of a newer format.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(
+            f"{folder} is not a checkpoint: there is no such folder; give one like checkpoints/task_00"
+        )
+    for name in (STATE_FILE, TENSORS_FILE):
+        if not (folder / name).is_file():
+            raise UserError(f"{folder} is not a checkpoint: it holds no {name}")
+    header = _read_header(folder)
+    payload = (folder / TENSORS_FILE).read_bytes()
+    if len(payload) != header["tensors_bytes"]:
+        raise _damaged(
+            folder, f"{TENSORS_FILE} has {len(payload)} bytes instead of {header['tensors_bytes']}"
+        )
+    if hashlib.sha256(payload).hexdigest() != header["tensors_sha256"]:
+        raise _damaged(folder, f"{TENSORS_FILE} does not have the recorded SHA-256")
+    if hashlib.sha256(_canonical(header["state"]).encode()).hexdigest() != header["state_sha256"]:
+        raise _damaged(folder, f"{STATE_FILE} does not have the recorded SHA-256")
+    try:
+        return safetensors_torch.load(payload), header["state"]
+    except SafetensorError as error:
+        raise _damaged(folder, f"{TENSORS_FILE} is not in the safetensors format ({error})") from error
+
+
+def latest_checkpoint(checkpoints: Path) -> Path | None:
+    """The checkpoint that is furthest in the run, or None where there is none (or no such folder).
+
+    Furthest by the (task, step) in its name: the end of a task comes after all its steps. Leftovers of interrupted
+    saves are passed over, and folders that lack a file; a damaged checkpoint is not, so that `load_checkpoint` refuses
+    it rather than a run going on silently from an older one. Reads only. UserError where a file stands in its place.
+    """
+    checkpoints = Path(checkpoints)
+    if not checkpoints.is_dir():
+        if os.path.lexists(checkpoints):
+            raise UserError(f"{checkpoints} is no folder of checkpoints: restore the folder that was there")
+        return None
+    found: dict[tuple[int, float], Path] = {}
+    for folder in checkpoints.iterdir():
+        visible = folder.with_name(folder.name.removeprefix(SET_ASIDE))
+        position = _NAME.fullmatch(visible.name)
+        superseded = folder != visible and visible.exists()
+        complete = (folder / STATE_FILE).is_file() and (folder / TENSORS_FILE).is_file()
+        if position and complete and not superseded:
+            task, step = position.groups()
+            found[int(task), float("inf") if step is None else int(step)] = folder
+    return found[max(found)] if found else None
+
+
+def _tidy(checkpoints: Path) -> None:
+    """Undo what an interrupted save left: bring back what it had set aside, remove what it had not finished."""
+    for aside in checkpoints.glob(f"{SET_ASIDE}*"):
+        visible = aside.with_name(aside.name.removeprefix(SET_ASIDE))
+        if visible.exists():
+            _remove(aside)
+        else:
+            os.rename(aside, visible)
+    for leftover in checkpoints.glob(f"{TEMPORARY}*"):
+        shutil.rmtree(leftover)
+
+
+def _remove(aside: Path) -> None:
+    """Remove a folder that was set aside, renaming it first: a half-removed one is never taken for a checkpoint."""
+    condemned = aside.with_name(TEMPORARY + aside.name)
+    os.rename(aside, condemned)
+    shutil.rmtree(condemned)
+
+
+def _read_header(folder: Path) -> dict[str, Any]:
+    try:
+        header = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise _damaged(folder, f"{STATE_FILE} is not valid JSON ({error})") from error
+    if not isinstance(header, dict) or header.get("format") != FORMAT:
+        raise UserError(
+            f"{folder} is not a checkpoint of this program: its {STATE_FILE} does not say '{FORMAT}'"
+        )
+    version = header.get("version")
+    if isinstance(version, int) and version > VERSION:
+        raise UserError(
+            f"{folder} has checkpoint format {version}, this program reads up to {VERSION}: update the program"
+        )
+    expected = {"tensors_bytes": int, "tensors_sha256": str, "state_sha256": str, "state": dict}
+    wrong = [key for key, kind in expected.items() if not isinstance(header.get(key), kind)]
+    if version != VERSION or wrong:
+        raise _damaged(folder, f"{STATE_FILE} has no usable {', '.join(wrong) or 'version'}")
+    return header
+
+
+def _damaged(folder: Path, what: str) -> UserError:
+    return UserError(
+        f"checkpoint {folder} is damaged: {what}; remove it to go on from the checkpoint before it"
+    )
+
+
+def _canonical(state: Mapping[str, Any]) -> str:
+    """One text for one state, whatever its layout in the file: what the state's hash is taken of."""
+    return json.dumps(state, sort_keys=True, separators=(",", ":"))
+
+
+def _require_text_keys(value: Any, where: str) -> None:
+    """JSON turns the key 9 into "9" without a word; refuse it here rather than lose it on resume."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            if not isinstance(key, str):
+                raise TypeError(
+                    f"{where} has the key {key!r}: only text keys come back from a checkpoint as they were"
+                )
+            _require_text_keys(item, f"{where}[{key!r}]")
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            _require_text_keys(item, f"{where}[{index}]")

@@ -1,0 +1,406 @@
+"""The record of one run (one seed): its folder, its text log, its numbers, and TensorBoard.
+
+    with RunLog.create(folder_of(config, seed=1993), config=config.model_dump(), overwrite=False) as run:
+        run.manifest({...})
+        run.metric("epoch", task=0, phase="func", block=None, epoch=0, loss=0.7, train_accuracy=81.0, lr={"fast": 0.01})
+        run.accuracy_csv(matrix.rows)
+        run.result({...})
+
+`config.json`, `manifest.json`, `result.json` and `accuracy.csv` are replaced as a whole, atomically. `metrics.jsonl`
+takes one line an event. `tb/` and `metrics.csv` (tag, step, value) are views of `metrics.jsonl` and nothing else: they
+are redrawn when a run is resumed.
+The text log lies beside the folder as `<folder>.log`. One process at a time writes a run (`utils/runs/folders.py`).
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import logging
+import math
+import os
+import shutil
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
+
+from utils.console import LOG_FORMAT, attach_console
+from utils.errors import AGAIN, UserError, os_error_sentence
+from utils.files import json_bytes, naming, replace_file
+from utils.runs.folders import FolderLock, create_folder, text_log
+from utils.runs.manifest import MANIFEST
+from utils.runs.run_folder import (
+    ACCURACY,
+    CONFIG,
+    METRICS,
+    RESULT,
+    TABLE,
+    TENSORBOARD,
+    claim,
+    give_up,
+    make_way,
+    waiting_notes,
+)
+
+logger = logging.getLogger("nested_lora")
+
+_POSITION_FIELDS = {"task", "epoch", "step"}  # where in the run an event happened: not values to draw
+_NUMBERED_FIELDS = {"block", "adapter"}  # numbers that say what an event is about: part of its tag
+
+
+class RunLog:
+    """Everything one run writes, apart from its checkpoints and figures. Open one with `create` or `reopen`.
+
+    It holds the folder's lock until it is closed. A new run that ends with an error before it has recorded anything
+    leaves no folder, and what it was to replace is back in its place.
+    """
+
+    def __init__(self, folder: Path, lock: FolderLock, *, undo: Callable[[], None] = lambda: None) -> None:
+        self.folder, self._lock, self._undo = folder, lock, undo
+        self.log_path = text_log(folder)
+        with ExitStack() as opened:
+            self._handlers = _attach(self.log_path)
+            opened.callback(self._detach)
+            self._metrics = opened.enter_context(open(folder / METRICS, "ab", buffering=0))
+            self._views = _Views(folder / TENSORBOARD, folder / TABLE)
+            opened.pop_all()
+
+    @classmethod
+    def create(
+        cls,
+        folder: Path,
+        *,
+        config: Mapping[str, Any],
+        overwrite: bool,
+        manifest: Mapping[str, Any] | None = None,
+    ) -> RunLog:
+        """Start the record of a new run; its folder holds `config.json` (and `manifest.json`) from the first moment on.
+
+        An existing folder is left alone: the run goes to `<folder>_2` (or `_3`, ...), and what is there is named in the
+        log, an unfinished run with the command that continues it. With `overwrite` the existing folder and its log are
+        set aside until the new run is finished. What a process left that was killed before it had begun is removed.
+        Raises UserError when the folder cannot be created, is being written, or is to be replaced and is no run's.
+        """
+        folder = Path(folder)
+        new_parents = [parent for parent in folder.parents if not parent.exists()]
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            lock, notes = claim(folder, overwrite)
+        except OSError as error:
+            raise UserError(f"cannot create {folder}: {os_error_sentence(error, AGAIN)}") from error
+        folder = lock.folder
+        files = {CONFIG: config} | ({} if manifest is None else {MANIFEST: manifest})
+        with ExitStack() as failed:
+            failed.callback(lock.release)
+            if overwrite:
+                notes += make_way(folder)
+            with ExitStack() as unmade:
+                unmade.callback(give_up, lock, new_parents)
+                create_folder(folder, {name: json_bytes(_plain(values)) for name, values in files.items()})
+                run = cls(folder, lock, undo=lambda: give_up(lock, new_parents))
+                unmade.pop_all()
+            failed.push(run)
+            for note in notes:
+                logger.warning(note)
+            failed.pop_all()
+        return run
+
+    @classmethod
+    def reopen(cls, folder: Path, metrics_bytes: int, lock: FolderLock | None = None) -> RunLog:
+        """Go on with the record of an interrupted run as it stood when a checkpoint noted `metrics_bytes`.
+
+        Cuts `metrics.jsonl` to that size, redraws its views from what is left, and appends to the text log.
+        lock: the folder's, where the caller has taken it; it is given back when the record is closed.
+        Raises UserError when the folder is not a run's or is being written, or `metrics.jsonl` cannot have had that
+        size.
+        """
+        folder = Path(folder)
+        if not (folder / CONFIG).is_file():
+            raise UserError(f"{folder} is not a run folder: it holds no {CONFIG}")
+        lock = lock or FolderLock(folder).acquire()
+        with ExitStack() as failed:
+            failed.callback(lock.release)
+            _cut_metrics(folder / METRICS, metrics_bytes)
+            shutil.rmtree(folder / TENSORBOARD, ignore_errors=True)
+            run = cls(folder, lock)
+            failed.push(run)
+            for event in read_metrics(folder):
+                run._views.add(event)
+            failed.pop_all()
+        return run
+
+    @property
+    def metrics_bytes(self) -> int:
+        """Size of `metrics.jsonl` in bytes, all of them on disk, so that a checkpoint can rely on them."""
+        with naming(self.folder / METRICS):
+            os.fsync(self._metrics.fileno())
+        return os.fstat(self._metrics.fileno()).st_size
+
+    def metric(self, event: str, **fields: Any) -> None:
+        """Append one line `{"event": event, **fields}` to `metrics.jsonl` and hand it to the operating system.
+
+        Non-finite numbers become null; NumPy and tensor values become plain ones; keys become text.
+        A killed process loses at most the line it was writing. OSError when the disk does not take it; no part of the
+        line stays then.
+        """
+        record = {"event": event, **_plain(fields)}
+        line = json.dumps(record, allow_nan=False).encode() + b"\n"
+        size = os.fstat(self._metrics.fileno()).st_size
+        with naming(self.folder / METRICS):
+            try:
+                while line:
+                    line = line[self._metrics.write(line) :]
+            except OSError:
+                self._metrics.truncate(size)
+                raise
+        self._views.add(record)
+
+    def write_json(self, name: str, values: Mapping[str, Any]) -> Path:
+        """Write `<folder>/<name>` as a whole or not at all. Non-finite numbers become null."""
+        return self._replace(name, json_bytes(_plain(values)))
+
+    def manifest(self, values: Mapping[str, Any]) -> Path:
+        """Write `manifest.json`: what the run was made with, and in which sessions (`utils/runs/manifest.py`)."""
+        return self.write_json(MANIFEST, values)
+
+    def result(self, values: Mapping[str, Any]) -> Path:
+        """Write `result.json`: the final numbers. Its presence says that the run is finished."""
+        return self.write_json(RESULT, values)
+
+    def accuracy_csv(self, rows: Sequence[Sequence[float]]) -> Path:
+        """Write `accuracy.csv`: the task x task matrix in percent at full precision, without a header.
+
+        Line t is the state after task t; tasks not seen yet are empty cells.
+        """
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows(
+            [*row, *[""] * (len(rows) - len(row))] for row in rows
+        )
+        return self._replace(ACCURACY, text.getvalue().encode())
+
+    def close(self) -> None:
+        """Close the files, take the handlers off the logger, give the lock back. Closing twice is harmless."""
+        with ExitStack() as closing:  # each of them, whatever the disk refuses of the others
+            closing.callback(self._lock.release)
+            closing.callback(self._metrics.close)
+            closing.callback(self._views.close)
+            closing.callback(self._detach)
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        with ExitStack() as closing:
+            closing.callback(self.close)
+            if kind is not None:
+                self._undo()
+                for note in waiting_notes(self.folder):
+                    logger.warning(note)
+
+    def _detach(self) -> None:
+        for handler in self._handlers:
+            logger.removeHandler(handler)
+            handler.close()
+        self._handlers = []
+
+    def _replace(self, name: str, content: bytes) -> Path:
+        return replace_file(self.folder / name, content)
+
+
+class SilentLog(RunLog):
+    """The record as processes other than the first see it: the same calls, nothing written."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @property
+    def metrics_bytes(self) -> int:
+        return 0
+
+    def metric(self, event: str, **fields: Any) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def _replace(self, name: str, content: bytes) -> Path:
+        return self.folder / name
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The events in a run's `metrics.jsonl`, in order. A last line that was never finished is left out.
+
+    Raises UserError when there is no such file or a finished line is not a JSON object.
+    """
+    path = Path(folder) / METRICS
+    if not path.is_file():
+        raise UserError(f"{folder} holds no {METRICS}: it is not a run folder")
+    *finished, _torn = path.read_bytes().split(b"\n")
+    events = []
+    for number, line in enumerate(finished, start=1):
+        try:
+            event = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UserError(
+                f"{path}, line {number} is not valid JSON ({error}): the file is damaged"
+            ) from error
+        is_event = isinstance(event, dict) and isinstance(event.get("event"), str)
+        if not is_event or not isinstance(event.get("task", 0), int):
+            raise UserError(f"{path}, line {number} is not an event: the file is damaged or foreign")
+        events.append(event)
+    return events
+
+
+def read_accuracy_csv(folder: Path) -> list[list[float]]:
+    """The rows of a run's `accuracy.csv` in percent; row t has t + 1 entries.
+
+    Raises UserError when there is no such file or it is not a lower-triangular matrix of numbers.
+    """
+    path = Path(folder) / ACCURACY
+    if not path.is_file():
+        raise UserError(
+            f"{folder} holds no {ACCURACY}: no task of this run has finished, or it is not a run folder"
+        )
+    try:
+        rows = list(csv.reader(path.read_text(encoding="utf-8").splitlines()))
+        matrix = [[float(cell) for cell in row[: t + 1]] for t, row in enumerate(rows)]
+        triangular = all(len(row) == len(rows) and not any(row[t + 1 :]) for t, row in enumerate(rows))
+    except (ValueError, csv.Error) as error:
+        raise UserError(f"{path} is damaged: {error}") from error
+    if not triangular or not all(0 <= value <= 100 for row in matrix for value in row):
+        raise UserError(f"{path} is damaged: not a lower-triangular matrix of percentages, {len(rows)} tasks")
+    return matrix
+
+
+def scalars(event: Mapping[str, Any]) -> list[tuple[str, float]]:
+    """What TensorBoard draws of an event: [(tag, value)].
+
+    The tag is the event's name, then what it is about (text fields, block and adapter numbers), then the value's field:
+    `epoch/rd/block_09/loss`, `task/accuracy/00`. Position in the run (task, epoch, step) and nulls are not drawn.
+    """
+    about = [
+        f"{name}_{value:02d}" if name in _NUMBERED_FIELDS else str(value)
+        for name, value in event.items()
+        if (name in _NUMBERED_FIELDS and isinstance(value, int)) or isinstance(value, str)
+    ]
+    values = {name: value for name, value in event.items() if name not in _POSITION_FIELDS | _NUMBERED_FIELDS}
+    return [("/".join([*about, *path]), value) for path, value in _numbers(values)]
+
+
+class _Views:
+    """The numbers of events for TensorBoard and as a table.
+
+    The step is a counter for each tag, so that the same events always give the same curves and lines.
+    """
+
+    def __init__(self, board: Path, table: Path) -> None:
+        board.mkdir(exist_ok=True)
+        self._events_path = board / f"events.out.tfevents.{time.time_ns() // 10**9}.{os.getpid()}"
+        self._table_path = table
+        self._events = open(self._events_path, "wb")  # noqa: SIM115 - closed by close()
+        self._records = RecordWriter(self._events)
+        self._records.write(Event(wall_time=time.time(), file_version="brain.Event:2").SerializeToString())
+        self._table = open(table, "w", encoding="utf-8", newline="")  # noqa: SIM115 - closed by close()
+        self._rows = csv.writer(self._table, lineterminator="\n")
+        self._rows.writerow(["tag", "step", "value"])
+        self._steps: Counter[str] = Counter()
+
+    def add(self, event: Mapping[str, Any]) -> None:
+        for tag, value in scalars(event):
+            step = self._steps[tag]
+            summary = Summary(value=[Summary.Value(tag=tag, simple_value=value)])
+            with naming(self._events_path):
+                self._records.write(
+                    Event(wall_time=time.time(), step=step, summary=summary).SerializeToString()
+                )
+            with naming(self._table_path):
+                self._rows.writerow([tag, step, value])
+            self._steps[tag] += 1
+        with naming(self._events_path):
+            self._events.flush()
+        with naming(self._table_path):
+            self._table.flush()
+
+    def close(self) -> None:
+        with ExitStack() as closing:
+            for path, file in ((self._events_path, self._events), (self._table_path, self._table)):
+                closing.enter_context(naming(path))
+                closing.callback(file.close)
+
+
+class _TextLog(logging.FileHandler):
+    """The text log of one run; a type of its own so that two runs are never open at once. OSError on a full disk."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+            return
+        with naming(Path(self.baseFilename)):
+            raise error
+
+
+def _attach(log_path: Path) -> list[logging.Handler]:
+    """Send the program's messages to the run's text log and to the console; returns the handlers added."""
+    if any(isinstance(handler, _TextLog) for handler in logger.handlers):
+        raise RuntimeError("another run's log is still open; close it first: one seed, one log")
+    console = attach_console()
+    text_log = _TextLog(log_path, encoding="utf-8", errors="backslashreplace")
+    text_log.setFormatter(logging.Formatter(LOG_FORMAT))
+    logger.setLevel(logging.INFO)
+    logger.addHandler(text_log)
+    return [text_log] if console is None else [text_log, console]
+
+
+def _cut_metrics(path: Path, size: int) -> None:
+    """Cut `metrics.jsonl` to the first `size` bytes, which must be whole lines."""
+    content = path.read_bytes() if path.exists() else b""
+    if not 0 <= size <= len(content) or (size and content[size - 1 : size] != b"\n"):
+        raise UserError(
+            f"{path} has {len(content)} bytes and does not fit the checkpoint, which was made when a line of it ended "
+            f"at byte {size}: the file was changed or belongs to another run"
+        )
+    if path.exists():
+        os.truncate(path, size)
+
+
+def _plain(value: Any) -> Any:
+    """The value as JSON can hold it: text keys, plain numbers and lists, null for non-finite, text for paths."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | range):
+        return [_plain(item) for item in value]
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, Path):
+        return str(value)
+    if hasattr(value, "tolist"):  # NumPy scalars and arrays, tensors
+        return _plain(value.tolist())
+    return value
+
+
+def _numbers(values: Any) -> Iterator[tuple[list[str], float]]:
+    """Every number inside nested mappings and lists, with the path to it."""
+    if isinstance(values, bool | int | float):
+        yield [], float(values)
+        return
+    items: Iterable[tuple[Any, Any]] = ()
+    if isinstance(values, Mapping):
+        items = values.items()
+    elif isinstance(values, list):
+        items = enumerate(values)
+    for key, item in items:
+        for path, number in _numbers(item):
+            yield [str(key).zfill(2) if str(key).isdigit() else str(key), *path], number

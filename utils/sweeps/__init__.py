@@ -1,0 +1,1 @@
+"""Sweeps: a table of experiments, where each stands, and what executes its runs."""

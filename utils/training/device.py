@@ -1,0 +1,253 @@
+"""Small helpers that any part may use: devices, precision, peak memory, packing nested state.
+
+device, warning = resolve_device("auto")
+with autocast(device, "bf16"):
+    features = network(images)
+"""
+
+import contextlib
+import ctypes
+import hashlib
+import re
+import resource
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from utils.errors import UserError
+
+Item = TypeVar("Item")
+GPU_NUMBER = re.compile("[0-9]{1,4}")
+END = object()  # what `one_ahead` takes for the end of its items
+DEVICES = 'allowed: "auto", "cpu", "mps", "cuda", "cuda:N", or a published list such as ["0"] or ["-1"]'
+
+
+def resolve_device(spec: str | int | list[str | int]) -> tuple[torch.device, str | None]:
+    """The device a config asks for, and a warning where it is not quite that.
+
+    "auto" takes CUDA when there is one. A published list (`["0"]`) takes that GPU, or the CPU with a warning where it
+    is absent; `["-1"]` is the CPU.
+
+    Raises:
+        UserError: the name is unknown, or the device was asked for by name and is absent.
+    """
+    if isinstance(spec, (list, tuple)):
+        return _resolve_list(spec)
+    name = str(spec).lower()
+    if name == "auto":
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu"), None
+    if name in ("cpu", "-1"):
+        return torch.device("cpu"), None
+    if name == "mps":
+        if not torch.backends.mps.is_available():
+            raise UserError(
+                'device = "mps" was asked for, but this PyTorch sees no MPS device; use "auto" or "cpu"'
+            )
+        return torch.device("mps"), None
+    index = name.partition(":")[2]
+    if re.fullmatch(r"cuda(:[0-9]{1,4})?", name):
+        if int(index or 0) >= torch.cuda.device_count():
+            seen = torch.cuda.device_count()
+            raise UserError(
+                f'device = "{spec}" was asked for, but this PyTorch sees {seen} CUDA devices; use "auto" or "cpu"'
+            )
+        return torch.device("cuda", int(index or 0)), None
+    if GPU_NUMBER.fullmatch(name):
+        return _resolve_list([name])
+    raise UserError(f"device = {spec!r} is unknown; {DEVICES}")
+
+
+def _resolve_list(spec: list[str | int]) -> tuple[torch.device, str | None]:
+    names = [str(item) for item in spec]
+    if not names or any(name != "-1" and not GPU_NUMBER.fullmatch(name) for name in names):
+        raise UserError(f"device = {spec!r} is unknown; {DEVICES}")
+    if names[0] == "-1":
+        return torch.device("cpu"), None
+    if int(names[0]) < torch.cuda.device_count():
+        several = f"device = {spec!r}: only GPU {names[0]} is used" if len(names) > 1 else None
+        return torch.device("cuda", int(names[0])), several
+    return torch.device("cpu"), f"device = {spec!r}: no such GPU here, running on the CPU"
+
+
+def resolve_precision(precision: str, device: torch.device) -> tuple[str, str | None]:
+    """The precision to compute in, and a warning where it is not the one asked for.
+
+    bf16 on a device that has no instructions for it is emulated, at a thirtieth of the speed of fp32 (measured on a CPU
+    with AVX2 only): fp32 is taken there, which is also the more exact.
+    """
+    if precision != "bf16" or has_bf16(device):
+        return precision, None
+    return (
+        "fp32",
+        f'precision = "bf16": {device.type} has no bf16 instructions here, where it would crawl; using fp32',
+    )
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether the device multiplies bf16 matrices in hardware (CPU: AVX512 or AMX, as oneDNN needs)."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return True
+
+
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
+    """bf16 autocast on the device, or nothing for "fp32"."""
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
+
+
+def not_finite_advice(precision: str) -> str:
+    """What to do where numbers became NaN or infinite in a run of this precision."""
+    exact = "" if precision == "fp32" else 'set precision to "fp32", '
+    return f"{exact}lower the learning rates or the weight decay, or start from other weights"
+
+
+def require_finite(values: Tensor, what: str, precision: str) -> Tensor:
+    """The values themselves, once it is known that they are numbers.
+
+    Raises:
+        UserError: one is NaN or infinite; `what`, a plural, names them.
+    """
+    if not torch.isfinite(values).all():
+        raise UserError(f"{what} are not finite (NaN or infinity): {not_finite_advice(precision)}")
+    return values
+
+
+def predictions(scores: Tensor, what: str, precision: str) -> Tensor:
+    """The class of the highest score, (B, C, ...) -> (B, ...); every tested prediction is made here.
+
+    Raises:
+        UserError: a score is NaN or infinite; `what` says of what the scores are.
+    """
+    return require_finite(scores, f"the scores of {what}", precision).argmax(dim=1)
+
+
+def keep_freed_memory() -> bool:
+    """Let glibc's allocator keep what is freed instead of returning it to the system after every tensor.
+
+    By default every large tensor is mapped, zeroed page by page and unmapped again; on the CPU that took 30 % of a
+    training step. Returns whether the allocator took the settings (Linux with glibc); elsewhere nothing changes.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    trim_threshold, top_pad, mmap_max = -1, -2, -4  # parameter numbers of mallopt(3)
+    settings = {mmap_max: 0, trim_threshold: 2**31 - 1, top_pad: 256 * 2**20}
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except AttributeError:  # another C library
+        return False
+    return all(mallopt(parameter, value) for parameter, value in settings.items())
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Peak memory in MiB: allocated on a CUDA device, else the process's resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+
+
+@contextlib.contextmanager
+def out_of_memory_advice(batch_size: int, grad_accumulation: int, eval_batch_size: int) -> Iterator[None]:
+    """Turn an out-of-memory error of the device inside into a sentence that says which keys to change to what."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        text = str(error)
+        exhausted = isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text
+        if not exhausted:
+            raise
+        smaller = ""
+        if grad_accumulation < batch_size:
+            parts = min(2 * grad_accumulation, batch_size)
+            smaller = f"set grad_accumulation={parts} for the same result in smaller parts, or "
+        raise UserError(
+            f"out of memory with batch_size {batch_size}, grad_accumulation {grad_accumulation} and eval_batch_size "
+            f"{eval_batch_size}: {smaller}halve the sizes to batch_size={max(1, batch_size // 2)}, "
+            f"eval_batch_size={max(1, eval_batch_size // 2)}; what is saved can be resumed after editing "
+            "grad_accumulation or eval_batch_size in its config.json"
+        ) from error
+
+
+@contextlib.contextmanager
+def dead_worker_advice() -> Iterator[None]:
+    """Turn PyTorch's error for a data worker that has ended too early into a sentence.
+
+    It is raised by a signal handler, in whatever the process is doing when the worker ends.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise UserError(
+            f"a data worker has ended before its work was done ({first_line(error)}): it was killed, or there was too "
+            "little memory for it; lower num_workers (0 uses none) and go on with --resume where a run had begun"
+        ) from error
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's text without its full stop, or its class when it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(". ")
+
+
+def seeded_generator(*key: int) -> torch.Generator:
+    """A CPU generator of its own for a key of non-negative integers; different keys give unrelated streams."""
+    seed = np.random.SeedSequence(key).generate_state(1, dtype=np.uint64)[0]
+    return torch.Generator().manual_seed(int(seed) % 2**63)
+
+
+def one_ahead(items: Iterable[Item]) -> Iterator[Item]:
+    """The same items, each prepared in a thread while the caller works on the one before it."""
+    source = iter(items)
+    with ThreadPoolExecutor(1) as thread:
+        pending = thread.submit(next, source, END)
+        while (item := pending.result()) is not END:
+            pending = thread.submit(next, source, END)
+            yield item
+
+
+def sha256_of(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names and bytes of tensors, in the order of their names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def pack_tensors(tree: Any, prefix: str) -> tuple[Any, dict[str, Tensor]]:
+    """Split nested dicts and lists into JSON with placeholders and a flat dict of their tensors.
+
+    Dict keys become strings. `unpack_tensors` puts the two together again.
+    """
+    tensors: dict[str, Tensor] = {}
+
+    def walk(node: Any, name: str) -> Any:
+        if isinstance(node, Tensor):
+            tensors[name] = node.detach()
+            return {"tensor": name}
+        if isinstance(node, dict):
+            return {str(key): walk(value, f"{name}.{key}") for key, value in node.items()}
+        if isinstance(node, (list, tuple)):
+            return [walk(value, f"{name}.{i}") for i, value in enumerate(node)]
+        return node
+
+    return walk(tree, prefix), tensors
+
+
+def unpack_tensors(tree: Any, tensors: dict[str, Tensor]) -> Any:
+    """Undo `pack_tensors`: placeholders become tensors."""
+    if isinstance(tree, dict):
+        if set(tree) == {"tensor"} and isinstance(tree["tensor"], str):
+            return tensors[tree["tensor"]]
+        return {key: unpack_tensors(value, tensors) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [unpack_tensors(value, tensors) for value in tree]
+    return tree

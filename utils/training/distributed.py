@@ -1,0 +1,179 @@
+"""Data-parallel training under torchrun: which process this is, and what the processes tell each other.
+
+world = world_from_environment()
+world = replace(world, device=local_device(torch.device("cuda"), world))
+with process_group(world, backend_for(world.device)):
+    features = world.gather_rows(network(images[world.share(len(images))]), len(images))
+
+One process exchanges nothing. Several must call the same methods of `World` in the same order.
+"""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from utils.errors import UserError, os_error_sentence
+
+
+@dataclass(frozen=True)
+class World:
+    """One process among those that train together."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0  # among the local_size processes of this machine
+    device: torch.device = torch.device(
+        "cpu"
+    )  # what is exchanged passes through it (if not CUDA, through the CPU)
+    local_size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def _carrier(self) -> torch.device:
+        return self.device if self.device.type == "cuda" else torch.device("cpu")
+
+    def share(self, n: int) -> slice:
+        """This rank's contiguous rows of n; the shares of all ranks, in rank order, are all n rows."""
+        return slice(n * self.rank // self.size, n * (self.rank + 1) // self.size)
+
+    def gather_rows(self, rows: Tensor, total: int) -> Tensor:
+        """The rows of all ranks in rank order: (total, ...), bit for bit, without gradients, on the device of `rows`.
+
+        `rows`, (n_r, ...), are this rank's share(total), possibly none, else ValueError; one process gets them back.
+        """
+        counts = [total * (rank + 1) // self.size - total * rank // self.size for rank in range(self.size)]
+        if len(rows) != counts[self.rank]:
+            raise ValueError(
+                f"rank {self.rank} of {self.size} holds {len(rows)} of {total} rows, not {counts}"
+            )
+        if self.size == 1 or total == 0:
+            return rows
+        padded = torch.zeros((max(counts), *rows.shape[1:]), dtype=rows.dtype, device=self._carrier)
+        padded[: len(rows)] = rows.detach()
+        parts = padded.new_empty((self.size, *padded.shape))  # travels as bytes, whatever its dtype
+        dist.all_gather_into_tensor(parts.view(-1).view(torch.uint8), padded.view(-1).view(torch.uint8))
+        return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)]).to(rows.device)
+
+    @torch.no_grad()
+    def sum_in_place(self, tensors: Sequence[Tensor]) -> None:
+        """Replace each tensor by its sum over ranks, the same bits on all; one exchange for all tensors of a dtype."""
+        if self.size == 1:
+            return
+        for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
+            alike = [tensor for tensor in tensors if tensor.dtype == dtype]
+            flat = torch.cat([tensor.reshape(-1).to(self._carrier) for tensor in alike])
+            dist.all_reduce(flat)
+            for tensor, part in zip(alike, flat.split([tensor.numel() for tensor in alike]), strict=True):
+                tensor.copy_(part.view(tensor.shape))
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on at least one rank."""
+        return bool(self.gather_rows(torch.tensor([flag]), self.size).any())
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        self.any(False)
+
+    def check_same(self, what: str, text: str) -> None:
+        """UserError on every rank, naming `what` and the ranks, where a text (a hash, say) differs from rank 0's."""
+        digests = self.gather_rows(torch.tensor([list(hashlib.sha256(text.encode()).digest())]), self.size)
+        differing = ", ".join(str(rank) for rank in range(self.size) if not digests[rank].equal(digests[0]))
+        if differing:
+            raise UserError(
+                f"{what} differs on rank {differing} from rank 0: run the same code on devices of one kind"
+            )
+
+    def broadcast_text(self, text: str | None) -> str:
+        """Rank 0's text on every rank, such as the run folder's path; what other ranks pass is ignored."""
+        box = [text]
+        if self.size > 1:
+            dist.broadcast_object_list(box, src=0, device=self._carrier)
+        return box[0]
+
+    def on_main(self, call: Callable[[], str]) -> str:
+        """What a call returns on rank 0, which alone makes it, on every rank.
+
+        A UserError or OSError that it raises there is raised there, and a UserError of the same words on the others.
+        """
+        text, refused = "", None
+        if self.is_main:
+            try:
+                text = call()
+            except (UserError, OSError) as error:
+                refused = error
+        problem = self.broadcast_text(
+            os_error_sentence(refused) if isinstance(refused, OSError) else str(refused or "")
+        )
+        if refused is not None:
+            raise refused
+        if problem:
+            raise UserError(problem)
+        return self.broadcast_text(text)
+
+
+def world_from_environment() -> World:
+    """This process as torchrun describes it; World() where WORLD_SIZE is absent or 1. UserError: not whole or valid."""
+    size = _number("WORLD_SIZE", 1, 2**16, absent="1")
+    if size == 1:
+        return World()
+    rank, local_rank = _number("RANK", 0, size - 1), _number("LOCAL_RANK", 0, size - 1)
+    local_size = _number("LOCAL_WORLD_SIZE", local_rank + 1, size, absent=str(local_rank + 1))
+    return World(rank, size, local_rank, local_size=local_size)
+
+
+def _number(name: str, least: int, most: int, absent: str = "") -> int:
+    text = os.environ.get(name, absent)
+    if text.isdecimal() and least <= int(text) <= most:
+        return int(text)
+    raise UserError(
+        f"{name}={text!r} in the environment; allowed: {least} to {most}; use torchrun or unset WORLD_SIZE"
+    )
+
+
+def local_device(device: torch.device, world: World) -> torch.device:
+    """The device of this rank: several processes take the GPU of their local rank each; UserError: too few GPUs."""
+    if world.size == 1 or device.type != "cuda":
+        return device
+    needed, seen = max(world.local_size, world.local_rank + 1), torch.cuda.device_count()
+    if needed > seen:
+        raise UserError(
+            f"{needed} processes on this machine need a GPU each, but this PyTorch sees {seen}: lower torchrun's "
+            f'--nproc_per_node to at most {seen}, or set device to "cpu"'
+        )
+    return torch.device("cuda", world.local_rank)
+
+
+def backend_for(device: torch.device) -> str:
+    """What torch.distributed exchanges tensors of the device with."""
+    return "nccl" if device.type == "cuda" else "gloo"
+
+
+@contextmanager
+def process_group(world: World, backend: str) -> Iterator[None]:
+    """Join the other ranks while the context is open; nothing with one process."""
+    if world.size == 1:
+        yield
+        return
+    gpu = world.device if backend == "nccl" else None
+    if gpu is not None:
+        torch.cuda.set_device(gpu)
+    dist.init_process_group(backend, "env://", timedelta(minutes=30), world.size, world.rank, device_id=gpu)
+    close = (
+        gpu is None
+    )  # after an error NCCL's closing would wait for ranks that torchrun ends when this one has ended
+    try:
+        yield
+        close = True
+    finally:
+        if close:
+            dist.destroy_process_group()
