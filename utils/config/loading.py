@@ -149,7 +149,7 @@ def _check_object(given: _Given, schema: type[BaseModel]) -> CheckedObject:
     values = {key: value for key, value in given.values.items() if key in valid}
     faults = {key: _unknown_key(key, valid, "", {}) for key in given.values if key not in valid}
     footer = _list_of_keys(valid) if any(LISTED in fault for fault in faults.values()) else ""
-    faults |= _field_faults(schema, values)
+    faults = _field_faults(schema, values) | faults
     sound = {key: value for key, value in values.items() if key not in faults}
     return CheckedObject(sound, set(faults), [*given.problems, *_fault_lines(faults, given)], footer)
 
@@ -270,7 +270,7 @@ def _check(given: _Given, schemas: Mapping[str, type[RunConfig]], source: str) -
     values["model_name"] = name
     unknown = [key for key in given.values if key not in accepted]
     faults |= {key: _unknown_key(key, valid | {BASE_KEY}, name, schemas) for key in unknown}
-    faults |= _field_faults(schema, values)
+    faults = _field_faults(schema, values) | faults
     problems = [*given.problems, *_fault_lines(faults, given)]
 
     sound = {key: value for key, value in values.items() if key not in faults or key == "model_name"}
