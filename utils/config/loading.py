@@ -263,7 +263,7 @@ def _check(given: _Given, schemas: Mapping[str, type[RunConfig]], source: str) -
     name, schema, faults = _pick_schema(given.values, schemas)
     taken_back = _taken_back(given, schema)
     given.values = {key: value for key, value in given.values.items() if key not in taken_back}
-    possible = [schema] if name in schemas else schemas.values()
+    possible = schemas.values() if "model_name" in faults else [schema]
     valid = {key for option in possible for key in option.model_fields}
     accepted = valid.union(*(option.legacy_keys for option in possible))
     values = {key: value for key, value in given.values.items() if key in schema.model_fields}
@@ -308,7 +308,8 @@ def _pick_schema(
     near = _nearest(name, schemas) if isinstance(name, str) else None
     guess = f"did you mean {_shown(near)}?; " if near else ""
     fault = f"no such method; {guess}allowed: {_choices(schemas)}"
-    return near or str(name), schemas[near] if near else next(iter(schemas.values())), {"model_name": fault}
+    judged = near or next(iter(schemas))
+    return judged, schemas[judged], {"model_name": fault}
 
 
 def _unknown_key(key: str, valid: Collection[str], name: str, schemas: Mapping[str, type[RunConfig]]) -> str:
