@@ -1,22 +1,27 @@
-"""What a learner is, and the only epoch loop of the repository.
+"""Learner: base class of every method, with the only training loop of the repository.
 
-    learner.begin_task(task)
-    learner.train_task()          # the method's own story, made of stages; a stage may run a phase of training
+    learner = SEMA(config, context)      # data, backbone and modules; nothing is written
+    for task in range(learner.nb_tasks):
+        learner.begin_task(task)
+        learner.train_task()             # the method's `learn_task`
+        evaluations.append(learner.evaluate())
+    learner.report(evaluations).result   # what result.json says
 
-A phase (`Phase`) names its epochs, batches, loss and optimizer; `Learner.run_phase` runs it, logs an epoch line, and
-stops cleanly between two steps when asked to. Everything that a resumed run needs is in `Learner.state`.
+A method tells a task as a sequence of steps (`Learner.learn_task`), some of which run a phase of training (`Phase`).
+A run that was stopped between two training steps goes on from there: finished steps of the task are skipped, an open
+phase is restored with its optimizer.
 """
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from models.experiment import Parts, Scores
+from utils.analysis.findings import Findings
 from utils.config.schema import RunConfig
 from utils.console import progress
 from utils.errors import Interrupted, UserError
@@ -31,6 +36,7 @@ from utils.training.device import (
     sha256_of,
     unpack_tensors,
 )
+from utils.training.distributed import DistributedContext
 from utils.training.optim import GroupedOptimizer
 
 logger = logging.getLogger("nested_lora")
@@ -39,8 +45,29 @@ Saved = TypeVar("Saved")
 
 
 @dataclass
+class RunContext:
+    """Where a learner runs, and what records and stops it.
+
+    Attributes:
+        device: of the modules.
+        distributed: this process among those that train together.
+        log: the run's record; None where a model is only looked at.
+        stop_requested: asked between two steps; True on any rank makes `train_task` raise `Interrupted` on all.
+        save: writes a checkpoint, for phases that are saved before their end.
+        warnings: departures from the configuration, for the log.
+    """
+
+    device: torch.device
+    distributed: DistributedContext = field(default_factory=DistributedContext)
+    log: RunLog | None = None
+    stop_requested: Callable[[], bool] = lambda: False
+    save: Callable[[], object] = lambda: None
+    warnings: list[str] = field(default_factory=list)
+
+
+@dataclass
 class StepResult:
-    """Outcome of one training batch: a differentiable loss, the samples in it, and how many were classified right."""
+    """Result of one micro-batch: mean loss (differentiable), number of samples, and how many were classified right."""
 
     loss: Tensor
     samples: int
@@ -49,334 +76,457 @@ class StepResult:
 
 @dataclass
 class EpochNote:
-    """What a method adds to the record of an epoch: words after the loss in its line, numbers for its event."""
+    """A method's additions to the record of an epoch: text after the loss in its line, numbers for its event."""
 
-    words: str = ""
-    numbers: dict[str, float] = field(default_factory=dict)
+    text: str = ""
+    numbers: dict[str, Any] = field(default_factory=dict)
 
 
-@dataclass
-class Phase:
-    """One stretch of training.
+class Phase(ABC):
+    """A number of epochs over one kind of batches with one optimizer and one loss; `Learner.run_phase` runs it.
 
     Attributes:
         name: "func", "rd", ...: what is trained, in log lines.
+        replicated: every rank sees whole batches, so gradients are equal already and are not summed over ranks.
+        classifies: results say how many samples were classified right.
+        announced: its start is logged with its learning rates.
+
+    Args:
         epochs: passes over the batches.
+        steps_per_epoch: batches of one pass.
         optimizer: the groups that learn.
-        batches: (epoch, start) -> the epoch's batches from number `start` on; the same for the same arguments.
-        steps_per_epoch: number of batches when start = 0.
-        observe: one batch, or a part of one -> loss; a method's own mathematics.
-        parts: cuts a batch into parts that are worked on one after the other; an empty batch has none.
-        replicated: every rank sees whole batches, so that gradients are equal already and not summed over ranks.
-        classifies: whether results say how many samples were classified right.
-        block: the block that grew, when the phase is about one.
-        announced: whether its start is logged with its rates.
+        block: the block that the phase trains, where it is a single one.
         save_every: epochs after which the run is saved inside the phase; 0: only when it is interrupted.
-        before_step: called with the number of the coming step (from 1), gradients in place.
-        after_step: called with the number of the step just taken and what moved in it.
-        after_epoch: called with an epoch's mean loss and its steps, before the epoch is logged.
     """
 
     name: str
-    epochs: int
-    optimizer: GroupedOptimizer
-    batches: Callable[[int, int], Iterable[Any]]
-    steps_per_epoch: int
-    observe: Callable[[Any], StepResult]
-    parts: Callable[[Any], list[Any]] = lambda batch: [batch]
-    replicated: bool = False
-    classifies: bool = True
-    block: int | None = None
-    announced: bool = True
-    save_every: int = 0
-    before_step: Callable[[int], None] | None = None
-    after_step: Callable[[int, dict[str, bool]], None] | None = None
-    after_epoch: Callable[[float, int], EpochNote] = lambda loss, steps: EpochNote()
+    replicated = False
+    classifies = True
+    announced = True
+
+    def __init__(
+        self,
+        *,
+        epochs: int,
+        steps_per_epoch: int,
+        optimizer: GroupedOptimizer,
+        block: int | None = None,
+        save_every: int = 0,
+    ) -> None:
+        self.epochs, self.steps_per_epoch, self.optimizer = epochs, steps_per_epoch, optimizer
+        self.block, self.save_every = block, save_every
+
+    @abstractmethod
+    def batches(self, epoch: int, start: int) -> Iterable[Any]:
+        """The epoch's batches from number `start` on; the same for the same arguments."""
+
+    def micro_batches(self, batch: Any) -> list[Any]:
+        """The batch in parts that are worked on one after the other; none is empty."""
+        return [batch]
+
+    @abstractmethod
+    def loss(self, micro_batch: Any) -> StepResult:
+        """Forward pass and loss of a micro-batch: the method's own mathematics."""
+
+    def before_step(self, step: int) -> None:  # noqa: B027 - optional hook
+        """Called with the number of the coming step (from 1), gradients in place."""
+
+    def after_step(self, step: int, moved: Mapping[str, bool]) -> None:  # noqa: B027 - optional hook
+        """Called with the number of the step just taken and, by group, whether it was updated."""
+
+    def after_epoch(self, loss: float, steps: int) -> EpochNote:
+        """Called with an epoch's mean loss and its steps, before the epoch is logged."""
+        return EpochNote()
 
 
 @dataclass
-class Position:
-    """Where a phase stands: epochs and steps done, and the running sums of the open epoch's log line."""
+class PhaseProgress:
+    """Progress inside a phase: epochs and steps done, and the running sums of the open epoch's log line."""
 
     epoch: int = 0
     step: int = 0
     loss: float = 0.0
-    correct: int | None = None  # of the samples so far; None where the phase classifies nothing
+    correct: int | None = None  # None where the phase classifies nothing
     samples: int = 0
 
 
 @dataclass
-class Progress:
-    """Where a task stands (JSON): the stage that comes next, and what a method needs to remember inside the task."""
+class TaskProgress:
+    """Progress inside a task (JSON).
 
-    stage: str = "done"
-    phases: int = 0  # phases finished in this task: seeds their data order
-    steps: int = 0  # batches worked on in this task: says how far it is
-    memory: dict[str, Any] = field(default_factory=dict)
+    Attributes:
+        finished: names of the steps that are done (`Learner.once`).
+        phases: phases finished in this task; part of the keys of their data order.
+        steps: batches worked on in this task.
+        state: what a method must remember inside a task.
+    """
+
+    finished: list[str] = field(default_factory=list)
+    phases: int = 0
+    steps: int = 0
+    state: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Report:
+    """What a run says of itself after a task.
+
+    Attributes:
+        event: results of the newest task, for `metrics.jsonl`.
+        lines: about the newest task, for the log.
+        result: results of the whole run for `result.json`: "metrics" by name, and more.
+        tables: plain-text tables that close a run.
+        accuracy: rows of the accuracy matrix in percent, where there is one.
+        cost: times beside the run's seconds; they differ from run to run.
+    """
+
+    event: dict[str, Any]
+    lines: list[str]
+    result: dict[str, Any]
+    tables: list[str]
+    accuracy: list[list[float]] | None = None
+    cost: dict[str, float] = field(default_factory=dict)
 
 
 class Learner(ABC):
-    """A learning method: its modules and the stages its tasks go through.
+    """A learning method: its data, its modules, what it does in a task, and how it is tested.
 
-    Subclasses add only what is particular to them. The parts of a kind of experiment are in `models/experiment.py`.
+    Attributes:
+        Config: the schema of its configuration.
+        figures: draws the figures of a run from its record.
+        analyses: analyses of finished runs by name, for `eval.py --analyse`; see `analysis_inputs`.
+        modules: all modules; their state without `frozen_names` is the checkpoint.
+        method_tensors: tensors that a method must remember inside a task, beside `method_state`.
 
     Args:
-        parts: what the run is made from: its validated configuration, of the subclass's own `Config`, and more.
-        log: the run's record.
-        stop_requested: asked between two steps; True on any rank makes `train_task` raise `Interrupted` on all.
-        save: writes a checkpoint, where a phase asks for one before its end.
+        config: of the subclass's own `Config`, with the precision that the device has.
+        context: device, processes, record.
     """
 
     Config: ClassVar[type[RunConfig]]
-    Parts: ClassVar[type[Parts]]
-    Scores: ClassVar[type[Scores]]
     figures: ClassVar[Figures]
-    modules: nn.ModuleDict  # the subclass makes them
+    analyses: ClassVar[Mapping[str, Callable[[Any], Findings]]] = {}
+    modules: nn.ModuleDict
 
-    def __init__(
-        self,
-        parts: Parts,
-        *,
-        log: RunLog,
-        stop_requested: Callable[[], bool] = lambda: False,
-        save: Callable[[], object] = lambda: None,
-    ) -> None:
-        self.config, self.seed, self.device, self.world = parts.config, parts.seed, parts.device, parts.world
-        self.log, self._stop_requested, self._save = log, stop_requested, save
+    def __init__(self, config: RunConfig, context: RunContext) -> None:
+        self.config, self.context = config, context
         self.task = -1
-        self.progress = Progress()
-        self._open_phase: dict[str, Any] | None = (
-            None  # position and optimizer of a phase that was interrupted
-        )
+        self.progress = TaskProgress()
+        self.method_tensors: dict[str, Tensor] = {}
+        self._open_phase: dict[str, Any] | None = None  # progress and optimizer of an interrupted phase
 
-    # --- what a method adds -----------------------------------------------------------------------------------------
-
-    @abstractmethod
-    def open_task(self) -> None:
-        """`self.task` has begun: make room for what it brings."""
+    # --- what a method defines --------------------------------------------------------------------------------------
 
     @property
     @abstractmethod
-    def stages(self) -> dict[str, Callable[[], str]]:
-        """The stages of a task by name, each returning the next one's; begins at "start", ends with "done"."""
+    def nb_tasks(self) -> int:
+        """Tasks of the run; after each it is tested and saved."""
 
     @abstractmethod
-    def structure(self) -> dict[str, Any]:
-        """What `rebuild` needs to give fresh modules the shape of these (JSON)."""
+    def open_task(self) -> None:
+        """Make room for what `self.task` brings, such as classifier rows of new classes."""
 
     @abstractmethod
-    def rebuild(self, structure: dict[str, Any]) -> None:
-        """Give fresh modules a saved shape."""
+    def learn_task(self) -> None:
+        """The steps of a task, each as `self.once(name, work)`."""
 
     @abstractmethod
-    def checkpoint_tensors(self) -> dict[str, Tensor]:
-        """The tensors that training has made: parameters and buffers without the frozen backbone."""
+    def evaluate(self) -> dict[str, Any]:
+        """Test what has been learned after a task: exact numbers (JSON)."""
 
     @abstractmethod
-    def summary(self) -> dict[str, Any]:
-        """What the task record says of the model: "parameters" {part: number}, and what its experiment needs."""
+    def report(self, evaluations: Sequence[dict[str, Any]]) -> "Report":
+        """What a run says of itself after its newest task; `evaluations` has one entry per finished task."""
 
-    # --- what a method may do otherwise -----------------------------------------------------------------------------
+    @abstractmethod
+    def describe_evaluation(self, evaluation: dict[str, Any]) -> str:
+        """One evaluation as text, for `eval.py`."""
 
-    def costs(self, build: Callable[[Mapping[str, Any]], "Learner"]) -> Any:
-        """What there is to measure about the method (`utils/benchmark.py`): see `models/sema_costs.py`.
+    @abstractmethod
+    def describe_run(self) -> str:
+        """Data and model in one sentence, for the log."""
 
-        Raises:
-            UserError: the method names nothing.
+    @abstractmethod
+    def describe_task(self, task: int) -> str:
+        """What a task brings, for the log."""
+
+    @abstractmethod
+    def weights(self) -> dict[str, str]:
+        """Origin of the initial weights: "tag", and a "note" that must stand beside every number, or ""."""
+
+    @abstractmethod
+    def manifest(self) -> dict[str, Any]:
+        """Data and weights of the run, for its `manifest.json`."""
+
+    @abstractmethod
+    def parameter_counts(self) -> dict[str, int]:
+        """Numbers of stored values by part, beside the frozen backbone; "stored" is their sum."""
+
+    # --- what a method may define -----------------------------------------------------------------------------------
+
+    def identity(self) -> dict[str, Any]:
+        """Values that a checkpoint must share with a run to belong to it; subclasses extend `super()`'s."""
+        return {"model_name": self.config.model_name, "seed": self.seed}
+
+    def data_read(self, trained: int, tested: int) -> dict[str, list[str]]:
+        """SHA-256 per task of the images and labels read so far: "train" of so many tasks, "test" of so many.
+
+        A checkpoint belongs to a run with the same; what no task has read may change. Empty where data are generated.
         """
-        raise UserError(f"model_name = {self.config.model_name!r}: this method names no costs to measure")
+        return {}
 
-    def close_run(self) -> None:  # noqa: B027 - most methods keep nothing
+    def summary(self) -> dict[str, Any]:
+        """The model as a task's event describes it."""
+        return {"parameters": self.parameter_counts()}
+
+    def frozen_names(self) -> set[str]:
+        """Names in `modules.state_dict()` of pretrained tensors that no checkpoint holds."""
+        return set()
+
+    @property
+    def keeps_every_task(self) -> bool:
+        """Whether the checkpoints of earlier tasks stay."""
+        return True
+
+    def close_run(self) -> None:  # noqa: B027 - optional hook
         """The run is over: remove what only it needs."""
 
     # --- a task -----------------------------------------------------------------------------------------------------
 
     def begin_task(self, task: int) -> None:
         """Open a task: its classes become known."""
-        self.task, self.progress = task, Progress(stage="start")
+        self.task, self.progress = task, TaskProgress()
         self.open_task()
         parameters = list(self.modules.parameters())
         logger.info(f"All params: {sum(p.numel() for p in parameters)}")
         logger.info(f"Trainable params: {sum(p.numel() for p in parameters if p.requires_grad)}")
 
     def train_task(self) -> None:
-        """Go through the open task's stages from where it stands; after an interruption, from there."""
-        with dead_worker_advice():
-            while self.progress.stage != "done":
-                self.progress.stage = self.stages[self.progress.stage]()
-
-    # --- the loop ---------------------------------------------------------------------------------------------------
-
-    def run_phase(self, phase: Phase) -> None:
-        """Run a phase from where it stands to its end: the only epoch loop of the repository.
+        """Learn the open task from where it stands, to its end or until a stop is requested.
 
         Raises:
-            Interrupted: a stop was requested; the phase's position and optimizer are kept for the checkpoint.
+            Interrupted: a stop was requested; `state` holds everything needed to go on.
+        """
+        with dead_worker_advice():
+            self.learn_task()
+
+    def once(self, step: str, work: Callable[[], object]) -> None:
+        """Do a step of the task unless it is done, as it may be in a resumed run; names are unique in a task."""
+        if step not in self.progress.finished:
+            work()
+            self.progress.finished.append(step)
+
+    # --- the training loop ------------------------------------------------------------------------------------------
+
+    def run_phase(self, phase: Phase) -> None:
+        """Run a phase from where it stands to its end.
+
+        Raises:
+            Interrupted: a stop was requested; progress and optimizer are kept for the checkpoint.
             UserError: the loss is not finite, or the last step left weights that are not.
         """
-        position = self._restore_phase(phase)
-        where = f"Task {self.task} {phase.name}" + (
-            f" block {phase.block}" if phase.block is not None else ""
-        )
-        if phase.announced and position == Position():
-            logger.info(
-                f"{where}: {phase.epochs} epochs of {phase.steps_per_epoch} steps\n{phase.optimizer.table()}"
-            )
+        at = self._restore_phase(phase)
+        name = f"Task {self.task} {phase.name}" + (f" block {phase.block}" if phase.block is not None else "")
+        if phase.announced and at == PhaseProgress():
+            steps = f"{phase.epochs} epochs of {phase.steps_per_epoch} steps"
+            logger.info(f"{name}: {steps}\n{phase.optimizer.table()}")
         total = phase.epochs * phase.steps_per_epoch
-        done = position.epoch * phase.steps_per_epoch + position.step
-        with progress(total=total, initial=done, desc=where, unit="step") as bar:
-            while position.epoch < phase.epochs:
+        done = at.epoch * phase.steps_per_epoch + at.step
+        with progress(total=total, initial=done, desc=name, unit="step") as bar:
+            while at.epoch < phase.epochs:
                 try:
-                    for batch in phase.batches(position.epoch, position.step):
+                    for batch in phase.batches(at.epoch, at.step):
                         if self.stopping():
                             raise Interrupted
-                        self.take_step(phase, position, batch)
+                        self.take_step(phase, at, batch)
                         bar.update()
                 except Interrupted:  # also from what makes the batches
-                    self._keep_phase(phase, position)
+                    self._keep_phase(phase, at)
                     raise
-                position = self._end_epoch(phase, position)
-                if (
-                    phase.save_every
-                    and position.epoch % phase.save_every == 0
-                    and position.epoch < phase.epochs
-                ):
-                    self._keep_phase(phase, position)
-                    self._save()
+                at = self._end_epoch(phase, at)
+                if phase.save_every and at.epoch % phase.save_every == 0 and at.epoch < phase.epochs:
+                    self._keep_phase(phase, at)
+                    self.context.save()
                     self._open_phase = None
-                bar.set_postfix_str(f"epoch {position.epoch}/{phase.epochs}")
+                bar.set_postfix_str(f"epoch {at.epoch}/{phase.epochs}")
         for group in phase.optimizer.groups:
+            what = f"{name}: the weights of group {group.name}"
             for parameter in group.parameters:
-                require_finite(
-                    parameter.detach(), f"{where}: the weights of group {group.name}", self.config.precision
-                )
+                require_finite(parameter.detach(), what, self.config.precision)
         self.progress.phases += 1
 
-    def take_step(self, phase: Phase, position: Position, batch: Any) -> None:
+    def take_step(self, phase: Phase, at: PhaseProgress, batch: Any) -> None:
         """Forward, backward, one optimizer step; sums for the epoch line.
 
-        The gradient is that of the mean loss over all samples of the batch, in whatever parts and on however many
-        ranks: gradients of summed losses are added up, then divided by the number of samples.
+        The gradient is that of the mean loss over all samples of the batch, in whatever micro-batches and on however
+        many ranks: gradients of summed losses are added up, then divided by the number of samples.
         """
         phase.optimizer.zero_grad()
         results = []
-        for part in phase.parts(batch):
-            result = phase.observe(part)
+        for micro_batch in phase.micro_batches(batch):
+            result = phase.loss(micro_batch)
             (result.loss * result.samples).backward()
             results.append(result)
         loss, samples, correct = self._totals(phase, results)
         phase.optimizer.divide_gradients(samples)
         step = phase.optimizer.steps + 1
-        if phase.before_step is not None:
-            phase.before_step(step)
+        phase.before_step(step)
         moved = phase.optimizer.step()
-        if phase.after_step is not None:
-            phase.after_step(step, moved)
-        position.step += 1
+        phase.after_step(step, moved)
         self.progress.steps += 1
-        position.loss += loss / samples
-        position.samples += samples
+        at.step += 1
+        at.loss += loss / samples
+        at.samples += samples
         if correct is not None:
-            position.correct = (position.correct or 0) + correct
-        if position.loss != position.loss or abs(position.loss) == float("inf"):
+            at.correct = (at.correct or 0) + correct
+        if at.loss != at.loss or abs(at.loss) == float("inf"):
             raise UserError(
-                f"the loss of task {self.task}, phase {phase.name}, epoch {position.epoch + 1} is not finite; "
-                f"learning rates are {phase.optimizer.rates}: {not_finite_advice(self.config.precision)}"
+                f"the loss of task {self.task}, phase {phase.name}, epoch {at.epoch + 1} is not finite; "
+                f"learning rates are {phase.optimizer.lrs}: {not_finite_advice(self.config.precision)}"
             )
 
     def _totals(self, phase: Phase, results: list[StepResult]) -> tuple[float, int, int | None]:
-        """Summed loss, samples and correct ones of a batch; over all ranks, whose gradients are summed with them."""
-        classifies = phase.classifies
+        """Summed loss, samples and correct ones of a batch over all ranks, whose gradients are summed with them."""
         sums = torch.zeros(3, device=self.device)
         for result in results:
             sums[0] += result.loss.detach() * result.samples
             sums[1] += result.samples
-            if classifies:
+            if phase.classifies:
                 sums[2] += result.correct
-        if self.world.size > 1 and not phase.replicated:
-            self.world.sum_in_place([*phase.optimizer.gradients(), sums])
+        if self.distributed.size > 1 and not phase.replicated:
+            self.distributed.all_reduce([*phase.optimizer.gradients(), sums])
         loss, samples, correct = sums.tolist()
-        return loss, int(samples), int(correct) if classifies else None
+        return loss, int(samples), int(correct) if phase.classifies else None
 
-    def _end_epoch(self, phase: Phase, position: Position) -> Position:
-        """Log the epoch, move along the cosine; the position at the start of the next one."""
-        rates = phase.optimizer.rates
-        loss = position.loss / max(1, position.step)
-        accuracy = None if position.correct is None else 100 * position.correct / position.samples
+    def _end_epoch(self, phase: Phase, at: PhaseProgress) -> PhaseProgress:
+        """Log the epoch and step the schedule; the progress at the start of the next epoch."""
+        lrs = phase.optimizer.lrs
+        loss = at.loss / max(1, at.step)
+        accuracy = None if at.correct is None else 100 * at.correct / at.samples
         phase.optimizer.end_epoch()
-        epoch = position.epoch + 1
-        note = phase.after_epoch(loss, position.step)
-        shown = note.words + ("" if accuracy is None else f", Train_accy {accuracy:.2f}")
+        epoch = at.epoch + 1
+        note = phase.after_epoch(loss, at.step)
+        shown = note.text + ("" if accuracy is None else f", Train_accy {accuracy:.2f}")
         logger.info(f"{phase.name} Task {self.task}, Epoch {epoch}/{phase.epochs} => Loss {loss:.3f}{shown}")
         self.log.metric(
-            "epoch", task=self.task, phase=phase.name, block=phase.block, epoch=epoch, loss=loss,
-            train_accuracy=accuracy, lr=rates, **note.numbers,
-        )  # fmt: skip
-        return Position(epoch=epoch)
+            "epoch",
+            task=self.task,
+            phase=phase.name,
+            block=phase.block,
+            epoch=epoch,
+            loss=loss,
+            train_accuracy=accuracy,
+            lr=lrs,
+            **note.numbers,
+        )
+        return PhaseProgress(epoch=epoch)
 
-    def _keep_phase(self, phase: Phase, position: Position) -> None:
-        """Make where a phase stands part of the state."""
-        self._open_phase = {"position": asdict(position), "optimizer": phase.optimizer.state()}
+    def _keep_phase(self, phase: Phase, at: PhaseProgress) -> None:
+        """Make an open phase part of the state."""
+        self._open_phase = {"progress": asdict(at), "optimizer": phase.optimizer.state()}
 
-    def _restore_phase(self, phase: Phase) -> Position:
-        """The start of a phase, or where an interrupted one stopped."""
+    def _restore_phase(self, phase: Phase) -> PhaseProgress:
+        """The start of a phase, or the point at which it was interrupted."""
         saved, self._open_phase = self._open_phase, None
         if saved is None:
-            return Position()
+            return PhaseProgress()
         phase.optimizer.load_state(saved["optimizer"])
-        return _exactly(Position, saved["position"])
+        return _exactly(PhaseProgress, saved["progress"])
 
-    # --- helpers for methods ----------------------------------------------------------------------------------------
+    # --- short forms ------------------------------------------------------------------------------------------------
+
+    @property
+    def seed(self) -> int:
+        return self.config.seed
+
+    @property
+    def device(self) -> torch.device:
+        return self.context.device
+
+    @property
+    def distributed(self) -> DistributedContext:
+        return self.context.distributed
+
+    @property
+    def log(self) -> RunLog:
+        return self.context.log
+
+    @property
+    def method_state(self) -> dict[str, Any]:
+        """What the method must remember inside the open task (JSON)."""
+        return self.progress.state
 
     def stopping(self) -> bool:
         """Whether a stop was requested on any rank; every rank must ask at the same point."""
-        return self.world.any(self._stop_requested())
+        return self.distributed.any(self.context.stop_requested())
 
     def autocast(self) -> Any:
-        """The run's precision, for forwards of the backbone."""
+        """The run's precision, for forward passes of the backbone."""
         return autocast(self.device, self.config.precision)
 
     # --- state ------------------------------------------------------------------------------------------------------
 
-    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Everything a resumed run needs: (JSON, tensors). Valid between tasks and after `Interrupted`."""
-        phase, tensors = pack_tensors(self._open_phase, "phase")
-        learning = [name for name, parameter in self.modules.named_parameters() if parameter.requires_grad]
-        tensors |= {f"model.{name}": tensor for name, tensor in self.checkpoint_tensors().items()}
-        tensors["rng.cpu"] = torch.get_rng_state()
-        if self.device.type == "cuda":
-            tensors["rng.cuda"] = torch.cuda.get_rng_state(self.device)
-        state = {
-            "task": self.task,
-            "progress": asdict(self.progress),
-            "structure": self.structure(),
-            "learning": learning,
-            "phase": phase,
-        }
-        return state, tensors
+    def learned_tensors(self) -> dict[str, Tensor]:
+        """Parameters and buffers that training has made, by their names in `modules`."""
+        frozen = self.frozen_names()
+        return {name: tensor for name, tensor in self.modules.state_dict().items() if name not in frozen}
 
     def fingerprint(self) -> str:
         """SHA-256 of everything that was learned: equal on all ranks, and before and after a resume."""
-        return sha256_of(self.checkpoint_tensors())
+        return sha256_of(self.learned_tensors())
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Everything a resumed run needs: (JSON, tensors). Valid between tasks and after `Interrupted`."""
+        phase, tensors = pack_tensors(self._open_phase, "phase")
+        tensors |= {f"model.{name}": tensor for name, tensor in self.learned_tensors().items()}
+        tensors |= {f"method.{name}": tensor for name, tensor in self.method_tensors.items()}
+        tensors["rng.cpu"] = torch.get_rng_state()
+        if self.device.type == "cuda":
+            tensors["rng.cuda"] = torch.cuda.get_rng_state(self.device)
+        learning = [name for name, parameter in self.modules.named_parameters() if parameter.requires_grad]
+        state = {"task": self.task, "progress": asdict(self.progress), "learning": learning, "phase": phase}
+        return state, tensors
 
     def load_state(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        """Become the learner that `state` came from.
+        """Become the learner that `state` came from; modules that grow take their shape from the tensors.
 
         Raises:
-            UserError: the tensors are not exactly those this configuration has.
+            UserError: the tensors are not exactly those of this configuration.
         """
-        self.rebuild(state["structure"])
+        load_learned(self.modules, with_prefix("model.", tensors), self.frozen_names())
         self.modules.to(self.device)
-        model = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
-        load_strictly(self.checkpoint_tensors(), model)
+        self.method_tensors = with_prefix("method.", tensors)
         learning = set(state["learning"])
         for name, parameter in self.modules.named_parameters():
             parameter.requires_grad_(name in learning)
-        self.task, self.progress = state["task"], _exactly(Progress, state["progress"])
+        self.task, self.progress = state["task"], _exactly(TaskProgress, state["progress"])
         self._open_phase = unpack_tensors(state["phase"], tensors)
         torch.set_rng_state(tensors["rng.cpu"])
         if self.device.type == "cuda" and "rng.cuda" in tensors:
             torch.cuda.set_rng_state(tensors["rng.cuda"], self.device)
+
+
+def with_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whose names begin with a prefix, without it."""
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+
+def load_learned(modules: nn.Module, tensors: Mapping[str, Tensor], frozen: set[str]) -> None:
+    """Load tensors by name into modules; the frozen ones are those that stay as they are.
+
+    Raises:
+        UserError: names or shapes differ from what the modules have; it says which.
+    """
+    try:
+        missing, unexpected = modules.load_state_dict(tensors, strict=False)
+    except RuntimeError as error:  # shapes
+        first = next((line.strip() for line in str(error).splitlines()[1:] if line.strip()), str(error))
+        raise UserError(f"the checkpoint does not fit this configuration: {first.rstrip('.')}") from error
+    wrong = [f"{name} is missing" for name in sorted(set(missing) - frozen)]
+    wrong += [f"{name} is unexpected" for name in sorted(unexpected)]
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise UserError(f"the checkpoint does not fit this configuration: {'; '.join(wrong[:3])}{more}")
 
 
 def _exactly(kind: type[Saved], values: dict[str, Any]) -> Saved:
@@ -387,24 +537,3 @@ def _exactly(kind: type[Saved], values: dict[str, Any]) -> Saved:
             f"{kind.__name__} has {', '.join(sorted(values))} instead of {', '.join(sorted(names))}"
         )
     return kind(**values)
-
-
-@torch.no_grad()
-def load_strictly(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
-    """Copy tensors by name; names and shapes must be exactly the same.
-
-    Raises:
-        UserError: naming what is missing, unexpected or of another shape.
-    """
-    wrong = [f"{name} is missing" for name in ours.keys() - theirs.keys()]
-    wrong += [f"{name} is unexpected" for name in theirs.keys() - ours.keys()]
-    for name in ours.keys() & theirs.keys():
-        if ours[name].shape != theirs[name].shape:
-            wrong.append(f"{name} has shape {tuple(theirs[name].shape)} instead of {tuple(ours[name].shape)}")
-    if wrong:
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise UserError(
-            f"the checkpoint does not fit this configuration: {'; '.join(sorted(wrong)[:3])}{more}"
-        )
-    for name, tensor in ours.items():
-        tensor.copy_(theirs[name])

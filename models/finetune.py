@@ -10,9 +10,13 @@ be compared with: the same freedom on one time scale.
 from typing import Literal
 
 from pydantic import Field
+from torch import nn
 
+from models.heads import build_heads
+from models.vit.class_incremental import ClassIncrementalLearner
 from models.vit.config import AdapterConfig
-from models.vit.tuning import AdapterTuning
+from models.vit.training import adapted_network, functional_groups, train_functional
+from utils.training.optim import ParameterGroup
 
 
 class FinetuneConfig(AdapterConfig):
@@ -21,8 +25,20 @@ class FinetuneConfig(AdapterConfig):
     model_name: Literal["finetune"] = Field("finetune", description="The method.")
 
 
-class Finetune(AdapterTuning):
+class Finetune(ClassIncrementalLearner):
     """Adapters trained in sequence on every task."""
 
     Config = FinetuneConfig
     config: FinetuneConfig
+
+    def build(self, vit: nn.Module) -> nn.ModuleDict:
+        network = adapted_network(vit, self.config)
+        return nn.ModuleDict({"backbone": network, **build_heads(self.config, vit.num_features)})
+
+    def learning_groups(self) -> list[ParameterGroup]:
+        return functional_groups(self.network, self.modules["head"], self.config)
+
+    def learn_task(self) -> None:
+        self.once("remember features", self.remember_features)
+        self.once("functional", lambda: train_functional(self))
+        self.once("head", self.fit_head)

@@ -8,9 +8,13 @@ There is one task that holds all classes, so the record has a final accuracy and
 from typing import ClassVar, Literal
 
 from pydantic import Field
+from torch import nn
 
+from models.heads import build_heads
+from models.vit.class_incremental import ClassIncrementalLearner
 from models.vit.config import AdapterConfig
-from models.vit.tuning import AdapterTuning
+from models.vit.training import adapted_network, functional_groups, train_functional
+from utils.training.optim import ParameterGroup
 
 
 class JointConfig(AdapterConfig):
@@ -21,8 +25,19 @@ class JointConfig(AdapterConfig):
     model_name: Literal["joint"] = Field("joint", description="The method.")
 
 
-class Joint(AdapterTuning):
+class Joint(ClassIncrementalLearner):
     """Adapters and classifier trained on all classes together."""
 
     Config = JointConfig
     config: JointConfig
+
+    def build(self, vit: nn.Module) -> nn.ModuleDict:
+        network = adapted_network(vit, self.config)
+        return nn.ModuleDict({"backbone": network, **build_heads(self.config, vit.num_features)})
+
+    def learning_groups(self) -> list[ParameterGroup]:
+        return functional_groups(self.network, self.modules["head"], self.config)
+
+    def learn_task(self) -> None:
+        self.once("functional", lambda: train_functional(self))
+        self.once("head", self.fit_head)

@@ -8,9 +8,13 @@ There is one task that holds all classes, as for `joint`. The augmented views ar
 from typing import ClassVar, Literal
 
 from pydantic import Field
+from torch import nn
 
+from backbone.vit_sema import SEMAVisionTransformer
+from models.vit.class_incremental import ClassIncrementalLearner
 from models.vit.config import TrainingConfig
-from models.vit.tuning import Tuning
+from models.vit.training import train_functional
+from utils.inc_net import IncrementalHead
 
 
 class LinearProbeConfig(TrainingConfig):
@@ -23,8 +27,16 @@ class LinearProbeConfig(TrainingConfig):
     head_drift: Literal["none"] = Field("none", description="Features never move.")
 
 
-class LinearProbe(Tuning):
+class LinearProbe(ClassIncrementalLearner):
     """A linear classifier on the frozen class token."""
 
     Config = LinearProbeConfig
     config: LinearProbeConfig
+
+    def build(self, vit: nn.Module) -> nn.ModuleDict:
+        head = IncrementalHead(vit.num_features)
+        return nn.ModuleDict({"backbone": SEMAVisionTransformer(vit), "head": head})
+
+    def learn_task(self) -> None:
+        self.once("functional", lambda: train_functional(self))
+        self.once("head", self.fit_head)

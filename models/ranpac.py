@@ -5,22 +5,38 @@
 
 scores(x) = relu(f(x) P) (G + lambda I)^-1 Q with f the class token, P a fixed random projection to `ranpac_dim`
 numbers, G and Q sums over all training images so far, and lambda chosen on a held-out fifth of every task
-(`models.vit.closed_form.RanPACReadout`). With `first_session` the adapters are trained on task 0 and frozen before its features
+(`RanPACHead`). With `first_session` the adapters are trained on task 0 and frozen before its features
 are read, so that all sums belong to one network. Source: McDonnell et al., *RanPAC: Random Projections and Pre-trained
 Models for Continual Learning*, NeurIPS 2023.
 """
 
+import itertools
+import logging
 from typing import Literal
 
+import torch
 from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from backbone.sema_block import freeze
 from backbone.vit_sema import SEMAVisionTransformer
+from models.vit.class_incremental import ClassIncrementalLearner
+from models.vit.closed_form import ClosedFormHead, fit_drift
 from models.vit.config import BATCH_KEYS, AdapterConfig, ViTConfig
-from models.vit.frozen_vit import FrozenViT
-from models.vit.pretrained import Backbone
-from models.vit.tuning import AdapterTuning
+from models.vit.training import adapted_network, functional_groups, train_functional
 from utils.config.schema import IdleRule
+from utils.inc_net import IncrementalHead
+from utils.training.device import seeded_generator
+from utils.training.optim import ParameterGroup
+
+logger = logging.getLogger("nested_lora")
+
+RIDGES = [10.0**k for k in range(-8, 10)]  # candidates for lambda, as published
+FINER = [10.0**-0.5, 10.0**0.5]  # and, relative to the best of them, its neighbours on a grid twice as fine
+HELD_OUT = 0.2  # share of a task's training features that chooses lambda, as published
+FIT, HELD = range(2)  # the two parts that the sums are kept in
+PROJECTION, SPLIT = range(2)  # what a random stream is for; with the seed and a number it names one
 
 
 class RanPACConfig(AdapterConfig):
@@ -47,27 +63,139 @@ class RanPACConfig(AdapterConfig):
         return super().one_class_advice(task) if self.first_session and task == 0 else ""
 
 
-class RanPAC(AdapterTuning):
+class RanPACHead(ClosedFormHead):
+    """Ridge regression of one-hot labels on random features h(f) = relu(f P), P (d, M) standard normal and fixed.
+
+        scores(f) = h(f) W,   W = (G + lambda I)^-1 Q,   G = sum_i h_i h_i^T (M, M),   Q = sum_i h_i y_i^T (M, C)
+
+    G and Q are sums over all training features ever added, so learning task by task equals learning all at once. They
+    are kept in two parts, over four fifths of every task's features and over the fifth that is held out: lambda is the
+    candidate whose W, solved from the first part, has the smallest squared error on the second,
+
+        ||H_held W - Y_held||^2 = tr(W^T G_held W) - 2 tr(W^T Q_held) + n_held,
+
+    and the classifier is then solved from both. Published, the newest task's fifth alone chooses: few images of few
+    classes, with which lambda jumps by a factor of ten from task to task. A lambda with which a sum is not positive
+    definite to working precision (images repeated, fewer than random features) is passed over for the next best, of
+    equal errors for the smaller power of ten; where all are, lambda goes on growing by tens until one will do.
+
+    When the backbone moves, the random features of the newest task's images are known before and after, which gives an
+    affine map h -> J^T h + b (`fit_drift`). Sums over images that are no longer there follow it exactly,
+    with n images, m = sum_i h_i = Q 1 and the class counts c:
+
+        G -> J^T G J + J^T m b^T + b m^T J + n b b^T,   Q -> J^T Q + b c^T
+
+    Args:
+        width: d.
+        seed: names the random streams of the projection and of the held-out parts.
+        dim: M, number of random features.
+    """
+
+    gram: Tensor  # (2, M, M): sums of the parts that fit and that are held out
+    cross: Tensor  # (2, M, C)
+    part_counts: Tensor  # (2, C) images
+    weights: Tensor  # (M, C)
+
+    def __init__(self, width: int, seed: int, dim: int) -> None:
+        super().__init__(width)
+        self.seed, self.dim = seed, dim
+        shapes = {"gram": (2, dim, dim), "cross": (2, dim, 0), "part_counts": (2, 0), "weights": (dim, 0)}
+        for name, shape in shapes.items():
+            self.register_buffer(name, torch.zeros(shape, dtype=torch.float64))
+        projection = torch.randn(width, dim, generator=seeded_generator(seed, PROJECTION))
+        self.register_buffer("projection", projection.double(), persistent=False)
+
+    def refit(self, features: Tensor, targets: Tensor) -> None:
+        classes = len(self.counts)
+        missing = classes - self.cross.shape[-1]
+        self.cross, self.part_counts = F.pad(self.cross, (0, missing)), F.pad(self.part_counts, (0, missing))
+        hidden = self.random_features(features)
+        order = torch.randperm(len(hidden), generator=seeded_generator(self.seed, SPLIT, classes))
+        held, rest = order.tensor_split([max(1, round(HELD_OUT * len(order)))])
+        for part, rows in ((FIT, rest), (HELD, held)):
+            one_hot = F.one_hot(targets[rows], classes).double()
+            self.gram[part] += hidden[rows].T @ hidden[rows]
+            self.cross[part] += hidden[rows].T @ one_hot
+            self.part_counts[part] += one_hot.sum(dim=0)
+        gram, cross = self.gram.sum(dim=0), self.cross.sum(dim=0)
+        larger = (RIDGES[-1] * 10.0**k for k in itertools.count(1))
+        solutions = (
+            (ridge, _solve(gram, cross, ridge)) for ridge in itertools.chain(self.ranked_ridges(), larger)
+        )
+        ridge, self.weights = next((ridge, weights) for ridge, weights in solutions if weights is not None)
+        logger.info(f"Ridge head: lambda {ridge:g} for {classes} classes, {self.dim} random features")
+
+    def compensate_drift(self, before: Tensor, after: Tensor) -> float:
+        hidden = (self.random_features(features.cpu().double()) for features in (before, after))
+        jacobian, shift, explained = fit_drift(*hidden)
+        for gram, cross, counts in zip(self.gram, self.cross, self.part_counts, strict=True):  # views
+            mixed = torch.outer(jacobian.T @ cross.sum(dim=1), shift)
+            gram.copy_(
+                jacobian.T @ gram @ jacobian + mixed + mixed.T + counts.sum() * torch.outer(shift, shift)
+            )
+            cross.copy_(jacobian.T @ cross + torch.outer(shift, counts))
+        return explained
+
+    def forward(self, features: Tensor) -> Tensor:
+        return (self.random_features(features.cpu().double()) @ self.weights).float()
+
+    def random_features(self, features: Tensor) -> Tensor:
+        """h(f) = relu(f P): (n, d) -> (n, M), float64."""
+        return F.relu(features @ self.projection)
+
+    def ranked_ridges(self) -> list[float]:
+        """Candidates for lambda by squared error on what is held out: powers of ten, and neighbours of the best."""
+        errors = self._held_out_errors(RIDGES)
+        best = min(errors, key=errors.get, default=None)
+        errors |= self._held_out_errors([best * factor for factor in FINER] if best else [])
+        return sorted(errors, key=errors.get)
+
+    def _held_out_errors(self, ridges: list[float]) -> dict[float, float]:
+        """Squared error on the held-out part, up to a constant, by lambda; those that cannot be solved are left out."""
+        errors = {}
+        for ridge in ridges:
+            weights = _solve(self.gram[FIT], self.cross[FIT], ridge)
+            if weights is not None:
+                fitted = self.gram[HELD] @ weights - 2 * self.cross[HELD]
+                errors[ridge] = float((weights * fitted).sum())
+        return errors
+
+
+def _solve(gram: Tensor, cross: Tensor, ridge: float) -> Tensor | None:
+    """(G + ridge I)^-1 Q; None where the sum is not positive definite to working precision."""
+    factor, failed = torch.linalg.cholesky_ex(gram + ridge * torch.eye(len(gram), dtype=gram.dtype))
+    return None if failed else torch.cholesky_solve(cross, factor)
+
+
+class RanPAC(ClassIncrementalLearner):
     """Random projection and ridge regression on frozen, or once adapted, features."""
 
     Config = RanPACConfig
     config: RanPACConfig
 
-    def build_network(self, backbone: Backbone) -> SEMAVisionTransformer:
-        if self.config.first_session:
-            return super().build_network(backbone)
-        return FrozenViT.build_network(self, backbone)
+    def build(self, vit: nn.Module) -> nn.ModuleDict:
+        head = RanPACHead(vit.num_features, self.seed, self.config.ranpac_dim)
+        if not self.config.first_session:
+            return nn.ModuleDict({"backbone": SEMAVisionTransformer(vit), "closed_form": head})
+        modules = {"backbone": adapted_network(vit, self.config), "head": IncrementalHead(vit.num_features)}
+        return nn.ModuleDict({**modules, "closed_form": head})
+
+    def learning_groups(self) -> list[ParameterGroup]:
+        return functional_groups(self.network, self.modules["head"], self.config)
 
     def open_task(self) -> None:
-        """Only a first task that trains needs the classifier it trains with."""
-        if self.config.first_session and self.task == 0:
+        """Only a first task that trains needs the classifier rows it trains with."""
+        if self.task == 0:
             super().open_task()
 
-    def start_task(self) -> str:
-        return "functional" if self.config.first_session and self.task == 0 else "readout"
+    def learn_task(self) -> None:
+        if self.config.first_session and self.task == 0:
+            self.once("functional", self.train_first_session)
+        self.once("head", self.fit_head)
 
-    def after_functional(self) -> str:
+    def train_first_session(self) -> None:
+        """Train adapters on the first task, and freeze them for good."""
+        train_functional(self)
         for modules in self.network.modules_by_block.values():
             modules.freeze_functional()
-        freeze(self.head)
-        return super().after_functional()
+        freeze(self.modules["head"])

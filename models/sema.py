@@ -15,28 +15,27 @@ training errors would be too small: then errors on newly drawn views are recorde
 Source: SEMA (Wang et al., CVPR 2025) as its published code computes it; Nested LoRA as in the project's design.
 """
 
+import functools
 import logging
-from collections.abc import Callable, Mapping
-from dataclasses import replace
-from typing import Any
+from collections.abc import Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from backbone.consolidation import Consolidation
-from backbone.sema_block import AdapterSpec, SEMAModules, is_learning
+from backbone.sema_block import SEMAModules, is_learning
 from backbone.sema_components import NestedLoRAAdapter
 from backbone.vit_sema import SEMAVisionTransformer
-from models.base import Interrupted, Learner, Phase, StepResult
+from models.base import Phase, StepResult
+from models.heads import build_heads
 from models.sema_config import SEMAConfig
-from models.sema_costs import SEMACosts
-from models.vit.pretrained import Backbone
+from models.vit.class_incremental import ClassIncrementalLearner
 from models.vit.task_inputs import VIEW, Batch
-from models.vit.tuning import FUNCTIONAL, AdapterTuning, learning
+from models.vit.training import FUNCTIONAL, adapter_spec, functional_groups, train_functional
 from utils.console import progress
-from utils.errors import UserError
+from utils.errors import Interrupted
 from utils.training.device import seeded_generator
-from utils.training.optim import GroupedOptimizer, ParameterGroup
+from utils.training.optim import GroupedOptimizer, ParameterGroup, trainable
 
 logger = logging.getLogger("nested_lora")
 
@@ -47,100 +46,105 @@ CONSOLIDATION_IMAGES = 128  # images of the task that consolidation looks at
 CONSOLIDATION_TOKENS = 32  # tokens of each of them
 
 
-class SEMA(AdapterTuning):
+class SEMA(ClassIncrementalLearner):
     """Self-expansion with a mixture of adapters; functional parts are `Adapter` or `NestedLoRAAdapter`."""
 
     Config = SEMAConfig
     config: SEMAConfig
 
-    def build_network(self, backbone: Backbone) -> SEMAVisionTransformer:
-        config, vit = self.config, backbone.vit
+    def build(self, vit: nn.Module) -> nn.ModuleDict:
+        config = self.config
         chosen = range(config.adapt_start_layer, config.adapt_end_layer + 1)
         adapted = range(len(vit.blocks)) if config.adapter_blocks == "all" else chosen
         growing = () if config.expansion == "never" else chosen
-        return SEMAVisionTransformer(vit, self.adapter_spec(vit.embed_dim), growing=growing, adapted=adapted)
+        described = {"rd_dim": config.rd_dim, "buffer_size": config.buffer_size, "aligned": config.aligned}
+        spec = adapter_spec(config, vit.embed_dim, **described)
+        network = SEMAVisionTransformer(vit, spec, growing=growing, adapted=adapted)
+        return nn.ModuleDict({"backbone": network, **build_heads(config, vit.num_features)})
 
-    def adapter_spec(self, width: int) -> AdapterSpec:
-        config = self.config
-        return replace(
-            super().adapter_spec(width),
-            rd_dim=config.rd_dim,
-            buffer_size=config.buffer_size,
-            aligned=config.aligned,
-        )
+    def learning_groups(self) -> list[ParameterGroup]:
+        return functional_groups(self.network, self.modules["head"], self.config)
 
     def open_task(self) -> None:
         super().open_task()
-        self.progress.memory = {
+        self.progress.state = {
             "block": None,  # the block whose new adapter is in training
             "grown": [],  # blocks that have grown in this task
             "scan": 0,  # whole scans before this one
-            "batch": 0,  # batches of this scan looked at
+            "batch": 0,  # batches of this scan that are done
             "grown_in_scan": False,
             "highest_z": {},  # by block, since it was last trained
         }
 
-    @property
-    def stages(self) -> dict[str, Callable[[], str]]:
-        return super().stages | {
-            "scan": self.scan,
-            "descriptors": self.train_descriptors,
-            "records": self.record_errors,
-            "close": self.end_of_task_training,
-        }
+    # --- the story of a task ----------------------------------------------------------------------------------------
 
-    def start_task(self) -> str:
-        first = super().start_task()
-        return first if self.task == 0 or not self.network.growing else "scan"
+    def learn_task(self) -> None:
+        self.once("remember features", self.remember_features)
+        if self.task == 0 or not self.network.growing:
+            self.once("functional", lambda: train_functional(self))
+            if self.network.growing:
+                self.once("descriptors", self.train_descriptors)
+                self.once("records", self.record_errors)
+        else:
+            self.once("growth", self.grow_where_novel)
+            if not self.method_state["grown"]:
+                self.once("functional", lambda: train_functional(self))
+        self.once("close", self.end_of_task_training)
+        self.once("head", self.fit_head)
 
-    def costs(self, build: Callable[[Mapping[str, Any]], Learner]) -> SEMACosts:
-        if not self.network.growing:
-            raise UserError(
-                'expansion = "never": the benchmark measures growth; allowed with it: "novelty", "always"'
-            )
-        return SEMACosts(self, build)
+    def grow_where_novel(self) -> None:
+        """Scan the task's images; train what grows; scan on, until a whole scan adds nothing."""
+        while (block := self.scan()) is not None:
+            self.once(f"functional, block {block}", functools.partial(train_functional, self, block))
+            self.once(f"descriptors, block {block}", self.train_descriptors)
+            self.once(f"records, block {block}", self.record_errors)
+            modules = self.network.modules_by_block[block]
+            modules.freeze_functional(adapters=self.config.freezes)
+            modules.freeze_rd()
+            self.method_state["block"] = None
 
-    # --- stage: scan ------------------------------------------------------------------------------------------------
+    # --- scan -------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def scan(self) -> str:
-        """Look through the task's training images until a block finds a batch novel and grows, or to the end."""
-        memory = self.progress.memory
-        if len(memory["grown"]) == len(self.network.growing):
-            return "close"
-        key = (self.seed, self.task, SCAN, memory["scan"])
-        size = self.config.detect_batch_size
-        source = self.inputs.view(self.task, memory["scan"], key)
-        batches = self.inputs.read(self.task, source, key, size, start=memory["batch"])
-        left = self.inputs.batch_count(self.task, size) - memory["batch"]
-        for batch in progress(batches, total=left, desc=f"Task {self.task} scan", unit="batch"):
-            if self.stopping():
-                raise Interrupted
-            memory["batch"] += 1
-            self.progress.steps += 1
-            block = self._grow_where_novel(batch)
-            if block is not None:
-                memory["block"] = block
-                return "functional"
-        self._log_scan()
-        if memory["grown_in_scan"]:
-            memory.update(scan=memory["scan"] + 1, batch=0, grown_in_scan=False)
-            return "scan"
-        memory["block"] = None
-        return "close" if memory["grown"] else "functional"
+    def scan(self) -> int | None:
+        """Scan the task's training images until a block finds a batch novel and grows, which it names, or to the end.
 
-    def _grow_where_novel(self, batch: Batch) -> int | None:
+        A scan goes on where the last growth ended it; where one has added an adapter, another follows it.
+        """
+        state, size = self.method_state, self.config.detect_batch_size
+        if state["block"] is not None:  # resumed while the new adapter of this block was in training
+            return state["block"]
+        while len(state["grown"]) < len(self.network.growing):
+            key = (self.seed, self.task, SCAN, state["scan"])
+            source = self.inputs.view(self.task, state["scan"], key)
+            batches = self.inputs.read(self.task, source, key, size, start=state["batch"])
+            left = self.inputs.batch_count(self.task, size) - state["batch"]
+            for batch in progress(batches, total=left, desc=f"Task {self.task} scan", unit="batch"):
+                if self.stopping():
+                    raise Interrupted
+                state["batch"] += 1
+                self.progress.steps += 1
+                state["block"] = self._grow_if_novel(batch)
+                if state["block"] is not None:
+                    return state["block"]
+            self._log_scan()
+            if not state["grown_in_scan"]:
+                break
+            state.update(scan=state["scan"] + 1, batch=0, grown_in_scan=False)
+        return None
+
+    def _grow_if_novel(self, batch: Batch) -> int | None:
         """Grow the shallowest block that has not grown in this task and finds the batch novel; says which, if any."""
-        memory = self.progress.memory
-        candidates = [block for block in self.network.growing if block not in memory["grown"]]
+        state = self.method_state
+        candidates = [block for block in self.network.growing if block not in state["grown"]]
         means = self.inputs.token_means(batch, candidates)
         for block in candidates:
             modules = self.network.modules_by_block[block]
             z = modules.novelty(means[block])
-            memory["highest_z"][str(block)] = max(z, memory["highest_z"].get(str(block), 0.0))
+            state["highest_z"][str(block)] = max(z, state["highest_z"].get(str(block), 0.0))
             if z > self.config.exp_threshold or self.config.expansion == "always":
                 modules.grow()
-                memory.update(grown=[*memory["grown"], block], grown_in_scan=True, highest_z={})
+                state.update(grown=[*state["grown"], block], grown_in_scan=True, highest_z={})
                 newest = len(modules.adapters) - 1
                 logger.info(f"Adapter {block}.{newest} added at block {block} (z-score {z:.2f})")
                 self.log.metric("growth", task=self.task, block=block, adapters=newest + 1, z=z)
@@ -149,86 +153,41 @@ class SEMA(AdapterTuning):
 
     def _log_scan(self) -> None:
         """The highest z-score of every block that was looked at: how near each came to growing."""
-        highest, threshold = self.progress.memory["highest_z"], self.config.exp_threshold
+        highest, threshold = self.method_state["highest_z"], self.config.exp_threshold
         if not highest:
             return  # every growing block has grown in this task
         shown = ", ".join(f"block {block}: {z:.2f}" for block, z in highest.items())
         logger.info(f"Task {self.task} scan: highest z-score {shown} (threshold {threshold:g})")
-        self.log.metric("scan", task=self.task, scan=self.progress.memory["scan"], highest_z=highest)
+        self.log.metric("scan", task=self.task, scan=self.method_state["scan"], highest_z=highest)
 
-    # --- stage: functional ------------------------------------------------------------------------------------------
+    # --- descriptors ------------------------------------------------------------------------------------------------
 
-    @property
-    def phase_block(self) -> int | None:
-        return self.progress.memory["block"]
-
-    def after_functional(self) -> str:
-        described = bool(self.network.growing) and (self.task == 0 or self.phase_block is not None)
-        return "descriptors" if described else "close"
-
-    # --- stage: descriptors -----------------------------------------------------------------------------------------
-
-    def train_descriptors(self) -> str:
+    def train_descriptors(self) -> None:
         """Train the descriptors that may learn."""
-        self.run_phase(self.descriptor_phase())
-        return "records"
+        self.run_phase(DescriptorPhase(self))
 
-    def descriptor_phase(self) -> Phase:
-        """The descriptor phase that the task has come to."""
-        epochs = self.config.rd_epoch
-        key = (self.seed, self.task, DESCRIPTORS, self.progress.phases)
-        views, size = self.config.distinct_rd_views, self.config.batch_size
-        return Phase(
-            name="rd",
-            epochs=epochs,
-            optimizer=self.update_rd_optimizer_and_scheduler(epochs),
-            batches=self.inputs.means_by_epoch(
-                self.task, key, self._described, views=views, epochs=epochs, size=size
-            ),
-            steps_per_epoch=self.inputs.batch_count(self.task, size),
-            observe=self._describe,
-            replicated=True,
-            classifies=False,
-            block=self.progress.memory["block"],
-        )
-
-    def _describe(self, means: dict[int, Tensor]) -> StepResult:
-        """Reconstruction error of the newest descriptors; recorded as it is measured while no view has come before."""
-        if not self.config.repeats_rd_views:
-            self.network.observe(means)
-        return StepResult(self.network.descriptor_loss(means), len(next(iter(means.values()))))
-
-    @property
-    def _described(self) -> list[int]:
+    def described_blocks(self) -> list[int]:
         """The blocks whose newest descriptor is learning."""
         newest = {block: self.network.modules_by_block[block].adapters[-1] for block in self.network.growing}
         return [block for block, adapter in newest.items() if is_learning(adapter.rd)]
 
     def update_rd_optimizer_and_scheduler(self, num_epoch: int) -> GroupedOptimizer:
         """The optimizer of the descriptors that learn."""
-        parameters = learning(self.network.descriptor_parameters())
+        parameters = trainable(self.network.descriptor_parameters())
         return self.optimizer_over([ParameterGroup("rd", parameters, lr=self.config.rd_lr)], num_epoch)
 
-    # --- stage: records ---------------------------------------------------------------------------------------------
-
-    def record_errors(self) -> str:
-        """Record the errors of trained descriptors unless training has; after a growth, freeze what is new.
+    def record_errors(self) -> None:
+        """Record the errors of trained descriptors, unless training has.
 
         As many as training would have recorded: min(`buffer_size`, images of the task * `rd_epoch`), each on a newly
         drawn view, of one image after the other in a drawn order.
         """
-        config, blocks = self.config, self._described
+        config, blocks = self.config, self.described_blocks()
         if config.repeats_rd_views:
             key = (self.seed, self.task, RECORDS, self.progress.phases)
             errors = min(config.buffer_size, config.rd_epoch * self.data.count(self.classes, "train"))
             self.network.observe(self.inputs.new_means(self.task, key, blocks, errors))
         self._log_records(blocks)
-        if self.phase_block is None:
-            return "close"
-        modules = self.network.modules_by_block[self.phase_block]
-        modules.freeze_functional(adapters=self.config.freezes)
-        modules.freeze_rd()
-        return "scan"
 
     def _log_records(self, blocks: list[int]) -> None:
         """What z-scores of the newest descriptors compare with: how many errors, of which views, mean and deviation."""
@@ -246,9 +205,9 @@ class SEMA(AdapterTuning):
         if shown:
             logger.info(f"Task {self.task} rd: errors recorded on {views} views: {'; '.join(shown)}")
 
-    # --- stage: close -----------------------------------------------------------------------------------------------
+    # --- close ------------------------------------------------------------------------------------------------------
 
-    def end_of_task_training(self) -> str:
+    def end_of_task_training(self) -> None:
         """Consolidate if asked to, freeze, log the two branches' norms."""
         config = self.config
         consolidation = self.consolidation() if config.consolidates else None
@@ -270,7 +229,6 @@ class SEMA(AdapterTuning):
                     rule=consolidation.rule, drift=report.drift,
                 )  # fmt: skip
             self._log_norms(block, modules)
-        return "readout"
 
     def consolidation(self) -> Consolidation:
         """How fast goes into slow at the end of the open task."""
@@ -314,3 +272,41 @@ class SEMA(AdapterTuning):
             for block, tokens in inputs.items():
                 parts[block].append(tokens)
         return {block: torch.cat(tokens) for block, tokens in parts.items()}
+
+
+class DescriptorPhase(Phase):
+    """Training of the newest descriptors on token means, which do not change meanwhile.
+
+    The loss is the mean reconstruction error, summed over blocks. While no view of an image has come before, errors are
+    recorded as they are measured.
+    """
+
+    name = "rd"
+    replicated = True  # every rank has the token means of all images
+    classifies = False
+
+    def __init__(self, learner: SEMA) -> None:
+        config, inputs, task = learner.config, learner.inputs, learner.task
+        super().__init__(
+            epochs=config.rd_epoch,
+            steps_per_epoch=inputs.batch_count(task, config.batch_size),
+            optimizer=learner.update_rd_optimizer_and_scheduler(config.rd_epoch),
+            block=learner.method_state["block"],
+        )
+        self.network, self.records = learner.network, not config.repeats_rd_views
+        self.means = inputs.means_by_epoch(
+            task,
+            (learner.seed, task, DESCRIPTORS, learner.progress.phases),
+            learner.described_blocks(),
+            views=config.distinct_rd_views,
+            epochs=config.rd_epoch,
+            size=config.batch_size,
+        )
+
+    def batches(self, epoch: int, start: int) -> Iterator[dict[int, Tensor]]:
+        return self.means(epoch, start)
+
+    def loss(self, means: dict[int, Tensor]) -> StepResult:
+        if self.records:
+            self.network.observe(means)
+        return StepResult(self.network.descriptor_loss(means), len(next(iter(means.values()))))

@@ -10,9 +10,12 @@ Generalizability and Adaptivity are All You Need*, IJCV 2024.
 from typing import Literal
 
 from pydantic import Field
+from torch import nn
 
+from backbone.vit_sema import SEMAVisionTransformer
+from models.vit.class_incremental import ClassIncrementalLearner
+from models.vit.closed_form import PrototypeHead
 from models.vit.config import BATCH_KEYS, ViTConfig
-from models.vit.frozen_vit import FrozenViT
 from utils.config.schema import IdleRule
 
 
@@ -30,8 +33,15 @@ class SimpleCILConfig(ViTConfig):
         ]
 
 
-class SimpleCIL(FrozenViT):
-    """Nearest class mean by cosine on frozen features (`models.vit.closed_form.PrototypeReadout`)."""
+class SimpleCIL(ClassIncrementalLearner):
+    """Nearest class mean by cosine on frozen features."""
 
     Config = SimpleCILConfig
     config: SimpleCILConfig
+
+    def build(self, vit: nn.Module) -> nn.ModuleDict:
+        head = PrototypeHead(vit.num_features)
+        return nn.ModuleDict({"backbone": SEMAVisionTransformer(vit), "closed_form": head})
+
+    def learn_task(self) -> None:
+        self.once("head", self.fit_head)

@@ -1,15 +1,15 @@
-"""What enters the part of the network that may still change: activations of the part below it, computed once.
+"""Cache of activations at the frozen/trainable boundary.
 
-    store = ActivationStore(network, data, cache, identity={...}, ...)
-    tokens = store.at(9, classes, "train", view=(VIEW, 0))     # the frozen blocks 0-8 run once for every image
-    x = tokens.take(indices)                                   # (n, N, d): what enters block 9 for these stored images
+    store = ActivationStore(network, data, cache, options)
+    tokens = store.at(9, classes, "train", view=key)     # blocks 0-8 are frozen: they run once per image
+    x = tokens.take(indices)                             # (n, N, d): inputs of block 9 for these stored images
     features = network(x, tokens.depth)
 
-Activations are kept as files of one class each (`utils/cache/tensor_cache.py`), named by a hash of everything that shapes
-them: weights, architecture with its options, the adapters below the depth, data, view, precision, library versions.
-Where no adapter lies below, every run with these weights and views shares them; else they are this run's own and are
-removed when it no longer needs them. A depth counts as in `SEMAVisionTransformer.forward`: 0 images, k tokens that
-enter block k, `network.depth` features.
+Activations are kept as files of one class each (`utils/cache/tensor_cache.py`), named by a hash of everything that
+shapes them: weights, architecture with its options, the adapters below the depth, data, view, precision, library
+versions. Where no adapter lies below, all runs with these weights and views share them; otherwise they belong to one
+run, which removes them when it no longer needs them. A depth counts as in `SEMAVisionTransformer.forward`: 0 images,
+k tokens that enter block k, `network.depth` features.
 """
 
 import hashlib
@@ -24,12 +24,12 @@ import torch
 from torch import Tensor
 
 from backbone.vit_sema import SEMAVisionTransformer
-from models.base import Interrupted
 from utils.cache.tensor_cache import TensorCache
 from utils.console import progress
 from utils.data.tasks import DataManager
+from utils.errors import Interrupted
 from utils.training.device import autocast, require_finite, sha256_of
-from utils.training.distributed import World
+from utils.training.distributed import DistributedContext
 
 logger = logging.getLogger("nested_lora")
 
@@ -37,14 +37,14 @@ CHUNK = 256  # images in a file, all of one class
 
 
 @dataclass(frozen=True)
-class Place:
-    """How the activations are computed, the same for a whole run.
+class ForwardOptions:
+    """How activations are computed, the same for a whole run.
 
     Attributes:
         device, precision: of the forward passes.
         batch_size: images in one of them.
         identity: what else shapes the results (backbone, hash of the data, library versions), as JSON.
-        world: ranks share the work of filling the cache.
+        distributed: ranks share the work of filling the cache.
         stop_requested: asked on this rank between two files; True raises `Interrupted`, and what is stored stays.
     """
 
@@ -52,7 +52,7 @@ class Place:
     precision: str
     batch_size: int
     identity: Mapping[str, Any]
-    world: World
+    distributed: DistributedContext
     stop_requested: Callable[[], bool]
 
 
@@ -93,12 +93,12 @@ class Activations:
         network: SEMAVisionTransformer,
         below: "Images | Activations",
         depth: int,
-        place: Place,
+        options: ForwardOptions,
         cache: TensorCache,
         about: Mapping[str, Any],
         dtype: torch.dtype,
     ) -> None:
-        self.network, self.below, self.depth, self.place = network, below, depth, place
+        self.network, self.below, self.depth, self.options = network, below, depth, options
         self.cache, self.about, self.dtype = cache, about, dtype
         digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
         self.group = f"{about['source']}-{depth}-{digest[:24]}"
@@ -127,13 +127,13 @@ class Activations:
     @torch.no_grad()
     def compute(self, indices: np.ndarray) -> Tensor:
         """The same by running the network, in the dtype of the files."""
-        place, parts = self.place, []
-        for start in range(0, max(1, len(indices)), place.batch_size):
-            x = self.below.take(indices[start : start + place.batch_size]).to(place.device)
-            with autocast(place.device, place.precision):
+        options, parts = self.options, []
+        for start in range(0, max(1, len(indices)), options.batch_size):
+            x = self.below.take(indices[start : start + options.batch_size]).to(options.device)
+            with autocast(options.device, options.precision):
                 parts.append(self.network(x, self.below.depth, self.depth).to(self.dtype).cpu())
         return require_finite(
-            torch.cat(parts), f"activations at depth {self.depth}, as {self.dtype},", place.precision
+            torch.cat(parts), f"activations at depth {self.depth}, as {self.dtype},", options.precision
         )
 
     def fill(self, chunks: list[np.ndarray], label: str) -> None:
@@ -142,21 +142,21 @@ class Activations:
         Raises:
             Interrupted: a stop was requested.
         """
-        world = self.place.world
+        distributed = self.options.distributed
         missing = [n for n, chunk in enumerate(chunks) if not self.cache.has(self.group, chunk_key(chunk))]
         images = sum(len(chunks[number]) for number in missing)
         room = self.cache.enabled and self.cache.make_room(self.group, images * self._row_bytes())
-        if world.any(not room):
+        if distributed.any(not room):
             return
         self.cache.describe(self.group, self.about)
         self._chunks = chunks
         self._place_of = {int(i): (c, r) for c, chunk in enumerate(chunks) for r, i in enumerate(chunk)}
-        todo = [number for number in missing if number % world.size == world.rank]
+        todo = [number for number in missing if number % distributed.size == distributed.rank]
         for number in progress(todo, desc=label, unit="class"):
-            if self.place.stop_requested():
+            if self.options.stop_requested():
                 break
             self._file(number)
-        if world.any(self.place.stop_requested()):  # also where the ranks wait for each other
+        if distributed.any(self.options.stop_requested()):  # also where the ranks wait for each other
             raise Interrupted
 
     def _file(self, number: int) -> Tensor:
@@ -176,9 +176,9 @@ class ActivationStore:
     """Opens activations at any depth and knows which of their files are this run's own."""
 
     def __init__(
-        self, network: SEMAVisionTransformer, data: DataManager, cache: TensorCache, place: Place
+        self, network: SEMAVisionTransformer, data: DataManager, cache: TensorCache, options: ForwardOptions
     ) -> None:
-        self.network, self.data, self.cache, self.place = network, data, cache, place
+        self.network, self.data, self.cache, self.options = network, data, cache, options
         self._own: dict[str, str] = {}  # group of files that only this run can use -> their source
         self._warned = False
 
@@ -197,11 +197,11 @@ class ActivationStore:
             below: activations of a lesser depth to start from, or None for the images.
             label: what the progress bar says.
         """
-        below = Images(self.data, source, view, self.place.device) if below is None else below
+        below = Images(self.data, source, view, self.options.device) if below is None else below
         if depth == below.depth:
             return below
         about = self._about(depth, source, view)
-        opened = Activations(self.network, below, depth, self.place, self.cache, about, self._dtype(depth))
+        opened = Activations(self.network, below, depth, self.options, self.cache, about, self._dtype(depth))
         opened.fill(list(self._chunks(classes, source)), label)
         if opened.stored:
             if about["adapters"] is not None:
@@ -219,10 +219,10 @@ class ActivationStore:
         kept = {opened.group for opened in keep if isinstance(opened, Activations)}
         groups = [group for group, of in self._own.items() if of == source and group not in kept]
         if groups:
-            self.place.world.barrier()
+            self.options.distributed.barrier()
         for group in groups:
             del self._own[group]
-            if self.place.world.local_rank == 0:
+            if self.options.distributed.local_rank == 0:
                 self.cache.drop(group)
 
     def _about(self, depth: int, source: str, view: tuple[int, ...] | None) -> dict[str, Any]:
@@ -236,16 +236,18 @@ class ActivationStore:
             "adapters": sha256_of(adapters) if adapters else None,
             "adapter_spec": asdict(self.network.spec) if adapters else None,
             "transform": spec.to_json(),
-            "precision": self.place.precision,
-            "device": self.place.device.type,
-            "batch_size": self.place.batch_size,
-            **self.place.identity,
+            "precision": self.options.precision,
+            "device": self.options.device.type,
+            "batch_size": self.options.batch_size,
+            **self.options.identity,
         }
 
     def _dtype(self, depth: int) -> torch.dtype:
         """Features and fp32 runs are stored exactly; tokens of a bf16 run in float16, 3 bits finer than bf16."""
         return (
-            torch.float16 if self.place.precision == "bf16" and depth < self.network.depth else torch.float32
+            torch.float16
+            if self.options.precision == "bf16" and depth < self.network.depth
+            else torch.float32
         )
 
     def _chunks(self, classes: range, source: str) -> Iterator[np.ndarray]:

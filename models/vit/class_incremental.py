@@ -1,101 +1,292 @@
-"""Class-incremental learning: a task sequence of classes, a pretrained backbone, and accuracy on all classes seen.
+"""Class-incremental learning on a frozen pretrained ViT: base class of the methods, with data, features and accuracy.
 
     learner.begin_task(task)      # new classes: the classifier gains rows
     learner.train_task()
     logits = learner.classify(learner.features(images))
-    accuracy_of(learner, tasks=task + 1).correct      # images of each task
+    learner.evaluate()            # {"correct": [...], "total": [...]}: test images of each task seen
 
-Test images are read once a task, after its training.
+Test images are read once per task, after its training. No task label is given in tests.
 """
 
+import logging
 from abc import abstractmethod
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from models.base import Interrupted, Learner
-from models.experiment import Parts, Scores
+from models.base import Learner, Report, RunContext
+from models.vit.activations import ForwardOptions
+from models.vit.closed_form import ClosedFormHead
 from models.vit.config import ClassIncrementalConfig
 from models.vit.pretrained import Backbone, create_backbone, find_weights
+from models.vit.representations import branch_spaces, class_tokens
+from models.vit.task_inputs import TaskInputs
+from utils.analysis.representations import ANALYSES
 from utils.cache.decoded_images import IMAGES
 from utils.cache.tensor_cache import TensorCache
-from utils.console import progress
 from utils.data.datasets import ImageCache, load_dataset
 from utils.data.tasks import DataManager
 from utils.data.transforms import ViewSpec
 from utils.errors import UserError
 from utils.runs.figures import class_incremental_figures
+from utils.runs.manifest import library_versions
 from utils.runs.metrics import AccuracyMatrix, accuracy_table, summary_table
-from utils.runs.run_log import RunLog
-from utils.training.device import dead_worker_advice, predictions
-from utils.training.distributed import World
+from utils.training.device import dead_worker_advice, predictions, require_finite
+from utils.training.optim import GroupedOptimizer, ParameterGroup, assert_complete, trainable
+
+logger = logging.getLogger("nested_lora")
 
 
-@dataclass(frozen=True)
-class ClassIncrementalParts(Parts):
-    """Adds the task sequence, the pretrained backbone, and where what is computed once may be kept."""
+class ClassIncrementalLearner(Learner):
+    """A class-incremental method on a frozen ViT.
 
+    A method names its modules in `build`: "backbone", the ViT with what the method adds to it, and what classifies:
+    "head", rows trained by gradient, or "closed_form", a head computed from features at task ends, which then
+    classifies instead of the rows.
+
+    Attributes:
+        data: the task sequence.
+        backbone: provenance of the pretrained weights.
+    """
+
+    Config = ClassIncrementalConfig
+    figures = staticmethod(class_incremental_figures)
+    analyses = ANALYSES
     config: ClassIncrementalConfig
-    data: DataManager
-    backbone: Backbone
-    cache: TensorCache
 
-    @classmethod
-    def prepare(
-        cls,
-        config: ClassIncrementalConfig,
-        *,
-        seed: int,
-        device: torch.device,
-        world: World,
-        warnings: list[str],
-    ) -> Self:
-        cache = TensorCache(config.cache_root, config.cache_gb)
-        images = ImageCache(Path(config.cache_root) / IMAGES, config.cache_gb)
-        try:
-            dataset = load_dataset(config.dataset, config.data_root, images)
-        except UserError as error:
-            raise UserError("\n".join([str(error), *_missing_weights(config)])) from error
-        backbone = create_backbone(
-            config.backbone_type,
-            weights=config.weights,
-            weights_root=Path(config.weights_root),
-            image_size=config.image_size,
-        )
-        norm = (backbone.mean, backbone.std) if config.input_normalization == "weights" else (None, None)
-        size = backbone.image_size
-        data = DataManager(
-            dataset,
-            seed=seed,
-            shuffle=config.shuffle,
-            init_cls=config.init_cls,
-            increment=config.increment,
-            max_tasks=config.max_tasks,
-            max_train_per_class=config.max_train_per_class,
-            max_test_per_class=config.max_test_per_class,
-            train_view=ViewSpec(size, config.augmentation, *norm),
-            test_view=ViewSpec(size, "none", *norm),
-            num_workers=default_workers(device) if config.num_workers is None else config.num_workers,
-            rank=world.rank,
-            world_size=world.size,
-        )
-        return cls(config, seed, device, world, warnings, data, backbone, cache)
+    def __init__(self, config: ClassIncrementalConfig, context: RunContext) -> None:
+        super().__init__(config, context)
+        self.cache = TensorCache(config.cache_root, config.cache_gb)
+        self.data, self.backbone = load_data_and_backbone(config, context)
+        torch.manual_seed(self.seed)
+        torch.backends.cudnn.benchmark = False
+        self.modules = self.build(self.backbone.vit).to(self.device)
+
+    # --- what a method defines --------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def build(self, vit: nn.Module) -> nn.ModuleDict:
+        """The method's modules on a pretrained timm ViT."""
+
+    def learning_groups(self) -> list[ParameterGroup]:
+        """Parameter groups of a phase that trains the functional side: by default the newest classifier rows."""
+        return [ParameterGroup("other", self.modules["head"].trainable(), lr=self.config.init_lr)]
+
+    # --- model ------------------------------------------------------------------------------------------------------
+
+    @property
+    def network(self) -> nn.Module:
+        return self.modules["backbone"]
+
+    @property
+    def closed_form(self) -> ClosedFormHead | None:
+        """The head in closed form, where one classifies."""
+        return dict(self.modules.items()).get("closed_form")
+
+    def features(self, images: Tensor) -> Tensor:
+        """Class token of the adapted ViT, (B, 3, S, S) -> (B, d), float32."""
+        with self.autocast():
+            return self.network(images).float()
+
+    def classify(self, features: Tensor) -> Tensor:
+        """Logits over all classes seen, (B, d) -> (B, C)."""
+        return self.modules["closed_form" if "closed_form" in self.modules else "head"](features)
+
+    def class_tokens(self, images: Tensor) -> Tensor:
+        """Class token after each of the L blocks, (B, 3, S, S) -> (L, B, d), float32."""
+        return class_tokens(self.network.vit.blocks, lambda: self.features(images))
+
+    def branch_spaces(self) -> dict[tuple[int, int], dict[str, Tensor]]:
+        """Output spaces of the branches of nested adapters: (block, adapter) -> "fast" and "slow", bases (d, k)."""
+        return branch_spaces(getattr(self.network, "modules_by_block", {}))
+
+    def frozen_names(self) -> set[str]:
+        return {f"backbone.{name}" for name in self.network.frozen_names()}
+
+    # --- data -------------------------------------------------------------------------------------------------------
 
     @property
     def nb_tasks(self) -> int:
         return self.data.nb_tasks
 
     @property
+    def classes(self) -> range:
+        """The open task's classes, in incremental labels."""
+        return self.data.task_classes(self.task)
+
+    @cached_property
+    def inputs(self) -> TaskInputs:
+        """Batches and features of the tasks' images, from stored activations of the frozen blocks."""
+        options = ForwardOptions(
+            device=self.device,
+            precision=self.config.precision,
+            batch_size=self.config.eval_batch_size,
+            identity={
+                **self.backbone.identity(),
+                "options": self.backbone.options_sha256,
+                "data": self.data.dataset.sha256,
+                "versions": library_versions(),
+            },
+            distributed=self.distributed,
+            stop_requested=self.context.stop_requested,
+        )
+        fast, views = self.config.engine == "fast", getattr(self.config, "cache_views", 0)
+        return TaskInputs(self.network, self.data, self.cache, options, fast, views)
+
+    def features_of(self, task: int, source: str) -> Tensor:
+        """`features` of a task's "train" or "test" images in the test view, in stored order, (n, d), on every rank."""
+        return self.inputs.features_of(task, source)
+
+    # --- steps of a task --------------------------------------------------------------------------------------------
+
+    def open_task(self) -> None:
+        if "head" in self.modules:
+            self.modules["head"].grow(len(self.classes))
+
+    def update_optimizer_and_scheduler(self, num_epoch: int) -> GroupedOptimizer:
+        """The optimizer of a phase that trains the functional side, over exactly what learns now.
+
+        Raises:
+            RuntimeError: the groups are not exactly the parameters that learn.
+        """
+        groups = self.learning_groups()
+        descriptors = {id(parameter) for parameter in self.network.descriptor_parameters()}
+        learning = trainable(self.modules.parameters())
+        assert_complete(groups, [parameter for parameter in learning if id(parameter) not in descriptors])
+        return self.optimizer_over(groups, num_epoch)
+
+    def optimizer_over(self, groups: Sequence[ParameterGroup], num_epoch: int) -> GroupedOptimizer:
+        """The configured optimizer over some groups."""
+        config = self.config
+        return GroupedOptimizer(
+            config.optimizer,
+            groups,
+            weight_decay=config.weight_decay,
+            epochs=num_epoch,
+            min_lr=config.min_lr,
+        )
+
+    def remember_features(self) -> None:
+        """Keep the task's features as it finds them, where the head's statistics are to follow their movement."""
+        if self.closed_form is not None and self.task and self.config.head_drift == "linear":
+            self.method_tensors["features_before"] = self.training_features().cpu()
+
+    @torch.no_grad()
+    def fit_head(self) -> None:
+        """Take the task's training features into the head in closed form, where one classifies."""
+        if self.closed_form is not None:
+            features = self.training_features()
+            before = self.method_tensors.pop("features_before", None)
+            if before is not None:
+                self._compensate_drift(before, features.cpu())
+            targets = self.data.targets(self.data.indices(self.classes, "train"), "train")
+            self.closed_form.add(features, targets)
+        self.inputs.store.drop_own("train")
+
+    def training_features(self) -> Tensor:
+        """Features of the open task's training images in the test view, (n, d).
+
+        Raises:
+            UserError: one is not finite.
+        """
+        what = f"the features of task {self.task}'s training images"
+        return require_finite(self.features_of(self.task, "train"), what, self.config.precision)
+
+    def _compensate_drift(self, before: Tensor, after: Tensor) -> None:
+        """Carry the head's class statistics along with the features, and log how far those moved."""
+        tiny = torch.finfo(before.dtype).tiny
+        moved, explained = float((after - before).norm() / before.norm().clamp_min(tiny)), None
+        if moved:
+            explained = self.closed_form.compensate_drift(before, after)
+            shown = f"features moved by {moved:.3f} (relative), {explained:.3f} of it explained"
+            logger.info(f"Task {self.task}: {shown}")
+        self.log.metric("feature_drift", task=self.task, moved=moved, explained=explained)
+
+    def close_run(self) -> None:
+        for source in ("train", "test"):
+            self.inputs.store.drop_own(source)
+
+    # --- evaluation -------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, Any]:
+        """Test images of each task seen: "correct" and "total" numbers, per task.
+
+        Raises:
+            UserError: a score is not finite.
+        """
+        correct, total = [], []
+        for task in range(self.task + 1):
+            targets = self.data.targets(self.data.indices(self.data.task_classes(task), "test"), "test")
+            with dead_worker_advice():
+                features = self.features_of(task, "test").to(self.device)
+            what = f"the test images of task {task}"
+            predicted = predictions(self.classify(features), what, self.config.precision).cpu()
+            correct.append(int((predicted == targets).sum()))
+            total.append(len(targets))
+        return {"correct": correct, "total": total}
+
+    def report(self, evaluations: Sequence[dict[str, Any]]) -> Report:
+        matrix, task = AccuracyMatrix(), len(evaluations) - 1
+        for evaluation in evaluations:
+            matrix.add(evaluation["correct"], evaluation["total"])
+        adapters = self.network.adapters_per_block()
+        expansions = sum(adapters.values()) - len(adapters)
+        forgetting = "" if matrix.forgetting is None else f", forgetting {matrix.forgetting:.2f}"
+        per_task = ", ".join(f"{value:.2f}" for value in matrix.rows[-1])
+        return Report(
+            event={"accuracy": matrix.rows[-1], "total": matrix.curve[-1]},
+            lines=[
+                f"CNN top1 curve: {[round(value, 2) for value in matrix.curve]}",
+                f"Average Accuracy (CNN): {matrix.average:.2f}",
+                f"Task {task}: accuracy per task [{per_task}], total {matrix.curve[-1]:.2f}{forgetting}",
+                f"Task {task}: adapters per block {_compact(adapters)}",
+            ],
+            result={
+                "metrics": matrix.summary() | {"expansions": expansions},
+                "accuracy": matrix.rows,
+                "curve": matrix.curve,
+                "adapters": adapters,
+            },
+            tables=[accuracy_table(matrix), summary_table(matrix, expansions, self.parameter_counts())],
+            accuracy=matrix.rows,
+        )
+
+    def describe_evaluation(self, evaluation: dict[str, Any]) -> str:
+        lines = ["accuracy (%) on the test images of each task seen, class-incremental"]
+        counts = list(zip(evaluation["correct"], evaluation["total"], strict=True))
+        for task, (right, images) in enumerate(counts):
+            classes = self.data.task_classes(task)
+            share = f"{100 * right / images:6.2f}  ({right} of {images})"
+            lines.append(f"task {task:>3}  classes {classes.start:>3}-{classes.stop - 1:<3}  {share}")
+        right, images = map(sum, zip(*counts, strict=True))
+        return "\n".join([*lines, f"total {'':>19}{100 * right / images:6.2f}  ({right} of {images})"])
+
+    # --- record -----------------------------------------------------------------------------------------------------
+
+    def summary(self) -> dict[str, Any]:
+        return {"adapters": self.network.adapters_per_block(), **super().summary()}
+
+    def parameter_counts(self) -> dict[str, int]:
+        counts = self.network.parameter_counts() if self.network.adapters_per_block() else {}
+        if self.closed_form is not None:
+            counts["closed_form"] = self.closed_form.stored_numbers()
+        if "head" in self.modules:
+            counts["head"] = sum(parameter.numel() for parameter in self.modules["head"].parameters())
+        return counts | {"stored": sum(counts.values())}
+
+    @property
     def keeps_every_task(self) -> bool:
         return self.config.checkpoints == "all"
 
-    def introduction(self) -> str:
+    def describe_run(self) -> str:
         return f"{self.data.describe()}. Backbone {self.backbone.tag}, {self.backbone.image_size} px"
 
-    def opening(self, task: int) -> str:
+    def describe_task(self, task: int) -> str:
         classes = self.data.task_classes(task)
         return f"Learning on {classes.start}-{classes.stop} (task {task} of {self.nb_tasks})"
 
@@ -103,15 +294,16 @@ class ClassIncrementalParts(Parts):
         return {"tag": self.backbone.tag, "note": self.backbone.note}
 
     def manifest(self) -> dict[str, Any]:
+        backbone = self.backbone
         return {
             "weights": {
-                "tag": self.backbone.tag,
-                "sha256": self.backbone.sha256,
-                "architecture": self.backbone.architecture,
-                "options_sha256": self.backbone.options_sha256,
-                "note": self.backbone.note,
+                "tag": backbone.tag,
+                "sha256": backbone.sha256,
+                "architecture": backbone.architecture,
+                "options_sha256": backbone.options_sha256,
+                "note": backbone.note,
             },
-            "image_size": self.backbone.image_size,
+            "image_size": backbone.image_size,
             "data": {"name": self.config.dataset, "sha256": self.data.dataset.sha256},
             "data_of_tasks": self.data_read(self.nb_tasks, self.nb_tasks),
             "class_order": list(self.data.class_order),
@@ -131,162 +323,44 @@ class ClassIncrementalParts(Parts):
         }
 
 
-class Counts(NamedTuple):
-    """Images of each task seen that were classified right, and how many there are."""
-
-    correct: list[int]
-    total: list[int]
-
-
-class AccuracyScores(Scores):
-    """Test accuracy on every task seen, as a matrix over tasks."""
-
-    def __init__(self) -> None:
-        self.matrix = AccuracyMatrix()
-
-    def __len__(self) -> int:
-        return len(self.matrix)
-
-    @staticmethod
-    def measure(learner: "ClassIncrementalLearner") -> Counts:
-        return accuracy_of(learner, learner.task + 1)
-
-    @staticmethod
-    def describe(measured: Counts, parts: ClassIncrementalParts) -> str:
-        lines = ["accuracy (%) on the test images of each task seen, class-incremental"]
-        for task, (right, images) in enumerate(zip(*measured, strict=True)):
-            classes = parts.data.task_classes(task)
-            share = f"{100 * right / images:6.2f}  ({right} of {images})"
-            lines.append(f"task {task:>3}  classes {classes.start:>3}-{classes.stop - 1:<3}  {share}")
-        right, images = map(sum, measured)
-        return "\n".join([*lines, f"total {'':>19}{100 * right / images:6.2f}  ({right} of {images})"])
-
-    def add(self, measured: Counts) -> None:
-        self.matrix.add(*measured)
-
-    def event(self) -> dict[str, Any]:
-        return {"accuracy": self.matrix.rows[-1], "total": self.matrix.curve[-1]}
-
-    def record(self, log: RunLog) -> None:
-        log.accuracy_csv(self.matrix.rows)
-
-    def lines(self, summary: dict[str, Any]) -> list[str]:
-        matrix, task = self.matrix, len(self) - 1
-        per_task = ", ".join(f"{value:.2f}" for value in matrix.rows[-1])
-        forgetting = "" if matrix.forgetting is None else f", forgetting {matrix.forgetting:.2f}"
-        return [
-            f"CNN top1 curve: {[round(value, 2) for value in matrix.curve]}",
-            f"Average Accuracy (CNN): {matrix.average:.2f}",
-            f"Task {task}: accuracy per task [{per_task}], total {matrix.curve[-1]:.2f}{forgetting}",
-            f"Task {task}: adapters per block {_compact(summary['adapters'])}",
-        ]
-
-    def result(self, summary: dict[str, Any]) -> dict[str, Any]:
-        return {
-            "metrics": self.matrix.summary() | {"expansions": _expansions(summary)},
-            "accuracy": self.matrix.rows,
-            "curve": self.matrix.curve,
-            "adapters": summary["adapters"],
-        }
-
-    def tables(self, summary: dict[str, Any]) -> list[str]:
-        closing = summary_table(self.matrix, _expansions(summary), summary["parameters"])
-        return [accuracy_table(self.matrix), closing]
-
-    def to_json(self) -> dict[str, Any]:
-        return self.matrix.to_json()
-
-    def load_json(self, values: dict[str, Any]) -> None:
-        self.matrix = AccuracyMatrix.from_json(values)
-
-
-class ClassIncrementalLearner(Learner):
-    """A class-incremental method on a frozen backbone.
-
-    Attributes:
-        data: the task sequence.
-        cache: where what is computed once may be kept.
-    """
-
-    Config = ClassIncrementalConfig
-    Parts = ClassIncrementalParts
-    Scores = AccuracyScores
-    figures = staticmethod(class_incremental_figures)
-    config: ClassIncrementalConfig
-
-    def __init__(self, parts: ClassIncrementalParts, **record: Any) -> None:
-        super().__init__(parts, **record)
-        self.data, self.cache = parts.data, parts.cache
-        self.data.stop_requested = self._stop_requested
-        self.modules = self.build(parts.backbone).to(self.device)
-
-    @abstractmethod
-    def build(self, backbone: Backbone) -> nn.ModuleDict:
-        """The method's modules; their state (the frozen backbone's apart) is the checkpoint."""
-
-    @abstractmethod
-    def features(self, images: Tensor) -> Tensor:
-        """What the classifier reads, (B, 3, S, S) -> (B, d), float32."""
-
-    @abstractmethod
-    def classify(self, features: Tensor) -> Tensor:
-        """Logits over all classes seen, (B, d) -> (B, C)."""
-
-    def features_of(self, task: int, source: str) -> Tensor:
-        """`features` of a task's "train" or "test" images in the test view, in stored order, (n, d), on every rank."""
-        classes, size = self.data.task_classes(task), self.config.eval_batch_size
-        batches = self.data.batches(classes, source=source, mode="test", batch_size=size)
-        left, parts = self.data.count(classes, source), []
-        for images, _ in progress(batches, desc=f"Features of {source} images of task {task}", unit="batch"):
-            if self.stopping():
-                raise Interrupted
-            with torch.no_grad():
-                features = self.features(images.to(self.device))
-            parts.append(self.world.gather_rows(features, min(size, left)))
-            left -= size
-        return torch.cat(parts)
-
-    def class_tokens(self, images: Tensor) -> Tensor:
-        """Class token after each of the L transformer blocks, (B, 3, S, S) -> (L, B, d), float32: what is analysed.
-
-        Raises:
-            UserError: the method has no such blocks.
-        """
-        raise UserError(
-            f"model_name = {self.config.model_name!r}: this method has no transformer blocks to analyse"
-        )
-
-    def branch_spaces(self) -> dict[tuple[int, int], dict[str, Tensor]]:
-        """What each branch of nested adapters can write to: (block, adapter) -> "fast" and "slow", bases (d, k)."""
-        return {}
-
-    @property
-    def classes(self) -> range:
-        """The open task's classes, in incremental labels."""
-        return self.data.task_classes(self.task)
-
-
-@torch.no_grad()
-def accuracy_of(learner: ClassIncrementalLearner, tasks: int) -> Counts:
-    """Test a learner on the first so many tasks: class-incremental, no task label given.
+def load_data_and_backbone(
+    config: ClassIncrementalConfig, context: RunContext
+) -> tuple[DataManager, Backbone]:
+    """The task sequence and the pretrained ViT of a configuration.
 
     Raises:
-        UserError: a score is not finite.
+        UserError: data or weights cannot be had; both are told together.
     """
-    correct, total = [], []
-    for task in range(tasks):
-        targets = learner.data.targets(learner.data.indices(learner.data.task_classes(task), "test"), "test")
-        with dead_worker_advice():
-            features = learner.features_of(task, "test").to(learner.device)
-        what = f"the test images of task {task}"
-        predicted = predictions(learner.classify(features), what, learner.config.precision).cpu()
-        correct.append(int((predicted == targets).sum()))
-        total.append(len(targets))
-    return Counts(correct, total)
+    images = ImageCache(Path(config.cache_root) / IMAGES, config.cache_gb)
+    weights = {"weights": config.weights, "weights_root": Path(config.weights_root)}
+    try:
+        dataset = load_dataset(config.dataset, config.data_root, images)
+    except UserError as error:
+        raise UserError("\n".join([str(error), *_missing_weights(config)])) from error
+    backbone = create_backbone(config.backbone_type, image_size=config.image_size, **weights)
+    norm = (backbone.mean, backbone.std) if config.input_normalization == "weights" else (None, None)
+    workers = default_workers(context.device) if config.num_workers is None else config.num_workers
+    data = DataManager(
+        dataset,
+        seed=config.seed,
+        shuffle=config.shuffle,
+        init_cls=config.init_cls,
+        increment=config.increment,
+        max_tasks=config.max_tasks,
+        max_train_per_class=config.max_train_per_class,
+        max_test_per_class=config.max_test_per_class,
+        train_view=ViewSpec(backbone.image_size, config.augmentation, *norm),
+        test_view=ViewSpec(backbone.image_size, "none", *norm),
+        num_workers=workers,
+        rank=context.distributed.rank,
+        world_size=context.distributed.size,
+    )
+    data.stop_requested = context.stop_requested
+    return data, backbone
 
 
 def _missing_weights(config: ClassIncrementalConfig) -> list[str]:
-    """What is wrong with the weights, without fetching them: told with what is wrong with the data."""
+    """What is wrong with the weights, without fetching them."""
     try:
         find_weights(config.backbone_type, weights=config.weights, weights_root=Path(config.weights_root))
     except UserError as error:
@@ -299,12 +373,7 @@ def default_workers(device: torch.device) -> int:
     return 0 if device.type == "cpu" else min(8, torch.multiprocessing.cpu_count())
 
 
-def _expansions(summary: dict[str, Any]) -> int:
-    """Adapters that growth added to the first in each block."""
-    return sum(summary["adapters"].values()) - len(summary["adapters"])
-
-
-def _compact(adapters: dict[int, int]) -> str:
-    """{0: 1, ..., 9: 2} as "1 x 9, block 9: 2": the blocks that grew stand out."""
+def _compact(adapters: Mapping[int, int]) -> str:
+    """{0: 1, ..., 9: 2} as "1 in 9 blocks, 2 in block 9"."""
     single = sum(count == 1 for count in adapters.values())
     return ", ".join([f"1 in {single} blocks", *(f"{n} in block {b}" for b, n in adapters.items() if n > 1)])

@@ -1,57 +1,48 @@
-"""Classifiers computed in closed form from features, which forget nothing of their own.
+"""Classifiers in closed form from features, and the affine map that carries their statistics along when features move.
 
-    readout = RanPACReadout(width=384, seed=1993, dim=2000)
-    readout.add(features, targets)            # a task's training features (n, d) with labels of new classes
-    logits = readout(features)                # (B, d) -> (B, classes so far)
-    readout.follow(before, after)             # the backbone moved: carry what is known of older classes along
+    head = PrototypeHead(width=384)
+    head.add(features, targets)                # a task's training features (n, d), labelled with new classes
+    logits = head(features)                    # (B, d) -> (B, classes so far)
+    head.compensate_drift(before, after)       # the backbone moved: update the statistics of older classes
 
-Everything is computed on the CPU in float64, the same on every device and rank, and is state.
+Everything is computed on the CPU in float64, the same on every device and rank, and is state. RanPAC's ridge regression
+is in `models/ranpac.py`.
 
-Sources: SimpleCIL (Zhou et al., *Revisiting Class-Incremental Learning with Pre-Trained Models*, IJCV 2024), class
-means and cosine; RanPAC (McDonnell et al., *RanPAC: Random Projections and Pre-trained Models for Continual Learning*,
-NeurIPS 2023), random projection and ridge regression.
+Sources: class means and cosine, SimpleCIL (Zhou et al., *Revisiting Class-Incremental Learning with Pre-Trained
+Models*, IJCV 2024). Class statistics of earlier tasks belong to a network that is no more once the backbone goes on
+learning; compensating their drift from the current task's features follows Yu et al., *Semantic Drift Compensation for
+Class-Incremental Learning*, CVPR 2020; doing it with one linear map, Gomez-Villa et al., *Exemplar-free Continual
+Representation Learning via Learnable Drift Compensation*, ECCV 2024. The ridge towards a common movement and its choice
+by leave-one-out are this project's.
 """
 
-import itertools
-import logging
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.vit.feature_drift import fit_drift
-from utils.training.device import seeded_generator
-
-logger = logging.getLogger("nested_lora")
-
-RIDGES = [10.0**k for k in range(-8, 10)]  # candidates for lambda, as published
-FINER = [10.0**-0.5, 10.0**0.5]  # and, relative to the best of them, its neighbours on a grid twice as fine
-HELD_OUT = 0.2  # share of a task's training features that chooses lambda, as published
-FIT, HELD = range(2)  # the two parts that the sums are kept in
-PROJECTION, SPLIT = range(2)  # what a random stream is for; with the seed and a number it names one
+from utils.analysis.ridge import left_out_error
 
 
-class Readout(nn.Module, ABC):
+class ClosedFormHead(nn.Module, ABC):
     """Class statistics of features and the classifier they determine; buffers only, nothing is trained by gradient.
+
+    All buffers grow with the classes; loaded tensors give a fresh head its shape.
 
     Args:
         width: d, length of a feature vector.
-        seed: names the random streams.
-        dim: M, number of random features (only `RanPACReadout` uses them).
     """
 
-    counts: Tensor
+    counts: Tensor  # (C,) training images of each class
 
-    def __init__(self, width: int, seed: int, dim: int = 0) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.width, self.seed, self.dim = width, seed, dim
-        for name, shape in {"counts": (0,), **self.shapes(0)}.items():
-            self.register_buffer(name, torch.zeros(shape, dtype=torch.float64))
-
-    @abstractmethod
-    def shapes(self, classes: int) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of the buffers beside `counts` (C,), the training images of each class."""
+        self.width = width
+        self.register_buffer("counts", torch.zeros(0, dtype=torch.float64))
+        self.register_load_state_dict_pre_hook(_take_shapes)
 
     def add(self, features: Tensor, targets: Tensor) -> None:
         """Take in all training features (n, d) of new classes, labelled C, C + 1, ... in any order."""
@@ -64,49 +55,54 @@ class Readout(nn.Module, ABC):
         """Take in features (n, d) float64 of the classes that `counts` has just gained, and solve."""
 
     @abstractmethod
-    def follow(self, before: Tensor, after: Tensor) -> float:
-        """The backbone moved: carry what is known of the classes so far along. Call before `add`.
+    def compensate_drift(self, before: Tensor, after: Tensor) -> float:
+        """Carry the statistics of the classes so far along after the backbone has moved; call before `add`.
 
         Args:
             before, after: features (n, d) of the newest task's images when it began and now.
 
         Returns:
-            `Drift.explained`, in the space that the statistics live in.
+            `Drift.explained`, in the space of the statistics.
         """
 
     @abstractmethod
     def forward(self, features: Tensor) -> Tensor:
         """Scores of all classes so far, (B, d) -> (B, C), float32 on the CPU."""
 
-    def structure(self) -> dict[str, int]:
-        """What `rebuild` needs to give a fresh readout the shape of this one (JSON)."""
-        return {"classes": len(self.counts)}
-
-    def rebuild(self, structure: dict[str, int]) -> None:
-        """Give a fresh readout a saved shape."""
-        classes = structure["classes"]
-        for name, shape in {"counts": (classes,), **self.shapes(classes)}.items():
-            setattr(self, name, torch.zeros(shape, dtype=torch.float64))
+    def _apply(self, *_: Any, **__: Any) -> "ClosedFormHead":
+        """Stays on the CPU in float64 wherever the modules around it go."""
+        return self
 
     def stored_numbers(self) -> int:
         """Numbers that a checkpoint keeps of it."""
         return sum(tensor.numel() for tensor in self.state_dict().values())
 
 
-class PrototypeReadout(Readout):
+def _take_shapes(
+    head: ClosedFormHead, tensors: Mapping[str, Tensor], prefix: str, metadata: Any, *_: Any
+) -> None:
+    """Load hook: give the head's buffers the shapes of the tensors that are loaded into them."""
+    for name in head.state_dict():
+        loaded = tensors.get(f"{prefix}{name}")
+        if loaded is not None and loaded.dim() == getattr(head, name).dim():
+            setattr(head, name, torch.zeros(loaded.shape, dtype=torch.float64))
+
+
+class PrototypeHead(ClosedFormHead):
     """Cosine with class means: score_c(f) = f . m_c / (||f|| ||m_c||), m_c the mean training feature of class c."""
 
-    means: Tensor
+    means: Tensor  # (C, d)
 
-    def shapes(self, classes: int) -> dict[str, tuple[int, ...]]:
-        return {"means": (classes, self.width)}
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.register_buffer("means", torch.zeros(0, width, dtype=torch.float64))
 
     def refit(self, features: Tensor, targets: Tensor) -> None:
         known = len(self.means)
         one_hot = F.one_hot(targets - known).double()  # (n, new)
         self.means = torch.cat([self.means, one_hot.T @ features / self.counts[known:, None]])
 
-    def follow(self, before: Tensor, after: Tensor) -> float:
+    def compensate_drift(self, before: Tensor, after: Tensor) -> float:
         drift = fit_drift(before, after)
         self.means = drift.apply(self.means)
         return drift.explained
@@ -115,105 +111,51 @@ class PrototypeReadout(Readout):
         return F.linear(F.normalize(features.cpu().float(), dim=1), F.normalize(self.means.float(), dim=1))
 
 
-class RanPACReadout(Readout):
-    """Ridge regression of one-hot labels on random features h(f) = relu(f P), P (d, M) standard normal and fixed.
+# Ridge candidates, relative to the largest squared singular value. Weaker ones fit the newest task's images better and
+# carry other images anywhere; on DINOv2 features of CIFAR-100 leave-one-out chooses none of them.
+STRENGTHS = [10.0**k for k in range(-2, 4)]
 
-        scores(f) = h(f) W,   W = (G + lambda I)^-1 Q,   G = sum_i h_i h_i^T (M, M),   Q = sum_i h_i y_i^T (M, C)
 
-    G and Q are sums over all training features ever added, so learning task by task equals learning all at once. They
-    are kept in two parts, over four fifths of every task's features and over the fifth that is held out: lambda is the
-    candidate whose W, solved from the first part, has the smallest squared error on the second,
+class Drift(NamedTuple):
+    """after ~ before J + shift, for features as rows.
 
-        ||H_held W - Y_held||^2 = tr(W^T G_held W) - 2 tr(W^T Q_held) + n_held,
-
-    and the classifier is then solved from both. Published, the newest task's fifth alone chooses: few images of few
-    classes, with which lambda jumps by a factor of ten from task to task. A lambda with which a sum is not positive
-    definite to working precision (images repeated, fewer than random features) is passed over for the next best, of
-    equal errors for the smaller power of ten; where all are, lambda goes on growing by tens until one will do.
-
-    When the backbone moves, the random features of the newest task's images are known before and after, which gives an
-    affine map h -> J^T h + b (`models/vit/feature_drift.py`). Sums over images that are no longer there follow it exactly,
-    with n images, m = sum_i h_i = Q 1 and the class counts c:
-
-        G -> J^T G J + J^T m b^T + b m^T J + n b b^T,   Q -> J^T Q + b c^T
+    Attributes:
+        jacobian: J = I + linear part of the movement, (d, d).
+        shift: (d,).
+        explained: 1 - ||leave-one-out residual||^2 / ||after - before||^2; 1 where nothing moved.
     """
 
-    gram: Tensor
-    cross: Tensor
-    part_counts: Tensor
-    weights: Tensor
+    jacobian: Tensor
+    shift: Tensor
+    explained: float
 
-    def __init__(self, width: int, seed: int, dim: int) -> None:
-        super().__init__(width, seed, dim)
-        projection = torch.randn(width, dim, generator=seeded_generator(seed, PROJECTION))
-        self.register_buffer("projection", projection.double(), persistent=False)
-
-    def shapes(self, classes: int) -> dict[str, tuple[int, ...]]:
-        m = self.dim
-        return {
-            "gram": (2, m, m),
-            "cross": (2, m, classes),
-            "part_counts": (2, classes),
-            "weights": (m, classes),
-        }
-
-    def refit(self, features: Tensor, targets: Tensor) -> None:
-        classes = len(self.counts)
-        missing = classes - self.cross.shape[-1]
-        self.cross, self.part_counts = F.pad(self.cross, (0, missing)), F.pad(self.part_counts, (0, missing))
-        hidden = self.random_features(features)
-        order = torch.randperm(len(hidden), generator=seeded_generator(self.seed, SPLIT, classes))
-        held, rest = order.tensor_split([max(1, round(HELD_OUT * len(order)))])
-        for part, rows in ((FIT, rest), (HELD, held)):
-            one_hot = F.one_hot(targets[rows], classes).double()
-            self.gram[part] += hidden[rows].T @ hidden[rows]
-            self.cross[part] += hidden[rows].T @ one_hot
-            self.part_counts[part] += one_hot.sum(dim=0)
-        gram, cross = self.gram.sum(dim=0), self.cross.sum(dim=0)
-        larger = (RIDGES[-1] * 10.0**k for k in itertools.count(1))
-        solutions = (
-            (ridge, _solve(gram, cross, ridge)) for ridge in itertools.chain(self.ranked_ridges(), larger)
-        )
-        ridge, self.weights = next((ridge, weights) for ridge, weights in solutions if weights is not None)
-        logger.info(f"Readout: lambda {ridge:g} for {classes} classes, {self.dim} random features")
-
-    def follow(self, before: Tensor, after: Tensor) -> float:
-        hidden = (self.random_features(features.cpu().double()) for features in (before, after))
-        jacobian, shift, explained = fit_drift(*hidden)
-        for gram, cross, counts in zip(self.gram, self.cross, self.part_counts, strict=True):  # views
-            mixed = torch.outer(jacobian.T @ cross.sum(dim=1), shift)
-            gram.copy_(
-                jacobian.T @ gram @ jacobian + mixed + mixed.T + counts.sum() * torch.outer(shift, shift)
-            )
-            cross.copy_(jacobian.T @ cross + torch.outer(shift, counts))
-        return explained
-
-    def forward(self, features: Tensor) -> Tensor:
-        return (self.random_features(features.cpu().double()) @ self.weights).float()
-
-    def random_features(self, features: Tensor) -> Tensor:
-        """h(f) = relu(f P): (n, d) -> (n, M), float64."""
-        return F.relu(features @ self.projection)
-
-    def ranked_ridges(self) -> list[float]:
-        """Candidates for lambda by squared error on what is held out: powers of ten, and neighbours of the best."""
-        errors = self._held_out_errors(RIDGES)
-        best = min(errors, key=errors.get, default=None)
-        errors |= self._held_out_errors([best * factor for factor in FINER] if best else [])
-        return sorted(errors, key=errors.get)
-
-    def _held_out_errors(self, ridges: list[float]) -> dict[float, float]:
-        """Squared error on the held-out part, up to a constant, by lambda; those that cannot be solved are left out."""
-        errors = {}
-        for ridge in ridges:
-            weights = _solve(self.gram[FIT], self.cross[FIT], ridge)
-            if weights is not None:
-                fitted = self.gram[HELD] @ weights - 2 * self.cross[HELD]
-                errors[ridge] = float((weights * fitted).sum())
-        return errors
+    def apply(self, features: Tensor) -> Tensor:
+        """Features (n, d) as the new network would give them."""
+        return features @ self.jacobian + self.shift
 
 
-def _solve(gram: Tensor, cross: Tensor, ridge: float) -> Tensor | None:
-    """(G + ridge I)^-1 Q; None where the sum is not positive definite to working precision."""
-    factor, failed = torch.linalg.cholesky_ex(gram + ridge * torch.eye(len(gram), dtype=gram.dtype))
-    return None if failed else torch.cholesky_solve(cross, factor)
+def fit_drift(before: Tensor, after: Tensor) -> Drift:
+    """The affine map from old to new features of the same images (n, d); computed and returned in float64.
+
+    It knows the newest task's images alone: where features of older classes move otherwise, it misleads.
+
+    With X = before - mean and Y = after - before - mean movement, J = I + (X^T X + s I)^-1 X^T Y: with little evidence
+    (s large against the data) all images are taken to have moved alike. s is the candidate of `STRENGTHS` with the
+    smallest leave-one-out error, whose residuals are e_i / (1 - h_ii), h the diagonal of the hat matrix with mean.
+    Images that are all alike give J = I; of one image alone nothing is explained, as nothing is left to predict it.
+    """
+    before, after = before.double(), after.double()
+    movement, identity = after - before, torch.eye(before.shape[1], dtype=torch.float64)
+    total = float(movement.square().sum())
+    if total == 0 or len(before) == 1:
+        return Drift(identity, movement.mean(dim=0), float(total == 0))
+    centre, common = before.mean(dim=0), movement.mean(dim=0)
+    x, y = before - centre, movement - common
+    u, s, vt = torch.linalg.svd(x, full_matrices=False)  # (n, k), (k,), (k, d)
+    projected = u.T @ y  # (k, d)
+    largest = float(s[0].square()) or 1.0  # images that are all alike: any ridge gives the same
+    errors = {strength: left_out_error(strength * largest, u, s, projected, y) for strength in STRENGTHS}
+    strength = min(errors, key=errors.get)
+    inverse = s / (s.square() + strength * largest)
+    move = vt.T @ (inverse[:, None] * projected)
+    return Drift(identity + move, common - centre @ move, 1 - errors[strength] / total)

@@ -1,11 +1,11 @@
-"""What a task's training and test images look like where the network may still change, and batches of them.
+"""Batches of a task's images, from the activation cache or recomputed.
 
-    inputs = TaskInputs(network, data, cache, place, fast=True, views=2)
+    inputs = TaskInputs(network, data, cache, options, fast=True, views=2)
     source = inputs.view(task, 0, key)                        # one augmented view of the task's training images
     for batch in inputs.read(task, source, key, size=32):
         features = network(batch.inputs, batch.depth)
 
-The fast engine reads stored activations of the frozen part (`models/vit/activations.py`); the reference reads images.
+The fast engine reads stored activations of the frozen blocks (`models/vit/activations.py`); the reference reads images.
 With K `views` every training image has K fixed augmented views; with 0 every pass draws new ones, as published.
 """
 
@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from backbone.vit_sema import SEMAVisionTransformer
-from models.base import Interrupted
-from models.vit.activations import Activations, ActivationStore, Images, Place
+from models.vit.activations import Activations, ActivationStore, ForwardOptions, Images
 from utils.cache.tensor_cache import TensorCache
 from utils.console import progress
 from utils.data.tasks import DataManager
+from utils.errors import Interrupted
 from utils.training.device import autocast, one_ahead
 
 Source = Images | Activations
@@ -30,14 +30,14 @@ VIEW = 4  # (VIEW, v) draws augmented view v of every image: without a seed, so 
 
 
 class Batch(NamedTuple):
-    """This rank's share of a batch: inputs of one depth (0: images) with incremental labels; `total` over all ranks."""
+    """This rank's shard of a batch: inputs of one depth (0: images) with incremental labels; `total` over all ranks."""
 
     inputs: Tensor
     targets: Tensor
     depth: int
     total: int
 
-    def parts(self, count: int) -> "list[Batch]":
+    def micro_batches(self, count: int) -> "list[Batch]":
         """Cut into `count` parts of nearly equal size, leaving out empty ones."""
         pairs = zip(self.inputs.tensor_split(count), self.targets.tensor_split(count), strict=True)
         return [self._replace(inputs=inputs, targets=targets) for inputs, targets in pairs if len(targets)]
@@ -50,7 +50,7 @@ class TaskInputs:
         network: whose frozen part is computed once; its depths are those of the inputs.
         data: the task sequence.
         cache: where activations are kept.
-        place: how activations are computed.
+        options: how activations are computed.
         fast: read stored activations; False reads images.
         views: K, fixed augmented views of a training image.
     """
@@ -60,12 +60,12 @@ class TaskInputs:
         network: SEMAVisionTransformer,
         data: DataManager,
         cache: TensorCache,
-        place: Place,
+        options: ForwardOptions,
         fast: bool,
         views: int,
     ) -> None:
-        self.network, self.data, self.place, self.fast, self.views = network, data, place, fast, views
-        self.store = ActivationStore(network, data, cache, place)
+        self.network, self.data, self.options, self.fast, self.views = network, data, options, fast, views
+        self.store = ActivationStore(network, data, cache, options)
 
     # --- sources ------------------------------------------------------------------------------------------------------
 
@@ -83,7 +83,7 @@ class TaskInputs:
 
     def fresh(self, key: tuple[int, ...]) -> Images:
         """Training images in views that the key draws."""
-        return Images(self.data, "train", key, self.place.device)
+        return Images(self.data, "train", key, self.options.device)
 
     def by_epoch(self, task: int, key: tuple[int, ...], epochs: int) -> Callable[[int], Source]:
         """Where each epoch of a functional phase reads; views used more than once are run to where learning begins."""
@@ -99,28 +99,31 @@ class TaskInputs:
 
         Those of test images are kept while nothing learns, so that what is unchanged is not computed again.
         """
-        indices, world = self.data.indices(self.data.task_classes(task), source), self.place.world
-        mine = indices[world.share(len(indices))]
+        indices, distributed = (
+            self.data.indices(self.data.task_classes(task), source),
+            self.options.distributed,
+        )
+        mine = indices[distributed.shard(len(indices))]
         if source == "test" and self.network.learning_depth() == self.network.depth:
             features = self._at(task, source, None, f"{source} features", self.network.depth).take(mine)
         else:
             features = self._passing_features(
                 self._at(task, source, None, source, None), mine, f"{source} features"
             )
-        return world.gather_rows(features, len(indices))
+        return distributed.all_gather(features, len(indices))
 
     @torch.no_grad()
     def _passing_features(self, below: Source, indices: np.ndarray, label: str) -> Tensor:
         """Features (n, d) of stored images as the network gives them now, not kept."""
-        place, parts = self.place, [torch.empty(0, self.network.vit.num_features)]
-        starts = range(0, len(indices), place.batch_size)
+        options, parts = self.options, [torch.empty(0, self.network.vit.num_features)]
+        starts = range(0, len(indices), options.batch_size)
         for start in progress(starts, desc=label, unit="batch"):
-            if place.stop_requested():
+            if options.stop_requested():
                 break
-            x = below.take(indices[start : start + place.batch_size]).to(place.device)
-            with autocast(place.device, place.precision):
+            x = below.take(indices[start : start + options.batch_size]).to(options.device)
+            with autocast(options.device, options.precision):
                 parts.append(self.network(x, below.depth).float().cpu())
-        if place.world.any(place.stop_requested()):  # also where the ranks wait for each other
+        if options.distributed.any(options.stop_requested()):  # also where the ranks wait for each other
             raise Interrupted
         return torch.cat(parts)
 
@@ -156,11 +159,11 @@ class TaskInputs:
                 yield Batch(images, targets, 0, len(group))
             return
         stored = (self._stored(source, group) for group in groups)
-        yield from one_ahead(stored) if self.place.device.type == "cuda" else stored
+        yield from one_ahead(stored) if self.options.device.type == "cuda" else stored
 
     def _stored(self, source: Activations, indices: np.ndarray) -> Batch:
         """This rank's share of the activations of these images."""
-        mine = indices[self.place.world.share(len(indices))]
+        mine = indices[self.options.distributed.shard(len(indices))]
         return Batch(source.take(mine), self.data.targets(mine, "train"), source.depth, len(indices))
 
     def batch_count(self, task: int, size: int) -> int:
@@ -172,10 +175,10 @@ class TaskInputs:
     @torch.no_grad()
     def token_means(self, batch: Batch, blocks: list[int]) -> dict[int, Tensor]:
         """What routers and descriptors of the blocks read from a batch, on every rank: {block: (B, d)}, float32."""
-        place = self.place
-        with autocast(place.device, place.precision):
-            means = self.network.token_means(batch.inputs.to(place.device), batch.depth, blocks)
-        return {block: place.world.gather_rows(rows, batch.total) for block, rows in means.items()}
+        options = self.options
+        with autocast(options.device, options.precision):
+            means = self.network.token_means(batch.inputs.to(options.device), batch.depth, blocks)
+        return {block: options.distributed.all_gather(rows, batch.total) for block, rows in means.items()}
 
     def means_by_epoch(
         self, task: int, key: tuple[int, ...], blocks: list[int], *, views: int, epochs: int, size: int
@@ -211,15 +214,15 @@ class TaskInputs:
 
     def all_means(self, task: int, view: int, key: tuple[int, ...], blocks: list[int]) -> dict[int, Tensor]:
         """Token means of one view of a task's training images in stored order: {block: (images, d)}."""
-        order_key, size, parts = (*key, view), self.place.batch_size, []
+        order_key, size, parts = (*key, view), self.options.batch_size, []
         batches = self.read(task, self.view(task, view, key), order_key, size)
         label, count = f"Task {task} rd view {view + 1}", self.batch_count(task, size)
         for batch in progress(batches, total=count, desc=label, unit="batch"):
-            if self.place.world.any(self.place.stop_requested()):
+            if self.options.distributed.any(self.options.stop_requested()):
                 raise Interrupted
             parts.append(self.token_means(batch, blocks))
         order = self.data.order(self.data.task_classes(task), "train", order_key)
-        stored = torch.from_numpy(np.argsort(order)).to(self.place.device)
+        stored = torch.from_numpy(np.argsort(order)).to(self.options.device)
         return {block: torch.cat([part[block] for part in parts])[stored] for block in blocks}
 
     def new_means(self, task: int, key: tuple[int, ...], blocks: list[int], count: int) -> dict[int, Tensor]:
@@ -229,12 +232,12 @@ class TaskInputs:
         """
         views = (((*key, number), self.fresh((*key, number))) for number in itertools.count())
         batches = (
-            batch for name, view in views for batch in self.read(task, view, name, self.place.batch_size)
+            batch for name, view in views for batch in self.read(task, view, name, self.options.batch_size)
         )
         parts, total = [], 0
         with progress(total=count, desc=f"Task {task} rd, new views", unit="image") as bar:
             while total < count:
-                if self.place.world.any(self.place.stop_requested()):
+                if self.options.distributed.any(self.options.stop_requested()):
                     raise Interrupted
                 batch = next(batches)
                 parts.append(self.token_means(batch, blocks))

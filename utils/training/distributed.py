@@ -1,18 +1,17 @@
 """Data-parallel training under torchrun: which process this is, and what the processes tell each other.
 
-world = world_from_environment()
-world = replace(world, device=local_device(torch.device("cuda"), world))
-with process_group(world, backend_for(world.device)):
-    features = world.gather_rows(network(images[world.share(len(images))]), len(images))
+with init_distributed(torch.device("cuda")) as distributed:
+    rows = network(images[distributed.shard(len(images))])
+    features = distributed.all_gather(rows, len(images))
 
-One process exchanges nothing. Several must call the same methods of `World` in the same order.
+One process exchanges nothing. Several must call the same methods of `DistributedContext` in the same order.
 """
 
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 
 import torch
@@ -23,7 +22,7 @@ from utils.errors import UserError, os_error_sentence
 
 
 @dataclass(frozen=True)
-class World:
+class DistributedContext:
     """One process among those that train together."""
 
     rank: int = 0
@@ -42,14 +41,14 @@ class World:
     def _carrier(self) -> torch.device:
         return self.device if self.device.type == "cuda" else torch.device("cpu")
 
-    def share(self, n: int) -> slice:
-        """This rank's contiguous rows of n; the shares of all ranks, in rank order, are all n rows."""
+    def shard(self, n: int) -> slice:
+        """This rank's contiguous rows of n; the shards of all ranks, in rank order, are all n rows."""
         return slice(n * self.rank // self.size, n * (self.rank + 1) // self.size)
 
-    def gather_rows(self, rows: Tensor, total: int) -> Tensor:
+    def all_gather(self, rows: Tensor, total: int) -> Tensor:
         """The rows of all ranks in rank order: (total, ...), bit for bit, without gradients, on the device of `rows`.
 
-        `rows`, (n_r, ...), are this rank's share(total), possibly none, else ValueError; one process gets them back.
+        `rows`, (n_r, ...), are this rank's shard(total), possibly none, else ValueError; one process gets them back.
         """
         counts = [total * (rank + 1) // self.size - total * rank // self.size for rank in range(self.size)]
         if len(rows) != counts[self.rank]:
@@ -65,7 +64,7 @@ class World:
         return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)]).to(rows.device)
 
     @torch.no_grad()
-    def sum_in_place(self, tensors: Sequence[Tensor]) -> None:
+    def all_reduce(self, tensors: Sequence[Tensor]) -> None:
         """Replace each tensor by its sum over ranks, the same bits on all; one exchange for all tensors of a dtype."""
         if self.size == 1:
             return
@@ -78,7 +77,7 @@ class World:
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on at least one rank."""
-        return bool(self.gather_rows(torch.tensor([flag]), self.size).any())
+        return bool(self.all_gather(torch.tensor([flag]), self.size).any())
 
     def barrier(self) -> None:
         """Wait until every rank is here."""
@@ -86,7 +85,7 @@ class World:
 
     def check_same(self, what: str, text: str) -> None:
         """UserError on every rank, naming `what` and the ranks, where a text (a hash, say) differs from rank 0's."""
-        digests = self.gather_rows(torch.tensor([list(hashlib.sha256(text.encode()).digest())]), self.size)
+        digests = self.all_gather(torch.tensor([list(hashlib.sha256(text.encode()).digest())]), self.size)
         differing = ", ".join(str(rank) for rank in range(self.size) if not digests[rank].equal(digests[0]))
         if differing:
             raise UserError(
@@ -121,14 +120,14 @@ class World:
         return self.broadcast_text(text)
 
 
-def world_from_environment() -> World:
-    """This process as torchrun describes it; World() where WORLD_SIZE is absent or 1. UserError: not whole or valid."""
+def context_from_environment() -> DistributedContext:
+    """This process as torchrun describes it; DistributedContext() where WORLD_SIZE is absent or 1. UserError: not whole or valid."""
     size = _number("WORLD_SIZE", 1, 2**16, absent="1")
     if size == 1:
-        return World()
+        return DistributedContext()
     rank, local_rank = _number("RANK", 0, size - 1), _number("LOCAL_RANK", 0, size - 1)
     local_size = _number("LOCAL_WORLD_SIZE", local_rank + 1, size, absent=str(local_rank + 1))
-    return World(rank, size, local_rank, local_size=local_size)
+    return DistributedContext(rank, size, local_rank, local_size=local_size)
 
 
 def _number(name: str, least: int, most: int, absent: str = "") -> int:
@@ -140,17 +139,17 @@ def _number(name: str, least: int, most: int, absent: str = "") -> int:
     )
 
 
-def local_device(device: torch.device, world: World) -> torch.device:
+def local_device(device: torch.device, context: DistributedContext) -> torch.device:
     """The device of this rank: several processes take the GPU of their local rank each; UserError: too few GPUs."""
-    if world.size == 1 or device.type != "cuda":
+    if context.size == 1 or device.type != "cuda":
         return device
-    needed, seen = max(world.local_size, world.local_rank + 1), torch.cuda.device_count()
+    needed, seen = max(context.local_size, context.local_rank + 1), torch.cuda.device_count()
     if needed > seen:
         raise UserError(
             f"{needed} processes on this machine need a GPU each, but this PyTorch sees {seen}: lower torchrun's "
             f'--nproc_per_node to at most {seen}, or set device to "cpu"'
         )
-    return torch.device("cuda", world.local_rank)
+    return torch.device("cuda", context.local_rank)
 
 
 def backend_for(device: torch.device) -> str:
@@ -159,15 +158,33 @@ def backend_for(device: torch.device) -> str:
 
 
 @contextmanager
-def process_group(world: World, backend: str) -> Iterator[None]:
+def init_distributed(device: torch.device) -> Iterator[DistributedContext]:
+    """The processes that torchrun started, joined while the context is open; else this process alone.
+
+    Args:
+        device: what the configuration asks for; several processes take the GPU of their local rank each.
+
+    Raises:
+        UserError: the machine has fewer GPUs than processes, or torchrun's environment is not whole.
+    """
+    context = context_from_environment()
+    context = replace(context, device=local_device(device, context))
+    with process_group(context, backend_for(context.device)):
+        yield context
+
+
+@contextmanager
+def process_group(context: DistributedContext, backend: str) -> Iterator[None]:
     """Join the other ranks while the context is open; nothing with one process."""
-    if world.size == 1:
+    if context.size == 1:
         yield
         return
-    gpu = world.device if backend == "nccl" else None
+    gpu = context.device if backend == "nccl" else None
     if gpu is not None:
         torch.cuda.set_device(gpu)
-    dist.init_process_group(backend, "env://", timedelta(minutes=30), world.size, world.rank, device_id=gpu)
+    dist.init_process_group(
+        backend, "env://", timedelta(minutes=30), context.size, context.rank, device_id=gpu
+    )
     close = (
         gpu is None
     )  # after an error NCCL's closing would wait for ranks that torchrun ends when this one has ended

@@ -1,6 +1,6 @@
 """One optimizer over named parameter groups, some of which step only every k-th step.
 
-    groups = [ParameterGroup("slow", slow, lr=1e-3, every=5), ParameterGroup("fast", fast, lr=1e-2)]
+    groups = [ParameterGroup("slow", slow, lr=1e-3, update_interval=5), ParameterGroup("fast", fast, lr=1e-2)]
     optimizer = GroupedOptimizer("sgd", groups, weight_decay=5e-4, epochs=20, min_lr=0.0)
     loss.backward()
     moved = optimizer.step()      # {"slow": False, "fast": True}: on other steps slow tensors stay bit-identical
@@ -9,7 +9,8 @@ A group that does not step must have no gradient at all: a zero gradient would s
 weight decay.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,80 +18,83 @@ import torch
 from torch import Tensor, nn
 
 MOMENTUM = 0.9  # of SGD, as published
+
+
+def _sgd(groups: list[dict[str, Any]], weight_decay: float) -> torch.optim.Optimizer:
+    return torch.optim.SGD(groups, lr=0.0, momentum=MOMENTUM, weight_decay=weight_decay)
+
+
+def _adamw(groups: list[dict[str, Any]], weight_decay: float, fused: bool = False) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(groups, lr=0.0, weight_decay=weight_decay, fused=fused)
+
+
 OPTIMIZERS = {
-    "sgd": lambda groups, weight_decay: torch.optim.SGD(
-        groups, lr=0.0, momentum=MOMENTUM, weight_decay=weight_decay
-    ),
-    "adam": lambda groups, weight_decay: torch.optim.AdamW(groups, lr=0.0, weight_decay=weight_decay),
-    "fused_adam": lambda groups, weight_decay: (
-        torch.optim.AdamW(  # the same update in one kernel, other roundings
-            groups, lr=0.0, weight_decay=weight_decay, fused=True
-        )
-    ),
+    "sgd": _sgd,
+    "adam": _adamw,
+    "fused_adam": functools.partial(_adamw, fused=True),  # the same update in one kernel, other roundings
 }
 
 
 @dataclass
 class ParameterGroup:
-    """Parameters that share a learning rate and a rhythm.
+    """Parameters that share a learning rate and an update interval.
 
     Attributes:
         name: the group's name in tables and logs.
         parameters: its tensors, each in one group only.
-        lr: learning rate at the start; the optimizer's schedule changes it epoch by epoch. At 0 the group never steps,
-            wherever the schedule ends.
-        every: the group steps on steps k, 2k, 3k, ... (0 and 1: on every step).
-        between: what happens to the gradients of the other steps: "discard" drops them, "accumulate" steps with the
-            mean of all k.
+        lr: initial learning rate, lowered epoch by epoch by the optimizer's schedule; a group with 0 is never updated.
+        update_interval: k; the group is updated on steps k, 2k, 3k, ... (0 and 1: on every step).
+        between: the gradients of the other steps: "discard" drops them, "accumulate" updates with the mean of all k.
+        accumulated_grads: sums over the steps since the last update, one per parameter.
     """
 
     name: str
     parameters: list[nn.Parameter]
     lr: float
-    every: int = 1
+    update_interval: int = 1
     between: str = "discard"
-    held: list[Tensor | None] = field(
-        default_factory=list
-    )  # summed gradients of the steps since the last update
+    accumulated_grads: list[Tensor | None] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.every = max(1, self.every)
-        self.held = [None] * len(self.parameters)
+        self.update_interval = max(1, self.update_interval)
+        self.accumulated_grads = [None] * len(self.parameters)
 
-    def hold_gradients(self) -> None:
-        """A step without update: drop or keep the gradients, and leave none for the optimizer to see."""
+    def skip_step(self) -> None:
+        """Drop or accumulate the gradients of a step without update, so that the optimizer sees none."""
         for i, parameter in enumerate(self.parameters):
             if self.between == "accumulate" and parameter.grad is not None:
-                self.held[i] = parameter.grad if self.held[i] is None else self.held[i] + parameter.grad
+                earlier = self.accumulated_grads[i]
+                self.accumulated_grads[i] = parameter.grad if earlier is None else earlier + parameter.grad
             parameter.grad = None
 
-    def release_gradients(self) -> None:
-        """The step with the update: under "accumulate" the gradient becomes the mean over the k steps."""
+    def average_grads(self) -> None:
+        """On the step with the update: under "accumulate" gradients become the mean over the k steps."""
         if self.between != "accumulate":
             return
         for i, parameter in enumerate(self.parameters):
-            if self.held[i] is not None:
+            earlier = self.accumulated_grads[i]
+            if earlier is not None:
                 last = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
-                parameter.grad = self.held[i] + last
+                parameter.grad = earlier + last
             if parameter.grad is not None:
-                parameter.grad = parameter.grad / self.every
-            self.held[i] = None
+                parameter.grad = parameter.grad / self.update_interval
+            self.accumulated_grads[i] = None
 
 
 @dataclass(frozen=True)
 class StepDecay:
-    """Rates that are multiplied by `decay` after each of so many epochs; without milestones they are constant."""
+    """Learning rates that are multiplied by `decay` after each of so many epochs; without milestones they are constant."""
 
     milestones: Sequence[int] = ()
     decay: float = 1.0
 
     def factor(self, epoch: int) -> float:
-        """What the rates at the start are multiplied by once `epoch` epochs have passed."""
+        """Factor on the initial learning rates once `epoch` epochs have passed."""
         return self.decay ** sum(epoch >= milestone for milestone in self.milestones)
 
 
 class GroupedOptimizer:
-    """SGD with momentum 0.9 or AdamW over groups, weight decay on all, a schedule of rates over epochs.
+    """SGD with momentum 0.9 or AdamW over groups, weight decay on all, a schedule of learning rates over epochs.
 
     Args:
         kind: a key of `OPTIMIZERS`.
@@ -144,7 +148,7 @@ class GroupedOptimizer:
 
     def moves_next(self, group: ParameterGroup) -> bool:
         """Whether the group is updated by the coming step."""
-        return group.lr > 0 and (self.steps + 1) % group.every == 0
+        return group.lr > 0 and (self.steps + 1) % group.update_interval == 0
 
     def step(self) -> dict[str, bool]:
         """Update the groups whose turn it is; says which were."""
@@ -152,9 +156,9 @@ class GroupedOptimizer:
         self.steps += 1
         for group in self.groups:
             if moved[group.name]:
-                group.release_gradients()
+                group.average_grads()
             else:
-                group.hold_gradients()
+                group.skip_step()
         self._optimizer.step()
         return moved
 
@@ -163,35 +167,34 @@ class GroupedOptimizer:
         self._scheduler.step()
 
     @property
-    def rates(self) -> dict[str, float]:
+    def lrs(self) -> dict[str, float]:
         """Learning rate of each group now."""
-        return {
-            group.name: rate["lr"]
-            for group, rate in zip(self.groups, self._optimizer.param_groups, strict=True)
-        }
+        groups = zip(self.groups, self._optimizer.param_groups, strict=True)
+        return {group.name: options["lr"] for group, options in groups}
 
     def summary(self) -> str:
         """Rate and number of tensors of each group in one line."""
-        rates = self.rates
-        return "; ".join(f"{g.name}: lr={rates[g.name]:g}, params={len(g.parameters)}" for g in self.groups)
+        lrs = self.lrs
+        return "; ".join(f"{g.name}: lr={lrs[g.name]:g}, params={len(g.parameters)}" for g in self.groups)
 
     def table(self) -> str:
-        """Group, learning rate, interval, tensors and parameters: one line each."""
+        """Group, learning rate, update interval, tensors and parameters: one line each."""
         lines = [f"{'group':<8}{'lr':>10}{'every':>7}{'tensors':>9}{'parameters':>12}"]
         for group in self.groups:
+            interval, tensors = group.update_interval, len(group.parameters)
             numbers = sum(parameter.numel() for parameter in group.parameters)
             lines.append(
-                f"{group.name:<8}{self.rates[group.name]:>10.6g}{group.every:>7}{len(group.parameters):>9}{numbers:>12,}"
+                f"{group.name:<8}{self.lrs[group.name]:>10.6g}{interval:>7}{tensors:>9}{numbers:>12,}"
             )
         return "\n".join(lines)
 
     def state(self) -> dict[str, Any]:
-        """Everything a resumed run needs: optimizer, scheduler, step count, held gradients."""
+        """Everything a resumed run needs: optimizer, scheduler, step count, accumulated gradients."""
         return {
             "optimizer": self._optimizer.state_dict(),
             "scheduler": self._scheduler.state_dict(),
             "steps": self.steps,
-            "held": [group.held for group in self.groups],
+            "accumulated_grads": [group.accumulated_grads for group in self.groups],
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -201,12 +204,12 @@ class GroupedOptimizer:
         self._optimizer.load_state_dict(optimizer)
         self._scheduler.load_state_dict(state["scheduler"])
         self.steps = int(state["steps"])
-        for group, held in zip(self.groups, state["held"], strict=True):
-            group.held = list(held)
+        for group, saved in zip(self.groups, state["accumulated_grads"], strict=True):
+            group.accumulated_grads = list(saved)
 
 
 def assert_partition(groups: Sequence[Sequence[nn.Parameter]]) -> None:
-    """Every tensor is in exactly one group and learns.
+    """Every tensor is in one group only and learns.
 
     Raises:
         ValueError: a tensor is in two groups, or is frozen.
@@ -219,3 +222,14 @@ def assert_partition(groups: Sequence[Sequence[nn.Parameter]]) -> None:
             if not parameter.requires_grad:
                 raise ValueError("a frozen parameter is in an optimizer group")
             seen.add(id(parameter))
+
+
+def assert_complete(groups: Sequence[ParameterGroup], learning: Iterable[nn.Parameter]) -> None:
+    """The groups hold exactly the parameters that learn. Raises RuntimeError."""
+    if {id(p) for p in learning} != {id(p) for group in groups for p in group.parameters}:
+        raise RuntimeError("the optimizer groups are not the parameters that learn")
+
+
+def trainable(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    """Those that receive gradients."""
+    return [parameter for parameter in parameters if parameter.requires_grad]

@@ -1,0 +1,182 @@
+"""Functional phase of methods that train a classifier, and often adapters, on a frozen ViT.
+
+    network = adapted_network(vit, config)                  # adapters in the blocks that the config names
+    learner.run_phase(FunctionalPhase(learner))             # what may learn, on the current task's classes only
+
+The phase trains whatever may learn in the network and the newest classifier rows, with the cross-entropy over the
+current task's classes; older classes take no part.
+"""
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from backbone.sema_block import AdapterSpec
+from backbone.vit_sema import SEMAVisionTransformer
+from models.base import Phase, StepResult
+from models.vit.class_incremental import ClassIncrementalLearner
+from models.vit.config import AdapterConfig
+from models.vit.task_inputs import Batch
+from utils.inc_net import IncrementalHead
+from utils.runs.run_log import RunLog
+from utils.training.optim import ParameterGroup, trainable
+
+logger = logging.getLogger("nested_lora")
+
+FUNCTIONAL = (
+    0  # what a data-order key is for; a method numbers its own purposes from 1 on (4 is `task_inputs.VIEW`)
+)
+TRACED_STEPS = 10  # every step up to this one is traced, so that intervals up to 10 show at once
+TRACE_INTERVAL = 100  # steps between two traces from then on
+
+
+def adapter_spec(config: AdapterConfig, width: int, **described: int | bool) -> AdapterSpec:
+    """Shape of an adapter of a configuration; `described`: what a growing block adds."""
+    return AdapterSpec(
+        width=width,
+        kind=config.ffn_adapter_type,
+        bottleneck=config.nested_lora_rank if config.nested else config.ffn_num,
+        scale=config.ffn_adapter_scalar,
+        stacked=config.engine == "fast",
+        **described,
+    )
+
+
+def adapted_network(vit: nn.Module, config: AdapterConfig) -> SEMAVisionTransformer:
+    """The ViT with one adapter in every block, or in those that may grow; none of them grows."""
+    chosen = range(config.adapt_start_layer, config.adapt_end_layer + 1)
+    adapted = range(len(vit.blocks)) if config.adapter_blocks == "all" else chosen
+    return SEMAVisionTransformer(vit, adapter_spec(config, vit.embed_dim), growing=(), adapted=adapted)
+
+
+def functional_groups(
+    network: SEMAVisionTransformer, head: IncrementalHead, config: AdapterConfig
+) -> list[ParameterGroup]:
+    """Groups slow, fast and adapter, as the adapters name them, and other: routers and classifier rows."""
+    groups = {name: trainable(parameters) for name, parameters in network.parameter_groups().items()}
+    slow = ParameterGroup(
+        "slow",
+        groups.get("slow", []),
+        lr=config.nested_lora_lr_slow,
+        update_interval=config.nested_lora_update_interval_slow,
+        between=config.nested_lora_slow_grad,
+    )
+    adapter_lr = config.init_lr if config.adapter_lr is None else config.adapter_lr
+    return [
+        slow,
+        ParameterGroup("fast", groups.get("fast", []), lr=config.nested_lora_lr_fast),
+        ParameterGroup("adapter", groups.get("adapter", []), lr=adapter_lr),
+        ParameterGroup("other", [*groups.get("other", []), *head.trainable()], lr=config.init_lr),
+    ]
+
+
+class FunctionalPhase(Phase):
+    """Cross-entropy over the current task's classes, for `func_epoch` epochs.
+
+    With K fixed views of an image, epoch e reads view e mod K; views used more than once are run through the network up
+    to where learning begins and stored there.
+
+    Args:
+        learner: whose network and newest classifier rows are trained.
+        block: the block whose new adapter is trained, where it is one.
+    """
+
+    name = "func"
+
+    def __init__(self, learner: ClassIncrementalLearner, block: int | None = None) -> None:
+        config, inputs, task = learner.config, learner.inputs, learner.task
+        super().__init__(
+            epochs=config.func_epoch,
+            steps_per_epoch=inputs.batch_count(task, config.batch_size),
+            optimizer=learner.update_optimizer_and_scheduler(config.func_epoch),
+            block=block,
+        )
+        self.learner, self.inputs, self.config = learner, inputs, config
+        self.key = (learner.seed, task, FUNCTIONAL, learner.progress.phases)
+        self.source_of_epoch = inputs.by_epoch(task, self.key, config.func_epoch)
+        slow = next((group for group in self.optimizer.groups if group.name == "slow"), None)
+        self.trace = None if slow is None else SlowTrace(slow, learner.log, task)
+        if self.trace is not None:
+            logger.info(f"[NestedLoRA] optimizer groups => {self.optimizer.summary()}")
+
+    def batches(self, epoch: int, start: int) -> Iterator[Batch]:
+        key, size = (*self.key, epoch), self.config.batch_size
+        return self.inputs.read(self.learner.task, self.source_of_epoch(epoch), key, size, start)
+
+    def micro_batches(self, batch: Batch) -> list[Batch]:
+        return batch.micro_batches(self.config.grad_accumulation)
+
+    def loss(self, batch: Batch) -> StepResult:
+        learner = self.learner
+        targets = batch.targets.to(learner.device) - learner.classes.start
+        with learner.autocast(), self.fastest_attention():
+            features = learner.network(batch.inputs.to(learner.device), batch.depth).float()
+        logits = learner.modules["head"].newest(features)  # (B, C_t)
+        return StepResult(F.cross_entropy(logits, targets), len(targets), (logits.argmax(1) == targets).sum())
+
+    def fastest_attention(self) -> AbstractContextManager[None]:
+        """Plain attention for bf16 training on CPUs, fused attention elsewhere.
+
+        There the fused kernel's backward pass takes 35 to 40 % of a step: a step of the last three blocks took 109 ms
+        fused and 69 ms plain for ViT-S at 112 px, 350 and 266 ms at 224 px (batch 16, one thread with AMX); forward
+        passes alone, and fp32, are as fast or faster fused.
+        """
+        plain = self.learner.device.type == "cpu" and self.config.precision == "bf16"
+        return self.learner.network.plain_attention() if plain else nullcontext()
+
+    def before_step(self, step: int) -> None:
+        if self.trace is not None:
+            self.trace.before_step(step)
+
+    def after_step(self, step: int, moved: Mapping[str, bool]) -> None:
+        if self.trace is not None:
+            self.trace.after_step(step, moved)
+
+
+def train_functional(learner: ClassIncrementalLearner, block: int | None = None) -> None:
+    """Run a functional phase; with a slow branch, the log says how often it was updated."""
+    phase = FunctionalPhase(learner, block)
+    learner.run_phase(phase)
+    if phase.trace is not None:
+        phase.trace.summary(phase.optimizer.steps)
+
+
+class SlowTrace:
+    """Trace of the slow branch at low frequency: when it was updated, and how far it moved.
+
+    `nested_lora_update_interval_slow` shows in the log lines and in the `slow_step` events of metrics.jsonl. It costs a
+    copy of the group on traced steps and nothing on others.
+    """
+
+    def __init__(self, group: ParameterGroup, log: RunLog, task: int) -> None:
+        self.group, self.log, self.task = group, log, task
+        self._before: list[Tensor] | None = None
+
+    def before_step(self, step: int) -> None:
+        """Remember the group's tensors if the step (counted from 1) is traced."""
+        traced = self.group.lr > 0 and (step <= TRACED_STEPS or step % TRACE_INTERVAL == 0)
+        self._before = [p.detach().clone() for p in self.group.parameters] if traced else None
+
+    def after_step(self, step: int, moved: Mapping[str, bool]) -> None:
+        """Record whether the group was updated and the L2 distance it moved."""
+        if self._before is None:
+            return
+        pairs: Iterable[tuple[Tensor, Tensor]] = zip(self.group.parameters, self._before, strict=True)
+        squares = [(p.detach() - before).double().square().sum() for p, before in pairs]
+        distance, updated = float(torch.stack(squares).sum().sqrt()), moved[self.group.name]
+        self.log.metric("slow_step", task=self.task, phase="func", step=step, updated=updated, moved=distance)
+        if updated:
+            every = f"(every {self.group.update_interval})"
+            logger.info(f"Task {self.task} step {step}: slow updated, moved by {distance:.3e} {every}")
+
+    def summary(self, steps: int) -> None:
+        """One line at the end of the phase: how many of its steps updated the group."""
+        interval, name = self.group.update_interval, f"Task {self.task}: slow"
+        if self.group.lr == 0:
+            logger.info(f"{name} stays as it is in all {steps} steps (nested_lora_lr_slow is 0)")
+        else:
+            logger.info(f"{name} updated in {steps // interval} of {steps} steps (interval {interval})")
