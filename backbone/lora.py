@@ -45,6 +45,11 @@ class LowRank(nn.Module):
             nn.init.kaiming_uniform_(one, a=math.sqrt(5))
         self.up = nn.Parameter(like.new_zeros(copies, outputs, rank))
 
+    @property
+    def rank(self) -> int:
+        """r."""
+        return self.down.shape[1]
+
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(F.linear(x, self.down.flatten(0, 1)), torch.block_diag(*self.up))
 
@@ -59,6 +64,7 @@ class GumbelGate(nn.Module):
     def __init__(self, layers: int | None) -> None:
         super().__init__()
         self.logits = nn.Parameter(torch.empty((0,) if layers is None else (layers, 0)))
+        self.register_load_state_dict_pre_hook(_width_as_saved)
 
     @torch.no_grad()
     def grow(self, logits: Tensor) -> None:
@@ -72,6 +78,12 @@ class GumbelGate(nn.Module):
     def rebuild(self, adapters: int) -> None:
         """Give a fresh gate the shape of one over so many adapters."""
         self.logits = nn.Parameter(self.logits.detach().new_zeros(*self.logits.shape[:-1], adapters))
+
+
+def _width_as_saved(gate: GumbelGate, state: dict[str, Tensor], prefix: str, *_: object) -> None:
+    """Before loading: a logit for every adapter of the saved gate."""
+    saved = state.get(f"{prefix}logits", gate.logits)
+    gate.rebuild(saved.shape[-1] if saved.dim() else 0)
 
 
 class LoRALinear(nn.Module):
@@ -144,6 +156,7 @@ class LoRALinear(nn.Module):
         """Give a fresh module a saved shape: the frozen terms, and the rank of the adapter that learns, if one does."""
         self.down = self.down.new_zeros(2, rank, self.width)
         self.up = self.up.new_zeros(2, self.width, rank)
+        self.new = None
         if new_rank is not None:
             self.grow(new_rank)
 
@@ -178,6 +191,8 @@ class LoRAVisionTransformer(nn.Module):
         vit: a timm VisionTransformer without classifier (`num_classes=0`); it becomes part of this module.
     """
 
+    owner: Tensor
+
     def __init__(self, vit: VisionTransformer) -> None:
         super().__init__()
         vit.requires_grad_(False)
@@ -185,8 +200,10 @@ class LoRAVisionTransformer(nn.Module):
             block.attn.qkv = LoRALinear(block.attn.qkv)
         self.vit = vit.eval()
         self.magnitudes = nn.Parameter(torch.empty(0))
-        self.ranks: list[int] = []  # of all adapters, in the order in which they were grown
-        self.is_open = False  # whether the newest one still learns its direction
+        self.register_buffer(
+            "owner", torch.empty(0, dtype=torch.int64)
+        )  # (R,): the adapter of each frozen term
+        self.register_load_state_dict_pre_hook(_grow_as_saved)
 
     def forward(self, images: Tensor, beta: Tensor | None = None) -> Tensor:
         """Features (B, d), class token after the final norm, of images (B, 3, S, S).
@@ -204,12 +221,9 @@ class LoRAVisionTransformer(nn.Module):
     def _weighted(self, beta: Tensor | None) -> Iterator[None]:
         """While open, every projection knows beta_k m_k of its adapters."""
         weights = self.magnitudes if beta is None else beta * self.magnitudes
-        by_block = weights.expand(len(self.projections), len(self.ranks))  # (L, K)
-        frozen = torch.tensor(self.ranks[:-1] if self.is_open else self.ranks, dtype=torch.int64)
-        owner = torch.eye(len(frozen)).repeat_interleave(
-            frozen, dim=0
-        )  # (R, frozen adapters), one 1 in each row
-        of_terms = by_block[:, : len(frozen)] @ owner.T.to(weights)
+        by_block = weights.expand(len(self.projections), len(self.magnitudes))  # (L, K)
+        frozen = torch.arange(len(self.magnitudes) - self.is_open, device=self.owner.device)
+        of_terms = by_block[:, : len(frozen)] @ (frozen[:, None] == self.owner).to(weights)  # (L, R)
         for projection, terms, own in zip(self.projections, of_terms, by_block, strict=True):
             projection.term_weights, projection.newest_weight = terms, own[-1] if self.is_open else None
         try:
@@ -250,6 +264,17 @@ class LoRAVisionTransformer(nn.Module):
 
     # --- structure ----------------------------------------------------------------------------------------------------
 
+    @property
+    def is_open(self) -> bool:
+        """Whether the newest adapter still learns its direction."""
+        return self.projections[0].new is not None
+
+    @property
+    def ranks(self) -> list[int]:
+        """Of all adapters, in the order in which they were grown."""
+        frozen = self.owner.bincount(minlength=len(self.magnitudes) - self.is_open).tolist()
+        return [*frozen, self.projections[0].new.rank] if self.is_open else frozen
+
     def grow(self, rank: int) -> None:
         """Add a silent adapter, which learns until `freeze_newest`."""
         self._require_open(False)
@@ -258,26 +283,26 @@ class LoRAVisionTransformer(nn.Module):
             projection.grow(rank)
         first = self.magnitudes.new_full((1,), FIRST_MAGNITUDE)
         self.magnitudes = nn.Parameter(torch.cat([self.magnitudes.detach(), first]))
-        self.ranks, self.is_open = [*self.ranks, rank], True
 
     def freeze_newest(self) -> None:
         """The newest adapter's direction is final; the function stays as it is."""
         self._require_open(True)
         self.unmerge()
+        newest = self.owner.new_full((self.projections[0].new.rank,), len(self.magnitudes) - 1)
+        self.owner = torch.cat([self.owner, newest])
         for projection in self.projections:
             projection.freeze_newest()
-        self.is_open = False
 
     def keep(self, chosen: Sequence[int]) -> None:
         """Leave only the chosen of the frozen adapters: directions and magnitudes of the others are gone."""
         self._require_open(False)
         self.unmerge()
-        terms = torch.arange(sum(self.ranks)).split(self.ranks)
-        kept = torch.cat([terms[k] for k in chosen]).to(self.magnitudes.device)
+        kept = torch.cat([(self.owner == k).nonzero()[:, 0] for k in chosen])
         for projection in self.projections:
             projection.keep(kept)
         self.magnitudes = nn.Parameter(self.magnitudes.detach()[list(chosen)].clone())
-        self.ranks = [self.ranks[k] for k in chosen]
+        ranks = torch.tensor([self.ranks[k] for k in chosen], device=self.owner.device)
+        self.owner = torch.arange(len(chosen), device=self.owner.device).repeat_interleave(ranks)
 
     def reset_magnitudes(self) -> None:
         """Forget how much each frozen adapter matters, as the published code does at every task: all alpha = 0.8."""
@@ -293,7 +318,8 @@ class LoRAVisionTransformer(nn.Module):
         for projection in self.projections:
             projection.rebuild(sum(frozen), ranks[-1] if is_open else None)
         self.magnitudes = nn.Parameter(self.magnitudes.detach().new_zeros(len(ranks)))
-        self.ranks, self.is_open = list(ranks), is_open
+        owner = torch.arange(len(frozen)).repeat_interleave(torch.tensor(frozen, dtype=torch.int64))
+        self.owner = owner.to(self.owner.device)
 
     def _require_open(self, is_open: bool) -> None:
         if self.is_open != is_open:
@@ -307,6 +333,16 @@ class LoRAVisionTransformer(nn.Module):
         """The parameters of the adapter that learns its direction; none where all are frozen."""
         learning = [projection.new for projection in self.projections if projection.new is not None]
         return [parameter for new in learning for parameter in (new.down, new.up)]
+
+    def frozen_names(self) -> set[str]:
+        """Names in the state dict of the pretrained transformer's own tensors, which no checkpoint holds."""
+        own = {
+            f"vit.blocks.{block}.attn.qkv.{name}"
+            for block, projection in enumerate(self.projections)
+            for name in projection.state_dict()
+            if not name.startswith("qkv.")
+        }
+        return self.state_dict().keys() - own - {"magnitudes", "owner"}
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything but the frozen transformer, by name."""
@@ -324,6 +360,18 @@ class LoRAVisionTransformer(nn.Module):
         """Numbers of parameters in directions and magnitudes."""
         directions = sum(t.numel() for projection in self.projections for t in projection.tensors().values())
         return {"adapters": directions, "magnitudes": self.magnitudes.numel()}
+
+
+def _grow_as_saved(network: LoRAVisionTransformer, state: dict[str, Tensor], prefix: str, *_: object) -> None:
+    """Before loading: the adapters that the tensors are of. torch refuses what does not fit then."""
+    owner, new = state.get(f"{prefix}owner"), state.get(f"{prefix}vit.blocks.0.attn.qkv.new.down")
+    if owner is None:
+        return
+    for projection in network.projections:
+        projection.rebuild(len(owner), None if new is None else new.shape[1])
+    adapters = (int(owner.max()) + 1 if len(owner) else 0) + (new is not None)
+    network.magnitudes = nn.Parameter(network.magnitudes.detach().new_zeros(adapters))
+    network.owner = network.owner.new_zeros(len(owner))
 
 
 def _with_terms(weight: Tensor, down: Tensor, up: Tensor, weights: Tensor) -> Tensor:

@@ -80,7 +80,8 @@ class SEMAModules(nn.Module):
         self.new_router: nn.Linear | None = (
             None  # the row of an adapter grown in this task, merged when it freezes
         )
-        self.added_for_task = True  # the newest adapter began to learn in the current task
+        self.register_buffer("added_for_task", torch.tensor(True))  # the newest began to learn in this task
+        self.register_load_state_dict_pre_hook(_grow_as_saved)
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.growable:
@@ -163,7 +164,7 @@ class SEMAModules(nn.Module):
         module = AdapterModule(self.spec, described=True).to(like.device)
         self.adapters.append(module)
         self.new_router = nn.Linear(self.spec.width, 1).to(like.device)
-        self.added_for_task = True
+        self.added_for_task.fill_(True)
         return module
 
     def freeze_functional(self, adapters: bool = True) -> None:
@@ -203,7 +204,7 @@ class SEMAModules(nn.Module):
             reports = self.consolidate_nested_lora(consolidation, tokens, every=not freeze_adapters)
         self.freeze_functional(adapters=freeze_adapters)
         self.freeze_rd()
-        self.added_for_task = False
+        self.added_for_task.fill_(False)
         return reports
 
     def consolidate_nested_lora(
@@ -256,7 +257,8 @@ class SEMAModules(nn.Module):
         return {
             "adapters": len(self.adapters),
             "new_router": self.new_router is not None,
-            "added_for_task": self.added_for_task,
+            "added_for_task": bool(self.added_for_task),
+            "errors": [len(adapter.rd_loss_record or ()) for adapter in self.adapters],
         }
 
     def rebuild(self, structure: dict[str, int | bool]) -> None:
@@ -266,7 +268,38 @@ class SEMAModules(nn.Module):
             last = len(self.adapters) == structure["adapters"]
             if not (last and structure["new_router"]):
                 self._merge_router()
-        self.added_for_task = bool(structure["added_for_task"])
+        self.added_for_task.fill_(structure["added_for_task"])
+        for adapter, stored in zip(self.adapters, structure["errors"], strict=True):
+            if adapter.rd_loss_record is not None:
+                adapter.rd_loss_record.errors = torch.zeros(
+                    stored, device=adapter.rd_loss_record.errors.device
+                )
+
+
+def _grow_as_saved(
+    modules: SEMAModules,
+    state: dict[str, Tensor],
+    prefix: str,
+    metadata: object,
+    strict: bool,
+    missing: list[str],
+    unexpected: list[str],
+    faults: list[str],
+) -> None:
+    """Before loading: the adapters and router rows that the tensors are of. torch refuses what does not fit then."""
+    router = state.get(f"{prefix}router.weight")
+    if not modules.growable or router is None:
+        return
+    spec, device = modules.spec, modules.router.weight.device
+    while any(name.startswith(f"{prefix}adapters.{len(modules.adapters)}.") for name in state):
+        modules.adapters.append(AdapterModule(spec, described=True).to(device))
+    new_row = f"{prefix}new_router.weight" in state
+    if len(router) + new_row != len(modules.adapters):
+        faults.append(
+            f"{prefix}router: {len(router)} + {int(new_row)} rows of {len(modules.adapters)} adapters"
+        )
+    modules.router = nn.Linear(spec.width, len(router)).to(device)
+    modules.new_router = nn.Linear(spec.width, 1).to(device) if new_row else None
 
 
 def freeze(module: nn.Module) -> None:

@@ -199,42 +199,38 @@ class AE(nn.Module):
 class Records(nn.Module):
     """The last `capacity` reconstruction errors of one descriptor; mean and deviation for z-scores.
 
-    The errors are buffers, so they are saved and resumed with the model. z = |error - mean| / std with the unbiased
-    std, and zero while two errors or fewer are stored. Errors on what the descriptor has trained on before are smaller
-    than others and would make z of everything else too large: the learner pushes errors on views that are new to it.
+    The errors (n,), oldest first, are a buffer that grows to n = `capacity`: saved and resumed with the model.
+    z = |error - mean| / std with the unbiased std, and zero while two errors or fewer are stored. Errors on what the
+    descriptor has trained on are smaller than others and would make z of everything else too large: the learner pushes
+    errors on views that are new to it.
     """
 
     errors: Tensor
-    stored: Tensor
 
     def __init__(self, capacity: int) -> None:
         super().__init__()
-        self.register_buffer("errors", torch.zeros(capacity))  # oldest first, valid up to `stored`
-        self.register_buffer("stored", torch.zeros((), dtype=torch.int64))
+        self.capacity = capacity
+        self.register_buffer("errors", torch.zeros(0))
+        self.register_load_state_dict_pre_hook(_size_as_saved)
 
     def __len__(self) -> int:
-        return int(self.stored)
+        return len(self.errors)
 
     @torch.no_grad()
     def push(self, errors: Tensor) -> None:
         """Append errors (B,). As published, the batch that fills the buffer is cut to the room left."""
-        capacity, new = self.errors.numel(), errors.detach().to(self.errors)
-        if len(self) < capacity:
-            kept = torch.cat([self.errors[: len(self)], new[: capacity - len(self)]])
-        else:
-            kept = torch.cat([self.errors, new])[-capacity:]
-        self.errors[: kept.numel()] = kept
-        self.stored.fill_(kept.numel())
+        new, room = errors.detach().to(self.errors), self.capacity - len(self)
+        self.errors = torch.cat([self.errors, new[:room] if room else new])[-self.capacity :]
 
     @property
     def mean(self) -> Tensor:
         """Mean of the stored errors, a scalar in double precision."""
-        return self.errors[: len(self)].double().mean()
+        return self.errors.double().mean()
 
     @property
     def stddev(self) -> Tensor:
         """Unbiased standard deviation of the stored errors, a scalar in double precision."""
-        return self.errors[: len(self)].double().std()
+        return self.errors.double().std()
 
     def z_scores(self, errors: Tensor) -> Tensor:
         """|error - mean| / std for errors (B,) -> (B,); zeros until more than two errors are stored.
@@ -245,6 +241,26 @@ class Records(nn.Module):
             return torch.zeros_like(errors)
         distance = (errors.double() - self.mean).abs()
         return torch.where(distance == 0, 0.0, distance / self.stddev).to(errors.dtype)
+
+
+def _size_as_saved(
+    records: Records,
+    state: dict[str, Tensor],
+    prefix: str,
+    metadata: object,
+    strict: bool,
+    missing: list[str],
+    unexpected: list[str],
+    faults: list[str],
+) -> None:
+    """Before loading: as many places as errors were saved."""
+    saved = state.get(f"{prefix}errors", records.errors)
+    if saved.dim() == 1 and len(saved) <= records.capacity:
+        records.errors = records.errors.new_zeros(len(saved))
+    else:
+        faults.append(
+            f"{prefix}errors: shape {tuple(saved.shape)}, but at most {records.capacity} errors are kept"
+        )
 
 
 def scaled(scale: float, tensor: Tensor | None) -> Tensor | None:

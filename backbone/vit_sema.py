@@ -107,6 +107,15 @@ class SEMAVisionTransformer(nn.Module):
             for i, tensor in enumerate(tensors)
         }
 
+    def frozen_names(self) -> set[str]:
+        """Names in the state dict of the pretrained transformer's own tensors, which no checkpoint holds."""
+        own = {
+            f"vit.blocks.{block}.adapter_module.{name}"
+            for block, modules in self.modules_by_block.items()
+            for name in modules.state_dict()
+        }
+        return self.state_dict().keys() - own
+
     def train(self, mode: bool = True) -> "SEMAVisionTransformer":
         """The frozen transformer stays in evaluation mode; adapters have no mode of their own."""
         super().train(mode)

@@ -30,6 +30,7 @@ class IncrementalHead(nn.Module):
         super().__init__()
         self.width, self.init = width, init
         self.tasks = nn.ModuleList()
+        self.register_load_state_dict_pre_hook(_grow_as_saved)
 
     def grow(self, classes: int) -> None:
         """Add the rows of a new task and freeze the older ones."""
@@ -53,3 +54,9 @@ class IncrementalHead(nn.Module):
     def trainable(self) -> list[nn.Parameter]:
         """The parameters that learn: the newest rows."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
+
+
+def _grow_as_saved(head: IncrementalHead, state: dict[str, Tensor], prefix: str, *_: object) -> None:
+    """Before loading: the blocks of rows that the tensors are of. torch refuses what does not fit then."""
+    while (rows := state.get(f"{prefix}tasks.{len(head.tasks)}.weight")) is not None:
+        head.grow(len(rows))

@@ -1,7 +1,7 @@
 """LoRA on timm's qkv: the dense formula and its gradients, merging, structure, and what many adapters cost."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -229,16 +229,56 @@ def test_keeping_some_frees_the_others() -> None:
     torch.testing.assert_close(network(images()), expected, atol=1e-5, rtol=1e-5)
 
 
+def saved_state(network: LoRAVisionTransformer) -> dict[str, Tensor]:
+    """A checkpoint: the state without the pretrained transformer."""
+    frozen = network.frozen_names()
+    return {name: tensor.clone() for name, tensor in network.state_dict().items() if name not in frozen}
+
+
+@pytest.mark.parametrize("ranks", [(2, 3, 4), ()])
 @pytest.mark.parametrize("is_open", [True, False])
-def test_a_rebuilt_network_takes_the_tensors(is_open: bool) -> None:
-    network, fresh = learned(is_open=is_open), LoRAVisionTransformer(plain_vit())
-    fresh.rebuild(network.ranks, network.is_open)
-    assert fresh.tensors().keys() == network.tensors().keys()
-    with torch.no_grad():
-        for name, tensor in fresh.tensors().items():
-            tensor.copy_(network.tensors()[name])
+def test_a_fresh_network_takes_the_saved_shape_from_names_and_shapes(
+    ranks: tuple[int, ...], is_open: bool
+) -> None:
+    network, fresh = learned(ranks, is_open), LoRAVisionTransformer(plain_vit())
+    network.merge()  # what is merged is no state
+    saved = saved_state(network)
+    assert sum(tensor.numel() for tensor in saved.values()) == sum(
+        (*network.parameter_counts().values(), len(network.owner))
+    )
+    outcome = fresh.load_state_dict(saved, strict=False)
+    assert set(outcome.missing_keys) == fresh.frozen_names() and not outcome.unexpected_keys
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in saved_state(fresh).items())
+    network.unmerge()
+    assert (fresh.ranks, fresh.is_open) == (network.ranks, network.is_open) and fresh.ranks == list(ranks)
     assert torch.equal(fresh(images()), network(images()))
-    assert len(fresh.directions()) == (2 * DEPTH if is_open else 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("magnitudes", lambda tensor: tensor[1:]),
+        ("vit.blocks.1.attn.qkv.down", lambda tensor: tensor[:, 1:]),
+        ("vit.blocks.1.attn.qkv.up", lambda tensor: tensor[..., 1:]),
+        ("vit.blocks.1.attn.qkv.new.down", lambda tensor: tensor[:, 1:]),
+        ("owner", lambda tensor: tensor[1:]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_tensors_of_another_network_are_refused(name: str, change: Callable[[Tensor], Tensor]) -> None:
+    state = learned().state_dict()
+    state[name] = change(state[name])
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        LoRAVisionTransformer(plain_vit()).load_state_dict(state)
+
+
+def test_a_network_refuses_missing_and_foreign_tensors() -> None:
+    state, fresh = learned().state_dict(), LoRAVisionTransformer(plain_vit())
+    with pytest.raises(RuntimeError, match="foreign"):
+        fresh.load_state_dict(state | {"foreign": torch.zeros(1)})
+    for name in ("vit.blocks.2.attn.qkv.new.up", "magnitudes", "owner", "vit.norm.weight"):
+        with pytest.raises(RuntimeError, match=name):
+            fresh.load_state_dict({key: tensor for key, tensor in state.items() if key != name})
 
 
 def test_only_magnitudes_and_the_newest_direction_learn() -> None:
@@ -273,9 +313,10 @@ def test_a_gate_grows_and_loses_logits(layers: int | None) -> None:
     gate.keep([0, 2])
     assert gate.logits.reshape(-1, 2)[0].tolist() == [1.0, 3.0] and gate.logits.is_leaf
     fresh = GumbelGate(layers)
-    fresh.rebuild(2)
-    fresh.load_state_dict(gate.state_dict())
+    fresh.load_state_dict(gate.state_dict(), strict=True)
     assert torch.equal(fresh.logits, gate.logits)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        GumbelGate(7).load_state_dict(gate.state_dict())
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """One block's adapters: mixing, growing, freezing, and the structure a checkpoint rebuilds."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -85,7 +87,7 @@ def test_merging_the_router_keeps_the_function_and_freezing_keeps_it_still() -> 
 def test_growth_leaves_what_was_there_frozen_and_untouched() -> None:
     block = modules()
     block.end_of_task_training()
-    old = {name: tensor.clone() for name, tensor in block.state_dict().items()}
+    old = {name: tensor.clone() for name, tensor in block.named_parameters()}
     new = block.grow()
     assert is_learning(new.functional) and is_learning(new.rd) and is_learning(block.new_router)
     assert not is_learning(block.adapters[0]) and not is_learning(block.router)
@@ -122,20 +124,59 @@ def test_outside_the_growing_range_there_is_one_adapter_and_nothing_else() -> No
         block.grow()
 
 
-def test_rebuild_gives_a_fresh_module_the_saved_shape() -> None:
-    """Merged rows, a row not merged yet, and whether the newest adapter belongs to the open task."""
+def grown(open_row: bool = True) -> SEMAModules:
+    """Three adapters with two merged router rows and, unless the task has ended, one of its own; errors recorded."""
     block = modules()
-    block.end_of_task_training()
-    block.grow()
-    block.freeze_functional()
-    block.end_of_task_training()
-    block.grow()
+    for _ in range(2):
+        block.observe(tokens().mean(dim=1))
+        block.end_of_task_training()
+        block.grow()
     disturb(block)
-    fresh = modules()
-    fresh.rebuild(block.structure())
-    fresh.load_state_dict(block.state_dict())
-    torch.testing.assert_close(fresh(tokens()), block(tokens()))
-    assert fresh.structure() == block.structure() and fresh.new_router is not None
+    if not open_row:
+        block.end_of_task_training()
+    return block
+
+
+@pytest.mark.parametrize("open_row", [True, False])
+def test_a_fresh_module_takes_the_saved_shape_from_names_and_shapes(open_row: bool) -> None:
+    block, fresh = grown(open_row), modules()
+    saved = {name: tensor.clone() for name, tensor in block.state_dict().items()}
+    fresh.load_state_dict(saved, strict=True)
+    for name, parameter in fresh.named_parameters():
+        parameter.requires_grad_(block.get_parameter(name).requires_grad)
+    assert fresh.state_dict().keys() == saved.keys()
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in fresh.state_dict().items())
+    assert torch.equal(fresh(tokens()), block(tokens())) and (fresh.new_router is not None) == open_row
+    assert [len(a.rd_loss_record) for a in fresh.adapters] == [6, 6, 0]
+    how = Consolidation("weights", alpha=0.1, reset="lora")
+    reports = [b.end_of_task_training(True, how, tokens().flatten(0, 1)) for b in (block, fresh)]
+    drifts = [{k: report.drift for k, report in by_adapter.items()} for by_adapter in reports]
+    assert drifts[0] == drifts[1] and sorted(drifts[0]) == ([2] if open_row else [])
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("adapters.1.functional.slow.up_proj.weight", lambda tensor: None),
+        ("adapters.2.functional.fast.down_proj.weight", lambda tensor: tensor[:, 1:]),
+        ("adapters.4.rd.encoder.weight", lambda tensor: torch.zeros(4, 12)),
+        ("adapters.0.rd_loss_record.errors", lambda tensor: torch.zeros(11)),
+        ("router.weight", lambda tensor: tensor[1:]),
+        ("new_router.weight", lambda tensor: None),
+        ("foreign", lambda tensor: torch.zeros(1)),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_tensors_of_another_module_are_refused(name: str, change: Callable[[Tensor], Tensor | None]) -> None:
+    saved = grown().state_dict()
+    saved[name] = change(saved.get(name))
+    with pytest.raises(RuntimeError, match=name.split(".")[0]):
+        modules().load_state_dict({key: t for key, t in saved.items() if t is not None}, strict=True)
+
+
+def test_a_block_that_cannot_grow_refuses_a_second_adapter() -> None:
+    with pytest.raises(RuntimeError, match="adapters.1"):
+        modules(growable=False).load_state_dict(grown().state_dict())
 
 
 def test_records_keep_the_last_errors_as_published() -> None:

@@ -75,6 +75,22 @@ def test_a_trained_adapter_changes_the_output() -> None:
         assert not torch.equal(network(x), before)
 
 
+def test_a_checkpoint_is_the_state_without_the_pretrained_transformer() -> None:
+    """A fresh network takes it by names and shapes; names say which tensors it leaves out."""
+    network, fresh = wrapped("vit_small_patch16_224"), wrapped("vit_small_patch16_224")
+    network.modules_by_block[2].grow()
+    frozen = network.frozen_names()
+    timms = {id(p) for block in network.vit.blocks for p in block.block.parameters()}
+    named = dict(network.named_parameters())
+    assert {id(named[name]) for name in frozen if ".blocks." in name} == timms
+    assert {name for name in named if name not in frozen} == {n for n, p in named.items() if p.requires_grad}
+    saved = {name: tensor for name, tensor in network.state_dict().items() if name not in frozen}
+    outcome = fresh.load_state_dict(saved, strict=False)
+    assert set(outcome.missing_keys) == frozen == fresh.frozen_names() and not outcome.unexpected_keys
+    assert all(torch.equal(tensor, saved.get(name, tensor)) for name, tensor in fresh.state_dict().items())
+    assert fresh.adapters_per_block() == {0: 1, 1: 1, 2: 2}
+
+
 def test_only_adapters_learn_and_the_transformer_keeps_its_mode() -> None:
     network = wrapped("vit_small_patch16_224").train()
     assert not network.vit.training and not network.vit.blocks[0].block.training
