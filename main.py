@@ -135,10 +135,11 @@ def main(arguments: list[str] | None = None) -> int:
         os.environ["TQDM_DISABLE"] = "1"
     # Imported after parsing, so that --help and usage errors answer at once.
     from models import SCHEMAS
-    from trainer import joined_world, read_config, resume, train
+    from trainer import read_config, resume, train
     from utils.config.loading import load_config
     from utils.errors import exit_code
-    from utils.training.device import keep_freed_memory
+    from utils.training.device import keep_freed_memory, resolve_device
+    from utils.training.distributed import init_distributed
 
     if first:
         attach_console()
@@ -156,12 +157,12 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             loaded = load_config(options.config or DEFAULT, options.overrides, SCHEMAS)
             config, notes = loaded.config, loaded.notes
-        with joined_world(config) as world:
+        with init_distributed(resolve_device(config.device)[0]) as distributed:
             together = True
             if options.resume:
-                resume(options.resume, world)
+                resume(options.resume, distributed)
             else:
-                train(config, overwrite=options.overwrite, notes=notes, world=world)
+                train(config, overwrite=options.overwrite, notes=notes, distributed=distributed)
         return None
 
     return exit_code(work, tells=lambda: first or together)  # a mistake that all processes meet is told once

@@ -2,10 +2,9 @@
 
     results = train(config)                       # one run a seed; result.json contents
     results = resume(Path("logs/sema/..."))       # goes on from the last checkpoint of a run folder
-    parts = assemble(config, seed=1993)           # what a run is made from, nothing written
+    learner = make_learner(config)                # data, backbone and modules; nothing is written
 
-What kinds of experiments differ in is in `models/experiment.py`; class-incremental learning is one of them. What a run
-leaves behind is described in `utils/runs/run_log.py`.
+The methods are in `models/`. What a run leaves behind is described in `utils/runs/run_log.py`.
 """
 
 import json
@@ -16,9 +15,8 @@ import shutil
 import signal
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -26,11 +24,10 @@ from typing import Any, NamedTuple
 import torch
 
 from models import LEARNERS, SCHEMAS
-from models.base import Interrupted, Learner
-from models.experiment import Parts
+from models.base import Learner, RunContext
 from utils.config.loading import config_from_dict
 from utils.config.schema import RunConfig
-from utils.errors import UserError, in_one_line
+from utils.errors import Interrupted, UserError, in_one_line
 from utils.files import read_json
 from utils.runs.checkpoint import checkpoint_name, latest_checkpoint, load_checkpoint, save_checkpoint
 from utils.runs.figures import draw_figures
@@ -41,18 +38,18 @@ from utils.runs.provenance import changes, read_provenance
 from utils.runs.run_folder import CONFIG, METRICS, RESULT, folder_of, is_complete, waiting_notes
 from utils.runs.run_log import RunLog, SilentLog
 from utils.training.device import out_of_memory_advice, peak_memory_mb, resolve_device, resolve_precision
-from utils.training.distributed import World, backend_for, local_device, process_group, world_from_environment
+from utils.training.distributed import DistributedContext, local_device
 
 logger = logging.getLogger("nested_lora")
 
 CHECKPOINTS = "checkpoints"
-ALONE = World()
+ALONE = DistributedContext()
 STATE: dict[str, Any] = {  # of a checkpoint: what each part must be
     "run": dict,
     "data": dict,
     "config": dict,
     "learner": dict,
-    "accuracy": dict,
+    "evaluations": list,
     "metrics_bytes": int,
     "seconds": float,
     "peak_memory_mb": float,
@@ -60,7 +57,11 @@ STATE: dict[str, Any] = {  # of a checkpoint: what each part must be
 
 
 def train(
-    config: RunConfig, *, overwrite: bool = False, notes: Sequence[str] = (), world: World = ALONE
+    config: RunConfig,
+    *,
+    overwrite: bool = False,
+    notes: Sequence[str] = (),
+    distributed: DistributedContext = ALONE,
 ) -> list[dict[str, Any]]:
     """Run every seed of the configuration, each in its own folder; returns their results.
 
@@ -69,7 +70,7 @@ def train(
         Interrupted: stopped by a signal, after saving.
     """
     command = Command(id=uuid.uuid4().hex, seeds=config.seed, overwrite=overwrite)
-    results = [start_run(config, seed, command, notes, world) for seed in config.seed]
+    results = [start_run(config, seed, command, notes, distributed) for seed in config.seed]
     tell_mean(results)
     return results
 
@@ -79,40 +80,40 @@ def start_run(
     seed: int,
     command: Command,
     notes: Sequence[str] = (),
-    world: World = ALONE,
+    distributed: DistributedContext = ALONE,
     beside: Path | None = None,
 ) -> dict[str, Any]:
     """Run one seed from its start, where the configuration says or beside a folder; its result."""
-    parts = assemble(config, seed, world)
-    with open_log(parts, command, beside) as log:
+    learner = make_learner(config.model_copy(update={"seed": [seed]}), distributed)
+    with open_log(learner, command, beside) as log:
         for note in notes:
             logger.info(note)
-        return Run(parts, log).to_the_end()
+        return Run(learner, log).to_the_end()
 
 
-def open_log(parts: Parts, command: Command, beside: Path | None = None) -> RunLog:
+def open_log(learner: Learner, command: Command, beside: Path | None = None) -> RunLog:
     """A new run's record: written by the first rank, the others keep none."""
-    config, world = parts.config, parts.world
-    place = folder_of(config, parts.seed)
+    config, context = learner.config, learner.context
+    place = folder_of(config, learner.seed)
     logs: list[RunLog] = []
 
     def create() -> str:
-        session = this_session(parts.device, config.precision, world.size)
-        manifest = {"command": command.model_dump(), "sessions": [session.model_dump()], "seed": parts.seed}
+        session = this_session(context.device, config.precision, context.distributed.size)
+        manifest = {"command": command.model_dump(), "sessions": [session.model_dump()], "seed": learner.seed}
         log = RunLog.create(
             beside.with_name(place.name) if beside else place,
-            config=resolved_config(parts),
-            manifest=manifest | parts.manifest(),
+            config=config.model_dump(mode="json"),
+            manifest=manifest | learner.manifest(),
             overwrite=command.overwrite,
         )
         logs.append(log)
         return str(log.folder)
 
-    folder = world.on_main(create)
+    folder = context.distributed.on_main(create)
     return logs[0] if logs else SilentLog(Path(folder))
 
 
-def resume(folder: Path, world: World = ALONE) -> list[dict[str, Any]]:
+def resume(folder: Path, distributed: DistributedContext = ALONE) -> list[dict[str, Any]]:
     """Finish the run in a folder, then the other seeds of the command that started it; the results of all of them.
 
     Raises:
@@ -129,7 +130,7 @@ def resume(folder: Path, world: World = ALONE) -> list[dict[str, Any]]:
         )
     runs = [
         SeedRun(*row)
-        for row in json.loads(world.on_main(lambda: json.dumps(seed_runs(folder, config, command))))
+        for row in json.loads(distributed.on_main(lambda: json.dumps(seed_runs(folder, config, command))))
     ]
     check_same_config([Path(run.folder) for run in runs if run.folder])
     left = [run for run in runs if not run.complete]
@@ -139,12 +140,12 @@ def resume(folder: Path, world: World = ALONE) -> list[dict[str, Any]]:
         logger.info(f"Seeds of the command that started this run: {listed}")
     for run in left:
         if run.folder:
-            results[run.seed] = finish_run(Path(run.folder), world)
+            results[run.seed] = finish_run(Path(run.folder), distributed)
         else:
             others = config.model_copy(update={"seed": [run.seed]})
-            results[run.seed] = start_run(others, run.seed, command, world=world, beside=folder)
+            results[run.seed] = start_run(others, run.seed, command, distributed=distributed, beside=folder)
     in_order = [results[seed] for seed in command.seeds]
-    if world.is_main:
+    if distributed.is_main:
         tell_mean(in_order, [Path(run.folder) for run in seed_runs(folder, config, command)])
     if not left:
         raise UserError(f"{folder} is finished: its {RESULT} is there; read it, or run its config.json again")
@@ -191,42 +192,44 @@ def _is_of(folder: Path, command: Command, surely: bool) -> bool:
         return False
 
 
-def finish_run(folder: Path, world: World = ALONE) -> dict[str, Any]:
+def finish_run(folder: Path, distributed: DistributedContext = ALONE) -> dict[str, Any]:
     """Go on with the run in a folder from its last checkpoint, or from its start where there is none; its result.
 
     Where the result is there, only what was to follow it is made.
     """
     config, lock = read_config(folder), FolderLock(folder)
     with ExitStack() as held:
-        world.on_main(lambda: held.enter_context(lock).folder.name)
+        distributed.on_main(lambda: held.enter_context(lock).folder.name)
         manifest = read_manifest(folder)
         if (folder / RESULT).exists():
-            if world.is_main:
+            if distributed.is_main:
                 log = held.enter_context(RunLog.reopen(folder, (folder / METRICS).stat().st_size, lock))
                 logger.info(f"{folder} has its {RESULT}: what should have followed it is made now")
                 complete_run(log)
             return read_result(folder)
-        parts = assemble(config, config.seed[0], world)
+        learner = make_learner(config, distributed)
         checkpoint = latest_checkpoint(folder / CHECKPOINTS)
         tensors, state = load_run_checkpoint(checkpoint) if checkpoint else ({}, None)
-        edited = check_config(checkpoint, state, parts) if state else []
+        edited = check_config(checkpoint, state, learner) if state else []
         if state is not None:
-            check_identity(checkpoint, state, parts)
-        world.barrier()  # everyone has read what the record says before it is cut
+            check_identity(checkpoint, state, learner)
+        distributed.barrier()  # everyone has read what the record says before it is cut
         written = state["metrics_bytes"] if state else 0
-        log = held.enter_context(RunLog.reopen(folder, written, lock) if world.is_main else SilentLog(folder))
+        log = held.enter_context(
+            RunLog.reopen(folder, written, lock) if distributed.is_main else SilentLog(folder)
+        )
         logger.info(f"Resuming {folder} from {checkpoint.name if checkpoint else 'its start'}")
         for note in [*edited, *waiting_notes(folder)]:
             logger.warning(note)
-        session = this_session(parts.device, parts.config.precision, world.size)
+        session = this_session(learner.device, learner.config.precision, distributed.size)
         differences = session.differences(manifest.sessions[-1])
         if differences:
             logger.warning(
                 f"Not as in the session before, which manifest.json records: {', '.join(differences)}"
             )
         sessions = [*manifest.sessions, session]
-        log.manifest(manifest.model_copy(update={"sessions": sessions}).model_dump() | parts.manifest())
-        run = Run(parts, log)
+        log.manifest(manifest.model_copy(update={"sessions": sessions}).model_dump() | learner.manifest())
+        run = Run(learner, log)
         if state is not None:
             with fitting(checkpoint):
                 run.load_state(state, tensors)
@@ -317,11 +320,6 @@ def read_result(folder: Path) -> dict[str, Any]:
     return result
 
 
-def resolved_config(parts: Parts) -> dict[str, Any]:
-    """The configuration of a run as it is recorded, with the run's own seed."""
-    return parts.config.model_dump(mode="json") | {"seed": [parts.seed]}
-
-
 def load_run_checkpoint(checkpoint: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """The tensors and the state of a checkpoint of a run.
 
@@ -353,19 +351,19 @@ def fitting(checkpoint: Path) -> Iterator[None]:
         ) from error
 
 
-def check_config(checkpoint: Path, state: dict[str, Any], parts: Parts) -> list[str]:
-    """What to say of keys that were edited since a checkpoint and change no number.
+def check_config(checkpoint: Path, state: dict[str, Any], learner: Learner) -> list[str]:
+    """Notes about keys that were edited since a checkpoint and change no number.
 
     Raises:
         UserError: another key was edited, so that the run would mix two experiments.
     """
-    before, now = state["config"], resolved_config(parts)
+    before, now = state["config"], learner.config.model_dump(mode="json")
     edited = {
         key: f"{key} was {_short(json.dumps(before.get(key)))}, is {_short(json.dumps(now.get(key)))}"
         for key in [*now, *(key for key in before if key not in now)]
         if before.get(key) != now.get(key)
     }
-    mixing = [words for key, words in edited.items() if key not in parts.config.editable_keys]
+    mixing = [words for key, words in edited.items() if key not in learner.config.editable_keys]
     if mixing:
         path = checkpoint.parent.parent / CONFIG
         raise UserError(
@@ -376,21 +374,17 @@ def check_config(checkpoint: Path, state: dict[str, Any], parts: Parts) -> list[
     return [f"Edited since {checkpoint.name} was saved: {'; '.join(edited.values())}"] if edited else []
 
 
-def check_identity(checkpoint: Path, state: dict[str, Any], parts: Parts) -> None:
-    """Refuse a checkpoint of another run."""
-    for key, ours in parts.identity().items():
-        theirs = state.get("run", {}).get(key)
+def check_identity(checkpoint: Path, state: dict[str, Any], learner: Learner) -> None:
+    """Refuse a checkpoint of another run, or of one that has read other images than are there now."""
+    for key, ours in learner.identity().items():
+        theirs = state["run"].get(key)
         if theirs != ours:
             raise UserError(
                 f"{checkpoint} does not belong to this run: its {key} is {_short(theirs)}, this run's is "
                 f"{_short(ours)}; resume with the data, weights and config it was made with"
             )
-    _check_data(checkpoint, state.get("data") or {}, parts)
-
-
-def _check_data(checkpoint: Path, read: dict[str, list[str]], parts: Parts) -> None:
-    """Refuse a checkpoint whose tasks have read other images than are there now."""
-    ours = parts.data_read(*(len(read.get(source, [])) for source in ("train", "test")))
+    read = state["data"]
+    ours = learner.data_read(*(len(read.get(source, [])) for source in ("train", "test")))
     finished = len(read.get("test", []))  # tasks
     for source, hashes in ours.items():
         theirs = read.get(source, [])
@@ -411,59 +405,42 @@ def _check_data(checkpoint: Path, read: dict[str, list[str]], parts: Parts) -> N
             )
 
 
-def assemble(config: RunConfig, seed: int, world: World = ALONE) -> Parts:
-    """Everything a run is made from; seeds the global generator that initialises modules.
+def make_learner(config: RunConfig, distributed: DistributedContext = ALONE) -> Learner:
+    """The method that a configuration names, with data, backbone and modules; nothing is written.
 
     Raises:
         UserError: data or weights cannot be had, or the device is absent.
     """
     device, device_warning = resolve_device(config.device)
-    device = local_device(device, world)
+    device = local_device(device, distributed)
     precision, precision_warning = resolve_precision(config.precision, device)
     config = config.model_copy(update={"precision": precision})
     warnings = [warning for warning in (device_warning, precision_warning) if warning]
-    kind = LEARNERS[config.model_name].Parts
-    parts = kind.prepare(config, seed=seed, device=device, world=world, warnings=warnings)
-    torch.manual_seed(seed)
-    torch.backends.cudnn.benchmark = False
-    return parts
-
-
-@contextmanager
-def joined_world(config: RunConfig) -> Iterator[World]:
-    """The processes that torchrun started, joined to train together while the context is open; else this one alone.
-
-    Raises:
-        UserError: the machine has fewer devices than processes, or torchrun's environment is not whole.
-    """
-    world = world_from_environment()
-    device = local_device(resolve_device(config.device)[0], world)
-    world = replace(world, device=device)
-    with process_group(world, backend_for(device)):
-        yield world
+    context = RunContext(device, distributed, warnings=warnings)
+    return LEARNERS[config.model_name](config, context)
 
 
 class Run:
-    """One seed from its first task to its result."""
+    """A learner from its first task, or from a checkpoint, to its result."""
 
-    def __init__(self, parts: Parts, log: RunLog) -> None:
-        self.parts, self.config, self.log = parts, parts.config, log
-        self.stop = StopRequest()
-        self.learner = make_learner(parts, log, lambda: self.stop.requested, self.save_progress)
-        self.scores = self.learner.Scores()
+    def __init__(self, learner: Learner, log: RunLog) -> None:
+        self.learner, self.log, self.stop = learner, log, StopRequest()
+        context = learner.context
+        context.log, context.save, context.stop = log, self.save_progress, lambda: self.stop.requested
+        self.evaluations: list[dict[str, Any]] = []  # one per finished task
         self.seconds_before = self.peak_before = 0.0  # of earlier processes
         self.started = time.perf_counter()
 
     def to_the_end(self) -> dict[str, Any]:
         """All tasks that are left, then the result; a stop request saves and raises `Interrupted`."""
-        parts = self.parts
+        learner = self.learner
         logger.info(f"Run folder: {self.log.folder}")
-        for warning in parts.warnings:
+        for warning in learner.context.warnings:
             logger.warning(warning)
-        logger.info(f"{parts.introduction()}, on {parts.device}; seed {parts.seed}")
+        logger.info(f"{learner.describe_run()}, on {learner.device}; seed {learner.seed}")
         with self.stop:
             try:
-                for task in range(len(self.scores), parts.nb_tasks):
+                for task in range(len(self.evaluations), learner.nb_tasks):
                     self.run_task(task)
             except Interrupted:
                 self.save_interrupted()
@@ -472,60 +449,54 @@ class Run:
 
     def run_task(self, task: int) -> None:
         """Train, evaluate, record, save."""
-        if self.learner.task != task:
-            logger.info(self.parts.opening(task))
-            self.learner.begin_task(task)
-        with out_of_memory_advice(
-            self.config.batch_size, self.config.grad_accumulation, self.config.eval_batch_size
-        ):
-            self.learner.train_task()
-            self.scores.add(self.scores.measure(self.learner))
-        self.parts.world.check_same(f"the model after task {task}", self.learner.fingerprint())
+        learner, config = self.learner, self.learner.config
+        if learner.task != task:
+            logger.info(learner.describe_task(task))
+            learner.begin_task(task)
+        with out_of_memory_advice(config.batch_size, config.grad_accumulation, config.eval_batch_size):
+            learner.train_task()
+            self.evaluations.append(learner.evaluate())
+        learner.distributed.check_same(f"the model after task {task}", learner.fingerprint())
         self.record_task(task)
         self.save(checkpoint_name(task))
         superseded = [f"{checkpoint_name(task)}_step_*"]
-        if not self.parts.keeps_every_task:
+        if not learner.keeps_every_task:
             superseded += [checkpoint_name(earlier) for earlier in range(task)]
         for pattern in superseded:
             self.remove_checkpoints(pattern)
 
     def record_task(self, task: int) -> None:
-        """What the log and the metrics say of a finished task."""
-        summary = self.learner.summary()
-        self.log.metric(
-            "task",
-            task=task,
-            **self.scores.event(),
-            **summary,
-            seconds=self.seconds,
-            peak_memory_mb=self.peak_memory_mb,
-        )
-        self.scores.record(self.log)
-        for line in self.scores.lines(summary):
+        """Write a finished task to the log, the metrics and the accuracy matrix."""
+        report = self.learner.report(self.evaluations)
+        cost = {"seconds": self.seconds, "peak_memory_mb": self.peak_memory_mb}
+        self.log.metric("task", task=task, **report.event, **self.learner.summary(), **cost)
+        if report.accuracy is not None:
+            self.log.accuracy_csv(report.accuracy)
+        for line in report.lines:
             logger.info(line)
         logger.info(f"Task {task}: {self.seconds:.0f} s so far")
 
     def finish(self) -> dict[str, Any]:
-        """result.json, figures and the closing tables."""
-        summary, weights = self.learner.summary(), self.parts.weights()
-        cost = {"seconds": self.seconds, "peak_memory_mb": self.peak_memory_mb}
+        """Write result.json and figures, and log the closing tables."""
+        learner = self.learner
+        report, weights = learner.report(self.evaluations), learner.weights()
         result = {
-            "seed": self.parts.seed,
-            **self.scores.result(summary),
-            "parameters": summary["parameters"],
+            "seed": learner.seed,
+            **report.result,
+            "parameters": learner.parameter_counts(),
             "weights": weights,
-            "cost": cost | self.scores.cost(),
+            "cost": {"seconds": self.seconds, "peak_memory_mb": self.peak_memory_mb, **report.cost},
         }
-        self.learner.close_run()
-        if not self.parts.world.is_main:
+        learner.close_run()
+        if not learner.distributed.is_main:
             return result
         self.log.result(result)
         complete_run(self.log)
-        for table in self.scores.tables(summary):
+        for table in report.tables:
             logger.info("\n" + table)
         if weights["note"]:
             logger.info(f"Weights {weights['tag']}: {weights['note']}")
-        logger.info(f"{self.seconds:.0f} s on {self.parts.device}; everything is in {self.log.folder}")
+        logger.info(f"{self.seconds:.0f} s on {learner.device}; everything is in {self.log.folder}")
         return result
 
     @property
@@ -535,25 +506,25 @@ class Run:
 
     @property
     def peak_memory_mb(self) -> float:
-        """Most memory in MiB that a process that worked on this run has taken."""
-        return max(self.peak_before, peak_memory_mb(self.parts.device))
+        """Peak memory in MiB over the processes that worked on this run."""
+        return max(self.peak_before, peak_memory_mb(self.learner.device))
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
     def save(self, name: str) -> Path:
         """Write a checkpoint of everything a resumed run needs."""
         folder = self.log.folder / CHECKPOINTS / name
-        self.parts.world.on_main(lambda: self._write_checkpoint(folder))
+        self.learner.distributed.on_main(lambda: self._write_checkpoint(folder))
         return folder
 
     def _write_checkpoint(self, folder: Path) -> str:
         learner, tensors = self.learner.state()
         state = {
-            "run": self.parts.identity(),
-            "data": self.parts.data_read(self.learner.task + 1, len(self.scores)),
-            "config": resolved_config(self.parts),
+            "run": self.learner.identity(),
+            "data": self.learner.data_read(self.learner.task + 1, len(self.evaluations)),
+            "config": self.learner.config.model_dump(mode="json"),
             "learner": learner,
-            "accuracy": self.scores.to_json(),
+            "evaluations": self.evaluations,
             "metrics_bytes": self.log.metrics_bytes,
             "seconds": self.seconds,
             "peak_memory_mb": self.peak_memory_mb,
@@ -576,25 +547,15 @@ class Run:
     def load_state(self, state: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
         """Become the run that a checkpoint was taken of."""
         self.learner.load_state(state["learner"], tensors)
-        self.scores.load_json(state["accuracy"])
+        self.evaluations = list(state["evaluations"])
         self.seconds_before, self.peak_before = state["seconds"], state["peak_memory_mb"]
 
     def remove_checkpoints(self, pattern: str, but: Path | None = None) -> None:
         """Remove the checkpoints whose names match, apart from one."""
-        if self.parts.world.is_main:
+        if self.learner.distributed.is_main:
             for folder in (self.log.folder / CHECKPOINTS).glob(pattern):
                 if folder != but:
                     shutil.rmtree(folder)
-
-
-def make_learner(
-    parts: Parts,
-    log: RunLog | None,
-    stop_requested: Callable[[], bool] = lambda: False,
-    save: Callable[[], object] = lambda: None,
-) -> Learner:
-    """The method that the configuration names, on the parts."""
-    return LEARNERS[parts.config.model_name](parts, log=log, stop_requested=stop_requested, save=save)
 
 
 class StopRequest:

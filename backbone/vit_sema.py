@@ -43,13 +43,17 @@ class SEMAVisionTransformer(nn.Module):
     Args:
         vit: a timm VisionTransformer with a class token and no classifier (`num_classes=0`); it becomes part of this
             module.
-        spec: what an adapter looks like.
+        spec: what an adapter looks like; None where no block holds one.
         growing: the blocks that may grow (they have a router and descriptors).
         adapted: the blocks that hold adapters; must contain `growing`.
     """
 
     def __init__(
-        self, vit: VisionTransformer, spec: AdapterSpec, growing: Iterable[int], adapted: Iterable[int]
+        self,
+        vit: VisionTransformer,
+        spec: AdapterSpec | None = None,
+        growing: Iterable[int] = (),
+        adapted: Iterable[int] = (),
     ) -> None:
         super().__init__()
         self.spec, self.growing, adapted = spec, tuple(growing), set(adapted)

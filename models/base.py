@@ -52,7 +52,7 @@ class RunContext:
         device: of the modules.
         distributed: this process among those that train together.
         log: the run's record; None where a model is only looked at.
-        stop_requested: asked between two steps; True on any rank makes `train_task` raise `Interrupted` on all.
+        stop: asked between two steps; True on any rank makes `train_task` raise `Interrupted` on all.
         save: writes a checkpoint, for phases that are saved before their end.
         warnings: departures from the configuration, for the log.
     """
@@ -60,9 +60,13 @@ class RunContext:
     device: torch.device
     distributed: DistributedContext = field(default_factory=DistributedContext)
     log: RunLog | None = None
-    stop_requested: Callable[[], bool] = lambda: False
+    stop: Callable[[], bool] = lambda: False
     save: Callable[[], object] = lambda: None
     warnings: list[str] = field(default_factory=list)
+
+    def stop_requested(self) -> bool:
+        """Whether this process is to stop."""
+        return self.stop()
 
 
 @dataclass
@@ -158,7 +162,7 @@ class TaskProgress:
         finished: names of the steps that are done (`Learner.once`).
         phases: phases finished in this task; part of the keys of their data order.
         steps: batches worked on in this task.
-        state: what a method must remember inside a task.
+        state: what a method must remember; `open_task` resets what belongs to one task.
     """
 
     finished: list[str] = field(default_factory=list)
@@ -295,7 +299,7 @@ class Learner(ABC):
 
     def begin_task(self, task: int) -> None:
         """Open a task: its classes become known."""
-        self.task, self.progress = task, TaskProgress()
+        self.task, self.progress = task, TaskProgress(state=self.progress.state)
         self.open_task()
         parameters = list(self.modules.parameters())
         logger.info(f"All params: {sum(p.numel() for p in parameters)}")
@@ -437,7 +441,7 @@ class Learner(ABC):
 
     @property
     def seed(self) -> int:
-        return self.config.seed
+        return self.config.seed if isinstance(self.config.seed, int) else self.config.seed[0]
 
     @property
     def device(self) -> torch.device:
@@ -453,7 +457,7 @@ class Learner(ABC):
 
     @property
     def method_state(self) -> dict[str, Any]:
-        """What the method must remember inside the open task (JSON)."""
+        """What the method must remember inside a task, and from task to task (JSON)."""
         return self.progress.state
 
     def stopping(self) -> bool:

@@ -12,7 +12,7 @@ Sources: SD-LoRA (Wu et al., ICLR 2025); the gate and conditional growth as in t
 """
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from backbone.lora import GumbelGate, LoRAVisionTransformer
-from models.base import EpochNote, Learner, Phase, StepResult
+from models.base import EpochNote, Phase, StepResult
 from models.gate_figures import gate_figures
 from models.gumbel_growth import (
     GateRecord,
@@ -33,17 +33,16 @@ from models.gumbel_growth import (
     symptoms,
 )
 from models.sdlora_config import SDLoRAConfig
-from models.sdlora_costs import SDLoRACosts
 from models.vit.class_incremental import ClassIncrementalLearner
-from models.vit.pretrained import Backbone
-from models.vit.representations import class_tokens
+from utils.console import progress
+from utils.errors import Interrupted
 from utils.gumbel_utils import gumbel_sparsemax, newcomer_logits, sparsemax, sparsity_loss
 from utils.inc_net import IncrementalHead
 from utils.runs.figures import class_incremental_figures
 from utils.runs.metrics import active_adapters_table
 from utils.runs.run_log import read_metrics
 from utils.training.device import seeded_generator
-from utils.training.optim import GroupedOptimizer, ParameterGroup, StepDecay
+from utils.training.optim import GroupedOptimizer, ParameterGroup, StepDecay, assert_complete, trainable
 
 logger = logging.getLogger("nested_lora")
 
@@ -59,14 +58,13 @@ class SDLoRA(ClassIncrementalLearner):
     Config = SDLoRAConfig
     config: SDLoRAConfig
 
-    def build(self, backbone: Backbone) -> nn.ModuleDict:
-        vit, kind = backbone.vit, self.config.gate
-        self.adapters: list[int] = []  # the task that grew each adapter
+    def build(self, vit: nn.Module) -> nn.ModuleDict:
+        kind = self.config.gate
         head = IncrementalHead(vit.num_features, self.config.row_init)
-        parts = {"backbone": LoRAVisionTransformer(vit), "head": head}
+        modules = {"backbone": LoRAVisionTransformer(vit), "head": head}
         if kind != "off":
-            parts["gate"] = GumbelGate(len(vit.blocks) if kind == "layer" else None)
-        return nn.ModuleDict(parts)
+            modules["gate"] = GumbelGate(len(vit.blocks) if kind == "layer" else None)
+        return nn.ModuleDict(modules)
 
     @staticmethod
     def figures(
@@ -75,12 +73,13 @@ class SDLoRA(ClassIncrementalLearner):
         return class_incremental_figures(events, rows, about) | gate_figures(events, about)
 
     @property
-    def network(self) -> LoRAVisionTransformer:
-        return self.modules["backbone"]
-
-    @property
     def head(self) -> IncrementalHead:
         return self.modules["head"]
+
+    @property
+    def adapters(self) -> list[int]:
+        """The task that grew each adapter."""
+        return self.method_state["adapters"]
 
     @property
     def gate(self) -> GumbelGate | None:
@@ -91,14 +90,15 @@ class SDLoRA(ClassIncrementalLearner):
 
         With "carry" and without a gate nothing changes for old data: a gate's weights are shared with the newcomer.
         """
-        self.head.grow(len(self.classes))
+        super().open_task()
         if self.config.sdlora_scaling == "reset":
             self.network.reset_magnitudes()
-        self.grow()
-        self.progress.memory = {
+        self.progress.state = {
+            "adapters": self.method_state.get("adapters", []),
             "tau": self.config.gumbel_tau_init,
-            "sparse": 0.0,
-        }  # sparse: sum over the open epoch
+            "sparsity": 0.0,  # penalty summed over the open epoch
+        }
+        self.grow()
 
     def grow(self) -> None:
         """One more adapter, with the rank that is due."""
@@ -107,13 +107,10 @@ class SDLoRA(ClassIncrementalLearner):
         if self.gate is not None:
             self.gate.grow(newcomer_logits(self.gate.logits, self.config.gumbel_tau_final))
 
-    @property
-    def stages(self) -> dict[str, Callable[[], str]]:
-        return {
-            "start": self.announce,
-            "functional": self.train_functional,
-            "close": self.end_of_task_training,
-        }
+    def learn_task(self) -> None:
+        self.once("announce", self.announce)
+        self.once("functional", self.train_functional)
+        self.once("close", self.end_of_task_training)
 
     def features(self, images: Tensor) -> Tensor:
         """Class token of the network with all adapters merged into its weights, (B, 3, S, S) -> (B, d), float32."""
@@ -121,14 +118,19 @@ class SDLoRA(ClassIncrementalLearner):
         with self.autocast():
             return self.network(images).float()
 
-    def classify(self, features: Tensor) -> Tensor:
-        return self.head(features)
-
-    def class_tokens(self, images: Tensor) -> Tensor:
-        return class_tokens(self.network.vit.blocks, lambda: self.features(images))
-
-    def costs(self, build: Callable[[Mapping[str, Any]], Learner]) -> SDLoRACosts:
-        return SDLoRACosts(self)
+    def features_of(self, task: int, source: str) -> Tensor:
+        """Computed from images whenever asked for: every block has learned since, so nothing is stored."""
+        classes, size = self.data.task_classes(task), self.config.eval_batch_size
+        batches = self.data.batches(classes, source=source, mode="test", batch_size=size)
+        left, parts = self.data.count(classes, source), []
+        for images, _ in progress(batches, desc=f"Features of {source} images of task {task}", unit="batch"):
+            if self.stopping():
+                raise Interrupted
+            with torch.no_grad():
+                features = self.features(images.to(self.device))
+            parts.append(self.distributed.all_gather(features, min(size, left)))
+            left -= size
+        return torch.cat(parts)
 
     # --- the gate -----------------------------------------------------------------------------------------------------
 
@@ -142,7 +144,7 @@ class SDLoRA(ClassIncrementalLearner):
         if self.gate is None:
             return None
         generator = seeded_generator(self.seed, self.task, NOISE, self.progress.steps)
-        return gumbel_sparsemax(self.gate.logits, self.progress.memory["tau"], generator=generator)
+        return gumbel_sparsemax(self.gate.logits, self.method_state["tau"], generator=generator)
 
     def penalty(self, beta: Tensor | None) -> Tensor:
         """What the gate adds to the loss: lambda_sparsity * H(beta), over layers the mean; a scalar."""
@@ -151,7 +153,7 @@ class SDLoRA(ClassIncrementalLearner):
 
     # --- stage: functional --------------------------------------------------------------------------------------------
 
-    def announce(self) -> str:
+    def announce(self) -> None:
         """Say once what the gate is set to."""
         config = self.config
         if self.task == 0 and self.gate is not None:
@@ -159,78 +161,11 @@ class SDLoRA(ClassIncrementalLearner):
                 f"[Gumbel CL-LoRA] tau_init={config.gumbel_tau_init}, tau_final={config.gumbel_tau_final}, "
                 f"anneal_rate={config.gumbel_anneal_rate}, lambda_sparsity={config.lambda_sparsity}"
             )
-        return "functional"
 
-    def train_functional(self) -> str:
+    def train_functional(self) -> None:
         """Train the newest direction, all magnitudes, the gate and the newest classifier rows."""
         self.network.unmerge()
-        self.run_phase(self.functional_phase())
-        return "close"
-
-    def functional_phase(self) -> Phase:
-        """The one phase of a task."""
-        config = self.config
-        epochs = config.init_epoch if self.task == 0 else config.epochs
-        phase = Phase(
-            name="func",
-            epochs=epochs,
-            optimizer=self.update_optimizer_and_scheduler(epochs),
-            batches=self._batches,
-            steps_per_epoch=-(-self.data.count(self.classes, "train") // config.batch_size),
-            observe=self._classify,
-            parts=self._parts,
-        )
-        if self.gate is not None:
-            phase.before_step, phase.after_step, phase.after_epoch = (
-                self._before_step,
-                self._anneal,
-                self._note,
-            )
-        return phase
-
-    def _batches(self, epoch: int, start: int) -> Iterable[Batch]:
-        """This rank's shares of an epoch's batches, newly augmented; every block learns, so no activation is kept."""
-        key, size = (self.seed, self.task, TRAINING, epoch), self.config.batch_size
-        return self.data.batches(
-            self.classes, source="train", mode="train", batch_size=size, key=key, start=start
-        )
-
-    def _parts(self, batch: Batch) -> list[Batch]:
-        """The batch in `grad_accumulation` parts of nearly equal size, without empty ones."""
-        images, targets = (tensor.tensor_split(self.config.grad_accumulation) for tensor in batch)
-        return [(x, y) for x, y in zip(images, targets, strict=True) if len(y)]
-
-    def _classify(self, batch: Batch) -> StepResult:
-        """Cross-entropy over the current task's classes, and the gate's penalty."""
-        images, targets = (tensor.to(self.device) for tensor in batch)
-        targets = targets - self.classes.start
-        beta = self.noisy_beta()
-        with self.autocast():
-            features = self.network(images, beta).float()
-        logits = self.head.newest(features)
-        loss = F.cross_entropy(logits, targets) + self.penalty(beta)
-        return StepResult(loss, len(targets), (logits.argmax(dim=1) == targets).sum())
-
-    @torch.no_grad()
-    def _before_step(self, step: int) -> None:
-        """Add the step's penalty to the epoch's sum; say where to look when gradients are not finite."""
-        memory = self.progress.memory
-        memory["sparse"] += self.penalty(self.noisy_beta()).item()
-        if not torch.isfinite(self.network.magnitudes.grad).all():
-            logger.warning(not_finite_advice(self.config, memory["tau"]))
-
-    def _anneal(self, step: int, moved: dict[str, bool]) -> None:
-        """tau <- max(rate * tau, tau_final)."""
-        config, memory = self.config, self.progress.memory
-        memory["tau"] = max(config.gumbel_anneal_rate * memory["tau"], config.gumbel_tau_final)
-
-    def _note(self, loss: float, steps: int) -> EpochNote:
-        """Means of the epoch's classification loss and penalty, and the temperature it ends with."""
-        memory = self.progress.memory
-        sparse = memory["sparse"] / max(1, steps)
-        memory["sparse"] = 0.0
-        numbers = {"clf": loss - sparse, "sparse": sparse, "tau": memory["tau"]}
-        return EpochNote(f" (clf={loss - sparse:.3f}, sparse={sparse:.3f}), tau={memory['tau']:.3f}", numbers)
+        self.run_phase(LoRAPhase(self))
 
     def update_optimizer_and_scheduler(self, num_epoch: int) -> GroupedOptimizer:
         """The task's optimizer: groups lora (the newest direction), alpha (magnitudes), gate and head, at one rate.
@@ -246,9 +181,8 @@ class SDLoRA(ClassIncrementalLearner):
             "gate": [] if self.gate is None else [self.gate.logits],
             "head": self.head.trainable(),
         }
-        learning = {id(p) for p in self.modules.parameters() if p.requires_grad}
-        if learning != {id(p) for parameters in parts.values() for p in parameters}:
-            raise RuntimeError("the optimizer groups are not the parameters that learn")
+        groups = [ParameterGroup(name, parameters, lr=rate) for name, parameters in parts.items()]
+        assert_complete(groups, trainable(self.modules.parameters()))
         step_decay = {
             "cosine": None,
             "constant": StepDecay(),
@@ -259,7 +193,7 @@ class SDLoRA(ClassIncrementalLearner):
         }[config.scheduler]
         return GroupedOptimizer(
             config.optimizer,
-            [ParameterGroup(name, parameters, lr=rate) for name, parameters in parts.items()],
+            groups,
             weight_decay=config.init_weight_decay if first else config.weight_decay,
             epochs=num_epoch,
             min_lr=config.min_lr,
@@ -268,7 +202,7 @@ class SDLoRA(ClassIncrementalLearner):
 
     # --- stage: close -------------------------------------------------------------------------------------------------
 
-    def end_of_task_training(self) -> str:
+    def end_of_task_training(self) -> None:
         """Freeze the task's direction; with a gate, decide what stays."""
         self.network.freeze_newest()
         if self.gate is not None:
@@ -278,11 +212,10 @@ class SDLoRA(ClassIncrementalLearner):
         self.log.metric(
             "magnitudes", task=self.task, adapters=self.adapters, magnitudes=self.network.magnitudes.detach()
         )
-        return "done"
 
     def _conditional_growth_decision(self, gate: GumbelGate) -> None:
         """Keep or prune by the weights in evaluation; log it, write it down, warn of settings that do not work."""
-        config, tau = self.config, self.progress.memory["tau"]
+        config, tau = self.config, self.method_state["tau"]
         state = GateState(self.task, list(self.adapters), self.beta().cpu())
         kept = kept_adapters(state, config)
         record = GateRecord.of(state, kept)
@@ -291,50 +224,89 @@ class SDLoRA(ClassIncrementalLearner):
         for line in symptoms(state, kept, config, tau, self.progress.steps):
             logger.warning(line)
         self.log.metric("gate", task=self.task, tau=tau, **record.numbers())
-        if self.world.is_main:
+        if self.distributed.is_main:
             for folder in (self.log.folder / "gate", *([Path(config.filepath)] if config.filepath else [])):
                 record.write(folder)
         self.network.keep(kept)
         gate.keep(kept)
-        self.adapters = [self.adapters[k] for k in kept]
+        self.method_state["adapters"] = [self.adapters[k] for k in kept]
 
     def close_run(self) -> None:
         """The table of active adapters over tasks, from the run's own record."""
-        if self.gate is not None and self.world.is_main:
+        if self.gate is not None and self.distributed.is_main:
             masks = {
                 e["task"]: e["pruning_mask"] for e in read_metrics(self.log.folder) if e["event"] == "gate"
             }
             if len(masks) > 1:
                 logger.info("\n" + active_adapters_table(masks))
 
-    # --- state --------------------------------------------------------------------------------------------------------
+    # --- record -------------------------------------------------------------------------------------------------------
 
-    def structure(self) -> dict[str, Any]:
-        network = self.network
-        return {
-            "adapters": self.adapters,
-            "ranks": network.ranks,
-            "open": network.is_open,
-            "classes": [rows.out_features for rows in self.head.tasks],
-        }
-
-    def rebuild(self, structure: dict[str, Any]) -> None:
-        self.adapters = list(structure["adapters"])
-        self.network.rebuild(structure["ranks"], structure["open"])
-        if self.gate is not None:
-            self.gate.rebuild(len(self.adapters))
-        for classes in structure["classes"]:
-            self.head.grow(classes)
-
-    def checkpoint_tensors(self) -> dict[str, Tensor]:
-        tensors = self.network.tensors() | {
-            f"head.{name}": tensor for name, tensor in self.head.state_dict().items()
-        }
-        return tensors if self.gate is None else tensors | {"gate.logits": self.gate.logits}
-
-    def summary(self) -> dict[str, Any]:
-        counts = self.network.parameter_counts()
+    def parameter_counts(self) -> dict[str, int]:
+        counts = super().parameter_counts()
+        del counts["stored"]
         counts["gate"] = 0 if self.gate is None else self.gate.logits.numel()
-        counts["head"] = sum(parameter.numel() for parameter in self.head.parameters())
-        counts["stored"] = sum(counts.values())
-        return {"adapters": self.network.adapters_per_block(), "parameters": counts}
+        return counts | {"stored": sum(counts.values())}
+
+
+class LoRAPhase(Phase):
+    """The one phase of a task: cross-entropy over its classes, plus the gate's penalty; images are newly augmented."""
+
+    name = "func"
+
+    def __init__(self, learner: SDLoRA) -> None:
+        config = learner.config
+        epochs = config.init_epoch if learner.task == 0 else config.epochs
+        super().__init__(
+            epochs=epochs,
+            steps_per_epoch=-(-learner.data.count(learner.classes, "train") // config.batch_size),
+            optimizer=learner.update_optimizer_and_scheduler(epochs),
+        )
+        self.learner, self.config, self.state = learner, config, learner.method_state
+
+    def batches(self, epoch: int, start: int) -> Iterable[Batch]:
+        learner, size = self.learner, self.config.batch_size
+        key = (learner.seed, learner.task, TRAINING, epoch)
+        return learner.data.batches(
+            learner.classes, source="train", mode="train", batch_size=size, key=key, start=start
+        )
+
+    def micro_batches(self, batch: Batch) -> list[Batch]:
+        images, targets = (tensor.tensor_split(self.config.grad_accumulation) for tensor in batch)
+        return [(x, y) for x, y in zip(images, targets, strict=True) if len(y)]
+
+    def loss(self, micro_batch: Batch) -> StepResult:
+        learner = self.learner
+        images, targets = (tensor.to(learner.device) for tensor in micro_batch)
+        targets = targets - learner.classes.start
+        beta = learner.noisy_beta()
+        with learner.autocast():
+            features = learner.network(images, beta).float()
+        logits = learner.head.newest(features)
+        loss = F.cross_entropy(logits, targets) + learner.penalty(beta)
+        return StepResult(loss, len(targets), (logits.argmax(dim=1) == targets).sum())
+
+    @torch.no_grad()
+    def before_step(self, step: int) -> None:
+        """Add the step's penalty to the epoch's sum; warn where gradients are not finite."""
+        learner = self.learner
+        if learner.gate is None:
+            return
+        self.state["sparsity"] += learner.penalty(learner.noisy_beta()).item()
+        if not torch.isfinite(learner.network.magnitudes.grad).all():
+            logger.warning(not_finite_advice(self.config, self.state["tau"]))
+
+    def after_step(self, step: int, moved: Mapping[str, bool]) -> None:
+        """tau <- max(rate * tau, tau_final)."""
+        if self.learner.gate is not None:
+            lowered = self.config.gumbel_anneal_rate * self.state["tau"]
+            self.state["tau"] = max(lowered, self.config.gumbel_tau_final)
+
+    def after_epoch(self, loss: float, steps: int) -> EpochNote:
+        """Means of the epoch's classification loss and penalty, and the temperature it ends with."""
+        if self.learner.gate is None:
+            return EpochNote()
+        sparse, tau = self.state["sparsity"] / max(1, steps), self.state["tau"]
+        self.state["sparsity"] = 0.0
+        numbers = {"clf": loss - sparse, "sparse": sparse, "tau": tau}
+        return EpochNote(f" (clf={loss - sparse:.3f}, sparse={sparse:.3f}), tau={tau:.3f}", numbers)

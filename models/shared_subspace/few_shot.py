@@ -1,6 +1,6 @@
 """Few-shot adaptation on grids: adapters at the bottleneck learn an unseen composition from a few samples.
 
-    adapt_to_all(learner)    # every row goes to `learner.progress.memory["few_shot"]` and to the record
+    adapt_to_all(learner)    # every row goes to `learner.method_state["few_shot"]` and to the record
 
 The network is frozen, adapters are put on both linear layers at its bottleneck (`GridModel.insert`), fitted, and taken
 away again, so that every composition starts from the same network. A row says how many steps, and seconds of them, the
@@ -10,6 +10,7 @@ IoU on other samples of the composition took to reach the target.
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,7 +33,7 @@ CHOICE, SAMPLES = (
 
 def adapt_to_all(learner: SharedSubspace) -> None:
     """Fit adapters to the unseen compositions that are left, one after the other."""
-    rows = learner.progress.memory["few_shot"]
+    rows = learner.method_state["few_shot"]
     while len(rows) < learner.config.few_shot_tasks:
         row = adapt_to(learner, len(rows))
         rows.append(row)
@@ -41,7 +42,7 @@ def adapt_to_all(learner: SharedSubspace) -> None:
 
 def adapt_to(learner: SharedSubspace, number: int) -> dict[str, Any]:
     """Fit adapters to one composition with its parameters, and take them away: its row of the table, IoU in percent."""
-    config, memory, model = learner.config, learner.progress.memory, learner.model
+    config, memory, model = learner.config, learner.method_state, learner.model
     composition = chosen_compositions(learner)[number]
     counts = (config.few_shot_samples, config.few_shot_queries)
     support, query = learner.tasks.draw_task(
@@ -52,7 +53,7 @@ def adapt_to(learner: SharedSubspace, number: int) -> dict[str, Any]:
         model.insert(config.few_shot_method, config.few_shot_rank)
     looks = memory["looks"]
     name = f"{number + 1} of {config.few_shot_tasks}: {learner.tasks.describe(composition)}"
-    learner.run_phase(few_shot_phase(learner, support, query, looks, name))
+    learner.run_phase(FewShotPhase(learner, support, query, looks, name))
     model.remove_adapters()
     memory["looks"] = None
     first = next((i for i, value in enumerate(looks["iou"]) if value >= config.few_shot_target), None)
@@ -75,49 +76,50 @@ def chosen_compositions(learner: SharedSubspace) -> Tensor:
     return compositions[torch.randperm(len(compositions), generator=seeded_generator(learner.seed, CHOICE))]
 
 
-def few_shot_phase(
-    learner: SharedSubspace,
-    support: GridSamples,
-    query: GridSamples,
-    looks: dict[str, list[float]],
-    name: str,
-) -> Phase:
-    """Steps on all samples of `support`, with a look at `query` after every few of them; its name in the log."""
-    config, batch = learner.config, support.batch(slice(None))
-    clock = {"began": 0.0, "spent": looks["seconds"][-1]}
+class FewShotPhase(Phase):
+    """Steps on all samples of `support`, with a test on `query` after every few of them; its name in the log."""
 
-    def observe(part: GridBatch) -> StepResult:
-        clock["began"] = time.perf_counter()
-        part = part.to(learner.device)
-        with learner.autocast():
-            logits = learner.model(part.input, part.program).logits
-        right = (logits.argmax(dim=1) == part.target).flatten(1).all(dim=1).sum()
-        return StepResult(TASK_LOSSES[config.task_loss](logits, part.target), len(part), right)
+    name = "few_shot"
 
-    def look(step: int, moved: dict[str, bool]) -> None:
-        clock["spent"] += time.perf_counter() - clock["began"]
-        if step % config.few_shot_every == 0:
-            looks["iou"].append(learner.accuracy(query)["iou"])
-            looks["seconds"].append(clock["spent"])
-
-    def note(loss: float, steps: int) -> EpochNote:
-        return EpochNote(f" ({name}: IoU {looks['iou'][0]:.2f} -> {looks['iou'][-1]:.2f})")
-
-    return Phase(
-        name="few_shot",
-        epochs=1,
-        optimizer=GroupedOptimizer(
+    def __init__(
+        self,
+        learner: SharedSubspace,
+        support: GridSamples,
+        query: GridSamples,
+        looks: dict[str, list[float]],
+        label: str,
+    ) -> None:
+        config = learner.config
+        optimizer = GroupedOptimizer(
             config.optimizer,
             [ParameterGroup("adapter", learner.model.adapters(), lr=config.few_shot_lr)],
             weight_decay=0.0,
             epochs=1,
             min_lr=0.0,
             step_decay=StepDecay(),
-        ),
-        batches=lambda epoch, start: [batch] * (config.few_shot_steps - start),
-        steps_per_epoch=config.few_shot_steps,
-        observe=observe,
-        after_step=look,
-        after_epoch=note,
-        announced=not learner.progress.memory["few_shot"],
-    )
+        )
+        super().__init__(epochs=1, steps_per_epoch=config.few_shot_steps, optimizer=optimizer)
+        self.learner, self.config, self.query, self.looks, self.label = learner, config, query, looks, label
+        self.batch = support.batch(slice(None))
+        self.announced = not learner.method_state["few_shot"]
+        self.began, self.spent = 0.0, looks["seconds"][-1]
+
+    def batches(self, epoch: int, start: int) -> list[GridBatch]:
+        return [self.batch] * (self.config.few_shot_steps - start)
+
+    def loss(self, part: GridBatch) -> StepResult:
+        self.began = time.perf_counter()
+        part = part.to(self.learner.device)
+        with self.learner.autocast():
+            logits = self.learner.model(part.input, part.program).logits
+        right = (logits.argmax(dim=1) == part.target).flatten(1).all(dim=1).sum()
+        return StepResult(TASK_LOSSES[self.config.task_loss](logits, part.target), len(part), right)
+
+    def after_step(self, step: int, moved: Mapping[str, bool]) -> None:
+        self.spent += time.perf_counter() - self.began
+        if step % self.config.few_shot_every == 0:
+            self.looks["iou"].append(self.learner.accuracy(self.query)["iou"])
+            self.looks["seconds"].append(self.spent)
+
+    def after_epoch(self, loss: float, steps: int) -> EpochNote:
+        return EpochNote(f" ({self.label}: IoU {self.looks['iou'][0]:.2f} -> {self.looks['iou'][-1]:.2f})")

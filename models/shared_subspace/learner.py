@@ -16,7 +16,7 @@ bottleneck, everything else frozen.
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,16 +24,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.base import EpochNote, Learner, Phase, StepResult
+from models.base import EpochNote, Learner, Phase, Report, RunContext, StepResult
 from models.shared_subspace.analysis import ANALYSES, GridMaterial, metrics_of
 from models.shared_subspace.config import SharedSubspaceConfig
-from models.shared_subspace.evaluation import GridParts, GridScores
+from models.shared_subspace.evaluation import (
+    describe_measured,
+    grid_report,
+    grid_tasks,
+    measure,
+    splits_sha256,
+)
 from models.shared_subspace.few_shot import adapt_to_all
 from models.shared_subspace.figures import grid_figures
 from models.shared_subspace.losses import TASK_LOSSES, SharingLoss, iou, sparse_terms, weight_at
 from models.shared_subspace.material import grid_material
 from models.shared_subspace.network import GridModel, GridOutput, GridShape
-from models.shared_subspace.tasks import TRAIN, GridBatch, GridSamples, GroupedBatchSampler
+from models.shared_subspace.tables import SPLIT_NAMES
+from models.shared_subspace.tasks import HELD_OUT, TRAIN, GridBatch, GridSamples, GroupedBatchSampler
 from utils.analysis.findings import ANALYSIS, write_findings
 from utils.training.device import predictions, seeded_generator
 from utils.training.optim import GroupedOptimizer, ParameterGroup
@@ -48,14 +55,14 @@ class SharedSubspace(Learner):
     """One network for all compositions, with a loss on the subspaces that they take up."""
 
     Config = SharedSubspaceConfig
-    Parts = GridParts
-    Scores = GridScores
     figures = staticmethod(grid_figures)
+    analyses = ANALYSES
     config: SharedSubspaceConfig
 
-    def __init__(self, parts: GridParts, **record: Any) -> None:
-        super().__init__(parts, **record)
-        config, self.tasks = self.config, parts.tasks
+    def __init__(self, config: SharedSubspaceConfig, context: RunContext) -> None:
+        super().__init__(config, context)
+        self.tasks = grid_tasks(config, self.seed, context.distributed.size)
+        torch.manual_seed(self.seed)
         shape = GridShape(
             self.tasks.colours, len(self.tasks.steps), self.tasks.slots, len(self.tasks.primitives)
         )
@@ -80,14 +87,9 @@ class SharedSubspace(Learner):
             detach=config.sharing_detach,
         )
         self.modules = nn.ModuleDict({"model": model, "sharing": sharing}).to(self.device)
-        self.best: dict[
-            str, Tensor
-        ] = {}  # the model's tensors at the best validation so far, while it trains
-        self._validation = self.tasks.draw(
+        self.validation = self.tasks.draw(
             TRAIN, config.validation_samples, seeded_generator(self.seed, VALIDATION)
         )
-        self._activity: list[float] = []  # of the parts of the open step
-        self._clock = 0.0  # when the open step began
 
     @property
     def model(self) -> GridModel:
@@ -99,183 +101,28 @@ class SharedSubspace(Learner):
 
     def open_task(self) -> None:
         """Nothing has been seen yet."""
-        self.progress.memory = {"sums": {}, "best_iou": None, "few_shot": [], "looks": None, "analysis": None}
+        self.progress.state = {"sums": {}, "best_iou": None, "few_shot": [], "looks": None, "analysis": None}
 
-    @property
-    def stages(self) -> dict[str, Callable[[], str]]:
-        return {
-            "start": self.train,
-            "best": self.return_to_best,
-            "few_shot": self.adapt,
-            "analyse": self.analyse,
-        }
+    def learn_task(self) -> None:
+        self.once("train", lambda: self.run_phase(TrainingPhase(self)))
+        self.once("best", self.return_to_best)
+        self.once("few-shot", lambda: adapt_to_all(self))
+        self.once("analyse", self.analyse)
 
-    # --- stage: train -------------------------------------------------------------------------------------------------
+    # --- steps of the task --------------------------------------------------------------------------------------------
 
-    def train(self) -> str:
-        """Train everything."""
-        self.run_phase(self.training_phase())
-        return "best"
-
-    def training_phase(self) -> Phase:
-        """The one phase that trains the whole network."""
-        config = self.config
-        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        return Phase(
-            name="train",
-            epochs=config.epochs,
-            optimizer=GroupedOptimizer(
-                config.optimizer,
-                [ParameterGroup("model", parameters, lr=config.init_lr)],
-                weight_decay=config.weight_decay,
-                epochs=config.epochs,
-                min_lr=config.min_lr,
-            ),
-            batches=self._batches,
-            steps_per_epoch=config.steps_per_epoch,
-            observe=self._observe,
-            parts=self._parts,
-            before_step=self._clip,
-            after_step=self._after_step,
-            after_epoch=self._note,
-            save_every=config.save_every,
-        )
-
-    def _batches(self, epoch: int, start: int) -> Iterator[GridBatch]:
-        """An epoch's batches from number `start` on, out of one buffer of new samples."""
-        began = time.perf_counter()
-        config, generator = self.config, seeded_generator(self.seed, TRAINING, epoch)
-        pieces = config.steps_per_epoch * config.groups
-        samples = self.tasks.draw(TRAIN, pieces, generator, group_size=config.group_size)
-        sampler = GroupedBatchSampler(
-            samples.primitives, groups=config.groups, group_size=config.group_size, generator=generator
-        )
-        chosen = list(sampler)[start:]
-        self._add("data_seconds", time.perf_counter() - began)
-        for indices in chosen:
-            began = time.perf_counter()
-            batch = samples.batch(indices)
-            self._add("data_seconds", time.perf_counter() - began)
-            yield batch
-
-    def _parts(self, batch: GridBatch) -> list[GridBatch]:
-        """The batch in `grad_accumulation` parts of whole groups; the sharing loss compares within a part."""
-        self._clock = time.perf_counter()
-        size = self.config.group_size
-        parts = np.array_split(range(len(batch) // size), self.config.grad_accumulation)  # numbers of groups
-        return [batch.rows(part[0] * size, (part[-1] + 1) * size) for part in parts]
-
-    def _observe(self, part: GridBatch) -> StepResult:
-        """The loss of some groups, and its terms for the epoch's line."""
-        part = part.to(self.device)
-        with self.autocast():
-            output = self.model(part.input, part.program)
-        share = len(part) / self.config.batch_size
-        loss = TASK_LOSSES[self.config.task_loss](output.logits, part.target)
-        terms = {"prediction": loss}
-        for weight, name, term in self._regularisers(output, part, share):
-            terms[name] = term
-            loss = loss + weight * term
-        for name, term in terms.items():
-            self._add(name, share * term.item())
-        colours = output.logits.detach().argmax(dim=1)
-        return StepResult(loss, len(part), (colours == part.target).flatten(1).all(dim=1).sum())
-
-    def _regularisers(
-        self, output: GridOutput, part: GridBatch, share: float
-    ) -> list[tuple[float, str, Tensor]]:
-        """The other terms of the loss with their weights, those without weight left out: (weight, name, term)."""
-        alpha, beta, gamma = self.weights()
-        found = []
-        if alpha:
-            sharing = self.sharing(output.hidden.float(), part.primitives)
-            self.sharing.update(sharing)
-            self._add("fallbacks", sharing.fallbacks)
-            found.append((alpha, "sharing", sharing.loss))
-        if output.sparse is not None:
-            code = sparse_terms(output.hidden.float(), output.sparse.float(), output.rebuilt.float())
-            self._activity.append(share * code.activity.item())
-            for name in ("activity", "silent", "explained"):
-                self._add(name, share * getattr(code, name).item())
-            found.append((beta, "reconstruction", code.reconstruction))
-            found.append((beta * self.model.autoencoder.l1_weight.item(), "l1", code.l1))
-        if gamma:
-            named = F.binary_cross_entropy_with_logits(output.named.float(), part.primitives)
-            found.append((gamma, "naming", named))
-        return found
-
-    def weights(self) -> tuple[float, float, float]:
-        """alpha, beta and gamma at the coming step."""
-        config = self.config
-        done = min(1.0, self.progress.steps / (config.epochs * config.steps_per_epoch))
-        return weight_at(config.alpha, done), weight_at(config.beta, done), weight_at(config.gamma, done)
-
-    def _clip(self, step: int) -> None:
-        """Shorten a gradient that is too long."""
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
-        self._add("gradient", norm.item())
-
-    def _after_step(self, step: int, moved: dict[str, bool]) -> None:
-        """The weight of L1 follows the activity; the step's time."""
-        if self._activity:
-            self.model.autoencoder.steer(sum(self._activity))
-            self._activity = []
-        self._add("step_seconds", time.perf_counter() - self._clock)
-
-    def _add(self, name: str, value: float) -> None:
-        """Add to one of the epoch's sums; they are part of the state."""
-        sums = self.progress.memory["sums"]
-        sums[name] = sums.get(name, 0.0) + value
-
-    def _note(self, loss: float, steps: int) -> EpochNote:
-        """Validate, keep the weights where they are the best, and say what the epoch's terms were."""
-        memory = self.progress.memory
-        sums, memory["sums"] = memory["sums"], {}
-        seconds = {"step": sums.pop("step_seconds"), "data": sums.pop("data_seconds")}
-        fallbacks = int(sums.pop("fallbacks", 0))
-        means = {name: value / steps for name, value in sums.items()}
-        validation = self.accuracy(self._validation)
-        is_best = memory["best_iou"] is None or validation["iou"] > memory["best_iou"]
-        if is_best:
-            memory["best_iou"] = validation["iou"]
-            self.best = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
-        alpha, beta, gamma = self.weights()
-        numbers = means | {f"validation_{name}": value for name, value in validation.items()}
-        numbers |= {"alpha": alpha, "beta": beta, "gamma": gamma, "fallbacks": fallbacks, "seconds": seconds}
-        shown = [f"{name} {means[name]:.3f}" for name in SHOWN if name in means]
-        shown.append(f"validation IoU {validation['iou']:.2f}{' (best)' if is_best else ''}")
-        shown.append(
-            f"{1000 * seconds['step'] / steps:.0f} ms a step, {1000 * seconds['data'] / steps:.1f} of data"
-        )
-        if fallbacks:
-            shown.append(f"{fallbacks} groups by random projection")
-        return EpochNote(f" ({', '.join(shown)})", numbers)
-
-    # --- stage: best --------------------------------------------------------------------------------------------------
-
-    def return_to_best(self) -> str:
+    def return_to_best(self) -> None:
         """Take the weights of the best validation."""
-        self.model.load_state_dict(self.best)
-        self.best = {}
-        logger.info(f"Back to the weights with validation IoU {self.progress.memory['best_iou']:.2f} %")
-        return "few_shot"
+        self.model.load_state_dict(self.method_tensors)
+        self.method_tensors = {}
+        logger.info(f"Back to the weights with validation IoU {self.method_state['best_iou']:.2f} %")
 
-    # --- stage: few_shot ----------------------------------------------------------------------------------------------
-
-    def adapt(self) -> str:
-        """Fit adapters to some unseen compositions, one by one."""
-        adapt_to_all(self)
-        return "analyse"
-
-    # --- stage: analyse -----------------------------------------------------------------------------------------------
-
-    def analyse(self) -> str:
+    def analyse(self) -> None:
         """Write every analysis of the network into the run folder, and keep the numbers that runs are compared by."""
         material = self.material()
         found = {name: analyse(material) for name, analyse in ANALYSES.items()}
         write_findings(self.log.folder / ANALYSIS, found)
-        self.progress.memory["analysis"] = metrics_of(found)
-        return "done"
+        self.method_state["analysis"] = metrics_of(found)
 
     # --- tests --------------------------------------------------------------------------------------------------------
 
@@ -316,23 +163,185 @@ class SharedSubspace(Learner):
             "solved": 100 * right.all(dim=1).double().mean().item(),
         }
 
-    # --- state --------------------------------------------------------------------------------------------------------
+    # --- state and record ---------------------------------------------------------------------------------------------
 
-    def structure(self) -> dict[str, Any]:
-        return {"adapted": self.model.is_adapted, "best": bool(self.best)}
-
-    def rebuild(self, structure: dict[str, Any]) -> None:
-        if structure["best"]:
-            self.best = {name: torch.zeros_like(tensor) for name, tensor in self.model.state_dict().items()}
-        if structure["adapted"]:
+    def load_state(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        own = {f"model.{name}" for name in self.learned_tensors()}
+        if not self.model.is_adapted and {name for name in tensors if name.startswith("model.")} - own:
             self.model.insert(self.config.few_shot_method, self.config.few_shot_rank)
+        super().load_state(state, tensors)
 
-    def checkpoint_tensors(self) -> dict[str, Tensor]:
-        tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
-        tensors |= {f"sharing.{name}": tensor for name, tensor in self.sharing.state_dict().items()}
-        return tensors | {f"best.{name}": tensor for name, tensor in self.best.items()}
+    @property
+    def nb_tasks(self) -> int:
+        return 1
 
-    def summary(self) -> dict[str, Any]:
+    def evaluate(self) -> dict[str, Any]:
+        return measure(self)
+
+    def describe_evaluation(self, evaluation: dict[str, Any]) -> str:
+        return describe_measured(evaluation)
+
+    def report(self, evaluations: Sequence[dict[str, Any]]) -> Report:
+        return grid_report(evaluations[-1])
+
+    def describe_run(self) -> str:
+        number, steps = len(self.tasks.primitives), len(self.tasks.steps)
+        return (
+            f"Grids of {self.tasks.colours} colours, {number} primitives, {steps} with all their parameters"
+        )
+
+    def describe_task(self, task: int) -> str:
+        counts = (f"{len(self.tasks.splits[split])} {name}" for split, name in SPLIT_NAMES.items())
+        return f"Learning on generated grids; compositions: {', '.join(counts)}"
+
+    def weights(self) -> dict[str, str]:
+        return {"tag": "trained from scratch", "note": ""}
+
+    def manifest(self) -> dict[str, Any]:
+        pairs = [self.tasks.describe(composition) for composition in self.tasks.splits[HELD_OUT].compositions]
+        return {"splits_sha256": splits_sha256(self.tasks), "held_out": pairs}
+
+    def identity(self) -> dict[str, Any]:
+        return super().identity() | {"splits_sha256": splits_sha256(self.tasks)}
+
+    def parameter_counts(self) -> dict[str, int]:
         counts = self.model.parameter_counts()
-        counts["stored"] = sum(counts.values())
-        return {"parameters": counts}
+        return counts | {"stored": sum(counts.values())}
+
+
+class TrainingPhase(Phase):
+    """Training of the whole network."""
+
+    name = "train"
+
+    def __init__(self, learner: SharedSubspace) -> None:
+        config = learner.config
+        parameters = [parameter for parameter in learner.model.parameters() if parameter.requires_grad]
+        optimizer = GroupedOptimizer(
+            config.optimizer,
+            [ParameterGroup("model", parameters, lr=config.init_lr)],
+            weight_decay=config.weight_decay,
+            epochs=config.epochs,
+            min_lr=config.min_lr,
+        )
+        super().__init__(
+            epochs=config.epochs,
+            steps_per_epoch=config.steps_per_epoch,
+            optimizer=optimizer,
+            save_every=config.save_every,
+        )
+        self.learner, self.config = learner, config
+        self._activity: list[float] = []  # of the micro-batches of the open step
+        self._clock = 0.0  # when the open step began
+
+    def batches(self, epoch: int, start: int) -> Iterator[GridBatch]:
+        """An epoch's batches from number `start` on, out of one buffer of new samples."""
+        began = time.perf_counter()
+        config, generator = self.config, seeded_generator(self.learner.seed, TRAINING, epoch)
+        pieces = config.steps_per_epoch * config.groups
+        samples = self.learner.tasks.draw(TRAIN, pieces, generator, group_size=config.group_size)
+        sampler = GroupedBatchSampler(
+            samples.primitives, groups=config.groups, group_size=config.group_size, generator=generator
+        )
+        chosen = list(sampler)[start:]
+        self._add("data_seconds", time.perf_counter() - began)
+        for indices in chosen:
+            began = time.perf_counter()
+            batch = samples.batch(indices)
+            self._add("data_seconds", time.perf_counter() - began)
+            yield batch
+
+    def micro_batches(self, batch: GridBatch) -> list[GridBatch]:
+        """The batch in `grad_accumulation` parts of whole groups; the sharing loss compares within a part."""
+        self._clock = time.perf_counter()
+        size = self.config.group_size
+        parts = np.array_split(range(len(batch) // size), self.config.grad_accumulation)  # numbers of groups
+        return [batch.rows(part[0] * size, (part[-1] + 1) * size) for part in parts]
+
+    def loss(self, part: GridBatch) -> StepResult:
+        """The loss of some groups, and its terms for the epoch's line."""
+        part = part.to(self.learner.device)
+        with self.learner.autocast():
+            output = self.learner.model(part.input, part.program)
+        share = len(part) / self.config.batch_size
+        loss = TASK_LOSSES[self.config.task_loss](output.logits, part.target)
+        terms = {"prediction": loss}
+        for weight, name, term in self._regularisers(output, part, share):
+            terms[name] = term
+            loss = loss + weight * term
+        for name, term in terms.items():
+            self._add(name, share * term.item())
+        colours = output.logits.detach().argmax(dim=1)
+        return StepResult(loss, len(part), (colours == part.target).flatten(1).all(dim=1).sum())
+
+    def _regularisers(
+        self, output: GridOutput, part: GridBatch, share: float
+    ) -> list[tuple[float, str, Tensor]]:
+        """The other terms of the loss with their weights, those without weight left out: (weight, name, term)."""
+        alpha, beta, gamma = self.weights()
+        found = []
+        if alpha:
+            sharing = self.learner.sharing(output.hidden.float(), part.primitives)
+            self.learner.sharing.update(sharing)
+            self._add("fallbacks", sharing.fallbacks)
+            found.append((alpha, "sharing", sharing.loss))
+        if output.sparse is not None:
+            code = sparse_terms(output.hidden.float(), output.sparse.float(), output.rebuilt.float())
+            self._activity.append(share * code.activity.item())
+            for name in ("activity", "silent", "explained"):
+                self._add(name, share * getattr(code, name).item())
+            found.append((beta, "reconstruction", code.reconstruction))
+            found.append((beta * self.learner.model.autoencoder.l1_weight.item(), "l1", code.l1))
+        if gamma:
+            named = F.binary_cross_entropy_with_logits(output.named.float(), part.primitives)
+            found.append((gamma, "naming", named))
+        return found
+
+    def weights(self) -> tuple[float, float, float]:
+        """alpha, beta and gamma at the coming step."""
+        config = self.config
+        done = min(1.0, self.learner.progress.steps / (config.epochs * config.steps_per_epoch))
+        return weight_at(config.alpha, done), weight_at(config.beta, done), weight_at(config.gamma, done)
+
+    def before_step(self, step: int) -> None:
+        """Shorten a gradient that is too long."""
+        norm = nn.utils.clip_grad_norm_(self.learner.model.parameters(), self.config.clip_norm)
+        self._add("gradient", norm.item())
+
+    def after_step(self, step: int, moved: dict[str, bool]) -> None:
+        """The weight of L1 follows the activity; the step's time."""
+        if self._activity:
+            self.learner.model.autoencoder.steer(sum(self._activity))
+            self._activity = []
+        self._add("step_seconds", time.perf_counter() - self._clock)
+
+    def _add(self, name: str, value: float) -> None:
+        """Add to one of the epoch's sums; they are part of the state."""
+        sums = self.learner.method_state["sums"]
+        sums[name] = sums.get(name, 0.0) + value
+
+    def after_epoch(self, loss: float, steps: int) -> EpochNote:
+        """Validate, keep the weights where they are the best, and say what the epoch's terms were."""
+        memory = self.learner.method_state
+        sums, memory["sums"] = memory["sums"], {}
+        seconds = {"step": sums.pop("step_seconds"), "data": sums.pop("data_seconds")}
+        fallbacks = int(sums.pop("fallbacks", 0))
+        means = {name: value / steps for name, value in sums.items()}
+        validation = self.learner.accuracy(self.learner.validation)
+        is_best = memory["best_iou"] is None or validation["iou"] > memory["best_iou"]
+        if is_best:
+            memory["best_iou"] = validation["iou"]
+            self.learner.method_tensors = {
+                name: tensor.detach().clone() for name, tensor in self.learner.model.state_dict().items()
+            }
+        alpha, beta, gamma = self.weights()
+        numbers = means | {f"validation_{name}": value for name, value in validation.items()}
+        numbers |= {"alpha": alpha, "beta": beta, "gamma": gamma, "fallbacks": fallbacks, "seconds": seconds}
+        shown = [f"{name} {means[name]:.3f}" for name in SHOWN if name in means]
+        shown.append(f"validation IoU {validation['iou']:.2f}{' (best)' if is_best else ''}")
+        shown.append(
+            f"{1000 * seconds['step'] / steps:.0f} ms a step, {1000 * seconds['data'] / steps:.1f} of data"
+        )
+        if fallbacks:
+            shown.append(f"{fallbacks} groups by random projection")
+        return EpochNote(f" ({', '.join(shown)})", numbers)

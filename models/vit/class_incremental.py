@@ -342,7 +342,7 @@ def load_data_and_backbone(
     workers = default_workers(context.device) if config.num_workers is None else config.num_workers
     data = DataManager(
         dataset,
-        seed=config.seed,
+        seed=config.seed if isinstance(config.seed, int) else config.seed[0],
         shuffle=config.shuffle,
         init_cls=config.init_cls,
         increment=config.increment,

@@ -29,7 +29,7 @@ from utils.data.image_sets import Dataset, ImageSet
 from utils.data.transforms import ViewSpec, seed_sequence, views_of
 from utils.errors import Interrupted, UserError
 from utils.training.device import dead_worker_advice
-from utils.training.distributed import World
+from utils.training.distributed import DistributedContext
 
 logger = logging.getLogger("nested_lora")
 
@@ -107,7 +107,7 @@ class DataManager:
         self._labels = {source: self._incremental_labels(source, limits[source], seed) for source in SOURCES}
         self._hashes: dict[tuple[int, str], str] = {}
         self.train_view, self.test_view = train_view, test_view
-        self._num_workers, self._world = num_workers, World(rank, world_size)
+        self._num_workers, self._world = num_workers, DistributedContext(rank, world_size)
         self.stop_requested: Callable[[], bool] = lambda: False
         self._told_of_shared_memory = False
 
@@ -194,7 +194,7 @@ class DataManager:
     ) -> "Batches":
         """Batches (images (B, 3, S, S) float32, incremental labels (B,) int64) of some classes.
 
-        Of several processes each gets its share of every batch (`World.share`), which may be empty.
+        Of several processes each gets its share of every batch (`DistributedContext.shard`), which may be empty.
 
         Args:
             classes: a range of incremental labels.
@@ -219,7 +219,7 @@ class DataManager:
             getattr(self.dataset, source),
             self._labels[source],
             [order[first : first + batch_size] for first in range(0, len(order), batch_size)],
-            self._world.share,
+            self._world.shard,
             spec,
             named,
         )
@@ -335,11 +335,11 @@ class _BatchDataset(TorchDataset):
         images: ImageSet,
         labels: np.ndarray,
         batches: list[np.ndarray],
-        share: Callable[[int], slice],
+        shard: Callable[[int], slice],
         spec: ViewSpec,
         view: tuple[int, ...] | None,
     ) -> None:
-        self.images, self.labels, self.batches, self.share = images, labels, batches, share
+        self.images, self.labels, self.batches, self.shard = images, labels, batches, shard
         self.spec, self.view = spec, view
 
     def __len__(self) -> int:
@@ -353,7 +353,7 @@ class _BatchDataset(TorchDataset):
     def __getitem__(self, number: int) -> tuple[Tensor, Tensor] | UserError:
         """Batch `number`, or the error of an image that cannot be read: raised in a worker it would be a traceback."""
         batch = self.batches[number]
-        mine = batch[self.share(len(batch))]
+        mine = batch[self.shard(len(batch))]
         try:
             return _views(self.images, self.spec, self.view, mine), torch.from_numpy(self.labels[mine])
         except UserError as error:
