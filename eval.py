@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
     from models.shared_subspace.analysis import GridMaterial
     from trainer import Learner, Parts
-    from utils.analysis.findings import Findings
-    from utils.analysis.representations import Material
+    from utils.analysis.representations import AnalysisInputs
+    from utils.analysis.results import AnalysisResult
     from utils.config.schema import RunConfig
 
 IMAGES_PER_CLASS = 20  # that an analysis looks at unless told
@@ -132,7 +132,7 @@ def show_run(folder: Path, test: bool) -> None:
     from utils.errors import UserError
     from utils.runs.checkpoint import latest_checkpoint
     from utils.runs.figures import draw_figures
-    from utils.runs.folders import FolderLock, Held
+    from utils.runs.folder import FolderInUse, FolderLock
     from utils.runs.run_log import read_accuracy_csv
 
     config = read_config(folder)  # refuses what is no run folder
@@ -146,7 +146,7 @@ def show_run(folder: Path, test: bool) -> None:
         with lock:
             for figure in draw_figures(folder, LEARNERS[config.model_name].figures):
                 print(f"drew {figure}")
-    except Held:
+    except FolderInUse:
         print(f"drew no figures: {folder} is being written by {lock.holder}")
     if test:
         checkpoint = latest_checkpoint(folder / CHECKPOINTS)
@@ -181,9 +181,9 @@ def show_seeds(folders: list[Path]) -> None:
 def analyse_run(folder: Path, names: list[str], images_per_class: int | None) -> None:
     """Run the named analyses on the networks that a finished run left, print and write what they find."""
     from trainer import read_config
-    from utils.analysis.findings import ANALYSIS, write_findings
+    from utils.analysis.results import ANALYSIS, write_results
     from utils.errors import UserError
-    from utils.runs.folders import FolderLock
+    from utils.runs.folder import FolderLock
 
     analyses, gather = analyses_of(read_config(folder))
     unknown = [name for name in names if name not in analyses]
@@ -198,11 +198,13 @@ def analyse_run(folder: Path, names: list[str], images_per_class: int | None) ->
         print(f"\n{findings.text}")
     print()
     with FolderLock(folder):
-        for path in write_findings(folder / ANALYSIS, found):
+        for path in write_results(folder / ANALYSIS, found):
             print(f"wrote {path}")
 
 
-def analyses_of(config: RunConfig) -> tuple[Mapping[str, Callable[[Any], Findings]], Callable[..., Any]]:
+def analyses_of(
+    config: RunConfig,
+) -> tuple[Mapping[str, Callable[[Any], AnalysisResult]], Callable[..., Any]]:
     """The analyses of a run by name, and what gathers their material from its folder and checkpoints."""
     from models.shared_subspace import analysis as grid_analysis
     from models.vit.config import ClassIncrementalConfig
@@ -268,7 +270,7 @@ def material_of_grids(folder: Path, checkpoints: list[Path], images_per_class: i
 
 def class_incremental_material(
     folder: Path, checkpoints: list[Path], images_per_class: int | None
-) -> Material:
+) -> AnalysisInputs:
     """Class tokens of the same test images, and what branches write to, of the network in every checkpoint.
 
     Raises:
@@ -278,7 +280,7 @@ def class_incremental_material(
     import torch
 
     from trainer import assemble, load_run_checkpoint, read_config, read_result
-    from utils.analysis.representations import Material, chosen_images
+    from utils.analysis.representations import AnalysisInputs, chosen_images
     from utils.runs.figures import describe
     from utils.training.device import require_finite
 
@@ -301,7 +303,9 @@ def class_incremental_material(
             spaces.append(learner.branch_spaces())
     about = describe(config.model_dump(), read_result(folder))
     labels = parts.data.targets(images, "test")
-    return Material(torch.stack(tokens), labels, spaces, parts.seed, f"{about} · {len(images)} test images")
+    return AnalysisInputs(
+        torch.stack(tokens), labels, spaces, parts.seed, f"{about} · {len(images)} test images"
+    )
 
 
 def rebuilt(checkpoint: Path, saved: tuple[dict[str, Tensor], dict[str, Any]], parts: Parts) -> Learner:

@@ -31,11 +31,26 @@ from utils.errors import Interrupted, UserError, in_one_line
 from utils.files import read_json
 from utils.runs.checkpoint import checkpoint_name, latest_checkpoint, load_checkpoint, save_checkpoint
 from utils.runs.figures import draw_figures
-from utils.runs.folders import FolderLock, remove_replaced
-from utils.runs.manifest import MANIFEST, Command, read_manifest, this_session, timestamp
+from utils.runs.folder import (
+    CONFIG,
+    MANIFEST,
+    METRICS,
+    RESULT,
+    FolderLock,
+    folder_of,
+    remove_replaced,
+    waiting_notes,
+)
+from utils.runs.manifest import (
+    Command,
+    changes,
+    is_complete,
+    read_manifest,
+    read_provenance,
+    this_session,
+    timestamp,
+)
 from utils.runs.metrics import seeds_table
-from utils.runs.provenance import changes, read_provenance
-from utils.runs.run_folder import CONFIG, METRICS, RESULT, folder_of, is_complete, waiting_notes
 from utils.runs.run_log import RunLog, SilentLog
 from utils.training.device import out_of_memory_advice, peak_memory_mb, resolve_device, resolve_precision
 from utils.training.distributed import DistributedContext, local_device

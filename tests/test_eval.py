@@ -10,7 +10,7 @@ import eval as evaluation
 from models import SCHEMAS
 from tests.conftest import ROOT
 from tests.utils.reports.test_report import invented
-from tests.utils.runs.test_provenance import CHANGES, record
+from tests.utils.runs.test_manifest import CHANGES, record
 from utils.config.loading import load_config
 
 

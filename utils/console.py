@@ -52,7 +52,11 @@ def attach_console(*, goes_on: bool = True) -> logging.Handler | None:
     """
     if any(isinstance(handler, _Console) for handler in logger.handlers):
         return None
-    handler = _Console(goes_on)
+    return add_handler(_Console(goes_on))
+
+
+def add_handler(handler: logging.Handler) -> logging.Handler:
+    """Send the program's messages to a handler too, in the form that all logs have; returns it."""
     handler.setFormatter(logging.Formatter(LOG_FORMAT))
     logger.setLevel(logging.INFO)
     logger.addHandler(handler)

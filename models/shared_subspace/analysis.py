@@ -1,7 +1,7 @@
 """What a network on grids represents: how alike tasks are, what can be read out of it, what single units stand for.
 
     found = {name: ANALYSES[name](material) for name in ("grassmann", "units")}
-    write_findings(run / "analysis", found)      # utils/analysis/findings.py
+    write_results(run / "analysis", found)      # utils/analysis/results.py
 
 A run makes them when it ends, `python eval.py --run FOLDER --analyse cka grassmann probes units samples` again. A
 *task* is a multi-hot label of the training compositions. Layers are those of `GridModel.layers`.
@@ -25,15 +25,15 @@ from torch import Tensor
 from models.shared_subspace.tables import SPLIT_NAMES
 from models.shared_subspace.tasks import GridBatch
 from utils.analysis.figures import (
-    Frame,
     GridSample,
-    HeatMap,
+    Heatmap,
+    HeatmapSpec,
     grid_samples_figure,
-    heat_maps_figure,
+    heatmaps_figure,
     unit_label_figure,
 )
-from utils.analysis.findings import Findings, Row, listed, number, value_table
 from utils.analysis.probes import UnitReport, chance_score, fit_probe, probe_score, unit_report
+from utils.analysis.results import AnalysisResult, Row, listed, number, value_table
 from utils.analysis.similarity import cka_matrix, grassmann_distance, pca_basis
 from utils.console import progress
 from utils.training.device import seeded_generator
@@ -85,17 +85,19 @@ class GridMaterial:
 # The analyses
 
 
-def cka(material: GridMaterial) -> Findings:
+def cka(material: GridMaterial) -> AnalysisResult:
     """How alike tasks arrange the same grids: linear CKA between them, in every layer."""
     layers = progress(material.same.items(), desc="CKA", unit="layer")
     values = {layer: cka_matrix(list(vectors)).numpy() for layer, vectors in layers}
-    frame = Frame("layer", "primitive", "linear CKA", (0.0, 1.0), row_names=list(values), column_names=None)
+    frame = HeatmapSpec(
+        "layer", "primitive", "linear CKA", (0.0, 1.0), row_names=list(values), column_names=None
+    )
     about = f"{material.about} · {material.same['h'].shape[1]} input grids"
     title = "Linear CKA between tasks on the same grids"
     return _between_tasks("cka", values, material, frame, title, about)
 
 
-def grassmann(material: GridMaterial) -> Findings:
+def grassmann(material: GridMaterial) -> AnalysisResult:
     """How far tasks' principal subspaces lie apart, in every layer; random subspaces for comparison."""
     layers = progress(material.own.items(), desc="Grassmann distances", unit="layer")
     values = {layer: _distances(vectors, material.rank) for layer, vectors in layers}
@@ -104,7 +106,7 @@ def grassmann(material: GridMaterial) -> Findings:
         layer: _chance_distance(vectors, material.rank, generator) for layer, vectors in material.own.items()
     }
     highest = max(1.0, *(float(np.nanmax(matrix)) for matrix in values.values()))
-    frame = Frame("layer", "primitive", "radians", (0.0, highest), row_names=list(values))
+    frame = HeatmapSpec("layer", "primitive", "radians", (0.0, highest), row_names=list(values))
     about = f"{material.about} · {material.rank} directions; by chance {chance['h']:.2f} in h"
     title = "Grassmann distance between tasks' subspaces (radians)"
     found = _between_tasks("grassmann", values, material, frame, title, about)
@@ -114,7 +116,7 @@ def grassmann(material: GridMaterial) -> Findings:
     return found
 
 
-def probes(material: GridMaterial) -> Findings:
+def probes(material: GridMaterial) -> AnalysisResult:
     """What a linear probe reads of the primitives in every layer: mean average precision, percent."""
     fitted, names = material.fitted, list(material.splits)
     layers = progress(fitted.layers.items(), desc="Probes", unit="layer")
@@ -132,13 +134,15 @@ def probes(material: GridMaterial) -> Findings:
     values = np.array([*scores.values(), list(chance.values())])
     rows, columns = [*scores, "chance"], [SPLIT_NAMES[split] for split in names]
     title = "Linear probes of the primitives, fitted on compositions of training: mean average precision (%)"
-    frame = Frame("layer", "tested on", "average precision (%)", (0.0, 100.0), 1, "viridis", rows, columns)
+    frame = HeatmapSpec(
+        "layer", "tested on", "average precision (%)", (0.0, 100.0), 1, "viridis", rows, columns
+    )
     table = [
         {"layer": layer, "split": split, "average_precision": float(values[i, j])}
         for i, layer in enumerate(rows)
         for j, split in enumerate(names)
     ]
-    return Findings(
+    return AnalysisResult(
         numbers={
             "fitted_on": len(fitted.samples),
             "average_precision": {layer: dict(zip(names, own, strict=True)) for layer, own in scores.items()},
@@ -147,15 +151,15 @@ def probes(material: GridMaterial) -> Findings:
         },
         tables={"probes": table},
         figures={
-            "probes": lambda: heat_maps_figure(
-                [HeatMap("", values)], frame, "Linear probes (%)", material.about
+            "probes": lambda: heatmaps_figure(
+                [Heatmap("", values)], frame, "Linear probes (%)", material.about
             )
         },
         text=value_table(title, rows, columns, values, 1),
     )
 
 
-def units(material: GridMaterial) -> Findings:
+def units(material: GridMaterial) -> AnalysisResult:
     """Whether single units stand for single primitives, in the sparse code z, and in h for comparison."""
     labels, generator = material.fitted.samples.primitives, seeded_generator(material.seed, PERMUTATIONS)
     reports = {
@@ -169,7 +173,7 @@ def units(material: GridMaterial) -> Findings:
     code = "z" if "z" in reports else "h"
     figures["unit_samples"] = lambda: _unit_samples_figure(material, code, reports[code])
     text = [_unit_text(material, layer, report) for layer, report in reports.items()]
-    return Findings(
+    return AnalysisResult(
         numbers={layer: _unit_numbers(report) for layer, report in reports.items()}
         | {
             "metrics": {
@@ -182,7 +186,7 @@ def units(material: GridMaterial) -> Findings:
     )
 
 
-def samples(material: GridMaterial) -> Findings:
+def samples(material: GridMaterial) -> AnalysisResult:
     """The first samples of every split with what the network makes of them."""
     shown = [
         _sample(looked, i) for looked in material.splits.values() for i in range(min(8, len(looked.samples)))
@@ -192,7 +196,7 @@ def samples(material: GridMaterial) -> Findings:
         split: float((looked.colours == looked.samples.target).flatten(1).all(dim=1).double().mean())
         for split, looked in material.splits.items()
     }
-    return Findings(
+    return AnalysisResult(
         numbers={"solved": solved, "metrics": {}},
         tables={},
         figures={"samples": lambda: grid_samples_figure(shown, title, material.about)},
@@ -200,7 +204,7 @@ def samples(material: GridMaterial) -> Findings:
     )
 
 
-ANALYSES: dict[str, Callable[[GridMaterial], Findings]] = {
+ANALYSES: dict[str, Callable[[GridMaterial], AnalysisResult]] = {
     "cka": cka,
     "grassmann": grassmann,
     "probes": probes,
@@ -209,7 +213,7 @@ ANALYSES: dict[str, Callable[[GridMaterial], Findings]] = {
 }
 
 
-def metrics_of(found: Mapping[str, Findings]) -> dict[str, float | None]:
+def metrics_of(found: Mapping[str, AnalysisResult]) -> dict[str, float | None]:
     """The numbers of analyses by which runs are compared."""
     return {name: value for findings in found.values() for name, value in findings.numbers["metrics"].items()}
 
@@ -237,9 +241,14 @@ def primitive_means(values: np.ndarray, tasks: Tensor) -> tuple[np.ndarray, np.n
 
 
 def _between_tasks(
-    name: str, values: Mapping[str, np.ndarray], material: GridMaterial, frame: Frame, title: str, about: str
-) -> Findings:
-    """Findings of a measure between tasks: layer -> (G, G)."""
+    name: str,
+    values: Mapping[str, np.ndarray],
+    material: GridMaterial,
+    frame: HeatmapSpec,
+    title: str,
+    about: str,
+) -> AnalysisResult:
+    """AnalysisResult of a measure between tasks: layer -> (G, G)."""
     columns, tasks = list(material.primitives), material.tasks
     means = {layer: pair_means(matrix, tasks) for layer, matrix in values.items()}
     shared, other = (
@@ -247,7 +256,7 @@ def _between_tasks(
         for both in zip(*(primitive_means(matrix, tasks) for matrix in values.values()), strict=True)
     )
     frame = frame._replace(column_names=columns)
-    maps = [HeatMap(SHARED, shared), HeatMap(OTHER, other)]
+    maps = [Heatmap(SHARED, shared), Heatmap(OTHER, other)]
     table = [
         {
             "layer": layer,
@@ -262,7 +271,7 @@ def _between_tasks(
     text = value_table(
         title, list(means), ["shared primitive", "nothing shared"], np.array([*means.values()]), 3
     )
-    return Findings(
+    return AnalysisResult(
         numbers={
             "tasks": [_label(task, columns) for task in tasks],
             "means": {layer: {"shared": number(a), "other": number(b)} for layer, (a, b) in means.items()},
@@ -271,7 +280,7 @@ def _between_tasks(
             "metrics": {f"{name}_shared": number(with_primitive), f"{name}_other": number(without)},
         },
         tables={name: table},
-        figures={name: lambda: heat_maps_figure(maps, frame, title, about)},
+        figures={name: lambda: heatmaps_figure(maps, frame, title, about)},
         text=text,
     )
 

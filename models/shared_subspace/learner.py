@@ -41,7 +41,7 @@ from models.shared_subspace.material import grid_material
 from models.shared_subspace.network import GridModel, GridOutput, GridShape
 from models.shared_subspace.tables import SPLIT_NAMES
 from models.shared_subspace.tasks import HELD_OUT, TRAIN, GridBatch, GridSamples, GroupedBatchSampler
-from utils.analysis.findings import ANALYSIS, write_findings
+from utils.analysis.results import ANALYSIS, write_results
 from utils.training.device import predictions, seeded_generator
 from utils.training.optim import GroupedOptimizer, ParameterGroup
 
@@ -121,7 +121,7 @@ class SharedSubspace(Learner):
         """Write every analysis of the network into the run folder, and keep the numbers that runs are compared by."""
         material = self.material()
         found = {name: analyse(material) for name, analyse in ANALYSES.items()}
-        write_findings(self.log.folder / ANALYSIS, found)
+        write_results(self.log.folder / ANALYSIS, found)
         self.method_state["analysis"] = metrics_of(found)
 
     # --- tests --------------------------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """The figures of a look at representations: maps of numbers, angles over tasks, units and labels, sample grids.
 
     with mpl.rc_context(STYLE):
-        frame = Frame("block", "after task", "linear CKA", limits=(0.0, 1.0))
-        figure = heat_maps_figure([HeatMap("with task 0", values)], frame, "Drift", "prefix · method · seed 1993")
+        frame = HeatmapSpec("block", "after task", "linear CKA", limits=(0.0, 1.0))
+        figure = heatmaps_figure([Heatmap("with task 0", values)], frame, "Drift", "prefix · method · seed 1993")
 
 `utils/analysis/representations.py` draws those of class-incremental runs. Numbers that are not there (NaN) stay empty. Colours can be
 told apart by colour-blind readers and in print.
@@ -38,14 +38,14 @@ CAPTION_WIDTH = 18  # characters a line, over a sample
 GRID_COLOURS = ["#111111", *mpl.color_sequences["petroff10"]]  # of the cells of a grid, by number
 
 
-class HeatMap(NamedTuple):
+class Heatmap(NamedTuple):
     """One panel: its name, and values (rows, columns) of which NaN stays empty."""
 
     name: str
     values: np.ndarray
 
 
-class Frame(NamedTuple):
+class HeatmapSpec(NamedTuple):
     """What the panels of a figure share.
 
     Attributes:
@@ -67,7 +67,7 @@ class Frame(NamedTuple):
     column_names: Sequence[str] | None = None
 
 
-def heat_maps_figure(maps: Sequence[HeatMap], frame: Frame, title: str, subtitle: str) -> Figure:
+def heatmaps_figure(maps: Sequence[Heatmap], frame: HeatmapSpec, title: str, subtitle: str) -> Figure:
     """Maps of one shape side by side, as many a line as fit; up to two of them with a number in every cell."""
     height, width = maps[0].values.shape
     numbered = len(maps) <= 2 and max(height, width) <= MOST_NUMBERED_TASKS
@@ -126,7 +126,7 @@ def unit_label_figure(
     strongest = np.argsort(-np.abs(correlation), axis=0, kind="stable")[:share]  # (share, labels)
     shown = list(dict.fromkeys(strongest.T.ravel().tolist()))
     values = correlation[shown].T  # (labels, units)
-    frame = Frame(
+    frame = HeatmapSpec(
         "label", "unit", "correlation", (-1.0, 1.0), 2, "RdBu_r", list(labels), [str(unit) for unit in shown]
     )
     name = (
@@ -203,7 +203,7 @@ def _draw_angles(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
             axes.plot([row["task"] for row in own], angles, alpha=strength, **look)
 
 
-def _draw_map(axes: Axes, values: np.ndarray, frame: Frame, fontsize: float | None) -> Any:
+def _draw_map(axes: Axes, values: np.ndarray, frame: HeatmapSpec, fontsize: float | None) -> Any:
     """Cells in colour, with their number where there is a font size for it; returns the image."""
     colours, scale = mpl.colormaps[frame.colours], Normalize(*frame.limits)
     image = axes.imshow(values, cmap=colours, norm=scale, interpolation="none", aspect="auto")

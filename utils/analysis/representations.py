@@ -1,7 +1,7 @@
 """What the representations of a class-incremental run did while it learned: drift, subspaces, what can be read out.
 
     found = {name: ANALYSES[name](material) for name in ("cka", "probes")}
-    write_findings(run / "analysis", found)      # utils/analysis/findings.py
+    write_results(run / "analysis", found)      # utils/analysis/results.py
 
 `python eval.py --run FOLDER --analyse cka grassmann probes` gathers the material from a run's checkpoints. All that
 is compared are class tokens of the same test images, after each block of the network that each task left behind:
@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils.analysis.figures import Frame, HeatMap, branch_angles_figure, heat_maps_figure
-from utils.analysis.findings import Findings, Row, listed, number, value_table
+from utils.analysis.figures import Heatmap, HeatmapSpec, branch_angles_figure, heatmaps_figure
 from utils.analysis.probes import chance_score, transfer_scores
+from utils.analysis.results import AnalysisResult, Row, listed, number, value_table
 from utils.analysis.similarity import (
     FEWEST_SAMPLES,
     cka_matrix,
@@ -43,7 +43,7 @@ Spaces = Mapping[tuple[int, int], Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True)
-class Material:
+class AnalysisInputs:
     """What there is to analyse of a run of T tasks, on n test images.
 
     Attributes:
@@ -83,22 +83,22 @@ def chosen_images(data: DataManager, seed: int, per_class: int) -> np.ndarray:
 # The analyses
 
 
-def cka(material: Material) -> Findings:
+def cka(material: AnalysisInputs) -> AnalysisResult:
     """How much of each block's geometry is kept: linear CKA between the networks after different tasks."""
     blocks = progress(material.tokens.unbind(1), desc="CKA", unit="block")
     values = np.stack([cka_matrix(list(tokens)).numpy() for tokens in blocks])  # (L, T, T)
     lowest = min(0.9, math.floor(10 * np.nanmin(values, initial=1.0)) / 10)
-    frame = Frame("block", "after task", "linear CKA", (lowest, 1.0), 3)
+    frame = HeatmapSpec("block", "after task", "linear CKA", (lowest, 1.0), 3)
     title = "Linear CKA of class tokens between tasks"
-    return Findings(
+    return AnalysisResult(
         numbers=_facts(material) | {"cka": listed(values)},
         tables={"cka": _drift_rows(values)},
-        figures={"cka": lambda: heat_maps_figure(_drift_maps(values), frame, title, material.about)},
+        figures={"cka": lambda: heatmaps_figure(_drift_maps(values), frame, title, material.about)},
         text=_drift_text(values, "linear CKA (1: the same geometry)", 3),
     )
 
 
-def grassmann(material: Material) -> Findings:
+def grassmann(material: AnalysisInputs) -> AnalysisResult:
     """How far principal subspaces turn, and what angle fast and slow branches make."""
     values = _subspace_angles(material)
     rows = branch_rows(material)
@@ -106,17 +106,17 @@ def grassmann(material: Material) -> Findings:
     width, rank = material.tokens.shape[-1], min(PCA_RANK, *material.tokens.shape[2:])
     chance = chance_angle(width, rank, rank, generator)
     highest = max(10.0, 10 * math.ceil(np.nanmax(values, initial=0.0) / 10))
-    frame = Frame("block", "after task", "angle (degrees)", (0.0, highest), 1)
+    frame = HeatmapSpec("block", "after task", "angle (degrees)", (0.0, highest), 1)
     title = "Angle between principal subspaces of class tokens (degrees)"
     about = f"{material.about} · {rank} directions, root mean square of their angles; by chance {chance:.1f}"
-    figures = {"grassmann": lambda: heat_maps_figure(_drift_maps(values), frame, title, about)}
+    figures = {"grassmann": lambda: heatmaps_figure(_drift_maps(values), frame, title, about)}
     if rows:
         figures["branches"] = lambda: branch_angles_figure(rows, material.about)
     pca = {"rank": rank, "rms_degrees": listed(values), "chance_degrees": chance}
     drift = (
         f"angle between the first {rank} principal directions (degrees; two random subspaces: {chance:.1f})"
     )
-    return Findings(
+    return AnalysisResult(
         numbers=_facts(material) | {"principal": pca, "branches": rows},
         tables={"grassmann": _drift_rows(values)} | ({"branches": rows} if rows else {}),
         figures=figures,
@@ -124,7 +124,7 @@ def grassmann(material: Material) -> Findings:
     )
 
 
-def probes(material: Material) -> Findings:
+def probes(material: AnalysisInputs) -> AnalysisResult:
     """What a linear probe reads out of each block, and whether it still reads it after later tasks.
 
     Half of each class's images fit the probes, the other half test them.
@@ -142,18 +142,18 @@ def probes(material: Material) -> Findings:
     own = np.diagonal(values, axis1=1, axis2=2)
     split = f"{len(train)} images to fit, {len(test)} to test, chance {chance:.1f}"
     about = f"{material.about} · {split}"
-    frame = Frame("block", "after task", "accuracy (%)", (0.0, 100.0), 1)
-    maps = [HeatMap("fitted on the same network", own), HeatMap("fitted after task 0", values[:, 0])]
+    frame = HeatmapSpec("block", "after task", "accuracy (%)", (0.0, 100.0), 1)
+    maps = [Heatmap("fitted on the same network", own), Heatmap("fitted after task 0", values[:, 0])]
     title = "Accuracy of linear probes of class tokens (%)"
-    pairs = Frame("fitted after task", "tested after task", "accuracy (%)", (0.0, 100.0), 1)
-    panels = [HeatMap(f"block {block}", matrix) for block, matrix in enumerate(values)]
+    pairs = HeatmapSpec("fitted after task", "tested after task", "accuracy (%)", (0.0, 100.0), 1)
+    panels = [Heatmap(f"block {block}", matrix) for block, matrix in enumerate(values)]
     facts = {"fitted_on": len(train), "tested_on": len(test), "chance": chance, "accuracy": listed(values)}
-    return Findings(
+    return AnalysisResult(
         numbers=_facts(material) | facts,
         tables={"probes": rows},
         figures={
-            "probes": lambda: heat_maps_figure(maps, frame, title, about),
-            "probe_transfer": lambda: heat_maps_figure(panels, pairs, title, about),
+            "probes": lambda: heatmaps_figure(maps, frame, title, about),
+            "probe_transfer": lambda: heatmaps_figure(panels, pairs, title, about),
         },
         text="\n\n".join(
             task_table(f"linear probes {name}: accuracy (%); {split}", _blocks(values), numbers, 1)
@@ -162,7 +162,11 @@ def probes(material: Material) -> Findings:
     )
 
 
-ANALYSES: dict[str, Callable[[Material], Findings]] = {"cka": cka, "grassmann": grassmann, "probes": probes}
+ANALYSES: dict[str, Callable[[AnalysisInputs], AnalysisResult]] = {
+    "cka": cka,
+    "grassmann": grassmann,
+    "probes": probes,
+}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -190,7 +194,7 @@ def chance_angle(width: int, first: int, second: int, generator: torch.Generator
     return float(np.mean([rms_angle(subspace(first), subspace(second)) for _ in range(RANDOM_PAIRS)]))
 
 
-def branch_rows(material: Material) -> list[Row]:
+def branch_rows(material: AnalysisInputs) -> list[Row]:
     """A row for each task and nested adapter: the angles of `branch_angles_figure`, degrees, None where there is none.
 
     Also the dimensions of both spaces, the smallest angle between them, and their Grassmann distance in radians.
@@ -227,7 +231,7 @@ def task_table(title: str, names: Sequence[str], values: np.ndarray, decimals: i
     return value_table(title, names, [f"task {t}" for t in range(values.shape[1])], values, decimals)
 
 
-def _subspace_angles(material: Material) -> np.ndarray:
+def _subspace_angles(material: AnalysisInputs) -> np.ndarray:
     """`rms_angle` between principal subspaces, (L, T, T) degrees; NaN where a block's tokens do not vary."""
     tasks = len(material.tokens)
     values = np.zeros((material.tokens.shape[1], tasks, tasks))
@@ -254,11 +258,11 @@ def _drift_rows(values: np.ndarray) -> list[Row]:
     ]
 
 
-def _drift_maps(values: np.ndarray) -> list[HeatMap]:
+def _drift_maps(values: np.ndarray) -> list[Heatmap]:
     first, before = _against(values)
     return [
-        HeatMap("with the network after task 0", first),
-        HeatMap("with the network a task before", before),
+        Heatmap("with the network after task 0", first),
+        Heatmap("with the network a task before", before),
     ]
 
 
@@ -286,7 +290,7 @@ def _branch_text(rows: Sequence[Row]) -> str:
     return task_table(title, [f"block {block}.{adapter}" for block, adapter in adapters], values, 1)
 
 
-def _facts(material: Material) -> Row:
+def _facts(material: AnalysisInputs) -> Row:
     """What was looked at."""
     tasks, blocks, images, width = material.tokens.shape
     classes = len(material.labels.unique())

@@ -4,7 +4,7 @@
     cells[0].estimates["final"].mean                        # A_N over the cell's seeds
     cells[0].comparisons["final"].paired.low                # lower end of the interval of A_N minus the baseline's
 
-Differences are paired by seed, over runs of one provenance (`utils/runs/provenance.py`).
+Differences are paired by seed, over runs of one provenance (`utils/runs/manifest.py`).
 
 A *cell* is a named configuration that was run with several seeds. Every table, figure and file of the report is made
 from this list and computes nothing itself.
@@ -21,8 +21,8 @@ from typing import Any
 from utils.errors import UserError
 from utils.reports.metric_catalogue import CLASS_INCREMENTAL, COSTS, Kind, kind_of
 from utils.reports.stats import SAME, Estimate, Paired, holm, interval, paired
+from utils.runs.manifest import Provenance
 from utils.runs.metrics import is_number
-from utils.runs.provenance import Provenance
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ from utils.reports.tables import (
     reading_notes,
     runs_table,
 )
-from utils.runs.provenance import Provenance
+from utils.runs.manifest import Provenance
 
 FIGURES_FOLDER = "figures"
 HYPOTHESES, HYPOTHESES_FIGURE = "hypotheses.csv", "hypotheses.png"

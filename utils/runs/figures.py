@@ -45,7 +45,7 @@ from utils.plotting import (
     task_axis,
     titled_figure,
 )
-from utils.runs.run_folder import ACCURACY, CONFIG, FIGURES, METRICS, RESULT
+from utils.runs.folder import ACCURACY, CONFIG, FIGURES, METRICS, RESULT
 from utils.runs.run_log import read_accuracy_csv, read_metrics
 
 Figures = Callable[[Sequence[Mapping[str, Any]], Sequence[Sequence[float]], str], dict[str, Figure]]

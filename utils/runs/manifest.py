@@ -1,9 +1,13 @@
-"""The `manifest.json` of a run: what it was made with, by which command, and in which sessions.
+"""Manifest of a run, `manifest.json`: what it was made with, and how that differs from other runs.
 
     {"command": {"id": ..., "seeds": [1, 2, 3], "overwrite": false},
      "sessions": [{"started": ..., "commit": ..., "versions": {...}, "device": ..., "threads": 2, ...}, ...],
      "finished": "2026-11-28T15:30:00+00:00",
      "seed": 2, "class_order": [...], ...}
+
+    origin = read_provenance(run_folder)                 # the code, libraries, data and weights its numbers come from
+    origin.unlike(read_provenance(other_folder))         # ["libraries"]: the two are not paired
+    changes({"nested, seed 1": origin, ...})             # a sentence for each kind that changed from run to run
 
 A session is one process (or one group of them under torchrun) that worked on the run; each resume adds one. Every seed
 is a run of its own, and the runs of one command share its id. `finished` is written last of all.
@@ -12,10 +16,12 @@ is a run of its own, and the runs of one command share its id. `finished` is wri
 import hashlib
 import platform
 import subprocess
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from functools import cache
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy
 import PIL
@@ -27,20 +33,23 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from utils.errors import UserError
 from utils.files import read_json
+from utils.runs.folder import CONFIG, FIGURES, MANIFEST, RESULT, replaced_folders
 
-MANIFEST = "manifest.json"
-LIBRARIES = (
-    torch,
-    torchvision,
-    timm,
-    numpy,
-    PIL,
-)  # another version of one may make other numbers of the same files
+ROOT = Path(__file__).resolve().parents[2]
+LIBRARIES = (torch, torchvision, timm, numpy, PIL)  # another version may make other numbers of the same files
 CODE = ("*.py", "backbone/**/*.py", "models/**/*.py", "utils/**/*.py")  # what a run can execute
+# kind -> keys of a configuration that say what is hashed: where they differ, another hash is what was asked for
+SOURCES = {
+    "data": ("dataset", "data_root"),
+    "weights": ("backbone_type", "weights", "weights_root", "image_size"),
+}
+PLUS = " + "  # between what differs from session to session of a run
+SHOWN = 12  # characters of a hash
+MAX_NAMED = 4  # runs in a sentence
 
 
 class Command(BaseModel):
-    """What was asked for when a run was started: its seeds, each a run, and whether earlier runs are replaced."""
+    """The command that started a run: its seeds, each a run, and whether earlier runs are replaced."""
 
     model_config = ConfigDict(strict=True)
 
@@ -65,18 +74,14 @@ class Session(BaseModel):
 
     def differences(self, earlier: "Session") -> list[str]:
         """What is not as it was in an earlier session: `["torch 2.11.0 -> 2.12.0", "threads 1 -> 2"]`."""
-        before, now = (
-            one.model_dump(exclude={"started", "versions"}) | one.versions for one in (earlier, self)
-        )
-        return [
-            f"{key} {before.get(key)} -> {now.get(key)}"
-            for key in before | now
-            if before.get(key) != now.get(key)
-        ]
+        skipped = {"started", "versions"}
+        before, now = (one.model_dump(exclude=skipped) | one.versions for one in (earlier, self))
+        changed = [key for key in before | now if before.get(key) != now.get(key)]
+        return [f"{key} {before.get(key)} -> {now.get(key)}" for key in changed]
 
 
 class Manifest(BaseModel):
-    """The content of a manifest; what the kind of experiment adds is kept as it is."""
+    """The content of a manifest; what the method adds is kept as it is."""
 
     model_config = ConfigDict(strict=True, extra="allow")
 
@@ -99,16 +104,29 @@ def read_manifest(folder: Path) -> Manifest:
         ) from error
 
 
+def is_complete(folder: Path) -> bool:
+    """Whether nothing of a run is missing: its result, its figures, and the end of what it replaces.
+
+    Raises UserError when its manifest is damaged.
+    """
+    if not (folder / RESULT).exists() or not (folder / FIGURES).is_dir() or replaced_folders(folder):
+        return False
+    return read_manifest(folder).finished is not None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The session that begins now
+
+
 def this_session(device: torch.device, precision: str, processes: int) -> Session:
-    """The session that begins now."""
+    """The session of this process."""
+    on_gpu = device.type == "cuda"
     return Session(
         started=timestamp(),
         commit=commit(),
         code_sha256=code_sha256(),
         versions=versions(),
-        device=torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"{device.type} ({platform.machine()})",
+        device=torch.cuda.get_device_name(device) if on_gpu else f"{device.type} ({platform.machine()})",
         precision=precision,
         threads=torch.get_num_threads(),
         processes=processes,
@@ -126,12 +144,12 @@ def library_versions() -> dict[str, str]:
 
 
 @cache
-def code_sha256() -> str:
+def code_sha256(root: Path = ROOT) -> str:
     """SHA-256 over names and contents of the program's Python files, as they are when it is first asked for.
 
     Unlike a commit it sees changes that were not committed, and does not change with a commit that touches no code.
     """
-    root, digest = Path(__file__).resolve().parents[2], hashlib.sha256()
+    digest = hashlib.sha256()
     for path in sorted({path for pattern in CODE for path in root.glob(pattern)}):
         content = path.read_bytes()
         digest.update(f"{path.relative_to(root).as_posix()} {len(content)}\n".encode() + content)
@@ -145,17 +163,118 @@ def timestamp() -> str:
 
 def commit() -> str | None:
     """Commit of the code, with "+changes" where the working tree differs; None outside a git checkout."""
-    root = Path(__file__).parents[2]
 
     def git(*arguments: str) -> str:
-        done = subprocess.run(
-            ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True
-        )
-        return done.stdout.strip()
+        command = ["git", "-C", str(ROOT), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        return git("rev-parse", "HEAD") + (
-            "+changes" if git("status", "--porcelain", "--untracked-files=no") else ""
-        )
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "HEAD") + ("+changes" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Provenance
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """The code, libraries, data and weights that a run's numbers come from; configuration and seed are no part of it.
+
+    Attributes:
+        values: kind ("code", "libraries", "data", "weights") -> name -> hash or version. A kind that the run has none
+            of is absent.
+        sources: kind -> the values of its `SOURCES`.
+        commit: of the code, for readers.
+    """
+
+    values: Mapping[str, Mapping[str, str]]
+    sources: Mapping[str, tuple[Any, ...]]
+    commit: str | None = None
+
+    def unlike(self, other: "Provenance") -> list[str]:
+        """The kinds in which two runs differ although their configurations ask for the same."""
+        return [
+            kind
+            for kind, value in self.values.items()
+            if other.values.get(kind, value) != value and other.sources.get(kind) == self.sources.get(kind)
+        ]
+
+
+def read_provenance(folder: Path) -> Provenance:
+    """The provenance of the run in a folder. UserError: its `config.json` or `manifest.json` is absent or damaged.
+
+    Where several sessions worked on the run, code and versions are those of all of them: `1.2 + 1.3`.
+    """
+    config, manifest = read_json(folder / CONFIG), read_manifest(folder)
+    sessions, more = manifest.sessions, manifest.model_extra or {}
+    libraries = dict.fromkeys(name for session in sessions for name in session.versions)
+    values = {
+        "code": {"sha256": _joined(session.code_sha256 for session in sessions)},
+        "libraries": {
+            name: _joined(session.versions.get(name) for session in sessions) for name in libraries
+        },
+    }
+    try:
+        values |= {kind: {"sha256": str(more[kind]["sha256"])} for kind in SOURCES if kind in more}
+    except (KeyError, TypeError) as error:
+        raise UserError(
+            f"{folder / MANIFEST} lacks the hash of the run's data or weights: the file is damaged, restore it"
+        ) from error
+    sources = {kind: tuple(str(config.get(key)) for key in keys) for kind, keys in SOURCES.items()}
+    return Provenance(values, sources, _joined(str(session.commit)[:SHOWN] for session in sessions))
+
+
+def present() -> Provenance:
+    """The provenance of a run that starts now, as far as nothing needs to be read for it: code and libraries."""
+    return Provenance({"code": {"sha256": code_sha256()}, "libraries": versions()}, {})
+
+
+def changes(origins: Mapping[str, Provenance]) -> list[str]:
+    """A sentence for each kind that is not the same in all runs that ask for the same; origins: by the runs' labels."""
+    groups: dict[tuple[str, Any], dict[Any, list[str]]] = {}  # (kind, source) -> value -> labels
+    for label, origin in origins.items():
+        for kind, value in origin.values.items():
+            group = groups.setdefault((kind, origin.sources.get(kind)), {})
+            group.setdefault(tuple(sorted(value.items())), []).append(label)
+    parts: dict[str, list[str]] = {}
+    for (kind, source), group in groups.items():
+        common = set.intersection(*map(set, group))  # of versions: those that did not change
+        for value, labels in group.items() if len(group) > 1 else ():
+            name = source[0] if source else origins[labels[0]].commit if kind == "code" else None
+            parts.setdefault(kind, []).append(f"{_shown(dict(value), common, name)} in {_named(labels)}")
+    return [f"The {kind} changed between runs: {', '.join(texts)}" for kind, texts in parts.items()]
+
+
+def outdated(origins: Mapping[str, Provenance]) -> dict[str, list[str]]:
+    """Label -> the kinds in which a run differs from the last one that asks for the same; runs without any are absent.
+
+    origins: by the runs' labels, in the order in which they ended.
+    """
+    last: dict[tuple[str, Any], Mapping[str, str]] = {}
+    for origin in origins.values():
+        last |= {(kind, origin.sources.get(kind)): value for kind, value in origin.values.items()}
+    found = {
+        label: [kind for kind, value in own.values.items() if value != last[kind, own.sources.get(kind)]]
+        for label, own in origins.items()
+    }
+    return {label: kinds for label, kinds in found.items() if kinds}
+
+
+def _shown(value: Mapping[str, str], common: set[tuple[str, str]], name: str | None) -> str:
+    """One value of a kind for a reader: versions that differ from another's, or the beginning of a hash."""
+    if "sha256" not in value:
+        return ", ".join(f"{name} {found}" for name, found in value.items() if (name, found) not in common)
+    sha256 = _joined(part[:SHOWN] for part in value["sha256"].split(PLUS))
+    return f"{sha256} ({name})" if name else sha256
+
+
+def _joined(texts: Iterable[Any]) -> str:
+    return PLUS.join(dict.fromkeys(map(str, texts)))
+
+
+def _named(labels: Sequence[str]) -> str:
+    more = len(labels) - MAX_NAMED
+    return " and ".join(["; ".join(labels[:MAX_NAMED]), *([f"{more} more runs"] if more > 0 else [])])

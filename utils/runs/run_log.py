@@ -1,4 +1,4 @@
-"""The record of one run (one seed): its folder, its text log, its numbers, and TensorBoard.
+"""Record of one run (one seed): its text log, its numbers, and views of them for TensorBoard and spreadsheets.
 
     with RunLog.create(folder_of(config, seed=1993), config=config.model_dump(), overwrite=False) as run:
         run.manifest({...})
@@ -7,9 +7,9 @@
         run.result({...})
 
 `config.json`, `manifest.json`, `result.json` and `accuracy.csv` are replaced as a whole, atomically. `metrics.jsonl`
-takes one line an event. `tb/` and `metrics.csv` (tag, step, value) are views of `metrics.jsonl` and nothing else: they
-are redrawn when a run is resumed.
-The text log lies beside the folder as `<folder>.log`. One process at a time writes a run (`utils/runs/folders.py`).
+takes one line per event. `tb/` and `metrics.csv` (tag, step, value) are views of `metrics.jsonl` and nothing else: they
+are written again when a run is resumed. The text log lies beside the folder as `<folder>.log`. One process at a time
+writes a run (`utils/runs/folder.py`).
 """
 
 from __future__ import annotations
@@ -33,28 +33,27 @@ from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from utils.console import LOG_FORMAT, attach_console
-from utils.errors import AGAIN, UserError, os_error_sentence
+from utils.console import add_handler, attach_console
+from utils.errors import UserError
 from utils.files import json_bytes, naming, replace_file
-from utils.runs.folders import FolderLock, create_folder, text_log
-from utils.runs.manifest import MANIFEST
-from utils.runs.run_folder import (
+from utils.runs.folder import (
     ACCURACY,
     CONFIG,
+    MANIFEST,
     METRICS,
     RESULT,
     TABLE,
     TENSORBOARD,
-    claim,
-    give_up,
-    make_way,
+    FolderLock,
+    claim_folder,
+    text_log,
     waiting_notes,
 )
 
 logger = logging.getLogger("nested_lora")
 
-_POSITION_FIELDS = {"task", "epoch", "step"}  # where in the run an event happened: not values to draw
-_NUMBERED_FIELDS = {"block", "adapter"}  # numbers that say what an event is about: part of its tag
+POSITION_FIELDS = {"task", "epoch", "step"}  # where in the run an event happened: not values to draw
+NUMBERED_FIELDS = {"block", "adapter"}  # numbers that say what an event is about: part of its tag
 
 
 class RunLog:
@@ -64,11 +63,11 @@ class RunLog:
     leaves no folder, and what it was to replace is back in its place.
     """
 
-    def __init__(self, folder: Path, lock: FolderLock, *, undo: Callable[[], None] = lambda: None) -> None:
-        self.folder, self._lock, self._undo = folder, lock, undo
-        self.log_path = text_log(folder)
+    def __init__(self, folder: Path, lock: FolderLock, abandon: Callable[[], None] = lambda: None) -> None:
+        self.folder, self.log_path = folder, text_log(folder)
+        self._lock, self._abandon = lock, abandon
         with ExitStack() as opened:
-            self._handlers = _attach(self.log_path)
+            self._handlers = _open_text_log(self.log_path)
             opened.callback(self._detach)
             self._metrics = opened.enter_context(open(folder / METRICS, "ab", buffering=0))
             self._views = _Views(folder / TENSORBOARD, folder / TABLE)
@@ -83,33 +82,21 @@ class RunLog:
         overwrite: bool,
         manifest: Mapping[str, Any] | None = None,
     ) -> RunLog:
-        """Start the record of a new run; its folder holds `config.json` (and `manifest.json`) from the first moment on.
+        """Start the record of a new run in `folder` or a numbered sibling (see `claim_folder`).
 
-        An existing folder is left alone: the run goes to `<folder>_2` (or `_3`, ...), and what is there is named in the
-        log, an unfinished run with the command that continues it. With `overwrite` the existing folder and its log are
-        set aside until the new run is finished. What a process left that was killed before it had begun is removed.
-        Raises UserError when the folder cannot be created, is being written, or is to be replaced and is no run's.
+        The folder holds `config.json` (and `manifest.json`) from its first moment on. Raises UserError when it cannot
+        be created, is being written, or is to be replaced and is no run's.
         """
-        folder = Path(folder)
-        new_parents = [parent for parent in folder.parents if not parent.exists()]
-        try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            lock, notes = claim(folder, overwrite)
-        except OSError as error:
-            raise UserError(f"cannot create {folder}: {os_error_sentence(error, AGAIN)}") from error
-        folder = lock.folder
         files = {CONFIG: config} | ({} if manifest is None else {MANIFEST: manifest})
+        contents = {name: json_bytes(_plain(values)) for name, values in files.items()}
+        claim = claim_folder(Path(folder), contents, overwrite)
         with ExitStack() as failed:
-            failed.callback(lock.release)
-            if overwrite:
-                notes += make_way(folder)
-            with ExitStack() as unmade:
-                unmade.callback(give_up, lock, new_parents)
-                create_folder(folder, {name: json_bytes(_plain(values)) for name, values in files.items()})
-                run = cls(folder, lock, undo=lambda: give_up(lock, new_parents))
-                unmade.pop_all()
+            failed.callback(claim.lock.release)
+            failed.callback(claim.abandon)
+            run = cls(claim.folder, claim.lock, claim.abandon)
+            failed.pop_all()
             failed.push(run)
-            for note in notes:
+            for note in claim.notes:
                 logger.warning(note)
             failed.pop_all()
         return run
@@ -118,7 +105,7 @@ class RunLog:
     def reopen(cls, folder: Path, metrics_bytes: int, lock: FolderLock | None = None) -> RunLog:
         """Go on with the record of an interrupted run as it stood when a checkpoint noted `metrics_bytes`.
 
-        Cuts `metrics.jsonl` to that size, redraws its views from what is left, and appends to the text log.
+        Cuts `metrics.jsonl` to that size, writes its views again, and appends to the text log.
         lock: the folder's, where the caller has taken it; it is given back when the record is closed.
         Raises UserError when the folder is not a run's or is being written, or `metrics.jsonl` cannot have had that
         size.
@@ -202,7 +189,7 @@ class RunLog:
         with ExitStack() as closing:
             closing.callback(self.close)
             if kind is not None:
-                self._undo()
+                self._abandon()
                 for note in waiting_notes(self.folder):
                     logger.warning(note)
 
@@ -291,16 +278,16 @@ def scalars(event: Mapping[str, Any]) -> list[tuple[str, float]]:
     `epoch/rd/block_09/loss`, `task/accuracy/00`. Position in the run (task, epoch, step) and nulls are not drawn.
     """
     about = [
-        f"{name}_{value:02d}" if name in _NUMBERED_FIELDS else str(value)
+        f"{name}_{value:02d}" if name in NUMBERED_FIELDS else str(value)
         for name, value in event.items()
-        if (name in _NUMBERED_FIELDS and isinstance(value, int)) or isinstance(value, str)
+        if (name in NUMBERED_FIELDS and isinstance(value, int)) or isinstance(value, str)
     ]
-    values = {name: value for name, value in event.items() if name not in _POSITION_FIELDS | _NUMBERED_FIELDS}
+    values = {name: value for name, value in event.items() if name not in POSITION_FIELDS | NUMBERED_FIELDS}
     return [("/".join([*about, *path]), value) for path, value in _numbers(values)]
 
 
 class _Views:
-    """The numbers of events for TensorBoard and as a table.
+    """The numbers of events as TensorBoard's file and as a table.
 
     The step is a counter for each tag, so that the same events always give the same curves and lines.
     """
@@ -318,19 +305,16 @@ class _Views:
         self._steps: Counter[str] = Counter()
 
     def add(self, event: Mapping[str, Any]) -> None:
-        for tag, value in scalars(event):
-            step = self._steps[tag]
-            summary = Summary(value=[Summary.Value(tag=tag, simple_value=value)])
-            with naming(self._events_path):
-                self._records.write(
-                    Event(wall_time=time.time(), step=step, summary=summary).SerializeToString()
-                )
-            with naming(self._table_path):
-                self._rows.writerow([tag, step, value])
-            self._steps[tag] += 1
+        rows = [(tag, self._steps[tag], value) for tag, value in scalars(event)]
+        self._steps.update(tag for tag, _, _ in rows)
         with naming(self._events_path):
+            for tag, step, value in rows:
+                summary = Summary(value=[Summary.Value(tag=tag, simple_value=value)])
+                record = Event(wall_time=time.time(), step=step, summary=summary)
+                self._records.write(record.SerializeToString())
             self._events.flush()
         with naming(self._table_path):
+            self._rows.writerows(rows)
             self._table.flush()
 
     def close(self) -> None:
@@ -352,15 +336,12 @@ class _TextLog(logging.FileHandler):
             raise error
 
 
-def _attach(log_path: Path) -> list[logging.Handler]:
+def _open_text_log(path: Path) -> list[logging.Handler]:
     """Send the program's messages to the run's text log and to the console; returns the handlers added."""
     if any(isinstance(handler, _TextLog) for handler in logger.handlers):
         raise RuntimeError("another run's log is still open; close it first: one seed, one log")
     console = attach_console()
-    text_log = _TextLog(log_path, encoding="utf-8", errors="backslashreplace")
-    text_log.setFormatter(logging.Formatter(LOG_FORMAT))
-    logger.setLevel(logging.INFO)
-    logger.addHandler(text_log)
+    text_log = add_handler(_TextLog(path, encoding="utf-8", errors="backslashreplace"))
     return [text_log] if console is None else [text_log, console]
 
 

@@ -30,16 +30,18 @@ from utils.errors import UserError
 from utils.files import json_bytes, read_json, write_json
 from utils.reports.cells import fault_of
 from utils.reports.metric_catalogue import KINDS
-from utils.runs.folders import (
+from utils.runs.folder import (
+    CONFIG,
+    RESULT,
     FolderLock,
     create_folder,
+    folder_of,
     remove_folder,
     replaced_folders,
     restore_replaced,
     set_aside,
 )
-from utils.runs.provenance import Provenance, changes, outdated, read_provenance
-from utils.runs.run_folder import CONFIG, RESULT, folder_of, is_complete
+from utils.runs.manifest import Provenance, changes, is_complete, outdated, read_provenance
 from utils.sweeps.spec import Cell, Sweep
 
 logger = logging.getLogger("nested_lora")
@@ -144,7 +146,7 @@ def refuse_running(sweep: Sweep) -> None:
 def begin(sweep: Sweep, runs: Sequence[Run], overwrite: bool) -> None:
     """Write `sweep.json` and the configuration of every run; cells that left the table are named in the log.
 
-    With `overwrite` the sweep's earlier folder is set aside first (`utils/runs/folders.py`), and is back where this fails. A
+    With `overwrite` the sweep's earlier folder is set aside first (`utils/runs/folder.py`), and is back where this fails. A
     new folder holds `sweep.json` from its first moment on, and is gone where this fails.
 
     Raises:

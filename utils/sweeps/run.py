@@ -26,8 +26,8 @@ from utils.config.schema import RunConfig
 from utils.console import progress
 from utils.errors import UserError, in_one_line, os_error_sentence
 from utils.reports.metric_catalogue import kind_of
-from utils.runs.folders import FolderLock, remove_replaced, restore_replaced
-from utils.runs.provenance import changes, present
+from utils.runs.folder import FolderLock, remove_replaced, restore_replaced
+from utils.runs.manifest import changes, present
 from utils.sweeps.executors import ENGINES, STOPPED, Engine, Job, Needs, requests
 from utils.sweeps.folder import Run, all_runs, begin, refuse_running, survey, tell_replaced, write_summary
 from utils.sweeps.spec import Sweep

@@ -22,7 +22,7 @@ from models.shared_subspace.evaluation import metrics_of
 from models.shared_subspace.primitives import PRIMITIVES
 from models.shared_subspace.tasks import GridBatch
 from tests.drawn import assert_readable
-from utils.analysis.findings import value_table, write_findings
+from utils.analysis.results import value_table, write_results
 from utils.plotting import STYLE
 from utils.reports.metric_catalogue import GRIDS
 from utils.training.device import seeded_generator
@@ -325,7 +325,7 @@ def quietly(whole: GridMaterial, folder: Path, names: Sequence[str] = PAIRS) -> 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         found = {name: ANALYSES[name](whole) for name in names}
-        write_findings(folder, found)
+        write_results(folder, found)
     return metrics_of_analyses(found)
 
 
@@ -397,7 +397,7 @@ def test_runs_are_compared_by_numbers_that_there_are() -> None:
 def test_every_file_is_written_and_tables_are_complete(tmp_path: Path) -> None:
     whole = material(tested=3)
     found = {name: analyse(whole) for name, analyse in ANALYSES.items()}
-    paths = write_findings(tmp_path / "analysis", found)
+    paths = write_results(tmp_path / "analysis", found)
     assert sorted(paths) == sorted((tmp_path / "analysis").iterdir())
     assert {path.name for path in paths} == {
         "cka.json", "cka.csv", "cka.png", "grassmann.json", "grassmann.csv", "grassmann.png", "probes.json",

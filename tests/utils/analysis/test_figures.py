@@ -12,18 +12,18 @@ from matplotlib.figure import Figure
 from tests.drawn import assert_readable
 from utils.analysis.figures import (
     GRID_COLOURS,
-    Frame,
     GridSample,
-    HeatMap,
+    Heatmap,
+    HeatmapSpec,
     branch_angles_figure,
     grid_samples_figure,
-    heat_maps_figure,
+    heatmaps_figure,
     unit_label_figure,
 )
 from utils.plotting import STYLE
 
 ABOUT = "a_rather_long_prefix · sema · omnibenchmark · pretrained_vit_b16_224_in21k_adapter · seed 1 · 2000 test images"
-FRAME = Frame("block", "after task", "linear CKA", (0.5, 1.0), 3)
+FRAME = HeatmapSpec("block", "after task", "linear CKA", (0.5, 1.0), 3)
 
 
 def drawn(draw: Any, *arguments: Any) -> Figure:
@@ -31,9 +31,9 @@ def drawn(draw: Any, *arguments: Any) -> Figure:
         return draw(*arguments)
 
 
-def maps(count: int, rows: int, columns: int) -> list[HeatMap]:
+def maps(count: int, rows: int, columns: int) -> list[Heatmap]:
     values = np.random.default_rng(0).uniform(0.5, 1, (count, rows, columns))
-    return [HeatMap(f"block {i}", matrix) for i, matrix in enumerate(values)]
+    return [Heatmap(f"block {i}", matrix) for i, matrix in enumerate(values)]
 
 
 def angles(tasks: int, blocks: int, adapters: int = 2) -> list[dict[str, Any]]:
@@ -55,14 +55,12 @@ def angles(tasks: int, blocks: int, adapters: int = 2) -> list[dict[str, Any]]:
 
 def test_a_map_has_its_numbers_in_their_cells_and_nothing_where_there_is_none() -> None:
     values = np.array([[1.0, 0.51234], [math.nan, 0.75]])
-    figure = drawn(heat_maps_figure, [HeatMap("one", values), HeatMap("two", values)], FRAME, "CKA", ABOUT)
+    figure = drawn(heatmaps_figure, [Heatmap("one", values), Heatmap("two", values)], FRAME, "CKA", ABOUT)
     for axes, name in zip(figure.axes[:2], ("one", "two"), strict=True):
         cells = {tuple(map(int, text.get_position())): text.get_text() for text in axes.texts}
         assert cells == {(0, 0): "1.000", (1, 0): "0.512", (1, 1): "0.750"}
         assert axes.get_title(loc="left") == name
-    assert (
-        not drawn(heat_maps_figure, maps(3, 4, 4), FRAME, "CKA", ABOUT).axes[0].texts
-    )  # too many to be read
+    assert not drawn(heatmaps_figure, maps(3, 4, 4), FRAME, "CKA", ABOUT).axes[0].texts  # too many to be read
 
 
 def test_a_line_for_each_adapter_with_gaps_where_a_branch_is_silent() -> None:
@@ -138,7 +136,7 @@ def test_a_number_without_a_colour_is_refused() -> None:
 
 def figures() -> dict[str, Any]:
     """Name -> what draws a figure, from a single cell to as much as there ever is."""
-    wide = Frame("fitted after task", "tested after task", "accuracy (%)", (0.0, 1.0), 1)
+    wide = HeatmapSpec("fitted after task", "tested after task", "accuracy (%)", (0.0, 1.0), 1)
     grid = np.arange(64).reshape(8, 8) % 10
     samples = [GridSample("rotate 90, shift", grid, grid, grid)] * 10
     worded = [GridSample("cycle_colours, z511: swap_colours, cycle_colours, transpose", grid, grid)] * 17
@@ -146,7 +144,7 @@ def figures() -> dict[str, Any]:
     names = [f"primitive_{i}" for i in range(12)]
     found = {
         f"drift over {tasks} tasks": (
-            heat_maps_figure,
+            heatmaps_figure,
             maps(2, blocks, tasks),
             FRAME,
             "CKA of class tokens",
@@ -155,9 +153,9 @@ def figures() -> dict[str, Any]:
         for tasks, blocks in ((1, 12), (10, 12), (25, 4), (40, 24))
     }
     return found | {
-        "transfer of 10 tasks": (heat_maps_figure, maps(7, 10, 10), wide, "Accuracy of linear probes", ABOUT),
-        "transfer of 20 tasks": (heat_maps_figure, maps(6, 20, 20), wide, "Accuracy of linear probes", ABOUT),
-        "transfer of one task": (heat_maps_figure, maps(12, 1, 1), wide, "Accuracy of linear probes", ABOUT),
+        "transfer of 10 tasks": (heatmaps_figure, maps(7, 10, 10), wide, "Accuracy of linear probes", ABOUT),
+        "transfer of 20 tasks": (heatmaps_figure, maps(6, 20, 20), wide, "Accuracy of linear probes", ABOUT),
+        "transfer of one task": (heatmaps_figure, maps(12, 1, 1), wide, "Accuracy of linear probes", ABOUT),
         "angles": (branch_angles_figure, angles(20, 7, 2), ABOUT),
         "angles of a block": (branch_angles_figure, angles(1, 1, 1), ABOUT),
         "units": (unit_label_figure, correlation, names, [0.2] * 12, "Units and primitives", ABOUT),

@@ -21,7 +21,7 @@ from tests.drawn import assert_readable
 from trainer import assemble, read_config
 from utils.analysis.representations import (
     ANALYSES,
-    Material,
+    AnalysisInputs,
     branch_rows,
     chance_angle,
     chosen_images,
@@ -95,7 +95,7 @@ def analyse(folder: Path, *names: str) -> int:
     return evaluation.main(["--run", str(folder), "--analyse", *names, "--images-per-class", "4"])
 
 
-def gather(folder: Path) -> Material:
+def gather(folder: Path) -> AnalysisInputs:
     return evaluation.class_incremental_material(folder, evaluation.task_checkpoints(folder), 4)
 
 
@@ -297,7 +297,7 @@ def basis(*columns: int, width: int = 12) -> Tensor:
     return torch.eye(width, dtype=torch.float64)[:, list(columns)]
 
 
-def material(tasks: int = 3, blocks: int = 2, n: int = 40) -> Material:
+def material(tasks: int = 3, blocks: int = 2, n: int = 40) -> AnalysisInputs:
     """Block 0 never moves; block 1 is rotated by task 1 and replaced by task 2. Four clear classes."""
     labels = torch.arange(n) % 4
     start = normal(n, 12) + 8 * torch.eye(12)[labels]
@@ -306,7 +306,7 @@ def material(tasks: int = 3, blocks: int = 2, n: int = 40) -> Material:
     tokens = torch.stack([torch.stack([start, *[moves[t % 3]] * (blocks - 1)]) for t in range(tasks)])
     turns = [(basis(0, 1), basis(2, 3)), (basis(0, 1), basis(0, 3)), (basis(), basis(0, 3))]
     spaces = [{(1, 0): dict(zip(("fast", "slow"), turns[t % 3], strict=True))} for t in range(tasks)]
-    return Material(tokens, labels, spaces, 1993, "run · seed 1993")
+    return AnalysisInputs(tokens, labels, spaces, 1993, "run · seed 1993")
 
 
 def test_cka_sees_a_replaced_block_and_no_rotation() -> None:
@@ -339,7 +339,7 @@ def test_angles_of_known_branches() -> None:
 def test_a_branch_that_is_always_silent_is_a_sentence() -> None:
     whole = material()
     spaces = [{(1, 0): {"fast": basis(), "slow": basis(2)}}] * 3
-    found = ANALYSES["grassmann"](Material(whole.tokens, whole.labels, spaces, 1, "run"))
+    found = ANALYSES["grassmann"](AnalysisInputs(whole.tokens, whole.labels, spaces, 1, "run"))
     assert "A branch is silent whenever a task ends" in found.text
     assert found.numbers["branches"][0]["between"] is None
 

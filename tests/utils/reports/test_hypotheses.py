@@ -20,7 +20,7 @@ from tests.conftest import ROOT
 from tests.drawn import assert_readable
 from tests.utils.reports.test_metric_catalogue import RUNS as GRIDS
 from tests.utils.reports.test_report import Page, invented
-from tests.utils.runs.test_provenance import CHANGES, origins, record
+from tests.utils.runs.test_manifest import CHANGES, origins, record
 from utils.config.loading import ConfigError
 from utils.plotting import BLUE, GREY, STYLE, VERMILLION
 from utils.reports.cells import tabulate
@@ -28,7 +28,7 @@ from utils.reports.hypotheses import Answer, Hypothesis, answer, read_hypotheses
 from utils.reports.hypotheses_figure import hypotheses_figure, hypotheses_png
 from utils.reports.report import write_report
 from utils.reports.tables import hypotheses_table
-from utils.runs.run_folder import folder_of
+from utils.runs.folder import folder_of
 from utils.runs.run_log import RESULT
 from utils.sweeps.spec import load_sweep
 

@@ -10,7 +10,7 @@ import pytest
 from matplotlib.image import imread
 from scipy import stats
 
-from tests.utils.runs.test_provenance import CHANGES, origins
+from tests.utils.runs.test_manifest import CHANGES, origins
 from utils.errors import UserError
 from utils.reports import report
 from utils.reports.cells import best_cells, tabulate

@@ -20,7 +20,7 @@ from tests.crash import run, run_together
 from tests.test_main import arguments, folders
 from utils.config.loading import config_from_dict
 from utils.errors import UserError
-from utils.runs.folders import FolderLock, replaced_folders, set_aside
+from utils.runs.folder import FolderLock, replaced_folders, set_aside
 from utils.runs.run_log import read_metrics
 
 SMALL = {"max_train_per_class": 3, "max_test_per_class": 2, "func_epoch": 1, "rd_epoch": 0, "batch_size": 3}

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from models.vit.config import ClassIncrementalConfig
 from utils.config.schema import RunConfig
 from utils.errors import UserError
-from utils.runs.run_folder import folder_of
+from utils.runs.folder import folder_of
 from utils.runs.run_log import RunLog, attach_console, read_accuracy_csv, read_metrics, scalars
 
 logger = logging.getLogger("nested_lora")

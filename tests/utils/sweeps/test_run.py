@@ -26,12 +26,11 @@ import utils.sweeps.folder
 from models import SCHEMAS
 from tests.conftest import ROOT, TINY
 from tests.crash import outcome
-from tests.utils.runs.test_provenance import record
+from tests.utils.runs.test_manifest import record
 from utils.config.loading import load_config
 from utils.errors import UserError
-from utils.runs.folders import FolderLock
+from utils.runs.folder import FIGURES, RESULT, FolderLock, folder_of
 from utils.runs.manifest import MANIFEST
-from utils.runs.run_folder import FIGURES, RESULT, folder_of
 from utils.sweeps.executors import ENGINES, Job, Needs, Outcome
 
 TABLE = {

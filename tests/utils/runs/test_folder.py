@@ -1,4 +1,4 @@
-"""utils.runs.folders: one process writes a folder, a dead one holds nothing, and what is replaced is there until the end."""
+"""utils.runs.folder: one process writes a folder, a dead one holds nothing, and what is replaced is there until the end."""
 
 import multiprocessing
 import os
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from utils.errors import UserError
-from utils.runs.folders import (
+from utils.runs.folder import (
     FolderLock,
     create_folder,
     remove_replaced,

@@ -1,4 +1,4 @@
-"""Tests of `utils.runs.provenance`: what a run was made with, what changed, and which runs that leaves behind."""
+"""Tests of `utils.runs.manifest`: what a run was made with, what changed, and which runs that leaves behind."""
 
 import json
 from pathlib import Path
@@ -8,9 +8,15 @@ import pytest
 import torch
 
 from utils.errors import UserError
-from utils.runs import manifest
-from utils.runs.manifest import this_session
-from utils.runs.provenance import Provenance, changes, outdated, present, read_provenance
+from utils.runs.manifest import (
+    Provenance,
+    changes,
+    code_sha256,
+    outdated,
+    present,
+    read_provenance,
+    this_session,
+)
 
 CONFIG = {"dataset": "cifar224", "data_root": "data", "backbone_type": "vit", "weights": None, "seed": [1]}
 SESSION = {
@@ -94,17 +100,6 @@ def test_a_run_that_other_code_went_on_with_is_of_neither(tmp_path: Path) -> Non
     assert "cccccccccccc + ffffffffffff (" in code and "numpy 2.4.0 + 2.5.0 in b" in libraries
 
 
-def test_runs_of_earlier_versions_have_one_session_and_their_commit_for_their_code(tmp_path: Path) -> None:
-    found = []
-    for name, commit in (("a", "1" * 40), ("b", "2" * 40), ("c", "1" * 40)):
-        record(tmp_path / name)
-        older = {"versions": SESSION["versions"], "commit": commit, "data": MANIFEST["data"]}
-        (tmp_path / name / "manifest.json").write_text(json.dumps(older))
-        found.append(read_provenance(tmp_path / name))
-    assert found[0].unlike(found[1]) == found[0].unlike(read_provenance(record(tmp_path / "d"))) == ["code"]
-    assert found[0].unlike(found[2]) == []
-
-
 def test_other_data_and_weights_are_no_change_where_they_were_asked_for(tmp_path: Path) -> None:
     first = read_provenance(record(tmp_path / "a"))
     other = {"data": {"sha256": "1"}, "weights": {"sha256": "2"}}
@@ -117,18 +112,15 @@ DAMAGED = [
     "",
     "[]",
     "{}",
-    '{"versions": 3, "commit": null}',
-    '{"sessions": []}',
-    '{"sessions": 3}',
-    '{"sessions": [3]}',
+    json.dumps({"versions": SESSION["versions"], "commit": "1" * 40}),  # of an early version of the program
+    json.dumps(MANIFEST | {"sessions": []}),
+    json.dumps(MANIFEST | {"sessions": 3}),
+    json.dumps(MANIFEST | {"sessions": [3]}),
     json.dumps(MANIFEST | {"data": "cifar224"}),
+    json.dumps(MANIFEST | {"weights": {}}),
     json.dumps(MANIFEST | {"sessions": [SESSION | {"versions": ["torch"]}]}),
-    *(
-        json.dumps(
-            MANIFEST | {"sessions": [{key: value for key, value in SESSION.items() if key != lacking}]}
-        )
-        for lacking in ("versions", "commit")
-    ),
+    json.dumps(MANIFEST | {"sessions": [SESSION | {"threads": "two"}]}),
+    json.dumps(MANIFEST | {"sessions": [{"versions": SESSION["versions"]}]}),
 ]
 
 
@@ -146,20 +138,14 @@ def test_a_run_records_what_is_present(tmp_path: Path) -> None:
     assert read_provenance(record(tmp_path / "run", sessions=[session])).unlike(present()) == []
 
 
-def test_the_code_is_what_its_files_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "utils").mkdir()
-    (tmp_path / "tests").mkdir()
-    monkeypatch.setattr(manifest, "__file__", str(tmp_path / "utils/runs/manifest.py"))
-    seen = []
-    for file, text in (
-        ("main.py", "1"),
-        ("utils/a.py", "1"),
-        ("utils/a.py", "2"),
-        ("tests/b.py", ""),
-        ("notes.md", ""),
-    ):
-        (tmp_path / file).write_text(text)
-        manifest.code_sha256.cache_clear()
-        seen.append(manifest.code_sha256())
-    manifest.code_sha256.cache_clear()
-    assert len(set(seen[:3])) == 3 and seen[2] == seen[3] == seen[4]
+def test_the_code_is_what_its_files_hold(tmp_path: Path) -> None:
+    hashes = []
+    files = {"main.py": "1", "utils/a.py": "1"}
+    for change in ({}, {"utils/a.py": "2"}, {"tests/b.py": "", "notes.md": ""}):
+        files |= change
+        root = tmp_path / str(len(hashes))
+        for name, text in files.items():
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            (root / name).write_text(text)
+        hashes.append(code_sha256(root))
+    assert hashes[0] != hashes[1] == hashes[2]

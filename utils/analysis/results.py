@@ -1,7 +1,7 @@
 """What an analysis finds, and how it is kept: numbers, tables, figures and a text to read.
 
-found = {"cka": Findings(numbers={...}, tables={"cka": rows}, figures={"cka": draw}, text="...")}
-write_findings(run / "analysis", found)      # cka.json, cka.csv, cka.png
+found = {"cka": AnalysisResult(numbers={...}, tables={"cka": rows}, figures={"cka": draw}, text="...")}
+write_results(run / "analysis", found)      # cka.json, cka.csv, cka.png
 """
 
 import csv
@@ -26,7 +26,7 @@ Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Findings:
+class AnalysisResult:
     """What an analysis found.
 
     Attributes:
@@ -42,7 +42,7 @@ class Findings:
     text: str
 
 
-def write_findings(folder: Path, found: Mapping[str, Findings]) -> list[Path]:
+def write_results(folder: Path, found: Mapping[str, AnalysisResult]) -> list[Path]:
     """Write `<name>.json`, tables and figures of every analysis into the folder, replacing older ones; the files.
 
     A table without a row is left out.

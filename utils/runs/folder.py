@@ -1,0 +1,348 @@
+"""Run folder: where it lies, which process may write it, and how it is claimed, replaced and given up.
+
+    claim = claim_folder(folder_of(config, seed=1993), {"config.json": text.encode()}, overwrite=False)
+    claim.folder                 # the first free one of folder, folder_2, ...: locked, with its config.json in it
+    claim.abandon()              # where nothing was recorded: removed, and what it was to replace is back
+    remove_replaced(folder)      # where the new run is finished
+
+    with FolderLock(folder):     # UserError that names the process which writes the folder
+        ...
+
+The folder of a sweep is locked and replaced by the same functions.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import re
+import shlex
+import shutil
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+import psutil
+from filelock import FileLock, Timeout
+
+from utils.config.schema import RunConfig
+from utils.errors import AGAIN, UserError, os_error_sentence
+from utils.files import read_json, sync_folder, write_json, write_synced
+
+logger = logging.getLogger("nested_lora")
+
+CONFIG = "config.json"
+MANIFEST = "manifest.json"
+RESULT = "result.json"
+METRICS = "metrics.jsonl"
+TABLE = "metrics.csv"
+ACCURACY = "accuracy.csv"
+TENSORBOARD = "tb"
+FIGURES = "figures"
+HALF_MADE = {METRICS, TENSORBOARD, TABLE, f".{CONFIG}.tmp"}  # what a run can hold before its configuration
+UNBEGUN = {CONFIG, MANIFEST, METRICS, TENSORBOARD, TABLE}  # what it can hold before its first event
+
+REPLACED = ".replaced"  # suffix of a folder while its replacement is unfinished
+ORPHANS = 10.0  # seconds that data workers may outlive a killed process, whose lock they hold
+
+
+def folder_of(config: RunConfig, seed: int) -> Path:
+    """Where one seed of a configuration is recorded: its `folder_names` below `logs_root`.
+
+    Slashes inside a name become dashes: every name is one level.
+    """
+    names = config.folder_names(seed)
+    return Path(config.logs_root).joinpath(*(name.replace("/", "-").replace("\\", "-") for name in names))
+
+
+def text_log(folder: Path) -> Path:
+    """The text log that lies beside a folder: `<folder>.log`."""
+    return folder.with_name(f"{folder.name}.log")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Lock
+
+
+class FolderInUse(UserError):
+    """Another process has the lock of a folder."""
+
+
+class FolderLock:
+    """The right to write in a folder, held by one process at a time and lost when it ends, however it ends.
+
+    The lock is a hidden file beside the folder, `.<name>.lock`, which stays; while it is held, `.<name>.lock.json`
+    says by whom. The folder itself need not exist, its parent must.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        real = folder.resolve()  # one lock, by whatever name the folder is called
+        self.path = real.with_name(f".{real.name}.lock")
+        self._lock = FileLock(self.path, thread_local=False)
+        self._owner = real.with_name(f".{real.name}.lock.json")
+
+    def acquire(self) -> FolderLock:
+        """Take the lock. FolderInUse, a UserError that names the process that has it, where another does."""
+        try:
+            self._lock.acquire(timeout=ORPHANS if self._left_by_the_dead() else 0)
+        except Timeout:
+            raise FolderInUse(
+                f"{self.folder} is being written by {self.holder}: wait until it has ended, or stop it, then give "
+                "the command again"
+            ) from None
+        since = datetime.now().astimezone().isoformat(timespec="seconds")
+        try:
+            write_json(self._owner, {"pid": os.getpid(), "host": socket.gethostname(), "since": since})
+        except BaseException:
+            self._lock.release()
+            raise
+        return self
+
+    def release(self) -> None:
+        """Give the lock back; a second time is harmless."""
+        if self._lock.is_locked:
+            self._owner.unlink(missing_ok=True)
+            self._lock.release()
+
+    def __enter__(self) -> FolderLock:
+        return self.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    @property
+    def holder(self) -> str:
+        """The process that has the lock, for a sentence."""
+        try:
+            owner = read_json(self._owner)
+        except UserError:  # it has only just taken the lock
+            return "another process"
+        unknown = {"pid": "?", "host": "?", "since": "?"}
+        return "process {pid} on {host} since {since}".format_map(unknown | owner)
+
+    def _left_by_the_dead(self) -> bool:
+        """Whether the last holder was a process of this machine that is no more."""
+        try:
+            owner = read_json(self._owner)
+            return owner["host"] == socket.gethostname() and not psutil.pid_exists(owner["pid"])
+        except (UserError, KeyError, TypeError, OverflowError):  # no owner, or a damaged file
+            return False
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A new run's folder
+
+
+@dataclass(frozen=True)
+class Claim:
+    """The folder of a new run, locked by this process.
+
+    Attributes:
+        lock: of the folder.
+        notes: sentences about folders that were left alone or set aside, for the log.
+        new_parents: folders that were made for it, the innermost first.
+    """
+
+    lock: FolderLock
+    notes: Sequence[str]
+    new_parents: Sequence[Path]
+
+    @property
+    def folder(self) -> Path:
+        """Where the run is recorded."""
+        return self.lock.folder
+
+    def abandon(self) -> None:
+        """Remove a run that has recorded nothing, and the folders made for it; what it was to replace comes back."""
+        if self.folder.exists() and not _is_unbegun(self.folder):
+            return
+        remove_folder(self.folder)
+        if restore_replaced(self.folder) is None and self.new_parents:
+            self.lock.path.unlink()
+            self.lock.release()
+            for parent in self.new_parents:
+                with suppress(OSError):  # another process has put something there
+                    parent.rmdir()
+
+
+def claim_folder(folder: Path, files: Mapping[str, bytes], overwrite: bool) -> Claim:
+    """Make the folder of a new run, which holds the files from its first moment on.
+
+    An existing folder is left alone: the run goes to `<folder>_2` (or `_3`, ...), and what is there is named in the
+    notes, an unfinished run with the command that continues it. With `overwrite` the existing folder and its log are
+    set aside until the new run is finished. What a process left that was killed before it had begun is removed.
+    Raises UserError when the folder cannot be created, is being written, or is to be replaced and is no run's.
+    """
+    new_parents = [parent for parent in folder.parents if not parent.exists()]
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock, notes = _lock_first_free(folder, overwrite)
+    except OSError as error:
+        raise UserError(f"cannot create {folder}: {os_error_sentence(error, AGAIN)}") from error
+    try:
+        if overwrite:
+            _make_way(lock.folder)
+            notes += waiting_notes(lock.folder)
+        claim = Claim(lock, notes, new_parents)
+        try:
+            create_folder(lock.folder, files)
+        except BaseException:
+            claim.abandon()
+            raise
+    except BaseException:
+        lock.release()
+        raise
+    return claim
+
+
+def waiting_notes(folder: Path) -> list[str]:
+    """Where the runs are that a run replaces, until it is finished; nothing where it replaces none."""
+    where = ", ".join(map(str, replaced_folders(folder)))
+    return [f"{where}: the run that {folder.name} replaces, removed when that is finished"] if where else []
+
+
+def _lock_first_free(folder: Path, overwrite: bool) -> tuple[FolderLock, list[str]]:
+    """The lock of the first free of `folder`, `folder_2`, ... and a sentence about each that is taken.
+
+    With `overwrite` that of `folder` itself; FolderInUse when another process has it.
+    """
+    notes: list[str] = []
+    for candidate in _numbered(folder):
+        lock = FolderLock(candidate)
+        try:
+            lock.acquire()
+        except FolderInUse:
+            if overwrite:
+                raise
+            notes.append(f"{candidate} is being written by {lock.holder}")
+            continue
+        restore_replaced(candidate)
+        if candidate.is_dir() and not candidate.is_symlink() and _names_in(candidate) <= HALF_MADE:
+            remove_folder(candidate)
+        if overwrite or not (os.path.lexists(candidate) or os.path.lexists(text_log(candidate))):
+            return lock, [*notes, f"this run goes to {candidate}"] if notes else []
+        lock.release()
+        if (candidate / CONFIG).exists() and not (candidate / RESULT).exists():
+            command = f"python main.py --resume {shlex.quote(str(candidate))}"
+            notes.append(f"{candidate} has no {RESULT}: unfinished. To continue it: {command}")
+        else:
+            notes.append(f"{candidate} is there already (--overwrite replaces it)")
+        notes += waiting_notes(candidate)
+    raise AssertionError("unreachable: the numbers do not end")
+
+
+def _make_way(folder: Path) -> None:
+    """Set a run's folder and text log aside; UserError where the folder holds other things than a run."""
+    if os.path.lexists(folder) and not (folder / CONFIG).is_file():
+        raise UserError(
+            f"{folder} holds no {CONFIG}, so it is not a run folder: move it away, it is not overwritten"
+        )
+    if folder.is_dir():
+        set_aside(folder)
+    else:
+        remove_folder(folder)
+
+
+def _is_unbegun(folder: Path) -> bool:
+    """Whether a run has recorded nothing yet: no event, no checkpoint."""
+    empty = not (folder / METRICS).exists() or (folder / METRICS).stat().st_size == 0
+    return empty and _names_in(folder) <= UNBEGUN
+
+
+def _names_in(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Creating, replacing, removing; the caller holds the folder's lock
+
+
+def create_folder(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Make a folder that holds files from its first moment on. OSError: it cannot be made.
+
+    It is prepared as `.<name>.new` and renamed, so that no moment shows it without them; what a killed process left
+    under that name is removed.
+    """
+    prepared = folder.with_name(f".{folder.name}.new")
+    if prepared.exists():
+        shutil.rmtree(prepared)
+    try:
+        prepared.mkdir()
+        for name, content in files.items():
+            write_synced(prepared / name, content)
+        sync_folder(prepared)
+        os.replace(prepared, folder)
+    except OSError:
+        shutil.rmtree(prepared, ignore_errors=True)
+        raise
+    sync_folder(folder.parent)
+
+
+def replaced_folders(folder: Path) -> list[Path]:
+    """The earlier folders that wait beside one until it is finished, oldest first."""
+    pattern = re.compile(re.escape(folder.name + REPLACED) + r"(?:_(\d+))?")
+    found = {}
+    if folder.parent.is_dir():
+        for path in folder.parent.iterdir():
+            match = pattern.fullmatch(path.name)
+            if match and path.is_dir():
+                found[int(match[1] or 1)] = path
+    return [found[number] for number in sorted(found)]
+
+
+def set_aside(folder: Path) -> Path:
+    """Move a folder and its text log to `<folder>.replaced` (or `_2`, ...), and return that."""
+    free = _numbered(folder.with_name(folder.name + REPLACED))
+    aside = next(path for path in free if not os.path.lexists(path) and not os.path.lexists(text_log(path)))
+    _move(folder, aside)
+    return aside
+
+
+def restore_replaced(folder: Path) -> Path | None:
+    """Move the newest folder that was set aside back where none stands in its place; returns where it had been.
+
+    That is so after a process was killed between the two moves, and when its replacement was given up.
+    """
+    aside = replaced_folders(folder)
+    if not aside or os.path.lexists(folder):
+        return None
+    _move(aside[-1], folder)
+    logger.warning(f"{folder} is back from {aside[-1].name}: what was to replace it had not begun")
+    return aside[-1]
+
+
+def remove_replaced(folder: Path) -> None:
+    """Remove what a folder replaces, now that it is finished; one that another process writes is left and named."""
+    for aside in replaced_folders(folder):
+        try:
+            with FolderLock(aside) as lock:
+                remove_folder(aside)
+                lock.path.unlink()
+        except FolderInUse as error:
+            logger.warning(f"What {folder} replaces stays: {error}")
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder and its text log."""
+    text_log(folder).unlink(missing_ok=True)  # first: a folder without it is found again by what goes on
+    if folder.exists():
+        shutil.rmtree(folder)
+
+
+def _numbered(folder: Path) -> Iterator[Path]:
+    """`folder`, `folder_2`, `folder_3`, ... without end."""
+    yield folder
+    for number in itertools.count(2):
+        yield folder.with_name(f"{folder.name}_{number}")
+
+
+def _move(source: Path, target: Path) -> None:
+    os.rename(source, target)
+    if text_log(source).exists():
+        os.replace(text_log(source), text_log(target))
+    sync_folder(target.parent)
