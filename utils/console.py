@@ -5,7 +5,8 @@
     for batch in progress(batches, desc="scan", unit="batch"):     # a bar, where standard error is a terminal
         logger.info("...")
 
-Into a file or a pipe go whole lines only, at once, so that `2>&1 | tee run.txt` and `grep` see them as they come.
+Into a file or a pipe go whole lines only, at once, so that `2>&1 | tee run.txt` and `grep` see them as they
+come.
 """
 
 import io
@@ -25,8 +26,9 @@ logger = logging.getLogger("nested_lora")
 def prepare_console() -> None:
     """Let standard output and error take any text line by line, and leave progress bars to terminals.
 
-    What the console's encoding lacks is written as an escape; a stream that was closed (`>&-`) takes what it is given.
-    The bars of libraries obey TQDM_DISABLE, which they read when they import tqdm: call this before.
+    What the console's encoding lacks is written as an escape; a stream that was closed (`>&-`) takes what it
+    is given. The bars of libraries obey TQDM_DISABLE, which they read when they import tqdm: call this
+    before.
     """
     sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - as long as the program
     sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
@@ -47,8 +49,9 @@ def progress(items: Any = None, *, leave: bool = False, **options: Any) -> Any:
 def attach_console(*, goes_on: bool = True) -> logging.Handler | None:
     """Show the program's messages on standard output without breaking progress bars.
 
-    Once nobody takes them, a program that goes on is silent: a run has its text log. Another gets the OSError.
-    Returns the handler, or None where one is attached already: call it at the start of a program; a run calls it too.
+    Once nobody takes them, a program that goes on is silent: a run has its text log. Another gets the
+    OSError. Returns the handler, or None where one is attached already: call it at the start of a program; a
+    run calls it too.
     """
     if any(isinstance(handler, _Console) for handler in logger.handlers):
         return None

@@ -50,8 +50,8 @@ def exit_code(
     """The exit code of a command: what it returns (None: 0), 2 after a mistake, 130 after it was asked to stop, and 141
     where nobody reads the output any more.
 
-    A mistake, or what the operating system refused, is told on standard error in a sentence, where `tells` allows.
-    go_on: how to, once what was refused is mended.
+    A mistake, or what the operating system refused, is told on standard error in a sentence, where `tells`
+    allows. go_on: how to, once what was refused is mended.
     """
     try:
         code = run() or 0

@@ -35,8 +35,9 @@ IRREGULAR = {
 def replace_file(path: Path, content: bytes) -> Path:
     """Write a file so that at every moment the old one or the new one is there, whole; returns its path.
 
-    The content goes to a hidden temporary file beside it, is forced to disk and renamed. The folder must exist.
-    Raises OSError, naming the file, when the disk does not take it; the temporary file is removed then.
+    The content goes to a hidden temporary file beside it, is forced to disk and renamed. The folder must
+    exist. Raises OSError, naming the file, when the disk does not take it; the temporary file is removed
+    then.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -76,7 +77,8 @@ def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file.
 
     Raises:
-        UserError: the file is absent, a folder, unreadable, not UTF-8, not JSON, nested too deep, or no object.
+        UserError: the file is absent, a folder, unreadable, not UTF-8, not JSON, nested too deep, or no
+        object.
     """
     try:
         values = json.loads(path.read_bytes().decode("utf-8-sig"))
@@ -108,11 +110,12 @@ def read_json(path: Path) -> dict[str, Any]:
 def npz_headers(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
     """Shape and type of every array in an .npz, from the headers alone.
 
-    Reading an array sets aside the memory that its header asks for; what is in a damaged one can be any number.
+    Reading an array sets aside the memory that its header asks for; what is in a damaged one can be any
+    number.
 
     Raises:
-        ValueError: a header is none, asks for other than the bytes that follow it, or for more than the file can hold.
-        OSError, zipfile.BadZipFile: the file cannot be read, or is no archive.
+        ValueError: a header is none, asks for other than the bytes that follow it, or for more than the file
+        can hold. OSError, zipfile.BadZipFile: the file cannot be read, or is no archive.
     """
     headers, most = {}, DEFLATE_LIMIT * path.stat().st_size
     with zipfile.ZipFile(path) as archive:

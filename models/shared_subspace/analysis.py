@@ -22,16 +22,10 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from models.shared_subspace.sample_figures import GridSample, grid_samples_figure
 from models.shared_subspace.tables import SPLIT_NAMES
 from models.shared_subspace.tasks import GridBatch
-from utils.analysis.figures import (
-    GridSample,
-    Heatmap,
-    HeatmapSpec,
-    grid_samples_figure,
-    heatmaps_figure,
-    unit_label_figure,
-)
+from utils.analysis.figures import Heatmap, HeatmapSpec, heatmaps_figure, unit_label_figure
 from utils.analysis.probes import UnitReport, chance_score, fit_probe, probe_score, unit_report
 from utils.analysis.results import AnalysisResult, Row, listed, number, value_table
 from utils.analysis.similarity import cka_matrix, grassmann_distance, pca_basis

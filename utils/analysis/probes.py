@@ -1,11 +1,11 @@
-"""What a linear map can read out of a representation, and which unit of it stands for which label.
+"""Linear probes of representations, and correlations of their units with labels.
 
-    probe = fit_probe(features, labels)              # classes (n,) or several labels a sample (n, P) of 0 and 1
+    probe = fit_probe(features, labels)              # classes (n,), or labels (n, P) of 0 and 1
     probe_score(probe, other_features, other_labels)     # accuracy, or mean average precision: transfer
     report = unit_report(activities, labels, generator)  # units (n, k) against labels (n, P), with chance
 
-Probes are ridge regressions of the labels, solved in closed form in float64 on the CPU: the same numbers at every call,
-no optimizer to tune, and no dependency for it. The ridge is chosen by leave-one-out.
+Probes are ridge regressions of the labels, solved in closed form in float64 on the CPU: the same numbers at
+every call, no optimizer to tune, and no dependency for it. The ridge is chosen by leave-one-out.
 """
 
 from collections.abc import Sequence
@@ -44,8 +44,9 @@ def fit_probe(features: Tensor, labels: Tensor) -> Probe:
     """Ridge regression of labels on features (n, d) that were brought to mean 0 and deviation 1.
 
     With X the standardised features, Y the labels (one-hot classes, or 0 and 1) less their mean, and ridge r:
-    W = (X^T X + n r I)^-1 X^T Y, where r is the candidate with the smallest squared leave-one-out error. Its residuals
-    are e_i / (1 - h_ii), h the diagonal of the hat matrix with mean. Features that do not vary take no part.
+    W = (X^T X + n r I)^-1 X^T Y, where r is the candidate with the smallest squared leave-one-out error. Its
+    residuals are e_i / (1 - h_ii), h the diagonal of the hat matrix with mean. Features that do not vary take
+    no part.
 
     Args:
         features: (n, d).
@@ -76,10 +77,12 @@ def accuracy(scores: Tensor, labels: Tensor) -> float:
 
 
 def average_precision(scores: Tensor, labels: Tensor) -> Tensor:
-    """sum_i (R_i - R_(i-1)) P_i for each label, (P,); P_i and R_i are precision and recall of the samples down to i.
+    """sum_i (R_i - R_(i-1)) P_i for each label, (P,).
 
-    scores (n, P), labels (n, P) of 0 and 1. Samples are taken from the highest score down, those of one score together.
-    1 where all that have the label come first; about its frequency in a random order; NaN where none has it.
+    P_i and R_i are precision and recall of the samples down to i.
+    scores (n, P), labels (n, P) of 0 and 1. Samples are taken from the highest score down, those of one score
+    together. 1 where all that have the label come first; about its frequency in a random order; NaN without
+    it.
     """
     scores, truth = scores.detach().cpu(), labels.cpu().double()
     order = scores.argsort(dim=0, descending=True, stable=True)
@@ -96,7 +99,7 @@ def average_precision(scores: Tensor, labels: Tensor) -> Tensor:
 def probe_score(probe: Probe, features: Tensor, labels: Tensor) -> float:
     """How well a probe reads these features, which need not be those it was fitted on, from 0 to 1.
 
-    Accuracy for classes (n,); for labels (n, P) the mean of `average_precision` over those that some sample has.
+    Accuracy for classes (n,); for labels (n, P) the mean of `average_precision` over those that occur.
     """
     scores = probe.scores(features)
     return (
@@ -105,7 +108,7 @@ def probe_score(probe: Probe, features: Tensor, labels: Tensor) -> float:
 
 
 def chance_score(labels: Tensor) -> float:
-    """What `probe_score` is without any information: share of the commonest class, or mean frequency of the labels."""
+    """`probe_score` by chance: share of the commonest class, or mean frequency of the labels."""
     if labels.dim() == 1:
         return float(labels.bincount().max() / len(labels))
     frequency = labels.double().mean(dim=0)
@@ -115,7 +118,7 @@ def chance_score(labels: Tensor) -> float:
 def transfer_scores(representations: Sequence[Tensor], labels: Tensor, train: Tensor, test: Tensor) -> Tensor:
     """Scores (m, m) float64 of probes over m representations (n, d) of the same samples.
 
-    Entry (i, j): fitted on the rows `train` of representation i, scored on the rows `test` of representation j.
+    Entry (i, j): fitted on the rows `train` of representation i, scored on the rows `test` of j.
     """
     probes = [fit_probe(features[train], labels[train]) for features in representations]
     rows = [
@@ -124,7 +127,7 @@ def transfer_scores(representations: Sequence[Tensor], labels: Tensor, train: Te
     return torch.tensor(rows, dtype=torch.float64)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Units
 
 
@@ -133,15 +136,16 @@ class UnitReport:
     """How the k units of a representation go with P labels.
 
     Attributes:
-        correlation: (k, P), see `unit_label_correlation`.
+        correlation: (k, P) Pearson's r of units and labels, which are 0 or 1 (point-biserial correlation); 0
+            where a unit or a label does not vary.
         mean_activity: (k,).
         active_share: (k,) share of samples on which a unit is not zero.
         best_unit: (P,) index of the unit with the largest |r|.
         best: (P,) its r.
-        threshold: (P,) the largest |r| over all units stays below it by chance, with probability `CONFIDENCE`.
+        threshold: (P,) `CONFIDENCE` quantile by chance of the largest |r| over all units.
         p: (P,) how likely a best unit at least as good is by chance.
-        purity: mean over units that live of max_l r_l^2 / sum_l r_l^2: 1 where each goes with one label alone, 1 / P
-            where with all alike. NaN where no unit correlates with anything.
+        purity: mean over units that live of max_l r_l^2 / sum_l r_l^2: 1 where each goes with one label
+            alone, 1 / P where with all alike. NaN where no unit correlates with anything.
         purity_by_chance: the same for permuted labels, on average.
     """
 
@@ -166,25 +170,14 @@ class UnitReport:
         return float((self.best.abs() > self.threshold).double().mean())
 
 
-def unit_label_correlation(activities: Tensor, labels: Tensor) -> Tensor:
-    """Point-biserial correlation of every unit with every label, (n, k) and (n, P) of 0 and 1 -> (k, P) float64.
-
-    r = (mean activity with the label - without it) / std sqrt(q (1 - q)), q the label's frequency: Pearson's
-    correlation with a variable of two values. 0 where a unit or a label does not vary.
-
-    Raises:
-        ValueError: the two have not the same number of samples, or fewer than two.
-    """
-    return _standardised(activities, labels).T @ _standardised(labels, activities)
-
-
 def unit_report(
     activities: Tensor, labels: Tensor, generator: torch.Generator, permutations: int = 200
 ) -> UnitReport:
     """Correlations of units (n, k) with labels (n, P), with what permuted labels would give.
 
-    Samples are taken to be independent. A permutation moves all labels of a sample together, so it keeps how labels
-    occur with one another, and takes the largest |r| over units, as `best` does: many units are no advantage.
+    Samples are taken to be independent. A permutation moves all labels of a sample together, so it keeps how
+    labels occur with one another, and takes the largest |r| over units, as `best` does: many units are no
+    advantage.
 
     Args:
         activities: (n, k); a unit that is exactly 0 is not active.
@@ -193,7 +186,7 @@ def unit_report(
         permutations: how many; no p is below 1 / (1 + permutations).
 
     Raises:
-        ValueError: as `unit_label_correlation`.
+        ValueError: the two have not the same number of samples, or fewer than two.
     """
     units, wanted = _standardised(activities, labels), _standardised(labels, activities)
     correlation = units.T @ wanted
@@ -220,7 +213,7 @@ def unit_report(
 
 
 def _standardised(values: Tensor, others: Tensor) -> Tensor:
-    """Columns with mean 0 and length 1, float64, so that products are correlations; 0 where a column does not vary."""
+    """Columns with mean 0 and length 1, so that products are correlations; 0 where a column does not vary."""
     if values.dim() != 2 or others.dim() != 2 or len(values) != len(others) or len(values) < 2:
         raise ValueError(
             f"no correlation between {tuple(values.shape)} and {tuple(others.shape)}: two (n, ...), n >= 2"

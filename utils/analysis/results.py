@@ -1,11 +1,9 @@
-"""What an analysis finds, and how it is kept: numbers, tables, figures and a text to read.
+"""Result of an analysis, and its files: numbers, tables, figures and a text for readers.
 
-found = {"cka": AnalysisResult(numbers={...}, tables={"cka": rows}, figures={"cka": draw}, text="...")}
-write_results(run / "analysis", found)      # cka.json, cka.csv, cka.png
+results = {"cka": AnalysisResult(numbers={...}, tables={"cka": rows}, figures={"cka": draw}, text="...")}
+write_results(run / "analysis", results)     # cka.json, cka.csv, cka.png
 """
 
-import csv
-import io
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -15,13 +13,14 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+import pandas as pd
 from matplotlib.figure import Figure
 
 from utils.files import replace_file
 from utils.plotting import STYLE, png
-from utils.runs.metrics import CELL, TABLE_WIDTH
 
 ANALYSIS = "analysis"  # folder of a run
+TABLE_WIDTH = 100  # characters; wider tables are folded
 Row = dict[str, Any]
 
 
@@ -32,8 +31,8 @@ class AnalysisResult:
     Attributes:
         numbers: all of it, for the JSON file.
         tables: file stem -> rows, for CSV files.
-        figures: file stem -> what draws the figure.
-        text: the main numbers, to be read.
+        figures: file stem -> function that draws the figure.
+        text: the main numbers, for readers.
     """
 
     numbers: Row
@@ -42,20 +41,22 @@ class AnalysisResult:
     text: str
 
 
-def write_results(folder: Path, found: Mapping[str, AnalysisResult]) -> list[Path]:
-    """Write `<name>.json`, tables and figures of every analysis into the folder, replacing older ones; the files.
+def write_results(folder: Path, results: Mapping[str, AnalysisResult]) -> list[Path]:
+    """Write `<name>.json`, tables and figures of every analysis into the folder; returns the files.
 
-    A table without a row is left out.
+    Older ones are replaced. A table without a row is left out.
     """
     folder.mkdir(exist_ok=True)
     paths = []
-    for name, findings in found.items():
-        texts = {f"{name}.json": json.dumps(findings.numbers, allow_nan=False) + "\n"}
-        texts |= {f"{stem}.csv": _csv(rows) for stem, rows in findings.tables.items() if rows}
+    for name, result in results.items():
+        texts = {f"{name}.json": json.dumps(result.numbers, allow_nan=False) + "\n"}
+        for stem, rows in result.tables.items():
+            if rows:
+                texts[f"{stem}.csv"] = pd.DataFrame(rows).to_csv(index=False, lineterminator="\n")
         for file, text in texts.items():
             paths.append(replace_file(folder / file, text.encode()))
         with mpl.rc_context(STYLE):
-            for stem, draw in findings.figures.items():
+            for stem, draw in result.figures.items():
                 paths.append(replace_file(folder / f"{stem}.png", png(draw())))
     return paths
 
@@ -63,17 +64,10 @@ def write_results(folder: Path, found: Mapping[str, AnalysisResult]) -> list[Pat
 def value_table(
     title: str, rows: Sequence[str], columns: Sequence[str], values: np.ndarray, decimals: int
 ) -> str:
-    """Values (rows, columns) with their names under a title, folded where they would be too wide; NaN stays empty."""
-    first, cell = (max(CELL, *(len(name) + 1 for name in names)) for names in (rows, columns))
-    fitting = max(1, (TABLE_WIDTH - first) // cell)
-    lines = [title]
-    for start in range(0, len(columns), fitting):
-        shown = range(start, min(start + fitting, len(columns)))
-        lines.append(f"{'':<{first}}" + "".join(f"{columns[c]:>{cell}}" for c in shown))
-        for name, row in zip(rows, values, strict=True):
-            cells = ["" if math.isnan(row[c]) else f"{row[c]:.{decimals}f}" for c in shown]
-            lines.append(f"{name:<{first}}" + "".join(f"{text:>{cell}}" for text in cells))
-    return "\n".join(lines)
+    """Values (rows, columns) with their names under a title, folded to `TABLE_WIDTH`; NaN stays empty."""
+    numbers = pd.DataFrame(values, index=rows, columns=columns)
+    shown = numbers.to_string(float_format=f"{{:.{decimals}f}}".format, na_rep="", line_width=TABLE_WIDTH)
+    return f"{title}\n{shown}"
 
 
 def number(value: float) -> float | None:
@@ -82,13 +76,5 @@ def number(value: float) -> float | None:
 
 
 def listed(values: np.ndarray) -> list[Any]:
-    """Nested lists, None for NaN."""
+    """Nested lists for JSON: None where a value is not finite."""
     return np.where(np.isfinite(values), values.astype(object), None).tolist()
-
-
-def _csv(rows: Sequence[Row]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()

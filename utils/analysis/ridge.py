@@ -6,8 +6,8 @@ from torch import Tensor
 def left_out_error(ridge: float, u: Tensor, s: Tensor, projected: Tensor, y: Tensor) -> float:
     """Sum of squared leave-one-out residuals of the regression of y on x with a free mean.
 
-    Its residuals are e_i / (1 - h_ii) with the residuals e of the fit to all rows and h the diagonal of the hat matrix,
-    mean included, so no regression is fitted again.
+    Its residuals are e_i / (1 - h_ii) with the residuals e of the fit to all rows and h the diagonal of the
+    hat matrix, mean included, so no regression is fitted again.
 
     Args:
         ridge: added to the diagonal of x^T x.

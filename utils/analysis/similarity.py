@@ -1,18 +1,16 @@
-"""How alike two representations are, and how far apart two subspaces.
+"""Similarity of representations (linear CKA) and distance of subspaces (principal angles).
 
     linear_cka(x, y)                                 # x (n, p), y (n, q): row i of both is the same sample
-    running = CKA()                                  # the same over minibatches, without keeping them
-    running.add(x, y)
-    running.value
+    cka_matrix([x, y, z])                            # of every pair
     a, b = pca_basis(x, rank=8), pca_basis(y, rank=8)    # (d, k), orthonormal columns
     grassmann_distance(a, b)                         # l2 norm of the principal angles, radians
 
 Everything is computed on the CPU in float64 and is no part of a gradient.
 
-Sources: linear CKA, Kornblith et al., *Similarity of Neural Network Representations Revisited*, ICML 2019; the unbiased
-estimator of HSIC, Song et al., *Feature Selection via Dependence Maximization*, JMLR 2012; its use over minibatches,
-Nguyen et al., *Do Wide and Deep Networks Learn the Same Things?*, ICLR 2021; principal angles, Knyazev & Argentati,
-SIAM Journal on Scientific Computing 23, 2002, as scipy computes them.
+Sources: linear CKA, Kornblith et al., *Similarity of Neural Network Representations Revisited*, ICML 2019;
+the unbiased estimator of HSIC, Song et al., *Feature Selection via Dependence Maximization*, JMLR 2012; its
+use in CKA, Nguyen et al., *Do Wide and Deep Networks Learn the Same Things?*, ICLR 2021; principal angles,
+Knyazev & Argentati, SIAM Journal on Scientific Computing 23, 2002, as scipy computes them.
 """
 
 import math
@@ -22,70 +20,47 @@ import torch
 from scipy.linalg import subspace_angles
 from torch import Tensor
 
-FEWEST_SAMPLES = 4  # that the unbiased estimator needs
+MIN_SAMPLES = 4  # that the unbiased estimator needs
 ROUNDING = 1e-12  # relative size up to which a variation is the rounding of float64
 
 
-def unbiased_hsic(x: Tensor, y: Tensor) -> float:
-    """Unbiased estimate of the Hilbert-Schmidt independence criterion with linear kernels, for x (n, p) and y (n, q).
+def cka_matrix(representations: Sequence[Tensor]) -> Tensor:
+    """Linear centred kernel alignment of every pair of m representations (n, d_i), (m, m) float64.
 
-    With K = X X^T and L = Y Y^T whose diagonals are set to zero (K', L'):
+    HSIC(x, y) / sqrt(HSIC(x, x) HSIC(y, y)) with the unbiased estimate of the Hilbert-Schmidt independence
+    criterion. 1 where y is x but for a rotation, reflection, shift and one common scale; about 0 where they
+    are independent, also a little below; NaN where x or y does not vary. Row i of every representation is the
+    same sample.
+
+    With K = X X^T and L = Y Y^T whose diagonals are set to zero (K', L'), the estimate is
         1 / (n (n - 3)) (tr K' L' + 1'K'1 1'L'1 / ((n - 1) (n - 2)) - 2 / (n - 2) 1'K'L'1)
-    The estimate does not change when a constant is taken from all rows. With rows centred K 1 = 0, and with
+    It does not change when a constant is taken from all rows. With rows centred K 1 = 0, and with
     k_i = |x_i|^2 and l_i = |y_i|^2 what is left needs no n x n matrix:
         1 / (n (n - 3)) (||X^T Y||_F^2 - n / (n - 2) sum_i k_i l_i + sum_i k_i sum_i l_i / ((n - 1) (n - 2)))
 
     Raises:
-        ValueError: x and y have not the same number of rows, or fewer than `FEWEST_SAMPLES`.
+        ValueError: they are not matrices of the same number of rows, at least `MIN_SAMPLES`.
     """
-    return _hsic(*_centred_pair(x, y))
-
-
-class CKA:
-    """Linear centred kernel alignment  sum HSIC(x, y) / sqrt(sum HSIC(x, x) sum HSIC(y, y)),  sums over minibatches.
-
-    1 where y is x but for a rotation, reflection, shift and one common scale; about 0 where they are independent. As
-    each HSIC is unbiased, so is each sum: the value does not depend on the batch size but for noise, may be a little
-    below 0, and is NaN where x or y does not vary.
-    """
-
-    def __init__(self) -> None:
-        self._xy = self._xx = self._yy = 0.0
-
-    def add(self, x: Tensor, y: Tensor) -> None:
-        """Take in a batch, x (n, p) and y (n, q).
-
-        Raises:
-            ValueError: the batch is not one (see `unbiased_hsic`).
-        """
-        x, y = _centred_pair(x, y)
-        self._xy += _hsic(x, y)
-        self._xx += _hsic(x, x)
-        self._yy += _hsic(y, y)
-
-    @property
-    def value(self) -> float:
-        """CKA of what was taken in so far."""
-        return _alignment(self._xy, self._xx, self._yy)
+    shapes = [tuple(x.shape) for x in representations]
+    if any(len(shape) != 2 or shape[0] != shapes[0][0] or shape[0] < MIN_SAMPLES for shape in shapes):
+        raise ValueError(
+            f"representations of shapes {', '.join(map(str, shapes))}: matrices of the same at least "
+            f"{MIN_SAMPLES} samples are compared"
+        )
+    centred = [_centred(x) for x in representations]
+    products, squares = _cross_products(centred), [x.square().sum(dim=1) for x in centred]
+    own = [_hsic(products[i, i], square, square) for i, square in enumerate(squares)]
+    matrix = torch.full((len(own), len(own)), math.nan, dtype=torch.float64)
+    for i, x in enumerate(squares):
+        for j, y in enumerate(squares[: i + 1]):
+            if own[i] > 0 and own[j] > 0:
+                matrix[i, j] = matrix[j, i] = _hsic(products[i, j], x, y) / math.sqrt(own[i] * own[j])
+    return matrix
 
 
 def linear_cka(x: Tensor, y: Tensor) -> float:
-    """CKA (see the class) of two representations of the same samples, x (n, p) and y (n, q)."""
-    running = CKA()
-    running.add(x, y)
-    return running.value
-
-
-def cka_matrix(representations: Sequence[Tensor]) -> Tensor:
-    """`linear_cka` of every pair of m representations (n, d_i) of the same samples, (m, m) float64, symmetric."""
-    centred = [_centred_pair(x, representations[0])[0] for x in representations]
-    products, squares = _cross_products(centred), [x.square().sum(dim=1) for x in centred]
-    own = [_debiased(products[i, i], square, square) for i, square in enumerate(squares)]
-    matrix = torch.empty(len(own), len(own), dtype=torch.float64)
-    for i, x in enumerate(squares):
-        for j, y in enumerate(squares[: i + 1]):
-            matrix[i, j] = matrix[j, i] = _alignment(_debiased(products[i, j], x, y), own[i], own[j])
-    return matrix
+    """CKA (see `cka_matrix`) of two representations of the same samples, x (n, p) and y (n, q)."""
+    return float(cka_matrix([x, y])[0, 1])
 
 
 def pca_basis(x: Tensor, rank: int) -> Tensor:
@@ -103,9 +78,10 @@ def pca_basis(x: Tensor, rank: int) -> Tensor:
 
 
 def column_space(left: Tensor, right: Tensor) -> Tensor:
-    """Orthonormal basis (d, k) of the columns of left @ right, for (d, r) and (r, m); k = 0 where the product is zero.
+    """Orthonormal basis (d, k) of the columns of left @ right, for (d, r) and (r, m).
 
-    Directions that the inputs' precision cannot tell from rounding are left out.
+    k = 0 where the product is zero. Directions that the inputs' precision cannot tell from rounding are left
+    out.
     """
     basis, rest = torch.linalg.qr(left.detach().cpu().double())
     directions, sizes, _ = torch.linalg.svd(rest @ right.detach().cpu().double(), full_matrices=False)
@@ -113,7 +89,7 @@ def column_space(left: Tensor, right: Tensor) -> Tensor:
 
 
 def principal_angles(a: Tensor, b: Tensor) -> Tensor:
-    """Angles between the column spaces of a (d, k) and b (d, m), ascending: (min(k, m),) radians from 0 to pi / 2.
+    """Angles between the column spaces of a (d, k) and b (d, m), ascending: (min(k, m),) radians.
 
     Tiny angles are as accurate as large ones: they come from sines, not from cosines near 1.
 
@@ -127,25 +103,15 @@ def principal_angles(a: Tensor, b: Tensor) -> Tensor:
 
 
 def grassmann_distance(a: Tensor, b: Tensor) -> float:
-    """Length of the shortest path between two subspaces, (sum theta_i^2)^(1/2), radians; arguments as above."""
+    """Length of the shortest path between two subspaces, (sum theta_i^2)^(1/2), radians."""
     return float(principal_angles(a, b).norm())
 
 
 def rms_angle(a: Tensor, b: Tensor) -> float:
-    """(mean theta_i^2)^(1/2) in degrees: `grassmann_distance` comparable over ranks; NaN where a or b has no column."""
+    """(mean theta_i^2)^(1/2) in degrees, comparable over ranks; NaN where a or b has no column."""
     if not a.shape[1] or not b.shape[1]:
         return math.nan
     return math.degrees(float(principal_angles(a, b).square().mean().sqrt()))
-
-
-def _centred_pair(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Both centred, after a check that they can be compared."""
-    if x.dim() != 2 or y.dim() != 2 or len(x) != len(y) or len(x) < FEWEST_SAMPLES:
-        raise ValueError(
-            f"representations of shapes {tuple(x.shape)} and {tuple(y.shape)}: two matrices of the same at least "
-            f"{FEWEST_SAMPLES} samples are compared"
-        )
-    return _centred(x), _centred(y)
 
 
 def _centred(x: Tensor) -> Tensor:
@@ -155,20 +121,15 @@ def _centred(x: Tensor) -> Tensor:
     return centred if centred.norm() > ROUNDING * x.norm() else torch.zeros_like(x)
 
 
-def _hsic(x: Tensor, y: Tensor) -> float:
-    """`unbiased_hsic` of centred rows."""
-    return _debiased((x.T @ y).square().sum(), x.square().sum(dim=1), y.square().sum(dim=1))
-
-
-def _debiased(product: Tensor, of_x: Tensor, of_y: Tensor) -> float:
-    """`unbiased_hsic` from ||X^T Y||_F^2 and the squared lengths (n,) of both sides' rows, k and l of its formula."""
+def _hsic(product: Tensor, of_x: Tensor, of_y: Tensor) -> float:
+    """The estimate of `cka_matrix` from ||X^T Y||_F^2 and the squared lengths k, l (n,) of centred rows."""
     n = len(of_x)
     trace = product - n / (n - 2) * (of_x @ of_y)
     return float(trace + of_x.sum() * of_y.sum() / ((n - 1) * (n - 2))) / (n * (n - 3))
 
 
 def _cross_products(centred: Sequence[Tensor]) -> Tensor:
-    """||X_i^T X_j||_F^2 of every pair, (m, m); where rows are fewer than columns, as tr(X_i X_i^T X_j X_j^T)."""
+    """||X_i^T X_j||_F^2 of every pair, (m, m); of few rows as tr(X_i X_i^T X_j X_j^T)."""
     if len(centred[0]) < min(x.shape[1] for x in centred):
         kernels = torch.stack([(x @ x.T).flatten() for x in centred])
         return kernels @ kernels.T
@@ -177,10 +138,6 @@ def _cross_products(centred: Sequence[Tensor]) -> Tensor:
         for j, y in enumerate(centred[: i + 1]):
             products[i, j] = products[j, i] = (x.T @ y).square().sum()
     return products
-
-
-def _alignment(xy: float, xx: float, yy: float) -> float:
-    return xy / math.sqrt(xx * yy) if xx > 0 and yy > 0 else math.nan
 
 
 def _numerical_rank(sizes: Tensor, like: Tensor) -> int:

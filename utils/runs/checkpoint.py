@@ -4,10 +4,10 @@
     save_checkpoint(run / "checkpoints" / checkpoint_name(3, 120), tensors, state)     # interrupted at its step 120
     tensors, state = load_checkpoint(latest_checkpoint(run / "checkpoints"))
 
-A checkpoint is a folder with `tensors.safetensors` and `state.json`, which records the format's version and the hashes
-of both parts. It is written under a hidden name (`.tmp-...`), forced to disk and renamed, so a visible folder is always
-complete. A folder that is replaced is first set aside as `.old-...` and removed last: until the new one stands, the old
-one is still found by `latest_checkpoint`.
+A checkpoint is a folder with `tensors.safetensors` and `state.json`, which records the format's version and
+the hashes of both parts. It is written under a hidden name (`.tmp-...`), forced to disk and renamed, so a
+visible folder is always complete. A folder that is replaced is first set aside as `.old-...` and removed
+last: until the new one stands, the old one is still found by `latest_checkpoint`.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ def save_checkpoint(folder: Path, tensors: Mapping[str, torch.Tensor], state: Ma
     """Write a checkpoint so that at every moment either the old one, the new one or none is visible, each whole.
 
     folder: where it shall stand; its parent is created. An existing checkpoint there is replaced.
-    tensors: any dtype safetensors knows, any device, any shape; aliases and views are stored as separate copies.
-    state: what JSON can hold, with text keys. Tuples come back as lists; numbers come back exactly.
-    Raises TypeError for a state that JSON would change or cannot hold, OSError when the disk does not take it: what was
-    there before is as it was then.
+    tensors: any dtype safetensors knows, any device, any shape; aliases and views are stored as separate
+    copies. state: what JSON can hold, with text keys. Tuples come back as lists; numbers come back exactly.
+    Raises TypeError for a state that JSON would change or cannot hold, OSError when the disk does not take
+    it: what was there before is as it was then.
     """
     folder = Path(folder)
     _require_text_keys(state, "state")
@@ -123,9 +123,10 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, An
 def latest_checkpoint(checkpoints: Path) -> Path | None:
     """The checkpoint that is furthest in the run, or None where there is none (or no such folder).
 
-    Furthest by the (task, step) in its name: the end of a task comes after all its steps. Leftovers of interrupted
-    saves are passed over, and folders that lack a file; a damaged checkpoint is not, so that `load_checkpoint` refuses
-    it rather than a run going on silently from an older one. Reads only. UserError where a file stands in its place.
+    Furthest by the (task, step) in its name: the end of a task comes after all its steps. Leftovers of
+    interrupted saves are passed over, and folders that lack a file; a damaged checkpoint is not, so that
+    `load_checkpoint` refuses it rather than a run going on silently from an older one. Reads only. UserError
+    where a file stands in its place.
     """
     checkpoints = Path(checkpoints)
     if not checkpoints.is_dir():

@@ -56,7 +56,8 @@ def draw_figures(run_folder: Path, figures: Figures) -> list[Path]:
 
     Args:
         run_folder: the run's.
-        figures: (events, rows of the accuracy matrix, line under the titles) -> figures by file name: a learner's.
+        figures: (events, rows of the accuracy matrix, line under the titles) -> figures by file name: a
+        learner's.
 
     Raises UserError when the folder is not a run folder or one of its files is damaged.
     """
@@ -197,9 +198,9 @@ def accuracy_curves_figure(rows: Sequence[Sequence[float]], totals: Sequence[flo
 def norms_figure(events: Sequence[Mapping[str, Any]], subtitle: str) -> Figure:
     """Size of what the fast and slow branch add, over tasks: a panel for each block, a line for each adapter.
 
-    events: `norms` events with task, block, adapter, when ("before" or "after" consolidation), fast_effect and
-    slow_effect, the Frobenius norm of W_up W_down.
-    Where a branch changed at the task's end, the line goes from the filled to the hollow marker.
+    events: `norms` events with task, block, adapter, when ("before" or "after" consolidation), fast_effect
+    and slow_effect, the Frobenius norm of W_up W_down. Where a branch changed at the task's end, the line
+    goes from the filled to the hollow marker.
     """
     blocks = sorted({event["block"] for event in events})
     tasks = 1 + max(event["task"] for event in events)

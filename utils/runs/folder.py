@@ -75,8 +75,8 @@ class FolderInUse(UserError):
 class FolderLock:
     """The right to write in a folder, held by one process at a time and lost when it ends, however it ends.
 
-    The lock is a hidden file beside the folder, `.<name>.lock`, which stays; while it is held, `.<name>.lock.json`
-    says by whom. The folder itself need not exist, its parent must.
+    The lock is a hidden file beside the folder, `.<name>.lock`, which stays; while it is held,
+    `.<name>.lock.json` says by whom. The folder itself need not exist, its parent must.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -173,10 +173,11 @@ class Claim:
 def claim_folder(folder: Path, files: Mapping[str, bytes], overwrite: bool) -> Claim:
     """Make the folder of a new run, which holds the files from its first moment on.
 
-    An existing folder is left alone: the run goes to `<folder>_2` (or `_3`, ...), and what is there is named in the
-    notes, an unfinished run with the command that continues it. With `overwrite` the existing folder and its log are
-    set aside until the new run is finished. What a process left that was killed before it had begun is removed.
-    Raises UserError when the folder cannot be created, is being written, or is to be replaced and is no run's.
+    An existing folder is left alone: the run goes to `<folder>_2` (or `_3`, ...), and what is there is named
+    in the notes, an unfinished run with the command that continues it. With `overwrite` the existing folder
+    and its log are set aside until the new run is finished. What a process left that was killed before it had
+    begun is removed. Raises UserError when the folder cannot be created, is being written, or is to be
+    replaced and is no run's.
     """
     new_parents = [parent for parent in folder.parents if not parent.exists()]
     try:
@@ -265,8 +266,8 @@ def _names_in(folder: Path) -> set[str]:
 def create_folder(folder: Path, files: Mapping[str, bytes]) -> None:
     """Make a folder that holds files from its first moment on. OSError: it cannot be made.
 
-    It is prepared as `.<name>.new` and renamed, so that no moment shows it without them; what a killed process left
-    under that name is removed.
+    It is prepared as `.<name>.new` and renamed, so that no moment shows it without them; what a killed
+    process left under that name is removed.
     """
     prepared = folder.with_name(f".{folder.name}.new")
     if prepared.exists():

@@ -9,8 +9,8 @@
     origin.unlike(read_provenance(other_folder))         # ["libraries"]: the two are not paired
     changes({"nested, seed 1": origin, ...})             # a sentence for each kind that changed from run to run
 
-A session is one process (or one group of them under torchrun) that worked on the run; each resume adds one. Every seed
-is a run of its own, and the runs of one command share its id. `finished` is written last of all.
+A session is one process (or one group of them under torchrun) that worked on the run; each resume adds one.
+Every seed is a run of its own, and the runs of one command share its id. `finished` is written last of all.
 """
 
 import hashlib
@@ -147,7 +147,8 @@ def library_versions() -> dict[str, str]:
 def code_sha256(root: Path = ROOT) -> str:
     """SHA-256 over names and contents of the program's Python files, as they are when it is first asked for.
 
-    Unlike a commit it sees changes that were not committed, and does not change with a commit that touches no code.
+    Unlike a commit it sees changes that were not committed, and does not change with a commit that touches no
+    code.
     """
     digest = hashlib.sha256()
     for path in sorted({path for pattern in CODE for path in root.glob(pattern)}):
@@ -184,8 +185,8 @@ class Provenance:
     """The code, libraries, data and weights that a run's numbers come from; configuration and seed are no part of it.
 
     Attributes:
-        values: kind ("code", "libraries", "data", "weights") -> name -> hash or version. A kind that the run has none
-            of is absent.
+        values: kind ("code", "libraries", "data", "weights") -> name -> hash or version. A kind that the run
+            has none of is absent.
         sources: kind -> the values of its `SOURCES`.
         commit: of the code, for readers.
     """

@@ -2,14 +2,13 @@
 
     with RunLog.create(folder_of(config, seed=1993), config=config.model_dump(), overwrite=False) as run:
         run.manifest({...})
-        run.metric("epoch", task=0, phase="func", block=None, epoch=0, loss=0.7, train_accuracy=81.0, lr={"fast": 0.01})
-        run.accuracy_csv(matrix.rows)
-        run.result({...})
+        run.metric("epoch", task=0, phase="func", block=None, epoch=0, loss=0.7, train_accuracy=81.0,
+        lr={"fast": 0.01}) run.accuracy_csv(matrix.rows) run.result({...})
 
-`config.json`, `manifest.json`, `result.json` and `accuracy.csv` are replaced as a whole, atomically. `metrics.jsonl`
-takes one line per event. `tb/` and `metrics.csv` (tag, step, value) are views of `metrics.jsonl` and nothing else: they
-are written again when a run is resumed. The text log lies beside the folder as `<folder>.log`. One process at a time
-writes a run (`utils/runs/folder.py`).
+`config.json`, `manifest.json`, `result.json` and `accuracy.csv` are replaced as a whole, atomically.
+`metrics.jsonl` takes one line per event. `tb/` and `metrics.csv` (tag, step, value) are views of
+`metrics.jsonl` and nothing else: they are written again when a run is resumed. The text log lies beside the
+folder as `<folder>.log`. One process at a time writes a run (`utils/runs/folder.py`).
 """
 
 from __future__ import annotations
@@ -59,8 +58,8 @@ NUMBERED_FIELDS = {"block", "adapter"}  # numbers that say what an event is abou
 class RunLog:
     """Everything one run writes, apart from its checkpoints and figures. Open one with `create` or `reopen`.
 
-    It holds the folder's lock until it is closed. A new run that ends with an error before it has recorded anything
-    leaves no folder, and what it was to replace is back in its place.
+    It holds the folder's lock until it is closed. A new run that ends with an error before it has recorded
+    anything leaves no folder, and what it was to replace is back in its place.
     """
 
     def __init__(self, folder: Path, lock: FolderLock, abandon: Callable[[], None] = lambda: None) -> None:
@@ -84,8 +83,8 @@ class RunLog:
     ) -> RunLog:
         """Start the record of a new run in `folder` or a numbered sibling (see `claim_folder`).
 
-        The folder holds `config.json` (and `manifest.json`) from its first moment on. Raises UserError when it cannot
-        be created, is being written, or is to be replaced and is no run's.
+        The folder holds `config.json` (and `manifest.json`) from its first moment on. Raises UserError when
+        it cannot be created, is being written, or is to be replaced and is no run's.
         """
         files = {CONFIG: config} | ({} if manifest is None else {MANIFEST: manifest})
         contents = {name: json_bytes(_plain(values)) for name, values in files.items()}
@@ -107,8 +106,8 @@ class RunLog:
 
         Cuts `metrics.jsonl` to that size, writes its views again, and appends to the text log.
         lock: the folder's, where the caller has taken it; it is given back when the record is closed.
-        Raises UserError when the folder is not a run's or is being written, or `metrics.jsonl` cannot have had that
-        size.
+        Raises UserError when the folder is not a run's or is being written, or `metrics.jsonl` cannot have
+        had that size.
         """
         folder = Path(folder)
         if not (folder / CONFIG).is_file():
@@ -136,8 +135,8 @@ class RunLog:
         """Append one line `{"event": event, **fields}` to `metrics.jsonl` and hand it to the operating system.
 
         Non-finite numbers become null; NumPy and tensor values become plain ones; keys become text.
-        A killed process loses at most the line it was writing. OSError when the disk does not take it; no part of the
-        line stays then.
+        A killed process loses at most the line it was writing. OSError when the disk does not take it; no
+        part of the line stays then.
         """
         record = {"event": event, **_plain(fields)}
         line = json.dumps(record, allow_nan=False).encode() + b"\n"
@@ -274,8 +273,9 @@ def read_accuracy_csv(folder: Path) -> list[list[float]]:
 def scalars(event: Mapping[str, Any]) -> list[tuple[str, float]]:
     """What TensorBoard draws of an event: [(tag, value)].
 
-    The tag is the event's name, then what it is about (text fields, block and adapter numbers), then the value's field:
-    `epoch/rd/block_09/loss`, `task/accuracy/00`. Position in the run (task, epoch, step) and nulls are not drawn.
+    The tag is the event's name, then what it is about (text fields, block and adapter numbers), then the
+    value's field: `epoch/rd/block_09/loss`, `task/accuracy/00`. Position in the run (task, epoch, step) and
+    nulls are not drawn.
     """
     about = [
         f"{name}_{value:02d}" if name in NUMBERED_FIELDS else str(value)

@@ -1,4 +1,4 @@
-"""utils.analysis.probes: probes against explicit solutions, separable and shuffled labels; units that stand for labels."""
+"""utils.analysis.probes: probes against explicit solutions and chance; units that stand for labels."""
 
 import numpy as np
 import pytest
@@ -9,13 +9,11 @@ from torch.nn import functional as F
 
 from utils.analysis.probes import (
     RIDGES,
-    accuracy,
     average_precision,
     chance_score,
     fit_probe,
     probe_score,
     transfer_scores,
-    unit_label_correlation,
     unit_report,
 )
 from utils.training.device import seeded_generator
@@ -38,19 +36,12 @@ def several(n: int = 150, seed: int = 0) -> tuple[Tensor, Tensor]:
     return x, (x[:, :3] > torch.tensor([0.0, 0.5, 1.0])).long()
 
 
-def test_separable_classes_are_read_on_images_that_were_not_fitted() -> None:
+def test_what_is_separable_is_read_on_samples_that_were_not_fitted() -> None:
     x, labels = clusters()
-    probe = fit_probe(x[:80], labels[:80])
-    assert probe_score(probe, x[80:], labels[80:]) == 1.0 == accuracy(probe.scores(x[80:]), labels[80:])
-
-
-def test_separable_labels_have_a_high_average_precision() -> None:
+    assert probe_score(fit_probe(x[:80], labels[:80]), x[80:], labels[80:]) == 1.0
     x, labels = several(800)
-    assert (
-        probe_score(fit_probe(x[:600], labels[:600]), x[600:], labels[600:])
-        > 0.95
-        > 3 * chance_score(labels) / 2
-    )
+    score = probe_score(fit_probe(x[:600], labels[:600]), x[600:], labels[600:])
+    assert score > 0.95 > 1.5 * chance_score(labels)
 
 
 def test_shuffled_labels_are_read_no_better_than_chance() -> None:
@@ -149,7 +140,7 @@ def test_what_cannot_be_fitted_is_refused(shapes: tuple[tuple[int, ...], ...]) -
         fit_probe(normal(*shapes[0]), torch.zeros(shapes[1], dtype=torch.int64))
 
 
-# --- units ------------------------------------------------------------------------------------------------------------
+# --- units --------------------------------------------------------------------------------------------------
 
 
 def sparse_units(n: int = 400) -> tuple[Tensor, Tensor]:
@@ -162,29 +153,24 @@ def sparse_units(n: int = 400) -> tuple[Tensor, Tensor]:
     return units, labels
 
 
-def test_correlation_is_point_biserial() -> None:
-    units, labels = sparse_units()
-    found = unit_label_correlation(units, labels)
-    assert found.shape == (6, 3)
-    for unit, label in ((0, 0), (3, 1), (5, 1)):
-        expected = stats.pointbiserialr(labels[:, label].numpy(), units[:, unit].numpy()).statistic
-        assert float(found[unit, label]) == pytest.approx(expected)
-    assert found[4].tolist() == [0, 0, 0]
-    assert unit_label_correlation(units, torch.ones_like(labels)).abs().max() == 0
-
-
 def test_units_that_stand_for_labels_are_found_and_told_from_chance() -> None:
     units, labels = sparse_units()
     report = unit_report(units, labels, seeded_generator(1))
+    for unit, label in ((0, 0), (3, 1), (5, 1)):
+        expected = stats.pointbiserialr(labels[:, label].numpy(), units[:, unit].numpy()).statistic
+        assert float(report.correlation[unit, label]) == pytest.approx(expected)
+    assert report.correlation.shape == (6, 3) and report.correlation[4].tolist() == [0, 0, 0]
     assert report.best_unit.tolist() == [0, 1, 2] and (report.best > 0.8).all()
     assert report.dead == 1 and report.active_share.tolist() == [1, 1, 1, 1, 0, 1]
     torch.testing.assert_close(report.mean_activity, units.double().mean(0))
     assert report.aligned == 1.0 and report.p.tolist() == pytest.approx([1 / 201] * 3)
     assert report.purity > report.purity_by_chance
+    always = unit_report(units, torch.ones_like(labels), seeded_generator(1), 3)
+    assert always.correlation.abs().max() == 0 and np.isnan(always.purity)
 
 
 def test_noise_is_not_told_from_chance_however_many_units_there_are() -> None:
-    """The threshold is that of the best of 300 units: five labels of noise are beyond it once in four such tests."""
+    """The threshold is that of the best of 300 units: of five labels of noise hardly one is beyond it."""
     labels = (normal(100, 5, seed=3) > 0).long()
     report = unit_report(normal(100, 300, seed=4), labels, seeded_generator(2))
     assert report.best.abs().min() > 2 / 100**0.5  # a single unit would seem significant
@@ -192,24 +178,19 @@ def test_noise_is_not_told_from_chance_however_many_units_there_are() -> None:
     assert report.purity == pytest.approx(report.purity_by_chance, abs=0.05)
 
 
-def test_purity_from_one_label_to_all_alike() -> None:
+@pytest.mark.parametrize(("together", "purity"), [(False, 1.0), (True, 0.5)])
+def test_purity_from_one_label_to_all_alike(together: bool, purity: float) -> None:
     labels = torch.tensor([[0, 0], [0, 1], [1, 0], [1, 1]]).repeat(20, 1)
-    generator = seeded_generator(0)
-    assert unit_report(labels.double(), labels, generator, 3).purity == pytest.approx(1)
-    assert unit_report(labels.sum(1, keepdim=True).double(), labels, generator, 3).purity == pytest.approx(
-        0.5
-    )
+    units = (labels.sum(1, keepdim=True) if together else labels).double()
+    assert unit_report(units, labels, seeded_generator(0), 3).purity == pytest.approx(purity)
 
 
 def test_the_same_generator_draws_the_same_chance() -> None:
     units, labels = sparse_units(60)
-    first, second = (unit_report(units, labels, seeded_generator(7), 20) for _ in range(2))
-    other = unit_report(units, labels, seeded_generator(8), 20)
-    assert torch.equal(first.threshold, second.threshold) and not torch.equal(
-        first.threshold, other.threshold
-    )
+    first, second, other = (unit_report(units, labels, seeded_generator(s), 20).threshold for s in (7, 7, 8))
+    assert torch.equal(first, second) and not torch.equal(first, other)
 
 
 def test_units_and_labels_of_different_samples_are_refused() -> None:
     with pytest.raises(ValueError, match="no correlation"):
-        unit_label_correlation(normal(5, 2), torch.ones(4, 2))
+        unit_report(normal(5, 2), torch.ones(4, 2), seeded_generator(0))

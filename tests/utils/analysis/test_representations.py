@@ -1,4 +1,4 @@
-"""Looking at representations: known drift and known angles, and `eval.py --analyse` on tiny runs of two methods."""
+"""utils.analysis.representations: known drift and angles, and `eval.py --analyse` on tiny runs."""
 
 import csv
 import hashlib
@@ -26,8 +26,8 @@ from utils.analysis.representations import (
     chance_angle,
     chosen_images,
     halves,
-    task_table,
 )
+from utils.analysis.results import value_table
 from utils.analysis.similarity import linear_cka
 from utils.errors import UserError
 from utils.plotting import STYLE
@@ -104,7 +104,7 @@ def table(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-# --- from the command line --------------------------------------------------------------------------------------------
+# --- from the command line ----------------------------------------------------------------------------------
 
 
 def test_a_nested_run_is_analysed_and_stays_as_it_is(
@@ -149,7 +149,7 @@ def test_the_analysis_is_the_same_again_and_replaces_the_one_before(nested: Path
     gathered = [gather(nested) for _ in range(2)]
     assert found[0] == found[1] and torch.equal(gathered[0].tokens, gathered[1].tokens)
     for name in ("grassmann", "probes"):
-        first, second = (ANALYSES[name](material) for material in gathered)
+        first, second = (ANALYSES[name](inputs) for inputs in gathered)
         assert (first.numbers, first.tables, first.text) == (second.numbers, second.tables, second.text)
 
 
@@ -164,9 +164,9 @@ def test_the_numbers_are_those_of_the_networks_that_the_checkpoints_hold(nested:
         images, labels = next(iter(parts.data.batches(range(4), source="test", mode="test", batch_size=16)))
         with torch.no_grad():
             tokens.append(learner.network(images, 0, 3)[:, 0][labels.argsort(stable=True)])
-    material = gather(nested)
-    assert torch.equal(material.labels, torch.arange(4).repeat_interleave(4))
-    torch.testing.assert_close(material.tokens[:, 2], torch.stack(tokens))
+    inputs = gather(nested)
+    assert torch.equal(inputs.labels, torch.arange(4).repeat_interleave(4))
+    torch.testing.assert_close(inputs.tokens[:, 2], torch.stack(tokens))
     cka = json.loads((nested / "analysis" / "cka.json").read_text())["cka"]
     assert cka[2][0][1] == pytest.approx(linear_cka(*tokens), abs=1e-6)
 
@@ -184,47 +184,36 @@ def test_a_run_of_another_method_has_no_branches(
     assert "This run has no nested adapters" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("prepare", ["last", "removed"])
-def test_a_run_without_its_checkpoints(
-    prepare: str, nested: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run = shutil.copytree(nested, tmp_path / "run", ignore=shutil.ignore_patterns("analysis"))
-    if prepare == "last":
-        config = json.loads((run / "config.json").read_text())
-        (run / "config.json").write_text(json.dumps(config | {"checkpoints": "last"}))
-    shutil.rmtree(run / "checkpoints" / "task_00")
-    assert analyse(run, "probes") == 2
+@pytest.fixture
+def copied(nested: Path, tmp_path: Path) -> Path:
+    """A copy of the nested run that was not analysed yet."""
+    return shutil.copytree(nested, tmp_path / "run", ignore=shutil.ignore_patterns("analysis"))
+
+
+@pytest.mark.parametrize("kept", ["last", "all"])
+def test_a_run_without_its_checkpoints(kept: str, copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = json.loads((copied / "config.json").read_text())
+    (copied / "config.json").write_text(json.dumps(config | {"checkpoints": kept}))
+    shutil.rmtree(copied / "checkpoints" / "task_00")
+    assert analyse(copied, "probes") == 2
     message = capsys.readouterr().err
     assert "has no checkpoint of task_00 (" in message and "--set checkpoints=all" in message
-    assert ('checkpoints = "last"' in message) == (prepare == "last")
-    assert message.count("\n") == 1 and not (run / "analysis").exists()
+    assert ('checkpoints = "last"' in message) == (kept == "last")
+    assert message.count("\n") == 1 and not (copied / "analysis").exists()
 
 
-def test_an_unfinished_run_is_not_analysed(
-    nested: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run = shutil.copytree(nested, tmp_path / "run", ignore=shutil.ignore_patterns("analysis"))
-    (run / "result.json").unlink()
-    assert analyse(run, "cka") == 2
-    assert f"is unfinished and cannot be analysed yet: go on with python main.py --resume {run}" in (
-        capsys.readouterr().err
-    )
-    assert not (run / "analysis").exists()
+def test_an_unfinished_run_is_not_analysed(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (copied / "result.json").unlink()
+    assert analyse(copied, "cka") == 2
+    assert f"python main.py --resume {copied}" in capsys.readouterr().err
+    assert not (copied / "analysis").exists()
 
 
-def test_an_unknown_analysis_is_a_sentence(nested: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    shutil.rmtree(nested / "analysis", ignore_errors=True)
-    assert analyse(nested, "cka", "ckaa") == 2
-    assert (
-        "--analyse ckaa: no such analysis of this run; allowed: cka, grassmann, probes\n"
-        in capsys.readouterr().err
-    )
-    assert not (nested / "analysis").exists()
-
-
-def test_what_is_no_run_is_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert analyse(tmp_path, "cka") == 2
-    assert "not a run folder" in capsys.readouterr().err
+def test_an_unknown_analysis_is_a_sentence(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert analyse(copied, "cka", "ckaa") == 2
+    message = capsys.readouterr().err
+    assert "--analyse ckaa:" in message and "allowed: cka, grassmann, probes\n" in message
+    assert not (copied / "analysis").exists()
 
 
 @pytest.mark.parametrize(
@@ -245,7 +234,7 @@ def test_options_that_do_not_go_together(
     assert exit_info.value.code == 2 and expected in capsys.readouterr().err
 
 
-# --- what learners give -----------------------------------------------------------------------------------------------
+# --- what learners give -------------------------------------------------------------------------------------
 
 
 def test_class_tokens_are_what_enters_the_next_block_and_become_the_features(make_sema) -> None:
@@ -289,7 +278,7 @@ def test_a_method_without_blocks_says_so(make_sema) -> None:
         ClassIncrementalLearner.class_tokens(make_sema(max_tasks=1), torch.zeros(1, 3, 32, 32))
 
 
-# --- the analyses -----------------------------------------------------------------------------------------------------
+# --- the analyses -------------------------------------------------------------------------------------------
 
 
 def basis(*columns: int, width: int = 12) -> Tensor:
@@ -297,7 +286,7 @@ def basis(*columns: int, width: int = 12) -> Tensor:
     return torch.eye(width, dtype=torch.float64)[:, list(columns)]
 
 
-def material(tasks: int = 3, blocks: int = 2, n: int = 40) -> AnalysisInputs:
+def known(tasks: int = 3, blocks: int = 2, n: int = 40) -> AnalysisInputs:
     """Block 0 never moves; block 1 is rotated by task 1 and replaced by task 2. Four clear classes."""
     labels = torch.arange(n) % 4
     start = normal(n, 12) + 8 * torch.eye(12)[labels]
@@ -310,13 +299,13 @@ def material(tasks: int = 3, blocks: int = 2, n: int = 40) -> AnalysisInputs:
 
 
 def test_cka_sees_a_replaced_block_and_no_rotation() -> None:
-    values = np.array(ANALYSES["cka"](material()).numbers["cka"])
+    values = np.array(ANALYSES["cka"](known()).numbers["cka"])
     assert values[0] == pytest.approx(np.ones((3, 3)))
     assert values[1, 0, 1] == pytest.approx(1, abs=1e-6) and abs(values[1, 0, 2]) < 0.3
 
 
 def test_subspaces_see_the_rotation_too() -> None:
-    found = ANALYSES["grassmann"](material())
+    found = ANALYSES["grassmann"](known())
     values = np.array(found.numbers["principal"]["rms_degrees"])
     assert values[0] == pytest.approx(np.zeros((3, 3)), abs=1e-6)
     assert values[1, 0, 1] > 10 and values[1, 1, 0] == values[1, 0, 1]
@@ -325,7 +314,7 @@ def test_subspaces_see_the_rotation_too() -> None:
 
 
 def test_angles_of_known_branches() -> None:
-    rows = branch_rows(material())
+    rows = branch_rows(known())
     assert [row["between"] for row in rows] == [pytest.approx(90), pytest.approx(90 / math.sqrt(2)), None]
     assert [row["smallest"] for row in rows] == [pytest.approx(90), pytest.approx(0, abs=1e-6), None]
     assert rows[0]["distance"] == pytest.approx(math.pi / math.sqrt(2))
@@ -336,11 +325,11 @@ def test_angles_of_known_branches() -> None:
     assert [row["chance"] is None for row in rows] == [False, False, True]
 
 
-def test_a_branch_that_is_always_silent_is_a_sentence() -> None:
-    whole = material()
+def test_a_branch_that_output_is_always_zero_is_a_sentence() -> None:
+    whole = known()
     spaces = [{(1, 0): {"fast": basis(), "slow": basis(2)}}] * 3
     found = ANALYSES["grassmann"](AnalysisInputs(whole.tokens, whole.labels, spaces, 1, "run"))
-    assert "A branch is silent whenever a task ends" in found.text
+    assert "zero whenever a task ends" in found.text
     assert found.numbers["branches"][0]["between"] is None
 
 
@@ -351,7 +340,7 @@ def test_random_subspaces_are_nearly_orthogonal_in_wide_spaces() -> None:
 
 
 def test_probes_read_what_is_there_and_lose_it_when_the_network_moves() -> None:
-    found = ANALYSES["probes"](material(n=200))
+    found = ANALYSES["probes"](known(n=200))
     values = np.array(found.numbers["accuracy"])
     assert (values[0] > 95).all() and values[1, 0, 0] > 95 and values[1, 1, 1] > 95
     assert values[1, 0, 1] < 80 and values[1, 2, 2] < 50 and found.numbers["chance"] == 25
@@ -377,19 +366,17 @@ def test_a_smaller_choice_of_images_is_part_of_a_larger_one(make_sema) -> None:
 
 
 def test_tables_fold_where_they_would_be_too_wide() -> None:
-    text = task_table("title", ["block 0", "block 10"], np.array([[0.5] * 20, [math.nan] * 19 + [0.25]]), 2)
-    lines = text.splitlines()
-    assert len(lines) == 7 and max(map(len, lines)) <= 100
-    assert (
-        lines[1].split()[-1] == "10"
-        and lines[4].split()[1] == "11"
-        and lines[6].split() == ["block", "10", "0.25"]
-    )
+    values = np.array([[0.5] * 20, [math.nan] * 19 + [0.25]])
+    lines = value_table(
+        "title", ["block 0", "block 10"], [f"task {t}" for t in range(20)], values, 2
+    ).splitlines()
+    assert max(map(len, lines)) <= 100 and lines[-1].split() == ["block", "10", "0.25"]
+    assert [line.count("task") for line in lines if "task" in line] == [11, 9]
 
 
 def test_no_text_of_a_figure_overlaps_another_or_leaves_the_picture() -> None:
     """One task: the narrowest figures."""
-    whole = material(tasks=1)
+    whole = known(tasks=1)
     with mpl.rc_context(STYLE):
         for name in ALL:
             for draw in ANALYSES[name](whole).figures.values():

@@ -1,0 +1,64 @@
+"""models.shared_subspace.sample_figures: cells in their colours, wrong ones crossed, readable captions."""
+
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import pytest
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+
+from models.shared_subspace.sample_figures import GRID_COLOURS, GridSample, grid_samples_figure
+from tests.drawn import assert_readable
+from utils.plotting import STYLE
+
+GRID = np.arange(64).reshape(8, 8) % 10
+WORDS = "cycle_colours, z511: swap_colours, cycle_colours, transpose"
+
+
+def drawn(*samples: GridSample) -> Figure:
+    with mpl.rc_context(STYLE):
+        return grid_samples_figure(samples, "Samples", "a_rather_long_prefix · shared_subspace · seed 1")
+
+
+def test_grids_have_their_colours_and_a_cross_in_every_wrong_cell() -> None:
+    wrong = GRID.copy()
+    wrong[1, 5] = 9
+    figure = drawn(GridSample("shift", GRID, GRID, wrong), GridSample("rotate", GRID, GRID, GRID))
+    pictures = [axes for axes in figure.axes if axes.collections]
+    assert len(pictures) == 6 and [axes.get_title() for axes in figure.axes[:2]] == ["shift", "rotate"]
+    crosses = [axes.lines[0].get_xydata().tolist() for axes in pictures]
+    assert crosses == [[], [], [], [], [[5.5, 1.5]], []]
+    figure.canvas.draw()
+    colours = pictures[4].collections[0].get_facecolors()[:, :3].reshape(8, 8, 3)
+    assert tuple(colours[1, 5]) == pytest.approx(to_rgb(GRID_COLOURS[9]))
+    assert tuple(colours[0, 0]) == pytest.approx(to_rgb(GRID_COLOURS[0]))
+
+
+def test_captions_are_folded_between_words() -> None:
+    long, short = (
+        axes.get_title()
+        for axes in drawn(GridSample(WORDS, GRID, GRID), GridSample("fall", GRID, GRID)).axes[:2]
+    )
+    assert long.replace("\n", " ") == WORDS and short == "fall"
+    assert max(map(len, long.splitlines())) <= 18
+
+
+def test_a_number_without_a_colour_is_refused() -> None:
+    grid = np.full((8, 8), len(GRID_COLOURS))
+    with pytest.raises(ValueError, match="colours are 0 to"):
+        drawn(GridSample("shift", grid, grid))
+
+
+@pytest.mark.parametrize(
+    "samples",
+    [
+        [GridSample("rotate 90, shift", GRID, GRID, GRID)] * 10,
+        [GridSample(WORDS, GRID, GRID)] * 17,
+        [GridSample("shift", GRID, GRID)],
+    ],
+    ids=["predicted", "long captions", "one"],
+)
+def test_no_text_overlaps_another_or_leaves_the_picture(samples: Any) -> None:
+    with mpl.rc_context(STYLE):
+        assert_readable(drawn(*samples))
