@@ -21,7 +21,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from utils.analysis.findings import Findings
+from utils.analysis.results import AnalysisResult
 from utils.config.schema import RunConfig
 from utils.console import progress
 from utils.errors import Interrupted, UserError
@@ -209,7 +209,7 @@ class Learner(ABC):
 
     Config: ClassVar[type[RunConfig]]
     figures: ClassVar[Figures]
-    analyses: ClassVar[Mapping[str, Callable[[Any], Findings]]] = {}
+    analyses: ClassVar[Mapping[str, Callable[[Any], AnalysisResult]]] = {}
     modules: nn.ModuleDict
 
     def __init__(self, config: RunConfig, context: RunContext) -> None:

@@ -18,6 +18,8 @@ def build_heads(config: TrainingConfig, width: int) -> dict[str, nn.Module]:
     closed_form: ClosedFormHead | None = {
         "fc": lambda: None,
         "cosine": lambda: PrototypeHead(width),
-        "ranpac": lambda: RanPACHead(width, config.seed if isinstance(config.seed, int) else config.seed[0], config.ranpac_dim),
+        "ranpac": lambda: RanPACHead(
+            width, config.seed if isinstance(config.seed, int) else config.seed[0], config.ranpac_dim
+        ),
     }[config.head]()
     return heads if closed_form is None else heads | {"closed_form": closed_form}

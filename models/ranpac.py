@@ -27,8 +27,8 @@ from models.vit.config import BATCH_KEYS, AdapterConfig, ViTConfig
 from models.vit.training import adapted_network, functional_groups, train_functional
 from utils.config.schema import IdleRule
 from utils.inc_net import IncrementalHead
-from utils.training.device import seeded_generator
 from utils.training.optim import ParameterGroup
+from utils.training.random import rng
 
 logger = logging.getLogger("nested_lora")
 
@@ -36,7 +36,6 @@ RIDGES = [10.0**k for k in range(-8, 10)]  # candidates for lambda, as published
 FINER = [10.0**-0.5, 10.0**0.5]  # and, relative to the best of them, its neighbours on a grid twice as fine
 HELD_OUT = 0.2  # share of a task's training features that chooses lambda, as published
 FIT, HELD = range(2)  # the two parts that the sums are kept in
-PROJECTION, SPLIT = range(2)  # what a random stream is for; with the seed and a number it names one
 
 
 class RanPACConfig(AdapterConfig):
@@ -102,7 +101,7 @@ class RanPACHead(ClosedFormHead):
         shapes = {"gram": (2, dim, dim), "cross": (2, dim, 0), "part_counts": (2, 0), "weights": (dim, 0)}
         for name, shape in shapes.items():
             self.register_buffer(name, torch.zeros(shape, dtype=torch.float64))
-        projection = torch.randn(width, dim, generator=seeded_generator(seed, PROJECTION))
+        projection = torch.randn(width, dim, generator=rng("projection", seed))
         self.register_buffer("projection", projection.double(), persistent=False)
 
     def refit(self, features: Tensor, targets: Tensor) -> None:
@@ -110,7 +109,7 @@ class RanPACHead(ClosedFormHead):
         missing = classes - self.cross.shape[-1]
         self.cross, self.part_counts = F.pad(self.cross, (0, missing)), F.pad(self.part_counts, (0, missing))
         hidden = self.random_features(features)
-        order = torch.randperm(len(hidden), generator=seeded_generator(self.seed, SPLIT, classes))
+        order = torch.randperm(len(hidden), generator=rng("ridge split", self.seed, classes))
         held, rest = order.tensor_split([max(1, round(HELD_OUT * len(order)))])
         for part, rows in ((FIT, rest), (HELD, held)):
             one_hot = F.one_hot(targets[rows], classes).double()

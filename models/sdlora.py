@@ -41,15 +41,12 @@ from utils.inc_net import IncrementalHead
 from utils.runs.figures import class_incremental_figures
 from utils.runs.metrics import active_adapters_table
 from utils.runs.run_log import read_metrics
-from utils.training.device import seeded_generator
 from utils.training.optim import GroupedOptimizer, ParameterGroup, StepDecay, assert_complete, trainable
+from utils.training.random import rng
 
 logger = logging.getLogger("nested_lora")
 
 Batch = tuple[Tensor, Tensor]  # images (B, 3, S, S) and incremental labels (B,)
-
-# What a key of random numbers is for, beside the seed, the task and a counter.
-TRAINING, NOISE = range(2)
 
 
 class SDLoRA(ClassIncrementalLearner):
@@ -143,7 +140,7 @@ class SDLoRA(ClassIncrementalLearner):
         """Weights in the coming training step: the same in all its parts and on every rank."""
         if self.gate is None:
             return None
-        generator = seeded_generator(self.seed, self.task, NOISE, self.progress.steps)
+        generator = rng("gumbel noise", self.seed, self.task, self.progress.steps)
         return gumbel_sparsemax(self.gate.logits, self.method_state["tau"], generator=generator)
 
     def penalty(self, beta: Tensor | None) -> Tensor:
@@ -266,7 +263,7 @@ class LoRAPhase(Phase):
 
     def batches(self, epoch: int, start: int) -> Iterable[Batch]:
         learner, size = self.learner, self.config.batch_size
-        key = (learner.seed, learner.task, TRAINING, epoch)
+        key = ("training", learner.seed, learner.task, epoch)
         return learner.data.batches(
             learner.classes, source="train", mode="train", batch_size=size, key=key, start=start
         )

@@ -30,18 +30,14 @@ from models.base import Phase, StepResult
 from models.heads import build_heads
 from models.sema_config import SEMAConfig
 from models.vit.class_incremental import ClassIncrementalLearner
-from models.vit.task_inputs import VIEW, Batch
-from models.vit.training import FUNCTIONAL, adapter_spec, functional_groups, train_functional
+from models.vit.task_inputs import Batch
+from models.vit.training import adapter_spec, functional_groups, train_functional
 from utils.console import progress
 from utils.errors import Interrupted
-from utils.training.device import seeded_generator
 from utils.training.optim import GroupedOptimizer, ParameterGroup, trainable
 
 logger = logging.getLogger("nested_lora")
 
-# What a data-order key is for; with the seed, the task and a counter it names one order and one set of augmentations.
-DESCRIPTORS, SCAN, FEATURES = range(FUNCTIONAL + 1, FUNCTIONAL + 4)
-RECORDS = VIEW + 1
 CONSOLIDATION_IMAGES = 128  # images of the task that consolidation looks at
 CONSOLIDATION_TOKENS = 32  # tokens of each of them
 
@@ -115,7 +111,7 @@ class SEMA(ClassIncrementalLearner):
         if state["block"] is not None:  # resumed while the new adapter of this block was in training
             return state["block"]
         while len(state["grown"]) < len(self.network.growing):
-            key = (self.seed, self.task, SCAN, state["scan"])
+            key = ("scan", self.seed, self.task, state["scan"])
             source = self.inputs.view(self.task, state["scan"], key)
             batches = self.inputs.read(self.task, source, key, size, start=state["batch"])
             left = self.inputs.batch_count(self.task, size) - state["batch"]
@@ -184,7 +180,7 @@ class SEMA(ClassIncrementalLearner):
         """
         config, blocks = self.config, self.described_blocks()
         if config.repeats_rd_views:
-            key = (self.seed, self.task, RECORDS, self.progress.phases)
+            key = ("records", self.seed, self.task, self.progress.phases)
             errors = min(config.buffer_size, config.rd_epoch * self.data.count(self.classes, "train"))
             self.network.observe(self.inputs.new_means(self.task, key, blocks, errors))
         self._log_records(blocks)
@@ -254,13 +250,13 @@ class SEMA(ClassIncrementalLearner):
     @torch.no_grad()
     def _task_tokens(self) -> dict[int, Tensor]:
         """Inputs of every block's adapters on some of the task's images: {block: (tokens, d)}, float32."""
-        generator = seeded_generator(self.seed, self.task, FEATURES)
+        generator = rng("consolidation tokens", self.seed, self.task)
 
         def pick(x: Tensor) -> Tensor:
             chosen = torch.randperm(x.shape[1], generator=generator)[:CONSOLIDATION_TOKENS]
             return x[:, chosen.to(x.device)].float().flatten(0, 1)
 
-        key = (self.seed, self.task, FEATURES)
+        key = ("consolidation images", self.seed, self.task)
         chosen = self.data.order(self.classes, "train", key)[:CONSOLIDATION_IMAGES]
         images = self.inputs.fresh(key)
         blocks = self.network.modules_by_block
@@ -296,7 +292,7 @@ class DescriptorPhase(Phase):
         self.network, self.records = learner.network, not config.repeats_rd_views
         self.means = inputs.means_by_epoch(
             task,
-            (learner.seed, task, DESCRIPTORS, learner.progress.phases),
+            ("descriptors", learner.seed, task, learner.progress.phases),
             learner.described_blocks(),
             views=config.distinct_rd_views,
             epochs=config.rd_epoch,

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 from models.base import Learner, Phase, Position
-from models.vit.task_inputs import VIEW
 from utils.costs import Cost
 
 FIRST_STEP = "functional step of task 0"
@@ -150,7 +149,7 @@ class SEMACosts:
     def _views(self) -> Callable[[], object]:
         data = self.learner.data
         indices = data.indices(self.learner.classes, "train")
-        return lambda: data.views(indices, "train", "train", (VIEW, 0))
+        return lambda: data.views(indices, "train", "train", ("view", 0))
 
     def _reading(self) -> Callable[[], object]:
         data, opened, key, size = (
@@ -215,7 +214,7 @@ class SEMACosts:
         images = self.learner.data.indices(self.learner.classes, "train")[
             : self.learner.config.eval_batch_size
         ]
-        views = self.learner.data.views(images, "train", "train", (VIEW, 0)).to(self.learner.device)
+        views = self.learner.data.views(images, "train", "train", ("view", 0)).to(self.learner.device)
 
         @torch.no_grad()
         def evaluate() -> None:

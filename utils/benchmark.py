@@ -80,7 +80,7 @@ def report(
     """Measure the learner's costs next to the plain network; print the table, the share of the ceiling, a whole run."""
     config, device, data = learner.config, learner.device, learner.data
     chosen = data.indices(data.task_classes(0), "train")[: config.batch_size]
-    images = data.views(chosen, "train", "train", (0,)).to(device)
+    images = data.views(chosen, "train", "train", ("view", 0)).to(device)
     work = plain_forward(plain.to(device).eval(), images, learner.autocast)
     clock = Clock(work, len(images), device, options.repeats)
     costs = learner.costs(build)

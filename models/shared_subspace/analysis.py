@@ -30,11 +30,10 @@ from utils.analysis.probes import UnitReport, chance_score, fit_probe, probe_sco
 from utils.analysis.results import AnalysisResult, Row, listed, number, value_table
 from utils.analysis.similarity import cka_matrix, grassmann_distance, pca_basis
 from utils.console import progress
-from utils.training.device import seeded_generator
+from utils.training.random import rng
 
 SHARED, OTHER = "tasks that share the primitive", "tasks without it and with nothing in common"
 SAMPLES_A_UNIT = 4  # that a unit's picture shows
-PERMUTATIONS, CHANCE = range(2000, 2002)  # what a random stream is for; beside the seed, used nowhere else
 Layers = Mapping[str, Tensor]
 
 
@@ -95,7 +94,7 @@ def grassmann(material: GridMaterial) -> AnalysisResult:
     """How far tasks' principal subspaces lie apart, in every layer; random subspaces for comparison."""
     layers = progress(material.own.items(), desc="Grassmann distances", unit="layer")
     values = {layer: _distances(vectors, material.rank) for layer, vectors in layers}
-    generator = seeded_generator(material.seed, CHANCE)
+    generator = rng("chance distance", material.seed)
     chance = {
         layer: _chance_distance(vectors, material.rank, generator) for layer, vectors in material.own.items()
     }
@@ -155,7 +154,7 @@ def probes(material: GridMaterial) -> AnalysisResult:
 
 def units(material: GridMaterial) -> AnalysisResult:
     """Whether single units stand for single primitives, in the sparse code z, and in h for comparison."""
-    labels, generator = material.fitted.samples.primitives, seeded_generator(material.seed, PERMUTATIONS)
+    labels, generator = material.fitted.samples.primitives, rng("unit permutations", material.seed)
     reports = {
         layer: unit_report(material.fitted.layers[layer], labels, generator)
         for layer in ("h", "z")

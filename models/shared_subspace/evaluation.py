@@ -15,12 +15,11 @@ from models.shared_subspace.tables import SPLIT_NAMES, few_shot_table, zero_shot
 from models.shared_subspace.tasks import UNSEEN, GridTasks
 from utils.errors import UserError
 from utils.reports.metric_catalogue import KIND
-from utils.training.device import seeded_generator
+from utils.training.random import rng
 
 if TYPE_CHECKING:
     from models.shared_subspace.learner import SharedSubspace
 
-TEST = 0x7E  # what a key of random numbers is for, beside the seed and the number of the split
 Measured = dict[str, Any]  # "zero_shot": percent by split; "few_shot": rows; "analysis": metrics
 
 
@@ -50,8 +49,8 @@ def splits_sha256(tasks: GridTasks) -> str:
 def measure(learner: SharedSubspace) -> Measured:
     """Accuracy on new grids of every split, few-shot rows, and the numbers of the analyses."""
     zero_shot = {}
-    for number, split in enumerate(SPLIT_NAMES):
-        generator = seeded_generator(learner.seed, TEST, number)
+    for split in SPLIT_NAMES:
+        generator = rng("grid test", learner.seed, split)
         samples = learner.tasks.draw(split, learner.config.test_samples, generator)
         copied = iou(samples.input, samples.target).double().mean().item()
         zero_shot[split] = learner.accuracy(samples) | {"copied": 100 * copied}

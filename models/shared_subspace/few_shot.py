@@ -19,16 +19,11 @@ from torch import Tensor
 from models.base import EpochNote, Phase, StepResult
 from models.shared_subspace.losses import TASK_LOSSES
 from models.shared_subspace.tasks import UNSEEN, GridBatch, GridSamples
-from utils.training.device import seeded_generator
 from utils.training.optim import GroupedOptimizer, ParameterGroup, StepDecay
+from utils.training.random import rng
 
 if TYPE_CHECKING:
     from models.shared_subspace.learner import SharedSubspace
-
-CHOICE, SAMPLES = (
-    0xF5,
-    0xF6,
-)  # what a key of random numbers is for, beside the seed and the composition's number
 
 
 def adapt_to_all(learner: SharedSubspace) -> None:
@@ -46,7 +41,7 @@ def adapt_to(learner: SharedSubspace, number: int) -> dict[str, Any]:
     composition = chosen_compositions(learner)[number]
     counts = (config.few_shot_samples, config.few_shot_queries)
     support, query = learner.tasks.draw_task(
-        composition, counts, seeded_generator(learner.seed, SAMPLES, number)
+        composition, counts, rng("few-shot samples", learner.seed, number)
     )
     if not model.is_adapted:  # else: stopped while they learned
         memory["looks"] = {"iou": [learner.accuracy(query)["iou"]], "seconds": [0.0]}
@@ -73,7 +68,7 @@ def adapt_to(learner: SharedSubspace, number: int) -> dict[str, Any]:
 def chosen_compositions(learner: SharedSubspace) -> Tensor:
     """The unseen compositions in the order in which they are adapted to, (M, S)."""
     compositions = learner.tasks.splits[UNSEEN].compositions
-    return compositions[torch.randperm(len(compositions), generator=seeded_generator(learner.seed, CHOICE))]
+    return compositions[torch.randperm(len(compositions), generator=rng("few-shot choice", learner.seed))]
 
 
 class FewShotPhase(Phase):

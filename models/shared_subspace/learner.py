@@ -42,13 +42,13 @@ from models.shared_subspace.network import GridModel, GridOutput, GridShape
 from models.shared_subspace.tables import SPLIT_NAMES
 from models.shared_subspace.tasks import HELD_OUT, TRAIN, GridBatch, GridSamples, GroupedBatchSampler
 from utils.analysis.results import ANALYSIS, write_results
-from utils.training.device import predictions, seeded_generator
+from utils.training.device import predictions
 from utils.training.optim import GroupedOptimizer, ParameterGroup
+from utils.training.random import rng
 
 logger = logging.getLogger("nested_lora")
 
 SHOWN = ("prediction", "sharing", "reconstruction", "activity")  # of the epoch's means, in its line
-TRAINING, VALIDATION, PROBES = range(3)  # what a key of random numbers is for, beside the seed and a counter
 
 
 class SharedSubspace(Learner):
@@ -82,14 +82,12 @@ class SharedSubspace(Learner):
             self.tasks.splits[TRAIN].labels,
             width=config.hidden,
             rank=config.sharing_rank,
-            generator=seeded_generator(self.seed, PROBES),
+            generator=rng("sharing probes", self.seed),
             ema=config.sharing_ema if config.shares else 0.0,
             detach=config.sharing_detach,
         )
         self.modules = nn.ModuleDict({"model": model, "sharing": sharing}).to(self.device)
-        self.validation = self.tasks.draw(
-            TRAIN, config.validation_samples, seeded_generator(self.seed, VALIDATION)
-        )
+        self.validation = self.tasks.draw(TRAIN, config.validation_samples, rng("grid validation", self.seed))
 
     @property
     def model(self) -> GridModel:
@@ -237,7 +235,7 @@ class TrainingPhase(Phase):
     def batches(self, epoch: int, start: int) -> Iterator[GridBatch]:
         """An epoch's batches from number `start` on, out of one buffer of new samples."""
         began = time.perf_counter()
-        config, generator = self.config, seeded_generator(self.learner.seed, TRAINING, epoch)
+        config, generator = self.config, rng("grid training", self.learner.seed, epoch)
         pieces = config.steps_per_epoch * config.groups
         samples = self.learner.tasks.draw(TRAIN, pieces, generator, group_size=config.group_size)
         sampler = GroupedBatchSampler(

@@ -15,13 +15,11 @@ from torch import Tensor
 from models.shared_subspace.analysis import GridMaterial, Looked
 from models.shared_subspace.tables import SPLIT_NAMES
 from models.shared_subspace.tasks import TRAIN, GridSamples
-from utils.training.device import seeded_generator
+from utils.training.random import rng
 
 if TYPE_CHECKING:
     from models.shared_subspace.learner import SharedSubspace
 
-ANALYSED = 0xA7  # what a key of random numbers is for, beside the seed and the number of the set
-OF_TASKS, ON_SAME_GRIDS, FITTED, SPLITS = range(4)
 TASK_SAMPLES = 64  # of each task
 PROBE_SAMPLES = (
     2048  # that probes are fitted on and units are looked at; half as many of each split test them
@@ -31,12 +29,12 @@ PROBE_SAMPLES = (
 def grid_material(learner: SharedSubspace) -> GridMaterial:
     """Layers of a learner's network for new samples of its tasks and splits."""
     tasks, seed = learner.tasks, learner.seed
-    own = tasks.draw_every_label(TRAIN, TASK_SAMPLES, seeded_generator(seed, ANALYSED, OF_TASKS))
-    same = tasks.draw_same_grids(TRAIN, TASK_SAMPLES, seeded_generator(seed, ANALYSED, ON_SAME_GRIDS))
-    fitted = tasks.draw(TRAIN, PROBE_SAMPLES, seeded_generator(seed, ANALYSED, FITTED))
+    own = tasks.draw_every_label(TRAIN, TASK_SAMPLES, rng("analysis tasks", seed))
+    same = tasks.draw_same_grids(TRAIN, TASK_SAMPLES, rng("analysis same grids", seed))
+    fitted = tasks.draw(TRAIN, PROBE_SAMPLES, rng("analysis fit", seed))
     splits = {
-        split: tasks.draw(split, PROBE_SAMPLES // 2, seeded_generator(seed, ANALYSED, SPLITS, number))
-        for number, split in enumerate(SPLIT_NAMES)
+        split: tasks.draw(split, PROBE_SAMPLES // 2, rng("analysis split", seed, split))
+        for split in SPLIT_NAMES
     }
     return GridMaterial(
         primitives=tasks.primitives,

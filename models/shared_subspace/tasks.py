@@ -26,7 +26,7 @@ from torch.utils.data import Dataset, Sampler
 
 from models.shared_subspace.primitives import EMPTY, PRIMITIVES, SIDE, Step
 from utils.errors import UserError
-from utils.training.device import seeded_generator
+from utils.training.random import rng
 
 Composition = tuple[
     int, ...
@@ -34,7 +34,6 @@ Composition = tuple[
 TRAIN, HELD_OUT, UNSEEN = "train", "held_out", "unseen"
 LEAST_GROUP = 2  # samples: those of a single one span no subspace
 MOST_RECTANGLES, LONGEST_EDGE = 3, 5  # of an input grid, in number and in cells
-SPLITTING = 0x5B17  # what the key of the random splits is for, beside the seed
 
 
 @dataclass(frozen=True)
@@ -162,7 +161,7 @@ class GridTasks:
         self._owner = torch.cat(
             [torch.tensor([len(variants)]), owner]
         )  # a step's primitive; of 0 a column to cut off
-        generator, every = seeded_generator(seed, SPLITTING), range(len(primitives))
+        generator, every = rng("grid splits", seed), range(len(primitives))
         held_out = set(_some(list(combinations(every, 2)), held_out_pairs, generator))
         trained = [composition for length in train_lengths for composition in permutations(every, length)]
         compositions = {

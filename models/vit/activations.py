@@ -30,6 +30,7 @@ from utils.data.tasks import DataManager
 from utils.errors import Interrupted
 from utils.training.device import autocast, require_finite, sha256_of
 from utils.training.distributed import DistributedContext
+from utils.training.random import Key
 
 logger = logging.getLogger("nested_lora")
 
@@ -66,9 +67,7 @@ class Images:
 
     depth = 0
 
-    def __init__(
-        self, data: DataManager, source: str, view: tuple[int, ...] | None, device: torch.device
-    ) -> None:
+    def __init__(self, data: DataManager, source: str, view: Key | None, device: torch.device) -> None:
         self.data, self.source, self.view, self.device = data, source, view, device
 
     def take(self, indices: np.ndarray) -> Tensor:
@@ -187,7 +186,7 @@ class ActivationStore:
         depth: int,
         classes: range,
         source: str,
-        view: tuple[int, ...] | None,
+        view: Key | None,
         below: "Images | Activations | None" = None,
         label: str = "",
     ) -> "Images | Activations":
@@ -225,7 +224,7 @@ class ActivationStore:
             if self.options.distributed.local_rank == 0:
                 self.cache.drop(group)
 
-    def _about(self, depth: int, source: str, view: tuple[int, ...] | None) -> dict[str, Any]:
+    def _about(self, depth: int, source: str, view: Key | None) -> dict[str, Any]:
         """Everything that shapes the activations."""
         adapters = self.network.tensors_below(depth)
         spec = self.data.test_view if view is None else self.data.train_view

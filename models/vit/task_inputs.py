@@ -24,9 +24,9 @@ from utils.console import progress
 from utils.data.tasks import DataManager
 from utils.errors import Interrupted
 from utils.training.device import autocast, one_ahead
+from utils.training.random import Key
 
 Source = Images | Activations
-VIEW = 4  # (VIEW, v) draws augmented view v of every image: without a seed, so that all runs can share what it gives
 
 
 class Batch(NamedTuple):
@@ -69,7 +69,7 @@ class TaskInputs:
 
     # --- sources ------------------------------------------------------------------------------------------------------
 
-    def view(self, task: int, number: int, key: tuple[int, ...], depth: int | None = None) -> Source:
+    def view(self, task: int, number: int, key: Key, depth: int | None = None) -> Source:
         """A task's training inputs in one view: a fixed one, or without any the one that (key, number) draws.
 
         Args:
@@ -79,13 +79,16 @@ class TaskInputs:
         views = self.views
         if not views:
             return self.fresh((*key, number))
-        return self._at(task, "train", (VIEW, number % views), f"view {number % views + 1} of {views}", depth)
+        # Without the seed: all runs share the activations of fixed views.
+        return self._at(
+            task, "train", ("view", number % views), f"view {number % views + 1} of {views}", depth
+        )
 
-    def fresh(self, key: tuple[int, ...]) -> Images:
+    def fresh(self, key: Key) -> Images:
         """Training images in views that the key draws."""
         return Images(self.data, "train", key, self.options.device)
 
-    def by_epoch(self, task: int, key: tuple[int, ...], epochs: int) -> Callable[[int], Source]:
+    def by_epoch(self, task: int, key: Key, epochs: int) -> Callable[[int], Source]:
         """Where each epoch of a functional phase reads; views used more than once are run to where learning begins."""
         views = self.views
         if not views:
@@ -127,9 +130,7 @@ class TaskInputs:
             raise Interrupted
         return torch.cat(parts)
 
-    def _at(
-        self, task: int, source: str, view: tuple[int, ...] | None, what: str, depth: int | None
-    ) -> Source:
+    def _at(self, task: int, source: str, view: Key | None, what: str, depth: int | None) -> Source:
         """One view at the depth below which nothing ever changes, and from there on to a greater one if asked to."""
         classes, fixed = self.data.task_classes(task), self.network.fixed_depth() if self.fast else 0
         label = f"Task {task}, {what}, blocks 0-{fixed - 1}"
@@ -144,9 +145,7 @@ class TaskInputs:
 
     # --- batches ------------------------------------------------------------------------------------------------------
 
-    def read(
-        self, task: int, source: Source, key: tuple[int, ...], size: int, start: int = 0
-    ) -> Iterator[Batch]:
+    def read(self, task: int, source: Source, key: Key, size: int, start: int = 0) -> Iterator[Batch]:
         """A task's training batches of `size` images, from number `start` on, in the order that `key` names."""
         classes = self.data.task_classes(task)
         order = self.data.order(classes, "train", key)
@@ -181,7 +180,7 @@ class TaskInputs:
         return {block: options.distributed.all_gather(rows, batch.total) for block, rows in means.items()}
 
     def means_by_epoch(
-        self, task: int, key: tuple[int, ...], blocks: list[int], *, views: int, epochs: int, size: int
+        self, task: int, key: Key, blocks: list[int], *, views: int, epochs: int, size: int
     ) -> Callable[[int, int], Iterator[dict[int, Tensor]]]:
         """(epoch, start) -> batches of `size` token means of the blocks, of `views` views; 0: of new ones every epoch.
 
@@ -212,7 +211,7 @@ class TaskInputs:
 
         return looked_up
 
-    def all_means(self, task: int, view: int, key: tuple[int, ...], blocks: list[int]) -> dict[int, Tensor]:
+    def all_means(self, task: int, view: int, key: Key, blocks: list[int]) -> dict[int, Tensor]:
         """Token means of one view of a task's training images in stored order: {block: (images, d)}."""
         order_key, size, parts = (*key, view), self.options.batch_size, []
         batches = self.read(task, self.view(task, view, key), order_key, size)
@@ -225,7 +224,7 @@ class TaskInputs:
         stored = torch.from_numpy(np.argsort(order)).to(self.options.device)
         return {block: torch.cat([part[block] for part in parts])[stored] for block in blocks}
 
-    def new_means(self, task: int, key: tuple[int, ...], blocks: list[int], count: int) -> dict[int, Tensor]:
+    def new_means(self, task: int, key: Key, blocks: list[int], count: int) -> dict[int, Tensor]:
         """Token means of newly drawn views of a task's training images: {block: (count, d)}.
 
         View after view of all images, each in an order of its own, until there are `count` of at least 1.

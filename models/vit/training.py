@@ -27,9 +27,6 @@ from utils.training.optim import ParameterGroup, trainable
 
 logger = logging.getLogger("nested_lora")
 
-FUNCTIONAL = (
-    0  # what a data-order key is for; a method numbers its own purposes from 1 on (4 is `task_inputs.VIEW`)
-)
 TRACED_STEPS = 10  # every step up to this one is traced, so that intervals up to 10 show at once
 TRACE_INTERVAL = 100  # steps between two traces from then on
 
@@ -96,7 +93,7 @@ class FunctionalPhase(Phase):
             block=block,
         )
         self.learner, self.inputs, self.config = learner, inputs, config
-        self.key = (learner.seed, task, FUNCTIONAL, learner.progress.phases)
+        self.key = ("functional", learner.seed, task, learner.progress.phases)
         self.source_of_epoch = inputs.by_epoch(task, self.key, config.func_epoch)
         slow = next((group for group in self.optimizer.groups if group.name == "slow"), None)
         self.trace = None if slow is None else SlowTrace(slow, learner.log, task)

@@ -34,11 +34,10 @@ from utils.analysis.similarity import (
 from utils.console import progress
 from utils.data.tasks import DataManager
 from utils.errors import UserError
-from utils.training.device import seeded_generator
+from utils.training.random import rng
 
 PCA_RANK = 10  # principal directions that stand for a representation
 RANDOM_PAIRS = 20  # of subspaces, for the angle to be expected by chance
-IMAGES, HALVES, CHANCE = range(1000, 1003)  # what a random stream is for; beside the seed, used nowhere else
 
 Spaces = Mapping[tuple[int, int], Mapping[str, Tensor]]
 
@@ -77,7 +76,9 @@ def chosen_images(data: DataManager, seed: int, per_class: int) -> np.ndarray:
         UserError: there are too few to compare representations, or to fit and test probes.
     """
     classes = range(data.task_classes(data.nb_tasks - 1).stop)
-    chosen = [np.sort(data.order(range(c, c + 1), "test", (seed, IMAGES))[:per_class]) for c in classes]
+    chosen = [
+        np.sort(data.order(range(c, c + 1), "test", ("analysis images", seed))[:per_class]) for c in classes
+    ]
     images = np.concatenate(chosen)
     if len(images) < MIN_SAMPLES or max(map(len, chosen)) < 2:
         raise UserError(
@@ -112,7 +113,7 @@ def grassmann(inputs: AnalysisInputs) -> AnalysisResult:
     values = _subspace_angles(inputs)
     rows = branch_rows(inputs)
     width, rank = inputs.tokens.shape[-1], min(PCA_RANK, *inputs.tokens.shape[2:])
-    chance = chance_angle(width, rank, rank, seeded_generator(inputs.seed, CHANCE))
+    chance = chance_angle(width, rank, rank, rng("chance angle", inputs.seed))
     highest = max(10.0, 10 * math.ceil(np.nanmax(values, initial=0.0) / 10))
     spec = HeatmapSpec("block", "after task", "angle (degrees)", (0.0, highest), 1)
     title = "Angle between principal subspaces of class tokens (degrees)"
@@ -139,7 +140,7 @@ def probes(inputs: AnalysisInputs) -> AnalysisResult:
     Half of each class's images fit the probes, the other half test them.
     """
     labels = inputs.labels
-    train, test = halves(labels, seeded_generator(inputs.seed, HALVES))
+    train, test = halves(labels, rng("probe halves", inputs.seed))
     blocks = progress(inputs.tokens.unbind(1), desc="Probes", unit="block")
     scores = torch.stack([transfer_scores(list(tokens), labels, train, test) for tokens in blocks])
     values = 100 * scores.numpy()  # (L, T, T), percent
@@ -206,7 +207,7 @@ def branch_rows(inputs: AnalysisInputs) -> list[Row]:
     None where there is none. Also the dimensions of both spaces, the smallest angle between them, and their
     Grassmann distance in radians.
     """
-    generator, chances, rows = seeded_generator(inputs.seed, CHANCE), {}, []
+    generator, chances, rows = rng("chance angle of branches", inputs.seed), {}, []
     for task, spaces in enumerate(inputs.spaces):
         earlier = inputs.spaces[task - 1] if task else {}
         for (block, adapter), now in spaces.items():

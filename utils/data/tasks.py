@@ -2,7 +2,7 @@
 
     data = DataManager(dataset, seed=1993, shuffle=True, init_cls=10, increment=10, ...)
     classes = data.task_classes(0)
-    for images, targets in data.batches(classes, source="train", mode="train", batch_size=32, key=(1993, 0, 0)):
+    for images, targets in data.batches(classes, source="train", mode="train", batch_size=32, key=("functional", 1993, 0)):
         ...
 
 *Incremental labels* number the classes in the order in which tasks bring them: `class_order[i]` is the data set's own
@@ -26,10 +26,11 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from utils.data.image_sets import Dataset, ImageSet
-from utils.data.transforms import ViewSpec, seed_sequence, views_of
+from utils.data.transforms import ViewSpec, views_of
 from utils.errors import Interrupted, UserError
 from utils.training.device import dead_worker_advice
 from utils.training.distributed import DistributedContext
+from utils.training.random import Key, numpy_rng
 
 logger = logging.getLogger("nested_lora")
 
@@ -131,9 +132,9 @@ class DataManager:
         labels = self._labels[source]
         return np.flatnonzero((labels >= classes.start) & (labels < classes.stop))
 
-    def order(self, classes: range, source: str, key: tuple[int, ...]) -> np.ndarray:
-        """The same positions in the order that a key of any integers names."""
-        return np.random.default_rng(seed_sequence(key)).permutation(self.indices(classes, source))
+    def order(self, classes: range, source: str, key: Key) -> np.ndarray:
+        """The same positions in the order that a key of names and integers names."""
+        return numpy_rng("order", *key).permutation(self.indices(classes, source))
 
     def targets(self, indices: np.ndarray, source: str) -> Tensor:
         """Incremental labels of stored images, int64 (n,)."""
@@ -163,7 +164,7 @@ class DataManager:
         indices: np.ndarray,
         source: str,
         mode: str,
-        view: tuple[int, ...] | None,
+        view: Key | None,
         device: torch.device = CPU,
     ) -> Tensor:
         """What the network sees of stored images, float32 (n, 3, S, S), made on the device from their uint8 pixels.
@@ -188,9 +189,9 @@ class DataManager:
         source: str,
         mode: str,
         batch_size: int,
-        key: tuple[int, ...] | None = None,
+        key: Key | None = None,
         start: int = 0,
-        view: tuple[int, ...] | None = None,
+        view: Key | None = None,
     ) -> "Batches":
         """Batches (images (B, 3, S, S) float32, incremental labels (B,) int64) of some classes.
 
@@ -201,10 +202,10 @@ class DataManager:
             source: "train" or "test", which images.
             mode: "train" for random views, "test" for the test view.
             batch_size: B, over all processes; the last batch may be smaller.
-            key: None for stored order; else any integers, which alone decide the order, the same for every number of
+            key: None for stored order; else names and integers, which alone decide the order, the same for every number of
                 workers and processes and whatever ran before. The global random states are neither read nor changed.
             start: skip so many batches without computing them; the rest is the same as without skipping.
-            view: any integers that name the random views, of which each depends on them and on the image's stored
+            view: names and integers that name the random views, of which each depends on them and on the image's stored
                 position alone; None takes `key`.
 
         Raises:
@@ -246,7 +247,7 @@ class DataManager:
             )
         return min(workers, fitting)
 
-    def _spec(self, mode: str, view: tuple[int, ...] | None) -> ViewSpec:
+    def _spec(self, mode: str, view: Key | None) -> ViewSpec:
         if mode not in MODES or (mode == "train") == (view is None):
             raise ValueError(
                 f'mode={mode!r}, key={view}: mode is "train" or "test", and only "train" has a key'
@@ -337,7 +338,7 @@ class _BatchDataset(TorchDataset):
         batches: list[np.ndarray],
         shard: Callable[[int], slice],
         spec: ViewSpec,
-        view: tuple[int, ...] | None,
+        view: Key | None,
     ) -> None:
         self.images, self.labels, self.batches, self.shard = images, labels, batches, shard
         self.spec, self.view = spec, view
@@ -363,7 +364,7 @@ class _BatchDataset(TorchDataset):
 def _views(
     images: ImageSet,
     spec: ViewSpec,
-    view: tuple[int, ...] | None,
+    view: Key | None,
     indices: np.ndarray,
     device: torch.device = CPU,
 ) -> Tensor:

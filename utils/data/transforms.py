@@ -1,7 +1,7 @@
 """What a network sees of an image: random training views and the test view, of whole batches, on any device.
 
     spec = ViewSpec(image_size=224, augmentation="crop_flip")
-    seen = views_of(images, spec, key=(1993, 0, 0), indices=indices)    # (B, 3, 224, 224) float32, one view an image
+    seen = views_of(images, spec, key=("functional", 1993, 0), indices=indices)    # (B, 3, 224, 224) float32, one view an image
     seen = views_of(images, spec, key=None, indices=indices)            # the test view
 
 The randomness of a view is a pure function of the key and of the stored index of its image; its numbers are those of
@@ -30,12 +30,13 @@ import torch
 from torch import Tensor
 
 from utils.errors import UserError
+from utils.training.random import Key, stream_seed
 
 AUGMENTATIONS = ("crop_flip", "crop", "none")
 AREA = (0.05, 1.0)  # of a training crop, in parts of the image
 ASPECT = (3 / 4, 4 / 3)  # width : height of a training crop
 ATTEMPTS = 10  # boxes drawn before a centred one is taken
-FORMAT = 2  # counts changes of this file that change the numbers
+FORMAT = 3  # counts changes of this file that change the numbers
 ELONGATED = 4  # longer to shorter side from which on the test view is never made by resizing the whole image
 CPU_CHUNK = 8  # images worked on at a time, so that intermediate results stay in the processor's cache
 
@@ -76,7 +77,7 @@ class ViewSpec:
 
 
 @torch.no_grad()
-def views_of(images: Tensor, spec: ViewSpec, key: tuple[int, ...] | None, indices: np.ndarray) -> Tensor:
+def views_of(images: Tensor, spec: ViewSpec, key: Key | None, indices: np.ndarray) -> Tensor:
     """One view of every image, on the images' device: uint8 (B, 3, H, W) -> float32 (B, 3, S, S).
 
     Test view: shorter side to 256/224 of S (bicubic), then the centre. The global random states are not used.
@@ -84,7 +85,7 @@ def views_of(images: Tensor, spec: ViewSpec, key: tuple[int, ...] | None, indice
     Args:
         images: of one size.
         spec: what a view is.
-        key: any integers that name the random views; None is the test view.
+        key: any names and integers that name the random views; None is the test view.
         indices: stored index of every image, (B,): with the key all that its view depends on.
     """
     size, (height, width) = spec.image_size, images.shape[-2:]
@@ -112,19 +113,14 @@ def _normalised(levels: Tensor, spec: ViewSpec) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------- randomness
 
 
-def seed_sequence(key: tuple[int, ...]) -> np.random.SeedSequence:
-    """Randomness of a key of any integers; the length is part of it, since SeedSequence pads short keys with zeros."""
-    return np.random.SeedSequence([len(key), *(value % 2**64 for value in key)])
-
-
-def uniforms(key: tuple[int, ...], indices: np.ndarray, count: int) -> np.ndarray:
+def uniforms(key: Key, indices: np.ndarray, count: int) -> np.ndarray:
     """Numbers of [0, 1) that only key, index and position decide: float64 (B, count).
 
     Row b holds the first numbers of the generator SplitMix64 seeded with mix(w + (indices[b] + 1) * gamma), w being 64
     bits of the key: its state grows by gamma every draw and is mixed (Steele, Lea and Flood 2014, "Fast splittable
     pseudorandom number generators").
     """
-    word = seed_sequence(key).generate_state(1, np.uint64)
+    word = np.uint64(stream_seed("augmentation", *key) % 2**64)
     seeds = _mix(word + (indices.astype(np.uint64) + np.uint64(1)) * _GAMMA)
     states = seeds[:, None] + np.arange(1, count + 1, dtype=np.uint64) * _GAMMA
     return (_mix(states) >> np.uint64(11)) * 2.0**-53
@@ -152,7 +148,7 @@ class Crops:
         return Crops(*(values[images] for values in dataclasses.astuple(self)))
 
 
-def draw_crops(key: tuple[int, ...], indices: np.ndarray, height: int, width: int, mirror: bool) -> Crops:
+def draw_crops(key: Key, indices: np.ndarray, height: int, width: int, mirror: bool) -> Crops:
     """The crops of images of one size that a key names; half of them mirrored, or none.
 
     As torchvision's RandomResizedCrop: area uniform, aspect uniform in its logarithm, sides rounded; the first of

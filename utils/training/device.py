@@ -15,7 +15,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -195,12 +194,6 @@ def dead_worker_advice() -> Iterator[None]:
 def first_line(error: Exception) -> str:
     """The first line of an error's text without its full stop, or its class when it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(". ")
-
-
-def seeded_generator(*key: int) -> torch.Generator:
-    """A CPU generator of its own for a key of non-negative integers; different keys give unrelated streams."""
-    seed = np.random.SeedSequence(key).generate_state(1, dtype=np.uint64)[0]
-    return torch.Generator().manual_seed(int(seed) % 2**63)
 
 
 def one_ahead(items: Iterable[Item]) -> Iterator[Item]:

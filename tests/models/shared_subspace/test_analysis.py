@@ -25,7 +25,7 @@ from tests.drawn import assert_readable
 from utils.analysis.results import value_table, write_results
 from utils.plotting import STYLE
 from utils.reports.metric_catalogue import GRIDS
-from utils.training.device import seeded_generator
+from utils.training.random import rng
 
 NAMES = ["rotate", "shift", "fall"]
 TASKS = torch.tensor([[1, 0, 0], [1, 1, 0], [0, 0, 1]], dtype=torch.bool)  # the first two share "rotate"
@@ -34,12 +34,12 @@ TURN = 0.4  # radians
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=seeded_generator(seed))
+    return torch.randn(*shape, generator=rng("test", seed))
 
 
 def looked_at(labels: Tensor, layers: Mapping[str, Tensor], names: Sequence[str] = NAMES) -> Looked:
     """Samples with these labels (n, P); every second one is predicted right, the others have one wrong cell."""
-    grids = torch.randint(0, 4, (2, len(labels), 8, 8), generator=seeded_generator(5))
+    grids = torch.randint(0, 4, (2, len(labels), 8, 8), generator=rng("test", 5))
     colours = grids[1].clone()
     colours[1::2, 0, 0] = (colours[1::2, 0, 0] + 1) % 4
     words = [", ".join(names[p] for p in label.nonzero().flatten()) for label in labels]
@@ -48,7 +48,7 @@ def looked_at(labels: Tensor, layers: Mapping[str, Tensor], names: Sequence[str]
 
 def random_labels(count: int, primitives: int, seed: int = 0) -> Tensor:
     """One or two of the primitives, (count, P) bool."""
-    drawn = torch.randint(0, primitives, (count, 2), generator=seeded_generator(seed))
+    drawn = torch.randint(0, primitives, (count, 2), generator=rng("test", seed))
     return torch.zeros(count, primitives, dtype=torch.bool).scatter_(1, drawn, True)
 
 

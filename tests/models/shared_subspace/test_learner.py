@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from models import SCHEMAS
 from models.base import Position
 from models.shared_subspace import analysis as grid_analysis
-from models.shared_subspace.evaluation import TEST, GridScores, metrics_of
+from models.shared_subspace.evaluation import GridScores, metrics_of
 from models.shared_subspace.few_shot import adapt_to, adapt_to_all, chosen_compositions
 from models.shared_subspace.learner import SharedSubspace
 from models.shared_subspace.tasks import GridSamples
@@ -23,7 +23,7 @@ from utils.config.loading import config_from_dict
 from utils.config.schema import RunConfig
 from utils.errors import UserError
 from utils.runs.run_log import RunLog, read_metrics
-from utils.training.device import seeded_generator
+from utils.training.random import rng
 
 Make = Callable[..., SharedSubspace]
 
@@ -57,7 +57,7 @@ def gradients(learner: SharedSubspace) -> list[torch.Tensor]:
 
 def test_colours_are_not_chosen_among_scores_that_are_not_numbers(make: Make) -> None:
     learner = make()
-    samples = learner.tasks.draw("train", 4, seeded_generator(1))
+    samples = learner.tasks.draw("train", 4, rng("test", 1))
     assert learner.accuracy(samples)["iou"] >= 0
     next(learner.model.parameters()).data.fill_(torch.nan)
     with pytest.raises(UserError, match="scores of grids are not finite"):
@@ -118,8 +118,8 @@ def test_the_loss_is_the_weighted_sum_of_its_terms(make: Make) -> None:
     ("key", "term"), [("alpha", "sharing"), ("beta", "reconstruction"), ("gamma", "naming")]
 )
 def test_a_term_without_weight_leaves_no_trace(key: str, term: str, make: Make) -> None:
-    learner = make(**{key: 0})
-    with_term = make(**{key: 0.5})
+    learner = make(batch_size=16, **{key: 0})
+    with_term = make(batch_size=16, **{key: 0.5})
     batch = first_batch(learner)
     losses = [one._observe(batch).loss.item() for one in (learner, with_term)]
     assert losses[0] < losses[1]
@@ -240,7 +240,7 @@ def test_adapters_learn_a_task_from_its_samples(method: str, make: Make) -> None
     )
     learner.run_phase(learner.training_phase())
     learner.progress.memory["few_shot"] = []
-    row = adapt_to(learner, 0)
+    row = adapt_to(learner, 1)  # the first composition erases: hardly anything is left to learn
     assert row["after"] > row["before"]
 
 
@@ -375,10 +375,8 @@ def test_what_is_analysed_is_new_and_in_its_place(make: Make) -> None:
     grids = [bytes_of(looked.samples.input) for looked in sets]
     grids.append(bytes_of(torch.cat([batch.input for batch in learner._batches(0, 0)])))
     grids.append(bytes_of(learner._validation.input))
-    for number, split in enumerate(material.splits):
-        grids.append(
-            bytes_of(learner.tasks.draw(split, 200, seeded_generator(learner.seed, TEST, number)).input)
-        )
+    for split in material.splits:
+        grids.append(bytes_of(learner.tasks.draw(split, 200, rng("grid test", learner.seed, split)).input))
     for i, first in enumerate(grids):
         for second in grids[:i]:
             assert len(first & second) <= 0.02 * len(first)

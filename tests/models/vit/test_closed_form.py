@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from models.vit import feature_drift
-from models.vit.closed_form import FINER, FIT, HELD, RIDGES, SPLIT, PrototypeReadout, RanPACReadout
+from models.vit.closed_form import FINER, FIT, HELD, RIDGES, PrototypeReadout, RanPACReadout
 from models.vit.feature_drift import STRENGTHS, fit_drift
-from utils.training.device import seeded_generator
+from utils.training.random import rng
 
 WIDTH = 6
 
@@ -131,7 +131,7 @@ def test_lambda_is_chosen_on_what_was_held_out_of_all_tasks() -> None:
     hidden, labels = torch.cat([h for h, _ in rows]), torch.cat([y for _, y in rows])
     held = torch.zeros(40, dtype=torch.bool)
     for first in (0, 2):
-        order = torch.randperm(20, generator=seeded_generator(3, SPLIT, first + 2))
+        order = torch.randperm(20, generator=rng("ridge split", 3, first + 2))
         held[10 * first + order[:4]] = True
     torch.testing.assert_close(readout.gram[HELD], hidden[held].T @ hidden[held])
     torch.testing.assert_close(readout.gram[FIT], hidden[~held].T @ hidden[~held])

@@ -16,11 +16,11 @@ from utils.analysis.probes import (
     transfer_scores,
     unit_report,
 )
-from utils.training.device import seeded_generator
+from utils.training.random import rng
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=seeded_generator(seed), dtype=torch.float64)
+    return torch.randn(*shape, generator=rng("test", seed), dtype=torch.float64)
 
 
 def clusters(n: int = 120, spread: float = 0.3, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -50,7 +50,7 @@ def test_shuffled_labels_are_read_no_better_than_chance() -> None:
     y, many = several(400)
     found, precision = [], []
     for seed in range(10):
-        order = torch.randperm(400, generator=seeded_generator(seed))
+        order = torch.randperm(400, generator=rng("test", seed))
         found.append(probe_score(fit_probe(x[:200], labels[order][:200]), x[200:], labels[order][200:]))
         precision.append(probe_score(fit_probe(y[:200], many[order][:200]), y[200:], many[order][200:]))
     assert np.mean(found) == pytest.approx(chance_score(labels), abs=0.04)
@@ -155,7 +155,7 @@ def sparse_units(n: int = 400) -> tuple[Tensor, Tensor]:
 
 def test_units_that_stand_for_labels_are_found_and_told_from_chance() -> None:
     units, labels = sparse_units()
-    report = unit_report(units, labels, seeded_generator(1))
+    report = unit_report(units, labels, rng("test", 1))
     for unit, label in ((0, 0), (3, 1), (5, 1)):
         expected = stats.pointbiserialr(labels[:, label].numpy(), units[:, unit].numpy()).statistic
         assert float(report.correlation[unit, label]) == pytest.approx(expected)
@@ -165,14 +165,14 @@ def test_units_that_stand_for_labels_are_found_and_told_from_chance() -> None:
     torch.testing.assert_close(report.mean_activity, units.double().mean(0))
     assert report.aligned == 1.0 and report.p.tolist() == pytest.approx([1 / 201] * 3)
     assert report.purity > report.purity_by_chance
-    always = unit_report(units, torch.ones_like(labels), seeded_generator(1), 3)
+    always = unit_report(units, torch.ones_like(labels), rng("test", 1), 3)
     assert always.correlation.abs().max() == 0 and np.isnan(always.purity)
 
 
 def test_noise_is_not_told_from_chance_however_many_units_there_are() -> None:
     """The threshold is that of the best of 300 units: of five labels of noise hardly one is beyond it."""
     labels = (normal(100, 5, seed=3) > 0).long()
-    report = unit_report(normal(100, 300, seed=4), labels, seeded_generator(2))
+    report = unit_report(normal(100, 300, seed=4), labels, rng("test", 2))
     assert report.best.abs().min() > 2 / 100**0.5  # a single unit would seem significant
     assert report.aligned <= 0.2 and report.p.min() > 0.01
     assert report.purity == pytest.approx(report.purity_by_chance, abs=0.05)
@@ -182,15 +182,15 @@ def test_noise_is_not_told_from_chance_however_many_units_there_are() -> None:
 def test_purity_from_one_label_to_all_alike(together: bool, purity: float) -> None:
     labels = torch.tensor([[0, 0], [0, 1], [1, 0], [1, 1]]).repeat(20, 1)
     units = (labels.sum(1, keepdim=True) if together else labels).double()
-    assert unit_report(units, labels, seeded_generator(0), 3).purity == pytest.approx(purity)
+    assert unit_report(units, labels, rng("test", 0), 3).purity == pytest.approx(purity)
 
 
 def test_the_same_generator_draws_the_same_chance() -> None:
     units, labels = sparse_units(60)
-    first, second, other = (unit_report(units, labels, seeded_generator(s), 20).threshold for s in (7, 7, 8))
+    first, second, other = (unit_report(units, labels, rng("test", s), 20).threshold for s in (7, 7, 8))
     assert torch.equal(first, second) and not torch.equal(first, other)
 
 
 def test_units_and_labels_of_different_samples_are_refused() -> None:
     with pytest.raises(ValueError, match="no correlation"):
-        unit_report(normal(5, 2), torch.ones(4, 2), seeded_generator(0))
+        unit_report(normal(5, 2), torch.ones(4, 2), rng("test", 0))

@@ -32,7 +32,7 @@ from utils.analysis.similarity import linear_cka
 from utils.errors import UserError
 from utils.plotting import STYLE
 from utils.runs.checkpoint import load_checkpoint
-from utils.training.device import seeded_generator
+from utils.training.random import rng
 
 ALL = list(ANALYSES)
 NESTED = {
@@ -57,7 +57,7 @@ SDLORA = {
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=seeded_generator(seed))
+    return torch.randn(*shape, generator=rng("test", seed))
 
 
 def train(logs: Path, config: str, changes: dict[str, object]) -> Path:
@@ -240,7 +240,7 @@ def test_options_that_do_not_go_together(
 def test_class_tokens_are_what_enters_the_next_block_and_become_the_features(make_sema) -> None:
     learner = make_sema(max_tasks=1)
     learner.begin_task(0)
-    images = torch.rand(3, 3, 32, 32, generator=seeded_generator(0))
+    images = torch.rand(3, 3, 32, 32, generator=rng("test", 0))
     tokens, network = learner.class_tokens(images), learner.network
     assert tokens.shape == (6, 3, network.vit.embed_dim) and not tokens.requires_grad
     with torch.no_grad():
@@ -253,7 +253,7 @@ def test_class_tokens_of_merged_directions_become_the_features(make_sdlora) -> N
     learner = make_sdlora()
     learner.begin_task(0)
     torch.nn.init.normal_(learner.network.projections[2].new.up)
-    images = torch.rand(3, 3, 32, 32, generator=seeded_generator(0))
+    images = torch.rand(3, 3, 32, 32, generator=rng("test", 0))
     tokens = learner.class_tokens(images)
     with torch.no_grad():
         torch.testing.assert_close(learner.network.vit.norm(tokens[5]), learner.features(images))
@@ -334,9 +334,9 @@ def test_a_branch_that_output_is_always_zero_is_a_sentence() -> None:
 
 
 def test_random_subspaces_are_nearly_orthogonal_in_wide_spaces() -> None:
-    assert chance_angle(400, 1, 1, seeded_generator(0)) > 85
-    assert 25 < chance_angle(2, 1, 1, seeded_generator(0)) < 65
-    assert chance_angle(5, 5, 2, seeded_generator(0)) == pytest.approx(0, abs=1e-6)
+    assert chance_angle(400, 1, 1, rng("test", 0)) > 85
+    assert 25 < chance_angle(2, 1, 1, rng("test", 0)) < 65
+    assert chance_angle(5, 5, 2, rng("test", 0)) == pytest.approx(0, abs=1e-6)
 
 
 def test_probes_read_what_is_there_and_lose_it_when_the_network_moves() -> None:
@@ -350,7 +350,7 @@ def test_probes_read_what_is_there_and_lose_it_when_the_network_moves() -> None:
 
 def test_halves_share_no_image_and_hold_every_class() -> None:
     labels = torch.tensor([0] * 5 + [1] * 4 + [2])
-    fit, test = halves(labels, seeded_generator(0))
+    fit, test = halves(labels, rng("test", 0))
     assert sorted([*fit.tolist(), *test.tolist()]) == list(range(10))
     assert labels[fit].bincount().tolist() == [3, 2, 1] and labels[test].bincount().tolist() == [2, 2]
 

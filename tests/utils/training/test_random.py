@@ -1,0 +1,40 @@
+"""A stream depends on its whole name, on nothing else, and is the same everywhere."""
+
+import numpy as np
+import torch
+
+from utils.training.random import numpy_rng, rng
+
+KEYS = [
+    ("a", 1, 2),
+    ("a", 2, 1),
+    ("a", 12),
+    ("a1", 2),
+    ("a", 1),
+    ("a",),
+    ("a", "1", 2),
+    ("a", 1, 2, 0),
+    ("a", -1),
+]
+
+
+def torch_draw(*key: str | int) -> float:
+    return float(torch.rand((), generator=rng(*key), dtype=torch.float64))
+
+
+def numpy_draw(*key: str | int) -> float:
+    return float(numpy_rng(*key).random())
+
+
+def test_every_name_and_number_counts_and_their_places() -> None:
+    for draw in (torch_draw, numpy_draw):
+        assert len({draw(*key) for key in KEYS}) == len(KEYS)
+        assert draw("a", 2**70) == draw("a", 2**70) != draw("a", 2**71)
+        assert draw("a", np.int64(3)) == draw("a", 3)
+
+
+def test_streams_never_change_nor_touch_the_global_state() -> None:
+    before = torch.get_rng_state(), np.random.get_state()[1].copy()
+    assert torch.randint(1000, (4,), generator=rng("a", 1)).tolist() == [845, 968, 564, 424]
+    assert numpy_rng("a", 1).integers(1000, size=4).tolist() == [685, 791, 371, 774]
+    assert torch.equal(torch.get_rng_state(), before[0]) and (np.random.get_state()[1] == before[1]).all()
