@@ -35,6 +35,7 @@ from models.vit.training import adapter_spec, functional_groups, train_functiona
 from utils.console import progress
 from utils.errors import Interrupted
 from utils.training.optim import GroupedOptimizer, ParameterGroup, trainable
+from utils.training.random import rng
 
 logger = logging.getLogger("nested_lora")
 
