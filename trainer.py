@@ -10,26 +10,37 @@ The methods are in `models/`. What a run leaves behind is described in `utils/ru
 import json
 import logging
 import re
-import shlex
 import shutil
 import signal
 import time
 import uuid
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
 
-from models import LEARNERS, SCHEMAS
-from models.base import Learner, RunContext
-from utils.config.loading import config_from_dict
+from models import LEARNERS
+from models.base import Learner
+from models.saved_run import (
+    ALONE,
+    CHECKPOINTS,
+    check_config,
+    check_identity,
+    check_one_experiment,
+    check_same_config,
+    fitting,
+    load_run_checkpoint,
+    make_learner,
+    read_config,
+    read_result,
+    short,
+)
 from utils.config.schema import RunConfig
-from utils.errors import Interrupted, UserError, in_one_line
-from utils.files import read_json
-from utils.runs.checkpoint import checkpoint_name, latest_checkpoint, load_checkpoint, save_checkpoint
+from utils.errors import Interrupted, UserError
+from utils.runs.checkpoint import checkpoint_name, latest_checkpoint, save_checkpoint
 from utils.runs.figures import draw_figures
 from utils.runs.folder import (
     CONFIG,
@@ -43,32 +54,17 @@ from utils.runs.folder import (
 )
 from utils.runs.manifest import (
     Command,
-    changes,
     is_complete,
     read_manifest,
-    read_provenance,
     this_session,
     timestamp,
 )
 from utils.runs.metrics import seeds_table
 from utils.runs.run_log import RunLog, SilentLog
-from utils.training.device import out_of_memory_advice, peak_memory_mb, resolve_device, resolve_precision
-from utils.training.distributed import DistributedContext, local_device
+from utils.training.device import out_of_memory_advice, peak_memory_mb
+from utils.training.distributed import DistributedContext
 
 logger = logging.getLogger("nested_lora")
-
-CHECKPOINTS = "checkpoints"
-ALONE = DistributedContext()
-STATE: dict[str, Any] = {  # of a checkpoint: what each part must be
-    "run": dict,
-    "data": dict,
-    "config": dict,
-    "learner": dict,
-    "evaluations": list,
-    "metrics_bytes": int,
-    "seconds": float,
-    "peak_memory_mb": float,
-}
 
 
 def train(
@@ -140,8 +136,8 @@ def resume(folder: Path, distributed: DistributedContext = ALONE) -> list[dict[s
     config, command = read_config(folder), read_manifest(folder).command
     if config.seed[1:] or config.seed[0] not in command.seeds:
         raise UserError(
-            f"{folder / CONFIG} does not belong to this run any more: its seed is {_short(config.seed)}, and the run "
-            f"was started for one of {_short(command.seeds)}; set back what was edited"
+            f"{folder / CONFIG} does not belong to this run any more: its seed is {short(config.seed)}, and the run "
+            f"was started for one of {short(command.seeds)}; set back what was edited"
         )
     runs = [
         SeedRun(*row)
@@ -270,169 +266,6 @@ def tell_mean(results: Sequence[dict[str, Any]], folders: Sequence[Path] = ()) -
     for note in notes:
         logger.warning(note)
     logger.info(seeds_table(results))
-
-
-def check_one_experiment(folders: Sequence[Path]) -> list[str]:
-    """Refuse run folders that differ in more than their seed; a sentence where their code or libraries do.
-
-    Raises:
-        UserError: a seed stands twice, or configuration, data or weights differ.
-    """
-    by_seed: dict[int, Path] = {}
-    for folder in folders:
-        seed = read_config(folder).seed[0]
-        if seed in by_seed:
-            raise UserError(f"{by_seed[seed]} and {folder} both have seed {seed}: give each seed once")
-        by_seed[seed] = folder
-    check_same_config(folders)
-    origins = {folder: read_provenance(folder) for folder in folders}
-    for folder in folders:
-        ours, theirs = origins[folders[0]].values, origins[folder].values
-        other = [kind for kind in ("data", "weights") if ours.get(kind) != theirs.get(kind)]
-        if other:
-            raise UserError(
-                f"{folders[0]} and {folder} were run with other {' and '.join(other)} (the hashes differ): a mean is "
-                "over runs that differ in their seed alone; a sweep compares experiments"
-            )
-    return changes({str(folder): origin for folder, origin in origins.items()})
-
-
-def check_same_config(folders: Sequence[Path]) -> None:
-    """Refuse run folders whose configurations differ in more than the seed and `editable_keys`, naming the keys."""
-    configs = [read_config(folder) for folder in folders]
-    for folder, config in zip(folders, configs, strict=True):
-        differing = configs[0].differing(config)
-        if differing:
-            listed = ", ".join(
-                f"{key} ({json.dumps(a)} and {json.dumps(b)})" for key, (a, b) in differing.items()
-            )
-            raise UserError(
-                f"{folders[0]} and {folder} are different experiments, their {CONFIG} differ in {listed}: a mean is "
-                "over runs that differ in their seed alone; set back what was edited, or compare them in a sweep"
-            )
-
-
-def read_config(folder: Path) -> RunConfig:
-    """The configuration a run folder was made with."""
-    path = folder / CONFIG
-    if not path.is_file():
-        told = [f"{folder} is not a run folder: it has no {CONFIG}", *waiting_notes(folder)]
-        raise UserError(f"{'; '.join(told)}; give a folder such as logs/sema/.../run_1993_...")
-    values = read_json(path)
-    if not {"model_name", "seed"} <= values.keys():
-        raise UserError(
-            f"{path} names no model_name and seed, as that of a run does: the file is damaged, restore it"
-        )
-    return config_from_dict(values, SCHEMAS, str(path)).config
-
-
-def read_result(folder: Path) -> dict[str, Any]:
-    """The result.json of a finished run. UserError: it is absent or damaged."""
-    result = read_json(folder / RESULT)
-    metrics = result.get("metrics")
-    if not isinstance(result.get("seed"), int) or not isinstance(metrics, dict) or not metrics:
-        raise UserError(f"{folder / RESULT} holds no seed and metrics: the file is damaged, restore it")
-    return result
-
-
-def load_run_checkpoint(checkpoint: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """The tensors and the state of a checkpoint of a run.
-
-    Raises:
-        UserError: it is damaged, or not one of this program and version.
-    """
-    tensors, state = load_checkpoint(checkpoint)
-    missing = [key for key, kind in STATE.items() if not isinstance(state.get(key), kind)]
-    if missing:
-        raise UserError(
-            f"{checkpoint} holds no usable {', '.join(missing)}: it is damaged or of another version of this program; "
-            "go on with the version that made it, or remove it to go on from the checkpoint before it"
-        )
-    return tensors, state
-
-
-@contextmanager
-def fitting(checkpoint: Path) -> Iterator[None]:
-    """Turns what a state raises that does not fit the run into a sentence that names its checkpoint."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"{checkpoint}: {error}") from error
-    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
-        told = in_one_line(error)
-        raise UserError(
-            f"{checkpoint} does not fit this program ({_short(told, 200)}): it is damaged or of another version; go on "
-            "with the version that made it, or remove it to go on from the checkpoint before it"
-        ) from error
-
-
-def check_config(checkpoint: Path, state: dict[str, Any], learner: Learner) -> list[str]:
-    """Notes about keys that were edited since a checkpoint and change no number.
-
-    Raises:
-        UserError: another key was edited, so that the run would mix two experiments.
-    """
-    before, now = state["config"], learner.config.model_dump(mode="json")
-    edited = {
-        key: f"{key} was {_short(json.dumps(before.get(key)))}, is {_short(json.dumps(now.get(key)))}"
-        for key in [*now, *(key for key in before if key not in now)]
-        if before.get(key) != now.get(key)
-    }
-    mixing = [words for key, words in edited.items() if key not in learner.config.editable_keys]
-    if mixing:
-        path = checkpoint.parent.parent / CONFIG
-        raise UserError(
-            f"{path} does not belong to this run any more, {checkpoint.name} was made with another: "
-            f"{'; '.join(mixing)}; set back what was edited, or start a run of its own with python main.py --config "
-            f"{shlex.quote(str(path))}"
-        )
-    return [f"Edited since {checkpoint.name} was saved: {'; '.join(edited.values())}"] if edited else []
-
-
-def check_identity(checkpoint: Path, state: dict[str, Any], learner: Learner) -> None:
-    """Refuse a checkpoint of another run, or of one that has read other images than are there now."""
-    for key, ours in learner.identity().items():
-        theirs = state["run"].get(key)
-        if theirs != ours:
-            raise UserError(
-                f"{checkpoint} does not belong to this run: its {key} is {_short(theirs)}, this run's is "
-                f"{_short(ours)}; resume with the data, weights and config it was made with"
-            )
-    read = state["data"]
-    ours = learner.data_read(*(len(read.get(source, [])) for source in ("train", "test")))
-    finished = len(read.get("test", []))  # tasks
-    for source, hashes in ours.items():
-        theirs = read.get(source, [])
-        if source not in read or len(theirs) != len(hashes):
-            raise UserError(
-                f"{checkpoint} does not belong to this run: its {source} images are of other tasks"
-            )
-        changed = [task for task in range(len(hashes)) if theirs[task] != hashes[task]]
-        if changed:
-            raise UserError(
-                f"{checkpoint} does not belong to this run: the {source} images of task {changed[0]}, which it has "
-                f"read, have changed since; put the files back that were there"
-                + (
-                    ", or remove this checkpoint to go on from the one before it"
-                    if changed[0] >= finished
-                    else ""
-                )
-            )
-
-
-def make_learner(config: RunConfig, distributed: DistributedContext = ALONE) -> Learner:
-    """The method that a configuration names, with data, backbone and modules; nothing is written.
-
-    Raises:
-        UserError: data or weights cannot be had, or the device is absent.
-    """
-    device, device_warning = resolve_device(config.device)
-    device = local_device(device, distributed)
-    precision, precision_warning = resolve_precision(config.precision, device)
-    config = config.model_copy(update={"precision": precision})
-    warnings = [warning for warning in (device_warning, precision_warning) if warning]
-    context = RunContext(device, distributed, warnings=warnings)
-    return LEARNERS[config.model_name](config, context)
 
 
 class Run:
@@ -606,9 +439,3 @@ class StopRequest:
             return
         self.requested, self._since = True, time.monotonic()
         logger.warning("Stopping after this step and saving; once more stops at once without saving")
-
-
-def _short(text: Any, width: int = 40) -> str:
-    """A value for a sentence, not longer than it needs to be."""
-    text = str(text)
-    return text if len(text) <= width else text[: width - 3] + "..."

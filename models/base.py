@@ -16,6 +16,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -267,6 +268,12 @@ class Learner(ABC):
         """Numbers of stored values by part, beside the frozen backbone; "stored" is their sum."""
 
     # --- what a method may define -----------------------------------------------------------------------------------
+
+    def analysis_inputs(
+        self, checkpoints: Sequence[Path], load: Callable[[Path], None], images_per_class: int | None
+    ) -> Any:
+        """What `analyses` take, from the checkpoints of every task in order, each made this learner by `load`."""
+        raise NotImplementedError
 
     def identity(self) -> dict[str, Any]:
         """Values that a checkpoint must share with a run to belong to it; subclasses extend `super()`'s."""

@@ -11,9 +11,9 @@ import torch
 
 from models import SCHEMAS
 from models.base import Learner
+from models.saved_run import make_learner
 from models.sdlora import SDLoRA
 from models.vit.class_incremental import ClassIncrementalLearner
-from trainer import assemble, make_learner
 from utils.config.loading import config_from_dict, load_config
 from utils.config.schema import RunConfig
 from utils.runs.run_log import RunLog, SilentLog
@@ -87,16 +87,22 @@ def shipped_file(name: str) -> Path:
     return next((ROOT / "exps").rglob(f"{name}.json"))
 
 
+def learner_of(config: RunConfig, log: RunLog | None = None, seed: int = 1) -> Learner:
+    """The learner of a configuration, with a seed of its own, and a record that keeps nothing unless given."""
+    learner = make_learner(config.model_copy(update={"seed": [seed]}))
+    learner.context.log = log or SilentLog(Path(config.logs_root))
+    return learner
+
+
 def run_scores(config: RunConfig) -> torch.Tensor:
     """Scores of all test images, (n, C), at the end of a run that keeps no record."""
-    parts = assemble(config, seed=1)
-    learner = make_learner(parts, SilentLog(Path(config.logs_root)))
+    learner = learner_of(config)
     assert isinstance(learner, ClassIncrementalLearner)
-    for task in range(parts.nb_tasks):
+    for task in range(learner.nb_tasks):
         learner.begin_task(task)
         learner.train_task()
     with torch.no_grad():
-        tasks = [learner.features_of(task, "test") for task in range(parts.nb_tasks)]
+        tasks = [learner.features_of(task, "test") for task in range(learner.nb_tasks)]
         return learner.classify(torch.cat(tasks))
 
 
@@ -138,7 +144,9 @@ def make_sema(
 
     def make(stop_requested: Callable[[], bool] = lambda: False, **changes: Any) -> Learner:
         config = smoke_config(**changes)
-        return make_learner(assemble(config, seed=1), open_log(config), stop_requested)
+        learner = learner_of(config, open_log(config))
+        learner.context.stop = stop_requested
+        return learner
 
     return make
 
@@ -150,6 +158,6 @@ def make_sdlora(tmp_path: Path, open_log: Callable[[RunConfig], RunLog]) -> Call
     def make(**changes: Any) -> SDLoRA:
         values = TINY_SDLORA | {"cache_root": str(tmp_path / "cache")} | changes
         config = config_from_dict(values, SCHEMAS, "test").config
-        return make_learner(assemble(config, seed=1), open_log(config))
+        return learner_of(config, open_log(config))
 
     return make

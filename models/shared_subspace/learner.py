@@ -16,7 +16,8 @@ bottleneck, everything else frozen.
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -42,6 +43,7 @@ from models.shared_subspace.network import GridModel, GridOutput, GridShape
 from models.shared_subspace.tables import SPLIT_NAMES
 from models.shared_subspace.tasks import HELD_OUT, TRAIN, GridBatch, GridSamples, GroupedBatchSampler
 from utils.analysis.results import ANALYSIS, write_results
+from utils.errors import UserError
 from utils.training.device import predictions
 from utils.training.optim import GroupedOptimizer, ParameterGroup
 from utils.training.random import rng
@@ -146,6 +148,17 @@ class SharedSubspace(Learner):
             with self.autocast():
                 found.append(self.model.layers(batch.input.to(self.device), batch.program.to(self.device)))
         return {name: torch.cat([batch[name].float().cpu() for batch in found]) for name in found[0]}
+
+    def analysis_inputs(
+        self, checkpoints: Sequence[Path], load: Callable[[Path], None], images_per_class: int | None
+    ) -> GridMaterial:
+        """Layers of the network in the last checkpoint on new grids. UserError: images are to be chosen."""
+        if images_per_class is not None:
+            raise UserError(
+                "--images-per-class: a run on grids has no images, its analyses draw new grids; leave it out"
+            )
+        load(checkpoints[-1])
+        return self.material()
 
     def material(self) -> GridMaterial:
         """What there is to analyse of the network."""

@@ -10,7 +10,7 @@ Test images are read once per task, after its training. No task label is given i
 
 import logging
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,20 +25,23 @@ from models.vit.config import ClassIncrementalConfig
 from models.vit.pretrained import Backbone, create_backbone, find_weights
 from models.vit.representations import branch_spaces, class_tokens
 from models.vit.task_inputs import TaskInputs
-from utils.analysis.representations import ANALYSES
+from utils.analysis.representations import ANALYSES, AnalysisInputs, chosen_images
 from utils.cache.decoded_images import IMAGES
 from utils.cache.tensor_cache import TensorCache
+from utils.console import progress
 from utils.data.datasets import ImageCache, load_dataset
 from utils.data.tasks import DataManager
 from utils.data.transforms import ViewSpec
 from utils.errors import UserError
-from utils.runs.figures import class_incremental_figures
+from utils.runs.figures import class_incremental_figures, describe
 from utils.runs.manifest import library_versions
 from utils.runs.metrics import AccuracyMatrix, accuracy_table, summary_table
 from utils.training.device import dead_worker_advice, predictions, require_finite
 from utils.training.optim import GroupedOptimizer, ParameterGroup, assert_complete, trainable
 
 logger = logging.getLogger("nested_lora")
+
+ANALYSED_IMAGES = 20  # per class, unless an analysis is told
 
 
 class ClassIncrementalLearner(Learner):
@@ -209,6 +212,40 @@ class ClassIncrementalLearner(Learner):
     def close_run(self) -> None:
         for source in ("train", "test"):
             self.inputs.store.drop_own(source)
+
+    def analysis_inputs(
+        self, checkpoints: Sequence[Path], load: Callable[[Path], None], images_per_class: int | None
+    ) -> AnalysisInputs:
+        """Class tokens of the same test images, and the branches' output spaces, of the network in every checkpoint.
+
+        Args:
+            checkpoints: one per task, in order.
+            load: makes this learner the one that a checkpoint holds.
+            images_per_class: test images of each class at most; None for `ANALYSED_IMAGES`.
+
+        Raises:
+            UserError: there are too few test images, or what they give is not finite.
+        """
+        images = chosen_images(self.data, self.seed, images_per_class or ANALYSED_IMAGES)
+        size = self.config.eval_batch_size
+        batches = [images[i : i + size] for i in range(0, len(images), size)]
+        tokens, spaces = [], []
+        with progress(total=len(checkpoints) * len(batches), desc="Class tokens", unit="batch") as bar:
+            for checkpoint in checkpoints:
+                load(checkpoint)
+                found = []
+                for batch in batches:
+                    views = self.data.views(batch, "test", "test", None, self.device)
+                    what = f"the class tokens of {checkpoint.name}"
+                    found.append(require_finite(self.class_tokens(views).cpu(), what, self.config.precision))
+                    bar.update()
+                tokens.append(torch.cat(found, dim=1))
+                spaces.append(self.branch_spaces())
+        about = describe(self.config.model_dump(), {"seed": self.seed})
+        labels = self.data.targets(images, "test")
+        return AnalysisInputs(
+            torch.stack(tokens), labels, spaces, self.seed, f"{about} · {len(images)} test images"
+        )
 
     # --- evaluation -------------------------------------------------------------------------------------------------
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from utils.costs import flops_of
 
 from backbone.lora import FIRST_MAGNITUDE, GumbelGate, LoRAVisionTransformer, LowRank, _FrozenSum
 from tests.tiny_vits import DEPTH, MODELS, NAME, WIDTH, images, plain_vit
-from utils.costs import flops_of
 
 
 def learned(

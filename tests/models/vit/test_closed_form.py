@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from models.vit.feature_drift import STRENGTHS, fit_drift
 from torch import Tensor
 
 from models.vit import feature_drift
 from models.vit.closed_form import FINER, FIT, HELD, RIDGES, PrototypeReadout, RanPACReadout
-from models.vit.feature_drift import STRENGTHS, fit_drift
 from utils.training.random import rng
 
 WIDTH = 6

@@ -1,0 +1,256 @@
+"""Saved runs: configuration and results of a run folder, and the learner in a checkpoint.
+
+learner = load_learner(Path("logs/sema/.../checkpoints/task_04"))
+learner.evaluate()
+"""
+
+import json
+import shlex
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from models import LEARNERS, SCHEMAS
+from models.base import Learner, RunContext
+from utils.config.loading import config_from_dict
+from utils.config.schema import RunConfig
+from utils.errors import UserError, in_one_line
+from utils.files import read_json
+from utils.runs.checkpoint import checkpoint_name, load_checkpoint
+from utils.runs.folder import CONFIG, RESULT, waiting_notes
+from utils.runs.manifest import changes, read_provenance
+from utils.runs.run_log import read_metrics
+from utils.training.device import resolve_device, resolve_precision
+from utils.training.distributed import DistributedContext, local_device
+
+CHECKPOINTS = "checkpoints"
+ALONE = DistributedContext()
+STATE: dict[str, type] = {  # of a checkpoint: the type of each part
+    "run": dict,
+    "data": dict,
+    "config": dict,
+    "learner": dict,
+    "evaluations": list,
+    "metrics_bytes": int,
+    "seconds": float,
+    "peak_memory_mb": float,
+}
+
+
+def read_config(folder: Path) -> RunConfig:
+    """The configuration a run folder was made with."""
+    path = folder / CONFIG
+    if not path.is_file():
+        told = [f"{folder} is not a run folder: it has no {CONFIG}", *waiting_notes(folder)]
+        raise UserError(f"{'; '.join(told)}; give a folder such as logs/sema/.../run_1993_...")
+    values = read_json(path)
+    if not {"model_name", "seed"} <= values.keys():
+        raise UserError(
+            f"{path} names no model_name and seed, as that of a run does: the file is damaged, restore it"
+        )
+    return config_from_dict(values, SCHEMAS, str(path)).config
+
+
+def read_result(folder: Path) -> dict[str, Any]:
+    """The result.json of a finished run. UserError: it is absent or damaged."""
+    result = read_json(folder / RESULT)
+    metrics = result.get("metrics")
+    if not isinstance(result.get("seed"), int) or not isinstance(metrics, dict) or not metrics:
+        raise UserError(f"{folder / RESULT} holds no seed and metrics: the file is damaged, restore it")
+    return result
+
+
+def check_one_experiment(folders: Sequence[Path]) -> list[str]:
+    """Refuse run folders that differ in more than their seed; a sentence where their code or libraries do.
+
+    Raises:
+        UserError: a seed stands twice, or configuration, data or weights differ.
+    """
+    by_seed: dict[int, Path] = {}
+    for folder in folders:
+        seed = read_config(folder).seed[0]
+        if seed in by_seed:
+            raise UserError(f"{by_seed[seed]} and {folder} both have seed {seed}: give each seed once")
+        by_seed[seed] = folder
+    check_same_config(folders)
+    origins = {folder: read_provenance(folder) for folder in folders}
+    for folder in folders:
+        ours, theirs = origins[folders[0]].values, origins[folder].values
+        other = [kind for kind in ("data", "weights") if ours.get(kind) != theirs.get(kind)]
+        if other:
+            raise UserError(
+                f"{folders[0]} and {folder} were run with other {' and '.join(other)} (the hashes differ): a mean is "
+                "over runs that differ in their seed alone; a sweep compares experiments"
+            )
+    return changes({str(folder): origin for folder, origin in origins.items()})
+
+
+def check_same_config(folders: Sequence[Path]) -> None:
+    """Refuse run folders whose configurations differ in more than the seed and `editable_keys`, naming the keys."""
+    configs = [read_config(folder) for folder in folders]
+    for folder, config in zip(folders, configs, strict=True):
+        differing = configs[0].differing(config)
+        if differing:
+            listed = ", ".join(
+                f"{key} ({json.dumps(a)} and {json.dumps(b)})" for key, (a, b) in differing.items()
+            )
+            raise UserError(
+                f"{folders[0]} and {folder} are different experiments, their {CONFIG} differ in {listed}: a mean is "
+                "over runs that differ in their seed alone; set back what was edited, or compare them in a sweep"
+            )
+
+
+def load_run_checkpoint(checkpoint: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The tensors and the state of a checkpoint of a run.
+
+    Raises:
+        UserError: it is damaged, or not one of this program and version.
+    """
+    tensors, state = load_checkpoint(checkpoint)
+    missing = [key for key, kind in STATE.items() if not isinstance(state.get(key), kind)]
+    if missing:
+        raise UserError(
+            f"{checkpoint} holds no usable {', '.join(missing)}: it is damaged or of another version of this program; "
+            "go on with the version that made it, or remove it to go on from the checkpoint before it"
+        )
+    return tensors, state
+
+
+@contextmanager
+def fitting(checkpoint: Path) -> Iterator[None]:
+    """Turns what a state raises that does not fit the run into a sentence that names its checkpoint."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{checkpoint}: {error}") from error
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
+        told = in_one_line(error)
+        raise UserError(
+            f"{checkpoint} does not fit this program ({short(told, 200)}): it is damaged or of another version; go on "
+            "with the version that made it, or remove it to go on from the checkpoint before it"
+        ) from error
+
+
+def check_config(checkpoint: Path, state: dict[str, Any], learner: Learner) -> list[str]:
+    """Notes about keys that were edited since a checkpoint and change no number.
+
+    Raises:
+        UserError: another key was edited, so that the run would mix two experiments.
+    """
+    before, now = state["config"], learner.config.model_dump(mode="json")
+    edited = {
+        key: f"{key} was {short(json.dumps(before.get(key)))}, is {short(json.dumps(now.get(key)))}"
+        for key in [*now, *(key for key in before if key not in now)]
+        if before.get(key) != now.get(key)
+    }
+    mixing = [words for key, words in edited.items() if key not in learner.config.editable_keys]
+    if mixing:
+        path = checkpoint.parent.parent / CONFIG
+        raise UserError(
+            f"{path} does not belong to this run any more, {checkpoint.name} was made with another: "
+            f"{'; '.join(mixing)}; set back what was edited, or start a run of its own with python main.py --config "
+            f"{shlex.quote(str(path))}"
+        )
+    return [f"Edited since {checkpoint.name} was saved: {'; '.join(edited.values())}"] if edited else []
+
+
+def check_identity(checkpoint: Path, state: dict[str, Any], learner: Learner) -> None:
+    """Refuse a checkpoint of another run, or of one that has read other images than are there now."""
+    for key, ours in learner.identity().items():
+        theirs = state["run"].get(key)
+        if theirs != ours:
+            raise UserError(
+                f"{checkpoint} does not belong to this run: its {key} is {short(theirs)}, this run's is "
+                f"{short(ours)}; resume with the data, weights and config it was made with"
+            )
+    read = state["data"]
+    ours = learner.data_read(*(len(read.get(source, [])) for source in ("train", "test")))
+    finished = len(read.get("test", []))  # tasks
+    way_out = ", or remove this checkpoint to go on from the one before it"
+    for source, hashes in ours.items():
+        theirs = read.get(source, [])
+        if source not in read or len(theirs) != len(hashes):
+            raise UserError(
+                f"{checkpoint} does not belong to this run: its {source} images are of other tasks"
+            )
+        changed = [task for task in range(len(hashes)) if theirs[task] != hashes[task]]
+        if changed:
+            raise UserError(
+                f"{checkpoint} does not belong to this run: the {source} images of task {changed[0]}, which it has "
+                f"read, have changed since; put the files back that were there"
+                f"{way_out if changed[0] >= finished else ''}"
+            )
+
+
+def make_learner(config: RunConfig, distributed: DistributedContext = ALONE) -> Learner:
+    """The method that a configuration names, with data, backbone and modules; nothing is written.
+
+    Raises:
+        UserError: data or weights cannot be had, or the device is absent.
+    """
+    device, device_warning = resolve_device(config.device)
+    device = local_device(device, distributed)
+    precision, precision_warning = resolve_precision(config.precision, device)
+    config = config.model_copy(update={"precision": precision})
+    warnings = [warning for warning in (device_warning, precision_warning) if warning]
+    context = RunContext(device, distributed, warnings=warnings)
+    return LEARNERS[config.model_name](config, context)
+
+
+def load_into(learner: Learner, checkpoint: Path) -> None:
+    """Make a learner the one that a checkpoint of its run holds.
+
+    Raises:
+        UserError: the checkpoint is damaged, or of another run.
+    """
+    tensors, state = load_run_checkpoint(checkpoint)
+    check_config(checkpoint, state, learner)
+    check_identity(checkpoint, state, learner)
+    with fitting(checkpoint):
+        learner.load_state(state["learner"], tensors)
+
+
+def load_learner(checkpoint: Path) -> Learner:
+    """The learner that a checkpoint in a run folder holds."""
+    learner = make_learner(read_config(checkpoint.parent.parent))
+    load_into(learner, checkpoint)
+    return learner
+
+
+def task_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoint at the end of every task of a finished run.
+
+    Raises:
+        UserError: the run is unfinished, or a checkpoint is not there.
+    """
+    config, quoted = read_config(folder), shlex.quote(str(folder))
+    if not (folder / RESULT).is_file():
+        raise UserError(
+            f"{folder} is unfinished and cannot be analysed yet: go on with python main.py --resume {quoted}"
+        )
+    tasks = [event["task"] for event in read_metrics(folder) if event["event"] == "task"]
+    if not tasks:
+        raise UserError(
+            f"{folder} has no task in its metrics.jsonl: the file is damaged, run the experiment again"
+        )
+    paths = [folder / CHECKPOINTS / checkpoint_name(task) for task in tasks]
+    missing = [path.name for path in paths if not path.is_dir()]
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        kept, again = "all are needed", f"python main.py --config {shlex.quote(str(folder / CONFIG))}"
+        if getattr(config, "checkpoints", "all") != "all":
+            kept, again = 'its config says checkpoints = "last"', f"{again} --set checkpoints=all"
+        raise UserError(
+            f"{folder} has no checkpoint of {', '.join(missing[:3])}{more} ({kept}): an analysis rebuilds the network "
+            f"after every task; run it again with {again}"
+        )
+    return paths
+
+
+def short(text: Any, width: int = 40) -> str:
+    """A value for a sentence, not longer than it needs to be."""
+    text = str(text)
+    return text if len(text) <= width else text[: width - 3] + "..."
