@@ -18,8 +18,6 @@ from pathlib import Path
 from utils.command_line import given_path, parse_or_advise
 from utils.console import attach_console, prepare_console
 
-IMAGES_PER_CLASS = 20  # that an analysis uses unless told
-
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line's arguments."""
@@ -53,7 +51,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--images-per-class",
         type=int,
         metavar="N",
-        help=f"with --analyse: test images of each class at most (default: {IMAGES_PER_CLASS})",
+        help="with --analyse: test images of each class at most (default: 20)",
     )
     options = parse_or_advise(parser, arguments, way_out)
     if not options.run and not options.checkpoint:
@@ -99,7 +97,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     def show() -> None:
         if options.analyse:
-            lines = analyse_run(options.run[0], options.analyse, options.images_per_class, IMAGES_PER_CLASS)
+            lines = analyse_run(options.run[0], options.analyse, options.images_per_class)
         elif options.run and len(options.run) > 1:
             lines = show_seeds(options.run)
         elif options.run:

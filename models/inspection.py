@@ -1,7 +1,9 @@
 """Run folders looked at again, as lines of text: recorded accuracy and figures, tests of checkpoints, analyses."""
 
+import functools
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from models import LEARNERS
 from models.saved_run import (
@@ -70,24 +72,18 @@ def show_seeds(folders: list[Path]) -> Iterator[str]:
     yield seeds_table([read_result(folder) for folder in finished])
 
 
-def analyse_run(
-    folder: Path, names: list[str], images_per_class: int | None, default_images: int
-) -> Iterator[str]:
+def analyse_run(folder: Path, names: list[str], images_per_class: int | None) -> Iterator[str]:
     """Run the named analyses on the networks that a finished run left; the results, which are written as well.
 
     Raises:
         UserError: an unknown analysis, an unfinished run, a damaged checkpoint, or too little to analyse.
     """
-    config = read_config(folder)
-    analyses = LEARNERS[config.model_name].analyses
+    analyses = LEARNERS[read_config(folder).model_name].analyses
     unknown = [name for name in names if name not in analyses]
     if unknown:
         allowed = ", ".join(analyses)
         raise UserError(f"--analyse {' '.join(unknown)}: no such analysis of this run; allowed: {allowed}")
-    checkpoints, learner = task_checkpoints(folder), make_learner(config)
-    inputs = learner.analysis_inputs(
-        checkpoints, lambda checkpoint: load_into(learner, checkpoint), images_per_class
-    )
+    inputs = analysis_inputs(folder, images_per_class)
     results = {name: analyses[name](inputs) for name in dict.fromkeys(names)}
     for result in results.values():
         yield f"\n{result.text}"
@@ -95,3 +91,10 @@ def analyse_run(
     with FolderLock(folder):
         for path in write_results(folder / ANALYSIS, results):
             yield f"wrote {path}"
+
+
+def analysis_inputs(folder: Path, images_per_class: int | None) -> Any:
+    """What the analyses of a finished run take, from the networks in its checkpoints."""
+    checkpoints, learner = task_checkpoints(folder), make_learner(read_config(folder))
+    load = functools.partial(load_into, learner)
+    return learner.analysis_inputs(checkpoints, load, images_per_class)

@@ -36,7 +36,7 @@ class Joint(ClassIncrementalLearner):
         return nn.ModuleDict({"backbone": network, **build_heads(self.config, vit.num_features)})
 
     def learning_groups(self) -> list[ParameterGroup]:
-        return functional_groups(self.network, self.modules["head"], self.config)
+        return functional_groups(self.network, self.head, self.config)
 
     def learn_task(self) -> None:
         self.once("functional", lambda: train_functional(self))

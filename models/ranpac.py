@@ -180,7 +180,7 @@ class RanPAC(ClassIncrementalLearner):
         return nn.ModuleDict({**modules, "closed_form": head})
 
     def learning_groups(self) -> list[ParameterGroup]:
-        return functional_groups(self.network, self.modules["head"], self.config)
+        return functional_groups(self.network, self.head, self.config)
 
     def open_task(self) -> None:
         """Only a first task that trains needs the classifier rows it trains with."""

@@ -241,8 +241,9 @@ def task_checkpoints(folder: Path) -> list[Path]:
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         kept, again = "all are needed", f"python main.py --config {shlex.quote(str(folder / CONFIG))}"
-        if getattr(config, "checkpoints", "all") != "all":
-            kept, again = 'its config says checkpoints = "last"', f"{again} --set checkpoints=all"
+        if "checkpoints" in type(config).model_fields:
+            kept = kept if config.checkpoints == "all" else 'its config says checkpoints = "last"'
+            again += " --set checkpoints=all"
         raise UserError(
             f"{folder} has no checkpoint of {', '.join(missing[:3])}{more} ({kept}): an analysis rebuilds the network "
             f"after every task; run it again with {again}"

@@ -60,7 +60,7 @@ class SEMA(ClassIncrementalLearner):
         return nn.ModuleDict({"backbone": network, **build_heads(config, vit.num_features)})
 
     def learning_groups(self) -> list[ParameterGroup]:
-        return functional_groups(self.network, self.modules["head"], self.config)
+        return functional_groups(self.network, self.head, self.config)
 
     def open_task(self) -> None:
         super().open_task()

@@ -33,6 +33,7 @@ from utils.data.datasets import ImageCache, load_dataset
 from utils.data.tasks import DataManager
 from utils.data.transforms import ViewSpec
 from utils.errors import UserError
+from utils.inc_net import IncrementalHead
 from utils.runs.figures import class_incremental_figures, describe
 from utils.runs.manifest import library_versions
 from utils.runs.metrics import AccuracyMatrix, accuracy_table, summary_table
@@ -77,13 +78,18 @@ class ClassIncrementalLearner(Learner):
 
     def learning_groups(self) -> list[ParameterGroup]:
         """Parameter groups of a phase that trains the functional side: by default the newest classifier rows."""
-        return [ParameterGroup("other", self.modules["head"].trainable(), lr=self.config.init_lr)]
+        return [ParameterGroup("other", self.head.trainable(), lr=self.config.init_lr)]
 
     # --- model ------------------------------------------------------------------------------------------------------
 
     @property
     def network(self) -> nn.Module:
         return self.modules["backbone"]
+
+    @property
+    def head(self) -> IncrementalHead:
+        """The classifier rows that are trained by gradient."""
+        return self.modules["head"]
 
     @property
     def closed_form(self) -> ClosedFormHead | None:
@@ -148,7 +154,7 @@ class ClassIncrementalLearner(Learner):
 
     def open_task(self) -> None:
         if "head" in self.modules:
-            self.modules["head"].grow(len(self.classes))
+            self.head.grow(len(self.classes))
 
     def update_optimizer_and_scheduler(self, num_epoch: int) -> GroupedOptimizer:
         """The optimizer of a phase that trains the functional side, over exactly what learns now.

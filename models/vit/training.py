@@ -112,7 +112,7 @@ class FunctionalPhase(Phase):
         targets = batch.targets.to(learner.device) - learner.classes.start
         with learner.autocast(), self.fastest_attention():
             features = learner.network(batch.inputs.to(learner.device), batch.depth).float()
-        logits = learner.modules["head"].newest(features)  # (B, C_t)
+        logits = learner.head.newest(features)  # (B, C_t)
         return StepResult(F.cross_entropy(logits, targets), len(targets), (logits.argmax(1) == targets).sum())
 
     def fastest_attention(self) -> AbstractContextManager[None]:

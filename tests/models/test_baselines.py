@@ -11,6 +11,7 @@ from torch import Tensor
 
 from models import LEARNERS
 from models.base import Interrupted, Learner
+from models.vit.training import FunctionalPhase
 from trainer import train
 from utils.config.loading import ConfigError
 from utils.config.schema import RunConfig
@@ -107,15 +108,15 @@ def test_training_free_ranpac_task_by_task_has_the_sums_of_all_tasks(make_sema: 
     run_tasks(learner, 4)
     gathered = [training_features(learner, task) for task in range(4)]
     features, labels = (np.concatenate(parts) for parts in zip(*gathered, strict=True))
-    hidden = np.maximum(features @ learner.readout.projection.numpy(), 0)
-    gram, cross = learner.readout.gram.sum(dim=0).numpy(), learner.readout.cross.sum(dim=0).numpy()
+    hidden = np.maximum(features @ learner.closed_form.projection.numpy(), 0)
+    gram, cross = learner.closed_form.gram.sum(dim=0).numpy(), learner.closed_form.cross.sum(dim=0).numpy()
     np.testing.assert_allclose(gram, hidden.T @ hidden, rtol=1e-4)
     np.testing.assert_allclose(cross, hidden.T @ np.eye(8)[labels], rtol=1e-4, atol=1e-4)
     assert not learner.network.modules_by_block and "adapters" not in learner.summary()["parameters"]
 
 
 def moving(learner: Learner) -> dict[str, Tensor]:
-    return {n: t.clone() for n, t in learner.checkpoint_tensors().items() if n.startswith("block.")}
+    return {n: t.clone() for n, t in learner.learned_tensors().items() if ".adapter_module." in n}
 
 
 def same(before: dict[str, Tensor], after: dict[str, Tensor]) -> bool:
@@ -164,7 +165,7 @@ def test_the_adapter_rate_is_its_own_where_it_is_given(make_sema: Make) -> None:
             model_name="finetune", ffn_adapter_type="adaptmlp", adapter_lr=given, init_lr=0.004
         )
         learner.begin_task(0)
-        rates[given] = learner.update_optimizer_and_scheduler(1).rates
+        rates[given] = learner.update_optimizer_and_scheduler(1).lrs
     assert rates == {None: {"adapter": 0.004, "other": 0.004}, 0.123: {"adapter": 0.123, "other": 0.004}}
 
 
@@ -184,7 +185,7 @@ def test_the_readout_follows_only_where_it_is_asked_to(make_sema: Make) -> None:
         run_tasks(learner, 2)
         found = [event for event in read_metrics(learner.log.folder) if event["event"] == "feature_drift"]
         assert len(found) == (drift == "linear")
-        sums[drift] = learner.readout.cross.sum(dim=0)
+        sums[drift] = learner.closed_form.cross.sum(dim=0)
     assert found[0]["moved"] > 0 and found[0]["explained"] <= 1
     assert not torch.equal(sums["none"], sums["linear"])
 
@@ -211,11 +212,11 @@ def test_scores_that_are_not_numbers_are_no_accuracy(name: str, make_sema: Make)
     """Whatever classifies: a network that gives NaN is not tested, and the advice fits the run's precision."""
     learner = make_sema(**METHODS[name])
     run_tasks(learner, 1)
-    assert sum(learner.Scores.measure(learner).total)
+    assert sum(learner.evaluate()["total"])
     learner.network.vit.norm.bias.data[0] = torch.nan
     learner.cache.limit_gb = 0  # what is stored belongs to the network before
     with pytest.raises(UserError, match="not finite") as caught:
-        learner.Scores.measure(learner)
+        learner.evaluate()
     assert "fp32" not in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -225,7 +226,7 @@ def test_scores_beyond_the_largest_number_are_no_accuracy(make_sema: Make) -> No
     run_tasks(learner, 1)
     learner.head.tasks[0].weight.data.fill_(3e38)
     with pytest.raises(UserError, match="scores of the test images of task 0 are not finite"):
-        learner.Scores.measure(learner)
+        learner.evaluate()
 
 
 @pytest.mark.parametrize("head", ["cosine", "ranpac"])
@@ -241,7 +242,7 @@ def test_weights_that_the_last_step_of_a_phase_ruined_end_the_run(make_sema: Mak
     """The loss was still a number then, and no further one would be computed."""
     learner = make_sema(model_name="finetune", ffn_adapter_type="adaptmlp")
     learner.begin_task(0)
-    phase = learner.functional_phase()
+    phase = FunctionalPhase(learner)
     last, (group, *_) = phase.epochs * phase.steps_per_epoch, phase.optimizer.groups
 
     def ruin(step: int, moved: dict[str, bool]) -> None:

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from models.vit.feature_drift import STRENGTHS, fit_drift
 from torch import Tensor
 
-from models.vit import feature_drift
-from models.vit.closed_form import FINER, FIT, HELD, RIDGES, PrototypeReadout, RanPACReadout
+from models.ranpac import FINER, FIT, HELD, RIDGES, RanPACHead
+from models.vit import closed_form
+from models.vit.closed_form import STRENGTHS, ClosedFormHead, PrototypeHead, fit_drift
 from utils.training.random import rng
 
 WIDTH = 6
@@ -24,44 +24,44 @@ def classes_of_features(classes: range, per_class: int, seed: int = 0) -> tuple[
 
 def test_prototypes_are_class_means_compared_by_cosine() -> None:
     features, labels = classes_of_features(range(4), 5)
-    readout = PrototypeReadout(WIDTH, seed=1)
+    head = PrototypeHead(WIDTH)
     first = labels < 2
-    readout.add(features[first], labels[first])
-    readout.add(features[~first], labels[~first])
+    head.add(features[first], labels[first])
+    head.add(features[~first], labels[~first])
     queries = torch.randn(7, WIDTH)
     for c in range(4):
         mean = features[labels == c].numpy().mean(axis=0)
         cosine = queries.numpy() @ mean / np.linalg.norm(mean) / np.linalg.norm(queries.numpy(), axis=1)
-        np.testing.assert_allclose(readout(queries)[:, c].numpy(), cosine, atol=1e-5)
+        np.testing.assert_allclose(head(queries)[:, c].numpy(), cosine, atol=1e-5)
 
 
 def test_ranpac_is_the_ridge_solution_in_closed_form() -> None:
     features, labels = classes_of_features(range(3), 12)
-    readout = RanPACReadout(WIDTH, seed=3, dim=20)
-    readout.add(features, labels)
-    hidden = np.maximum(features.double().numpy() @ readout.projection.numpy(), 0)
+    head = RanPACHead(WIDTH, seed=3, dim=20)
+    head.add(features, labels)
+    hidden = np.maximum(features.double().numpy() @ head.projection.numpy(), 0)
     wanted = np.eye(3)[labels.numpy()]
     candidates = RIDGES + [ridge * factor for ridge in RIDGES for factor in FINER]
     solutions = [np.linalg.solve(hidden.T @ hidden + r * np.eye(20), hidden.T @ wanted) for r in candidates]
-    distances = [np.abs(readout.weights.numpy() - solution).max() for solution in solutions]
+    distances = [np.abs(head.weights.numpy() - solution).max() for solution in solutions]
     assert min(distances) < 1e-6  # one of the candidates, exactly
     queries = torch.randn(4, WIDTH)
     best = solutions[int(np.argmin(distances))]
-    expected = np.maximum(queries.double().numpy() @ readout.projection.numpy(), 0) @ best
-    np.testing.assert_allclose(readout(queries).numpy(), expected, atol=1e-5)
+    expected = np.maximum(queries.double().numpy() @ head.projection.numpy(), 0) @ best
+    np.testing.assert_allclose(head(queries).numpy(), expected, atol=1e-5)
 
 
 def test_ranpac_task_by_task_is_ranpac_at_once() -> None:
     """Sums do not depend on how the images are dealt into tasks; with the same lambda neither do the weights."""
     features, labels = classes_of_features(range(9), 10)
-    joint, parts = RanPACReadout(WIDTH, seed=3, dim=30), RanPACReadout(WIDTH, seed=3, dim=30)
+    joint, parts = RanPACHead(WIDTH, seed=3, dim=30), RanPACHead(WIDTH, seed=3, dim=30)
     joint.add(features, labels)
     for first in (0, 3, 6):
         chosen = (labels >= first) & (labels < first + 3)
         parts.add(features[chosen], labels[chosen])
     (gram, joint_gram), (cross, joint_cross) = (
-        [readout.gram.sum(dim=0) for readout in (parts, joint)],
-        [readout.cross.sum(dim=0) for readout in (parts, joint)],
+        [head.gram.sum(dim=0) for head in (parts, joint)],
+        [head.cross.sum(dim=0) for head in (parts, joint)],
     )
     torch.testing.assert_close(gram, joint_gram)
     torch.testing.assert_close(cross, joint_cross)
@@ -76,9 +76,9 @@ def test_lambda_is_the_one_that_predicts_held_out_images_best() -> None:
     noise = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))]
     chosen = {}
     for name, wanted in (("clean", labels), ("noise", noise)):
-        readout = RanPACReadout(WIDTH, seed=3, dim=100)
-        readout.add(features, wanted)
-        chosen[name] = readout.ranked_ridges()[0]
+        head = RanPACHead(WIDTH, seed=3, dim=100)
+        head.add(features, wanted)
+        chosen[name] = head.ranked_ridges()[0]
     assert chosen["noise"] > 100 * chosen["clean"]
 
 
@@ -94,21 +94,25 @@ REPEATED = {
 }
 
 
+def new_head(kind: type[ClosedFormHead], dim: int) -> ClosedFormHead:
+    return kind(WIDTH) if kind is PrototypeHead else kind(WIDTH, seed=3, dim=dim)
+
+
 @pytest.mark.parametrize("dim", [20, 300])
-@pytest.mark.parametrize("kind", [PrototypeReadout, RanPACReadout])
+@pytest.mark.parametrize("kind", [PrototypeHead, RanPACHead])
 @pytest.mark.parametrize("what", REPEATED)
 def test_repeated_and_single_images_are_classified_and_followed(what: str, kind: type, dim: int) -> None:
     """Singular sums, features that do not vary, fewer images than parts: scores are numbers, also once those moved."""
     features, labels = REPEATED[what]
-    readout = kind(WIDTH, seed=3, dim=dim)
-    readout.add(features, labels)
-    assert torch.isfinite(readout(features)).all()
+    head = new_head(kind, dim)
+    head.add(features, labels)
+    assert torch.isfinite(head(features)).all()
     if what == "an image of each class, repeated":
-        assert torch.equal(readout(features).argmax(dim=1), labels)
-    explained = readout.follow(features, features + 1)
+        assert torch.equal(head(features).argmax(dim=1), labels)
+    explained = head.compensate_drift(features, features + 1)
     assert 0 <= explained <= 1
-    readout.add(2 * features + 1, labels + len(labels.unique()))
-    assert torch.isfinite(readout(features + 1)).all()
+    head.add(2 * features + 1, labels + len(labels.unique()))
+    assert torch.isfinite(head(features + 1)).all()
 
 
 def test_images_that_are_all_alike_are_taken_to_have_moved_alike() -> None:
@@ -123,46 +127,45 @@ def test_images_that_are_all_alike_are_taken_to_have_moved_alike() -> None:
 
 def test_lambda_is_chosen_on_what_was_held_out_of_all_tasks() -> None:
     """The error in closed form is that of the held-out rows of both tasks, for every candidate."""
-    readout, rows = RanPACReadout(WIDTH, seed=3, dim=15), []
+    head, rows = RanPACHead(WIDTH, seed=3, dim=15), []
     for first in (0, 2):
         features, labels = classes_of_features(range(first, first + 2), 10)
-        readout.add(features, labels)
-        rows.append((readout.random_features(features.double()), labels))
+        head.add(features, labels)
+        rows.append((head.random_features(features.double()), labels))
     hidden, labels = torch.cat([h for h, _ in rows]), torch.cat([y for _, y in rows])
     held = torch.zeros(40, dtype=torch.bool)
     for first in (0, 2):
         order = torch.randperm(20, generator=rng("ridge split", 3, first + 2))
         held[10 * first + order[:4]] = True
-    torch.testing.assert_close(readout.gram[HELD], hidden[held].T @ hidden[held])
-    torch.testing.assert_close(readout.gram[FIT], hidden[~held].T @ hidden[~held])
+    torch.testing.assert_close(head.gram[HELD], hidden[held].T @ hidden[held])
+    torch.testing.assert_close(head.gram[FIT], hidden[~held].T @ hidden[~held])
     wanted, errors = torch.eye(4).double()[labels], {}
     for ridge in RIDGES[4:]:
         gram = hidden[~held].T @ hidden[~held] + ridge * torch.eye(15)
         weights = torch.linalg.solve(gram, hidden[~held].T @ wanted[~held])
         errors[ridge] = float((hidden[held] @ weights - wanted[held]).square().sum())
     best = min(errors, key=errors.get)
-    assert readout.ranked_ridges()[0] in [best, *(best * factor for factor in FINER)]
-    assert readout.part_counts.tolist()[HELD] == torch.bincount(labels[held], minlength=4).tolist()
+    assert head.ranked_ridges()[0] in [best, *(best * factor for factor in FINER)]
+    assert head.part_counts.tolist()[HELD] == torch.bincount(labels[held], minlength=4).tolist()
 
 
 def test_the_projection_belongs_to_the_seed() -> None:
-    same, other = RanPACReadout(WIDTH, seed=3, dim=8), RanPACReadout(WIDTH, seed=4, dim=8)
-    assert torch.equal(same.projection, RanPACReadout(WIDTH, seed=3, dim=8).projection)
+    same, other = RanPACHead(WIDTH, seed=3, dim=8), RanPACHead(WIDTH, seed=4, dim=8)
+    assert torch.equal(same.projection, RanPACHead(WIDTH, seed=3, dim=8).projection)
     assert not torch.equal(same.projection, other.projection)
     assert "projection" not in same.state_dict()
 
 
-@pytest.mark.parametrize("kind", [PrototypeReadout, RanPACReadout])
-def test_a_readout_rebuilt_from_its_state_is_the_same_and_goes_on_the_same(kind: type) -> None:
-    one = kind(WIDTH, seed=3, dim=16)
+@pytest.mark.parametrize("kind", [PrototypeHead, RanPACHead])
+def test_a_head_loaded_from_its_state_is_the_same_and_goes_on_the_same(kind: type) -> None:
+    one = new_head(kind, 16)
     one.add(*classes_of_features(range(3), 8))
     before, _ = classes_of_features(range(3, 5), 8)
-    one.follow(before, 1.1 * before + 0.3)
-    other = kind(WIDTH, seed=3, dim=16)
-    other.rebuild(one.structure())
+    one.compensate_drift(before, 1.1 * before + 0.3)
+    other = new_head(kind, 16)
     other.load_state_dict(one.state_dict())
-    for readout in (one, other):
-        readout.add(*classes_of_features(range(3, 5), 8))
+    for head in (one, other):
+        head.add(*classes_of_features(range(3, 5), 8))
     queries = torch.randn(5, WIDTH)
     assert torch.equal(one(queries), other(queries))
     assert one(queries).shape == (5, 5)
@@ -172,7 +175,7 @@ def test_a_readout_rebuilt_from_its_state_is_the_same_and_goes_on_the_same(kind:
 
 
 def test_an_affine_movement_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(feature_drift, "STRENGTHS", [1e-12])  # all but no ridge: exact
+    monkeypatch.setattr(closed_form, "STRENGTHS", [1e-12])  # all but no ridge: exact
     rng = torch.Generator().manual_seed(1)
     before = torch.randn(200, WIDTH, generator=rng, dtype=torch.float64) + 2
     matrix = torch.eye(WIDTH, dtype=torch.float64) + 0.3 * torch.randn(
@@ -226,20 +229,20 @@ def test_the_chosen_map_has_the_smallest_error_when_each_image_is_left_out_in_tu
 
 def test_sums_follow_an_affine_movement_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
     """G and Q carried along are those of the moved random features of the images that are gone."""
-    monkeypatch.setattr(feature_drift, "STRENGTHS", [1e-12])
+    monkeypatch.setattr(closed_form, "STRENGTHS", [1e-12])
     old, old_labels = classes_of_features(range(3), 10)
-    readout = RanPACReadout(WIDTH, seed=3, dim=4)
-    readout.add(old, old_labels)
+    head = RanPACHead(WIDTH, seed=3, dim=4)
+    head.add(old, old_labels)
     rng = torch.Generator().manual_seed(1)
     jacobian = torch.eye(4, dtype=torch.float64) + 0.2 * torch.randn(4, 4, generator=rng, dtype=torch.float64)
     shift = torch.randn(4, generator=rng, dtype=torch.float64)
-    hidden = readout.random_features(old.double()) @ jacobian + shift
+    hidden = head.random_features(old.double()) @ jacobian + shift
     new = torch.rand(50, 4, generator=rng, dtype=torch.float64)
-    readout.random_features = lambda features: features  # the newest task's, given in that space
-    readout.follow(new, new @ jacobian + shift)
-    torch.testing.assert_close(readout.gram.sum(dim=0), hidden.T @ hidden, rtol=1e-5, atol=1e-5)
+    head.random_features = lambda features: features  # the newest task's, given in that space
+    head.compensate_drift(new, new @ jacobian + shift)
+    torch.testing.assert_close(head.gram.sum(dim=0), hidden.T @ hidden, rtol=1e-5, atol=1e-5)
     wanted = hidden.T @ torch.eye(3).double()[old_labels]
-    torch.testing.assert_close(readout.cross.sum(dim=0), wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(head.cross.sum(dim=0), wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_nothing_moved_changes_nothing() -> None:
@@ -257,12 +260,12 @@ def test_class_means_that_follow_classify_moved_features() -> None:
     shift = torch.tensor([2.0, -2.0] * (WIDTH // 2))
     accuracy = {}
     for follows in (True, False):
-        readout = PrototypeReadout(WIDTH, seed=3)
-        readout.add(old, old_labels)
+        head = PrototypeHead(WIDTH)
+        head.add(old, old_labels)
         if follows:
-            readout.follow(new, new @ turn + shift)
-        readout.add(new @ turn + shift, new_labels)
-        accuracy[follows] = float((readout(old @ turn + shift).argmax(dim=1) == old_labels).float().mean())
+            head.compensate_drift(new, new @ turn + shift)
+        head.add(new @ turn + shift, new_labels)
+        accuracy[follows] = float((head(old @ turn + shift).argmax(dim=1) == old_labels).float().mean())
     assert accuracy[True] > 0.9 and accuracy[True] > accuracy[False] + 0.2
 
 
@@ -270,9 +273,9 @@ def test_random_features_that_move_a_little_are_followed_without_loss() -> None:
     """The map is fitted on the new classes alone and must not throw the old ones about."""
     old, old_labels = classes_of_features(range(5), 30)
     new, new_labels = classes_of_features(range(5, 10), 60)
-    readout = RanPACReadout(WIDTH, seed=3, dim=200)
-    readout.add(old, old_labels)
+    head = RanPACHead(WIDTH, seed=3, dim=200)
+    head.add(old, old_labels)
     turn = torch.eye(WIDTH) + 0.05 * torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(5))
-    readout.follow(new, new @ turn + 0.2)
-    readout.add(new @ turn + 0.2, new_labels)
-    assert float((readout(old @ turn + 0.2).argmax(dim=1) == old_labels).float().mean()) > 0.9
+    head.compensate_drift(new, new @ turn + 0.2)
+    head.add(new @ turn + 0.2, new_labels)
+    assert float((head(old @ turn + 0.2).argmax(dim=1) == old_labels).float().mean()) > 0.9

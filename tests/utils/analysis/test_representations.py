@@ -15,10 +15,10 @@ from torch import Tensor
 
 import eval as evaluation
 import main
-from models.vit.class_incremental import ClassIncrementalLearner
+from models.inspection import analysis_inputs
+from models.saved_run import load_learner, task_checkpoints
 from tests.conftest import ROOT, TINY, TINY_SDLORA
 from tests.drawn import assert_readable
-from trainer import assemble, read_config
 from utils.analysis.representations import (
     ANALYSES,
     AnalysisInputs,
@@ -31,7 +31,6 @@ from utils.analysis.results import value_table
 from utils.analysis.similarity import linear_cka
 from utils.errors import UserError
 from utils.plotting import STYLE
-from utils.runs.checkpoint import load_checkpoint
 from utils.training.random import rng
 
 ALL = list(ANALYSES)
@@ -96,7 +95,7 @@ def analyse(folder: Path, *names: str) -> int:
 
 
 def gather(folder: Path) -> AnalysisInputs:
-    return evaluation.class_incremental_material(folder, evaluation.task_checkpoints(folder), 4)
+    return analysis_inputs(folder, 4)
 
 
 def table(path: Path) -> list[dict[str, str]]:
@@ -156,12 +155,10 @@ def test_the_analysis_is_the_same_again_and_replaces_the_one_before(nested: Path
 def test_the_numbers_are_those_of_the_networks_that_the_checkpoints_hold(nested: Path) -> None:
     """The network after each task, rebuilt and run here, against what was gathered and written."""
     assert analyse(nested, "cka") == 0
-    config = read_config(nested)
     tokens = []
-    for checkpoint in evaluation.task_checkpoints(nested):
-        parts = assemble(config, config.seed[0])
-        learner = evaluation.rebuilt(checkpoint, load_checkpoint(checkpoint), parts)
-        images, labels = next(iter(parts.data.batches(range(4), source="test", mode="test", batch_size=16)))
+    for checkpoint in task_checkpoints(nested):
+        learner = load_learner(checkpoint)
+        images, labels = next(iter(learner.data.batches(range(4), source="test", mode="test", batch_size=16)))
         with torch.no_grad():
             tokens.append(learner.network(images, 0, 3)[:, 0][labels.argsort(stable=True)])
     inputs = gather(nested)
@@ -271,11 +268,6 @@ def test_branch_spaces_are_those_of_the_trained_products(make_sema) -> None:
     basis = spaces["slow"]
     assert basis.shape[1] == 3 and spaces["fast"].shape[1] == 0
     torch.testing.assert_close(basis @ (basis.T @ product), product)
-
-
-def test_a_method_without_blocks_says_so(make_sema) -> None:
-    with pytest.raises(UserError, match="no transformer blocks to analyse"):
-        ClassIncrementalLearner.class_tokens(make_sema(max_tasks=1), torch.zeros(1, 3, 32, 32))
 
 
 # --- the analyses -------------------------------------------------------------------------------------------

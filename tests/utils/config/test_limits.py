@@ -14,10 +14,11 @@ import pytest
 
 import main
 from models import SCHEMAS
+from models.saved_run import make_learner
 from models.sema_config import SEMAConfig
 from models.vit import pretrained as factory
 from tests.conftest import ROOT, TINY, TINY_GRIDS, TINY_SDLORA, shipped_file
-from trainer import assemble, train
+from trainer import train
 from utils.config.loading import ConfigError, LoadedConfig, config_from_dict, load_config, nearest_key
 from utils.errors import UserError
 from utils.sweeps.spec import SweepFile
@@ -309,7 +310,7 @@ def test_missing_data_and_weights_are_told_together(tmp_path: Path, monkeypatch:
     absent = {"dataset": "imagenetr", "backbone_type": "vit_tiny_patch16_224.augreg_in21k", "weights": None}
     config = check("sema", **absent, data_root=str(tmp_path), weights_root=str(tmp_path)).config
     with pytest.raises(UserError) as caught:
-        assemble(config, seed=1)
+        make_learner(config)
     told = str(caught.value)
     assert "imagenetr" in told and "vit_tiny_patch16_224.augreg_in21k.safetensors" in told
     assert list(tmp_path.iterdir()) == []

@@ -10,12 +10,11 @@ import torch
 
 from models import SCHEMAS
 from models.sema import SEMA
-from models.shared_subspace.learner import SharedSubspace
-from tests.conftest import TINY_GRIDS, TINY_SDLORA, run_scores
-from trainer import assemble, make_learner
+from models.shared_subspace.learner import SharedSubspace, TrainingPhase
+from tests.conftest import TINY_GRIDS, TINY_SDLORA, learner_of, run_scores
 from utils.config.loading import ConfigError, config_from_dict, load_config
 from utils.config.schema import RunConfig
-from utils.runs.run_log import SilentLog, read_metrics
+from utils.runs.run_log import read_metrics
 
 Config = Callable[..., RunConfig]
 Make = Callable[..., SEMA]
@@ -197,10 +196,10 @@ def test_keys_of_grids_without_effect_are_named_and_have_none(tmp_path: Path) ->
     assert idle.keys() <= with_idle.idle_keys().keys()
 
     def predictions(config: RunConfig) -> torch.Tensor:
-        learner = make_learner(assemble(config, seed=1), SilentLog(tmp_path))
+        learner = learner_of(config)
         assert isinstance(learner, SharedSubspace)
         learner.begin_task(0)
-        learner.train()
+        learner.run_phase(TrainingPhase(learner))
         return learner.predict(learner.tasks.draw("train", 16, torch.Generator().manual_seed(0)))
 
     assert torch.equal(predictions(plain), predictions(with_idle))

@@ -20,9 +20,9 @@ import pytest
 from PIL import Image
 
 import main
-from tests.conftest import ROOT
+from tests.conftest import ROOT, learner_of
 from tests.image_folders import write_folder
-from trainer import Run, assemble, open_log, resume, train
+from trainer import Run, open_log, resume, train
 from utils.cache import file_memo
 from utils.cache.file_memo import DATABASE
 from utils.data import image_files
@@ -560,9 +560,9 @@ def test_what_no_finished_task_has_read_may_change(tmp_path, smoke_config):
     for split in ("train", "test"):
         write_folder(tmp_path / "set", split, ["ant", "bee", "cat"])
     config = smoke_config(**simplecil(tmp_path / "set"))
-    parts = assemble(config, seed=1)
-    with open_log(parts, Command(id="one", seeds=[1], overwrite=False)) as log:
-        Run(parts, log).run_task(0)
+    learner = learner_of(config)
+    with open_log(learner, Command(id="one", seeds=[1], overwrite=False)) as log:
+        Run(learner, log).run_task(0)
     (tmp_path / "set" / "train" / "cat" / "0.png").unlink()
     Image.new("RGB", (8, 8), "red").save(tmp_path / "set" / "test" / "bee" / "1.png")
     read = tmp_path / "set" / "test" / "ant" / "1.png"

@@ -13,7 +13,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from utils.errors import UserError
-from utils.training.distributed import World, backend_for, local_device, process_group, world_from_environment
+from utils.training.distributed import (
+    DistributedContext,
+    backend_for,
+    context_from_environment,
+    local_device,
+    process_group,
+)
 
 CONTEXT = multiprocessing.get_context(
     "forkserver"
@@ -46,24 +52,24 @@ def gradients(rank: int) -> list[Tensor]:
     ]
 
 
-def exchange(world: World) -> dict[str, Any]:
+def exchange(world: DistributedContext) -> dict[str, Any]:
     """Everything a rank can ask the others, and what it was told."""
     told: dict[str, Any] = {"world": (world.rank, world.size, world.local_rank, world.local_size)}
     told["rows"] = {
-        (total, dtype, tail): world.gather_rows(all_rows(total, dtype, tail)[world.share(total)], total)
+        (total, dtype, tail): world.all_gather(all_rows(total, dtype, tail)[world.shard(total)], total)
         for total in TOTALS
         for dtype in DTYPES
         for tail in TAILS
     }
     learned = torch.ones(7, 2, requires_grad=True)
-    told["learned rows"] = world.gather_rows((learned * 2)[world.share(7)], 7)
-    told["transposed rows"] = world.gather_rows(torch.arange(21).view(3, 7).T[world.share(7)], 7)
-    told["wrong rows"] = refusal(ValueError, lambda: world.gather_rows(torch.zeros(5), 4))
+    told["learned rows"] = world.all_gather((learned * 2)[world.shard(7)], 7)
+    told["transposed rows"] = world.all_gather(torch.arange(21).view(3, 7).T[world.shard(7)], 7)
+    told["wrong rows"] = refusal(ValueError, lambda: world.all_gather(torch.zeros(5), 4))
     tensors = gradients(world.rank)
     kept = [tensor.data_ptr() for tensor in tensors]
-    world.sum_in_place(tensors)
+    world.all_reduce(tensors)
     told["sums"], told["in place"] = tensors, [tensor.data_ptr() for tensor in tensors] == kept
-    world.sum_in_place([])
+    world.all_reduce([])
     told["any"] = [world.any(rank == world.rank) for rank in range(world.size)] + [
         world.any(False),
         world.any(True),
@@ -130,7 +136,7 @@ def run_ranks(size: int, folder: Path) -> list[dict[str, Any]]:
 def _child(environment: dict[str, str], path: Path) -> None:
     torch.set_num_threads(1)
     os.environ.update(environment)
-    world = world_from_environment()
+    world = context_from_environment()
     with process_group(world, backend_for(world.device)):
         told = exchange(world)
     torch.save(told | {"left": not dist.is_initialized()}, path)
@@ -200,10 +206,10 @@ def test_what_rank_0_decides_or_refuses_reaches_all_ranks(ranks):
 
 
 def test_one_process_exchanges_nothing():
-    world, rows, tensor = World(), torch.randn(4, 2, requires_grad=True), torch.ones(3)
-    assert world.is_main and world.share(7) == slice(0, 7)
-    assert world.gather_rows(rows, 4) is rows
-    world.sum_in_place([tensor])
+    world, rows, tensor = DistributedContext(), torch.randn(4, 2, requires_grad=True), torch.ones(3)
+    assert world.is_main and world.shard(7) == slice(0, 7)
+    assert world.all_gather(rows, 4) is rows
+    world.all_reduce([tensor])
     assert tensor.equal(torch.ones(3))
     assert world.any(True) is True and world.any(False) is False
     world.barrier()
@@ -216,7 +222,7 @@ def test_one_process_exchanges_nothing():
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 7, 8])
 def test_shares_cover_every_row_once_and_differ_by_one_at_most(size):
     for n in range(30):
-        shares = [list(range(n))[World(rank, size).share(n)] for rank in range(size)]
+        shares = [list(range(n))[DistributedContext(rank, size).shard(n)] for rank in range(size)]
         assert [row for share in shares for row in share] == list(range(n))
         assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
@@ -239,9 +245,9 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 def test_environment_of_torchrun(environment):
     environment(RANK="3", WORLD_SIZE="4", LOCAL_RANK="1", LOCAL_WORLD_SIZE="2")
-    assert world_from_environment() == World(rank=3, size=4, local_rank=1, local_size=2)
+    assert context_from_environment() == DistributedContext(rank=3, size=4, local_rank=1, local_size=2)
     environment(RANK="3", WORLD_SIZE="4", LOCAL_RANK="1")
-    assert world_from_environment() == World(rank=3, size=4, local_rank=1, local_size=2)
+    assert context_from_environment() == DistributedContext(rank=3, size=4, local_rank=1, local_size=2)
 
 
 @pytest.mark.parametrize(
@@ -249,7 +255,7 @@ def test_environment_of_torchrun(environment):
 )
 def test_environment_of_one_process(environment, values):
     environment(**values)
-    assert world_from_environment() == World()
+    assert context_from_environment() == DistributedContext()
 
 
 @pytest.mark.parametrize(
@@ -271,20 +277,22 @@ def test_malformed_environment_is_refused(environment, values, told):
     whole = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
     environment(**{name: value for name, value in (whole | values).items() if value is not None})
     with pytest.raises(UserError, match=told):
-        world_from_environment()
+        context_from_environment()
 
 
 def test_each_local_rank_takes_its_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     cuda, cpu = torch.device("cuda:0"), torch.device("cpu")
-    assert local_device(torch.device("cuda"), World(3, 4, 1, local_size=2)) == torch.device("cuda:1")
-    assert local_device(cuda, World(2, 4, 0, local_size=2)) == cuda
-    assert local_device(torch.device("cuda:1"), World()) == torch.device("cuda:1")
-    assert local_device(cpu, World(1, 2, 1, local_size=2)) == cpu
+    assert local_device(torch.device("cuda"), DistributedContext(3, 4, 1, local_size=2)) == torch.device(
+        "cuda:1"
+    )
+    assert local_device(cuda, DistributedContext(2, 4, 0, local_size=2)) == cuda
+    assert local_device(torch.device("cuda:1"), DistributedContext()) == torch.device("cuda:1")
+    assert local_device(cpu, DistributedContext(1, 2, 1, local_size=2)) == cpu
     assert backend_for(cuda) == "nccl" and backend_for(cpu) == "gloo"
 
 
-@pytest.mark.parametrize("world", [World(0, 3, 0, local_size=3), World(2, 3, 2)])
+@pytest.mark.parametrize("world", [DistributedContext(0, 3, 0, local_size=3), DistributedContext(2, 3, 2)])
 def test_too_few_gpus_are_refused_on_every_rank(monkeypatch, world):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(
@@ -309,7 +317,7 @@ def test_group_is_left_unless_that_could_wait_for_ever(monkeypatch, backend, dev
         dist, "init_process_group", lambda *args, **more: (seen.append("join"), given.update(more))
     )
     monkeypatch.setattr(dist, "destroy_process_group", lambda: seen.append("leave"))
-    world = World(1, 2, 1, torch.device(device))
+    world = DistributedContext(1, 2, 1, torch.device(device))
     try:
         with process_group(world, backend):
             if fails:

@@ -18,7 +18,7 @@ def two_branches(
     torch.manual_seed(0)
     slow, fast = nn.Linear(4, 3), nn.Linear(4, 3)
     groups = [
-        ParameterGroup("slow", list(slow.parameters()), lr=0.1, every=every, between=between),
+        ParameterGroup("slow", list(slow.parameters()), lr=0.1, update_interval=every, between=between),
         ParameterGroup("fast", list(fast.parameters()), lr=0.2),
     ]
     return (
@@ -79,7 +79,7 @@ def test_discard_uses_the_last_gradient_and_accumulate_the_mean() -> None:
     gradients = [torch.tensor([1.0, 2.0]), torch.tensor([3.0, -1.0]), torch.tensor([5.0, 5.0])]
     for between, expected in (("discard", gradients[2]), ("accumulate", sum(gradients) / 3)):
         parameter = nn.Parameter(torch.zeros(2))
-        group = ParameterGroup("slow", [parameter], lr=1.0, every=3, between=between)
+        group = ParameterGroup("slow", [parameter], lr=1.0, update_interval=3, between=between)
         optimizer = GroupedOptimizer("sgd", [group], weight_decay=0.0, epochs=1, min_lr=0.0)
         for gradient in gradients:
             parameter.grad = gradient.clone()
@@ -90,22 +90,22 @@ def test_discard_uses_the_last_gradient_and_accumulate_the_mean() -> None:
 def test_the_next_interval_starts_empty() -> None:
     """Accumulated gradients do not leak into the following update."""
     parameter = nn.Parameter(torch.zeros(1))
-    group = ParameterGroup("slow", [parameter], lr=1.0, every=2, between="accumulate")
+    group = ParameterGroup("slow", [parameter], lr=1.0, update_interval=2, between="accumulate")
     optimizer = GroupedOptimizer("adam", [group], weight_decay=0.0, epochs=1, min_lr=0.0)
     for value in (1.0, 1.0, 4.0, 6.0):
         parameter.grad = torch.tensor([value])
         optimizer.step()
-    assert group.held == [None]
+    assert group.accumulated_grads == [None]
     assert float(parameter.grad) == 5.0
 
 
 def test_cosine_takes_every_group_to_min_lr() -> None:
     slow, fast, optimizer = two_branches("sgd", every=5)
-    assert optimizer.rates == {"slow": 0.1, "fast": 0.2}
+    assert optimizer.lrs == {"slow": 0.1, "fast": 0.2}
     for _ in range(3):
         take_step(slow, fast, optimizer, seed=0)
         optimizer.end_epoch()
-    assert optimizer.rates == pytest.approx({"slow": 0.0, "fast": 0.0}, abs=1e-12)
+    assert optimizer.lrs == pytest.approx({"slow": 0.0, "fast": 0.0}, abs=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_steps_multiply_every_group_at_the_milestones(step_decay: StepDecay, fac
     """Also when the state went through JSON in the middle."""
     slow, fast, optimizer = two_branches("sgd", every=1, step_decay=step_decay)
     for epoch, factor in enumerate(factors):
-        assert optimizer.rates == pytest.approx({"slow": 0.1 * factor, "fast": 0.2 * factor})
+        assert optimizer.lrs == pytest.approx({"slow": 0.1 * factor, "fast": 0.2 * factor})
         take_step(slow, fast, optimizer, seed=epoch)
         optimizer.end_epoch()
         tree, tensors = pack_tensors(optimizer.state(), "phase")
@@ -186,4 +186,4 @@ def test_state_through_json_continues_bit_for_bit(kind: str) -> None:
     for step in range(4, 9):
         assert take_step(slow, fast, optimizer, step) == take_step(slow2, fast2, optimizer2, step)
     assert same(snapshot(slow), slow2) and same(snapshot(fast), fast2)
-    assert optimizer.rates == optimizer2.rates
+    assert optimizer.lrs == optimizer2.lrs
