@@ -1,12 +1,11 @@
-"""The console: messages above progress bars, on whatever terminal, pipe or encoding there is.
+"""Console output: messages above progress bars, on any terminal, pipe or encoding.
 
     prepare_console()             # first of all in a command
     attach_console()              # messages of the program go to standard output
     for batch in progress(batches, desc="scan", unit="batch"):     # a bar, where standard error is a terminal
         logger.info("...")
 
-Into a file or a pipe go whole lines only, at once, so that `2>&1 | tee run.txt` and `grep` see them as they
-come.
+Files and pipes get whole lines only, at once, so that `2>&1 | tee run.txt` and `grep` see them as they come.
 """
 
 import io
@@ -16,9 +15,7 @@ import sys
 from typing import Any
 
 LOG_FORMAT = "%(asctime)s [%(filename)s] => %(message)s"
-READER_GONE = (
-    141  # exit code of a command whose output nobody reads any more: 128 + SIGPIPE, as of other commands
-)
+READER_GONE = 141  # exit code of a command whose output nobody reads any more: 128 + SIGPIPE
 
 logger = logging.getLogger("nested_lora")
 
@@ -26,11 +23,10 @@ logger = logging.getLogger("nested_lora")
 def prepare_console() -> None:
     """Let standard output and error take any text line by line, and leave progress bars to terminals.
 
-    What the console's encoding lacks is written as an escape; a stream that was closed (`>&-`) takes what it
-    is given. The bars of libraries obey TQDM_DISABLE, which they read when they import tqdm: call this
-    before.
+    What the console's encoding lacks is written as an escape; a closed stream (`>&-`) takes what it is given.
+    Call this before libraries import tqdm: they read then whether TQDM_DISABLE is set.
     """
-    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - as long as the program
+    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - for the whole program
     sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -49,9 +45,8 @@ def progress(items: Any = None, *, leave: bool = False, **options: Any) -> Any:
 def attach_console(*, goes_on: bool = True) -> logging.Handler | None:
     """Show the program's messages on standard output without breaking progress bars.
 
-    Once nobody takes them, a program that goes on is silent: a run has its text log. Another gets the
-    OSError. Returns the handler, or None where one is attached already: call it at the start of a program; a
-    run calls it too.
+    goes_on: where nobody takes them any more, the program goes on silently (a run has its text log); a program
+    that does not gets the OSError. Returns the handler, or None where one is attached already.
     """
     if any(isinstance(handler, _Console) for handler in logger.handlers):
         return None
@@ -59,7 +54,7 @@ def attach_console(*, goes_on: bool = True) -> logging.Handler | None:
 
 
 def add_handler(handler: logging.Handler) -> logging.Handler:
-    """Send the program's messages to a handler too, in the form that all logs have; returns it."""
+    """Send the program's messages to a handler, in the format of all logs; returns it."""
     handler.setFormatter(logging.Formatter(LOG_FORMAT))
     logger.setLevel(logging.INFO)
     logger.addHandler(handler)
@@ -76,7 +71,7 @@ def tell(text: str) -> None:
 
 
 def discard(stream: io.TextIOBase) -> None:
-    """Send what is still written to a stream nowhere: its reader has gone, or its disk is full."""
+    """Discard what is still written to a stream: its reader has gone, or its disk is full."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 

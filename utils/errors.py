@@ -1,4 +1,8 @@
-"""The exception for mistakes a person can mend, told by the commands without a traceback, and the one for a stop."""
+"""Exceptions with a meaning for users, the sentences of refused system calls, and exit codes of commands.
+
+raise UserError("batch_size is 0: at least 1 is allowed; change it with --set batch_size=32")
+sys.exit(exit_code(lambda: work()))          # 2 after a UserError or OSError, told in one sentence
+"""
 
 import errno
 import sys
@@ -12,7 +16,7 @@ class UserError(Exception):
 
 
 class Interrupted(Exception):
-    """Work stopped between two steps because it was asked to; what it leaves can be saved and gone on with."""
+    """Work was asked to stop and did so between two steps; its state can be saved and resumed."""
 
 
 AGAIN = "give the command again"
@@ -47,8 +51,7 @@ def in_one_line(error: Exception) -> str:
 def exit_code(
     run: Callable[[], int | None], tells: Callable[[], bool] = lambda: True, go_on: str = RESUME
 ) -> int:
-    """The exit code of a command: what it returns (None: 0), 2 after a mistake, 130 after it was asked to stop, and 141
-    where nobody reads the output any more.
+    """Exit code of a command: what it returns (None: 0), 2 after a mistake, 130 stopped, 141 nobody reads it.
 
     A mistake, or what the operating system refused, is told on standard error in a sentence, where `tells`
     allows. go_on: how to, once what was refused is mended.

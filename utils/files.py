@@ -1,9 +1,9 @@
-"""Files written whole or not at all, JSON read with one sentence for whatever is wrong with it, hashes of contents.
+"""Files: written whole or not at all, JSON read with one sentence for what is wrong with it, hashes.
 
 replace_file(folder / "summary.md", text.encode())
 write_json(folder / "config.json", values)
-values = read_json(folder / "config.json")          # UserError: absent, not UTF-8, not JSON, no object
-headers = npz_headers(path)                         # shape and type of its arrays; ValueError: more than it holds
+values = read_json(folder / "config.json")   # UserError: absent, not UTF-8, not JSON, no object
+headers = npz_headers(path)                  # shape and type of its arrays; ValueError: more than it holds
 """
 
 import hashlib
@@ -53,7 +53,7 @@ def replace_file(path: Path, content: bytes) -> Path:
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> Path:
-    """Write a JSON object, readable, in UTF-8, as a whole or not at all; raises ValueError for NaN and infinities."""
+    """Write a JSON object as a whole or not at all; raises ValueError for NaN and infinities."""
     return replace_file(path, json_bytes(values))
 
 
@@ -64,7 +64,7 @@ def json_bytes(values: Mapping[str, Any]) -> bytes:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Lets an OSError that names no file, such as that of a full disk, name the one that is being written inside."""
+    """Context in which an OSError that names no file, such as that of a full disk, names this one."""
     try:
         yield
     except OSError as error:
@@ -77,31 +77,18 @@ def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file.
 
     Raises:
-        UserError: the file is absent, a folder, unreadable, not UTF-8, not JSON, nested too deep, or no
-        object.
+        UserError: the file is absent, a folder, unreadable, not UTF-8, not JSON, nested too deep, or no object.
     """
     try:
         values = json.loads(path.read_bytes().decode("utf-8-sig"))
     except FileNotFoundError as error:
         raise UserError(
-            f"{path.parent} holds no {path.name}: it is not the folder it was taken for, or the file was removed"
+            f"{path.parent} holds no {path.name}: it is another folder than it was taken for, or the file was removed"
         ) from error
-    except IsADirectoryError as error:
-        raise UserError(f"{path} is a folder where a JSON file should be: restore the file") from error
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    except RecursionError as error:
-        raise UserError(
-            f"{path} is not valid JSON (nested too deep): the file is damaged, restore it"
-        ) from error
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{path} is not valid JSON (line {error.lineno}): the file is damaged, restore it"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path} is not UTF-8 (byte {error.start}): the file is damaged, restore it"
-        ) from error
+        raise UserError(f"{path} cannot be read ({error.strerror}): restore the file") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid JSON ({error}): the file is damaged, restore it") from error
     if not isinstance(values, dict):
         raise UserError(f"{path} holds no JSON object: the file is damaged, restore it")
     return values
@@ -135,11 +122,8 @@ def npz_headers(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
 
 def sha256_file(path: Path | str) -> str:
     """Hexadecimal SHA-256 of a file's bytes. Raises OSError when it cannot be read."""
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def why_no_file(path: Path) -> str | None:

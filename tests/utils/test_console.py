@@ -1,7 +1,6 @@
-"""Tests of `utils.console` and `utils.command_line`: any encoding, closed pipes, bars on terminals, old arguments."""
+"""utils.console: any encoding, closed pipes, full disks, progress bars on terminals only."""
 
 import io
-import json
 import os
 import subprocess
 import sys
@@ -10,10 +9,8 @@ from pathlib import Path
 import pytest
 
 import eval as evaluation
-import main
 from tests.conftest import ROOT, TINY
 from utils.cache import __main__ as cache
-from utils.command_line import given_path
 from utils.console import attach_console, logger, prepare_console, progress
 
 
@@ -24,15 +21,17 @@ class Terminal(io.StringIO):
         return True
 
 
+@pytest.fixture
+def no_handlers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No console is attached to the program's messages yet."""
+    monkeypatch.setattr(logger, "handlers", [])
+
+
 def without_reader(monkeypatch: pytest.MonkeyPatch) -> None:
     """Standard output becomes a pipe whose reader has gone."""
     reading, writing = os.pipe()
     os.close(reading)
-    monkeypatch.setattr(sys, "stdout", open(writing, "w", encoding="utf-8"))  # noqa: SIM115 - as long as the test
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Output
+    monkeypatch.setattr(sys, "stdout", open(writing, "w", encoding="utf-8"))  # noqa: SIM115
 
 
 def test_bars_are_for_terminals(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,11 +54,10 @@ def test_every_bar_is_made_in_one_place() -> None:
     assert makers == {"console.py"}
 
 
-def test_what_the_encoding_lacks_is_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_encoding_lacks_is_escaped(monkeypatch: pytest.MonkeyPatch, no_handlers: None) -> None:
     monkeypatch.setenv("TQDM_DISABLE", "1")
     ascii_only = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", ascii_only)
-    monkeypatch.setattr(logger, "handlers", [])
     prepare_console()
     attach_console()
     logger.info("mean ± std of class 猫")
@@ -74,15 +72,14 @@ def test_a_command_that_nobody_reads_ends_quietly(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_run_goes_on_without_a_reader_and_other_commands_stop(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], no_handlers: None
 ) -> None:
     without_reader(monkeypatch)
     prepare_console()
-    monkeypatch.setattr(logger, "handlers", [])
     attach_console(goes_on=False)
     with pytest.raises(BrokenPipeError):
         logger.info("to nobody")
-    monkeypatch.setattr(logger, "handlers", [])
+    logger.handlers.clear()
     attach_console()
     logger.info("into the text log alone")
     logger.info("more")
@@ -95,17 +92,17 @@ def test_closed_streams_take_what_they_are_given(monkeypatch: pytest.MonkeyPatch
     assert cache.main(["--root", str(tmp_path)]) == 0
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no disk that is always full")
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="no disk that is always full")
 def test_output_to_a_full_disk_hides_neither_run_nor_mistake(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, no_handlers: None
 ) -> None:
     with open("/dev/full", "w", encoding="utf-8") as full, monkeypatch.context() as patch:
         patch.setattr(sys, "stderr", full)
         prepare_console()
         assert evaluation.main(["--run", str(tmp_path)]) == 2
+    logger.handlers.clear()
     with open("/dev/full", "w", encoding="utf-8") as full:
         monkeypatch.setattr(sys, "stdout", full)
-        monkeypatch.setattr(logger, "handlers", [])
         prepare_console()
         attach_console()
         logger.info("into the text log alone")
@@ -132,79 +129,3 @@ def test_a_piped_run_writes_clean_lines_and_outlives_its_reader(tmp_path: Path) 
     (result,) = tmp_path.rglob("result.json")
     log = result.parent.with_name(result.parent.name + ".log").read_text(encoding="utf-8")
     assert "everything is in" in log and "\r" not in log
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Arguments
-
-
-def refused(capsys: pytest.CaptureFixture[str], command: object, *arguments: str) -> str:
-    with pytest.raises(SystemExit) as ended:
-        command.main(list(arguments))
-    assert ended.value.code == 2
-    return capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("arguments", "answer"),
-    [
-        (["--nested_lora_rank", "8"], "--set nested_lora_rank=8"),
-        (["--nested_lora_rank=8", "--config", "exps/smoke.json"], "--set nested_lora_rank=8"),
-        (["nested_lora_rank=8"], "--set nested_lora_rank=8"),
-        (["--seed", "1", "2"], "--set 'seed=[1,2]'"),
-        (["--optimizer", "adam"], "--set optimizer=adam"),
-        (["--shuffle", "False"], "--set shuffle=false"),
-        (["--lambda_sparsity", "-1"], "--set lambda_sparsity=-1"),
-        (["--nested_lora_alpha", "0.1"], "--set nested_lora_consolidation_alpha=0.1"),
-        (["--nested_lora_interval", "5"], "--set nested_lora_update_interval_slow=5"),
-        (["--use_nested_lora", "True"], "--set ffn_adapter_type=nested_lora"),
-        (["exps/smoke.json"], "--config exps/smoke.json"),
-        (["--confg", "exps/smoke.json"], "--config"),
-        (["--eval", "True"], "eval.py --run FOLDER"),
-        (["--qqqq", "1"], "--set KEY=VALUE"),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
-)
-def test_arguments_of_other_tools_are_answered_with_the_form_that_works(
-    arguments: list[str], answer: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    message = refused(capsys, main, *arguments)
-    assert answer in message.split("error: ")[1]
-
-
-@pytest.mark.parametrize("arguments", [["--eval", "True"], ["--config", "x.json"], ["--resume", "."], ["x"]])
-def test_eval_answers_with_its_own_form(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    message = refused(capsys, evaluation, *arguments)
-    assert f"python eval.py --run {'.' if '.' in arguments else 'FOLDER'}" in message
-
-
-def test_eval_needs_a_run(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "--run FOLDER" in refused(capsys, evaluation)
-
-
-def test_the_argument_that_is_named_does_what_was_meant(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Every key with a value in a config file, written as an option, is answered with a setting of that value."""
-    values = json.loads((ROOT / "exps/smoke.json").read_text(encoding="utf-8"))
-    del values["description"]
-    arguments = [part for key, value in values.items() for part in (f"--{key}", json.dumps(value))]
-    lines = refused(capsys, main, *arguments).split("error: ")[1].splitlines()
-    assert len(lines) == len(values)
-    for line, (key, value) in zip(lines, values.items(), strict=True):
-        setting = line.split("--set ")[-1].strip("'")
-        assert setting in (f"{key}={json.dumps(value)}", f"{key}={value}")
-
-
-def test_paths_are_taken_as_typed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.chdir(tmp_path)
-    assert given_path("~/logs") == tmp_path / "logs" and given_path("logs/x") == Path("logs/x")
-    assert (
-        given_path(".") == tmp_path and given_path("..") == tmp_path.parent and given_path("a/..") == tmp_path
-    )
-
-
-@pytest.mark.parametrize("arguments", [["--config", ""], ["--resume", ""], ["--sweep", "\0"]])
-def test_no_path_is_a_usage_error(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert "allowed: a path" in refused(capsys, main, *arguments)

@@ -1,14 +1,16 @@
-"""Files: whole or not at all, JSON answered in one sentence, what the operating system refuses told with its path."""
+"""utils.files and utils.errors: files whole or not at all, one sentence for bad JSON and refused calls."""
 
 import errno
 import json
 import os
+import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from utils.errors import UserError, exit_code
-from utils.files import read_json, replace_file, write_json
+from utils.errors import Interrupted, UserError, exit_code
+from utils.files import npz_headers, read_json, replace_file, sha256_file, why_no_file, write_json
 
 DAMAGED = {
     "not JSON": b"{",
@@ -20,17 +22,16 @@ DAMAGED = {
 
 @pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED.keys())
 def test_damaged_json_is_named(tmp_path: Path, content: bytes) -> None:
-    path = tmp_path / "config.json"
-    path.write_bytes(content)
+    (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(UserError, match="config.json.*damaged"):
-        read_json(path)
+        read_json(tmp_path / "config.json")
 
 
 def test_no_file_and_a_folder_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no a.json"):
         read_json(tmp_path / "a.json")
     (tmp_path / "b.json").mkdir()
-    with pytest.raises(UserError, match="b.json is a folder"):
+    with pytest.raises(UserError, match="b.json cannot be read"):
         read_json(tmp_path / "b.json")
 
 
@@ -38,6 +39,9 @@ def test_json_comes_back_in_utf8(tmp_path: Path) -> None:
     values = {"name": "höhe 高", "n": 1.5}
     path = write_json(tmp_path / "x.json", values)
     assert read_json(path) == values == json.loads(path.read_text(encoding="utf-8"))
+    with pytest.raises(ValueError):
+        write_json(path, {"n": float("nan")})
+    assert read_json(path) == values
 
 
 def test_a_refused_write_leaves_the_old_file_and_nothing_beside(tmp_path: Path, monkeypatch) -> None:
@@ -59,8 +63,45 @@ def test_a_refused_write_names_the_file_and_not_a_temporary_one(tmp_path: Path) 
     assert refused.value.filename == str(tmp_path / "x")
 
 
-def test_a_command_that_the_system_refuses_ends_in_a_sentence(tmp_path: Path, capsys) -> None:
-    (tmp_path / "file").write_text("")
-    assert exit_code(lambda: (tmp_path / "file" / "folder").mkdir()) == 2
-    told = capsys.readouterr().err
-    assert str(tmp_path / "file") in told and "move it away" in told
+def test_what_is_no_regular_file_is_told_without_opening_it(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    told = {path.name: why_no_file(path) for path in (tmp_path, tmp_path / "fifo", tmp_path / "link")}
+    assert told == {
+        tmp_path.name: "it is a folder",
+        "fifo": "it is a FIFO",
+        "link": "it is a link to nothing",
+    }
+    assert why_no_file(replace_file(tmp_path / "x", b"")) is None
+
+
+def test_hashes_are_of_contents_and_headers_are_read_without_arrays(tmp_path: Path) -> None:
+    empty = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+    assert sha256_file(replace_file(tmp_path / "x", b"")) == empty
+    np.savez_compressed(tmp_path / "a.npz", images=np.zeros((3, 2), np.uint8), labels=np.arange(3.0))
+    assert npz_headers(tmp_path / "a.npz") == {"images": ((3, 2), np.uint8), "labels": ((3,), np.float64)}
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "told"),
+    [
+        (None, 0, ""),
+        (UserError("do this"), 2, "do this"),
+        (Interrupted(), 130, ""),
+        (KeyboardInterrupt(), 130, ""),
+        (
+            NotADirectoryError(errno.ENOTDIR, "Not a directory", "logs/x"),
+            2,
+            "logs/x: .*move it away.*--resume.*",
+        ),
+    ],
+    ids=["done", "mistake", "interrupted", "Ctrl-C", "refused"],
+)
+def test_exit_codes_and_their_sentence(error: BaseException | None, code: int, told: str, capsys) -> None:
+    def work() -> None:
+        if error is not None:
+            raise error
+
+    assert exit_code(work) == code
+    written = capsys.readouterr().err
+    assert re.fullmatch(told, written.strip())

@@ -1,7 +1,7 @@
 """Checkpoints that survive being killed at any byte: safetensors for tensors, JSON for the rest, no pickle.
 
-    save_checkpoint(run / "checkpoints" / checkpoint_name(3), tensors, state)          # at the end of task 3
-    save_checkpoint(run / "checkpoints" / checkpoint_name(3, 120), tensors, state)     # interrupted at its step 120
+    save_checkpoint(run / "checkpoints" / checkpoint_name(3), tensors, state)         # at the end of task 3
+    save_checkpoint(run / "checkpoints" / checkpoint_name(3, 120), tensors, state)    # after its step 120
     tensors, state = load_checkpoint(latest_checkpoint(run / "checkpoints"))
 
 A checkpoint is a folder with `tensors.safetensors` and `state.json`, which records the format's version and
@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 from safetensors import torch as safetensors_torch
 
 from utils.errors import UserError
-from utils.files import sync_folder, write_synced
+from utils.files import read_json, sync_folder, write_synced
 
 FORMAT = "nested-lora checkpoint"
 VERSION = 1
@@ -39,12 +39,12 @@ _NAME = re.compile(r"task_(\d+)(?:_step_(\d+))?")
 
 
 def checkpoint_name(task: int, step: int | None = None) -> str:
-    """Folder name of a checkpoint: `task_03` at the end of task 3, `task_03_step_000120` after 120 of its steps."""
+    """Folder name of a checkpoint: `task_03` at the end of task 3, `task_03_step_000120` inside it."""
     return f"task_{task:02d}" if step is None else f"task_{task:02d}_step_{step:06d}"
 
 
 def save_checkpoint(folder: Path, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> None:
-    """Write a checkpoint so that at every moment either the old one, the new one or none is visible, each whole.
+    """Write a checkpoint; at every moment the old one, the new one or none is visible, each whole.
 
     folder: where it shall stand; its parent is created. An existing checkpoint there is replaced.
     tensors: any dtype safetensors knows, any device, any shape; aliases and views are stored as separate
@@ -67,7 +67,6 @@ def save_checkpoint(folder: Path, tensors: Mapping[str, torch.Tensor], state: Ma
     header = {
         "format": FORMAT,
         "version": VERSION,
-        "tensors_bytes": len(payload),
         "tensors_sha256": hashlib.sha256(payload).hexdigest(),
         "state_sha256": hashlib.sha256(state_text.encode()).hexdigest(),
         "state": state,
@@ -106,14 +105,13 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, An
             raise UserError(f"{folder} is not a checkpoint: it holds no {name}")
     header = _read_header(folder)
     payload = (folder / TENSORS_FILE).read_bytes()
-    if len(payload) != header["tensors_bytes"]:
-        raise _damaged(
-            folder, f"{TENSORS_FILE} has {len(payload)} bytes instead of {header['tensors_bytes']}"
-        )
-    if hashlib.sha256(payload).hexdigest() != header["tensors_sha256"]:
-        raise _damaged(folder, f"{TENSORS_FILE} does not have the recorded SHA-256")
-    if hashlib.sha256(_canonical(header["state"]).encode()).hexdigest() != header["state_sha256"]:
-        raise _damaged(folder, f"{STATE_FILE} does not have the recorded SHA-256")
+    parts = {
+        TENSORS_FILE: (payload, header["tensors_sha256"]),
+        STATE_FILE: (_canonical(header["state"]).encode(), header["state_sha256"]),
+    }
+    for name, (content, sha256) in parts.items():
+        if hashlib.sha256(content).hexdigest() != sha256:
+            raise _damaged(folder, f"{name} does not have the recorded SHA-256")
     try:
         return safetensors_torch.load(payload), header["state"]
     except SafetensorError as error:
@@ -146,7 +144,7 @@ def latest_checkpoint(checkpoints: Path) -> Path | None:
 
 
 def _tidy(checkpoints: Path) -> None:
-    """Undo what an interrupted save left: bring back what it had set aside, remove what it had not finished."""
+    """Undo what an interrupted save left: restore what it had set aside, remove what it had not finished."""
     for aside in checkpoints.glob(f"{SET_ASIDE}*"):
         visible = aside.with_name(aside.name.removeprefix(SET_ASIDE))
         if visible.exists():
@@ -158,7 +156,7 @@ def _tidy(checkpoints: Path) -> None:
 
 
 def _remove(aside: Path) -> None:
-    """Remove a folder that was set aside, renaming it first: a half-removed one is never taken for a checkpoint."""
+    """Remove a folder that was set aside; renamed first, it is never taken for a checkpoint half-removed."""
     condemned = aside.with_name(TEMPORARY + aside.name)
     os.rename(aside, condemned)
     shutil.rmtree(condemned)
@@ -166,22 +164,22 @@ def _remove(aside: Path) -> None:
 
 def _read_header(folder: Path) -> dict[str, Any]:
     try:
-        header = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise _damaged(folder, f"{STATE_FILE} is not valid JSON ({error})") from error
-    if not isinstance(header, dict) or header.get("format") != FORMAT:
+        header = read_json(folder / STATE_FILE)
+    except UserError as error:
+        raise _damaged(folder, str(error)) from error
+    if header.get("format") != FORMAT:
         raise UserError(
             f"{folder} is not a checkpoint of this program: its {STATE_FILE} does not say '{FORMAT}'"
         )
     version = header.get("version")
     if isinstance(version, int) and version > VERSION:
         raise UserError(
-            f"{folder} has checkpoint format {version}, this program reads up to {VERSION}: update the program"
+            f"{folder} has checkpoint format {version}, this program reads up to {VERSION}: update it"
         )
-    expected = {"tensors_bytes": int, "tensors_sha256": str, "state_sha256": str, "state": dict}
+    expected = {"version": int, "tensors_sha256": str, "state_sha256": str, "state": dict}
     wrong = [key for key, kind in expected.items() if not isinstance(header.get(key), kind)]
-    if version != VERSION or wrong:
-        raise _damaged(folder, f"{STATE_FILE} has no usable {', '.join(wrong) or 'version'}")
+    if wrong:
+        raise _damaged(folder, f"{STATE_FILE} has no usable {', '.join(wrong)}")
     return header
 
 

@@ -1,21 +1,20 @@
-"""The figures of a run, drawn from the files in its folder and from nothing else.
+"""Figures of a run, drawn from the files in its folder and from nothing else.
 
     draw_figures(Path("logs/sema/mnist_5k/0/2/quickstart_1993_vit_small_patch14_reg4_dinov2"), SEMA.figures)
 
     figures/accuracy_matrix.png   accuracy on each task after each task, with numbers
-    figures/accuracy_curves.png   accuracy over all classes seen, and over each task's, as the run goes on
-    figures/norms.png             what the fast and the slow branch add in each block (where a run logs them)
+    figures/accuracy_curves.png   accuracy over all classes seen, and over each task's, over tasks
+    figures/norms.png             size of the fast and the slow branch in each block (where a run logs it)
     figures/growth.png            number of adapters in each block
 
-A method may add its own, as the gate of SD-LoRA and the experiment on grids do. An
-unfinished run is drawn as far as it got. Colours can be told apart by colour-blind readers and in print.
+A method names its own `Figures`. An unfinished run is drawn as far as it got. Colours can be told apart by
+colour-blind readers and in print.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -68,13 +67,12 @@ def draw_figures(run_folder: Path, figures: Figures) -> list[Path]:
     rows = read_accuracy_csv(run_folder) if (run_folder / ACCURACY).exists() else []
     try:
         with mpl.rc_context(STYLE):
-            drawn = {
-                name: png(figure) for name, figure in figures(events, rows, describe(config, result)).items()
-            }
+            found = figures(events, rows, describe(config, result))
+            drawn = {name: png(figure) for name, figure in found.items()}
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         told = in_one_line(error)
         raise UserError(
-            f"{run_folder / METRICS} holds events that cannot be drawn ({told}): the file is damaged, restore it"
+            f"{run_folder / METRICS} holds events that cannot be drawn ({told}): it is damaged, restore it"
         ) from error
     folder = run_folder / FIGURES
     folder.mkdir(exist_ok=True)
@@ -87,9 +85,7 @@ def class_incremental_figures(
     """Figures of a class-incremental run that it has numbers for, by file name."""
     tasks = [event for event in events if event["event"] == "task"]
     norms = [event for event in events if event["event"] == "norms"]
-    finished = min(
-        len(rows), len(tasks)
-    )  # a run killed between the two files has one row more in one of them
+    finished = min(len(rows), len(tasks))  # a run killed between the two files has one more in one of them
     rows, totals = rows[:finished], [event["total"] for event in tasks[:finished]]
     adapters = [event.get("adapters") or {} for event in tasks]
     figures: dict[str, Figure] = {}
@@ -108,19 +104,13 @@ def describe(config: Mapping[str, Any], result: Mapping[str, Any] | None) -> str
     seed = (result or {}).get("seed", config.get("seed"))
     if isinstance(seed, list):
         seed = ", ".join(map(str, seed))
-    names = [
-        config.get("prefix"),
-        config.get("model_name"),
-        config.get("dataset"),
-        config.get("backbone_type"),
-        config.get("encoder"),
-    ]
+    names = [config.get(key) for key in ("prefix", "model_name", "dataset", "backbone_type", "encoder")]
     parts = [str(name) for name in names if name] + [f"seed {seed}"]
     return " · ".join(parts if result else [*parts, "unfinished"])
 
 
 def accuracy_matrix_figure(rows: Sequence[Sequence[float]], totals: Sequence[float], subtitle: str) -> Figure:
-    """Heat map of a[t][k] (row t, column k, percent) with the accuracy over all seen classes as a last column."""
+    """Heat map of a[t][k] (row t, column k, percent); the last column is the accuracy over all seen classes."""
     tasks = len(rows)
     numbered = tasks <= MOST_NUMBERED_TASKS
     cell = 0.56 if tasks <= 12 else 0.44 if numbered else 11.0 / tasks  # inches
@@ -141,9 +131,8 @@ def accuracy_matrix_figure(rows: Sequence[Sequence[float]], totals: Sequence[flo
         "aspect": "auto",
     }
     image = axes.imshow(matrix, **style)
-    axes.imshow(
-        np.array(totals)[:, None], extent=(all_seen - 0.5, all_seen + 0.5, tasks - 0.5, -0.5), **style
-    )
+    beside = (all_seen - 0.5, all_seen + 0.5, tasks - 0.5, -0.5)
+    axes.imshow(np.array(totals)[:, None], extent=beside, **style)
     axes.set_xlim(-0.5, all_seen + 0.5)
     axes.set_ylim(tasks - 0.5, -0.5)
     if numbered:
@@ -164,7 +153,7 @@ def accuracy_matrix_figure(rows: Sequence[Sequence[float]], totals: Sequence[flo
 
 
 def accuracy_curves_figure(rows: Sequence[Sequence[float]], totals: Sequence[float], subtitle: str) -> Figure:
-    """A_t over all seen classes (thick) and the accuracy on each task's own test images (thin), percent, over tasks."""
+    """A_t over all seen classes (thick), accuracy on each task's own test images (thin), percent, over tasks."""
     tasks = len(rows)
     crowded = tasks > 12
     width, height = (9.0, 5.4) if crowded else (7.2, 4.4)
@@ -217,13 +206,10 @@ def norms_figure(events: Sequence[Mapping[str, Any]], subtitle: str) -> Figure:
         Line2D([], [], color=BLUE, marker="s", ms=4, lw=1.4, label="slow"),
     ]
     if consolidated:
-        handles.append(
-            Line2D([], [], color=GREY, marker="o", ms=4, mfc="white", lw=0, label="after consolidation")
-        )
-    if max(event["adapter"] for event in events) > min(event["adapter"] for event in events):
-        handles.append(
-            Line2D([], [], color=GREY, alpha=0.5, lw=1.4, label="one line an adapter, later ones darker")
-        )
+        hollow = {"marker": "o", "ms": 4, "mfc": "white", "lw": 0}
+        handles.append(Line2D([], [], color=GREY, label="after consolidation", **hollow))
+    if len({event["adapter"] for event in events}) > 1:
+        handles.append(Line2D([], [], color=GREY, alpha=0.5, lw=1.4, label="adapters, later ones darker"))
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
     return figure
 
@@ -235,9 +221,8 @@ def growth_figure(adapters: Sequence[Mapping[str, int]], subtitle: str) -> Figur
     """
     tasks = len(adapters)
     blocks = sorted({int(block) for counts in adapters for block in counts})
-    counts = np.array(
-        [[counts.get(str(block), 0) for counts in adapters] for block in blocks]
-    )  # (blocks, tasks)
+    rows = [[after.get(str(block), 0) for after in adapters] for block in blocks]
+    counts = np.array(rows)  # (blocks, tasks)
     most = max(4, int(counts.max()))  # few adapters: pale colours
     cell = 0.5 if tasks <= 12 else 0.4 if tasks <= MOST_NUMBERED_TASKS else 11.0 / tasks
     width, height = max(NARROWEST, cell * tasks + 2.2), 1.9 + 0.3 * len(blocks)
@@ -268,7 +253,7 @@ def growth_figure(adapters: Sequence[Mapping[str, int]], subtitle: str) -> Figur
 
 
 def _task_colour_bar(figure: Figure, axes: Axes, colours: np.ndarray) -> None:
-    """A bar of one colour a task, numbered; colours: (tasks, 4)."""
+    """A bar with the colour of each task, numbered; colours: (tasks, 4)."""
     tasks = len(colours)
     mappable = ScalarMappable(BoundaryNorm(np.arange(tasks + 1) - 0.5, tasks), ListedColormap(colours))
     ticks = range(0, tasks, math.ceil(tasks / 20))
@@ -280,31 +265,23 @@ def _task_colour_bar(figure: Figure, axes: Axes, colours: np.ndarray) -> None:
 
 def _draw_norms(axes: Axes, events: Sequence[Mapping[str, Any]], marker_size: float) -> bool:
     """Both branches of one block's adapters; returns whether any of them changed at a task's end."""
-    histories: dict[int, dict[int, dict[str, Mapping[str, Any]]]] = defaultdict(lambda: defaultdict(dict))
-    for event in events:
-        histories[event["adapter"]][event["task"]][event["when"]] = event
-    strengths = np.linspace(0.4, 1.0, len(histories)) if len(histories) > 1 else [1.0]
+    adapters = sorted({event["adapter"] for event in events})
+    strengths = np.linspace(0.4, 1.0, len(adapters)) if len(adapters) > 1 else [1.0]
+    in_order = sorted(events, key=lambda event: (event["task"], event["when"] != "before"))
     changed = False
-    for strength, adapter in zip(strengths, sorted(histories), strict=True):
+    for strength, adapter in zip(strengths, adapters, strict=True):
+        own = [event for event in in_order if event["adapter"] == adapter]
         for branch, colour, marker, aside in (("slow", BLUE, "s", -0.1), ("fast", VERMILLION, "o", 0.1)):
-            points = []  # (x, norm, is it after a change?); the branches stand a little apart
-            for task, moments in sorted(histories[adapter].items()):
-                first, *rest = (
-                    moments[when][f"{branch}_effect"] for when in ("before", "after") if when in moments
-                )
-                points.append((task + aside, first, False))
-                points += [(task + aside, value, True) for value in rest if value != first]
-            x, y, after = zip(*points, strict=True)
-            axes.plot(x, y, color=colour, lw=1.3, alpha=strength)
-            for hollow in (False, True):
-                chosen = [(position, norm) for position, norm, is_after in points if is_after == hollow]
-                if chosen:
-                    look = {
-                        "ms": marker_size,
-                        "color": colour,
-                        "mfc": "white" if hollow else colour,
-                        "alpha": strength,
-                    }
-                    axes.plot(*zip(*chosen, strict=True), marker, **look)
-            changed |= any(after)
+            points: list[tuple[int, float, bool]] = []  # (task, norm, is it after a change?)
+            for event in own:
+                norm, again = event[f"{branch}_effect"], bool(points) and points[-1][0] == event["task"]
+                if not again or norm != points[-1][1]:
+                    points.append((event["task"], norm, again))
+            tasks, norms, after = (np.array(values) for values in zip(*points, strict=True))
+            x = tasks + aside  # the branches stand a little apart
+            style: dict[str, Any] = {"color": colour, "alpha": strength}
+            axes.plot(x, norms, lw=1.3, **style)
+            axes.plot(x[~after], norms[~after], marker, ms=marker_size, **style)
+            axes.plot(x[after], norms[after], marker, ms=marker_size, mfc="white", **style)
+            changed |= bool(after.any())
     return changed

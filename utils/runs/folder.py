@@ -1,7 +1,7 @@
 """Run folder: where it lies, which process may write it, and how it is claimed, replaced and given up.
 
     claim = claim_folder(folder_of(config, seed=1993), {"config.json": text.encode()}, overwrite=False)
-    claim.folder                 # the first free one of folder, folder_2, ...: locked, with its config.json in it
+    claim.folder                 # the first free one of folder, folder_2, ...: locked, with its config.json
     claim.abandon()              # where nothing was recorded: removed, and what it was to replace is back
     remove_replaced(folder)      # where the new run is finished
 
@@ -21,7 +21,7 @@ import shlex
 import shutil
 import socket
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -43,8 +43,7 @@ TABLE = "metrics.csv"
 ACCURACY = "accuracy.csv"
 TENSORBOARD = "tb"
 FIGURES = "figures"
-HALF_MADE = {METRICS, TENSORBOARD, TABLE, f".{CONFIG}.tmp"}  # what a run can hold before its configuration
-UNBEGUN = {CONFIG, MANIFEST, METRICS, TENSORBOARD, TABLE}  # what it can hold before its first event
+UNBEGUN = {CONFIG, MANIFEST, METRICS, TENSORBOARD, TABLE}  # what a run can hold before its first event
 
 REPLACED = ".replaced"  # suffix of a folder while its replacement is unfinished
 ORPHANS = 10.0  # seconds that data workers may outlive a killed process, whose lock they hold
@@ -64,7 +63,7 @@ def text_log(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.log")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Lock
 
 
@@ -87,13 +86,13 @@ class FolderLock:
         self._owner = real.with_name(f".{real.name}.lock.json")
 
     def acquire(self) -> FolderLock:
-        """Take the lock. FolderInUse, a UserError that names the process that has it, where another does."""
+        """Take the lock. FolderInUse, which names the process that has it, where another does."""
         try:
             self._lock.acquire(timeout=ORPHANS if self._left_by_the_dead() else 0)
         except Timeout:
             raise FolderInUse(
-                f"{self.folder} is being written by {self.holder}: wait until it has ended, or stop it, then give "
-                "the command again"
+                f"{self.folder} is being written by {self.holder}: wait until it has ended, or stop it, then "
+                "give the command again"
             ) from None
         since = datetime.now().astimezone().isoformat(timespec="seconds")
         try:
@@ -134,33 +133,29 @@ class FolderLock:
             return False
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # A new run's folder
 
 
 @dataclass(frozen=True)
 class Claim:
-    """The folder of a new run, locked by this process.
+    """The folder of a new run, locked by this process; `notes` are for the log.
 
-    Attributes:
-        lock: of the folder.
-        notes: sentences about folders that were left alone or set aside, for the log.
-        new_parents: folders that were made for it, the innermost first.
+    new_parents: folders that were made for it, the innermost first.
     """
 
+    folder: Path
     lock: FolderLock
     notes: Sequence[str]
     new_parents: Sequence[Path]
 
-    @property
-    def folder(self) -> Path:
-        """Where the run is recorded."""
-        return self.lock.folder
-
     def abandon(self) -> None:
-        """Remove a run that has recorded nothing, and the folders made for it; what it was to replace comes back."""
-        if self.folder.exists() and not _is_unbegun(self.folder):
-            return
+        """Remove a run that has recorded nothing, and the folders made for it; what it replaces comes back."""
+        if self.folder.exists():
+            metrics = self.folder / METRICS
+            names = {path.name for path in self.folder.iterdir()}
+            if not names <= UNBEGUN or metrics.exists() and metrics.stat().st_size:
+                return
         remove_folder(self.folder)
         if restore_replaced(self.folder) is None and self.new_parents:
             self.lock.path.unlink()
@@ -173,11 +168,10 @@ class Claim:
 def claim_folder(folder: Path, files: Mapping[str, bytes], overwrite: bool) -> Claim:
     """Make the folder of a new run, which holds the files from its first moment on.
 
-    An existing folder is left alone: the run goes to `<folder>_2` (or `_3`, ...), and what is there is named
-    in the notes, an unfinished run with the command that continues it. With `overwrite` the existing folder
-    and its log are set aside until the new run is finished. What a process left that was killed before it had
-    begun is removed. Raises UserError when the folder cannot be created, is being written, or is to be
-    replaced and is no run's.
+    An existing folder is left alone: the run goes to `<folder>_2` (or `_3`, ...), and the notes name what is
+    there, an unfinished run with the command that continues it. With `overwrite` the existing folder and its
+    log are set aside until the new run is finished. Raises UserError when the folder cannot be created, is
+    being written, or is to be replaced and is no run's.
     """
     new_parents = [parent for parent in folder.parents if not parent.exists()]
     try:
@@ -185,19 +179,15 @@ def claim_folder(folder: Path, files: Mapping[str, bytes], overwrite: bool) -> C
         lock, notes = _lock_first_free(folder, overwrite)
     except OSError as error:
         raise UserError(f"cannot create {folder}: {os_error_sentence(error, AGAIN)}") from error
-    try:
+    claim = Claim(lock.folder, lock, notes, new_parents)
+    with ExitStack() as failed:
+        failed.callback(lock.release)
         if overwrite:
-            _make_way(lock.folder)
-            notes += waiting_notes(lock.folder)
-        claim = Claim(lock, notes, new_parents)
-        try:
-            create_folder(lock.folder, files)
-        except BaseException:
-            claim.abandon()
-            raise
-    except BaseException:
-        lock.release()
-        raise
+            _make_way(folder)
+            notes += waiting_notes(folder)
+        failed.callback(claim.abandon)
+        create_folder(claim.folder, files)
+        failed.pop_all()
     return claim
 
 
@@ -223,8 +213,6 @@ def _lock_first_free(folder: Path, overwrite: bool) -> tuple[FolderLock, list[st
             notes.append(f"{candidate} is being written by {lock.holder}")
             continue
         restore_replaced(candidate)
-        if candidate.is_dir() and not candidate.is_symlink() and _names_in(candidate) <= HALF_MADE:
-            remove_folder(candidate)
         if overwrite or not (os.path.lexists(candidate) or os.path.lexists(text_log(candidate))):
             return lock, [*notes, f"this run goes to {candidate}"] if notes else []
         lock.release()
@@ -249,17 +237,7 @@ def _make_way(folder: Path) -> None:
         remove_folder(folder)
 
 
-def _is_unbegun(folder: Path) -> bool:
-    """Whether a run has recorded nothing yet: no event, no checkpoint."""
-    empty = not (folder / METRICS).exists() or (folder / METRICS).stat().st_size == 0
-    return empty and _names_in(folder) <= UNBEGUN
-
-
-def _names_in(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir()}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Creating, replacing, removing; the caller holds the folder's lock
 
 
@@ -305,7 +283,7 @@ def set_aside(folder: Path) -> Path:
 
 
 def restore_replaced(folder: Path) -> Path | None:
-    """Move the newest folder that was set aside back where none stands in its place; returns where it had been.
+    """Move the newest folder that was set aside back where none stands in its place; returns where it was.
 
     That is so after a process was killed between the two moves, and when its replacement was given up.
     """
@@ -318,7 +296,7 @@ def restore_replaced(folder: Path) -> Path | None:
 
 
 def remove_replaced(folder: Path) -> None:
-    """Remove what a folder replaces, now that it is finished; one that another process writes is left and named."""
+    """Remove what a finished folder replaces; one that another process writes is left and named."""
     for aside in replaced_folders(folder):
         try:
             with FolderLock(aside) as lock:

@@ -5,9 +5,9 @@
      "finished": "2026-11-28T15:30:00+00:00",
      "seed": 2, "class_order": [...], ...}
 
-    origin = read_provenance(run_folder)                 # the code, libraries, data and weights its numbers come from
-    origin.unlike(read_provenance(other_folder))         # ["libraries"]: the two are not paired
-    changes({"nested, seed 1": origin, ...})             # a sentence for each kind that changed from run to run
+    origin = read_provenance(run_folder)             # the code, libraries, data and weights behind its numbers
+    origin.unlike(read_provenance(other_folder))     # ["libraries"]: the two are not paired
+    changes({"nested, seed 1": origin, ...})         # a sentence for each kind that changed from run to run
 
 A session is one process (or one group of them under torchrun) that worked on the run; each resume adds one.
 Every seed is a run of its own, and the runs of one command share its id. `finished` is written last of all.
@@ -38,7 +38,7 @@ from utils.runs.folder import CONFIG, FIGURES, MANIFEST, RESULT, replaced_folder
 ROOT = Path(__file__).resolve().parents[2]
 LIBRARIES = (torch, torchvision, timm, numpy, PIL)  # another version may make other numbers of the same files
 CODE = ("*.py", "backbone/**/*.py", "models/**/*.py", "utils/**/*.py")  # what a run can execute
-# kind -> keys of a configuration that say what is hashed: where they differ, another hash is what was asked for
+# kind -> keys of a configuration that say what is hashed: where they differ, other hashes were asked for
 SOURCES = {
     "data": ("dataset", "data_root"),
     "weights": ("backbone_type", "weights", "weights_root", "image_size"),
@@ -48,20 +48,22 @@ SHOWN = 12  # characters of a hash
 MAX_NAMED = 4  # runs in a sentence
 
 
-class Command(BaseModel):
-    """The command that started a run: its seeds, each a run, and whether earlier runs are replaced."""
+class Strict(BaseModel):
+    """A part of a manifest: values have the types they were written with."""
 
     model_config = ConfigDict(strict=True)
+
+
+class Command(Strict):
+    """The command that started a run: its seeds, each a run, and whether earlier runs are replaced."""
 
     id: str
     seeds: Annotated[list[int], Field(min_length=1)]
     overwrite: bool
 
 
-class Session(BaseModel):
+class Session(Strict):
     """One process that works on a run, and what its numbers may depend on beside the configuration."""
-
-    model_config = ConfigDict(strict=True)
 
     started: str
     commit: str | None
@@ -80,10 +82,8 @@ class Session(BaseModel):
         return [f"{key} {before.get(key)} -> {now.get(key)}" for key in changed]
 
 
-class Manifest(BaseModel):
+class Manifest(Strict, extra="allow"):
     """The content of a manifest; what the method adds is kept as it is."""
-
-    model_config = ConfigDict(strict=True, extra="allow")
 
     command: Command
     sessions: Annotated[list[Session], Field(min_length=1)]
@@ -100,7 +100,7 @@ def read_manifest(folder: Path) -> Manifest:
         detail = error.errors(include_url=False)[0]
         where = ".".join(map(str, detail["loc"]))
         raise UserError(
-            f"{path} is damaged or of another version of this program: {where}: {detail['msg']}; restore the file"
+            f"{path} is damaged or of another version of this program: {where}: {detail['msg']}; restore it"
         ) from error
 
 
@@ -114,7 +114,7 @@ def is_complete(folder: Path) -> bool:
     return read_manifest(folder).finished is not None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The session that begins now
 
 
@@ -176,13 +176,13 @@ def commit() -> str | None:
         return None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Provenance
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """The code, libraries, data and weights that a run's numbers come from; configuration and seed are no part of it.
+    """The code, libraries, data and weights that a run's numbers come from, beside configuration and seed.
 
     Attributes:
         values: kind ("code", "libraries", "data", "weights") -> name -> hash or version. A kind that the run
@@ -205,7 +205,7 @@ class Provenance:
 
 
 def read_provenance(folder: Path) -> Provenance:
-    """The provenance of the run in a folder. UserError: its `config.json` or `manifest.json` is absent or damaged.
+    """The provenance of the run in a folder. UserError: `config.json` or `manifest.json` is absent or damaged.
 
     Where several sessions worked on the run, code and versions are those of all of them: `1.2 + 1.3`.
     """
@@ -229,12 +229,12 @@ def read_provenance(folder: Path) -> Provenance:
 
 
 def present() -> Provenance:
-    """The provenance of a run that starts now, as far as nothing needs to be read for it: code and libraries."""
+    """The provenance of a run that starts now, without data and weights."""
     return Provenance({"code": {"sha256": code_sha256()}, "libraries": versions()}, {})
 
 
 def changes(origins: Mapping[str, Provenance]) -> list[str]:
-    """A sentence for each kind that is not the same in all runs that ask for the same; origins: by the runs' labels."""
+    """A sentence for each kind that differs between runs that ask for the same; origins: by the runs' labels."""
     groups: dict[tuple[str, Any], dict[Any, list[str]]] = {}  # (kind, source) -> value -> labels
     for label, origin in origins.items():
         for kind, value in origin.values.items():
@@ -250,9 +250,9 @@ def changes(origins: Mapping[str, Provenance]) -> list[str]:
 
 
 def outdated(origins: Mapping[str, Provenance]) -> dict[str, list[str]]:
-    """Label -> the kinds in which a run differs from the last one that asks for the same; runs without any are absent.
+    """Label -> the kinds in which a run differs from the last one that asks for the same.
 
-    origins: by the runs' labels, in the order in which they ended.
+    Runs without any are absent. origins: by the runs' labels, in the order in which they ended.
     """
     last: dict[tuple[str, Any], Mapping[str, str]] = {}
     for origin in origins.values():

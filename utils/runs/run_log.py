@@ -1,9 +1,10 @@
-"""Record of one run (one seed): its text log, its numbers, and views of them for TensorBoard and spreadsheets.
+"""Record of one run (one seed): its text log and its numbers.
 
     with RunLog.create(folder_of(config, seed=1993), config=config.model_dump(), overwrite=False) as run:
         run.manifest({...})
-        run.metric("epoch", task=0, phase="func", block=None, epoch=0, loss=0.7, train_accuracy=81.0,
-        lr={"fast": 0.01}) run.accuracy_csv(matrix.rows) run.result({...})
+        run.metric("epoch", task=0, phase="func", epoch=0, loss=0.7, train_accuracy=81.0, lr={"fast": 0.01})
+        run.accuracy_csv(matrix.rows)
+        run.result({...})
 
 `config.json`, `manifest.json`, `result.json` and `accuracy.csv` are replaced as a whole, atomically.
 `metrics.jsonl` takes one line per event. `tb/` and `metrics.csv` (tag, step, value) are views of
@@ -21,16 +22,10 @@ import math
 import os
 import shutil
 import sys
-import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
-
-from tensorboard.compat.proto.event_pb2 import Event
-from tensorboard.compat.proto.summary_pb2 import Summary
-from tensorboard.summary.writer.record_writer import RecordWriter
 
 from utils.console import add_handler, attach_console
 from utils.errors import UserError
@@ -48,11 +43,9 @@ from utils.runs.folder import (
     text_log,
     waiting_notes,
 )
+from utils.runs.metric_views import MetricViews
 
 logger = logging.getLogger("nested_lora")
-
-POSITION_FIELDS = {"task", "epoch", "step"}  # where in the run an event happened: not values to draw
-NUMBERED_FIELDS = {"block", "adapter"}  # numbers that say what an event is about: part of its tag
 
 
 class RunLog:
@@ -69,7 +62,7 @@ class RunLog:
             self._handlers = _open_text_log(self.log_path)
             opened.callback(self._detach)
             self._metrics = opened.enter_context(open(folder / METRICS, "ab", buffering=0))
-            self._views = _Views(folder / TENSORBOARD, folder / TABLE)
+            self._views = MetricViews(folder / TENSORBOARD, folder / TABLE)
             opened.pop_all()
 
     @classmethod
@@ -132,7 +125,7 @@ class RunLog:
         return os.fstat(self._metrics.fileno()).st_size
 
     def metric(self, event: str, **fields: Any) -> None:
-        """Append one line `{"event": event, **fields}` to `metrics.jsonl` and hand it to the operating system.
+        """Append the line `{"event": event, **fields}` to `metrics.jsonl` and hand it to the operating system.
 
         Non-finite numbers become null; NumPy and tensor values become plain ones; keys become text.
         A killed process loses at most the line it was writing. OSError when the disk does not take it; no
@@ -155,7 +148,7 @@ class RunLog:
         return self._replace(name, json_bytes(_plain(values)))
 
     def manifest(self, values: Mapping[str, Any]) -> Path:
-        """Write `manifest.json`: what the run was made with, and in which sessions (`utils/runs/manifest.py`)."""
+        """Write `manifest.json`: what the run was made with, and in which sessions."""
         return self.write_json(MANIFEST, values)
 
     def result(self, values: Mapping[str, Any]) -> Path:
@@ -174,7 +167,7 @@ class RunLog:
         return self._replace(ACCURACY, text.getvalue().encode())
 
     def close(self) -> None:
-        """Close the files, take the handlers off the logger, give the lock back. Closing twice is harmless."""
+        """Close the files, detach the log handlers, give the lock back. Closing twice is harmless."""
         with ExitStack() as closing:  # each of them, whatever the disk refuses of the others
             closing.callback(self._lock.release)
             closing.callback(self._metrics.close)
@@ -270,62 +263,8 @@ def read_accuracy_csv(folder: Path) -> list[list[float]]:
     return matrix
 
 
-def scalars(event: Mapping[str, Any]) -> list[tuple[str, float]]:
-    """What TensorBoard draws of an event: [(tag, value)].
-
-    The tag is the event's name, then what it is about (text fields, block and adapter numbers), then the
-    value's field: `epoch/rd/block_09/loss`, `task/accuracy/00`. Position in the run (task, epoch, step) and
-    nulls are not drawn.
-    """
-    about = [
-        f"{name}_{value:02d}" if name in NUMBERED_FIELDS else str(value)
-        for name, value in event.items()
-        if (name in NUMBERED_FIELDS and isinstance(value, int)) or isinstance(value, str)
-    ]
-    values = {name: value for name, value in event.items() if name not in POSITION_FIELDS | NUMBERED_FIELDS}
-    return [("/".join([*about, *path]), value) for path, value in _numbers(values)]
-
-
-class _Views:
-    """The numbers of events as TensorBoard's file and as a table.
-
-    The step is a counter for each tag, so that the same events always give the same curves and lines.
-    """
-
-    def __init__(self, board: Path, table: Path) -> None:
-        board.mkdir(exist_ok=True)
-        self._events_path = board / f"events.out.tfevents.{time.time_ns() // 10**9}.{os.getpid()}"
-        self._table_path = table
-        self._events = open(self._events_path, "wb")  # noqa: SIM115 - closed by close()
-        self._records = RecordWriter(self._events)
-        self._records.write(Event(wall_time=time.time(), file_version="brain.Event:2").SerializeToString())
-        self._table = open(table, "w", encoding="utf-8", newline="")  # noqa: SIM115 - closed by close()
-        self._rows = csv.writer(self._table, lineterminator="\n")
-        self._rows.writerow(["tag", "step", "value"])
-        self._steps: Counter[str] = Counter()
-
-    def add(self, event: Mapping[str, Any]) -> None:
-        rows = [(tag, self._steps[tag], value) for tag, value in scalars(event)]
-        self._steps.update(tag for tag, _, _ in rows)
-        with naming(self._events_path):
-            for tag, step, value in rows:
-                summary = Summary(value=[Summary.Value(tag=tag, simple_value=value)])
-                record = Event(wall_time=time.time(), step=step, summary=summary)
-                self._records.write(record.SerializeToString())
-            self._events.flush()
-        with naming(self._table_path):
-            self._rows.writerows(rows)
-            self._table.flush()
-
-    def close(self) -> None:
-        with ExitStack() as closing:
-            for path, file in ((self._events_path, self._events), (self._table_path, self._table)):
-                closing.enter_context(naming(path))
-                closing.callback(file.close)
-
-
 class _TextLog(logging.FileHandler):
-    """The text log of one run; a type of its own so that two runs are never open at once. OSError on a full disk."""
+    """The text log of one run; OSError on a full disk. Its type tells whether another run is still open."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         error = sys.exc_info()[1]
@@ -350,15 +289,15 @@ def _cut_metrics(path: Path, size: int) -> None:
     content = path.read_bytes() if path.exists() else b""
     if not 0 <= size <= len(content) or (size and content[size - 1 : size] != b"\n"):
         raise UserError(
-            f"{path} has {len(content)} bytes and does not fit the checkpoint, which was made when a line of it ended "
-            f"at byte {size}: the file was changed or belongs to another run"
+            f"{path} has {len(content)} bytes and does not fit the checkpoint, which was made when a line of it "
+            f"ended at byte {size}: the file was changed or belongs to another run"
         )
     if path.exists():
         os.truncate(path, size)
 
 
 def _plain(value: Any) -> Any:
-    """The value as JSON can hold it: text keys, plain numbers and lists, null for non-finite, text for paths."""
+    """The value for JSON: text keys, plain numbers and lists, null for non-finite, text for paths."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple | range):
@@ -370,18 +309,3 @@ def _plain(value: Any) -> Any:
     if hasattr(value, "tolist"):  # NumPy scalars and arrays, tensors
         return _plain(value.tolist())
     return value
-
-
-def _numbers(values: Any) -> Iterator[tuple[list[str], float]]:
-    """Every number inside nested mappings and lists, with the path to it."""
-    if isinstance(values, bool | int | float):
-        yield [], float(values)
-        return
-    items: Iterable[tuple[Any, Any]] = ()
-    if isinstance(values, Mapping):
-        items = values.items()
-    elif isinstance(values, list):
-        items = enumerate(values)
-    for key, item in items:
-        for path, number in _numbers(item):
-            yield [str(key).zfill(2) if str(key).isdigit() else str(key), *path], number

@@ -1,4 +1,4 @@
-"""utils.runs.folder: one process writes a folder, a dead one holds nothing, and what is replaced is there until the end."""
+"""utils.runs.folder: one process writes a folder, and what it replaces waits until it is finished."""
 
 import multiprocessing
 import os
@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from models.vit.config import ClassIncrementalConfig
+from utils.config.schema import RunConfig
 from utils.errors import UserError
 from utils.runs.folder import (
     FolderLock,
     create_folder,
+    folder_of,
     remove_replaced,
     replaced_folders,
     restore_replaced,
@@ -48,13 +51,25 @@ def content(folder: Path) -> tuple[str, str]:
     return (folder / "config.json").read_text(), folder.with_name(folder.name + ".log").read_text()
 
 
+def dies(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_run_is_recorded_where_readers_of_the_logs_look() -> None:
+    values = {"model_name": "sema", "prefix": "debug_nested_lora", "dataset": "cifar224"}
+    values |= {"init_cls": 50, "increment": 50, "backbone_type": "pretrained_vit_b16_224_adapter"}
+    config = ClassIncrementalConfig(**values)
+    expected = "logs/sema/cifar224/0/50/debug_nested_lora_1993_pretrained_vit_b16_224_adapter"
+    assert folder_of(config, 1993).as_posix() == expected
+    other = config.model_copy(update={"dataset": "a/b.npz", "increment": 10, "backbone_type": "org/vit.tag"})
+    assert folder_of(other, 1).as_posix() == "logs/sema/b/50/10/debug_nested_lora_1_org-vit.tag"
+    assert folder_of(RunConfig(model_name="grids", prefix="p"), 1).as_posix() == "logs/grids/p_1"
+
+
 def test_a_second_process_is_told_who_writes(tmp_path: Path, holder) -> None:
-    with pytest.raises(
-        UserError, match=rf"run is being written by process {holder.pid} on \S+ since \d{{4}}-\d\d"
-    ):
-        FolderLock(tmp_path / "run").acquire()
-    with pytest.raises(UserError, match=f"process {holder.pid}"):  # and a third
-        FolderLock(tmp_path / "run").acquire()
+    for _ in range(2):  # and a third
+        with pytest.raises(UserError, match=rf"by process {holder.pid} on \S+ since \d{{4}}-\d\d"):
+            FolderLock(tmp_path / "run").acquire()
     with FolderLock(tmp_path / "run_2"):  # another folder is free
         pass
 
@@ -77,19 +92,14 @@ def test_a_dead_process_holds_nothing(tmp_path: Path, holder) -> None:
         pass
 
 
-def test_a_folder_holds_its_files_from_the_first_moment(tmp_path: Path, monkeypatch) -> None:
-    """Whatever is killed: the folder is not there, or whole; the next attempt removes what was left."""
-    calls = ("mkdir", "fsync", "replace")
-    for name in calls:
-
-        def dies(*_: object, **__: object) -> None:
-            raise KeyboardInterrupt
-
-        with monkeypatch.context() as patch:
-            patch.setattr(os, name, dies)
-            with pytest.raises(KeyboardInterrupt):
-                create_folder(tmp_path / "run", {"config.json": b"{}"})
-        assert not (tmp_path / "run").exists()
+@pytest.mark.parametrize("call", ["mkdir", "fsync", "replace"])
+def test_a_folder_holds_its_files_from_the_first_moment(call: str, tmp_path: Path, monkeypatch) -> None:
+    """Wherever its process is killed: it is not there, or whole; the next attempt removes what was left."""
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, dies)
+        with pytest.raises(KeyboardInterrupt):
+            create_folder(tmp_path / "run", {"config.json": b"{}"})
+    assert not (tmp_path / "run").exists()
     made(tmp_path / "run", "{}")
     assert {path.name for path in tmp_path.iterdir()} == {"run", "run.log"}
 
@@ -113,7 +123,7 @@ def test_what_was_moved_and_not_replaced_comes_back(tmp_path: Path, monkeypatch)
     """Killed after the folder was moved, before its log was, and after both."""
     folder = made(tmp_path / "run", "first")
     with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(os, "replace", dies)
         with pytest.raises(KeyboardInterrupt):
             set_aside(folder)
     assert restore_replaced(folder) == tmp_path / "run.replaced"

@@ -1,4 +1,4 @@
-"""Tests of `utils.runs.manifest`: what a run was made with, what changed, and which runs that leaves behind."""
+"""utils.runs.manifest: what a run was made with, what changed, and which runs are outdated by that."""
 
 import json
 from pathlib import Path
@@ -40,7 +40,7 @@ MANIFEST = {
 
 
 def record(folder: Path, config: dict[str, Any] | None = None, **changed: Any) -> Path:
-    """A run folder with its config.json and manifest.json; changed: keys of the manifest, or of its one session."""
+    """A run folder with config.json and manifest.json; changed: keys of the manifest or of its session."""
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(CONFIG | (config or {})))
     session = SESSION | {key: value for key, value in changed.items() if key in SESSION}

@@ -1,4 +1,4 @@
-"""utils.runs.run_log: where a run's record lies, that nothing of it is overwritten, torn or shared between seeds."""
+"""utils.runs.run_log: nothing of a run's record is overwritten, torn or shared between seeds."""
 
 import csv
 import json
@@ -14,11 +14,10 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tqdm import tqdm
 
-from models.vit.config import ClassIncrementalConfig
-from utils.config.schema import RunConfig
+from utils.console import attach_console
 from utils.errors import UserError
-from utils.runs.folder import folder_of
-from utils.runs.run_log import RunLog, attach_console, read_accuracy_csv, read_metrics, scalars
+from utils.runs.metric_views import scalars
+from utils.runs.run_log import RunLog, read_accuracy_csv, read_metrics
 
 logger = logging.getLogger("nested_lora")
 
@@ -40,18 +39,7 @@ def drawn(folder) -> dict[str, list[tuple[int, float]]]:
     return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
-def test_a_run_is_recorded_where_readers_of_the_logs_look():
-    config = ClassIncrementalConfig(
-        model_name="sema", prefix="debug_nested_lora", dataset="cifar224", init_cls=50, increment=50,
-        backbone_type="pretrained_vit_b16_224_adapter",
-    )  # fmt: skip
-    folder = folder_of(config, 1993)
-    assert (
-        folder.as_posix() == "logs/sema/cifar224/0/50/debug_nested_lora_1993_pretrained_vit_b16_224_adapter"
-    )
-    other = config.model_copy(update={"dataset": "a/b.npz", "increment": 10, "backbone_type": "org/vit.tag"})
-    assert folder_of(other, 1).as_posix() == "logs/sema/b/50/10/debug_nested_lora_1_org-vit.tag"
-    assert folder_of(RunConfig(model_name="grids", prefix="p"), 1).as_posix() == "logs/grids/p_1"
+# --- folder and text log ---
 
 
 def test_create_writes_config_and_a_log_beside_the_folder(tmp_path, capsys):
@@ -129,43 +117,29 @@ def test_one_seed_one_log(tmp_path):
     assert "second" not in one.log_path.read_text() and "first" not in two.log_path.read_text()
 
 
-def test_console_is_attached_once(tmp_path, capsys):
+def test_console_is_attached_once_and_keeps_progress_bars_whole(tmp_path, capsys):
     console = attach_console()
     try:
         assert attach_console() is None
-        with create(tmp_path / "run"):
-            logger.info("once")
+        with create(tmp_path / "run"), tqdm(total=2, leave=False) as bar:
+            bar.update()
+            logger.info("between")
         logger.info("still shown")
     finally:
         logger.removeHandler(console)
-    out = capsys.readouterr().out
-    assert out.count("once") == 1 and "still shown" in out
-
-
-def test_messages_do_not_break_a_progress_bar(tmp_path, capsys):
-    with create(tmp_path / "run"), tqdm(total=2, leave=False) as bar:
-        bar.update()
-        logger.info("between")
     out, err = capsys.readouterr()
-    assert out.endswith("=> between\n") and "1/2" in err
+    assert out.count("=> between\n") == 1 and out.endswith("=> still shown\n") and "1/2" in err
+
+
+# --- events ---
 
 
 def test_metric_lines_are_plain_json(tmp_path):
+    lr = {"fast": np.float32(0.5), 9: -np.inf}
+    accuracy, total = np.array([1.0, np.inf]), torch.tensor(0.25)
     with create(tmp_path / "run") as run:
-        run.metric(
-            "epoch",
-            loss=float("nan"),
-            lr={"fast": np.float32(0.5), 9: -np.inf},
-            block=None,
-            ok=np.bool_(True),
-        )
-        run.metric(
-            "task",
-            accuracy=np.array([1.0, np.inf]),
-            total=torch.tensor(0.25),
-            n=np.int64(3),
-            classes=range(2),
-        )
+        run.metric("epoch", loss=float("nan"), lr=lr, block=None, ok=np.bool_(True))
+        run.metric("task", accuracy=accuracy, total=total, n=np.int64(3), classes=range(2))
         lines = (run.folder / "metrics.jsonl").read_text().splitlines()  # readable while the run is open
     epoch, task = map(json.loads, lines)
     assert epoch == {
@@ -186,9 +160,8 @@ def test_every_torn_last_line_is_left_out(tmp_path):
     whole = path.read_bytes()
     for size in range(len(whole) + 1):
         path.write_bytes(whole[:size])
-        assert [event["epoch"] for event in read_metrics(run.folder)] == list(
-            range(whole[:size].count(b"\n"))
-        )
+        finished = whole[:size].count(b"\n")
+        assert [event["epoch"] for event in read_metrics(run.folder)] == list(range(finished))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -216,19 +189,24 @@ def test_sigkill_loses_at_most_the_line_being_written(tmp_path):
     assert len(events) >= written > 0
 
 
-def test_damage_inside_the_file_is_a_sentence(tmp_path):
-    with pytest.raises(UserError, match="holds no metrics.jsonl"):
-        read_metrics(tmp_path)
-    (tmp_path / "metrics.jsonl").write_text('{"event": "a"}\n{"eve\n{"event": "b"}\n')
-    with pytest.raises(UserError, match="line 2 is not valid JSON"):
-        read_metrics(tmp_path)
-    (tmp_path / "metrics.jsonl").write_text("[1]\n")
-    with pytest.raises(UserError, match="line 1 is not an event"):
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (None, "holds no metrics.jsonl"),
+        ('{"event": "a"}\n{"eve\n{"event": "b"}\n', "line 2 is not valid JSON"),
+        ("[1]\n", "line 1 is not an event"),
+    ],
+)
+def test_damage_inside_the_events_is_a_sentence(tmp_path, text, told):
+    if text is not None:
+        (tmp_path / "metrics.jsonl").write_text(text)
+    with pytest.raises(UserError, match=told):
         read_metrics(tmp_path)
 
 
 def test_reopen_continues_exactly_where_the_checkpoint_was(tmp_path):
     with create(tmp_path / "run") as run:
+        assert run.metrics_bytes == 0
         logger.info("before")
         run.metric("epoch", phase="func", loss=1.0)
         run.metric("epoch", phase="func", loss=0.5)
@@ -244,14 +222,8 @@ def test_reopen_continues_exactly_where_the_checkpoint_was(tmp_path):
     assert drawn(run.folder) == {"epoch/func/loss": [(0, 1.0), (1, 0.5), (2, 0.25)]}
     log = run.log_path.read_text()
     assert "before" in log and "after" in log
-
-
-def test_reopen_from_the_very_start(tmp_path):
-    with create(tmp_path / "run") as run:
-        assert run.metrics_bytes == 0
-        run.metric("epoch", loss=1.0)
-    with RunLog.reopen(run.folder, 0) as run:
-        assert run.metrics_bytes == 0
+    with RunLog.reopen(run.folder, 0):
+        pass
     assert read_metrics(run.folder) == []
 
 
@@ -267,12 +239,18 @@ def test_reopen_refuses_what_does_not_fit(tmp_path):
         RunLog.reopen(tmp_path, 0)
 
 
+# --- files ---
+
+
 def test_json_files_are_replaced_as_a_whole(tmp_path, monkeypatch):
+    def dies(*_: object) -> None:
+        raise OSError("killed")
+
     with create(tmp_path / "run") as run:
         run.manifest({"device": "cpu", "path": tmp_path})
         run.result({"final": 1.0, "bad": float("inf")})
         with monkeypatch.context() as patch:
-            patch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("killed")))
+            patch.setattr(os, "replace", dies)
             with pytest.raises(OSError, match="killed"):
                 run.result({"final": 2.0})
         assert json.loads((run.folder / "result.json").read_text()) == {"final": 1.0, "bad": None}
@@ -301,44 +279,32 @@ def test_damaged_accuracy_csv_is_a_sentence(tmp_path):
             read_accuracy_csv(tmp_path)
 
 
-def test_scalars_of_each_kind_of_event():
-    epoch = {
-        "event": "epoch",
-        "task": 3,
-        "phase": "rd",
-        "block": 9,
-        "epoch": 2,
-        "loss": 0.5,
-        "train_accuracy": None,
-    }
-    assert scalars({**epoch, "lr": {"rd": 0.1}}) == [
-        ("epoch/rd/block_09/loss", 0.5),
-        ("epoch/rd/block_09/lr/rd", 0.1),
-    ]
-    step = {"event": "slow_step", "task": 0, "phase": "func", "step": 5, "updated": True, "moved": 0.25}
-    assert scalars(step) == [("slow_step/func/updated", 1.0), ("slow_step/func/moved", 0.25)]
-    norms = {
-        "event": "norms",
-        "task": 0,
-        "block": 11,
-        "adapter": 1,
-        "when": "before",
-        "fast": 1.0,
-        "slow": 2.0,
-    }
-    assert scalars(norms)[1] == ("norms/block_11/adapter_01/before/slow", 2.0)
-    task = {
-        "event": "task",
-        "task": 1,
-        "accuracy": [90.0, 80.0],
-        "total": 85.0,
-        "adapters": {"9": 2},
-        "seconds": 3,
-    }
-    assert scalars(task) == [
-        ("task/accuracy/00", 90.0),
-        ("task/accuracy/01", 80.0),
-        ("task/total", 85.0),
-        ("task/adapters/09", 2.0),
-        ("task/seconds", 3.0),
-    ]
+SCALARS = {
+    "epoch": (
+        {"task": 3, "phase": "rd", "block": 9, "epoch": 2, "loss": 0.5, "accuracy": None, "lr": {"rd": 0.1}},
+        [("epoch/rd/block_09/loss", 0.5), ("epoch/rd/block_09/lr/rd", 0.1)],
+    ),
+    "slow_step": (
+        {"task": 0, "phase": "func", "step": 5, "updated": True, "moved": 0.25},
+        [("slow_step/func/updated", 1.0), ("slow_step/func/moved", 0.25)],
+    ),
+    "norms": (
+        {"task": 0, "block": 11, "adapter": 1, "when": "before", "slow": 2.0},
+        [("norms/block_11/adapter_01/before/slow", 2.0)],
+    ),
+    "task": (
+        {"task": 1, "accuracy": [90.0, 80.0], "adapters": {"9": 2}, "seconds": 3},
+        [
+            ("task/accuracy/00", 90.0),
+            ("task/accuracy/01", 80.0),
+            ("task/adapters/09", 2.0),
+            ("task/seconds", 3.0),
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("event", SCALARS)
+def test_scalars_of_each_kind_of_event(event):
+    fields, expected = SCALARS[event]
+    assert scalars({"event": event, **fields}) == expected

@@ -1,0 +1,92 @@
+"""Views of a run's events: curves for TensorBoard, and `metrics.csv` (tag, step, value) for spreadsheets.
+
+views = MetricViews(run / "tb", run / "metrics.csv")
+views.add({"event": "epoch", "task": 0, "phase": "func", "loss": 0.7})       # epoch/func/loss, step 0
+"""
+
+import csv
+import os
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
+
+from utils.files import naming
+
+POSITION_FIELDS = {"task", "epoch", "step"}  # where in the run an event happened: not values to draw
+NUMBERED_FIELDS = {"block", "adapter"}  # numbers that say what an event is about: part of its tag
+
+
+def scalars(event: Mapping[str, Any]) -> list[tuple[str, float]]:
+    """What TensorBoard draws of an event: [(tag, value)].
+
+    The tag is the event's name, then what it is about (text fields, block and adapter numbers), then the
+    value's field: `epoch/rd/block_09/loss`, `task/accuracy/00`. Position in the run (task, epoch, step) and
+    nulls are not drawn.
+    """
+    about = [
+        f"{name}_{value:02d}" if name in NUMBERED_FIELDS else str(value)
+        for name, value in event.items()
+        if (name in NUMBERED_FIELDS and isinstance(value, int)) or isinstance(value, str)
+    ]
+    values = {name: value for name, value in event.items() if name not in POSITION_FIELDS | NUMBERED_FIELDS}
+    return [("/".join([*about, *path]), value) for path, value in _numbers(values)]
+
+
+class MetricViews:
+    """The numbers of events as TensorBoard's file and as a table.
+
+    The step is a counter for each tag, so that the same events always give the same curves and lines.
+    """
+
+    def __init__(self, board: Path, table: Path) -> None:
+        board.mkdir(exist_ok=True)
+        self._events_path = board / f"events.out.tfevents.{time.time_ns() // 10**9}.{os.getpid()}"
+        self._table_path = table
+        self._events = open(self._events_path, "wb")  # noqa: SIM115 - closed by close()
+        self._records = RecordWriter(self._events)
+        self._records.write(Event(wall_time=time.time(), file_version="brain.Event:2").SerializeToString())
+        self._table = open(table, "w", encoding="utf-8", newline="")  # noqa: SIM115 - closed by close()
+        self._rows = csv.writer(self._table, lineterminator="\n")
+        self._rows.writerow(["tag", "step", "value"])
+        self._steps: Counter[str] = Counter()
+
+    def add(self, event: Mapping[str, Any]) -> None:
+        rows = [(tag, self._steps[tag], value) for tag, value in scalars(event)]
+        self._steps.update(tag for tag, _, _ in rows)
+        with naming(self._events_path):
+            for tag, step, value in rows:
+                summary = Summary(value=[Summary.Value(tag=tag, simple_value=value)])
+                record = Event(wall_time=time.time(), step=step, summary=summary)
+                self._records.write(record.SerializeToString())
+            self._events.flush()
+        with naming(self._table_path):
+            self._rows.writerows(rows)
+            self._table.flush()
+
+    def close(self) -> None:
+        with ExitStack() as closing:
+            for path, file in ((self._events_path, self._events), (self._table_path, self._table)):
+                closing.enter_context(naming(path))
+                closing.callback(file.close)
+
+
+def _numbers(values: Any) -> Iterator[tuple[list[str], float]]:
+    """Every number inside nested mappings and lists, with the path to it."""
+    if isinstance(values, bool | int | float):
+        yield [], float(values)
+        return
+    items: Iterable[tuple[Any, Any]] = ()
+    if isinstance(values, Mapping):
+        items = values.items()
+    elif isinstance(values, list):
+        items = enumerate(values)
+    for key, item in items:
+        for path, number in _numbers(item):
+            yield [str(key).zfill(2) if str(key).isdigit() else str(key), *path], number
