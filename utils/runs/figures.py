@@ -185,7 +185,7 @@ def accuracy_curves_figure(rows: Sequence[Sequence[float]], totals: Sequence[flo
 
 
 def norms_figure(events: Sequence[Mapping[str, Any]], subtitle: str) -> Figure:
-    """Size of what the fast and slow branch add, over tasks: a panel for each block, a line for each adapter.
+    """Norms of the fast and slow branch over tasks: a panel for each block, a line for each adapter.
 
     events: `norms` events with task, block, adapter, when ("before" or "after" consolidation), fast_effect
     and slow_effect, the Frobenius norm of W_up W_down. Where a branch changed at the task's end, the line
@@ -193,7 +193,7 @@ def norms_figure(events: Sequence[Mapping[str, Any]], subtitle: str) -> Figure:
     """
     blocks = sorted({event["block"] for event in events})
     tasks = 1 + max(event["task"] for event in events)
-    title = "Fast and slow branches: size of what each adds, ||W_up W_down||"
+    title = "Norms of the fast and the slow branch, ||W_up W_down||"
     figure, panels = panels_by_block(blocks, tasks, title, subtitle, "norm")
     consolidated = False
     for block, axes in panels.items():
@@ -209,7 +209,7 @@ def norms_figure(events: Sequence[Mapping[str, Any]], subtitle: str) -> Figure:
         hollow = {"marker": "o", "ms": 4, "mfc": "white", "lw": 0}
         handles.append(Line2D([], [], color=GREY, label="after consolidation", **hollow))
     if len({event["adapter"] for event in events}) > 1:
-        handles.append(Line2D([], [], color=GREY, alpha=0.5, lw=1.4, label="adapters, later ones darker"))
+        handles.append(Line2D([], [], color=GREY, alpha=0.5, lw=1.4, label="one per adapter, later ones darker"))
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
     return figure
 

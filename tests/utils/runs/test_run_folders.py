@@ -206,22 +206,6 @@ def test_killed_between_two_moves_the_old_run_is_found(
     assert content(finished) == before and len(folders(logs)) == 2
 
 
-@pytest.mark.parametrize("leftovers", [[], ["metrics.jsonl", "metrics.csv", ".config.json.tmp"]])
-@pytest.mark.parametrize("option", [[], ["--overwrite"]])
-def test_a_half_made_folder_is_taken_over(
-    leftovers: list[str], option: list[str], finished: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Of a process that was killed before it had written a configuration."""
-    logs = finished.parents[4]
-    shutil.rmtree(finished)
-    finished.mkdir()
-    for name in leftovers:
-        (finished / name).touch()
-    assert "config.json" in told(capsys, 2, main.main, "--resume", str(finished))
-    assert main.main([*command(logs), *option]) == 0
-    assert folders(logs) == [finished]
-
-
 # --- every end --------------------------------------------------------------------------------------------------------
 
 
