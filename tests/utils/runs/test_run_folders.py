@@ -1,4 +1,4 @@
-"""A run's folder from the command line: one process writes it, nothing of an earlier run is lost, every end is told."""
+"""Run folders from the command line: one process writes each, nothing earlier is lost, every end is told."""
 
 import errno
 import json
@@ -15,10 +15,8 @@ import pytest
 import eval as evaluation
 import main
 import trainer
-from models import SCHEMAS
-from tests.crash import run, run_together
+from tests.crash import MOMENTS, run, run_together
 from tests.test_main import arguments, folders
-from utils.config.loading import config_from_dict
 from utils.errors import UserError
 from utils.runs.folder import FolderLock, replaced_folders, set_aside
 from utils.runs.run_log import read_metrics
@@ -45,6 +43,13 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
 
 
 @pytest.fixture
+def in_second_task(made: tuple[Path, list[str]]) -> int:
+    """The moment of the first step of a run's second task."""
+    moments = made[1]
+    return moments.index("step", moments.index("rename"))
+
+
+@pytest.fixture
 def finished(made: tuple[Path, list[str]], tmp_path: Path) -> Path:
     """A copy of the finished run, in logs of its own."""
     shutil.copytree(made[0], tmp_path / "logs")
@@ -52,23 +57,24 @@ def finished(made: tuple[Path, list[str]], tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def stopped(made: tuple[Path, list[str]], tmp_path: Path) -> Path:
+def stopped(in_second_task: int, tmp_path: Path) -> Path:
     """A run that was stopped in its second task, in logs of its own."""
-    moments = made[1]
-    second = moments.index("step", moments.index("rename"))
-    assert run(command(tmp_path / "logs"), die_at=second, how=signal.SIGINT)[0] == 130
+    assert run(command(tmp_path / "logs"), die_at=in_second_task, how=signal.SIGINT)[0] == 130
     return folders(tmp_path / "logs")[0]
 
 
-def told(
-    capsys: pytest.CaptureFixture[str], code: int, program: Callable[[list[str]], int], *words: str
-) -> str:
-    """What a command prints that ends with the code, no traceback among it."""
-    capsys.readouterr()
-    assert program(list(words)) == code
-    out, error = capsys.readouterr()
-    assert "Traceback" not in error
-    return out + error
+@pytest.fixture
+def told(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Runs a command that ends with the code, and returns what it prints, no traceback among it."""
+
+    def tell(code: int, program: Callable[[list[str]], int], *words: str) -> str:
+        capsys.readouterr()
+        assert program(list(words)) == code
+        out, error = capsys.readouterr()
+        assert "Traceback" not in error
+        return out + error
+
+    return tell
 
 
 def content(folder: Path) -> dict[str, Any]:
@@ -77,22 +83,31 @@ def content(folder: Path) -> dict[str, Any]:
     return files | {"log": folder.with_name(folder.name + ".log").read_bytes()}
 
 
-# --- one process a folder ---------------------------------------------------------------------------------------------
+def visible(folder: Path) -> set[str]:
+    """What a reader of the logs sees beside a run."""
+    return {path.name for path in folder.parent.iterdir() if not path.name.startswith(".")}
+
+
+def alone(folder: Path) -> set[str]:
+    return {folder.name, folder.name + ".log"}
+
+
+# --- one process a folder ---
 
 
 def test_a_folder_that_is_being_written_is_left_to_its_process(
-    stopped: Path, capsys: pytest.CaptureFixture[str]
+    stopped: Path, told: Callable[..., str]
 ) -> None:
     """Resumed twice, overwritten: refused, and nothing changes. A plain run goes beside it; eval.py reads."""
     logs = stopped.parents[4]
     with FolderLock(stopped):
         before = content(stopped)
-        assert f"process {os.getpid()} on" in told(capsys, 2, main.main, "--resume", str(stopped))
-        assert f"process {os.getpid()} on" in told(capsys, 2, main.main, *command(logs), "--overwrite")
-        shown = told(capsys, 0, evaluation.main, "--run", str(stopped), "--recorded")
+        assert f"process {os.getpid()} on" in told(2, main.main, "--resume", str(stopped))
+        assert f"process {os.getpid()} on" in told(2, main.main, *command(logs), "--overwrite")
+        shown = told(0, evaluation.main, "--run", str(stopped), "--recorded")
         assert "recorded accuracy" in shown and "drew no figures" in shown
         assert content(stopped) == before
-        assert "is being written by" in told(capsys, 0, main.main, *command(logs))
+        assert "is being written by" in told(0, main.main, *command(logs))
     assert [folder.name for folder in folders(logs)] == [stopped.name, stopped.name + "_2"]
     assert main.main(["--resume", str(stopped)]) == 0
     tasks = [event["task"] for event in read_metrics(stopped) if event["event"] == "task"]
@@ -106,111 +121,105 @@ def test_every_rank_is_refused(stopped: Path) -> None:
 
 
 def test_resume_takes_the_folder_it_stands_in(
-    stopped: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    stopped: Path, monkeypatch: pytest.MonkeyPatch, told: Callable[..., str]
 ) -> None:
     monkeypatch.chdir(stopped)
     assert main.main(["--resume", "."]) == 0
-    assert "is finished" in told(capsys, 2, main.main, "--resume", ".")
+    assert "is finished" in told(2, main.main, "--resume", ".")
     monkeypatch.chdir(stopped / "checkpoints" / "task_00")
-    told(capsys, 0, evaluation.main, "--checkpoint", ".")
-    told(capsys, 0, evaluation.main, "--run", "../..", "--recorded")
-    assert "is not a run folder" in told(capsys, 2, main.main, "--resume", ".")
+    told(0, evaluation.main, "--checkpoint", ".")
+    told(0, evaluation.main, "--run", "../..", "--recorded")
+    assert "is not a run folder" in told(2, main.main, "--resume", ".")
 
 
-# --- what is replaced -------------------------------------------------------------------------------------------------
+# --- what is replaced ---
 
 
 def test_overwriting_waits_for_the_end_of_the_new_run(
-    finished: Path, made: tuple[Path, list[str]], capsys: pytest.CaptureFixture[str]
+    finished: Path, in_second_task: int, told: Callable[..., str]
 ) -> None:
     """Killed: the old run waits beside, every command says where, and a resume that finishes removes it."""
     before, logs = content(finished), finished.parents[4]
-    second = made[1].index("step", made[1].index("rename"))
-    assert run([*command(logs), "--overwrite"], die_at=second)[0] == -signal.SIGKILL
+    assert run([*command(logs), "--overwrite"], die_at=in_second_task)[0] == -signal.SIGKILL
     (aside,) = replaced_folders(finished)
     assert content(aside) == before
-    assert str(aside) in told(capsys, 0, main.main, *command(logs))  # a plain run, beside both
+    assert str(aside) in told(0, main.main, *command(logs))  # a plain run, beside both
     assert evaluation.main(["--run", str(aside), "--recorded"]) == 0
-    assert str(aside) in told(capsys, 0, main.main, "--resume", str(finished))
-    assert not replaced_folders(finished) and not list(finished.parent.glob("*replaced*"))
-    assert (finished / "result.json").exists()
+    assert str(aside) in told(0, main.main, "--resume", str(finished))
+    assert not list(finished.parent.glob("*replaced*")) and (finished / "result.json").exists()
 
 
-def test_overwriting_again_keeps_both_until_the_end(finished: Path, made: tuple[Path, list[str]]) -> None:
+def test_overwriting_again_keeps_both_until_the_end(finished: Path, in_second_task: int) -> None:
     before, logs = content(finished), finished.parents[4]
-    second = made[1].index("step", made[1].index("rename"))
     for count in (1, 2):
-        assert run([*command(logs), "--overwrite"], die_at=second)[0] == -signal.SIGKILL
+        assert run([*command(logs), "--overwrite"], die_at=in_second_task)[0] == -signal.SIGKILL
         assert len(replaced_folders(finished)) == count
     assert content(replaced_folders(finished)[0]) == before
     assert main.main([*command(logs), "--overwrite"]) == 0
-    visible = {path.name for path in finished.parent.iterdir() if not path.name.startswith(".")}
-    assert visible == {finished.name, finished.name + ".log"}
+    assert visible(finished) == alone(finished)
 
 
-@pytest.mark.parametrize("overwrite", [True, False])
-def test_what_is_refused_before_training_leaves_no_trace(
-    overwrite: bool, finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def failing(monkeypatch: pytest.MonkeyPatch, moment: str, error: BaseException) -> None:
+    """Let a moment of the run raise an error."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(*MOMENTS[moment], fail)
+
+
+REFUSALS = {
+    "a mistake": UserError("not this"),
+    "a full disk": OSError(28, "No space left on device", "somewhere"),
+    "Ctrl-C": KeyboardInterrupt(),
+}
+
+
+@pytest.mark.parametrize("option", [[], ["--overwrite"]], ids=["beside", "overwrite"])
+def test_what_is_refused_before_its_first_step_leaves_no_trace(
+    option: list[str], finished: Path, monkeypatch: pytest.MonkeyPatch, told: Callable[..., str]
 ) -> None:
-    """Refused by the data, when the learner is made, or in the first step: the old run is where it was."""
-    with monkeypatch.context() as patch:
-        patch.setattr(trainer, "make_learner", lambda *_, **__: (_ for _ in ()).throw(UserError("not this")))
-        told(capsys, 2, main.main, *command(finished.parents[5] / "new"))
-    assert not (finished.parents[5] / "new").exists()
+    """Refused by the data, or in the first step: the old run is where it was."""
     before, logs = content(finished), finished.parents[4]
-    option = ["--overwrite"] if overwrite else []
-    told(capsys, 2, main.main, *command(logs, dataset="nowhere.npz"), *option)
-    for error in (
-        UserError("not this"),
-        OSError(28, "No space left on device", "somewhere"),
-        KeyboardInterrupt(),
-    ):
-        for owner, name in ((trainer, "make_learner"), (trainer.Learner, "take_step")):
+    told(2, main.main, *command(logs, dataset="nowhere.npz"), *option)
+    for error in REFUSALS.values():
+        with monkeypatch.context() as patch:
+            failing(patch, "step", error)
+            told(130 if isinstance(error, KeyboardInterrupt) else 2, main.main, *command(logs), *option)
+        assert content(finished) == before and visible(finished) == alone(finished)
 
-            def refuse(*_: object, error: BaseException = error, **__: object) -> None:
-                raise error
 
-            with monkeypatch.context() as patch:
-                patch.setattr(owner, name, refuse)
-                told(
-                    capsys,
-                    130 if isinstance(error, KeyboardInterrupt) else 2,
-                    main.main,
-                    *command(logs),
-                    *option,
-                )
-            assert content(finished) == before
-            visible = {path.name for path in finished.parent.iterdir() if not path.name.startswith(".")}
-            assert visible == {finished.name, finished.name + ".log"}
+def test_a_new_place_for_logs_is_gone_again_with_its_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: Callable[..., str]
+) -> None:
+    failing(monkeypatch, "step", UserError("not this"))
+    told(2, main.main, *command(tmp_path / "new" / "logs", cache_root=str(tmp_path / "cache")))
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_failure_in_training_says_where_the_old_run_is(
-    finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    finished: Path, monkeypatch: pytest.MonkeyPatch, told: Callable[..., str]
 ) -> None:
     before, logs = content(finished), finished.parents[4]
-    monkeypatch.setattr(
-        trainer.Learner, "fingerprint", lambda self: (_ for _ in ()).throw(UserError("no more"))
-    )
-    shown = told(capsys, 2, main.main, *command(logs), "--overwrite")
+    failing(monkeypatch, "test", UserError("no more"))
+    shown = told(2, main.main, *command(logs), "--overwrite")
     (aside,) = replaced_folders(finished)
     assert str(aside) in shown and content(aside) == before
 
 
-def test_killed_between_two_moves_the_old_run_is_found(
-    finished: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_killed_between_two_moves_the_old_run_is_found(finished: Path, told: Callable[..., str]) -> None:
     before, logs = content(finished), finished.parents[4]
     aside = set_aside(finished)
-    assert str(aside) in told(capsys, 2, main.main, "--resume", str(finished))
-    assert "is back" in told(capsys, 0, main.main, *command(logs))
+    assert str(aside) in told(2, main.main, "--resume", str(finished))
+    assert "is back" in told(0, main.main, *command(logs))
     assert content(finished) == before and len(folders(logs)) == 2
 
 
-# --- every end --------------------------------------------------------------------------------------------------------
+# --- every end ---
 
 
 def test_what_should_follow_the_result_is_made_by_a_resume(
-    made: tuple[Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    made: tuple[Path, list[str]], tmp_path: Path, told: Callable[..., str]
 ) -> None:
     """Killed when the first figure is written, and before the last note: what is missing is made, once."""
     moments = made[1]
@@ -219,10 +228,10 @@ def test_what_should_follow_the_result_is_made_by_a_resume(
         assert run(command(logs), die_at=point)[0] == -signal.SIGKILL
         (folder,) = folders(logs)
         result = (folder / "result.json").read_bytes()
-        assert "what should have followed" in told(capsys, 0, main.main, "--resume", str(folder))
+        assert "what should have followed" in told(0, main.main, "--resume", str(folder))
         assert len(list((folder / "figures").glob("*.png"))) == 4
         assert (folder / "result.json").read_bytes() == result
-        assert "is finished" in told(capsys, 2, main.main, "--resume", str(folder))
+        assert "is finished" in told(2, main.main, "--resume", str(folder))
 
 
 def test_a_lost_terminal_that_is_ignored_stops_nothing() -> None:
@@ -235,7 +244,7 @@ def test_a_lost_terminal_that_is_ignored_stops_nothing() -> None:
         signal.signal(signal.SIGHUP, before)
 
 
-# --- other configurations, machines, seeds ----------------------------------------------------------------------------
+# --- other configurations, machines, seeds ---
 
 
 def edit(folder: Path, **changes: Any) -> None:
@@ -243,39 +252,32 @@ def edit(folder: Path, **changes: Any) -> None:
     (folder / "config.json").write_text(json.dumps(config | changes))
 
 
-MIXING = {
-    "init_lr": 0.5,
-    "func_epoch": 2,
-    "optimizer": "adam",
-    "max_train_per_class": 2,
-    "max_tasks": 3,
-    "batch_size": 2,
-}
+MIXING = {"init_lr": 0.5, "func_epoch": 2, "optimizer": "adam", "max_train_per_class": 2, "batch_size": 2}
 
 
 def test_edited_keys_that_shape_numbers_are_named_and_refused(
-    stopped: Path, capsys: pytest.CaptureFixture[str]
+    stopped: Path, told: Callable[..., str]
 ) -> None:
     before = content(stopped)
     was = json.loads((stopped / "config.json").read_text())
     edit(stopped, **MIXING)
     edited = content(stopped)
-    shown = told(capsys, 2, main.main, "--resume", str(stopped))
+    shown = told(2, main.main, "--resume", str(stopped))
     for key, value in MIXING.items():
         assert f"{key} was {json.dumps(was[key])}, is {json.dumps(value)}" in shown
     assert content(stopped) == edited
     newest = sorted((stopped / "checkpoints").iterdir())[-1]
-    assert "init_lr" in told(capsys, 2, evaluation.main, "--checkpoint", str(newest))
+    assert "init_lr" in told(2, evaluation.main, "--checkpoint", str(newest))
     (stopped / "config.json").write_bytes(before["config.json"])
     assert main.main(["--resume", str(stopped)]) == 0
 
 
 def test_other_edits_and_another_machine_are_told_and_recorded(
-    stopped: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    stopped: Path, monkeypatch: pytest.MonkeyPatch, told: Callable[..., str]
 ) -> None:
     edit(stopped, description="again", num_workers=0, cache_gb=1.0)
     monkeypatch.setattr("timm.__version__", "0.0.1")
-    shown = told(capsys, 0, main.main, "--resume", str(stopped))
+    shown = told(0, main.main, "--resume", str(stopped))
     assert "description was" in shown and "cache_gb was 20.0, is 1.0" in shown and "-> 0.0.1" in shown
     first, second = json.loads((stopped / "manifest.json").read_text())["sessions"]
     assert second["versions"]["timm"] == "0.0.1" != first["versions"]["timm"]
@@ -283,57 +285,43 @@ def test_other_edits_and_another_machine_are_told_and_recorded(
 
 
 def test_a_resume_goes_on_with_the_seeds_of_its_command(
-    made: tuple[Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    made: tuple[Path, list[str]], in_second_task: int, tmp_path: Path, told: Callable[..., str]
 ) -> None:
     """Stopped in the second of three seeds: that one, then the third, then the mean over all."""
-    logs, once = tmp_path / "logs", len(made[1])
-    second = once + made[1].index("step", made[1].index("rename"))
+    logs, second = tmp_path / "logs", len(made[1]) + in_second_task
     assert main.main(command(logs, seed=[3])) == 0  # another command's: not taken for the third seed's
     assert run(command(logs, seed=[1, 2, 3]), die_at=second, how=signal.SIGINT)[0] == 130
     names = [folder.name for folder in folders(logs)]
     assert names == ["smoke_1_test_vit", "smoke_2_test_vit", "smoke_3_test_vit"]
-    shown = told(capsys, 0, main.main, "--resume", str(folders(logs)[1]))
+    shown = told(0, main.main, "--resume", str(folders(logs)[1]))
     assert "1 finished, 3 to be started" in shown and "over seeds 1, 2, 3" in shown
     assert [folder.name for folder in folders(logs)] == [*names, "smoke_3_test_vit_2"]
     for folder in folders(logs)[:2]:
-        shown = told(capsys, 2, main.main, "--resume", str(folder))
+        shown = told(2, main.main, "--resume", str(folder))
         assert "is finished" in shown and "over seeds 1, 2, 3" in shown
 
 
 @pytest.fixture(scope="module")
 def two_seeds_of_three(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Runs that learn nothing by gradient: the first of three seeds finished, the second stopped after a task."""
-    logs = tmp_path_factory.mktemp("seeds") / "logs"
+    """Runs without gradients: the first of three seeds is finished, the second was killed after a task."""
+    folder = tmp_path_factory.mktemp("seeds")
     values = {
         "model_name": "simplecil",
         "dataset": "synthetic",
         "init_cls": 4,
         "increment": 4,
-        "seed": [1, 2, 3],
-    }
-    values |= {
-        "backbone_type": "test_vit",
-        "weights": "random",
-        "image_size": 32,
-        "device": "cpu",
         "prefix": "some",
     }
-    values |= {"max_train_per_class": 2, "max_test_per_class": 2, "logs_root": str(logs), "cache_gb": 0.0}
-    config = config_from_dict(values, SCHEMAS, "test").config
-    saved: list[str] = []
-
-    def save(run: trainer.Run, name: str) -> Path:
-        folder = original(run, name)
-        saved.append(name)
-        if len(saved) == 3:
-            raise KeyboardInterrupt
-        return folder
-
-    original = trainer.Run.save
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(trainer.Run, "save", save)
-        trainer.train(config)
-    return logs
+    values |= {"backbone_type": "test_vit", "weights": "random", "image_size": 32, "device": "cpu"}
+    values |= {"max_train_per_class": 2, "max_test_per_class": 2, "cache_gb": 0.0, "seed": [1]}
+    (folder / "config.json").write_text(json.dumps(values))
+    words = ["--config", str(folder / "config.json"), "--set"]
+    _, moments = run([*words, f"logs_root={folder / 'one'}"])
+    last_save = len(moments) - 1 - moments[::-1].index("rename")
+    seeds = ["--set", "seed=[1,2,3]"]
+    code, _ = run([*words, f"logs_root={folder / 'logs'}", *seeds], die_at=len(moments) + last_save)
+    assert code == -signal.SIGKILL
+    return folder / "logs"
 
 
 @pytest.fixture
@@ -346,46 +334,43 @@ def seeds_left(two_seeds_of_three: Path, tmp_path: Path) -> list[Path]:
 @pytest.mark.parametrize("edited", [{}, {"prefix": "other"}, {"logs_root": "elsewhere"}])
 @pytest.mark.parametrize("resumed", [0, 1])
 def test_seeds_that_are_left_are_run_beside_the_others(
-    resumed: int, edited: dict[str, str], seeds_left: list[Path], capsys: pytest.CaptureFixture[str]
+    resumed: int, edited: dict[str, str], seeds_left: list[Path], told: Callable[..., str]
 ) -> None:
     """Also where the folders were moved, and whatever the places in the configuration say now."""
     edit(seeds_left[resumed], **edited)
     for code in (0, 2):
-        shown = told(capsys, code, main.main, "--resume", str(seeds_left[resumed]))
+        shown = told(code, main.main, "--resume", str(seeds_left[resumed]))
         assert "over seeds 1, 2, 3" in shown
         found = folders(seeds_left[0].parent)
-        assert sorted(json.loads((folder / "config.json").read_text())["seed"][0] for folder in found) == [
-            1,
-            2,
-            3,
-        ]
+        seeds = [json.loads((folder / "config.json").read_text())["seed"] for folder in found]
+        assert sorted(seeds) == [[1], [2], [3]]
 
 
 @pytest.mark.parametrize(("edited", "lost"), [(0, False), (1, True)])
 @pytest.mark.parametrize("resumed", [0, 1])
 def test_seeds_of_edited_configurations_are_not_mixed(
-    resumed: int, edited: int, lost: bool, seeds_left: list[Path], capsys: pytest.CaptureFixture[str]
+    resumed: int, edited: int, lost: bool, seeds_left: list[Path], told: Callable[..., str]
 ) -> None:
     """Neither where the edited run is finished, nor where it would begin anew without its checkpoints."""
     edit(seeds_left[edited], max_tasks=1)
     if lost:
         shutil.rmtree(seeds_left[edited] / "checkpoints")
     before = [content(folder) for folder in seeds_left]
-    assert "max_tasks" in told(capsys, 2, main.main, "--resume", str(seeds_left[resumed]))
+    assert "max_tasks" in told(2, main.main, "--resume", str(seeds_left[resumed]))
     assert [content(folder) for folder in folders(seeds_left[0].parent)] == before
 
 
 def test_seeds_with_other_data_have_no_mean(
-    seeds_left: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    seeds_left: list[Path], monkeypatch: pytest.MonkeyPatch, told: Callable[..., str]
 ) -> None:
     manifest = json.loads((seeds_left[0] / "manifest.json").read_text())
     manifest["data"]["sha256"] = "0" * 64
     (seeds_left[0] / "manifest.json").write_text(json.dumps(manifest))
-    shown = told(capsys, 0, main.main, "--resume", str(seeds_left[1]))
+    shown = told(0, main.main, "--resume", str(seeds_left[1]))
     assert "data" in shown and "over seeds" not in shown and str(seeds_left[0]) in shown
 
 
-# --- what the operating system refuses --------------------------------------------------------------------------------
+# --- what the operating system refuses ---
 
 
 @pytest.fixture
@@ -400,7 +385,7 @@ def file_size() -> Iterator[Callable[[int], None]]:
 def test_a_disk_that_is_full_ends_in_a_sentence(
     size: int, finished: Path, file_size: Callable[[int], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Whatever file it is that does not fit: exit code 2, the path, and the old run is where it was, or said where."""
+    """Whatever file does not fit: exit code 2, the path, and the old run is where it was, or said where."""
     before, logs = content(finished), finished.parents[4]
     capsys.readouterr()
     file_size(size)
@@ -418,7 +403,7 @@ def test_a_disk_that_is_full_ends_in_a_sentence(
 
 
 def test_a_folder_that_cannot_be_written_is_shown_as_far_as_it_goes(
-    finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    finished: Path, monkeypatch: pytest.MonkeyPatch, told: Callable[..., str]
 ) -> None:
     """As on a read-only disk: what was recorded, then a sentence that speaks of no resuming."""
 
@@ -426,13 +411,13 @@ def test_a_folder_that_cannot_be_written_is_shown_as_far_as_it_goes(
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(self.path))
 
     monkeypatch.setattr(FolderLock, "acquire", refuse)
-    shown = told(capsys, 2, evaluation.main, "--run", str(finished), "--recorded")
+    shown = told(2, evaluation.main, "--run", str(finished), "--recorded")
     assert "recorded accuracy" in shown and "Read-only" in shown and "--resume" not in shown
 
 
 @pytest.mark.parametrize("name", ["figures", "checkpoints", "tb", "metrics.csv", "metrics.jsonl"])
 def test_a_file_where_a_folder_should_be_and_the_reverse(
-    name: str, stopped: Path, capsys: pytest.CaptureFixture[str]
+    name: str, stopped: Path, told: Callable[..., str]
 ) -> None:
     path = stopped / name
     if path.is_dir() or not path.exists():
@@ -441,4 +426,4 @@ def test_a_file_where_a_folder_should_be_and_the_reverse(
     else:
         path.unlink()
         path.mkdir()
-    assert name in told(capsys, 2, main.main, "--resume", str(stopped))
+    assert name in told(2, main.main, "--resume", str(stopped))
