@@ -1,9 +1,9 @@
-"""A damaged run folder: --resume and eval.py answer in a sentence that names the file, whatever is wrong with it."""
+"""Damaged run folders: --resume and eval.py answer in a sentence that names the file."""
 
 import json
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -47,26 +47,14 @@ def unfinished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder_of(logs / "cut")
 
 
-def nothing(path: Path) -> None:
-    pass
+def holding(content: bytes) -> Callable[[Path], object]:
+    return lambda path: path.write_bytes(content)
 
 
-def folder_instead(path: Path) -> None:
-    path.mkdir()
-
-
-def dangling_link(path: Path) -> None:
-    path.symlink_to(path.parent / "gone" / "away")
-
-
-def holding(content: bytes) -> Callable[[Path], None]:
-    return lambda path: path.write_bytes(content) and None
-
-
-DAMAGES: dict[str, Callable[[Path], None]] = {
-    "removed": nothing,
-    "a folder": folder_instead,
-    "a link to nothing": dangling_link,
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "removed": lambda path: None,
+    "a folder": Path.mkdir,
+    "a link to nothing": lambda path: path.symlink_to(path.parent / "gone" / "away"),
     "empty": holding(b""),
     "no object": holding(b"[1]\n"),
     "an object without keys": holding(b"{}\n"),
@@ -89,7 +77,9 @@ def places(folder: Path, name: str) -> Path:
 
 
 @pytest.fixture
-def damaged(tmp_path: Path) -> Callable[[Path, str, str], Iterator[Path]]:
+def damaged(tmp_path: Path) -> Callable[[Path, str, str], Path]:
+    """Makes a copy of a run in which a file is damaged."""
+
     def make(folder: Path, name: str, damage: str) -> Path:
         copy = tmp_path / damage.replace(" ", "_") / folder.name
         shutil.copytree(folder, copy)
@@ -101,18 +91,19 @@ def damaged(tmp_path: Path) -> Callable[[Path, str, str], Iterator[Path]]:
     return make
 
 
-def answered(
-    capsys: pytest.CaptureFixture[str], program: Callable[[list[str]], int], command: list[str], name: str
-) -> None:
-    """Success, or exit code 2 with a sentence that names the file, or the folder of the checkpoint it is in."""
-    capsys.readouterr()
-    code = program(command)
-    told = capsys.readouterr().err
-    assert code in (0, 2) and "Traceback" not in told
-    if code == 2:
+@pytest.fixture
+def answered(capsys: pytest.CaptureFixture[str]) -> Callable[..., None]:
+    """Success, or exit code 2 with a sentence that names the file, or the checkpoint it is in."""
+
+    def check(name: str, program: Callable[[list[str]], int], *command: str) -> None:
+        capsys.readouterr()
+        code = program(list(command))
+        told = capsys.readouterr().err
+        assert code in (0, 2) and "Traceback" not in told
         named = {"state": "task_01", "tensors": "task_01", "checkpoints": "checkpoint"}.get(name, name)
-        finished = "--resume" in command and "is finished" in told
-        assert named in told or finished, told
+        assert code == 0 or named in told or ("--resume" in command and "is finished" in told), told
+
+    return check
 
 
 @pytest.fixture(autouse=True)
@@ -122,33 +113,26 @@ def quick_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("name", JSON + CHECKPOINT)
-def test_a_finished_run(
-    name: str, finished: Path, of_another_seed: Path, damaged, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_finished_run(name: str, finished: Path, of_another_seed: Path, damaged, answered) -> None:
     for damage in DAMAGES:
         folder = damaged(finished, name, damage)
-        run_folder = str(folder)
-        answered(capsys, main.main, ["--resume", run_folder], name)
-        answered(capsys, evaluation.main, ["--run", run_folder, str(of_another_seed)], name)
+        answered(name, main.main, "--resume", str(folder))
+        answered(name, evaluation.main, "--run", str(folder), str(of_another_seed))
         if name in CHECKPOINT:
-            answered(capsys, evaluation.main, ["--checkpoint", str(folder / "checkpoints" / "task_01")], name)
-            answered(capsys, evaluation.main, ["--run", run_folder, "--analyse", "grassmann"], name)
+            answered(name, evaluation.main, "--checkpoint", str(folder / "checkpoints" / "task_01"))
+            answered(name, evaluation.main, "--run", str(folder), "--analyse", "grassmann")
         else:
-            answered(capsys, evaluation.main, ["--run", run_folder, "--recorded"], name)
+            answered(name, evaluation.main, "--run", str(folder), "--recorded")
 
 
-@pytest.mark.parametrize("name", ["config.json", "manifest.json", "metrics.jsonl", *CHECKPOINT])
-def test_an_unfinished_run(name: str, unfinished: Path, damaged, capsys: pytest.CaptureFixture[str]) -> None:
-    for damage in DAMAGES:
-        answered(capsys, main.main, ["--resume", str(damaged(unfinished, name, damage))], name)
-
-
-@pytest.mark.parametrize("name", VIEWS)
-def test_what_is_written_anew(
-    name: str, unfinished: Path, damaged, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for damage in ("a folder", "a link to nothing", "not UTF-8"):
-        answered(capsys, main.main, ["--resume", str(damaged(unfinished, name, damage))], name)
+@pytest.mark.parametrize(
+    ("name", "damages"),
+    [(name, DAMAGES) for name in ("config.json", "manifest.json", "metrics.jsonl", *CHECKPOINT)]
+    + [(name, ("a folder", "a link to nothing", "not UTF-8")) for name in VIEWS],
+)
+def test_an_unfinished_run(name: str, damages: Iterable[str], unfinished: Path, damaged, answered) -> None:
+    for damage in damages:
+        answered(name, main.main, "--resume", str(damaged(unfinished, name, damage)))
 
 
 def test_events_that_cannot_be_drawn(finished: Path, damaged, capsys: pytest.CaptureFixture[str]) -> None:
@@ -169,7 +153,7 @@ def keys_of(state: dict, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]
 def test_a_state_that_lacks_a_key(
     unfinished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its hashes are right and a key of it is gone: refused, naming the checkpoint, unless nobody reads the key."""
+    """Its hashes are right and a key is gone: refused, naming the checkpoint, unless nobody reads the key."""
     copy = shutil.copytree(unfinished, tmp_path / unfinished.name)
     newest = sorted((copy / "checkpoints").iterdir())[-1]
     tensors, state = load_checkpoint(newest)
