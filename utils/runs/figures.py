@@ -209,7 +209,9 @@ def norms_figure(events: Sequence[Mapping[str, Any]], subtitle: str) -> Figure:
         hollow = {"marker": "o", "ms": 4, "mfc": "white", "lw": 0}
         handles.append(Line2D([], [], color=GREY, label="after consolidation", **hollow))
     if len({event["adapter"] for event in events}) > 1:
-        handles.append(Line2D([], [], color=GREY, alpha=0.5, lw=1.4, label="one per adapter, later ones darker"))
+        handles.append(
+            Line2D([], [], color=GREY, alpha=0.5, lw=1.4, label="one per adapter, later ones darker")
+        )
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
     return figure
 

@@ -1,0 +1,186 @@
+"""models.inspection: `eval.py --analyse` on tiny runs of two methods, and on runs that cannot be analysed."""
+
+import csv
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import eval as evaluation
+import main
+from models.saved_run import load_learner, task_checkpoints
+from tests.conftest import ROOT, TINY, TINY_SDLORA
+from utils.analysis.representations import ANALYSES
+from utils.analysis.similarity import linear_cka
+
+ALL = list(ANALYSES)
+NESTED = {
+    **TINY,
+    "max_test_per_class": 4,
+    "max_tasks": 2,
+    "rd_epoch": 0,
+    "expansion": "never",
+    "nested_lora_freeze": "never",
+    "nested_lora_use_consolidation": False,
+    "nested_lora_lr_fast": 0.1,
+    "nested_lora_lr_slow": 0.05,
+    "nested_lora_update_interval_slow": 1,
+}
+SMALL = {"max_train_per_class": 8, "max_test_per_class": 4, "max_tasks": 2}
+SDLORA = {**TINY_SDLORA, **SMALL, "lambda_sparsity": 0.01}
+
+
+def train(logs: Path, config: str, changes: dict[str, object]) -> Path:
+    """The folder of a finished run."""
+    places = {"logs_root": str(logs), "cache_root": str(logs / "cache")}
+    settings = [f"{key}={json.dumps(value)}" for key, value in {**changes, **places}.items()]
+    changed = (part for text in settings for part in ("--set", text))
+    assert main.main(["--config", str(ROOT / "exps" / config), *changed]) == 0
+    (folder,) = (path.parent for path in logs.rglob("config.json"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def nested(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(tmp_path_factory.mktemp("nested"), "smoke.json", NESTED)
+
+
+@pytest.fixture(scope="module")
+def directions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    logs = tmp_path_factory.mktemp("sdlora")
+    return train(logs, "sdlora_c100_test.json", SDLORA | {"filepath": str(logs / "files")})
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """Hash of every file of a run but those of an analysis."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.parent.name != "analysis"]
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def analyse(folder: Path, *names: str) -> int:
+    return evaluation.main(["--run", str(folder), "--analyse", *names, "--images-per-class", "4"])
+
+
+def table(path: Path) -> list[dict[str, str]]:
+    with open(path) as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_nested_run_is_analysed_and_stays_as_it_is(
+    nested: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = contents(nested)
+    assert analyse(nested, *ALL) == 0
+    assert contents(nested) == before
+    folder = nested / "analysis"
+    stems = {"cka", "grassmann", "branches", "probes", "probe_transfer"}
+    assert {path.stem for path in folder.glob("*.png")} == stems
+    assert {path.stem for path in folder.glob("*.json")} == set(ALL)
+    assert {path.stem for path in folder.glob("*.csv")} == {*ALL, "branches"}
+    drift = json.loads((folder / "cka.json").read_text())
+    assert [drift[key] for key in ("tasks", "blocks", "images", "classes")] == [2, 6, 16, 4]
+    cka = np.array(drift["cka"])
+    assert cka.shape == (6, 2, 2) and cka[:, 0, 0] == pytest.approx(1) and (cka[:, 0, 1] < 1 - 1e-9).all()
+    rows = table(folder / "cka.csv")
+    assert [row["with_before"] for row in rows[:6]] == [""] * 6
+    assert [float(row["with_first"]) for row in rows[6:]] == list(cka[:, 0, 1])
+    branches = json.loads((folder / "grassmann.json").read_text())["branches"]
+    assert [(row["task"], row["block"]) for row in branches] == [(t, b) for t in range(2) for b in range(6)]
+    for row in branches:
+        assert 1 <= row["fast_dimension"] <= 4 >= row["slow_dimension"] >= 1  # fewer with dead hidden units
+        assert 0 < row["smallest"] <= row["between"] < 90
+        assert (row["fast_moved"] is None) == (row["slow_moved"] is None) == (row["task"] == 0)
+    assert all(row["fast_moved"] > 0 and row["slow_moved"] > 0 for row in branches[6:])
+    assert len(table(folder / "probes.csv")) == 6 * 4
+    shown = capsys.readouterr().out
+    assert "linear CKA" in shown and "angle between fast and slow" in shown and "linear probes" in shown
+    assert "block 5.0" in shown and f"wrote {folder / 'probes.csv'}" in shown
+
+
+def test_the_analysis_is_the_same_again_and_replaces_the_one_before(nested: Path) -> None:
+    found = []
+    for _ in range(2):
+        assert analyse(nested, *ALL) == 0
+        files = [path for path in (nested / "analysis").iterdir() if path.suffix != ".png"]
+        found.append({path.name: path.read_bytes() for path in files})
+    assert found[0] == found[1]
+
+
+def test_the_numbers_are_those_of_the_networks_that_the_checkpoints_hold(nested: Path) -> None:
+    """The network after each task, rebuilt and run here, against what was written."""
+    assert analyse(nested, "cka") == 0
+    tokens = []
+    for checkpoint in task_checkpoints(nested):
+        learner = load_learner(checkpoint)
+        images, labels = next(iter(learner.data.batches(range(4), source="test", mode="test", batch_size=16)))
+        with torch.no_grad():
+            tokens.append(learner.network(images, 0, 3)[:, 0][labels.argsort(stable=True)])
+    cka = json.loads((nested / "analysis" / "cka.json").read_text())["cka"]
+    assert cka[2][0][1] == pytest.approx(linear_cka(*tokens), abs=1e-6)
+
+
+def test_a_run_of_another_method_has_no_branches(
+    directions: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = contents(directions)
+    assert analyse(directions, *ALL) == 0
+    assert contents(directions) == before
+    folder = directions / "analysis"
+    assert {path.stem for path in folder.glob("*.png")} == {"cka", "grassmann", "probes", "probe_transfer"}
+    numbers = json.loads((folder / "grassmann.json").read_text())
+    assert numbers["branches"] == [] and np.array(numbers["principal"]["rms_degrees"])[:, 0, 1].min() > 0
+    assert "This run has no nested adapters" in capsys.readouterr().out
+
+
+@pytest.fixture
+def copied(nested: Path, tmp_path: Path) -> Path:
+    """A copy of the nested run that was not analysed yet."""
+    return shutil.copytree(nested, tmp_path / "run", ignore=shutil.ignore_patterns("analysis"))
+
+
+@pytest.mark.parametrize("kept", ["last", "all"])
+def test_a_run_without_its_checkpoints(kept: str, copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = json.loads((copied / "config.json").read_text())
+    (copied / "config.json").write_text(json.dumps(config | {"checkpoints": kept}))
+    shutil.rmtree(copied / "checkpoints" / "task_00")
+    assert analyse(copied, "probes") == 2
+    message = capsys.readouterr().err
+    assert "has no checkpoint of task_00 (" in message and "python main.py --config" in message
+    assert ("--set checkpoints=all" in message) == (kept == "last")
+    assert message.count("\n") == 1 and not (copied / "analysis").exists()
+
+
+def test_an_unfinished_run_is_not_analysed(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (copied / "result.json").unlink()
+    assert analyse(copied, "cka") == 2
+    assert f"python main.py --resume {copied}" in capsys.readouterr().err
+    assert not (copied / "analysis").exists()
+
+
+def test_an_unknown_analysis_is_a_sentence(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert analyse(copied, "cka", "ckaa") == 2
+    message = capsys.readouterr().err
+    assert "--analyse ckaa:" in message and "allowed: cka, grassmann, probes\n" in message
+    assert not (copied / "analysis").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments, expected",
+    [
+        (["--checkpoint", "x", "--analyse", "cka"], "one --run"),
+        (["--run", "x", "--analyse", "cka", "--recorded"], "one --run"),
+        (["--run", "x", "y", "--analyse", "cka"], "one --run"),
+        (["--run", "x", "--images-per-class", "4"], "goes with --analyse"),
+        (["--run", "x", "--analyse", "cka", "--images-per-class", "1"], "at least 2"),
+    ],
+)
+def test_options_that_do_not_go_together(
+    arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        evaluation.main(arguments)
+    assert exit_info.value.code == 2 and expected in capsys.readouterr().err

@@ -1,0 +1,41 @@
+"""models.vit.representations: class tokens and output spaces of branches, as learners give them to analyses."""
+
+import torch
+
+from utils.training.random import rng
+
+IMAGES = torch.rand(3, 3, 32, 32, generator=rng("test", 0))
+
+
+def test_class_tokens_are_what_enters_the_next_block_and_become_the_features(make_sema) -> None:
+    learner = make_sema(max_tasks=1)
+    learner.begin_task(0)
+    tokens, network = learner.class_tokens(IMAGES), learner.network
+    assert tokens.shape == (6, 3, network.vit.embed_dim) and not tokens.requires_grad
+    with torch.no_grad():
+        for block in range(5):
+            torch.testing.assert_close(tokens[block], network(IMAGES, 0, block + 1)[:, 0])
+        torch.testing.assert_close(network.vit.norm(tokens[5]), learner.features(IMAGES))
+
+
+def test_class_tokens_of_merged_directions_become_the_features(make_sdlora) -> None:
+    learner = make_sdlora()
+    learner.begin_task(0)
+    torch.nn.init.normal_(learner.network.projections[2].new.up)
+    tokens = learner.class_tokens(IMAGES)
+    with torch.no_grad():
+        torch.testing.assert_close(learner.network.vit.norm(tokens[5]), learner.features(IMAGES))
+    assert learner.branch_spaces() == {}
+
+
+def test_branch_spaces_are_those_of_the_trained_products(make_sema) -> None:
+    learner = make_sema(max_tasks=1, nested_lora_rank=3)
+    at_first = learner.branch_spaces()
+    assert set(at_first) == {(block, 0) for block in range(6)} and at_first[2, 0]["fast"].shape[1] == 0
+    functional = learner.network.modules_by_block[2].adapters[0].functional
+    torch.nn.init.normal_(functional.slow.up_proj.weight)
+    spaces = learner.branch_spaces()[2, 0]
+    product = (functional.slow.up_proj.weight @ functional.slow.down_proj.weight).detach().double()
+    basis = spaces["slow"]
+    assert basis.shape[1] == 3 and spaces["fast"].shape[1] == 0
+    torch.testing.assert_close(basis @ (basis.T @ product), product)
