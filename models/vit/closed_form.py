@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from utils.analysis.ridge import left_out_error
+from utils.analysis.ridge import fit_ridge
 
 
 class ClosedFormHead(nn.Module, ABC):
@@ -141,7 +141,7 @@ def fit_drift(before: Tensor, after: Tensor) -> Drift:
 
     With X = before - mean and Y = after - before - mean movement, J = I + (X^T X + s I)^-1 X^T Y: with little evidence
     (s large against the data) all images are taken to have moved alike. s is the candidate of `STRENGTHS` with the
-    smallest leave-one-out error, whose residuals are e_i / (1 - h_ii), h the diagonal of the hat matrix with mean.
+    smallest leave-one-out error.
     Images that are all alike give J = I; of one image alone nothing is explained, as nothing is left to predict it.
     """
     before, after = before.double(), after.double()
@@ -150,12 +150,6 @@ def fit_drift(before: Tensor, after: Tensor) -> Drift:
     if total == 0 or len(before) == 1:
         return Drift(identity, movement.mean(dim=0), float(total == 0))
     centre, common = before.mean(dim=0), movement.mean(dim=0)
-    x, y = before - centre, movement - common
-    u, s, vt = torch.linalg.svd(x, full_matrices=False)  # (n, k), (k,), (k, d)
-    projected = u.T @ y  # (k, d)
-    largest = float(s[0].square()) or 1.0  # images that are all alike: any ridge gives the same
-    errors = {strength: left_out_error(strength * largest, u, s, projected, y) for strength in STRENGTHS}
-    strength = min(errors, key=errors.get)
-    inverse = s / (s.square() + strength * largest)
-    move = vt.T @ (inverse[:, None] * projected)
-    return Drift(identity + move, common - centre @ move, 1 - errors[strength] / total)
+    fit = fit_ridge(before - centre, movement - common, STRENGTHS)
+    shift = common - centre @ fit.weights
+    return Drift(identity + fit.weights, shift, 1 - fit.error / total)

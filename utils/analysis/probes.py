@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from utils.analysis.ridge import left_out_error
+from utils.analysis.ridge import fit_ridge
 
 RIDGES = [10.0**k for k in range(-6, 5)]  # candidates, relative to the number of samples
 CONFIDENCE = 0.95  # of the threshold that correlations by chance stay below
@@ -44,9 +44,8 @@ def fit_probe(features: Tensor, labels: Tensor) -> Probe:
     """Ridge regression of labels on features (n, d) that were brought to mean 0 and deviation 1.
 
     With X the standardised features, Y the labels (one-hot classes, or 0 and 1) less their mean, and ridge r:
-    W = (X^T X + n r I)^-1 X^T Y, where r is the candidate with the smallest squared leave-one-out error. Its
-    residuals are e_i / (1 - h_ii), h the diagonal of the hat matrix with mean. Features that do not vary take
-    no part.
+    W = (X^T X + n r I)^-1 X^T Y, where r is the candidate with the smallest squared leave-one-out error.
+    Features that do not vary take no part.
 
     Args:
         features: (n, d).
@@ -62,13 +61,9 @@ def fit_probe(features: Tensor, labels: Tensor) -> Probe:
     centre, spread, mean = x.mean(dim=0), x.std(dim=0), targets.mean(dim=0)
     varies = spread > torch.finfo(features.dtype).eps * centre.abs()
     scale = torch.where(varies, 1 / spread.clamp_min(torch.finfo(x.dtype).tiny), 0.0)
-    u, s, vt = torch.linalg.svd((x - centre) * scale, full_matrices=False)  # (n, k), (k,), (k, d)
-    y = targets - mean
-    projected = u.T @ y  # (k, C)
-    errors = {ridge: left_out_error(len(x) * ridge, u, s, projected, y) for ridge in RIDGES}
-    ridge = min(errors, key=errors.get)
-    weights = scale[:, None] * (vt.T @ ((s / (s.square() + len(x) * ridge))[:, None] * projected))
-    return Probe(weights, mean - centre @ weights, ridge)
+    fit = fit_ridge((x - centre) * scale, targets - mean, RIDGES, unit=len(x))
+    weights = scale[:, None] * fit.weights
+    return Probe(weights, mean - centre @ weights, fit.strength)
 
 
 def accuracy(scores: Tensor, labels: Tensor) -> float:

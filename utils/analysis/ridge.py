@@ -1,21 +1,48 @@
-"""Leave-one-out errors of ridge regressions, from one singular value decomposition."""
+"""Ridge regression whose ridge is chosen by leave-one-out, from one singular value decomposition."""
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
 from torch import Tensor
 
 
-def left_out_error(ridge: float, u: Tensor, s: Tensor, projected: Tensor, y: Tensor) -> float:
-    """Sum of squared leave-one-out residuals of the regression of y on x with a free mean.
+class RidgeFit(NamedTuple):
+    """y ~ x W for rows less their means.
 
-    Its residuals are e_i / (1 - h_ii) with the residuals e of the fit to all rows and h the diagonal of the
-    hat matrix, mean included, so no regression is fitted again.
+    Attributes:
+        weights: W (d, C).
+        strength: the candidate that was chosen.
+        error: its sum of squared leave-one-out residuals.
+    """
+
+    weights: Tensor
+    strength: float
+    error: float
+
+
+def fit_ridge(x: Tensor, y: Tensor, strengths: Sequence[float], unit: float | None = None) -> RidgeFit:
+    """W = (X^T X + strength unit I)^-1 X^T Y with the strength of the smallest squared leave-one-out error.
+
+    Its residuals are e_i / (1 - h_ii) with the residuals e of the fit to all rows and h the diagonal of the hat
+    matrix, mean included, so no regression is fitted again.
 
     Args:
-        ridge: added to the diagonal of x^T x.
-        u, s: of x = u diag(s) v^T, rows less their mean; (n, k) and (k,).
-        projected: u^T y, (k, C).
-        y: rows less their mean, (n, C).
+        x, y: (n, d) and (n, C), rows less their means.
+        strengths: candidates, relative to `unit`.
+        unit: None for the largest squared singular value of x.
     """
-    shrink = s.square() / (s.square() + ridge)  # (k,)
-    leverage = (u.square() * shrink).sum(dim=1) + 1 / len(y)
-    residuals = (y - u @ (shrink[:, None] * projected)) / (1 - leverage).clamp_min(1e-6)[:, None]
-    return float(residuals.square().sum())
+    u, s, vt = torch.linalg.svd(x, full_matrices=False)  # (n, k), (k,), (k, d)
+    unit = unit or float(s[0].square()) or 1.0  # rows that are all alike: any ridge gives the same
+    projected = u.T @ y  # (k, C)
+
+    def left_out_error(ridge: float) -> float:
+        shrink = s.square() / (s.square() + ridge)  # (k,)
+        leverage = (u.square() * shrink).sum(dim=1) + 1 / len(y)
+        residuals = (y - u @ (shrink[:, None] * projected)) / (1 - leverage).clamp_min(1e-6)[:, None]
+        return float(residuals.square().sum())
+
+    errors = {strength: left_out_error(strength * unit) for strength in strengths}
+    strength = min(errors, key=errors.get)
+    weights = vt.T @ ((s / (s.square() + strength * unit))[:, None] * projected)
+    return RidgeFit(weights, strength, errors[strength])
