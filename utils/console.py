@@ -43,10 +43,10 @@ def progress(items: Any = None, *, leave: bool = False, **options: Any) -> Any:
 
 
 def attach_console(*, goes_on: bool = True) -> logging.Handler | None:
-    """Show the program's messages on standard output without breaking progress bars.
+    """Show the program's messages on standard output, above progress bars.
 
-    goes_on: where nobody takes them any more, the program goes on silently (a run has its text log); a program
-    that does not gets the OSError. Returns the handler, or None where one is attached already.
+    goes_on: where nobody takes them any more, the program goes on silently (a run has its text log); without
+    it, OSError is raised. Returns the handler, or None where one is attached already.
     """
     if any(isinstance(handler, _Console) for handler in logger.handlers):
         return None
@@ -62,7 +62,7 @@ def add_handler(handler: logging.Handler) -> logging.Handler:
 
 
 def tell(text: str) -> None:
-    """Write a line to standard error, where anyone reads it and there is room for it."""
+    """Write a line to standard error; nothing where its reader has gone or its disk is full."""
     try:
         sys.stderr.write(f"{text}\n")
         sys.stderr.flush()
@@ -76,7 +76,7 @@ def discard(stream: io.TextIOBase) -> None:
 
 
 class _Console(logging.Handler):
-    """Messages above a progress bar instead of through it."""
+    """Handler that writes messages above a progress bar instead of through it."""
 
     def __init__(self, goes_on: bool) -> None:
         super().__init__()

@@ -37,7 +37,7 @@ WAYS_OUT = {
 
 
 def os_error_sentence(error: OSError, go_on: str = RESUME) -> str:
-    """What the operating system refused, with the path and what to do; go_on: how, once it is mended."""
+    """Sentence for a refused system call: path, reason, what to do; go_on: how to continue then."""
     where = f"{error.filename}: " if error.filename is not None else ""
     way_out = WAYS_OUT.get(error.errno, "check the path and its disk")
     return f"{where}{error.strerror or error}; {way_out}, then {go_on}"
@@ -54,7 +54,7 @@ def exit_code(
     """Exit code of a command: what it returns (None: 0), 2 after a mistake, 130 stopped, 141 nobody reads it.
 
     A mistake, or what the operating system refused, is told on standard error in a sentence, where `tells`
-    allows. go_on: how to, once what was refused is mended.
+    allows. go_on: how to continue, once that is mended.
     """
     try:
         code = run() or 0

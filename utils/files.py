@@ -77,13 +77,13 @@ def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file.
 
     Raises:
-        UserError: the file is absent, a folder, unreadable, not UTF-8, not JSON, nested too deep, or no object.
+        UserError: the file is absent, unreadable, not UTF-8, not JSON, nested too deep, or no object.
     """
     try:
         values = json.loads(path.read_bytes().decode("utf-8-sig"))
     except FileNotFoundError as error:
         raise UserError(
-            f"{path.parent} holds no {path.name}: it is another folder than it was taken for, or the file was removed"
+            f"{path.parent} holds no {path.name}: it is another folder than expected, or the file was removed"
         ) from error
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): restore the file") from error

@@ -1,1 +1,1 @@
-"""Looks at representations: similarity, subspaces, linear probes, and the figures of what they find."""
+"""Analyses of representations: similarity, subspaces, linear probes, and their figures."""

@@ -49,7 +49,7 @@ class Heatmap(NamedTuple):
 
 
 class HeatmapSpec(NamedTuple):
-    """What the panels of a figure share.
+    """Axes, colours and number format that the panels of a figure share.
 
     Attributes:
         rows, columns: names of the axes.

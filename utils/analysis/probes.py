@@ -23,7 +23,7 @@ CONFIDENCE = 0.95  # of the threshold that correlations by chance stay below
 
 @dataclass(frozen=True)
 class Probe:
-    """scores(x) = x W + b.
+    """A linear probe, scores(x) = x W + b.
 
     Attributes:
         weights: W (d, C), float64.
@@ -72,7 +72,7 @@ def accuracy(scores: Tensor, labels: Tensor) -> float:
 
 
 def average_precision(scores: Tensor, labels: Tensor) -> Tensor:
-    """sum_i (R_i - R_(i-1)) P_i for each label, (P,).
+    """Average precision of each label, sum_i (R_i - R_(i-1)) P_i, (P,).
 
     P_i and R_i are precision and recall of the samples down to i.
     scores (n, P), labels (n, P) of 0 and 1. Samples are taken from the highest score down, those of one score
@@ -92,7 +92,7 @@ def average_precision(scores: Tensor, labels: Tensor) -> Tensor:
 
 
 def probe_score(probe: Probe, features: Tensor, labels: Tensor) -> float:
-    """How well a probe reads these features, which need not be those it was fitted on, from 0 to 1.
+    """Score from 0 to 1 of a probe on these features, which need not be those it was fitted on.
 
     Accuracy for classes (n,); for labels (n, P) the mean of `average_precision` over those that occur.
     """
@@ -128,7 +128,7 @@ def transfer_scores(representations: Sequence[Tensor], labels: Tensor, train: Te
 
 @dataclass(frozen=True)
 class UnitReport:
-    """How the k units of a representation go with P labels.
+    """Correlations of the k units of a representation with P labels, and of permuted labels by chance.
 
     Attributes:
         correlation: (k, P) Pearson's r of units and labels, which are 0 or 1 (point-biserial correlation); 0
@@ -168,7 +168,7 @@ class UnitReport:
 def unit_report(
     activities: Tensor, labels: Tensor, generator: torch.Generator, permutations: int = 200
 ) -> UnitReport:
-    """Correlations of units (n, k) with labels (n, P), with what permuted labels would give.
+    """Correlations of units (n, k) with labels (n, P), beside those with permuted labels.
 
     Samples are taken to be independent. A permutation moves all labels of a sample together, so it keeps how
     labels occur with one another, and takes the largest |r| over units, as `best` does: many units are no

@@ -1,4 +1,4 @@
-"""Analyses of what the representations of a class-incremental run did while it learned.
+"""Analyses of how representations change over the tasks of a class-incremental run.
 
     results = {name: ANALYSES[name](inputs) for name in ("cka", "probes")}
     write_results(run / "analysis", results)     # utils/analysis/results.py
@@ -282,7 +282,7 @@ def _branch_text(rows: Sequence[Row]) -> str:
     if all(row["between"] is None for row in rows):
         return (
             "The output of a branch is zero whenever a task ends (consolidation restarts fast, or a learning "
-            "rate is 0): there is no angle between fast and slow; branches.csv has how far the other one moved."
+            "rate is 0): there is no angle between fast and slow; branches.csv tells how the other one moved."
         )
     table = pd.DataFrame(rows).pivot(index=["block", "adapter"], columns="task", values="between")
     names = [f"block {block}.{adapter}" for block, adapter in table.index]

@@ -26,7 +26,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class AnalysisResult:
-    """What an analysis found.
+    """Numbers, tables, figures and text of one analysis.
 
     Attributes:
         numbers: all of it, for the JSON file.

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class RidgeFit(NamedTuple):
-    """y ~ x W for rows less their means.
+    """A ridge regression y ~ x W for rows less their means.
 
     Attributes:
         weights: W (d, C).
@@ -24,8 +24,8 @@ class RidgeFit(NamedTuple):
 def fit_ridge(x: Tensor, y: Tensor, strengths: Sequence[float], unit: float | None = None) -> RidgeFit:
     """W = (X^T X + strength unit I)^-1 X^T Y with the strength of the smallest squared leave-one-out error.
 
-    Its residuals are e_i / (1 - h_ii) with the residuals e of the fit to all rows and h the diagonal of the hat
-    matrix, mean included, so no regression is fitted again.
+    Its residuals are e_i / (1 - h_ii) with the residuals e of the fit to all rows and h the diagonal of the
+    hat matrix, mean included, so no regression is fitted again.
 
     Args:
         x, y: (n, d) and (n, C), rows less their means.

@@ -190,12 +190,12 @@ def _damaged(folder: Path, what: str) -> UserError:
 
 
 def _canonical(state: Mapping[str, Any]) -> str:
-    """One text for one state, whatever its layout in the file: what the state's hash is taken of."""
+    """Canonical JSON of a state, independent of its layout in the file; its hash is recorded."""
     return json.dumps(state, sort_keys=True, separators=(",", ":"))
 
 
 def _require_text_keys(value: Any, where: str) -> None:
-    """JSON turns the key 9 into "9" without a word; refuse it here rather than lose it on resume."""
+    """TypeError for a key that is no text: JSON would silently turn 9 into "9"."""
     if isinstance(value, Mapping):
         for key, item in value.items():
             if not isinstance(key, str):

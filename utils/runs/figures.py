@@ -100,7 +100,7 @@ def class_incremental_figures(
 
 
 def describe(config: Mapping[str, Any], result: Mapping[str, Any] | None) -> str:
-    """The line under a figure's title: which run this is, and whether it is finished."""
+    """Line under a figure's title: prefix, method, data, backbone, seed, and whether it is unfinished."""
     seed = (result or {}).get("seed", config.get("seed"))
     if isinstance(seed, list):
         seed = ", ".join(map(str, seed))
@@ -110,7 +110,7 @@ def describe(config: Mapping[str, Any], result: Mapping[str, Any] | None) -> str
 
 
 def accuracy_matrix_figure(rows: Sequence[Sequence[float]], totals: Sequence[float], subtitle: str) -> Figure:
-    """Heat map of a[t][k] (row t, column k, percent); the last column is the accuracy over all seen classes."""
+    """Heat map of a[t][k] (row t, column k, percent); the last column is accuracy over all seen classes."""
     tasks = len(rows)
     numbered = tasks <= MOST_NUMBERED_TASKS
     cell = 0.56 if tasks <= 12 else 0.44 if numbered else 11.0 / tasks  # inches
@@ -153,7 +153,7 @@ def accuracy_matrix_figure(rows: Sequence[Sequence[float]], totals: Sequence[flo
 
 
 def accuracy_curves_figure(rows: Sequence[Sequence[float]], totals: Sequence[float], subtitle: str) -> Figure:
-    """A_t over all seen classes (thick), accuracy on each task's own test images (thin), percent, over tasks."""
+    """A_t over all seen classes (thick) and accuracy on each task's own test images (thin), percent."""
     tasks = len(rows)
     crowded = tasks > 12
     width, height = (9.0, 5.4) if crowded else (7.2, 4.4)
@@ -266,7 +266,7 @@ def _task_colour_bar(figure: Figure, axes: Axes, colours: np.ndarray) -> None:
 
 
 def _draw_norms(axes: Axes, events: Sequence[Mapping[str, Any]], marker_size: float) -> bool:
-    """Both branches of one block's adapters; returns whether any of them changed at a task's end."""
+    """Draw both branches of one block's adapters; returns whether any of them changed at a task's end."""
     adapters = sorted({event["adapter"] for event in events})
     strengths = np.linspace(0.4, 1.0, len(adapters)) if len(adapters) > 1 else [1.0]
     in_order = sorted(events, key=lambda event: (event["task"], event["when"] != "before"))

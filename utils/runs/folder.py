@@ -1,4 +1,4 @@
-"""Run folder: where it lies, which process may write it, and how it is claimed, replaced and given up.
+"""Run folder: its place, its lock, and how it is claimed, replaced and abandoned.
 
     claim = claim_folder(folder_of(config, seed=1993), {"config.json": text.encode()}, overwrite=False)
     claim.folder                 # the first free one of folder, folder_2, ...: locked, with its config.json
@@ -50,7 +50,7 @@ ORPHANS = 10.0  # seconds that data workers may outlive a killed process, whose 
 
 
 def folder_of(config: RunConfig, seed: int) -> Path:
-    """Where one seed of a configuration is recorded: its `folder_names` below `logs_root`.
+    """Folder of one seed of a configuration: its `folder_names` below `logs_root`.
 
     Slashes inside a name become dashes: every name is one level.
     """
@@ -72,7 +72,7 @@ class FolderInUse(UserError):
 
 
 class FolderLock:
-    """The right to write in a folder, held by one process at a time and lost when it ends, however it ends.
+    """Lock of a folder: one process at a time writes it, and loses the lock when it ends, however it ends.
 
     The lock is a hidden file beside the folder, `.<name>.lock`, which stays; while it is held,
     `.<name>.lock.json` says by whom. The folder itself need not exist, its parent must.
@@ -125,7 +125,7 @@ class FolderLock:
         return "process {pid} on {host} since {since}".format_map(unknown | owner)
 
     def _left_by_the_dead(self) -> bool:
-        """Whether the last holder was a process of this machine that is no more."""
+        """Whether the last holder was a process of this machine that has ended."""
         try:
             owner = read_json(self._owner)
             return owner["host"] == socket.gethostname() and not psutil.pid_exists(owner["pid"])
@@ -150,7 +150,7 @@ class Claim:
     new_parents: Sequence[Path]
 
     def abandon(self) -> None:
-        """Remove a run that has recorded nothing, and the folders made for it; what it replaces comes back."""
+        """Remove a run that has recorded nothing, with folders made for it; what it replaces comes back."""
         if self.folder.exists():
             metrics = self.folder / METRICS
             names = {path.name for path in self.folder.iterdir()}
@@ -192,7 +192,7 @@ def claim_folder(folder: Path, files: Mapping[str, bytes], overwrite: bool) -> C
 
 
 def waiting_notes(folder: Path) -> list[str]:
-    """Where the runs are that a run replaces, until it is finished; nothing where it replaces none."""
+    """A note that names the runs that an unfinished run replaces; empty where it replaces none."""
     where = ", ".join(map(str, replaced_folders(folder)))
     return [f"{where}: the run that {folder.name} replaces, removed when that is finished"] if where else []
 

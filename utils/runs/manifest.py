@@ -1,13 +1,13 @@
-"""Manifest of a run, `manifest.json`: what it was made with, and how that differs from other runs.
+"""Manifest of a run, `manifest.json`: code, libraries, data and command, compared between runs.
 
     {"command": {"id": ..., "seeds": [1, 2, 3], "overwrite": false},
      "sessions": [{"started": ..., "commit": ..., "versions": {...}, "device": ..., "threads": 2, ...}, ...],
      "finished": "2026-11-28T15:30:00+00:00",
      "seed": 2, "class_order": [...], ...}
 
-    origin = read_provenance(run_folder)             # the code, libraries, data and weights behind its numbers
-    origin.unlike(read_provenance(other_folder))     # ["libraries"]: the two are not paired
-    changes({"nested, seed 1": origin, ...})         # a sentence for each kind that changed from run to run
+    origin = read_provenance(run_folder)          # the code, libraries, data and weights behind its numbers
+    origin.unlike(read_provenance(other_folder))  # ["libraries"]: the two are not paired
+    changes({"nested, seed 1": origin, ...})      # a sentence for each kind that changed from run to run
 
 A session is one process (or one group of them under torchrun) that worked on the run; each resume adds one.
 Every seed is a run of its own, and the runs of one command share its id. `finished` is written last of all.
@@ -75,7 +75,7 @@ class Session(Strict):
     processes: int
 
     def differences(self, earlier: "Session") -> list[str]:
-        """What is not as it was in an earlier session: `["torch 2.11.0 -> 2.12.0", "threads 1 -> 2"]`."""
+        """Differences from an earlier session: `["torch 2.11.0 -> 2.12.0", "threads 1 -> 2"]`."""
         skipped = {"started", "versions"}
         before, now = (one.model_dump(exclude=skipped) | one.versions for one in (earlier, self))
         changed = [key for key in before | now if before.get(key) != now.get(key)]
@@ -205,7 +205,7 @@ class Provenance:
 
 
 def read_provenance(folder: Path) -> Provenance:
-    """The provenance of the run in a folder. UserError: `config.json` or `manifest.json` is absent or damaged.
+    """The provenance of the run in a folder. UserError: `config.json` or `manifest.json` is damaged.
 
     Where several sessions worked on the run, code and versions are those of all of them: `1.2 + 1.3`.
     """
@@ -222,7 +222,7 @@ def read_provenance(folder: Path) -> Provenance:
         values |= {kind: {"sha256": str(more[kind]["sha256"])} for kind in SOURCES if kind in more}
     except (KeyError, TypeError) as error:
         raise UserError(
-            f"{folder / MANIFEST} lacks the hash of the run's data or weights: the file is damaged, restore it"
+            f"{folder / MANIFEST} lacks the hash of the run's data or weights: it is damaged, restore it"
         ) from error
     sources = {kind: tuple(str(config.get(key)) for key in keys) for kind, keys in SOURCES.items()}
     return Provenance(values, sources, _joined(str(session.commit)[:SHOWN] for session in sessions))
@@ -234,7 +234,7 @@ def present() -> Provenance:
 
 
 def changes(origins: Mapping[str, Provenance]) -> list[str]:
-    """A sentence for each kind that differs between runs that ask for the same; origins: by the runs' labels."""
+    """A sentence for each kind that differs between runs that ask for the same; origins: by run labels."""
     groups: dict[tuple[str, Any], dict[Any, list[str]]] = {}  # (kind, source) -> value -> labels
     for label, origin in origins.items():
         for kind, value in origin.values.items():
@@ -265,7 +265,7 @@ def outdated(origins: Mapping[str, Provenance]) -> dict[str, list[str]]:
 
 
 def _shown(value: Mapping[str, str], common: set[tuple[str, str]], name: str | None) -> str:
-    """One value of a kind for a reader: versions that differ from another's, or the beginning of a hash."""
+    """Text for one value of a kind: versions that differ from another's, or the beginning of a hash."""
     if "sha256" not in value:
         return ", ".join(f"{name} {found}" for name, found in value.items() if (name, found) not in common)
     sha256 = _joined(part[:SHOWN] for part in value["sha256"].split(PLUS))

@@ -24,7 +24,7 @@ NUMBERED_FIELDS = {"block", "adapter"}  # numbers that say what an event is abou
 
 
 def scalars(event: Mapping[str, Any]) -> list[tuple[str, float]]:
-    """What TensorBoard draws of an event: [(tag, value)].
+    """Numbers of an event with their TensorBoard tags: [(tag, value)].
 
     The tag is the event's name, then what it is about (text fields, block and adapter numbers), then the
     value's field: `epoch/rd/block_09/loss`, `task/accuracy/00`. Position in the run (task, epoch, step) and

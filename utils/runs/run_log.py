@@ -49,7 +49,7 @@ logger = logging.getLogger("nested_lora")
 
 
 class RunLog:
-    """Everything one run writes, apart from its checkpoints and figures. Open one with `create` or `reopen`.
+    """Writer of a run's record, apart from checkpoints and figures. Open one with `create` or `reopen`.
 
     It holds the folder's lock until it is closed. A new run that ends with an error before it has recorded
     anything leaves no folder, and what it was to replace is back in its place.
@@ -125,7 +125,7 @@ class RunLog:
         return os.fstat(self._metrics.fileno()).st_size
 
     def metric(self, event: str, **fields: Any) -> None:
-        """Append the line `{"event": event, **fields}` to `metrics.jsonl` and hand it to the operating system.
+        """Append `{"event": event, **fields}` to `metrics.jsonl` and hand it to the operating system.
 
         Non-finite numbers become null; NumPy and tensor values become plain ones; keys become text.
         A killed process loses at most the line it was writing. OSError when the disk does not take it; no
@@ -289,8 +289,8 @@ def _cut_metrics(path: Path, size: int) -> None:
     content = path.read_bytes() if path.exists() else b""
     if not 0 <= size <= len(content) or (size and content[size - 1 : size] != b"\n"):
         raise UserError(
-            f"{path} has {len(content)} bytes and does not fit the checkpoint, which was made when a line of it "
-            f"ended at byte {size}: the file was changed or belongs to another run"
+            f"{path} has {len(content)} bytes and does not fit the checkpoint, which was made when a line "
+            f"of it ended at byte {size}: the file was changed or belongs to another run"
         )
     if path.exists():
         os.truncate(path, size)
