@@ -149,8 +149,8 @@ def test_a_run_without_its_checkpoints(kept: str, copied: Path, capsys: pytest.C
     shutil.rmtree(copied / "checkpoints" / "task_00")
     assert analyse(copied, "probes") == 2
     message = capsys.readouterr().err
-    assert "has no checkpoint of task_00 (" in message and "python main.py --config" in message
-    assert ("--set checkpoints=all" in message) == (kept == "last")
+    assert "has no checkpoint of task_00 (" in message and "--set checkpoints=all" in message
+    assert ('checkpoints = "last"' in message) == (kept == "last")
     assert message.count("\n") == 1 and not (copied / "analysis").exists()
 
 
