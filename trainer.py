@@ -40,6 +40,7 @@ from models.saved_run import (
 )
 from utils.config.schema import RunConfig
 from utils.errors import Interrupted, UserError
+from utils.metric_catalogue import MetricSpec
 from utils.runs.checkpoint import checkpoint_name, latest_checkpoint, save_checkpoint
 from utils.runs.figures import draw_figures
 from utils.runs.folder import (
@@ -59,8 +60,8 @@ from utils.runs.manifest import (
     this_session,
     timestamp,
 )
-from utils.runs.metrics import seeds_table
 from utils.runs.run_log import RunLog, SilentLog
+from utils.runs.tables import seeds_table
 from utils.training.device import out_of_memory_advice, peak_memory_mb
 from utils.training.distributed import DistributedContext
 
@@ -82,7 +83,7 @@ def train(
     """
     command = Command(id=uuid.uuid4().hex, seeds=config.seed, overwrite=overwrite)
     results = [start_run(config, seed, command, notes, distributed) for seed in config.seed]
-    tell_mean(results)
+    tell_mean(results, config.metrics)
     return results
 
 
@@ -157,7 +158,7 @@ def resume(folder: Path, distributed: DistributedContext = ALONE) -> list[dict[s
             results[run.seed] = start_run(others, run.seed, command, distributed=distributed, beside=folder)
     in_order = [results[seed] for seed in command.seeds]
     if distributed.is_main:
-        tell_mean(in_order, [Path(run.folder) for run in seed_runs(folder, config, command)])
+        tell_mean(in_order, config.metrics, [Path(run.folder) for run in seed_runs(folder, config, command)])
     if not left:
         raise UserError(f"{folder} is finished: its {RESULT} is there; read it, or run its config.json again")
     return in_order
@@ -254,7 +255,9 @@ def complete_run(log: RunLog) -> None:
     log.manifest(read_manifest(log.folder).model_copy(update={"finished": timestamp()}).model_dump())
 
 
-def tell_mean(results: Sequence[dict[str, Any]], folders: Sequence[Path] = ()) -> None:
+def tell_mean(
+    results: Sequence[dict[str, Any]], metrics: Sequence[MetricSpec], folders: Sequence[Path] = ()
+) -> None:
     """The table of means over seeds, where there are several and what is in their folders is one experiment."""
     if len(results) < 2:
         return
@@ -265,7 +268,7 @@ def tell_mean(results: Sequence[dict[str, Any]], folders: Sequence[Path] = ()) -
         return
     for note in notes:
         logger.warning(note)
-    logger.info(seeds_table(results))
+    logger.info(seeds_table(results, metrics))
 
 
 class Run:

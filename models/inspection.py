@@ -21,8 +21,8 @@ from utils.errors import UserError
 from utils.runs.checkpoint import latest_checkpoint
 from utils.runs.figures import draw_figures
 from utils.runs.folder import ACCURACY, RESULT, FolderInUse, FolderLock
-from utils.runs.metrics import seeds_table
 from utils.runs.run_log import read_accuracy_csv
+from utils.runs.tables import seeds_table
 
 
 def show_run(folder: Path, test: bool) -> Iterator[str]:
@@ -69,7 +69,8 @@ def show_seeds(folders: list[Path]) -> Iterator[str]:
         raise UserError("none of the folders holds a finished run (a result.json)")
     for note in check_one_experiment(finished):
         yield f"note: {note}"
-    yield seeds_table([read_result(folder) for folder in finished])
+    metrics = read_config(finished[0]).metrics
+    yield seeds_table([read_result(folder) for folder in finished], metrics)
 
 
 def analyse_run(folder: Path, names: list[str], images_per_class: int | None) -> Iterator[str]:

@@ -39,8 +39,8 @@ from utils.errors import Interrupted
 from utils.gumbel_utils import gumbel_sparsemax, newcomer_logits, sparsemax, sparsity_loss
 from utils.inc_net import IncrementalHead
 from utils.runs.figures import class_incremental_figures
-from utils.runs.metrics import active_adapters_table
 from utils.runs.run_log import read_metrics
+from utils.runs.tables import active_adapters_table
 from utils.training.optim import GroupedOptimizer, ParameterGroup, StepDecay, assert_complete, trainable
 from utils.training.random import rng
 

@@ -1,4 +1,4 @@
-"""What all figures have in common: style, colours, a titled canvas, an axis of tasks, panels by block.
+"""Style shared by all figures: colours, a titled figure, an axis of tasks, panels per block.
 
     with mpl.rc_context(STYLE):
         figure = titled_figure(7.2, 4.4, "Accuracy (%)", "prefix · method · data · seed 1993")
@@ -83,7 +83,7 @@ def task_axis(axes: Axes, tasks: int, most_ticks: int = 20, label: str | None = 
 def panels_by_block(
     blocks: Sequence[int], tasks: int, title: str, subtitle: str, label: str
 ) -> tuple[Figure, dict[int, Axes]]:
-    """A figure of small panels over tasks, one a block, with common axes; `label` names the values.
+    """A figure of small panels over tasks, one per block, with common axes; `label` names the values.
 
     Returns:
         The figure, without a legend, and the panel of each block.

@@ -11,9 +11,11 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
+from models.shared_subspace.metrics import GRIDS
 from models.shared_subspace.primitives import FEWEST_COLOURS, MOST_COLOURS, PRIMITIVES
 from models.shared_subspace.tasks import LEAST_GROUP, split_problems
 from utils.config.schema import MOST, Conflict, IdleRule, RunConfig, falling_rate
+from utils.metric_catalogue import MetricSpec
 
 
 def _as_points(value: Any) -> Any:
@@ -63,7 +65,7 @@ def _weight(default: float, description: str) -> Any:
 class SharedSubspaceConfig(RunConfig):
     """Do subspaces shared between tasks help on new combinations of them?"""
 
-    kind: ClassVar[str] = "grids"
+    metrics: ClassVar[tuple[MetricSpec, ...]] = GRIDS
     editable_keys: ClassVar[frozenset[str]] = RunConfig.editable_keys | {"save_every"}
     model_name: Literal["shared_subspace"] = Field("shared_subspace", description="The method.")
 

@@ -14,7 +14,6 @@ from models.shared_subspace.losses import iou
 from models.shared_subspace.tables import SPLIT_NAMES, few_shot_table, zero_shot_table
 from models.shared_subspace.tasks import UNSEEN, GridTasks
 from utils.errors import UserError
-from utils.reports.metric_catalogue import KIND
 from utils.training.random import rng
 
 if TYPE_CHECKING:
@@ -82,7 +81,6 @@ def grid_report(measured: Measured) -> Report:
         event={"zero_shot": measured["zero_shot"], "analysis": seen},
         lines=lines,
         result={
-            KIND: SharedSubspaceConfig.kind,
             "metrics": metrics_of(measured),
             "zero_shot": measured["zero_shot"],
             "few_shot": rows,

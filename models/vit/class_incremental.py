@@ -36,7 +36,8 @@ from utils.errors import UserError
 from utils.inc_net import IncrementalHead
 from utils.runs.figures import class_incremental_figures, describe
 from utils.runs.manifest import library_versions
-from utils.runs.metrics import AccuracyMatrix, accuracy_table, summary_table
+from utils.runs.metrics import AccuracyMatrix
+from utils.runs.tables import accuracy_table, summary_table
 from utils.training.device import dead_worker_advice, predictions, require_finite
 from utils.training.optim import GroupedOptimizer, ParameterGroup, assert_complete, trainable
 
@@ -279,18 +280,19 @@ class ClassIncrementalLearner(Learner):
             matrix.add(evaluation["correct"], evaluation["total"])
         adapters = self.network.adapters_per_block()
         expansions = sum(adapters.values()) - len(adapters)
-        forgetting = "" if matrix.forgetting is None else f", forgetting {matrix.forgetting:.2f}"
+        metrics = matrix.summary() | {"expansions": expansions}
+        forgetting = "" if metrics["forgetting"] is None else f", forgetting {metrics['forgetting']:.2f}"
         per_task = ", ".join(f"{value:.2f}" for value in matrix.rows[-1])
         return Report(
             event={"accuracy": matrix.rows[-1], "total": matrix.curve[-1]},
             lines=[
                 f"CNN top1 curve: {[round(value, 2) for value in matrix.curve]}",
-                f"Average Accuracy (CNN): {matrix.average:.2f}",
+                f"Average Accuracy (CNN): {metrics['average']:.2f}",
                 f"Task {task}: accuracy per task [{per_task}], total {matrix.curve[-1]:.2f}{forgetting}",
                 f"Task {task}: adapters per block {_compact(adapters)}",
             ],
             result={
-                "metrics": matrix.summary() | {"expansions": expansions},
+                "metrics": metrics,
                 "accuracy": matrix.rows,
                 "curve": matrix.curve,
                 "adapters": adapters,

@@ -19,6 +19,7 @@ from utils.data.datasets import class_count, dataset_slug
 from utils.data.tasks import tasks_of
 from utils.errors import UserError, os_error_sentence
 from utils.files import why_no_file
+from utils.metric_catalogue import CLASS_INCREMENTAL, MetricSpec
 
 BATCH_KEYS = (
     "batch_size",
@@ -50,7 +51,7 @@ def _not_zero(scale: float) -> float:
 class ClassIncrementalConfig(RunConfig):
     """The keys every class-incremental method has: data, tasks, and a pretrained backbone."""
 
-    kind: ClassVar[str] = "class_incremental"
+    metrics: ClassVar[tuple[MetricSpec, ...]] = CLASS_INCREMENTAL
     legacy_keys: ClassVar[dict[str, str]] = {
         "memory_size": "no exemplar memory",
         "memory_per_class": "no exemplar memory",

@@ -16,7 +16,7 @@ from tests.conftest import TINY_SDLORA
 from tests.models.test_sdlora import GATE, KEEP, events, run_tasks
 from utils.config.loading import config_from_dict
 from utils.errors import UserError
-from utils.runs.metrics import active_adapters_table
+from utils.runs.tables import active_adapters_table
 
 PRUNE = {"growth_threshold": 0.999}
 Make = Callable[..., SDLoRA]

@@ -13,6 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
 from utils.errors import UserError
+from utils.metric_catalogue import MetricSpec
 from utils.training.device import resolve_device
 
 MOST = 10**6  # of whatever is counted: batches, epochs, images; more is a slip of the keyboard
@@ -113,9 +114,7 @@ class RunConfig(BaseModel):
         frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=()
     )
 
-    kind: ClassVar[
-        str
-    ]  # of experiment, an entry of `KINDS` in utils/reports/metric_catalogue.py: what its numbers are
+    metrics: ClassVar[tuple[MetricSpec, ...]]  # what its runs are measured by, the main metric first
     legacy_keys: ClassVar[dict[str, str]] = {}
     editable_keys: ClassVar[frozenset[str]] = frozenset(
         {"description", "prefix", "logs_root", "device", "grad_accumulation", "eval_batch_size"}

@@ -1,45 +1,37 @@
-"""The report of a sweep: what its finished runs say, and how sure that is.
+"""Report of a sweep: tables and figures of its finished runs, with confidence intervals.
 
-    write_report(Path("logs/sweeps/ranks"), "ranks", "does rank matter?", runs, baseline="matched adapter", ...)
+    write_report(Path("logs/sweeps/ranks"), "ranks", "does rank matter?", runs, metrics=config.metrics, ...)
 
     report.html      one page with everything, figures included; it needs no other file and no network
     summary.md       the same tables for a README or an issue
-    summary.csv      a line for each cell and quantity, at full precision, with its difference from the baseline
-    runs.csv         a line for each run
-    hypotheses.csv   a line for each hypothesis, at full precision, where the sweep states some
-    figures/         what `utils/reports/figures.py` and `utils/reports/hypotheses_figure.py` draw
+    summary.csv      a line per cell and metric, at full precision, with its difference from the baseline
+    runs.csv         a line per run
+    hypotheses.csv   a line per hypothesis, at full precision, where the sweep states some
+    figures/         drawn by `utils/reports/figures.py` and `utils/reports/answers_figure.py`
 
 The same input gives the same bytes. Everything is computed before the first file is replaced.
 """
 
-from __future__ import annotations
-
 import base64
-import csv
-import io
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 
 from utils.errors import UserError, os_error_sentence
 from utils.files import replace_file
+from utils.metric_catalogue import MetricSpec
 from utils.plotting import DPI
-from utils.reports.cells import Cell, quantity_names, tabulate
+from utils.reports.answers import answer
+from utils.reports.answers_figure import CAPTION, answers_png
 from utils.reports.figures import FIGURES, sweep_figures
-from utils.reports.hypotheses import Answer, Hypothesis, answer
-from utils.reports.hypotheses_figure import CAPTION, hypotheses_png
-from utils.reports.stats import Paired
-from utils.reports.tables import (
-    difference_tables,
-    facts,
-    hypotheses_table,
-    main_table,
-    reading_notes,
-    runs_table,
-)
+from utils.reports.hypotheses import Hypothesis
+from utils.reports.notes import facts, reading_notes
+from utils.reports.results import Results
+from utils.reports.tables import difference_tables, hypotheses_table, means_table, runs_table
 from utils.runs.manifest import Provenance
 
 FIGURES_FOLDER = "figures"
@@ -69,6 +61,7 @@ def write_report(
     description: str,
     runs: Mapping[str, Mapping[int, Mapping[str, Any]]],
     *,
+    metrics: Sequence[MetricSpec],
     baseline: str | None,
     commands: Mapping[str, str],
     unfinished: Mapping[str, str],
@@ -82,48 +75,48 @@ def write_report(
         folder: the sweep's; created where it is missing.
         title: the sweep's name.
         description: what it asks, in the words of its file.
-        runs: cell name -> seed -> result.json of its finished runs, in the table's order; {} for a cell without one.
+        runs: cell -> seed -> result.json of its finished runs, in the table's order; {} for a cell without
+            one.
+        metrics: specs of the runs' method, the main metric first.
         baseline: the cell that the others are compared with, if there is one.
-        commands: cell name -> command that repeats it.
+        commands: cell -> command that repeats it.
         unfinished: "cell, seed 1993" -> why there is no result.
-        hypotheses: name -> hypothesis, about these cells; without any the report does not speak of them.
-        origins: cell name -> seed -> provenance of the run, in the order in which they ended.
+        hypotheses: name -> hypothesis, about these cells; without any the report does not mention them.
+        origins: cell -> seed -> provenance of the run, in the order in which they ended.
         outdated: "cell, seed 1993" -> (what it differs in from the newest runs, command that runs it again).
 
     Raises:
-        UserError: the baseline is no cell, no run is finished, a result is damaged, or the folder cannot be written.
+        UserError: the baseline is no cell, no run is finished, a result is damaged, or the folder cannot be
+            written.
     """
-    cells = tabulate(runs, baseline, origins)
-    answers = answer(hypotheses or {}, cells)
-    figures = sweep_figures(cells, baseline, title)
-    answered = hypotheses_png(answers, title) if answers else b""
+    results = Results(runs, metrics, baseline, origins)
+    answers = answer(hypotheses, results) if hypotheses else None
+    figures = sweep_figures(results, title)
+    answered = {HYPOTHESES_FIGURE: (answers_png(answers, results, title), CAPTION)} if hypotheses else {}
     page = {
         "title": title,
         "description": description,
-        "facts": facts(cells, baseline, unfinished),
-        "notes": reading_notes(cells, baseline, answers),
-        "hypotheses": hypotheses_table(answers) if answers else None,
-        "hypotheses_picture": _picture(HYPOTHESES_FIGURE, answered, CAPTION) if answers else None,
-        "main": main_table(cells),
-        "differences": difference_tables(cells, baseline),
-        "runs": runs_table(cells),
-        "pictures": [_picture(name, png, cells[0].kind.captions[name]) for name, png in figures.items()],
+        "facts": facts(results, unfinished),
+        "notes": reading_notes(results, answers),
+        "hypotheses": hypotheses_table(answers, results) if hypotheses else None,
+        "hypotheses_picture": next(map(_picture, answered.items()), None),
+        "main": means_table(results),
+        "differences": difference_tables(results),
+        "runs": runs_table(results),
+        "pictures": list(map(_picture, figures.items())),
         "commands": commands,
         "unfinished": unfinished,
         "outdated": outdated or {},
     }
     files = {
-        "summary.csv": _csv(summary_rows(cells, baseline)),
-        "runs.csv": _csv(run_rows(cells)),
+        "summary.csv": _csv(results.summary.reset_index()),
+        "runs.csv": _csv(results.runs.reset_index()),
         "summary.md": _render("report_template.md", page),
         "report.html": _render("report_template.html", page),
-        **{f"{FIGURES_FOLDER}/{name}": png for name, png in figures.items()},
+        **{f"{FIGURES_FOLDER}/{name}": png for name, (png, _) in {**figures, **answered}.items()},
     }
-    if answers:
-        files |= {
-            HYPOTHESES: _csv(hypothesis_rows(answers)),
-            f"{FIGURES_FOLDER}/{HYPOTHESES_FIGURE}": answered,
-        }
+    if hypotheses:
+        files[HYPOTHESES] = _csv(answers)
     try:
         (folder / FIGURES_FOLDER).mkdir(parents=True, exist_ok=True)
         for name in (*(f"{FIGURES_FOLDER}/{figure}" for figure in (*FIGURES, HYPOTHESES_FIGURE)), HYPOTHESES):
@@ -136,107 +129,21 @@ def write_report(
         ) from error
 
 
-def summary_rows(cells: Sequence[Cell], baseline: str | None) -> list[dict[str, Any]]:
-    """A row for each cell and quantity; what there is not is None. Differences are the cell's minus the baseline's."""
-    rows = []
-    for cell in cells:
-        for quantity in quantity_names(cells):
-            estimate, comparison = cell.estimates.get(quantity), cell.comparisons.get(quantity)
-            difference = comparison and comparison.paired
-            rows.append(
-                {
-                    "cell": cell.name,
-                    "metric": quantity,
-                    "n": estimate.n if estimate else 0,
-                    "mean": estimate and estimate.mean,
-                    "std": estimate and estimate.std,
-                    "low95": estimate and estimate.low,
-                    "high95": estimate and estimate.high,
-                    "baseline": baseline,
-                    "paired_n": difference and difference.n,
-                    **_difference_fields(difference),
-                    "p_holm": comparison and comparison.p_holm,
-                    "p_wilcoxon": difference and difference.p_wilcoxon,
-                    "verdict": comparison and comparison.verdict,
-                }
-            )
-    return rows
+def _csv(table: pd.DataFrame) -> bytes:
+    """A table with a header; what there is not is an empty field."""
+    return table.to_csv(index=False, lineterminator="\n").encode()
 
 
-def hypothesis_rows(answers: Sequence[Answer]) -> list[dict[str, Any]]:
-    """A row for each hypothesis; what there is not is None. Differences are the cell's side minus the other."""
-    rows = []
-    for each in answers:
-        (cell, metric), (against, against_metric) = each.hypothesis.sides
-        (ours, theirs), difference = each.estimates, each.difference
-        rows.append(
-            {
-                "hypothesis": each.name,
-                "says": each.hypothesis.says,
-                "cell": cell,
-                "metric": metric,
-                "against": against,
-                "against_metric": against_metric,
-                "expected": each.hypothesis.expected,
-                "n": len(each.pairs),
-                "mean": ours and ours.mean,
-                "std": ours and ours.std,
-                "against_mean": theirs and theirs.mean,
-                "against_std": theirs and theirs.std,
-                **_difference_fields(difference),
-                "p_holm": each.p_holm,
-                "verdict": each.verdict,
-            }
-        )
-    return rows
-
-
-def _difference_fields(difference: Paired | None) -> dict[str, float | None]:
-    """The fields of a paired difference in a row; None each without one."""
-    return {
-        "difference": difference and difference.mean,
-        "difference_std": difference and difference.std,
-        "difference_low95": difference and difference.low,
-        "difference_high95": difference and difference.high,
-        "p_t": difference and difference.p_t,
-    }
-
-
-def run_rows(cells: Sequence[Cell]) -> list[dict[str, Any]]:
-    """A row for each finished run: cell, seed, every quantity, tasks, weights tag."""
-    names = quantity_names(cells)
-    return [
-        {
-            "cell": cell.name,
-            "seed": seed,
-            **{name: values.get(name) for name in names},
-            "tasks": cell.tasks,
-            "weights": cell.results[seed]["weights"].get("tag"),
-        }
-        for cell in cells
-        for seed, values in cell.quantities.items()
-    ]
-
-
-def _csv(rows: Sequence[Mapping[str, Any]]) -> bytes:
-    """Rows with the same keys as a table with a header; None is an empty field."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue().encode()
-
-
-def _picture(name: str, png: bytes, caption: str) -> Picture:
-    width, height = (
-        int.from_bytes(png[start : start + 4], "big") for start in (16, 20)
-    )  # of the PNG's header
-    size = (round(side * CSS_DPI / DPI) for side in (width, height))
+def _picture(figure: tuple[str, tuple[bytes, str]]) -> Picture:
+    """A figure for the page; figure: file name, then PNG and caption."""
+    name, (png, caption) = figure
+    sides = (int.from_bytes(png[start : start + 4], "big") for start in (16, 20))  # of the PNG's header
+    size = (round(side * CSS_DPI / DPI) for side in sides)
     return Picture(name, caption, base64.b64encode(png).decode(), *size)
 
 
 def _render(template: str, page: Mapping[str, Any]) -> bytes:
-    """A template of this folder, filled; what comes from users is escaped for HTML, or by `markdown` filters."""
+    """A filled template of this folder; text of users is escaped for HTML, or by `markdown` filters."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=select_autoescape(["html"]),

@@ -28,8 +28,6 @@ from pydantic import ValidationError
 
 from utils.errors import UserError
 from utils.files import json_bytes, read_json, write_json
-from utils.reports.cells import fault_of
-from utils.reports.metric_catalogue import KINDS
 from utils.runs.folder import (
     CONFIG,
     RESULT,
@@ -42,6 +40,7 @@ from utils.runs.folder import (
     set_aside,
 )
 from utils.runs.manifest import Provenance, changes, is_complete, outdated, read_provenance
+from utils.runs.result import fault_of
 from utils.sweeps.spec import Cell, Sweep
 
 logger = logging.getLogger("nested_lora")
@@ -101,7 +100,7 @@ class Run:
         """The content of its `result.json`. Raises UserError when it is damaged."""
         path = self.folder / RESULT
         result = read_json(path)
-        if fault := fault_of(result, KINDS[self.cell.config.kind]):
+        if fault := fault_of(result, self.cell.config.metrics):
             raise UserError(f"{path} is damaged, {fault}: run it again with {self.again}")
         return result
 
@@ -225,6 +224,7 @@ def write_summary(sweep: Sweep, runs: Sequence[Run], unfinished: Mapping[str, st
         sweep.path.stem,
         sweep.description,
         results,
+        metrics=sweep.cells[0].config.metrics,
         baseline=sweep.baseline,
         hypotheses=sweep.hypotheses,
         commands={run.cell.name: _command(sweep, run) for run in runs[: len(sweep.cells)]},

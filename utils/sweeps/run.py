@@ -25,7 +25,6 @@ from typing import Any
 from utils.config.schema import RunConfig
 from utils.console import progress
 from utils.errors import UserError, in_one_line, os_error_sentence
-from utils.reports.metric_catalogue import kind_of
 from utils.runs.folder import FolderLock, remove_replaced, restore_replaced
 from utils.runs.manifest import changes, present
 from utils.sweeps.executors import ENGINES, STOPPED, Engine, Job, Needs, requests
@@ -164,7 +163,7 @@ def run_all(
                     if trouble is None:
                         finished += 1
                         bar.update()
-                        logger.info(f"{run.label}: {_brief(run.result())} ({finished} of {total})")
+                        logger.info(f"{run.label}: {_brief(run)} ({finished} of {total})")
                     else:
                         troubles[run.label] = trouble
                         logger.warning(f"{run.label}: {trouble}; it printed {run.output_path}")
@@ -270,6 +269,6 @@ class StopRequest:
         logger.warning("Stopping: the runs save and end; once more ends them at once without saving")
 
 
-def _brief(result: dict[str, Any]) -> str:
-    kind = kind_of(result)
-    return f"{kind.main_name} {result['metrics'][kind.main]:.2f}, {result['cost']['seconds'] / 60:.1f} min"
+def _brief(run: Run) -> str:
+    result, main = run.result(), run.cell.config.metrics[0]
+    return f"{main.name} {main.text(result['metrics'][main.key])}, {result['cost']['seconds'] / 60:.1f} min"

@@ -27,11 +27,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from utils.config.loading import BASE_KEY, ConfigError, base_of, load_config, no_such, read_object
 from utils.config.schema import RunConfig, Seeds, Text, check_text
 from utils.reports.hypotheses import Hypothesis, read_hypotheses, unknown_metrics
-from utils.reports.metric_catalogue import KINDS
 
 SHAPING = {"base", "set", "cells", "grid"}  # keys without which there is no telling what the cells are
 MOST_CELLS = 10_000  # more is a slip of the keyboard
-MOST_NAMED = 4  # cells of a kind in a sentence
+MOST_NAMED = 4  # cells in a sentence
 LONGEST_SLUG = 120  # bytes; seed and backbone follow in a file name of at most 255
 OWNED = {
     "seed": 'the seeds of all cells stand in "seeds"',
@@ -183,9 +182,8 @@ def load_sweep(path: str | Path, overrides: Sequence[str], schemas: Mapping[str,
         except ConfigError as error:
             faults[plan.name] = error.problems
             footers.append(error.footer)
-    kinds = {cell.name: KINDS[cell.config.kind] for cell in cells}
-    problems += [*_by_cell(faults, len(plans)), *_mixed_kinds(cells), *_twins(cells)]
-    problems += unknown_metrics(hypotheses, kinds)
+    problems += [*_by_cell(faults, len(plans)), *_mixed_metrics(cells), *_twins(cells)]
+    problems += unknown_metrics(hypotheses, {cell.name: cell.config.metrics for cell in cells})
     if problems:
         raise ConfigError(str(path), problems, "\n".join(dict.fromkeys(filter(None, footers))))
 
@@ -313,14 +311,14 @@ def _by_cell(faults: Mapping[str, Sequence[str]], cells: int) -> list[str]:
     ]
 
 
-def _mixed_kinds(cells: Sequence[Cell]) -> Iterator[str]:
-    """Experiments whose numbers are different things."""
+def _mixed_metrics(cells: Sequence[Cell]) -> Iterator[str]:
+    """Experiments that are measured by different metrics."""
     names: dict[str, list[str]] = {}
     for cell in cells:
-        names.setdefault(cell.config.kind, []).append(_quoted(cell.name))
+        names.setdefault(cell.config.metrics[0].key, []).append(_quoted(cell.name))
     if len(names) > 1:
-        each = "; ".join(f"{kind}: {', '.join(its[:MOST_NAMED])}" for kind, its in names.items())
-        yield f"cells of different kinds of experiments ({each}): allowed: one kind, each has a sweep of its own"
+        each = "; ".join(f"{main}: {', '.join(its[:MOST_NAMED])}" for main, its in names.items())
+        yield f"cells with different metrics ({each}): allowed: the same, each experiment has a sweep of its own"
 
 
 def _twins(cells: Sequence[Cell]) -> Iterator[str]:

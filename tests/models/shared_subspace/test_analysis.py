@@ -19,12 +19,12 @@ from torch import Tensor
 from models.shared_subspace.analysis import ANALYSES, GridMaterial, Looked, pair_means, primitive_means
 from models.shared_subspace.analysis import metrics_of as metrics_of_analyses
 from models.shared_subspace.evaluation import metrics_of
+from models.shared_subspace.metrics import GRIDS
 from models.shared_subspace.primitives import PRIMITIVES
 from models.shared_subspace.tasks import GridBatch
 from tests.drawn import assert_readable
 from utils.analysis.results import value_table, write_results
 from utils.plotting import STYLE
-from utils.reports.metric_catalogue import GRIDS
 from utils.training.random import rng
 
 NAMES = ["rotate", "shift", "fall"]
@@ -391,7 +391,7 @@ def test_runs_are_compared_by_numbers_that_there_are() -> None:
     row = {"before": 1.0, "after": 2.0, "steps": 3, "all_steps": 4}
     zero_shot = {split: {"iou": 1.0, "solved": 2.0} for split in SPLITS}
     metrics = metrics_of({"zero_shot": zero_shot, "few_shot": [row], "analysis": metrics_of_analyses(found)})
-    assert set(GRIDS.metrics) <= set(metrics)
+    assert {spec.key for spec in GRIDS} <= set(metrics)
 
 
 def test_every_file_is_written_and_tables_are_complete(tmp_path: Path) -> None:

@@ -239,10 +239,7 @@ def test_experiments_of_different_kinds_are_no_table(tmp_path: Path) -> None:
     hypothesis = {"says": "?", "cell": "grids", "metric": "final", "expected": "higher", "against": "more"}
     found = problems(tmp_path, cells=cells, hypotheses={"H1": hypothesis})
     assert len(found) == 2
-    assert (
-        'class_incremental: "classes"; grids: "grids", "more"' in found[0]
-        and "a sweep of its own" in found[0]
-    )
+    assert 'final: "classes"; unseen_iou: "grids", "more"' in found[0] and "a sweep of its own" in found[0]
     assert found[1].startswith('hypothesis "H1": metric = "final": no such metric')
     of_one_kind = {name: cells[name] for name in ("grids", "more")}
     assert names(load(tmp_path, cells=of_one_kind, hypotheses={"H1": {**hypothesis, "metric": "unseen_iou"}}))

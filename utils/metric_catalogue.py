@@ -1,0 +1,135 @@
+"""Metric catalogue: name, unit, digits, better direction and definition of every number of a run.
+
+    catalogue = by_key(config.metrics)      # what the runs of a method are measured by, and what every run
+    costs catalogue["final"].heading              # "A_N (%)" catalogue["seconds"].text(90.0)         # "1.5",
+    of "minutes per run"
+
+A method's config class names its metrics (`RunConfig.metrics`), the main one first. Logs, CSV files, reports
+and figures take names, units and directions from these specs alone.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+
+ABSENT = "–"
+
+
+class Shown(IntEnum):
+    """Where reports show a metric; each place includes those before it."""
+
+    RUNS = 0  # the table of all runs
+    MEANS = 1  # the table of means over seeds
+    DIFFERENCES = 2  # a table of differences from the baseline
+    FIGURES = 3  # a panel in the figure of differences
+
+
+@dataclass(frozen=True)
+class MetricSpec:
+    """One metric.
+
+    Attributes:
+        key: its name in the "metrics" of a result.json, in CSV files and hypotheses.
+        name: what sentences call it.
+        unit: of the value as it is shown.
+        meaning: its definition, a noun phrase.
+        digits: decimals shown.
+        lower_is_better: its direction.
+        shown: where reports show it.
+        count: whether a run's value is an integer, shown without decimals.
+        scale: what a value is divided by where it is shown.
+        per_task: whether it is a list with a value per task, under its key in a result.json beside "metrics".
+    """
+
+    key: str
+    name: str
+    unit: str = ""
+    meaning: str = ""
+    digits: int = 2
+    lower_is_better: bool = False
+    shown: Shown = Shown.RUNS
+    count: bool = False
+    scale: float = 1.0
+    per_task: bool = False
+
+    @property
+    def heading(self) -> str:
+        """Name and unit."""
+        return f"{self.name} ({self.unit})" if self.unit else self.name
+
+    @property
+    def definition(self) -> str:
+        """Meaning and unit."""
+        text = self.meaning or self.name
+        return f"{text} ({self.unit})" if self.unit else text
+
+    @property
+    def difference_unit(self) -> str:
+        """Unit of a difference of two values."""
+        return "points" if self.unit == "%" else self.unit
+
+    @property
+    def better(self) -> str:
+        """ "lower" or "higher"."""
+        return "lower" if self.lower_is_better else "higher"
+
+    def text(self, mean: float, std: float = math.nan) -> str:
+        """`mean` or `mean ± std` as it is shown; a count has no ± 0, and no decimals for an integer."""
+        if math.isnan(mean):
+            return ABSENT
+        if math.isnan(std) or (self.count and not std):
+            whole = self.count and (mean / self.scale).is_integer()
+            return f"{mean / self.scale:,.{0 if whole else self.digits}f}"
+        return f"{mean / self.scale:,.{self.digits}f} ± {std / self.scale:,.{self.digits}f}"
+
+    def difference_text(self, difference: float, high: float | None = None) -> str:
+        """A signed difference, or `low to high` of its interval where both ends are given."""
+        if math.isnan(difference):
+            return ABSENT
+        digits = max(2, self.digits)
+        ends = [difference] if high is None else [difference, high]
+        return " to ".join(f"{end / self.scale:+.{digits}f}" for end in ends)
+
+
+COSTS = (  # of every run, beside the metrics of its method
+    MetricSpec("parameters_adapters", "adapter parameters", digits=0, shown=Shown.MEANS, count=True),
+    MetricSpec("parameters_stored", "stored parameters", digits=0, shown=Shown.MEANS, count=True),
+    MetricSpec("seconds", "minutes per run", digits=1, shown=Shown.MEANS, scale=60.0),
+    MetricSpec("peak_memory_mb", "peak memory", "MB", digits=0),
+)
+CLASS_INCREMENTAL = (
+    MetricSpec("final", "A_N", "%", "accuracy over all classes after the last task", shown=Shown.FIGURES),
+    MetricSpec(
+        "average",
+        "average",
+        "%",
+        "mean over tasks of the accuracy over all classes seen",
+        shown=Shown.DIFFERENCES,
+    ),
+    MetricSpec(
+        "forgetting",
+        "forgetting",
+        "points",
+        "how far each earlier task fell from its best",
+        lower_is_better=True,
+        shown=Shown.FIGURES,
+    ),
+    MetricSpec(
+        "bwt", "BWT", "points", "backward transfer, how each earlier task changed since it was learned"
+    ),
+    MetricSpec(
+        "plasticity",
+        "plasticity",
+        "%",
+        "accuracy on each task just after learning it",
+        shown=Shown.DIFFERENCES,
+    ),
+    MetricSpec("expansions", "adapters added", digits=1, shown=Shown.MEANS, count=True),
+    MetricSpec("curve", "accuracy", "%", "accuracy over all classes seen so far", per_task=True),
+)
+
+
+def by_key(metrics: Sequence[MetricSpec]) -> dict[str, MetricSpec]:
+    """The single numbers of a run by key: a method's metrics, then `COSTS`."""
+    return {spec.key: spec for spec in (*metrics, *COSTS) if not spec.per_task}

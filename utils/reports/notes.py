@@ -1,0 +1,162 @@
+"""Facts and reading notes of a sweep's report: what was compared, on what, and how to read the numbers."""
+
+from collections import Counter
+from collections.abc import Mapping
+
+import pandas as pd
+
+from utils.metric_catalogue import Shown
+from utils.reports.results import Results
+from utils.reports.stats import SAME, UNDECIDED
+
+ALPHA = 0.05  # p values below it are counted as differences
+EXCLUDES_ZERO = "the 95 % interval of the mean difference (Student's t) excludes zero"
+NOT_EQUAL = '"undecided" does not mean equal, it means that these seeds do not tell'
+
+
+def facts(results: Results, unfinished: Mapping[str, str]) -> list[tuple[str, str]]:
+    """What was compared, on what, and what came out: (name, text) pairs."""
+    unrun = len(results.cells) - len(results.finished)
+    found = [
+        ("Cells", str(len(results.cells)) + (f" ({unrun} without a finished run)" if unrun else "")),
+        (
+            "Finished runs",
+            str(len(results.runs)) + (f" ({len(unfinished)} not finished)" if unfinished else ""),
+        ),
+        ("Seeds", _seeds(results)),
+        ("Tasks", _tasks(results)),
+        *(("Weights", text) for text in _weights(results)),
+    ]
+    main = results.main
+    if best := [cell for cell in results.cells if cell in results.best(main.key)]:
+        row = results.summary.loc[best[0], main.key]
+        level = f"{main.text(row['mean'], row['std'])} (n = {row['n']})"
+        found.append((f"Best mean {main.name}", f"{', '.join(best)}, {level}"))
+    if results.baseline is not None:
+        found.append(("Baseline", results.baseline))
+        outcomes = {
+            spec.name: _outcome(results, spec.key) for spec in results.metrics if spec.shown == Shown.FIGURES
+        }
+        found += [(f"{name} against the baseline", text) for name, text in outcomes.items() if text]
+    return found
+
+
+def reading_notes(results: Results, answers: pd.DataFrame | None = None) -> list[str]:
+    """How to read the report, one note per item; only what this report has."""
+    notes = [
+        "A cell is one configuration, run once with each seed. Numbers are mean ± std over its n finished "
+        "runs (std with ddof 1; a single run has none). The best mean of a column is bold.",
+    ]
+    for spec in results.metrics:
+        if spec.meaning and spec.shown >= Shown.MEANS:
+            direction = f"; {spec.better} is better" if spec.shown >= Shown.DIFFERENCES else ""
+            notes.append(f"{spec.name}: {spec.meaning}{direction}.")
+    single = [cell for cell in results.finished if results.tasks(cell) == 1]
+    if 0 < len(single) < len(results.finished):
+        notes.append(
+            f"{', '.join(single)}: all classes were learned in one task. This is an upper bound for the "
+            "other cells: nothing can be forgotten, average and plasticity are A_N, and it is never bold."
+        )
+    if results.baseline is not None:
+        notes += [
+            "Differences are the cell's value minus the baseline's, paired by seed: the same seed means the "
+            f'same tasks and the same samples. "better" and "worse" say that {EXCLUDES_ZERO}; {NOT_EQUAL}.',
+            "p (t) is the two-sided paired t-test. p (Holm) is the same, adjusted for all comparisons of "
+            "that metric in this report; the intervals are not adjusted. p (Wilcoxon) is the signed-rank "
+            "test, which supposes no normal distribution; with n seeds it cannot be below 2 / 2^n, 0.0625 "
+            "for five.",
+        ]
+    notes += _notes_on_sameness(results, answers)
+    notes += _notes_on_provenance(results, answers)
+    if answers is not None:
+        notes.append(
+            "A hypothesis is answered by the metric of its cell minus that of the other side, paired by "
+            'seed, over the n seeds that have both. "supported" and "contradicted" say that '
+            f"{EXCLUDES_ZERO} on the expected side, or on the other; {NOT_EQUAL}. p (Holm) is the two-sided "
+            "paired t-test, adjusted for all hypotheses of this sweep; the intervals are not adjusted."
+        )
+    return notes
+
+
+def _notes_on_sameness(results: Results, answers: pd.DataFrame | None) -> list[str]:
+    """Why values and differences that no seed changes have no interval and no p; empty without any."""
+    notes, fixed = [], []
+    names = {spec.key: spec.name for spec in results.metrics if spec.shown >= Shown.DIFFERENCES}
+    summary = results.summary.reset_index()
+    same = summary[(summary["std"] == 0) & summary["metric"].isin(list(names))]
+    for cell, metrics in same.groupby("cell", sort=False)["metric"]:
+        fixed.append(f"{cell} ({', '.join(map(names.get, metrics))})")
+    if fixed:
+        notes.append(
+            f"The same number with every seed: {'; '.join(fixed)}. There ± 0 is no certainty: the seed does "
+            "not change that number, so several runs say no more than one, and its mean has no interval."
+        )
+    if SAME in (*results.summary["verdict"], *(() if answers is None else answers["verdict"])):
+        notes.append(
+            f'"{SAME}" says that a difference is one number, to rounding, whatever the seed: nothing in it '
+            "varies by chance, so there is nothing to test, no interval and no p, and Holm's adjustment "
+            "leaves it out."
+        )
+    return notes
+
+
+def _notes_on_provenance(results: Results, answers: pd.DataFrame | None) -> list[str]:
+    """Which runs are not paired, and why; empty where all that could be are."""
+    compared = [(cell, results.baseline) for cell in results.compared]
+    compared += [] if answers is None else zip(answers["cell"], answers["against"], strict=True)
+    left_out = [
+        f"{cell} and {other}, seed {seed} ({', '.join(kinds)})"
+        for cell, other in dict.fromkeys(compared)
+        for seed, kinds in results.left_out(cell, other).items()
+    ]
+    if not left_out:
+        return []
+    return [
+        "A difference is over runs of one provenance, of both cells: the same code, libraries, data and "
+        "weights; where there are several, that of the most seeds. Left out, with what is not the same: "
+        f"{'; '.join(left_out)}. Means are over all finished runs, these too."
+    ]
+
+
+def _outcome(results: Results, metric: str) -> str:
+    """How the comparisons of a metric ended, in numbers; empty without comparisons that have an interval."""
+    found = results.summary.xs(metric, level="metric")
+    counts, decided = Counter(found["verdict"]), found["p_holm"].dropna()
+    texts = []
+    if len(decided):
+        each = ", ".join(f"{counts[verdict]} {verdict}" for verdict in ("better", "worse", UNDECIDED))
+        sure = f"{(decided < ALPHA).sum()} of {len(decided)} differ after Holm's adjustment (p < {ALPHA})"
+        texts = [f"{each} by 95 % interval", sure]
+    return "; ".join([*texts, *([f"{counts[SAME]} {SAME}"] if counts[SAME] else [])])
+
+
+def _seeds(results: Results) -> str:
+    every = sorted({seed for runs in results.cells.values() for seed in runs})
+    fewer = [
+        f"{cell}: {', '.join(map(str, results.cells[cell]))}"
+        for cell in results.finished
+        if list(results.cells[cell]) != every
+    ]
+    return ", ".join(map(str, every)) + (f" (only some in {'; '.join(fewer)})" if fewer else "")
+
+
+def _tasks(results: Results) -> str:
+    """The number of tasks of most cells, and those that have another."""
+    numbers = {cell: results.tasks(cell) for cell in results.finished}
+    usual = Counter(numbers.values()).most_common(1)[0][0]
+    others = [f"{cell}: {number}" for cell, number in numbers.items() if number != usual]
+    return str(usual) + (f" ({'; '.join(others)})" if others else "")
+
+
+def _weights(results: Results) -> list[str]:
+    """A text per weight tag with its note, and with its cells where there are several tags."""
+    users: dict[tuple[str, str], dict[str, None]] = {}
+    for cell, runs in results.cells.items():
+        for weights in (result["weights"] for result in runs.values()):
+            key = (str(weights.get("tag") or "not recorded"), str(weights.get("note") or ""))
+            users.setdefault(key, {})[cell] = None
+    texts = []
+    for (tag, note), cells in users.items():
+        about = [*([note] if note else []), *([f"in {', '.join(cells)}"] if len(users) > 1 else [])]
+        texts.append(": ".join([tag, "; ".join(about)]) if about else tag)
+    return texts

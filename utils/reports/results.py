@@ -1,0 +1,232 @@
+"""Results of a sweep as pandas tables: every number of every run, and its statistics per cell.
+
+    results = Results(runs, config.metrics, baseline="matched adapter")    # runs: cell -> seed -> result.json
+    results.runs                                # a row per run
+    results.values("nested", "final")           # the cell's values by seed
+    results.summary.loc["nested", "final"]      # mean, interval, difference from the baseline, verdict
+
+A *cell* is a named configuration that was run with several seeds. Differences are paired by seed, over runs
+of one provenance (`utils/runs/manifest.py`). Tables, figures and files of the report compute nothing
+themselves.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from itertools import chain
+from typing import Any
+
+import pandas as pd
+
+from utils.errors import UserError
+from utils.metric_catalogue import MetricSpec, by_key
+from utils.reports.stats import Estimate, holm, mean_over_seeds, paired_difference
+from utils.runs.manifest import Provenance
+from utils.runs.result import fault_of, numbers_of
+
+UNLISTED_DIGITS = 3  # of a metric that the catalogue does not have
+
+
+class Results:
+    """The finished runs of a sweep.
+
+    Attributes:
+        cells: cell -> seed -> result.json, seeds ascending; the table's order, cells without a finished run
+            too.
+        metrics: specs of the runs' method, the main metric first.
+        baseline: the cell that the others are compared with, if there is one.
+    """
+
+    def __init__(
+        self,
+        cells: Mapping[str, Mapping[int, Mapping[str, Any]]],
+        metrics: Sequence[MetricSpec],
+        baseline: str | None = None,
+        origins: Mapping[str, Mapping[int, Provenance]] | None = None,
+    ) -> None:
+        """Check and keep the results.
+
+        Args:
+            origins: cell -> seed -> provenance, in the order in which the runs ended; without it all count as alike.
+
+        Raises:
+            UserError: the baseline is no cell, no run is finished, or a result cannot be read.
+        """
+        self.cells = {cell: dict(sorted(results.items())) for cell, results in cells.items()}
+        self.metrics = tuple(metrics)
+        self.baseline = baseline
+        self._origins = origins or {}
+        self._specs = by_key(metrics)
+        if baseline is not None and baseline not in cells:
+            allowed = ", ".join(json.dumps(cell, ensure_ascii=False) for cell in cells)
+            raise UserError(f'baseline = "{baseline}" is no cell of this sweep; allowed: {allowed}')
+        if not any(cells.values()):
+            raise UserError(
+                "no run of this sweep is finished, there is nothing to report: run the sweep first"
+            )
+        self._check()
+
+    @property
+    def main(self) -> MetricSpec:
+        """The metric that every run has, and that ranks cells."""
+        return self.metrics[0]
+
+    @property
+    def finished(self) -> list[str]:
+        """Cells with a finished run."""
+        return [cell for cell, results in self.cells.items() if results]
+
+    @property
+    def compared(self) -> list[str]:
+        """Cells other than the baseline; none without a baseline."""
+        return [cell for cell in self.cells if self.baseline not in (None, cell)]
+
+    def spec(self, metric: str) -> MetricSpec:
+        """How a metric is shown; one that the catalogue does not have by its key."""
+        return self._specs.get(metric) or MetricSpec(metric, metric, digits=UNLISTED_DIGITS)
+
+    def tasks(self, cell: str) -> int:
+        """Number of tasks of each run of a cell; 0 without a run."""
+        return next((self._tasks_of(result) for result in self.cells[cell].values()), 0)
+
+    @cached_property
+    def runs(self) -> pd.DataFrame:
+        """A row per finished run (cell, seed): every number by its key, tasks, weights."""
+        rows = {
+            (cell, seed): numbers_of(result)
+            | {"tasks": self.tasks(cell), "weights": result["weights"].get("tag")}
+            for cell, results in self.cells.items()
+            for seed, result in results.items()
+        }
+        index = pd.MultiIndex.from_tuples(rows, names=["cell", "seed"])
+        columns = [*self.metric_keys, "tasks", "weights"]
+        return pd.DataFrame(list(rows.values()), index, columns, dtype=object)
+
+    @cached_property
+    def metric_keys(self) -> list[str]:
+        """Keys of all numbers of runs: the method's metrics, others that a result holds, costs."""
+        results = (result for results in self.cells.values() for result in results.values())
+        own = [key for key, spec in self._specs.items() if spec in self.metrics]
+        return list(dict.fromkeys([*own, *chain.from_iterable(map(numbers_of, results)), *self._specs]))
+
+    def values(self, cell: str, metric: str) -> pd.Series:
+        """Value by seed, for the seeds that have one."""
+        if not self.cells[cell] or metric not in self.metric_keys:
+            return pd.Series(dtype=float)
+        return self.runs[metric].loc[cell].dropna().astype(float)
+
+    def pairs(self, cell: str, metric: str, other: str, other_metric: str) -> pd.DataFrame:
+        """Columns "ours" and "theirs", by the seeds that both sides have, those `left_out` aside."""
+        sides = {"ours": self.values(cell, metric), "theirs": self.values(other, other_metric)}
+        return pd.concat(sides, axis=1, join="inner").drop(list(self.left_out(cell, other)), errors="ignore")
+
+    def left_out(self, cell: str, other: str) -> dict[int, list[str]]:
+        """seed -> kinds of provenance, for the seeds of two cells that are not paired.
+
+        All runs of a comparison, of both cells, have one provenance; where there are several, that of the
+        most seeds, the latest of equals. The kinds are those that differ between the two runs, or from what
+        is compared.
+        """
+        ours, theirs = self._origins.get(cell, {}), self._origins.get(other, {})
+        common = [seed for seed in ours if seed in theirs]  # in the order in which the runs ended
+        unlike = {seed: ours[seed].unlike(theirs[seed]) for seed in common}
+
+        def changed(seed: int, since: int) -> list[str]:
+            kinds = ours[seed].unlike(ours[since]) + theirs[seed].unlike(theirs[since])
+            return list(dict.fromkeys(kinds))
+
+        groups: list[list[int]] = []
+        for seed in common:
+            if not unlike[seed]:
+                group = next((group for group in groups if not changed(seed, group[0])), None)
+                if group is None:
+                    groups.append([seed])
+                else:
+                    group.append(seed)
+        kept = max(reversed(groups), key=len, default=[])
+        return {seed: unlike[seed] or changed(seed, kept[0]) for seed in sorted(set(common) - set(kept))}
+
+    @cached_property
+    def summary(self) -> pd.DataFrame:
+        """A row per (cell, metric): mean over seeds, and difference from the baseline.
+
+        Holm's adjustment is over the cells compared in a metric. The verdict is "better" or "worse" where the
+        interval excludes zero, else as `Estimate.verdict` says. What there is not is NaN.
+        """
+        rows = [self._summary_row(cell, metric) for cell in self.cells for metric in self.metric_keys]
+        frame = pd.DataFrame(rows).astype({"paired_n": "Int64"})
+        return with_holm(frame, "metric").set_index(["cell", "metric"])
+
+    def best(self, metric: str) -> set[str]:
+        """Cells with the best mean of a metric; none where fewer than two can be compared.
+
+        A cell of one task learned all classes at once: it is an upper bound and left out where others have
+        several.
+        """
+        several = [cell for cell in self.finished if self.tasks(cell) > 1] or self.finished
+        means = self.summary["mean"].xs(metric, level="metric").reindex(several).dropna()
+        if len(means) < 2:
+            return set()
+        best = means.min() if self.spec(metric).lower_is_better else means.max()
+        return {cell for cell, mean in means.items() if math.isclose(mean, best, rel_tol=1e-12)}
+
+    def _summary_row(self, cell: str, metric: str) -> dict[str, Any]:
+        mean, difference = mean_over_seeds(self.values(cell, metric).to_list()), Estimate()
+        if self._comparable(cell, metric):
+            difference = paired_difference(self.pairs(cell, metric, self.baseline, metric))
+        better = ("worse", "better") if self.spec(metric).lower_is_better else ("better", "worse")
+        return {
+            "cell": cell,
+            "metric": metric,
+            "n": mean.n,
+            "mean": mean.mean,
+            "std": mean.std,
+            "low95": mean.low,
+            "high95": mean.high,
+            "baseline": self.baseline,
+            "paired_n": difference.n or None,
+            **difference_columns(difference),
+            "p_wilcoxon": difference.p_wilcoxon,
+            "verdict": difference.verdict(*better) if difference.n else None,
+        }
+
+    def _comparable(self, cell: str, metric: str) -> bool:
+        """Whether a metric is compared with the baseline's: all but the main one at equal numbers of tasks only."""
+        if cell not in self.compared or metric not in {spec.key for spec in self.metrics}:
+            return False
+        return metric == self.main.key or self.tasks(cell) == self.tasks(self.baseline)
+
+    def _tasks_of(self, result: Mapping[str, Any]) -> int:
+        return next((len(result[spec.key]) for spec in self.metrics if spec.per_task), 1)
+
+    def _check(self) -> None:
+        """Refuse results that lack a part, and cells whose runs differ in their number of tasks."""
+        advice = "remove that run's folder and run the sweep again"
+        for cell, results in self.cells.items():
+            for seed, result in results.items():
+                if fault := fault_of(result, self.metrics):
+                    raise UserError(f'cell "{cell}", seed {seed}: result.json is damaged, {fault}; {advice}')
+            tasks = {seed: self._tasks_of(result) for seed, result in results.items()}
+            if len(set(tasks.values())) > 1:
+                each = ", ".join(f"{number} with seed {seed}" for seed, number in tasks.items())
+                same = "its runs must have the same number of tasks"
+                raise UserError(f'cell "{cell}": {same}, they have {each}; {advice}')
+
+
+def with_holm(frame: pd.DataFrame, family: str) -> pd.DataFrame:
+    """The table with a column "p_holm" after "p_t": adjusted within the rows of the same family, a column."""
+    adjusted = frame.groupby(family)["p_t"].transform(holm)
+    frame.insert(frame.columns.get_loc("p_t") + 1, "p_holm", adjusted)
+    return frame
+
+
+def difference_columns(difference: Estimate) -> dict[str, float]:
+    """The columns of a paired difference in the CSV files."""
+    return {
+        "difference": difference.mean,
+        "difference_std": difference.std,
+        "difference_low95": difference.low,
+        "difference_high95": difference.high,
+        "p_t": difference.p_t,
+    }
