@@ -71,7 +71,7 @@ class MetricSpec:
 
     @property
     def better(self) -> str:
-        """ "lower" or "higher"."""
+        """Direction in words: "lower" or "higher"."""
         return "lower" if self.lower_is_better else "higher"
 
     def text(self, mean: float, std: float = math.nan) -> str:

@@ -30,7 +30,8 @@ SIDES = ["cell", "metric", "against", "against_metric"]
 def answer(hypotheses: Mapping[str, Hypothesis], results: Results) -> pd.DataFrame:
     """A row per hypothesis: its keys, means of both sides over the seeds that have both, difference, verdict.
 
-    All that have a p are the family of Holm's adjustment. hypotheses: name -> hypothesis, about cells of the sweep.
+    All that have a p are the family of Holm's adjustment.
+    hypotheses: name -> hypothesis, about cells of the sweep.
     """
     rows = []
     for name, hypothesis in hypotheses.items():

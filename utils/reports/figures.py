@@ -63,7 +63,7 @@ def sweep_figures(results: Results, subtitle: str) -> dict[str, tuple[bytes, str
 
 
 def cell_styles(results: Results) -> dict[str, Style]:
-    """Colour and marker of each cell that is drawn in colour, the same in every figure; the baseline is black.
+    """Colour and marker of each cell drawn in colour, the same in every figure; the baseline is black.
 
     With more than `MANY_CELLS` cells these are the baseline, the best `HIGHLIGHTED` of several tasks in the
     main metric, and the best of one task.
@@ -146,7 +146,7 @@ def differences_figure(results: Results, subtitle: str) -> Figure | None:
 
 
 def curves_figure(results: Results, subtitle: str) -> Figure | None:
-    """Mean over seeds of what is measured per task, band of one standard deviation; one task is a dashed line.
+    """Mean over seeds of what is measured per task, with a band of ± std; one task is a dashed line.
 
     None where no cell has several tasks.
     """

@@ -48,7 +48,7 @@ class Results:
         """Check and keep the results.
 
         Args:
-            origins: cell -> seed -> provenance, in the order in which the runs ended; without it all count as alike.
+            origins: cell -> seed -> provenance, in the order in which runs ended; without it all are alike.
 
         Raises:
             UserError: the baseline is no cell, no run is finished, or a result cannot be read.
@@ -192,7 +192,7 @@ class Results:
         }
 
     def _comparable(self, cell: str, metric: str) -> bool:
-        """Whether a metric is compared with the baseline's: all but the main one at equal numbers of tasks only."""
+        """Whether a metric is compared: the main one always, others at the baseline's number of tasks."""
         if cell not in self.compared or metric not in {spec.key for spec in self.metrics}:
             return False
         return metric == self.main.key or self.tasks(cell) == self.tasks(self.baseline)

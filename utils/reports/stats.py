@@ -56,7 +56,7 @@ class Estimate:
 
 
 def mean_over_seeds(values: Sequence[float]) -> Estimate:
-    """Mean, standard deviation s (ddof = 1), and Student's t interval mean ± t_0.975 s / sqrt(n), n - 1 degrees."""
+    """Mean, standard deviation s, t interval mean ± t_0.975 s / sqrt(n) with n - 1 degrees of freedom."""
     return _estimate(np.asarray(values, float), ROUNDING * max(map(abs, values), default=0.0))
 
 

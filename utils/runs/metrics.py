@@ -5,8 +5,8 @@
     matrix.add(correct=[90, 95], total=[100, 100])    # after task 1: one entry for each task seen so far
     matrix.summary()   # {"final": 92.5, "average": 94.75, "forgetting": 7.0, "bwt": -7.0, "plasticity": 96.0}
 
-Notation: a[t][k] is the accuracy (percent) on the test images of task k after training on task t; N is the last
-task. Counts are kept, not percentages: a matrix read back from a file is exactly the one that was written.
+Notation: a[t][k] is the accuracy (percent) on the test images of task k after training on task t; N is the
+last task. Counts are kept, not percentages: a matrix read back from a file is exactly the one written.
 Names and units of the metrics stand in `utils/metric_catalogue.py`.
 """
 
@@ -21,7 +21,7 @@ from utils.errors import UserError
 
 
 class AccuracyMatrix:
-    """Lower-triangular matrix a[t][k] of a run, built row by row from counts of correctly classified images."""
+    """Lower-triangular matrix a[t][k] of a run, built row by row from counts of correct images."""
 
     def __init__(self) -> None:
         self._correct: list[list[int]] = []
@@ -39,8 +39,8 @@ class AccuracyMatrix:
             total: for every task seen so far, all its test images.
 
         Raises:
-            ValueError: the row does not have one entry per task, a count is impossible, or the number of a task's
-                test images is not that of the row before.
+            ValueError: the row does not have one entry per task, a count is impossible, or the number of test
+                images of a task is not that of the row before.
         """
         row, sizes = [int(count) for count in correct], [int(count) for count in total]
         tasks = len(self) + 1
@@ -67,11 +67,11 @@ class AccuracyMatrix:
 
     @property
     def curve(self) -> list[float]:
-        """A_t in percent: accuracy over the test images of all classes seen up to task t, each counting once."""
+        """A_t in percent: accuracy over all test images of the classes seen up to task t."""
         return [100.0 * sum(row) / sum(sizes) for row, sizes in zip(self._correct, self._total, strict=True)]
 
     def summary(self) -> dict[str, float | None]:
-        """The metrics by key; forgetting and bwt are None for a single task. Raises ValueError without a task.
+        """The metrics by key; forgetting and bwt are None for one task. Raises ValueError without a task.
 
         final       A_N, accuracy over all classes after the last task (percent)
         average     mean of A_t over tasks (percent)

@@ -48,8 +48,8 @@ def seeds_table(results: Sequence[Mapping[str, Any]], metrics: Sequence[MetricSp
     """mean ± std (n) of every numeric metric over runs that differ in their seed.
 
     Args:
-        results: the runs' result.json, {"seed": int, "metrics": {key: number or None}, ...}. What is no number
-            is left out, so n may be smaller than the number of runs.
+        results: the runs' result.json, {"seed": int, "metrics": {key: number or None}, ...}. Values other
+            than numbers are left out, so n may be smaller than the number of runs.
         metrics: specs of the runs' method. A metric without one is shown by its key.
     """
     seeds = ", ".join(str(result["seed"]) for result in results)

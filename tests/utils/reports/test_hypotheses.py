@@ -257,7 +257,7 @@ GIVEN = {
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Path]]:
-    """(folder, files) of a report with a supported, a contradicted and an unanswered hypothesis, and one of minutes."""
+    """(folder, files) of a report with hypotheses of several verdicts, one of them about minutes."""
     folder = tmp_path_factory.mktemp("sweep")
     return folder, write(folder, SMALL, **GIVEN)
 
@@ -310,8 +310,8 @@ def test_numbers_are_shown_in_the_unit_of_their_heading() -> None:
     for seed, result in runs["ours"].items():
         result["cost"]["seconds"] += 60 * (seed + 1)
     assert entries_of(runs, H1={**NEAR, "metric": "seconds"})[1:] == [
-        "undecided", "+2.00", "-0.48 to +4.48", "3", "0.074", "minutes per run, ours against theirs", "12.0 ± 1.0",
-        "10.0 ± 0.0",
+        "undecided", "+2.00", "-0.48 to +4.48", "3", "0.074", "minutes per run, ours against theirs",
+        "12.0 ± 1.0", "10.0 ± 0.0",
     ]  # fmt: skip
 
 

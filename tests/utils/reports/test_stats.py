@@ -23,7 +23,7 @@ def test_the_interval_of_a_mean_is_students() -> None:
 
 
 def test_a_difference_is_paired() -> None:
-    """A small difference is seen under large variation of seeds; t with 4 degrees of freedom has a closed form."""
+    """A small difference under large variation of seeds; p with 4 degrees of freedom has a closed form."""
     theirs = [30.0, 50.0, 41.0, 62.0, 55.5]
     found = paired_difference(pairs_of([30.3, 49.6, 41.7, 63.1, 57.4], theirs))
     differences = np.array([0.3, -0.4, 0.7, 1.1, 1.9])
@@ -49,7 +49,7 @@ def test_nothing_and_one_value_have_no_interval_and_no_p() -> None:
 
 @pytest.mark.parametrize("offset", [0.5, 0.0, 0.1])
 def test_differences_that_no_seed_changes_have_no_interval_and_no_p(offset: float) -> None:
-    """0.1 is no binary fraction: over values of different sizes the differences are equal only to rounding."""
+    """0.1 is no binary fraction: differences of values of different sizes are equal only to rounding."""
     theirs = np.array([10.3 * 3**seed for seed in range(6)])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -65,7 +65,7 @@ def test_small_differences_that_are_not_rounding_are_tested() -> None:
 
 
 def test_the_signed_rank_test_is_exact_with_ties_and_zeros() -> None:
-    """0.2, -0.2, 0.4 and 0: the tie is one only to rounding, the zero is left out, and 8 signs are counted."""
+    """0.2, -0.2, 0.4 and 0: the tie is one only to rounding, the zero is left out, 8 signs are counted."""
     found = paired_difference(pairs_of([1000.2, 0.1, 70.4, 80.0], [1000.0, 0.3, 70.0, 80.0]))
     # mean ranks 1.5 1.5 3; the positive sum 4.5 is reached by 3 of the 8 signs; twice that
     assert found.n == 4 and found.p_wilcoxon == pytest.approx(6 / 8)
@@ -87,7 +87,7 @@ def test_a_verdict_follows_from_the_interval(estimate: Estimate, verdict: str) -
 
 
 def test_holm_against_a_worked_example() -> None:
-    """Sorted 0.005 0.01 0.03 0.04 times 4 3 2 1 is 0.02 0.03 0.06 0.04, made never to fall: 0.02 0.03 0.06 0.06."""
+    """Sorted 0.005 0.01 0.03 0.04 times 4 3 2 1 is 0.02 0.03 0.06 0.04, and never falls: the last is 0.06."""
     assert holm(pd.Series([0.01, 0.04, 0.03, 0.005])).to_list() == pytest.approx([0.03, 0.06, 0.06, 0.02])
 
 
