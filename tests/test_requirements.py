@@ -1,6 +1,7 @@
-"""What is installed: the lock file holds one version of everything that requirements.txt asks for."""
+"""Requirements: the lock holds one version of everything required, and pyproject.toml reads the same files."""
 
 import re
+import tomllib
 
 from packaging.requirements import Requirement
 
@@ -21,3 +22,14 @@ def test_the_lock_file_holds_what_is_required() -> None:
         requirement = Requirement(line)
         versions = locked[re.sub(r"[-_.]+", "-", requirement.name).lower()]
         assert all(requirement.specifier.contains(version) for version in versions), line
+
+
+def test_the_project_table_reads_the_requirements_files() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    dynamic = project["tool"]["setuptools"]["dynamic"]
+    assert dynamic["dependencies"]["file"] == ["requirements.txt"]
+    for extra, source in dynamic["optional-dependencies"].items():
+        assert source["file"] == [f"requirements-{extra}.txt"]
+        assert [Requirement(line) for line in lines(source["file"][0])]  # setuptools reads no `-r` lines
+    assert set(project["project"]["dynamic"]) == set(dynamic)
+    assert "uv.lock" in lines(".gitignore") and not (ROOT / "uv.lock").exists()
