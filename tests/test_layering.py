@@ -1,7 +1,6 @@
 """Imports run one way: main, eval -> trainer -> models -> backbone; anything -> utils, which knows nothing above."""
 
 import ast
-import pydoc
 import re
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -115,20 +114,3 @@ def test_no_file_names_a_machine_or_prints_where_the_log_belongs() -> None:
                 if isinstance(n, ast.Call) and getattr(n.func, "id", "") == "print"
             ]
             assert not calls, path
-
-
-def test_where_published_names_went_exists() -> None:
-    """Every dotted name in the right column of the README's table can be imported."""
-    table = (ROOT / "README.md").read_text().split("Where published names went")[1].split("## The tree")[0]
-    names = re.findall(r"`((?:models|backbone|utils)\.[\w.]+)`", table)
-    assert len(names) > 10
-    for name in names:
-        assert pydoc.locate(name) is not None, name
-
-
-def test_the_tree_in_readme_names_every_room() -> None:
-    """Each folder that holds code stands in the tree with what it is."""
-    tree = (ROOT / "README.md").read_text().split("## The tree")[1].split("```")[1]
-    folders = {path.parent.relative_to(ROOT).as_posix() for path in FILES} - {"."}
-    listed = set(re.findall(r"^ *([\w/]+)/  +\S", tree, re.MULTILINE))
-    assert folders <= listed

@@ -1,18 +1,14 @@
-"""The files in exps/: which are there, their values, that every key of theirs counts; and README's ablations."""
+"""The files in exps/: which are there, their values, that every key of theirs counts."""
 
 import json
-import re
-import shlex
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from models import SCHEMAS
 from models.sema_config import CONSOLIDATION_KEYS, SEMAConfig
-from tests.conftest import ROOT, run_scores, shipped_file
+from tests.conftest import ROOT, shipped_file
 from utils.config.loading import load_config
 from utils.config.schema import RunConfig
 from utils.sweeps.spec import load_sweep
@@ -178,86 +174,3 @@ def test_every_key_of_a_shipped_file_counts(path: Path) -> None:
 def test_every_key_of_a_shipped_cell_counts(path: Path) -> None:
     dead = {cell.name: cell.config.idle_keys() for cell in load_sweep(path, [], SCHEMAS).cells}
     assert not any(dead.values()), dead
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Commands
-
-
-LOADERS = {"--config": load_config, "--sweep": load_sweep}
-
-
-def commands(text: str) -> Iterator[list[str]]:
-    """The words of commands that run an experiment: lines of bash blocks, and code within a line."""
-    text = text.replace("\\\n", " ")
-    lines = [
-        line for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL) for line in block.splitlines()
-    ]
-    for line in [*lines, *re.findall(r"`((?:python|--config|--sweep) [^`\n]*)`", text)]:
-        if re.search(r"--(config|sweep|set) ", line):
-            yield shlex.split(line, comments=True)
-
-
-@pytest.mark.parametrize("document", ["README.md", "exps/RESULTS.md"])
-def test_every_command_of_the_docs_loads(document: str) -> None:
-    """But for placeholders such as `X.json`, `...` and `<folder>`; the quickstart where no file is named."""
-    loaded = 0
-    for words in commands((ROOT / document).read_text()):
-        options = list(zip(words, words[1:], strict=False))
-        overrides = [value for option, value in options if option == "--set" and "<" not in value]
-        named = [pair for pair in options if pair[0] in LOADERS] or [("--config", "exps/quickstart.json")]
-        for option, file in named:
-            if file.startswith("exps/"):
-                LOADERS[option](ROOT / file, overrides, SCHEMAS)
-                loaded += 1
-    assert loaded >= 8
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Ablations
-
-TABLE = re.compile(
-    r"^\| question \| edits of `(\w+)\*\.json` \|\n\| --- \| --- \|\n((?:\|.*\n)+)", re.MULTILINE
-)
-STAND_IN = {
-    "dataset": "synthetic", "init_cls": 2, "increment": 2, "max_tasks": 2, "seed": 1,
-    "max_train_per_class": 8, "max_test_per_class": 4, "batch_size": 4, "func_epoch": 3,
-    "backbone_type": "test_vit", "weights": "random", "image_size": 32, "adapt_start_layer": 4, "adapt_end_layer": 5,
-    "device": "cpu", "precision": "fp32", "cache_gb": 0,
-}  # fmt: skip
-STAND_IN_ONLY = {
-    "nested_lora_cifar": {"rd_epoch": 1, "detect_batch_size": 8},
-    "nested_mean_cifar": {"ranpac_dim": 20},
-}
-
-
-def ablations(readme: str) -> Iterator[tuple[str, list[list[str]]]]:
-    """(file, its edits) for every table of ablations; an edit is a list of `key=value`."""
-    for file, rows in TABLE.findall(readme):
-        cells = [row.split("|")[2] for row in rows.splitlines()]
-        yield file, [edit.split() for cell in cells for edit in re.findall(r"`([^`]+)`", cell)]
-
-
-ABLATIONS = dict(ablations((ROOT / "README.md").read_text()))
-
-
-def test_readme_names_the_ablations_of_the_seeds() -> None:
-    edits = {part for edits in ABLATIONS.values() for edit in edits for part in edit}
-    assert set(ABLATIONS) == set(STAND_IN_ONLY) and sum(map(len, ABLATIONS.values())) >= 25
-    for asked in (
-        "nested_lora_update_interval_slow=1", "nested_lora_update_interval_slow=10", "nested_lora_rank=8",
-        "nested_lora_lr_slow=0.002", "nested_lora_use_consolidation=true", "nested_lora_consolidation_alpha=0.05",
-        "nested_lora_consolidation_alpha=0.2",
-    ):  # fmt: skip
-        assert asked in edits
-
-
-@pytest.mark.parametrize("file", STAND_IN_ONLY)
-def test_every_ablation_of_readme_changes_what_the_run_predicts(file: str, tmp_path: Path) -> None:
-    small = [f"{key}={json.dumps(value)}" for key, value in (STAND_IN | STAND_IN_ONLY[file]).items()]
-    small.append(f"logs_root={tmp_path}")
-    unedited = run_scores(shipped(file, *small))
-    for edit in ABLATIONS[file]:
-        config = shipped(file, *small, *edit)
-        assert not config.idle_keys().keys() & {part.split("=")[0] for part in edit}, edit
-        assert not torch.equal(run_scores(config), unedited), edit

@@ -194,12 +194,8 @@ def test_a_mode_without_a_fixed_white_is_refused_by_its_name(mode):
             decode(image) if isinstance(image, bytes) else to_rgb(image)
 
 
-def test_the_table_of_the_readme_names_every_mode():
-    table = re.search(
-        r"<details><summary>Modes of image files.*?</details>",
-        (ROOT / "README.md").read_text(encoding="utf-8"),
-        re.S,
-    )[0]
+def test_the_table_of_the_documents_names_every_mode():
+    table = (ROOT / "docs/data.md").read_text(encoding="utf-8").split("## Image files")[1].split("##")[0]
     rows = [line.split("|") for line in table.splitlines() if line.startswith("| `")]
     told = {row[3].strip() == "refused": set() for row in rows}
     for row in rows:

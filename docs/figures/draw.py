@@ -1,0 +1,344 @@
+"""Figures of the documents: drawn from the tables of exps/RESULTS.md and docs/experiment_log.md.
+
+python docs/figures/draw.py                   redraws every PNG beside this file
+python docs/figures/draw.py --to FOLDER       writes them elsewhere
+"""
+
+import argparse
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Circle, FancyBboxPatch
+from PIL import Image
+
+ROOT = Path(__file__).parents[2]
+RESULTS, LOG = ROOT / "exps/RESULTS.md", ROOT / "docs/experiment_log.md"
+BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#8E5A9F"  # told apart by colour-blind readers
+INK, GREY, LIGHT = "#222222", "#767676", "#E4E4E4"
+STYLE = {
+    "font.size": 10,
+    "axes.titlesize": 10.5,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": GREY,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "figure.facecolor": "white",
+    "savefig.dpi": 160,
+}
+
+
+def table(document: Path, first_column: str, heading: str = "") -> dict[str, dict[str, str]]:
+    """The first table below `heading` with that first column: row name -> column -> text, without marks."""
+    lines = document.read_text(encoding="utf-8").partition(heading)[2].splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith(f"| {first_column} |"))
+    rows = []
+    for line in lines[start:]:
+        if not line.startswith("|"):
+            break
+        cells = re.split(r"(?<!\\)\|", line)[1:-1]
+        rows.append([cell.strip().replace("**", "").replace("\\|", "|") for cell in cells])
+    header, body = rows[0], rows[2:]
+    return {row[0]: dict(zip(header, row, strict=True)) for row in body}
+
+
+def finish(figure: Figure, title: str, note: str) -> None:
+    """Title above the panels, note below them."""
+    figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
+    figure.text(0.01, 0.01, note, color=GREY, fontsize=8.5)
+    figure.tight_layout(rect=(0, 0.03 + 0.025 * note.count("\n"), 1, 1), h_pad=2)
+
+
+def numbers(text: str) -> list[float]:
+    """All numbers of a cell: "35.87 ± 0.83" -> [35.87, 0.83]; a dash between digits is not a sign."""
+    return [float(number) for number in re.findall(r"(?<![\w.])[+-]?\d+(?:\.\d+)?", text)]
+
+
+# -----------------------------------------------------------------------------------------------------------
+# Does nesting help
+
+
+def draw_nesting() -> Figure:
+    """Differences of A_N and forgetting from the matched adapter, with 95 % intervals, one row per method."""
+    cells = table(RESULTS, "cell", "## Does nesting help?")
+    rows = sorted(cells, key=lambda name: numbers(cells[name]["A_N"])[0])
+    colours = {
+        "nested mean": BLUE,
+        "nested mean, interpolated": BLUE,
+        "nested": ORANGE,
+        "matched adapter": INK,
+    }
+    figure, panels = plt.subplots(1, 2, figsize=(9.6, 5.2), sharey=True, width_ratios=(1.2, 1))
+    titles = {"A_N": "A_N: right is better", "forgetting": "Forgetting: left is better"}
+    for panel, (column, title) in zip(panels, titles.items(), strict=True):
+        for place, name in enumerate(rows):
+            colour = colours.get(name, GREEN if name.startswith("joint") else GREY)
+            difference = numbers(cells[name][f"{column} against matched"])
+            if name == "matched adapter":
+                panel.plot(0, place, "D", color=INK, markersize=6)
+            elif difference:
+                mean, low, high = difference
+                panel.plot([low, high], [place, place], color=colour, linewidth=2.2, solid_capstyle="round")
+                panel.plot(mean, place, "o", color=colour, markersize=6)
+        panel.axvline(0, color=INK, linewidth=0.8)
+        panel.set_title(title)
+        panel.set_xlabel("points against the matched adapter")
+        panel.grid(axis="x", color=LIGHT)
+        panel.set_axisbelow(True)
+        panel.tick_params(axis="y", length=0)
+        panel.spines["left"].set_visible(False)
+    finals = [f"{numbers(cells[name]['A_N'])[0] + 1e-9:.1f}" for name in rows]
+    panels[0].set_yticks(
+        range(len(rows)), [f"{name}   {final}" for name, final in zip(rows, finals, strict=True)]
+    )
+    for label, name in zip(panels[0].get_yticklabels(), rows, strict=True):
+        label.set_color(colours.get(name, GREEN if name.startswith("joint") else INK))
+    panels[0].annotate(
+        "A_N (%)", (-0.015, 1.02), xycoords="axes fraction", ha="right", va="bottom", color=GREY, fontsize=9
+    )
+    note = "Points: means of differences paired by seed; lines: 95 % intervals; 5 seeds. CIFAR-100 10x10, 20 images "
+    note += "per class, MRI-tuned DINOv2-S, 84 px.\nBlue, orange: nested. Green: trained on all classes at once, so "
+    note += "nothing is forgotten."
+    finish(figure, "Two learning rates alone change nothing; slow as the running mean over tasks does", note)
+    return figure
+
+
+# -----------------------------------------------------------------------------------------------------------
+# H1 to H4
+
+
+WEIGHTS = {"no sharing": "0", "weak sharing": "0.003", "sharing": "0.01", "strong sharing": "0.1"}
+
+
+def draw_hypotheses() -> Figure:
+    """One panel per hypothesis: means and standard deviations by the weight alpha of the sharing loss."""
+    cells = table(LOG, "cell", "shared subspaces on grids")
+    answers = table(RESULTS, "hypothesis", "## Do tasks that share primitives")
+
+    def title(hypothesis: str, says: str, unit: str) -> str:
+        answer = next(row for name, row in answers.items() if name.split()[0].rstrip(",") == hypothesis)
+        mean, interval = answer["difference (95 %)"].replace("-", "\N{MINUS SIGN}").split(maxsplit=1)
+        return f"{hypothesis}  {says}: {answer['verdict']}\n{mean}{unit} {interval}"
+
+    def means(panel: Axes, names: dict[str, str], column: str, label: str = "", second: bool = False) -> None:
+        values = [numbers(cells[name][column]) for name in names]
+        panel.errorbar(
+            [place + (0.07 if second else -0.07) * bool(label) for place in range(len(values))],
+            [mean for mean, _ in values],
+            [deviation for _, deviation in values],
+            fmt="s" if second else "o",
+            color=ORANGE if second else BLUE,
+            markersize=7,
+            elinewidth=1.8,
+            capsize=3,
+            label=label,
+        )
+        panel.set_xticks(range(len(names)), list(names.values()))
+        panel.set_xlim(-0.5, len(names) - 0.5)
+        panel.grid(axis="y", color=LIGHT)
+
+    figure, ((h1, h2), (h3, h4)) = plt.subplots(2, 2, figsize=(9.6, 6.6))
+    means(h1, WEIGHTS, "distance, sharing", "tasks that share primitives")
+    means(h1, WEIGHTS, "others", "tasks that share none", second=True)
+    h1.axhline(2.85, color=GREY, linestyle="--", linewidth=1)
+    h1.text(3.45, 2.81, "random subspaces", color=GREY, ha="right", va="top", fontsize=9)
+    h1.set(ylim=(0, 3.1), ylabel="Grassmann distance (rad)")
+    h1.legend(frameon=False, loc="lower left", fontsize=9)
+    h1.set_title(title("H1", "subspaces come nearer", " rad"))
+    means(h2, WEIGHTS, "unseen")
+    h2.set(ylim=(40, 56), ylabel="unseen IoU (%)")
+    h2.set_title(title("H2", "unseen compositions gain", " points"))
+    means(h3, WEIGHTS, "steps")
+    h3.set(ylim=(0, 100), ylabel="few-shot steps to 60 % IoU")
+    h3.set_title(title("H3", "few-shot needs fewer steps", " steps"))
+    for panel in (h1, h2, h3):
+        panel.set_xlabel("weight alpha of the sharing loss")
+    names = {
+        "no sharing": "no sharing",
+        "sharing": "sharing",
+        "sharing, no naming": "sharing, no\nprimitive loss",
+    }
+    means(h4, names, "best |r| of z", "one unit of the sparse code z")
+    means(h4, names, "of h", "one unit of h", second=True)
+    h4.axhline(0.09, color=GREY, linestyle="--", linewidth=1)
+    h4.text(2.45, 0.11, "chance (95 %)", color=GREY, ha="right", fontsize=9)
+    h4.set(ylim=(0, 1), ylabel="best |r| with a primitive")
+    h4.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 0.12), fontsize=9)
+    h4.set_title(title("H4", "units align with primitives", ""))
+    note = "Mean ± std over 5 seeds. Titles: difference paired by seed with its 95 % interval, at alpha 0.01 "
+    note += "against 0 (H4: against chance)."
+    finish(figure, "The sharing loss moves subspaces together and does nothing for the tasks", note)
+    return figure
+
+
+# -----------------------------------------------------------------------------------------------------------
+# Architecture
+
+FROZEN, GROWN, FAST, SLOW, JUDGE = "#EDEDED", "#DCEBF5", "#FBE3D2", "#D3EDE4", "#EBE0EF"
+
+
+def box(
+    panel: Axes,
+    corner: tuple[float, float],
+    size: tuple[float, float],
+    text: str,
+    fill: str = "white",
+    edge: str = GREY,
+    **font: Any,
+) -> None:
+    """A rounded box with centred text."""
+    (x, y), (width, height) = corner, size
+    shape = FancyBboxPatch(
+        corner, *size, boxstyle="round,pad=0,rounding_size=0.09", facecolor=fill, edgecolor=edge
+    )
+    panel.add_patch(shape)
+    panel.text(x + width / 2, y + height / 2, text, ha="center", va="center", **{"fontsize": 9.5, **font})
+
+
+def arrow(panel: Axes, *points: tuple[float, float], **line: Any) -> None:
+    """An arrow along straight pieces."""
+    style = {"color": INK, "linewidth": 1.3, **line}
+    xs, ys = zip(*points[:-1], strict=True)
+    panel.plot(xs, ys, **style)
+    head = {"arrowstyle": "-|>", "shrinkA": 0, "shrinkB": 0, "mutation_scale": 11, **style}
+    panel.annotate("", points[-1], points[-2], arrowprops=head)
+
+
+def plus(panel: Axes, x: float, y: float) -> None:
+    """A sum."""
+    panel.add_patch(Circle((x, y), 0.16, facecolor="white", edgecolor=INK, linewidth=1.3, zorder=3))
+    panel.text(x, y - 0.01, "+", fontsize=14, ha="center", va="center_baseline", zorder=4)
+
+
+def draw_architecture() -> Figure:
+    """The network, one growing block, and one nested adapter, from left to right."""
+    figure, panel = plt.subplots(figsize=(10.6, 5.0))
+    panel.set(xlim=(0, 10.6), ylim=(0, 5.0))
+    panel.axis("off")
+    for x, title in ((0.3, "Frozen ViT"), (2.95, "A growing block (SEMA)"), (7.3, "A nested adapter")):
+        panel.text(x, 4.78, title, fontsize=11.5, fontweight="bold", ha="left", va="center")
+    box(panel, (2.95, 0.12), (4.1, 4.4), "", "#F6FAFD", BLUE)
+    box(panel, (7.3, 0.12), (3.2, 4.4), "", "#FDFDFD", BLUE)
+
+    # The network, from the image up.
+    box(panel, (0.3, 0.15), (1.9, 0.4), "image")
+    box(panel, (0.3, 0.9), (1.9, 0.95), "blocks 0 – 8", FROZEN)
+    box(panel, (0.3, 2.4), (1.9, 0.95), "blocks 9 – 11\ngrow adapters", GROWN, BLUE)
+    box(panel, (0.3, 3.75), (1.9, 0.77), "classifier: fc, class means\nor ridge regression", fontsize=8.5)
+    for low, high in ((0.55, 0.9), (1.85, 2.4), (3.35, 3.75)):
+        arrow(panel, (1.25, low), (1.25, high))
+    panel.plot([0.3, 2.2], [2.12, 2.12], color=GREY, linestyle=":", linewidth=1.3)
+    panel.text(1.32, 2.0, "tokens stored", fontsize=8.5, color=GREY, ha="left", va="center")
+    for y, target in ((2.4, 0.17), (3.35, 4.47)):
+        panel.plot([2.2, 2.95], [y, target], color=BLUE, linewidth=0.8, alpha=0.6)
+
+    # One growing block.
+    box(panel, (3.3, 0.3), (1.3, 0.45), "attention", FROZEN)
+    box(panel, (3.3, 1.55), (1.3, 0.6), "MLP", FROZEN)
+    for place, name in enumerate(("adapter\n1", "adapter\n2", "+ new")):
+        new, x = place == 2, 4.82 + 0.68 * place
+        box(
+            panel,
+            (x, 1.55),
+            (0.58, 0.6),
+            name,
+            "white" if new else GROWN,
+            BLUE,
+            fontsize=8.5,
+            color=BLUE if new else INK,
+        )
+        arrow(panel, (3.95, 1.12), (x + 0.29, 1.12), (x + 0.29, 1.55))
+        arrow(panel, (x + 0.29, 2.15), (x + 0.29, 2.5))
+    box(panel, (4.82, 2.5), (1.94, 0.45), "sum weighted by router", fontsize=9)
+    plus(panel, 3.95, 3.4)
+    arrow(panel, (3.95, 0.75), (3.95, 1.55))
+    arrow(panel, (3.95, 2.15), (3.95, 3.24))
+    arrow(panel, (5.79, 2.95), (5.79, 3.4), (4.11, 3.4))
+    arrow(panel, (3.95, 0.93), (3.1, 0.93), (3.1, 3.4), (3.79, 3.4))
+    arrow(panel, (3.95, 3.56), (3.95, 4.5))
+    box(
+        panel,
+        (4.3, 3.72),
+        (2.46, 0.66),
+        "a descriptor per adapter: is this\ntask new (high z-score)? then grow",
+        JUDGE,
+        PURPLE,
+        fontsize=8.5,
+    )
+    arrow(
+        panel,
+        (6.66, 3.72),
+        (6.66, 3.3),
+        (6.94, 3.3),
+        (6.94, 1.85),
+        (6.76, 1.85),
+        color=PURPLE,
+        linestyle="--",
+    )
+    for y, target in ((1.58, 0.17), (2.12, 4.47)):
+        panel.plot([6.76, 7.3], [y, target], color=BLUE, linewidth=0.8, alpha=0.6)
+
+    # One nested adapter.
+    panel.text(8.9, 0.33, "x", fontsize=11, ha="center", va="center", style="italic")
+    plus(panel, 8.9, 3.1)
+    for x, name, fill, edge, rhythm in (
+        (7.5, "fast", FAST, ORANGE, "learns in\nevery step"),
+        (9.2, "slow", SLOW, GREEN, "learns rarely\nor never"),
+    ):
+        centre = x + 0.55
+        box(panel, (x, 1.0), (1.1, 1.5), "", fill, edge)
+        panel.text(centre, 2.27, name, fontsize=10.5, fontweight="bold", color=edge, ha="center", va="center")
+        panel.text(centre, 1.85, "down, ReLU, up", fontsize=8.5, ha="center", va="center")
+        panel.text(centre, 1.35, rhythm, fontsize=8.5, color=GREY, ha="center", va="center")
+        arrow(panel, (8.9, 0.5), (8.9, 0.75), (centre, 0.75), (centre, 1.0))
+        arrow(panel, (centre, 2.5), (centre, 3.1), (8.9 + (0.16 if x > 8.9 else -0.16), 3.1))
+    arrow(panel, (8.9, 3.26), (8.9, 3.62))
+    arrow(panel, (8.6, 1.85), (9.2, 1.85), color=ORANGE, linewidth=2, linestyle="--")
+    panel.text(
+        8.9,
+        4.05,
+        "end of a task: slow takes over\na share of fast, fast starts again",
+        fontsize=9,
+        color=ORANGE,
+        ha="center",
+        va="center",
+    )
+    figure.subplots_adjust(0, 0, 1, 1)
+    return figure
+
+
+FIGURES: dict[str, Callable[[], Figure]] = {
+    "nesting.png": draw_nesting,
+    "hypotheses.png": draw_hypotheses,
+    "architecture.png": draw_architecture,
+}
+
+
+def main() -> None:
+    """Draw every figure."""
+    parser = argparse.ArgumentParser(description="Draw the figures of the documents.")
+    parser.add_argument(
+        "--to", type=Path, default=Path(__file__).parent, metavar="FOLDER", help="where (default: here)"
+    )
+    folder = parser.parse_args().to
+    folder.mkdir(parents=True, exist_ok=True)
+    with plt.rc_context(STYLE):
+        for name, draw in FIGURES.items():
+            figure = draw()
+            figure.savefig(folder / name, metadata={"Software": None})
+            plt.close(figure)
+            with Image.open(folder / name) as image:  # 64 colours are enough, and a third of the size
+                image.convert("RGB").quantize(64, dither=Image.Dither.NONE).save(folder / name, optimize=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,234 @@
+"""The documents: sizes, links, named files and names, commands, ablations, and the figures drawn from their tables."""
+
+import json
+import pydoc
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import eval as look
+import main
+from models import SCHEMAS
+from tests.conftest import ROOT, run_scores, shipped_file
+from utils.config.loading import load_config
+from utils.sweeps.spec import load_sweep
+
+PATHS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "exps/RESULTS.md")]
+PATHS += sorted((ROOT / "docs").glob("*.md"))
+DOCUMENTS = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in PATHS}
+EVERY_DOCUMENT = pytest.mark.parametrize("document", DOCUMENTS)
+GENERATED = {"docs/configs.md"}
+WIDTH = 110
+
+
+def prose(text: str) -> str:
+    """A document without its fenced blocks."""
+    return re.sub(r"^ *```.*?^ *```$", "", text, flags=re.DOTALL | re.MULTILINE)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Sizes, links, names
+
+
+def test_readme_is_short_and_narrow() -> None:
+    lines = DOCUMENTS["README.md"].splitlines()
+    assert len(lines) <= 180
+    assert [line for line in lines if len(line) > WIDTH] == []
+    assert len(DOCUMENTS["CONTRIBUTING.md"].splitlines()) <= 60
+
+
+@pytest.mark.parametrize("document", sorted(DOCUMENTS.keys() - GENERATED))
+def test_prose_is_narrow(document: str) -> None:
+    """Rows of tables are as wide as they need to be; a long link cannot be broken."""
+    lines = prose(DOCUMENTS[document]).splitlines()
+    assert [line for line in lines if len(line) > WIDTH and not line.startswith("|") and " " in line] == []
+
+
+def anchors(text: str) -> set[str]:
+    """Anchors of a document's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", prose(text), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@EVERY_DOCUMENT
+def test_links_lead_somewhere(document: str) -> None:
+    for target in re.findall(r"\]\(([^)]+)\)", DOCUMENTS[document]):
+        if target.startswith("https://"):
+            continue
+        name, _, anchor = target.partition("#")
+        path = (ROOT / document).parent / name if name else ROOT / document
+        assert path.exists(), target
+        if anchor:
+            assert anchor in anchors(path.read_text(encoding="utf-8")), target
+
+
+def test_every_page_and_figure_is_linked() -> None:
+    linked = {
+        ((ROOT / document).parent / target.partition("#")[0]).resolve()
+        for document, text in DOCUMENTS.items()
+        for target in re.findall(r"\]\(([^)]+)\)", text)
+    }
+    assert {path.resolve() for path in (ROOT / "docs").rglob("*") if path.suffix in (".md", ".png")} <= linked
+
+
+@EVERY_DOCUMENT
+def test_named_files_exist(document: str) -> None:
+    """Paths in code quotes, and the files in the table of experiments."""
+    own = r"`((?:backbone|models|utils|tests|exps|docs)(?:/\w+)+\.\w+)`"
+    for name in re.findall(own, DOCUMENTS[document]):
+        assert (ROOT / name).is_file(), name
+    if document == "docs/experiments.md":
+        for name in re.findall(r"`([\w/*]+\.json)`", DOCUMENTS[document]):
+            assert list((ROOT / "exps").rglob(name)), name
+
+
+def test_where_published_names_went_exists() -> None:
+    """Every dotted name of the table can be imported."""
+    table = DOCUMENTS["docs/differences.md"].split("## Where published names went")[1]
+    names = re.findall(r"`((?:models|backbone|utils)\.[\w.]+)`", table)
+    assert len(names) > 10
+    assert [name for name in names if pydoc.locate(name) is None] == []
+
+
+def test_the_tree_in_readme_names_every_room() -> None:
+    """Each folder that holds code stands in the tree with what it is."""
+    tree = DOCUMENTS["README.md"].split("## The tree")[1].split("```")[1]
+    folders = {
+        path.parent.relative_to(ROOT).as_posix()
+        for package in ("backbone", "models", "utils")
+        for path in (ROOT / package).rglob("*.py")
+    }
+    assert folders <= set(re.findall(r"^([\w/]+)/  +\S", tree, re.MULTILINE))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Commands
+
+LOADERS = {"--config": load_config, "--sweep": load_sweep}
+
+
+def commands(text: str) -> Iterator[tuple[list[str], str]]:
+    """(words, comment) of every command: lines of bash blocks, and code quotes that begin with `python`."""
+    text = text.replace("\\\n", " ")
+    blocks = re.findall(r"^ *```bash\n(.*?)```", text, re.DOTALL | re.MULTILINE)
+    for line in [line for block in blocks for line in block.splitlines()]:
+        for part in line.split("&&"):
+            yield shlex.split(part, comments=True), line.partition("#")[2]
+    for line in re.findall(r"`(python [^`\n]*)`", prose(text)):
+        yield shlex.split(line), ""
+
+
+ALL_COMMANDS = [command for text in DOCUMENTS.values() for command in commands(text)]
+SLOW = [words for words, comment in ALL_COMMANDS if comment.strip().startswith("slow")]
+PARSERS = {"main.py": main.parse, "eval.py": look.parse}
+
+
+@EVERY_DOCUMENT
+def test_every_command_of_the_docs_loads(document: str) -> None:
+    """But for placeholders such as `X.json`, `...` and `<folder>`; the quickstart where no file is named."""
+    for words, _ in commands(DOCUMENTS[document]):
+        options = list(zip(words, words[1:], strict=False))
+        overrides = [value for option, value in options if option == "--set" and "<" not in value]
+        named = [pair for pair in options if pair[0] in LOADERS]
+        if not named and "--set" in words:
+            named = [("--config", "exps/quickstart.json")]
+        for option, file in named:
+            if file.startswith("exps/"):
+                LOADERS[option](ROOT / file, overrides, SCHEMAS)
+
+
+@EVERY_DOCUMENT
+def test_every_command_of_the_docs_is_understood(document: str) -> None:
+    """Its arguments are those of the command line."""
+    for words, _ in commands(DOCUMENTS[document]):
+        for script, parse in PARSERS.items():
+            if script in words:
+                parse(words[words.index(script) + 1 :])
+
+
+def starts_a_run(words: list[str]) -> bool:
+    """Whether a command computes more than a report, a listing or figures of a finished run."""
+    if "utils.benchmark" in words:
+        return True
+    return "main.py" in words and not {"--resume", "--report", "--ray-address"} & set(words)
+
+
+def test_every_run_of_the_docs_is_run_by_ci_or_named_slow() -> None:
+    executed = (ROOT / ".ci/run").read_text(encoding="utf-8")
+    for words, _ in ALL_COMMANDS:
+        if starts_a_run(words) and words not in SLOW:
+            file = next((word for word in words if word.startswith("exps/")), "exps/quickstart.json")
+            assert file in executed, shlex.join(words)
+
+
+def test_the_documents_name_commands() -> None:
+    """The search above finds them."""
+    assert len(ALL_COMMANDS) > 40 and len(SLOW) > 15
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Figures
+
+
+def test_figures_are_drawn_from_the_tables(tmp_path: Path) -> None:
+    script = ROOT / "docs/figures/draw.py"
+    subprocess.run([sys.executable, script, "--to", tmp_path], check=True)
+    committed = {path.name for path in script.parent.glob("*.png")}
+    assert {path.name for path in tmp_path.iterdir()} == committed
+    assert all(path.stat().st_size < 100_000 for path in script.parent.glob("*.png"))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Ablations
+
+TABLE = re.compile(
+    r"^\| question \| edits of `(\w+)\*\.json` \|\n\| --- \| --- \|\n((?:\|.*\n)+)", re.MULTILINE
+)
+STAND_IN = {
+    "dataset": "synthetic", "init_cls": 2, "increment": 2, "max_tasks": 2, "seed": 1,
+    "max_train_per_class": 8, "max_test_per_class": 4, "batch_size": 4, "func_epoch": 3,
+    "backbone_type": "test_vit", "weights": "random", "image_size": 32, "adapt_start_layer": 4,
+    "adapt_end_layer": 5, "device": "cpu", "precision": "fp32", "cache_gb": 0,
+}  # fmt: skip
+STAND_IN_ONLY = {
+    "nested_lora_cifar": {"rd_epoch": 1, "detect_batch_size": 8},
+    "nested_mean_cifar": {"ranpac_dim": 20},
+}
+
+
+def ablations(text: str) -> Iterator[tuple[str, list[list[str]]]]:
+    """(file, its edits) for every table of ablations; an edit is a list of `key=value`."""
+    for file, rows in TABLE.findall(text):
+        cells = [row.split("|")[2] for row in rows.splitlines()]
+        yield file, [edit.split() for cell in cells for edit in re.findall(r"`([^`]+)`", cell)]
+
+
+ABLATIONS = dict(ablations(DOCUMENTS["docs/methods.md"]))
+
+
+def test_the_ablations_of_the_specification_are_named() -> None:
+    edits = {part for edits in ABLATIONS.values() for edit in edits for part in edit}
+    assert set(ABLATIONS) == set(STAND_IN_ONLY) and sum(map(len, ABLATIONS.values())) >= 25
+    for asked in (
+        "nested_lora_update_interval_slow=1", "nested_lora_update_interval_slow=10", "nested_lora_rank=8",
+        "nested_lora_lr_slow=0.002", "nested_lora_use_consolidation=true",
+        "nested_lora_consolidation_alpha=0.05", "nested_lora_consolidation_alpha=0.2",
+    ):  # fmt: skip
+        assert asked in edits
+
+
+@pytest.mark.parametrize("file", STAND_IN_ONLY)
+def test_every_ablation_changes_what_the_run_predicts(file: str, tmp_path: Path) -> None:
+    small = [f"{key}={json.dumps(value)}" for key, value in (STAND_IN | STAND_IN_ONLY[file]).items()]
+    small.append(f"logs_root={tmp_path}")
+    unedited = run_scores(load_config(shipped_file(file), small, SCHEMAS).config)
+    for edit in ABLATIONS[file]:
+        config = load_config(shipped_file(file), [*small, *edit], SCHEMAS).config
+        assert not config.idle_keys().keys() & {part.split("=")[0] for part in edit}, edit
+        assert not torch.equal(run_scores(config), unedited), edit
