@@ -27,9 +27,7 @@ def rows(path: str, *overrides: str, profile: Path | None = None) -> list[str]:
 
 
 def named(lines: list[str]) -> list[str]:
-    return [
-        line.rsplit("  ", 1)[0].rstrip("0123456789. ") for line in lines if re.search(r"\d\.\d{4}  \(", line)
-    ]
+    return [re.split(r"\s{2,}", line)[0] for line in lines if re.search(r"\d\.\d{4}  \(", line)]
 
 
 def test_the_table_of_a_growing_method_is_complete(tmp_path: Path) -> None:
