@@ -18,7 +18,7 @@ import sys
 
 from utils.command_line import as_set, given_path, parse_or_advise
 from utils.console import attach_console, prepare_console
-from utils.sweeps.executors import ENGINES
+from utils.sweeps.executors import EXECUTORS
 
 DEFAULT = "exps/quickstart.json"
 OPTIONS = ("config", "set", "resume", "overwrite", "sweep", "jobs", "engine", "ray-address", "report")
@@ -57,7 +57,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--jobs", type=int, metavar="N", help="of a sweep: runs at once (default: as many as fit)"
     )
     parser.add_argument(
-        "--engine", choices=list(ENGINES), help="of a sweep: what executes its runs (default: local)"
+        "--engine", choices=list(EXECUTORS), help="of a sweep: what executes its runs (default: local)"
     )
     parser.add_argument(
         "--ray-address", metavar="ADDR", help="with --engine ray: a cluster (default: a Ray of its own)"

@@ -1,1 +1,1 @@
-"""Sweeps: a table of experiments, where each stands, and what executes its runs."""
+"""Sweeps: tables of experiments, their folders, and the executors of their runs."""

@@ -1,130 +1,102 @@
-"""Where the runs of a sweep are executed: on this machine, or by Ray.
+"""Executors of a sweep's runs: processes on this machine, or Ray tasks on a cluster.
 
-    with ENGINES["local"](Needs(threads=1, memory_gb=3.0, jobs=None, gpu=False, address=None)) as engine:
-        engine.submit(Job(...)).result()      # Outcome(code=0, last_line="...")
+    with EXECUTORS["local"](Resources(threads=1, memory_gb=3.0, gpu=False)) as executor:
+        executor.jobs             # runs that fit side by side
+        executor.run(Job(...))    # Outcome(code=0, last_line="..."), when the process has ended
 
-A run is a process of its own: `main.py` with a configuration, or with a folder to resume. `execute` starts it and waits
-for it; both engines call it, so files and results are the same. With Ray on several machines all of them must see the
-working folder, the code and the Python environment under the same paths.
+A run is a process of its own. Both executors start it with `run_process`, so files and results are the same.
+With Ray on several machines all must see the working folder, the code and the Python environment under the
+same paths.
 
 This file imports little: a Ray worker that only waits for a process need not load PyTorch.
 """
 
+import itertools
 import logging
+import math
 import os
 import queue
 import signal
 import socket
 import subprocess
-import sys
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple
+
+import psutil
 
 from utils.errors import UserError
 
-MAIN = Path(__file__).resolve().parents[2] / "main.py"
-CGROUP = Path("/sys/fs/cgroup")  # where Linux says what a container may use
-MEMINFO = Path("/proc/meminfo")
-POLL = 0.2  # seconds between two looks at a process and at the stop file
-LONGEST_LINE = 300  # characters of a process's last line that are told
+CGROUP = Path("/sys/fs/cgroup")  # limits of a container, in Linux
+POLL = 0.2  # seconds between two looks at processes, requests to stop, and signals
+MAX_LINE = 300  # characters of a process's last line that are told
 STOPPED = 130  # exit code of a run that was stopped, as of `main.py`
-CONNECT = 10  # seconds a Ray cluster has to answer
-RAY_OBJECTS = 10**8  # bytes of shared memory for a Ray of our own: nothing but exit codes goes through it
+CONNECT_SECONDS = 10  # until a Ray cluster must have answered
+RAY_OBJECT_BYTES = 10**8  # shared memory for a Ray of our own: nothing but exit codes goes through it
 
 
 @dataclass(frozen=True)
-class Needs:
-    """What a sweep's runs need: threads, GB and perhaps a GPU each; how many at once (None: as many as fit)."""
+class Resources:
+    """Resources of one run: threads, GB (10^9 bytes) of memory, and whether any GPU is to be given to it."""
 
     threads: int
     memory_gb: float
-    jobs: int | None
     gpu: bool
-    address: str | None
 
 
 @dataclass(frozen=True)
 class Job:
-    """One process to run.
+    """Process to run.
 
-    arguments: of `main.py`; paths are relative to `working_folder`.
-    output: file that gets what the process prints.
-    stop: file whose length counts the requests to stop.
-    gpu: whether the process is given a GPU of its own, where there is one.
+    command: its arguments, the program first.
+    output: file to which its output is appended; it lies in a folder that exists.
+    stop: file whose length counts the requests to stop; absent for none.
     """
 
-    arguments: tuple[str, ...]
+    command: tuple[str, ...]
     working_folder: Path
     output: Path
     stop: Path
-    threads: int
-    gpu: bool
+    resources: Resources
 
 
 class Outcome(NamedTuple):
-    """How a process ended: exit code (negative: killed by that signal) and the last line it printed."""
+    """End of a process: exit code (negative: killed by that signal) and the last line it printed."""
 
     code: int
     last_line: str
 
 
-class Engine(Protocol):
-    """Runs at most `jobs` of the submitted jobs at once; leaving its context waits for those that run."""
+class LocalExecutor(AbstractContextManager):
+    """Processes on this machine, within its cores and memory.
 
-    jobs: int
-
-    def submit(self, job: Job) -> Future: ...
-    def __enter__(self) -> "Engine": ...
-    def __exit__(self, *_: object) -> None: ...
-
-
-class LocalEngine:
-    """Processes on this machine, side by side within its cores and memory.
-
-    Where there are GPUs, a job that wants one is shown a single one; more jobs at once than GPUs share them in turn.
+    Where there are GPUs, a job that wants one sees a single one; more jobs than GPUs share them in turn.
     """
 
-    def __init__(self, needs: Needs) -> None:
-        gpus = visible_gpus() if needs.gpu else []
-        self.jobs = needs.jobs or jobs_at_once(
-            available_cores(),
-            available_memory_gb(),
-            len(gpus),
-            threads=needs.threads,
-            memory_gb=needs.memory_gb,
-        )
-        self._pool = ThreadPoolExecutor(self.jobs)
-        self._gpus: queue.Queue[str] = queue.Queue()
-        for slot in range(self.jobs if gpus else 0):
-            self._gpus.put(gpus[slot % len(gpus)])
-        self._pinned = bool(gpus)
+    def __init__(self, resources: Resources, jobs: int | None = None, address: None = None) -> None:
+        gpus = visible_gpus() if resources.gpu else []
+        self.jobs = jobs or jobs_at_once(resources, available_cores(), available_memory_gb(), len(gpus))
+        self._gpus: queue.Queue[str | None] = queue.Queue()
+        for gpu in itertools.islice(itertools.cycle(gpus or [None]), self.jobs):
+            self._gpus.put(gpu)
 
-    def submit(self, job: Job) -> Future:
-        """Queue a job; the future holds its `Outcome`."""
-        return self._pool.submit(self._execute, job)
-
-    def _execute(self, job: Job) -> Outcome:
-        if not (job.gpu and self._pinned):
-            return execute(job)
+    def run(self, job: Job) -> Outcome | None:
+        """Outcome of a job when it has ended; None if a stop was requested before it started."""
+        if not job.resources.gpu:
+            return run_process(job)
         gpu = self._gpus.get()
         try:
-            return execute(job, gpu)
+            return run_process(job, gpu)
         finally:
             self._gpus.put(gpu)
 
-    def __enter__(self) -> "LocalEngine":
-        return self
-
     def __exit__(self, *_: object) -> None:
-        self._pool.shutdown()
+        pass
 
 
-class RayEngine:
-    """One Ray task a run: on a cluster (`address`), or on a Ray started for the sweep and shut down after it.
+class RayExecutor(AbstractContextManager):
+    """Ray tasks, one per run: on the cluster at `address`, or on a Ray started here and shut down afterwards.
 
     A task takes `threads` CPUs and, where the cluster has any and the run wants one, a GPU.
 
@@ -132,11 +104,9 @@ class RayEngine:
         UserError: Ray is not installed, no cluster answers, or none of its machines has `threads` CPUs.
     """
 
-    def __init__(self, needs: Needs) -> None:
+    def __init__(self, resources: Resources, jobs: int | None = None, address: str | None = None) -> None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent anywhere
-        os.environ.setdefault(
-            "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0"
-        )  # a run on the CPU keeps its environment
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # a CPU run keeps its environment
         try:
             import ray
         except ImportError as error:
@@ -144,72 +114,65 @@ class RayEngine:
             raise UserError(
                 f"--engine ray: Ray is not installed; {install}, or use --engine local"
             ) from error
-        self._ray = ray
-        self._start(needs)
-        total = ray.cluster_resources()
-        gpus = int(total.get("GPU", 0)) if needs.gpu else 0
-        memory = total.get("memory", 0) / 1e9
-        cores = int(total.get("CPU", 0))
-        self.jobs = needs.jobs or jobs_at_once(
-            cores, memory, gpus, threads=needs.threads, memory_gb=needs.memory_gb
-        )
-        self._gpu = 1 if gpus else 0
-        self._task = ray.remote(max_retries=0, num_cpus=needs.threads)(execute)
-
-    def _start(self, needs: Needs) -> None:
-        own: dict[str, Any] = {}
-        if needs.address is None:
-            cores = max(available_cores(), needs.threads)
-            own = {"num_cpus": cores, "object_store_memory": RAY_OBJECTS, "include_dashboard": False}
+        options = {"address": address, "log_to_driver": False, "logging_level": logging.ERROR}
+        if address is None:
+            cores = max(available_cores(), resources.threads)
+            own = {"num_cpus": cores, "object_store_memory": RAY_OBJECT_BYTES, "include_dashboard": False}
+            options |= {"address": "local", **own}
         try:
-            if ":" in (needs.address or ""):  # asked first: Ray itself goes on trying for minutes
-                host, _, port = needs.address.removeprefix("ray://").rpartition(":")
-                socket.create_connection((host, port), CONNECT).close()
-            self._ray.init(needs.address or "local", log_to_driver=False, logging_level=logging.ERROR, **own)
+            if address and ":" in address:  # asked first: Ray itself tries for minutes
+                host, _, port = address.removeprefix("ray://").rpartition(":")
+                socket.create_connection((host, port), CONNECT_SECONDS).close()
+            ray.init(**options)
         except (OSError, ValueError) as error:
             raise UserError(
-                f"--ray-address {needs.address}: no Ray cluster lets us in ({error}); give HOST:PORT of its head, and "
-                "set RAY_AUTH_MODE and RAY_AUTH_TOKEN as there if it asks for a token"
+                f"--ray-address {address}: no Ray cluster lets us in ({error}); give HOST:PORT of its head, "
+                "and set RAY_AUTH_MODE and RAY_AUTH_TOKEN as there if it asks for a token"
             ) from error
-        largest = max(int(node["Resources"].get("CPU", 0)) for node in self._ray.nodes() if node["Alive"])
-        if largest < needs.threads:
-            self._ray.shutdown()
-            raise UserError(
-                f"threads = {needs.threads}: the largest machine of the Ray cluster has {largest} CPUs"
-            )
+        largest = max(int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"])
+        if largest < resources.threads:
+            ray.shutdown()
+            told = f"the largest machine of the Ray cluster has {largest} CPUs"
+            raise UserError(f"threads = {resources.threads}: {told}; allowed: as many, or fewer")
+        total = ray.cluster_resources()
+        gpus = int(total.get("GPU", 0)) if resources.gpu else 0
+        cores, memory_gb = int(total.get("CPU", 0)), total.get("memory", 0) / 1e9
+        self.jobs = jobs or jobs_at_once(resources, cores, memory_gb, gpus)
+        self._ray = ray
+        self._gpus = min(gpus, 1)
+        self._task = ray.remote(max_retries=0, num_cpus=resources.threads)(run_process)
 
-    def submit(self, job: Job) -> Future:
-        """Hand a job to Ray; the future holds its `Outcome`, or the error of a machine that was lost."""
-        return self._task.options(num_gpus=self._gpu if job.gpu else 0).remote(job).future()
-
-    def __enter__(self) -> "RayEngine":
-        return self
+    def run(self, job: Job) -> Outcome | None:
+        """As `LocalExecutor.run`; raises Ray's error where a machine was lost."""
+        gpus = self._gpus if job.resources.gpu else 0
+        return self._ray.get(self._task.options(num_gpus=gpus).remote(job))
 
     def __exit__(self, *_: object) -> None:
         self._ray.shutdown()
 
 
-ENGINES: dict[str, Callable[[Needs], Engine]] = {
-    "local": LocalEngine,
-    "ray": RayEngine,
-}
+EXECUTORS: dict[str, type[LocalExecutor] | type[RayExecutor]] = {"local": LocalExecutor, "ray": RayExecutor}
 
 
-def execute(job: Job, gpu: str | None = None) -> Outcome:
-    """Run a job's process to its end; every request in the stop file is passed on to it.
+def run_process(job: Job, gpu: str | None = None) -> Outcome | None:
+    """Run a job's process to its end, passing on every request to stop; None if one came before it started.
 
-    The process is the leader of its own group, so a Ctrl-C in the terminal does not reach it. It is stopped with
-    SIGTERM, which runs answer as they answer Ctrl-C: Ray's workers block SIGINT, and their processes inherit that.
+    The process leads a group of its own, so a Ctrl-C in the terminal does not reach it. It is stopped by
+    SIGTERM, to which runs react as to Ctrl-C: Ray's workers block SIGINT, and their processes inherit that.
     """
-    if requests(job.stop):
-        return Outcome(STOPPED, "stopped before it started")
-    job.output.parent.mkdir(parents=True, exist_ok=True)
+    if stop_requests(job.stop):
+        return None
+    threads = str(job.resources.threads)
+    environment = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+    environment |= {"TQDM_DISABLE": "1", "PYTHONUNBUFFERED": "1"}
+    if gpu is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = gpu
     with open(job.output, "ab") as output:
         start = output.tell()
         process = subprocess.Popen(
-            [sys.executable, str(MAIN), *job.arguments],
+            job.command,
             cwd=job.working_folder,
-            env=environment(job.threads, gpu),
+            env=environment,
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -217,74 +180,62 @@ def execute(job: Job, gpu: str | None = None) -> Outcome:
         )
         passed_on = 0
         while process.poll() is None:
-            asked = requests(job.stop)
-            if asked > passed_on:
+            requested = stop_requests(job.stop)
+            if requested > passed_on:
                 process.send_signal(signal.SIGTERM)
-                passed_on = asked
+                passed_on = requested
             with suppress(subprocess.TimeoutExpired):
                 process.wait(POLL)
-    return Outcome(process.returncode, _last_line(job.output, start))
+    printed = job.output.read_bytes()[start:].decode(errors="replace").split("\n")
+    last = next((line.strip() for line in reversed(printed) if line.strip()), "it printed nothing")
+    return Outcome(process.returncode, last if len(last) <= MAX_LINE else last[: MAX_LINE - 1] + "…")
 
 
-def environment(threads: int, gpu: str | None) -> dict[str, str]:
-    """The environment of a run: so many threads, no progress bars, output at once, one GPU where one is given."""
-    own = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "TQDM_DISABLE": "1"}
-    pinned = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
-    return {**os.environ, **own, "PYTHONUNBUFFERED": "1", **pinned}
-
-
-def requests(stop: Path) -> int:
-    """How often the sweep was asked to stop."""
+def stop_requests(stop: Path) -> int:
+    """Number of requests to stop so far."""
     try:
         return stop.stat().st_size
     except FileNotFoundError:
         return 0
 
 
-def jobs_at_once(cores: int, memory: float, gpus: int, *, threads: int, memory_gb: float) -> int:
-    """Runs that fit side by side: min(cores // threads, memory // memory_gb, gpus if there are any), at least one."""
-    fitting = min(cores // threads, int(memory / memory_gb))
+def request_stop(stop: Path) -> None:
+    """Count one more request; the file exists."""
+    os.truncate(stop, stop_requests(stop) + 1)  # takes no block of the disk: it may be full
+
+
+def jobs_at_once(resources: Resources, cores: int, memory_gb: float, gpus: int) -> int:
+    """Runs that fit side by side by cores, memory and GPUs (if there are any), at least one."""
+    fitting = min(cores // resources.threads, int(memory_gb / resources.memory_gb))
     return max(1, min(fitting, gpus) if gpus else fitting)
 
 
-def available_cores() -> int:
-    """Cores this process may use: its affinity, and the share its container is given."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with suppress(OSError, ValueError):  # "max" where there is no limit
-        quota, period = map(int, (CGROUP / "cpu.max").read_text(encoding="utf-8").split())
-        cores = min(cores, quota // period)
-    return max(1, cores)
+def available_cores(cgroup: Path = CGROUP) -> int:
+    """Cores this process may use: its affinity, and no more than its container's quota."""
+    process = psutil.Process()
+    affinity = hasattr(process, "cpu_affinity")  # absent in macOS
+    cores = len(process.cpu_affinity()) if affinity else psutil.cpu_count() or 1
+    return max(1, int(min(cores, _container_limit(cgroup / "cpu.max"))))
 
 
-def available_memory_gb() -> float:
-    """Memory in GB (10^9 bytes) that programs can still get, and no more than the container's limit.
+def available_memory_gb(cgroup: Path = CGROUP) -> float:
+    """Memory in GB (10^9 bytes) that programs can still get, and no more than the container's limit."""
+    return min(psutil.virtual_memory().available, _container_limit(cgroup / "memory.max")) / 1e9
 
-    On Linux what is free or can be freed at once; elsewhere all there is.
-    """
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    with suppress(OSError):
-        lines = dict(line.split(":") for line in MEMINFO.read_text(encoding="utf-8").splitlines())
-        memory = int(lines["MemAvailable"].split()[0]) * 1024
-    with suppress(OSError, ValueError):
-        memory = min(memory, int((CGROUP / "memory.max").read_text(encoding="utf-8")))
-    return memory / 1e9
+
+def _container_limit(path: Path) -> float:
+    """Limit of a container, which psutil does not see: "limit" or "quota period" in a file; inf for none."""
+    try:
+        limit, *period = map(int, path.read_text(encoding="utf-8").split())
+        return limit / (period or [1])[0]
+    except (OSError, ValueError):  # no such file, or "max"
+        return math.inf
 
 
 def visible_gpus() -> list[str]:
-    """The CUDA devices as `CUDA_VISIBLE_DEVICES` names them."""
+    """CUDA devices as `CUDA_VISIBLE_DEVICES` names them."""
     import torch  # here: a Ray worker does without
 
     count = torch.cuda.device_count()
-    names = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return (
-        [name.strip() for name in names.split(",")][:count]
-        if names
-        else [str(index) for index in range(count)]
-    )
-
-
-def _last_line(path: Path, start: int) -> str:
-    """The last line with anything on it that was written after byte `start`."""
-    lines = path.read_bytes()[start:].decode(errors="replace").split("\n")
-    last = next((line.strip() for line in reversed(lines) if line.strip()), "it printed nothing")
-    return last if len(last) <= LONGEST_LINE else last[: LONGEST_LINE - 1] + "…"
+    names = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
+    return [name.strip() for name in names.split(",")][:count]

@@ -1,18 +1,19 @@
-"""What a sweep has on disk: its runs and how far they are, the table, the summary.
+"""Folder of a sweep: its table, its runs and how far they are, its report.
 
 `<logs_root>/sweeps/<the file's name>/` holds
 
     sweep.json                     the table as it was resolved
-    cells/<slug>_<seed>.json       the configuration each run is started from, as good for `python main.py --config`
-    logs/<slug>_<seed>.txt         what the run's process printed
+    cells/<slug>_<seed>.json       config of each run, as good for `python main.py --config`
+    logs/<slug>_<seed>.txt         output of the run's process
     runs/...                       the run folders
-    summary.md, report.html, ...   what came out (`utils/reports/report.py`)
+    summary.md, report.html, ...   the report (`utils/reports/report.py`)
 
 One process at a time runs a sweep. `<name>.replaced` beside it holds what it replaces, until it is finished.
 
-    runs = survey(sweep)                        # every cell with every seed; refuses what does not fit the table
-    begin(sweep, runs, overwrite=False)         # the table and the configurations
-    write_summary(sweep, runs, {"nested, seed 1994": "not started"})
+    runs = runs_of(sweep)                       # every cell with every seed
+    check_runs(runs)                            # refuses what does not fit the table
+    prepare_folder(sweep, runs, overwrite=False)
+    write_summary(sweep, runs, failures={})
 """
 
 import json
@@ -26,8 +27,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from utils.config.schema import RunConfig
 from utils.errors import UserError
 from utils.files import json_bytes, read_json, write_json
+from utils.reports.report import write_report
 from utils.runs.folder import (
     CONFIG,
     RESULT,
@@ -39,7 +42,7 @@ from utils.runs.folder import (
     restore_replaced,
     set_aside,
 )
-from utils.runs.manifest import Provenance, changes, is_complete, outdated, read_provenance
+from utils.runs.manifest import Provenance, changes, outdated, read_provenance
 from utils.runs.result import fault_of
 from utils.sweeps.spec import Cell, Sweep
 
@@ -50,31 +53,19 @@ TABLE = "sweep.json"
 
 @dataclass(frozen=True)
 class Run:
-    """One cell with one seed: where its files are, and how far it is."""
+    """One cell with one seed: its config, where its files are, and how far it is."""
 
-    sweep_folder: Path
     cell: Cell
     seed: int
+    config: RunConfig
+    config_path: Path
+    output_path: Path  # output of its process
+    folder: Path  # its run folder
 
     @property
     def label(self) -> str:
-        """What messages call it."""
+        """Its name in messages."""
         return f"{self.cell.name}, seed {self.seed}"
-
-    @property
-    def config_path(self) -> Path:
-        """The configuration it is started from."""
-        return self.sweep_folder / "cells" / f"{self.cell.slug}_{self.seed}.json"
-
-    @property
-    def output_path(self) -> Path:
-        """What its process prints."""
-        return self.sweep_folder / "logs" / f"{self.cell.slug}_{self.seed}.txt"
-
-    @property
-    def folder(self) -> Path:
-        """Its run folder."""
-        return folder_of(self.cell.config, self.seed)
 
     @property
     def started(self) -> bool:
@@ -83,52 +74,46 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether there is a result."""
+        """Whether there is a result; `is_complete` asks for the figures, too."""
         return (self.folder / RESULT).exists()
-
-    @property
-    def again(self) -> str:
-        """The command that runs it once more, in its place."""
-        return shlex.join(["python", "main.py", "--config", str(self.config_path), "--overwrite"])
-
-    @property
-    def complete(self) -> bool:
-        """Whether nothing is missing, the figures included. Raises UserError when its manifest is damaged."""
-        return is_complete(self.folder)
 
     def result(self) -> dict[str, Any]:
         """The content of its `result.json`. Raises UserError when it is damaged."""
         path = self.folder / RESULT
         result = read_json(path)
-        if fault := fault_of(result, self.cell.config.metrics):
-            raise UserError(f"{path} is damaged, {fault}: run it again with {self.again}")
+        if fault := fault_of(result, self.config.metrics):
+            raise UserError(f"{path} is damaged, {fault}: run it again with {self.command('--overwrite')}")
         return result
 
-    def provenance(self) -> Provenance:
-        """The code, libraries, data and weights it was made with."""
-        return read_provenance(self.folder)
+    def command(self, *options: str) -> str:
+        """Command that runs its config, apart from the sweep."""
+        return shlex.join(["python", "main.py", "--config", str(self.config_path), *options])
 
 
-def all_runs(sweep: Sweep) -> list[Run]:
+def runs_of(sweep: Sweep) -> list[Run]:
     """Every run of the table, seed by seed."""
-    return [Run(sweep.folder, cell, seed) for seed in sweep.seeds for cell in sweep.cells]
+    runs = []
+    for seed in sweep.file.seeds:
+        for cell in sweep.cells:
+            config = cell.with_seed(seed)
+            config_path = sweep.folder / "cells" / f"{cell.slug}_{seed}.json"
+            output_path = sweep.folder / "logs" / f"{cell.slug}_{seed}.txt"
+            runs.append(Run(cell, seed, config, config_path, output_path, folder_of(config, seed)))
+    return runs
 
 
-def survey(sweep: Sweep) -> list[Run]:
-    """Every run of the table, seed by seed; none of them started with another configuration.
+def check_runs(runs: Sequence[Run]) -> None:
+    """Refuse to go on with runs that do not fit the table.
 
     Raises:
-        UserError: a run folder was made with another configuration than its cell now has, or one of its files is
-            damaged.
+        UserError: a run was started with another config than its cell now has, or a file of it is damaged.
     """
-    runs = all_runs(sweep)
     for run in runs:
         if run.started:
-            _check_unchanged(run)
+            _check_config(run)
         if run.finished:
-            run.result(), run.provenance()
-    _names_before(sweep)
-    return runs
+            run.result()
+            read_provenance(run.folder)
 
 
 def refuse_running(sweep: Sweep) -> None:
@@ -142,11 +127,11 @@ def refuse_running(sweep: Sweep) -> None:
             pass
 
 
-def begin(sweep: Sweep, runs: Sequence[Run], overwrite: bool) -> None:
-    """Write `sweep.json` and the configuration of every run; cells that left the table are named in the log.
+def prepare_folder(sweep: Sweep, runs: Sequence[Run], overwrite: bool) -> None:
+    """Write `sweep.json` and the config of every run; runs that left the table are named in the log.
 
-    With `overwrite` the sweep's earlier folder is set aside first (`utils/runs/folder.py`), and is back where this fails. A
-    new folder holds `sweep.json` from its first moment on, and is gone where this fails.
+    With `overwrite` the sweep's earlier folder is set aside first, and is back where this fails. A new folder
+    holds `sweep.json` from its first moment on, and is gone where this fails.
 
     Raises:
         UserError: the folder to be replaced holds other things than a sweep.
@@ -155,14 +140,14 @@ def begin(sweep: Sweep, runs: Sequence[Run], overwrite: bool) -> None:
     folder = sweep.folder
     if overwrite and os.path.lexists(folder):
         if not (folder / TABLE).is_file():
-            raise UserError(
-                f"{folder} holds no {TABLE}, so it is no sweep's: move it away, it is not overwritten"
-            )
+            told = f"{folder} holds no {TABLE}, so it is no sweep's"
+            raise UserError(f"{told}: move it away, it is not overwritten")
         set_aside(folder)
-    gone = [name for name in _names_before(sweep) if name not in {cell.name for cell in sweep.cells}]
-    if gone:
-        logger.warning(f"No longer in the table, their runs stay in {folder}: {'; '.join(gone)}")
     new = not os.path.lexists(folder)
+    configs = set((folder / "cells").glob("*.json")) - {run.config_path for run in runs}
+    if configs:
+        names = ", ".join(sorted(path.stem for path in configs))
+        logger.warning(f"No longer in the table, their runs stay in {folder}: {names}")
     try:
         if new:
             create_folder(folder, {TABLE: json_bytes(sweep.table())})
@@ -171,7 +156,7 @@ def begin(sweep: Sweep, runs: Sequence[Run], overwrite: bool) -> None:
         for part in ("cells", "logs"):
             (folder / part).mkdir(exist_ok=True)
         for run in runs:
-            write_json(run.config_path, run.cell.resolved(run.seed))
+            write_json(run.config_path, run.config.model_dump(mode="json"))
     except OSError:
         if new:
             remove_folder(folder)
@@ -179,87 +164,72 @@ def begin(sweep: Sweep, runs: Sequence[Run], overwrite: bool) -> None:
         raise
 
 
-def tell_replaced(sweep: Sweep) -> None:
-    """Say where the results lie that the sweep replaces, until all its runs are finished."""
+def log_replaced(sweep: Sweep) -> None:
+    """Log where the results are that the sweep replaces, until all its runs are finished."""
     for path in replaced_folders(sweep.folder):
         logger.warning(
             f"{path}: the results that this sweep replaces, removed when all its runs are finished"
         )
 
 
-def _names_before(sweep: Sweep) -> list[str]:
-    """The cells that the table had when it was last run. Raises UserError when its `sweep.json` is damaged."""
-    path = sweep.folder / TABLE
-    if not path.exists():
-        return []
-    try:
-        return [str(cell["name"]) for cell in read_json(path)["cells"]]
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged, it lists no cells: remove it, it is written anew") from error
+def warn_of_changes(origins: Mapping[str, Provenance]) -> None:
+    """Warn where runs differ in code, libraries, data or weights; origins: by their labels."""
+    for sentence in changes(origins):
+        logger.warning(f"{sentence}; runs that differ in it are not compared")
 
 
-def write_summary(sweep: Sweep, runs: Sequence[Run], unfinished: Mapping[str, str]) -> None:
-    """Tables, figures and report of the finished runs; nothing where there are none.
-
-    unfinished: label -> why there is no result.
-    """
+def write_summary(sweep: Sweep, runs: Sequence[Run], failures: Mapping[str, str]) -> None:
+    """Write the report of the finished runs; nothing where there are none. failures: label -> reason."""
     results: dict[str, dict[int, dict[str, Any]]] = {cell.name: {} for cell in sweep.cells}
     origins: dict[str, dict[int, Provenance]] = {cell.name: {} for cell in sweep.cells}
-    finished = sorted(
-        (run for run in runs if run.finished), key=lambda run: (run.folder / RESULT).stat().st_mtime_ns
-    )
+    finished = [run for run in runs if run.finished]
     if not finished:
         return
-    for run in finished:
+    by_label = {}
+    for run in sorted(finished, key=lambda run: (run.folder / RESULT).stat().st_mtime_ns):
         results[run.cell.name][run.seed] = run.result()
-        origins[run.cell.name][run.seed] = run.provenance()
-    by_label = {run.label: origins[run.cell.name][run.seed] for run in finished}
-    for sentence in changes(by_label):
-        logger.warning(f"{sentence}; runs that differ in it are not compared")
-    old = outdated(by_label)
-    from utils.reports.report import write_report  # here: only a sweep with results draws
-
+        origins[run.cell.name][run.seed] = by_label[run.label] = read_provenance(run.folder)
+    warn_of_changes(by_label)
+    unfinished = {
+        run.label: failures.get(run.label, "not finished" if run.started else "not started")
+        for run in runs
+        if not run.finished
+    }
+    seeds = json.dumps(sweep.file.seeds, separators=(",", ":"))
+    all_seeds = ("--set", f"seed={seeds}") if len(sweep.file.seeds) > 1 else ()
+    again = {run.label: run.command("--overwrite") for run in runs}
     paths = write_report(
         sweep.folder,
         sweep.path.stem,
-        sweep.description,
+        sweep.file.description,
         results,
         metrics=sweep.cells[0].config.metrics,
-        baseline=sweep.baseline,
+        baseline=sweep.file.baseline,
         hypotheses=sweep.hypotheses,
-        commands={run.cell.name: _command(sweep, run) for run in runs[: len(sweep.cells)]},
+        commands={run.cell.name: run.command(*all_seeds) for run in runs[: len(sweep.cells)]},
         unfinished=unfinished,
         origins=origins,
-        outdated={run.label: (", ".join(old[run.label]), run.again) for run in runs if run.label in old},
+        outdated={label: (", ".join(kinds), again[label]) for label, kinds in outdated(by_label).items()},
     )
     logger.info(f"Summary: {', '.join(map(str, paths))}")
 
 
-def _command(sweep: Sweep, run: Run) -> str:
-    """The command that repeats the run's cell with all seeds, apart from the sweep."""
-    command = ["python", "main.py", "--config", str(run.config_path)]
-    if len(sweep.seeds) > 1:
-        command += ["--set", f"seed={json.dumps(sweep.seeds, separators=(',', ':'))}"]
-    return shlex.join(command)
-
-
-def _check_unchanged(run: Run) -> None:
-    """Refuse a run folder that was made with another configuration than the cell's. Descriptions may differ."""
+def _check_config(run: Run) -> None:
+    """Refuse a run folder that was made with another config than the cell's. Descriptions may differ."""
     path = run.folder / CONFIG
     ways_out = f"rename the cell, or remove the folder {run.folder}"
     try:
-        theirs = type(run.cell.config).model_validate(read_json(path)).model_dump(mode="json")
+        theirs = type(run.config).model_validate(read_json(path)).model_dump(mode="json")
     except ValidationError as error:
-        raise UserError(
-            f"cell {run.cell.name!r}: {path} is not of this method and version; {ways_out}"
-        ) from error
-    ours = run.cell.resolved(run.seed)
+        told = f"cell {run.cell.name!r}: {path} is not of this method and version"
+        raise UserError(f"{told}; {ways_out}") from error
+    ours = run.config.model_dump(mode="json")
     if theirs["precision"] == "fp32":  # recorded also where bf16 was asked for and the device has none
         ours["precision"] = "fp32"
     changed = [key for key in ours if ours[key] != theirs[key] and key != "description"]
     if changed:
-        changes = (f"{key} = {json.dumps(ours[key])} instead of {json.dumps(theirs[key])}" for key in changed)
+        each = (f"{key} = {json.dumps(ours[key])} instead of {json.dumps(theirs[key])}" for key in changed)
         raise UserError(
-            f"cell {run.cell.name!r}, seed {run.seed}, was run with another configuration, now it has "
-            f"{', '.join(changes)}; {ways_out}"
+            f"cell {run.cell.name!r}, seed {run.seed}, was run with another config, now it has "
+            f"{', '.join(each)}; {ways_out}"
         )

@@ -362,10 +362,10 @@ def test_the_command_line_reports_on_the_hypotheses_of_the_file(tmp_path: Path) 
     path, logs_root = sweep_file(tmp_path, hypotheses={"H1": about_final}), f"logs_root={tmp_path}/logs"
     sweep = load_sweep(path, [logs_root], SCHEMAS)
     for cell in sweep.cells:
-        for seed in sweep.seeds:
+        for seed in sweep.file.seeds:
             folder = folder_of(cell.config, seed)
             folder.mkdir(parents=True)
-            record(folder, cell.resolved(seed))
+            record(folder, cell.with_seed(seed).model_dump(mode="json"))
             (folder / RESULT).write_text(json.dumps(invented(seed, 50 if cell.name == "ours" else 40)))
     assert main.main(["--sweep", str(path), "--set", logs_root, "--report"]) == 0
     summary = (sweep.folder / "summary.md").read_text()
