@@ -1,7 +1,6 @@
 """Tests of `utils.sweeps.run` and `utils.sweeps.folder`: order, skipping, resuming, failures, stops, Ray.
 
-Most pretend their runs, or run them in children that are forked (`tests/crash.py`); Ctrl-C and Ray are tried
-with the real executors. The report is a stub but in the test of Ray.
+Most pretend their runs; Ctrl-C and Ray are tried with real ones. The report is a stub but in the test of Ray.
 """
 
 import errno
@@ -23,13 +22,13 @@ import pytest
 
 import main
 import utils.sweeps.folder
-from tests import crash
 from tests.conftest import ROOT, TINY
+from tests.crash import outcome
 from tests.utils.runs.test_manifest import record
 from utils.errors import UserError
 from utils.runs.folder import CONFIG, FIGURES, RESULT, FolderLock
 from utils.runs.manifest import MANIFEST
-from utils.sweeps.executors import EXECUTORS, Job, Outcome, Resources, stop_requests
+from utils.sweeps.executors import EXECUTORS, Job, Outcome, Resources, run_process, stop_requests
 
 TABLE = {
     "description": "what it is for",
@@ -109,10 +108,6 @@ class FakeExecutor(AbstractContextManager):
 
     def __exit__(self, *_: object) -> None:
         pass
-
-
-def train(job: Job) -> Outcome:
-    return Outcome(crash.run(list(job.command[2:]))[0], "the last line")
 
 
 def pretend(job: Job, **made_with: Any) -> Outcome:
@@ -218,30 +213,6 @@ def test_the_report_is_given_every_finished_run(
     assert report.commands["nested"] == repeats
     shown = capsys.readouterr().out
     assert "nested, seed 1: A_N 12.50, 0.5 min (1 of 4)" in shown and "4 of 4 runs are finished" in shown
-
-
-def test_a_run_is_started_and_resumed_in_its_place_and_repeated_by_its_command(
-    sweep: Command, executor: FakeExecutor
-) -> None:
-    """Started again where it was killed before it wrote its config; resumed to the same end."""
-    sweep.write(**SINGLE)
-    executor.work = train
-    folder = sweep.run_folder("nested", 1)
-    log = folder.with_name(folder.name + ".log")
-    (folder / "tb").mkdir(parents=True)
-    log.write_text("torn")
-    assert sweep() == 0
-    assert "torn" not in log.read_text()
-    whole = crash.outcome(folder)
-
-    (folder / RESULT).unlink()
-    shutil.rmtree(folder / "checkpoints/task_01")
-    assert sweep() == 0
-    assert executor.started == [("--resume", str(folder))] and crash.outcome(folder) == whole
-    assert sorted(path.name for path in folder.parent.glob("n*")) == [folder.name, log.name]
-
-    assert main.main(["--config", str(sweep.config("nested", 1))]) == 0
-    assert crash.outcome(folder.with_name(folder.name + "_2")) == whole
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -674,10 +645,16 @@ def test_an_error_of_ours_stops_the_runs_before_it_is_told(sweep: Command, execu
 def test_ctrl_c_saves_and_the_same_command_goes_on_to_the_same_end(
     tmp_path: Path, executor: FakeExecutor, reports: list[SimpleNamespace]
 ) -> None:
-    """Real processes: SIGINT to the sweep alone while its first run trains; the second is not begun."""
-    cells = {"first": {"func_epoch": 40}, "second": {"func_epoch": 2}}
+    """Real processes: SIGINT to the sweep alone while its first run trains; the second is not begun.
+
+    The run takes the place of one that was killed before it wrote its config. Its command repeats it.
+    """
+    cells = {"first": {"func_epoch": 30}, "second": {"func_epoch": 2}}
     sweep = Command(tmp_path, seeds=[1], set={**TABLE["set"], "max_tasks": 1}, cells=cells, baseline=None)
     folder = sweep.run_folder("first", 1)
+    log = folder.with_name(f"{folder.name}.log")
+    (folder / "tb").mkdir(parents=True)
+    log.write_text("torn")
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "main.py"), *sweep.line, "--jobs", "1"], cwd=ROOT, stdout=subprocess.PIPE
     )
@@ -690,12 +667,13 @@ def test_ctrl_c_saves_and_the_same_command_goes_on_to_the_same_end(
     assert "Stopped and saved" in (sweep.folder / "logs/first_1.txt").read_text()
     assert list((folder / "checkpoints").iterdir()) and not sweep.run_folder("second", 1).exists()
 
-    executor.work = lambda job: train(job) if "--resume" in job.command else pretend(job)
+    executor.work = lambda job: run_process(job) if "--resume" in job.command else pretend(job)
     assert sweep() == 0
     assert executor.started == [("--resume", str(folder)), sweep.anew("second", 1)]
-    whole = tmp_path / "whole"
-    assert main.main(["--config", str(sweep.config("first", 1)), "--set", f"logs_root={whole}"]) == 0
-    assert crash.outcome(folder) == crash.outcome(whole / folder.relative_to(sweep.folder / "runs"))
+    assert "torn" not in log.read_text()
+    assert sorted(path.name for path in folder.parent.glob("first*")) == [folder.name, log.name]
+    assert main.main(["--config", str(sweep.config("first", 1))]) == 0
+    assert outcome(folder) == outcome(folder.with_name(f"{folder.name}_2"))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -716,4 +694,4 @@ def test_ray_gives_what_the_command_line_gives(tmp_path: Path, monkeypatch: pyte
         assert "everything is in" in (sweep.folder / f"logs/{slug}_1.txt").read_text()
         whole, folder = tmp_path / "whole", sweep.run_folder(slug, 1)
         assert main.main(["--config", str(sweep.config(slug, 1)), "--set", f"logs_root={whole}"]) == 0
-        assert crash.outcome(folder) == crash.outcome(whole / folder.relative_to(sweep.folder / "runs"))
+        assert outcome(folder) == outcome(whole / folder.relative_to(sweep.folder / "runs"))
