@@ -53,18 +53,21 @@ Capture = pytest.CaptureFixture[str]
 class Command:
     """Command line of a sweep in a folder of its own."""
 
-    def __init__(self, folder: Path, **changes: Any) -> None:
+    def __init__(self, folder: Path) -> None:
         self.path = folder / "table.json"
         settings = (f"logs_root={folder / 'logs'}", f"cache_root={folder / 'cache'}")
         self.line = ["--sweep", str(self.path), *(part for text in settings for part in ("--set", text))]
         self.folder = folder / "logs/sweeps/table"
         self.replaced = folder / "logs/sweeps/table.replaced"  # results that are being replaced
-        self.write(**changes)
+        self.executor = FakeExecutor()
+        self.reports: list[SimpleNamespace] = []  # calls of `write_report`
+        self.write()
 
     def write(self, **changes: Any) -> None:
         self.path.write_text(json.dumps({**TABLE, **changes}))
 
     def __call__(self, *options: str) -> int:
+        self.executor.started.clear()
         return main.main([*self.line, *options])
 
     def run_folder(self, slug: str, seed: int) -> Path:
@@ -97,7 +100,6 @@ class FakeExecutor(AbstractContextManager):
 
     def __call__(self, resources: Resources, jobs: int | None, address: str | None) -> "FakeExecutor":
         self.given = [resources, jobs, address]
-        self.started.clear()
         return self
 
     def run(self, job: Job) -> Outcome | None:
@@ -129,29 +131,18 @@ def failing(*names: str) -> Callable[[Job], Outcome]:
 
 
 @pytest.fixture
-def executor(monkeypatch: pytest.MonkeyPatch) -> FakeExecutor:
-    """What executes runs in place of processes; by default they are only pretended."""
-    fake = FakeExecutor()
-    monkeypatch.setitem(EXECUTORS, "local", fake)
-    return fake
-
-
-@pytest.fixture
-def reports(monkeypatch: pytest.MonkeyPatch) -> list[SimpleNamespace]:
-    """The calls of `write_report`, in place of its work."""
-    calls: list[SimpleNamespace] = []
+def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
+    """Sweep whose runs are pretended, unless `executor.work` says else; its report is a stub."""
+    command = Command(tmp_path)
 
     def write_report(folder: Path, title: str, description: str, runs: Any, **named: Any) -> list[Path]:
-        calls.append(SimpleNamespace(folder=folder, title=title, description=description, runs=runs, **named))
+        given = SimpleNamespace(folder=folder, title=title, description=description, runs=runs, **named)
+        command.reports.append(given)
         return [folder / "summary.md"]
 
+    monkeypatch.setitem(EXECUTORS, "local", command.executor)
     monkeypatch.setattr(utils.sweeps.folder, "write_report", write_report)
-    return calls
-
-
-@pytest.fixture
-def sweep(tmp_path: Path, reports: list[SimpleNamespace]) -> Command:
-    return Command(tmp_path)
+    return command
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -162,11 +153,9 @@ def files(folder: Path) -> dict[str, bytes]:
 # What is run, and what it leaves behind
 
 
-def test_runs_go_seed_by_seed_from_configs_that_stand_alone(
-    sweep: Command, executor: FakeExecutor, capsys: Capture
-) -> None:
+def test_runs_go_seed_by_seed_from_configs_that_stand_alone(sweep: Command, capsys: Capture) -> None:
     assert sweep() == 0
-    assert executor.started == [sweep.anew(*run) for run in RUNS]
+    assert sweep.executor.started == [sweep.anew(*run) for run in RUNS]
     for slug, seed in RUNS:
         config = json.loads(sweep.config(slug, seed).read_text())
         assert (config["prefix"], config["seed"]) == (slug, [seed])
@@ -186,25 +175,21 @@ def test_runs_go_seed_by_seed_from_configs_that_stand_alone(
 
 
 @pytest.mark.parametrize(("device", "gpu"), [("auto", True), ("cpu", False), (["0"], False)])
-def test_resources_and_places_of_a_job(
-    device: Any, gpu: bool, sweep: Command, executor: FakeExecutor
-) -> None:
+def test_resources_and_places_of_a_job(device: Any, gpu: bool, sweep: Command) -> None:
     """A GPU is asked for where any will do."""
     jobs: list[Job] = []
-    executor.work = lambda job: jobs.append(job) or pretend(job)
+    sweep.executor.work = lambda job: jobs.append(job) or pretend(job)
     sweep.write(threads=3, memory_gb=7, set={**TABLE["set"], "device": device})
     assert sweep("--jobs", "5") == 0
     resources = Resources(threads=3, memory_gb=7.0, gpu=gpu)
-    assert executor.given == [resources, 5, None]
+    assert sweep.executor.given == [resources, 5, None]
     assert (jobs[0].resources, jobs[0].working_folder) == (resources, Path.cwd())
     assert (jobs[0].output, jobs[0].stop) == (sweep.folder / "logs/nested_1.txt", sweep.folder / "stop")
 
 
-def test_the_report_is_given_every_finished_run(
-    sweep: Command, executor: FakeExecutor, reports: list[SimpleNamespace], capsys: Capture
-) -> None:
+def test_the_report_is_given_every_finished_run(sweep: Command, capsys: Capture) -> None:
     assert sweep() == 0
-    (report,) = reports
+    (report,) = sweep.reports
     assert (report.folder, report.title, report.description) == (sweep.folder, "table", "what it is for")
     assert report.baseline == "matched adapter" and report.unfinished == {}
     both = {1: RESULTS, 2: RESULTS}
@@ -219,58 +204,49 @@ def test_the_report_is_given_every_finished_run(
 # Going on
 
 
-def test_what_is_finished_is_skipped(
-    sweep: Command, executor: FakeExecutor, reports: list[SimpleNamespace]
-) -> None:
+def test_what_is_finished_is_skipped(sweep: Command) -> None:
     """Also where new cells and seeds stand beside it."""
     sweep.write(**SINGLE)
     assert sweep() == 0
     sweep.write()
     assert sweep() == 0
-    assert executor.started == [sweep.anew(*run) for run in RUNS[1:]]
+    assert sweep.executor.started == [sweep.anew(*run) for run in RUNS[1:]]
     shutil.rmtree(sweep.run_folder("nested", 2))
     assert sweep() == 0
-    assert executor.started == [sweep.anew("nested", 2)]
-    executor.started.clear()
+    assert sweep.executor.started == [sweep.anew("nested", 2)]
     assert sweep() == 0
-    assert executor.started == [] and len(reports) == 4
+    assert sweep.executor.started == [] and len(sweep.reports) == 4
 
 
-def test_what_follows_a_result_is_made_before_a_sweep_is_finished(
-    sweep: Command, executor: FakeExecutor
-) -> None:
+def test_what_follows_a_result_is_made_before_a_sweep_is_finished(sweep: Command) -> None:
     """Figures do not fit the disk after a result: a failure, old results stay, the next time makes them."""
     sweep.write(**SINGLE)
     assert sweep() == 0
     before, figures = files(sweep.folder), sweep.run_folder("nested", 1) / FIGURES
-    executor.work = lambda job: (pretend(job), figures.rmdir()) and Outcome(2, "No space left on device")
+    full = Outcome(2, "No space left on device")
+    sweep.executor.work = lambda job: (pretend(job), figures.rmdir()) and full
     assert sweep("--overwrite") == 1
     assert files(sweep.replaced) == before
-    executor.work = lambda job: figures.mkdir() or Outcome(0, "")
+    sweep.executor.work = lambda job: figures.mkdir() or Outcome(0, "")
     assert sweep() == 0
-    assert executor.started == [("--resume", str(figures.parent))] and not sweep.replaced.exists()
+    assert sweep.executor.started == [("--resume", str(figures.parent))] and not sweep.replaced.exists()
 
 
-def test_a_changed_cell_is_refused_and_nothing_is_touched(
-    sweep: Command, executor: FakeExecutor, capsys: Capture
-) -> None:
+def test_a_changed_cell_is_refused_and_nothing_is_touched(sweep: Command, capsys: Capture) -> None:
     assert sweep() == 0
-    executor.started.clear()
     before, folder = files(sweep.folder), sweep.run_folder("nested", 1)
     sweep.write(cells={**TABLE["cells"], "nested": {"nested_lora_rank": 2}}, seeds=[1, 2, 3])
     for options in ((), ("--report",)):
         message = sweep.refused(capsys, *options)
         assert "cell 'nested', seed 1" in message and "nested_lora_rank = 2 instead of 4" in message
         assert "rename the cell" in message and f"remove the folder {folder}" in message
-    assert files(sweep.folder) == before and executor.started == []
+    assert files(sweep.folder) == before and sweep.executor.started == []
     shutil.rmtree(folder)
     shutil.rmtree(sweep.run_folder("nested", 2))
-    assert sweep() == 0 and len(executor.started) == 4
+    assert sweep() == 0 and len(sweep.executor.started) == 4
 
 
-def test_runs_that_left_the_table_stay_and_are_named(
-    sweep: Command, executor: FakeExecutor, reports: list[SimpleNamespace], capsys: Capture
-) -> None:
+def test_runs_that_left_the_table_stay_and_are_named(sweep: Command, capsys: Capture) -> None:
     assert sweep() == 0
     adapter = TABLE["cells"]["matched adapter"]
     sweep.write(cells={"small": {"nested_lora_rank": 2}, "matched adapter": adapter})
@@ -279,39 +255,37 @@ def test_runs_that_left_the_table_stay_and_are_named(
     assert f"No longer in the table, their runs stay in {sweep.folder}: nested_1, nested_2\n" in (
         capsys.readouterr().out
     )
-    assert sweep.run_folder("nested", 1).is_dir() and list(reports[-1].runs) == ["small", "matched adapter"]
+    assert sweep.run_folder("nested", 1).is_dir()
+    assert list(sweep.reports[-1].runs) == ["small", "matched adapter"]
 
 
-def test_a_sweep_that_goes_on_with_other_code_says_so(
-    sweep: Command, executor: FakeExecutor, reports: list[SimpleNamespace], capsys: Capture
-) -> None:
+def test_a_sweep_that_goes_on_with_other_code_says_so(sweep: Command, capsys: Capture) -> None:
     """Before the first run, from what is installed now; and in the report, from what all runs recorded."""
     sweep.write(seeds=[1])
     assert sweep() == 0
-    assert "changed" not in capsys.readouterr().out and reports[-1].outdated == {}
-    executor.work = lambda job: pretend(job, code_sha256="0" * 64)
+    assert "changed" not in capsys.readouterr().out and sweep.reports[-1].outdated == {}
+    sweep.executor.work = lambda job: pretend(job, code_sha256="0" * 64)
     sweep.write()
     assert sweep() == 0
     for part in capsys.readouterr().out.split("nested, seed 2: A_N"):
         (line,) = [line for line in part.splitlines() if "The code changed between runs: " in line]
         assert "nested, seed 1; matched adapter, seed 1," in line
-    assert reports[-1].outdated == {
+    assert sweep.reports[-1].outdated == {
         f"{name}, seed 1": ("code", f"python main.py --config {sweep.config(slug, 1)} --overwrite")
         for name, slug in (("nested", "nested"), ("matched adapter", "matched-adapter"))
     }
-    origins = reports[-1].origins["nested"].items()
+    origins = sweep.reports[-1].origins["nested"].items()
     assert {seed: origin.values["code"]["sha256"][0] for seed, origin in origins} == {1: "c", 2: "0"}
 
 
 @pytest.mark.parametrize("recorded", [{"description": "other words"}, {"precision": "fp32"}], ids=str)
-def test_differences_that_are_none(sweep: Command, executor: FakeExecutor, recorded: dict[str, str]) -> None:
+def test_differences_that_are_none(sweep: Command, recorded: dict[str, str]) -> None:
     """A description; the precision of a device that has no bf16."""
     sweep.write(set={**TABLE["set"], "precision": "bf16"})
     assert sweep() == 0
     path = sweep.run_folder("nested", 1) / CONFIG
     path.write_text(json.dumps(json.loads(path.read_text()) | recorded))
-    executor.started.clear()
-    assert sweep() == 0 and executor.started == []
+    assert sweep() == 0 and sweep.executor.started == []
 
 
 DEEP = b'{"cells":' + b"[" * 100_000
@@ -328,45 +302,42 @@ CONTENTS = [b"[]", b"{}", b"\xff{}", b'{"metrics": 3, "versions": 1}', DEEP, Non
     ],
 )
 def test_a_damaged_file_of_a_run_is_named(
-    name: str, content: bytes | None, sweep: Command, executor: FakeExecutor, capsys: Capture
+    name: str, content: bytes | None, sweep: Command, capsys: Capture
 ) -> None:
     """Also a folder in its place. Nothing is started, nothing is written."""
     sweep.write(seeds=[1])
     assert sweep() == 0
     sweep.write()
-    executor.started.clear()
     path = sweep.run_folder("nested", 1) / name
     path.unlink()
     path.mkdir() if content is None else path.write_bytes(content)
     before = files(sweep.folder)
     for options in ((), ("--report",)):
         assert str(path) in sweep.refused(capsys, *options)
-        assert files(sweep.folder) == before and executor.started == []
+        assert files(sweep.folder) == before and sweep.executor.started == []
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Overwriting
 
 
-def test_old_results_wait_until_the_new_sweep_is_finished(
-    sweep: Command, executor: FakeExecutor, capsys: Capture
-) -> None:
+def test_old_results_wait_until_the_new_sweep_is_finished(sweep: Command, capsys: Capture) -> None:
     """One run of the new sweep fails, is tried again, and then all of it is there."""
     assert sweep() == 0
     (sweep.folder / "summary.md").write_text("old")
     before = files(sweep.folder)
-    executor.work = failing("nested_2")
+    sweep.executor.work = failing("nested_2")
     assert sweep("--overwrite") == 1
-    assert len(executor.started) == 4 and not (sweep.folder / "summary.md").exists()
+    assert len(sweep.executor.started) == 4 and not (sweep.folder / "summary.md").exists()
     assert files(sweep.replaced) == before and str(sweep.replaced) in capsys.readouterr().out
     assert sweep() == 1 and sweep.replaced.is_dir() and str(sweep.replaced) in capsys.readouterr().out
-    executor.work = pretend
+    sweep.executor.work = pretend
     assert sweep() == 0 and not sweep.replaced.exists()
     assert str(sweep.replaced) not in capsys.readouterr().out[-200:]
 
 
 def test_a_refusal_leaves_results_as_they_were(
-    sweep: Command, executor: FakeExecutor, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+    sweep: Command, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     """Ray that is not installed, before and after there are results; a disk that is full."""
     monkeypatch.setitem(sys.modules, "ray", None)
@@ -383,20 +354,18 @@ def test_a_refusal_leaves_results_as_they_were(
         mkdir(path, *arguments, **options)
 
     monkeypatch.setattr(Path, "mkdir", full)
-    executor.started.clear()
     message = sweep.refused(capsys, "--overwrite")
     assert "No space left" in message and "python main.py --sweep" in message
-    assert files(sweep.folder) == before and not sweep.replaced.exists() and executor.started == []
+    assert files(sweep.folder) == before and not sweep.replaced.exists() and sweep.executor.started == []
 
 
 @pytest.mark.parametrize("options", [[], ["--overwrite"]])
 @pytest.mark.parametrize("left", [[], [".table.new/sweep.json"], ["table/sweep.json"]], ids=str)
 def test_a_sweep_killed_while_it_replaced_results_is_taken_over(
-    left: list[str], options: list[str], sweep: Command, executor: FakeExecutor
+    left: list[str], options: list[str], sweep: Command
 ) -> None:
     """Results that were set aside come back where nothing had begun in their place."""
     assert sweep() == 0
-    executor.started.clear()
     before = files(sweep.folder)
     sweep.folder.rename(sweep.replaced)
     for name in left:
@@ -404,28 +373,24 @@ def test_a_sweep_killed_while_it_replaced_results_is_taken_over(
         path.parent.mkdir()
         path.write_bytes(before["sweep.json"])
     back = not options and left != ["table/sweep.json"]
-    assert sweep(*options) == 0 and len(executor.started) == (0 if back else 4)
+    assert sweep(*options) == 0 and len(sweep.executor.started) == (0 if back else 4)
     assert not sweep.replaced.exists() and files(sweep.folder).keys() == before.keys()
 
 
-def test_overwrite_removes_no_folder_of_another_kind(
-    sweep: Command, executor: FakeExecutor, capsys: Capture
-) -> None:
+def test_overwrite_removes_no_folder_of_another_kind(sweep: Command, capsys: Capture) -> None:
     sweep.folder.mkdir(parents=True)
     (sweep.folder / "thesis.txt").write_text("dear")
     assert "is not overwritten" in sweep.refused(capsys, "--overwrite")
-    assert files(sweep.folder) == {"thesis.txt": b"dear"} and executor.started == []
+    assert files(sweep.folder) == {"thesis.txt": b"dear"} and sweep.executor.started == []
 
 
 @pytest.mark.parametrize("part", ["..", "cells", "logs", "stop"])
-def test_something_else_where_a_sweep_writes(
-    part: str, sweep: Command, executor: FakeExecutor, capsys: Capture
-) -> None:
+def test_something_else_where_a_sweep_writes(part: str, sweep: Command, capsys: Capture) -> None:
     path = (sweep.folder / part).resolve()
     path.parent.mkdir(parents=True)
     path.mkdir() if part == "stop" else path.write_text("a file")
     message = sweep.refused(capsys)
-    assert str(path) in message and "where a" in message and executor.started == []
+    assert str(path) in message and "where a" in message and sweep.executor.started == []
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -433,9 +398,7 @@ def test_something_else_where_a_sweep_writes(
 
 
 @pytest.mark.parametrize("options", [(), ("--overwrite",)])
-def test_one_process_runs_a_sweep(
-    options: tuple[str, ...], sweep: Command, executor: FakeExecutor, capsys: Capture
-) -> None:
+def test_one_process_runs_a_sweep(options: tuple[str, ...], sweep: Command, capsys: Capture) -> None:
     """Neither the sweep nor a run of a killed sweep may be at work; a report may be written."""
 
     def while_it_runs(job: Job) -> Outcome:
@@ -443,52 +406,46 @@ def test_one_process_runs_a_sweep(
             FolderLock(sweep.folder).acquire()
         return pretend(job)
 
-    executor.work = while_it_runs
+    sweep.executor.work = while_it_runs
     assert sweep() == 0
     run = sweep.run_folder("nested", 1)
     shutil.rmtree(run)
-    executor.started.clear()
     for folder in (sweep.folder, run):
         with FolderLock(folder):
             message = sweep.refused(capsys, *options)
             assert str(folder) in message and f"process {os.getpid()}" in message
             assert sweep("--report") == 0
-    assert executor.started == [] and sweep.run_folder("nested", 2).is_dir()
-    assert sweep(*options) == 0 and executor.started
+    assert sweep.executor.started == [] and sweep.run_folder("nested", 2).is_dir()
+    assert sweep(*options) == 0 and sweep.executor.started
 
 
 # ------------------------------------------------------------------------------------------------------------
 # The report alone
 
 
-def test_report_starts_nothing(
-    sweep: Command, executor: FakeExecutor, reports: list[SimpleNamespace], capsys: Capture
-) -> None:
+def test_report_starts_nothing(sweep: Command, capsys: Capture) -> None:
     assert "holds no finished run to report on" in sweep.refused(capsys, "--report")
-    assert reports == [] and not sweep.folder.exists()
+    assert sweep.reports == [] and not sweep.folder.exists()
     assert sweep() == 0
     (sweep.run_folder("nested", 1) / RESULT).unlink()
     shutil.rmtree(sweep.run_folder("nested", 2))
     before = files(sweep.folder)
-    executor.started.clear()
     assert sweep("--report") == 0
-    assert executor.started == [] and files(sweep.folder) == before
-    assert reports[-1].unfinished == {"nested, seed 1": "not finished", "nested, seed 2": "not started"}
-    assert reports[-1].runs["nested"] == {} and list(reports[-1].runs["matched adapter"]) == [1, 2]
+    assert sweep.executor.started == [] and files(sweep.folder) == before
+    assert sweep.reports[-1].unfinished == {"nested, seed 1": "not finished", "nested, seed 2": "not started"}
+    assert sweep.reports[-1].runs == {"nested": {}, "matched adapter": {1: RESULTS, 2: RESULTS}}
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Failures
 
 
-def test_one_failure_does_not_stop_the_rest(
-    sweep: Command, executor: FakeExecutor, reports: list[SimpleNamespace], capsys: Capture
-) -> None:
-    executor.work = failing("nested")
+def test_one_failure_does_not_stop_the_rest(sweep: Command, capsys: Capture) -> None:
+    sweep.executor.work = failing("nested")
     assert sweep() == 1
-    assert executor.started == [sweep.anew(*run) for run in RUNS]
-    (report,) = reports
-    assert report.runs["nested"] == {} and list(report.runs["matched adapter"]) == [1, 2]
+    assert sweep.executor.started == [sweep.anew(*run) for run in RUNS]
+    (report,) = sweep.reports
+    assert report.runs == {"nested": {}, "matched adapter": {1: RESULTS, 2: RESULTS}}
     failed = {f"nested, seed {seed}": "exit code 1: no" for seed in (1, 2)}
     assert report.unfinished == failed
     shown = capsys.readouterr().out
@@ -496,7 +453,7 @@ def test_one_failure_does_not_stop_the_rest(
     again = f"2 failed, 2 of 4 runs are finished. To try again: python main.py {' '.join(sweep.line)}"
     assert "\n  ".join([again, *(f"{label}: {reason}" for label, reason in failed.items())]) in shown
     assert sweep() == 1
-    assert executor.started == [sweep.anew("nested", 1), sweep.anew("nested", 2)]
+    assert sweep.executor.started == [sweep.anew("nested", 1), sweep.anew("nested", 2)]
 
 
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "logs/nested_1.txt")
@@ -517,13 +474,7 @@ FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "logs/nested_1.txt")
     ids=str,
 )
 def test_reasons_of_failures(
-    end: Outcome | Exception,
-    free: int,
-    reason: str,
-    sweep: Command,
-    executor: FakeExecutor,
-    reports: list[SimpleNamespace],
-    monkeypatch: pytest.MonkeyPatch,
+    end: Outcome | Exception, free: int, reason: str, sweep: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of a process without a result, a machine that was lost, a full disk (no last words)."""
 
@@ -534,39 +485,37 @@ def test_reasons_of_failures(
             raise end
         return end
 
-    executor.work = work
+    sweep.executor.work = work
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
     assert sweep() == 1
-    assert reports[0].unfinished.keys() == {"nested, seed 1", "nested, seed 2"}
-    assert all(told.startswith(reason) for told in reports[0].unfinished.values())
+    assert sweep.reports[0].unfinished.keys() == {"nested, seed 1", "nested, seed 2"}
+    assert all(told.startswith(reason) for told in sweep.reports[0].unfinished.values())
 
 
 def test_a_report_that_cannot_be_written_does_not_hide_what_ran(
-    sweep: Command, executor: FakeExecutor, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+    sweep: Command, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise UserError("cannot write the report")
 
     monkeypatch.setattr(utils.sweeps.folder, "write_report", refuse)
-    executor.work = failing("nested_2")
+    sweep.executor.work = failing("nested_2")
     assert sweep() == 2
     shown = capsys.readouterr()
     assert shown.err.endswith("cannot write the report\n")
     assert "1 failed, 3 of 4 runs are finished" in shown.out and "nested, seed 2: exit code 1" in shown.out
 
 
-def test_without_a_finished_run_there_is_no_report(
-    sweep: Command, executor: FakeExecutor, reports: list[SimpleNamespace]
-) -> None:
-    executor.work = failing("")
-    assert sweep() == 1 and reports == []
+def test_without_a_finished_run_there_is_no_report(sweep: Command) -> None:
+    sweep.executor.work = failing("")
+    assert sweep() == 1 and sweep.reports == []
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Stops
 
 
-def wait_until(reached: Callable[[], bool], seconds: float = 600) -> None:
+def wait_until(reached: Callable[[], bool], seconds: float = 300) -> None:
     end = time.monotonic() + seconds
     while not reached():
         assert time.monotonic() < end
@@ -574,25 +523,23 @@ def wait_until(reached: Callable[[], bool], seconds: float = 600) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_once_stopped_no_further_run_is_started(
-    number: int, sweep: Command, executor: FakeExecutor, reports: list[SimpleNamespace], capsys: Capture
-) -> None:
+def test_once_stopped_no_further_run_is_started(number: int, sweep: Command, capsys: Capture) -> None:
     """The second run sees one request more for each signal; the first one's result is reported."""
 
     def work(job: Job) -> Outcome:
-        if len(executor.started) == 1:
+        if len(sweep.executor.started) == 1:
             return pretend(job)
         for sent in (1, 2):
             os.kill(os.getpid(), number)
             wait_until(lambda sent=sent: stop_requests(job.stop) == sent)
         return Outcome(130, "")
 
-    executor.work = work
+    sweep.executor.work = work
     handler = signal.getsignal(number)
     assert sweep("--jobs", "1") == 130
-    assert len(executor.started) == 2 and not (sweep.folder / "stop").exists()
+    assert len(sweep.executor.started) == 2 and not (sweep.folder / "stop").exists()
     assert signal.getsignal(number) is handler
-    assert reports[0].unfinished == {
+    assert sweep.reports[0].unfinished == {
         "matched adapter, seed 1": "stopped",
         "nested, seed 2": "not started",
         "matched adapter, seed 2": "not started",
@@ -601,7 +548,7 @@ def test_once_stopped_no_further_run_is_started(
     assert f"Stopped, 1 of 4 runs are finished. {again}" in capsys.readouterr().out
 
 
-def test_a_lost_terminal_stops_a_sweep_once(sweep: Command, executor: FakeExecutor) -> None:
+def test_a_lost_terminal_stops_a_sweep_once(sweep: Command) -> None:
     """Terminal and shell may both tell of it; the run that is stopped saves all the same."""
 
     def work(job: Job) -> Outcome:
@@ -612,45 +559,44 @@ def test_a_lost_terminal_stops_a_sweep_once(sweep: Command, executor: FakeExecut
         assert stop_requests(job.stop) == 1
         return Outcome(130, "")
 
-    executor.work = work
-    assert sweep() == 130 and len(executor.started) == 1
+    sweep.executor.work = work
+    assert sweep() == 130 and len(sweep.executor.started) == 1
     assert signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup
     try:
-        executor.work = lambda job: os.kill(os.getpid(), signal.SIGHUP) or pretend(job)
-        assert sweep() == 0 and len(executor.started) == 4
+        sweep.executor.work = lambda job: os.kill(os.getpid(), signal.SIGHUP) or pretend(job)
+        assert sweep() == 0 and len(sweep.executor.started) == 4
     finally:
         signal.signal(signal.SIGHUP, before)
 
 
-def test_an_error_of_ours_stops_the_runs_before_it_is_told(sweep: Command, executor: FakeExecutor) -> None:
-    """The first run ends with a torn result while the second is at work; the others are not started."""
-    ended: list[int] = []
+def test_an_error_of_ours_stops_the_runs_before_it_is_told(sweep: Command) -> None:
+    """The first run ends with a torn result while the second is at work; the last is not started any more."""
+    ended: list[str] = []
 
     def work(job: Job) -> Outcome:
-        if "matched" in job.output.name:
+        if job.output.name != "nested_1.txt":
             wait_until(lambda: stop_requests(job.stop) > 0)
-            ended.append(130)
+            ended.append(job.output.name)
             return Outcome(130, "")
-        wait_until(lambda: len(executor.started) == 2)
+        wait_until(lambda: len(sweep.executor.started) == 2)
         pretend(job)
         (sweep.run_folder("nested", 1) / RESULT).write_text("{")
         return Outcome(0, "")
 
-    executor.work, executor.jobs = work, 2
+    sweep.executor.work, sweep.executor.jobs = work, 2
     assert sweep() == 2
-    assert ended == [130] and not (sweep.folder / "stop").exists()
+    assert "matched-adapter_1.txt" in ended and "matched-adapter_2.txt" not in ended
+    assert not (sweep.folder / "stop").exists()
 
 
-def test_ctrl_c_saves_and_the_same_command_goes_on_to_the_same_end(
-    tmp_path: Path, executor: FakeExecutor, reports: list[SimpleNamespace]
-) -> None:
+def test_ctrl_c_saves_and_the_same_command_goes_on_to_the_same_end(sweep: Command) -> None:
     """Real processes: SIGINT to the sweep alone while its first run trains; the second is not begun.
 
     The run takes the place of one that was killed before it wrote its config. Its command repeats it.
     """
     cells = {"first": {"func_epoch": 30}, "second": {"func_epoch": 2}}
-    sweep = Command(tmp_path, seeds=[1], set={**TABLE["set"], "max_tasks": 1}, cells=cells, baseline=None)
+    sweep.write(seeds=[1], set={**TABLE["set"], "max_tasks": 1}, cells=cells, baseline=None)
     folder = sweep.run_folder("first", 1)
     log = folder.with_name(f"{folder.name}.log")
     (folder / "tb").mkdir(parents=True)
@@ -667,9 +613,9 @@ def test_ctrl_c_saves_and_the_same_command_goes_on_to_the_same_end(
     assert "Stopped and saved" in (sweep.folder / "logs/first_1.txt").read_text()
     assert list((folder / "checkpoints").iterdir()) and not sweep.run_folder("second", 1).exists()
 
-    executor.work = lambda job: run_process(job) if "--resume" in job.command else pretend(job)
+    sweep.executor.work = lambda job: run_process(job) if "--resume" in job.command else pretend(job)
     assert sweep() == 0
-    assert executor.started == [("--resume", str(folder)), sweep.anew("second", 1)]
+    assert sweep.executor.started == [("--resume", str(folder)), sweep.anew("second", 1)]
     assert "torn" not in log.read_text()
     assert sorted(path.name for path in folder.parent.glob("first*")) == [folder.name, log.name]
     assert main.main(["--config", str(sweep.config("first", 1))]) == 0
@@ -686,7 +632,8 @@ def test_ray_gives_what_the_command_line_gives(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv(
         "RAY_worker_niceness", "0"
     )  # else Ray's workers give way to all else that the machine does
-    sweep = Command(tmp_path, seeds=[1], set={**TABLE["set"], "max_tasks": 1})
+    sweep = Command(tmp_path)
+    sweep.write(seeds=[1], set={**TABLE["set"], "max_tasks": 1})
     assert sweep("--engine", "ray") == 0
     assert not ray.is_initialized()
     assert "matched adapter" in (sweep.folder / "summary.md").read_text()
