@@ -5,9 +5,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from utils.cache.decoded_images import DecodedImages
 from utils.cache.file_memo import FileMemo
-from utils.data.datasets import FolderImages
+from utils.data.image_sets import FolderImages
 from utils.files import sha256_file
 
 
@@ -21,9 +20,7 @@ def write_folder(root: Path, split: str, names: list[str], suffix: str = ".png",
             Image.fromarray(pixels).save(folder / f"{i}{suffix}")
 
 
-def folder_images(
-    paths: list[Path], labels: np.ndarray | None = None, decoded: DecodedImages | None = None
-) -> FolderImages:
+def folder_images(paths: list[Path], labels: np.ndarray | None = None) -> FolderImages:
     """Image files that nobody has checked."""
     labels = np.zeros(len(paths)) if labels is None else labels
-    return FolderImages(paths, labels, [sha256_file(path) for path in paths], FileMemo(None, ""), decoded)
+    return FolderImages(paths, labels, [sha256_file(path) for path in paths], FileMemo(None, Path(), ""))

@@ -26,11 +26,11 @@ from models.vit.pretrained import Backbone, create_backbone, find_weights
 from models.vit.representations import branch_spaces, class_tokens
 from models.vit.task_inputs import TaskInputs
 from utils.analysis.representations import ANALYSES, AnalysisInputs, chosen_images
-from utils.cache.decoded_images import IMAGES
+from utils.cache.file_memo import IMAGES
 from utils.cache.tensor_cache import TensorCache
 from utils.console import progress
-from utils.data.datasets import ImageCache, load_dataset
-from utils.data.tasks import DataManager
+from utils.data.datasets import load_dataset
+from utils.data.tasks import DataManager, TaskSplit
 from utils.data.transforms import ViewSpec
 from utils.errors import UserError
 from utils.inc_net import IncrementalHead
@@ -376,17 +376,15 @@ def load_data_and_backbone(
     Raises:
         UserError: data or weights cannot be had; both are told together.
     """
-    images = ImageCache(Path(config.cache_root) / IMAGES, config.cache_gb)
     weights = {"weights": config.weights, "weights_root": Path(config.weights_root)}
     try:
-        dataset = load_dataset(config.dataset, config.data_root, images)
+        dataset = load_dataset(config.dataset, config.data_root, Path(config.cache_root) / IMAGES)
     except UserError as error:
         raise UserError("\n".join([str(error), *_missing_weights(config)])) from error
     backbone = create_backbone(config.backbone_type, image_size=config.image_size, **weights)
     norm = (backbone.mean, backbone.std) if config.input_normalization == "weights" else (None, None)
     workers = default_workers(context.device) if config.num_workers is None else config.num_workers
-    data = DataManager(
-        dataset,
+    split = TaskSplit(
         seed=config.seed if isinstance(config.seed, int) else config.seed[0],
         shuffle=config.shuffle,
         init_cls=config.init_cls,
@@ -394,11 +392,14 @@ def load_data_and_backbone(
         max_tasks=config.max_tasks,
         max_train_per_class=config.max_train_per_class,
         max_test_per_class=config.max_test_per_class,
+    )
+    data = DataManager(
+        dataset,
+        split,
         train_view=ViewSpec(backbone.image_size, config.augmentation, *norm),
         test_view=ViewSpec(backbone.image_size, "none", *norm),
         num_workers=workers,
-        rank=context.distributed.rank,
-        world_size=context.distributed.size,
+        distributed=context.distributed,
     )
     data.stop_requested = context.stop_requested
     return data, backbone

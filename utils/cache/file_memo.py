@@ -1,118 +1,113 @@
-"""Memory of which files were read and found good, and the SHA-256 of their bytes, so that they are read only once.
+"""Record of which files were read and found good, with the SHA-256 of their bytes, so that they are read once.
 
-    memo = FileMemo(Path("cache/images"), rule="Pillow 13.0.0, format 1")
+    memo = FileMemo(folder, Path("mine"), rule="Pillow 13.0.0, format 1")
     content, state, sha256 = read_signed(path)
     memo.add({path: (state, sha256)})
-    memo.known(root, paths)                     # {path: sha256} of those that have not changed since
+    memo.known(paths)                           # {path: sha256} of those that have not changed since
 
-A file counts as unchanged while its size, modification time, inode change time and inode are. The system moves the
-change time at every write and lets no program set it: an edit that puts the modification time back is seen too. What
-is not seen is a change under a clock that was turned back, or by writing to the disk past the file system.
+A file counts as unchanged while its size, modification time, inode change time and inode are. The system
+moves the change time at every write and lets no program set it: an edit that puts the modification time back
+is seen too. What is not seen is a change under a clock that was turned back, or by writing to the disk past
+the file system.
 """
 
 import hashlib
+import json
 import logging
 import os
-import sqlite3
 import time
-import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager, suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock
 
+from utils.files import replace_file
+
 logger = logging.getLogger("nested_lora")
 
-DATABASE, LOCK = "files.sqlite", "files.lock"
+IMAGES = "images"  # folder in a cache for the records of image files
 SETTLED = 2 * 10**9  # nanoseconds: some disks tell times so coarsely that a younger file might change unseen
-TABLE = "CREATE TABLE IF NOT EXISTS files (path TEXT PRIMARY KEY, state TEXT, sha256 TEXT, checksum INTEGER)"
 
 
 class FileMemo:
-    """What is known of good files, in a database that several processes may use; without it nothing is remembered.
+    """Good files below one folder, in a JSON file that several processes may use.
 
-    A row has a checksum, and a damaged database is removed: what is found wrong is read again.
+    Its first line is the SHA-256 of the rest; a damaged one is read as empty.
 
     Args:
-        folder: where the database is, created when there is something to write; None remembers nothing.
-        rule: what "good" means; rows that were written under another rule do not count.
+        folder: where the JSON file is, created when there is something to write; None remembers nothing.
+        root: the folder that holds the files.
+        rule: what "good" means; what was written under another rule does not count.
     """
 
-    def __init__(self, folder: Path | None, rule: str) -> None:
+    def __init__(self, folder: Path | None, root: Path, rule: str) -> None:
         self.folder, self.rule = folder, rule
+        self.name = hashlib.sha256(os.path.abspath(root).encode(errors="surrogateescape")).hexdigest()[:24]
 
-    def known(self, root: Path, paths: Sequence[Path]) -> dict[Path, str]:
-        """SHA-256 of those files below `root` that were found good and have not changed since."""
-        if self.folder is None or not paths or not (self.folder / DATABASE).exists():
-            return {}
-        first = os.path.abspath(root)
-        query = "SELECT * FROM files WHERE path BETWEEN ? AND ?"
-        rows = self._transaction(
-            lambda database: database.execute(query, (first, first + "\U0010ffff")).fetchall()
-        )
-        sound = {
-            path: (state, sha) for path, state, sha, check in rows if check == _checksum(path, state, sha)
-        }
-        found = {}
+    def known(self, paths: Iterable[Path]) -> dict[Path, str]:
+        """SHA-256 of those files that were found good and have not changed since."""
+        held, found = self._read(), {}
         for path in paths:
-            state, sha256 = sound.get(os.path.abspath(path), ("", ""))
+            state, sha256 = held.get(os.path.abspath(path), ("", ""))
             with suppress(OSError):
-                if state == f"{self.rule}; {_state(path.stat())}":
+                if state and state == _state(path.stat()):
                     found[path] = sha256
         return found
 
     def add(self, files: Mapping[Path, tuple[str, str]]) -> None:
-        """Remember good files: path -> state and SHA-256, from `read_signed`; those that have just changed are not."""
-        rows = [
-            (os.path.abspath(path), f"{self.rule}; {state}", sha)
-            for path, (state, sha) in files.items()
-            if state
-        ]
-        if self.folder is None or not rows:
-            return
-
-        def write(database: sqlite3.Connection) -> list[tuple]:
-            database.execute(TABLE)
-            checked = [(*row, _checksum(*row)) for row in rows]
-            return database.executemany("REPLACE INTO files VALUES (?, ?, ?, ?)", checked).fetchall()
-
-        with suppress(OSError):
-            self.folder.mkdir(parents=True, exist_ok=True)
-        self._transaction(write)
+        """Remember good files: path -> state and SHA-256, from `read_signed`; without a state they are not."""
+        new = {os.path.abspath(path): values for path, values in files.items() if values[0]}
+        if new:
+            self._write(self._read() | new)
 
     def forget(self, path: Path) -> None:
         """Forget a file, which is then read anew."""
-        if self.folder is not None and (self.folder / DATABASE).exists():
-            key = (os.path.abspath(path),)
-            self._transaction(
-                lambda database: database.execute("DELETE FROM files WHERE path = ?", key).fetchall()
-            )
+        with self.lock():
+            held = self._read()
+            if held.pop(os.path.abspath(path), None):
+                self._write(held)
 
     @contextmanager
     def lock(self) -> Iterator[None]:
         """While open, other processes wait here, where the disk has locks."""
-        with ExitStack() as stack:
-            if self.folder is not None:
-                with suppress(OSError, NotImplementedError):
-                    self.folder.mkdir(parents=True, exist_ok=True)
-                    stack.enter_context(FileLock(self.folder / LOCK))
-            yield
-
-    def _transaction(self, work: Callable[[sqlite3.Connection], list[tuple]]) -> list[tuple]:
-        """Rows that some work on the database gives; after an error, which is a warning, none."""
-        path = self.folder / DATABASE
+        lock = None if self.folder is None else FileLock(self.folder / f"{self.name}.lock")
+        with suppress(OSError, NotImplementedError):
+            if lock is not None:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                lock.acquire()
         try:
-            with closing(sqlite3.connect(path, timeout=60)) as database, database:
-                return work(database)
-        except sqlite3.Error as error:
-            told = f"What is known of image files cannot be kept in {path} ({error}): they are read again in every run"
-            if type(error) is sqlite3.DatabaseError:  # its subclasses are refusals of the system
-                told = f"{path} is damaged ({error}): it is removed, and the image files are read again"
-                with suppress(OSError):
-                    path.unlink()
-            logger.warning(told)
-            return []
+            yield
+        finally:
+            if lock is not None:
+                lock.release()
+
+    def _read(self) -> dict[str, tuple[str, str]]:
+        if self.folder is None:
+            return {}
+        path = self.folder / f"{self.name}.json"
+        with suppress(OSError):
+            digest, _, body = path.read_bytes().partition(b"\n")
+            if digest.decode(errors="replace") != hashlib.sha256(body).hexdigest():
+                logger.warning(f"{path} is damaged: the files that it tells of are read again")
+                return {}
+            content = json.loads(body)
+            return content["files"] if content["rule"] == self.rule else {}
+        return {}
+
+    def _write(self, files: Mapping[str, tuple[str, str]]) -> None:
+        if self.folder is None:
+            return
+        body = json.dumps({"rule": self.rule, "files": files}).encode()
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            replace_file(
+                self.folder / f"{self.name}.json", hashlib.sha256(body).hexdigest().encode() + b"\n" + body
+            )
+        except OSError as error:
+            logger.warning(
+                f"What is known of files cannot be kept ({error}): they are read again in every run"
+            )
 
 
 def read_signed(path: Path) -> tuple[bytes, str, str]:
@@ -127,25 +122,13 @@ def read_signed(path: Path) -> tuple[bytes, str, str]:
     return content, _state(status) if settled else "", hashlib.sha256(content).hexdigest()
 
 
-def remove_memo(folder: Path) -> int:
-    """Remove the database of a folder and its lock; the bytes freed."""
-    freed = memo_bytes(folder)
-    for name in (DATABASE, f"{DATABASE}-journal", LOCK):
-        with suppress(OSError):
-            (folder / name).unlink(missing_ok=True)
-    return freed
-
-
-def memo_bytes(folder: Path) -> int:
-    """Size of a folder's database; 0 where there is none."""
-    with suppress(OSError):
-        return (folder / DATABASE).stat().st_size
-    return 0
+def memo_files(folder: Path) -> dict[Path, int]:
+    """The records in a folder, with their locks -> bytes."""
+    found = [
+        path for path in folder.glob("*.*") if path.suffix in (".json", ".lock") and len(path.stem) == 24
+    ]
+    return {path: path.stat().st_size for path in found}
 
 
 def _state(status: os.stat_result) -> str:
     return f"{status.st_size} bytes, {status.st_mtime_ns}, {status.st_ctime_ns}, inode {status.st_ino}"
-
-
-def _checksum(*texts: str) -> int:
-    return zlib.crc32("\n".join(map(str, texts)).encode())

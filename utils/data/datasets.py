@@ -1,10 +1,10 @@
 """Data sets by name or path, held as uint8 images; `utils.data.transforms` turns them into network inputs.
 
-    dataset = load_dataset("cifar224", "data")              # or "my_set.npz", or a folder with train/ and test/
-    image = dataset.train[0]                                # (3, H, W) uint8
+    dataset = load_dataset("cifar224", "data")              # or "my_set.npz", or a folder with train/ and
+    test/ image = dataset.train[0]                                # (3, H, W) uint8
 
-A data set of your own is an `.npz` with `x_train, y_train, x_test, y_test, class_names` (images uint8, (N, H, W, 3) or
-(N, H, W)), or image files `train/<class>/*` and `test/<class>/*`.
+A data set of your own is an `.npz` with `x_train, y_train, x_test, y_test, class_names` (images uint8, (N, H,
+W, 3) or (N, H, W)), or image files `train/<class>/*` and `test/<class>/*`.
 """
 
 import difflib
@@ -17,35 +17,11 @@ import numpy as np
 import torchvision
 
 from utils.data.download import fetch_asset
-from utils.data.image_files import class_folders
-from utils.data.image_sets import (
-    NO_CACHE,
-    NPZ_KEYS,
-    ArrayImages,
-    Dataset,
-    FolderImages,
-    ImageCache,
-    ImageSet,
-    from_arrays,
-    from_folder,
-    from_lists,
-    from_npz,
-    read_npz,
-)
+from utils.data.folders import class_folders, from_folder, from_lists
+from utils.data.image_sets import Dataset, from_arrays
+from utils.data.npz import NPZ_KEYS, from_npz, read_npz
 from utils.data.synthetic import CLASS_NAMES, synthetic_arrays
 from utils.errors import UserError
-
-__all__ = [
-    "DATASETS",
-    "ArrayImages",
-    "Dataset",
-    "FolderImages",
-    "ImageCache",
-    "ImageSet",
-    "class_count",
-    "dataset_slug",
-    "load_dataset",
-]
 
 MNIST_5K_TRAIN_PER_DIGIT = 400
 DOMAINS = ("clipart", "infograph", "painting", "quickdraw", "real", "sketch")  # of DomainNet
@@ -61,7 +37,8 @@ class Source:
 
     classes: number of classes as published.
     load: (name, data_root, cache) -> Dataset.
-    files: names under data_root that hold it when it is there already (an .npz, or a folder with train/ and test/).
+    files: names under data_root that hold it when it is there already (an .npz, or a folder with train/ and
+        test/).
     """
 
     classes: int
@@ -69,11 +46,11 @@ class Source:
     files: tuple[str, ...] = ()
 
 
-def _synthetic(name: str, data_root: Path, cache: ImageCache) -> Dataset:
+def _synthetic(name: str, data_root: Path, cache: Path | None) -> Dataset:
     return from_arrays(name, *synthetic_arrays())
 
 
-def _mnist_5k(name: str, data_root: Path, cache: ImageCache) -> Dataset:
+def _mnist_5k(name: str, data_root: Path, cache: Path | None) -> Dataset:
     """500 images a digit in stored order: the first 400 of every digit are for training, the last 100 for the test."""
     path = fetch_asset("mnist_5k", data_root)
     table = np.loadtxt(path, delimiter=",", dtype=np.uint8)  # (5000, 784 pixels and the label)
@@ -94,7 +71,7 @@ def _mnist_5k(name: str, data_root: Path, cache: ImageCache) -> Dataset:
 def _downloaded(kind: str, npz: str) -> Callable[..., Dataset]:
     """Loader of a torchvision data set `kind`: `<data_root>/<npz>` first, else torchvision's own files or download."""
 
-    def load(name: str, data_root: Path, cache: ImageCache) -> Dataset:
+    def load(name: str, data_root: Path, cache: Path | None) -> Dataset:
         if os.path.lexists(data_root / npz):
             return from_npz(name, data_root / npz)
         try:
@@ -118,7 +95,7 @@ def _downloaded(kind: str, npz: str) -> Callable[..., Dataset]:
     return load
 
 
-def _folders(name: str, data_root: Path, cache: ImageCache) -> Dataset:
+def _folders(name: str, data_root: Path, cache: Path | None) -> Dataset:
     places = [data_root / file for file in DATASETS[name].files]
     for place in places:
         if _is_split_folder(place):
@@ -130,7 +107,7 @@ def _folders(name: str, data_root: Path, cache: ImageCache) -> Dataset:
     )
 
 
-def _domainnet(name: str, data_root: Path, cache: ImageCache) -> Dataset:
+def _domainnet(name: str, data_root: Path, cache: Path | None) -> Dataset:
     """All domains pooled by class, split as the published lists `<domain>_train.txt` and `<domain>_test.txt` say."""
     place = data_root / DATASETS[name].files[0]
     if _is_split_folder(place):
@@ -161,15 +138,15 @@ DATASETS = {
 }
 
 
-def load_dataset(name: str, data_root: str | Path, cache: ImageCache = NO_CACHE) -> Dataset:
+def load_dataset(name: str, data_root: str | Path, cache: Path | None = None) -> Dataset:
     """A data set by name (a key of `DATASETS`) or path (an .npz or a folder, as given or inside `data_root`).
 
     Args:
-        cache: where what is known of image files is kept.
+        cache: folder where it is kept which image files are good; None keeps nothing.
 
     Raises:
-        UserError: unknown name, data that is not there (with where it was looked for and how to get it), or a file or
-            folder that does not hold a data set; of image files that are bad, all.
+        UserError: unknown name, data that is not there (with where it was looked for and how to get it), or a
+            file or folder that does not hold a data set; of image files that are bad, all.
     """
     data_root = Path(data_root)
     if name in DATASETS:

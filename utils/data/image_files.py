@@ -1,19 +1,14 @@
-"""Image files on disk: which ones a folder holds, their pixels as 8-bit RGB, and a check of their content.
+"""Image files: their pixels as 8-bit RGB, and a check that they are whole.
 
-    left_out = LeftOut()
-    folders = class_folders(Path("mine/train"), left_out)           # {"ant": [Path("mine/train/ant")], ...}
-    paths = [path for folder in folders["ant"] for path in image_files(folder, left_out, visited=set())]
-    hashes = check_images(paths, Path("mine"), memo, "mine")        # SHA-256 of each; UserError lists all bad files
-    pixels = decode(paths[0].read_bytes())                          # uint8 (h, w, 3)
+    hashes = check_images(paths, memo, "mine")        # SHA-256 of each; UserError lists all bad files
+    pixels = decode(paths[0].read_bytes())            # uint8 (h, w, 3)
 
-`check_images` opens every file once; what it found good is remembered by `utils.cache.file_memo`.
+`check_images` decodes every file once; what it found good is remembered by `utils.cache.file_memo`.
 """
 
 import io
 import os
-import unicodedata
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -26,10 +21,6 @@ from utils.console import progress
 from utils.errors import UserError
 from utils.files import why_no_file
 
-SUFFIXES = (
-    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".dib", ".gif", ".tif", ".tiff", ".webp", ".avif"),
-    *(".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".tga"),
-)
 FORMAT = 1  # counts changes of this file that change pixels, or which files are good
 DECODER = f"Pillow {PIL.__version__}, format {FORMAT}"
 CONVERTED = ("1", "L", "LA", "P", "PA", "RGB", "RGBX", "RGBA", "CMYK", "YCbCr", "LAB", "HSV")  # by Pillow
@@ -40,126 +31,6 @@ FILLER = bytes(range(1, 241)) * 8  # entropy-coded data that holds no marker
 THREADS = min(8, os.cpu_count() or 1)
 BLOCK = 64 * THREADS  # files checked between two updates of the memo
 NAMED = 20  # bad files named in the message
-
-
-# ------------------------------------------------------------------------------------------------------------ folders
-
-
-class LeftOut:
-    """The files and folders of a data set that are not read, counted by reason, with an example of each."""
-
-    def __init__(self) -> None:
-        self._paths: dict[str, list[str]] = defaultdict(list)
-
-    def add(self, reason: str, path: str | Path) -> None:
-        """Count a path."""
-        self._paths[reason].append(os.path.basename(path))
-
-    def __str__(self) -> str:
-        return ", ".join(
-            f"{len(names):,} {reason} ({', '.join(_shown(name) for name in sorted(set(names))[:3])})"
-            for reason, names in sorted(self._paths.items())
-        )
-
-
-def class_folders(split: Path, left_out: LeftOut | None = None) -> dict[str, list[Path]]:
-    """Class name -> its folders in train/ or test/, sorted by name.
-
-    Names are normalised to NFC, so that folders whose names differ in the form of their accents are one class.
-
-    Raises:
-        UserError: the folder cannot be listed, or a name is not UTF-8.
-    """
-    left_out, found = left_out or LeftOut(), defaultdict(list)
-    try:
-        entries = sorted(os.scandir(split), key=lambda entry: entry.name)
-    except OSError as error:
-        raise UserError(
-            f"The folder {split} cannot be listed ({error.strerror}); mend its permissions."
-        ) from error
-    for entry in entries:
-        if _hidden(entry.name):
-            left_out.add("hidden", entry.path)
-        elif not _is_folder(entry):
-            left_out.add("outside the class folders", entry.path)
-        elif not _is_utf8(entry.name):
-            raise UserError(
-                f"{split}: the name of the class folder {_shown(entry.name)} is not UTF-8; rename it."
-            )
-        else:
-            found[unicodedata.normalize("NFC", entry.name)].append(Path(entry.path))
-    return dict(sorted(found.items()))
-
-
-def first_visits(folders: Sequence[Path], left_out: LeftOut, visited: set[tuple[int, int]]) -> list[Path]:
-    """The folders that are met for the first time, whatever links lead to them.
-
-    Args:
-        left_out: gains the others.
-        visited: device and inode of the folders met so far; gains these.
-    """
-    found = []
-    for folder in folders:
-        try:
-            status = folder.stat()
-        except OSError as error:
-            left_out.add(f"unreadable folders, {error.strerror}", folder)
-            continue
-        if (status.st_dev, status.st_ino) in visited:
-            left_out.add("links to folders that are read already", folder)
-        else:
-            visited.add((status.st_dev, status.st_ino))
-            found.append(folder)
-    return found
-
-
-def image_files(folder: Path, left_out: LeftOut, visited: set[tuple[int, int]]) -> Iterator[Path]:
-    """Image files below a folder, in sorted order, those of a folder before those of the folders in it.
-
-    Args:
-        left_out: gains what is not an image file.
-        visited: as for `first_visits`; each folder is read once.
-    """
-    try:
-        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-    except OSError as error:
-        left_out.add(f"unreadable folders, {error.strerror}", folder)
-        return
-    deeper = []
-    for entry in entries:
-        if _hidden(entry.name):
-            left_out.add("hidden", entry.path)
-        elif _is_folder(entry):
-            deeper.append(Path(entry.path))
-        elif entry.name.lower().endswith(SUFFIXES):
-            yield Path(entry.path)
-        else:
-            left_out.add(f"with the suffix {os.path.splitext(entry.name)[1] or 'none'!r}", entry.path)
-    for below in first_visits(deeper, left_out, visited):
-        yield from image_files(below, left_out, visited)
-
-
-def _hidden(name: str) -> bool:
-    return name.startswith(".") or name == "__MACOSX"
-
-
-def _is_folder(entry: os.DirEntry) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link to itself
-        return False
-
-
-def _is_utf8(name: str) -> bool:
-    return not any("\ud800" <= character <= "\udfff" for character in name)
-
-
-def _shown(name: str | Path) -> str:
-    """A name that can be printed, bytes that are not UTF-8 as escapes."""
-    return str(name).encode("utf-8", "backslashreplace").decode("utf-8")
-
-
-# ------------------------------------------------------------------------------------------------------------- pixels
 
 
 def decode(content: bytes) -> np.ndarray:
@@ -177,8 +48,8 @@ def decode(content: bytes) -> np.ndarray:
 def to_rgb(image: Image.Image) -> np.ndarray:
     """The pixels of an image of any mode, uint8 (h, w, 3).
 
-    Modes of `CONVERTED` are Pillow's conversion to RGB; transparency is dropped, as by torchvision's loader. Grey of 16
-    bits keeps its upper 8, as Pillow does for 16-bit colour. Other modes have no fixed white.
+    Modes of `CONVERTED` are Pillow's conversion to RGB; transparency is dropped, as by torchvision's loader.
+    Grey of 16 bits keeps its upper 8, as Pillow does for 16-bit colour. Other modes have no fixed white.
 
     Raises:
         ValueError: such a mode.
@@ -202,45 +73,44 @@ def _upper_bits(image: Image.Image) -> np.ndarray:
 def lacks_data(jpeg: bytes, pixels: np.ndarray) -> bool:
     """Whether the picture of a JPEG file ends before its end marker, so that decoders fill the rest with grey.
 
-    Bytes put before the end marker are skipped when the picture is complete, else they are taken for its rest.
+    Bytes put before the end marker are skipped when the picture is complete, else they are taken for its
+    rest.
     """
     end = jpeg.rfind(END_OF_JPEG)
     return not np.array_equal(pixels, decode(jpeg[:end] + FILLER + jpeg[end:]))
 
 
-# -------------------------------------------------------------------------------------------------------------- check
-
-
-def check_images(paths: Sequence[Path], root: Path, memo: FileMemo, label: str) -> list[str]:
+def check_images(paths: Sequence[Path], memo: FileMemo, label: str) -> list[str]:
     """SHA-256 of the content of every image file, each decoded once to see that it is whole.
 
     At most `THREADS` images are in memory.
 
     Args:
-        root: a folder that holds them all.
         memo: what was found good before, by this version of the decoder; gains what is found now.
         label: name of the data set, for the progress bar and the message.
 
     Raises:
-        UserError: some are no image files, are damaged or of a mode that is refused: all in one list, cut at `NAMED`.
+        UserError: some are no image files, are damaged or of a mode that is refused: all in one list, cut at
+            `NAMED`.
     """
-    problems = {path: reason for path in paths if (reason := why_no_file(path) or _bad_name(path))}
+    problems = {path: reason for path in paths if (reason := _bad_name(path) or why_no_file(path))}
     sound = [path for path in paths if path not in problems]
-    hashes = memo.known(root, sound)
+    hashes = memo.known(sound)
     if len(hashes) < len(sound):
         with memo.lock():
-            hashes = memo.known(root, sound)  # another process may have checked them meanwhile
-            missing = [path for path in sound if path not in hashes]
+            hashes = memo.known(sound)  # another process may have checked them meanwhile
+            missing, good = [path for path in sound if path not in hashes], {}
             bar = progress(total=len(missing), desc=f"checking {label}", unit="image")
-            with ThreadPoolExecutor(THREADS) as threads, bar:
-                for start in range(0, len(missing), BLOCK):
-                    block = missing[start : start + BLOCK]
-                    found = dict(zip(block, threads.map(_checked, block), strict=True))
-                    problems |= {path: result for path, result in found.items() if isinstance(result, str)}
-                    good = {path: result for path, result in found.items() if not isinstance(result, str)}
-                    memo.add(good)
-                    hashes |= {path: sha256 for path, (_, sha256) in good.items()}
-                    bar.update(len(block))
+            try:
+                with ThreadPoolExecutor(THREADS) as threads, bar:
+                    for start in range(0, len(missing), BLOCK):
+                        block = missing[start : start + BLOCK]
+                        for path, found in zip(block, threads.map(_checked, block), strict=True):
+                            (problems if isinstance(found, str) else good)[path] = found
+                        bar.update(len(block))
+            finally:  # after an interrupt, too, what was found good is kept
+                memo.add(good)
+            hashes |= {path: sha256 for path, (_, sha256) in good.items()}
     if problems:
         raise UserError(_bad_files(label, problems))
     return [hashes[path] for path in paths]
@@ -266,10 +136,20 @@ def why_bad(error: Exception) -> str:
 
 
 def _bad_name(path: Path) -> str | None:
-    return None if _is_utf8(str(path)) else "its path is not UTF-8"
+    return None if is_utf8(str(path)) else "its path is not UTF-8"
+
+
+def is_utf8(name: str) -> bool:
+    """Whether a name that the system gave is text; bytes that are not appear as lone surrogates."""
+    return not any("\ud800" <= character <= "\udfff" for character in name)
+
+
+def printable(name: str | Path) -> str:
+    """A name with bytes that are not UTF-8 as escapes."""
+    return str(name).encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _bad_files(label: str, problems: dict[Path, str]) -> str:
-    named = "; ".join(f"{_shown(path)} ({reason})" for path, reason in sorted(problems.items())[:NAMED])
+    named = "; ".join(f"{printable(path)} ({reason})" for path, reason in sorted(problems.items())[:NAMED])
     more = f"; and {len(problems) - NAMED:,} more" if len(problems) > NAMED else ""
     return f"Data set {label!r}: {len(problems):,} image files cannot be used; replace or remove them: {named}{more}."

@@ -1,8 +1,9 @@
 """A generated data set: eight classes of 32x32 colour images, the same at every call, nothing to download.
 
-Used by `exps/smoke.json` and tests under the data set name `synthetic`. Classes come in pairs, (0, 1) to (6, 7), and
-every pair has image statistics of its own (smooth gradients, saturated stripes, dark blobs, bright pixel noise): in
-stored class order with two classes a task, each task is a clear shift of the input distribution.
+Used by `exps/smoke.json` and tests under the data set name `synthetic`. Classes come in pairs, (0, 1) to (6,
+7), and every pair has image statistics of its own (smooth gradients, saturated stripes, dark blobs, bright
+pixel noise): in stored class order with two classes a task, each task is a clear shift of the input
+distribution.
 """
 
 from collections.abc import Callable

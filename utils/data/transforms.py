@@ -1,23 +1,26 @@
-"""What a network sees of an image: random training views and the test view, of whole batches, on any device.
+"""Views of images as network inputs: random training views and the test view, of whole batches, on any device.
 
     spec = ViewSpec(image_size=224, augmentation="crop_flip")
-    seen = views_of(images, spec, key=("functional", 1993, 0), indices=indices)    # (B, 3, 224, 224) float32, one view an image
-    seen = views_of(images, spec, key=None, indices=indices)            # the test view
+    key = ("functional", 1993, 0)
+    seen = views_of(images, spec, key, indices)     # (B, 3, 224, 224) float32, one view of every image
+    seen = views_of(images, spec, None, indices)    # the test view
 
-The randomness of a view is a pure function of the key and of the stored index of its image; its numbers are those of
+A view is a pure function of the key and of the stored index of its image; its numbers are those of
 torchvision's transforms on uint8 tensors. They are made in one of two ways:
 
-- `products`: resizing along one axis is a product with a matrix of filter weights, so that cropping, antialiased
-  resizing and mirroring of an image is `rows @ image @ columns^T`, two products for a whole batch. As in torch's own
-  arithmetic for uint8, weights are multiples of 2^-p and each pass is rounded to whole grey levels. Therefore every sum
-  is one of integers below 2^24, which float32 holds exactly in any order of summation: a view is the same to the bit
-  whatever the batch, the processes and the device. (Not with TF32 products, which torch leaves off by default.)
-- `interpolated`: torch's own, image by image, which is faster for large images on the CPU and nowhere else. The two
-  agree to the bit, but by at most one grey level at rare pixels where images are made smaller by more than a factor of
-  2 (test view) or 4 (training views), for which torch takes weights finer than 2^-15 or 2^-16.
+- `interpolated`, on the CPU: torch's own resizing, image by image, which has vector instructions for uint8.
+- `products`, on other devices: resizing along one axis is a product with a matrix of filter weights, so
+  cropping, antialiased resizing and mirroring of an image is `rows @ image @ columns^T`, two products for a
+  whole batch. As in torch's own arithmetic for uint8, weights are multiples of 2^-p and each pass is rounded
+  to whole grey levels. Every sum is therefore one of integers below 2^24, which float32 holds exactly in any
+  order of summation: a view is the same to the bit whatever the batch and the device. (Not with TF32
+  products, which torch leaves off by default.)
 
-The test view resizes the whole image and keeps the centre. For images longer than `ELONGATED` times their width, which
-would become huge, `products` makes the centre alone.
+The two agree to the bit, but by at most one grey level at rare pixels where images are made smaller by more
+than a factor of 2 (test view) or 4 (training views), for which torch takes weights finer than 2^-15 or 2^-16.
+
+The test view resizes the whole image and keeps the centre. For images longer than `ELONGATED` times their
+width, which would become huge, `products` makes the centre alone, on the CPU too.
 """
 
 import dataclasses
@@ -38,7 +41,6 @@ ASPECT = (3 / 4, 4 / 3)  # width : height of a training crop
 ATTEMPTS = 10  # boxes drawn before a centred one is taken
 FORMAT = 3  # counts changes of this file that change the numbers
 ELONGATED = 4  # longer to shorter side from which on the test view is never made by resizing the whole image
-CPU_CHUNK = 8  # images worked on at a time, so that intermediate results stay in the processor's cache
 
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio, odd
 
@@ -49,8 +51,9 @@ class ViewSpec:
 
     Attributes:
         image_size: S, side of a view in pixels.
-        augmentation: of training views. "crop_flip", as published: a crop of 5 % to 100 % of the area with aspect 3/4
-            to 4/3, resized (bilinear), mirrored half the time; "crop": without mirroring; "none": the test view.
+        augmentation: of training views. "crop_flip", as published: a crop of 5 % to 100 % of the area with
+            aspect 3/4 to 4/3, resized (bilinear), mirrored half the time; "crop": without mirroring; "none":
+            the test view.
         mean, std: of each channel; views are (x - mean) / std of x in [0, 1], or x when they are None.
 
     Raises:
@@ -95,18 +98,12 @@ def views_of(images: Tensor, spec: ViewSpec, key: Key | None, indices: np.ndarra
     if key is not None and spec.augmentation != "none":
         crops = draw_crops(key, indices, height, width, spec.augmentation == "crop_flip")
     elongated = crops is None and max(height, width) > ELONGATED * min(height, width)
-    large = height * width > size * size and images.device.type == "cpu" and not elongated
-    return _normalised((interpolated if large else products)(images, size, crops), spec)
-
-
-def _normalised(levels: Tensor, spec: ViewSpec) -> Tensor:
-    """Grey levels (B, 3, S, S) to the numbers that the network takes, float32."""
-    views = levels.to(torch.float32, memory_format=torch.contiguous_format)
-    for part in views.split(CPU_CHUNK if views.device.type == "cpu" else len(views)):
-        part.div_(255.0)
-        if spec.mean is not None and spec.std is not None:
-            mean, std = (part.new_tensor(values)[:, None, None] for values in (spec.mean, spec.std))
-            part.sub_(mean).div_(std)
+    resize = interpolated if images.device.type == "cpu" and not elongated else products
+    levels = resize(images, size, crops)
+    views = levels.to(torch.float32, memory_format=torch.contiguous_format).div_(255.0)
+    if spec.mean is not None and spec.std is not None:
+        mean, std = (views.new_tensor(values)[:, None, None] for values in (spec.mean, spec.std))
+        views.sub_(mean).div_(std)
     return views
 
 
@@ -116,9 +113,9 @@ def _normalised(levels: Tensor, spec: ViewSpec) -> Tensor:
 def uniforms(key: Key, indices: np.ndarray, count: int) -> np.ndarray:
     """Numbers of [0, 1) that only key, index and position decide: float64 (B, count).
 
-    Row b holds the first numbers of the generator SplitMix64 seeded with mix(w + (indices[b] + 1) * gamma), w being 64
-    bits of the key: its state grows by gamma every draw and is mixed (Steele, Lea and Flood 2014, "Fast splittable
-    pseudorandom number generators").
+    Row b holds the first numbers of the generator SplitMix64 seeded with mix(w + (indices[b] + 1) * gamma), w
+    being 64 bits of the key: its state grows by gamma every draw and is mixed (Steele, Lea and Flood 2014,
+    "Fast splittable pseudorandom number generators").
     """
     word = np.uint64(stream_seed("augmentation", *key) % 2**64)
     seeds = _mix(word + (indices.astype(np.uint64) + np.uint64(1)) * _GAMMA)
@@ -143,16 +140,13 @@ class Crops:
     width: np.ndarray
     mirrored: np.ndarray
 
-    def of(self, images: slice) -> "Crops":
-        """Those of some of the images."""
-        return Crops(*(values[images] for values in dataclasses.astuple(self)))
-
 
 def draw_crops(key: Key, indices: np.ndarray, height: int, width: int, mirror: bool) -> Crops:
     """The crops of images of one size that a key names; half of them mirrored, or none.
 
-    As torchvision's RandomResizedCrop: area uniform, aspect uniform in its logarithm, sides rounded; the first of
-    `ATTEMPTS` boxes that fits is placed uniformly. If none fits, the largest centred box of an allowed aspect.
+    As torchvision's RandomResizedCrop: area uniform, aspect uniform in its logarithm, sides rounded; the
+    first of `ATTEMPTS` boxes that fits is placed uniformly. If none fits, the largest centred box of an
+    allowed aspect.
     """
     numbers = uniforms(key, indices, 2 * ATTEMPTS + 3)
     area = height * width * (AREA[0] + (AREA[1] - AREA[0]) * numbers[:, :ATTEMPTS])
@@ -178,7 +172,8 @@ class Filter:
     """A kernel of antialiased resizing.
 
     Attributes:
-        weight: of a pixel at this distance from the centre, in source pixels, or output pixels where those are larger.
+        weight: of a pixel at this distance from the centre, in source pixels, or output pixels where those
+            are larger.
         radius: distance from which on it is 0.
         bits: finest grid of the weights, 2^-bits: 255 * sum |weights| * 2^bits < 2^24.
     """
@@ -213,8 +208,9 @@ def taps(
     """Which pixels make the `size` output pixels of each span: positions int64 and weights float64, (B, size, taps).
 
     Spans have `lengths[b]` pixels from `starts[b]` on. Output pixel i weighs pixel j of its span with
-    kernel((j + 1/2 - c) / r), where c = (i + 1/2) s, s is the length by the size and r = max(s, 1); the weights of an
-    output pixel sum to 1, and those of positions outside the span are 0. `part`: these output pixels only.
+    kernel((j + 1/2 - c) / r), where c = (i + 1/2) s, s is the length by the size and r = max(s, 1); the
+    weights of an output pixel sum to 1, and those of positions outside the span are 0. `part`: these output
+    pixels only.
     """
     part = range(size) if part is None else part
     start, length = (torch.from_numpy(values).to(device)[:, None, None] for values in (starts, lengths))
@@ -262,8 +258,8 @@ def _resizing(
 def _resizing_centre(side: int, resized: int, part: range, device: torch.device) -> tuple[range, Tensor]:
     """Some output pixels of an axis resized as a whole: which of its pixels they need, and the matrix of those.
 
-    Weights are rounded as in the whole axis. Where that is made longer, its largest is one of the first output pixel,
-    which lacks the negative weights of the pixels before it.
+    Weights are rounded as in the whole axis. Where that is made longer, its largest is one of the first
+    output pixel, which lacks the negative weights of the pixels before it.
     """
 
     def weights(of: range) -> tuple[Tensor, Tensor]:
@@ -305,18 +301,9 @@ def interpolated(images: Tensor, size: int, crops: Crops | None) -> Tensor:
 
 def products(images: Tensor, size: int, crops: Crops | None) -> Tensor:
     """Grey levels of the crops, or for None of the test view, on any device: float32 (B, 3, S, S)."""
-    levels = torch.empty((len(images), 3, size, size), device=images.device)
-    chunk = CPU_CHUNK if images.device.type == "cpu" else len(images)
-    if crops is None:
-        images, rows, columns = _centre(images, size)
+    used, rows, columns = _centre(images, size) if crops is None else _crops(images, size, crops)
     with torch.autocast(images.device.type, enabled=False):
-        for start in range(0, len(images), chunk):
-            chosen = slice(start, start + chunk)
-            part = images[chosen]
-            if crops is not None:
-                part, rows, columns = _crops(part, size, crops.of(chosen))
-            levels[chosen] = _resampled(part, rows, columns)
-    return levels
+        return _resampled(used, rows, columns)
 
 
 def _centre(images: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -146,13 +146,13 @@ def test_a_trained_prefix_is_a_runs_own_and_leaves_nothing(
     config = smoke_config(**SEVERAL_TASKS, cache_views=1)
     run(config)
     assert computed.count((0, 4)) > 0
-    assert list(Path(config.cache_root).rglob("*.npy")) == []
+    assert list(Path(config.cache_root).rglob("*.safetensors")) == []
 
 
 def test_an_altered_cache_changes_nothing(smoke_config: Make) -> None:
     changes = {**SEVERAL_TASKS, "adapter_blocks": "growing", "cache_views": 1}
     expected = run(smoke_config(**changes))
-    files = sorted(Path(smoke_config().cache_root).rglob("*.npy"))
+    files = sorted(Path(smoke_config().cache_root).rglob("*.safetensors"))
     assert files
     for number, file in enumerate(files):
         data = bytearray(file.read_bytes())

@@ -15,14 +15,13 @@ import torch
 from PIL import Image
 
 from tests.image_folders import folder_images
-from utils.cache.decoded_images import DecodedImages
-from utils.data import image_sets
-from utils.data import tasks as data_manager
-from utils.data.datasets import ArrayImages, Dataset
-from utils.data.tasks import DataManager
+from utils.data import batches as loader
+from utils.data.image_sets import ArrayImages, Dataset
+from utils.data.tasks import DataManager, TaskSplit
 from utils.data.transforms import ViewSpec
 from utils.errors import Interrupted, UserError
 from utils.training.device import dead_worker_advice
+from utils.training.distributed import DistributedContext
 
 CLASSES, TRAIN_EACH, TEST_EACH = 7, 6, 3
 
@@ -42,11 +41,12 @@ def make_dataset() -> Dataset:
 
 
 def manager(dataset: Dataset | None = None, **changed) -> DataManager:
-    settings = dict(seed=1993, shuffle=True, init_cls=2, increment=2)
-    settings |= dict(
-        train_view=ViewSpec(8, "crop_flip"), test_view=ViewSpec(16, "none")
-    )  # 18 pixels are not resized
-    return DataManager(dataset or make_dataset(), **(settings | changed))
+    """Test views are not resized: 18 pixels are cut to 16."""
+    split = dict(seed=1993, shuffle=True, init_cls=2, increment=2)
+    views = dict(train_view=ViewSpec(8, "crop_flip"), test_view=ViewSpec(16, "none"))
+    split |= {key: value for key, value in changed.items() if key not in ("num_workers", "distributed")}
+    others = {key: value for key, value in changed.items() if key not in split}
+    return DataManager(dataset or make_dataset(), TaskSplit(**split), **views, **others)
 
 
 def collect(batches) -> tuple[torch.Tensor, torch.Tensor]:
@@ -291,7 +291,8 @@ def test_order_and_views_are_named_apart():
 def test_shares_of_all_ranks_make_the_batches_of_one_process(world, workers):
     whole = train_batches(manager())
     ranks = [
-        train_batches(manager(rank=rank, world_size=world, num_workers=workers)) for rank in range(world)
+        train_batches(manager(distributed=DistributedContext(rank, world), num_workers=workers))
+        for rank in range(world)
     ]
     assert {len(batches) for batches in ranks} == {len(whole)}
     for (images, targets), *parts in zip(whole, *ranks, strict=True):
@@ -305,7 +306,7 @@ def test_shares_of_all_ranks_make_the_batches_of_one_process(world, workers):
 
 
 def test_rank_changes_neither_order_nor_counts():
-    one, third = manager(), manager(rank=2, world_size=3)
+    one, third = manager(), manager(distributed=DistributedContext(2, 3))
     assert one.order(range(4), "train", (5,)).tolist() == third.order(range(4), "train", (5,)).tolist()
     assert one.count(range(4), "train") == third.count(range(4), "train")
     indices = one.indices(range(4), "test")
@@ -315,22 +316,20 @@ def test_rank_changes_neither_order_nor_counts():
 # ------------------------------------------------------------------------------------------------------- image files
 
 
-def folder_manager(tmp_path, sizes: list[tuple[int, int]], keep: bool, **changed) -> DataManager:
-    """Images of these heights and widths in class 0 and copies in class 1, as files, perhaps decoded once."""
+def folder_manager(tmp_path, sizes: list[tuple[int, int]], **changed) -> DataManager:
+    """Images of these heights and widths in class 0 and copies in class 1, as files."""
     rng, paths = np.random.default_rng(0), []
     for i, (height, width) in enumerate(sizes):
         paths.append(tmp_path / f"{i}.png")
         Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(paths[-1])
-    decoded = DecodedImages(tmp_path / "decoded", 2 * len(paths), "decoding") if keep else None
-    images = folder_images(paths * 2, np.repeat([0, 1], len(paths)), decoded)
+    images = folder_images(paths * 2, np.repeat([0, 1], len(paths)))
     return manager(Dataset("files", ["a", "b"], images, images, ""), init_cls=1, increment=1, **changed)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("keep", [False, True])
-def test_images_of_different_sizes_get_the_views_that_each_gets_alone(tmp_path, keep, workers):
+def test_images_of_different_sizes_get_the_views_that_each_gets_alone(tmp_path, workers):
     sizes = [(20, 30), (31, 12), (20, 30), (9, 9), (40, 20)]
-    data = folder_manager(tmp_path, sizes, keep, num_workers=workers)
+    data = folder_manager(tmp_path, sizes, num_workers=workers)
     for mode, view in (("train", (7,)), ("test", None)):
         alone = torch.cat([data.views(np.array([i]), "train", mode, view) for i in range(10)])
         images, _ = collect(data.batches(range(2), source="train", mode=mode, batch_size=4, view=view))
@@ -341,24 +340,9 @@ def test_images_of_different_sizes_get_the_views_that_each_gets_alone(tmp_path, 
 
 
 def test_shares_of_files_may_be_empty(tmp_path):
-    data = folder_manager(tmp_path, [(20, 30)], keep=False, rank=0, world_size=3)
+    data = folder_manager(tmp_path, [(20, 30)], distributed=DistributedContext(0, 3))
     (batch,) = data.batches(range(1), source="train", mode="train", batch_size=4, key=(1,))
     assert batch[0].shape == (0, 3, 8, 8) and batch[1].shape == (0,)
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_epochs_decode_every_file_once_and_only_those_in_use(tmp_path, monkeypatch, workers):
-    opened, decode = [], image_sets.decode
-    monkeypatch.setattr(image_sets, "decode", lambda content: opened.append(content) or decode(content))
-    data = folder_manager(tmp_path, [(20, 30), (31, 12), (9, 9)], keep=True, num_workers=workers)
-    for epoch in range(2):
-        list(data.batches(range(1), source="train", mode="train", batch_size=2, key=(epoch,)))
-    assert len(opened) == 3
-    missing = data.dataset.train.decoded._missing(np.arange(6))
-    assert missing.tolist() == data.indices(range(1, 2), "train").tolist()
-    for view in range(2):
-        data.views(data.indices(range(2), "train"), "train", "train", (view,))
-    assert len(opened) == 6
 
 
 # --------------------------------------------------------------------------------------------------- data workers
@@ -391,7 +375,7 @@ def test_processes_of_one_machine_share_its_shared_memory(monkeypatch, caplog):
     with_shared_memory(monkeypatch, 6 * 4000)
     train_batches(manager(num_workers=2))
     assert not caplog.messages
-    train_batches(manager(num_workers=2, world_size=4))
+    train_batches(manager(num_workers=2, distributed=DistributedContext(0, 4)))
     assert "num_workers = 2: 0 used" in caplog.text
 
 
@@ -426,8 +410,8 @@ def test_a_killed_worker_is_one_sentence():
 
 
 def test_workers_that_hang_are_one_sentence(monkeypatch):
-    monkeypatch.setattr(data_manager, "LOOK_EVERY", 0.05)
-    monkeypatch.setattr(data_manager, "PATIENCE", 0.2)
+    monkeypatch.setattr(loader, "LOOK_EVERY", 0.05)
+    monkeypatch.setattr(loader, "PATIENCE", 0.2)
     _, batches = sleeping_batches()
     next(batches)
     with pytest.raises(UserError, match="no data worker .* num_workers to 0"):
@@ -436,7 +420,7 @@ def test_workers_that_hang_are_one_sentence(monkeypatch):
 
 
 def test_a_stop_request_ends_the_wait_for_workers(monkeypatch):
-    monkeypatch.setattr(data_manager, "LOOK_EVERY", 0.05)
+    monkeypatch.setattr(loader, "LOOK_EVERY", 0.05)
     data, batches = sleeping_batches()
     next(batches)
     data.stop_requested = lambda: True
@@ -473,13 +457,10 @@ def test_wrong_arguments():
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize("keep", [False, True])
-def test_unreadable_image_is_one_sentence_with_any_number_of_workers(tmp_path, keep, workers):
+def test_unreadable_image_is_one_sentence_with_any_number_of_workers(tmp_path, workers):
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "fine.png")
     (tmp_path / "broken.png").write_bytes((tmp_path / "fine.png").read_bytes()[:40])
     images = folder_images([tmp_path / "fine.png", tmp_path / "broken.png"], np.array([0, 1]))
-    if keep:
-        images.decoded = DecodedImages(tmp_path / "decoded", 2, "decoding")
     dataset = Dataset("files", ["a", "b"], images, images, "")
     data = manager(dataset, init_cls=1, increment=1, num_workers=workers)
     with pytest.raises(UserError) as caught:

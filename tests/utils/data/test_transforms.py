@@ -261,7 +261,6 @@ def test_no_images_give_no_views():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize(("height", "width", "size"), SHAPES)
 def test_products_are_the_same_on_every_device(height, width, size):
     images = noise(20, height, width)

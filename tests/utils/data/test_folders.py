@@ -1,0 +1,267 @@
+"""Data sets of image files: what of a folder or of lists is read, and bad files in one message."""
+
+import os
+import re
+import socket
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.image_folders import write_folder
+from utils.data.datasets import DOMAINS, class_count, load_dataset
+from utils.data.image_sets import Dataset
+from utils.errors import UserError
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """Two classes of two images."""
+    for split in ("train", "test"):
+        write_folder(tmp_path / "set", split, ["ant", "bee"])
+    return tmp_path / "set"
+
+
+def load(folder: Path) -> Dataset:
+    return load_dataset(str(folder), folder, folder.parent / "cache")
+
+
+def test_hidden_and_foreign_things_are_left_out_counted_and_named(folder):
+    before = load(folder)
+    ant = folder / "train" / "ant"
+    (ant / ".ipynb_checkpoints").mkdir()
+    (ant / "__MACOSX").mkdir()
+    for place in (ant / ".ipynb_checkpoints", ant / "__MACOSX"):
+        (place / "0.png").write_bytes((ant / "0.png").read_bytes())
+    for name in (".DS_Store", "._0.png", "notes.txt", "more.txt", "README"):
+        (ant / name).write_text("")
+    (folder / "test" / "list.csv").write_text("")
+    (folder / "train" / ".git").mkdir()
+    dataset = load(folder)
+    assert dataset.sha256 == before.sha256 and len(dataset.train) == 4 and not before.left_out
+    for told in (
+        "5 hidden",
+        ".DS_Store",
+        "2 with the suffix '.txt' (more.txt, notes.txt)",
+        "README",
+        "list.csv",
+    ):
+        assert told in dataset.left_out
+
+
+def test_each_real_folder_is_read_once(folder):
+    ant, before = folder / "train" / "ant", load(folder)
+    (ant / "circle").symlink_to(ant)
+    (ant / "up").symlink_to(folder)
+    (ant / "other").symlink_to(folder / "train" / "bee")
+    (ant / "itself").symlink_to(ant / "itself")
+    (ant / "also").mkdir()
+    Image.new("RGB", (4, 4)).save(ant / "also" / "x.png")
+    (ant / "link").symlink_to(ant / "also")
+    dataset = load(folder)
+    names = [path.name for path in dataset.train.paths]
+    assert names.count("x.png") == 1 and len(names) == 5  # neither the other class nor test/
+    assert "links to folders that are read already" in dataset.left_out and dataset.sha256 != before.sha256
+    (folder / "train" / "bee").rename(folder.parent / "away")
+    (folder / "train" / "bee").symlink_to(ant)
+    with pytest.raises(UserError, match="1 classes have no train image, such as bee .*read already"):
+        load(folder)
+
+
+def test_a_folder_that_cannot_be_read_is_named(folder, monkeypatch):
+    (folder / "train" / "ant" / "closed").mkdir()
+    scandir = os.scandir
+
+    def refusing(path):
+        if Path(path).name in refused:
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    refused = {"closed"}
+    assert "1 unreadable folders, Permission denied (closed)" in load(folder).left_out
+    refused = {"ant"}
+    with pytest.raises(UserError, match="no train image, such as ant .*Permission denied"):
+        load(folder)
+    refused = {"test"}
+    with pytest.raises(UserError, match="test cannot be listed .Permission denied"):
+        load(folder)
+
+
+def test_names_in_two_forms_of_unicode_are_one_class(tmp_path):
+    composed, decomposed = (unicodedata.normalize(form, "é") for form in ("NFC", "NFD"))
+    write_folder(tmp_path / "set", "train", [composed, "bee", decomposed])
+    write_folder(tmp_path / "set", "test", [decomposed, "bee"])
+    dataset = load(tmp_path / "set")
+    assert dataset.class_names == ["bee", composed] and np.bincount(dataset.train.labels).tolist() == [2, 4]
+
+
+@pytest.mark.parametrize(
+    "suffix", [".JPG", ".jfif", ".Jpe", ".PNG", ".TIFF", ".webp", ".gif", ".dib", ".pnm", ".jp2"]
+)
+def test_suffixes_of_images_are_known_in_any_case(tmp_path, suffix):
+    for split in ("train", "test"):
+        write_folder(tmp_path / "set", split, ["a"], suffix)
+    assert len(load(tmp_path / "set").train) == 2
+
+
+def test_all_bad_files_are_named_in_one_list(folder):
+    ant = folder / "train" / "ant"
+    (ant / "cut.png").write_bytes((ant / "0.png").read_bytes()[:40])
+    (ant / "text.jpg").write_text("hello")
+    (ant / "empty.jpg").write_text("")
+    Image.new("F", (4, 4)).save(ant / "float.tif")
+    os.mkfifo(ant / "pipe.jpg")
+    (ant / "nowhere.png").symlink_to(ant / "gone")
+    (folder / "test" / "bee" / "dev.png").symlink_to("/dev/zero")
+    server = socket.socket(socket.AF_UNIX)
+    server.bind(os.path.relpath(folder / "test" / "bee" / "s.png"))
+    server.close()
+    open(os.fsencode(ant) + b"/\xff.png", "w").close()
+    os.mkdir(os.fsencode(ant) + b"/\xfe")
+    open(os.fsencode(ant) + b"/\xfe/in.png", "w").close()
+    with pytest.raises(UserError) as caught:
+        load(folder)
+    text = str(caught.value)
+    assert "10 image files" in text and "\n" not in text and text.encode()
+    for name, reason in {
+        "cut.png": "",
+        "text.jpg": "no format",
+        "empty.jpg": "no format",
+        "float.tif": "mode F",
+        "pipe.jpg": "a FIFO",
+        "nowhere.png": "link to nothing",
+        "dev.png": "a device",
+        "s.png": "a socket",
+        r"\\udcff.png": "not UTF-8",
+        r"\\udcfe/in.png": "not UTF-8",
+    }.items():
+        assert re.search(rf"{name} \([^;]*{reason}", text), name
+
+
+def test_a_long_list_is_cut_with_a_count(folder):
+    for i in range(30):
+        (folder / "train" / "ant" / f"bad{i:02}.png").write_text("")
+    with pytest.raises(UserError, match="30 image files.*bad19.png .*and 10 more") as caught:
+        load(folder)
+    assert "bad20" not in str(caught.value)
+
+
+def test_a_class_folder_whose_name_is_not_utf8_is_named(folder):
+    os.mkdir(os.fsencode(folder / "train") + b"/\xff")
+    with pytest.raises(UserError, match="is not UTF-8") as caught:
+        load(folder)
+    assert str(caught.value).encode()
+
+
+def test_image_folder_in_sorted_order(tmp_path):
+    for split in ("train", "test"):
+        write_folder(tmp_path, split, ["ant", "bee"])
+    (tmp_path / "train" / "ant" / "notes.txt").write_text("not an image")
+    (tmp_path / "train" / ".cache").mkdir()
+    dataset = load_dataset(str(tmp_path), "nowhere")
+    assert dataset.class_names == ["ant", "bee"] and dataset.train.labels.tolist() == [0, 0, 1, 1]
+    assert [int(dataset.train[i][0, 0, 0]) for i in range(4)] == [0, 1, 40, 41]
+    assert dataset.train[0].shape == (3, 6, 5) and class_count(str(tmp_path), "nowhere") == 2
+    assert load_dataset(tmp_path.name, tmp_path.parent).sha256 == dataset.sha256
+
+
+@pytest.mark.parametrize("folder", ["imagenet-r", "imagenetr"])
+def test_named_folder_data_sets(tmp_path, folder):
+    for split in ("train", "test"):
+        write_folder(tmp_path / folder, split, ["a", "b", "c"])
+    dataset = load_dataset("imagenetr", tmp_path)
+    assert dataset.name == "imagenetr" and len(dataset.class_names) == 3
+    assert class_count("imagenetr", tmp_path) == 3  # what is there, not what was published
+
+
+def test_train_and_test_classes_must_agree(tmp_path):
+    write_folder(tmp_path, "train", ["ant", "bee"])
+    write_folder(tmp_path, "test", ["ant", "cat"])
+    with pytest.raises(UserError, match="only in train: bee; only in test: cat"):
+        load_dataset(str(tmp_path), tmp_path)
+
+
+def test_class_folder_without_images(tmp_path):
+    for split in ("train", "test"):
+        write_folder(tmp_path, split, ["ant", "bee"])
+    for file in (tmp_path / "test" / "bee").iterdir():
+        file.unlink()
+    with pytest.raises(UserError, match="1 classes have no test image, such as bee"):
+        load_dataset(str(tmp_path), tmp_path)
+
+
+def write_domainnet(root: Path, domains=DOMAINS) -> None:
+    """Three classes, one training and one test image of each in every domain, and the lists of these domains."""
+    for d, domain in enumerate(DOMAINS):
+        for split in ("train", "test"):
+            lines = []
+            for label, name in ((0, "zebra"), (1, "Ant"), (2, "ant")):
+                file = root / domain / name / f"{domain}_{label:03}_{split}.png"
+                file.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(np.full((4, 4, 3), 10 * label + d, np.uint8)).save(file)
+                lines.append(f"{file.relative_to(root)} {label}\n")
+            if domain in domains:
+                (root / f"{domain}_{split}.txt").write_text("".join(lines))
+
+
+def test_domainnet_is_its_published_lists_pooled(tmp_path):
+    """Classes have the numbers of the lists, whatever order their names have."""
+    assert class_count("domainnet", tmp_path) == 345
+    write_domainnet(tmp_path / "domainnet")
+    dataset = load_dataset("domainnet", tmp_path)
+    assert dataset.class_names == ["zebra", "Ant", "ant"] and len(dataset.train) == len(dataset.test) == 18
+    assert dataset.train.labels.tolist() == [0, 1, 2] * 6
+    assert [int(dataset.test[i][0, 0, 0]) for i in range(18)] == [
+        base + d for d in range(6) for base in (0, 10, 20)
+    ]
+
+
+def test_names_in_lists_are_one_class_in_either_form_of_their_accents(tmp_path):
+    root = tmp_path / "domainnet"
+    write_domainnet(root)
+    for number, domain in enumerate(DOMAINS):
+        name = ("caf\u00e9", "cafe\u0301")[number % 2]
+        (root / domain / "ant").rename(root / domain / name)
+        for split in ("train", "test"):
+            file = root / f"{domain}_{split}.txt"
+            file.write_text(file.read_text().replace("/ant/", f"/{name}/"), encoding="utf-8")
+    dataset = load_dataset("domainnet", tmp_path)
+    assert (
+        dataset.class_names == ["zebra", "Ant", "caf\u00e9"]
+        and dataset.train.labels.tolist() == [0, 1, 2] * 6
+    )
+
+
+def test_domainnet_may_be_split_in_folders(tmp_path):
+    for split in ("train", "test"):
+        write_folder(tmp_path / "domainnet", split, ["a", "b", "c"])
+    assert len(load_dataset("domainnet", tmp_path).class_names) == 3 == class_count("domainnet", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "looked at .*domainnet/train, .*real_test.txt; .*M3SDA"),
+        (b"real/ant 2\n", "real_test.txt, line 1 is 'real/ant 2'; expected <domain>/<class>/<file> <number>"),
+        (b"real/../x.png 2\n", "expected <domain>"),
+        (b"/ant/x.png 2\n", "expected <domain>"),
+        (b"real/ant/x.png " + b"9" * 5000, "expected <domain>"),
+        (b"real/ant/none.png 2\n", "real/ant/none.png .it is not there"),
+        (b"real/emu/x.png 3\n", "no training list has the class emu"),
+        (b"real/emu/x.png 7\n", "no class has the number 3, and one has 7"),
+        (b"real/emu/x.png 2\n", "the number 2 to ant and emu"),
+        (b"real/ant/x.png 1\nreal/Ant/x.png 0\n", "the number 0 to Ant and zebra"),
+        (b"real/ant/x.png 3\n", "give ant the numbers 2 and 3"),
+        (b"real/\xff/x.png 3\n", "real_test.txt cannot be read"),
+    ],
+)
+def test_lists_that_are_not_whole_are_a_sentence(tmp_path, content, message):
+    write_domainnet(tmp_path / "domainnet")
+    file = tmp_path / "domainnet" / "real_test.txt"
+    file.unlink() if content is None else file.write_bytes(content)
+    with pytest.raises(UserError, match=message) as caught:
+        load_dataset("domainnet", tmp_path)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,84 @@
+"""Data sets in one .npz file: `x_train, y_train, x_test, y_test, class_names`.
+
+    dataset = from_npz("mine", Path("mine.npz"))
+
+Images are uint8, (N, H, W, 3), (N, H, W, 1) or (N, H, W). Every error is one sentence that names the file.
+"""
+
+import unicodedata
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from utils.data.image_files import why_bad
+from utils.data.image_sets import Dataset, from_arrays
+from utils.errors import UserError
+from utils.files import npz_headers, why_no_file
+
+NPZ_KEYS = ("x_train", "y_train", "x_test", "y_test", "class_names")
+
+
+def from_npz(name: str, path: Path) -> Dataset:
+    """The data set of an .npz with `NPZ_KEYS`. Raises UserError for missing keys, wrong types, shapes or labels."""
+    arrays = read_npz(path, NPZ_KEYS)
+    class_names = _names(path, arrays.pop("class_names"))
+    for source in ("train", "test"):
+        _check_split(path, source, arrays[f"x_{source}"], arrays[f"y_{source}"], len(class_names))
+        arrays[f"y_{source}"] = arrays[f"y_{source}"].astype(np.int64)
+    return from_arrays(name, class_names, arrays)
+
+
+def read_npz(path: Path, keys: Sequence[str]) -> dict[str, np.ndarray]:
+    """The arrays `keys` of an .npz, never through pickle. Raises UserError naming the file."""
+    reason = why_no_file(path)
+    if reason:
+        raise UserError(f"{path} cannot be read as an .npz data set: {reason}.")
+    try:
+        held = npz_headers(path)
+        missing = [key for key in keys if key not in held]
+        if missing:
+            raise UserError(f"{path} lacks {', '.join(missing)}; a data set file has {', '.join(NPZ_KEYS)}.")
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {key: file[key] for key in keys}
+    except UserError:
+        raise
+    except Exception as error:  # readers raise errors of many kinds on bad bytes
+        raise UserError(
+            f"{path} cannot be read as an .npz data set without pickle: {why_bad(error)}."
+        ) from error
+    names = arrays.get("class_names", np.zeros(0))
+    if names.ndim != 1:
+        raise UserError(f"{path}: class_names has shape {names.shape}; expected one name a class, (C,).")
+    return arrays
+
+
+def _names(path: Path, names: np.ndarray) -> list[str]:
+    """Class names as text; bytes are taken for UTF-8."""
+    try:
+        texts = [name.decode("utf-8") if isinstance(name, bytes) else str(name) for name in names.tolist()]
+        "".join(texts).encode("utf-8")
+    except UnicodeError as error:
+        raise UserError(
+            f"{path}: a name in class_names is not UTF-8 ({error.reason}); write it in UTF-8."
+        ) from error
+    return [unicodedata.normalize("NFC", text) for text in texts]
+
+
+def _check_split(path: Path, source: str, images: np.ndarray, labels: np.ndarray, classes: int) -> None:
+    grey, colour = images.ndim == 3, images.ndim == 4 and images.shape[-1] in (1, 3)
+    if images.dtype != np.uint8 or not (grey or colour) or 0 in images.shape:
+        raise UserError(
+            f"{path}: x_{source} is {images.dtype} {images.shape}; "
+            f"expected uint8 (N, H, W, 3), (N, H, W, 1) or (N, H, W)."
+        )
+    if not np.issubdtype(labels.dtype, np.integer) or labels.shape != images.shape[:1]:
+        raise UserError(
+            f"{path}: y_{source} is {labels.dtype} {labels.shape}; "
+            f"expected integers, one for each of {len(images)} images."
+        )
+    if labels.min() < 0 or labels.max() >= classes:
+        raise UserError(
+            f"{path}: y_{source} has labels from {labels.min()} to {labels.max()}; "
+            f"expected 0 to {classes - 1}, as class_names has {classes} entries."
+        )
