@@ -41,7 +41,7 @@ def listing(root: Path) -> list[str]:
 
 
 def clear(root: Path) -> list[str]:
-    """Remove all that a cache holds; says what that freed. Raises UserError where `root` is another folder."""
+    """Remove all that a cache holds; says what that freed. Raises UserError for another folder."""
     records = memo_files(root / IMAGES)
     ours = (root / MARKER).is_file() or bool(records)
     if root.exists() and not ours and (not root.is_dir() or any(root.iterdir())):

@@ -1,4 +1,4 @@
-"""Record of which files were read and found good, with the SHA-256 of their bytes, so that they are read once.
+"""Record of files that were read and found good, with the SHA-256 of their bytes, so that they are read once.
 
     memo = FileMemo(folder, Path("mine"), rule="Pillow 13.0.0, format 1")
     content, state, sha256 = read_signed(path)
@@ -56,7 +56,7 @@ class FileMemo:
         return found
 
     def add(self, files: Mapping[Path, tuple[str, str]]) -> None:
-        """Remember good files: path -> state and SHA-256, from `read_signed`; without a state they are not."""
+        """Remember good files: path -> state and SHA-256, from `read_signed`; none with an empty state."""
         new = {os.path.abspath(path): values for path, values in files.items() if values[0]}
         if new:
             self._write(self._read() | new)

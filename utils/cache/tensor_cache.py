@@ -1,4 +1,4 @@
-"""Disk cache of tensors: safetensors files in groups, shared by processes, the least recently used removed first.
+"""Disk cache of tensors: safetensors files in groups, shared by processes, least recently used removed first.
 
     cache = TensorCache("cache", limit_gb=20)
     tokens = cache.get(group, key, build=lambda: network(images))    # read back, or built and stored
@@ -157,9 +157,9 @@ class TensorCache:
         """Write a tensor if there is room for it; what `get` returns for it."""
         if not self.make_room(path.parent.name, tensor.nbytes):
             self._warn_once(
-                f"No room in the cache {self.root} for {tensor.nbytes / 1e6:.1f} MB within {self.limit_gb:g} GB "
-                f"and with {RESERVE / 1e9:g} GB of the disk left free: what is not kept is computed at every use; "
-                "set cache_gb higher or free disk space"
+                f"No room in the cache {self.root} for {tensor.nbytes / 1e6:.1f} MB within {self.limit_gb:g} "
+                f"GB and with {RESERVE / 1e9:g} GB of the disk left free: what is not kept is computed at "
+                "every use; set cache_gb higher or free disk space"
             )
             return tensor
         content = save({"tensor": tensor}, {"sha256": _checksum(path, tensor)})

@@ -1,4 +1,4 @@
-"""Loader of batches of views in a given order, by worker processes that are watched while they are waited for."""
+"""Loader of batches of views in a given order, with worker processes that may die or hang."""
 
 import logging
 import multiprocessing
@@ -55,7 +55,7 @@ class BatchDataset(TorchDataset):
         return len(self.batches)
 
     def __getitem__(self, number: int) -> tuple[Tensor, Tensor] | UserError:
-        """Batch `number`, or the error of an image that cannot be read: raised in a worker it would be a traceback."""
+        """Batch `number`, or the error of an unreadable image: raised in a worker it would be a traceback."""
         indices = self.batches[number]
         try:
             return stored_views(self.images, self.spec, self.view, indices), torch.from_numpy(
@@ -66,7 +66,7 @@ class BatchDataset(TorchDataset):
 
 
 class Batches:
-    """Iterable over the batches from number `start` on, with a length; iterating again gives the same batches.
+    """Iterable over the batches from number `start` on; iterating again gives the same batches.
 
     Raises:
         ValueError: `start` is out of range.
@@ -121,8 +121,8 @@ class Batches:
             if silent >= PATIENCE:
                 _kill(workers)
                 raise UserError(
-                    f"no data worker has given a batch for {silent:.0f} s: they hang, for lack of shared memory "
-                    f"({SHARED_MEMORY}) or because images cannot be read; set num_workers to 0"
+                    f"no data worker has given a batch for {silent:.0f} s: they hang, for lack of shared "
+                    f"memory ({SHARED_MEMORY}) or because images cannot be read; set num_workers to 0"
                 )
 
 
@@ -140,7 +140,7 @@ def stored_views(
 
 
 def workers_that_fit(workers: int, batch_bytes: int, processes: int) -> tuple[int, str]:
-    """How many workers shared memory has room for, with the batches that they make ahead, and a warning or ""."""
+    """Number of workers that shared memory has room for, and a warning or ""."""
     if not workers or not SHARED_MEMORY.is_dir():
         return workers, ""
     free = shutil.disk_usage(SHARED_MEMORY).free // processes
@@ -149,8 +149,8 @@ def workers_that_fit(workers: int, batch_bytes: int, processes: int) -> tuple[in
         return workers, ""
     needed = (PREFETCHED * workers + IN_USE) * batch_bytes
     return fitting, (
-        f"num_workers = {workers}: {fitting} used, as {SHARED_MEMORY} has {free / 1e6:.0f} MB free for each process "
-        f"and {workers} workers may need {needed / 1e6:.0f}; enlarge it (docker run --shm-size) for all"
+        f"num_workers = {workers}: {fitting} used, as {SHARED_MEMORY} has {free / 1e6:.0f} MB free for each "
+        f"process and {workers} workers may need {needed / 1e6:.0f}; enlarge it (docker run --shm-size)"
     )
 
 

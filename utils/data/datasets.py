@@ -1,10 +1,10 @@
 """Data sets by name or path, held as uint8 images; `utils.data.transforms` turns them into network inputs.
 
-    dataset = load_dataset("cifar224", "data")              # or "my_set.npz", or a folder with train/ and
-    test/ image = dataset.train[0]                                # (3, H, W) uint8
+    dataset = load_dataset("cifar224", "data")     # or "my_set.npz", or a folder with train/ and test/
+    image = dataset.train[0]                       # (3, H, W) uint8
 
-A data set of your own is an `.npz` with `x_train, y_train, x_test, y_test, class_names` (images uint8, (N, H,
-W, 3) or (N, H, W)), or image files `train/<class>/*` and `test/<class>/*`.
+A data set of your own is an `.npz` with `x_train, y_train, x_test, y_test, class_names` (images uint8,
+(N, H, W, 3) or (N, H, W)), or image files `train/<class>/*` and `test/<class>/*`.
 """
 
 import difflib
@@ -28,7 +28,7 @@ DOMAINS = ("clipart", "infograph", "painting", "quickdraw", "real", "sketch")  #
 NO_DATA_NEEDED = "exps/quickstart.json (package index only) and exps/smoke.json need no data set of your own"
 
 
-# --------------------------------------------------------------------------------------------------- named data sets
+# -------------------------------------------------------------------------------------------- named data sets
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def _synthetic(name: str, data_root: Path, cache: Path | None) -> Dataset:
 
 
 def _mnist_5k(name: str, data_root: Path, cache: Path | None) -> Dataset:
-    """500 images a digit in stored order: the first 400 of every digit are for training, the last 100 for the test."""
+    """500 images per digit in stored order: the first 400 for training, the last 100 for the test."""
     path = fetch_asset("mnist_5k", data_root)
     table = np.loadtxt(path, delimiter=",", dtype=np.uint8)  # (5000, 784 pixels and the label)
     images, labels = table[:, :-1].reshape(-1, 28, 28), table[:, -1].astype(np.int64)
@@ -69,7 +69,7 @@ def _mnist_5k(name: str, data_root: Path, cache: Path | None) -> Dataset:
 
 
 def _downloaded(kind: str, npz: str) -> Callable[..., Dataset]:
-    """Loader of a torchvision data set `kind`: `<data_root>/<npz>` first, else torchvision's own files or download."""
+    """Loader of torchvision's data set `kind`: `<data_root>/<npz>`, else its own files or download."""
 
     def load(name: str, data_root: Path, cache: Path | None) -> Dataset:
         if os.path.lexists(data_root / npz):
@@ -108,7 +108,7 @@ def _folders(name: str, data_root: Path, cache: Path | None) -> Dataset:
 
 
 def _domainnet(name: str, data_root: Path, cache: Path | None) -> Dataset:
-    """All domains pooled by class, split as the published lists `<domain>_train.txt` and `<domain>_test.txt` say."""
+    """All domains pooled by class, split by the published `<domain>_train.txt` and `<domain>_test.txt`."""
     place = data_root / DATASETS[name].files[0]
     if _is_split_folder(place):
         return from_folder(name, place, cache)
@@ -159,7 +159,7 @@ def load_dataset(name: str, data_root: str | Path, cache: Path | None = None) ->
 
 
 def class_count(name: str, data_root: str | Path) -> int | None:
-    """Number of classes without reading images; None when the path does not exist yet. UserError for unknown names."""
+    """Number of classes without reading images; None when the path does not exist. Raises UserError."""
     data_root = Path(data_root)
     if name in DATASETS:
         files = (data_root / file for file in DATASETS[name].files)
@@ -198,7 +198,7 @@ def _places(name: str, data_root: Path) -> list[Path]:
 
 
 def _find(name: str, data_root: Path) -> Path | None:
-    """Existing data at a path; None when it looks like a path and is not there. Raises UserError for unknown names."""
+    """Existing data at a path; None where there is none. Raises UserError for what is no path."""
     places = _places(name, data_root)
     found = next((path for path in places if _holds_data(path)), None)
     if found is not None:
@@ -214,7 +214,8 @@ def _find(name: str, data_root: Path) -> Path | None:
     raise UserError(
         f"dataset {name!r} is not known; "
         + (f"nearest: {', '.join(near)}; " if near else "")
-        + f"allowed: {', '.join(DATASETS)}, a path ending in .npz, or a folder with train/<class>/* and test/<class>/*."
+        + f"allowed: {', '.join(DATASETS)}, a path ending in .npz, or a folder with train/<class>/* "
+        "and test/<class>/*."
     )
 
 

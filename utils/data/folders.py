@@ -189,7 +189,7 @@ def from_files(
 
 
 def from_lists(name: str, path: Path, lists: dict[str, list[Path]], cache: Path | None) -> Dataset:
-    """The data set of published lists of image files, each line `<domain>/<class>/<file> <number>`, relative to `path`.
+    """Data set of published lists, with lines `<domain>/<class>/<file> <number>`, relative to `path`.
 
     All lists of a split are pooled; a class has the number that the lists give it.
 

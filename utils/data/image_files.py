@@ -71,7 +71,7 @@ def _upper_bits(image: Image.Image) -> np.ndarray:
 
 
 def lacks_data(jpeg: bytes, pixels: np.ndarray) -> bool:
-    """Whether the picture of a JPEG file ends before its end marker, so that decoders fill the rest with grey.
+    """Whether the picture of a JPEG ends before its end marker, so that decoders fill the rest with grey.
 
     Bytes put before the end marker are skipped when the picture is complete, else they are taken for its
     rest.
@@ -152,4 +152,5 @@ def printable(name: str | Path) -> str:
 def _bad_files(label: str, problems: dict[Path, str]) -> str:
     named = "; ".join(f"{printable(path)} ({reason})" for path, reason in sorted(problems.items())[:NAMED])
     more = f"; and {len(problems) - NAMED:,} more" if len(problems) > NAMED else ""
-    return f"Data set {label!r}: {len(problems):,} image files cannot be used; replace or remove them: {named}{more}."
+    told = f"{len(problems):,} image files cannot be used; replace or remove them"
+    return f"Data set {label!r}: {told}: {named}{more}."

@@ -35,7 +35,7 @@ class ImageSet:
         raise NotImplementedError
 
     def batch(self, indices: np.ndarray) -> Tensor | list[Tensor]:
-        """Several images: uint8 (B, 3, H, W), or a list of (3, H, W) where their sizes differ or there are none."""
+        """Several images: uint8 (B, 3, H, W), or a list of (3, H, W) where sizes differ or there are none."""
         images = [self[index] for index in indices]
         return torch.stack(images) if len({image.shape for image in images}) == 1 else images
 
@@ -45,7 +45,7 @@ class ImageSet:
 
 
 class ArrayImages(ImageSet):
-    """Images of one uint8 array (N, H, W, 3), (N, H, W, 1) or (N, H, W); grey ones get three equal channels."""
+    """Images of one uint8 array (N, H, W, 3), (N, H, W, 1) or (N, H, W); grey gets three equal channels."""
 
     def __init__(self, images: np.ndarray, labels: np.ndarray) -> None:
         super().__init__(labels)
@@ -105,8 +105,8 @@ class FolderImages(ImageSet):
             ) from error
         self.memo.forget(path)
         raise UserError(
-            f"The image {path} is not the one that was there when its content was hashed: it was replaced meanwhile. "
-            "Run the command again, or go on with --resume: its content is then hashed anew."
+            f"The image {path} is not the one that was there when its content was hashed: it was replaced "
+            "meanwhile. Run the command again, or go on with --resume: its content is then hashed anew."
         )
 
 

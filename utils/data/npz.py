@@ -20,7 +20,7 @@ NPZ_KEYS = ("x_train", "y_train", "x_test", "y_test", "class_names")
 
 
 def from_npz(name: str, path: Path) -> Dataset:
-    """The data set of an .npz with `NPZ_KEYS`. Raises UserError for missing keys, wrong types, shapes or labels."""
+    """Data set of an .npz. Raises UserError for missing keys, wrong types, shapes or labels."""
     arrays = read_npz(path, NPZ_KEYS)
     class_names = _names(path, arrays.pop("class_names"))
     for source in ("train", "test"):

@@ -1,8 +1,8 @@
-"""A generated data set: eight classes of 32x32 colour images, the same at every call, nothing to download.
+"""Generated data set: eight classes of 32x32 colour images, the same at every call, nothing to download.
 
-Used by `exps/smoke.json` and tests under the data set name `synthetic`. Classes come in pairs, (0, 1) to (6,
-7), and every pair has image statistics of its own (smooth gradients, saturated stripes, dark blobs, bright
-pixel noise): in stored class order with two classes a task, each task is a clear shift of the input
+Used by `exps/smoke.json` and tests under the data set name `synthetic`. Classes come in pairs, (0, 1) to
+(6, 7), and every pair has image statistics of its own (smooth gradients, saturated stripes, dark blobs,
+bright pixel noise): in stored class order with two classes per task, each task is a clear shift of the input
 distribution.
 """
 
@@ -21,7 +21,7 @@ Drawer = Callable[
 
 
 def synthetic_arrays() -> tuple[list[str], dict[str, np.ndarray]]:
-    """Class names, and `x_train, y_train, x_test, y_test` with uint8 images (N, 32, 32, 3) and int64 labels (N,)."""
+    """Class names, and arrays: uint8 images `x_*` (N, 32, 32, 3) and int64 labels `y_*` (N,)."""
     arrays = {}
     for split, (source, count) in enumerate((("train", TRAIN_PER_CLASS), ("test", TEST_PER_CLASS))):
         images = [_image(label, split, index) for label in range(len(CLASS_NAMES)) for index in range(count)]

@@ -1,10 +1,10 @@
-"""Class-incremental task sequence of a data set: class order, tasks, and batches that depend on their key alone.
+"""Class-incremental task sequence of a data set: class order, tasks, batches that depend on a key alone.
 
     split = TaskSplit(seed=1993, shuffle=True, init_cls=10, increment=10)
     data = DataManager(dataset, split, train_view=..., test_view=...)
-    key = ("functional", 1993, 0)
-    for images, targets in data.batches(data.task_classes(0), source="train", mode="train", batch_size=32,
-        key=key): ...
+    how = {"source": "train", "mode": "train", "batch_size": 32, "key": ("functional", 1993, 0)}
+    for images, targets in data.batches(data.task_classes(0), **how):
+        ...
 
 *Incremental labels* number the classes in the order in which tasks bring them: `class_order[i]` is the data
 set's own label of incremental class i.

@@ -1,4 +1,4 @@
-"""Views of images as network inputs: random training views and the test view, of whole batches, on any device.
+"""Views of images as network inputs: random training views and the test view, on any device.
 
     spec = ViewSpec(image_size=224, augmentation="crop_flip")
     key = ("functional", 1993, 0)
@@ -107,7 +107,7 @@ def views_of(images: Tensor, spec: ViewSpec, key: Key | None, indices: np.ndarra
     return views
 
 
-# ---------------------------------------------------------------------------------------------------------- randomness
+# ------------------------------------------------------------------------------------------------- randomness
 
 
 def uniforms(key: Key, indices: np.ndarray, count: int) -> np.ndarray:
@@ -164,7 +164,7 @@ def draw_crops(key: Key, indices: np.ndarray, height: int, width: int, mirror: b
     return Crops(top, left, h, w, (coin < 0.5) & mirror)
 
 
-# ---------------------------------------------------------------------------------------------------------- resampling
+# ------------------------------------------------------------------------------------------------- resampling
 
 
 @dataclass(frozen=True)
@@ -205,7 +205,7 @@ def taps(
     device: torch.device,
     part: range | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Which pixels make the `size` output pixels of each span: positions int64 and weights float64, (B, size, taps).
+    """Pixels that make the `size` outputs of each span: int64 positions and float64 weights, (B, size, taps).
 
     Spans have `lengths[b]` pixels from `starts[b]` on. Output pixel i weighs pixel j of its span with
     kernel((j + 1/2 - c) / r), where c = (i + 1/2) s, s is the length by the size and r = max(s, 1); the
@@ -232,7 +232,7 @@ def matrices(positions: Tensor, values: Tensor, source: int) -> Tensor:
 
 
 def _on_grid(values: Tensor, largest: Tensor, bits: int) -> Tensor:
-    """Weights rounded to multiples of 2^-p, float32: p is the largest with largest < 2^(15 - p), at most `bits`."""
+    """Weights rounded to multiples of 2^-p, float32, for the largest p <= bits with largest < 2^(15 - p)."""
     power = ((2**15 - 0.5) / largest).log2().ceil().long() - 1
     steps = torch.ones_like(power) << power.clamp(max=bits)
     return ((values * steps).round() / steps).float()
@@ -256,7 +256,7 @@ def _resizing(
 
 
 def _resizing_centre(side: int, resized: int, part: range, device: torch.device) -> tuple[range, Tensor]:
-    """Some output pixels of an axis resized as a whole: which of its pixels they need, and the matrix of those.
+    """Some output pixels of an axis resized as a whole: the range of pixels they need, and their matrix.
 
     Weights are rounded as in the whole axis. Where that is made longer, its largest is one of the first
     output pixel, which lacks the negative weights of the pixels before it.
@@ -273,13 +273,13 @@ def _resizing_centre(side: int, resized: int, part: range, device: torch.device)
 
 
 def _test_size(height: int, width: int, size: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """The test view: to which height and width an image is resized, and the first row and column of the centre."""
+    """Of the test view: height and width that an image is resized to, first row and column of its centre."""
     resized = tuple(int(256 * size // 224 * side / min(height, width)) for side in (height, width))
     return resized, tuple(round((side - size) / 2) for side in resized)
 
 
 def interpolated(images: Tensor, size: int, crops: Crops | None) -> Tensor:
-    """Grey levels of the crops, or for None of the test view, image by image on the CPU: uint8 (B, 3, S, S)."""
+    """Grey levels of the crops, for None of the test view, image by image on the CPU: uint8 (B, 3, S, S)."""
     resize = torch.nn.functional.interpolate
     if crops is None:
         resized, (top, left) = _test_size(*images.shape[-2:], size)
@@ -326,7 +326,7 @@ def _crops(images: Tensor, size: int, crops: Crops) -> tuple[Tensor, Tensor, Ten
 
 
 def _resampled(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """rows @ image @ columns^T of every channel, each pass rounded to grey levels 0..255: float32 (B, 3, S, S).
+    """rows @ image @ columns^T of every channel, passes rounded to grey levels: float32 (B, 3, S, S).
 
     Matrices are (B, S, height or width), or (1, S, height or width) for all images.
     """

@@ -3,9 +3,11 @@
 import functools
 import os
 import urllib.error
+import urllib.request
 import zipfile
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 import timm
@@ -13,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from models.vit import pretrained as factory
-from models.vit.pretrained import backbone_shape, create_backbone
+from models.vit import weights
+from models.vit.pretrained import BACKBONES, backbone_shape, create_backbone
 from utils.errors import UserError
 
 TINY = "vit_tiny_patch16_224"
@@ -31,6 +33,10 @@ def tiny():
     return create_backbone(TINY, weights="random", weights_root="nowhere", image_size=32)
 
 
+def from_file(path: Path | str, image_size: int = 32):
+    return create_backbone(TINY, weights=str(path), weights_root="nowhere", image_size=image_size)
+
+
 @pytest.fixture
 def no_hub(monkeypatch):
     """A machine without network: the hub's cache is empty and its host does not answer."""
@@ -38,9 +44,9 @@ def no_hub(monkeypatch):
     def unreachable(*_, **__):
         raise urllib.error.URLError("name resolution failed")
 
-    monkeypatch.setattr(factory.huggingface_hub, "try_to_load_from_cache", lambda *_: None)
-    monkeypatch.setattr(factory.urllib.request, "urlopen", unreachable)
-    monkeypatch.setattr(factory, "load_state_dict_from_hf", lambda *_, **__: pytest.fail("the hub was asked"))
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: None)
+    monkeypatch.setattr(urllib.request, "urlopen", unreachable)
+    monkeypatch.setattr(weights, "load_state_dict_from_hf", lambda *_, **__: pytest.fail("the hub was asked"))
 
 
 # --------------------------------------------------------------------------------------------------- names and shapes
@@ -57,7 +63,7 @@ def test_shapes_of_short_names_and_timm_names():
 
 
 def test_published_short_names_mean_the_weights_of_their_pinned_timm():
-    names = factory.BACKBONES
+    names = BACKBONES
     assert names["pretrained_vit_b16_224_adapter"] == "vit_base_patch16_224.augreg2_in21k_ft_in1k"
     assert names["pretrained_vit_b16_224_in21k_adapter"] == "vit_base_patch16_224.augreg_in21k"
     for name in names:
@@ -121,11 +127,11 @@ def test_other_families_give_the_class_token(name, side, prefix):
     assert torch.equal(vit(images), vit.forward_features(images)[:, 0])
 
 
-def test_hash_sees_one_changed_number(tiny):
+def test_hash_sees_one_changed_number(tiny, tmp_path):
     state = {name: tensor.clone() for name, tensor in tiny.vit.state_dict().items()}
-    assert factory._sha256(state) == tiny.sha256
     state["norm.bias"][0] += 1e-3
-    assert factory._sha256(state) != tiny.sha256
+    torch.save(state, tmp_path / "changed.pth")
+    assert from_file(tmp_path / "changed.pth").sha256 != tiny.sha256
 
 
 @pytest.mark.parametrize("option", OPTIONS, ids=str)
@@ -179,7 +185,7 @@ def test_local_file_loads_and_ignores_the_head(tiny, tmp_path, suffix):
     state = {k: v.clone() for k, v in tiny.vit.state_dict().items()} | {"head.weight": torch.zeros(5, 192)}
     path = tmp_path / f"mine{suffix}"
     save_file(state, path) if suffix != ".pth" else torch.save({"model": state}, path)
-    loaded = create_backbone(TINY, weights=str(path), weights_root="nowhere", image_size=32)
+    loaded = from_file(path)
     assert loaded.sha256 == tiny.sha256 and loaded.tag == f"{TINY}.{path.name}"
 
 
@@ -192,7 +198,7 @@ def test_named_weights_are_found_in_weights_root_before_the_hub(tiny, tmp_path, 
 
 def test_position_embedding_is_resized_to_the_asked_image_size(tiny, tmp_path):
     torch.save(tiny.vit.state_dict(), tmp_path / "small.pth")
-    larger = create_backbone(TINY, weights=str(tmp_path / "small.pth"), weights_root="nowhere", image_size=64)
+    larger = from_file(tmp_path / "small.pth", image_size=64)
     assert larger.vit.pos_embed.shape == (1, 1 + 16, 192) and larger.sha256 != tiny.sha256
     assert torch.equal(larger.vit.pos_embed[:, 0], tiny.vit.pos_embed[:, 0])
 
@@ -201,7 +207,7 @@ def test_position_embedding_is_resized_to_the_asked_image_size(tiny, tmp_path):
 def test_files_that_do_not_fit_are_refused_by_name(tiny, tmp_path):
     def load(state, name="bad.pth"):
         torch.save(state, tmp_path / name)
-        return create_backbone(TINY, weights=str(tmp_path / name), weights_root="nowhere", image_size=32)
+        return from_file(tmp_path / name)
 
     state = dict(tiny.vit.state_dict())
     with pytest.raises(
@@ -240,14 +246,14 @@ def test_weights_that_are_not_numbers_are_named(tiny, tmp_path, suffix, number):
     with pytest.raises(
         UserError, match=rf"bad{suffix} holds NaN or infinite weights, in blocks.3.mlp.fc1.bias"
     ):
-        create_backbone(TINY, weights=str(path), weights_root="nowhere", image_size=32)
+        from_file(path)
 
 
 def test_a_name_that_is_not_utf8_is_told(tmp_path):
     path = os.fsdecode(os.fsencode(tmp_path) + b"/\xff.pth")
     Path(path).write_bytes(b"")
     with pytest.raises(UserError, match="not UTF-8") as caught:
-        create_backbone(TINY, weights=path, weights_root="nowhere", image_size=32)
+        from_file(path)
     assert str(caught.value).encode()
 
 
@@ -270,7 +276,7 @@ def test_missing_truncated_and_pickled_files(tmp_path):
         ("cut.npz", "cannot be read"),
     ]:
         with pytest.raises(UserError, match=message) as caught:
-            create_backbone(TINY, weights=str(tmp_path / name), weights_root="nowhere", image_size=32)
+            from_file(tmp_path / name)
         assert (
             name in str(caught.value)
             and str(caught.value).isprintable()
@@ -291,10 +297,10 @@ def test_unreachable_hub_says_what_where_and_what_needs_none(tmp_path, no_hub):
 
 
 def test_hub_weights_are_loaded_strictly(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(factory, "_check_hub", lambda: None)
-    monkeypatch.setattr(factory.huggingface_hub, "try_to_load_from_cache", lambda *_: None)
+    monkeypatch.setattr(weights, "require_hub", lambda: None)
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: None)
     state = dict(tiny.vit.state_dict()) | {"head.weight": torch.zeros(5, 192), "head.bias": torch.zeros(5)}
-    monkeypatch.setattr(factory, "load_state_dict_from_hf", lambda *_, **__: dict(state))
+    monkeypatch.setattr(weights, "load_state_dict_from_hf", lambda *_, **__: dict(state))
     assert create_backbone(f"{TINY}.augreg_in21k", weights_root=tmp_path, image_size=32).sha256 == tiny.sha256
     del state["norm.weight"]
     with pytest.raises(UserError, match="norm.weight"):
@@ -318,7 +324,7 @@ def test_dinov2_file_is_converted_as_the_plain_maths_says(tmp_path, monkeypatch)
         "pos_embed": torch.cat([cls_position, grid], dim=1),
     }
     torch.save(file, tmp_path / "dino.pth")
-    monkeypatch.setattr(factory, "fetch_asset", lambda name, folder: tmp_path / "dino.pth")
+    monkeypatch.setattr(weights, "fetch_asset", lambda name, folder: tmp_path / "dino.pth")
     backbone = create_backbone(DINO, weights_root=tmp_path, image_size=28)
     vit = backbone.vit
     square = grid.reshape(1, 4, 4, 384).permute(0, 3, 1, 2)
@@ -369,7 +375,7 @@ def jax_arrays(vit) -> dict[str, np.ndarray]:
 def test_jax_npz_loads_exactly_and_refuses_other_depths(tiny, tmp_path):
     arrays = jax_arrays(tiny.vit)
     np.savez(tmp_path / "jax.npz", **arrays)
-    loaded = create_backbone(TINY, weights=str(tmp_path / "jax.npz"), weights_root="nowhere", image_size=32)
+    loaded = from_file(tmp_path / "jax.npz")
     assert loaded.sha256 == tiny.sha256
     deeper = {
         k.replace("encoderblock_11", "encoderblock_12"): v
@@ -378,11 +384,11 @@ def test_jax_npz_loads_exactly_and_refuses_other_depths(tiny, tmp_path):
     }
     np.savez(tmp_path / "deep.npz", **arrays, **deeper)
     with pytest.raises(UserError, match="13 blocks, expected .* 12"):
-        create_backbone(TINY, weights=str(tmp_path / "deep.npz"), weights_root="nowhere", image_size=32)
+        from_file(tmp_path / "deep.npz")
     del arrays["Transformer/encoder_norm/bias"]
     np.savez(tmp_path / "short.npz", **arrays)
     with pytest.raises(UserError, match="short.npz"):
-        create_backbone(TINY, weights=str(tmp_path / "short.npz"), weights_root="nowhere", image_size=32)
+        from_file(tmp_path / "short.npz")
 
 
 def test_jax_npz_with_integers_or_headers_beyond_the_file_is_refused_without_reading_it(tiny, tmp_path):
@@ -400,5 +406,5 @@ def test_jax_npz_with_integers_or_headers_beyond_the_file_is_refused_without_rea
             beyond.writestr(name, damaged if name == "embedding/bias.npy" else whole.read(name))
     for name, what in (("integers.npz", "embedding/bias int32"), ("beyond.npz", "embedding/bias.npy")):
         with pytest.raises(UserError, match=what) as caught:
-            create_backbone(TINY, weights=str(tmp_path / name), weights_root="nowhere", image_size=32)
+            from_file(tmp_path / name)
         assert name in str(caught.value) and "\n" not in str(caught.value)

@@ -17,6 +17,7 @@ from models import SCHEMAS
 from models.saved_run import make_learner
 from models.sema_config import SEMAConfig
 from models.vit import pretrained as factory
+from models.vit import weights
 from tests.conftest import ROOT, TINY, TINY_GRIDS, TINY_SDLORA, shipped_file
 from trainer import train
 from utils.config.loading import ConfigError, LoadedConfig, config_from_dict, load_config, nearest_key
@@ -306,7 +307,7 @@ def test_missing_data_and_weights_are_told_together(tmp_path: Path, monkeypatch:
     def unreachable() -> None:
         raise OSError("no way to the hub")
 
-    monkeypatch.setattr(factory, "_check_hub", unreachable)
+    monkeypatch.setattr(weights, "require_hub", unreachable)
     absent = {"dataset": "imagenetr", "backbone_type": "vit_tiny_patch16_224.augreg_in21k", "weights": None}
     config = check("sema", **absent, data_root=str(tmp_path), weights_root=str(tmp_path)).config
     with pytest.raises(UserError) as caught:
