@@ -132,11 +132,9 @@ def stored_views(
     """Views of stored images, all at once when they are of one size: float32 (B, 3, S, S)."""
     pixels = images.batch(indices)
     if isinstance(pixels, Tensor):
-        return views_of(pixels.to(device), spec, view, indices)
-    single = (
-        views_of(image[None].to(device), spec, view, indices[i : i + 1]) for i, image in enumerate(pixels)
-    )
-    return torch.cat([torch.empty(0, 3, spec.image_size, spec.image_size, device=device), *single])
+        return views_of(pixels, spec, view, indices).to(device)
+    single = (views_of(image[None], spec, view, indices[i : i + 1]) for i, image in enumerate(pixels))
+    return torch.cat([torch.empty(0, 3, spec.image_size, spec.image_size), *single]).to(device)
 
 
 def workers_that_fit(workers: int, batch_bytes: int, processes: int) -> tuple[int, str]:

@@ -174,7 +174,7 @@ class DataManager:
     def views(
         self, indices: np.ndarray, source: str, mode: str, view: Key | None, device: torch.device = CPU
     ) -> Tensor:
-        """Network inputs of stored images, float32 (n, 3, S, S), made on the device from their uint8 pixels.
+        """Network inputs of stored images, float32 (n, 3, S, S), on the device.
 
         Args:
             indices: stored positions, (n,).

@@ -12,8 +12,9 @@ import torch
 from PIL import Image
 
 import main
+from models.saved_run import make_learner
 from tests.image_folders import folder_images, write_folder
-from trainer import Run, assemble, open_log, resume, train
+from trainer import Run, open_log, resume, train
 from utils.cache import file_memo
 from utils.cache.file_memo import FileMemo
 from utils.data import image_files
@@ -139,9 +140,6 @@ def test_names_and_places_of_files_are_no_part_of_the_content(folder, tmp_path):
     assert load(tmp_path / "moved").sha256 != expected.sha256
 
 
-# ---------- runs
-
-
 def simplecil(folder: Path) -> dict[str, object]:
     return {
         "model_name": "simplecil",
@@ -195,9 +193,9 @@ def test_what_no_finished_task_has_read_may_change(tmp_path, smoke_config):
     for split in ("train", "test"):
         write_folder(tmp_path / "set", split, ["ant", "bee", "cat"])
     config = smoke_config(**simplecil(tmp_path / "set"))
-    parts = assemble(config, seed=1)
-    with open_log(parts, Command(id="one", seeds=[1], overwrite=False)) as log:
-        Run(parts, log).run_task(0)
+    learner = make_learner(config)
+    with open_log(learner, Command(id="one", seeds=[learner.seed], overwrite=False)) as log:
+        Run(learner, log).run_task(0)
     (tmp_path / "set" / "train" / "cat" / "0.png").unlink()
     Image.new("RGB", (8, 8), "red").save(tmp_path / "set" / "test" / "bee" / "1.png")
     read = tmp_path / "set" / "test" / "ant" / "1.png"

@@ -12,24 +12,10 @@ from torch.utils._pytree import tree_leaves
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as published
 
-from utils.data import transforms as views
-from utils.data.transforms import (
-    BICUBIC,
-    BILINEAR,
-    Crops,
-    ViewSpec,
-    draw_crops,
-    interpolated,
-    matrices,
-    products,
-    taps,
-    uniforms,
-    views_of,
-)
+from utils.data.transforms import Crops, ViewSpec, draw_crops, uniforms, views_of
 from utils.errors import UserError
 
 KEY = (1993, 0, 1)
-CPU = torch.device("cpu")
 SHAPES = [(32, 32, 224), (100, 80, 56), (45, 91, 32), (224, 224, 64)]  # height, width, size of the view
 
 
@@ -59,28 +45,6 @@ def centre_views(images: torch.Tensor, size: int) -> torch.Tensor:
 # -------------------------------------------------------------------------------------------------------- resampling
 
 
-@pytest.mark.parametrize(("mode", "kernel"), [("bilinear", BILINEAR), ("bicubic", BICUBIC)])
-@pytest.mark.parametrize(("height", "width", "size"), [*SHAPES, (7, 300, 20), (1, 2, 9)])
-def test_weights_before_rounding_are_those_of_antialiased_interpolation(mode, kernel, height, width, size):
-    image = noise(1, height, width).double()
-    rows, columns = (
-        matrices(*taps(np.array([0]), np.array([side]), size, kernel, CPU), side) for side in (height, width)
-    )
-    expected = torch.nn.functional.interpolate(image, (size, size), mode=mode, antialias=True)
-    torch.testing.assert_close(rows[:, None] @ image @ columns[:, None].mT, expected, atol=1e-3, rtol=0)
-
-
-@pytest.mark.parametrize(("height", "width", "size"), SHAPES)
-def test_weights_of_a_crop_are_those_of_resizing_it_alone(height, width, size):
-    image = noise(1, height, width).double()
-    crops = crops_of(20, height, width)
-    rows = matrices(*taps(crops.top, crops.height, size, BILINEAR, CPU), height)
-    columns = matrices(*taps(crops.left, crops.width, size, BILINEAR, CPU), width)
-    for ours, box in zip(rows[:, None] @ image @ columns[:, None].mT, boxes(crops), strict=True):
-        expected = published.resized_crop(image[0], *box, [size, size], antialias=True)
-        torch.testing.assert_close(ours, expected, atol=1e-3, rtol=0)
-
-
 def published_crop(image: torch.Tensor, box: np.ndarray, mirrored: bool, size: int) -> torch.Tensor:
     crop = published.resized_crop(image, *box, [size, size], antialias=True)
     return published.horizontal_flip(crop) if mirrored else crop
@@ -91,35 +55,23 @@ def published_centre(images: torch.Tensor, size: int) -> torch.Tensor:
     return v2.Compose([resize, v2.CenterCrop(size)])(images)
 
 
-@pytest.mark.parametrize("make", [products, interpolated])
 @pytest.mark.parametrize(("height", "width", "size"), SHAPES)
-def test_training_views_are_torchvisions_to_the_bit(make, height, width, size):
+def test_training_views_are_torchvisions_to_the_bit(height, width, size):
     images, crops = noise(20, height, width), crops_of(20, height, width)
     expected = [
         published_crop(*each, size) for each in zip(images, boxes(crops), crops.mirrored, strict=True)
     ]
-    assert torch.equal(make(images, size, crops).byte(), torch.stack(expected))
     assert torch.equal(train_views(images, size), torch.stack(expected).float() / 255)
 
 
-@pytest.mark.parametrize("make", [products, interpolated])
 @pytest.mark.parametrize(
-    ("height", "width", "size"), [(32, 32, 224), (100, 80, 56), (45, 91, 32), (256, 257, 224)]
+    ("height", "width", "size"),
+    [(32, 32, 224), (100, 80, 56), (45, 91, 32), (256, 257, 224), (700, 900, 56), (300, 25, 8), (9, 130, 64)],
 )
-def test_test_views_are_torchvisions_to_the_bit(make, height, width, size):
+def test_test_views_are_torchvisions_to_the_bit(height, width, size):
     images = noise(3, height, width)
     expected = published_centre(images, size)
-    assert torch.equal(make(images, size, None).byte(), expected)
     assert torch.equal(centre_views(images, size), expected.float() / 255)
-
-
-def test_strong_reduction_differs_by_a_grey_level_at_rare_pixels():
-    """Torch's weights are then finer than float32 sums are exact on; on the CPU its own arithmetic is used."""
-    images = noise(2, 700, 900)
-    expected = published_centre(images, 56)
-    assert torch.equal(centre_views(images, 56), expected.float() / 255)
-    levels = (products(images, 56, None) - expected).abs()
-    assert 0 < levels.max() <= 1 and levels.mean() < 0.02
 
 
 class LargestTensor(TorchDispatchMode):
@@ -135,20 +87,18 @@ class LargestTensor(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(("height", "width"), [(1, 3000), (3000, 1), (2, 5000), (300, 9000)])
-def test_elongated_images_need_no_more_memory_than_they_and_their_views(height, width):
-    """Resized as a whole, as published, one pixel by 3000 would be 256 by 768000."""
+def test_views_of_elongated_images_need_little_memory(height, width):
+    """Resized as a whole, as published, one pixel by 3000 would be 256 by 768000. What is seen hardly differs."""
     images = noise(2, height, width)
     with LargestTensor() as largest:
         centre_views(images, 224), train_views(images, 224)
-    assert largest.bytes <= 2 * max(images.nbytes, 2 * 3 * 224 * 224 * 4)
+    assert largest.bytes <= max(2 * images.nbytes, 16 * 2**20)
 
 
-@pytest.mark.parametrize(
-    ("height", "width", "size"), [(1, 3000, 16), (3000, 1, 16), (7, 300, 64), (300, 9, 8)]
-)
-def test_test_views_of_elongated_images_are_torchvisions_to_the_bit(height, width, size):
-    images = noise(2, height, width)
-    assert torch.equal(centre_views(images, size), published_centre(images, size).float() / 255)
+def test_the_centre_of_elongated_images_is_seen():
+    images = noise(2, 7, 600)
+    expected = published_centre(images, 64).float() / 255
+    assert (centre_views(images, 64) - expected).abs().mean() < 0.02 < images.float().std() / 255
 
 
 def test_test_view_is_the_published_one():
@@ -178,12 +128,6 @@ def test_augmentations():
 
 
 # -------------------------------------------------------------------------------------------------------- randomness
-
-
-def test_numbers_are_those_of_splitmix64():
-    """First outputs for the seed 1234567, as listed for the published generator."""
-    states = np.uint64(1234567) + np.arange(1, 4, dtype=np.uint64) * views._GAMMA
-    assert views._mix(states).tolist() == [6457827717110365317, 3203168211198807973, 9817491932198370423]
 
 
 def test_numbers_are_uniform_and_depend_on_key_index_and_position_alone():
@@ -258,14 +202,6 @@ def test_no_images_give_no_views():
     for key in (None, KEY):
         empty = views_of(torch.empty(0, 3, 9, 9, dtype=torch.uint8), ViewSpec(16, "crop"), key, np.arange(0))
         assert empty.shape == (0, 3, 16, 16) and empty.dtype == torch.float32
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize(("height", "width", "size"), SHAPES)
-def test_products_are_the_same_on_every_device(height, width, size):
-    images = noise(20, height, width)
-    for crops in (crops_of(20, height, width), None):
-        assert torch.equal(products(images.cuda(), size, crops).cpu(), products(images, size, crops))
 
 
 # -------------------------------------------------------------------------------------------------------------- spec
