@@ -113,6 +113,7 @@ def test_slugs():
 def test_synthetic_is_the_same_every_time_and_shifts_between_pairs(tmp_path):
     first, second = load_dataset("synthetic", tmp_path), load_dataset("synthetic", tmp_path)
     assert first.sha256 == second.sha256 and first.class_names == second.class_names
+    assert first.sha256.startswith("c57bb0f80f8b")
     assert (len(first.class_names), len(first.train), len(first.test)) == (8, 320, 160)
     assert first.train[0].shape == (3, 32, 32) and not torch.equal(first.train[0], first.test[0])
     pixels = np.stack([first.train[i].numpy() for i in range(320)]).astype(float)
