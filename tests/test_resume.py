@@ -115,7 +115,7 @@ def test_killed_while_activations_are_stored(tmp_path: Path) -> None:
     for number, point in enumerate((stored[1], stored[-1] + 1, len(moments) // 2)):
         logs = tmp_path / str(number)
         assert run(command(logs, **STORED), die_at=point)[0] == -signal.SIGKILL
-        assert list((logs / "cache").rglob("*.npy"))
+        assert list((logs / "cache").rglob("*.safetensors"))
         assert finish(logs) == expected
 
 
