@@ -1,6 +1,7 @@
 """Pixels of image files: every mode scaled right or refused, pictures that end early found."""
 
 import colorsys
+import functools
 import io
 import re
 import struct
@@ -84,6 +85,7 @@ def srgb_of_lab(lab: np.ndarray) -> np.ndarray:
     return (255 * np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)).round()
 
 
+@functools.cache
 def modes() -> dict[str, list[tuple[Image.Image | bytes, np.ndarray, int]]]:
     """Mode -> images or files of it, the pixels that they stand for, and by how much rounding may differ."""
     black_white, one, two, three, four = levels() > 127, levels(), levels(2), levels(3), levels(4)
