@@ -99,7 +99,7 @@ def modes() -> dict[str, list[tuple[Image.Image | bytes, np.ndarray, int]]]:
     translucent = Image.new("PA", (7, 5))
     translucent.putpalette(palette.tobytes())
     translucent.putdata(list(zip(entries.ravel().tolist(), one.ravel().tolist(), strict=True)))
-    near_grey = np.stack([RNG.integers(60, 200, (5, 7)), *RNG.integers(-20, 20, (2, 5, 7))], -1)
+    near_grey = np.stack([RNG.integers(90, 200, (5, 7)), *RNG.integers(-8, 8, (2, 5, 7))], -1)
     lab = Image.frombytes("LAB", (7, 5), near_grey.astype(np.int8).astype(np.uint8).tobytes())
     luma, blue, red = (three[..., i].astype(float) for i in range(3))
     green = luma - 0.344136 * (blue - 128) - 0.714136 * (red - 128)
