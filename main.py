@@ -8,72 +8,122 @@ torchrun --nproc_per_node=2 main.py --config X.json              several devices
 python main.py --sweep exps/sweeps/smoke.json                    a table of experiments; again: goes on with it
 python main.py --sweep X.json --engine ray --ray-address HOST:PORT   its runs on a Ray cluster
 python main.py --sweep X.json --report                           its summary again, no run
+python main.py --list keys --method sema                         config keys, what they allow and mean
+python main.py --list configs                                    also: methods, datasets, backbones
 """
+
+# PyTorch and what needs it are imported inside functions, so that --help and usage errors answer at once.
 
 import argparse
 import difflib
+import json
 import logging
 import os
 import sys
+from pathlib import Path
+from typing import Any
 
 from utils.command_line import as_set, given_path, parse_or_advise
 from utils.console import attach_console, prepare_console
+from utils.errors import UserError, exit_code
 from utils.sweeps.executors import EXECUTORS
 
 DEFAULT = "exps/quickstart.json"
-OPTIONS = ("config", "set", "resume", "overwrite", "sweep", "jobs", "engine", "ray-address", "report")
+LISTS = ("keys", "methods", "datasets", "backbones", "configs")
+OPTIONS = (
+    "config", "set", "resume", "overwrite", "sweep", "jobs", "engine", "ray-address", "report",
+    "list", "method", "format",
+)  # fmt: skip
 OF_EVAL = {"eval", "evaluate", "test", "run", "checkpoint", "recorded", "analyse", "images-per-class"}
+
+logger = logging.getLogger("nested_lora")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Arguments
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line's arguments."""
+    """The command line's arguments; exits with a usage error where they do not go together."""
     parser = argparse.ArgumentParser(
         description="Class-incremental learning with adapters on two time scales.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=__doc__,
     )
-    parser.add_argument(
-        "--config", type=given_path, metavar="FILE", help=f"JSON experiment to run (default: {DEFAULT})"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("--config", type=given_path, metavar="FILE", help=f"JSON experiment to run (default: {DEFAULT})")
+    add(
         "--set",
         action="append",
         default=[],
         metavar="KEY=VALUE",
         dest="overrides",
-        help="change one key; may be repeated",
+        help="change one key; repeatable",
     )
-    parser.add_argument("--resume", type=given_path, metavar="FOLDER", help="continue the run in this folder")
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace an existing folder of the same name"
-    )
-    parser.add_argument(
+    add("--resume", type=given_path, metavar="FOLDER", help="continue the run in this folder")
+    add("--overwrite", action="store_true", help="replace an existing folder of the same name")
+    add(
         "--sweep",
         type=given_path,
         metavar="FILE",
         help="run a table of experiments; what is finished is skipped",
     )
-    parser.add_argument(
-        "--jobs", type=int, metavar="N", help="of a sweep: runs at once (default: as many as fit)"
-    )
-    parser.add_argument(
-        "--engine", choices=list(EXECUTORS), help="of a sweep: what executes its runs (default: local)"
-    )
-    parser.add_argument(
-        "--ray-address", metavar="ADDR", help="with --engine ray: a cluster (default: a Ray of its own)"
-    )
-    parser.add_argument("--report", action="store_true", help="of a sweep: only write the summary again")
+    add("--jobs", type=int, metavar="N", help="of a sweep: runs at once (default: as many as fit)")
+    add("--engine", choices=list(EXECUTORS), help="of a sweep: what executes its runs (default: local)")
+    add("--ray-address", metavar="ADDR", help="with --engine ray: a cluster (default: a Ray of its own)")
+    add("--report", action="store_true", help="of a sweep: only write the summary again")
+    add("--list", choices=LISTS, help="print what there is, and exit")
+    add("--method", metavar="NAME", help="with --list keys: of this method only")
+    add("--format", choices=("text", "markdown"), help="with --list keys: how to print them (default: text)")
     options = parse_or_advise(parser, arguments, way_out)
-    check_sweep_options(parser, options)
-    if options.resume and (options.config or options.overrides or options.overwrite):
-        parser.error("--resume continues a run exactly as it was: it takes no --config, --set or --overwrite")
+    for fault in usage_faults(options):
+        parser.error(fault)
     return options
 
 
+def usage_faults(options: argparse.Namespace) -> list[str]:
+    """Sentences about options that do not go together."""
+    of_a_sweep = any(option is not None for option in (options.jobs, options.engine, options.ray_address))
+    of_a_run = bool(options.config or options.overrides or options.overwrite)
+    rules = [
+        (
+            options.resume and of_a_run,
+            "--resume continues a run exactly as it was: it takes no --config, --set or --overwrite",
+        ),
+        (
+            not options.sweep and (options.report or of_a_sweep),
+            "--jobs, --engine, --ray-address and --report go with --sweep",
+        ),
+        (
+            options.sweep and (options.config or options.resume),
+            "--sweep runs its own configurations: it takes no --config or --resume",
+        ),
+        (
+            options.report and (options.overwrite or of_a_sweep),
+            "--report starts no run: it takes no --overwrite, --jobs, --engine or --ray-address",
+        ),
+        (options.jobs is not None and options.jobs < 1, f"--jobs {options.jobs}: at least 1"),
+        (options.ray_address and options.engine != "ray", "--ray-address goes with --engine ray"),
+        (
+            options.sweep and "RANK" in os.environ,
+            "--sweep starts its runs itself: call it without torchrun",
+        ),
+        (
+            options.list and (of_a_run or options.resume or options.sweep),
+            "--list starts no run: it takes --method and --format only",
+        ),
+        (
+            (options.method or options.format) and options.list != "keys",
+            "--method and --format go with --list keys",
+        ),
+    ]
+    return [sentence for applies, sentence in rules if applies]
+
+
 def way_out(name: str, values: list[str]) -> str:
-    """What to write in place of an argument that there is not."""
+    """What to write in place of an argument that does not exist."""
     from models import SCHEMAS
-    from utils.config.loading import nearest_key
+    from utils.config.messages import nearest_key
 
     keys = dict.fromkeys(key for schema in SCHEMAS.values() for key in schema.model_fields)
     if not name and values[0].endswith(".json"):
@@ -85,34 +135,21 @@ def way_out(name: str, values: list[str]) -> str:
         return f"keys of a config are changed with --set: write {as_set(name, values)}"
     if name in OF_EVAL:
         return "a run is tested and looked at with: python eval.py --run FOLDER"
-    option = next(iter(difflib.get_close_matches(name, OPTIONS, n=1, cutoff=0.8)), None)
-    if option:
+    if option := next(iter(difflib.get_close_matches(name, OPTIONS, n=1, cutoff=0.8)), None):
         return f"did you mean --{option}?"
-    key, _, value = (nearest_key(name, keys, SCHEMAS.values()) or "").partition("=")
+    known_as = {other: meant for schema in SCHEMAS.values() for other, meant in schema.known_as.items()}
+    key, _, value = (nearest_key(name, keys, known_as) or "").partition("=")
     near = (
         f"did you mean {as_set(key, [value] if value else values)}?" if key else "--help lists the arguments"
     )
     return f"keys of a config are changed with --set KEY=VALUE: {near}"
 
 
-def check_sweep_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    """Exit with a usage error where the options around `--sweep` do not go together."""
-    of_a_sweep = (options.jobs, options.engine, options.ray_address)
-    if not options.sweep and (options.report or any(option is not None for option in of_a_sweep)):
-        parser.error("--jobs, --engine, --ray-address and --report go with --sweep")
-    if options.sweep and (options.config or options.resume):
-        parser.error("--sweep runs its own configurations: it takes no --config or --resume")
-    if options.report and (options.overwrite or any(option is not None for option in of_a_sweep)):
-        parser.error("--report starts no run: it takes no --overwrite, --jobs, --engine or --ray-address")
-    if options.jobs is not None and options.jobs < 1:
-        parser.error(f"--jobs {options.jobs}: at least 1")
-    if options.ray_address and options.engine != "ray":
-        parser.error("--ray-address goes with --engine ray")
-    if options.sweep and "RANK" in os.environ:
-        parser.error("--sweep starts its runs itself: call it without torchrun")
+# ----------------------------------------------------------------------------------------------------------
+# Commands
 
 
-def sweep(options: argparse.Namespace) -> int:
+def run_sweep(options: argparse.Namespace) -> int:
     """Run a table of experiments, or report on it; the exit code."""
     from models import SCHEMAS
     from utils.sweeps.run import report_sweep, run_sweep
@@ -126,44 +163,123 @@ def sweep(options: argparse.Namespace) -> int:
     return run_sweep(table, engine, jobs=options.jobs, address=address, overwrite=options.overwrite)
 
 
+def run_seeds(loaded: Any, overwrite: bool, context: Any) -> None:
+    """Run the experiment of a config file with each of its seeds, then log their mean."""
+    from trainer import train
+    from utils.runs.seeds import log_mean, new_command
+
+    command = new_command([config.seed for config in loaded.configs], overwrite)
+    results = [train(config, context, notes=loaded.notes, command=command) for config in loaded.configs]
+    if context.distributed.is_main:
+        log_mean(results, loaded.config.metrics)
+
+
+def resume_seeds(folder: Path, context: Any) -> None:
+    """Finish the run in a folder, then the other seeds of the command that started it; log the mean of all.
+
+    Raises:
+        UserError: nothing is left to do, or the folders hold different experiments.
+    """
+    from models.saved_run import read_config, read_result
+    from trainer import resume, train
+    from utils.runs.manifest import read_manifest
+    from utils.runs.seeds import SeedRun, check_same_config, log_mean, seed_runs
+
+    config, command = read_config(folder), read_manifest(folder).command
+    rows = json.loads(context.distributed.on_main(lambda: json.dumps(seed_runs(folder, config, command))))
+    runs = [SeedRun(*row) for row in rows]
+    check_same_config([(Path(run.folder), read_config(Path(run.folder))) for run in runs if run.folder])
+    if len(runs) > 1:
+        states = ", ".join(f"{run.seed} {run.state}" for run in runs)
+        logger.info(f"Seeds of the command that started this run: {states}")
+    results = {}
+    for run in runs:
+        if run.complete:
+            results[run.seed] = read_result(Path(run.folder))
+        elif run.folder:
+            results[run.seed] = resume(Path(run.folder), context)
+        else:
+            other = config.model_copy(update={"seed": run.seed})
+            results[run.seed] = train(other, context, command=command, beside=folder)
+    if context.distributed.is_main:
+        folders = [Path(run.folder) for run in seed_runs(folder, config, command)]
+        log_mean(
+            [results[seed] for seed in command.seeds],
+            config.metrics,
+            [(path, read_config(path)) for path in folders],
+        )
+    if all(run.complete for run in runs):
+        raise UserError(
+            f"{folder} is finished: its result.json is there; read it, or run its config.json again"
+        )
+
+
+def show_list(options: argparse.Namespace) -> None:
+    """Print the keys, methods, data sets, backbones or shipped configs."""
+    from models import LEARNERS, SCHEMAS
+    from models.vit.pretrained import BACKBONES
+    from utils.config.listing import keys_markdown, keys_text
+    from utils.config.messages import no_such
+    from utils.data.datasets import DATASETS
+    from utils.files import read_json
+
+    if options.method not in (None, *SCHEMAS):
+        raise UserError(f"--method {options.method}: {no_such('method', options.method, list(SCHEMAS))}")
+    if options.list == "keys":
+        schemas = {name: SCHEMAS[name] for name in SCHEMAS if options.method in (None, name)}
+        print(keys_markdown(schemas) if options.format == "markdown" else keys_text(schemas))
+        return
+    exps = Path(__file__).parent / "exps"
+    table = {
+        "methods": {name: (learner.__doc__ or "").split("\n")[0] for name, learner in LEARNERS.items()},
+        "datasets": {name: f"{source.classes} classes" for name, source in DATASETS.items()},
+        "backbones": BACKBONES,
+        "configs": {
+            path.relative_to(exps.parent).as_posix(): read_json(path).get("description", "")
+            for path in sorted(exps.rglob("*.json"))
+        },
+    }[options.list]
+    width = max(map(len, table))
+    for name, meaning in table.items():
+        print(f"{name:<{width}}  {meaning}")
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Run what the command line asks for; the exit code: 0 done, 1 runs of a sweep failed, 2 a mistake, 130 stopped."""
+    """Do what the command line asks for.
+
+    Returns the exit code: 0 done, 1 runs of a sweep failed, 2 a mistake, 130 stopped.
+    """
     prepare_console()
     options = parse(arguments)
     first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun started, if it did
     if not first:
         os.environ["TQDM_DISABLE"] = "1"
-    # Imported after parsing, so that --help and usage errors answer at once.
     from models import SCHEMAS
-    from trainer import read_config, resume, train
+    from models.saved_run import read_config, run_context
     from utils.config.loading import load_config
-    from utils.errors import exit_code
-    from utils.training.device import keep_freed_memory, resolve_device
-    from utils.training.distributed import init_distributed
+    from utils.training.device import keep_freed_memory
 
     if first:
         attach_console()
     else:
-        logging.getLogger("nested_lora").addHandler(logging.NullHandler())  # the first process says it
+        logger.addHandler(logging.NullHandler())  # the first process logs
     keep_freed_memory()
     together = False
 
     def work() -> int | None:
         nonlocal together
+        if options.list:
+            return show_list(options)
         if options.sweep:
-            return sweep(options)
+            return run_sweep(options)
         if options.resume:
-            config, notes = read_config(options.resume), []
-        else:
-            loaded = load_config(options.config or DEFAULT, options.overrides, SCHEMAS)
-            config, notes = loaded.config, loaded.notes
-        with init_distributed(resolve_device(config.device)[0]) as distributed:
+            with run_context(read_config(options.resume)) as context:
+                together = True
+                return resume_seeds(options.resume, context)
+        loaded = load_config(options.config or DEFAULT, options.overrides, SCHEMAS)
+        with run_context(loaded.config) as context:
             together = True
-            if options.resume:
-                resume(options.resume, distributed)
-            else:
-                train(config, overwrite=options.overwrite, notes=notes, distributed=distributed)
-        return None
+            return run_seeds(loaded, options.overwrite, context)
 
     return exit_code(work, tells=lambda: first or together)  # a mistake that all processes meet is told once
 

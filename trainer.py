@@ -1,51 +1,42 @@
 """The story of a run: tasks one after the other, evaluation at the end of each, record and checkpoints.
 
-    results = train(config)                       # one run a seed; result.json contents
-    results = resume(Path("logs/sema/..."))       # goes on from the last checkpoint of a run folder
+    result = train(config)                        # a run in a new folder; the content of its result.json
+    result = resume(Path("logs/sema/..."))        # goes on from the last checkpoint of a run folder
     learner = make_learner(config)                # data, backbone and modules; nothing is written
 
 The methods are in `models/`. What a run leaves behind is described in `utils/runs/run_log.py`.
 """
 
-import json
 import logging
-import re
 import shutil
 import signal
 import time
-import uuid
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from models import LEARNERS
-from models.base import Learner
+from models.base import Learner, RunContext
 from models.saved_run import (
-    ALONE,
     CHECKPOINTS,
     check_config,
     check_identity,
-    check_one_experiment,
-    check_same_config,
     fitting,
     load_run_checkpoint,
     make_learner,
     read_config,
     read_result,
-    short,
+    run_context,
 )
 from utils.config.schema import RunConfig
 from utils.errors import Interrupted, UserError
-from utils.metric_catalogue import MetricSpec
 from utils.runs.checkpoint import checkpoint_name, latest_checkpoint, save_checkpoint
 from utils.runs.figures import draw_figures
 from utils.runs.folder import (
-    CONFIG,
-    MANIFEST,
     METRICS,
     RESULT,
     FolderLock,
@@ -61,43 +52,36 @@ from utils.runs.manifest import (
     timestamp,
 )
 from utils.runs.run_log import RunLog, SilentLog
-from utils.runs.tables import seeds_table
+from utils.runs.seeds import new_command
 from utils.training.device import out_of_memory_advice, peak_memory_mb
-from utils.training.distributed import DistributedContext
 
 logger = logging.getLogger("nested_lora")
 
 
 def train(
     config: RunConfig,
+    context: RunContext | None = None,
     *,
     overwrite: bool = False,
     notes: Sequence[str] = (),
-    distributed: DistributedContext = ALONE,
-) -> list[dict[str, Any]]:
-    """Run every seed of the configuration, each in its own folder; returns their results.
+    command: Command | None = None,
+    beside: Path | None = None,
+) -> dict[str, Any]:
+    """Run an experiment in a new folder; returns its result.
+
+    Args:
+        context: where it runs; by default what the config asks for, in this process.
+        overwrite: replace an earlier run in the folder.
+        notes: lines to log first.
+        command: the command that this run is one seed of; by default one of its own.
+        beside: a run folder that the new one lies beside, wherever the config says.
 
     Raises:
         UserError: data, weights or device cannot be had, before any folder is made.
         Interrupted: stopped by a signal, after saving.
     """
-    command = Command(id=uuid.uuid4().hex, seeds=config.seed, overwrite=overwrite)
-    results = [start_run(config, seed, command, notes, distributed) for seed in config.seed]
-    tell_mean(results, config.metrics)
-    return results
-
-
-def start_run(
-    config: RunConfig,
-    seed: int,
-    command: Command,
-    notes: Sequence[str] = (),
-    distributed: DistributedContext = ALONE,
-    beside: Path | None = None,
-) -> dict[str, Any]:
-    """Run one seed from its start, where the configuration says or beside a folder; its result."""
-    learner = make_learner(config.model_copy(update={"seed": [seed]}), distributed)
-    with open_log(learner, command, beside) as log:
+    learner = make_learner(config, context)
+    with open_log(learner, command or new_command([config.seed], overwrite), beside) as log:
         for note in notes:
             logger.info(note)
         return Run(learner, log).to_the_end()
@@ -125,90 +109,22 @@ def open_log(learner: Learner, command: Command, beside: Path | None = None) -> 
     return logs[0] if logs else SilentLog(Path(folder))
 
 
-def resume(folder: Path, distributed: DistributedContext = ALONE) -> list[dict[str, Any]]:
-    """Finish the run in a folder, then the other seeds of the command that started it; the results of all of them.
-
-    Raises:
-        UserError: no run folder, nothing left to do, another process is at work in it, an edited configuration that
-            would mix two experiments in the run or in the mean over seeds, or a checkpoint that is damaged, foreign or
-            newer.
-        Interrupted: stopped by a signal, after saving.
-    """
-    config, command = read_config(folder), read_manifest(folder).command
-    if config.seed[1:] or config.seed[0] not in command.seeds:
-        raise UserError(
-            f"{folder / CONFIG} does not belong to this run any more: its seed is {short(config.seed)}, and the run "
-            f"was started for one of {short(command.seeds)}; set back what was edited"
-        )
-    runs = [
-        SeedRun(*row)
-        for row in json.loads(distributed.on_main(lambda: json.dumps(seed_runs(folder, config, command))))
-    ]
-    check_same_config([Path(run.folder) for run in runs if run.folder])
-    left = [run for run in runs if not run.complete]
-    results = {run.seed: read_result(Path(run.folder)) for run in runs if run.complete}
-    if len(runs) > 1:
-        listed = ", ".join(f"{run.seed} {run.state}" for run in runs)
-        logger.info(f"Seeds of the command that started this run: {listed}")
-    for run in left:
-        if run.folder:
-            results[run.seed] = finish_run(Path(run.folder), distributed)
-        else:
-            others = config.model_copy(update={"seed": [run.seed]})
-            results[run.seed] = start_run(others, run.seed, command, distributed=distributed, beside=folder)
-    in_order = [results[seed] for seed in command.seeds]
-    if distributed.is_main:
-        tell_mean(in_order, config.metrics, [Path(run.folder) for run in seed_runs(folder, config, command)])
-    if not left:
-        raise UserError(f"{folder} is finished: its {RESULT} is there; read it, or run its config.json again")
-    return in_order
-
-
-class SeedRun(NamedTuple):
-    """One seed of a command: its folder, "" where it has not begun, and whether nothing of it is missing."""
-
-    seed: int
-    folder: str
-    complete: bool
-
-    @property
-    def state(self) -> str:
-        """How far it is, for the log."""
-        return "finished" if self.complete else "to be resumed" if self.folder else "to be started"
-
-
-def seed_runs(folder: Path, config: RunConfig, command: Command) -> list[SeedRun]:
-    """The runs of a command: that in the folder first, the others, which lie beside it, in the order of the command.
-
-    They are found also where the prefix was edited since they were made.
-    """
-    own = config.seed[0]
-    folders = {own: folder}
-    for seed in command.seeds:
-        name = folder_of(config, seed).name
-        names = re.compile(".*" + re.escape(name.removeprefix(config.prefix)) + r"(_\d+)?")
-        for beside in [] if seed == own else sorted(folder.absolute().parent.iterdir()):
-            if names.fullmatch(beside.name) and _is_of(beside, command, surely=beside.name.startswith(name)):
-                folders[seed] = folder.with_name(beside.name)
-    seeds = [own, *(seed for seed in command.seeds if seed != own)]
-    return [SeedRun(s, str(folders.get(s, "")), s in folders and is_complete(folders[s])) for s in seeds]
-
-
-def _is_of(folder: Path, command: Command, surely: bool) -> bool:
-    """Whether a folder holds a run of a command; one with a damaged manifest does not, or is refused if `surely`."""
-    try:
-        return (folder / MANIFEST).exists() and read_manifest(folder).command.id == command.id
-    except UserError:
-        if surely:
-            raise
-        return False
-
-
-def finish_run(folder: Path, distributed: DistributedContext = ALONE) -> dict[str, Any]:
+def resume(folder: Path, context: RunContext | None = None) -> dict[str, Any]:
     """Go on with the run in a folder from its last checkpoint, or from its start where there is none; its result.
 
     Where the result is there, only what was to follow it is made.
+
+    Raises:
+        UserError: no run folder, nothing left to do, another process is at work in it, an edited config that would
+            mix two experiments, or a checkpoint that is damaged, foreign or newer.
+        Interrupted: stopped by a signal, after saving.
     """
+    if is_complete(folder):
+        raise UserError(f"{folder} is finished: its {RESULT} is there; read it, or run its config.json again")
+    if context is None:
+        with run_context(read_config(folder)) as context:
+            return resume(folder, context)
+    distributed = context.distributed
     config, lock = read_config(folder), FolderLock(folder)
     with ExitStack() as held:
         distributed.on_main(lambda: held.enter_context(lock).folder.name)
@@ -219,7 +135,7 @@ def finish_run(folder: Path, distributed: DistributedContext = ALONE) -> dict[st
                 logger.info(f"{folder} has its {RESULT}: what should have followed it is made now")
                 complete_run(log)
             return read_result(folder)
-        learner = make_learner(config, distributed)
+        learner = make_learner(config, context)
         checkpoint = latest_checkpoint(folder / CHECKPOINTS)
         tensors, state = load_run_checkpoint(checkpoint) if checkpoint else ({}, None)
         edited = check_config(checkpoint, state, learner) if state else []
@@ -255,22 +171,6 @@ def complete_run(log: RunLog) -> None:
     log.manifest(read_manifest(log.folder).model_copy(update={"finished": timestamp()}).model_dump())
 
 
-def tell_mean(
-    results: Sequence[dict[str, Any]], metrics: Sequence[MetricSpec], folders: Sequence[Path] = ()
-) -> None:
-    """The table of means over seeds, where there are several and what is in their folders is one experiment."""
-    if len(results) < 2:
-        return
-    try:
-        notes = check_one_experiment(folders)
-    except UserError as error:
-        logger.warning(f"No mean over the seeds: {error}")
-        return
-    for note in notes:
-        logger.warning(note)
-    logger.info(seeds_table(results, metrics))
-
-
 class Run:
     """A learner from its first task, or from a checkpoint, to its result."""
 
@@ -304,7 +204,8 @@ class Run:
         if learner.task != task:
             logger.info(learner.describe_task(task))
             learner.begin_task(task)
-        with out_of_memory_advice(config.batch_size, config.grad_accumulation, config.eval_batch_size):
+        sizes = (getattr(config, key, 1) for key in ("batch_size", "grad_accumulation", "eval_batch_size"))
+        with out_of_memory_advice(*sizes):
             learner.train_task()
             self.evaluations.append(learner.evaluate())
         learner.distributed.check_same(f"the model after task {task}", learner.fingerprint())

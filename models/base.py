@@ -51,6 +51,7 @@ class RunContext:
 
     Attributes:
         device: of the modules.
+        precision: "fp32" or "bf16", as the device has it.
         distributed: this process among those that train together.
         log: the run's record; None where a model is only looked at.
         stop: asked between two steps; True on any rank makes `train_task` raise `Interrupted` on all.
@@ -59,6 +60,7 @@ class RunContext:
     """
 
     device: torch.device
+    precision: str = "fp32"
     distributed: DistributedContext = field(default_factory=DistributedContext)
     log: RunLog | None = None
     stop: Callable[[], bool] = lambda: False
@@ -448,7 +450,7 @@ class Learner(ABC):
 
     @property
     def seed(self) -> int:
-        return self.config.seed if isinstance(self.config.seed, int) else self.config.seed[0]
+        return self.config.seed
 
     @property
     def device(self) -> torch.device:

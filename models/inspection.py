@@ -8,7 +8,6 @@ from typing import Any
 from models import LEARNERS
 from models.saved_run import (
     CHECKPOINTS,
-    check_one_experiment,
     load_into,
     load_learner,
     make_learner,
@@ -22,6 +21,7 @@ from utils.runs.checkpoint import latest_checkpoint
 from utils.runs.figures import draw_figures
 from utils.runs.folder import ACCURACY, RESULT, FolderInUse, FolderLock
 from utils.runs.run_log import read_accuracy_csv
+from utils.runs.seeds import check_one_experiment
 from utils.runs.tables import seeds_table
 
 
@@ -67,7 +67,7 @@ def show_seeds(folders: list[Path]) -> Iterator[str]:
         yield f"left out, no result.json: {folder}"
     if not finished:
         raise UserError("none of the folders holds a finished run (a result.json)")
-    for note in check_one_experiment(finished):
+    for note in check_one_experiment([(folder, read_config(folder)) for folder in finished]):
         yield f"note: {note}"
     metrics = read_config(finished[0]).metrics
     yield seeds_table([read_result(folder) for folder in finished], metrics)

@@ -5,24 +5,30 @@
 There is one task that holds all classes, so the record has a final accuracy and neither forgetting nor a curve.
 """
 
-from typing import ClassVar, Literal
+from typing import Literal
 
-from pydantic import Field
 from torch import nn
 
 from models.heads import build_heads
 from models.vit.class_incremental import ClassIncrementalLearner
-from models.vit.config import AdapterConfig
+from models.vit.config import (
+    AdapterKeys,
+    FrozenViTKeys,
+    HeadKeys,
+    OneTaskRules,
+    RidgeKeys,
+    StepKeys,
+    TrainingKeys,
+)
 from models.vit.training import adapted_network, functional_groups, train_functional
+from utils.config.schema import key
 from utils.training.optim import ParameterGroup
 
 
-class JointConfig(AdapterConfig):
-    """Joint training has no keys of its own, and one task."""
+class JointConfig(OneTaskRules, AdapterKeys, HeadKeys, RidgeKeys, TrainingKeys, StepKeys, FrozenViTKeys):
+    """The keys of finetuning, for one task."""
 
-    one_task: ClassVar[bool] = True
-
-    model_name: Literal["joint"] = Field("joint", description="The method.")
+    model_name: Literal["joint"] = key("joint", "The method.")
 
 
 class Joint(ClassIncrementalLearner):

@@ -7,24 +7,27 @@ There is one task that holds all classes, as for `joint`. The augmented views ar
 
 from typing import ClassVar, Literal
 
-from pydantic import Field
 from torch import nn
 
 from backbone.vit_sema import SEMAVisionTransformer
 from models.vit.class_incremental import ClassIncrementalLearner
-from models.vit.config import TrainingConfig
+from models.vit.config import ClassIncrementalConfig, FrozenViTKeys, OneTaskRules, StepKeys, TrainingKeys
 from models.vit.training import train_functional
+from utils.config.schema import key
 from utils.inc_net import IncrementalHead
 
 
-class LinearProbeConfig(TrainingConfig):
-    """The linear probe has no keys of its own, one task, and a trained classifier."""
+class LinearProbeConfig(OneTaskRules, TrainingKeys, StepKeys, FrozenViTKeys):
+    """Training of a classifier, for one task."""
 
-    one_task: ClassVar[bool] = True
+    legacy_keys: ClassVar[dict[str, str]] = {
+        **ClassIncrementalConfig.legacy_keys,
+        "head": "the trained classifier classifies",
+        "head_drift": "features never move",
+        "ranpac_dim": "the trained classifier classifies",
+    }
 
-    model_name: Literal["linear_probe"] = Field("linear_probe", description="The method.")
-    head: Literal["fc"] = Field("fc", description="The trained classifier.")
-    head_drift: Literal["none"] = Field("none", description="Features never move.")
+    model_name: Literal["linear_probe"] = key("linear_probe", "The method.")
 
 
 class LinearProbe(ClassIncrementalLearner):

@@ -12,10 +12,9 @@ Models for Continual Learning*, NeurIPS 2023.
 
 import itertools
 import logging
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -23,9 +22,16 @@ from backbone.sema_block import freeze
 from backbone.vit_sema import SEMAVisionTransformer
 from models.vit.class_incremental import ClassIncrementalLearner
 from models.vit.closed_form import ClosedFormHead, fit_drift
-from models.vit.config import BATCH_KEYS, AdapterConfig, ViTConfig
+from models.vit.config import (
+    AdapterKeys,
+    ClassIncrementalConfig,
+    FrozenViTKeys,
+    RidgeKeys,
+    StepKeys,
+    TrainingKeys,
+)
 from models.vit.training import adapted_network, functional_groups, train_functional
-from utils.config.schema import IdleRule
+from utils.config.schema import UnusedRule, key
 from utils.inc_net import IncrementalHead
 from utils.training.optim import ParameterGroup
 from utils.training.random import rng
@@ -38,28 +44,31 @@ HELD_OUT = 0.2  # share of a task's training features that chooses lambda, as pu
 FIT, HELD = range(2)  # the two parts that the sums are kept in
 
 
-class RanPACConfig(AdapterConfig):
-    """RanPAC's keys; those of training count only with `first_session`."""
+class RanPACConfig(AdapterKeys, RidgeKeys, TrainingKeys, StepKeys, FrozenViTKeys):
+    """Ridge regression; keys of adapters and their training count only with `first_session`."""
 
-    model_name: Literal["ranpac"] = Field("ranpac", description="The method.")
-    first_session: bool = Field(False, description="Train adapters on the first task; false trains nothing.")
-    head: Literal["ranpac"] = Field("ranpac", description="RanPAC's ridge regression.")
-    head_drift: Literal["none"] = Field("none", description="Features never move once they have been read.")
+    legacy_keys: ClassVar[dict[str, str]] = {
+        **ClassIncrementalConfig.legacy_keys,
+        "head": "the ridge regression classifies",
+        "head_drift": "features never move once they have been read",
+    }
+
+    model_name: Literal["ranpac"] = key("ranpac", "The method.")
+    first_session: bool = key(False, "Train adapters on the first task; false trains nothing.")
 
     @property
     def trains_adapters(self) -> bool:
         return self.first_session
 
-    def idle_rules(self) -> list[IdleRule]:
-        """Adds everything about adapters and their training without a first session."""
-        training = AdapterConfig.model_fields.keys() - ViTConfig.model_fields.keys() - {"head", "head_drift"}
-        return [
-            (not self.first_session, "first_session is false", [*BATCH_KEYS, *training]),
-            *super().idle_rules(),
-        ]
+    def unused_rules(self) -> list[UnusedRule]:
+        training = [name for group in (AdapterKeys, TrainingKeys, StepKeys) for name in group.own_keys()]
+        return [(not self.first_session, "first_session is false", training), *super().unused_rules()]
 
     def one_class_advice(self, task: int) -> str:
-        return super().one_class_advice(task) if self.first_session and task == 0 else ""
+        if not self.first_session or task > 0:
+            return ""
+        same = "tells such classes apart all the same, by features that adapters leave as they are"
+        return f'head "ranpac" {same}'
 
 
 class RanPACHead(ClosedFormHead):

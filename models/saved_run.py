@@ -6,8 +6,9 @@ learner.evaluate()
 
 import json
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,11 @@ from utils.errors import UserError, in_one_line
 from utils.files import read_json
 from utils.runs.checkpoint import checkpoint_name, load_checkpoint
 from utils.runs.folder import CONFIG, RESULT, waiting_notes
-from utils.runs.manifest import changes, read_provenance
 from utils.runs.run_log import read_metrics
 from utils.training.device import resolve_device, resolve_precision
-from utils.training.distributed import DistributedContext, local_device
+from utils.training.distributed import init_distributed
 
 CHECKPOINTS = "checkpoints"
-ALONE = DistributedContext()
 STATE: dict[str, type] = {  # of a checkpoint: the type of each part
     "run": dict,
     "data": dict,
@@ -61,46 +60,6 @@ def read_result(folder: Path) -> dict[str, Any]:
     if not isinstance(result.get("seed"), int) or not isinstance(metrics, dict) or not metrics:
         raise UserError(f"{folder / RESULT} holds no seed and metrics: the file is damaged, restore it")
     return result
-
-
-def check_one_experiment(folders: Sequence[Path]) -> list[str]:
-    """Refuse run folders that differ in more than their seed; a sentence where their code or libraries do.
-
-    Raises:
-        UserError: a seed stands twice, or configuration, data or weights differ.
-    """
-    by_seed: dict[int, Path] = {}
-    for folder in folders:
-        seed = read_config(folder).seed[0]
-        if seed in by_seed:
-            raise UserError(f"{by_seed[seed]} and {folder} both have seed {seed}: give each seed once")
-        by_seed[seed] = folder
-    check_same_config(folders)
-    origins = {folder: read_provenance(folder) for folder in folders}
-    for folder in folders:
-        ours, theirs = origins[folders[0]].values, origins[folder].values
-        other = [kind for kind in ("data", "weights") if ours.get(kind) != theirs.get(kind)]
-        if other:
-            raise UserError(
-                f"{folders[0]} and {folder} were run with other {' and '.join(other)} (the hashes differ): a mean is "
-                "over runs that differ in their seed alone; a sweep compares experiments"
-            )
-    return changes({str(folder): origin for folder, origin in origins.items()})
-
-
-def check_same_config(folders: Sequence[Path]) -> None:
-    """Refuse run folders whose configurations differ in more than the seed and `editable_keys`, naming the keys."""
-    configs = [read_config(folder) for folder in folders]
-    for folder, config in zip(folders, configs, strict=True):
-        differing = configs[0].differing(config)
-        if differing:
-            listed = ", ".join(
-                f"{key} ({json.dumps(a)} and {json.dumps(b)})" for key, (a, b) in differing.items()
-            )
-            raise UserError(
-                f"{folders[0]} and {folder} are different experiments, their {CONFIG} differ in {listed}: a mean is "
-                "over runs that differ in their seed alone; set back what was edited, or compare them in a sweep"
-            )
 
 
 def load_run_checkpoint(checkpoint: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -185,19 +144,34 @@ def check_identity(checkpoint: Path, state: dict[str, Any], learner: Learner) ->
             )
 
 
-def make_learner(config: RunConfig, distributed: DistributedContext = ALONE) -> Learner:
+@contextmanager
+def run_context(config: RunConfig) -> Iterator[RunContext]:
+    """Where a run computes: device and precision, resolved here and nowhere else, and the processes of torchrun.
+
+    Raises:
+        UserError: the device is absent, or there are fewer GPUs than processes.
+    """
+    device, device_warning = resolve_device(config.device)
+    precision, precision_warning = resolve_precision(config.precision, device)
+    warnings = [warning for warning in (device_warning, precision_warning) if warning]
+    with init_distributed(device) as distributed:
+        yield RunContext(distributed.device, precision, distributed, warnings=warnings)
+
+
+def make_learner(config: RunConfig, context: RunContext | None = None) -> Learner:
     """The method that a configuration names, with data, backbone and modules; nothing is written.
+
+    Args:
+        context: where it runs; by default what the configuration asks for, in this process.
 
     Raises:
         UserError: data or weights cannot be had, or the device is absent.
     """
-    device, device_warning = resolve_device(config.device)
-    device = local_device(device, distributed)
-    precision, precision_warning = resolve_precision(config.precision, device)
-    config = config.model_copy(update={"precision": precision})
-    warnings = [warning for warning in (device_warning, precision_warning) if warning]
-    context = RunContext(device, distributed, warnings=warnings)
-    return LEARNERS[config.model_name](config, context)
+    if context is None:
+        with run_context(config) as context:
+            return make_learner(config, context)
+    config = config.model_copy(update={"precision": context.precision})
+    return LEARNERS[config.model_name](config, replace(context))
 
 
 def load_into(learner: Learner, checkpoint: Path) -> None:

@@ -1,4 +1,4 @@
-"""Config keys of SD-LoRA and of Gumbel CL-LoRA, which is SD-LoRA with a sparse gate over its adapters.
+"""Config of SD-LoRA and of Gumbel CL-LoRA, which is SD-LoRA with a sparse gate over its adapters.
 
 config = SDLoRAConfig(model_name="sdlora", dataset="synthetic", lora_rank=4, lambda_sparsity=0.01)
 
@@ -9,16 +9,16 @@ import os
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator
 
-from models.vit.config import ClassIncrementalConfig
-from utils.config.schema import MOST, Conflict, IdleRule, PathText, falling_rate
+from models.vit.config import ClassIncrementalConfig, StepKeys
+from utils.config.schema import Conflict, Count, CountOrZero, PathText, Rate, RateOrZero, UnusedRule, key
 
 GATE_KEYS = (
     "gumbel_tau_init", "gumbel_tau_final", "gumbel_anneal_rate", "growth", "growth_threshold", "growth_top_k",
     "filepath",
 )  # fmt: skip
-STEP_KEYS = ("init_milestones", "init_lr_decay", "milestones", "lrate_decay")
+STEPLR_KEYS = ("init_milestones", "init_lr_decay", "milestones", "lrate_decay")
 FIRST_TASK_KEYS = ("init_lr", "init_milestones", "init_lr_decay", "init_weight_decay")
 LATER_TASK_KEYS = ("lrate", "milestones", "lrate_decay", "weight_decay")
 TRAINING_KEYS = ("optimizer", "scheduler", "min_lr", "batch_size", "grad_accumulation", "augmentation")
@@ -33,12 +33,11 @@ def _ascending(pairs: list[list[int]]) -> list[list[int]]:
     return pairs
 
 
-Count = Annotated[int, Field(ge=1, le=MOST)]
 RankSchedule = Annotated[list[list[Count]], AfterValidator(_ascending)]
 
 
-class SDLoRAConfig(ClassIncrementalConfig):
-    """SD-LoRA: a LoRA direction a task, magnitudes of all that go on learning; with a gate, Gumbel CL-LoRA."""
+class SDLoRAConfig(StepKeys):
+    """A LoRA direction per task, magnitudes of all directions that go on learning, and a gate over them."""
 
     legacy_keys: ClassVar[dict[str, str]] = {
         **ClassIncrementalConfig.legacy_keys,
@@ -47,70 +46,52 @@ class SDLoRAConfig(ClassIncrementalConfig):
 
     editable_keys: ClassVar[frozenset[str]] = ClassIncrementalConfig.editable_keys | {"filepath"}
 
-    model_name: Literal["sdlora"] = Field("sdlora", description="The method.")
+    model_name: Literal["sdlora"] = key("sdlora", "The method.")
 
-    init_epoch: int = Field(20, ge=0, le=MOST, description="Epochs of the first task.")
-    init_lr: float = Field(0.008, gt=0, lt=1e3, description="Learning rate of the first task.")
-    init_milestones: list[Count] = Field(
-        [], description='Epochs after which "steplr" lowers the first task\'s rate.'
+    init_epoch: CountOrZero = key(20, "Epochs of the first task.")
+    init_lr: Rate = key(0.008, "Learning rate of the first task.")
+    init_milestones: list[Count] = key([], 'Epochs after which "steplr" lowers the first task\'s rate.')
+    init_lr_decay: float = key(0.1, 'Factor of each of these steps of "steplr".', ge=0, le=1)
+    init_weight_decay: RateOrZero = key(0.0, "Weight decay of the first task.")
+    epochs: CountOrZero = key(20, "Epochs of every later task.")
+    lrate: Rate = key(0.008, "Learning rate of later tasks.")
+    milestones: list[Count] = key([], 'Epochs after which "steplr" lowers a later task\'s rate.')
+    lrate_decay: float = key(0.1, 'Factor of each of these steps of "steplr".', ge=0, le=1)
+    weight_decay: RateOrZero = key(0.0, "Weight decay of later tasks.")
+    scheduler: Literal["cosine", "steplr", "constant"] = key(
+        "cosine", "Schedule of learning rates, by epoch."
     )
-    init_lr_decay: float = Field(0.1, ge=0, le=1, description='Factor of each of these steps of "steplr".')
-    init_weight_decay: float = Field(0.0, ge=0, lt=1e3, description="Weight decay of the first task.")
-    epochs: int = Field(20, ge=0, le=MOST, description="Epochs of every later task.")
-    lrate: float = Field(0.008, gt=0, lt=1e3, description="Learning rate of later tasks.")
-    milestones: list[Count] = Field(
-        [], description='Epochs after which "steplr" lowers a later task\'s rate.'
-    )
-    lrate_decay: float = Field(0.1, ge=0, le=1, description='Factor of each of these steps of "steplr".')
-    weight_decay: float = Field(0.0, ge=0, lt=1e3, description="Weight decay of later tasks.")
-    optimizer: Literal["sgd", "adam"] = Field("sgd", description='SGD with momentum 0.9; "adam" means AdamW.')
-    scheduler: Literal["cosine", "steplr", "constant"] = Field(
-        "cosine", description="How rates change by epoch."
-    )
-    min_lr: float = Field(0.0, ge=0, lt=1e3, description='Where "cosine" ends.')
+    min_lr: RateOrZero = key(0.0, 'Where "cosine" ends.')
 
-    lora_rank: int = Field(10, ge=1, le=4096, description="Rank of an adapter; 10 as published.")
-    lora_rank_schedule: RankSchedule = Field(
+    lora_rank: int = key(10, "Rank of an adapter; 10 as published.", ge=1, le=4096)
+    lora_rank_schedule: RankSchedule = key(
         [],
-        description="[[task, rank], ...]: from this task on (counted from 0) adapters have this rank; SD-LoRA-RR.",
-        json_schema_extra={
-            "allowed": "a list of [task, rank], such as [[4, 8], [8, 6]], from task 1 on, ascending"
-        },
+        "[[task, rank], ...]: from this task on (counted from 0) adapters have this rank; SD-LoRA-RR.",
+        "a list of [task, rank], such as [[4, 8], [8, 6]], from task 1 on, ascending",
     )
-    sdlora_scaling: Literal["carry", "reset"] = Field(
-        "carry",
-        description='At a new task, earlier adapters weigh what they did, or "reset": all alike, as published.',
+    sdlora_scaling: Literal["carry", "reset"] = key(
+        "carry", 'At a new task, earlier adapters weigh what they did, or "reset": all alike, as published.'
     )
-    classifier_init: Literal["auto", "torch_default", "kaiming_linear"] = Field(
+    classifier_init: Literal["auto", "torch_default", "kaiming_linear"] = key(
         "auto",
-        description='How new classifier rows of d weights are drawn: uniformly up to 1 / sqrt(d) ("torch_default") or '
+        'How new classifier rows of d weights are drawn: uniformly up to 1 / sqrt(d) ("torch_default") or '
         'sqrt(3 / d) ("kaiming_linear", as published); "auto" is the latter where sdlora_scaling is "reset".',
     )
 
-    gumbel_gate: Literal["auto", "off", "global", "layer"] = Field(
-        "auto",
-        description='One gate, or one a layer; "auto" is "global" where lambda_sparsity > 0, else "off".',
+    gumbel_gate: Literal["auto", "off", "global", "layer"] = key(
+        "auto", 'One gate, or one a layer; "auto" is "global" where lambda_sparsity > 0, else "off".'
     )
-    lambda_sparsity: float = Field(0.0, ge=0, lt=1e3, description="Weight of the gate's entropy in the loss.")
-    gumbel_tau_init: float = Field(
-        5.0, ge=1e-6, le=1e6, description="Temperature of the gate at the start of every task."
+    lambda_sparsity: RateOrZero = key(0.0, "Weight of the gate's entropy in the loss.")
+    gumbel_tau_init: float = key(5.0, "Temperature of the gate at the start of every task.", ge=1e-6, le=1e6)
+    gumbel_tau_final: float = key(0.5, "Its lowest value, and its value in evaluation.", ge=1e-6, le=1e6)
+    gumbel_anneal_rate: float = key(0.999, "What it is multiplied by after every step.", gt=0, le=1)
+    growth: Literal["threshold", "top_k"] = key(
+        "threshold", "After a task keep its adapter where its weight is large enough, or the best of all."
     )
-    gumbel_tau_final: float = Field(
-        0.5, ge=1e-6, le=1e6, description="Its lowest value, and its value in evaluation."
-    )
-    gumbel_anneal_rate: float = Field(
-        0.999, gt=0, le=1, description="What it is multiplied by after every step."
-    )
-    growth: Literal["threshold", "top_k"] = Field(
-        "threshold",
-        description="After a task keep its adapter where its weight is large enough, or the best of all.",
-    )
-    growth_threshold: float = Field(
-        0.1, ge=0, lt=1, description="Weight above which a task's adapter is kept."
-    )
-    growth_top_k: int = Field(5, ge=1, le=MOST, description='Adapters that "top_k" keeps.')
-    filepath: PathText | None = Field(
-        None, description="Folder that gets the gate's files too, beside the run folder's gate/."
+    growth_threshold: float = key(0.1, "Weight above which a task's adapter is kept.", ge=0, lt=1)
+    growth_top_k: Count = key(5, 'Adapters that "top_k" keeps.')
+    filepath: PathText | None = key(
+        None, "Folder that gets the gate's files too, beside the run folder's gate/."
     )
 
     @property
@@ -134,15 +115,15 @@ class SDLoRAConfig(ClassIncrementalConfig):
         )
 
     def conflicts(self) -> list[Conflict]:
-        """Adds ranks beyond the backbone's width, temperatures out of order, a folder that cannot be written to."""
+        """Ranks beyond the backbone's width, temperatures out of order, a folder that cannot be written."""
         found = super().conflicts()
         shape = self.known_backbone()
         scheduled = [rank for _, rank in self.lora_rank_schedule]
-        for key, ranks in (("lora_rank", [self.lora_rank]), ("lora_rank_schedule", scheduled)):
+        for name, ranks in (("lora_rank", [self.lora_rank]), ("lora_rank_schedule", scheduled)):
             if shape is not None and max(ranks, default=1) > shape.width:
                 sentence = f"tokens have width {shape.width}; allowed: ranks from 1 to {shape.width}"
-                found.append(((key, "backbone_type"), sentence))
-        found += falling_rate(self, ("init_lr", "lrate"))
+                found.append(((name, "backbone_type"), sentence))
+        found += self.min_lr_conflicts(("init_lr", "lrate"))
         if self.gumbel_tau_init < self.gumbel_tau_final:
             sentence = "the temperature only falls; allowed: gumbel_tau_init >= gumbel_tau_final"
             found.append((("gumbel_tau_init", "gumbel_tau_final"), sentence))
@@ -156,12 +137,11 @@ class SDLoRAConfig(ClassIncrementalConfig):
                 )
         return found
 
-    def idle_rules(self) -> list[IdleRule]:
-        """Adds keys of another schedule or another way of growing, of a gate that is off, of tasks without epochs."""
+    def unused_rules(self) -> list[UnusedRule]:
         scheduler, growth = f'scheduler is "{self.scheduler}"', f'growth is "{self.growth}"'
         at_rest = self.gumbel_tau_init == self.gumbel_tau_final
         return [
-            (self.scheduler != "steplr", scheduler, STEP_KEYS),
+            (self.scheduler != "steplr", scheduler, STEPLR_KEYS),
             (self.scheduler != "cosine", scheduler, ("min_lr",)),
             (not self.init_milestones, "no init_milestones", ("init_lr_decay",)),
             (not self.milestones, "no milestones", ("lrate_decay",)),
@@ -173,22 +153,22 @@ class SDLoRAConfig(ClassIncrementalConfig):
             (self.init_epoch == 0, "init_epoch is 0", FIRST_TASK_KEYS),
             (self.epochs == 0, "epochs is 0", LATER_TASK_KEYS),
             (self.init_epoch == self.epochs == 0, "no epoch trains anything", TRAINING_KEYS),
-            *super().idle_rules(),
+            *super().unused_rules(),
         ]
 
     def one_class_advice(self, task: int) -> str:
         other = 'use larger tasks, or model_name "finetune" with head "cosine" or "ranpac"'
         return f"the classifier cannot tell such classes apart: {other}"
 
-    def remarks(self) -> list[str]:
-        """Adds a warning of an optimizer that published code does not use, and one of a shared folder."""
-        found = super().remarks()
+    def warnings(self, nb_seeds: int = 1) -> list[str]:
+        """An optimizer that the published code does not use, and a folder that several seeds write to."""
+        found = super().warnings(nb_seeds)
         if self.optimizer == "adam":
             found.append(
-                'optimizer = "adam" is honoured as AdamW; published SD-LoRA files name it, and the published code '
-                'trains with SGD whatever they say: use "sgd" to compare with it'
+                'optimizer = "adam" is honoured as AdamW; published SD-LoRA files name it, and the published '
+                'code trains with SGD whatever they say: use "sgd" to compare with it'
             )
-        if self.gate != "off" and self.filepath is not None and len(self.seed) > 1:
+        if self.gate != "off" and self.filepath is not None and nb_seeds > 1:
             own = "each seed's own are in its run folder's gate/"
             found.append(f"filepath = {self.filepath} will hold the gate's files of the last seed; {own}")
         return found

@@ -1,24 +1,24 @@
-"""Config keys of SEMA and of Nested LoRA on it. Defaults are the published values, or the specification's.
+"""Config of SEMA and of Nested LoRA on it. Defaults are the published values, or the specification's.
 
 config = SEMAConfig(dataset="synthetic", ffn_adapter_type="nested_lora", nested_lora_rank=4)
 """
 
 from typing import ClassVar, Literal
 
-from pydantic import Field
-
-from models.vit.config import AdapterConfig, ClassIncrementalConfig
-from utils.config.schema import MOST, Conflict, IdleRule
-
-CONSOLIDATION_KEYS = tuple(
-    f"nested_lora_{rule}"
-    for rule in ("consolidation", "consolidation_alpha", "consolidation_schedule", "reset")
+from models.vit.config import (
+    AdapterKeys,
+    ClassIncrementalConfig,
+    FrozenViTKeys,
+    HeadKeys,
+    RidgeKeys,
+    StepKeys,
+    TrainingKeys,
 )
-GROWTH_KEYS = ("rd_epoch", "rd_lr", "rd_dim", "rd_views", "buffer_size", "exp_threshold", "detect_batch_size")
+from utils.config.schema import Conflict, CountOrZero, Rate, UnusedRule, key
 
 
-class SEMAConfig(AdapterConfig):
-    """SEMA (self-expansion, mixture of adapters); `ffn_adapter_type` "nested_lora" gives adapters two time scales."""
+class SEMAConfig(AdapterKeys, HeadKeys, RidgeKeys, TrainingKeys, StepKeys, FrozenViTKeys):
+    """Self-expansion with a mixture of adapters: growth by representation descriptors, and consolidation."""
 
     legacy_keys: ClassVar[dict[str, str]] = {
         **ClassIncrementalConfig.legacy_keys,
@@ -41,56 +41,48 @@ class SEMAConfig(AdapterConfig):
         "vpt_on": "no prompts",
         "vpt_num": "no prompts",
     }
+    lr_keys: ClassVar[tuple[str, ...]] = (*AdapterKeys.lr_keys, "rd_lr")
 
-    rates: ClassVar[tuple[str, ...]] = (*AdapterConfig.rates, "rd_lr")
+    model_name: Literal["sema"] = key("sema", "The method.")
 
-    model_name: Literal["sema"] = Field("sema", description="The method.")
-
-    expansion: Literal["novelty", "always", "never"] = Field(
-        "novelty",
-        description="Growing blocks gain an adapter where data are new, once in every task, or never.",
+    expansion: Literal["novelty", "always", "never"] = key(
+        "novelty", "Growing blocks gain an adapter where data are new, once in every task, or never."
     )
-    rd_epoch: int = Field(20, ge=0, le=MOST, description="Epochs of a representation descriptor phase.")
-    rd_lr: float = Field(0.01, gt=0, lt=1e3, description="Learning rate of representation descriptors.")
-    rd_dim: int = Field(128, ge=1, le=16384, description="Width of a descriptor's bottleneck.")
-    rd_views: int = Field(
+    rd_epoch: CountOrZero = key(20, "Epochs of a representation descriptor phase.")
+    rd_lr: Rate = key(0.01, "Learning rate of representation descriptors.")
+    rd_dim: int = key(128, "Width of a descriptor's bottleneck.", ge=1, le=16384)
+    rd_views: int = key(
         2,
+        "Augmented views per image that descriptors train on in turn; 0 = new ones every epoch, as published. "
+        "z-scores compare with errors on other views, so thresholds keep their meaning; with 2 they agreed "
+        "better with 0 than with 1 (exps/RESULTS.md).",
         ge=0,
         le=1000,
-        description="Augmented views of an image that descriptors train on in turn; 0 = new ones every epoch, as "
-        "published. z-scores compare with errors on other views, so thresholds keep their meaning; with 2 they agreed "
-        "better with 0 than with 1 (exps/RESULTS.md).",
     )
-    buffer_size: int = Field(
-        500, ge=3, le=MOST, description="Reconstruction errors a descriptor's running statistics keep."
+    buffer_size: int = key(
+        500, "Reconstruction errors a descriptor's running statistics keep.", ge=3, le=10**6
     )
-    exp_threshold: float = Field(
-        2.0, ge=0, le=1e9, description="A block is novel if all adapters' mean z-scores exceed it."
+    exp_threshold: float = key(
+        2.0, "A block is novel if all adapters' mean z-scores exceed it.", ge=0, le=1e9
     )
-    detect_batch_size: int = Field(128, ge=2, le=MOST, description="Images in a batch of the novelty scan.")
+    detect_batch_size: int = key(128, "Images in a batch of the novelty scan.", ge=2, le=10**6)
 
-    nested_lora_freeze: Literal["task", "never"] = Field(
-        "task",
-        description='Adapters freeze with their task (SEMA), or "never": all go on learning in later tasks.',
+    nested_lora_freeze: Literal["task", "never"] = key(
+        "task", 'Adapters freeze with their task (SEMA), or "never": all go on learning in later tasks.'
     )
-    nested_lora_use_consolidation: bool = Field(
-        False, description="At task ends, move fast into slow; reset fast."
-    )
-    nested_lora_consolidation: Literal["weights", "function", "interpolate"] = Field(
+    nested_lora_use_consolidation: bool = key(False, "At task ends, move fast into slow; reset fast.")
+    nested_lora_consolidation: Literal["weights", "function", "interpolate"] = key(
         "weights",
-        description="Add fast's tensors to slow's; refit slow to slow(x) + alpha * fast(x); or move slow's hidden "
-        'units a share alpha of the way to those that fast made of them (needs nested_lora_reset "aligned").',
+        "Add fast's tensors to slow's; refit slow to slow(x) + alpha * fast(x); or move slow's hidden units "
+        'a share alpha of the way to those that fast made of them (needs nested_lora_reset "aligned").',
     )
-    nested_lora_consolidation_alpha: float = Field(
-        0.1, ge=0, le=1, description="Share of fast that moves into slow."
+    nested_lora_consolidation_alpha: float = key(0.1, "Share of fast that moves into slow.", ge=0, le=1)
+    nested_lora_consolidation_schedule: Literal["constant", "mean"] = key(
+        "constant", "alpha in every task, or alpha / (task + 1): with alpha 1, slow is the mean over tasks."
     )
-    nested_lora_consolidation_schedule: Literal["constant", "mean"] = Field(
-        "constant",
-        description="alpha in every task, or alpha / (task + 1): with alpha 1, slow is the mean over tasks.",
-    )
-    nested_lora_reset: Literal["lora", "zeros", "aligned"] = Field(
+    nested_lora_reset: Literal["lora", "zeros", "aligned"] = key(
         "lora",
-        description="Fast restarts as a new LoRA; all zero, after which it cannot learn; or on slow's hidden units "
+        "Fast restarts as a new LoRA; all zero, after which it cannot learn; or on slow's hidden units "
         '("aligned", where it also starts before the first task).',
     )
 
@@ -130,42 +122,42 @@ class SEMAConfig(AdapterConfig):
         return not (self.nested and self.nested_lora_freeze == "never")
 
     def conflicts(self) -> list[Conflict]:
-        """Adds that units can be interpolated only where they belong together."""
+        """Hidden units that are interpolated though they do not belong together."""
         found = super().conflicts()
         if self.consolidates and self.nested_lora_consolidation == "interpolate" and not self.aligned:
-            sentence = (
-                'units of slow and fast do not belong together; allowed with "interpolate": reset "aligned"'
-            )
+            fault = "units of slow and fast do not belong together"
+            sentence = f'{fault}; allowed with "interpolate": reset "aligned"'
             found.append((("nested_lora_consolidation", "nested_lora_reset"), sentence))
         return found
 
-    def idle_rules(self) -> list[IdleRule]:
-        """Adds keys of consolidation while it is off, of growth while nothing grows, of tasks that train no adapter."""
+    def unused_rules(self) -> list[UnusedRule]:
+        descriptors = ("rd_lr", "rd_views", "buffer_size", "exp_threshold")
+        growth = ("rd_epoch", "rd_dim", "detect_batch_size", *descriptors)
+        schedule = "nested_lora_consolidation_schedule"
+        shares = ("nested_lora_consolidation_alpha", schedule)
+        consolidation = ("nested_lora_consolidation", "nested_lora_reset", *shares)
         off = self.nested and not self.nested_lora_use_consolidation
         nothing_moves = self.consolidates and self.nested_lora_consolidation_alpha == 0
-        silent = (
-            self.consolidates
-            and self.nested_lora_lr_fast == 0
-            and self.nested_lora_consolidation != "weights"
-        )
-        shares = ("nested_lora_consolidation_alpha", "nested_lora_consolidation_schedule")
-        later = ("head_drift", "nested_lora_consolidation_schedule")
-        undescribed = ("rd_lr", "rd_views", "buffer_size", "exp_threshold")
+        fast_is_zero = self.nested_lora_lr_fast == 0 and self.nested_lora_consolidation != "weights"
         return [
-            (off, "nested_lora_use_consolidation is false", CONSOLIDATION_KEYS),
-            (nothing_moves, "nested_lora_consolidation_alpha is 0", ("nested_lora_consolidation_schedule",)),
-            (not self.grows, 'expansion is "never"', GROWTH_KEYS),
+            (off, "nested_lora_use_consolidation is false", consolidation),
+            (nothing_moves, "nested_lora_consolidation_alpha is 0", (schedule,)),
+            (not self.grows, 'expansion is "never"', growth),
             (self.expansion == "always", 'expansion is "always"', ("exp_threshold",)),
-            (self.rd_epoch == 0, "rd_epoch is 0", undescribed),
+            (self.rd_epoch == 0, "rd_epoch is 0", descriptors),
             (self.augmentation == "none", 'augmentation is "none"', ("rd_views",)),
-            (silent, "nested_lora_lr_fast is 0", shares),
-            *super().idle_rules(),
-            (not self.grows and self.freezes, "adapters learn in the first task only", later),
+            (self.consolidates and fast_is_zero, "nested_lora_lr_fast is 0", shares),
+            *super().unused_rules(),
+            (
+                not self.grows and self.freezes,
+                "adapters learn in the first task only",
+                ("head_drift", schedule),
+            ),
         ]
 
-    def remarks(self) -> list[str]:
-        """Adds a warning of the reset that ends learning."""
+    def warnings(self, nb_seeds: int = 1) -> list[str]:
+        """The reset after which fast cannot learn."""
+        found = super().warnings(nb_seeds)
         if self.consolidates and self.nested_lora_reset == "zeros":
-            dead = 'nested_lora_reset = "zeros" leaves fast with zero gradients for ever; use "lora"'
-            return [*super().remarks(), dead]
-        return super().remarks()
+            found.append('nested_lora_reset = "zeros" leaves fast with zero gradients for ever; use "lora"')
+        return found

@@ -7,30 +7,29 @@ class c in the test view. Source: Zhou et al., *Revisiting Class-Incremental Lea
 Generalizability and Adaptivity are All You Need*, IJCV 2024.
 """
 
-from typing import Literal
+from typing import ClassVar, Literal
 
-from pydantic import Field
 from torch import nn
 
 from backbone.vit_sema import SEMAVisionTransformer
 from models.vit.class_incremental import ClassIncrementalLearner
 from models.vit.closed_form import PrototypeHead
-from models.vit.config import BATCH_KEYS, ViTConfig
-from utils.config.schema import IdleRule
+from models.vit.config import ClassIncrementalConfig, FrozenViTKeys
+from utils.config.schema import key
 
 
-class SimpleCILConfig(ViTConfig):
-    """SimpleCIL has no keys of its own."""
+class SimpleCILConfig(FrozenViTKeys):
+    """Features of the frozen ViT; no keys of training."""
 
-    model_name: Literal["simplecil"] = Field("simplecil", description="The method.")
+    legacy_keys: ClassVar[dict[str, str]] = {
+        **ClassIncrementalConfig.legacy_keys,
+        "batch_size": "nothing is trained",
+        "grad_accumulation": "nothing is trained",
+        "augmentation": "nothing is trained",
+        "ranpac_dim": "class means classify",
+    }
 
-    def idle_rules(self) -> list[IdleRule]:
-        """Adds keys of training and of the other closed-form classifier."""
-        return [
-            (True, "nothing is trained", BATCH_KEYS),
-            (True, "class means classify", ["ranpac_dim"]),
-            *super().idle_rules(),
-        ]
+    model_name: Literal["simplecil"] = key("simplecil", "The method.")
 
 
 class SimpleCIL(ClassIncrementalLearner):

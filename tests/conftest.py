@@ -19,6 +19,7 @@ from utils.config.schema import RunConfig
 from utils.runs.run_log import RunLog, SilentLog
 
 ROOT = Path(__file__).parent.parent
+EXPS = sorted(path for path in (ROOT / "exps").rglob("*.json") if path.parent.name != "sweeps")
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 if hasattr(
@@ -89,7 +90,7 @@ def shipped_file(name: str) -> Path:
 
 def learner_of(config: RunConfig, log: RunLog | None = None, seed: int = 1) -> Learner:
     """The learner of a configuration, with a seed of its own, and a record that keeps nothing unless given."""
-    learner = make_learner(config.model_copy(update={"seed": [seed]}))
+    learner = make_learner(config.model_copy(update={"seed": seed}))
     learner.context.log = log or SilentLog(Path(config.logs_root))
     return learner
 

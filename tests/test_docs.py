@@ -230,5 +230,5 @@ def test_every_ablation_changes_what_the_run_predicts(file: str, tmp_path: Path)
     unedited = run_scores(load_config(shipped_file(file), small, SCHEMAS).config)
     for edit in ABLATIONS[file]:
         config = load_config(shipped_file(file), [*small, *edit], SCHEMAS).config
-        assert not config.idle_keys().keys() & {part.split("=")[0] for part in edit}, edit
+        assert not config.unused_keys().keys() & {part.split("=")[0] for part in edit}, edit
         assert not torch.equal(run_scores(config), unedited), edit

@@ -7,13 +7,12 @@ from typing import Any
 import pytest
 
 from models import SCHEMAS
-from models.sema_config import CONSOLIDATION_KEYS, SEMAConfig
-from tests.conftest import ROOT, shipped_file
+from models.sema_config import SEMAConfig
+from tests.conftest import EXPS, ROOT, shipped_file
 from utils.config.loading import load_config
 from utils.config.schema import RunConfig
 from utils.sweeps.spec import load_sweep
 
-FILES = sorted(path for path in (ROOT / "exps").rglob("*.json") if path.parent.name != "sweeps")
 SWEEPS = sorted((ROOT / "exps/sweeps").glob("*.json"))
 DATA = ("cifar", "cifar_dinov2s", "inr_10task")
 BASELINES = ("simplecil", "ranpac", "linear_probe", "finetune", "joint", "sema_always", "sema_never")
@@ -39,10 +38,10 @@ def test_every_promised_config_is_shipped() -> None:
         f"{kind}_{name}" for kind in BASELINES for name in ("cifar", "cifar_dinov2s", "inr", "ina", "vtab")
     }
     others = {"quickstart", "smoke", "debug_nested_lora", "shared_subspace", "shared_subspace_small"}
-    assert ours | sema | baselines | others <= {path.stem for path in FILES}
+    assert ours | sema | baselines | others <= {path.stem for path in EXPS}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Values
 
 SPECIFIED = {
@@ -62,7 +61,7 @@ SPECIFIED_FILES = {
 }
 
 PUBLISHED_SEMA = {
-    "model_name": "sema", "expansion": "novelty", "seed": [1993],
+    "model_name": "sema", "expansion": "novelty", "seed": 1993,
     "backbone_type": "pretrained_vit_b16_224_adapter", "input_normalization": "none", "augmentation": "crop_flip",
     "func_epoch": 20, "rd_epoch": 20, "init_lr": 0.005, "rd_lr": 0.01,
     "batch_size": 32, "optimizer": "sgd", "weight_decay": 0.0005, "min_lr": 0.0,
@@ -76,14 +75,8 @@ PUBLISHED_SDLORA = {
 }  # fmt: skip
 PUBLISHED: dict[str, dict[str, Any]] = {
     name: PUBLISHED_SEMA
-    | {
-        "dataset": dataset,
-        "shuffle": shuffle,
-        "init_cls": classes,
-        "increment": classes,
-        "exp_threshold": threshold,
-    }
-    | ({"func_epoch": 5} if name == "sema_cifar" else {})
+    | {"dataset": dataset, "shuffle": shuffle, "init_cls": classes, "increment": classes}
+    | {"exp_threshold": threshold, "func_epoch": 5 if name == "sema_cifar" else 20}
     for name, dataset, shuffle, classes, threshold in [
         ("sema_cifar", "cifar224", True, 10, 2.0),
         ("sema_inr_5task", "imagenetr", True, 40, 2.0),
@@ -94,7 +87,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     ]
 } | {
     name: PUBLISHED_SDLORA
-    | {"dataset": dataset, "init_cls": classes, "increment": classes, "seed": [seed], "scheduler": scheduler}
+    | {"dataset": dataset, "init_cls": classes, "increment": classes, "seed": seed, "scheduler": scheduler}
     | {"init_epoch": epochs, "epochs": epochs, "init_lr": first, "lrate": later}
     | {"init_milestones": steps, "milestones": steps, "init_lr_decay": decay, "lrate_decay": decay}
     for name, dataset, classes, seed, epochs, first, later, scheduler, steps, decay in [
@@ -141,36 +134,33 @@ def test_matched_adapter_differs_from_nested_mean_in_the_adapter_and_its_rate_al
 def test_dinov2s_and_imagenet_r_are_the_same_experiment_on_other_weights_and_data(kind: str) -> None:
     cifar = shipped(f"{kind}_cifar")
     assert differing(cifar, shipped(f"{kind}_cifar_dinov2s")) == DINOV2S
-    assert differing(cifar, shipped(f"{kind}_inr_10task")) == {
-        "dataset",
-        "init_cls",
-        "increment",
-        "func_epoch",
-    }
+    data = {"dataset", "init_cls", "increment", "func_epoch"}
+    assert differing(cifar, shipped(f"{kind}_inr_10task")) == data
 
 
 @pytest.mark.parametrize("kind", ["nested_lora", "nested_mean"])
 def test_a_nested_file_names_every_nested_key_that_counts(kind: str) -> None:
     written = json.loads(shipped_file(f"{kind}_cifar").read_text()).keys()
     nested = {key for key in SEMAConfig.model_fields if key.startswith("nested_lora_")}
-    silent = {
-        "nested_lora": set(CONSOLIDATION_KEYS),
+    consolidation = {key for key in nested if "_consolidation" in key or key.endswith("_reset")}
+    unused = {
+        "nested_lora": consolidation - {"nested_lora_use_consolidation"},
         "nested_mean": {"nested_lora_update_interval_slow", "nested_lora_slow_grad"},
     }
-    assert nested & written == nested - silent[kind]
+    assert nested & written == nested - unused[kind]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # No dead keys
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", EXPS, ids=lambda path: path.stem)
 def test_every_key_of_a_shipped_file_counts(path: Path) -> None:
     loaded = load_config(path, [], SCHEMAS)
-    assert loaded.config.idle_keys() == {} and not any("no effect" in note for note in loaded.notes)
+    assert loaded.config.unused_keys() == {} and not any("no effect" in note for note in loaded.notes)
 
 
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
 def test_every_key_of_a_shipped_cell_counts(path: Path) -> None:
-    dead = {cell.name: cell.config.idle_keys() for cell in load_sweep(path, [], SCHEMAS).cells}
+    dead = {cell.name: cell.config.unused_keys() for cell in load_sweep(path, [], SCHEMAS).cells}
     assert not any(dead.values()), dead

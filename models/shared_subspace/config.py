@@ -1,9 +1,10 @@
-"""Config keys of the shared-subspace experiment on 8x8 grids.
+"""Config of the shared-subspace experiment on 8x8 grids.
 
 config = SharedSubspaceConfig(model_name="shared_subspace", alpha=0.5, encoder="gru")
 
-A weight of a loss is a number, or points `[[share, weight], ...]` with straight lines between them: what it is after
-that share of the training steps. `[[0, 0], [0.3, 1]]` rises from 0 to 1 over the first three tenths and stays.
+The weight of a loss is a number, or points `[[share, weight], ...]` with straight lines between them: its value
+after that share of the training steps. `[[0, 0], [0.3, 1]]` rises from 0 to 1 over the first three tenths and
+stays.
 """
 
 import math
@@ -14,8 +15,25 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from models.shared_subspace.metrics import GRIDS
 from models.shared_subspace.primitives import FEWEST_COLOURS, MOST_COLOURS, PRIMITIVES
 from models.shared_subspace.tasks import LEAST_GROUP, split_problems
-from utils.config.schema import MOST, Conflict, IdleRule, RunConfig, falling_rate
+from utils.config.schema import (
+    MAX_COUNT,
+    Conflict,
+    Count,
+    CountOrZero,
+    Rate,
+    RateOrZero,
+    RunConfig,
+    UnusedRule,
+    distinct,
+    key,
+)
 from utils.metric_catalogue import MetricSpec
+
+MAX_SAMPLES = 2 * 10**7  # of an epoch: 4 GB
+WEIGHT_ALLOWED = (
+    f"a number from 0 to {MAX_COUNT}, or points [[share, weight], ...], "
+    "shares of training from 0 to 1 ascending"
+)
 
 
 def _as_points(value: Any) -> Any:
@@ -29,8 +47,8 @@ def _rising_shares(points: list[list[float]]) -> list[list[float]]:
     shares = [share for share, _ in points]
     if shares != sorted(set(shares)) or not 0 <= shares[0] <= shares[-1] <= 1:
         raise ValueError("shares are not in ascending order from 0 to 1")
-    if any(not 0 <= weight <= MOST for _, weight in points):
-        raise ValueError(f"a weight is not between 0 and {MOST}")
+    if any(not 0 <= weight <= MAX_COUNT for _, weight in points):
+        raise ValueError(f"a weight is not between 0 and {MAX_COUNT}")
     return points
 
 
@@ -41,116 +59,89 @@ def _no_boolean(value: Any) -> Any:
     return value
 
 
-def _distinct(names: list[str]) -> list[str]:
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise ValueError(f"holds {', '.join(twice)} more than once")
-    return names
-
-
-MOST_SAMPLES = 2 * 10**7  # of an epoch: 4 GB
-WEIGHT_ALLOWED = (
-    f"a number from 0 to {MOST}, or points [[share, weight], ...], shares of training from 0 to 1 ascending"
-)
 Weight = Annotated[list[list[float]], AfterValidator(_rising_shares), BeforeValidator(_as_points)]
-Names = Annotated[list[str], Field(min_length=2), AfterValidator(_distinct)]
+Names = Annotated[list[str], Field(min_length=2), AfterValidator(distinct)]
 Length = Annotated[int, Field(ge=1, le=len(PRIMITIVES))]
 Lengths = Annotated[list[Length], Field(min_length=1)]
 
 
-def _weight(default: float, description: str) -> Any:
-    return Field([[0.0, default]], description=description, json_schema_extra={"allowed": WEIGHT_ALLOWED})
+def _weight(default: float, meaning: str) -> Any:
+    return key([[0.0, default]], meaning, WEIGHT_ALLOWED)
 
 
 class SharedSubspaceConfig(RunConfig):
-    """Do subspaces shared between tasks help on new combinations of them?"""
+    """Grids, network, losses, training and few-shot adaptation of the shared-subspace experiment."""
 
     metrics: ClassVar[tuple[MetricSpec, ...]] = GRIDS
     editable_keys: ClassVar[frozenset[str]] = RunConfig.editable_keys | {"save_every"}
-    model_name: Literal["shared_subspace"] = Field("shared_subspace", description="The method.")
+    model_name: Literal["shared_subspace"] = key("shared_subspace", "The method.")
 
-    colours: int = Field(
-        5, ge=FEWEST_COLOURS, le=MOST_COLOURS, description="Colours there are, the background too."
-    )
-    primitives: Names = Field(
+    colours: int = key(5, "Number of colours, the background included.", ge=FEWEST_COLOURS, le=MOST_COLOURS)
+    primitives: Names = key(
         list(PRIMITIVES),
-        description="The primitives that tasks are composed of.",
-        json_schema_extra={"allowed": f"a list of at least two different ones of {', '.join(PRIMITIVES)}"},
+        "The primitives that tasks are composed of.",
+        f"a list of at least two different ones of {', '.join(PRIMITIVES)}",
     )
-    train_lengths: Lengths = Field([1, 2], description="Numbers of steps of the compositions to train on.")
-    test_length: Length = Field(3, description="Number of steps of the unseen compositions.")
-    held_out_pairs: int = Field(
-        12,
-        ge=1,
-        le=math.comb(len(PRIMITIVES), 2),
-        description="Pairs of primitives that training never combines.",
+    train_lengths: Lengths = key([1, 2], "Numbers of steps of the compositions to train on.")
+    test_length: Length = key(3, "Number of steps of the unseen compositions.")
+    held_out_pairs: int = key(
+        12, "Pairs of primitives that training never combines.", ge=1, le=math.comb(len(PRIMITIVES), 2)
     )
-    test_compositions: int = Field(
-        200, ge=1, le=MOST, description="Unseen compositions; all where there are fewer."
-    )
-    validation_samples: int = Field(512, ge=1, le=MOST, description="Samples that choose the best epoch.")
-    test_samples: int = Field(1024, ge=1, le=MOST, description="Samples of each table's line.")
+    test_compositions: Count = key(200, "Unseen compositions; all where there are fewer.")
+    validation_samples: Count = key(512, "Samples that choose the best epoch.")
+    test_samples: Count = key(1024, "Samples of each table's line.")
 
-    encoder: Literal["transformer", "gru"] = Field(
-        "transformer", description="What reads program and patches."
+    encoder: Literal["transformer", "gru"] = key("transformer", "Encoder of program and patches.")
+    decoder: Literal["deconvolution", "mlp"] = key("mlp", "Decoder of h into a grid.")
+    width: int = key(64, "Width of the tokens; that of the decoder follows.", ge=2, le=4096)
+    depth: int = key(2, "Layers of the encoder.", ge=1, le=100)
+    heads: int = key(4, "Heads of a transformer's attention.", ge=1, le=4096)
+    patch: Annotated[Literal[1, 2, 4], BeforeValidator(_no_boolean)] = key(
+        2, "Cells along an edge of a patch."
     )
-    decoder: Literal["deconvolution", "mlp"] = Field("mlp", description="What makes a grid of h.")
-    width: int = Field(64, ge=2, le=4096, description="Width of the tokens; that of the decoder follows.")
-    depth: int = Field(2, ge=1, le=100, description="Layers of the encoder.")
-    heads: int = Field(4, ge=1, le=4096, description="Heads of a transformer's attention.")
-    patch: Annotated[Literal[1, 2, 4], BeforeValidator(_no_boolean)] = Field(
-        2, description="Cells along an edge of a patch."
-    )
-    hidden: int = Field(128, ge=2, le=4096, description="Width of the bottleneck h.")
-    sparse_units: int = Field(
-        512, ge=0, le=65536, description="Units of the sparse autoencoder of h; 0: there is none."
-    )
-    sparse_activity: float = Field(0.05, gt=0, lt=1, description="Share of its units that shall be active.")
+    hidden: int = key(128, "Width of the bottleneck h.", ge=2, le=4096)
+    sparse_units: int = key(512, "Units of the sparse autoencoder of h; 0: there is none.", ge=0, le=65536)
+    sparse_activity: float = key(0.05, "Target for the share of its units that are active.", gt=0, lt=1)
 
-    task_loss: Literal["ce", "iou"] = Field("ce", description="Cross-entropy of the cells, or 1 - IoU.")
+    task_loss: Literal["ce", "iou"] = key("ce", "Cross-entropy of the cells, or 1 - IoU.")
     alpha: Weight = _weight(0.1, "Weight of the sharing loss.")
     beta: Weight = _weight(0.1, "Weight of the sparse autoencoder's loss.")
-    gamma: Weight = _weight(0.1, "Weight of naming the primitives.")
-    sharing_rank: int = Field(4, ge=1, le=4096, description="Dimensions of a group's subspace.")
-    sharing_ema: float = Field(
-        0.0, ge=0, lt=1, description="Decay of a running mean to pull towards; 0: none."
+    gamma: Weight = _weight(0.1, "Weight of the auxiliary (primitive) loss.")
+    sharing_rank: int = key(4, "Dimensions of a group's subspace.", ge=1, le=4096)
+    sharing_ema: float = key(
+        0.0, "Decay of the running mean of subspaces that groups are pulled towards; 0: none.", ge=0, lt=1
     )
-    sharing_detach: bool = Field(False, description="Whether what is pulled towards stands still.")
+    sharing_detach: bool = key(False, "No gradient through the subspace that groups are pulled towards.")
 
-    batch_size: int = Field(
-        128, ge=1, le=MOST, description="Samples in a training step: a multiple of group_size."
+    batch_size: Count = key(128, "Samples in a training step: a multiple of group_size.")
+    grad_accumulation: Count = key(1, "Parts a training step is cut into to save memory.")
+    group_size: int = key(16, "Samples of a group: of the same primitives.", ge=LEAST_GROUP, le=MAX_COUNT)
+    eval_batch_size: Count = key(512, "Samples in a batch without gradients.")
+    epochs: Count = key(60, "Epochs; each draws new samples, and is validated.")
+    steps_per_epoch: Count = key(100, "Training steps of an epoch.")
+    optimizer: Literal["sgd", "adam", "fused_adam"] = key(
+        "fused_adam", 'SGD with momentum 0.9, or AdamW; "fused_adam" is AdamW in one kernel, the fastest.'
     )
-    group_size: int = Field(
-        16, ge=LEAST_GROUP, le=MOST, description="Samples of a group: of the same primitives."
+    init_lr: Rate = key(0.001, "Learning rate at the start.")
+    min_lr: RateOrZero = key(0.0, "Learning rate at the end of the cosine schedule.")
+    weight_decay: RateOrZero = key(0.01, "Weight decay.")
+    clip_norm: float = key(
+        1.0,
+        "Largest norm of the gradient, over all parameters; larger ones are scaled down to it.",
+        gt=0,
+        le=1e9,
     )
-    eval_batch_size: int = Field(512, ge=1, le=MOST, description="Samples in a batch without gradients.")
-    epochs: int = Field(
-        60, ge=1, le=MOST, description="Epochs; each draws new samples, is validated, and moves the rate on."
-    )
-    steps_per_epoch: int = Field(100, ge=1, le=MOST, description="Training steps of an epoch.")
-    optimizer: Literal["sgd", "adam", "fused_adam"] = Field(
-        "fused_adam",
-        description='SGD with momentum 0.9, or AdamW; "fused_adam" is AdamW in one kernel, the fastest.',
-    )
-    init_lr: float = Field(0.001, gt=0, lt=1e3, description="Learning rate at the start.")
-    min_lr: float = Field(0.0, ge=0, lt=1e3, description="Where its cosine ends.")
-    weight_decay: float = Field(0.01, ge=0, lt=1e3, description="Weight decay.")
-    clip_norm: float = Field(
-        1.0, gt=0, le=1e9, description="Longest gradient, as one vector; longer ones are shortened to it."
-    )
-    save_every: int = Field(10, ge=1, le=MOST, description="Epochs after which a checkpoint is written.")
+    save_every: Count = key(10, "Epochs after which a checkpoint is written.")
 
-    few_shot_tasks: int = Field(
-        12, ge=0, le=MOST, description="Unseen compositions that adapters are fitted to, one by one."
-    )
-    few_shot_method: Literal["lora", "adapter"] = Field("lora", description="What is put at the bottleneck.")
-    few_shot_rank: int = Field(4, ge=1, le=4096, description="Its rank, or hidden units.")
-    few_shot_samples: int = Field(32, ge=1, le=MOST, description="Samples of the new task to learn from.")
-    few_shot_queries: int = Field(256, ge=1, le=MOST, description="Other samples of it to look at.")
-    few_shot_steps: int = Field(100, ge=1, le=MOST, description="Steps on them, all samples in each.")
-    few_shot_every: int = Field(5, ge=1, le=MOST, description="Steps between two looks at the others.")
-    few_shot_lr: float = Field(0.01, gt=0, lt=1e3, description="Learning rate of the adapters.")
-    few_shot_target: float = Field(90.0, gt=0, le=100, description="IoU in percent that counts as reached.")
+    few_shot_tasks: CountOrZero = key(12, "Unseen compositions that adapters are fitted to, one by one.")
+    few_shot_method: Literal["lora", "adapter"] = key("lora", "Kind of adapter at the bottleneck.")
+    few_shot_rank: int = key(4, "Rank of a LoRA, hidden units of an adapter.", ge=1, le=4096)
+    few_shot_samples: Count = key(32, "Samples of the new task that are trained on.")
+    few_shot_queries: Count = key(256, "Samples of the new task that are tested on.")
+    few_shot_steps: Count = key(100, "Training steps, each on all samples.")
+    few_shot_every: Count = key(5, "Steps between two tests.")
+    few_shot_lr: Rate = key(0.01, "Learning rate of the adapters.")
+    few_shot_target: float = key(90.0, "IoU in percent that counts as reached.", gt=0, le=100)
 
     @property
     def groups(self) -> int:
@@ -161,10 +152,15 @@ class SharedSubspaceConfig(RunConfig):
         return [self.model_name, "grids", f"{self.prefix}_{seed}_{self.encoder}"]
 
     def conflicts(self) -> list[Conflict]:
-        """Adds splits there cannot be, groups too small for a subspace, and sizes that do not divide."""
+        """Impossible splits, groups too small for a subspace, and sizes that do not divide."""
         splits = split_problems(self.primitives, self.train_lengths, self.test_length, self.held_out_pairs)
-        rates = falling_rate(self, ["init_lr"])
-        return [*super().conflicts(), *splits, *self._group_conflicts(), *self._size_conflicts(), *rates]
+        own = [
+            *splits,
+            *self._group_conflicts(),
+            *self._size_conflicts(),
+            *self.min_lr_conflicts(["init_lr"]),
+        ]
+        return [*super().conflicts(), *own]
 
     def _group_conflicts(self) -> list[Conflict]:
         size, rank = self.group_size, self.sharing_rank
@@ -184,16 +180,16 @@ class SharedSubspaceConfig(RunConfig):
 
     def _size_conflicts(self) -> list[Conflict]:
         found: list[Conflict] = []
-        for key, length in (("train_lengths", max(self.train_lengths)), ("test_length", self.test_length)):
+        for name, length in (("train_lengths", max(self.train_lengths)), ("test_length", self.test_length)):
             orders = math.perm(len(self.primitives), length)
-            if orders > MOST:
+            if orders > MAX_COUNT:
                 fault = f"{len(self.primitives)} primitives make {orders} compositions of length {length}"
-                found.append(((key, "primitives"), f"{fault}; allowed: at most {MOST} compositions"))
+                found.append(((name, "primitives"), f"{fault}; allowed: at most {MAX_COUNT} compositions"))
         samples = self.steps_per_epoch * self.batch_size
-        if samples > MOST_SAMPLES:
+        if samples > MAX_SAMPLES:
             fault = f"the {samples} samples of an epoch are drawn at once"
             found.append(
-                (("steps_per_epoch", "batch_size"), f"{fault}; allowed: at most {MOST_SAMPLES} together")
+                (("steps_per_epoch", "batch_size"), f"{fault}; allowed: at most {MAX_SAMPLES} together")
             )
         if self.encoder == "transformer" and self.width % self.heads:
             fault = "each head takes an equal share of the width"
@@ -213,25 +209,23 @@ class SharedSubspaceConfig(RunConfig):
             fault = f"h has {self.hidden} dimensions"
             found.append((("few_shot_rank", "hidden"), f"{fault}; allowed: from 1 to {self.hidden}"))
         if self.few_shot_tasks and self.few_shot_every > self.few_shot_steps:
-            fault = "there would be no look"
+            fault = "there would be no test"
             found.append(
                 (("few_shot_every", "few_shot_steps"), f"{fault}; allowed: from 1 to {self.few_shot_steps}")
             )
         return found
 
-    def idle_rules(self) -> list[IdleRule]:
-        """Adds keys of losses without weight and of parts that are not there."""
-        few_shot = [
-            key for key in type(self).model_fields if key.startswith("few_shot_") and key != "few_shot_tasks"
-        ]
-        codes = any(weight > 0 for _, weight in self.beta)
+    def unused_rules(self) -> list[UnusedRule]:
+        names = type(self).model_fields.keys() - {"few_shot_tasks"}
+        few_shot = [name for name in names if name.startswith("few_shot_")]
+        sparse = any(weight > 0 for _, weight in self.beta)
         return [
             (self.encoder == "gru", 'encoder is "gru"', ("heads",)),
             (self.sparse_units == 0, "sparse_units is 0", ("beta", "sparse_activity")),
-            (not codes, "beta is 0", ("sparse_activity",)),
+            (not sparse, "beta is 0", ("sparse_activity",)),
             (not self.shares, "alpha is 0", ("sharing_ema", "sharing_detach")),
             (self.few_shot_tasks == 0, "few_shot_tasks is 0", few_shot),
-            *super().idle_rules(),
+            *super().unused_rules(),
         ]
 
     @property

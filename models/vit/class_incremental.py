@@ -385,7 +385,7 @@ def load_data_and_backbone(
     norm = (backbone.mean, backbone.std) if config.input_normalization == "weights" else (None, None)
     workers = default_workers(context.device) if config.num_workers is None else config.num_workers
     split = TaskSplit(
-        seed=config.seed if isinstance(config.seed, int) else config.seed[0],
+        seed=config.seed,
         shuffle=config.shuffle,
         init_cls=config.init_cls,
         increment=config.increment,
@@ -396,7 +396,7 @@ def load_data_and_backbone(
     data = DataManager(
         dataset,
         split,
-        train_view=ViewSpec(backbone.image_size, config.augmentation, *norm),
+        train_view=ViewSpec(backbone.image_size, getattr(config, "augmentation", "none"), *norm),
         test_view=ViewSpec(backbone.image_size, "none", *norm),
         num_workers=workers,
         distributed=context.distributed,

@@ -19,7 +19,7 @@ from backbone.sema_block import AdapterSpec
 from backbone.vit_sema import SEMAVisionTransformer
 from models.base import Phase, StepResult
 from models.vit.class_incremental import ClassIncrementalLearner
-from models.vit.config import AdapterConfig
+from models.vit.config import AdapterKeys
 from models.vit.task_inputs import Batch
 from utils.inc_net import IncrementalHead
 from utils.runs.run_log import RunLog
@@ -31,7 +31,7 @@ TRACED_STEPS = 10  # every step up to this one is traced, so that intervals up t
 TRACE_INTERVAL = 100  # steps between two traces from then on
 
 
-def adapter_spec(config: AdapterConfig, width: int, **described: int | bool) -> AdapterSpec:
+def adapter_spec(config: AdapterKeys, width: int, **described: int | bool) -> AdapterSpec:
     """Shape of an adapter of a configuration; `described`: what a growing block adds."""
     return AdapterSpec(
         width=width,
@@ -43,7 +43,7 @@ def adapter_spec(config: AdapterConfig, width: int, **described: int | bool) -> 
     )
 
 
-def adapted_network(vit: nn.Module, config: AdapterConfig) -> SEMAVisionTransformer:
+def adapted_network(vit: nn.Module, config: AdapterKeys) -> SEMAVisionTransformer:
     """The ViT with one adapter in every block, or in those that may grow; none of them grows."""
     chosen = range(config.adapt_start_layer, config.adapt_end_layer + 1)
     adapted = range(len(vit.blocks)) if config.adapter_blocks == "all" else chosen
@@ -51,7 +51,7 @@ def adapted_network(vit: nn.Module, config: AdapterConfig) -> SEMAVisionTransfor
 
 
 def functional_groups(
-    network: SEMAVisionTransformer, head: IncrementalHead, config: AdapterConfig
+    network: SEMAVisionTransformer, head: IncrementalHead, config: AdapterKeys
 ) -> list[ParameterGroup]:
     """Groups slow, fast and adapter, as the adapters name them, and other: routers and classifier rows."""
     groups = {name: trainable(parameters) for name, parameters in network.parameter_groups().items()}

@@ -61,7 +61,7 @@ def training_features(learner: Learner, task: int) -> tuple[np.ndarray, np.ndarr
 def test_every_baseline_runs_to_its_result(name: str, smoke_config: Config) -> None:
     """Through the command line's own path: result, accuracies and the numbers of the record."""
     config = smoke_config(**METHODS[name])
-    (result,) = train(config)
+    result = train(config)
     tasks = 1 if "init_cls" in METHODS[name] else 4
     assert len(result["accuracy"]) == tasks and 0 <= result["metrics"]["final"] <= 100
     assert result["parameters"]["stored"] == sum(v for k, v in result["parameters"].items() if k != "stored")

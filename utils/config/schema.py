@@ -1,9 +1,11 @@
-"""The keys every run has, as a pydantic model that a method extends beside its learner.
+"""Base class of all configs: the keys of every run, conflicts, unused keys and warnings.
 
     class MyConfig(RunConfig):
-        rank: int = Field(4, ge=1, description="Rank of the adapters.")
+        rank: Count = key(4, "Rank of the adapters.")
 
-This file knows no method by name. `utils/config/loading.py` reads and checks the files.
+Groups of keys that methods share extend `RunConfig` (`models/vit/config.py`); a method's config combines groups and
+adds its own keys. `conflicts`, `unused_rules` and `warnings` extend those of `super()`: every group is asked.
+`utils/config/loading.py` reads and checks files.
 """
 
 import os
@@ -16,60 +18,57 @@ from utils.errors import UserError
 from utils.metric_catalogue import MetricSpec
 from utils.training.device import resolve_device
 
-MOST = 10**6  # of whatever is counted: batches, epochs, images; more is a slip of the keyboard
-PATH_BYTES, NAME_BYTES = 4096, 255  # that file systems take: a whole path, and each name in it
-BELOW_RUN = 256  # bytes of a path that what a run writes into its folder may add
-BESIDE_RUN = 16  # bytes that a run folder's name may gain: the number of a sibling, the suffix of its log
-Conflict = tuple[tuple[str, ...], str]  # the keys involved, and one sentence that says what is allowed
-IdleRule = tuple[
+MAX_COUNT = 10**6  # of batches, epochs, images, ...: a larger number is a typing mistake
+MAX_PATH_BYTES, MAX_NAME_BYTES = 4096, 255  # limits of file systems: a whole path, each name in it
+BELOW_RUN = 256  # bytes that the files in a run folder may add to its path
+BESIDE_RUN = 16  # bytes that may be added to a run folder's name: a sibling's number, a log's suffix
+Conflict = tuple[tuple[str, ...], str]  # the keys involved, and a sentence that says what is allowed
+UnusedRule = tuple[
     bool, str, Iterable[str]
-]  # whether it applies, the reason in few words, keys that change nothing then
+]  # whether it applies, the reason, the keys that have no effect then
 
 
-def _listed(value: Any) -> Any:
-    """A single integer as a list of one: `"seed": 1993` and `--set device=0` are plain to read."""
-    return [value] if isinstance(value, int) and not isinstance(value, bool) else value
+# ----------------------------------------------------------------------------------------------------------
+# Types of values
 
 
-def _distinct(seeds: list[int]) -> list[int]:
-    twice = sorted({seed for seed in seeds if seeds.count(seed) > 1})
-    if twice:
-        raise ValueError(f"holds {', '.join(map(str, twice))} more than once")
-    return seeds
-
-
-def falling_rate(config: "RunConfig", rates: Sequence[str]) -> list[Conflict]:
-    """The conflict of a schedule that ends at `min_lr` with rates, named by their keys, that begin below it.
-
-    What has rate 0 is not trained, and not raised to `min_lr` either; None stands for another of the rates. Keys that
-    change nothing are in nothing's way.
-    """
-    idle = config.without_effect()
-    counting = {key: rate for key in rates if key not in idle and (rate := getattr(config, key))}
-    lower = {key: rate for key, rate in counting.items() if rate < config.min_lr}
-    if not lower or "min_lr" in idle:
-        return []
-    sentence = f"the schedule only lowers a rate; allowed: min_lr from 0 to {min(lower.values()):g}"
-    return [(("min_lr", *lower), sentence)]
-
-
-def _check_device(value: Any) -> Any:
-    items = value if isinstance(value, list) else [value]
-    if not items or any(isinstance(item, bool) or not isinstance(item, str | int) for item in items):
-        raise ValueError("names no device")
-    return value
+def key(default: Any, meaning: str, allowed: str = "", **limits: Any) -> Any:
+    """A key with its default, its meaning, and words for what it allows where its type does not tell."""
+    return Field(
+        default, description=meaning, json_schema_extra={"allowed": allowed} if allowed else None, **limits
+    )
 
 
 def check_text(text: str) -> None:
-    """Raises ValueError where no file and no path can hold the text."""
+    """Raises ValueError for text that no file and no path can hold."""
     if "\0" in text:
         raise ValueError("holds a NUL character")
     if any("\ud800" <= character <= "\udfff" for character in text):
         raise ValueError("holds half a surrogate pair, which is no character")
 
 
-def _bytes(path: str) -> int:
-    """Length of a path, or of a name in one. Raises ValueError where the file system takes none such."""
+def distinct(values: list[Any]) -> list[Any]:
+    """The values themselves; raises ValueError where one stands twice."""
+    repeated = sorted({value for value in values if values.count(value) > 1})
+    if repeated:
+        raise ValueError(f"holds {', '.join(map(str, repeated))} more than once")
+    return values
+
+
+def _listed(value: Any) -> Any:
+    """A single integer as a list of one: `"seed": 1993`, `--set device=0`."""
+    return [value] if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def _device_names(value: Any) -> Any:
+    items = value if isinstance(value, list) else [value]
+    if not items or any(isinstance(item, bool) or not isinstance(item, str | int) for item in items):
+        raise ValueError("names no device")
+    return value
+
+
+def _path_bytes(path: str) -> int:
+    """Length of a path, or of a name in one. Raises ValueError outside the locale's encoding."""
     try:
         return len(os.fsencode(path))
     except UnicodeEncodeError as error:
@@ -77,145 +76,157 @@ def _bytes(path: str) -> int:
         raise ValueError(f"{fault}: set PYTHONUTF8=1") from None
 
 
-def _fitting_path(text: str) -> str:
-    """A path as the file system takes it, `~` expanded."""
+def _valid_path(text: str) -> str:
+    """The path with `~` expanded. Raises ValueError where a file system does not take it."""
     check_text(text)
     path = os.path.expanduser(text)
-    if _bytes(os.path.abspath(path)) > PATH_BYTES - BELOW_RUN:
-        raise ValueError(f"is longer than the {PATH_BYTES - BELOW_RUN} bytes a path may have here")
-    longest = max(map(_bytes, path.split("/")))
-    if longest > NAME_BYTES:
-        raise ValueError(f"holds a name of {longest} bytes; file systems take {NAME_BYTES}")
+    if _path_bytes(os.path.abspath(path)) > MAX_PATH_BYTES - BELOW_RUN:
+        raise ValueError(f"is longer than the {MAX_PATH_BYTES - BELOW_RUN} bytes a path may have here")
+    longest = max(map(_path_bytes, path.split("/")))
+    if longest > MAX_NAME_BYTES:
+        raise ValueError(f"holds a name of {longest} bytes; file systems take {MAX_NAME_BYTES}")
     return path
 
 
-def _allowed(text: str) -> dict[str, Any]:
-    """Words for the error report where the JSON schema of the key would read poorly."""
-    return {"allowed": text}
-
-
-Seed = Annotated[int, Field(ge=0, lt=2**32)]
-Seeds = Annotated[list[Seed], Field(min_length=1), AfterValidator(_distinct), BeforeValidator(_listed)]
-Device = Annotated[Any, AfterValidator(_check_device), BeforeValidator(_listed)]
+Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
+CountOrZero = Annotated[int, Field(ge=0, le=MAX_COUNT)]
+Rate = Annotated[float, Field(gt=0, lt=1e3)]  # of learning
+RateOrZero = Annotated[float, Field(ge=0, lt=1e3)]
 Text = Annotated[str, Field(min_length=1)]
-PathText = Annotated[Text, AfterValidator(_fitting_path)]
+PathText = Annotated[Text, AfterValidator(_valid_path)]
+Device = Annotated[Any, AfterValidator(_device_names), BeforeValidator(_listed)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Seeds = Annotated[list[Seed], Field(min_length=1), AfterValidator(distinct), BeforeValidator(_listed)]
+SEEDS_ALLOWED = "an integer from 0 to 4294967295, or a list of different ones, at least one"
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The config of a run
 
 
 class RunConfig(BaseModel):
-    """The keys every run has. Unknown keys are refused, types are strict (no `true` for an integer), values frozen.
+    """Keys of every run.
 
-    A subclass adds its keys and may extend `legacy_keys`, `folder_names`, `conflicts`, `idle_rules`, `remarks`,
-    `editable_keys` (those that may be edited before a run is resumed, since they change its numbers by no more than
-    rounding, or name files that are known by their content), and `known_as` (other names of keys -> `key` or
-    `key=value`, for the message about an unknown key).
+    Unknown keys are refused, types are strict (no `true` for an integer), values frozen.
+
+    Class attributes that a subclass may extend:
+        metrics: what its runs are measured by, the main metric first.
+        legacy_keys: keys that published files have and that have no effect here, with the reason.
+        editable_keys: keys that may be edited before a run is resumed: they change its numbers by rounding at
+            most, or name files that are identified by their content.
+        known_as: other names of keys -> `key` or `key=value`, for the message about an unknown key.
     """
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=()
     )
 
-    metrics: ClassVar[tuple[MetricSpec, ...]]  # what its runs are measured by, the main metric first
+    metrics: ClassVar[tuple[MetricSpec, ...]]
     legacy_keys: ClassVar[dict[str, str]] = {}
     editable_keys: ClassVar[frozenset[str]] = frozenset(
         {"description", "prefix", "logs_root", "device", "grad_accumulation", "eval_batch_size"}
     )
     known_as: ClassVar[dict[str, str]] = {"learning_rate": "init_lr", "lr": "init_lr", "gpu": "device"}
 
-    description: str = Field(
-        "", description="The command that runs this file and the number it is expected to give."
-    )
-    prefix: str = Field(
+    description: str = key("", "The command that runs this file and the number it is expected to give.")
+    prefix: str = key(
         "run",
+        "First part of the run folder's name.",
+        "a name without / and \\",
         pattern=r"^[^/\\\x00-\x1f]+$",
-        description="First part of the run folder's name.",
-        json_schema_extra=_allowed("a name without / and \\"),
     )
     model_name: str = Field(description="The method: one of the registered learners.")
-    logs_root: PathText = Field("logs", description="Folder under which run folders are made.")
-
-    seed: Seeds = Field(
-        [1993],
-        description="Seeds; each is a run of its own, in a folder of its own.",
-        json_schema_extra=_allowed(
-            "an integer from 0 to 4294967295, or a list of different ones, at least one"
-        ),
+    logs_root: PathText = key("logs", "Folder that gets the run folders.")
+    seed: Seed = key(
+        1993,
+        "Seed; of a list in a file, each seed is a run of its own, in a folder of its own.",
+        SEEDS_ALLOWED,
     )
-    device: Device = Field(
+    device: Device = key(
         "auto",
-        description='Where to compute; a published list such as ["0"] falls back to the CPU where there is no GPU.',
-        json_schema_extra=_allowed(
-            '"auto", "cpu", "mps", "cuda", "cuda:N", or a list such as ["0"] or ["-1"]'
-        ),
+        'Where to compute; a published list such as ["0"] falls back to the CPU where there is no GPU.',
+        '"auto", "cpu", "mps", "cuda", "cuda:N", or a list such as ["0"] or ["-1"]',
     )
-    precision: Literal["fp32", "bf16"] = Field(
-        "fp32", description="fp32, or bf16 autocast where the device has it."
-    )
-
-    batch_size: int = Field(32, ge=1, le=MOST, description="Samples in a training step, over all devices.")
-    grad_accumulation: int = Field(
-        1, ge=1, le=MOST, description="Parts a training step is cut into to save memory."
-    )
-    eval_batch_size: int = Field(64, ge=1, le=MOST, description="Samples in a batch without gradients.")
+    precision: Literal["fp32", "bf16"] = key("fp32", "fp32, or bf16 autocast where the device has it.")
+    eval_batch_size: Count = key(64, "Samples in a batch without gradients.")
 
     @field_validator("*")
     @classmethod
     def _writable_text(cls, value: Any) -> Any:
-        """Refuses text that no file and no path takes."""
         if isinstance(value, str):
             check_text(value)
         return value
 
+    @classmethod
+    def own_keys(cls) -> list[str]:
+        """The keys that this class adds to its bases, or redefines."""
+        return [name for name in cls.__annotations__ if name in cls.model_fields]
+
     def folder_names(self, seed: int) -> list[str]:
-        """The names of a run's folder and of those above it, from `logs_root` on."""
+        """Names of a run's folder and of those above it, from `logs_root` on."""
         return [self.model_name, f"{self.prefix}_{seed}"]
 
+    def explicitly_set(self) -> list[str]:
+        """The keys that were set, in the order of the schema."""
+        return [name for name in type(self).model_fields if name in self.model_fields_set]
+
+    # --- rules; a subclass extends those of super() -------------------------------------------------------
+
     def conflicts(self) -> list[Conflict]:
-        """Keys that are fine one by one and impossible together or on this machine; subclasses extend `super()`'s."""
+        """Keys that are valid one by one and impossible together or on this machine."""
         return [*self._device_conflicts(), *self._folder_conflicts()]
 
-    def idle_rules(self) -> list[IdleRule]:
-        """When keys change nothing given the others; a subclass puts its rules before those of `super()`.
+    def unused_rules(self) -> list[UnusedRule]:
+        """When keys have no effect given the others; of several reasons for a key the first is told.
 
-        How much there is to do is not looked at: with `max_tasks` 1 the keys of later tasks keep their meaning.
+        The number of tasks is not considered: with `max_tasks` 1 the keys of later tasks keep their meaning.
         """
         return []
 
+    def warnings(self, nb_seeds: int = 1) -> list[str]:
+        """Departures from what a reader would expect; nb_seeds: how many seeds the experiment is run with."""
+        return []
+
+    # --- what follows from the rules ----------------------------------------------------------------------
+
     def without_effect(self) -> dict[str, str]:
-        """Keys that change nothing given the others, set or not, with the reason of the first rule that applies."""
+        """Keys that have no effect given the others, set or not, with the reason."""
         reasons: dict[str, str] = {}
-        for applies, reason, keys in self.idle_rules():
+        for applies, reason, keys in self.unused_rules():
             if applies:
                 reasons = dict.fromkeys(keys, reason) | reasons
         return reasons
 
-    def idle_keys(self) -> dict[str, str]:
-        """Those of the keys without effect that were set.
-
-        A resolved configuration sets every key, so that none of them was anyone's choice.
-        """
-        given, reasons = self.given(), self.without_effect()
-        if len(given) == len(type(self).model_fields):
+    def unused_keys(self) -> dict[str, str]:
+        """Keys that were set and have no effect, with the reason; none for a resolved config, which sets all."""
+        names, reasons = self.explicitly_set(), self.without_effect()
+        if len(names) == len(type(self).model_fields):
             return {}
-        return {key: reasons[key] for key in given if key in reasons}
+        return {name: reasons[name] for name in names if name in reasons}
 
-    def given(self) -> list[str]:
-        """The keys that were set, in the order of the schema."""
-        return [key for key in type(self).model_fields if key in self.model_fields_set]
+    def min_lr_conflicts(self, lr_keys: Sequence[str]) -> list[Conflict]:
+        """The conflict of a schedule that ends at `min_lr` with learning rates below it, given by their keys.
 
-    def remarks(self) -> list[str]:
-        """Sentences worth a warning: settings that depart from what a reader would expect."""
-        return []
+        What has rate 0 is not trained, and None stands for another of the rates.
+        """
+        unused = self.without_effect()
+        lrs = {name: lr for name in lr_keys if name not in unused and (lr := getattr(self, name))}
+        lower = {name: lr for name, lr in lrs.items() if lr < self.min_lr}
+        if not lower or "min_lr" in unused:
+            return []
+        sentence = f"the schedule only lowers a rate; allowed: min_lr from 0 to {min(lower.values()):g}"
+        return [(("min_lr", *lower), sentence)]
 
     def differing(self, other: "RunConfig") -> dict[str, tuple[Any, Any]]:
-        """Key -> both values, for the keys in which two experiments differ, apart from the seed and `editable_keys`.
+        """Key -> both values, where two experiments differ, apart from the seed and `editable_keys`.
 
         Of two methods only the name of the method is told.
         """
         if self.model_name != other.model_name:
             return {"model_name": (self.model_name, other.model_name)}
         ours, theirs = self.model_dump(mode="json"), other.model_dump(mode="json")
-        keys = [key for key in ours if key not in self.editable_keys and key != "seed"]
-        return {key: (ours[key], theirs[key]) for key in keys if ours[key] != theirs[key]}
+        names = [name for name in ours if name not in self.editable_keys and name != "seed"]
+        return {name: (ours[name], theirs[name]) for name in names if ours[name] != theirs[name]}
 
     def _device_conflicts(self) -> list[Conflict]:
         try:
@@ -226,23 +237,23 @@ class RunConfig(BaseModel):
 
     def _folder_conflicts(self) -> list[Conflict]:
         try:
-            names = [_bytes(name) for name in self.folder_names(max(self.seed))]
-            whole = _bytes(os.path.abspath(self.logs_root)) + sum(names) + len(names)
+            names = [_path_bytes(name) for name in self.folder_names(self.seed)]
+            whole = _path_bytes(os.path.abspath(self.logs_root)) + sum(names) + len(names)
         except ValueError as error:
             return [(("prefix", "logs_root"), f"the run folder's path {error}")]
-        longest, most = NAME_BYTES - BESIDE_RUN, PATH_BYTES - BELOW_RUN
-        if max(names) <= longest and whole <= most:
+        max_name, max_path = MAX_NAME_BYTES - BESIDE_RUN, MAX_PATH_BYTES - BELOW_RUN
+        if max(names) <= max_name and whole <= max_path:
             return []
         fault = (
             f"the longest name in the run folder's path would have {max(names)} bytes, the whole path {whole}"
         )
         way_out = "shorten prefix, logs_root, or the names of dataset and backbone_type"
-        return [(("prefix", "logs_root"), f"{fault}; allowed: {longest} and {most}; {way_out}")]
+        return [(("prefix", "logs_root"), f"{fault}; allowed: {max_name} and {max_path}; {way_out}")]
 
 
-def with_reason(reasons: Mapping[str, str]) -> list[str]:
-    """Keys with the reason in brackets, those of one reason together: `{"a": "x", "b": "x"}` -> `["a, b (x)"]`."""
+def with_reasons(reasons: Mapping[str, str]) -> str:
+    """Keys with the reason in brackets, grouped by reason: `{"a": "x", "b": "x"}` -> `a, b (x)`."""
     grouped: dict[str, list[str]] = {}
-    for key, reason in reasons.items():
-        grouped.setdefault(reason, []).append(key)
-    return [f"{', '.join(keys)} ({reason})" for reason, keys in grouped.items()]
+    for name, reason in reasons.items():
+        grouped.setdefault(reason, []).append(name)
+    return ", ".join(f"{', '.join(names)} ({reason})" for reason, names in grouped.items())

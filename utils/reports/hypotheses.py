@@ -15,7 +15,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from utils.config.loading import check_object, no_such
+from utils.config.loading import check_object
+from utils.config.messages import no_such
 from utils.config.schema import Text
 from utils.metric_catalogue import MetricSpec, by_key
 

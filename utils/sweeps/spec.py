@@ -24,7 +24,8 @@ from typing import Annotated, Any, NamedTuple
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pydantic.fields import FieldInfo
 
-from utils.config.loading import BASE_KEY, ConfigError, base_of, load_config, no_such, read_object
+from utils.config.loading import BASE_KEY, ConfigError, base_of, load_config, read_object
+from utils.config.messages import no_such
 from utils.config.schema import RunConfig, Seeds, Text, check_text
 from utils.reports.hypotheses import Hypothesis, read_hypotheses, unknown_metrics
 
@@ -92,7 +93,7 @@ class Cell:
 
     def with_seed(self, seed: int) -> RunConfig:
         """The config of one of its runs."""
-        return self.config.model_copy(update={"seed": [seed]})
+        return self.config.model_copy(update={"seed": seed})
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ def load_sweep(path: str | Path, overrides: Sequence[str], schemas: Mapping[str,
     path = Path(os.path.expanduser(path))
     checked = read_object(path, SweepFile)
     if checked.faulty & SHAPING:
-        raise ConfigError(str(path), checked.problems, checked.footer)
+        raise ConfigError(str(path), checked.problems)
     file = SweepFile(**checked.sound)
     count = max(1, len(file.cells)) * math.prod(map(len, file.grid.values()))
     if count > MAX_CELLS:
@@ -164,8 +165,7 @@ def load_sweep(path: str | Path, overrides: Sequence[str], schemas: Mapping[str,
     problems += [*_mixed_metrics(cells), *_equal_configs(cells)]
     problems += unknown_metrics(hypotheses, {cell.name: cell.config.metrics for cell in cells})
     if problems:
-        footers = dict.fromkeys([checked.footer, *(error.footer for error in faults.values())])
-        raise ConfigError(str(path), problems, "\n".join(filter(None, footers)))
+        raise ConfigError(str(path), problems)
 
     of_base = next((cell for cell, row in zip(cells, rows, strict=True) if row.base == file.base), cells[0])
     folder = Path(of_base.config.logs_root) / "sweeps" / path.stem
@@ -258,7 +258,7 @@ def _mixed_metrics(cells: Sequence[Cell]) -> Iterator[str]:
 
 def _equal_configs(cells: Sequence[Cell]) -> Iterator[str]:
     """Cells whose configs differ in nothing but names and keys without effect."""
-    unused = {cell.name: cell.config.idle_keys() for cell in cells}
+    unused = {cell.name: cell.config.unused_keys() for cell in cells}
     values = {}
     for cell in cells:
         defaults = {key: type(cell.config).model_fields[key].default for key in unused[cell.name]}

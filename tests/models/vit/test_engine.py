@@ -37,7 +37,7 @@ def only_folder(config: RunConfig) -> Path:
 
 def run(config: RunConfig) -> tuple[dict[str, Any], list[float]]:
     """Result and losses of a configuration's only run."""
-    result = train(config, overwrite=True)[0]
+    result = train(config, overwrite=True)
     return result, losses(only_folder(config))
 
 

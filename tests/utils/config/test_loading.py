@@ -1,4 +1,4 @@
-"""Tests of `utils.config.schema`, `utils.config.loading`, `models.sema_config`: files load, mistakes are told at once."""
+"""Tests of `utils.config.loading`: files, bases and overrides become configs, or every mistake is told at once."""
 
 import json
 from pathlib import Path
@@ -7,78 +7,23 @@ from typing import Any
 import numpy as np
 import pytest
 
-import models
-import models.vit.config
-import utils.config.schema
 from models import SCHEMAS
 from models.sema_config import SEMAConfig
-from models.vit.config import ClassIncrementalConfig
-from models.vit.pretrained import BackboneShape
+from tests.conftest import EXPS, ROOT
 from utils.config.loading import ConfigError, LoadedConfig, config_from_dict, load_config
 from utils.config.schema import RunConfig
-from utils.data.datasets import class_count
-from utils.errors import UserError
 
 METHODS = ", ".join(f'"{name}"' for name in SCHEMAS)
-ROOT = Path(__file__).parents[3]
-EXPS = sorted(path for path in (ROOT / "exps").rglob("*.json") if path.parent.name != "sweeps")
 PUBLISHED: dict[str, Any] = {
-    "prefix": "reproduce",
-    "dataset": "vtab",
-    "memory_size": 0,
-    "memory_per_class": 0,
-    "fixed_memory": False,
-    "shuffle": False,
-    "init_cls": 10,
-    "increment": 10,
-    "model_name": "sema",
-    "backbone_type": "pretrained_vit_b16_224_adapter",
-    "device": ["0"],
-    "seed": [1993],
-    "batch_size": 32,
-    "weight_decay": 0.0005,
-    "min_lr": 0,
-    "ffn_adapter_type": "adaptmlp",
-    "ffn_num": 16,
-    "optimizer": "sgd",
-    "vpt_type": "shallow",
-    "prompt_token_num": 5,
-    "func_epoch": 20,
-    "rd_epoch": 20,
-    "init_lr": 0.005,
-    "rd_lr": 0.01,
-    "rd_dim": 128,
-    "buffer_size": 500,
-    "detect_batch_size": 128,
-    "exp_threshold": 1,
-    "adapt_start_layer": 9,
-    "adapt_end_layer": 11,
-}
-
-
-@pytest.fixture
-def plain_checks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Data sets of 100 classes, 12-block backbones with patch 16 (or 14), and a machine without CUDA."""
-    patches = {"vit": 16, "pretrained_vit_b16_224_adapter": 16, "vit_small_patch14_reg4_dinov2": 14}
-
-    def shape(
-        backbone_type: str, image_size: int | None = None, *, weights: str | None = "random"
-    ) -> BackboneShape:
-        if backbone_type not in patches:
-            raise UserError(f"backbone_type {backbone_type!r} is not known; nearest: vit")
-        return BackboneShape(depth=12, width=768, patch=patches[backbone_type], image_size=224)
-
-    def device(spec: Any) -> tuple[str, None]:
-        if spec == "cuda":
-            raise UserError('device = "cuda" was asked for, but there is none; use "auto" or "cpu"')
-        return "cpu", None
-
-    monkeypatch.setattr(models.vit.config, "class_count", lambda name, root: 100)
-    monkeypatch.setattr(models.vit.config, "backbone_shape", shape)
-    monkeypatch.setattr(utils.config.schema, "resolve_device", device)
-
-
-pytestmark = pytest.mark.usefixtures("plain_checks")
+    "prefix": "reproduce", "dataset": "vtab", "memory_size": 0, "memory_per_class": 0, "fixed_memory": False,
+    "shuffle": False, "init_cls": 10, "increment": 10, "model_name": "sema",
+    "backbone_type": "pretrained_vit_b16_224_adapter", "device": ["0"], "seed": [1993], "batch_size": 32,
+    "weight_decay": 0.0005, "min_lr": 0, "ffn_adapter_type": "adaptmlp", "ffn_num": 16, "optimizer": "sgd",
+    "vpt_type": "shallow", "prompt_token_num": 5, "func_epoch": 20, "rd_epoch": 20, "init_lr": 0.005, "rd_lr": 0.01,
+    "rd_dim": 128, "buffer_size": 500, "detect_batch_size": 128, "exp_threshold": 1,
+    "adapt_start_layer": 9, "adapt_end_layer": 11,
+}  # fmt: skip
+NESTED = {"ffn_adapter_type": "nested_lora"}
 
 
 def write(folder: Path, values: Any, name: str = "config.json") -> Path:
@@ -97,186 +42,135 @@ def problems(**values: Any) -> list[str]:
     return caught.value.problems
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Shipped and published files
+def problems_of(path: Path, *overrides: str) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, overrides, SCHEMAS)
+    str(caught.value).encode()
+    return caught.value.problems
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Files and values
 
 
 @pytest.mark.parametrize("path", EXPS, ids=lambda path: path.stem)
-def test_shipped_config_loads_and_states_its_command(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.undo()  # the real data sets, backbones and devices
-    config = load_config(path, [], models.SCHEMAS).config
+def test_shipped_config_loads_and_states_its_command(path: Path) -> None:
+    config = load_config(path, [], SCHEMAS).config
     assert config.description.startswith(f"python main.py --config {path.relative_to(ROOT)} ")
     assert "expected" in config.description
 
 
 def test_published_config_loads_unchanged(tmp_path: Path) -> None:
     loaded = load_config(write(tmp_path, PUBLISHED), [], SCHEMAS)
-    for key, value in PUBLISHED.items():
-        if key not in SEMAConfig.legacy_keys:
-            assert getattr(loaded.config, key) == value, key
+    own = {key: value for key, value in PUBLISHED.items() if key not in SEMAConfig.legacy_keys}
+    assert {key: getattr(loaded.config, key) for key in own} == own | {"seed": 1993}
     memory = "memory_size, memory_per_class, fixed_memory (no exemplar memory)"
     assert loaded.notes == [f"keys with no effect here: {memory}, vpt_type, prompt_token_num (no prompts)"]
 
 
-@pytest.mark.parametrize("device", [["0"], ["-1"], [-1], "cpu", "mps", "auto", ["0", "1"]])
+@pytest.mark.parametrize("device", [["0"], ["-1"], [-1], "cpu", "auto", ["0", "1"]])
 def test_published_devices_are_accepted(device: Any) -> None:
     assert check(device=device).config.device == device
 
 
 def test_values_are_read_generously_where_published_files_vary() -> None:
-    config = check(seed=7, min_lr=None, exp_threshold=2, ffn_adapter_scalar="0.1", device=0).config
-    assert (config.seed, config.min_lr, config.exp_threshold, config.ffn_adapter_scalar) == (
-        [7],
-        1e-8,
-        2.0,
-        0.1,
-    )
+    config = check(min_lr=None, exp_threshold=2, ffn_adapter_scalar="0.1", device=0).config
+    assert (config.min_lr, config.exp_threshold, config.ffn_adapter_scalar) == (1e-8, 2.0, 0.1)
     assert config.device == [0]
 
 
-def test_resolved_config_survives_json_and_is_frozen() -> None:
+@pytest.mark.parametrize(("seed", "seeds"), [(7, [7]), ([1993], [1993]), ([3, 1], [3, 1])])
+def test_a_file_has_a_config_for_every_seed(seed: Any, seeds: list[int]) -> None:
+    loaded = check(seed=seed, rd_dim=8)
+    assert [config.seed for config in loaded.configs] == seeds and loaded.config.seed == seeds[0]
+    assert len({json.dumps(config.model_dump() | {"seed": 0}) for config in loaded.configs}) == 1
+
+
+def test_resolved_config_survives_json_is_frozen_and_needs_no_notes() -> None:
     config = check(**PUBLISHED).config
-    again = config_from_dict(json.loads(json.dumps(config.model_dump())), SCHEMAS, "config.json").config
-    assert again == config
+    again = config_from_dict(json.loads(json.dumps(config.model_dump())), SCHEMAS, "config.json")
+    assert again.config == config and again.notes == []
     with pytest.raises(ValueError, match="frozen"):
         config.init_cls = 5
 
 
-@pytest.mark.parametrize("schema", [ClassIncrementalConfig, SEMAConfig])
+@pytest.mark.parametrize("schema", SCHEMAS.values(), ids=SCHEMAS.keys())
 def test_every_key_is_described_and_no_legacy_key_shadows_one(schema: type[RunConfig]) -> None:
     assert all(field.description for field in schema.model_fields.values())
     assert not schema.legacy_keys.keys() & schema.model_fields.keys()
-    assert check(**dict.fromkeys(schema.legacy_keys, 1)).notes
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Mistakes
 
 
 def test_all_mistakes_come_in_one_message(tmp_path: Path) -> None:
     values = {
-        "nested_lora_rnk": 8,
-        "rd_lr": "0.01",
-        "optimizer": "sdg",
-        "init_cls": 120,
-        "adapt_start_layer": 12,
-        "nested_lora_rank": 0,
-        "nested_lora_lr_fast": -0.1,
-        "nested_lora_update_interval_slow": -1,
-        "seed": [],
-        "device": "cuda",
-        "increment": True,
-        "adapt_end_layer": 10,
-        "backbone_type": "vit",
-    }
+        "nested_lora_rnk": 8, "rd_lr": "0.01", "optimizer": "sdg", "init_cls": 120, "adapt_start_layer": 12,
+        "nested_lora_rank": 0, "seed": [], "device": "cuda:99", "increment": True, "adapt_end_layer": 10,
+    }  # fmt: skip
     path = write(tmp_path, values)
-    with pytest.raises(ConfigError) as caught:
+    found = problems_of(path, "detect_batch_size=1", "nonsense")
+    told = [
+        ("--set nonsense", "allowed: --set key=value"),
+        ("nested_lora_rnk = 8", "did you mean nested_lora_rank?"),
+        ('rd_lr = "0.01"', "write 0.01 without quotes; allowed: a number > 0 and < 1000"),
+        ('optimizer = "sdg"', 'did you mean "sgd"?; allowed: "sgd", "adam"'),
+        ("nested_lora_rank = 0", "too small; allowed: an integer >= 1 and <= 4096"),
+        ("seed = []", "empty; allowed: an integer from 0"),
+        ("increment = true", "a wrong type (a boolean)"),
+        ("detect_batch_size = 1 (--set)", "too small"),
+        ('init_cls = 120, dataset = "cifar224" (default)', "allowed: init_cls from 1 to 100"),
+        ('device = "cuda:99"', "CUDA devices"),
+        ("adapt_start_layer = 12, adapt_end_layer = 10", "allowed: adapt_start_layer <= adapt_end_layer"),
+        ("adapt_start_layer = 12, backbone_type", "12 blocks; allowed: adapt_start_layer from 0 to 11"),
+    ]
+    assert len(found) == len(told)
+    for start, words in told:
+        assert any(line.startswith(start) and words in line for line in found), (start, found)
+    with pytest.raises(ConfigError, match=f"{path}: 12 problems\n  - "):
         load_config(path, ["detect_batch_size=1", "nonsense"], SCHEMAS)
-    clash = "allowed: adapt_start_layer <= adapt_end_layer"
-    depth = 'adapt_start_layer = 12, backbone_type = "vit": the backbone has 12 blocks'
-    expected = [
-        "--set nonsense: no key and value; allowed: --set key=value",
-        "nested_lora_rnk = 8: unknown key; did you mean nested_lora_rank?",
-        'rd_lr = "0.01": a wrong type (text); write 0.01 without quotes; allowed: a number > 0 and < 1000',
-        'optimizer = "sdg": not a choice; did you mean "sgd"?; allowed: "sgd", "adam"',
-        "nested_lora_rank = 0: too small; allowed: an integer >= 1 and <= 4096",
-        "nested_lora_lr_fast = -0.1: too small; allowed: a number >= 0 and < 1000",
-        "nested_lora_update_interval_slow = -1: too small; allowed: an integer >= 0 and <= 1000000",
-        "seed = []: empty; allowed: an integer from 0 to 4294967295, or a list of different ones, at least one",
-        "increment = true: a wrong type (a boolean); allowed: an integer >= 1 and <= 1000000",
-        "detect_batch_size = 1 (--set): too small; allowed: an integer >= 2 and <= 1000000",
-        'init_cls = 120, dataset = "cifar224" (default): the data set has 100 classes; allowed: init_cls from 1 to 100',
-        'device = "cuda" was asked for, but there is none; use "auto" or "cpu"',
-        f"adapt_start_layer = 12, adapt_end_layer = 10: the first growing block comes after the last; {clash}",
-        f"{depth}; allowed: adapt_start_layer from 0 to 11",
-    ]
-    assert caught.value.problems == expected
-    assert str(caught.value) == "\n".join([f"{path}: 14 problems", *(f"  - {line}" for line in expected)])
 
 
 @pytest.mark.parametrize(
-    ("values", "line"),
+    ("key", "value", "words"),
     [
-        ({"shuffle": 1}, "shuffle = 1: a wrong type (an integer); allowed: true or false"),
-        (
-            {"func_epoch": 2.5},
-            "func_epoch = 2.5: a wrong type (a decimal number); allowed: an integer >= 0 and <= 1000000",
-        ),
-        ({"init_lr": True}, "init_lr = true: a wrong type (a boolean); allowed: a number > 0 and < 1000"),
-        ({"init_lr": None}, "init_lr = null: a wrong type (null); allowed: a number > 0 and < 1000"),
-        ({"prefix": 3}, "prefix = 3: a wrong type (an integer); allowed: a name without / and \\"),
-        (
-            {"prefix": "a/b"},
-            'prefix = "a/b": cannot be part of a folder\'s name; allowed: a name without / and \\',
-        ),
-        ({"dataset": ""}, 'dataset = "": empty; allowed: non-empty text in double quotes'),
-        ({"max_tasks": 0}, "max_tasks = 0: too small; allowed: an integer >= 1 and <= 1000000 or null"),
-        (
-            {"ffn_adapter_scalar": "big"},
-            'ffn_adapter_scalar = "big": a wrong type (text); allowed: a number >= -1000 and <= 1000',
-        ),
-        (
-            {"nested_lora_consolidation_alpha": 2},
-            "nested_lora_consolidation_alpha = 2: too large; allowed: a number >= 0 and <= 1",
-        ),
-        ({"min_lr": -1}, "min_lr = -1: too small; allowed: a number >= 0 and < 1000, or null for 1e-8"),
+        ("shuffle", 1, "a wrong type (an integer); allowed: true or false"),
+        ("func_epoch", 2.5, "a wrong type (a decimal number); allowed: an integer >= 0 and <= 1000000"),
+        ("init_lr", True, "a wrong type (a boolean)"),
+        ("init_lr", None, "a wrong type (null)"),
+        ("prefix", 3, "a wrong type (an integer); allowed: a name without / and \\"),
+        ("prefix", "a/b", "cannot be part of a folder's name"),
+        ("dataset", "", "empty; allowed: non-empty text in double quotes"),
+        ("max_tasks", 0, "too small; allowed: an integer >= 1 and <= 1000000 or null"),
+        ("ffn_adapter_scalar", "big", "a wrong type (text); allowed: a number >= -1000 and <= 1000"),
+        ("nested_lora_consolidation_alpha", 2, "too large; allowed: a number >= 0 and <= 1"),
+        ("min_lr", -1, "allowed: a number >= 0 and < 1000, or null for 1e-8"),
+        ("rd_lr", float("inf"), "not a finite number"),
+        ("seed", [1, -2], "item 2 (-2) is too small"),
+        ("seed", [3, 3], "holds 3 more than once"),
+        ("seed", [True], "item 1 (true) is a wrong type"),
+        ("device", [], 'names no device; allowed: "auto"'),
+        ("device", [1.5], "names no device"),
+        ("device", None, "names no device"),
+        ("backbone_type", "vit_bse_patch16_224", "vit_base_patch16_224"),
+        ("image_size", 230, "allowed: a multiple of 16, such as 224 or 240"),
+        ("weights", "nowhere.safetensors", 'it is not there; allowed: null, "random"'),
+        ("model_name", "semma", f'did you mean "sema"?; allowed: {METHODS}'),
+        ("Batch-Size", 8, "unknown key; did you mean batch_size?"),
+        ("qqqq", 8, "unknown key; python main.py --list keys --method sema lists the keys"),
     ],
+    ids=str,
 )
-def test_a_bad_value_is_named_with_what_is_allowed(values: dict[str, Any], line: str) -> None:
-    assert problems(**values) == [line]
+def test_a_bad_value_is_named_with_what_is_allowed(key: str, value: Any, words: str) -> None:
+    (line,) = problems(**{key: value})
+    assert key in line and words in line
 
 
-@pytest.mark.parametrize(
-    ("seed", "fault"),
-    [
-        ([1, -2], "item 2 (-2) is too small"),
-        ([3, 3], "holds 3 more than once"),
-        ([True], "item 1 (true) is a wrong"),
-    ],
-)
-def test_bad_seeds(seed: list[int], fault: str) -> None:
-    (line,) = problems(seed=seed)
-    assert line.startswith(f"seed = {json.dumps(seed)}: ") and fault in line
-
-
-@pytest.mark.parametrize("device", [[], [1.5], True, None, [True]])
-def test_bad_devices(device: Any) -> None:
-    (line,) = problems(device=device)
-    assert "names no device; allowed: " in line and '["-1"]' in line
-
-
-def test_infinite_numbers_are_refused() -> None:
-    assert problems(rd_lr=float("inf")) == [
-        "rd_lr = Infinity: not a finite number; allowed: a number > 0 and < 1000"
-    ]
-
-
-def test_backbone_mistakes() -> None:
-    (line,) = problems(backbone_type="vti", adapt_end_layer=30)
-    assert line == "backbone_type 'vti' is not known; nearest: vit"
-    (line,) = problems(backbone_type="vit", image_size=230)
-    assert line.endswith("allowed: a multiple of 16, such as 224 or 240")
-    (line,) = problems(backbone_type="vit", weights="nowhere.safetensors")
-    assert line.startswith('weights = "nowhere.safetensors": it is not there; allowed: null, "random"')
-
-
-def test_unknown_key_without_a_near_one_lists_the_valid_keys() -> None:
-    with pytest.raises(ConfigError, match="did you mean batch_size") as caught:
-        check(**{"Batch-Size": 8})
-    assert "Valid keys" not in str(caught.value)
-    with pytest.raises(ConfigError) as caught:
-        check(qqqq=8)
-    assert caught.value.problems == ["qqqq = 8: unknown key; allowed: the keys listed below"]
-    listed = str(caught.value).split("Valid keys: ")[1].replace("\n", " ").replace(",", "").split()
-    assert set(listed) == set(SEMAConfig.model_fields)
-
-
-def test_unknown_method_lists_the_choices_and_the_rest_is_still_checked() -> None:
+def test_an_unknown_method_does_not_keep_the_rest_from_being_checked() -> None:
     near = problems(model_name="semma", rd_dim=0, nested_lora_rnk=8)
-    assert near[0] == f'model_name = "semma": no such method; did you mean "sema"?; allowed: {METHODS}'
     assert [line.split(" = ")[0] for line in near] == ["model_name", "rd_dim", "nested_lora_rnk"]
     far = problems(model_name="qqqq", rd_dim=8, increment=0, init_cls=300)
-    assert far[0] == f'model_name = "qqqq": no such method; allowed: {METHODS}'
     assert [line.split(" = ")[0] for line in far] == ["model_name", "increment", "init_cls"]
 
 
@@ -291,55 +185,48 @@ def test_each_method_has_its_own_keys() -> None:
     assert config_from_dict({"model_name": "other", "own_key": 3}, schemas, "test").config.own_key == 3
     with pytest.raises(ConfigError) as caught:
         config_from_dict({"model_name": "other", "rd_dim": 3}, schemas, "test")
-    assert caught.value.problems == [
-        'rd_dim = 3: not a key of model_name "other"; it belongs to "sema"',
-        "own_key: missing; allowed: an integer",
-    ]
-
-
-def test_missing_file_names_the_nearest(tmp_path: Path) -> None:
-    write(tmp_path, {}, "sema_cifar.json")
-    with pytest.raises(ConfigError) as caught:
-        load_config(tmp_path / "sema_cifr.json", [], SCHEMAS)
-    assert caught.value.problems == [
-        f"{tmp_path / 'sema_cifr.json'} does not exist; did you mean {tmp_path / 'sema_cifar.json'}?"
-    ]
+    first, second = caught.value.problems
+    assert 'it belongs to "sema"' in first and second.startswith("own_key: missing")
 
 
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ('{\n  "rd_dim": 8,\n  "rd_lr" 0.1\n}', "line 3, column 11: "),
-        ('{\n  "rd_dim": 8,\n  "rd_lr" 0.1\n}', 'the line reads: "rd_lr" 0.1'),
+        ('{\n  "rd_dim": 8,\n  "rd_lr" 0.1\n}', 'line 3, column 11: Expecting.*reads: "rd_lr" 0.1'),
         ('{"rd_dim": 8,\n', "line 2, column 1: "),
         ("", "line 1, column 1: "),
         ("[1]", "holds a list; allowed: one JSON object"),
         ('{"rd_lr": NaN}', "NaN is not a JSON number"),
+        (b'{"prefix": "\xe9"}', "not valid JSON"),
+        ('{"rd_dim": 8, "rd_dim": 9}', "rd_dim: written twice, as 8 and 9"),
+        (None, "cannot be read"),
     ],
+    ids=str,
 )
-def test_invalid_json_is_located(tmp_path: Path, text: str, told: str) -> None:
-    with pytest.raises(ConfigError) as caught:
-        load_config(write(tmp_path, text), ["rd_dim=0"], SCHEMAS)
-    assert told in caught.value.problems[0]
-    assert caught.value.problems[1] == "rd_dim = 0 (--set): too small; allowed: an integer >= 1 and <= 16384"
+def test_a_file_that_is_no_config_is_told_with_the_overrides_faults(
+    tmp_path: Path, text: str | bytes | None, told: str
+) -> None:
+    path = tmp_path / "config.json"
+    if text is None:
+        path.mkdir()
+    else:
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ConfigError, match=told) as caught:
+        load_config(path, ["rd_dim=0"], SCHEMAS)
+    assert "rd_dim = 0 (--set): too small" in caught.value.problems[-1] and len(caught.value.problems) == 2
 
 
-def test_unreadable_file_and_wrong_encoding(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="cannot be read"):
-        load_config(tmp_path, [], SCHEMAS)
-    path = tmp_path / "latin.json"
-    path.write_bytes(b'{"prefix": "\xe9"}')
-    with pytest.raises(ConfigError, match="not valid JSON"):
-        load_config(path, [], SCHEMAS)
+def test_missing_file_names_the_nearest(tmp_path: Path) -> None:
+    write(tmp_path, {}, "sema_cifar.json")
+    (line,) = problems_of(tmp_path / "sema_cifr.json")
+    assert f"did you mean {tmp_path / 'sema_cifar.json'}?" in line
 
 
-def test_key_written_twice_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError) as caught:
-        load_config(write(tmp_path, '{"rd_dim": 8, "rd_dim": 9}'), [], SCHEMAS)
-    assert caught.value.problems == ["rd_dim: written twice, as 8 and 9; allowed: once"]
+def test_a_byte_order_mark_is_no_fault(tmp_path: Path) -> None:
+    assert load_config(write(tmp_path, '\ufeff{"rd_dim": 8}'), [], SCHEMAS).config.rd_dim == 8
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Inheritance and overrides
 
 
@@ -354,97 +241,123 @@ def test_base_chain_is_relative_and_nearest_wins(tmp_path: Path) -> None:
 
 def test_a_fault_in_a_base_names_the_base(tmp_path: Path) -> None:
     base = write(tmp_path, {"rd_dim": 0, "rd_lr": 0}, "root.json")
-    path = write(tmp_path, {"base": "root.json", "rd_lr": -1})
-    with pytest.raises(ConfigError) as caught:
-        load_config(path, [], SCHEMAS)
-    assert caught.value.problems == [
-        "rd_lr = -1: too small; allowed: a number > 0 and < 1000",
-        f"rd_dim = 0 (from {base}): too small; allowed: an integer >= 1 and <= 16384",
-    ]
+    found = problems_of(write(tmp_path, {"base": "root.json", "rd_lr": -1}))
+    assert {line.split(":")[0] for line in found} == {"rd_lr = -1", f"rd_dim = 0 (from {base})"}
 
 
 @pytest.mark.parametrize(
-    ("base", "told"),
-    [("config.json", "this file or one that inherits"), ("gone.json", "does not exist"), (3, "a wrong type")],
+    "base", ["config.json", "gone.json", 3, None, "a\0b", "\ud800", "b" * 300, "a/" * 3000, ".", ""], ids=repr
 )
-def test_bad_base_is_told_with_the_file_s_own_faults(tmp_path: Path, base: Any, told: str) -> None:
+def test_bad_base_is_told_with_the_file_s_own_faults(tmp_path: Path, base: Any) -> None:
     path = write(tmp_path, {"base": base, "rd_dim": 0, "init_cls": 300})
-    with pytest.raises(ConfigError) as caught:
-        load_config(path, [], SCHEMAS)
-    first, second = caught.value.problems  # no conflicts: what the base would have said is unknown
-    assert first.startswith(f"base = {json.dumps(base)}: ") and told in first
-    assert second.startswith("rd_dim = 0: ")
+    first, second = problems_of(path)  # no conflicts: what the base would have said is unknown
+    assert first.startswith("base = ") and second.startswith("rd_dim = 0: ")
 
 
 def test_longer_cycle_is_refused(tmp_path: Path) -> None:
     write(tmp_path, {"base": "b.json"}, "a.json")
     write(tmp_path, {"base": "a.json"}, "b.json")
-    with pytest.raises(ConfigError, match="a chain that ends"):
-        load_config(tmp_path / "a.json", [], SCHEMAS)
+    assert "inherits from it" in problems_of(tmp_path / "a.json")[0]
 
 
 def test_overrides_are_json_or_text_and_win(tmp_path: Path) -> None:
     path = write(tmp_path, {"nested_lora_rank": 16, "max_tasks": 3})
-    given = ["nested_lora_rank=4", "nested_lora_rank=8", "max_tasks=null", "dataset=a=b", "seed=[1,2]"]
-    config = load_config(path, [*given, "optimizer=adam"], SCHEMAS).config
-    assert (config.nested_lora_rank, config.max_tasks, config.dataset) == (8, None, "a=b")
-    assert (config.seed, config.optimizer) == ([1, 2], "adam")
+    given = ["nested_lora_rank=4", "nested_lora_rank=8", "max_tasks=null", "description=a=b", "seed=[1,2]"]
+    loaded = load_config(path, [*given, "optimizer=adam"], SCHEMAS)
+    config = loaded.config
+    assert (config.nested_lora_rank, config.max_tasks, config.description) == (8, None, "a=b")
+    assert config.optimizer == "adam" and len(loaded.configs) == 2
 
 
-def test_override_mistakes(tmp_path: Path) -> None:
-    path = write(tmp_path, {})
-    with pytest.raises(ConfigError) as caught:
-        load_config(path, ["base=x.json", "=3", "shuffle=True", "rd_dimm=3"], SCHEMAS)
-    assert [line.split(":")[0] for line in caught.value.problems] == [
-        "--set base=x.json",
-        "--set =3",
-        'shuffle = "True" (--set)',
-        "rd_dimm = 3 (--set)",
-    ]
-    assert "write true without quotes" in caught.value.problems[2]
+@pytest.mark.parametrize(
+    ("override", "start", "words"),
+    [
+        ("base=x.json", "--set base=x.json", "named in a file"),
+        ("=3", "--set =3", "no key and value"),
+        ("shuffle=True", 'shuffle = "True" (--set)', "write true without quotes"),
+        ("rd_dimm=3", "rd_dimm = 3 (--set)", "did you mean rd_dim?"),
+        ("\ud800=1", "", ""),
+        ("rd_dim=\ud800", "rd_dim", ""),
+        ("\udcff", "--set", ""),
+        ("rd_dim=1e999", "rd_dim", ""),
+        ("rd_dim=" + "9" * 5000, "rd_dim", ""),
+    ],
+    ids=lambda text: ascii(text[:20]),
+)
+def test_override_mistakes(tmp_path: Path, override: str, start: str, words: str) -> None:
+    (line,) = problems_of(write(tmp_path, {}), override)
+    assert line.startswith(start) and words in line
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def test_null_takes_an_inherited_key_back_to_its_default(tmp_path: Path) -> None:
+    base = write(tmp_path, {"rd_dim": 8, "max_tasks": 3, "min_lr": 0.001, "exp_threshold": 5}, "base.json")
+    write(tmp_path, {"base": "base.json", "rd_dim": None, "exp_threshold": None}, "mid.json")
+    top = write(
+        tmp_path, {"base": "mid.json", "max_tasks": None, "min_lr": None, "exp_threshold": 4}, "top.json"
+    )
+    config = load_config(top, ["device=cpu"], SCHEMAS).config
+    assert (config.rd_dim, config.max_tasks, config.exp_threshold) == (128, None, 4.0)
+    assert config.min_lr == 1e-8  # null is a value of its own
+    assert not {"rd_dim", "max_tasks"} & set(config.explicitly_set())
+    assert load_config(base, ["rd_dim=null"], SCHEMAS).config.rd_dim == 128
+
+
+def test_null_takes_back_a_key_that_the_method_of_the_child_has_not(tmp_path: Path) -> None:
+    write(tmp_path, {"model_name": "sema", "rd_dim": 8}, "base.json")
+    top = write(tmp_path, {"base": "base.json", "model_name": "finetune", "rd_dim": None})
+    assert load_config(top, [], SCHEMAS).config.model_name == "finetune"
+    (line,) = problems_of(write(tmp_path, {"base": "base.json", "buffer_size": None}))
+    assert "buffer_size = null: a wrong type" in line  # not inherited
+
+
+# ----------------------------------------------------------------------------------------------------------
 # Notes
 
-
-def test_keys_of_the_other_adapter_are_noted() -> None:
-    (note,) = check(nested_lora_rank=8, nested_lora_lr_fast=0.1).notes
-    keys = "nested_lora_rank, nested_lora_lr_fast"
-    assert note == f'keys with no effect here: {keys} (ffn_adapter_type is "adaptmlp")'
+SLOW_GRAD = {"nested_lora_slow_grad": "accumulate"}
+ALPHA = {"nested_lora_consolidation_alpha": 0.2}
+CONSOLIDATION = {"nested_lora_use_consolidation": True, "nested_lora_reset": "lora"}
 
 
-def test_idle_keys_of_nested_lora_are_noted() -> None:
-    config = {"ffn_adapter_type": "nested_lora", "ffn_num": 8, "nested_lora_consolidation_alpha": 0.2}
-    off = "nested_lora_consolidation_alpha (nested_lora_use_consolidation is false)"
-    assert check(**config).notes == [
-        f"keys with no effect here: ffn_num (nested_lora_rank is the width), {off}"
-    ]
-    assert check(ffn_adapter_type="nested_lora").notes == []
-    nested = {"ffn_adapter_type": "nested_lora", "nested_lora_use_consolidation": True}
-    assert check(**nested, nested_lora_reset="lora").notes == []
-    (note,) = check(ffn_adapter_type="nested_lora", nested_lora_slow_grad="accumulate").notes
-    assert note == "keys with no effect here: nested_lora_slow_grad (slow steps every step)"
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        (
+            {"nested_lora_rank": 8, "nested_lora_lr_fast": 0.1},
+            'nested_lora_lr_fast (ffn_adapter_type is "adaptmlp")',
+        ),
+        (NESTED | {"ffn_num": 8}, "ffn_num (nested_lora_rank is the width)"),
+        (NESTED | ALPHA, "nested_lora_consolidation_alpha (nested_lora_use_consolidation is false)"),
+        (NESTED | SLOW_GRAD, "nested_lora_slow_grad (slow branches step every step)"),
+        ({"model_name": "simplecil", "batch_size": 8}, "batch_size (nothing is trained)"),
+        ({"model_name": "ranpac", "head": "ranpac"}, "head (the ridge regression classifies)"),
+        ({"ffn_adapter_scalar": "0.1"}, "ffn_adapter_scalar = 0.1 is applied here"),
+        (NESTED | CONSOLIDATION | {"nested_lora_reset": "zeros"}, 'nested_lora_reset = "zeros"'),
+        (NESTED, None),
+        (NESTED | CONSOLIDATION, None),
+    ],
+    ids=str,
+)
+def test_keys_without_effect_and_departures_are_noted(values: dict[str, Any], words: str | None) -> None:
+    notes = check(**values).notes
+    assert notes == [] if words is None else len(notes) == 1 and words in notes[0]
 
 
 ONE_CLASS = {"init_cls": 1, "increment": 1}  # of 100
-ALL_OF_THEM, THE_FIRST, THE_LAST = "task 0, 1, 2, ... of 0 to 99", "task 0 of 0 to 33", "task 33 of 0 to 33"
+ALL_OF_THEM = "task 0, 1, 2, ... of 0 to 99"
 
 
 @pytest.mark.parametrize(
     ("changes", "which", "words"),
     [
         ({"model_name": "sema"}, ALL_OF_THEM, ["cosine", "ranpac"]),
-        ({"model_name": "finetune"}, ALL_OF_THEM, ["cosine", "ranpac"]),
         ({"model_name": "finetune", "head": "cosine"}, ALL_OF_THEM, ["cosine"]),
         ({"model_name": "sdlora"}, ALL_OF_THEM, ["cosine", "ranpac"]),
         ({"model_name": "ranpac", "first_session": True}, "task 0 of 0 to 99", ["ranpac"]),
-        ({"model_name": "sema", "increment": 3}, THE_FIRST, ["cosine", "ranpac"]),
-        ({"model_name": "sdlora", "init_cls": 3, "increment": 3}, THE_LAST, ["cosine", "ranpac"]),
+        ({"model_name": "sema", "increment": 3}, "task 0 of 0 to 33", ["cosine", "ranpac"]),
+        ({"model_name": "sdlora", "init_cls": 3, "increment": 3}, "task 33 of 0 to 33", ["cosine", "ranpac"]),
         ({"model_name": "ranpac"}, None, []),
         ({"model_name": "simplecil"}, None, []),
         ({"model_name": "sema", "init_cls": 3, "increment": 3, "max_tasks": 3}, None, []),
-        ({"model_name": "sema", "init_cls": 4, "increment": 3}, None, []),
     ],
     ids=str,
 )
@@ -453,26 +366,12 @@ def test_tasks_of_one_class_are_told_once_with_the_heads_that_work(
 ) -> None:
     notes = [note for note in check(**ONE_CLASS | changes).notes if "one class" in note]
     assert len(notes) == (which is not None)
-    assert all(
-        which in note and "teaches nothing" in note and all(word in note for word in words) for note in notes
-    )
+    for note in notes:
+        assert which in note and "teaches nothing" in note and all(word in note for word in words)
 
 
-def test_tasks_of_one_class_are_counted_in_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models.vit.config, "class_count", class_count)
+def test_tasks_of_one_class_are_counted_in_the_data(tmp_path: Path) -> None:
     arrays = {f"{name}_{source}": np.zeros(3, np.uint8) for name in "xy" for source in ("train", "test")}
     np.savez(tmp_path / "mine.npz", **arrays, class_names=np.array(["a", "b", "c"]))
     (note,) = check(dataset="mine.npz", data_root=str(tmp_path), init_cls=2, increment=2).notes
     assert "task 1 of 0 to 1 brings one class" in note
-
-
-def test_departures_are_remarked() -> None:
-    (note,) = check(ffn_adapter_scalar="0.1").notes
-    assert note.startswith("ffn_adapter_scalar = 0.1 is applied here")
-    nested = {
-        "ffn_adapter_type": "nested_lora",
-        "nested_lora_use_consolidation": True,
-        "nested_lora_reset": "zeros",
-    }
-    (note,) = check(**nested).notes
-    assert note.startswith('nested_lora_reset = "zeros"')

@@ -173,7 +173,7 @@ def test_a_run_sees_that_images_were_swapped_in_place(tmp_path, smoke_config, ch
     for split in ("train", "test"):
         write_folder(tmp_path / "set", split, ["black", "grey"], ".bmp")
     config = smoke_config(**simplecil(tmp_path / "set"))
-    (before,) = train(config)
+    before = train(config)
     time.sleep(0.02)  # the system's clock for files ticks in milliseconds
     for number in range(2):
         black, grey = (tmp_path / "set" / "test" / name / f"{number}.bmp" for name in ("black", "grey"))
@@ -184,7 +184,7 @@ def test_a_run_sees_that_images_were_swapped_in_place(tmp_path, smoke_config, ch
         for path, content, at in zip((grey, black), contents, reversed(times), strict=True):
             path.write_bytes(content)
             os.utime(path, ns=(at, at))
-    (after,) = train(config)
+    after = train(config)
     assert before["curve"] == [100, 100] and after["curve"] == [100, 0]  # task 0 has one class
 
 
@@ -211,5 +211,5 @@ def test_what_no_finished_task_has_read_may_change(tmp_path, smoke_config):
     with pytest.raises(UserError, match="train images of task 1.*remove this checkpoint to go on"):
         resume(log.folder)
     shutil.rmtree(newest.with_name("task_01_step_000001"))
-    (result,) = resume(log.folder)
+    result = resume(log.folder)
     assert len(result["curve"]) == 3

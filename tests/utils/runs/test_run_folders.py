@@ -343,7 +343,7 @@ def test_seeds_that_are_left_are_run_beside_the_others(
         assert "over seeds 1, 2, 3" in shown
         found = folders(seeds_left[0].parent)
         seeds = [json.loads((folder / "config.json").read_text())["seed"] for folder in found]
-        assert sorted(seeds) == [[1], [2], [3]]
+        assert sorted(seeds) == [1, 2, 3]
 
 
 @pytest.mark.parametrize(("edited", "lost"), [(0, False), (1, True)])

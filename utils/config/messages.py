@@ -1,0 +1,178 @@
+"""Words for what is wrong with keys and values: the fault, what is allowed, and the nearest name.
+
+field_faults(SEMAConfig, {"rd_dim": 0})     # {"rd_dim": "too small; allowed: an integer >= 1 and <= 16384"}
+nearest_key("nested_lora_alpha", keys)      # "nested_lora_consolidation_alpha"
+"""
+
+import difflib
+import functools
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+MAX_WIDTH = 80  # characters of a value that are shown
+MAX_CHOICES = 8  # names that are listed where one is wrong
+FAULTS = {  # of pydantic's error types; those of the others are pydantic's own words
+    "missing": "missing",
+    "greater_than": "too small",
+    "greater_than_equal": "too small",
+    "less_than": "too large",
+    "less_than_equal": "too large",
+    "too_short": "empty",
+    "string_too_short": "empty",
+    "finite_number": "not a finite number",
+    "literal_error": "not a choice",
+    "string_unicode": "holds half a surrogate pair, which is no character",
+    "string_pattern_mismatch": "cannot be part of a folder's name",
+}
+TYPES = {
+    bool: "a boolean",
+    int: "an integer",
+    float: "a decimal number",
+    str: "text",
+    list: "a list",
+    dict: "an object",
+    type(None): "null",
+}
+
+
+def field_faults(schema: type[BaseModel], values: Mapping[str, Any]) -> dict[str, str]:
+    """Key -> what is wrong with its value and what is allowed, at most one fault per key."""
+    try:
+        schema.model_validate(dict(values))
+    except ValidationError as error:
+        faults: dict[str, str] = {}
+        for detail in error.errors(include_url=False):
+            prop = properties(schema)[str(detail["loc"][0])]
+            faults.setdefault(str(detail["loc"][0]), f"{_fault(detail, prop)}; allowed: {allowed_text(prop)}")
+        return faults
+    return {}
+
+
+@functools.lru_cache
+def properties(schema: type[BaseModel]) -> dict[str, dict[str, Any]]:
+    """Key -> its JSON schema."""
+    return schema.model_json_schema()["properties"]
+
+
+def _fault(detail: Mapping[str, Any], prop: Mapping[str, Any]) -> str:
+    """Words for one of pydantic's errors: `item 2 (-2) is too small`, `a wrong type (text)`."""
+    error, value, place = detail["type"], detail["input"], detail["loc"][1:]
+    words = FAULTS.get(error, detail["msg"].removeprefix("Value error, "))
+    if error.endswith("_type"):
+        words = f"a wrong type ({type_name(value)})"
+    item = f"item {place[0] + 1} ({shown(value)}) is " if place and isinstance(place[0], int) else ""
+    hint = ""
+    if isinstance(value, str) and (error.endswith("_type") or error == "literal_error"):
+        plain, choices = parsed(value.lower()), list(map(str, prop.get("enum", [prop.get("const")])))
+        if not isinstance(plain, str) and (error != "literal_error" or value in choices):
+            hint = f"; write {shown(plain)} without quotes"
+        elif near := nearest(value, choices):
+            hint = f"; did you mean {shown(near)}?"
+    return f"{item}{words}{hint}"
+
+
+def allowed_text(prop: Mapping[str, Any]) -> str:
+    """What the JSON schema of a key allows: `{"type": "integer", "minimum": 1}` -> `an integer >= 1`."""
+    if "allowed" in prop:
+        return prop["allowed"]
+    if "anyOf" in prop:
+        return " or ".join(map(allowed_text, prop["anyOf"]))
+    if "enum" in prop or "const" in prop:
+        return listed(prop.get("enum", [prop.get("const")]))
+    if prop.get("type") == "array":
+        return (
+            f"a {'non-empty ' if prop.get('minItems') else ''}list, each item {allowed_text(prop['items'])}"
+        )
+    words = {"integer": "an integer", "number": "a number", "boolean": "true or false", "null": "null"}
+    bounds = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
+    limits = [f"{sign} {prop[name]:.10g}" for name, sign in bounds.items() if name in prop]
+    text = "non-empty text in double quotes" if prop.get("minLength") else "text in double quotes"
+    return " ".join(filter(None, [words.get(prop.get("type", ""), text), " and ".join(limits)]))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Nearest names
+
+
+def nearest(name: str, options: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """The option that a name most resembles by its letters, whatever their case."""
+    by_lower = {option.lower(): option for option in options}
+    found = difflib.get_close_matches(name.strip().lower(), by_lower, n=1, cutoff=cutoff)
+    return by_lower[found[0]] if found else None
+
+
+def nearest_key(name: str, keys: Iterable[str], known_as: Mapping[str, str] | None = None) -> str | None:
+    """The key, or `key=value`, that a name most likely means.
+
+    It is what the name is `known_as`, else the key with the most words in common, where words that differ by a
+    letter or two count nearly as the same (`nested_lora_alpha` is `nested_lora_consolidation_alpha` and not
+    `nested_lora_rank`, which is as near by letters), else the nearest by letters.
+    """
+    keys, plain = list(keys), name.strip().lower().replace("-", "_")
+    known = (known_as or {}).get(plain, "")
+    if known.partition("=")[0] in keys:
+        return known
+    words = plain.split("_")
+
+    def in_common(key: str) -> float:
+        own = key.split("_")
+        alike = sum(max(_alike(word, other) for other in own) for word in words)
+        return 2 * alike / (len(words) + len(own))
+
+    near = max(keys, key=lambda key: (in_common(key), _alike(plain, key, 0)), default="")
+    return near if near and in_common(near) >= 0.65 else nearest(plain, keys)
+
+
+def _alike(first: str, second: str, cutoff: float = 0.75) -> float:
+    """Share of letters in common, 0 below the cutoff."""
+    ratio = difflib.SequenceMatcher(None, first, second).ratio()
+    return ratio if ratio >= cutoff else 0
+
+
+def no_such(what: str, name: str, allowed: Sequence[str]) -> str:
+    """Words for a name that is not allowed: `no such cell; did you mean "a"?; allowed: "a", "b"`."""
+    near = nearest(name, allowed)
+    guess = f"; did you mean {shown(near)}?" if near else ""
+    more = ", ..." if len(allowed) > MAX_CHOICES else ""
+    return f"no such {what}{guess}; allowed: {listed(allowed[:MAX_CHOICES])}{more}"
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Values
+
+
+def parsed(text: str) -> Any:
+    """What a text stands for: JSON where it is JSON, else itself."""
+    try:
+        return json.loads(text, parse_constant=refuse_constant)
+    except (ValueError, RecursionError):
+        return text
+
+
+def refuse_constant(name: str) -> Any:
+    """Raises ValueError for `NaN` and `Infinity`, which Python's parser takes and JSON does not have."""
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def type_name(value: Any) -> str:
+    """What kind of value it is in JSON's terms: `an integer`, `a list`."""
+    return TYPES.get(type(value), type(value).__name__)
+
+
+def listed(options: Iterable[Any]) -> str:
+    """Values as they stand in a JSON file, with commas between them."""
+    return ", ".join(map(shown, options))
+
+
+def shown(value: Any) -> str:
+    """A value as it stands in a JSON file, cut when long."""
+    return printable(json.dumps(value, ensure_ascii=False, default=repr))
+
+
+def printable(text: str) -> str:
+    """A text that every console and file takes, cut when long."""
+    text = text.encode("utf-8", "backslashreplace").decode()
+    return text if len(text) <= MAX_WIDTH else text[: MAX_WIDTH - 1] + "…"

@@ -1,0 +1,135 @@
+"""The runs of one command, one per seed, each in a folder of its own, and the mean over them.
+
+command = new_command([1, 2, 3], overwrite=False)      # recorded in the manifest of each run
+seed_runs(folder, config, command)                     # from the folder of one: all of them, and how far they are
+log_mean(results, config.metrics, [(folder, config), ...])               # refuses runs that differ in more than their seed
+"""
+
+import json
+import logging
+import re
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from utils.config.schema import RunConfig
+from utils.errors import UserError
+from utils.metric_catalogue import MetricSpec
+from utils.runs.folder import CONFIG, MANIFEST, folder_of
+from utils.runs.manifest import Command, changes, is_complete, read_manifest, read_provenance
+from utils.runs.tables import seeds_table
+
+logger = logging.getLogger("nested_lora")
+
+
+class SeedRun(NamedTuple):
+    """The run of one seed of a command: its folder, "" where it has not begun, and whether it is complete."""
+
+    seed: int
+    folder: str
+    complete: bool
+
+    @property
+    def state(self) -> str:
+        """How far it is, for the log."""
+        return "finished" if self.complete else "to be resumed" if self.folder else "to be started"
+
+
+def new_command(seeds: Sequence[int], overwrite: bool) -> Command:
+    """A command that starts runs, with an id of its own."""
+    return Command(id=uuid.uuid4().hex, seeds=list(seeds), overwrite=overwrite)
+
+
+def seed_runs(folder: Path, config: RunConfig, command: Command) -> list[SeedRun]:
+    """The runs of a command: that in the folder first, then the others, which lie beside it, in order.
+
+    They are found also where the prefix was edited since they were made.
+
+    Raises:
+        UserError: the config in the folder is not of a seed of the command, or a manifest is damaged.
+    """
+    if config.seed not in command.seeds:
+        raise UserError(
+            f"{folder / CONFIG} does not belong to this run any more: its seed is {config.seed}, and the run "
+            f"was started for one of {command.seeds}; set back what was edited"
+        )
+    folders = {config.seed: folder}
+    others = [seed for seed in command.seeds if seed != config.seed]
+    for seed in others:
+        name = folder_of(config, seed).name
+        names = re.compile(".*" + re.escape(name.removeprefix(config.prefix)) + r"(_\d+)?")
+        for path in sorted(folder.absolute().parent.iterdir()):
+            if names.fullmatch(path.name) and _is_of(path, command, surely=path.name.startswith(name)):
+                folders[seed] = folder.with_name(path.name)
+    return [
+        SeedRun(seed, str(folders.get(seed, "")), seed in folders and is_complete(folders[seed]))
+        for seed in [config.seed, *others]
+    ]
+
+
+def _is_of(folder: Path, command: Command, surely: bool) -> bool:
+    """Whether a folder holds a run of a command; where its manifest is damaged no, or refused if `surely`."""
+    try:
+        return (folder / MANIFEST).exists() and read_manifest(folder).command.id == command.id
+    except UserError:
+        if surely:
+            raise
+        return False
+
+
+def check_same_config(configs: Sequence[tuple[Path, RunConfig]]) -> None:
+    """Refuse run folders whose configs differ in more than the seed and `editable_keys`, naming the keys."""
+    first, expected = configs[0]
+    for folder, config in configs:
+        if differing := expected.differing(config):
+            keys = (f"{key} ({json.dumps(a)} and {json.dumps(b)})" for key, (a, b) in differing.items())
+            raise UserError(
+                f"{first} and {folder} are different experiments, their {CONFIG} differ in {', '.join(keys)}: "
+                "a mean is over runs that differ in their seed alone; set back what was edited, or compare them "
+                "in a sweep"
+            )
+
+
+def check_one_experiment(configs: Sequence[tuple[Path, RunConfig]]) -> list[str]:
+    """Refuse run folders that differ in more than their seed; a sentence where their code or libraries do.
+
+    Raises:
+        UserError: a seed stands twice, or configs, data or weights differ.
+    """
+    by_seed: dict[int, Path] = {}
+    for folder, config in configs:
+        if config.seed in by_seed:
+            both = f"{by_seed[config.seed]} and {folder}"
+            raise UserError(f"{both} both have seed {config.seed}: give each seed once")
+        by_seed[config.seed] = folder
+    check_same_config(configs)
+    origins = {folder: read_provenance(folder) for folder in by_seed.values()}
+    first = configs[0][0]
+    for folder in origins:
+        ours, theirs = origins[first].values, origins[folder].values
+        other = [kind for kind in ("data", "weights") if ours.get(kind) != theirs.get(kind)]
+        if other:
+            raise UserError(
+                f"{first} and {folder} were run with other {' and '.join(other)} (the hashes differ): a mean is "
+                "over runs that differ in their seed alone; a sweep compares experiments"
+            )
+    return changes({str(folder): origin for folder, origin in origins.items()})
+
+
+def log_mean(
+    results: Sequence[dict[str, Any]],
+    metrics: Sequence[MetricSpec],
+    configs: Sequence[tuple[Path, RunConfig]] = (),
+) -> None:
+    """Log the table of means over several seeds; a warning where folders hold different experiments."""
+    if len(results) < 2:
+        return
+    try:
+        notes = check_one_experiment(configs) if configs else []
+    except UserError as error:
+        logger.warning(f"No mean over the seeds: {error}")
+        return
+    for note in notes:
+        logger.warning(note)
+    logger.info(seeds_table(results, metrics))
