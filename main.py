@@ -5,7 +5,7 @@ python main.py --config exps/nested_lora_cifar.json              any other exper
 python main.py --config X.json --set nested_lora_rank=8 --set seed=[1,2,3]
 python main.py --resume logs/sema/mnist_5k/0/2/quickstart_1993_vit_small_patch14_reg4_dinov2
 torchrun --nproc_per_node=2 main.py --config X.json              several devices, one log
-python main.py --sweep exps/sweeps/smoke.json                    a table of experiments; again: goes on with it
+python main.py --sweep exps/sweeps/smoke.json                    a table of experiments; again: continues it
 python main.py --sweep X.json --engine ray --ray-address HOST:PORT   its runs on a Ray cluster
 python main.py --sweep X.json --report                           its summary again, no run
 python main.py --list keys --method sema                         config keys, what they allow and mean

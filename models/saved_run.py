@@ -50,7 +50,10 @@ def read_config(folder: Path) -> RunConfig:
         raise UserError(
             f"{path} names no model_name and seed, as that of a run does: the file is damaged, restore it"
         )
-    return config_from_dict(values, SCHEMAS, str(path)).config
+    loaded = config_from_dict(values, SCHEMAS, str(path))
+    if len(loaded.configs) > 1:
+        raise UserError(f"{path} names several seeds, and a run has one: set back what was edited")
+    return loaded.config
 
 
 def read_result(folder: Path) -> dict[str, Any]:

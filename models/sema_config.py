@@ -53,9 +53,9 @@ class SEMAConfig(AdapterKeys, HeadKeys, RidgeKeys, TrainingKeys, StepKeys, Froze
     rd_dim: int = key(128, "Width of a descriptor's bottleneck.", ge=1, le=16384)
     rd_views: int = key(
         2,
-        "Augmented views per image that descriptors train on in turn; 0 = new ones every epoch, as published. "
-        "z-scores compare with errors on other views, so thresholds keep their meaning; with 2 they agreed "
-        "better with 0 than with 1 (exps/RESULTS.md).",
+        "Augmented views per image that descriptors train on in turn; 0 = new ones every epoch, as "
+        "published. z-scores compare with errors on other views, so thresholds keep their meaning; with 2 "
+        "they agreed better with 0 than with 1 (exps/RESULTS.md).",
         ge=0,
         le=1000,
     )

@@ -180,6 +180,8 @@ def test_state_of_another_run_is_refused(stopped: Path, capsys: pytest.CaptureFi
     config = json.loads((stopped / "config.json").read_text())
     (stopped / "config.json").write_text(json.dumps(config | {"seed": 7}))
     assert "its seed is 7" in refused(capsys, "--resume", str(stopped))
+    (stopped / "config.json").write_text(json.dumps(config | {"seed": [1993, 7]}))
+    assert "several seeds" in refused(capsys, "--resume", str(stopped))
 
 
 def test_a_shape_that_does_not_fit_is_refused(stopped: Path, capsys: pytest.CaptureFixture[str]) -> None:

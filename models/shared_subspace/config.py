@@ -2,9 +2,9 @@
 
 config = SharedSubspaceConfig(model_name="shared_subspace", alpha=0.5, encoder="gru")
 
-The weight of a loss is a number, or points `[[share, weight], ...]` with straight lines between them: its value
-after that share of the training steps. `[[0, 0], [0.3, 1]]` rises from 0 to 1 over the first three tenths and
-stays.
+The weight of a loss is a number, or points `[[share, weight], ...]` with straight lines between them: its
+value after that share of the training steps. `[[0, 0], [0.3, 1]]` rises from 0 to 1 over the first three
+tenths and stays.
 """
 
 import math

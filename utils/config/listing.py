@@ -19,9 +19,9 @@ INTRODUCTION = """\
 # Config keys
 
 Made from the code by `python main.py --list keys --format markdown > docs/configs.md`; do not edit.
-`python main.py --list keys --method sema` prints those of one method. A config is a flat JSON file; keys that it
-leaves out have their default, and `--set key=value` changes one. The groups below are shared by the methods named
-under them; then follow the keys that a method adds or redefines."""
+`python main.py --list keys --method sema` prints those of one method. A config is a flat JSON file; keys that
+it leaves out have their default, and `--set key=value` changes one. The groups below are shared by the
+methods named under them; then follow the keys that a method adds or redefines."""
 
 
 def keys_text(schemas: Mapping[str, type[RunConfig]]) -> str:
@@ -57,7 +57,7 @@ def keys_markdown(schemas: Mapping[str, type[RunConfig]]) -> str:
 
 
 def _groups(schema: type[RunConfig]) -> Iterator[tuple[type[RunConfig], list[str]]]:
-    """The classes that a config combines, the most general first, each with keys that no later one redefines."""
+    """The classes that a config combines, general ones first, with the keys that no later one redefines."""
     owner = {
         name: group
         for group in reversed(schema.__mro__)
@@ -91,7 +91,7 @@ def _markdown_table(schema: type[RunConfig], names: Sequence[str]) -> str:
 
 
 def _text_table(rows: Sequence[Sequence[str]]) -> str:
-    """Four columns, as wide as the terminal: the last two share what keys and defaults leave, and are wrapped."""
+    """Four columns as wide as the terminal; the last two are wrapped to what keys and defaults leave."""
     cells = [HEADINGS, *rows]
     keys, defaults = (max(len(row[column]) for row in cells) for column in (0, 1))
     defaults = min(defaults, MAX_DEFAULT)

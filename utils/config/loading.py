@@ -119,7 +119,7 @@ def load_config(
         path: the JSON file.
         overrides: texts `key=value`, the value as JSON where it is JSON, else as text; later ones win.
         schemas: method name -> schema; the first is used where a file names no method.
-        changes: (origin, values) over the file and below the overrides; later ones win, errors name the origin.
+        changes: (origin, values) over the file and below the overrides; errors name the origin.
 
     Raises:
         ConfigError: anything is wrong; it lists every problem, and nothing has been created yet.
@@ -275,7 +275,7 @@ def _check(draft: Draft, schemas: Schemas, source: str) -> LoadedConfig:
 
 
 def _back_to_default(taken_back: set[str], schema: type[RunConfig]) -> set[str]:
-    """Of the keys that null took back, those that get their default; for others null is a value of its own."""
+    """Of the keys that null took back, those that get their default; of others null is a value."""
     fields = {name: schema.model_fields[name] for name in taken_back if name in schema.model_fields}
     faulty = field_faults(schema, dict.fromkeys(fields))
     return taken_back - {name for name in fields if name not in faulty and fields[name].default is not None}

@@ -107,9 +107,9 @@ def nearest(name: str, options: Iterable[str], cutoff: float = 0.6) -> str | Non
 def nearest_key(name: str, keys: Iterable[str], known_as: Mapping[str, str] | None = None) -> str | None:
     """The key, or `key=value`, that a name most likely means.
 
-    It is what the name is `known_as`, else the key with the most words in common, where words that differ by a
-    letter or two count nearly as the same (`nested_lora_alpha` is `nested_lora_consolidation_alpha` and not
-    `nested_lora_rank`, which is as near by letters), else the nearest by letters.
+    It is what the name is `known_as`, else the key with the most words in common, where words that differ by
+    a letter or two count nearly as the same (`nested_lora_alpha` is `nested_lora_consolidation_alpha` and
+    not `nested_lora_rank`, which is as near by letters), else the nearest by letters.
     """
     keys, plain = list(keys), name.strip().lower().replace("-", "_")
     known = (known_as or {}).get(plain, "")

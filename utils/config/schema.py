@@ -3,8 +3,9 @@
     class MyConfig(RunConfig):
         rank: Count = key(4, "Rank of the adapters.")
 
-Groups of keys that methods share extend `RunConfig` (`models/vit/config.py`); a method's config combines groups and
-adds its own keys. `conflicts`, `unused_rules` and `warnings` extend those of `super()`: every group is asked.
+Groups of keys that methods share extend `RunConfig` (`models/vit/config.py`); a method's config combines
+groups and adds its own keys. `conflicts`, `unused_rules` and `warnings` extend those of `super()`: every
+group is asked.
 `utils/config/loading.py` reads and checks files.
 """
 
@@ -198,7 +199,7 @@ class RunConfig(BaseModel):
         return reasons
 
     def unused_keys(self) -> dict[str, str]:
-        """Keys that were set and have no effect, with the reason; none for a resolved config, which sets all."""
+        """Keys that were set and have no effect, with the reason; none for a resolved config: it sets all."""
         names, reasons = self.explicitly_set(), self.without_effect()
         if len(names) == len(type(self).model_fields):
             return {}

@@ -1,8 +1,8 @@
 """The runs of one command, one per seed, each in a folder of its own, and the mean over them.
 
-command = new_command([1, 2, 3], overwrite=False)      # recorded in the manifest of each run
-seed_runs(folder, config, command)                     # from the folder of one: all of them, and how far they are
-log_mean(results, config.metrics, [(folder, config), ...])               # refuses runs that differ in more than their seed
+command = new_command([1, 2, 3], overwrite=False)  # recorded in the manifest of each run
+seed_runs(folder, config, command)                 # all of them, and how far they are
+log_mean(results, config.metrics, [(folder, config), ...])  # refuses runs of different experiments
 """
 
 import json
@@ -85,9 +85,9 @@ def check_same_config(configs: Sequence[tuple[Path, RunConfig]]) -> None:
         if differing := expected.differing(config):
             keys = (f"{key} ({json.dumps(a)} and {json.dumps(b)})" for key, (a, b) in differing.items())
             raise UserError(
-                f"{first} and {folder} are different experiments, their {CONFIG} differ in {', '.join(keys)}: "
-                "a mean is over runs that differ in their seed alone; set back what was edited, or compare them "
-                "in a sweep"
+                f"{first} and {folder} are different experiments, their {CONFIG} differ in "
+                f"{', '.join(keys)}: a mean is over runs that differ in their seed alone; set back what was "
+                "edited, or compare them in a sweep"
             )
 
 
@@ -111,8 +111,8 @@ def check_one_experiment(configs: Sequence[tuple[Path, RunConfig]]) -> list[str]
         other = [kind for kind in ("data", "weights") if ours.get(kind) != theirs.get(kind)]
         if other:
             raise UserError(
-                f"{first} and {folder} were run with other {' and '.join(other)} (the hashes differ): a mean is "
-                "over runs that differ in their seed alone; a sweep compares experiments"
+                f"{first} and {folder} were run with other {' and '.join(other)} (the hashes differ): a mean "
+                "is over runs that differ in their seed alone; a sweep compares experiments"
             )
     return changes({str(folder): origin for folder, origin in origins.items()})
 
