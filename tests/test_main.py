@@ -229,7 +229,8 @@ def test_the_default_is_the_quickstart() -> None:
 STAND_INS = {
     "dataset": "synthetic", "weights": "random", "backbone_type": "test_vit", "image_size": None,
     "adapt_start_layer": 4, "adapt_end_layer": 5, "init_cls": 2, "increment": 2, "max_tasks": 2,
-    "max_train_per_class": 2, "max_test_per_class": 1, "func_epoch": 1, "rd_epoch": 1, "init_epoch": 1, "epochs": 1,
+    "max_train_per_class": 2, "max_test_per_class": 1, "func_epoch": 1, "rd_epoch": 1, "init_epoch": 1,
+    "epochs": 1,
     "seed": 1, "device": "cpu", "precision": "fp32", "ranpac_dim": 20,
 }  # fmt: skip
 

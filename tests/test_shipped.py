@@ -46,7 +46,8 @@ def test_every_promised_config_is_shipped() -> None:
 
 SPECIFIED = {
     "model_name": "sema", "expansion": "novelty", "head": "fc",
-    "rd_epoch": 20, "init_lr": 0.005, "rd_lr": 0.01, "batch_size": 32, "optimizer": "sgd", "weight_decay": 0.0005,
+    "rd_epoch": 20, "init_lr": 0.005, "rd_lr": 0.01, "batch_size": 32, "optimizer": "sgd",
+    "weight_decay": 0.0005,
     "exp_threshold": 2.0, "adapter_blocks": "all", "adapt_start_layer": 9, "adapt_end_layer": 11,
     "ffn_adapter_type": "nested_lora", "nested_lora_rank": 16,
     "nested_lora_lr_fast": 0.01, "nested_lora_lr_slow": 0.001, "nested_lora_update_interval_slow": 5,
@@ -62,14 +63,17 @@ SPECIFIED_FILES = {
 
 PUBLISHED_SEMA = {
     "model_name": "sema", "expansion": "novelty", "seed": 1993,
-    "backbone_type": "pretrained_vit_b16_224_adapter", "input_normalization": "none", "augmentation": "crop_flip",
+    "backbone_type": "pretrained_vit_b16_224_adapter", "input_normalization": "none",
+    "augmentation": "crop_flip",
     "func_epoch": 20, "rd_epoch": 20, "init_lr": 0.005, "rd_lr": 0.01,
     "batch_size": 32, "optimizer": "sgd", "weight_decay": 0.0005, "min_lr": 0.0,
     "ffn_adapter_type": "adaptmlp", "ffn_num": 16, "ffn_adapter_scalar": 1.0, "adapter_blocks": "all",
-    "adapt_start_layer": 9, "adapt_end_layer": 11, "rd_dim": 128, "buffer_size": 500, "detect_batch_size": 128,
+    "adapt_start_layer": 9, "adapt_end_layer": 11, "rd_dim": 128, "buffer_size": 500,
+    "detect_batch_size": 128,
 }  # fmt: skip
 PUBLISHED_SDLORA = {
-    "model_name": "sdlora", "gumbel_gate": "auto", "lambda_sparsity": 0.0, "lora_rank": 10, "sdlora_scaling": "reset",
+    "model_name": "sdlora", "gumbel_gate": "auto", "lambda_sparsity": 0.0, "lora_rank": 10,
+    "sdlora_scaling": "reset",
     "backbone_type": "vit_base_patch16_224", "shuffle": True, "optimizer": "sgd", "batch_size": 128,
     "init_weight_decay": 0.0, "weight_decay": 0.0,
 }  # fmt: skip

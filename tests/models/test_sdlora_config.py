@@ -1,4 +1,4 @@
-"""Config of SD-LoRA: published files and those of the guide load, shipped ones carry its values, mistakes are told."""
+"""Config of SD-LoRA: published files and the guide's load, shipped ones carry its values."""
 
 import json
 from pathlib import Path
@@ -12,9 +12,11 @@ from tests.conftest import ROOT, TINY_SDLORA, shipped_file
 from utils.config.loading import ConfigError, LoadedConfig, config_from_dict, load_config
 
 PUBLISHED_C100: dict[str, Any] = {
-    "prefix": "reproduce", "dataset": "cifar224", "memory_size": 0, "memory_per_class": 0, "fixed_memory": False,
+    "prefix": "reproduce", "dataset": "cifar224", "memory_size": 0, "memory_per_class": 0,
+    "fixed_memory": False,
     "shuffle": True, "init_cls": 10, "increment": 10, "model_name": "sdlora",
-    "backbone_type": "vit_base_patch16_224", "device": ["0"], "seed": [1993], "scheduler": "cosine", "min_lr": 0.005,
+    "backbone_type": "vit_base_patch16_224", "device": ["0"], "seed": [1993], "scheduler": "cosine",
+    "min_lr": 0.005,
     "tuned_epoch": 20, "filepath": "./CF100/", "init_epoch": 20, "init_lr": 0.008,
     "init_milestones": [60, 120, 170], "init_lr_decay": 0.1, "init_weight_decay": 0.0005, "epochs": 20,
     "lrate": 0.008, "milestones": [40, 70], "lrate_decay": 0, "batch_size": 128, "weight_decay": 0.0002,
@@ -34,7 +36,8 @@ GUIDE: dict[str, Any] = {
 }  # fmt: skip
 GUIDE_WAS: dict[str, Any] = {  # of sdlora_c100.json, by the guide's scenarios
     "growth_threshold": 0.1, "lambda_sparsity": 0.01, "batch_size": 128, "gumbel_anneal_rate": 0.999,
-    "gumbel_tau_init": 5.0, "gumbel_tau_final": 0.5, "init_epoch": 20, "epochs": 20, "init_lr": 8e-3, "lrate": 8e-3,
+    "gumbel_tau_init": 5.0, "gumbel_tau_final": 0.5, "init_epoch": 20, "epochs": 20, "init_lr": 8e-3,
+    "lrate": 8e-3,
     "min_lr": 5e-3,
 }  # fmt: skip
 NAMES = ("c100", "c100_test", "c100_baseline", "inr", "ina", "domainnet", "cifar_dinov2s")
@@ -105,7 +108,7 @@ def test_the_guides_file_loads_as_printed_and_every_key_counts() -> None:
 
 
 def test_the_guides_baseline_is_made_of_the_shipped_file(tmp_path: Path) -> None:
-    """Its lines: read sdlora_c100.json, lambda_sparsity 0, another filepath; ours leaves the gate's keys out."""
+    """Its lines: read sdlora_c100.json, set lambda_sparsity 0 and filepath; ours has no keys of the gate."""
     config = json.loads((ROOT / "exps/sdlora_c100.json").read_text())
     config |= {"lambda_sparsity": 0.0, "filepath": "./CF100_baseline/"}
     (tmp_path / "baseline.json").write_text(json.dumps(config, indent=4))

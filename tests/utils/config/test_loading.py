@@ -1,4 +1,4 @@
-"""Tests of `utils.config.loading`: files, bases and overrides become configs, or every mistake is told at once."""
+"""Tests of `utils.config.loading`: files, bases and overrides become configs, or all mistakes are told."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,8 @@ PUBLISHED: dict[str, Any] = {
     "shuffle": False, "init_cls": 10, "increment": 10, "model_name": "sema",
     "backbone_type": "pretrained_vit_b16_224_adapter", "device": ["0"], "seed": [1993], "batch_size": 32,
     "weight_decay": 0.0005, "min_lr": 0, "ffn_adapter_type": "adaptmlp", "ffn_num": 16, "optimizer": "sgd",
-    "vpt_type": "shallow", "prompt_token_num": 5, "func_epoch": 20, "rd_epoch": 20, "init_lr": 0.005, "rd_lr": 0.01,
+    "vpt_type": "shallow", "prompt_token_num": 5, "func_epoch": 20, "rd_epoch": 20, "init_lr": 0.005,
+    "rd_lr": 0.01,
     "rd_dim": 128, "buffer_size": 500, "detect_batch_size": 128, "exp_threshold": 1,
     "adapt_start_layer": 9, "adapt_end_layer": 11,
 }  # fmt: skip

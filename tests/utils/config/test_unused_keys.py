@@ -1,4 +1,4 @@
-"""Keys without effect given the others are named with the reason, and a run with another value is the same."""
+"""Keys without effect are named with the reason, and a run with another value is the same."""
 
 import logging
 from collections.abc import Callable
