@@ -8,6 +8,7 @@ torchrun --nproc_per_node=2 main.py --config X.json              several devices
 python main.py --sweep exps/sweeps/smoke.json                    a table of experiments; again: continues it
 python main.py --sweep X.json --engine ray --ray-address HOST:PORT   its runs on a Ray cluster
 python main.py --sweep X.json --report                           its summary again, no run
+python main.py --benchmark --config X.json                       what its steps cost, in plain forwards
 python main.py --list keys --method sema                         config keys, what they allow and mean
 python main.py --list configs                                    also: methods, datasets, backbones
 """
@@ -32,7 +33,7 @@ DEFAULT = "exps/quickstart.json"
 LISTS = ("keys", "methods", "datasets", "backbones", "configs")
 OPTIONS = (
     "config", "set", "resume", "overwrite", "sweep", "jobs", "engine", "ray-address", "report",
-    "list", "method", "format",
+    "benchmark", "repeats", "profile", "list", "method", "format",
 )  # fmt: skip
 OF_EVAL = {"eval", "evaluate", "test", "run", "checkpoint", "recorded", "analyse", "images-per-class"}
 
@@ -72,6 +73,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--engine", choices=list(EXECUTORS), help="of a sweep: what executes its runs (default: local)")
     add("--ray-address", metavar="ADDR", help="with --engine ray: a cluster (default: a Ray of its own)")
     add("--report", action="store_true", help="of a sweep: only write the summary again")
+    add(
+        "--benchmark",
+        action="store_true",
+        help="measure what the configuration costs on this machine; no run",
+    )
+    add("--repeats", type=int, metavar="N", help="of every measurement of --benchmark (default: 5)")
+    add("--profile", type=given_path, metavar="FOLDER", help="with --benchmark: a trace of a training step")
     add("--list", choices=LISTS, help="print what there is, and exit")
     add("--method", metavar="NAME", help="with --list keys: of this method only")
     add("--format", choices=("text", "markdown"), help="with --list keys: how to print them (default: text)")
@@ -102,6 +110,18 @@ def usage_faults(options: argparse.Namespace) -> list[str]:
             options.report and (options.overwrite or of_a_sweep),
             "--report starts no run: it takes no --overwrite, --jobs, --engine or --ray-address",
         ),
+        (
+            not options.benchmark and (options.repeats is not None or options.profile),
+            "--repeats and --profile go with --benchmark",
+        ),
+        (
+            options.benchmark and (options.resume or options.sweep or options.overwrite),
+            "--benchmark starts no run: it takes --config, --set, --repeats and --profile",
+        ),
+        (
+            options.repeats is not None and options.repeats < 1,
+            f"--repeats {options.repeats}: at least 1",
+        ),
         (options.jobs is not None and options.jobs < 1, f"--jobs {options.jobs}: at least 1"),
         (options.ray_address and options.engine != "ray", "--ray-address goes with --engine ray"),
         (
@@ -109,7 +129,7 @@ def usage_faults(options: argparse.Namespace) -> list[str]:
             "--sweep starts its runs itself: call it without torchrun",
         ),
         (
-            options.list and (of_a_run or options.resume or options.sweep),
+            options.list and (of_a_run or options.resume or options.sweep or options.benchmark),
             "--list starts no run: it takes --method and --format only",
         ),
         (
@@ -214,6 +234,14 @@ def resume_seeds(folder: Path, context: Any) -> None:
         )
 
 
+def run_benchmark(config: Any, options: argparse.Namespace) -> None:
+    """Print what a configuration costs on this machine."""
+    from models.benchmark import benchmark
+
+    for line in benchmark(config, options.repeats or 5, options.profile):
+        print(line, flush=True)
+
+
 def show_list(options: argparse.Namespace) -> None:
     """Print the keys, methods, data sets, backbones or shipped configs."""
     from models import LEARNERS, SCHEMAS
@@ -277,6 +305,8 @@ def main(arguments: list[str] | None = None) -> int:
                 together = True
                 return resume_seeds(options.resume, context)
         loaded = load_config(options.config or DEFAULT, options.overrides, SCHEMAS)
+        if options.benchmark:
+            return run_benchmark(loaded.config, options)
         with run_context(loaded.config) as context:
             together = True
             return run_seeds(loaded, options.overwrite, context)
