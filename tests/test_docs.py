@@ -156,7 +156,7 @@ def starts_a_run(words: list[str]) -> bool:
     """Whether a command computes more than a report, a listing or figures of a finished run."""
     if "utils.benchmark" in words:
         return True
-    return "main.py" in words and not {"--resume", "--report", "--ray-address"} & set(words)
+    return "main.py" in words and not {"--resume", "--report", "--ray-address", "--list"} & set(words)
 
 
 def test_every_run_of_the_docs_is_run_by_ci_or_named_slow() -> None:
