@@ -154,8 +154,6 @@ def test_every_command_of_the_docs_is_understood(document: str) -> None:
 
 def starts_a_run(words: list[str]) -> bool:
     """Whether a command computes more than a report, a listing or figures of a finished run."""
-    if "utils.benchmark" in words:
-        return True
     return "main.py" in words and not {"--resume", "--report", "--ray-address", "--list"} & set(words)
 
 
