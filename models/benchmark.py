@@ -83,7 +83,8 @@ class Benchmark:
         self.config, data = self.learner.config, self.learner.data
         self.plain = load_data_and_backbone(self.config, self.learner.context)[1].vit
         self.plain.to(self.learner.device).eval()
-        chosen = data.indices(range(1), "train")[: config.batch_size]
+        self.batch_size = getattr(config, "batch_size", config.eval_batch_size)
+        chosen = data.indices(range(1), "train")[: self.batch_size]
         self.images = data.views(chosen, "train", "train", ("benchmark",), self.learner.device)
         self.unit_seconds: list[float] = []  # per image
 
@@ -93,7 +94,7 @@ class Benchmark:
         learner.context.log = SilentLog(folder)
         threads, version = torch.get_num_threads(), torch.__version__
         size = learner.data.train_view.image_size
-        yield f"{config.backbone_type}, {size} px, batch {config.batch_size}, {config.precision}"
+        yield f"{config.backbone_type}, {size} px, batch {self.batch_size}, {config.precision}"
         yield f"{learner.device}, {threads} threads, torch {version}; medians of {self.repeats} repeats"
         yield "in plain forwards per image (least - most)"
         yield ""
@@ -136,7 +137,7 @@ class Benchmark:
         if learner.task in TASKS:
             block = "" if phase.block is None else f", block {phase.block}"
             count = learner.data.count(learner.classes, "train")
-            images = min(self.config.batch_size, count)
+            images = min(self.batch_size, count)
             rows.append(self.measure(f"task {learner.task}: step of phase {phase.name}{block}", step, images))
         else:
             step()
