@@ -1,124 +1,146 @@
-"""Conditional growth: which adapters stay when a task ends, what is written about it, and what the gate's weights tell.
+"""The gate's decisions in Gumbel CL-LoRA: which adapters stay after a task; log lines, warnings, files and figures.
 
-    gate = GateState(task=3, adapters=[0, 1, 3], beta=beta)       # beta: (K,) or (L, K), weights in evaluation
-    kept = kept_adapters(gate, config)                            # positions among the adapters
-    record = GateRecord.of(gate, kept)
-    record.write(folder)                                          # beta_values_task_3.pt and .json
-    for line in growth_lines(gate, kept, config): ...
+    decision = decide(task=3, adapters=[0, 1, 3], beta=beta, config=config)   # beta: (K,) or (L, K), in evaluation
+    decision.kept                              # positions of the adapters that stay, such as [0, 2]
+    decision.write(folder)                     # beta_values_task_3.pt and beta_values_task_3.json
+    figures = gate_figures(events, about)      # from the `gate` events of a run
 
-A gate's files hold, for every task so far, `beta_values` (t + 1,), zero where an adapter was pruned earlier, and
-`pruning_mask` (t + 1,), true where an adapter is kept; of a gate in every layer also `beta_values_by_layer` (L, t + 1).
+Files and `gate` events hold, for every task so far: `beta_values` (t + 1,), zero where an adapter was pruned earlier;
+`pruning_mask` (t + 1,), true where an adapter is kept; with a gate per layer also `beta_values_by_layer` (L, t + 1).
 """
 
 import io
-import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import matplotlib as mpl
+import numpy as np
 import torch
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from torch import Tensor
 
 from models.sdlora_config import SDLoRAConfig
-from utils.files import replace_file
+from utils.files import replace_file, write_json
+from utils.plotting import MOST_NUMBERED_TASKS, NARROWEST, VERMILLION, task_axis, titled_figure
 
-UNIFORM = 0.1  # weights that all lie closer to 1 / K than this part of it are called uniform
-FEW = 1 / 3  # adapters that are kept, of all tasks: fewer or as many are called few
-COOLED = 1.5  # times the final temperature: what a task should at least have come down to
+UNIFORM_TOLERANCE = 0.1  # weights that all lie within this share of 1 / K around it count as uniform
+FEW_SHARE = 1 / 3  # of the adapters of all tasks: as many kept or fewer count as few
+COOLED_FACTOR = 1.5  # times the final temperature, which a task should come down to
+
+Event = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class GateState:
-    """A gate as a task leaves it, before anything is pruned.
+class GateDecision:
+    """Weights of the adapters at the end of a task, and which of them stay.
 
     Attributes:
-        task: the task.
-        adapters: for each of the K adapters, the task that grew it; the last is this task's own.
-        beta: weights in evaluation, (K,) or a row a layer (L, K).
+        task: the task that ended.
+        adapters: the task that grew each of the K adapters; the last is `task`.
+        beta: weights in evaluation, (K,) or one row per layer, (L, K).
+        kept: positions among the K adapters that stay, ascending.
     """
 
     task: int
     adapters: list[int]
     beta: Tensor
+    kept: list[int]
 
     @property
-    def mean(self) -> list[float]:
-        """The weight of each adapter, averaged over layers."""
-        return (self.beta.mean(dim=0) if self.beta.dim() == 2 else self.beta).tolist()
+    def mean_beta(self) -> list[float]:
+        """Weight of each adapter, averaged over layers."""
+        return torch.atleast_2d(self.beta).mean(dim=0).tolist()
 
-    def over_tasks(self, values: Tensor) -> Tensor:
-        """Values of adapters (..., K) at their tasks' places, (..., t + 1), zero where a task has none left."""
+    def record(self) -> dict[str, Tensor]:
+        """The tensors of its files and of its event, by name."""
+        mask = torch.zeros(self.task + 1, dtype=torch.bool)
+        mask[[self.adapters[k] for k in self.kept]] = True
+        tensors = {"beta_values": self._by_task(torch.tensor(self.mean_beta)), "pruning_mask": mask}
+        by_layer = {"beta_values_by_layer": self._by_task(self.beta)} if self.beta.dim() == 2 else {}
+        return tensors | by_layer
+
+    def write(self, folder: Path) -> None:
+        """Write `beta_values_task_{t}.pt`, which loads with `weights_only=True`, and the same as JSON; each whole."""
+        tensors, buffer, name = self.record(), io.BytesIO(), f"beta_values_task_{self.task}"
+        torch.save(tensors, buffer)
+        folder.mkdir(parents=True, exist_ok=True)
+        replace_file(folder / f"{name}.pt", buffer.getvalue())
+        values = {name: tensor.tolist() for name, tensor in tensors.items()}
+        write_json(folder / f"{name}.json", {"task": self.task, **values})
+
+    def lines(self, config: SDLoRAConfig) -> list[str]:
+        """The decision in the log."""
+        beta, total, k, limit = self.mean_beta, self.task + 1, config.growth_top_k, config.growth_threshold
+        if config.growth == "top_k":
+            rule, above, below = f"top_k: {k}", f"among the {k} greatest", f"not among the {k} greatest"
+        else:
+            rule, above, below = f"threshold: {limit:.4f}", f"> {limit:.4f}", f"<= {limit:.4f}"
+        values = " ".join(f"{value:.2f}" for value in self.record()["beta_values"].tolist())
+        lines = [f"Task {self.task} - Beta values: [{values}]", f"Current task beta: {beta[-1]:.4f}, {rule}"]
+        for position, task in enumerate(self.adapters):
+            if position not in self.kept:
+                lines.append(f"✗ Pruning adapter for task {task} (beta={beta[position]:.4f} {below})")
+        if len(self.adapters) - 1 in self.kept:
+            lines.append(f"✓ Keeping adapter for task {self.task} (beta={beta[-1]:.4f} {above})")
+        lines.append(f"Active adapters: {len(self.kept)}/{total} ({100 * len(self.kept) / total:.1f}%)")
+        return [f"[Conditional Growth] {line}" for line in lines]
+
+    def warnings(self, config: SDLoRAConfig, tau: float, steps: int) -> list[str]:
+        """Signs of a setting of the gate that has no effect or too much, each with the key to change.
+
+        Args:
+            config: the run's.
+            tau: the temperature at the end of the task.
+            steps: optimizer steps of the task.
+        """
+        found, adapters, total = [], len(self.adapters), self.task + 1
+        final, rate = config.gumbel_tau_final, config.gumbel_anneal_rate
+        if adapters > 1 and max(abs(adapters * beta - 1) for beta in self.mean_beta) < UNIFORM_TOLERANCE:
+            found.append(
+                f"beta values are almost uniform: increase lambda_sparsity (now {config.lambda_sparsity:g})"
+            )
+        if config.growth == "threshold" and total > 2 and len(self.kept) <= FEW_SHARE * total:
+            first_only = "all adapters but the first were pruned"
+            what = first_only if len(self.kept) == 1 else f"only {len(self.kept)} of {total} are kept"
+            found.append(f"{what}: lower growth_threshold (now {config.growth_threshold:g})")
+        if adapters > 1 and steps and tau > COOLED_FACTOR * final:
+            faster = math.floor(1e4 * (final / config.gumbel_tau_init) ** (1 / steps)) / 1e4
+            found.append(
+                f"tau = {tau:.3f} at the end of task {self.task}, which should be near {final:g}: lower "
+                f"gumbel_anneal_rate (now {rate:g}; {faster:g} gets there in the task's {steps} steps) "
+                f"or gumbel_tau_init (now {config.gumbel_tau_init:g})"
+            )
+        return [f"[Gumbel CL-LoRA] {line}" for line in found]
+
+    def _by_task(self, values: Tensor) -> Tensor:
+        """Values of adapters (..., K) at the places of their tasks, (..., t + 1); zero elsewhere."""
         spread = values.new_zeros(*values.shape[:-1], self.task + 1)
         spread[..., self.adapters] = values
         return spread
 
 
-def kept_adapters(gate: GateState, config: SDLoRAConfig) -> list[int]:
-    """Positions of the adapters that stay.
+def decide(task: int, adapters: Sequence[int], beta: Tensor, config: SDLoRAConfig) -> GateDecision:
+    """The decision at the end of a task.
 
-    "threshold": this task's adapter goes unless its weight exceeds `growth_threshold`.
-    "top_k": the `growth_top_k` of greatest weight; of equal ones the older.
+    "threshold": the task's own adapter stays iff its weight exceeds `growth_threshold`; earlier ones stay.
+    "top_k": the `growth_top_k` adapters of greatest weight stay; of equal ones the older.
     """
-    every = list(range(len(gate.adapters)))
+    everything = list(range(len(adapters)))
+    decision = GateDecision(task, list(adapters), beta, everything)
+    weights = decision.mean_beta
     if config.growth == "top_k":
-        return sorted(sorted(every, key=lambda k: -gate.mean[k])[: config.growth_top_k])
-    return every if gate.mean[-1] > config.growth_threshold else every[:-1]
-
-
-def growth_lines(gate: GateState, kept: Sequence[int], config: SDLoRAConfig) -> list[str]:
-    """What the log says of a decision."""
-    own, top = gate.mean[-1], config.growth == "top_k"
-    spread = gate.over_tasks(torch.tensor(gate.mean)).tolist()
-    rule = f"top_k: {config.growth_top_k}" if top else f"threshold: {config.growth_threshold:.4f}"
-    reason = f"among the {config.growth_top_k} greatest" if top else f"> {config.growth_threshold:.4f}"
-    pruned = f"not {reason}" if top else f"<= {config.growth_threshold:.4f}"
-    lines = [
-        f"Task {gate.task} - Beta values: [{' '.join(f'{value:.2f}' for value in spread)}]",
-        f"Current task beta: {own:.4f}, {rule}",
-    ]
-    for k, task in enumerate(gate.adapters):
-        if k not in kept:
-            lines.append(f"✗ Pruning adapter for task {task} (beta={gate.mean[k]:.4f} {pruned})")
-    if len(gate.adapters) - 1 in kept:
-        lines.append(f"✓ Keeping adapter for task {gate.task} (beta={own:.4f} {reason})")
-    total = gate.task + 1
-    lines.append(f"Active adapters: {len(kept)}/{total} ({100 * len(kept) / total:.1f}%)")
-    return [f"[Conditional Growth] {line}" for line in lines]
-
-
-def symptoms(gate: GateState, kept: Sequence[int], config: SDLoRAConfig, tau: float, steps: int) -> list[str]:
-    """Signs that a setting of the gate does not do what it is there for, each with the key to change.
-
-    Args:
-        tau: the temperature at the end of the task.
-        steps: optimizer steps of the task.
-    """
-    found, adapters, total = [], len(gate.adapters), gate.task + 1
-    if adapters > 1 and max(abs(adapters * beta - 1) for beta in gate.mean) < UNIFORM:
-        found.append(
-            f"beta values are almost uniform: increase lambda_sparsity (now {config.lambda_sparsity:g})"
-        )
-    if config.growth == "threshold" and total > 2 and len(kept) <= FEW * total:
-        what = (
-            "all adapters but the first were pruned"
-            if len(kept) == 1
-            else f"only {len(kept)} of {total} are kept"
-        )
-        found.append(f"{what}: lower growth_threshold (now {config.growth_threshold:g})")
-    if adapters > 1 and steps and tau > COOLED * config.gumbel_tau_final:
-        rate = math.floor(1e4 * (config.gumbel_tau_final / config.gumbel_tau_init) ** (1 / steps)) / 1e4
-        found.append(
-            f"tau = {tau:.3f} at the end of task {gate.task}, which should be near {config.gumbel_tau_final:g}: lower "
-            f"gumbel_anneal_rate (now {config.gumbel_anneal_rate:g}; {rate:g} gets there in the task's {steps} steps) "
-            f"or gumbel_tau_init (now {config.gumbel_tau_init:g})"
-        )
-    return [f"[Gumbel CL-LoRA] {line}" for line in found]
+        kept = sorted(sorted(everything, key=lambda k: -weights[k])[: config.growth_top_k])
+    else:
+        kept = everything if weights[-1] > config.growth_threshold else everything[:-1]
+    return GateDecision(task, list(adapters), beta, kept)
 
 
 def not_finite_advice(config: SDLoRAConfig, tau: float) -> str:
-    """What to look at first where gradients are not finite."""
+    """The keys to change when gradients are not finite."""
     return (
         f"[Gumbel CL-LoRA] gradients are not finite at tau = {tau:.3f}: reduce lambda_sparsity (now "
         f"{config.lambda_sparsity:g}), or let tau fall more slowly with a gumbel_anneal_rate nearer to 1 (now "
@@ -126,35 +148,126 @@ def not_finite_advice(config: SDLoRAConfig, tau: float) -> str:
     )
 
 
-@dataclass(frozen=True)
-class GateRecord:
-    """A gate's weights and decisions over all tasks so far; see the head of this file for what is in its files."""
+def active_adapters_table(masks: Mapping[int, Sequence[bool]]) -> str:
+    """A table with one line per task from 1 on: adapters kept at its end, pruned so far, share of kept ones.
 
-    task: int
-    beta: Tensor
-    mask: Tensor
-    by_layer: Tensor | None
+    Args:
+        masks: the `pruning_mask` of each task.
+    """
+    lines = ["Task | Active Adapters | Pruned | Percentage", "-" * 50]
+    for task, mask in sorted(masks.items()):
+        if task:
+            active, total = sum(mask), len(mask)
+            lines.append(f"{task:4d} | {active:15d} | {total - active:6d} | {100 * active / total:5.1f}%")
+    return "\n".join(lines)
 
-    @classmethod
-    def of(cls, gate: GateState, kept: Sequence[int]) -> "GateRecord":
-        mask = torch.zeros(gate.task + 1, dtype=torch.bool)
-        mask[[gate.adapters[k] for k in kept]] = True
-        by_layer = gate.over_tasks(gate.beta) if gate.beta.dim() == 2 else None
-        return cls(gate.task, gate.over_tasks(torch.tensor(gate.mean)), mask, by_layer)
 
-    def numbers(self) -> dict[str, Any]:
-        """The record as plain lists, under the names of its files."""
-        plain = {"beta_values": self.beta.tolist(), "pruning_mask": self.mask.tolist()}
-        return plain if self.by_layer is None else plain | {"beta_values_by_layer": self.by_layer.tolist()}
+# --- figures ----------------------------------------------------------------------------------------------------------
 
-    def write(self, folder: Path) -> None:
-        """Write `beta_values_task_{t}.pt`, which loads with `weights_only=True`, and the same as .json; each whole."""
-        tensors = {"beta_values": self.beta, "pruning_mask": self.mask}
-        if self.by_layer is not None:
-            tensors["beta_values_by_layer"] = self.by_layer
-        buffer = io.BytesIO()
-        torch.save(tensors, buffer)
-        text = json.dumps({"task": self.task, **self.numbers()}, indent=1) + "\n"
-        folder.mkdir(parents=True, exist_ok=True)
-        for suffix, content in (("pt", buffer.getvalue()), ("json", text.encode())):
-            replace_file(folder / f"beta_values_task_{self.task}.{suffix}", content)
+
+def gate_figures(events: Sequence[Event], about: str) -> dict[str, Figure]:
+    """Figures of a run's `gate` events, by file name; none without such events. `about` is the subtitle.
+
+    beta_evolution.png: weights (y) of the adapters of all tasks (x), one line per finished task.
+    beta_heatmap.png: the same as a heat map, finished task (row) by adapter (column).
+    beta_layers.png: with a gate per layer, layer (row) by adapter (column) after the last task.
+    """
+    gates = [event for event in events if event["event"] == "gate"]
+    if not gates:
+        return {}
+    figures = {
+        "beta_evolution.png": beta_evolution_figure(gates, about),
+        "beta_heatmap.png": beta_heatmap_figure(gates, about),
+    }
+    if "beta_values_by_layer" in gates[-1]:
+        figures["beta_layers.png"] = beta_layers_figure(gates, about)
+    return figures
+
+
+def beta_evolution_figure(events: Sequence[Event], subtitle: str) -> Figure:
+    """Weights after each task (one line) over the tasks that grew the adapters; pruned adapters are crossed out."""
+    tasks = 1 + max(event["task"] for event in events)
+    height = max(4.4, 1.3 + 0.22 * min(tasks, MOST_NUMBERED_TASKS))
+    figure = titled_figure(8.4, height, "Beta Evolution During Continual Learning", subtitle)
+    axes = figure.subplots()
+    colours = mpl.colormaps["viridis"](np.linspace(0.0, 0.92, tasks))
+    crosses = {"color": VERMILLION, "marker": "x", "ms": 7, "mew": 1.8, "ls": "none"}
+    pruned, handles = pruned_adapters(events), []
+    for event in events:
+        beta, gone = event["beta_values"], pruned[event["task"]]
+        style = {"color": colours[event["task"]], "marker": "o", "ms": 4, "lw": 1.4}
+        axes.plot(range(len(beta)), beta, **style)
+        axes.plot(gone, [beta[k] for k in gone], zorder=5, **crosses)
+        handles.append(Line2D([], [], label=f"After Task {event['task']}", **style))
+    if len(handles) > MOST_NUMBERED_TASKS:
+        handles = handles[:: math.ceil(len(handles) / 20)]
+    if any(pruned.values()):
+        handles.append(Line2D([], [], label="pruned", **crosses))
+    axes.set_ylim(-0.03, 1.06)
+    task_axis(axes, tasks, label="Task Index")
+    axes.set_ylabel("Beta Value")
+    axes.grid(True)
+    axes.set_axisbelow(True)
+    figure.legend(handles=handles, loc="outside right upper", frameon=False)
+    return figure
+
+
+def beta_heatmap_figure(events: Sequence[Event], subtitle: str) -> Figure:
+    """Weight of each adapter (column) after each task (row); crossed out where pruned then, empty where earlier."""
+    tasks = 1 + max(event["task"] for event in events)
+    beta, pruned = np.full((tasks, tasks), np.nan), pruned_adapters(events)
+    for event in events:
+        t = event["task"]
+        present = np.array(event["pruning_mask"])
+        present[pruned[t]] = True
+        beta[t, : t + 1] = np.where(present, event["beta_values"], np.nan)
+    cells = [(t, k) for t, gone in pruned.items() for k in gone]
+    return _heatmap(beta, cells, "Weight of each task's adapter after each task", subtitle, "after task")
+
+
+def beta_layers_figure(events: Sequence[Event], subtitle: str) -> Figure:
+    """Weight of each adapter (column) in each layer (row) after the last task; crossed out where pruned then."""
+    last = events[-1]
+    beta = np.array(last["beta_values_by_layer"])  # (layers, tasks)
+    cells = [(layer, k) for k in pruned_adapters(events)[last["task"]] for layer in range(len(beta))]
+    title = f"Weight of each task's adapter in each layer after task {last['task']}"
+    return _heatmap(beta, cells, title, subtitle, "layer")
+
+
+def pruned_adapters(events: Sequence[Event]) -> dict[int, list[int]]:
+    """For each task, the adapters pruned at its end, named by the tasks that grew them."""
+    pruned, before = {}, []
+    for event in events:
+        kept = event["pruning_mask"]
+        pruned[event["task"]] = [k for k, was in enumerate([*before, True]) if was and not kept[k]]
+        before = kept
+    return pruned
+
+
+def _heatmap(
+    beta: np.ndarray, crossed_out: Sequence[tuple[int, int]], title: str, subtitle: str, rows: str
+) -> Figure:
+    """Heat map of weights (lines, tasks); NaN stays empty, cells (line, task) may be crossed out."""
+    lines, tasks = beta.shape
+    numbered = max(lines, tasks) <= MOST_NUMBERED_TASKS
+    width = 0.5 if tasks <= 12 else 0.44 if numbered else 11.0 / tasks  # of a cell, in inches
+    height = width if numbered else 11.0 / max(lines, tasks)
+    size = max(NARROWEST, width * tasks + 2.2), max(2.6, height * lines + 1.6)
+    figure = titled_figure(*size, title, subtitle)
+    axes = figure.subplots()
+    image = axes.imshow(beta, cmap="Blues", vmin=0, vmax=1, interpolation="none", aspect="auto")
+    for (line, task), value in np.ndenumerate(beta):
+        if numbered and not math.isnan(value):
+            style = {"color": "white" if value > 0.6 else "black", "fontsize": 15 * width}
+            axes.text(task, line, f"{value:.2f}", ha="center", va="center", **style)
+    for line, task in crossed_out:
+        corners = [task - 0.42, task + 0.42], [line + 0.42, line - 0.42]
+        axes.plot(*corners, color=VERMILLION, lw=1.6)
+    axes.set_xticks(range(0, tasks, 1 if numbered else math.ceil(tasks / 20)))
+    axes.set_yticks(range(0, lines, 1 if numbered else math.ceil(lines / 20)))
+    axes.set_xlabel("adapter of task")
+    axes.set_ylabel(rows)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    figure.colorbar(image, ax=axes, label="beta", pad=0.02).outline.set_visible(False)
+    return figure
