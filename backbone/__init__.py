@@ -1,1 +1,1 @@
-"""Neural modules that take plain numbers and tensors; nothing here imports another package of this repository."""
+"""Neural modules that take plain numbers and tensors and import no other package of this repository."""

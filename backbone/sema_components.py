@@ -1,10 +1,8 @@
-"""The parts a SEMA block is made of: adapters, the representation descriptor and its running statistics.
+"""Adapters, representation descriptors and their error records: the parts of a SEMA block.
 
     adapter = ADAPTERS["nested_lora"](width=768, bottleneck=16, scale=1.0)
     delta = adapter(tokens)                      # (B, N, d) -> (B, N, d)
-
-An adapter owns its parameters and says which time scale each belongs to (`parameter_groups`). Consolidation and
-reset of the nested adapter are in `backbone/consolidation.py`.
+    adapter.parameter_groups()                   # {"slow": [...], "fast": [...]}: parameters by time scale
 
 Sources: SEMA (Wang et al., CVPR 2025), AdaptFormer (Chen et al., NeurIPS 2022), LoRA (Hu et al., ICLR 2022).
 """
@@ -21,15 +19,15 @@ Activation = Callable[[Tensor], Tensor]
 
 
 def identity(x: Tensor) -> Tensor:
-    """No activation."""
+    """The identity, the activation of linear adapters."""
     return x
 
 
 class Factors(NamedTuple):
-    """An adapter as one bottleneck  x -> up phi(down x + down_bias) + up_bias  of R hidden units, scale folded in.
+    """An adapter as one bottleneck  x -> up phi(down x + down_bias) + up_bias  of R units, scale included.
 
-    Shapes: down (R, d), down_bias (R,), up (d, R), up_bias (d,). An adapter without biases has None for both. phi is
-    the activation.
+    Shapes: down (R, d), down_bias (R,), up (d, R), up_bias (d,); both biases are None where an adapter has
+    none. phi is the activation.
     """
 
     down: Tensor
@@ -39,20 +37,20 @@ class Factors(NamedTuple):
     activation: Activation
 
     def apply(self, x: Tensor) -> Tensor:
-        """The function itself, (..., d) -> (..., d)."""
+        """The output of the bottleneck, (..., d) -> (..., d)."""
         return F.linear(self.activation(F.linear(x, self.down, self.down_bias)), self.up, self.up_bias)
 
 
 class Adapter(nn.Module):
-    """Bottleneck adapter  A(x) = s (W_up relu(W_down x + b_down) + b_up).
+    """Bottleneck adapter  A(x) = s (W_up relu(W_down x + b_down) + b_up),  (..., d) -> (..., d).
 
-    W_down is (r, d) and W_up is (d, r); x is (..., d). At the LoRA start W_down is Kaiming-uniform(a = sqrt 5) and
-    everything else zero, so the output is exactly zero and W_up has a gradient.
+    W_down is (r, d), W_up is (d, r). It starts as LoRA does: W_down Kaiming-uniform(a = sqrt 5), all else
+    zero, so that the output is zero and W_up has a gradient.
 
     Args:
         width: d, the width of the residual stream.
         bottleneck: r, the number of hidden units.
-        scale: s; the published SEMA code names 0.1 in its configs and applies 1.
+        scale: s; published SEMA configs name 0.1, published SEMA code applies 1.
     """
 
     biased: ClassVar[bool] = True
@@ -67,7 +65,7 @@ class Adapter(nn.Module):
 
     @torch.no_grad()
     def reset(self) -> None:
-        """Return to the LoRA start: the output is exactly zero and the adapter can learn."""
+        """Return to the LoRA start: zero output, able to learn."""
         for parameter in self.parameters():
             nn.init.zeros_(parameter)
         nn.init.kaiming_uniform_(self.down_proj.weight, a=math.sqrt(5))
@@ -76,31 +74,27 @@ class Adapter(nn.Module):
         return self.factors().apply(x)
 
     def factors(self) -> Factors:
-        """The same function as one bottleneck of r units, for mixtures that stack their adapters."""
-        down, up = self.down_proj, self.up_proj
-        return Factors(
-            down.weight,
-            down.bias,
-            scaled(self.scale, up.weight),
-            scaled(self.scale, up.bias),
-            self.activation,
-        )
+        """The adapter as one bottleneck of r units."""
+        down, up, up_bias = self.down_proj, self.up_proj.weight, self.up_proj.bias
+        if self.scale != 1.0:
+            up, up_bias = self.scale * up, None if up_bias is None else self.scale * up_bias
+        return Factors(down.weight, down.bias, up, up_bias, self.activation)
 
     @torch.no_grad()
     def effect(self) -> float:
-        """||W_up W_down||_F, the size of the linear map that the hidden units gate; through r x r products only."""
+        """||s W_up W_down||_F, the size of the linear map inside the activation; costs two r x r products."""
         up, down = self.up_proj.weight.double(), self.down_proj.weight.double()
         return abs(self.scale) * math.sqrt(max(0.0, float(((up.T @ up) * (down @ down.T)).sum())))
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """One time scale."""
+        """The parameters by time scale: one."""
         return {"adapter": list(self.parameters())}
 
 
 class LoRAAdapter(Adapter):
-    """Plain low-rank adapter  A(x) = s W_up W_down x: no activation, no biases (LoRA, Hu et al. 2022, beside the MLP).
+    """Linear low-rank adapter  A(x) = s W_up W_down x, without activation and biases: LoRA beside the MLP.
 
-    A linear map: sums and means of such adapters are those of their matrices W_up W_down.
+    Sums and means of such adapters are those of their matrices W_up W_down.
     """
 
     biased = False
@@ -108,23 +102,22 @@ class LoRAAdapter(Adapter):
 
 
 class NestedLoRAAdapter(nn.Module):
-    """Two adapters on two time scales  Delta(x) = slow(x) + fast(x), always both, no gate between them.
+    """Two adapters on two time scales  Delta(x) = slow(x) + fast(x): a plain sum, no gate between them.
 
-    Computed as one adapter of bottleneck 2r on the stacked weights: two matrix products instead of four.
-    Rank r costs the parameters of one `Adapter` with bottleneck 2r plus one output bias of d numbers. Both branches
-    start silent (LoRA start) but with different down-projections. `Branch` is the class of both.
+    Computed as one bottleneck of 2r units. Rank r has the parameters of one `Adapter` with bottleneck 2r plus
+    one output bias of d numbers. Both branches (of class `Branch`) start with zero output and different
+    down-projections.
 
     Args:
         width: d, the width of the residual stream.
         bottleneck: r, the rank of each branch (`nested_lora_rank`).
-        scale: applied to both branches.
+        scale: s of both branches.
     """
 
     Branch: ClassVar[type[Adapter]] = Adapter
 
     def __init__(self, width: int, bottleneck: int, scale: float = 1.0) -> None:
         super().__init__()
-        self.scale = scale
         self.slow = self.Branch(width, bottleneck, scale)
         self.fast = self.Branch(width, bottleneck, scale)
 
@@ -132,7 +125,7 @@ class NestedLoRAAdapter(nn.Module):
         return self.factors().apply(x)
 
     def factors(self) -> Factors:
-        """Both branches as one bottleneck of 2r units: those of slow first."""
+        """Both branches as one bottleneck of 2r units, those of slow first."""
         slow, fast = self.slow.factors(), self.fast.factors()
         biased = self.Branch.biased
         return Factors(
@@ -145,25 +138,29 @@ class NestedLoRAAdapter(nn.Module):
 
     @torch.no_grad()
     def align(self) -> None:
-        """Start fast on slow's hidden units: the same down-projection, no output. Units i of both belong together."""
+        """Restart fast on the hidden units of slow: the same down-projection, zero output."""
         self.fast.reset()
         self.fast.down_proj.load_state_dict(self.slow.down_proj.state_dict())
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """The two time scales, each tensor in exactly one."""
+        """The parameters by time scale: "slow" and "fast"."""
         return {"slow": list(self.slow.parameters()), "fast": list(self.fast.parameters())}
 
+    @torch.no_grad()
     def norms(self) -> dict[str, float]:
-        """Sizes of the branches: "fast", "slow" = ||theta||, "fast_effect", "slow_effect" = ||W_up W_down||_F.
+        """Sizes of both branches: "slow", "fast" = ||theta||, "slow_effect", "fast_effect" = `effect`.
 
-        theta holds the random down-projection, so ||theta|| hardly moves; the product is zero for a silent branch.
+        theta includes the random down-projection, so ||theta|| hardly moves; the product is zero at the LoRA
+        start.
         """
-        norms = {name: l2_norm(params) for name, params in self.parameter_groups().items()}
+        groups = self.parameter_groups().items()
+        squares = {name: sum(float(p.double().square().sum()) for p in group) for name, group in groups}
+        norms = {name: math.sqrt(total) for name, total in squares.items()}
         return norms | {f"{name}_effect": branch.effect() for name, branch in self.named_children()}
 
 
 class NestedLinearLoRAAdapter(NestedLoRAAdapter):
-    """`NestedLoRAAdapter` of two plain low-rank branches: rank r has exactly the parameters of one of rank 2r."""
+    """`NestedLoRAAdapter` with linear branches: rank r has exactly the parameters of one of rank 2r."""
 
     Branch = LoRAAdapter
 
@@ -177,11 +174,10 @@ ADAPTERS: dict[str, type[nn.Module]] = {
 
 
 class AE(nn.Module):
-    """Representation descriptor (RD): a linear auto-encoder of token means.
+    """Representation descriptor (RD): a linear auto-encoder of token means m, (B, d) -> errors (B,).
 
-    error(m) = mean_j (m - W_dec (W_enc m + b_enc) - b_dec)_j^2, one number a sample; m is (B, d), the result (B,).
-    A small error says that the samples resemble those its adapter was trained on. Weights start Kaiming-uniform(a =
-    sqrt 5), biases zero.
+    error(m) = mean_j (m - W_dec (W_enc m + b_enc) - b_dec)_j^2, one per sample. A small error says that a
+    sample resembles those its adapter was trained on. Weights start Kaiming-uniform(a = sqrt 5), biases zero.
     """
 
     def __init__(self, width: int, rd_dim: int) -> None:
@@ -197,12 +193,11 @@ class AE(nn.Module):
 
 
 class Records(nn.Module):
-    """The last `capacity` reconstruction errors of one descriptor; mean and deviation for z-scores.
+    """The last `capacity` reconstruction errors of one descriptor, as a buffer (n,), oldest first.
 
-    The errors (n,), oldest first, are a buffer that grows to n = `capacity`: saved and resumed with the model.
-    z = |error - mean| / std with the unbiased std, and zero while two errors or fewer are stored. Errors on what the
-    descriptor has trained on are smaller than others and would make z of everything else too large: the learner pushes
-    errors on views that are new to it.
+    z = |error - mean| / std with the unbiased std, zero while two errors or fewer are stored. A learner
+    records errors on views the descriptor was not trained on: those of trained views are smaller and would
+    make every other z too large.
     """
 
     errors: Tensor
@@ -211,14 +206,14 @@ class Records(nn.Module):
         super().__init__()
         self.capacity = capacity
         self.register_buffer("errors", torch.zeros(0))
-        self.register_load_state_dict_pre_hook(_size_as_saved)
+        self.register_load_state_dict_pre_hook(_resize_records)
 
     def __len__(self) -> int:
         return len(self.errors)
 
     @torch.no_grad()
     def push(self, errors: Tensor) -> None:
-        """Append errors (B,). As published, the batch that fills the buffer is cut to the room left."""
+        """Append errors (B,); as published, the batch that fills the buffer is cut to the room left."""
         new, room = errors.detach().to(self.errors), self.capacity - len(self)
         self.errors = torch.cat([self.errors, new[:room] if room else new])[-self.capacity :]
 
@@ -233,41 +228,15 @@ class Records(nn.Module):
         return self.errors.double().std()
 
     def z_scores(self, errors: Tensor) -> Tensor:
-        """|error - mean| / std for errors (B,) -> (B,); zeros until more than two errors are stored.
-
-        Where the stored errors are all alike (images repeated), an error like them has z = 0, any other infinite z.
-        """
+        """z of errors (B,) -> (B,); among equal stored errors, 0 for an equal error, else infinity."""
         if len(self) <= 2:
             return torch.zeros_like(errors)
         distance = (errors.double() - self.mean).abs()
         return torch.where(distance == 0, 0.0, distance / self.stddev).to(errors.dtype)
 
 
-def _size_as_saved(
-    records: Records,
-    state: dict[str, Tensor],
-    prefix: str,
-    metadata: object,
-    strict: bool,
-    missing: list[str],
-    unexpected: list[str],
-    faults: list[str],
-) -> None:
-    """Before loading: as many places as errors were saved."""
+def _resize_records(records: Records, state: dict[str, Tensor], prefix: str, *hook_args: object) -> None:
+    """Load-state-dict pre-hook: room for the saved errors; torch refuses more than `capacity`."""
     saved = state.get(f"{prefix}errors", records.errors)
     if saved.dim() == 1 and len(saved) <= records.capacity:
         records.errors = records.errors.new_zeros(len(saved))
-    else:
-        faults.append(
-            f"{prefix}errors: shape {tuple(saved.shape)}, but at most {records.capacity} errors are kept"
-        )
-
-
-def scaled(scale: float, tensor: Tensor | None) -> Tensor | None:
-    """The tensor times the scale; itself when that is 1 or there is none."""
-    return tensor if scale == 1.0 or tensor is None else scale * tensor
-
-
-def l2_norm(tensors: list[nn.Parameter]) -> float:
-    """Euclidean norm of several tensors taken as one vector."""
-    return math.sqrt(sum(float(tensor.detach().double().square().sum()) for tensor in tensors))

@@ -1,14 +1,16 @@
-"""A timm Vision Transformer whose blocks carry adapters parallel to their MLP.
+"""A frozen timm Vision Transformer with adapters parallel to the MLP of its blocks.
 
     net = SEMAVisionTransformer(timm_vit, spec, growing=range(9, 12), adapted=range(12))
-    features = net(images)                           # (B, 3, S, S) -> (B, d): class token after the final norm
+    features = net(images)                               # (B, 3, S, S) -> (B, d)
     with net.capture_inputs(net.growing, token_mean) as means:
-        net(images)                                  # means[9]: (B, d), what router and descriptor of block 9 see
+        net(images)                                      # means[9]: (B, d), input of router and descriptor
 
-The transformer is timm's own, frozen, with its blocks wrapped; only what the adapters add is new. Block i computes
+The transformer is timm's own, with its blocks wrapped. Block i computes
+
     x = x + attn(norm1(x));   y = mlp(norm2(x)) + adapter_i(x);   x = x + y
-where adapter_i reads the un-normalised residual stream. Layer scale, where a model has it, applies to attn and mlp
-only.
+
+where adapter_i reads the un-normalised residual stream. Layer scale, where a model has it, applies to attn
+and mlp only.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -22,7 +24,7 @@ from backbone.sema_block import AdapterSpec, SEMAModules, freeze
 
 
 class SEMABlock(nn.Module):
-    """timm's block with adapters beside its MLP; without adapters it computes exactly what timm's block does."""
+    """timm's block with adapters beside its MLP; without adapters exactly timm's block."""
 
     def __init__(self, block: Block, adapter_module: SEMAModules | None) -> None:
         super().__init__()
@@ -38,12 +40,12 @@ class SEMABlock(nn.Module):
 
 
 class SEMAVisionTransformer(nn.Module):
-    """A frozen timm ViT with adapters in chosen blocks; untrained adapters leave timm's output unchanged bit for bit.
+    """A frozen timm ViT with adapters in chosen blocks; untrained ones leave timm's output bit for bit.
 
     Args:
-        vit: a timm VisionTransformer with a class token and no classifier (`num_classes=0`); it becomes part of this
-            module.
-        spec: what an adapter looks like; None where no block holds one.
+        vit: a timm VisionTransformer with a class token and no classifier (`num_classes=0`); it becomes part
+            of this module.
+        spec: kind and sizes of an adapter; None where no block holds one.
         growing: the blocks that may grow (they have a router and descriptors).
         adapted: the blocks that hold adapters; must contain `growing`.
     """
@@ -63,11 +65,20 @@ class SEMAVisionTransformer(nn.Module):
             vit.blocks[i] = SEMABlock(block, modules)
         self.vit = vit.eval()
 
-    def forward(self, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
-        """Run the blocks start .. stop - 1; by default all of them, from images to features.
+    def train(self, mode: bool = True) -> "SEMAVisionTransformer":
+        """Set the mode of everything but the frozen transformer, which stays in evaluation mode."""
+        super().train(mode)
+        self.vit.eval()
+        return self
 
-        A depth says what a tensor is: 0 is images (B, 3, S, S), k the tokens that enter block k (B, N, d), and
-        `self.depth` the features (B, d), class token after the final norm. x has depth `start`, the result `stop`.
+    # --- forward --------------------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
+        """The output of blocks start .. stop - 1; by default of all, from images to features.
+
+        A depth names a tensor: 0 is images (B, 3, S, S), k the tokens that enter block k (B, N, d), and
+        `self.depth` the features (B, d), class token after the final norm. x has depth `start`, the result
+        has depth `stop`.
         """
         stop = self.depth if stop is None else stop
         if not 0 <= start <= stop <= self.depth:
@@ -81,78 +92,25 @@ class SEMAVisionTransformer(nn.Module):
         return self.vit.forward_head(self.vit.norm(x)) if stop == self.depth else x
 
     def embed(self, images: Tensor) -> Tensor:
-        """Patches, class and register tokens and positions, (B, 3, S, S) -> (B, N, d): what enters block 0."""
+        """Tokens with positions, (B, 3, S, S) -> (B, N, d): the input of block 0."""
         vit = self.vit
         return vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(images))))
 
-    @property
-    def depth(self) -> int:
-        """Number of blocks."""
-        return len(self.vit.blocks)
+    @torch.no_grad()
+    def token_means(self, x: Tensor, start: int, blocks: Iterable[int]) -> dict[int, Tensor]:
+        """Inputs of the blocks' routers and descriptors, {block: (B, d)}, float32, for x of depth `start`.
 
-    def fixed_depth(self) -> int:
-        """Depth up to which nothing will change again: the first block that may grow or has a learning adapter."""
-        changing = (
-            b for b, modules in self.modules_by_block.items() if modules.growable or modules.is_learning()
-        )
-        return next(changing, self.depth)
-
-    def learning_depth(self) -> int:
-        """Depth up to which nothing learns now: the first block with a learning adapter or router, else `depth`."""
-        return next((b for b, modules in self.modules_by_block.items() if modules.is_learning()), self.depth)
-
-    def tensors_below(self, depth: int) -> dict[str, Tensor]:
-        """The adapters' tensors that shape what enters block `depth`; none where no block below it holds adapters."""
-        below = {block: modules for block, modules in self.modules_by_block.items() if block < depth}
-        return {
-            f"{block}.{name}.{i}": tensor
-            for block, modules in below.items()
-            for name, tensors in modules.parameter_groups().items()
-            for i, tensor in enumerate(tensors)
-        }
-
-    def frozen_names(self) -> set[str]:
-        """Names in the state dict of the pretrained transformer's own tensors, which no checkpoint holds."""
-        own = {
-            f"vit.blocks.{block}.adapter_module.{name}"
-            for block, modules in self.modules_by_block.items()
-            for name in modules.state_dict()
-        }
-        return self.state_dict().keys() - own
-
-    def train(self, mode: bool = True) -> "SEMAVisionTransformer":
-        """The frozen transformer stays in evaluation mode; adapters have no mode of their own."""
-        super().train(mode)
-        self.vit.eval()
-        return self
-
-    @property
-    def modules_by_block(self) -> dict[int, SEMAModules]:
-        """The adapters of every block that has some, in depth order."""
-        blocks = enumerate(self.vit.blocks)
-        return {i: block.adapter_module for i, block in blocks if block.adapter_module is not None}
-
-    @contextmanager
-    def plain_attention(self) -> Iterator[None]:
-        """While open, attention is matrix products and a softmax instead of one fused kernel: equal to rounding.
-
-        On CPUs the backward pass of the fused kernel is the slower one in bf16 (`Tuning` says by how much).
+        Runs no further than the deepest of the blocks.
         """
-        attentions = [block.block.attn for block in self.vit.blocks]
-        fused = [attention.fused_attn for attention in attentions]
-        try:
-            for attention in attentions:
-                attention.fused_attn = False
-            yield
-        finally:
-            for attention, before in zip(attentions, fused, strict=True):
-                attention.fused_attn = before
+        with self.capture_inputs(blocks, token_mean) as means:
+            self(x, start, max(blocks) + 1)
+        return means
 
     @contextmanager
     def capture_inputs(
         self, blocks: Iterable[int], reduce: Callable[[Tensor], Tensor]
     ) -> Iterator[dict[int, Tensor]]:
-        """While open, each forward leaves `reduce(x)` of the adapters' input x (B, N, d) in the dict, by block."""
+        """A dict that forwards fill, while open, with `reduce(x)` of the adapters' inputs x (B, N, d)."""
         captured: dict[int, Tensor] = {}
 
         def hook(block: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
@@ -165,28 +123,68 @@ class SEMAVisionTransformer(nn.Module):
             for handle in handles:
                 handle.remove()
 
+    @contextmanager
+    def plain_attention(self) -> Iterator[None]:
+        """Attention as matrix products and a softmax instead of one fused kernel; equal to rounding.
+
+        On CPUs the fused kernel's backward pass is the slower one in bf16.
+        """
+        attentions = [block.block.attn for block in self.vit.blocks]
+        fused = [attention.fused_attn for attention in attentions]
+        try:
+            for attention in attentions:
+                attention.fused_attn = False
+            yield
+        finally:
+            for attention, before in zip(attentions, fused, strict=True):
+                attention.fused_attn = before
+
+    # --- depths ---------------------------------------------------------------------------------------------
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks."""
+        return len(self.vit.blocks)
+
+    def fixed_depth(self) -> int:
+        """Depth up to which nothing changes any more: the first block that may grow or learns, or `depth`."""
+        blocks = self.modules_by_block.items()
+        return next((b for b, modules in blocks if modules.growable or modules.is_learning()), self.depth)
+
+    def learning_depth(self) -> int:
+        """Depth up to which nothing learns now: the first block with a learning adapter or router."""
+        return next((b for b, modules in self.modules_by_block.items() if modules.is_learning()), self.depth)
+
+    def tensors_below(self, depth: int) -> dict[str, Tensor]:
+        """Functional parameters of all adapters in blocks before `depth`, by name."""
+        return {
+            f"{block}.{name}.{i}": tensor
+            for block, modules in self.modules_by_block.items()
+            if block < depth
+            for name, tensors in modules.parameter_groups().items()
+            for i, tensor in enumerate(tensors)
+        }
+
+    # --- adapters, descriptors and their parameters ---------------------------------------------------------
+
+    @property
+    def modules_by_block(self) -> dict[int, SEMAModules]:
+        """The adapters of every adapted block, in depth order."""
+        blocks = enumerate(self.vit.blocks)
+        return {i: block.adapter_module for i, block in blocks if block.adapter_module is not None}
+
+    def adapters_per_block(self) -> dict[int, int]:
+        """Number of adapters in each adapted block."""
+        return {block: len(modules.adapters) for block, modules in self.modules_by_block.items()}
+
     def descriptor_loss(self, token_means: dict[int, Tensor]) -> Tensor:
-        """Sum over growing blocks of the newest descriptor's mean error on its token means (B, d); a scalar."""
+        """Sum over blocks of the newest descriptor's mean error on its token means (B, d); a scalar."""
         return sum(self.modules_by_block[block].descriptor_loss(mean) for block, mean in token_means.items())
 
     def observe(self, token_means: dict[int, Tensor]) -> None:
         """Record the descriptors' errors on token means (B, d), block by block."""
         for block, mean in token_means.items():
             self.modules_by_block[block].observe(mean)
-
-    def adapters_per_block(self) -> dict[int, int]:
-        """How many adapters each adapted block holds."""
-        return {block: len(modules.adapters) for block, modules in self.modules_by_block.items()}
-
-    @torch.no_grad()
-    def token_means(self, x: Tensor, start: int, blocks: Iterable[int]) -> dict[int, Tensor]:
-        """What routers and descriptors of the blocks read when x has depth `start`: {block: (B, d)}, float32.
-
-        Runs no further than the deepest of the blocks.
-        """
-        with self.capture_inputs(blocks, token_mean) as means:
-            self(x, start, max(blocks) + 1)
-        return means
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """All functional parameters by time scale (adapters and routers, frozen ones included)."""
@@ -197,20 +195,26 @@ class SEMAVisionTransformer(nn.Module):
         return groups
 
     def descriptor_parameters(self) -> list[nn.Parameter]:
-        """The parameters of all descriptors, frozen ones included."""
+        """Parameters of all descriptors, frozen ones included."""
         return [p for modules in self.modules_by_block.values() for p in modules.descriptor_parameters()]
 
     def parameter_counts(self) -> dict[str, int]:
         """Numbers of parameters in adapters, descriptors and routers."""
         blocks = self.modules_by_block.values()
-        adapters = (p for modules in blocks for a in modules.adapters for p in a.functional.parameters())
-        return {
-            "adapters": sum(p.numel() for p in adapters),
-            "descriptors": sum(p.numel() for p in self.descriptor_parameters()),
-            "routers": sum(p.numel() for modules in blocks for p in modules.router_parameters()),
+        parts = {
+            "adapters": [p for m in blocks for a in m.adapters for p in a.functional.parameters()],
+            "descriptors": self.descriptor_parameters(),
+            "routers": [p for m in blocks for p in m.router_parameters()],
         }
+        return {part: sum(p.numel() for p in parameters) for part, parameters in parts.items()}
+
+    def frozen_names(self) -> set[str]:
+        """Names in the state dict of the pretrained transformer's own tensors, which no checkpoint holds."""
+        blocks = self.modules_by_block.items()
+        own = {f"vit.blocks.{i}.adapter_module.{name}" for i, m in blocks for name in m.state_dict()}
+        return self.state_dict().keys() - own
 
 
 def token_mean(x: Tensor) -> Tensor:
-    """Mean over tokens, (B, N, d) -> (B, d), in float32: what routers and descriptors read."""
+    """Mean over tokens, (B, N, d) -> (B, d), in float32: the input of routers and descriptors."""
     return x.detach().float().mean(dim=1)

@@ -1,12 +1,13 @@
-"""The gate's decisions in Gumbel CL-LoRA: which adapters stay after a task; log lines, warnings, files and figures.
+"""Conditional growth of Gumbel CL-LoRA: which adapters stay after a task; its log lines, files and figures.
 
-    decision = decide(task=3, adapters=[0, 1, 3], beta=beta, config=config)   # beta: (K,) or (L, K), in evaluation
-    decision.kept                              # positions of the adapters that stay, such as [0, 2]
-    decision.write(folder)                     # beta_values_task_3.pt and beta_values_task_3.json
-    figures = gate_figures(events, about)      # from the `gate` events of a run
+    decision = decide(task=3, adapters=[0, 1, 3], beta=beta, config=config)   # beta: (K,) or (L, K), in
+    evaluation decision.kept                              # positions of the adapters that stay, such as [0,
+    2] decision.write(folder)                     # beta_values_task_3.pt and beta_values_task_3.json figures
+    = gate_figures(events, about)      # from the `gate` events of a run
 
-Files and `gate` events hold, for every task so far: `beta_values` (t + 1,), zero where an adapter was pruned earlier;
-`pruning_mask` (t + 1,), true where an adapter is kept; with a gate per layer also `beta_values_by_layer` (L, t + 1).
+Files and `gate` events hold, for every task so far: `beta_values` (t + 1,), zero where an adapter was pruned
+earlier; `pruning_mask` (t + 1,), true where an adapter is kept; with a gate per layer also
+`beta_values_by_layer` (L, t + 1).
 """
 
 import io
@@ -64,7 +65,7 @@ class GateDecision:
         return tensors | by_layer
 
     def write(self, folder: Path) -> None:
-        """Write `beta_values_task_{t}.pt`, which loads with `weights_only=True`, and the same as JSON; each whole."""
+        """Write `beta_values_task_{t}.pt` (for `weights_only=True`) and the same as JSON, atomically."""
         tensors, buffer, name = self.record(), io.BytesIO(), f"beta_values_task_{self.task}"
         torch.save(tensors, buffer)
         folder.mkdir(parents=True, exist_ok=True)
@@ -142,9 +143,10 @@ def decide(task: int, adapters: Sequence[int], beta: Tensor, config: SDLoRAConfi
 def not_finite_advice(config: SDLoRAConfig, tau: float) -> str:
     """The keys to change when gradients are not finite."""
     return (
-        f"[Gumbel CL-LoRA] gradients are not finite at tau = {tau:.3f}: reduce lambda_sparsity (now "
-        f"{config.lambda_sparsity:g}), or let tau fall more slowly with a gumbel_anneal_rate nearer to 1 (now "
-        f"{config.gumbel_anneal_rate:g}) or a higher gumbel_tau_final (now {config.gumbel_tau_final:g})"
+        f"[Gumbel CL-LoRA] gradients are not finite at tau = {tau:.3f}: "
+        f"reduce lambda_sparsity (now {config.lambda_sparsity:g}), "
+        f"let tau fall more slowly with a gumbel_anneal_rate nearer to 1 (now {config.gumbel_anneal_rate:g}) "
+        f"or a higher gumbel_tau_final (now {config.gumbel_tau_final:g})"
     )
 
 
@@ -162,7 +164,7 @@ def active_adapters_table(masks: Mapping[int, Sequence[bool]]) -> str:
     return "\n".join(lines)
 
 
-# --- figures ----------------------------------------------------------------------------------------------------------
+# --- figures ------------------------------------------------------------------------------------------------
 
 
 def gate_figures(events: Sequence[Event], about: str) -> dict[str, Figure]:
@@ -185,7 +187,7 @@ def gate_figures(events: Sequence[Event], about: str) -> dict[str, Figure]:
 
 
 def beta_evolution_figure(events: Sequence[Event], subtitle: str) -> Figure:
-    """Weights after each task (one line) over the tasks that grew the adapters; pruned adapters are crossed out."""
+    """Weights after each task (one line each) over the tasks that grew the adapters, pruned ones crossed."""
     tasks = 1 + max(event["task"] for event in events)
     height = max(4.4, 1.3 + 0.22 * min(tasks, MOST_NUMBERED_TASKS))
     figure = titled_figure(8.4, height, "Beta Evolution During Continual Learning", subtitle)
@@ -213,7 +215,7 @@ def beta_evolution_figure(events: Sequence[Event], subtitle: str) -> Figure:
 
 
 def beta_heatmap_figure(events: Sequence[Event], subtitle: str) -> Figure:
-    """Weight of each adapter (column) after each task (row); crossed out where pruned then, empty where earlier."""
+    """Weight of each adapter (column) after each task (row), crossed out if pruned then, empty if earlier."""
     tasks = 1 + max(event["task"] for event in events)
     beta, pruned = np.full((tasks, tasks), np.nan), pruned_adapters(events)
     for event in events:
@@ -226,7 +228,7 @@ def beta_heatmap_figure(events: Sequence[Event], subtitle: str) -> Figure:
 
 
 def beta_layers_figure(events: Sequence[Event], subtitle: str) -> Figure:
-    """Weight of each adapter (column) in each layer (row) after the last task; crossed out where pruned then."""
+    """Weight of each adapter (column) in each layer (row) after the last task, crossed out if pruned then."""
     last = events[-1]
     beta = np.array(last["beta_values_by_layer"])  # (layers, tasks)
     cells = [(layer, k) for k in pruned_adapters(events)[last["task"]] for layer in range(len(beta))]

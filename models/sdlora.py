@@ -189,7 +189,11 @@ class SDLoRA(ClassIncrementalLearner):
     @torch.no_grad()
     def features_of(self, task: int, source: str) -> Tensor:
         """Features of a task's images in the test view, (n, d), from images: as all blocks learn, none are stored."""
-        size, left, parts = self.config.eval_batch_size, self.data.count(self.data.task_classes(task), source), []
+        size, left, parts = (
+            self.config.eval_batch_size,
+            self.data.count(self.data.task_classes(task), source),
+            [],
+        )
         batches = self.data.batches(self.data.task_classes(task), source=source, mode="test", batch_size=size)
         for images, _ in progress(batches, desc=f"Features of {source} images of task {task}", unit="batch"):
             if self.stopping():

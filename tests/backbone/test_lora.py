@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from utils.costs import flops_of
 
-from backbone.lora import FIRST_MAGNITUDE, GumbelGate, LoRAVisionTransformer, LowRank, _FrozenSum
+from backbone.lora import INIT_MAGNITUDE, GumbelGate, LoRAVisionTransformer, LowRank, _FrozenSum
 from tests.tiny_vits import DEPTH, MODELS, NAME, WIDTH, images, plain_vit
 
 
@@ -195,7 +195,7 @@ def test_freezing_changes_no_function_and_normalises_directions() -> None:
             torch.testing.assert_close(a.norm(), torch.tensor(1.0))
     network.grow(5)
     torch.testing.assert_close(network(x), before, atol=1e-5, rtol=1e-5)
-    assert network.ranks == [2, 3, 4, 5] and network.magnitudes[-1] == FIRST_MAGNITUDE
+    assert network.ranks == [2, 3, 4, 5] and network.magnitudes[-1] == INIT_MAGNITUDE
 
 
 def test_reset_makes_all_adapters_alike_as_published() -> None:

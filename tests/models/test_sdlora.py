@@ -82,10 +82,15 @@ def test_it_is_sd_lora_written_out(make_sdlora: Make) -> None:
     for task in range(3):
         learner.begin_task(task)
         own = [p.new for p in learner.network.projections]
-        a, b = ({(i, s): of(own[i])[s].detach().clone().requires_grad_() for i, s in projections} for of in FACTORS)
+        a, b = (
+            {(i, s): of(own[i])[s].detach().clone().requires_grad_() for i, s in projections}
+            for of in FACTORS
+        )
         head = copy.deepcopy(learner.modules["head"].tasks[-1])
         magnitudes = [torch.tensor(0.8, requires_grad=True) for _ in range(task + 1)]
-        optimizer = torch.optim.SGD([*magnitudes, *a.values(), *b.values(), *head.parameters()], 0.05, momentum=0.9)
+        optimizer = torch.optim.SGD(
+            [*magnitudes, *a.values(), *b.values(), *head.parameters()], 0.05, momentum=0.9
+        )
         for images, targets in LoRAPhase(learner).batches(0, 0):
             added = {
                 at: magnitudes[-1] * b[at] @ a[at] + sum(magnitudes[k] * old[k][at] for k in range(task))
@@ -146,7 +151,9 @@ def test_new_classifier_rows_are_uniform_up_to_a_bound(
         assert 0.9 * bound < values.abs().max() <= bound * (1 + 1e-6)
         cumulated = (values.sort().values / bound + 1) / 2  # of a uniform variable: near (i + 1/2) / n
         steps = (torch.arange(len(values)) + 0.5) / len(values)
-        assert (cumulated - steps).abs().max() < 1.95 / math.sqrt(len(values))  # Kolmogorov: 1 in 1000 exceeds
+        assert (cumulated - steps).abs().max() < 1.95 / math.sqrt(
+            len(values)
+        )  # Kolmogorov: 1 in 1000 exceeds
         learner.train_task()
 
 
@@ -185,7 +192,14 @@ def test_rank_schedule(make_sdlora: Make) -> None:
 def test_rates_of_first_and_later_tasks_and_their_schedules(
     make_sdlora: Make, scheduler: str, first: list[float], later: list[float]
 ) -> None:
-    keys = {"init_lr": 0.1, "lrate": 0.2, "init_epoch": 3, "epochs": 3, "min_lr": 0.01, "max_train_per_class": 4}
+    keys = {
+        "init_lr": 0.1,
+        "lrate": 0.2,
+        "init_epoch": 3,
+        "epochs": 3,
+        "min_lr": 0.01,
+        "max_train_per_class": 4,
+    }
     steps = {"init_milestones": [1], "init_lr_decay": 0.5, "milestones": [1, 2], "lrate_decay": 0.1}
     learner = run_tasks(make_sdlora(**keys, **steps, scheduler=scheduler), 2)
     assert [event["lr"]["lora"] for event in events(learner, "epoch")] == pytest.approx([*first, *later])
@@ -288,7 +302,9 @@ def test_epoch_lines_have_the_published_form(make_sdlora: Make, caplog: pytest.L
 def test_epoch_lines_without_a_gate(make_sdlora: Make, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", logger="nested_lora"):
         (event, *_) = events(run_tasks(make_sdlora(), 1), "epoch")
-    assert "tau" not in event and not any("clf" in message or "Gumbel" in message for message in caplog.messages)
+    assert "tau" not in event and not any(
+        "clf" in message or "Gumbel" in message for message in caplog.messages
+    )
 
 
 # --- evaluation and state -------------------------------------------------------------------------------------
