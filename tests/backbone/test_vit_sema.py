@@ -65,16 +65,6 @@ def test_token_means_stop_at_the_deepest_block_asked_for(monkeypatch: pytest.Mon
     torch.testing.assert_close(network.token_means(x, 0, [1]), expected)
 
 
-def test_a_trained_adapter_changes_the_output() -> None:
-    """The test above can fail: one non-zero up-projection and the features move."""
-    network = wrapped("vit_small_patch16_224")
-    x = images("vit_small_patch16_224")
-    with torch.no_grad():
-        before = network(x)
-        torch.nn.init.normal_(network.modules_by_block[1].adapters[0].functional.fast.up_proj.weight)
-        assert not torch.equal(network(x), before)
-
-
 def test_a_checkpoint_is_the_state_without_the_pretrained_transformer() -> None:
     """A fresh network takes it by names and shapes; names say which tensors it leaves out."""
     network, fresh = wrapped("vit_small_patch16_224"), wrapped("vit_small_patch16_224")
@@ -112,7 +102,9 @@ def test_capture_inputs_sees_what_the_adapters_see_and_cleans_up() -> None:
     handle.remove()
     assert set(means) == {1, 2}
     torch.testing.assert_close(means[2], seen[0].mean(dim=1))
-    assert all(not modules._forward_pre_hooks for modules in network.modules_by_block.values())
+    means.clear()
+    network(x)
+    assert means == {}
 
 
 def test_adapter_reads_the_residual_stream_before_the_mlp() -> None:

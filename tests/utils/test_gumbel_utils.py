@@ -29,28 +29,19 @@ def test_it_is_the_projection_onto_the_simplex(size: int) -> None:
     draw = np.random.default_rng(size)
     z = draw.normal(size=(2000, size)) * 10.0 ** draw.uniform(-2, 2, size=(2000, 1))
     z[::4] = np.round(z[::4])
-    expected = projected(z)
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 2e-5)):
         ours = sparsemax(torch.tensor(z, dtype=dtype))
-        torch.testing.assert_close(ours.double(), torch.tensor(expected), atol=tolerance, rtol=0)
+        torch.testing.assert_close(ours.double(), torch.tensor(projected(z)), atol=tolerance, rtol=0)
         assert ours.dtype == dtype and ours.min() >= 0
         torch.testing.assert_close(ours.sum(dim=1), torch.ones(2000, dtype=dtype), atol=tolerance, rtol=0)
-
-
-def test_no_point_of_the_simplex_is_nearer() -> None:
-    """The definition itself, against a thousand random points and the corners."""
-    z = torch.randn(7, generator=generator(), dtype=torch.float64) * 2
-    points = torch.from_numpy(np.random.default_rng(0).dirichlet(np.ones(7), 1000))
-    nearest = (sparsemax(z) - z).norm()
-    assert ((torch.cat([points, torch.eye(7, dtype=torch.float64)]) - z).norm(dim=1) >= nearest).all()
 
 
 @pytest.mark.parametrize("dim", [0, 1, -1])
 def test_any_dimension_of_a_batch(dim: int) -> None:
     z = torch.randn(4, 5, 6, generator=generator())
-    rows = z.movedim(dim, -1).reshape(-1, z.shape[dim])
+    rows = z.movedim(dim, -1)
     expected = (
-        torch.stack([sparsemax(row) for row in rows]).reshape(z.movedim(dim, -1).shape).movedim(-1, dim)
+        torch.stack([sparsemax(row) for row in rows.flatten(0, 1)]).reshape(rows.shape).movedim(-1, dim)
     )
     torch.testing.assert_close(sparsemax(z, dim=dim), expected)
 
@@ -100,11 +91,10 @@ def test_one_adapter_and_equal_logits() -> None:
         torch.testing.assert_close(sparsemax(torch.full((size,), 4.2)), torch.full((size,), 1 / size))
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_the_temperature_goes_from_one_winner_to_all_alike(seed: int) -> None:
-    z = torch.randn(6, generator=generator(seed))
-    cold, hot = (gumbel_sparsemax(z, tau, generator=generator(seed + 100)) for tau in (1e-30, 1e6))
-    gumbel = -torch.empty(6, dtype=torch.float64).exponential_(generator=generator(seed + 100)).log()
+def test_the_temperature_goes_from_one_winner_to_all_alike() -> None:
+    z = torch.randn(6, generator=generator())
+    cold, hot = (gumbel_sparsemax(z, tau, generator=generator(100)) for tau in (1e-30, 1e6))
+    gumbel = -torch.empty(6, dtype=torch.float64).exponential_(generator=generator(100)).log()
     assert cold.tolist() == [float(i == (z + gumbel).argmax()) for i in range(6)]
     torch.testing.assert_close(hot, torch.full((6,), 1 / 6), atol=1e-4, rtol=0)
 
@@ -122,37 +112,36 @@ def test_the_noise_is_gumbels_and_the_generators_own() -> None:
 
 @pytest.mark.parametrize("tau", [0.0, -1.0, math.nan])
 def test_a_temperature_is_positive(tau: float) -> None:
-    with pytest.raises(ValueError, match="temperature is positive"):
+    with pytest.raises(ValueError, match="positive"):
         gumbel_sparsemax(torch.zeros(2), tau)
 
 
-def test_entropy_by_hand() -> None:
+def test_entropy_and_its_gradient_by_hand() -> None:
     beta = torch.tensor([[0.5, 0.5, 0.0], [1.0, 0.0, 0.0]], requires_grad=True)
     loss = sparsity_loss(beta)
     assert loss.item() == pytest.approx(math.log(2) / 2)
     loss.backward()
     expected = [[-(math.log(0.5) + 1) / 2] * 2 + [0.0], [-0.5, 0.0, 0.0]]
     torch.testing.assert_close(beta.grad, torch.tensor(expected))
-
-
-def test_a_step_against_the_entropy_makes_weights_sparser() -> None:
     z = torch.tensor([0.3, 0.1, 0.0], requires_grad=True)
     sparsity_loss(sparsemax(z)).backward()
-    assert sparsity_loss(sparsemax(z - 0.5 * z.grad)) < sparsity_loss(sparsemax(z))
+    assert sparsity_loss(sparsemax(z - 0.5 * z.grad)) < sparsity_loss(
+        sparsemax(z)
+    )  # a step makes weights sparser
 
 
 @pytest.mark.parametrize("size", [1, 2, 9])
 def test_a_newcomer_joins_on_equal_terms(size: int) -> None:
-    """Its weight beside K others is 1 / (K + 1) where those are equal, and the mean of their logits in any case."""
+    """Its weight beside K others is 1 / (K + 1) where those are equal; its logit is the mean of those with weight."""
     equal = torch.full((size,), 0.3)
     joined = sparsemax(torch.cat([equal, newcomer_logits(equal, 0.5)]) / 0.5)
     torch.testing.assert_close(joined, torch.full((size + 1,), 1 / (size + 1)))
-    rows = torch.tensor([[1.0, 0.8, -5.0], [0.0, 0.1, 0.2]])  # in the first the third has no weight
+    rows = torch.tensor([[1.0, 0.8, -5.0], [0.0, 0.1, 0.2]])  # in the first row the third has no weight
     torch.testing.assert_close(newcomer_logits(rows, 0.5), torch.tensor([[0.9], [0.1]]))
     assert newcomer_logits(torch.zeros(3, 0), 0.5).tolist() == [[0.0]] * 3
 
 
-def test_what_is_no_number_has_no_weights() -> None:
+def test_logits_that_are_not_finite_give_no_weights() -> None:
     """A run that diverged fails by its loss, not inside the projection."""
     for logits in ([math.nan, 1.0], [math.inf, 1.0], [-math.inf, -math.inf]):
         assert sparsemax(torch.tensor(logits)).isnan().any()
