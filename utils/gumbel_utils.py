@@ -1,10 +1,11 @@
 """Sparse gates: sparsemax, its noisy form for training, and the entropy that rewards sparse weights.
 
-    beta = gumbel_sparsemax(logits, tau=2.0, generator=generator)    # training: noise explores
+    beta = gumbel_sparsemax(logits, tau=2.0, generator=generator)    # training: with noise
     beta = sparsemax(logits / 0.5)                                   # evaluation: exact zeros, no noise
     loss = task_loss + 0.01 * sparsity_loss(beta)
 
-Sources: sparsemax (Martins and Astudillo, ICML 2016); Gumbel noise over a temperature (Jang et al., ICLR 2017).
+Sources: sparsemax (Martins and Astudillo, ICML 2016); Gumbel noise over a temperature (Jang et al., ICLR
+2017).
 """
 
 from typing import Any
@@ -15,11 +16,11 @@ from torch.autograd.function import once_differentiable
 
 
 def sparsemax(logits: Tensor, dim: int = -1) -> Tensor:
-    """Euclidean projection onto the probability simplex along `dim`; the shape and dtype of `logits`.
+    """Euclidean projection onto the probability simplex along `dim`; shape and dtype of `logits`.
 
-    sparsemax(z)_i = max(z_i - t(z), 0), with the one t(z) for which the results sum to 1. Results below t(z) are exact
-    zeros. The gradient is exact: v -> v - mean of v over the support on the support, 0 elsewhere. Half precision is
-    computed in float32.
+    sparsemax(z)_i = max(z_i - t(z), 0) with the one t(z) for which the results sum to 1, so that results are
+    exact zeros where z_i <= t(z). The gradient is exact: v -> v - mean of v over the support on the support,
+    0 elsewhere. Half precision is computed in float32.
     """
     return _Sparsemax.apply(logits, dim)
 
@@ -27,11 +28,14 @@ def sparsemax(logits: Tensor, dim: int = -1) -> Tensor:
 def gumbel_sparsemax(
     logits: Tensor, tau: float, dim: int = -1, generator: torch.Generator | None = None
 ) -> Tensor:
-    """sparsemax((logits + G) / tau) with independent standard Gumbel noise G.
+    """sparsemax((logits + G) / tau) with independent standard Gumbel noise G = -log E, E exponential.
 
     Args:
-        tau: temperature; towards 0 the largest noisy logit takes everything, towards infinity all share alike.
-        generator: draws the noise, on its own device; None for torch's global one.
+        logits: any shape.
+        tau: temperature; towards 0 the largest noisy logit takes all weight, towards infinity weights are
+            equal.
+        dim: the dimension of the adapters.
+        generator: source of the noise, on its own device; None for torch's global one.
 
     Raises:
         ValueError: the temperature is not positive.
@@ -39,41 +43,41 @@ def gumbel_sparsemax(
     if not tau > 0:
         raise ValueError(f"tau = {tau}: a temperature is positive")
     device = logits.device if generator is None else generator.device
-    waiting = torch.empty(logits.shape, dtype=torch.float64, device=device).exponential_(generator=generator)
-    noise = -waiting.clamp_min(torch.finfo(torch.float64).tiny).log()
+    exponential = torch.empty(logits.shape, dtype=torch.float64, device=device).exponential_(
+        generator=generator
+    )
+    noise = -exponential.clamp_min(torch.finfo(torch.float64).tiny).log()
     noisy = logits + noise.to(logits.dtype).to(logits.device)
     return sparsemax((noisy - noisy.detach().amax(dim=dim, keepdim=True)) / tau, dim)
 
 
 def sparsity_loss(beta: Tensor) -> Tensor:
-    """Entropy H = -sum_i beta_i log(beta_i) of weights (..., K) in nats, the mean over leading dimensions; a scalar.
+    """Entropy H = -sum_i beta_i log(beta_i) of weights (..., K), in nats: the mean over leading dimensions.
 
     0 log 0 = 0, and an exact zero gets no gradient.
     """
-    positive = _wide(torch.where(beta > 0, beta, torch.ones_like(beta)))
+    positive = _at_least_float32(torch.where(beta > 0, beta, torch.ones_like(beta)))
     return -(positive * positive.log()).sum(dim=-1).mean()
 
 
 def newcomer_logits(logits: Tensor, tau: float) -> Tensor:
-    """Logits with which a newcomer joins sparsemax(logits / tau) on equal terms: (..., K) -> (..., 1).
+    """Logits with which a new adapter joins sparsemax(logits / tau) on equal terms, (..., K) -> (..., 1).
 
-    They are the mean of those logits that have weight, so that a newcomer to K equal weights gets 1 / (K + 1). Zero
-    where there are none yet.
+    The mean of the logits with non-zero weight, so that a newcomer to K equal weights gets 1 / (K + 1); 0 for
+    K = 0.
     """
     if logits.shape[-1] == 0:
         return logits.new_zeros((*logits.shape[:-1], 1))
-    taking_part = sparsemax(logits / tau) > 0
-    return (logits * taking_part).sum(dim=-1, keepdim=True) / taking_part.sum(dim=-1, keepdim=True)
+    active = sparsemax(logits / tau) > 0
+    return (logits * active).sum(dim=-1, keepdim=True) / active.sum(dim=-1, keepdim=True)
 
 
 class _Sparsemax(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, dim: int) -> Tensor:
-        moved = _wide(logits).movedim(dim, -1)
-        moved = moved - moved.amax(
-            dim=-1, keepdim=True
-        )  # a constant shift changes nothing and keeps numbers small
-        result = (moved - _threshold(moved)).clamp_min(0).movedim(-1, dim)
+        z = _at_least_float32(logits).movedim(dim, -1)
+        z = z - z.amax(dim=-1, keepdim=True)  # a constant shift changes nothing and keeps numbers small
+        result = (z - _threshold(z)).clamp_min(0).movedim(-1, dim)
         ctx.save_for_backward(result > 0)
         ctx.dim = dim
         return result.to(logits.dtype)
@@ -82,7 +86,7 @@ class _Sparsemax(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (support,) = ctx.saved_tensors
-        inside = _wide(gradient) * support
+        inside = _at_least_float32(gradient) * support
         mean = inside.sum(dim=ctx.dim, keepdim=True) / support.sum(dim=ctx.dim, keepdim=True)
         return (inside - mean * support).to(gradient.dtype), None
 
@@ -92,10 +96,9 @@ def _threshold(z: Tensor) -> Tensor:
     ordered = z.sort(dim=-1, descending=True).values
     ranks = torch.arange(1, z.shape[-1] + 1, dtype=z.dtype, device=z.device)
     sums = ordered.cumsum(dim=-1)
-    size = (1 + ranks * ordered > sums).sum(dim=-1, keepdim=True)  # of the support: at least 1 of numbers
+    size = (1 + ranks * ordered > sums).sum(dim=-1, keepdim=True)  # of the support; at least 1 for finite z
     return (sums.gather(-1, size.clamp_min(1) - 1) - 1) / size
 
 
-def _wide(x: Tensor) -> Tensor:
-    """At least float32."""
+def _at_least_float32(x: Tensor) -> Tensor:
     return x.float() if x.dtype.itemsize < 4 else x

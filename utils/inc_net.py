@@ -1,7 +1,7 @@
-"""The classifier that gains rows with every task.
+"""Linear classifier that gains rows with every task.
 
 head = IncrementalHead(width=768)
-head.grow(10)                 # task 0 brings ten classes
+head.grow(10)                 # ten classes of task 0
 logits = head(features)       # (B, d) -> (B, classes so far)
 """
 
@@ -10,16 +10,17 @@ import math
 import torch
 from torch import Tensor, nn
 
-# How new rows are drawn, as arguments of Kaiming's uniform distribution on [-g sqrt(3 / d), g sqrt(3 / d)]: its gain g
-# is sqrt(1 / 3) for the first, with which torch fills an nn.Linear, and 1 for the second.
+# How new rows are drawn, as arguments of Kaiming's uniform distribution on
+# [-g sqrt(3 / d), g sqrt(3 / d)]: its gain g is sqrt(1 / 3) for the first, with which torch fills an nn.Linear, and 1 for the second.
 ROW_INITS = {"torch_default": {"a": math.sqrt(5)}, "kaiming_linear": {"nonlinearity": "linear"}}
 
 
 class IncrementalHead(nn.Module):
-    """One linear classifier over all classes seen, stored as one block of rows a task.
+    """One linear classifier over all classes seen, stored as one block of rows per task.
 
-    Only the newest block learns: the rows of other tasks have no gradient, so weight decay and momentum cannot move
-    them. Rows start with zero bias and weights as `init` says; "torch_default" is what published SEMA does.
+    Only the newest block learns: rows of earlier tasks have no gradient, so weight decay and momentum cannot
+    move them. Rows start with zero bias and weights as `init` says; "torch_default" is what published SEMA
+    does. The blocks are state: a fresh head takes them from the tensors it loads.
 
     Args:
         width: d, length of a feature vector.
@@ -30,18 +31,15 @@ class IncrementalHead(nn.Module):
         super().__init__()
         self.width, self.init = width, init
         self.tasks = nn.ModuleList()
-        self.register_load_state_dict_pre_hook(_grow_as_saved)
+        self.register_load_state_dict_pre_hook(_take_saved_shape)
 
     def grow(self, classes: int) -> None:
         """Add the rows of a new task and freeze the older ones."""
-        for old in self.tasks:
-            for parameter in old.parameters():
-                parameter.requires_grad_(False)
+        self.tasks.requires_grad_(False)
         rows = nn.Linear(self.width, classes)
         nn.init.kaiming_uniform_(rows.weight, **ROW_INITS[self.init])
         nn.init.zeros_(rows.bias)
-        device = self.tasks[0].weight.device if self.tasks else rows.weight.device
-        self.tasks.append(rows.to(device))
+        self.tasks.append(rows.to(self.tasks[0].weight.device if self.tasks else "cpu"))
 
     def forward(self, features: Tensor) -> Tensor:
         """Logits over all classes so far, (B, d) -> (B, C)."""
@@ -56,7 +54,9 @@ class IncrementalHead(nn.Module):
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
 
-def _grow_as_saved(head: IncrementalHead, state: dict[str, Tensor], prefix: str, *_: object) -> None:
-    """Before loading: the blocks of rows that the tensors are of. torch refuses what does not fit then."""
+def _take_saved_shape(
+    head: IncrementalHead, state: dict[str, Tensor], prefix: str, *hook_args: object
+) -> None:
+    """Load-state-dict pre-hook: blocks of rows of the saved sizes."""
     while (rows := state.get(f"{prefix}tasks.{len(head.tasks)}.weight")) is not None:
         head.grow(len(rows))

@@ -53,7 +53,7 @@ def train(adapter: NestedLoRAAdapter) -> None:
         optimizer.step()
 
 
-# --- nested adapters --------------------------------------------------------------------------------------------------
+# --- nested adapters ----------------------------------------------------------------------------------------
 
 
 def test_branches_are_summed_and_start_at_zero_and_different() -> None:
@@ -88,7 +88,7 @@ def test_aligned_branches_share_their_hidden_units_and_can_learn() -> None:
     assert adapter.fast.up_proj.weight.grad.norm() > 0
 
 
-# --- rules ------------------------------------------------------------------------------------------------------------
+# --- rules --------------------------------------------------------------------------------------------------
 
 
 def test_weights_rule_is_the_formula_tensor_by_tensor() -> None:
@@ -101,7 +101,7 @@ def test_weights_rule_is_the_formula_tensor_by_tensor() -> None:
 
 
 def test_function_rule_keeps_the_output_where_weights_do_not() -> None:
-    """At alpha 1 the refit stays far closer to slow(x) + fast(x) on the task's features: 0.37 against 0.79 here."""
+    """At alpha 1 the refit stays far closer to slow(x) + fast(x) on the features: 0.37 against 0.79 here."""
     drift = {}
     for rule in ("function", "weights"):
         adapter = trained_adapter()
@@ -137,7 +137,7 @@ def test_function_rule_is_as_good_as_refitting_slows_own_units() -> None:
 
 
 def test_interpolation_of_aligned_branches_is_exact_while_hidden_units_stay() -> None:
-    """Fast moved only its up-projection: slow_new(x) = slow(x) + alpha fast(x) to rounding, and fast adds nothing."""
+    """Fast moved only its up-projection: slow_new(x) = slow(x) + alpha fast(x) to rounding."""
     adapter, x = trained_adapter(aligned=True), features()
     torch.nn.init.normal_(adapter.fast.up_proj.weight)
     wanted = (adapter.slow(x) + 0.3 * adapter.fast(x)).detach()
@@ -148,7 +148,7 @@ def test_interpolation_of_aligned_branches_is_exact_while_hidden_units_stay() ->
 
 
 def test_aligned_units_make_every_rule_but_the_sum_of_weights_keep_the_output() -> None:
-    """A task moves the aligned units a little: at alpha 1 the output hardly moves, but for doubled down-projections."""
+    """Aligned units moved a little: at alpha 1 only doubled down-projections change the output much."""
     drift = {}
     for rule in ("interpolate", "function", "weights"):
         drift[rule] = consolidated(trained_adapter(aligned=True, moved=0.05), rule, 1.0, "aligned").drift
@@ -165,7 +165,7 @@ def test_interpolation_by_one_over_t_is_the_mean_of_the_tasks_solutions() -> Non
     torch.testing.assert_close(adapter.slow.up_proj.weight.detach(), torch.stack(solutions).mean(dim=0))
 
 
-# --- resets and report ------------------------------------------------------------------------------------------------
+# --- resets and report --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rule", ["weights", "function"])
@@ -200,7 +200,7 @@ def test_drift_of_an_untrained_adapter_is_zero(rule: str) -> None:
     assert consolidated(NestedLoRAAdapter(WIDTH, RANK), rule, 0.1).drift == 0.0
 
 
-# --- linear branches: an adapter is its matrix ------------------------------------------------------------------------
+# --- linear branches: an adapter is its matrix --------------------------------------------------------------
 
 
 def matrix(branch: LoRAAdapter) -> np.ndarray:
@@ -230,7 +230,7 @@ def test_linear_consolidation_is_exact_where_the_rank_allows(rule: str) -> None:
 
 
 def test_linear_rules_are_truncated_singular_value_decompositions() -> None:
-    """ "weights": of W_slow + alpha W_fast. "function": of its outputs, on tokens that are far from isotropic."""
+    """By "weights" of W_slow + alpha W_fast; by "function" of its outputs, on far from isotropic tokens."""
     adapter, x = trained_adapter(NestedLinearLoRAAdapter), features() * torch.logspace(-1, 1, WIDTH)
     target = matrix(adapter.slow) + 0.5 * matrix(adapter.fast)
     consolidated(adapter, "weights", 0.5)

@@ -1,4 +1,4 @@
-"""LoRA on timm's qkv: the dense formula and its gradients, merging, structure, and what many adapters cost."""
+"""LoRA on timm's qkv: the dense formula and its gradients, merging, structure, cost of many adapters."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -101,7 +101,7 @@ def test_weights_of_one_change_no_bit() -> None:
 
 @pytest.mark.parametrize("ranks", [(2, 3, 4), (20, 10, 4)], ids=["low ranks", "ranks beyond half the width"])
 def test_gradients_are_those_of_the_formula(ranks: tuple[int, ...]) -> None:
-    """Of magnitudes, weights and the newest direction; both ways of summing the frozen terms. Nothing else has one."""
+    """Of magnitudes, weights and the newest direction, by both ways of summing frozen terms; of nothing else."""
     network, beta = learned(ranks), torch.rand(DEPTH, 3).requires_grad_()
     leaves = [beta, network.magnitudes, *network.directions()]
     ours = torch.autograd.grad(network(images(), beta).square().sum(), leaves)
@@ -293,8 +293,7 @@ def test_a_gate_grows_and_loses_logits(layers: int | None) -> None:
         GumbelGate(7).load_state_dict(gate.state_dict())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What many adapters cost
+# --- what many adapters cost --------------------------------------------------------------------------------
 
 
 def training_step(network: LoRAVisionTransformer, x: Tensor) -> None:
@@ -312,7 +311,7 @@ def test_merged_a_forward_costs_what_timms_does_whatever_was_grown() -> None:
 
 @pytest.mark.parametrize(("rank", "form"), [(1, "tokens"), (2, "matrix")])
 def test_unmerged_a_step_costs_no_more_than_the_magnitudes_derivatives(rank: int, form: str) -> None:
-    """49 frozen adapters beside the learning one: dL/dw on tokens, and W put together once, whatever the batch."""
+    """20 frozen adapters beside a learning one: dL/dw on tokens, and W put together once, whatever the batch."""
     extra = []
     for count in (4, 16):
         x = images(count=count)
@@ -346,8 +345,7 @@ def test_a_training_step_keeps_no_more_activations_with_many_adapters() -> None:
     assert saved[0] == saved[1] > 0
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The matrices by themselves
+# --- the matrices by themselves -----------------------------------------------------------------------------
 
 
 def test_low_rank_products_stand_one_after_the_other() -> None:

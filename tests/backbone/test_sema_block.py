@@ -106,7 +106,7 @@ def test_freeze_never_keeps_every_adapter_learning() -> None:
 
 @pytest.mark.parametrize(("freeze_adapters", "expected"), [(True, [1]), (False, [0, 1])])
 def test_consolidation_reaches_what_learned_in_the_task(freeze_adapters: bool, expected: list[int]) -> None:
-    """Under "task" only the adapter added in it, under "never" all of them; a task without growth consolidates none."""
+    """Under "task" only the adapter added in it, if any; under "never" all of them."""
     how = Consolidation("weights", alpha=0.1, reset="lora")
     block = modules()
     disturb(block)
@@ -125,7 +125,7 @@ def test_outside_the_growing_range_there_is_one_adapter_and_nothing_else() -> No
 
 
 def grown(open_row: bool = True) -> SEMAModules:
-    """Three adapters with two merged router rows and, unless the task has ended, one of its own; errors recorded."""
+    """Three adapters with two merged router rows and one of its own, merged too unless `open_row`."""
     block = modules()
     for _ in range(2):
         block.observe(tokens().mean(dim=1))

@@ -84,7 +84,7 @@ def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
 
 
 def training_forward(network: SEMAVisionTransformer, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Features and rd loss of a training-mode forward of the published code, which also records the errors."""
+    """Features and rd loss of a training-mode forward as published, which also records the errors."""
     network.train()
     with network.capture_inputs(network.growing, token_mean) as means:
         features = network(images)
@@ -112,7 +112,7 @@ def end_of_task(network: SEMAVisionTransformer) -> None:
 
 
 def test_a_run_through_two_tasks_gives_the_published_numbers(golden: Golden) -> None:
-    """Task 0, records, evaluation, detection, growth, second task's end: every number of the file, in its order."""
+    """Task 0, records, evaluation, detection, growth, second task's end: every number of the file in order."""
     network = tiny_network()
     load(network, golden.state("init"))
 
@@ -160,7 +160,7 @@ def test_a_run_through_two_tasks_gives_the_published_numbers(golden: Golden) -> 
 
 
 def test_forward_changes_nothing(golden: Golden) -> None:
-    """Any number of forwards, also in training mode on shifted images, leaves structure and state as they were."""
+    """Forwards, also in training mode on shifted images, leave structure and state as they were."""
     network = tiny_network()
     load(network, golden.state("init"))
     before = {key: value.clone() for key, value in network.state_dict().items()}

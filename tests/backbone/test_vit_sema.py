@@ -1,4 +1,4 @@
-"""The wrapped transformer: untrained adapters change nothing, the right blocks hold adapters, only adapters learn."""
+"""The wrapped transformer: untrained adapters change nothing, and only adapters learn."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ def test_untrained_adapters_give_timms_output_bit_for_bit(name: str, kind: str) 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_running_in_stretches_is_running_at_once(name: str) -> None:
-    """Images to block k to block j to features, bit for bit; a stretch of nothing returns what it was given."""
+    """Images to block k to block j to features, bit for bit; an empty stretch returns its input."""
     network, x = wrapped(name), images(name)
     with torch.no_grad():
         for parameter in network.modules_by_block[1].adapters[0].parameters():
@@ -122,7 +122,7 @@ def test_adapter_reads_the_residual_stream_before_the_mlp() -> None:
 
 
 def test_parameter_counts_are_those_of_the_formula() -> None:
-    """Two grown blocks of width 48: adapters 2r(2d + 1) + 2d each, descriptors and router rows as their sizes say."""
+    """Four adapters, three of them described: adapters 2r(2d + 1) + 2d each, descriptors and rows by size."""
     network = wrapped("vit_small_patch16_224")
     network.modules_by_block[2].grow()
     d, r, rd = 48, 4, 8

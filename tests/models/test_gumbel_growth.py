@@ -48,7 +48,7 @@ def decided(beta: Any, adapters: tuple[int, ...] | None = None, **changes: Any) 
     return decide(adapters[-1], adapters, weights, make_config(**changes))
 
 
-# --- decisions --------------------------------------------------------------------------------------------------------
+# --- decisions ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_rules_of_growth(beta: Any, changes: dict[str, Any], kept: list[int]) ->
 
 
 def test_pruning_frees_and_leaves_no_trace(make_sdlora: Make) -> None:
-    """Network, logits and counts shrink to the kept adapters; the record is of the weights before the decision."""
+    """Network, logits and counts shrink to the kept adapters; the record is of the weights before."""
     learner = run_tasks(make_sdlora(**GATE, **PRUNE), 3)
     assert (
         learner.adapters == [0]
@@ -94,7 +94,7 @@ def test_top_k_holds_k_once_they_are_there(make_sdlora: Make) -> None:
         assert len(learner.adapters) == active == sum(events(learner, "gate")[-1]["pruning_mask"])
 
 
-# --- log and files ----------------------------------------------------------------------------------------------------
+# --- log and files ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -177,7 +177,7 @@ def test_the_table_of_active_adapters_is_the_guides(
     assert "   1 |               1 |      1 |  50.0%" in caplog.messages[-1]
 
 
-# --- warnings ---------------------------------------------------------------------------------------------------------
+# --- warnings -----------------------------------------------------------------------------------------------
 
 FEW = [0.4, 0.5] + [0.0] * 7 + [0.1]
 
@@ -229,7 +229,7 @@ def test_losses_that_are_not_numbers_name_the_gates_keys_too(
     assert "lambda_sparsity (now 0.01)" in message and "gumbel_anneal_rate" in message
 
 
-# --- figures ----------------------------------------------------------------------------------------------------------
+# --- figures ------------------------------------------------------------------------------------------------
 
 EVENTS = [
     {"task": 0, "beta_values": [1.0], "pruning_mask": [True]},

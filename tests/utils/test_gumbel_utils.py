@@ -1,4 +1,4 @@
-"""Sparse gates against an independent simplex projection, exact derivatives, and the limits of the temperature."""
+"""Sparse gates: an independent simplex projection, exact derivatives, limits of the temperature."""
 
 import math
 
@@ -100,7 +100,7 @@ def test_the_temperature_goes_from_one_winner_to_all_alike() -> None:
 
 
 def test_the_noise_is_gumbels_and_the_generators_own() -> None:
-    """Its largest coordinate is i with probability softmax(z)_i; equal generators draw equal noise, the global none."""
+    """The largest coordinate is i with probability softmax(z)_i; equal generators draw equal noise."""
     z = torch.tensor([1.0, 0.0, -1.0])
     before = torch.get_rng_state()
     draws = gumbel_sparsemax(z.expand(20000, 3), 1e-9, generator=generator())
@@ -132,7 +132,7 @@ def test_entropy_and_its_gradient_by_hand() -> None:
 
 @pytest.mark.parametrize("size", [1, 2, 9])
 def test_a_newcomer_joins_on_equal_terms(size: int) -> None:
-    """Its weight beside K others is 1 / (K + 1) where those are equal; its logit is the mean of those with weight."""
+    """Its weight beside K equal ones is 1 / (K + 1); its logit is the mean of those with weight."""
     equal = torch.full((size,), 0.3)
     joined = sparsemax(torch.cat([equal, newcomer_logits(equal, 0.5)]) / 0.5)
     torch.testing.assert_close(joined, torch.full((size + 1,), 1 / (size + 1)))
