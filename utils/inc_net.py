@@ -10,8 +10,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-# How new rows are drawn, as arguments of Kaiming's uniform distribution on
-# [-g sqrt(3 / d), g sqrt(3 / d)]: its gain g is sqrt(1 / 3) for the first, with which torch fills an nn.Linear, and 1 for the second.
+# How new rows are drawn, as arguments of Kaiming's uniform distribution on [-g sqrt(3 / d), g sqrt(3 / d)].
+# Its gain g is sqrt(1 / 3) for the first, with which torch fills an nn.Linear, and 1 for the second.
 ROW_INITS = {"torch_default": {"a": math.sqrt(5)}, "kaiming_linear": {"nonlinearity": "linear"}}
 
 

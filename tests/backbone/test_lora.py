@@ -101,7 +101,7 @@ def test_weights_of_one_change_no_bit() -> None:
 
 @pytest.mark.parametrize("ranks", [(2, 3, 4), (20, 10, 4)], ids=["low ranks", "ranks beyond half the width"])
 def test_gradients_are_those_of_the_formula(ranks: tuple[int, ...]) -> None:
-    """Of magnitudes, weights and the newest direction, by both ways of summing frozen terms; of nothing else."""
+    """Of magnitudes, weights and the newest direction, by both sums of frozen terms; of nothing else."""
     network, beta = learned(ranks), torch.rand(DEPTH, 3).requires_grad_()
     leaves = [beta, network.magnitudes, *network.directions()]
     ours = torch.autograd.grad(network(images(), beta).square().sum(), leaves)
@@ -311,7 +311,7 @@ def test_merged_a_forward_costs_what_timms_does_whatever_was_grown() -> None:
 
 @pytest.mark.parametrize(("rank", "form"), [(1, "tokens"), (2, "matrix")])
 def test_unmerged_a_step_costs_no_more_than_the_magnitudes_derivatives(rank: int, form: str) -> None:
-    """20 frozen adapters beside a learning one: dL/dw on tokens, and W put together once, whatever the batch."""
+    """20 frozen adapters beside a learning one: dL/dw on tokens, and W put together once per batch."""
     extra = []
     for count in (4, 16):
         x = images(count=count)

@@ -112,7 +112,7 @@ def end_of_task(network: SEMAVisionTransformer) -> None:
 
 
 def test_a_run_through_two_tasks_gives_the_published_numbers(golden: Golden) -> None:
-    """Task 0, records, evaluation, detection, growth, second task's end: every number of the file in order."""
+    """Task 0, records, evaluation, detection, growth, second task's end: all numbers of the file in order."""
     network = tiny_network()
     load(network, golden.state("init"))
 
