@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from backbone.lora import INIT_MAGNITUDE, GumbelGate, LoRALinear, LoRAVisionTransformer, LowRank
 from tests.tiny_vits import DEPTH, MODELS, NAME, WIDTH, images, plain_vit
-from utils.costs import flops_of
 
 
 def close(actual: Tensor, expected: Tensor) -> None:
@@ -294,6 +294,13 @@ def test_a_gate_grows_and_loses_logits(layers: int | None) -> None:
 
 
 # --- what many adapters cost --------------------------------------------------------------------------------
+
+
+def flops_of(work: Callable[[], object]) -> int:
+    """Floating point operations of the matrix products and attention in one call."""
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops()
 
 
 def training_step(network: LoRAVisionTransformer, x: Tensor) -> None:
