@@ -85,9 +85,6 @@ class GumbelGate(nn.Module):
         """Remove all but the chosen adapters."""
         self.logits = nn.Parameter(self.logits.detach()[..., list(chosen)].clone())
 
-    def rebuild(self, adapters: int) -> None:
-        self.logits = nn.Parameter(self.logits.detach().new_zeros(*self.logits.shape[:-1], adapters))
-
 
 class LoRALinear(nn.Module):
     """timm's fused qkv projection with low-rank adapters on q and v (s = 0 and 1):
@@ -314,14 +311,6 @@ class LoRAVisionTransformer(nn.Module):
             projection.normalise(self.ranks)
         nn.init.constant_(self.magnitudes, INIT_MAGNITUDE)
 
-    def rebuild(self, ranks: Sequence[int], is_open: bool) -> None:
-        frozen = list(ranks[:-1] if is_open else ranks)
-        for projection in self.projections:
-            projection.resize(sum(frozen), ranks[-1] if is_open else None)
-        self.magnitudes = nn.Parameter(self.magnitudes.detach().new_zeros(len(ranks)))
-        owner = torch.arange(len(frozen)).repeat_interleave(torch.tensor(frozen, dtype=torch.int64))
-        self.owner = owner.to(self.owner.device)
-
     def _require_open(self, is_open: bool) -> None:
         if self.is_open != is_open:
             fault = "is frozen" if is_open else "still learns: freeze it first"
@@ -348,14 +337,6 @@ class LoRAVisionTransformer(nn.Module):
         projections = enumerate(self.projections)
         own = {f"vit.blocks.{i}.attn.qkv.{name}" for i, p in projections for name in p.own_tensors()}
         return self.state_dict().keys() - own - {"magnitudes", "owner"}
-
-    def tensors(self) -> dict[str, Tensor]:
-        named = {
-            f"block.{i}.{name.replace('.', '_')}": tensor
-            for i, projection in enumerate(self.projections)
-            for name, tensor in projection.own_tensors().items()
-        }
-        return {**named, "magnitudes": self.magnitudes}
 
 
 def _resize_gate(gate: GumbelGate, state: dict[str, Tensor], prefix: str, *hook_args: object) -> None:

@@ -250,26 +250,6 @@ class SEMAModules(nn.Module):
         """Whether any functional parameter learns now."""
         return any(p.requires_grad for parameters in self.parameter_groups().values() for p in parameters)
 
-    def structure(self) -> dict[str, int | bool | list[int]]:
-        return {
-            "adapters": len(self.adapters),
-            "new_router": self.new_router is not None,
-            "added_for_task": bool(self.added_for_task),
-            "errors": [len(adapter.rd_loss_record or ()) for adapter in self.adapters],
-        }
-
-    def rebuild(self, structure: dict[str, int | bool | list[int]]) -> None:
-        while len(self.adapters) < structure["adapters"]:
-            self.grow()
-            last = len(self.adapters) == structure["adapters"]
-            if not (last and structure["new_router"]):
-                self._merge_router()
-        self.added_for_task.fill_(structure["added_for_task"])
-        for adapter, stored in zip(self.adapters, structure["errors"], strict=True):
-            if adapter.rd_loss_record is not None:
-                record = adapter.rd_loss_record
-                record.errors = record.errors.new_zeros(stored)
-
 
 def _take_saved_shape(
     modules: SEMAModules, state: dict[str, Tensor], prefix: str, *hook_args: object

@@ -1,12 +1,13 @@
-"""SD-LoRA, and Gumbel CL-LoRA on it: one low-rank direction per task, magnitudes of all, a sparse gate over them.
+"""SD-LoRA and Gumbel CL-LoRA: one low-rank direction per task, magnitudes of all, a sparse gate over them.
 
-    python main.py --config exps/sdlora_c100_baseline.json   # lambda_sparsity 0: SD-LoRA, every weight beta is 1
-    python main.py --config exps/sdlora_c100.json            # lambda_sparsity > 0: a gate, and adapters are pruned
+    python main.py --config exps/sdlora_c100_baseline.json   # lambda_sparsity 0: SD-LoRA, every beta is 1
+    python main.py --config exps/sdlora_c100.json            # lambda_sparsity > 0: a gate and pruning
 
-A task adds an adapter to q and v of every block and trains it with the magnitudes of all adapters, the gate's logits
-g and the classifier rows of its classes. Then its direction is frozen, and with a gate its weight decides whether the
-adapter stays (`models/gumbel_growth.py`). In training beta = sparsemax((g + noise) / tau), tau falls after every step
-and lambda_sparsity * H(beta) is added to the loss; in evaluation beta = sparsemax(g / gumbel_tau_final).
+A task adds an adapter to q and v of every block and trains it with the magnitudes of all adapters, the gate's
+logits g and the classifier rows of its classes. Then its direction is frozen, and with a gate its weight
+decides whether the adapter stays (`models/gumbel_growth.py`). In training
+beta = sparsemax((g + noise) / tau), tau falls after every step and lambda_sparsity * H(beta) is added to the
+loss; in evaluation beta = sparsemax(g / gumbel_tau_final).
 
 Sources: SD-LoRA (Wu et al., ICLR 2025); gate and conditional growth as in the project's design.
 """
@@ -32,7 +33,6 @@ from utils.gumbel_utils import gumbel_sparsemax, newcomer_logits, sparsemax, spa
 from utils.inc_net import IncrementalHead
 from utils.runs.figures import class_incremental_figures
 from utils.runs.run_log import read_metrics
-from utils.runs.tables import active_adapters_table
 from utils.training.optim import GroupedOptimizer, ParameterGroup, StepDecay, assert_complete, trainable
 from utils.training.random import rng
 
@@ -44,8 +44,8 @@ Batch = tuple[Tensor, Tensor]  # images (B, 3, S, S) and incremental labels (B,)
 class SDLoRA(ClassIncrementalLearner):
     """Decoupled directions and magnitudes of LoRA adapters; with a gate, sparse weights over the adapters.
 
-    `method_state`: "adapters", the task that grew each adapter; "tau", the temperature; "sparsity", the penalty summed
-    over the open epoch.
+    `method_state`: "adapters", the task that grew each adapter; "tau", the temperature; "sparsity", the
+    penalty summed over the open epoch.
     """
 
     Config = SDLoRAConfig
@@ -74,12 +74,13 @@ class SDLoRA(ClassIncrementalLearner):
         """The task that grew each adapter, oldest first."""
         return self.method_state["adapters"]
 
-    # --- a task -----------------------------------------------------------------------------------------------
+    # --- a task ---------------------------------------------------------------------------------------------
 
     def open_task(self) -> None:
         """Add classifier rows and an adapter with zero output, which joins the gate on equal terms.
 
-        With "carry" and without a gate old data keep their features; a gate's weights are shared with the newcomer.
+        With "carry" and without a gate old data keep their features; a gate's weights are shared with the
+        newcomer.
         """
         super().open_task()
         config = self.config
@@ -114,7 +115,7 @@ class SDLoRA(ClassIncrementalLearner):
         self.run_phase(LoRAPhase(self) if self.gate is None else GatedPhase(self))
 
     def update_optimizer_and_scheduler(self, num_epoch: int) -> GroupedOptimizer:
-        """The task's optimizer, with one learning rate: groups lora (newest direction), alpha (magnitudes), gate, head.
+        """The task's optimizer: groups lora (newest direction), alpha (magnitudes), gate, head; one rate.
 
         Raises:
             RuntimeError: the groups are not exactly the parameters that learn.
@@ -151,7 +152,7 @@ class SDLoRA(ClassIncrementalLearner):
         self.log.metric("magnitudes", task=self.task, adapters=self.adapters, magnitudes=magnitudes)
 
     def _conditional_growth_decision(self, gate: GumbelGate) -> None:
-        """Keep or prune adapters by their weights in evaluation; log and write the decision, warn of its symptoms."""
+        """Keep or prune adapters by their weights in evaluation; log, write and comment the decision."""
         config, tau = self.config, self.method_state["tau"]
         decision = decide(self.task, self.adapters, self.beta().cpu(), config)
         for line in decision.lines(config):
@@ -173,7 +174,7 @@ class SDLoRA(ClassIncrementalLearner):
             if len(masks := {event["task"]: event["pruning_mask"] for event in events}) > 1:
                 logger.info("\n" + active_adapters_table(masks))
 
-    # --- evaluation -------------------------------------------------------------------------------------------
+    # --- evaluation -----------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def beta(self) -> Tensor | None:
@@ -188,7 +189,7 @@ class SDLoRA(ClassIncrementalLearner):
 
     @torch.no_grad()
     def features_of(self, task: int, source: str) -> Tensor:
-        """Features of a task's images in the test view, (n, d), from images: as all blocks learn, none are stored."""
+        """Features of a task's images in the test view, (n, d); not stored, since every block learns."""
         size, left, parts = (
             self.config.eval_batch_size,
             self.data.count(self.data.task_classes(task), source),
@@ -209,7 +210,7 @@ class SDLoRA(ClassIncrementalLearner):
 
 
 class LoRAPhase(Phase):
-    """Cross-entropy over the current task's classes, on newly augmented images in every epoch; every beta is 1."""
+    """Cross-entropy over the task's classes on newly augmented images, with every beta 1."""
 
     name = "func"
 

@@ -1,4 +1,4 @@
-"""SD-LoRA and Gumbel CL-LoRA as a learner on tiny generated data: what learns when, boundaries, the gate, state."""
+"""SD-LoRA and Gumbel CL-LoRA as a learner on tiny generated data: training, boundaries, gate, state."""
 
 import copy
 import itertools
@@ -49,7 +49,7 @@ def features(learner: SDLoRA, task: int = 0) -> Tensor:
     return learner.features_of(task, "test")
 
 
-# --- SD-LoRA --------------------------------------------------------------------------------------------------
+# --- SD-LoRA ------------------------------------------------------------------------------------------------
 
 
 def test_what_learns_in_a_later_task(make_sdlora: Make) -> None:
@@ -141,7 +141,7 @@ def test_carry_leaves_old_data_as_they_were_before_the_first_step(
 def test_new_classifier_rows_are_uniform_up_to_a_bound(
     make_sdlora: Make, scaling: str, init: str, bound: float
 ) -> None:
-    """In every task: of d = 64 inputs up to 1 / sqrt(d), or with "reset" as published up to sqrt(3 / d); bias zero."""
+    """For d = 64 inputs up to 1 / sqrt(d), or with "reset" as published up to sqrt(3 / d); bias zero."""
     learner = make_sdlora(init_epoch=0, epochs=0, sdlora_scaling=scaling, classifier_init=init)
     for task in range(2):
         learner.begin_task(task)
@@ -168,8 +168,7 @@ def test_the_gate_off_is_sd_lora_bit_for_bit(make_sdlora: Make) -> None:
 
 
 def test_a_gate_with_one_adapter_is_sd_lora(make_sdlora: Make) -> None:
-    """In the first task its weight is 1, its entropy 0: every tensor is the same to the bit; later it is not."""
-    plain, gated = (make_sdlora(**changes) for changes in ({}, GATE))
+    """In the first task its weight is 1, its entropy 0: every tensor is the same to the bit."""
     plain, gated = (tensors(run_tasks(make_sdlora(**changes), 1)) for changes in ({}, GATE))
     assert gated.keys() - plain.keys() == {"gate.logits"} and gated["gate.logits"].tolist() == [0.0]
     assert all(torch.equal(tensor, gated[name]) for name, tensor in plain.items())
@@ -244,7 +243,7 @@ def test_training_draws_nothing_from_the_global_generator(make_sdlora: Make) -> 
     assert torch.equal(before, torch.get_rng_state())
 
 
-# --- the gate in training -------------------------------------------------------------------------------------
+# --- the gate in training -----------------------------------------------------------------------------------
 
 
 def test_noise_and_temperature_step_by_step(make_sdlora: Make) -> None:
@@ -307,7 +306,7 @@ def test_epoch_lines_without_a_gate(make_sdlora: Make, caplog: pytest.LogCapture
     )
 
 
-# --- evaluation and state -------------------------------------------------------------------------------------
+# --- evaluation and state -----------------------------------------------------------------------------------
 
 
 def test_evaluation_is_merged_and_its_weights_have_no_noise(make_sdlora: Make) -> None:

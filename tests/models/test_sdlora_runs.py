@@ -125,8 +125,8 @@ def test_ctrl_c_inside_an_epoch_keeps_its_sums_and_its_temperature(
     code, _ = run(command(tmp_path), die_at=points(moments)["first step of a task"], how=signal.SIGINT)
     (folder,) = folders(tmp_path)
     (stopped,) = (folder / "checkpoints").glob("task_01_step_*")
-    memory = json.loads((stopped / "state.json").read_text())["state"]["learner"]["progress"]["memory"]
-    assert code == 130 and 0.5 < memory["tau"] < 5.0 and memory["sparse"] > 0
+    state = json.loads((stopped / "state.json").read_text())["state"]["learner"]["progress"]["state"]
+    assert code == 130 and 0.5 < state["tau"] < 5.0 and state["sparsity"] > 0
     assert run(["--resume", str(folder)])[0] == 0
     assert whole(tmp_path) == whole(logs)
 

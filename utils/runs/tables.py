@@ -64,20 +64,6 @@ def seeds_table(results: Sequence[Mapping[str, Any]], metrics: Sequence[MetricSp
     return f"{title}\n{_two_columns(lines)}"
 
 
-def active_adapters_table(masks: Mapping[int, Sequence[bool]]) -> str:
-    """A line per task from 1 on: adapters kept when it ended, pruned up to then, share that is kept.
-
-    masks: task -> for each task up to it, whether that task's adapter is kept.
-    """
-    lines = ["Task | Active Adapters | Pruned | Percentage", "-" * 50]
-    for task, mask in sorted(masks.items()):
-        if task:
-            active = sum(mask)
-            share = f"{100 * active / len(mask):5.1f}%"
-            lines.append(f"{task:4d} | {active:15d} | {len(mask) - active:6d} | {share}")
-    return "\n".join(lines)
-
-
 def _label(spec: MetricSpec) -> str:
     """`A_N, accuracy over all classes after the last task (%)`."""
     return f"{spec.name}, {spec.definition}" if spec.meaning else spec.heading
