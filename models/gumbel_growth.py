@@ -25,8 +25,9 @@ from matplotlib.lines import Line2D
 from torch import Tensor
 
 from models.sdlora_config import SDLoRAConfig
+from utils.analysis.figures import Heatmap, HeatmapSpec, heatmaps_figure
 from utils.files import replace_file, write_json
-from utils.plotting import MOST_NUMBERED_TASKS, NARROWEST, VERMILLION, task_axis, titled_figure
+from utils.plotting import MOST_NUMBERED_TASKS, VERMILLION, task_axis, titled_figure
 
 UNIFORM_TOLERANCE = 0.1  # weights that all lie within this share of 1 / K around it count as uniform
 FEW_SHARE = 1 / 3  # of the adapters of all tasks: as many kept or fewer count as few
@@ -249,27 +250,10 @@ def pruned_adapters(events: Sequence[Event]) -> dict[int, list[int]]:
 def _heatmap(
     beta: np.ndarray, crossed_out: Sequence[tuple[int, int]], title: str, subtitle: str, rows: str
 ) -> Figure:
-    """Heat map of weights (lines, tasks); NaN stays empty, cells (line, task) may be crossed out."""
-    lines, tasks = beta.shape
-    numbered = max(lines, tasks) <= MOST_NUMBERED_TASKS
-    width = 0.5 if tasks <= 12 else 0.44 if numbered else 11.0 / tasks  # of a cell, in inches
-    height = width if numbered else 11.0 / max(lines, tasks)
-    size = max(NARROWEST, width * tasks + 2.2), max(2.6, height * lines + 1.6)
-    figure = titled_figure(*size, title, subtitle)
-    axes = figure.subplots()
-    image = axes.imshow(beta, cmap="Blues", vmin=0, vmax=1, interpolation="none", aspect="auto")
-    for (line, task), value in np.ndenumerate(beta):
-        if numbered and not math.isnan(value):
-            style = {"color": "white" if value > 0.6 else "black", "fontsize": 15 * width}
-            axes.text(task, line, f"{value:.2f}", ha="center", va="center", **style)
-    for line, task in crossed_out:
-        corners = [task - 0.42, task + 0.42], [line + 0.42, line - 0.42]
-        axes.plot(*corners, color=VERMILLION, lw=1.6)
-    axes.set_xticks(range(0, tasks, 1 if numbered else math.ceil(tasks / 20)))
-    axes.set_yticks(range(0, lines, 1 if numbered else math.ceil(lines / 20)))
-    axes.set_xlabel("adapter of task")
-    axes.set_ylabel(rows)
-    axes.tick_params(length=0)
-    axes.spines[:].set_visible(False)
-    figure.colorbar(image, ax=axes, label="beta", pad=0.02).outline.set_visible(False)
+    """Heat map of weights (rows, tasks); NaN stays empty, cells (row, task) may be crossed out."""
+    spec = HeatmapSpec(rows, "adapter of task", "beta", (0.0, 1.0), colours="Blues")
+    figure = heatmaps_figure([Heatmap("", beta)], spec, title, subtitle)
+    for row, task in crossed_out:
+        corners = [task - 0.42, task + 0.42], [row + 0.42, row - 0.42]
+        figure.axes[0].plot(*corners, color=VERMILLION, lw=1.6)
     return figure
