@@ -30,17 +30,13 @@ def tokens(seed: int = 0) -> Tensor:
 
 def test_output_is_the_router_weighted_sum() -> None:
     """softmax(router(mean x)) written out with two adapters, one row not merged yet."""
-    block = modules()
+    block, x = modules(), tokens()
     block.grow()
     disturb(block)
-    x = tokens()
-    mean = x.mean(dim=1)
-    logits = torch.cat([block.router(mean), block.new_router(mean)], dim=1)
+    logits = torch.cat([block.router(x.mean(dim=1)), block.new_router(x.mean(dim=1))], dim=1)
     weights = torch.exp(logits) / torch.exp(logits).sum(dim=1, keepdim=True)
-    expected = weights[:, 0, None, None] * block.adapters[0](x) + weights[:, 1, None, None] * block.adapters[
-        1
-    ](x)
-    torch.testing.assert_close(block(x), expected)
+    outputs = torch.stack([adapter(x) for adapter in block.adapters])  # (K, B, N, d)
+    torch.testing.assert_close(block(x), torch.einsum("bk,kbnd->bnd", weights, outputs))
 
 
 @pytest.mark.parametrize("adapters", [1, 2, 5])
@@ -62,14 +58,6 @@ def test_stacked_adapters_are_the_sum_one_by_one(kind: str, adapters: int) -> No
     for stacked, single in zip(*results, strict=True):
         if adapters > 1 or stacked is not None:  # the router of a single adapter decides nothing
             torch.testing.assert_close(stacked, single)
-
-
-def test_the_reference_mixes_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    block = SEMAModules(
-        AdapterSpec(width=12, kind="adaptmlp", bottleneck=3, stacked=False), block=3, growable=True
-    )
-    monkeypatch.setattr(block, "mix_stacked", None)
-    assert block(tokens()).shape == tokens().shape
 
 
 def test_merging_the_router_keeps_the_function_and_freezing_keeps_it_still() -> None:
@@ -94,16 +82,6 @@ def test_growth_leaves_what_was_there_frozen_and_untouched() -> None:
     assert all(torch.equal(block.state_dict()[name], tensor) for name, tensor in old.items())
 
 
-def test_freeze_never_keeps_every_adapter_learning() -> None:
-    block = modules()
-    block.end_of_task_training(freeze_adapters=False)
-    block.grow()
-    block.end_of_task_training(freeze_adapters=False)
-    assert all(is_learning(adapter.functional) for adapter in block.adapters)
-    assert not any(is_learning(adapter.rd) for adapter in block.adapters)
-    assert not is_learning(block.router)
-
-
 @pytest.mark.parametrize(("freeze_adapters", "expected"), [(True, [1]), (False, [0, 1])])
 def test_consolidation_reaches_what_learned_in_the_task(freeze_adapters: bool, expected: list[int]) -> None:
     """Under "task" only the adapter added in it, if any; under "never" all of them."""
@@ -113,6 +91,8 @@ def test_consolidation_reaches_what_learned_in_the_task(freeze_adapters: bool, e
     assert set(block.end_of_task_training(freeze_adapters, how, tokens().flatten(0, 1))) == {0}
     block.grow()
     assert sorted(block.end_of_task_training(freeze_adapters, how, tokens().flatten(0, 1))) == expected
+    assert [is_learning(adapter.functional) for adapter in block.adapters] == 2 * [not freeze_adapters]
+    assert not any(is_learning(adapter.rd) for adapter in block.adapters) and not is_learning(block.router)
     again = block.end_of_task_training(freeze_adapters, how, tokens().flatten(0, 1))
     assert sorted(again) == ([] if freeze_adapters else [0, 1])
 
@@ -122,6 +102,8 @@ def test_outside_the_growing_range_there_is_one_adapter_and_nothing_else() -> No
     assert block.router is None and block.adapters[0].rd is None
     with pytest.raises(ValueError, match="cannot grow"):
         block.grow()
+    with pytest.raises(RuntimeError, match="adapters.1"):
+        block.load_state_dict(grown().state_dict())
 
 
 def grown(open_row: bool = True) -> SEMAModules:
@@ -174,11 +156,6 @@ def test_tensors_of_another_module_are_refused(name: str, change: Callable[[Tens
         modules().load_state_dict({key: t for key, t in saved.items() if t is not None}, strict=True)
 
 
-def test_a_block_that_cannot_grow_refuses_a_second_adapter() -> None:
-    with pytest.raises(RuntimeError, match="adapters.1"):
-        modules(growable=False).load_state_dict(grown().state_dict())
-
-
 def test_records_keep_the_last_errors_as_published() -> None:
     """The batch that fills the buffer is cut to the room left; after that the oldest go."""
     record = Records(4)
@@ -191,37 +168,28 @@ def test_records_keep_the_last_errors_as_published() -> None:
     assert record.errors.tolist() == [6, 7, 8, 9]
 
 
-def test_z_scores_are_zero_until_more_than_two_errors_are_stored() -> None:
-    record = Records(10)
-    errors = torch.tensor([5.0, -1.0])
+def test_z_scores() -> None:
+    """Zero until more than two errors are stored; among equal ones an equal error is not new, any other is."""
+    record, errors = Records(10), torch.tensor([5.0, -1.0])
     record.push(torch.tensor([1.0, 3.0]))
     assert record.z_scores(errors).tolist() == [0, 0]
     record.push(torch.tensor([2.0]))
     torch.testing.assert_close(record.z_scores(errors), torch.tensor([3.0, 3.0]))  # mean 2, unbiased std 1
+    equal = Records(10)
+    equal.push(torch.full((4,), 2.0))
+    assert equal.z_scores(torch.tensor([2.0, 2.5])).tolist() == [0, torch.inf]
 
 
-def test_z_scores_of_errors_that_are_all_alike_are_numbers() -> None:
-    """Images repeated: what is like them is not new, and the smallest difference is."""
-    record = Records(10)
-    record.push(torch.full((4,), 2.0))
-    assert record.z_scores(torch.tensor([2.0, 2.5])).tolist() == [0, torch.inf]
-
-
-def test_novelty_is_the_smallest_mean_over_adapters() -> None:
-    block = modules()
+def test_novelty_is_the_smallest_mean_z_and_records_stop_with_their_descriptor() -> None:
+    block, mean = modules(), tokens().mean(dim=1)
     block.grow()
     disturb(block)
-    mean = tokens().mean(dim=1)
+    block.observe(mean)
     for k, adapter in enumerate(block.adapters):
-        adapter.rd_loss_record.push(torch.tensor([1.0, 2.0, 3.0]) * (k + 1))
+        assert len(adapter.rd_loss_record) == 6
+        adapter.rd_loss_record.push(torch.arange(1.0, 5.0) * (k + 1))
     scores = [a.rd_loss_record.z_scores(a.rd(mean)).mean().item() for a in block.adapters]
     assert block.novelty(mean) == pytest.approx(min(scores))
-
-
-def test_observing_stops_with_the_descriptor() -> None:
-    block = modules()
-    block.observe(tokens().mean(dim=1))
-    assert len(block.adapters[0].rd_loss_record) == 6
     block.freeze_rd()
-    block.observe(tokens().mean(dim=1))
-    assert len(block.adapters[0].rd_loss_record) == 6
+    block.observe(mean)
+    assert [len(adapter.rd_loss_record) for adapter in block.adapters] == [10, 10]
