@@ -190,12 +190,9 @@ class SDLoRA(ClassIncrementalLearner):
     @torch.no_grad()
     def features_of(self, task: int, source: str) -> Tensor:
         """Features of a task's images in the test view, (n, d); not stored, since every block learns."""
-        size, left, parts = (
-            self.config.eval_batch_size,
-            self.data.count(self.data.task_classes(task), source),
-            [],
-        )
-        batches = self.data.batches(self.data.task_classes(task), source=source, mode="test", batch_size=size)
+        classes, size = self.data.task_classes(task), self.config.eval_batch_size
+        left, parts = self.data.count(classes, source), []
+        batches = self.data.batches(classes, source=source, mode="test", batch_size=size)
         for images, _ in progress(batches, desc=f"Features of {source} images of task {task}", unit="batch"):
             if self.stopping():
                 raise Interrupted
@@ -236,7 +233,7 @@ class LoRAPhase(Phase):
         return [(x, y) for x, y in zip(images, targets, strict=True) if len(y)]
 
     def loss(self, micro_batch: Batch) -> StepResult:
-        learner, beta = self.learner, self.beta()
+        learner, beta = self.learner, self.step_beta()
         images, targets = (tensor.to(learner.device) for tensor in micro_batch)
         targets = targets - learner.classes.start
         with learner.autocast():
@@ -245,12 +242,12 @@ class LoRAPhase(Phase):
         loss = F.cross_entropy(logits, targets) + self.penalty(beta)
         return StepResult(loss, len(targets), (logits.argmax(dim=1) == targets).sum())
 
-    def beta(self) -> Tensor | None:
+    def step_beta(self) -> Tensor | None:
         """Weights of the adapters in the coming step; None for 1."""
         return None
 
     def penalty(self, beta: Tensor | None) -> Tensor | float:
-        """What is added to the cross-entropy, a scalar."""
+        """Term added to the cross-entropy, a scalar."""
         return 0.0
 
 
@@ -264,7 +261,7 @@ class GatedPhase(LoRAPhase):
         super().__init__(learner)
         self.state = learner.method_state
 
-    def beta(self) -> Tensor:
+    def step_beta(self) -> Tensor:
         """Noisy weights, the same in all micro-batches of a step and on every rank."""
         learner = self.learner
         generator = rng("gumbel noise", learner.seed, learner.task, learner.progress.steps)
@@ -277,7 +274,7 @@ class GatedPhase(LoRAPhase):
     @torch.no_grad()
     def before_step(self, step: int) -> None:
         """Add the step's penalty to the epoch's sum; warn where gradients are not finite."""
-        self.state["sparsity"] += self.penalty(self.beta()).item()
+        self.state["sparsity"] += self.penalty(self.step_beta()).item()
         if not torch.isfinite(self.learner.network.magnitudes.grad).all():
             logger.warning(not_finite_advice(self.config, self.state["tau"]))
 

@@ -66,7 +66,7 @@ def test_branches_are_summed_and_start_at_zero_and_different() -> None:
 
 
 def test_norms_and_drift_are_those_of_the_formulas() -> None:
-    """||W_up W_down||_F, exactly zero at the start, where ||theta|| is not; drift of the output on the tokens."""
+    """||W_up W_down||_F, exactly zero at the start, where ||theta|| is not; drift on the tokens."""
     adapter, x = trained_adapter(), features()
     product, output, before = (
         adapter.fast.up_proj.weight @ adapter.fast.down_proj.weight,

@@ -169,7 +169,7 @@ def test_records_keep_the_last_errors_as_published() -> None:
 
 
 def test_z_scores() -> None:
-    """Zero until more than two errors are stored; among equal ones an equal error is not new, any other is."""
+    """Zero until more than two errors are stored; among equal ones an equal error has zero, too."""
     record, errors = Records(10), torch.tensor([5.0, -1.0])
     record.push(torch.tensor([1.0, 3.0]))
     assert record.z_scores(errors).tolist() == [0, 0]
