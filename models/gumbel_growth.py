@@ -13,7 +13,7 @@ earlier; `pruning_mask` (t + 1,), true where an adapter is kept; with a gate per
 import io
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -131,14 +131,12 @@ def decide(task: int, adapters: Sequence[int], beta: Tensor, config: SDLoRAConfi
     "threshold": the task's own adapter stays iff its weight exceeds `growth_threshold`; earlier ones stay.
     "top_k": the `growth_top_k` adapters of greatest weight stay; of equal ones the older.
     """
-    everything = list(range(len(adapters)))
-    decision = GateDecision(task, list(adapters), beta, everything)
+    every = list(range(len(adapters)))
+    decision = GateDecision(task, list(adapters), beta, kept=every)
     weights = decision.mean_beta
     if config.growth == "top_k":
-        kept = sorted(sorted(everything, key=lambda k: -weights[k])[: config.growth_top_k])
-    else:
-        kept = everything if weights[-1] > config.growth_threshold else everything[:-1]
-    return GateDecision(task, list(adapters), beta, kept)
+        return replace(decision, kept=sorted(sorted(every, key=lambda k: -weights[k])[: config.growth_top_k]))
+    return decision if weights[-1] > config.growth_threshold else replace(decision, kept=every[:-1])
 
 
 def not_finite_advice(config: SDLoRAConfig, tau: float) -> str:
