@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
-from matplotlib.image import imread
 
 from models import SCHEMAS
 from models.gumbel_growth import (
@@ -21,17 +20,16 @@ from models.gumbel_growth import (
     beta_heatmap_figure,
     beta_layers_figure,
     decide,
+    gate_figures,
 )
 from models.sdlora import SDLoRA
 from models.sdlora_config import SDLoRAConfig
 from tests.conftest import TINY_SDLORA
 from tests.drawn import assert_readable
 from tests.models.test_sdlora import GATE, KEEP, events, run_tasks
-from tests.utils.runs.test_figures import names, write_run
 from utils.config.loading import config_from_dict
 from utils.errors import UserError
 from utils.plotting import STYLE
-from utils.runs.figures import draw_figures
 
 PRUNE = {"growth_threshold": 0.999}
 TOP_2 = {"growth": "top_k", "growth_top_k": 2}
@@ -261,19 +259,13 @@ def test_evolution_has_one_line_per_task_and_one_mark_per_pruned_adapter() -> No
     assert labels == ["After Task 0", "After Task 1", "After Task 2", "pruned"]
 
 
-def test_a_run_with_a_gate_gets_them_and_another_does_not(tmp_path: Path) -> None:
-    plain, run = (write_run(tmp_path / name) for name in ("plain", "run"))
-    with open(run / "metrics.jsonl", "a") as file:
-        file.writelines(json.dumps({"event": "gate", **event}) + "\n" for event in synthetic_events(3))
-    assert not any(name.startswith("beta") for name in names(draw_figures(plain, SDLoRA.figures)))
-    paths = [path for path in draw_figures(run, SDLoRA.figures) if path.name.startswith("beta")]
-    assert names(paths) == ["beta_evolution.png", "beta_heatmap.png", "beta_layers.png"]
-    assert all(imread(path)[..., :3].std() > 0.02 for path in paths)  # not blank
-
-
 @pytest.mark.parametrize("tasks", [1, 10, 20, 40])
 def test_no_text_overlaps_another_or_leaves_the_picture(tasks: int) -> None:
     subtitle = "a_rather_long_prefix · sdlora · omnibenchmark · pretrained_vit_b16_224_in21k_adapter · seed 1"
+    gates = [{"event": "gate", **event} for event in synthetic_events(tasks)]
     with mpl.rc_context(STYLE):
-        for draw in (beta_evolution_figure, beta_heatmap_figure, beta_layers_figure):
-            assert_readable(draw(synthetic_events(tasks), subtitle))
+        figures = gate_figures(gates, subtitle)
+        for figure in figures.values():
+            assert_readable(figure)
+    assert figures.keys() == {"beta_evolution.png", "beta_heatmap.png", "beta_layers.png"}
+    assert gate_figures([], subtitle) == {}

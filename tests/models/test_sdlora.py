@@ -19,7 +19,6 @@ from utils.runs.run_log import read_metrics
 
 GATE = {"lambda_sparsity": 0.01, "gumbel_anneal_rate": 0.8}
 KEEP = {"growth_threshold": 0.0}
-FACTORS = (lambda new: new.down, lambda new: new.up)  # A and B of q and v
 Make = Callable[..., SDLoRA]
 
 
@@ -77,42 +76,34 @@ def test_it_is_sd_lora_written_out(make_sdlora: Make) -> None:
     plain = copy.deepcopy(learner.network.vit)
     for block in plain.blocks:
         block.attn.qkv = block.attn.qkv.qkv
-    projections = [(i, s) for i in range(len(plain.blocks)) for s in (0, 1)]
-    old: list[dict[tuple[int, int], Tensor]] = []  # of each task: unit directions
+    projections, old = learner.network.projections, []  # of each task: unit directions (L, 2, d, d)
     for task in range(3):
         learner.begin_task(task)
-        own = [p.new for p in learner.network.projections]
-        a, b = (
-            {(i, s): of(own[i])[s].detach().clone().requires_grad_() for i, s in projections}
-            for of in FACTORS
-        )
+        a = torch.stack([p.new.down for p in projections]).detach().requires_grad_()  # (L, 2, r, d)
+        b = torch.stack([p.new.up for p in projections]).detach().requires_grad_()  # (L, 2, d, r)
         head = copy.deepcopy(learner.modules["head"].tasks[-1])
-        magnitudes = [torch.tensor(0.8, requires_grad=True) for _ in range(task + 1)]
-        optimizer = torch.optim.SGD(
-            [*magnitudes, *a.values(), *b.values(), *head.parameters()], 0.05, momentum=0.9
-        )
+        magnitudes = torch.full((task + 1,), 0.8, requires_grad=True)
+        optimizer = torch.optim.SGD([magnitudes, a, b, *head.parameters()], lr=0.05, momentum=0.9)
         for images, targets in LoRAPhase(learner).batches(0, 0):
-            added = {
-                at: magnitudes[-1] * b[at] @ a[at] + sum(magnitudes[k] * old[k][at] for k in range(task))
-                for at in projections
-            }
             weights = {}
-            for i, block in enumerate(plain.blocks):
-                extra = torch.cat([added[i, 0], torch.zeros_like(added[i, 0]), added[i, 1]])
-                weights[f"blocks.{i}.attn.qkv.weight"] = block.attn.qkv.weight + extra
+            for i, (block, new) in enumerate(zip(plain.blocks, b @ a, strict=True)):
+                q, v = magnitudes[-1] * new + sum(magnitudes[k] * old[k][i] for k in range(task))
+                added = torch.cat([q, torch.zeros_like(q), v])
+                weights[f"blocks.{i}.attn.qkv.weight"] = block.attn.qkv.weight + added
             logits = head(torch.func.functional_call(plain, weights, (images,)))
             optimizer.zero_grad()
             F.cross_entropy(logits, targets - 2 * task).backward()
             optimizer.step()
-        old.append({at: (b[at] @ a[at] / (b[at].norm() * a[at].norm())).detach() for at in projections})
+        sizes = a.norm(dim=(2, 3), keepdim=True) * b.norm(dim=(2, 3), keepdim=True)
+        old.append((b @ a / sizes).detach())
         learner.train_task()
-        close = {"atol": 1e-4, "rtol": 1e-3}
-        torch.testing.assert_close(learner.network.magnitudes.data, torch.stack(magnitudes).detach(), **close)
-        torch.testing.assert_close(learner.modules["head"].tasks[-1].weight.data, head.weight.data, **close)
-        for i, s in projections:
-            ours = learner.network.projections[i]
-            expected = (b[i, s] @ a[i, s]).detach()
-            torch.testing.assert_close(ours.up[s][:, -2:] @ ours.down[s][-2:], expected, **close)
+        products = torch.stack([p.up[..., -2:] @ p.down[:, -2:] for p in projections])
+        for ours, expected in (
+            (learner.network.magnitudes, magnitudes),
+            (learner.modules["head"].tasks[-1].weight, head.weight),
+            (products, b @ a),
+        ):
+            torch.testing.assert_close(ours.detach(), expected.detach(), atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize(("scaling", "jumps"), [("carry", False), ("reset", True)])
