@@ -1,9 +1,9 @@
 """Conditional growth of Gumbel CL-LoRA: which adapters stay after a task; its log lines, files and figures.
 
-    decision = decide(task=3, adapters=[0, 1, 3], beta=beta, config=config)   # beta: (K,) or (L, K), in
-    evaluation decision.kept                              # positions of the adapters that stay, such as [0,
-    2] decision.write(folder)                     # beta_values_task_3.pt and beta_values_task_3.json figures
-    = gate_figures(events, about)      # from the `gate` events of a run
+    decision = decide(task=3, adapters=[0, 1, 3], beta=beta, config=config)   # beta: (K,) or (L, K)
+    decision.kept                              # positions of the adapters that stay, such as [0, 2]
+    decision.write(folder)                     # beta_values_task_3.pt and beta_values_task_3.json
+    figures = gate_figures(events, about)      # from the `gate` events of a run
 
 Files and `gate` events hold, for every task so far: `beta_values` (t + 1,), zero where an adapter was pruned
 earlier; `pruning_mask` (t + 1,), true where an adapter is kept; with a gate per layer also
