@@ -73,7 +73,6 @@ def test_imports_run_one_way(module: str) -> None:
     assert {other for other in imported(MODULES[module]) if room_of(other) not in allowed} == set()
 
 
-@pytest.mark.xfail(reason="the learner on grids and its evaluation name each other for type checking")
 def test_no_files_import_each_other_in_a_circle() -> None:
     """Local imports and those for type checking count, too."""
     graph = {module: imported(path) & MODULES.keys() - {module} for module, path in MODULES.items()}

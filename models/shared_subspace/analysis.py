@@ -1,18 +1,20 @@
-"""What a network on grids represents: how alike tasks are, what can be read out of it, what single units stand for.
+"""Analyses of a network on grids: CKA, Grassmann distances, linear probes, single units, samples.
 
-    found = {name: ANALYSES[name](material) for name in ("grassmann", "units")}
-    write_results(run / "analysis", found)      # utils/analysis/results.py
+    inputs = analysis_inputs(evaluator, tasks, rank=4, seed=1993, title="prefix · transformer · seed 1993")
+    found = {name: ANALYSES[name](inputs) for name in ("grassmann", "units")}
+    write_results(run / "analysis", found)       # utils/analysis/results.py
 
-A run makes them when it ends, `python eval.py --run FOLDER --analyse cka grassmann probes units samples` again. A
-*task* is a multi-hot label of the training compositions. Layers are those of `GridModel.layers`.
+A run makes them when it ends, `python eval.py --run FOLDER --analyse cka grassmann probes units samples`
+again. A *task* is a multi-hot label of the training compositions; layers are `GridOutput.representations`.
 
     cka         linear CKA between tasks, on the same input grids
     grassmann   Grassmann distance between the tasks' principal subspaces
-    probes      linear probes of the primitives, fitted on compositions of training and read on unseen ones
-    units       correlation of single units of z, and of h, with the primitives; which samples drive the best ones
-    samples     grids, and what the network makes of them
+    probes      linear probes of the primitives, fitted on compositions of training, tested on every split
+    units       correlation of single units of z, and of h, with the primitives; samples of highest activation
+    samples     grids with their targets and predictions
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -22,9 +24,9 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from models.shared_subspace.sample_figures import GridSample, grid_samples_figure
-from models.shared_subspace.tables import SPLIT_NAMES
-from models.shared_subspace.tasks import GridBatch
+from models.shared_subspace.evaluation import SPLIT_NAMES, Evaluator
+from models.shared_subspace.figures import GridSample, grid_samples_figure
+from models.shared_subspace.tasks import TRAIN, GridSamples, GridTasks
 from utils.analysis.figures import Heatmap, HeatmapSpec, heatmaps_figure, unit_label_figure
 from utils.analysis.probes import UnitReport, chance_score, fit_probe, probe_score, unit_report
 from utils.analysis.results import AnalysisResult, Row, listed, number, value_table
@@ -33,198 +35,121 @@ from utils.console import progress
 from utils.training.random import rng
 
 SHARED, OTHER = "tasks that share the primitive", "tasks without it and with nothing in common"
-SAMPLES_A_UNIT = 4  # that a unit's picture shows
+TASK_SAMPLES = 64  # per task
+PROBE_SAMPLES = 2048  # to fit probes and to correlate units; half as many of each split test the probes
+SAMPLES_PER_SPLIT, SAMPLES_PER_UNIT = 8, 4  # in figures
 Layers = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Looked:
-    """Samples and what the network makes of them: layer -> (n, d), predicted colours (n, 8, 8), programs in words."""
+class ModelOutputs:
+    """Samples with their layers (N, d), predicted colours (N, 8, 8), and programs in words."""
 
-    samples: GridBatch
+    samples: GridSamples
     layers: Layers
     colours: Tensor
     programs: Sequence[str]
 
 
 @dataclass(frozen=True)
-class GridMaterial:
-    """What there is to analyse of a network.
+class AnalysisInputs:
+    """Layers of a network for new samples of its tasks.
 
     Attributes:
         primitives: names of the P primitives.
         tasks: (G, P) bool, the labels of the training compositions.
-        own: layer -> (G, n, d), new grids of each task.
-        same: layer -> (G, n, d), the same n input grids under one program of each task.
-        fitted: new samples of training compositions, that probes are fitted on and units are looked at.
+        by_task: layer -> (G, n, d), n samples per task.
+        same_grids: layer -> (G, n, d), the same n input grids under one program per task.
+        fitted: samples of training compositions, for probes and units.
         splits: split -> other samples.
         rank: dimensions of a task's subspace.
         seed: draws permutations and random subspaces.
-        about: the run, for figures.
+        title: the run, for figures.
     """
 
     primitives: Sequence[str]
     tasks: Tensor
-    own: Layers
-    same: Layers
-    fitted: Looked
-    splits: Mapping[str, Looked]
+    by_task: Layers
+    same_grids: Layers
+    fitted: ModelOutputs
+    splits: Mapping[str, ModelOutputs]
     rank: int
     seed: int
-    about: str
+    title: str
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The analyses
+def analysis_inputs(
+    evaluator: Evaluator, tasks: GridTasks, *, rank: int, seed: int, title: str
+) -> AnalysisInputs:
+    """Inputs of every analysis, drawn from the seed; the samples are not those of training and tests."""
 
+    def by_task(samples: GridSamples) -> Layers:
+        layers = evaluator.representations(samples)
+        return {layer: vectors.unflatten(0, (-1, TASK_SAMPLES)) for layer, vectors in layers.items()}
 
-def cka(material: GridMaterial) -> AnalysisResult:
-    """How alike tasks arrange the same grids: linear CKA between them, in every layer."""
-    layers = progress(material.same.items(), desc="CKA", unit="layer")
-    values = {layer: cka_matrix(list(vectors)).numpy() for layer, vectors in layers}
-    frame = HeatmapSpec(
-        "layer", "primitive", "linear CKA", (0.0, 1.0), row_names=list(values), column_names=None
+    def outputs(samples: GridSamples) -> ModelOutputs:
+        programs = [tasks.describe_program(program) for program in samples.program]
+        return ModelOutputs(samples, evaluator.representations(samples), evaluator.predict(samples), programs)
+
+    return AnalysisInputs(
+        primitives=tasks.primitives,
+        tasks=tasks.splits[TRAIN].labels,
+        by_task=by_task(tasks.draw_every_label(TRAIN, TASK_SAMPLES, rng("analysis tasks", seed))),
+        same_grids=by_task(tasks.draw_same_grids(TRAIN, TASK_SAMPLES, rng("analysis same grids", seed))),
+        fitted=outputs(tasks.draw(TRAIN, PROBE_SAMPLES, rng("analysis fit", seed))),
+        splits={
+            split: outputs(tasks.draw(split, PROBE_SAMPLES // 2, rng("analysis split", seed, split)))
+            for split in SPLIT_NAMES
+        },
+        rank=rank,
+        seed=seed,
+        title=title,
     )
-    about = f"{material.about} · {material.same['h'].shape[1]} input grids"
-    title = "Linear CKA between tasks on the same grids"
-    return _between_tasks("cka", values, material, frame, title, about)
 
 
-def grassmann(material: GridMaterial) -> AnalysisResult:
-    """How far tasks' principal subspaces lie apart, in every layer; random subspaces for comparison."""
-    layers = progress(material.own.items(), desc="Grassmann distances", unit="layer")
-    values = {layer: _distances(vectors, material.rank) for layer, vectors in layers}
-    generator = rng("chance distance", material.seed)
+# --- between tasks ------------------------------------------------------------------------------------------
+
+
+def cka(inputs: AnalysisInputs) -> AnalysisResult:
+    """Linear CKA between tasks on the same grids, in every layer."""
+    layers = progress(inputs.same_grids.items(), desc="CKA", unit="layer")
+    values = {layer: cka_matrix(list(vectors)).numpy() for layer, vectors in layers}
+    spec = HeatmapSpec("layer", "primitive", "linear CKA", (0.0, 1.0), row_names=list(values))
+    subtitle = f"{inputs.title} · {inputs.same_grids['h'].shape[1]} input grids"
+    return _between_tasks("cka", values, inputs, spec, "Linear CKA between tasks on the same grids", subtitle)
+
+
+def grassmann(inputs: AnalysisInputs) -> AnalysisResult:
+    """Grassmann distance between tasks' principal subspaces, in every layer, and between random subspaces."""
+    layers = progress(inputs.by_task.items(), desc="Grassmann distances", unit="layer")
+    values = {layer: _distances(vectors, inputs.rank) for layer, vectors in layers}
+    generator = rng("chance distance", inputs.seed)
     chance = {
-        layer: _chance_distance(vectors, material.rank, generator) for layer, vectors in material.own.items()
+        layer: _chance_distance(vectors, inputs.rank, generator) for layer, vectors in inputs.by_task.items()
     }
     highest = max(1.0, *(float(np.nanmax(matrix)) for matrix in values.values()))
-    frame = HeatmapSpec("layer", "primitive", "radians", (0.0, highest), row_names=list(values))
-    about = f"{material.about} · {material.rank} directions; by chance {chance['h']:.2f} in h"
+    spec = HeatmapSpec("layer", "primitive", "radians", (0.0, highest), row_names=list(values))
+    subtitle = f"{inputs.title} · {inputs.rank} directions; by chance {chance['h']:.2f} in h"
     title = "Grassmann distance between tasks' subspaces (radians)"
-    found = _between_tasks("grassmann", values, material, frame, title, about)
+    found = _between_tasks("grassmann", values, inputs, spec, title, subtitle)
     found.numbers["chance"] = chance
-    shared, other = pair_means(values["h"], material.tasks)
+    shared, other = pair_means(values["h"], inputs.tasks)
     found.numbers["metrics"] |= {"grassmann_gap": number(other - shared), "grassmann_chance": chance["h"]}
     return found
 
 
-def probes(material: GridMaterial) -> AnalysisResult:
-    """What a linear probe reads of the primitives in every layer: mean average precision, percent."""
-    fitted, names = material.fitted, list(material.splits)
-    layers = progress(fitted.layers.items(), desc="Probes", unit="layer")
-    probe_of = {layer: fit_probe(vectors, fitted.samples.primitives) for layer, vectors in layers}
-    scores = {
-        layer: [
-            100 * probe_score(probe, looked.layers[layer], looked.samples.primitives)
-            for looked in material.splits.values()
-        ]
-        for layer, probe in probe_of.items()
-    }
-    chance = {
-        split: 100 * chance_score(looked.samples.primitives) for split, looked in material.splits.items()
-    }
-    values = np.array([*scores.values(), list(chance.values())])
-    rows, columns = [*scores, "chance"], [SPLIT_NAMES[split] for split in names]
-    title = "Linear probes of the primitives, fitted on compositions of training: mean average precision (%)"
-    frame = HeatmapSpec(
-        "layer", "tested on", "average precision (%)", (0.0, 100.0), 1, "viridis", rows, columns
-    )
-    table = [
-        {"layer": layer, "split": split, "average_precision": float(values[i, j])}
-        for i, layer in enumerate(rows)
-        for j, split in enumerate(names)
-    ]
-    return AnalysisResult(
-        numbers={
-            "fitted_on": len(fitted.samples),
-            "average_precision": {layer: dict(zip(names, own, strict=True)) for layer, own in scores.items()},
-            "chance": chance,
-            "metrics": {f"probe_{split}": score for split, score in zip(names, scores["h"], strict=True)},
-        },
-        tables={"probes": table},
-        figures={
-            "probes": lambda: heatmaps_figure(
-                [Heatmap("", values)], frame, "Linear probes (%)", material.about
-            )
-        },
-        text=value_table(title, rows, columns, values, 1),
-    )
-
-
-def units(material: GridMaterial) -> AnalysisResult:
-    """Whether single units stand for single primitives, in the sparse code z, and in h for comparison."""
-    labels, generator = material.fitted.samples.primitives, rng("unit permutations", material.seed)
-    reports = {
-        layer: unit_report(material.fitted.layers[layer], labels, generator)
-        for layer in ("h", "z")
-        if layer in material.fitted.layers
-    }
-    figures: dict[str, Callable[[], Figure]] = {}
-    for layer, report in reports.items():
-        figures[f"units_{layer}"] = lambda layer=layer, report=report: _units_figure(material, layer, report)
-    code = "z" if "z" in reports else "h"
-    figures["unit_samples"] = lambda: _unit_samples_figure(material, code, reports[code])
-    text = [_unit_text(material, layer, report) for layer, report in reports.items()]
-    return AnalysisResult(
-        numbers={layer: _unit_numbers(report) for layer, report in reports.items()}
-        | {
-            "metrics": {
-                name: value for layer in reports for name, value in _unit_metrics(layer, reports[layer])
-            }
-        },
-        tables={f"units_{layer}": _unit_rows(material, report) for layer, report in reports.items()},
-        figures=figures,
-        text="\n\n".join(text),
-    )
-
-
-def samples(material: GridMaterial) -> AnalysisResult:
-    """The first samples of every split with what the network makes of them."""
-    shown = [
-        _sample(looked, i) for looked in material.splits.values() for i in range(min(8, len(looked.samples)))
-    ]
-    title = f"New grids: {', '.join(SPLIT_NAMES[split] for split in material.splits)} (a line each)"
-    solved = {
-        split: float((looked.colours == looked.samples.target).flatten(1).all(dim=1).double().mean())
-        for split, looked in material.splits.items()
-    }
-    return AnalysisResult(
-        numbers={"solved": solved, "metrics": {}},
-        tables={},
-        figures={"samples": lambda: grid_samples_figure(shown, title, material.about)},
-        text="samples.png shows grids of every split, and what the network makes of them.",
-    )
-
-
-ANALYSES: dict[str, Callable[[GridMaterial], AnalysisResult]] = {
-    "cka": cka,
-    "grassmann": grassmann,
-    "probes": probes,
-    "units": units,
-    "samples": samples,
-}
-
-
-def metrics_of(found: Mapping[str, AnalysisResult]) -> dict[str, float | None]:
-    """The numbers of analyses by which runs are compared."""
-    return {name: value for findings in found.values() for name, value in findings.numbers["metrics"].items()}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Between tasks
-
-
 def pair_means(values: np.ndarray, tasks: Tensor) -> tuple[float, float]:
-    """Means of values (G, G) over pairs of tasks (G, P) that have a primitive in common, and over other pairs."""
+    """Means of values (G, G) over pairs of tasks (G, P) that share a primitive, and over other pairs."""
     common = (tasks.double() @ tasks.double().T).numpy() > 0
-    upper = np.triu(np.ones_like(common), k=1).astype(bool)
+    upper = np.triu(np.ones_like(common), k=1)
     return _mean(values[upper & common]), _mean(values[upper & ~common])
 
 
 def primitive_means(values: np.ndarray, tasks: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """For each primitive, means of values (G, G) over pairs of tasks (G, P): both have it; or one has it, and the other
-    has nothing in common with that one. (P,) each, NaN where there is no such pair.
+    """Means of values (G, G) over pairs of tasks (G, P) for each primitive, (P,) each.
+
+    The first over pairs that both have it, the second over pairs of which one has it and that share nothing;
+    NaN where there is no such pair.
     """
     has, common = tasks.numpy().astype(bool), (tasks.double() @ tasks.double().T).numpy() > 0
     off_diagonal = ~np.eye(len(has), dtype=bool)
@@ -236,58 +161,49 @@ def primitive_means(values: np.ndarray, tasks: Tensor) -> tuple[np.ndarray, np.n
 def _between_tasks(
     name: str,
     values: Mapping[str, np.ndarray],
-    material: GridMaterial,
-    frame: HeatmapSpec,
+    inputs: AnalysisInputs,
+    spec: HeatmapSpec,
     title: str,
-    about: str,
+    subtitle: str,
 ) -> AnalysisResult:
-    """AnalysisResult of a measure between tasks: layer -> (G, G)."""
-    columns, tasks = list(material.primitives), material.tasks
+    """Result of a measure between tasks: layer -> (G, G)."""
+    columns, tasks = list(inputs.primitives), inputs.tasks
+    labels = [" + ".join(np.array(columns)[task]) for task in tasks.numpy()]
     means = {layer: pair_means(matrix, tasks) for layer, matrix in values.items()}
-    shared, other = (
-        np.stack(both)
-        for both in zip(*(primitive_means(matrix, tasks) for matrix in values.values()), strict=True)
-    )
-    frame = frame._replace(column_names=columns)
-    maps = [Heatmap(SHARED, shared), Heatmap(OTHER, other)]
+    by_primitive = [primitive_means(matrix, tasks) for matrix in values.values()]
+    shared, other = (np.stack(rows) for rows in zip(*by_primitive, strict=True))
+    maps, spec = [Heatmap(SHARED, shared), Heatmap(OTHER, other)], spec._replace(column_names=columns)
     table = [
-        {
-            "layer": layer,
-            "first": _label(tasks[i], columns),
-            "second": _label(tasks[j], columns),
-            name: number(m[i, j]),
-        }
-        for layer, m in values.items()
+        {"layer": layer, "first": labels[i], "second": labels[j], name: number(matrix[i, j])}
+        for layer, matrix in values.items()
         for i, j in combinations(range(len(tasks)), 2)
     ]
-    with_primitive, without = means["h"]
-    text = value_table(
-        title, list(means), ["shared primitive", "nothing shared"], np.array([*means.values()]), 3
-    )
+    headings = ["shared primitive", "nothing shared"]
     return AnalysisResult(
         numbers={
-            "tasks": [_label(task, columns) for task in tasks],
+            "tasks": labels,
             "means": {layer: {"shared": number(a), "other": number(b)} for layer, (a, b) in means.items()},
             "shared_by_primitive": dict(zip(values, listed(shared), strict=True)),
             "other_by_primitive": dict(zip(values, listed(other), strict=True)),
-            "metrics": {f"{name}_shared": number(with_primitive), f"{name}_other": number(without)},
+            "metrics": {f"{name}_shared": number(means["h"][0]), f"{name}_other": number(means["h"][1])},
         },
         tables={name: table},
-        figures={name: lambda: heatmaps_figure(maps, frame, title, about)},
-        text=text,
+        figures={name: lambda: heatmaps_figure(maps, spec, title, subtitle)},
+        text=value_table(title, list(means), headings, np.array([*means.values()]), 3),
     )
 
 
 def _distances(vectors: Tensor, rank: int) -> np.ndarray:
     """Grassmann distance of every two of the tasks' subspaces, (G, n, d) -> (G, G) radians.
 
-    NaN beside a task whose samples vary in fewer than `rank` directions: fewer angles would make a smaller distance.
+    NaN beside a task whose samples vary in fewer than `rank` directions: fewer angles would make a smaller
+    distance.
     """
     bases = [pca_basis(own, rank) for own in vectors]
     values = np.zeros((len(bases), len(bases)))
     for i, j in combinations(range(len(bases)), 2):
-        whole = bases[i].shape[1] == bases[j].shape[1] == rank
-        values[i, j] = values[j, i] = grassmann_distance(bases[i], bases[j]) if whole else np.nan
+        complete = bases[i].shape[1] == bases[j].shape[1] == rank
+        values[i, j] = values[j, i] = grassmann_distance(bases[i], bases[j]) if complete else np.nan
     return values
 
 
@@ -298,96 +214,173 @@ def _chance_distance(vectors: Tensor, rank: int, generator: torch.Generator, pai
     return float(np.mean([grassmann_distance(a, b) for a, b in drawn.unflatten(0, (pairs, 2))]))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Units
+def _mean(values: np.ndarray) -> float:
+    return float(np.nanmean(values)) if np.isfinite(values).any() else float("nan")
 
 
-def _unit_metrics(layer: str, report: UnitReport) -> list[tuple[str, float]]:
-    """Means over primitives of the best unit's |r|, and of what that stays below by chance; percent that do not."""
-    name = "unit" if layer == "z" else "hidden"
-    return [
-        (f"{name}_alignment", float(report.best.abs().mean())),
-        (f"{name}_chance", float(report.threshold.mean())),
-        (f"{name}_aligned", 100 * report.aligned),
-    ]
+# --- probes -------------------------------------------------------------------------------------------------
 
 
-def _unit_numbers(report: UnitReport) -> Row:
-    return {
-        "units": len(report.correlation),
-        "dead": report.dead,
-        "mean_active_share": float(report.active_share.mean()),
-        "purity": number(report.purity),
-        "purity_by_chance": number(report.purity_by_chance),
-        "best_unit": report.best_unit.tolist(),
-        "best": report.best.tolist(),
-        "threshold": report.threshold.tolist(),
-        "p": report.p.tolist(),
-    }
+def probes(inputs: AnalysisInputs) -> AnalysisResult:
+    """Mean average precision (percent) of linear probes of the primitives, per layer and split."""
+    fitted, splits = inputs.fitted, inputs.splits
+    scores: dict[str, dict[str, float]] = {}
+    for layer, vectors in progress(fitted.layers.items(), desc="Probes", unit="layer"):
+        probe = fit_probe(vectors, fitted.samples.primitives)
+        scores[layer] = {
+            split: 100 * probe_score(probe, outputs.layers[layer], outputs.samples.primitives)
+            for split, outputs in splits.items()
+        }
+    chance = {split: 100 * chance_score(outputs.samples.primitives) for split, outputs in splits.items()}
+    lines = scores | {"chance": chance}
+    values = np.array([list(line.values()) for line in lines.values()])
+    rows, columns = list(lines), [SPLIT_NAMES[split] for split in splits]
+    title = "Linear probes of the primitives, fitted on compositions of training: mean average precision (%)"
+    spec = HeatmapSpec(
+        "layer", "tested on", "average precision (%)", (0.0, 100.0), 1, "viridis", rows, columns
+    )
+    maps = [Heatmap("", values)]
+    return AnalysisResult(
+        numbers={
+            "fitted_on": len(fitted.samples),
+            "average_precision": scores,
+            "chance": chance,
+            "metrics": {f"probe_{split}": score for split, score in scores["h"].items()},
+        },
+        tables={
+            "probes": [
+                {"layer": layer, "split": split, "average_precision": score}
+                for layer, line in lines.items()
+                for split, score in line.items()
+            ]
+        },
+        figures={"probes": lambda: heatmaps_figure(maps, spec, "Linear probes (%)", inputs.title)},
+        text=value_table(title, rows, columns, values, 1),
+    )
 
 
-def _unit_rows(material: GridMaterial, report: UnitReport) -> list[Row]:
+# --- units --------------------------------------------------------------------------------------------------
+
+
+def units(inputs: AnalysisInputs) -> AnalysisResult:
+    """Correlation of single units with single primitives, in the sparse code z, and in h for comparison."""
+    labels, generator = inputs.fitted.samples.primitives, rng("unit permutations", inputs.seed)
+    layers = {layer: inputs.fitted.layers[layer] for layer in ("h", "z") if layer in inputs.fitted.layers}
+    reports = {layer: unit_report(vectors, labels, generator) for layer, vectors in layers.items()}
+    figures: dict[str, Callable[[], Figure]] = {}
+    numbers, metrics = {}, {}
+    for layer, report in reports.items():
+        numbers[layer] = {
+            "units": len(report.correlation),
+            "dead": report.dead,
+            "mean_active_share": float(report.active_share.mean()),
+            "purity": number(report.purity),
+            "purity_by_chance": number(report.purity_by_chance),
+            "best_unit": report.best_unit.tolist(),
+            "best": report.best.tolist(),
+            "threshold": report.threshold.tolist(),
+            "p": report.p.tolist(),
+        }
+        figures[f"units_{layer}"] = functools.partial(
+            unit_label_figure,
+            report.correlation.numpy(),
+            inputs.primitives,
+            report.threshold.tolist(),
+            f"Correlation of units of {layer} with primitives",
+            f"{inputs.title} · {len(labels)} samples",
+        )
+        name = "unit" if layer == "z" else "hidden"
+        metrics |= {
+            f"{name}_alignment": float(report.best.abs().mean()),
+            f"{name}_chance": float(report.threshold.mean()),
+            f"{name}_aligned": 100 * report.aligned,
+        }
+    last = list(reports)[-1]
+    figures["unit_samples"] = functools.partial(_unit_samples_figure, inputs, last, reports[last])
+    return AnalysisResult(
+        numbers=numbers | {"metrics": metrics},
+        tables={f"units_{layer}": _unit_rows(inputs, report) for layer, report in reports.items()},
+        figures=figures,
+        text="\n\n".join(_unit_text(inputs, layer, report) for layer, report in reports.items()),
+    )
+
+
+def _unit_rows(inputs: AnalysisInputs, report: UnitReport) -> list[Row]:
     """A row for each unit: its activity, and its correlation with every primitive."""
+    columns = zip(
+        report.mean_activity.tolist(), report.active_share.tolist(), report.correlation.tolist(), strict=True
+    )
     return [
         {
             "unit": unit,
-            "mean": float(report.mean_activity[unit]),
-            "active_share": float(report.active_share[unit]),
+            "mean": mean,
+            "active_share": share,
+            **dict(zip(inputs.primitives, correlation, strict=True)),
         }
-        | dict(zip(material.primitives, report.correlation[unit].tolist(), strict=True))
-        for unit in range(len(report.correlation))
+        for unit, (mean, share, correlation) in enumerate(columns)
     ]
 
 
-def _unit_text(material: GridMaterial, layer: str, report: UnitReport) -> str:
-    rows = np.stack([report.best_unit.numpy(), report.best.numpy(), report.threshold.numpy()], axis=1)
-    lines = [
-        f"best unit of {layer} for each primitive ({len(report.correlation)} units, {report.dead} silent, "
-        f"purity {report.purity:.2f}, by chance {report.purity_by_chance:.2f}): r, and |r| by chance (95 %)",
-        f"{'':<16}{'unit':>8}{'r':>8}{'chance':>8}",
-    ]
-    lines += [
-        f"{name:<16}{unit:>8.0f}{r:>8.2f}{chance:>8.2f}"
-        for name, (unit, r, chance) in zip(material.primitives, rows, strict=True)
-    ]
-    return "\n".join(lines)
-
-
-def _units_figure(material: GridMaterial, layer: str, report: UnitReport) -> Figure:
-    title = f"Correlation of units of {layer} with primitives"
-    about = f"{material.about} · {len(material.fitted.samples)} samples"
-    return unit_label_figure(
-        report.correlation.numpy(), material.primitives, report.threshold.tolist(), title, about
-    )
-
-
-def _unit_samples_figure(material: GridMaterial, layer: str, report: UnitReport) -> Figure:
-    """For each primitive the samples on which the unit with the highest correlation is most active."""
-    looked, shown = material.fitted, []
-    for name, unit in zip(material.primitives, report.correlation.argmax(dim=0).tolist(), strict=True):
-        activity = looked.layers[layer][:, unit]
-        for index in activity.argsort(descending=True, stable=True)[:SAMPLES_A_UNIT].tolist():
-            words = f"{name}, {layer}{unit}: {looked.programs[index]}"
-            shown.append(_sample(looked, index)._replace(caption=words, prediction=None))
+def _unit_text(inputs: AnalysisInputs, layer: str, report: UnitReport) -> str:
     title = (
-        f"What drives the unit of {layer} that goes best with each primitive, {SAMPLES_A_UNIT} samples each"
+        f"best unit of {layer} for each primitive ({len(report.correlation)} units, {report.dead} dead, "
+        f"purity {report.purity:.2f}, by chance {report.purity_by_chance:.2f}): r, and |r| by chance (95 %)"
     )
-    return grid_samples_figure(shown, title, material.about)
+    rows = [f"{name}, {layer}{unit}" for name, unit in zip(inputs.primitives, report.best_unit, strict=True)]
+    return value_table(
+        title, rows, ["r", "chance"], torch.stack([report.best, report.threshold], dim=1).numpy(), 2
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Words
+def _unit_samples_figure(inputs: AnalysisInputs, layer: str, report: UnitReport) -> Figure:
+    """For each primitive the samples on which the unit with the highest correlation is most active."""
+    outputs, shown = inputs.fitted, []
+    for name, unit in zip(inputs.primitives, report.correlation.argmax(dim=0).tolist(), strict=True):
+        order = outputs.layers[layer][:, unit].argsort(descending=True, stable=True)
+        for index in order[:SAMPLES_PER_UNIT].tolist():
+            caption = f"{name}, {layer}{unit}: {outputs.programs[index]}"
+            shown.append(_sample(outputs, index)._replace(caption=caption, prediction=None))
+    title = f"Samples that most activate the unit of {layer} that goes best with each primitive"
+    return grid_samples_figure(shown, title, inputs.title)
 
 
-def _sample(looked: Looked, index: int) -> GridSample:
-    grids = (looked.samples.input, looked.samples.target, looked.colours)
-    return GridSample(looked.programs[index], *(grid[index].numpy() for grid in grids))
+# --- samples ------------------------------------------------------------------------------------------------
 
 
-def _label(task: Tensor, primitives: Sequence[str]) -> str:
-    """The primitives of a multi-hot label: "rotate + shift"."""
-    return " + ".join(name for name, there in zip(primitives, task.tolist(), strict=True) if there)
+def samples(inputs: AnalysisInputs) -> AnalysisResult:
+    """The first samples of every split with their predictions, and the share of solved grids."""
+    shown = [
+        _sample(outputs, index)
+        for outputs in inputs.splits.values()
+        for index in range(min(SAMPLES_PER_SPLIT, len(outputs.samples)))
+    ]
+    title = f"New grids: {', '.join(SPLIT_NAMES[split] for split in inputs.splits)} (a line each)"
+    solved = {
+        split: float((outputs.colours == outputs.samples.target).flatten(1).all(dim=1).double().mean())
+        for split, outputs in inputs.splits.items()
+    }
+    return AnalysisResult(
+        numbers={"solved": solved, "metrics": {}},
+        tables={},
+        figures={"samples": lambda: grid_samples_figure(shown, title, inputs.title)},
+        text="samples.png shows grids of every split with the network's predictions.",
+    )
 
 
-def _mean(values: np.ndarray) -> float:
-    return float(np.nanmean(values)) if np.isfinite(values).any() else float("nan")
+def _sample(outputs: ModelOutputs, index: int) -> GridSample:
+    grids = (outputs.samples.input, outputs.samples.target, outputs.colours)
+    return GridSample(outputs.programs[index], *(grid[index].numpy() for grid in grids))
+
+
+ANALYSES: dict[str, Callable[[AnalysisInputs], AnalysisResult]] = {
+    "cka": cka,
+    "grassmann": grassmann,
+    "probes": probes,
+    "units": units,
+    "samples": samples,
+}
+
+
+def metrics_of(found: Mapping[str, AnalysisResult]) -> dict[str, float | None]:
+    """The metrics of a run that analyses found."""
+    return {name: value for findings in found.values() for name, value in findings.numbers["metrics"].items()}

@@ -8,13 +8,13 @@ tenths and stays.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from models.shared_subspace.metrics import GRIDS
-from models.shared_subspace.primitives import FEWEST_COLOURS, MOST_COLOURS, PRIMITIVES
-from models.shared_subspace.tasks import LEAST_GROUP, split_problems
+from models.shared_subspace.primitives import MAX_COLOURS, MIN_COLOURS, PRIMITIVES
 from utils.config.schema import (
     MAX_COUNT,
     Conflict,
@@ -29,6 +29,7 @@ from utils.config.schema import (
 )
 from utils.metric_catalogue import MetricSpec
 
+MIN_GROUP_SIZE = 2  # a single sample spans no subspace
 MAX_SAMPLES = 2 * 10**7  # of an epoch: 4 GB
 WEIGHT_ALLOWED = (
     f"a number from 0 to {MAX_COUNT}, or points [[share, weight], ...], "
@@ -76,7 +77,7 @@ class SharedSubspaceConfig(RunConfig):
     editable_keys: ClassVar[frozenset[str]] = RunConfig.editable_keys | {"save_every"}
     model_name: Literal["shared_subspace"] = key("shared_subspace", "The method.")
 
-    colours: int = key(5, "Number of colours, the background included.", ge=FEWEST_COLOURS, le=MOST_COLOURS)
+    colours: int = key(5, "Number of colours, the background included.", ge=MIN_COLOURS, le=MAX_COLOURS)
     primitives: Names = key(
         list(PRIMITIVES),
         "The primitives that tasks are composed of.",
@@ -115,7 +116,7 @@ class SharedSubspaceConfig(RunConfig):
 
     batch_size: Count = key(128, "Samples in a training step: a multiple of group_size.")
     grad_accumulation: Count = key(1, "Parts a training step is cut into to save memory.")
-    group_size: int = key(16, "Samples of a group: of the same primitives.", ge=LEAST_GROUP, le=MAX_COUNT)
+    group_size: int = key(16, "Samples of a group: of the same primitives.", ge=MIN_GROUP_SIZE, le=MAX_COUNT)
     eval_batch_size: Count = key(512, "Samples in a batch without gradients.")
     epochs: Count = key(60, "Epochs; each draws new samples, and is validated.")
     steps_per_epoch: Count = key(100, "Training steps of an epoch.")
@@ -232,3 +233,32 @@ class SharedSubspaceConfig(RunConfig):
     def shares(self) -> bool:
         """Whether the sharing loss ever has weight."""
         return any(weight > 0 for _, weight in self.alpha)
+
+
+def split_problems(
+    primitives: Sequence[str], train_lengths: Sequence[int], test_length: int, held_out_pairs: int
+) -> list[Conflict]:
+    """Reasons why such splits are impossible: the config keys, and a sentence that says what is allowed."""
+    found: list[Conflict] = []
+    unknown = [name for name in primitives if name not in PRIMITIVES]
+    if unknown:
+        names = f"no such primitive: {', '.join(unknown)}; allowed: {', '.join(PRIMITIVES)}"
+        found.append((("primitives",), names))
+    number, pairs = len(primitives), len(primitives) * (len(primitives) - 1) // 2
+    within = (
+        f"a composition holds different primitives, and there are {number}; "
+        f"allowed: lengths from 1 to {number}"
+    )
+    if not all(1 <= length <= number for length in train_lengths):
+        found.append((("train_lengths", "primitives"), within))
+    if not 1 <= test_length <= number:
+        found.append((("test_length", "primitives"), within))
+    if test_length in train_lengths:
+        fault = "it would not be unseen; allowed: a length not in training"
+        found.append((("test_length", "train_lengths"), fault))
+    most = pairs - (list(train_lengths) == [2])
+    if not 1 <= held_out_pairs <= most:
+        made = f"{pairs} pair{'' if pairs == 1 else 's'}"
+        fault = f"{number} primitives make {made}, and neither training nor the held-out set may be empty"
+        found.append((("held_out_pairs", "primitives"), f"{fault}; allowed: from 1 to {most}"))
+    return found

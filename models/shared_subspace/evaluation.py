@@ -1,102 +1,108 @@
-"""Evaluation of the shared-subspace experiment: new grids of every split, few-shot rows, and what a run reports."""
+"""Evaluation of a network on grids: accuracy of samples, zero-shot and few-shot tables, metrics of a run.
 
-from __future__ import annotations
+    evaluator = Evaluator(model, batch_size=512, precision="fp32")
+    evaluator.accuracy(samples)                       # {"iou": ..., "cells": ..., "solved": ...}, percent
+    evaluation = {"zero_shot": zero_shot(evaluator, tasks, 1024, seed), "few_shot": rows, "analysis": metrics}
+    metrics_of(evaluation)["unseen_iou"]
 
-import hashlib
-import json
+IoU is defined in `losses.py`; a grid is solved when all its cells are right.
+"""
+
 import statistics
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor
 
 from models.base import Report
-from models.shared_subspace.config import SharedSubspaceConfig
 from models.shared_subspace.losses import iou
-from models.shared_subspace.tables import SPLIT_NAMES, few_shot_table, zero_shot_table
-from models.shared_subspace.tasks import UNSEEN, GridTasks
-from utils.errors import UserError
+from models.shared_subspace.network import GridModel, GridOutput
+from models.shared_subspace.tasks import HELD_OUT, TRAIN, UNSEEN, GridSamples, GridTasks
+from utils.training.device import autocast, predictions
 from utils.training.random import rng
 
-if TYPE_CHECKING:
-    from models.shared_subspace.learner import SharedSubspace
-
-Measured = dict[str, Any]  # "zero_shot": percent by split; "few_shot": rows; "analysis": metrics
-
-
-def grid_tasks(config: SharedSubspaceConfig, seed: int, processes: int) -> GridTasks:
-    """The tasks of a configuration. UserError: several processes."""
-    if processes > 1:
-        several = f"model_name = {config.model_name!r} trains in one process, and there are {processes}"
-        raise UserError(
-            f"{several}: the groups of a step are compared with each other; start it without torchrun"
-        )
-    return GridTasks(
-        config.primitives,
-        colours=config.colours,
-        train_lengths=config.train_lengths,
-        test_length=config.test_length,
-        held_out_pairs=config.held_out_pairs,
-        test_compositions=config.test_compositions,
-        seed=seed,
-    )
+SPLIT_NAMES = {TRAIN: "met in training", HELD_OUT: "held-out pairs", UNSEEN: "unseen length"}
+ZERO_SHOT_COLUMNS = {
+    "iou": "IoU",
+    "cells": "cells right",
+    "solved": "grids solved",
+    "copied": "IoU of the input itself",
+}
 
 
-def splits_sha256(tasks: GridTasks) -> str:
-    """Hash of which compositions are in which split."""
-    return hashlib.sha256(json.dumps(tasks.fingerprint()).encode()).hexdigest()
+@dataclass(frozen=True)
+class Evaluator:
+    """A network applied to samples in batches, without gradients.
+
+    Attributes:
+        model: on its device.
+        batch_size: samples in a batch.
+        precision: "fp32" or "bf16".
+    """
+
+    model: GridModel
+    batch_size: int
+    precision: str
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.positions.device
+
+    def predict(self, samples: GridSamples) -> Tensor:
+        """Predicted colours, (N, 8, 8) on the CPU.
+
+        Raises:
+            UserError: a score is not finite.
+        """
+        outputs = (output.logits for output in self._outputs(samples))
+        return torch.cat([predictions(logits, "grids", self.precision).cpu() for logits in outputs])
+
+    def representations(self, samples: GridSamples) -> dict[str, Tensor]:
+        """`GridOutput.representations` of the samples, (N, ...) each, float32 on the CPU."""
+        batches = [
+            {name: vectors.float().cpu() for name, vectors in output.representations().items()}
+            for output in self._outputs(samples)
+        ]
+        return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+
+    def accuracy(self, samples: GridSamples) -> dict[str, float]:
+        """Percent: IoU, cells right, grids solved."""
+        colours = self.predict(samples)
+        right = (colours == samples.target).flatten(1)
+        return {
+            "iou": 100 * iou(colours, samples.target).double().mean().item(),
+            "cells": 100 * right.double().mean().item(),
+            "solved": 100 * right.all(dim=1).double().mean().item(),
+        }
+
+    def _outputs(self, samples: GridSamples) -> Iterator[GridOutput]:
+        for batch in samples.batches(self.batch_size):
+            batch = batch.to(self.device)
+            with torch.no_grad(), autocast(self.device, self.precision):
+                output = self.model(batch.input, batch.program)
+            yield output
 
 
-def measure(learner: SharedSubspace) -> Measured:
-    """Accuracy on new grids of every split, few-shot rows, and the numbers of the analyses."""
-    zero_shot = {}
+def zero_shot(evaluator: Evaluator, tasks: GridTasks, count: int, seed: int) -> dict[str, dict[str, float]]:
+    """Accuracy (percent) on new samples of every split; "copied" is the IoU of the copy-input baseline."""
+    found = {}
     for split in SPLIT_NAMES:
-        generator = rng("grid test", learner.seed, split)
-        samples = learner.tasks.draw(split, learner.config.test_samples, generator)
+        samples = tasks.draw(split, count, rng("grid test", seed, split))
         copied = iou(samples.input, samples.target).double().mean().item()
-        zero_shot[split] = learner.accuracy(samples) | {"copied": 100 * copied}
-    state = learner.method_state
-    return {"zero_shot": zero_shot, "few_shot": state["few_shot"], "analysis": state["analysis"]}
+        found[split] = evaluator.accuracy(samples) | {"copied": 100 * copied}
+    return found
 
 
-def describe_measured(measured: Measured) -> str:
-    """The tables of an evaluation."""
-    return "\n\n".join(["new grids, and a few of unseen compositions", *_tables(measured)])
-
-
-def grid_report(measured: Measured) -> Report:
-    """What a run on grids says of itself."""
-    unseen, seen = measured["zero_shot"][UNSEEN], measured["analysis"]
-    lines = [
-        f"Unseen compositions: IoU {unseen['iou']:.2f} %, {unseen['solved']:.2f} % of grids solved",
-        f"Subspaces of h: Grassmann distance {_shown(seen['grassmann_shared'])} between tasks that share a "
-        f"primitive, {_shown(seen['grassmann_other'])} between others, {seen['grassmann_chance']:.3f} by chance",
-    ]
-    if "unit_alignment" in seen:
-        lines.append(
-            f"Sparse code: |r| of the best unit for a primitive {seen['unit_alignment']:.3f}, "
-            f"{seen['unit_chance']:.3f} by chance; of h {seen['hidden_alignment']:.3f}"
-        )
-    rows = [{key: value for key, value in row.items() if key != "seconds"} for row in measured["few_shot"]]
-    seconds = [row["seconds"] for row in measured["few_shot"]]
-    return Report(
-        event={"zero_shot": measured["zero_shot"], "analysis": seen},
-        lines=lines,
-        result={
-            "metrics": metrics_of(measured),
-            "zero_shot": measured["zero_shot"],
-            "few_shot": rows,
-        },
-        tables=_tables(measured),
-        cost={"few_shot_seconds": statistics.fmean(seconds)} if seconds else {},
-    )
-
-
-def metrics_of(measured: Mapping[str, Any]) -> dict[str, float | None]:
-    """The numbers that runs are compared by; few-shot steps count all of them where the target is not reached."""
-    zero_shot, rows = measured["zero_shot"], measured["few_shot"]
+def metrics_of(evaluation: Mapping[str, Any]) -> dict[str, float | None]:
+    """The metrics of a run; a few-shot task that does not reach the target counts all its steps."""
+    rows = evaluation["few_shot"]
     metrics: dict[str, float | None] = {}
-    for split, values in zero_shot.items():
+    for split, values in evaluation["zero_shot"].items():
         metrics |= {f"{split}_iou": values["iou"], f"{split}_solved": values["solved"]}
-    metrics |= measured["analysis"]
+    metrics |= evaluation["analysis"]
     if rows:
         steps = [row["all_steps"] if row["steps"] is None else row["steps"] for row in rows]
         metrics |= {
@@ -108,12 +114,64 @@ def metrics_of(measured: Mapping[str, Any]) -> dict[str, float | None]:
     return metrics
 
 
-def _tables(measured: Mapping[str, Any]) -> list[str]:
-    """The zero-shot table, and the few-shot one where there is one."""
-    rows = measured["few_shot"]
-    return [zero_shot_table(measured["zero_shot"]), *([few_shot_table(rows)] if rows else [])]
+def report(evaluation: Mapping[str, Any]) -> Report:
+    """The run's report: event, log lines, result and tables; times are in its cost alone."""
+    rows = evaluation["few_shot"]
+    result = {
+        "metrics": metrics_of(evaluation),
+        "zero_shot": evaluation["zero_shot"],
+        "few_shot": [{key: value for key, value in row.items() if key != "seconds"} for row in rows],
+    }
+    seconds = [row["seconds"] for row in rows]
+    return Report(
+        event={key: evaluation[key] for key in ("zero_shot", "analysis")},
+        lines=log_lines(evaluation),
+        result=result,
+        tables=result_tables(evaluation),
+        cost={"few_shot_seconds": statistics.fmean(seconds)} if seconds else {},
+    )
 
 
-def _shown(value: float | None) -> str:
-    """A number for the log, a dash where there is none: not every set of compositions has both kinds of pairs."""
-    return "-" if value is None else f"{value:.3f}"
+def log_lines(evaluation: Mapping[str, Any]) -> list[str]:
+    """The main results in sentences; a dash where no pair of tasks is of a kind."""
+    unseen, metrics = evaluation["zero_shot"][UNSEEN], evaluation["analysis"]
+    shared, other = (
+        "-" if metrics[name] is None else f"{metrics[name]:.3f}"
+        for name in ("grassmann_shared", "grassmann_other")
+    )
+    lines = [
+        f"Unseen compositions: IoU {unseen['iou']:.2f} %, {unseen['solved']:.2f} % of grids solved",
+        f"Subspaces of h: Grassmann distance {shared} between tasks that share a primitive, {other} between "
+        f"others, {metrics['grassmann_chance']:.3f} by chance",
+    ]
+    if "unit_alignment" in metrics:
+        lines.append(
+            f"Sparse code: |r| of the best unit for a primitive {metrics['unit_alignment']:.3f}, "
+            f"{metrics['unit_chance']:.3f} by chance; of h {metrics['hidden_alignment']:.3f}"
+        )
+    return lines
+
+
+def result_tables(evaluation: Mapping[str, Any]) -> list[str]:
+    """The zero-shot table, and the few-shot table where there is one."""
+    rows = evaluation["few_shot"]
+    return [zero_shot_table(evaluation["zero_shot"]), *([few_shot_table(rows)] if rows else [])]
+
+
+def zero_shot_table(splits: Mapping[str, Mapping[str, float]]) -> str:
+    """A line per split: IoU, cells right, grids solved, IoU of the copy-input baseline; percent."""
+    table = pd.DataFrame(splits).T.rename(index=SPLIT_NAMES, columns=ZERO_SHOT_COLUMNS)
+    return f"New grids (%), no adaptation\n{table.to_string(float_format='%.2f')}"
+
+
+def few_shot_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A line per unseen composition: IoU (percent) before and after, steps and seconds to the target."""
+    table = pd.DataFrame(rows).set_index("composition")[["before", "after", "steps", "seconds"]]
+    table["steps"] = table["steps"].astype(float)  # NaN where the target was not reached
+    reached = table["steps"].notna()
+    table["seconds"] = table["seconds"].where(reached)
+    table.loc["mean"] = table[["before", "after"]].mean()
+    steps = {"steps": lambda number: "-" if pd.isna(number) else f"{number:.0f}"}
+    text = table.to_string(float_format="%.2f", formatters=steps, na_rep="-", index_names=False)
+    title = "IoU (%) of unseen compositions before and after adapters, steps and seconds to the target"
+    return f"{title}\n{text}\n{reached.sum()} of {len(rows)} reached {rows[0]['target']:g} %"

@@ -1,120 +1,126 @@
 """Few-shot adaptation on grids: adapters at the bottleneck learn an unseen composition from a few samples.
 
-    adapt_to_all(learner)    # every row goes to `learner.method_state["few_shot"]` and to the record
+    task = few_shot_task(tasks, config, seed, number=0)
+    history = {"iou": [evaluator.accuracy(task.query)["iou"]], "seconds": [0.0]}
+    model.insert_adapters("lora", rank=4)
+    learner.run_phase(FewShotPhase(evaluator, config, task, history))      # extends the history
+    model.remove_adapters()
+    row = few_shot_row(task, history, config)
 
-The network is frozen, adapters are put on both linear layers at its bottleneck (`GridModel.insert`), fitted, and taken
-away again, so that every composition starts from the same network. A row says how many steps, and seconds of them, the
-IoU on other samples of the composition took to reach the target.
+Every task starts from the same network. A row says how many steps, and seconds of them, the IoU on other
+samples of the composition took to reach the target.
 """
 
-from __future__ import annotations
-
 import time
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from models.base import EpochNote, Phase, StepResult
+from models.shared_subspace.config import SharedSubspaceConfig
+from models.shared_subspace.evaluation import Evaluator
 from models.shared_subspace.losses import TASK_LOSSES
-from models.shared_subspace.tasks import UNSEEN, GridBatch, GridSamples
-from utils.training.optim import GroupedOptimizer, ParameterGroup, StepDecay
+from models.shared_subspace.tasks import UNSEEN, GridSamples, GridTasks
+from utils.training.device import autocast
+from utils.training.optim import GroupedOptimizer, ParameterGroup, StepDecay, trainable
 from utils.training.random import rng
 
-if TYPE_CHECKING:
-    from models.shared_subspace.learner import SharedSubspace
+History = dict[
+    str, list[float]
+]  # "iou" (percent) and "seconds", at the start and after every `few_shot_every` steps
 
 
-def adapt_to_all(learner: SharedSubspace) -> None:
-    """Fit adapters to the unseen compositions that are left, one after the other."""
-    rows = learner.method_state["few_shot"]
-    while len(rows) < learner.config.few_shot_tasks:
-        row = adapt_to(learner, len(rows))
-        rows.append(row)
-        learner.log.metric("few_shot", **row)
+@dataclass(frozen=True)
+class FewShotTask:
+    """Samples of one unseen composition with fixed parameters.
+
+    Attributes:
+        number: of the task, from 0.
+        composition: its primitives in words.
+        support: samples to learn from.
+        query: samples to test on.
+    """
+
+    number: int
+    composition: str
+    support: GridSamples
+    query: GridSamples
 
 
-def adapt_to(learner: SharedSubspace, number: int) -> dict[str, Any]:
-    """Fit adapters to one composition with its parameters, and take them away: its row of the table, IoU in percent."""
-    config, memory, model = learner.config, learner.method_state, learner.model
-    composition = chosen_compositions(learner)[number]
+def few_shot_task(tasks: GridTasks, config: SharedSubspaceConfig, seed: int, number: int) -> FewShotTask:
+    """The few-shot task of a number; every number has another composition."""
+    compositions = tasks.splits[UNSEEN].compositions
+    order = torch.randperm(len(compositions), generator=rng("few-shot choice", seed))
+    composition = compositions[order[number]]
     counts = (config.few_shot_samples, config.few_shot_queries)
-    support, query = learner.tasks.draw_task(
-        composition, counts, rng("few-shot samples", learner.seed, number)
-    )
-    if not model.is_adapted:  # else: stopped while they learned
-        memory["looks"] = {"iou": [learner.accuracy(query)["iou"]], "seconds": [0.0]}
-        model.insert(config.few_shot_method, config.few_shot_rank)
-    looks = memory["looks"]
-    name = f"{number + 1} of {config.few_shot_tasks}: {learner.tasks.describe(composition)}"
-    learner.run_phase(FewShotPhase(learner, support, query, looks, name))
-    model.remove_adapters()
-    memory["looks"] = None
-    first = next((i for i, value in enumerate(looks["iou"]) if value >= config.few_shot_target), None)
+    support, query = tasks.draw_task(composition, counts, rng("few-shot samples", seed, number))
+    return FewShotTask(number, tasks.describe(composition), support, query)
+
+
+def few_shot_row(task: FewShotTask, history: History, config: SharedSubspaceConfig) -> dict[str, Any]:
+    """A row of the few-shot table; "steps" is None where the target was not reached. IoU in percent."""
+    values, seconds = history["iou"], history["seconds"]
+    reached = next((i for i, value in enumerate(values) if value >= config.few_shot_target), None)
     return {
-        "composition": learner.tasks.describe(composition),
-        "before": looks["iou"][0],
-        "after": looks["iou"][-1],
-        "steps": None if first is None else first * config.few_shot_every,
+        "composition": task.composition,
+        "before": values[0],
+        "after": values[-1],
+        "steps": None if reached is None else reached * config.few_shot_every,
         "all_steps": config.few_shot_steps,
         "every": config.few_shot_every,
         "target": config.few_shot_target,
-        "looks": looks["iou"],
-        "seconds": looks["seconds"][-1 if first is None else first],
+        "looks": values,
+        "seconds": seconds[-1 if reached is None else reached],
     }
 
 
-def chosen_compositions(learner: SharedSubspace) -> Tensor:
-    """The unseen compositions in the order in which they are adapted to, (M, S)."""
-    compositions = learner.tasks.splits[UNSEEN].compositions
-    return compositions[torch.randperm(len(compositions), generator=rng("few-shot choice", learner.seed))]
-
-
 class FewShotPhase(Phase):
-    """Steps on all samples of `support`, with a test on `query` after every few of them; its name in the log."""
+    """Training of the adapters: full-batch steps on the support set, with tests on the query set.
+
+    Args:
+        evaluator: of the network with adapters.
+        config: the run's.
+        task: samples.
+        history: is extended in place; seconds are those of training steps.
+    """
 
     name = "few_shot"
 
     def __init__(
-        self,
-        learner: SharedSubspace,
-        support: GridSamples,
-        query: GridSamples,
-        looks: dict[str, list[float]],
-        label: str,
+        self, evaluator: Evaluator, config: SharedSubspaceConfig, task: FewShotTask, history: History
     ) -> None:
-        config = learner.config
         optimizer = GroupedOptimizer(
             config.optimizer,
-            [ParameterGroup("adapter", learner.model.adapters(), lr=config.few_shot_lr)],
+            [ParameterGroup("adapter", trainable(evaluator.model.parameters()), lr=config.few_shot_lr)],
             weight_decay=0.0,
             epochs=1,
             min_lr=0.0,
             step_decay=StepDecay(),
         )
         super().__init__(epochs=1, steps_per_epoch=config.few_shot_steps, optimizer=optimizer)
-        self.learner, self.config, self.query, self.looks, self.label = learner, config, query, looks, label
-        self.batch = support.batch(slice(None))
-        self.announced = not learner.method_state["few_shot"]
-        self.began, self.spent = 0.0, looks["seconds"][-1]
+        self.evaluator, self.config, self.task, self.history = evaluator, config, task, history
+        self.announced = task.number == 0
+        self.step_began, self.seconds = 0.0, history["seconds"][-1]
 
-    def batches(self, epoch: int, start: int) -> list[GridBatch]:
-        return [self.batch] * (self.config.few_shot_steps - start)
+    def batches(self, epoch: int, start: int) -> Iterable[GridSamples]:
+        return [self.task.support] * (self.config.few_shot_steps - start)
 
-    def loss(self, part: GridBatch) -> StepResult:
-        self.began = time.perf_counter()
-        part = part.to(self.learner.device)
-        with self.learner.autocast():
-            logits = self.learner.model(part.input, part.program).logits
-        right = (logits.argmax(dim=1) == part.target).flatten(1).all(dim=1).sum()
-        return StepResult(TASK_LOSSES[self.config.task_loss](logits, part.target), len(part), right)
+    def loss(self, batch: GridSamples) -> StepResult:
+        self.step_began = time.perf_counter()
+        batch = batch.to(self.evaluator.device)
+        with autocast(self.evaluator.device, self.evaluator.precision):
+            logits = self.evaluator.model(batch.input, batch.program).logits.float()
+        solved = (logits.argmax(dim=1) == batch.target).flatten(1).all(dim=1).sum()
+        return StepResult(TASK_LOSSES[self.config.task_loss](logits, batch.target), len(batch), solved)
 
     def after_step(self, step: int, moved: Mapping[str, bool]) -> None:
-        self.spent += time.perf_counter() - self.began
+        self.seconds += time.perf_counter() - self.step_began
         if step % self.config.few_shot_every == 0:
-            self.looks["iou"].append(self.learner.accuracy(self.query)["iou"])
-            self.looks["seconds"].append(self.spent)
+            self.history["iou"].append(self.evaluator.accuracy(self.task.query)["iou"])
+            self.history["seconds"].append(self.seconds)
 
     def after_epoch(self, loss: float, steps: int) -> EpochNote:
-        return EpochNote(f" ({self.label}: IoU {self.looks['iou'][0]:.2f} -> {self.looks['iou'][-1]:.2f})")
+        values, task = self.history["iou"], f"{self.task.number + 1} of {self.config.few_shot_tasks}"
+        return EpochNote(f" ({task}: {self.task.composition}: IoU {values[0]:.2f} -> {values[-1]:.2f})")

@@ -1,43 +1,54 @@
-"""Figures of a run on grids, drawn from its events.
+"""Figures of a run on grids, drawn from its events, and pictures of grids.
 
 figures/training.png    validation IoU and the terms of the loss, epoch by epoch
 figures/zero_shot.png   new grids of compositions that were met in training, and that were not
 figures/few_shot.png    IoU of unseen compositions while adapters learn them
+
+`grid_samples_figure` draws grids with their targets and predictions, for the analyses.
 """
 
+import math
+import textwrap
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+import matplotlib as mpl
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from models.shared_subspace.tables import SPLIT_NAMES
-from utils.plotting import BLUE, GREY, INK, VERMILLION, titled_figure
+from models.shared_subspace.evaluation import SPLIT_NAMES
+from utils.plotting import BLUE, GREY, INK, NARROWEST, VERMILLION, titled_figure
 
 Event = Mapping[str, Any]
-# what an epoch's event calls a term, its label and its colour (Okabe and Ito)
-TERMS = {
+TERMS = {  # key of an epoch's event: label and colour (Okabe and Ito)
     "prediction": ("prediction", INK),
     "sharing": ("distance of sharing groups", BLUE),
-    "reconstruction": ("error of the sparse code", VERMILLION),
-    "naming": ("naming the primitives", "#009E73"),
-    "activity": ("share of active units", "#CC79A7"),
+    "reconstruction": ("reconstruction error", VERMILLION),
+    "auxiliary": ("primitive head", "#009E73"),
+    "active_fraction": ("active fraction of units", "#CC79A7"),
 }
+SAMPLES_PER_LINE = 8
+CAPTION_WIDTH = 18  # characters per line, over a sample
+GRID_COLOURS = ["#111111", *mpl.color_sequences["petroff10"]]  # of the cells of a grid, by number
 
 
-def grid_figures(events: Sequence[Event], rows: Sequence[Sequence[float]], about: str) -> dict[str, Figure]:
-    """Figures of a run on grids that it has events of, by file name; it has no accuracy matrix, so no `rows`."""
+def grid_figures(
+    events: Sequence[Event], rows: Sequence[Sequence[float]], subtitle: str
+) -> dict[str, Figure]:
+    """Figures of a run that it has events for, by file name; there is no accuracy matrix, so no `rows`."""
     tasks = [event for event in events if event["event"] == "task"]
     validated = [event for event in events if event["event"] == "epoch" and "validation_iou" in event]
     few_shot = [event for event in events if event["event"] == "few_shot"]
     figures: dict[str, Figure] = {}
     if validated:
-        figures["training.png"] = training_figure(validated, about)
+        figures["training.png"] = training_figure(validated, subtitle)
     if tasks and "zero_shot" in tasks[-1]:
-        figures["zero_shot.png"] = zero_shot_figure(tasks[-1]["zero_shot"], about)
+        figures["zero_shot.png"] = zero_shot_figure(tasks[-1]["zero_shot"], subtitle)
     if few_shot:
-        figures["few_shot.png"] = few_shot_figure(few_shot, about)
+        figures["few_shot.png"] = few_shot_figure(few_shot, subtitle)
     return figures
 
 
@@ -47,19 +58,16 @@ def training_figure(epochs: Sequence[Event], subtitle: str) -> Figure:
     left, right = figure.subplots(1, 2)
     numbers = [event["epoch"] for event in epochs]
     validation = [event["validation_iou"] for event in epochs]
-    left.plot(numbers, validation, color=BLUE, lw=1.6)
     best = int(np.argmax(validation))
-    left.plot(
-        numbers[best], validation[best], "o", color=VERMILLION, ms=6, label=f"best, {validation[best]:.2f} %"
-    )
+    left.plot(numbers, validation, color=BLUE, lw=1.6)
+    label = f"best, {validation[best]:.2f} %"
+    left.plot(numbers[best], validation[best], "o", color=VERMILLION, ms=6, label=label)
     left.set_ylabel("IoU (%)")
     left.legend(frameon=False, loc="lower right")
     for name, (label, colour) in TERMS.items():
-        values = [event.get(name) for event in epochs]
-        if any(value is not None for value in values):
-            right.plot(
-                numbers, [np.nan if v is None else v for v in values], color=colour, lw=1.6, label=label
-            )
+        values = np.array([event.get(name, np.nan) for event in epochs], dtype=float)
+        if not np.isnan(values).all():
+            right.plot(numbers, values, color=colour, lw=1.6, label=label)
     right.set_yscale("log")
     right.legend(frameon=False)
     for axes in (left, right):
@@ -69,48 +77,96 @@ def training_figure(epochs: Sequence[Event], subtitle: str) -> Figure:
     return figure
 
 
-def zero_shot_figure(lines: Mapping[str, Mapping[str, float]], subtitle: str) -> Figure:
-    """IoU and solved grids of each split (percent), with the IoU of who hands the input back."""
+def zero_shot_figure(splits: Mapping[str, Mapping[str, float]], subtitle: str) -> Figure:
+    """IoU and solved grids of each split (percent), with the IoU of the copy-input baseline."""
     figure = titled_figure(6.8, 4.0, "New grids, no adaptation (%)", subtitle)
     axes = figure.subplots()
     for offset, key, label, colour in ((-0.19, "iou", "IoU", BLUE), (0.19, "solved", "grids solved", GREY)):
-        values = [lines[split][key] for split in SPLIT_NAMES]
-        bars = axes.bar(
-            np.arange(len(values)) + offset, values, width=0.36, color=colour, alpha=0.75, label=label
-        )
+        values = [splits[split][key] for split in SPLIT_NAMES]
+        places = np.arange(len(values)) + offset
+        bars = axes.bar(places, values, width=0.36, color=colour, alpha=0.75, label=label)
         axes.bar_label(bars, fmt="%.1f", fontsize=9, padding=2)
     for x, split in enumerate(SPLIT_NAMES):
-        axes.plot([x - 0.37, x - 0.01], 2 * [lines[split]["copied"]], color=INK, lw=1.4)
+        axes.plot([x - 0.37, x - 0.01], 2 * [splits[split]["copied"]], color=INK, lw=1.4)
     axes.set_xticks(range(len(SPLIT_NAMES)), list(SPLIT_NAMES.values()))
     axes.set_ylim(0, 105)
     axes.grid(axis="y")
     axes.set_axisbelow(True)
-    handles = [
-        *axes.get_legend_handles_labels()[0],
-        Line2D([], [], color=INK, lw=1.4, label="IoU of the input itself"),
-    ]
+    copied = Line2D([], [], color=INK, lw=1.4, label="IoU of the input itself")
+    handles = [*axes.get_legend_handles_labels()[0], copied]
     figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
     return figure
 
 
 def few_shot_figure(rows: Sequence[Event], subtitle: str) -> Figure:
-    """IoU (percent) over steps: a thin line a composition, a thick one their mean; dashed, the target."""
+    """IoU (percent) over steps: thin lines for compositions, a thick one for their mean."""
     figure = titled_figure(6.8, 4.0, "Adapters learn unseen compositions: IoU (%)", subtitle)
     axes = figure.subplots()
-    looks = np.array([row["looks"] for row in rows])  # (tasks, looks)
-    steps = rows[0]["every"] * np.arange(looks.shape[1])
-    axes.plot(steps, looks.T, color=BLUE, lw=0.9, alpha=0.45)
-    axes.plot(steps, looks.mean(axis=0), color=INK, lw=2.4)
-    axes.axhline(rows[0]["target"], color=VERMILLION, lw=1.2, ls="--")
+    values = np.array([row["looks"] for row in rows])  # (tasks, tests)
+    steps = rows[0]["every"] * np.arange(values.shape[1])
+    lines = axes.plot(steps, values.T, color=BLUE, lw=0.9, alpha=0.45)
+    lines[0].set_label("one composition")
+    axes.plot(steps, values.mean(axis=0), color=INK, lw=2.4, label="mean")
+    axes.axhline(rows[0]["target"], color=VERMILLION, lw=1.2, ls="--", label="target")
     axes.set_xlabel("steps")
     axes.set_ylabel("IoU (%)")
     axes.set_ylim(0, 102)
     axes.grid(True)
     axes.set_axisbelow(True)
-    handles = [
-        Line2D([], [], color=BLUE, lw=0.9, alpha=0.6, label="one composition"),
-        Line2D([], [], color=INK, lw=2.4, label="mean"),
-        Line2D([], [], color=VERMILLION, lw=1.2, ls="--", label="target"),
-    ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
     return figure
+
+
+class GridSample(NamedTuple):
+    """An input grid with its target, and a prediction if there is one: (H, W) numbers of colours."""
+
+    caption: str
+    input: np.ndarray
+    target: np.ndarray
+    prediction: np.ndarray | None = None
+
+
+def grid_samples_figure(samples: Sequence[GridSample], title: str, subtitle: str) -> Figure:
+    """Samples side by side, input above target above prediction; a cross marks every wrong cell.
+
+    Raises:
+        ValueError: a cell has a number that is no colour.
+    """
+    predicted = any(sample.prediction is not None for sample in samples)
+    names = ["input", "target", *(["prediction"] if predicted else [])]
+    columns = min(len(samples), SAMPLES_PER_LINE)
+    lines = math.ceil(len(samples) / columns)
+    captions = [textwrap.wrap(sample.caption, CAPTION_WIDTH) for sample in samples]
+    height = 0.75 + lines * (0.25 + 0.12 * max(map(len, captions)) + 1.05 * len(names))
+    figure = titled_figure(max(NARROWEST, 0.9 + 1.15 * columns), height, title, subtitle)
+    panels = figure.subplots(lines * len(names), columns, squeeze=False)
+    for axes in panels.flat:
+        axes.set_axis_off()
+    for index, sample in enumerate(samples):
+        line, column = divmod(index, columns)
+        for row, name in enumerate(names):
+            axes, grid = panels[line * len(names) + row, column], getattr(sample, name)
+            if grid is not None:
+                _draw_grid(axes, grid, sample.target if name == "prediction" else grid)
+            if row == 0:
+                axes.set_title("\n".join(captions[index]), fontsize=7.5, pad=3)
+            if column == 0:
+                axes.text(-0.1, 0.5, name, transform=axes.transAxes, ha="right", va="center", fontsize=8.5)
+    return figure
+
+
+def _draw_grid(axes: Axes, grid: np.ndarray, truth: np.ndarray) -> None:
+    """One grid in the colours of its numbers, crossed where it differs from the truth."""
+    if grid.min() < 0 or grid.max() >= len(GRID_COLOURS):
+        raise ValueError(f"cells from {grid.min()} to {grid.max()}: colours are 0 to {len(GRID_COLOURS) - 1}")
+    axes.set_axis_on()
+    colours = ListedColormap(GRID_COLOURS)
+    axes.pcolormesh(grid, edgecolors="#555555", lw=0.4, cmap=colours, vmin=0, vmax=len(GRID_COLOURS))
+    rows, columns = np.nonzero(grid != truth)
+    axes.plot(columns + 0.5, rows + 0.5, "x", color="white", ms=5, mew=1.8)
+    axes.plot(columns + 0.5, rows + 0.5, "x", color=INK, ms=4, mew=0.8)
+    axes.invert_yaxis()
+    axes.set_aspect("equal")
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.spines[:].set_visible(False)

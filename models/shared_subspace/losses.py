@@ -1,13 +1,13 @@
-"""Losses of the shared-subspace experiment: the task's, the one that pulls subspaces together, and the sparse code's.
+"""Losses of the shared-subspace experiment: prediction, sharing of subspaces, sparse autoencoder, schedules.
 
     loss = TASK_LOSSES["ce"](logits, target)                        # (B, C, 8, 8), (B, 8, 8)
     sharing = SharingLoss(labels, width=128, rank=4, generator=generator)
     terms = sharing(hidden, primitives)                             # terms.loss, terms.pairs, terms.fallbacks
-    sharing.update(terms)                                           # after the step, where there is an average
-    code = sparse_terms(hidden, sparse, rebuilt)                    # code.reconstruction, code.l1, code.activity
+    sharing.update(terms)                                           # after the step: the running means
+    sparse = sparse_terms(hidden, latents, reconstruction)          # sparse.reconstruction, sparse.l1, ...
     weight = weight_at([[0, 0], [0.2, 1]], progress=0.1)            # 0.5
 
-All are means over samples, and float32 at least.
+All are means over samples; give them float32 or wider.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,39 +19,35 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from models.shared_subspace.tasks import LEAST_GROUP
+from models.shared_subspace.config import MIN_GROUP_SIZE
+from models.shared_subspace.primitives import EMPTY
 
-LEAST_GAP = (
-    1e-3  # between the eigenvalues on both sides of the cut, relative to the largest; below, PCA is unstable
-)
-RIDGE = (
-    1e-3  # of the random projection, relative to the trace: what it falls back on where samples do not vary
-)
+MIN_GAP = 1e-3  # between the eigenvalues beside the cut, relative to the largest; below it PCA is unstable
+RIDGE = 1e-3  # of the random projection, relative to the trace: for samples that do not vary
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The task
+# --- prediction ---------------------------------------------------------------------------------------------
 
 
-def iou(colours: Tensor, targets: Tensor, empty: int = 0) -> Tensor:
-    """|cells that are filled and right| / |cells that are filled in either grid|; 1 where both grids are empty.
+def iou(colours: Tensor, targets: Tensor) -> Tensor:
+    """|cells that are filled and right| / |cells that are filled in either grid|; 1 where both are empty.
 
     colours and targets: (B, 8, 8) integers; the result is (B,).
     """
-    union = ((colours != empty) | (targets != empty)).sum(dim=(1, 2))
-    right = ((colours == targets) & (targets != empty)).sum(dim=(1, 2))
+    union = ((colours != EMPTY) | (targets != EMPTY)).sum(dim=(1, 2))
+    right = ((colours == targets) & (targets != EMPTY)).sum(dim=(1, 2))
     return torch.where(union > 0, right / union.clamp_min(1), 1.0)
 
 
-def soft_iou_loss(logits: Tensor, targets: Tensor, empty: int = 0) -> Tensor:
+def soft_iou_loss(logits: Tensor, targets: Tensor) -> Tensor:
     """1 - `iou`, a cell counting by its probability of the right colour and of being filled; scalar.
 
-    With certain predictions it is 1 - `iou` itself. Where the target is empty there is no right cell to gain, and the
-    loss is u / (1 + u) with u the expected number of filled cells: 0 where they are none, as in 1 - `iou`.
+    With certain predictions it is 1 - `iou` itself. Where the target is empty the loss is u / (1 + u) with u
+    the expected number of filled cells.
     """
-    probabilities = _wide(logits).softmax(dim=1)  # (B, C, 8, 8)
-    filled = targets != empty
-    right = probabilities.gather(1, targets[:, None]).squeeze(1) * filled
-    union = torch.where(filled, 1.0, 1 - probabilities[:, empty])
+    probabilities = logits.softmax(dim=1)  # (B, C, 8, 8)
+    filled = targets != EMPTY
+    right = probabilities.gather(1, targets[:, None].long()).squeeze(1) * filled
+    union = torch.where(filled, 1.0, 1 - probabilities[:, EMPTY])
     right, union = right.sum(dim=(1, 2)), union.sum(dim=(1, 2))
     has_cells = filled.flatten(1).any(dim=1)
     return torch.where(has_cells, 1 - right / union.clamp_min(1.0), union / (1 + union)).mean()
@@ -59,18 +55,12 @@ def soft_iou_loss(logits: Tensor, targets: Tensor, empty: int = 0) -> Tensor:
 
 def cell_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """Cross-entropy of the colour, mean over cells and samples; scalar."""
-    return F.cross_entropy(_wide(logits), targets)
-
-
-def _wide(values: Tensor) -> Tensor:
-    """The values in float32 at least."""
-    return values.to(torch.promote_types(values.dtype, torch.float32))
+    return F.cross_entropy(logits, targets.long())
 
 
 TASK_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"ce": cell_cross_entropy, "iou": soft_iou_loss}
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Subspaces
+# --- sharing ------------------------------------------------------------------------------------------------
 
 
 class _PrincipalProjector(torch.autograd.Function):
@@ -91,47 +81,40 @@ class _PrincipalProjector(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, directions, eigenvalues = ctx.saved_tensors
-        kept, left = directions[:, : ctx.rank], directions[:, ctx.rank :]
+        kept, rest = directions[:, : ctx.rank], directions[:, ctx.rank :]
         above, below = eigenvalues[: ctx.rank, None], eigenvalues[None, ctx.rank :]
-        turned = kept.T @ ((gradient + gradient.T) / 2)  # (k, d)
-        inside = (turned @ left) / (above - below)  # (k, r - k)
-        outside = (
-            turned - (turned @ directions) @ directions.T
-        ) / above  # (k, d): directions X says nothing about
-        m = kept @ (inside @ left.T + outside)
+        g = kept.T @ ((gradient + gradient.T) / 2)  # (k, d)
+        inside = (g @ rest) / (above - below)  # (k, r - k)
+        outside = (g - (g @ directions) @ directions.T) / above  # (k, d): beyond the span of X
+        m = kept @ (inside @ rest.T + outside)
         return 2 * x @ (m + m.T), None, None, None
 
 
-class Projector(NamedTuple):
-    """The projector (d, d) onto a group's subspace, and whether it had to be a random projection's."""
+def group_projector(x: Tensor, rank: int, probe: Tensor) -> tuple[Tensor, bool]:
+    """Projector (d, d) onto the first principal directions of x (n, d), and whether it is a fallback.
 
-    matrix: Tensor
-    is_fallback: bool
-
-
-def group_projector(x: Tensor, rank: int, probe: Tensor) -> Projector:
-    """The projector onto the first `rank` principal directions of x (n, d), differentiable in x.
-
-    Where the gap between eigenvalue `rank` and the next is below `LEAST_GAP` of the largest, or samples do not span so
-    many directions, these directions are not determined. Then the subspace is that of (C / tr C + RIDGE I) `probe`, a
-    few random directions (d, rank) seen through the covariance C, which is always defined. Source: Halko, Martinsson
-    and Tropp, *Finding Structure with Randomness*, 2011. Of samples that are no numbers the projector is none either.
+    It is differentiable in x. Where the gap between eigenvalue `rank` and the next is below `MIN_GAP` of the
+    largest, or samples span fewer directions, these directions are not determined. Then the subspace is that
+    of (C / tr C + RIDGE I) `probe`, random directions (d, rank) multiplied by the covariance C, which is
+    always defined. Source:
+    Halko, Martinsson and Tropp, *Finding Structure with Randomness*, 2011. The projector of samples that are
+    not finite is NaN.
     """
     x = x - x.mean(dim=0)
     if not x.isfinite().all():
-        return Projector(x.new_full((x.shape[1], x.shape[1]), torch.nan), True)
+        return x.new_full((x.shape[1], x.shape[1]), torch.nan), True
     _, sizes, directions = torch.linalg.svd(x.detach(), full_matrices=False)
     eigenvalues = F.pad(sizes.square(), (0, max(0, rank + 1 - len(sizes))))
     gap = eigenvalues[rank - 1] - eigenvalues[rank]
-    if bool(gap > LEAST_GAP * eigenvalues[0]):
-        return Projector(_PrincipalProjector.apply(x, directions.T, sizes.square(), rank), False)
+    if bool(gap > MIN_GAP * eigenvalues[0]):
+        return _PrincipalProjector.apply(x, directions.T, sizes.square(), rank), False
     trace = x.square().sum().clamp_min(torch.finfo(x.dtype).eps)  # samples that do not vary have no gradient
     basis, _ = torch.linalg.qr(x.T @ (x @ probe.to(x)) / trace + RIDGE * probe.to(x))
-    return Projector(basis @ basis.T, True)
+    return basis @ basis.T, True
 
 
-def sharing_pairs(labels: Tensor) -> Tensor:
-    """Which of the multi-hot labels (G, P) have a primitive in common with which others, (G, G) bool."""
+def share_primitive(labels: Tensor) -> Tensor:
+    """Whether two different ones of the multi-hot labels (G, P) have a primitive in common, (G, G) bool."""
     return (labels.float() @ labels.float().T > 0).fill_diagonal_(False)
 
 
@@ -143,10 +126,11 @@ def projector_distances(ours: Tensor, theirs: Tensor, rank: int) -> Tensor:
 
 
 class SharingTerms(NamedTuple):
-    """What the sharing loss saw in a batch.
+    """The sharing loss of a batch.
 
-    loss: scalar; pairs: of groups that share a primitive, each in both directions; fallbacks: groups whose PCA was
-    unstable; projectors (G, d, d), detached; groups (G,), their numbers among the labels the loss knows.
+    loss: scalar; pairs: number of ordered pairs of groups that share a primitive; fallbacks: number of groups
+    whose PCA was unstable; projectors (G, d, d), detached; groups (G,), their indices among the labels the
+    loss knows.
     """
 
     loss: Tensor
@@ -157,13 +141,14 @@ class SharingTerms(NamedTuple):
 
 
 class SharingLoss(nn.Module):
-    """How far apart the subspaces are of groups that share a primitive.
+    """Mean distance between the subspaces of groups that share a primitive.
 
         loss = mean over ordered pairs (i, j) of  ||P_i - Q_j||_F^2 / (2 k),   Q_j = m A_j + (1 - m) P_j
 
-    P_i projects onto the first k principal directions of group i in the batch, A_j is a running mean of P_j over steps
-    (decay m; with m = 0, and at first sight, Q_j = P_j). A group is the samples of one label. Between two subspaces of
-    dimension k the value is 1 - mean cos^2 of their principal angles: 0 where they agree, 1 where they are orthogonal.
+    P_i projects onto the first k principal directions of group i in the batch, A_j is a running mean of P_j
+    over steps (decay m; with m = 0, and at first sight, Q_j = P_j). A group is the samples of one label.
+    Between two subspaces of dimension k the value is 1 - mean cos^2 of their principal angles: 0 where they
+    agree, 1 where they are orthogonal.
 
     Args:
         labels: the multi-hot labels that occur, (M, P), each once.
@@ -171,8 +156,8 @@ class SharingLoss(nn.Module):
         rank: k.
         generator: draws the random directions of the fallback.
         ema: m.
-        detach: Q_j has no gradient: every group is pulled towards others that stand still. With m = 0 that halves the
-            gradient and changes nothing else, since both directions of a pair are there.
+        detach: Q_j has no gradient. With m = 0 that halves the gradient and changes nothing else, since both
+            directions of a pair occur.
     """
 
     probe: Tensor
@@ -194,87 +179,83 @@ class SharingLoss(nn.Module):
         probe, _ = torch.linalg.qr(torch.randn(width, rank, generator=generator))
         self.register_buffer("labels", labels.bool())
         self.register_buffer("probe", probe)
-        kept = len(labels) if ema else 0  # only an average needs to be kept
-        self.register_buffer("averages", torch.zeros(kept, width, width))
-        self.register_buffer("seen", torch.zeros(kept, dtype=torch.bool))
+        averaged = len(labels) if ema else 0
+        self.register_buffer("averages", torch.zeros(averaged, width, width))
+        self.register_buffer("seen", torch.zeros(averaged, dtype=torch.bool))
 
     def forward(self, hidden: Tensor, labels: Tensor) -> SharingTerms:
-        """hidden (B, d) and the multi-hot labels (B, P) of its samples; single samples of a label are left out."""
-        group_of = self.numbers(labels)
-        present, counts = group_of.unique(return_counts=True)
-        present = present[counts >= LEAST_GROUP]
-        found = [group_projector(hidden[group_of == group], self.rank, self.probe) for group in present]
-        fallbacks = sum(projector.is_fallback for projector in found)
-        if not found:
+        """hidden (B, d) and the multi-hot labels (B, P) of its samples; groups of one sample are left out."""
+        group_of = self.group_indices(labels)
+        groups, counts = group_of.unique(return_counts=True)
+        groups = groups[counts >= MIN_GROUP_SIZE]
+        if not len(groups):
             empty = hidden.new_zeros(0, hidden.shape[1], hidden.shape[1])
-            return SharingTerms(hidden.new_zeros(()), 0, 0, empty, present)
-        projectors = torch.stack([projector.matrix for projector in found])
-        shared = sharing_pairs(self.labels[present])
+            return SharingTerms(hidden.new_zeros(()), 0, 0, empty, groups)
+        matrices, is_fallback = zip(
+            *(group_projector(hidden[group_of == group], self.rank, self.probe) for group in groups),
+            strict=True,
+        )
+        projectors = torch.stack(matrices)
+        shared = share_primitive(self.labels[groups])
         pairs = int(shared.sum())
-        distances = projector_distances(projectors, self._targets(projectors, present), self.rank)
+        targets = self._averaged(projectors, groups) if self.ema else projectors
+        distances = projector_distances(projectors, targets.detach() if self.detach else targets, self.rank)
         loss = distances[shared].mean() if pairs else hidden.new_zeros(())
-        return SharingTerms(loss, pairs, fallbacks, projectors.detach(), present)
+        return SharingTerms(loss, pairs, sum(is_fallback), projectors.detach(), groups)
 
-    def numbers(self, labels: Tensor) -> Tensor:
-        """Which of the known labels each one is, (B, P) -> (B,)."""
+    def group_indices(self, labels: Tensor) -> Tensor:
+        """Index of each label among those the loss knows, (B, P) -> (B,)."""
         agree = (labels[:, None].bool() == self.labels).all(dim=2)
         if not bool(agree.any(dim=1).all()):
             raise ValueError("a sample has a label that the sharing loss was not made for")
         return agree.float().argmax(dim=1)
 
-    def _targets(self, projectors: Tensor, groups: Tensor) -> Tensor:
-        """Q of each group."""
-        targets = projectors
-        if self.ema:
-            mixed = self.ema * self.averages[groups] + (1 - self.ema) * projectors
-            targets = torch.where(self.seen[groups][:, None, None], mixed, projectors)
-        return targets.detach() if self.detach else targets
-
     @torch.no_grad()
     def update(self, terms: SharingTerms) -> None:
-        """Take a batch's projectors into the running means."""
+        """Move the running means: A_j <- m A_j + (1 - m) P_j for the groups of a batch."""
         if self.ema and len(terms.groups):
-            before = torch.where(
-                self.seen[terms.groups][:, None, None], self.averages[terms.groups], terms.projectors
-            )
-            self.averages[terms.groups] = self.ema * before + (1 - self.ema) * terms.projectors
+            self.averages[terms.groups] = self._averaged(terms.projectors, terms.groups)
             self.seen[terms.groups] = True
 
+    def _averaged(self, projectors: Tensor, groups: Tensor) -> Tensor:
+        """m A_j + (1 - m) P_j of each group; P_j itself at first sight."""
+        mixed = self.ema * self.averages[groups] + (1 - self.ema) * projectors
+        return torch.where(self.seen[groups][:, None, None], mixed, projectors)
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The sparse code, and weights that change
+
+# --- sparse autoencoder, schedules --------------------------------------------------------------------------
 
 
 class SparseTerms(NamedTuple):
     """Losses and measures of a sparse autoencoder on a batch, scalars.
 
-    reconstruction: mean squared error of the rebuilt vectors; l1: sum over units of |z|, mean over samples;
-    activity: share of units with z > 0, mean over samples; silent: share of units that no sample made active;
+    reconstruction: mean squared error; l1: sum over units of |z|, mean over samples; active_fraction: share
+    of units with z > 0, mean over samples; dead_fraction: share of units that are active on no sample;
     explained: 1 - squared error / variance.
     """
 
     reconstruction: Tensor
     l1: Tensor
-    activity: Tensor
-    silent: Tensor
+    active_fraction: Tensor
+    dead_fraction: Tensor
     explained: Tensor
 
 
-def sparse_terms(hidden: Tensor, sparse: Tensor, rebuilt: Tensor) -> SparseTerms:
-    """`SparseTerms` of hidden (B, d), its code (B, k) and what was rebuilt from it (B, d)."""
-    active = sparse.detach() > 0
-    error = (rebuilt - hidden).square()
+def sparse_terms(hidden: Tensor, latents: Tensor, reconstruction: Tensor) -> SparseTerms:
+    """`SparseTerms` of hidden (B, d), its latents (B, k) and their reconstruction of it (B, d)."""
+    active = latents.detach() > 0
+    error = (reconstruction - hidden).square().mean()
     variance = (hidden - hidden.mean(dim=0)).square().mean().clamp_min(torch.finfo(hidden.dtype).tiny)
     return SparseTerms(
-        reconstruction=error.mean(),
-        l1=sparse.abs().sum(dim=1).mean(),
-        activity=active.float().mean(),
-        silent=1 - active.any(dim=0).float().mean(),
-        explained=(1 - error.mean() / variance).detach(),
+        reconstruction=error,
+        l1=latents.abs().sum(dim=1).mean(),
+        active_fraction=active.float().mean(),
+        dead_fraction=1 - active.any(dim=0).float().mean(),
+        explained=(1 - error / variance).detach(),
     )
 
 
 def weight_at(points: Sequence[Sequence[float]], progress: float) -> float:
-    """The weight at a share of training, straight lines between points [share, weight], constant beyond them."""
+    """The weight at a share of training: linear between points [share, weight], constant beyond them."""
     shares, weights = zip(*points, strict=True)
     return float(np.interp(progress, shares, weights))

@@ -1,66 +1,48 @@
-"""A network for 8x8 grids: encoder, bottleneck h, sparse autoencoder z, decoder, and a head that names primitives.
+"""The network for 8x8 grids: encoder, bottleneck h, sparse autoencoder z, decoder, and a primitive head.
 
-    model = GridModel(GridShape(colours=5, steps=56, slots=3, primitives=14), encoder="transformer")
-    output = model(grids, program)        # (B, 8, 8), (B, S) -> logits (B, C, 8, 8), h (B, 128), z (B, k), ...
-    model.insert("lora", rank=4)          # next to the bottleneck; everything else is frozen
+    model = GridModel(GridShape(colours=5, operations=56, slots=3, primitives=14), config)
+    output = model(grids, program)              # (B, 8, 8), (B, S) -> `GridOutput`
+    model.insert_adapters("lora", rank=4)       # at the bottleneck; everything else is frozen
     model.remove_adapters()
 
-The encoder reads the program's steps and the grid's patches as one sequence and gives a token for each; the tokens of
-the patches make h, which is normalised so that neither a subspace nor a sparse code can profit from its size. The
-decoder reads h alone. A new encoder is a subclass of `Encoder` and a line in `ENCODERS`.
+The encoder reads the program's operations and the grid's patches as one sequence; the tokens of the patches
+make h, which is normalised so that neither a subspace nor a sparse code can profit from its size. The decoder
+reads h alone. A new encoder is a subclass of `Encoder` and a line in `ENCODERS`.
+
+Sources: sparse autoencoder, Bricken et al., *Towards Monosemanticity*, 2023; LoRA, Hu et al., ICLR 2022;
+bottleneck adapters, Houlsby et al., ICML 2019.
 """
 
 from collections.abc import Iterable
-from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.shared_subspace.adapters import ADAPTATIONS
+from backbone.lora import LowRank
+from backbone.sema_components import Adapter
+from models.shared_subspace.config import SharedSubspaceConfig
+from models.shared_subspace.primitives import SIDE
 
-SIDE = 8  # cells along an edge of a grid
-TO_HIDDEN, FROM_HIDDEN = "to_hidden", "from_hidden"  # the linear layers on both sides of the bottleneck
-
-
-class GridShape(NamedTuple):
-    """Sizes that follow from the tasks: colours C, kinds of steps, slots S of a program, primitives P."""
-
-    colours: int
-    steps: int
-    slots: int
-    primitives: int
-
-
-class GridOutput(NamedTuple):
-    """What the network says of a batch.
-
-    logits (B, C, 8, 8) of the target's colours; hidden (B, d); named (B, P), logits of the primitives; sparse (B, k),
-    the code of hidden, and rebuilt (B, d), hidden as read off it: None without an autoencoder.
-    """
-
-    logits: Tensor
-    hidden: Tensor
-    named: Tensor
-    sparse: Tensor | None
-    rebuilt: Tensor | None
+# --- encoders and decoders ----------------------------------------------------------------------------------
 
 
 class Encoder(nn.Module):
-    """Layers (B, N, d) -> (B, N, d), one after the other, and a norm."""
+    """Layers (B, N, width) -> (B, N, width) and a final norm."""
 
     def __init__(self, layers: Iterable[nn.Module], width: int) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
         self.norm = nn.LayerNorm(width)
 
-    def states(self, tokens: Tensor) -> list[Tensor]:
-        """The tokens after each layer."""
-        return list(accumulate(self.layers, lambda tokens, layer: layer(tokens), initial=tokens))[1:]
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.norm(self.states(tokens)[-1])
+    def forward(self, tokens: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The normalised tokens, and the tokens after each layer."""
+        states = []
+        for layer in self.layers:
+            tokens = layer(tokens)
+            states.append(tokens)
+        return self.norm(tokens), states
 
 
 class TransformerEncoder(Encoder):
@@ -68,13 +50,12 @@ class TransformerEncoder(Encoder):
 
     def __init__(self, width: int, depth: int, heads: int) -> None:
         options = {"dropout": 0.0, "activation": "gelu", "batch_first": True, "norm_first": True}
-        super().__init__(
-            (nn.TransformerEncoderLayer(width, heads, 4 * width, **options) for _ in range(depth)), width
-        )
+        layers = (nn.TransformerEncoderLayer(width, heads, 4 * width, **options) for _ in range(depth))
+        super().__init__(layers, width)
 
 
 class GRUEncoder(Encoder):
-    """Gated recurrent units in both directions, d / 2 each. They have no heads."""
+    """Bidirectional gated recurrent units, width / 2 in each direction; `heads` has no effect."""
 
     def __init__(self, width: int, depth: int, heads: int) -> None:
         super().__init__((GRULayer(width) for _ in range(depth)), width)
@@ -91,13 +72,11 @@ class GRULayer(nn.Module):
         return self.units(tokens)[0]
 
 
-class DeconvolutionDecoder(nn.Module):
+class DeconvolutionDecoder(nn.Sequential):
     """Features (B, inputs) as 2x2 cells, doubled twice by transposed convolutions: (B, C, 8, 8)."""
 
     def __init__(self, width: int, colours: int) -> None:
-        super().__init__()
-        self.inputs = 2 * width * 4
-        self.grow = nn.Sequential(
+        super().__init__(
             nn.GELU(),
             nn.Unflatten(1, (2 * width, 2, 2)),
             nn.ConvTranspose2d(2 * width, width, 4, stride=2, padding=1),
@@ -106,45 +85,38 @@ class DeconvolutionDecoder(nn.Module):
             nn.GELU(),
             nn.Conv2d(width, colours, 1),
         )
-
-    def forward(self, features: Tensor) -> Tensor:
-        return self.grow(features)
+        self.inputs = 2 * width * 2 * 2
 
 
-class MLPDecoder(nn.Module):
-    """Features (B, inputs) through one hidden layer to all cells at once: (B, C, 8, 8)."""
+class MLPDecoder(nn.Sequential):
+    """Features (B, inputs) through one linear layer to all cells: (B, C, 8, 8)."""
 
     def __init__(self, width: int, colours: int) -> None:
-        super().__init__()
+        cells = nn.Linear(8 * width, colours * SIDE * SIDE)
+        super().__init__(nn.GELU(), cells, nn.Unflatten(1, (colours, SIDE, SIDE)))
         self.inputs = 8 * width
-        self.cells = nn.Sequential(
-            nn.GELU(), nn.Linear(self.inputs, colours * SIDE * SIDE), nn.Unflatten(1, (colours, SIDE, SIDE))
-        )
-
-    def forward(self, features: Tensor) -> Tensor:
-        return self.cells(features)
 
 
 ENCODERS: dict[str, type[Encoder]] = {"transformer": TransformerEncoder, "gru": GRUEncoder}
 DECODERS: dict[str, type[nn.Module]] = {"deconvolution": DeconvolutionDecoder, "mlp": MLPDecoder}
 
+# --- parts at the bottleneck --------------------------------------------------------------------------------
+
 
 class SparseAutoencoder(nn.Module):
     """z = relu(W_e (h - b) + c),   h' = D z + b,   the columns of D of length one; h is (B, d), z (B, k).
 
-    Columns of length one keep the L1 of z from being lowered by making D larger. The weight of that L1 is a buffer
-    which `steer` moves until the share of active units is what is wanted.
+    Columns of length one keep the L1 of z from being lowered by a larger D. The weight of that L1 is a
+    buffer, moved by `update_l1_weight` until the fraction of active units is the target.
 
     Args:
         width: d.
         units: k.
-        target: wanted share of units that are active, z > 0, over units and samples.
-
-    Source: Bricken et al., *Towards Monosemanticity*, 2023, for the autoencoder.
+        target: fraction of units to be active, z > 0, over units and samples.
     """
 
     l1_weight: Tensor
-    RATE = 0.05  # of `steer`
+    RATE = 0.05  # of `update_l1_weight`
     BOUNDS = (1e-5, 1e2)  # of the weight
 
     def __init__(self, width: int, units: int, target: float) -> None:
@@ -159,115 +131,122 @@ class SparseAutoencoder(nn.Module):
         self.register_buffer("l1_weight", torch.tensor(1e-2))
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """The code and what is rebuilt from it: (B, d) -> (B, k), (B, d)."""
-        sparse = F.relu(self.encoder(hidden - self.bias))
-        return sparse, F.linear(sparse, F.normalize(self.dictionary, dim=0), self.bias)
+        """Latents z and reconstruction h': (B, d) -> (B, k), (B, d)."""
+        latents = F.relu(self.encoder(hidden - self.bias))
+        return latents, F.linear(latents, F.normalize(self.dictionary, dim=0), self.bias)
 
     @torch.no_grad()
-    def steer(self, activity: float) -> None:
-        """After a step: L1 weighs more where more units were active than wanted, less where fewer.
-
-        weight <- weight exp(RATE clip(activity / target - 1, -1, 1)), within `BOUNDS`.
-        """
-        excess = min(1.0, max(-1.0, activity / self.target - 1))
+    def update_l1_weight(self, active_fraction: float) -> None:
+        """Step the weight: w <- w exp(RATE clip(active_fraction / target - 1, -1, 1)), within `BOUNDS`."""
+        excess = min(1.0, max(-1.0, active_fraction / self.target - 1))
         self.l1_weight.mul_(torch.tensor(self.RATE * excess).exp()).clamp_(*self.BOUNDS)
 
 
-class GridModel(nn.Module):
-    """Encoder, bottleneck, sparse autoencoder, decoder and primitive head.
+class LoRALinear(nn.Module):
+    """y = W x + b + B A x with W and b frozen, A (r, d_in) and B (d_out, r); B = 0 at the start."""
 
-    Args:
-        shape: sizes that follow from the tasks.
-        encoder: a key of `ENCODERS`.
-        decoder: a key of `DECODERS`.
-        width: d of the tokens; that of the decoder follows.
-        depth: layers of the encoder.
-        heads: of attention, where there is attention.
-        patch: cells along an edge of a patch.
-        hidden: width of the bottleneck h.
-        units: k of the sparse autoencoder; 0: there is none.
-        activity: wanted share of its active units.
+    def __init__(self, linear: nn.Linear, rank: int) -> None:
+        super().__init__()
+        self.linear = linear.requires_grad_(False)
+        self.low_rank = LowRank(linear.weight, 1, rank, linear.in_features, linear.out_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) + self.low_rank(x)
+
+
+class AdapterLinear(nn.Module):
+    """y = u + A(u) with u = W x + b frozen, A a bottleneck adapter of r hidden units; A = 0 at the start."""
+
+    def __init__(self, linear: nn.Linear, rank: int) -> None:
+        super().__init__()
+        self.linear = linear.requires_grad_(False)
+        self.adapter = Adapter(linear.out_features, rank).to(linear.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x)
+        return y + self.adapter(y)
+
+
+ADAPTERS: dict[str, type[nn.Module]] = {"lora": LoRALinear, "adapter": AdapterLinear}
+
+# --- the network --------------------------------------------------------------------------------------------
+
+
+class GridShape(NamedTuple):
+    """Sizes that follow from the tasks: colours C, operations, slots S of a program, primitives P."""
+
+    colours: int
+    operations: int
+    slots: int
+    primitives: int
+
+
+class GridOutput(NamedTuple):
+    """The network's output for a batch.
+
+    logits (B, C, 8, 8) of the target's colours; hidden (B, d); primitive_logits (B, P); latents (B, k) of the
+    sparse autoencoder and its reconstruction (B, d) of hidden, None without one; layers: after each layer of
+    the encoder the patches' tokens in a row, (B, N width).
     """
 
-    def __init__(
-        self,
-        shape: GridShape,
-        *,
-        encoder: str = "transformer",
-        decoder: str = "deconvolution",
-        width: int = 64,
-        depth: int = 2,
-        heads: int = 4,
-        patch: int = 2,
-        hidden: int = 128,
-        units: int = 512,
-        activity: float = 0.05,
-    ) -> None:
+    logits: Tensor
+    hidden: Tensor
+    primitive_logits: Tensor
+    latents: Tensor | None
+    reconstruction: Tensor | None
+    layers: list[Tensor]
+
+    def representations(self) -> dict[str, Tensor]:
+        """Every layer's vectors (B, ...) by name: "layer 1", ..., "h", and "z" with an autoencoder."""
+        found = {f"layer {number}": vectors for number, vectors in enumerate(self.layers, start=1)}
+        found["h"] = self.hidden
+        return found if self.latents is None else found | {"z": self.latents}
+
+
+class GridModel(nn.Module):
+    """Encoder, bottleneck, sparse autoencoder, decoder and primitive head."""
+
+    def __init__(self, shape: GridShape, config: SharedSubspaceConfig) -> None:
         super().__init__()
         self.shape = shape
-        patches = (SIDE // patch) ** 2
-        self.patches = nn.Conv2d(shape.colours, width, patch, stride=patch)
-        self.steps = nn.Embedding(shape.steps + 1, width)  # 0: a slot at rest
+        width, hidden = config.width, config.hidden
+        patches = (SIDE // config.patch) ** 2
+        self.patches = nn.Conv2d(shape.colours, width, config.patch, stride=config.patch)
+        self.operations = nn.Embedding(shape.operations + 1, width)  # 0: an empty slot
         self.positions = nn.Parameter(0.02 * torch.randn(shape.slots + patches, width))
-        self.encoder = ENCODERS[encoder](width, depth, heads)
-        self.decoder = DECODERS[decoder](width, shape.colours)
-        self.near = nn.ModuleDict(
-            {
-                TO_HIDDEN: nn.Linear(patches * width, hidden),
-                FROM_HIDDEN: nn.Linear(hidden, self.decoder.inputs),
-            }
-        )
-        self.names = nn.Linear(hidden, shape.primitives)
-        self.autoencoder = SparseAutoencoder(hidden, units, activity) if units else None
+        self.encoder = ENCODERS[config.encoder](width, config.depth, config.heads)
+        self.decoder = DECODERS[config.decoder](width, shape.colours)
+        down, up = nn.Linear(patches * width, hidden), nn.Linear(hidden, self.decoder.inputs)
+        self.bottleneck = nn.ModuleDict({"down": down, "up": up})
+        self.primitive_head = nn.Linear(hidden, shape.primitives)
+        units = config.sparse_units
+        self.autoencoder = SparseAutoencoder(hidden, units, config.sparse_activity) if units else None
+        self.register_load_state_dict_pre_hook(_insert_loaded_adapters)
 
     def forward(self, grids: Tensor, program: Tensor) -> GridOutput:
-        """Grids (B, 8, 8) and programs (B, S), both int64."""
-        hidden = self.encode(grids, program)
-        sparse, rebuilt = (None, None) if self.autoencoder is None else self.autoencoder(hidden)
-        return GridOutput(self.decode(hidden), hidden, self.names(hidden), sparse, rebuilt)
+        """Integer grids (B, 8, 8) and int64 programs (B, S). h has mean 0 and variance 1 over its numbers."""
+        cells = F.one_hot(grids.long(), self.shape.colours).permute(0, 3, 1, 2)  # (B, C, 8, 8)
+        patches = self.patches(cells.to(self.positions.dtype)).flatten(2).transpose(1, 2)  # (B, N, width)
+        tokens = torch.cat([self.operations(program), patches], dim=1) + self.positions  # (B, S + N, width)
+        encoded, states = self.encoder(tokens)
+        patches, *layers = (
+            state[:, self.shape.slots :].flatten(1) for state in (encoded, *states)
+        )  # (B, N width)
+        hidden = self.bottleneck["down"](patches)
+        hidden = F.layer_norm(hidden, hidden.shape[1:])
+        latents, reconstruction = (None, None) if self.autoencoder is None else self.autoencoder(hidden)
+        logits = self.decoder(self.bottleneck["up"](hidden))
+        return GridOutput(logits, hidden, self.primitive_head(hidden), latents, reconstruction, layers)
 
-    def encode(self, grids: Tensor, program: Tensor) -> Tensor:
-        """h, (B, d): of mean 0 and variance 1 over its d numbers."""
-        return self._bottleneck(self.encoder(self._tokens(grids, program)))
-
-    def layers(self, grids: Tensor, program: Tensor) -> dict[str, Tensor]:
-        """What each layer makes of the samples, a vector (B, ...) each: its patches' tokens in a row; h; z, if any."""
-        states = self.encoder.states(self._tokens(grids, program))
-        found = {f"layer {i}": self._patches(state) for i, state in enumerate(states, start=1)}
-        found["h"] = hidden = self._bottleneck(self.encoder.norm(states[-1]))
-        if self.autoencoder is not None:
-            found["z"] = self.autoencoder(hidden)[0]
-        return found
-
-    def _tokens(self, grids: Tensor, program: Tensor) -> Tensor:
-        """What the encoder reads, (B, S + N, width)."""
-        seen = (
-            F.one_hot(grids, self.shape.colours).permute(0, 3, 1, 2).to(self.positions.dtype)
-        )  # (B, C, 8, 8)
-        patches = self.patches(seen).flatten(2).transpose(1, 2)  # (B, N, width)
-        return torch.cat([self.steps(program), patches], dim=1) + self.positions
-
-    def _patches(self, read: Tensor) -> Tensor:
-        """The patches' tokens in a row, (B, S + N, width) -> (B, N width)."""
-        return read[:, self.shape.slots :].flatten(1)
-
-    def _bottleneck(self, read: Tensor) -> Tensor:
-        hidden = self.near[TO_HIDDEN](self._patches(read))
-        return F.layer_norm(hidden, hidden.shape[1:])
-
-    def decode(self, hidden: Tensor) -> Tensor:
-        """Logits of every cell's colour, (B, d) -> (B, C, 8, 8)."""
-        return self.decoder(self.near[FROM_HIDDEN](hidden))
-
-    # --- adapters -----------------------------------------------------------------------------------------------------
+    # --- adapters -------------------------------------------------------------------------------------------
 
     @property
     def is_adapted(self) -> bool:
         """Whether adapters are inserted."""
-        return not isinstance(self.near[TO_HIDDEN], nn.Linear)
+        return not isinstance(self.bottleneck["down"], nn.Linear)
 
-    def insert(self, kind: str, rank: int) -> None:
-        """Put new, silent adapters on both linear layers at the bottleneck; only they learn from here on.
+    def insert_adapters(self, kind: str, rank: int) -> None:
+        """Put adapters (a key of `ADAPTERS`) on both linear layers of the bottleneck; the rest is frozen.
 
         Raises:
             RuntimeError: there are adapters already.
@@ -275,34 +254,30 @@ class GridModel(nn.Module):
         if self.is_adapted:
             raise RuntimeError("there are adapters at the bottleneck: remove them first")
         self.requires_grad_(False)
-        for name, linear in list(self.near.items()):
-            self.near[name] = ADAPTATIONS[kind](linear, rank)
+        for name, linear in list(self.bottleneck.items()):
+            self.bottleneck[name] = ADAPTERS[kind](linear, rank)
 
     def remove_adapters(self) -> None:
-        """Back to the model as it was before `insert`; everything learns again."""
-        for name, adapted in list(self.near.items()):
-            self.near[name] = adapted.linear
+        """Restore the model as it was before `insert_adapters`; everything is trainable again."""
+        for name, adapted in list(self.bottleneck.items()):
+            self.bottleneck[name] = adapted.linear
         self.requires_grad_(True)
 
-    def adapters(self) -> list[nn.Parameter]:
-        """The parameters of the inserted adapters."""
-        return (
-            [parameter for parameter in self.near.parameters() if parameter.requires_grad]
-            if self.is_adapted
-            else []
-        )
-
     def parameter_counts(self) -> dict[str, int]:
-        """Numbers of parameters by part, adapters apart."""
-        parts = {
-            "encoder": nn.ModuleList([self.patches, self.steps, self.encoder]),
-            "bottleneck": self.near,
-            "decoder": self.decoder,
-            "names": self.names,
-            "autoencoder": nn.ModuleList() if self.autoencoder is None else self.autoencoder,
-        }
-        counts = {
-            name: sum(parameter.numel() for parameter in part.parameters()) for name, part in parts.items()
-        }
-        counts["encoder"] += self.positions.numel()
+        """Numbers of parameters by part."""
+        parts = ("bottleneck", "decoder", "primitive_head", "autoencoder")
+        counts = dict.fromkeys(("encoder", *parts), 0)
+        for name, parameter in self.named_parameters():
+            part = name.partition(".")[0]
+            counts[part if part in parts else "encoder"] += parameter.numel()
         return counts
+
+
+def _insert_loaded_adapters(model: GridModel, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """Hook of `load_state_dict`: insert the adapters that the tensors' names and shapes speak of."""
+    lora = state.get(f"{prefix}bottleneck.down.low_rank.down")  # (1, r, d_in)
+    adapter = state.get(f"{prefix}bottleneck.down.adapter.down_proj.weight")  # (r, d_out)
+    if model.is_adapted or (lora is None and adapter is None):
+        return
+    kind, down = ("adapter", adapter) if lora is None else ("lora", lora)
+    model.insert_adapters(kind, rank=down.shape[-2])

@@ -1,20 +1,18 @@
-"""Primitives: small deterministic changes of 8x8 grids, each with a few parameters.
+"""Primitives on 8x8 grids: deterministic functions with a few discrete parameters.
 
-    step = Shift("left", cells=2)
-    step(grids)                                  # (..., 8, 8) -> (..., 8, 8)
-    step.inverse()(step(grids))                  # the grids again; None where a primitive loses something
-    PRIMITIVES["shift"].draw(generator, colours=5)   # parameters at random
+    shift(grids, "left", 2)                      # (..., 8, 8) -> (..., 8, 8)
+    Operation("shift", ("left", 2))(grids)       # the same
+    operations("shift", colours=5)               # every value of its parameters: [Operation(...), ...]
 
-A grid is an integer tensor (..., 8, 8) of colours 0 .. C - 1; colour 0 is the empty background. A primitive is a frozen
-dataclass of its parameters, and calling it is the function itself: whatever is random is drawn before, from a generator
-that is passed. All work on any number of grids at once. A new primitive is one class and one line in `PRIMITIVES`.
+A grid is an integer tensor (..., 8, 8) of colours 0 .. C - 1; colour 0 is the empty background. Primitives
+return new memory and work on any number of grids at once. Nothing is random here: parameters are drawn in
+`tasks.py`. A new primitive is one function and one line in `PRIMITIVES`.
 """
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import combinations
-from typing import Literal, Self
+from itertools import combinations, product
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -22,312 +20,161 @@ from torch.nn import functional as F
 
 SIDE = 8  # cells along an edge of a grid
 EMPTY = 0  # the background's colour
-FEWEST_COLOURS, MOST_COLOURS = (
-    3,
-    10,
-)  # with fewer than two colours beside the background nothing can be exchanged
+MIN_COLOURS, MAX_COLOURS = 3, 10  # swapping needs two colours beside the background
 
-Direction = Literal["up", "right", "down", "left"]
-QUARTERS: dict[Direction, int] = {
-    "up": 0,
-    "right": 1,
-    "down": 2,
-    "left": 3,
-}  # turns that make a side the upper one
-OPPOSITE: dict[Direction, Direction] = {"up": "down", "down": "up", "left": "right", "right": "left"}
+Side = Literal["up", "right", "down", "left"]
+SIDES: tuple[Side, ...] = get_args(
+    Side
+)  # a side's index is the number of quarter turns that bring it to the top
 
 
-class Step(ABC):
-    """A primitive with its parameters."""
-
-    @classmethod
-    @abstractmethod
-    def variants(cls, colours: int) -> list[Self]:
-        """Every value its parameters can take on grids of so many colours."""
-
-    @abstractmethod
-    def __call__(self, grids: Tensor) -> Tensor:
-        """The changed grids, (..., 8, 8) -> (..., 8, 8); the given ones stay as they are."""
-
-    def inverse(self) -> "Step | None":
-        """The step that undoes this one; None where something is lost."""
-        return None
-
-    @classmethod
-    def draw(cls, generator: torch.Generator, colours: int) -> Self:
-        """The primitive with parameters at random, all of `variants` being equally likely."""
-        options = cls.variants(colours)
-        return options[int(torch.randint(len(options), (), generator=generator))]
+def rotate(grids: Tensor, quarters: int) -> Tensor:
+    """Turn counter-clockwise by quarters."""
+    return torch.rot90(grids, quarters, (-2, -1))
 
 
-@dataclass(frozen=True)
-class Rotate(Step):
-    """Turn by so many quarters, counter-clockwise."""
-
-    quarters: int
-
-    @classmethod
-    def variants(cls, colours: int) -> list[Self]:
-        return [cls(quarters) for quarters in (1, 2, 3)]
-
-    def __call__(self, grids: Tensor) -> Tensor:
-        return torch.rot90(grids, self.quarters, (-2, -1))
-
-    def inverse(self) -> Step:
-        return Rotate(4 - self.quarters)
-
-
-@dataclass(frozen=True)
-class Reflect(Step):
+def reflect(grids: Tensor, order: Literal["rows", "columns"]) -> Tensor:
     """Reverse the order of the rows, or of the columns."""
-
-    order: Literal["rows", "columns"]
-
-    @classmethod
-    def variants(cls, colours: int) -> list[Self]:
-        return [cls("rows"), cls("columns")]
-
-    def __call__(self, grids: Tensor) -> Tensor:
-        return grids.flip(-2 if self.order == "rows" else -1)
-
-    def inverse(self) -> Step:
-        return self
+    return grids.flip(-2 if order == "rows" else -1)
 
 
-@dataclass(frozen=True)
-class Transpose(Step):
+def transpose(grids: Tensor, diagonal: Literal["main", "other"]) -> Tensor:
     """Reflect in the main diagonal, or in the other one."""
-
-    diagonal: Literal["main", "other"]
-
-    @classmethod
-    def variants(cls, colours: int) -> list[Self]:
-        return [cls("main"), cls("other")]
-
-    def __call__(self, grids: Tensor) -> Tensor:
-        turned = grids.transpose(-2, -1)
-        return turned.clone() if self.diagonal == "main" else turned.flip((-2, -1))
-
-    def inverse(self) -> Step:
-        return self
+    transposed = grids.transpose(-2, -1)
+    return transposed.clone() if diagonal == "main" else transposed.flip((-2, -1))
 
 
-@dataclass(frozen=True)
-class Shift(Step):
-    """Move everything by so many cells; what leaves on one side comes in on the other."""
-
-    towards: Direction
-    cells: int
-
-    @classmethod
-    def variants(cls, colours: int) -> list[Self]:
-        return [cls(side, cells) for side in QUARTERS for cells in (1, 2)]
-
-    def __call__(self, grids: Tensor) -> Tensor:
-        return _as_upper_side(grids, self.towards, lambda upright: upright.roll(-self.cells, -2))
-
-    def inverse(self) -> Step:
-        return Shift(OPPOSITE[self.towards], self.cells)
+def shift(grids: Tensor, side: Side, cells: int) -> Tensor:
+    """Move everything towards a side; what leaves there comes in on the opposite side."""
+    return _at_top(grids, side, lambda upright: upright.roll(-cells, -2))
 
 
-@dataclass(frozen=True)
-class CycleColours(Step):
-    """Every colour but the background becomes the one `by` places on, in a circle of `circle` colours."""
-
-    by: int
-    circle: int
-
-    @classmethod
-    def variants(cls, colours: int) -> list[Self]:
-        return [cls(by, colours - 1) for by in range(1, colours - 1)]
-
-    def __call__(self, grids: Tensor) -> Tensor:
-        moved = (grids - 1 + self.by) % self.circle + 1
-        return torch.where(grids == EMPTY, grids, moved)
-
-    def inverse(self) -> Step:
-        return CycleColours(self.circle - self.by, self.circle)
+def cycle_colours(grids: Tensor, by: int, circle: int) -> Tensor:
+    """Replace every colour but the background by the one `by` places on, in a circle of `circle` colours."""
+    return torch.where(grids == EMPTY, grids, (grids - 1 + by) % circle + 1)
 
 
-@dataclass(frozen=True)
-class SwapColours(Step):
-    """Two colours, neither the background, change places."""
-
-    first: int
-    second: int
-
-    @classmethod
-    def variants(cls, colours: int) -> list[Self]:
-        return [cls(first, second) for first, second in combinations(range(1, colours), 2)]
-
-    def __call__(self, grids: Tensor) -> Tensor:
-        swapped = grids.clone()
-        swapped[grids == self.first] = self.second
-        swapped[grids == self.second] = self.first
-        return swapped
-
-    def inverse(self) -> Step:
-        return self
+def swap_colours(grids: Tensor, first: int, second: int) -> Tensor:
+    """Exchange two colours, neither the background."""
+    swapped = grids.clone()
+    swapped[grids == first] = second
+    swapped[grids == second] = first
+    return swapped
 
 
-@dataclass(frozen=True)
-class Erase(Step):
-    """Cells of one colour become empty."""
-
-    colour: int
-
-    @classmethod
-    def variants(cls, colours: int) -> list[Self]:
-        return [cls(colour) for colour in range(1, colours)]
-
-    def __call__(self, grids: Tensor) -> Tensor:
-        return grids.masked_fill(grids == self.colour, EMPTY)
+def erase(grids: Tensor, colour: int) -> Tensor:
+    """Empty the cells of one colour."""
+    return grids.masked_fill(grids == colour, EMPTY)
 
 
-@dataclass(frozen=True)
-class Negate(Step):
-    """Empty cells take a colour, all others become empty."""
-
-    colour: int
-
-    @classmethod
-    def variants(cls, colours: int) -> list[Self]:
-        return [cls(colour) for colour in range(1, colours)]
-
-    def __call__(self, grids: Tensor) -> Tensor:
-        return (grids == EMPTY).to(grids.dtype) * self.colour
+def negate(grids: Tensor, colour: int) -> Tensor:
+    """Fill empty cells with a colour and empty all others."""
+    return (grids == EMPTY).to(grids.dtype) * colour
 
 
-@dataclass(frozen=True)
-class Frame(Step):
-    """The cells along the edge take a colour."""
-
-    colour: int
-
-    @classmethod
-    def variants(cls, colours: int) -> list[Self]:
-        return [cls(colour) for colour in range(1, colours)]
-
-    def __call__(self, grids: Tensor) -> Tensor:
-        framed = torch.full_like(grids, self.colour)
-        framed[..., 1:-1, 1:-1] = grids[..., 1:-1, 1:-1]
-        return framed
+def frame(grids: Tensor, colour: int) -> Tensor:
+    """Fill the cells along the edge with a colour."""
+    framed = torch.full_like(grids, colour)
+    framed[..., 1:-1, 1:-1] = grids[..., 1:-1, 1:-1]
+    return framed
 
 
-@dataclass(frozen=True)
-class Outline(Step):
-    """Empty cells that have a filled one above, below, left or right of them take a colour."""
-
-    colour: int
-
-    @classmethod
-    def variants(cls, colours: int) -> list[Self]:
-        return [cls(colour) for colour in range(1, colours)]
-
-    def __call__(self, grids: Tensor) -> Tensor:
-        filled = F.pad(grids != EMPTY, (1, 1, 1, 1))
-        beside = (
-            filled[..., :-2, 1:-1] | filled[..., 2:, 1:-1] | filled[..., 1:-1, :-2] | filled[..., 1:-1, 2:]
-        )
-        return grids.masked_fill(beside & (grids == EMPTY), self.colour)
+def outline(grids: Tensor, colour: int) -> Tensor:
+    """Fill empty cells that have a filled one above, below, left or right of them with a colour."""
+    filled = F.pad(grids != EMPTY, (1, 1, 1, 1))
+    vertical = filled[..., :-2, 1:-1] | filled[..., 2:, 1:-1]
+    horizontal = filled[..., 1:-1, :-2] | filled[..., 1:-1, 2:]
+    return grids.masked_fill((vertical | horizontal) & (grids == EMPTY), colour)
 
 
-@dataclass(frozen=True)
-class Fall(Step):
-    """Filled cells slide to one side of the grid and keep their order."""
+def fall(grids: Tensor, side: Side) -> Tensor:
+    """Slide filled cells to a side of the grid; they keep their order."""
 
-    towards: Direction
+    def rise(upright: Tensor) -> Tensor:
+        order = (upright == EMPTY).to(torch.uint8).argsort(dim=-2, stable=True)
+        return upright.gather(-2, order)
 
-    @classmethod
-    def variants(cls, colours: int) -> list[Self]:
-        return [cls(side) for side in QUARTERS]
-
-    def __call__(self, grids: Tensor) -> Tensor:
-        return _as_upper_side(grids, self.towards, self._rise)
-
-    @staticmethod
-    def _rise(grids: Tensor) -> Tensor:
-        order = (grids == EMPTY).to(torch.uint8).argsort(dim=-2, stable=True)
-        return grids.gather(-2, order)
+    return _at_top(grids, side, rise)
 
 
-@dataclass(frozen=True)
-class Mirror(Step):
-    """The half at one side is reflected onto the other half."""
+def mirror(grids: Tensor, side: Side) -> Tensor:
+    """Reflect the half at a side onto the other half."""
 
-    source: Direction
-
-    @classmethod
-    def variants(cls, colours: int) -> list[Self]:
-        return [cls(side) for side in QUARTERS]
-
-    def __call__(self, grids: Tensor) -> Tensor:
-        return _as_upper_side(grids, self.source, self._downwards)
-
-    @staticmethod
-    def _downwards(grids: Tensor) -> Tensor:
-        upper = grids[..., : SIDE // 2, :]
+    def reflect_down(upright: Tensor) -> Tensor:
+        upper = upright[..., : SIDE // 2, :]
         return torch.cat([upper, upper.flip(-2)], dim=-2)
 
-
-@dataclass(frozen=True)
-class Cut(Step):
-    """The half at one side becomes empty."""
-
-    side: Direction
-
-    @classmethod
-    def variants(cls, colours: int) -> list[Self]:
-        return [cls(side) for side in QUARTERS]
-
-    def __call__(self, grids: Tensor) -> Tensor:
-        return _as_upper_side(grids, self.side, self._without_upper)
-
-    @staticmethod
-    def _without_upper(grids: Tensor) -> Tensor:
-        rest = grids.clone()
-        rest[..., : SIDE // 2, :] = EMPTY
-        return rest
+    return _at_top(grids, side, reflect_down)
 
 
-@dataclass(frozen=True)
-class Zoom(Step):
-    """One quarter of the grid, twice as large; row and column say which: 0 the first half, 1 the second."""
+def cut(grids: Tensor, side: Side) -> Tensor:
+    """Empty the half at a side."""
 
-    row: int
-    column: int
+    def empty_upper(upright: Tensor) -> Tensor:
+        lower = upright[..., SIDE // 2 :, :]
+        return torch.cat([torch.full_like(lower, EMPTY), lower], dim=-2)
 
-    @classmethod
-    def variants(cls, colours: int) -> list[Self]:
-        return [cls(row, column) for row in (0, 1) for column in (0, 1)]
-
-    def __call__(self, grids: Tensor) -> Tensor:
-        half = SIDE // 2
-        quarter = grids[
-            ..., self.row * half : (self.row + 1) * half, self.column * half : (self.column + 1) * half
-        ]
-        return quarter.repeat_interleave(2, dim=-2).repeat_interleave(2, dim=-1)
+    return _at_top(grids, side, empty_upper)
 
 
-PRIMITIVES: dict[str, type[Step]] = {
-    "rotate": Rotate,
-    "reflect": Reflect,
-    "transpose": Transpose,
-    "shift": Shift,
-    "cycle_colours": CycleColours,
-    "swap_colours": SwapColours,
-    "erase": Erase,
-    "negate": Negate,
-    "frame": Frame,
-    "outline": Outline,
-    "fall": Fall,
-    "mirror": Mirror,
-    "cut": Cut,
-    "zoom": Zoom,
+def zoom(grids: Tensor, row: int, column: int) -> Tensor:
+    """Enlarge one quarter of the grid to all of it; row and column: 0 the first half, 1 the second."""
+    quarter = grids.unflatten(-2, (2, -1)).unflatten(-1, (2, -1))[..., row, :, column, :]
+    return quarter.repeat_interleave(2, dim=-2).repeat_interleave(2, dim=-1)
+
+
+def _at_top(grids: Tensor, side: Side, change: Callable[[Tensor], Tensor]) -> Tensor:
+    """Turn the grids so that a side is the upper one, change them, and turn them back."""
+    turns = SIDES.index(side)
+    return torch.rot90(change(torch.rot90(grids, turns, (-2, -1))), -turns, (-2, -1))
+
+
+def _colours(colours: int) -> list[tuple[int]]:
+    return [(colour,) for colour in range(1, colours)]
+
+
+def _sides(colours: int) -> list[tuple[Side]]:
+    return [(side,) for side in SIDES]
+
+
+class Primitive(NamedTuple):
+    """A function (grids, *parameters) -> grids, and its parameters' values by number of colours."""
+
+    apply: Callable[..., Tensor]
+    parameters: Callable[[int], list[tuple[Any, ...]]]
+
+
+PRIMITIVES: dict[str, Primitive] = {
+    "rotate": Primitive(rotate, lambda colours: [(1,), (2,), (3,)]),
+    "reflect": Primitive(reflect, lambda colours: [("rows",), ("columns",)]),
+    "transpose": Primitive(transpose, lambda colours: [("main",), ("other",)]),
+    "shift": Primitive(shift, lambda colours: list(product(SIDES, (1, 2)))),
+    "cycle_colours": Primitive(
+        cycle_colours, lambda colours: [(by, colours - 1) for by in range(1, colours - 1)]
+    ),
+    "swap_colours": Primitive(swap_colours, lambda colours: list(combinations(range(1, colours), 2))),
+    "erase": Primitive(erase, _colours),
+    "negate": Primitive(negate, _colours),
+    "frame": Primitive(frame, _colours),
+    "outline": Primitive(outline, _colours),
+    "fall": Primitive(fall, _sides),
+    "mirror": Primitive(mirror, _sides),
+    "cut": Primitive(cut, _sides),
+    "zoom": Primitive(zoom, lambda colours: list(product((0, 1), repeat=2))),
 }
 
 
-def _as_upper_side(grids: Tensor, side: Direction, change: Callable[[Tensor], Tensor]) -> Tensor:
-    """Turn the grids so that a side is the upper one, change them, and turn them back."""
-    quarters = QUARTERS[side]
-    return torch.rot90(change(torch.rot90(grids, quarters, (-2, -1))), -quarters, (-2, -1))
+@dataclass(frozen=True)
+class Operation:
+    """A primitive with its parameters."""
+
+    primitive: str
+    parameters: tuple[Any, ...]
+
+    def __call__(self, grids: Tensor) -> Tensor:
+        return PRIMITIVES[self.primitive].apply(grids, *self.parameters)
+
+
+def operations(primitive: str, colours: int) -> list[Operation]:
+    """A primitive with every value of its parameters on grids of so many colours."""
+    return [Operation(primitive, parameters) for parameters in PRIMITIVES[primitive].parameters(colours)]

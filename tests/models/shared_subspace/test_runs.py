@@ -13,17 +13,20 @@ import pytest
 
 import eval as evaluation
 import main
+from models import SCHEMAS
 from models.base import Learner
 from models.shared_subspace.config import SharedSubspaceConfig
 from tests.conftest import TINY_GRIDS
 from tests.crash import run
+from utils.config.loading import config_from_dict
 from utils.runs.run_log import read_metrics
 
 ANALYSIS_FILES = {
-    "cka.json", "cka.csv", "cka.png", "grassmann.json", "grassmann.csv", "grassmann.png", "probes.json", "probes.csv",
-    "probes.png", "units.json", "units_h.csv", "units_h.png", "units_z.csv", "units_z.png", "unit_samples.png",
-    "samples.json", "samples.png",
-}  # fmt: skip
+    f"{name}.{kind}" for name in ("cka", "grassmann", "probes") for kind in ("json", "csv", "png")
+}
+ANALYSIS_FILES |= {f"units_{layer}.{kind}" for layer in "hz" for kind in ("csv", "png")}
+ANALYSIS_FILES |= {"units.json", "unit_samples.png", "samples.json", "samples.png"}
+SPLITS = {"train": "met in training", "held_out": "held-out pairs", "unseen": "unseen length"}
 
 
 def arguments(logs: Path, **changes: object) -> list[str]:
@@ -38,13 +41,15 @@ def folder_of(logs: Path, seed: int = 1, encoder: str = "transformer") -> Path:
     return logs / "logs" / "shared_subspace" / "grids" / f"tiny_{seed}_{encoder}"
 
 
+def result_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "result.json").read_text())
+
+
 def outcome(folder: Path) -> dict[str, Any]:
     """What must not depend on interruptions and on time."""
-    result = json.loads((folder / "result.json").read_text())
-    result.pop("cost")
-    events = [
-        {k: v for k, v in e.items() if k not in ("seconds", "peak_memory_mb")} for e in read_metrics(folder)
-    ]
+    result = {key: value for key, value in result_of(folder).items() if key != "cost"}
+    times = ("seconds", "peak_memory_mb")
+    events = [{k: v for k, v in event.items() if k not in times} for event in read_metrics(folder)]
     analysis = {path.name: path.read_bytes() for path in (folder / "analysis").iterdir()}
     return {"result": result, "events": events, "analysis": analysis}
 
@@ -57,42 +62,29 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder_of(logs)
 
 
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
 def test_the_folder_tells_the_whole_story(finished: Path) -> None:
-    files = {path.name for path in finished.iterdir()}
-    assert files == {
-        "config.json", "manifest.json", "metrics.jsonl", "metrics.csv", "result.json", "figures", "tb", "checkpoints",
-        "analysis",
-    }  # fmt: skip
-    assert [path.name for path in (finished / "checkpoints").iterdir()] == ["task_00"]
-    assert {path.name for path in (finished / "figures").iterdir()} == {
-        "training.png",
-        "zero_shot.png",
-        "few_shot.png",
-    }
-    assert {path.name for path in (finished / "analysis").iterdir()} == ANALYSIS_FILES
-    assert list((finished / "tb").iterdir())
+    files = {"config.json", "manifest.json", "metrics.jsonl", "metrics.csv", "result.json"}
+    assert names(finished) == files | {"figures", "tb", "checkpoints", "analysis"}
+    assert names(finished / "checkpoints") == {"task_00"} and names(finished / "tb")
+    assert names(finished / "figures") == {"training.png", "zero_shot.png", "few_shot.png"}
+    assert names(finished / "analysis") == ANALYSIS_FILES
+    manifest = json.loads((finished / "manifest.json").read_text())
+    assert len(manifest["held_out"]) == 4 and len(manifest["splits_sha256"]) == 64
     log = finished.with_name(finished.name + ".log").read_text()
-    for part in (
-        "validation IoU",
-        "Back to the weights",
-        "unseen length",
-        "reached it",
-        "IoU of the input itself",
-        "Subspaces of h",
-        "Sparse code",
-    ):
+    best = max(event["validation_iou"] for event in read_metrics(finished) if event.get("phase") == "train")
+    assert f"Back to the weights with validation IoU {best:.2f} %" in log
+    for part in ("unseen length", "of 2 reached 90 %", "IoU of the input", "Subspaces of h", "Sparse code"):
         assert part in log
 
 
 def test_the_result_agrees_with_the_record(finished: Path) -> None:
-    result = json.loads((finished / "result.json").read_text())
-    events = read_metrics(finished)
+    result, events = result_of(finished), read_metrics(finished)
     (task,) = [event for event in events if event["event"] == "task"]
-    assert task["zero_shot"] == result["zero_shot"] and set(task["zero_shot"]) == {
-        "train",
-        "held_out",
-        "unseen",
-    }
+    assert task["zero_shot"] == result["zero_shot"] and task["zero_shot"].keys() == SPLITS.keys()
     for name in ("cka", "grassmann", "probes", "units"):
         numbers = json.loads((finished / "analysis" / f"{name}.json").read_text())["metrics"]
         assert numbers and numbers.items() <= task["analysis"].items() <= result["metrics"].items()
@@ -102,39 +94,26 @@ def test_the_result_agrees_with_the_record(finished: Path) -> None:
     assert [row["composition"] for row in rows] == [row["composition"] for row in result["few_shot"]]
     assert result["metrics"]["few_shot_after"] == pytest.approx(sum(row["after"] for row in rows) / 2)
     assert result["cost"]["few_shot_seconds"] > 0 and result["parameters"]["stored"] > 0
-    best = max(e["validation_iou"] for e in events if e["event"] == "epoch" and e["phase"] == "train")
-    log = finished.with_name(finished.name + ".log").read_text()
-    assert f"validation IoU {best:.2f} %" in log
-
-
-def test_the_table_of_numbers_holds_what_tensorboard_draws(finished: Path) -> None:
-    with open(finished / "metrics.csv") as file:
-        rows = list(csv.DictReader(file))
-    trained = [row for row in rows if row["tag"] == "epoch/train/validation_iou"]
-    events = [e for e in read_metrics(finished) if e["event"] == "epoch" and e["phase"] == "train"]
-    assert [float(row["value"]) for row in trained] == [event["validation_iou"] for event in events]
+    with open(finished / "metrics.csv") as file:  # what TensorBoard draws
+        trained = [row for row in csv.DictReader(file) if row["tag"] == "epoch/train/validation_iou"]
+    epochs = [event["validation_iou"] for event in events if event.get("phase") == "train"]
+    assert [float(row["value"]) for row in trained] == epochs
     assert [row["step"] for row in trained] == ["0", "1", "2"]
-
-
-def test_the_manifest_says_what_was_held_out(finished: Path) -> None:
-    manifest = json.loads((finished / "manifest.json").read_text())
-    assert len(manifest["held_out"]) == 4 and len(manifest["splits_sha256"]) == 64
 
 
 def test_the_same_seed_gives_the_same_numbers_and_another_seed_others(finished: Path, tmp_path: Path) -> None:
     assert main.main(arguments(tmp_path, seed=[1, 2])) == 0
     assert outcome(folder_of(tmp_path)) == outcome(finished)
-    assert outcome(folder_of(tmp_path, seed=2))["result"]["metrics"] != outcome(finished)["result"]["metrics"]
+    assert result_of(folder_of(tmp_path, seed=2))["metrics"] != result_of(finished)["metrics"]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Resume
+# --- resume -------------------------------------------------------------------------------------------------
 
 
 def stop_at(number: int) -> Callable[[Learner], bool]:
     """What `Learner.stopping` says when a stop is requested before the n-th step."""
-    looks = itertools.count(1)
-    return lambda learner: next(looks) == number
+    calls = itertools.count(1)
+    return lambda learner: next(calls) == number
 
 
 @pytest.mark.parametrize(
@@ -149,8 +128,7 @@ def test_stopped_and_resumed_is_uninterrupted(
         assert main.main(arguments(tmp_path)) == 130
     folder = folder_of(tmp_path)
     assert not (folder / "result.json").exists()
-    (checkpoint,) = (folder / "checkpoints").iterdir()  # those of earlier epochs have made room
-    assert checkpoint.name == f"task_00_step_{at - 1:06d}"
+    assert names(folder / "checkpoints") == {f"task_00_step_{at - 1:06d}"}  # earlier ones have made room
     assert main.main(["--resume", str(folder)]) == 0
     assert outcome(folder) == outcome(finished)
 
@@ -185,24 +163,13 @@ def test_a_checkpoint_of_other_splits_is_refused(
     with monkeypatch.context() as patched:
         patched.setattr(Learner, "stopping", stop_at(2))
         assert main.main(arguments(tmp_path)) == 130
-    config = json.loads((folder_of(tmp_path) / "config.json").read_text())
-    (folder_of(tmp_path) / "config.json").write_text(json.dumps(config | {"held_out_pairs": 3}))
-    capsys.readouterr()
-    assert main.main(["--resume", str(folder_of(tmp_path))]) == 2
+    path = folder_of(tmp_path) / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"held_out_pairs": 3}))
+    assert main.main(["--resume", str(path.parent)]) == 2
     assert "held_out_pairs was 2, is 3" in capsys.readouterr().err
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# eval.py
-
-
-def test_eval_tests_the_checkpoint_again(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert evaluation.main(["--run", str(finished)]) == 0
-    shown = capsys.readouterr().out
-    for name, values in json.loads((finished / "result.json").read_text())["zero_shot"].items():
-        label = {"train": "met in training", "held_out": "held-out pairs", "unseen": "unseen length"}[name]
-        line = next(line for line in shown.splitlines() if line.startswith(label))
-        assert f"{values['iou']:.2f}" in line and f"{values['cells']:.2f}" in line
+# --- eval.py ------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -215,25 +182,26 @@ def analyse(folder: Path, *arguments: str) -> int:
     return evaluation.main(["--run", str(folder), "--analyse", *arguments])
 
 
+def test_eval_tests_the_checkpoint_again(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert evaluation.main(["--run", str(finished)]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    for split, values in result_of(finished)["zero_shot"].items():
+        (line, *_) = [line for line in shown if line.startswith(SPLITS[split])]
+        assert f"{values['iou']:.2f}" in line and f"{values['cells']:.2f}" in line
+
+
 def test_an_analysis_later_is_the_one_that_the_run_made(
     finished: Path, copied: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    (copied / "analysis").mkdir()
+    (copied / "analysis" / "cka.json").write_text("{}")  # is replaced
     assert analyse(copied, "cka", "units") == 0
-    written = sorted(copied.joinpath("analysis").iterdir())
-    assert {path.name for path in written} == {n for n in ANALYSIS_FILES if n.startswith(("cka", "unit"))}
-    for path in written:
+    shown, written = capsys.readouterr().out, copied / "analysis"
+    assert names(written) == {name for name in ANALYSIS_FILES if name.startswith(("cka", "unit"))}
+    for path in written.iterdir():
         assert path.read_bytes() == (finished / "analysis" / path.name).read_bytes()
-    shown = capsys.readouterr().out
+        assert f"wrote {path}" in shown
     assert "Linear CKA between tasks" in shown and "best unit of z for each primitive" in shown
-    assert all(f"wrote {path}" in shown for path in written)
-
-
-def test_every_analysis_replaces_the_one_before(finished: Path, copied: Path) -> None:
-    copied.joinpath("analysis").mkdir()
-    copied.joinpath("analysis", "grassmann.json").write_text("{}")
-    assert analyse(copied, "grassmann", "probes", "samples") == 0
-    for name in ("grassmann.json", "grassmann.csv", "probes.csv", "samples.json"):
-        assert (copied / "analysis" / name).read_text() == (finished / "analysis" / name).read_text()
 
 
 def damage(folder: Path, what: str) -> None:
@@ -244,15 +212,9 @@ def damage(folder: Path, what: str) -> None:
 
 
 REFUSED = {
-    "images": (
-        ["cka", "--images-per-class", "4"],
-        "a run on grids has no images, its analyses draw new grids",
-    ),
-    "unknown": (
-        ["cka", "branches"],
-        "--analyse branches: no such analysis of this run; allowed: cka, grassmann, ",
-    ),
-    "unfinished": (["cka"], "is unfinished and cannot be analysed yet: go on with python main.py --resume"),
+    "images": (["cka", "--images-per-class", "4"], "a run on grids has no images"),
+    "unknown": (["cka", "branches"], "branches: no such analysis", "cka, grassmann, probes, units, samples"),
+    "unfinished": (["cka"], "is unfinished", "python main.py --resume"),
     "removed": (["cka"], "has no checkpoint of task_00 (all are needed)"),
 }
 
@@ -261,30 +223,25 @@ REFUSED = {
 def test_what_cannot_be_analysed_is_a_sentence(
     what: str, copied: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    named, expected = REFUSED[what]
+    named, *expected = REFUSED[what]
     damage(copied, what)
     assert analyse(copied, *named) == 2
     message = capsys.readouterr().err
-    assert expected in message and message.count("\n") == 1 and "checkpoints=all" not in message
-    assert not (copied / "analysis").exists()
+    assert all(part in message for part in expected) and message.count("\n") == 1
+    assert "checkpoints=all" not in message and not (copied / "analysis").exists()
 
 
-def test_the_names_of_all_analyses_are_allowed(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert analyse(copied, "nothing") == 2
-    assert "allowed: cka, grassmann, probes, units, samples\n" in capsys.readouterr().err
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Bad input
+# --- bad input ----------------------------------------------------------------------------------------------
 
 BAD = {
     "unknown primitive": ({"primitives": ["rotate", "spin", "fall"]}, "no such primitive: spin"),
     "a primitive twice": ({"primitives": ["rotate", "fall", "fall"]}, "holds fall more than once"),
     "length beyond the set": ({"test_length": 6}, "there are 5; allowed: lengths from 1 to 5"),
     "training length beyond the set": ({"train_lengths": [1, 9]}, "lengths from 1 to 5"),
+    "test length met in training": ({"test_length": 2}, "not be unseen"),
     "group of one": ({"group_size": 1}, "group_size = 1: too small"),
     "empty held-out split": ({"held_out_pairs": 0}, "held_out_pairs"),
-    "empty training split": ({"train_lengths": [2], "held_out_pairs": 10}, "may be empty"),
+    "empty training split": ({"train_lengths": [2], "held_out_pairs": 10}, "allowed: from 1 to 9"),
     "subspace larger than its group": ({"sharing_rank": 4}, "sharing_rank below group_size"),
     "step of part of a group": ({"batch_size": 10}, "whole groups"),
     "one group": ({"batch_size": 4}, "at least two"),
@@ -309,14 +266,11 @@ def test_bad_input_is_a_message_and_exit_code_2_before_any_folder(
     assert main.main(arguments(tmp_path, **changes)) == 2
     message = capsys.readouterr().err
     assert expected in message and "Traceback" not in message
-    assert [path.name for path in tmp_path.iterdir()] == ["tiny.json"]
+    assert names(tmp_path) == {"tiny.json"}
 
 
-def test_keys_without_effect_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from models import SCHEMAS
-    from utils.config.loading import config_from_dict
-
-    changes = {
+def test_keys_without_effect_are_named() -> None:
+    off = {
         "alpha": 0,
         "sharing_ema": 0.5,
         "sparse_units": 0,
@@ -324,12 +278,12 @@ def test_keys_without_effect_are_named(tmp_path: Path, capsys: pytest.CaptureFix
         "encoder": "gru",
         "few_shot_tasks": 0,
     }
-    (note,) = config_from_dict(TINY_GRIDS | changes, SCHEMAS, "test").notes
-    for part in (
+    (note,) = config_from_dict(TINY_GRIDS | off, SCHEMAS, "test").notes
+    reasons = (
         "sharing_ema (alpha is 0)",
         "beta (sparse_units is 0)",
         'heads (encoder is "gru")',
         "few_shot_every",
-    ):
-        assert part in note
+    )
+    assert all(reason in note for reason in reasons)
     assert config_from_dict(TINY_GRIDS, SCHEMAS, "test").notes == []

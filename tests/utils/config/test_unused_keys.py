@@ -199,7 +199,7 @@ def test_keys_of_grids_without_effect_are_named_and_have_none(tmp_path: Path) ->
         assert isinstance(learner, SharedSubspace)
         learner.begin_task(0)
         learner.train_task()
-        return learner.predict(learner.tasks.draw("train", 16, torch.Generator().manual_seed(0)))
+        return learner.evaluator.predict(learner.tasks.draw("train", 16, torch.Generator().manual_seed(0)))
 
     assert torch.equal(predictions(plain), predictions(with_unused))
 

@@ -1,4 +1,4 @@
-"""models.shared_subspace.sample_figures: cells in their colours, wrong ones crossed, readable captions."""
+"""Pictures of grids: cells in their colours, wrong ones crossed, readable captions."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ import pytest
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
-from models.shared_subspace.sample_figures import GRID_COLOURS, GridSample, grid_samples_figure
+from models.shared_subspace.figures import GRID_COLOURS, GridSample, grid_samples_figure
 from tests.drawn import assert_readable
 from utils.plotting import STYLE
 
