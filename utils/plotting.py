@@ -13,12 +13,13 @@ Colours can be told apart by colour-blind readers and in print.
 import io
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 DPI = 160
 STYLE: dict[str, Any] = {
@@ -62,6 +63,12 @@ def wrapped(text: str, width: int) -> str:
 def as_written(text: str) -> str:
     """Text of the user's that Matplotlib shall not read as a formula."""
     return " ".join(text.split()).replace("$", r"\$")
+
+
+def legend_below(figure: Figure, handles: Mapping[str, Line2D]) -> None:
+    """A legend in one row under the axes; handles by their labels."""
+    named = {"handles": list(handles.values()), "labels": list(handles)}
+    figure.legend(**named, loc="outside lower center", ncols=len(handles), frameon=False)
 
 
 def png(figure: Figure) -> bytes:

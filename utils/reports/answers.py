@@ -14,14 +14,13 @@ runs have the same provenance. The verdict follows from its 95 % interval:
     no number       no seed has both sides
 """
 
-import json
 from collections.abc import Mapping
 
 import pandas as pd
 
-from utils.reports.hypotheses import Hypothesis
-from utils.reports.results import Results, difference_columns, with_holm
-from utils.reports.stats import mean_over_seeds, paired_difference
+from utils.reports.hypotheses import Hypothesis, quoted
+from utils.reports.results import Results, difference_columns
+from utils.reports.stats import holm, mean_over_seeds, paired_difference
 
 SUPPORTED, CONTRADICTED = "supported", "contradicted"
 SIDES = ["cell", "metric", "against", "against_metric"]
@@ -54,7 +53,9 @@ def answer(hypotheses: Mapping[str, Hypothesis], results: Results) -> pd.DataFra
                 "verdict": difference.verdict(*(words if hypothesis.expected == "higher" else words[::-1])),
             }
         )
-    return with_holm(pd.DataFrame(rows).assign(family="hypotheses"), "family").drop(columns="family")
+    table = pd.DataFrame(rows)
+    table["p_holm"] = holm(table["p_t"])
+    return table
 
 
 def comparison(answer: Mapping[str, str], results: Results) -> str:
@@ -69,19 +70,16 @@ def comparison(answer: Mapping[str, str], results: Results) -> str:
 
 
 def why_no_number(answer: Mapping[str, str], results: Results) -> str:
-    """What is missing for a difference; the metrics there are, where one is not among them."""
+    """Reason for a missing difference, with the metrics of a cell that lacks the one asked for."""
     cell, metric, other, other_metric = (answer[side] for side in SIDES)
     lacking: dict[str, list[str]] = {}
     for name, key in dict.fromkeys([(cell, metric), (other, other_metric)]):
         if not results.cells[name]:
-            lacking.setdefault("has finished", []).append(name)
+            lacking.setdefault("has finished", []).append(quoted(name))
         elif results.values(name, key).empty:
             there = ", ".join(known for known in results.metric_keys if len(results.values(name, known)))
-            lacking.setdefault(f'has a number "{key}", there are {there}', []).append(name)
-    quoted = {
-        lack: (json.dumps(name, ensure_ascii=False) for name in names) for lack, names in lacking.items()
-    }
-    reasons = [f"no run of {' or '.join(names)} {lack}" for lack, names in quoted.items()]
+            lacking.setdefault(f'has a number "{key}", there are {there}', []).append(quoted(name))
+    reasons = [f"no run of {' or '.join(names)} {lack}" for lack, names in lacking.items()]
     if not reasons and results.left_out(cell, other):
         return "no seed has both sides from runs of the same provenance"
     return "; ".join(reasons) or "no seed has both sides"

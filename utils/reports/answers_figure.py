@@ -26,6 +26,7 @@ from utils.plotting import (
     STYLE,
     VERMILLION,
     as_written,
+    legend_below,
     png,
     titled_figure,
     wrapped,
@@ -68,11 +69,8 @@ def answers_figure(answers: pd.DataFrame, results: Results, subtitle: str) -> Fi
         axes.set_visible(False)
     for axes, panel in zip(every_axes, panels, strict=False):
         panel.draw(axes)
-    handles = [
-        Line2D([], [], color=PALE, lw=0.9, marker="o", ms=4, mfc=INK, mew=0, label="one seed"),
-        Line2D([], [], color=INK, lw=3.5, label="mean"),
-    ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
+    seed = Line2D([], [], color=PALE, lw=0.9, marker="o", ms=4, mfc=INK, mew=0)
+    legend_below(figure, {"one seed": seed, "mean": Line2D([], [], color=INK, lw=3.5)})
     return figure
 
 

@@ -31,6 +31,7 @@ from utils.plotting import (
     STYLE,
     VERMILLION,
     as_written,
+    legend_below,
     png,
     task_axis,
     titled_figure,
@@ -70,14 +71,17 @@ def cell_styles(results: Results) -> dict[str, Style]:
     """
     cells = results.finished
     if len(cells) > MANY_CELLS:
-        ranked = _ranked(results)
+        ranked = _ranked(results).index
         best = [cell for cell in ranked if results.tasks(cell) > 1][:HIGHLIGHTED]
         best += [cell for cell in ranked if results.tasks(cell) == 1][:1]
         cells = [cell for cell in cells if cell in best or cell == results.baseline]
     others = [cell for cell in cells if cell != results.baseline]
-    markers = [MARKERS[(i + i // len(COLOURS)) % len(MARKERS)] for i in range(len(others))]
     styles = {
-        cell: {"color": COLOURS[i % len(COLOURS)], "marker": markers[i]} for i, cell in enumerate(others)
+        cell: {
+            "color": COLOURS[i % len(COLOURS)],
+            "marker": MARKERS[(i + i // len(COLOURS)) % len(MARKERS)],
+        }
+        for i, cell in enumerate(others)
     }
     return {cell: styles.get(cell, {"color": INK, "marker": "s"}) for cell in cells}
 
@@ -85,12 +89,13 @@ def cell_styles(results: Results) -> dict[str, Style]:
 def bars_figure(results: Results, subtitle: str) -> Figure:
     """The main metric of every cell: a bar to the mean, ± std over seeds, a dot per seed."""
     main = results.main
-    labels = [_wrapped(cell) for cell in results.finished]
+    labels = [wrapped(cell, LABEL_WIDTH) for cell in results.finished]
     figure, (axes,) = _figure_with_rows(labels, _sentence(main.definition), subtitle)
     handles = {"one seed": Line2D([], [], color=INK, marker="o", ms=3, mfc="white", lw=0)}
     behind = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # keeps lines out of the numbers
     for y, cell in enumerate(results.finished):
-        (mean, std), values = _mean_std(results, cell, main.key), results.values(cell, main.key)
+        mean, std = results.summary.loc[(cell, main.key), ["mean", "std"]]
+        values = results.values(cell, main.key)
         colour = GREY if cell == results.baseline else BLUE
         axes.barh(y, mean, height=0.66, color=colour, alpha=0.45, lw=0)
         if pd.notna(std):
@@ -105,7 +110,7 @@ def bars_figure(results: Results, subtitle: str) -> Figure:
             handles["the baseline's mean"] = Line2D([], [], color=INK, lw=0.9, ls="--")
     axes.set_xlim(0, max(1.0, *(results.values(cell, main.key).max() for cell in results.finished)) * 1.04)
     axes.set_xlabel(main.heading)
-    _legend_below(figure, handles)
+    legend_below(figure, handles)
     return figure
 
 
@@ -123,7 +128,8 @@ def differences_figure(results: Results, subtitle: str) -> Figure | None:
     drawn_metrics = set(drawn.index.get_level_values("metric"))
     panels = [spec for spec in results.metrics if spec.shown == Shown.FIGURES and spec.key in drawn_metrics]
     most = numbers[cells].max()
-    labels = [_wrapped(cell if numbers[cell] == most else f"{cell} (n = {numbers[cell]})") for cell in cells]
+    labels = [cell if numbers[cell] == most else f"{cell} (n = {numbers[cell]})" for cell in cells]
+    labels = [wrapped(label, LABEL_WIDTH) for label in labels]
     subtitle = f"{subtitle} · baseline: {as_written(results.baseline)} · paired by seed, n = {most}"
     title = "Difference from the baseline with 95 % interval"
     figure, axes_of_panels = _figure_with_rows(labels, title, subtitle, panels=len(panels))
@@ -139,9 +145,12 @@ def differences_figure(results: Results, subtitle: str) -> Figure | None:
         axes.set_title(f"{spec.name}: {side} is better", loc="left", pad=5)
         axes.set_xlabel(f"difference ({spec.difference_unit})" if spec.unit else "difference")
         axes.margins(x=0.08)
-    found = set(drawn["verdict"])
-    handles = {verdict: _verdict_handle(verdict) for verdict in VERDICT_COLOURS if verdict in found}
-    _legend_below(figure, {_explained(verdict): handle for verdict, handle in handles.items()})
+    handles = {
+        f"{verdict}: the interval holds zero" if verdict == UNDECIDED else verdict: _verdict_handle(verdict)
+        for verdict in VERDICT_COLOURS
+        if verdict in set(drawn["verdict"])
+    }
+    legend_below(figure, handles)
     return figure
 
 
@@ -154,8 +163,9 @@ def curves_figure(results: Results, subtitle: str) -> Figure | None:
     if tasks == 1:
         return None
     spec, styles = next(spec for spec in results.metrics if spec.per_task), cell_styles(results)
-    shown = [cell for cell in _ranked(results) if cell in styles]
-    labels = [f"{cell} ({_mean_std(results, cell, results.main.key)[0]:.1f})" for cell in shown]
+    means = _ranked(results)
+    shown = [cell for cell in means.index if cell in styles]
+    labels = [f"{cell} ({means[cell]:.1f})" for cell in shown]
     subtitle = f"{subtitle} · mean ± std over seeds (in brackets: {results.main.name})"
     figure, axes = _figure_with_legend(labels, _sentence(spec.definition), subtitle)
     handles = {}
@@ -187,7 +197,7 @@ def trade_off_figure(results: Results, subtitle: str) -> Figure | None:
     figure, axes = _figure_with_legend(list(styles), title, subtitle)
     handles = {}
     for cell in cells:
-        (x, dx), (y, dy) = (_mean_std(results, cell, spec.key) for spec in metrics)
+        (x, dx), (y, dy) = (results.summary.loc[(cell, spec.key), ["mean", "std"]] for spec in metrics)
         style, order = styles.get(cell, {"color": PALE, "marker": "o"}), 3 + (cell in styles)
         seeds = pd.concat([results.values(cell, spec.key) for spec in metrics], axis=1, join="inner")
         axes.plot(*seeds.to_numpy().T, ls="", ms=3.2, alpha=0.45, mew=0, zorder=order, **style)
@@ -226,16 +236,10 @@ FIGURES = {  # file name -> what draws it, caption
 }
 
 
-def _ranked(results: Results) -> list[str]:
-    """The finished cells by the mean of their main metric, the best first."""
-    means = {cell: _mean_std(results, cell, results.main.key)[0] for cell in results.finished}
-    return sorted(means, key=means.get, reverse=not results.main.lower_is_better)
-
-
-def _mean_std(results: Results, cell: str, metric: str) -> tuple[float, float]:
-    """Mean and standard deviation over seeds; NaN where there is none."""
-    row = results.summary.loc[cell, metric]
-    return row["mean"], row["std"]
+def _ranked(results: Results) -> pd.Series:
+    """The finished cells' means of the main metric, the best first."""
+    means = results.summary["mean"].xs(results.main.key, level="metric")[results.finished]
+    return means.sort_values(ascending=results.main.lower_is_better, kind="stable")
 
 
 def _draw_curve(axes: Axes, curves: np.ndarray, style: Style | None, tasks: int, width: float) -> Line2D:
@@ -257,13 +261,9 @@ def _verdict_handle(verdict: str) -> Line2D:
     return Line2D([], [], color=VERDICT_COLOURS[verdict], marker="s" if verdict == SAME else "o", **line)
 
 
-def _explained(verdict: str) -> str:
-    return f"{verdict}: the interval holds zero" if verdict == UNDECIDED else verdict
-
-
 def _figure_with_legend(labels: Sequence[str], title: str, subtitle: str) -> tuple[Figure, Axes]:
     """A figure with room at its right for a legend of these labels."""
-    lines = [line for label in labels for line in _wrapped(label).split("\n")]
+    lines = [line for label in labels for line in wrapped(label, LABEL_WIDTH).split("\n")]
     height = max(5.0, 1.5 + LINE * len(lines) + 0.06 * len(labels))
     figure = titled_figure(7.4 + LETTER * max(map(len, lines)), height, title, subtitle)
     return figure, figure.subplots()
@@ -274,14 +274,10 @@ def _legend_beside(
 ) -> None:
     """A legend right of the axes, with an entry for what else is drawn, in grey."""
     others = [handle for handle in drawn if handle not in handles]
-    labels = [*map(_wrapped, labels), *([f"{len(others)} other cells"] if others else [])]
+    labels = [wrapped(label, LABEL_WIDTH) for label in labels]
+    labels += [f"{len(others)} other cells"] if others else []
     place = {"loc": "upper left", "bbox_to_anchor": (1.01, 1), "borderaxespad": 0}
     axes.legend([*handles, *others[:1]], labels, frameon=False, **place)
-
-
-def _legend_below(figure: Figure, handles: dict[str, Line2D]) -> None:
-    named = {"handles": list(handles.values()), "labels": list(handles)}
-    figure.legend(**named, loc="outside lower center", ncols=len(handles), frameon=False)
 
 
 def _figure_with_rows(
@@ -301,11 +297,6 @@ def _figure_with_rows(
         axes.tick_params(axis="y", length=0, labelleft=axes is row[0])
         axes.spines["left"].set_visible(False)
     return figure, row
-
-
-def _wrapped(name: str) -> str:
-    """A cell's name in lines of `LABEL_WIDTH` characters at most."""
-    return wrapped(name, LABEL_WIDTH)
 
 
 def _sentence(text: str) -> str:

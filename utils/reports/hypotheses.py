@@ -59,7 +59,7 @@ def read_hypotheses(
     for name, values in given.items():
         checked = check_object(values, Hypothesis)
         found = [*checked.problems, *_conflicts(checked.sound, checked.faulty, cells)]
-        problems += [f"hypothesis {_quoted(name)}: {problem}" for problem in found]
+        problems += [f"hypothesis {quoted(name)}: {problem}" for problem in found]
         if not name.strip():
             problems.append("hypotheses: a name is empty; allowed: any other text")
         if not found:
@@ -78,14 +78,14 @@ def unknown_metrics(
             known = list(by_key(metrics.get(its, ())))
             if its in metrics and given is not None and given not in known:
                 problem = no_such("metric", given, known)
-                yield f"hypothesis {_quoted(name)}: {key} = {_quoted(given)}: {problem}"
+                yield f"hypothesis {quoted(name)}: {key} = {quoted(given)}: {problem}"
 
 
 def _conflicts(sound: Mapping[str, Any], faulty: set[str], cells: Sequence[str]) -> Iterator[str]:
     """What is wrong with values that are right one by one; keys already reported are left out."""
     for key in ("cell", "against"):
         if sound.get(key) is not None and cells and sound[key] not in cells:
-            yield f"{key} = {_quoted(sound[key])}: {no_such('cell', sound[key], cells)}"
+            yield f"{key} = {quoted(sound[key])}: {no_such('cell', sound[key], cells)}"
     if faulty.isdisjoint(("against", "against_metric")):
         other, other_metric = sound.get("against"), sound.get("against_metric")
         if other is None and other_metric is None:
@@ -97,5 +97,6 @@ def _conflicts(sound: Mapping[str, Any], faulty: set[str], cells: Sequence[str])
                 yield f"against, against_metric: {both}"
 
 
-def _quoted(text: str) -> str:
+def quoted(text: str) -> str:
+    """A name in a sentence, in double quotes."""
     return json.dumps(text, ensure_ascii=False)

@@ -1,4 +1,4 @@
-"""Facts and reading notes of a sweep's report: what was compared, on what, and how to read the numbers."""
+"""Facts and reading notes of a sweep's report: cells, seeds and weights; how the numbers are meant."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ NOT_EQUAL = '"undecided" does not mean equal, it means that these seeds do not t
 
 
 def facts(results: Results, unfinished: Mapping[str, str]) -> list[tuple[str, str]]:
-    """What was compared, on what, and what came out: (name, text) pairs."""
+    """Cells, runs, seeds, tasks, weights, best cell and outcomes against the baseline: (name, text) pairs."""
     unrun = len(results.cells) - len(results.finished)
     found = [
         ("Cells", str(len(results.cells)) + (f" ({unrun} without a finished run)" if unrun else "")),
@@ -34,15 +34,14 @@ def facts(results: Results, unfinished: Mapping[str, str]) -> list[tuple[str, st
         found.append((f"Best mean {main.name}", f"{', '.join(best)}, {level}"))
     if results.baseline is not None:
         found.append(("Baseline", results.baseline))
-        outcomes = {
-            spec.name: _outcome(results, spec.key) for spec in results.metrics if spec.shown == Shown.FIGURES
-        }
-        found += [(f"{name} against the baseline", text) for name, text in outcomes.items() if text]
+        for spec in results.metrics:
+            if spec.shown == Shown.FIGURES and (outcome := _outcome(results, spec.key)):
+                found.append((f"{spec.name} against the baseline", outcome))
     return found
 
 
 def reading_notes(results: Results, answers: pd.DataFrame | None = None) -> list[str]:
-    """How to read the report, one note per item; only what this report has."""
+    """Definitions and statistics that a reader of this report needs, one note per item."""
     notes = [
         "A cell is one configuration, run once with each seed. Numbers are mean ± std over its n finished "
         "runs (std with ddof 1; a single run has none). The best mean of a column is bold.",

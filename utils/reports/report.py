@@ -1,6 +1,6 @@
 """Report of a sweep: tables and figures of its finished runs, with confidence intervals.
 
-    write_report(Path("logs/sweeps/ranks"), "ranks", "does rank matter?", runs, metrics=config.metrics, ...)
+    write_report(Path("logs/sweeps/ranks"), "ranks", "does rank matter?", results, commands=..., unfinished={})
 
     report.html      one page with everything, figures included; it needs no other file and no network
     summary.md       the same tables for a README or an issue
@@ -14,7 +14,7 @@ The same input gives the same bytes. Everything is computed before the first fil
 
 import base64
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +23,6 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoes
 
 from utils.errors import UserError, os_error_sentence
 from utils.files import replace_file
-from utils.metric_catalogue import MetricSpec
 from utils.plotting import DPI
 from utils.reports.answers import answer
 from utils.reports.answers_figure import CAPTION, answers_png
@@ -32,7 +31,6 @@ from utils.reports.hypotheses import Hypothesis
 from utils.reports.notes import facts, reading_notes
 from utils.reports.results import Results
 from utils.reports.tables import difference_tables, hypotheses_table, means_table, runs_table
-from utils.runs.manifest import Provenance
 
 FIGURES_FOLDER = "figures"
 HYPOTHESES, HYPOTHESES_FIGURE = "hypotheses.csv", "hypotheses.png"
@@ -59,14 +57,11 @@ def write_report(
     folder: Path,
     title: str,
     description: str,
-    runs: Mapping[str, Mapping[int, Mapping[str, Any]]],
+    results: Results,
     *,
-    metrics: Sequence[MetricSpec],
-    baseline: str | None,
     commands: Mapping[str, str],
     unfinished: Mapping[str, str],
     hypotheses: Mapping[str, Hypothesis] | None = None,
-    origins: Mapping[str, Mapping[int, Provenance]] | None = None,
     outdated: Mapping[str, tuple[str, str]] | None = None,
 ) -> list[Path]:
     """Write the report of a sweep into its folder, over an earlier one; returns the files.
@@ -75,21 +70,15 @@ def write_report(
         folder: the sweep's; created where it is missing.
         title: the sweep's name.
         description: what it asks, in the words of its file.
-        runs: cell -> seed -> result.json of its finished runs, in the table's order; {} for a cell without
-            one.
-        metrics: specs of the runs' method, the main metric first.
-        baseline: the cell that the others are compared with, if there is one.
+        results: those of its finished runs.
         commands: cell -> command that repeats it.
         unfinished: "cell, seed 1993" -> why there is no result.
         hypotheses: name -> hypothesis, about these cells; without any the report does not mention them.
-        origins: cell -> seed -> provenance of the run, in the order in which they ended.
         outdated: "cell, seed 1993" -> (what it differs in from the newest runs, command that runs it again).
 
     Raises:
-        UserError: the baseline is no cell, no run is finished, a result is damaged, or the folder cannot be
-            written.
+        UserError: the folder cannot be written.
     """
-    results = Results(runs, metrics, baseline, origins)
     answers = answer(hypotheses, results) if hypotheses else None
     figures = sweep_figures(results, title)
     answered = {HYPOTHESES_FIGURE: (answers_png(answers, results, title), CAPTION)} if hypotheses else {}

@@ -23,7 +23,7 @@ from utils.errors import UserError
 from utils.metric_catalogue import MetricSpec, by_key
 from utils.reports.stats import Estimate, holm, mean_over_seeds, paired_difference
 from utils.runs.manifest import Provenance
-from utils.runs.result import fault_of, numbers_of
+from utils.runs.result import numbers_of
 
 UNLISTED_DIGITS = 3  # of a metric that the catalogue does not have
 
@@ -45,27 +45,20 @@ class Results:
         baseline: str | None = None,
         origins: Mapping[str, Mapping[int, Provenance]] | None = None,
     ) -> None:
-        """Check and keep the results.
+        """Keep results that `utils.runs.result.fault_of` finds no fault with, at least one.
 
         Args:
             origins: cell -> seed -> provenance, in the order in which runs ended; without it all are alike.
 
         Raises:
-            UserError: the baseline is no cell, no run is finished, or a result cannot be read.
+            UserError: the runs of a cell differ in their number of tasks.
         """
         self.cells = {cell: dict(sorted(results.items())) for cell, results in cells.items()}
         self.metrics = tuple(metrics)
         self.baseline = baseline
         self._origins = origins or {}
         self._specs = by_key(metrics)
-        if baseline is not None and baseline not in cells:
-            allowed = ", ".join(json.dumps(cell, ensure_ascii=False) for cell in cells)
-            raise UserError(f'baseline = "{baseline}" is no cell of this sweep; allowed: {allowed}')
-        if not any(cells.values()):
-            raise UserError(
-                "no run of this sweep is finished, there is nothing to report: run the sweep first"
-            )
-        self._check()
+        self._tasks = {cell: self._number_of_tasks(cell) for cell in self.cells}
 
     @property
     def main(self) -> MetricSpec:
@@ -88,7 +81,7 @@ class Results:
 
     def tasks(self, cell: str) -> int:
         """Number of tasks of each run of a cell; 0 without a run."""
-        return next((self._tasks_of(result) for result in self.cells[cell].values()), 0)
+        return self._tasks[cell]
 
     @cached_property
     def runs(self) -> pd.DataFrame:
@@ -129,23 +122,17 @@ class Results:
         is compared.
         """
         ours, theirs = self._origins.get(cell, {}), self._origins.get(other, {})
-        common = [seed for seed in ours if seed in theirs]  # in the order in which the runs ended
-        unlike = {seed: ours[seed].unlike(theirs[seed]) for seed in common}
-
-        def changed(seed: int, since: int) -> list[str]:
-            kinds = ours[seed].unlike(ours[since]) + theirs[seed].unlike(theirs[since])
-            return list(dict.fromkeys(kinds))
-
-        groups: list[list[int]] = []
-        for seed in common:
-            if not unlike[seed]:
-                group = next((group for group in groups if not changed(seed, group[0])), None)
-                if group is None:
-                    groups.append([seed])
-                else:
-                    group.append(seed)
-        kept = max(reversed(groups), key=len, default=[])
-        return {seed: unlike[seed] or changed(seed, kept[0]) for seed in sorted(set(common) - set(kept))}
+        unlike = {seed: ours[seed].unlike(theirs[seed]) for seed in ours if seed in theirs}
+        groups: dict[str, list[int]] = {}  # provenance of both cells -> seeds, as their runs ended
+        for seed in (seed for seed, kinds in unlike.items() if not kinds):
+            made_with = json.dumps([ours[seed].values, theirs[seed].values], sort_keys=True)
+            groups.setdefault(made_with, []).append(seed)
+        kept = max(reversed(groups.values()), key=len, default=[])
+        left_out = {}
+        for seed in sorted(unlike.keys() - kept):
+            changed = unlike[seed] or ours[seed].unlike(ours[kept[0]]) + theirs[seed].unlike(theirs[kept[0]])
+            left_out[seed] = list(dict.fromkeys(changed))
+        return left_out
 
     @cached_property
     def summary(self) -> pd.DataFrame:
@@ -156,7 +143,8 @@ class Results:
         """
         rows = [self._summary_row(cell, metric) for cell in self.cells for metric in self.metric_keys]
         frame = pd.DataFrame(rows).astype({"paired_n": "Int64"})
-        return with_holm(frame, "metric").set_index(["cell", "metric"])
+        frame["p_holm"] = frame.groupby("metric")["p_t"].transform(holm)
+        return frame.set_index(["cell", "metric"])
 
     def best(self, metric: str) -> set[str]:
         """Cells with the best mean of a metric; none where fewer than two can be compared.
@@ -173,7 +161,8 @@ class Results:
 
     def _summary_row(self, cell: str, metric: str) -> dict[str, Any]:
         mean, difference = mean_over_seeds(self.values(cell, metric).to_list()), Estimate()
-        if self._comparable(cell, metric):
+        comparable = metric in [spec.key for spec in self.metrics] and cell in self.compared
+        if comparable and (metric == self.main.key or self.tasks(cell) == self.tasks(self.baseline)):
             difference = paired_difference(self.pairs(cell, metric, self.baseline, metric))
         better = ("worse", "better") if self.spec(metric).lower_is_better else ("better", "worse")
         return {
@@ -191,42 +180,27 @@ class Results:
             "verdict": difference.verdict(*better) if difference.n else None,
         }
 
-    def _comparable(self, cell: str, metric: str) -> bool:
-        """Whether a metric is compared: the main one always, others at the baseline's number of tasks."""
-        if cell not in self.compared or metric not in {spec.key for spec in self.metrics}:
-            return False
-        return metric == self.main.key or self.tasks(cell) == self.tasks(self.baseline)
-
-    def _tasks_of(self, result: Mapping[str, Any]) -> int:
-        return next((len(result[spec.key]) for spec in self.metrics if spec.per_task), 1)
-
-    def _check(self) -> None:
-        """Refuse results that lack a part, and cells whose runs differ in their number of tasks."""
-        advice = "remove that run's folder and run the sweep again"
-        for cell, results in self.cells.items():
-            for seed, result in results.items():
-                if fault := fault_of(result, self.metrics):
-                    raise UserError(f'cell "{cell}", seed {seed}: result.json is damaged, {fault}; {advice}')
-            tasks = {seed: self._tasks_of(result) for seed, result in results.items()}
-            if len(set(tasks.values())) > 1:
-                each = ", ".join(f"{number} with seed {seed}" for seed, number in tasks.items())
-                same = "its runs must have the same number of tasks"
-                raise UserError(f'cell "{cell}": {same}, they have {each}; {advice}')
-
-
-def with_holm(frame: pd.DataFrame, family: str) -> pd.DataFrame:
-    """The table with a column "p_holm" after "p_t": adjusted within the rows of the same family, a column."""
-    adjusted = frame.groupby(family)["p_t"].transform(holm)
-    frame.insert(frame.columns.get_loc("p_t") + 1, "p_holm", adjusted)
-    return frame
+    def _number_of_tasks(self, cell: str) -> int:
+        per_task = [spec.key for spec in self.metrics if spec.per_task]
+        tasks = {
+            seed: len(result[per_task[0]]) if per_task else 1 for seed, result in self.cells[cell].items()
+        }
+        if len(set(tasks.values())) > 1:
+            each = ", ".join(f"{number} with seed {seed}" for seed, number in tasks.items())
+            raise UserError(
+                f'cell "{cell}": its runs must have the same number of tasks, they have {each}; '
+                "remove the folder of those that are wrong and run the sweep again"
+            )
+        return max(tasks.values(), default=0)
 
 
 def difference_columns(difference: Estimate) -> dict[str, float]:
-    """The columns of a paired difference in the CSV files."""
+    """The columns of a paired difference in the CSV files, its adjusted p still missing."""
     return {
         "difference": difference.mean,
         "difference_std": difference.std,
         "difference_low95": difference.low,
         "difference_high95": difference.high,
         "p_t": difference.p_t,
+        "p_holm": math.nan,
     }

@@ -1,4 +1,4 @@
-"""Tables of a sweep's report, as texts that are not yet Markdown or HTML.
+"""Tables of a sweep's report, as plain texts that its templates escape.
 
 table = means_table(results)
 table.rows[0][2]               # Entry("44.39 ± 1.20", strong=True): the best mean of its column
@@ -6,7 +6,7 @@ table.rows[0][2]               # Entry("44.39 ± 1.20", strong=True): the best m
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pandas as pd
 
@@ -62,12 +62,20 @@ def difference_tables(results: Results) -> list[Table]:
         found = results.summary.xs(spec.key, level="metric").loc[results.compared]
         compared = found.dropna(subset="paired_n")
         if len(compared):
+            rows = []
+            for cell, row in compared.to_dict("index").items():
+                tone = TONES.get(row["verdict"], "")
+                interval = spec.difference_text(row["difference_low95"], row["difference_high95"])
+                p_values = [_p(row[key]) for key in ("p_t", "p_holm", "p_wilcoxon")]
+                difference = Entry(spec.difference_text(row["difference"]), bool(tone), tone)
+                verdict = Entry(row["verdict"], bool(tone), tone)
+                plain = map(Entry, [interval, *p_values])
+                rows.append([Entry(cell), Entry(str(row["paired_n"])), difference, *plain, verdict])
             level = results.summary.loc[results.baseline, spec.key]
             baseline = spec.text(level["mean"], level["std"])
+            caption = f"{spec.name}, {spec.better} is better; baseline: {baseline}"
             others = found.index.difference(compared.index, sort=False)
             left_out = [f"{cell} ({_why_not_compared(results, cell)})" for cell in others]
-            rows = [_difference_row(spec, cell, row) for cell, row in compared.to_dict("index").items()]
-            caption = f"{spec.name}, {spec.better} is better; baseline: {baseline}"
             tables.append(Table(caption, headings, rows, _note("Not compared", left_out)))
     return tables
 
@@ -107,18 +115,6 @@ def runs_table(results: Results) -> Table:
 def _shown(results: Results, place: Shown) -> list[MetricSpec]:
     """The catalogue's metrics that are shown in a place."""
     return [spec for spec in map(results.spec, results.metric_keys) if spec.shown >= place]
-
-
-def _difference_row(spec: MetricSpec, cell: str, row: dict[str, Any]) -> list[Entry]:
-    tone = TONES.get(row["verdict"], "")
-    return [
-        Entry(cell),
-        Entry(str(row["paired_n"])),
-        Entry(spec.difference_text(row["difference"]), bool(tone), tone),
-        Entry(spec.difference_text(row["difference_low95"], row["difference_high95"])),
-        *(Entry(_p(row[key])) for key in ("p_t", "p_holm", "p_wilcoxon")),
-        Entry(row["verdict"], bool(tone), tone),
-    ]
 
 
 def _why_not_compared(results: Results, cell: str) -> str:

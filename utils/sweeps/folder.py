@@ -31,6 +31,7 @@ from utils.config.schema import RunConfig
 from utils.errors import UserError
 from utils.files import json_bytes, read_json, write_json
 from utils.reports.report import write_report
+from utils.reports.results import Results
 from utils.runs.folder import (
     CONFIG,
     RESULT,
@@ -202,13 +203,10 @@ def write_summary(sweep: Sweep, runs: Sequence[Run], failures: Mapping[str, str]
         sweep.folder,
         sweep.path.stem,
         sweep.file.description,
-        results,
-        metrics=sweep.cells[0].config.metrics,
-        baseline=sweep.file.baseline,
+        Results(results, sweep.cells[0].config.metrics, sweep.file.baseline, origins),
         hypotheses=sweep.hypotheses,
         commands={run.cell.name: run.command(*all_seeds) for run in runs[: len(sweep.cells)]},
         unfinished=unfinished,
-        origins=origins,
         outdated={label: (", ".join(kinds), again[label]) for label, kinds in outdated(by_label).items()},
     )
     logger.info(f"Summary: {', '.join(map(str, paths))}")

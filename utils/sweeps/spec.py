@@ -22,12 +22,11 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
-from pydantic.fields import FieldInfo
 
 from utils.config.loading import BASE_KEY, ConfigError, base_of, load_config, read_object
 from utils.config.messages import no_such
-from utils.config.schema import RunConfig, Seeds, Text, check_text
-from utils.reports.hypotheses import Hypothesis, read_hypotheses, unknown_metrics
+from utils.config.schema import RunConfig, Seeds, Text, check_text, key
+from utils.reports.hypotheses import Hypothesis, quoted, read_hypotheses, unknown_metrics
 
 SHAPING = {"base", "set", "cells", "grid"}  # keys without which the cells are unknown
 MAX_CELLS = 10_000
@@ -49,37 +48,29 @@ def _checked_name(name: str) -> str:
     return name
 
 
-def _allowed(text: str) -> FieldInfo:
-    """Words for the error report."""
-    return Field(json_schema_extra={"allowed": text})
-
-
-Name = Annotated[str, AfterValidator(_checked_name)]
-Keys = Annotated[dict[str, Any], _allowed("an object of keys and values")]
-NamedKeys = Annotated[
-    dict[Name, Keys], _allowed("an object of names, each with an object of keys and values")
-]
-Values = Annotated[list[Any], Field(min_length=1)]
-Grid = Annotated[dict[str, Values], _allowed("an object of keys, each with a non-empty list of values")]
+Keys = dict[str, Any]
+NamedKeys = dict[Annotated[str, AfterValidator(_checked_name)], Keys]
+Grid = dict[str, Annotated[list[Any], Field(min_length=1)]]
+KEYS = "an object of keys and values"
+NAMED_KEYS = f"an object of names, each with {KEYS}"
+GRID = "an object of keys, each with a non-empty list of values"
 
 
 class SweepFile(BaseModel):
-    """Keys of a sweep file. Unknown keys are refused, types are strict, values frozen."""
+    """Keys of a sweep file."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
-    description: str = Field("", description="Command that runs this file, and what it is expected to give.")
-    base: Text = Field(description="Config that every cell starts from: a path, relative to the sweep file.")
-    seeds: Seeds = Field([1993], description="Seeds; every cell is run with each.")
-    set: Keys = Field({}, description="Keys changed in every cell.")
-    cells: NamedKeys = Field({}, description='Name -> keys changed in the cell, its own "base" among them.')
-    grid: Grid = Field(
-        {}, description="Key -> values; each combination is a cell, or a variant of each cell."
-    )
-    baseline: Text | None = Field(None, description="Name of the cell that the others are compared with.")
-    hypotheses: NamedKeys = Field({}, description="Name -> keys of `Hypothesis`; the report answers each.")
-    threads: int = Field(1, ge=1, le=1024, description="Threads of each run, and cores reserved for it.")
-    memory_gb: float = Field(3.0, gt=0, le=1e6, description="Memory that a run may need, in GB (10^9 bytes).")
+    description: str = key("", "Command that runs this file, and its expected result.")
+    base: Text = key(..., "Config that every cell starts from: a path, relative to the sweep file.")
+    seeds: Seeds = key([1993], "Seeds; every cell is run with each.")
+    set: Keys = key({}, "Keys changed in every cell.", KEYS)
+    cells: NamedKeys = key({}, 'Name -> keys changed in the cell, its own "base" among them.', NAMED_KEYS)
+    grid: Grid = key({}, "Key -> values; each combination is a cell, or a variant of each cell.", GRID)
+    baseline: Text | None = key(None, "Name of the cell that the others are compared with.")
+    hypotheses: NamedKeys = key({}, "Name -> keys of `Hypothesis`; the report answers each.", NAMED_KEYS)
+    threads: int = key(1, "Threads of each run, and cores reserved for it.", ge=1, le=1024)
+    memory_gb: float = key(3.0, "Memory that a run may need, in GB (10^9 bytes).", gt=0, le=1e6)
 
 
 @dataclass(frozen=True)
@@ -205,16 +196,16 @@ def _rows(file: SweepFile, path: Path) -> Iterator[Row]:
             parts = [cell] if file.cells else []
             name = ", ".join([*parts, *(f"{key}={_bare(value)}" for key, value in point.items())])
             layers = {"set": file.set, "cell": own, "grid": point}
+            allowed = {
+                origin: {key: value for key, value in values.items() if key not in OWNED}
+                for origin, values in layers.items()
+            }
             changes = [
-                ("sweep", {"description": f"cell {_quoted(name)} of the sweep {path.name}"}),
-                *((origin, _not_owned(values)) for origin, values in layers.items()),
+                ("sweep", {"description": f"cell {quoted(name)} of the sweep {path.name}"}),
+                *allowed.items(),
                 ("sweep", {"prefix": slug_of(name), "seed": file.seeds}),
             ]
             yield Row(name, own.get(BASE_KEY, file.base), changes)
-
-
-def _not_owned(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in values.items() if key not in OWNED}
 
 
 def _base_path(path: Path, base: Any) -> Path:
@@ -231,7 +222,7 @@ def _table_problems(file: SweepFile, names: Sequence[str]) -> Iterator[str]:
     if not names:
         yield "cells, grid: both are missing; allowed: at least one of them, not empty"
     elif file.baseline is not None and file.baseline not in names:
-        yield f"baseline = {_quoted(file.baseline)}: {no_such('cell', file.baseline, names)}"
+        yield f"baseline = {quoted(file.baseline)}: {no_such('cell', file.baseline, names)}"
     yield from ("cells: a name is empty; allowed: any other text" for name in file.cells if not name.strip())
     for slug, same in cells_by_text((name, slug_of(name).casefold()) for name in names).items():
         if len(same) > 1:  # also where a file system does not tell cases apart
@@ -243,9 +234,9 @@ def _owned_keys(file: SweepFile, overrides: Sequence[str]) -> Iterator[str]:
     cells = ((_named([name]), own.keys() - {BASE_KEY}) for name, own in file.cells.items())
     given = {override.partition("=")[0].strip() for override in overrides} - {"logs_root", BASE_KEY}
     for place, keys in (("set", file.set), ("grid", file.grid), *cells, ("--set", given)):
-        for key in OWNED:
-            if key in keys:
-                yield f"{place}: {key} cannot be set in a sweep, {OWNED[key]}; leave it out"
+        for owned, reason in OWNED.items():
+            if owned in keys:
+                yield f"{place}: {owned} cannot be set in a sweep, {reason}; leave it out"
 
 
 def _mixed_metrics(cells: Sequence[Cell]) -> Iterator[str]:
@@ -275,11 +266,7 @@ def _equal_configs(cells: Sequence[Cell]) -> Iterator[str]:
 def _named(names: Sequence[str]) -> str:
     """Cells in a sentence: `cells "a", "b", "c", "d" and 3 more`."""
     more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
-    return f"cell{'s' * (len(names) > 1)} {', '.join(map(_quoted, names[:MAX_NAMED]))}{more}"
-
-
-def _quoted(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)
+    return f"cell{'s' * (len(names) > 1)} {', '.join(map(quoted, names[:MAX_NAMED]))}{more}"
 
 
 def _bare(value: Any) -> str:

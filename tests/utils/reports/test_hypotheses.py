@@ -22,7 +22,6 @@ from tests.drawn import assert_readable
 from tests.utils.reports.test_report import Page, invented, results_of
 from tests.utils.reports.test_report import write as write_named
 from tests.utils.runs.test_manifest import CHANGES, origins, record
-from utils.config.loading import ConfigError
 from utils.plotting import BLUE, GREY, STYLE, VERMILLION
 from utils.reports.answers import answer
 from utils.reports.answers_figure import answers_figure
@@ -179,26 +178,19 @@ def without(*keys: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("values", "told"),
     [
-        ({**NEAR, "cell": "our"}, ['cell = "our"', 'did you mean "ours"', 'allowed: "ours", "theirs"']),
-        ({**NEAR, "against": "x"}, ['against = "x"', 'allowed: "ours", "theirs"']),
-        (
-            {**NEAR, "expected": "highr"},
-            ['expected = "highr"', 'did you mean "higher"', 'allowed: "higher", '],
-        ),
-        ({**NEAR, "metrics": "a"}, ['metrics = "a"', "unknown key", "did you mean metric"]),
-        ({**NEAR, "qqqq": 1}, ["qqqq = 1", "allowed: says, cell, metric, expected, against, against_metric"]),
-        (without("against"), ["against, against_metric", "missing", "at least one"]),
-        ({**NEAR, "against": None}, ["against, against_metric", "missing", "at least one"]),
-        ({**NEAR, "against": "ours"}, ["against, against_metric", "score of ours on both sides"]),
-        (without("metric"), ["metric: missing", "allowed: non-empty text"]),
-        ({**NEAR, "says": ""}, ['says = ""', "allowed: non-empty text"]),
-        ({**NEAR, "metric": 3}, ["metric = 3", "wrong type"]),
+        ({**NEAR, "cell": "our"}, 'cell = "our": .* did you mean "ours".* allowed: "ours", "theirs"'),
+        ({**NEAR, "against": "x"}, 'against = "x": .* allowed: "ours", "theirs"'),
+        ({**NEAR, "expected": "highr"}, 'expected = "highr": .* did you mean "higher"'),
+        ({**NEAR, "metrics": "a"}, 'metrics = "a": .* did you mean metric'),
+        ({**NEAR, "against": None}, "against, against_metric: .* missing"),
+        ({**NEAR, "against": "ours"}, "against, against_metric: score of ours on both sides"),
+        (without("metric"), "metric: missing"),
+        ({**NEAR, "says": ""}, 'says = "": '),
     ],
 )
-def test_a_mistake_is_one_sentence(values: dict[str, Any], told: list[str]) -> None:
+def test_a_mistake_is_one_sentence(values: dict[str, Any], told: str) -> None:
     hypotheses, (problem,) = read_hypotheses({"H1": values}, CELLS)
-    assert hypotheses == {} and problem.startswith('hypothesis "H1": ')
-    assert [part for part in told if part not in problem] == []
+    assert hypotheses == {} and re.fullmatch(f'hypothesis "H1": {told}.*', problem)
 
 
 def sweep_file(folder: Path, **values: Any) -> Path:
@@ -226,13 +218,6 @@ def test_all_mistakes_come_at_once_before_anything_is_written(
     assert [part for part in told if part not in message] == []
     assert "H3" not in message and "Traceback" not in message
     assert list(tmp_path.iterdir()) == [path]
-
-
-@pytest.mark.parametrize("given", [["H1"], {"H1": "it is higher"}])
-def test_hypotheses_are_an_object_of_objects(tmp_path: Path, given: Any) -> None:
-    with pytest.raises(ConfigError, match="wrong type .* allowed: an object of names") as caught:
-        load_sweep(sweep_file(tmp_path, hypotheses=given), [], SCHEMAS)
-    assert len(caught.value.problems) == 1
 
 
 def test_a_sweep_has_its_hypotheses_and_records_them(tmp_path: Path) -> None:
@@ -315,17 +300,9 @@ def test_numbers_are_shown_in_the_unit_of_their_heading() -> None:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("ours", "theirs", "shown"),
-    [
-        ([3.0, 4.5, 6.0], [1.0, 2.5, 4.0], ["same in every seed", "+2.000", "–", "3", "–"]),
-        ([3.0], [1.0], ["one seed", "+2.000", "–", "1", "–"]),
-    ],
-)
-def test_without_spread_there_is_no_interval_and_no_p(
-    ours: list[float], theirs: list[float], shown: list[str]
-) -> None:
-    assert entries_of(runs_of(ours=ours, theirs=theirs), H1=NEAR)[1:6] == shown
+def test_without_spread_there_is_no_interval_and_no_p() -> None:
+    entries = entries_of(runs_of(ours=[3.0, 4.5, 6.0], theirs=[1.0, 2.5, 4.0]), H1=NEAR)
+    assert entries[1:6] == ["same in every seed", "+2.000", "–", "3", "–"]
 
 
 def test_without_hypotheses_the_rest_of_the_report_is_the_same(
@@ -335,12 +312,8 @@ def test_without_hypotheses_the_rest_of_the_report_is_the_same(
     folder = shutil.copytree(written[0], tmp_path / "sweep")
     files = write(folder, SMALL)
     assert {path for path in folder.rglob("*") if path.is_file()} == set(files)
-    assert {path.relative_to(folder) for path in files} == {
-        path.relative_to(written[0]) for path in written[1]
-    } - {
-        Path("hypotheses.csv"),
-        Path("figures/hypotheses.png"),
-    }
+    gone = {folder / "hypotheses.csv", folder / "figures/hypotheses.png"}
+    assert set(files) == {folder / path.relative_to(written[0]) for path in written[1]} - gone
     parts = {
         "summary.md": [r"## Hypotheses\n.*?(?=## Means)", r"- A hypothesis is answered[^\n]*\n"],
         "report.html": [

@@ -26,6 +26,7 @@ from tests.conftest import ROOT, TINY
 from tests.crash import outcome
 from tests.utils.runs.test_manifest import record
 from utils.errors import UserError
+from utils.reports.results import Results
 from utils.runs.folder import CONFIG, FIGURES, RESULT, FolderLock
 from utils.runs.manifest import MANIFEST
 from utils.sweeps.executors import EXECUTORS, Job, Outcome, Resources, run_process, stop_requests
@@ -135,9 +136,10 @@ def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
     """Sweep whose runs are pretended, unless `executor.work` says else; its report is a stub."""
     command = Command(tmp_path)
 
-    def write_report(folder: Path, title: str, description: str, runs: Any, **named: Any) -> list[Path]:
-        given = SimpleNamespace(folder=folder, title=title, description=description, runs=runs, **named)
-        command.reports.append(given)
+    def write_report(
+        folder: Path, title: str, description: str, results: Results, **named: Any
+    ) -> list[Path]:
+        command.reports.append(SimpleNamespace(titles=(title, description), results=results, **named))
         return [folder / "summary.md"]
 
     monkeypatch.setitem(EXECUTORS, "local", command.executor)
@@ -158,20 +160,14 @@ def test_runs_go_seed_by_seed_from_configs_that_stand_alone(sweep: Command, caps
     assert sweep.executor.started == [sweep.anew(*run) for run in RUNS]
     for slug, seed in RUNS:
         config = json.loads(sweep.config(slug, seed).read_text())
-        assert (config["prefix"], config["seed"]) == (slug, [seed])
+        assert (config["prefix"], config["seed"]) == (slug, seed)
         assert sweep.run_folder(slug, seed).is_dir()
     table = json.loads((sweep.folder / "sweep.json").read_text())
-    assert {key: table[key] for key in ("seeds", "baseline", "description")} == {
-        key: TABLE[key] for key in ("seeds", "baseline", "description")
-    }
-    assert [(cell["name"], cell["slug"]) for cell in table["cells"]] == [
-        ("nested", "nested"),
-        ("matched adapter", "matched-adapter"),
-    ]
+    assert all(table[key] == TABLE[key] for key in ("seeds", "baseline", "description"))
+    assert [cell["slug"] for cell in table["cells"]] == ["nested", "matched-adapter"]
     assert table["cells"][1]["config"]["ffn_num"] == 8
-    named = [line for line in capsys.readouterr().out.splitlines() if "no effect" in line]
-    assert len(named) == len(TABLE["cells"])
-    assert "matched adapter: " in named[1] and "nested_lora_rank" in named[1]
+    _, note = (line for line in capsys.readouterr().out.splitlines() if "no effect" in line)
+    assert "matched adapter: " in note and "nested_lora_rank" in note
 
 
 @pytest.mark.parametrize(("device", "gpu"), [("auto", True), ("cpu", False), (["0"], False)])
@@ -190,10 +186,10 @@ def test_resources_and_places_of_a_job(device: Any, gpu: bool, sweep: Command) -
 def test_the_report_is_given_every_finished_run(sweep: Command, capsys: Capture) -> None:
     assert sweep() == 0
     (report,) = sweep.reports
-    assert (report.folder, report.title, report.description) == (sweep.folder, "table", "what it is for")
-    assert report.baseline == "matched adapter" and report.unfinished == {}
+    assert report.titles == ("table", "what it is for") and report.unfinished == {}
+    assert report.results.baseline == "matched adapter"
     both = {1: RESULTS, 2: RESULTS}
-    assert list(report.runs.items()) == [("nested", both), ("matched adapter", both)]
+    assert list(report.results.cells.items()) == [("nested", both), ("matched adapter", both)]
     repeats = f"python main.py --config {sweep.config('nested', 1)} --set 'seed=[1,2]'"
     assert report.commands["nested"] == repeats
     shown = capsys.readouterr().out
@@ -256,7 +252,7 @@ def test_runs_that_left_the_table_stay_and_are_named(sweep: Command, capsys: Cap
         capsys.readouterr().out
     )
     assert sweep.run_folder("nested", 1).is_dir()
-    assert list(sweep.reports[-1].runs) == ["small", "matched adapter"]
+    assert list(sweep.reports[-1].results.cells) == ["small", "matched adapter"]
 
 
 def test_a_sweep_that_goes_on_with_other_code_says_so(sweep: Command, capsys: Capture) -> None:
@@ -274,8 +270,7 @@ def test_a_sweep_that_goes_on_with_other_code_says_so(sweep: Command, capsys: Ca
         f"{name}, seed 1": ("code", f"python main.py --config {sweep.config(slug, 1)} --overwrite")
         for name, slug in (("nested", "nested"), ("matched adapter", "matched-adapter"))
     }
-    origins = sweep.reports[-1].origins["nested"].items()
-    assert {seed: origin.values["code"]["sha256"][0] for seed, origin in origins} == {1: "c", 2: "0"}
+    assert sweep.reports[-1].results.left_out("nested", "matched adapter") == {1: ["code"]}
 
 
 @pytest.mark.parametrize("recorded", [{"description": "other words"}, {"precision": "fp32"}], ids=str)
@@ -288,16 +283,10 @@ def test_differences_that_are_none(sweep: Command, recorded: dict[str, str]) -> 
     assert sweep() == 0 and sweep.executor.started == []
 
 
-DEEP = b'{"cells":' + b"[" * 100_000
-
-
-CONTENTS = [b"[]", b"{}", b"\xff{}", b'{"metrics": 3, "versions": 1}', DEEP, None]
-
-
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        *itertools.product([RESULT, MANIFEST], CONTENTS),
+        *itertools.product([RESULT, MANIFEST], [b"{}", b"\xff{}", b'{"metrics": 3, "versions": 1}', None]),
         *((CONFIG, content) for content in (b"{", b'{"model_name": "unknown"}')),
     ],
 )
@@ -433,7 +422,7 @@ def test_report_starts_nothing(sweep: Command, capsys: Capture) -> None:
     assert sweep("--report") == 0
     assert sweep.executor.started == [] and files(sweep.folder) == before
     assert sweep.reports[-1].unfinished == {"nested, seed 1": "not finished", "nested, seed 2": "not started"}
-    assert sweep.reports[-1].runs == {"nested": {}, "matched adapter": {1: RESULTS, 2: RESULTS}}
+    assert not sweep.reports[-1].results.cells["nested"]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -445,15 +434,14 @@ def test_one_failure_does_not_stop_the_rest(sweep: Command, capsys: Capture) -> 
     assert sweep() == 1
     assert sweep.executor.started == [sweep.anew(*run) for run in RUNS]
     (report,) = sweep.reports
-    assert report.runs == {"nested": {}, "matched adapter": {1: RESULTS, 2: RESULTS}}
+    assert report.results.cells == {"nested": {}, "matched adapter": {1: RESULTS, 2: RESULTS}}
     failed = {f"nested, seed {seed}": "exit code 1: no" for seed in (1, 2)}
     assert report.unfinished == failed
     shown = capsys.readouterr().out
     assert f"nested, seed 1: exit code 1: no; it printed {sweep.folder}/logs/nested_1.txt\n" in shown
     again = f"2 failed, 2 of 4 runs are finished. To try again: python main.py {' '.join(sweep.line)}"
     assert "\n  ".join([again, *(f"{label}: {reason}" for label, reason in failed.items())]) in shown
-    assert sweep() == 1
-    assert sweep.executor.started == [sweep.anew("nested", 1), sweep.anew("nested", 2)]
+    assert sweep() == 1 and sweep.executor.started == [sweep.anew("nested", 1), sweep.anew("nested", 2)]
 
 
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "logs/nested_1.txt")
@@ -474,22 +462,25 @@ FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "logs/nested_1.txt")
     ids=str,
 )
 def test_reasons_of_failures(
-    end: Outcome | Exception, free: int, reason: str, sweep: Command, monkeypatch: pytest.MonkeyPatch
+    end: Outcome | Exception,
+    free: int,
+    reason: str,
+    sweep: Command,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Capture,
 ) -> None:
     """Of a process without a result, a machine that was lost, a full disk (no last words)."""
 
     def work(job: Job) -> Outcome:
-        if "matched" in job.output.name:
-            return pretend(job)
         if isinstance(end, Exception):
             raise end
         return end
 
+    sweep.write(**SINGLE)
     sweep.executor.work = work
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
-    assert sweep() == 1
-    assert sweep.reports[0].unfinished.keys() == {"nested, seed 1", "nested, seed 2"}
-    assert all(told.startswith(reason) for told in sweep.reports[0].unfinished.values())
+    assert sweep() == 1 and sweep.reports == []
+    assert f"nested, seed 1: {reason}" in capsys.readouterr().out
 
 
 def test_a_report_that_cannot_be_written_does_not_hide_what_ran(
@@ -504,11 +495,6 @@ def test_a_report_that_cannot_be_written_does_not_hide_what_ran(
     shown = capsys.readouterr()
     assert shown.err.endswith("cannot write the report\n")
     assert "1 failed, 3 of 4 runs are finished" in shown.out and "nested, seed 2: exit code 1" in shown.out
-
-
-def test_without_a_finished_run_there_is_no_report(sweep: Command) -> None:
-    sweep.executor.work = failing("")
-    assert sweep() == 1 and sweep.reports == []
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -591,16 +577,10 @@ def test_an_error_of_ours_stops_the_runs_before_it_is_told(sweep: Command) -> No
 
 
 def test_ctrl_c_saves_and_the_same_command_goes_on_to_the_same_end(sweep: Command) -> None:
-    """Real processes: SIGINT to the sweep alone while its first run trains; the second is not begun.
-
-    The run takes the place of one that was killed before it wrote its config. Its command repeats it.
-    """
+    """Real processes: SIGINT to the sweep alone while its first run trains; its command repeats it."""
     cells = {"first": {"func_epoch": 30}, "second": {"func_epoch": 2}}
     sweep.write(seeds=[1], set={**TABLE["set"], "max_tasks": 1}, cells=cells, baseline=None)
     folder = sweep.run_folder("first", 1)
-    log = folder.with_name(f"{folder.name}.log")
-    (folder / "tb").mkdir(parents=True)
-    log.write_text("torn")
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "main.py"), *sweep.line, "--jobs", "1"], cwd=ROOT, stdout=subprocess.PIPE
     )
@@ -616,8 +596,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on_to_the_same_end(sweep: Comman
     sweep.executor.work = lambda job: run_process(job) if "--resume" in job.command else pretend(job)
     assert sweep() == 0
     assert sweep.executor.started == [("--resume", str(folder)), sweep.anew("second", 1)]
-    assert "torn" not in log.read_text()
-    assert sorted(path.name for path in folder.parent.glob("first*")) == [folder.name, log.name]
+    assert {path.name for path in folder.parent.glob("first*")} == {folder.name, f"{folder.name}.log"}
     assert main.main(["--config", str(sweep.config("first", 1))]) == 0
     assert outcome(folder) == outcome(folder.with_name(f"{folder.name}_2"))
 
@@ -629,9 +608,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on_to_the_same_end(sweep: Comman
 def test_ray_gives_what_the_command_line_gives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two cells on a Ray started for the sweep, with the report; Ray is gone afterwards."""
     ray = pytest.importorskip("ray")
-    monkeypatch.setenv(
-        "RAY_worker_niceness", "0"
-    )  # else Ray's workers give way to all else that the machine does
+    monkeypatch.setenv("RAY_worker_niceness", "0")  # else Ray's workers give way to all other processes
     sweep = Command(tmp_path)
     sweep.write(seeds=[1], set={**TABLE["set"], "max_tasks": 1})
     assert sweep("--engine", "ray") == 0

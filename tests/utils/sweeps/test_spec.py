@@ -195,6 +195,7 @@ HALF = "half a surrogate pair"
         ({"grid": {"rd_dim": 4}}, 'grid = {"rd_dim": 4}: a wrong type (an integer)'),
         ({"cells": {"a": 4}}, 'cells = {"a": 4}: a wrong type (an integer); allowed: an object of names'),
         ({"cells": {" ": {}}}, "cells: a name is empty"),
+        ({"cells": {"a": {}}, "hypotheses": ["H1"]}, 'hypotheses = ["H1"]: a wrong type (a list)'),
         ({"cells": {"a": {}}, "seeds": []}, "seeds = []: empty"),
         ({"cells": {"a": {}}, "seeds": [1, 1]}, "seeds = [1, 1]: holds 1 more than once"),
         ({"cells": {"a": {}}, "threads": 0}, "threads = 0: too small"),
