@@ -1,8 +1,8 @@
 """Metric catalogue: name, unit, digits, better direction and definition of every number of a run.
 
-    catalogue = by_key(config.metrics)      # what the runs of a method are measured by, and what every run
-    costs catalogue["final"].heading              # "A_N (%)" catalogue["seconds"].text(90.0)         # "1.5",
-    of "minutes per run"
+    catalogue = by_key(config.metrics)      # the metrics of a method, then the costs of every run
+    catalogue["final"].heading              # "A_N (%)"
+    catalogue["seconds"].text(90.0)         # "1.5", of "minutes per run"
 
 A method's config class names its metrics (`RunConfig.metrics`), the main one first. Logs, CSV files, reports
 and figures take names, units and directions from these specs alone.

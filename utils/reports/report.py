@@ -4,9 +4,9 @@
 
     report.html      one page with everything, figures included; it needs no other file and no network
     summary.md       the same tables for a README or an issue
-    summary.csv      a line per cell and metric, at full precision, with its difference from the baseline
-    runs.csv         a line per run
-    hypotheses.csv   a line per hypothesis, at full precision, where the sweep states some
+    summary.csv      one row per cell and metric, at full precision, with its difference from the baseline
+    runs.csv         one row per run
+    hypotheses.csv   one row per hypothesis, at full precision, where the sweep states some
     figures/         drawn by `utils/reports/figures.py` and `utils/reports/answers_figure.py`
 
 The same input gives the same bytes. Everything is computed before the first file is replaced.
@@ -119,7 +119,7 @@ def write_report(
 
 
 def _csv(table: pd.DataFrame) -> bytes:
-    """A table with a header; what there is not is an empty field."""
+    """A table with a header; a missing value is an empty field."""
     return table.to_csv(index=False, lineterminator="\n").encode()
 
 

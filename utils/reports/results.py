@@ -139,7 +139,7 @@ class Results:
         """A row per (cell, metric): mean over seeds, and difference from the baseline.
 
         Holm's adjustment is over the cells compared in a metric. The verdict is "better" or "worse" where the
-        interval excludes zero, else as `Estimate.verdict` says. What there is not is NaN.
+        interval excludes zero, else as `Estimate.verdict` says. Undefined numbers are NaN.
         """
         rows = [self._summary_row(cell, metric) for cell in self.cells for metric in self.metric_keys]
         frame = pd.DataFrame(rows).astype({"paired_n": "Int64"})

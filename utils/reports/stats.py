@@ -29,8 +29,8 @@ SAME, UNDECIDED, ONE_SEED, NO_NUMBER = "same in every seed", "undecided", "one s
 class Estimate:
     """A mean over n values, its standard deviation (ddof = 1), its confidence interval, and p of a mean of 0.
 
-    What there is not is NaN: all but the mean for a single value, interval and p also for values that are all
-    the same (std is 0). p_t is of the two-sided t-test, p_wilcoxon of the two-sided signed-rank test.
+    Undefined numbers are NaN: all but the mean for a single value; interval and p for values that are all the
+    same (std is 0). p_t is of the two-sided t-test, p_wilcoxon of the two-sided signed-rank test.
     """
 
     n: int = 0

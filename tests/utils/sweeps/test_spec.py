@@ -40,35 +40,30 @@ def cells(sweep: Sweep, *keys: str) -> dict[str, tuple]:
 # The table
 
 
-def test_named_cells(tmp_path: Path) -> None:
-    own = {"ffn_adapter_type": "adaptmlp", "ffn_num": 8}
-    sweep = load(tmp_path, cells={"nested": {}, "matched adapter": own})
-    assert cells(sweep, "ffn_adapter_type", "prefix") == {
-        "nested": ("nested_lora", "nested"),
-        "matched adapter": ("adaptmlp", "matched-adapter"),
-    }
-    assert [cell.slug for cell in sweep.cells] == ["nested", "matched-adapter"]
+NAMED = {"a": {}, "b c": {"rd_dim": 8}}
 
 
-def test_a_grid_alone_is_its_cross_product(tmp_path: Path) -> None:
-    keys = ("nested_lora_rank", "nested_lora_freeze")
-    sweep = load(tmp_path, grid={"nested_lora_rank": [4, 8], "nested_lora_freeze": ["task", "never"]})
-    assert cells(sweep, *keys) == {
-        f"nested_lora_rank={rank}, nested_lora_freeze={freeze}": (rank, freeze)
-        for rank in (4, 8)
-        for freeze in ("task", "never")
-    }
-
-
-def test_cells_are_crossed_with_the_grid(tmp_path: Path) -> None:
-    sweep = load(tmp_path, cells={"a": {}, "b": {"rd_dim": 8}}, grid={"func_epoch": [1, 2]})
-    assert list(cells(sweep, "rd_dim", "func_epoch").items()) == [
-        ("a, func_epoch=1", (16, 1)),
-        ("a, func_epoch=2", (16, 2)),
-        ("b, func_epoch=1", (8, 1)),
-        ("b, func_epoch=2", (8, 2)),
-    ]
-    assert sweep.cells[0].slug == "a-func_epoch=1"
+@pytest.mark.parametrize(
+    ("table", "expected"),
+    [
+        ({"cells": NAMED}, {"a": (16, 3), "b c": (8, 3)}),
+        ({"grid": {"rd_dim": [4, 8]}}, {"rd_dim=4": (4, 3), "rd_dim=8": (8, 3)}),
+        (
+            {"grid": {"rd_dim": [4, 8], "func_epoch": [1, 2]}},
+            {f"rd_dim={dim}, func_epoch={epochs}": (dim, epochs) for dim in (4, 8) for epochs in (1, 2)},
+        ),
+        (
+            {"cells": NAMED, "grid": {"func_epoch": [1, 2]}},
+            {f"{name}, func_epoch={n}": (dim, n) for name, dim in (("a", 16), ("b c", 8)) for n in (1, 2)},
+        ),
+    ],
+)
+def test_rows_are_cells_crossed_with_the_grid(
+    tmp_path: Path, table: dict[str, Any], expected: dict[str, tuple[int, int]]
+) -> None:
+    sweep = load(tmp_path, **table)
+    assert list(cells(sweep, "rd_dim", "func_epoch").items()) == list(expected.items())
+    assert [cell.slug for cell in sweep.cells] == [slug_of(name) for name in expected]
 
 
 def test_order_of_what_changes_a_config(tmp_path: Path) -> None:
