@@ -59,7 +59,7 @@ def answer(hypotheses: Mapping[str, Hypothesis], results: Results) -> pd.DataFra
 
 
 def comparison(answer: Mapping[str, str], results: Results) -> str:
-    """What an answer compares: `A_N (%), nested against matched adapter`."""
+    """Both sides of an answer in words: `A_N (%), nested against matched adapter`."""
     cell, metric, other, other_metric = (answer[side] for side in SIDES)
     ours, theirs = results.spec(metric).heading, results.spec(other_metric).heading
     if metric == other_metric:

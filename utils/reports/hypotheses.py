@@ -46,7 +46,7 @@ class Hypothesis(BaseModel):
 def read_hypotheses(
     given: Mapping[str, Mapping[str, Any]], cells: Sequence[str]
 ) -> tuple[dict[str, Hypothesis], list[str]]:
-    """Check what a sweep file says under "hypotheses".
+    """The checked "hypotheses" of a sweep file.
 
     Args:
         given: hypothesis name -> its keys and values.
@@ -72,27 +72,24 @@ def unknown_metrics(
 ) -> Iterator[str]:
     """A sentence for each metric that no run of its cell has; metrics: cell -> specs of its method."""
     for name, hypothesis in hypotheses.items():
-        (cell, metric), (other, _) = hypothesis.sides
-        named = {"metric": (cell, metric), "against_metric": (other, hypothesis.against_metric)}
-        for key, (its, given) in named.items():
-            known = list(by_key(metrics.get(its, ())))
-            if its in metrics and given is not None and given not in known:
-                problem = no_such("metric", given, known)
-                yield f"hypothesis {quoted(name)}: {key} = {quoted(given)}: {problem}"
+        for key, (cell, metric) in zip(("metric", "against_metric"), hypothesis.sides, strict=True):
+            known = list(by_key(metrics.get(cell, ())))
+            if getattr(hypothesis, key) and cell in metrics and metric not in known:
+                problem = no_such("metric", metric, known)
+                yield f"hypothesis {quoted(name)}: {key} = {quoted(metric)}: {problem}"
 
 
 def _conflicts(sound: Mapping[str, Any], faulty: set[str], cells: Sequence[str]) -> Iterator[str]:
-    """What is wrong with values that are right one by one; keys already reported are left out."""
+    """Mistakes between values that are right one by one; keys already reported are left out."""
     for key in ("cell", "against"):
         if sound.get(key) is not None and cells and sound[key] not in cells:
             yield f"{key} = {quoted(sound[key])}: {no_such('cell', sound[key], cells)}"
     if faulty.isdisjoint(("against", "against_metric")):
-        other, other_metric = sound.get("against"), sound.get("against_metric")
-        if other is None and other_metric is None:
+        if sound.get("against") is None and sound.get("against_metric") is None:
             yield "against, against_metric: both are missing; allowed: at least one of them"
         elif {"cell", "metric"} <= sound.keys():
-            cell, metric = sound["cell"], sound["metric"]
-            if (other or cell, other_metric or metric) == (cell, metric):
+            (cell, metric), other = Hypothesis.model_construct(**sound).sides
+            if (cell, metric) == other:
                 both = f"{metric} of {cell} on both sides; allowed: another cell or metric"
                 yield f"against, against_metric: {both}"
 

@@ -100,7 +100,7 @@ class Results:
     def metric_keys(self) -> list[str]:
         """Keys of all numbers of runs: the method's metrics, others that a result holds, costs."""
         results = (result for results in self.cells.values() for result in results.values())
-        own = [key for key, spec in self._specs.items() if spec in self.metrics]
+        own = [spec.key for spec in self.metrics if not spec.per_task]
         return list(dict.fromkeys([*own, *chain.from_iterable(map(numbers_of, results)), *self._specs]))
 
     def values(self, cell: str, metric: str) -> pd.Series:

@@ -181,11 +181,11 @@ def warn_of_changes(origins: Mapping[str, Provenance]) -> None:
 
 def write_summary(sweep: Sweep, runs: Sequence[Run], failures: Mapping[str, str]) -> None:
     """Write the report of the finished runs; nothing where there are none. failures: label -> reason."""
-    results: dict[str, dict[int, dict[str, Any]]] = {cell.name: {} for cell in sweep.cells}
-    origins: dict[str, dict[int, Provenance]] = {cell.name: {} for cell in sweep.cells}
     finished = [run for run in runs if run.finished]
     if not finished:
         return
+    results: dict[str, dict[int, dict[str, Any]]] = {cell.name: {} for cell in sweep.cells}
+    origins: dict[str, dict[int, Provenance]] = {cell.name: {} for cell in sweep.cells}
     by_label = {}
     for run in sorted(finished, key=lambda run: (run.folder / RESULT).stat().st_mtime_ns):
         results[run.cell.name][run.seed] = run.result()

@@ -72,7 +72,7 @@ def run_sweep(
         engine: a name in `EXECUTORS`.
         jobs: runs at once; None for as many as fit.
         address: of a Ray cluster; None starts a Ray of our own.
-        overwrite: run everything anew; what there was is set aside until that is finished.
+        overwrite: run everything anew; earlier results are set aside until that is finished.
 
     Returns:
         The exit code: 0 everything is finished, 1 some runs failed, 130 stopped before the end.
@@ -160,7 +160,7 @@ def run_all(
                     logger.warning(f"{run.label}: {reason}; it printed {run.output_path}")
                 bar.set_postfix(failed=sum(reason != CUT_SHORT for reason in failures.values()))
         except BaseException:
-            request_stop(stop)  # what runs is saved before the error is told
+            request_stop(stop)  # running processes save before the error is reported
             raise
         return failures, stop_requests(stop) > 0
 
@@ -188,7 +188,7 @@ def job_of(sweep: Sweep, run: Run) -> Job:
 
 
 def failure_reason(run: Run, future: Future) -> str | None:
-    """Why a run that has ended is not complete, for a sentence; None for a success."""
+    """Reason why an ended run is not complete, as part of a sentence; None for a success."""
     try:
         code, last_line = future.result()
     except OSError as error:

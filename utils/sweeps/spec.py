@@ -150,9 +150,9 @@ def load_sweep(path: str | Path, overrides: Sequence[str], schemas: Mapping[str,
             cells.append(Cell(row.name, slug_of(row.name), loaded.config, loaded.notes))
         except ConfigError as error:
             faults[row.name] = error
-    told = cells_by_text((name, problem) for name, error in faults.items() for problem in error.problems)
-    for problem, its in told.items():
-        problems.append(f"{'every cell' if 1 < len(its) == len(rows) else _named(its)}: {problem}")
+    shared = cells_by_text((name, problem) for name, error in faults.items() for problem in error.problems)
+    for problem, faulty in shared.items():
+        problems.append(f"{'every cell' if 1 < len(faulty) == len(rows) else _named(faulty)}: {problem}")
     problems += [*_mixed_metrics(cells), *_equal_configs(cells)]
     problems += unknown_metrics(hypotheses, {cell.name: cell.config.metrics for cell in cells})
     if problems:
