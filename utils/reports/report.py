@@ -81,18 +81,20 @@ def write_report(
     """
     answers = answer(hypotheses, results) if hypotheses else None
     figures = sweep_figures(results, title)
-    answered = {HYPOTHESES_FIGURE: (answers_png(answers, results, title), CAPTION)} if hypotheses else {}
+    if hypotheses:
+        figures[HYPOTHESES_FIGURE] = answers_png(answers, results, title), CAPTION
+    pictures = {name: _picture(name, *figure) for name, figure in figures.items()}
     page = {
         "title": title,
         "description": description,
         "facts": facts(results, unfinished),
         "notes": reading_notes(results, answers),
         "hypotheses": hypotheses_table(answers, results) if hypotheses else None,
-        "hypotheses_picture": next(map(_picture, answered.items()), None),
+        "hypotheses_picture": pictures.pop(HYPOTHESES_FIGURE, None),
         "main": means_table(results),
         "differences": difference_tables(results),
         "runs": runs_table(results),
-        "pictures": list(map(_picture, figures.items())),
+        "pictures": list(pictures.values()),
         "commands": commands,
         "unfinished": unfinished,
         "outdated": outdated or {},
@@ -102,7 +104,7 @@ def write_report(
         "runs.csv": _csv(results.runs.reset_index()),
         "summary.md": _render("report_template.md", page),
         "report.html": _render("report_template.html", page),
-        **{f"{FIGURES_FOLDER}/{name}": png for name, (png, _) in {**figures, **answered}.items()},
+        **{f"{FIGURES_FOLDER}/{name}": png for name, (png, _) in figures.items()},
     }
     if hypotheses:
         files[HYPOTHESES] = _csv(answers)
@@ -123,9 +125,8 @@ def _csv(table: pd.DataFrame) -> bytes:
     return table.to_csv(index=False, lineterminator="\n").encode()
 
 
-def _picture(figure: tuple[str, tuple[bytes, str]]) -> Picture:
-    """A figure for the page; figure: file name, then PNG and caption."""
-    name, (png, caption) = figure
+def _picture(name: str, png: bytes, caption: str) -> Picture:
+    """A figure for the page."""
     sides = (int.from_bytes(png[start : start + 4], "big") for start in (16, 20))  # of the PNG's header
     size = (round(side * CSS_DPI / DPI) for side in sides)
     return Picture(name, caption, base64.b64encode(png).decode(), *size)

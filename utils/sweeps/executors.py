@@ -132,8 +132,8 @@ class RayExecutor(AbstractContextManager):
         largest = max(int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"])
         if largest < resources.threads:
             ray.shutdown()
-            told = f"the largest machine of the Ray cluster has {largest} CPUs"
-            raise UserError(f"threads = {resources.threads}: {told}; allowed: as many, or fewer")
+            available = f"the largest machine of the Ray cluster has {largest} CPUs"
+            raise UserError(f"threads = {resources.threads}: {available}; allowed: as many, or fewer")
         total = ray.cluster_resources()
         gpus = int(total.get("GPU", 0)) if resources.gpu else 0
         cores, memory_gb = int(total.get("CPU", 0)), total.get("memory", 0) / 1e9

@@ -141,8 +141,7 @@ def prepare_folder(sweep: Sweep, runs: Sequence[Run], overwrite: bool) -> None:
     folder = sweep.folder
     if overwrite and os.path.lexists(folder):
         if not (folder / TABLE).is_file():
-            told = f"{folder} holds no {TABLE}, so it is no sweep's"
-            raise UserError(f"{told}: move it away, it is not overwritten")
+            raise UserError(f"{folder} holds no {TABLE}, it is not overwritten: move it away")
         set_aside(folder)
     new = not os.path.lexists(folder)
     configs = set((folder / "cells").glob("*.json")) - {run.config_path for run in runs}
@@ -219,8 +218,8 @@ def _check_config(run: Run) -> None:
     try:
         theirs = type(run.config).model_validate(read_json(path)).model_dump(mode="json")
     except ValidationError as error:
-        told = f"cell {run.cell.name!r}: {path} is not of this method and version"
-        raise UserError(f"{told}; {ways_out}") from error
+        fault = f"{path} is not of this method and version"
+        raise UserError(f"cell {run.cell.name!r}: {fault}; {ways_out}") from error
     ours = run.config.model_dump(mode="json")
     if theirs["precision"] == "fp32":  # recorded also where bf16 was asked for and the device has none
         ours["precision"] = "fp32"

@@ -162,9 +162,6 @@ def last_lines(executor: LocalExecutor, jobs: list[Job]) -> list[str]:
 def test_as_many_local_jobs_as_fit_run_side_by_side(job: MakeJob) -> None:
     """Two processes that wait for each other end; a third waits for its turn."""
     assert LocalExecutor(SMALL).jobs == available_cores()
-    assert (
-        LocalExecutor(Resources(1, 1e9, False)).jobs == LocalExecutor(Resources(10**6, 1.0, False)).jobs == 1
-    )
     jobs = [job(MEET, *pair, name=pair[0]) for pair in ("ab", "ba", "ca")]
     assert len(last_lines(LocalExecutor(SMALL, jobs=2), jobs)) == 3
 

@@ -234,8 +234,8 @@ def test_a_changed_cell_is_refused_and_nothing_is_touched(sweep: Command, capsys
     sweep.write(cells={**TABLE["cells"], "nested": {"nested_lora_rank": 2}}, seeds=[1, 2, 3])
     for options in ((), ("--report",)):
         message = sweep.refused(capsys, *options)
-        assert "cell 'nested', seed 1" in message and "nested_lora_rank = 2 instead of 4" in message
-        assert "rename the cell" in message and f"remove the folder {folder}" in message
+        told = ["cell 'nested', seed 1", "nested_lora_rank = 2 instead of 4", "rename the cell", str(folder)]
+        assert [part for part in told if part not in message] == []
     assert files(sweep.folder) == before and sweep.executor.started == []
     shutil.rmtree(folder)
     shutil.rmtree(sweep.run_folder("nested", 2))
@@ -248,9 +248,7 @@ def test_runs_that_left_the_table_stay_and_are_named(sweep: Command, capsys: Cap
     sweep.write(cells={"small": {"nested_lora_rank": 2}, "matched adapter": adapter})
     capsys.readouterr()
     assert sweep() == 0
-    assert f"No longer in the table, their runs stay in {sweep.folder}: nested_1, nested_2\n" in (
-        capsys.readouterr().out
-    )
+    assert f"their runs stay in {sweep.folder}: nested_1, nested_2\n" in capsys.readouterr().out
     assert sweep.run_folder("nested", 1).is_dir()
     assert list(sweep.reports[-1].results.cells) == ["small", "matched adapter"]
 
