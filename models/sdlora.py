@@ -193,7 +193,8 @@ class SDLoRA(ClassIncrementalLearner):
         classes, size = self.data.task_classes(task), self.config.eval_batch_size
         left, parts = self.data.count(classes, source), []
         batches = self.data.batches(classes, source=source, mode="test", batch_size=size)
-        for images, _ in progress(batches, desc=f"Features of {source} images of task {task}", unit="batch"):
+        told = f"Features of {source} images of task {task}"
+        for images, _ in progress(batches, total=-(-left // size), desc=told, unit="batch"):
             if self.stopping():
                 raise Interrupted
             parts.append(self.distributed.all_gather(self.features(images.to(self.device)), min(size, left)))

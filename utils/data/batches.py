@@ -1,11 +1,11 @@
-"""Loader of batches of views in a given order, with worker processes that may die or hang."""
+"""Batches of views in a given order, made by worker processes that may die or hang."""
 
-import logging
 import multiprocessing
 import shutil
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -21,9 +21,6 @@ from utils.errors import Interrupted, UserError
 from utils.training.device import dead_worker_advice
 from utils.training.random import Key
 
-logger = logging.getLogger("nested_lora")
-
-CPU = torch.device("cpu")
 SHARED_MEMORY = Path("/dev/shm")  # what workers pass batches through; 64 MB in a container unless told
 PREFETCHED = 2  # batches that each worker makes ahead
 IN_USE = 2  # batches that no worker has any longer: the last one and the next
@@ -32,24 +29,21 @@ LAST_WAIT = 5.0  # seconds that a killed worker is given to end
 PATIENCE = 300.0  # seconds without a batch after which workers are taken to hang
 
 
+@dataclass(frozen=True)
 class BatchDataset(TorchDataset):
     """Map-style data set whose items are whole batches: (views (B, 3, S, S), labels (B,) int64).
 
-    Args:
+    Attributes:
         images, labels: of all stored positions.
         batches: stored positions of each batch.
-        spec, view: what `views_of` takes.
+        spec, view: as in `views_of`.
     """
 
-    def __init__(
-        self,
-        images: ImageSet,
-        labels: np.ndarray,
-        batches: list[np.ndarray],
-        spec: ViewSpec,
-        view: Key | None,
-    ) -> None:
-        self.images, self.labels, self.batches, self.spec, self.view = images, labels, batches, spec, view
+    images: ImageSet
+    labels: np.ndarray
+    batches: list[np.ndarray]
+    spec: ViewSpec
+    view: Key | None
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -58,29 +52,24 @@ class BatchDataset(TorchDataset):
         """Batch `number`, or the error of an unreadable image: raised in a worker it would be a traceback."""
         indices = self.batches[number]
         try:
-            return stored_views(self.images, self.spec, self.view, indices), torch.from_numpy(
-                self.labels[indices]
-            )
+            views = stored_views(self.images, self.spec, self.view, indices)
+            return views, torch.from_numpy(self.labels[indices])
         except UserError as error:
             return error
 
 
-class Batches:
-    """Iterable over the batches from number `start` on; iterating again gives the same batches.
+def load_batches(
+    dataset: BatchDataset, start: int, num_workers: int, stop_requested: Callable[[], bool]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches from number `start` on, made ahead by workers.
 
     Raises:
-        ValueError: `start` is out of range.
-        UserError: while iterating, for an image that cannot be read, or workers that were killed or hang.
-        Interrupted: while iterating, when a stop was requested during a wait for workers.
+        UserError: an image cannot be read, or workers were killed or hang.
+        Interrupted: a stop was requested during a wait for workers.
     """
-
-    def __init__(
-        self, dataset: BatchDataset, start: int, num_workers: int, stop_requested: Callable[[], bool]
-    ) -> None:
-        if not 0 <= start <= len(dataset):
-            raise ValueError(f"start={start}: there are {len(dataset)} batches")
-        self._stop_requested = stop_requested
-        self._loader = DataLoader(
+    others = multiprocessing.active_children()
+    batches = iter(
+        DataLoader(
             dataset,
             batch_size=None,
             sampler=range(start, len(dataset)),
@@ -88,53 +77,44 @@ class Batches:
             prefetch_factor=PREFETCHED if num_workers else None,
             timeout=LOOK_EVERY if num_workers else 0,
             worker_init_fn=_leave_signals_to_the_main_process,
-            collate_fn=_unchanged,
             generator=torch.Generator(),  # otherwise the loader draws a seed from the global state
         )
-
-    def __len__(self) -> int:
-        return len(self._loader)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        others = multiprocessing.active_children()
-        batches = iter(self._loader)
-        workers = [process for process in multiprocessing.active_children() if process not in others]
-        while (batch := self._next(batches, workers)) is not None:
-            if isinstance(batch, UserError):
-                raise batch
-            yield batch
-
-    def _next(self, batches: Iterator[object], workers: list[BaseProcess]) -> object:
-        """What comes next, or None at the end; workers that are no longer waited for are killed."""
-        silent = 0.0
-        while True:
-            try:
-                with dead_worker_advice():
-                    return next(batches, None)
-            except RuntimeError as error:
-                if not str(error).startswith("DataLoader timed out"):
-                    raise
+    )
+    workers = [process for process in multiprocessing.active_children() if process not in others]
+    silent = 0.0
+    while True:
+        try:
+            with dead_worker_advice():
+                batch = next(batches, None)
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader timed out"):
+                raise
             silent += LOOK_EVERY
-            if self._stop_requested():
+            if stop_requested():
                 _kill(workers)
-                raise Interrupted
+                raise Interrupted from error
             if silent >= PATIENCE:
                 _kill(workers)
                 raise UserError(
                     f"no data worker has given a batch for {silent:.0f} s: they hang, for lack of shared "
                     f"memory ({SHARED_MEMORY}) or because images cannot be read; set num_workers to 0"
-                )
+                ) from error
+            continue
+        if batch is None:
+            return
+        if isinstance(batch, UserError):
+            raise batch
+        silent = 0.0
+        yield tuple(batch)
 
 
-def stored_views(
-    images: ImageSet, spec: ViewSpec, view: Key | None, indices: np.ndarray, device: torch.device = CPU
-) -> Tensor:
-    """Views of stored images, all at once when they are of one size: float32 (B, 3, S, S)."""
+def stored_views(images: ImageSet, spec: ViewSpec, view: Key | None, indices: np.ndarray) -> Tensor:
+    """Views of stored images, all at once where they are of one size: float32 (B, 3, S, S)."""
     pixels = images.batch(indices)
     if isinstance(pixels, Tensor):
-        return views_of(pixels, spec, view, indices).to(device)
+        return views_of(pixels, spec, view, indices)
     single = (views_of(image[None], spec, view, indices[i : i + 1]) for i, image in enumerate(pixels))
-    return torch.cat([torch.empty(0, 3, spec.image_size, spec.image_size), *single]).to(device)
+    return torch.cat([torch.empty(0, 3, spec.image_size, spec.image_size), *single])
 
 
 def workers_that_fit(workers: int, batch_bytes: int, processes: int) -> tuple[int, str]:
@@ -150,10 +130,6 @@ def workers_that_fit(workers: int, batch_bytes: int, processes: int) -> tuple[in
         f"num_workers = {workers}: {fitting} used, as {SHARED_MEMORY} has {free / 1e6:.0f} MB free for each "
         f"process and {workers} workers may need {needed / 1e6:.0f}; enlarge it (docker run --shm-size)"
     )
-
-
-def _unchanged(batch: object) -> object:
-    return batch
 
 
 def _kill(workers: list[BaseProcess]) -> None:

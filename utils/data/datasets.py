@@ -11,13 +11,15 @@ import difflib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torchvision
 
 from utils.data.download import fetch_asset
-from utils.data.folders import class_folders, from_folder, from_lists
+from utils.data.folders import FolderScan, class_folders, from_folder, from_lists
 from utils.data.image_sets import Dataset, from_arrays
 from utils.data.npz import NPZ_KEYS, from_npz, read_npz
 from utils.data.synthetic import CLASS_NAMES, synthetic_arrays
@@ -31,21 +33,6 @@ NO_DATA_NEEDED = "exps/quickstart.json (package index only) and exps/smoke.json 
 # -------------------------------------------------------------------------------------------- named data sets
 
 
-@dataclass(frozen=True)
-class Source:
-    """Where a named data set comes from.
-
-    classes: number of classes as published.
-    load: (name, data_root, cache) -> Dataset.
-    files: names under data_root that hold it when it is there already (an .npz, or a folder with train/ and
-        test/).
-    """
-
-    classes: int
-    load: Callable[..., Dataset]
-    files: tuple[str, ...] = ()
-
-
 def _synthetic(name: str, data_root: Path, cache: Path | None) -> Dataset:
     return from_arrays(name, *synthetic_arrays())
 
@@ -55,62 +42,41 @@ def _mnist_5k(name: str, data_root: Path, cache: Path | None) -> Dataset:
     path = fetch_asset("mnist_5k", data_root)
     table = np.loadtxt(path, delimiter=",", dtype=np.uint8)  # (5000, 784 pixels and the label)
     images, labels = table[:, :-1].reshape(-1, 28, 28), table[:, -1].astype(np.int64)
-    rank = np.empty_like(labels)  # position of an image among those of its digit
-    for digit in range(10):
-        rank[labels == digit] = np.arange(np.sum(labels == digit))
-    train = rank < MNIST_5K_TRAIN_PER_DIGIT
-    arrays = {
-        "x_train": images[train],
-        "y_train": labels[train],
-        "x_test": images[~train],
-        "y_test": labels[~train],
-    }
-    return from_arrays(name, [str(digit) for digit in range(10)], arrays)
+    rank = pd.Series(labels).groupby(labels).cumcount()  # position of an image among those of its digit
+    train = (rank < MNIST_5K_TRAIN_PER_DIGIT).to_numpy()
+    arrays = {"x_train": images[train], "y_train": labels[train], "x_test": images[~train]}
+    return from_arrays(name, [str(digit) for digit in range(10)], arrays | {"y_test": labels[~train]})
 
 
-def _downloaded(kind: str, npz: str) -> Callable[..., Dataset]:
-    """Loader of torchvision's data set `kind`: `<data_root>/<npz>`, else its own files or download."""
-
-    def load(name: str, data_root: Path, cache: Path | None) -> Dataset:
-        if os.path.lexists(data_root / npz):
-            return from_npz(name, data_root / npz)
-        try:
-            parts = [
-                getattr(torchvision.datasets, kind)(data_root, train=train, download=True)
-                for train in (True, False)
-            ]
-        except Exception as error:  # network, disk and archive errors of several libraries
-            reason = " ".join(str(error).split())
-            raise _missing(
-                name, [data_root / npz], f"downloading it with torchvision failed: {reason}"
-            ) from error
-        arrays = {}
-        for source, part in zip(("train", "test"), parts, strict=True):
-            arrays |= {
-                f"x_{source}": np.asarray(part.data),
-                f"y_{source}": np.asarray(part.targets, dtype=np.int64),
-            }
-        return from_arrays(name, list(parts[0].classes), arrays)
-
-    return load
+def _torchvision(kind: str, name: str, data_root: Path, cache: Path | None) -> Dataset:
+    """torchvision's data set `kind`: the .npz in data_root, else its own files or download."""
+    npz = data_root / DATASETS[name].places[0]
+    if _holds_data(npz):
+        return from_npz(name, npz)
+    arrays, load = {}, getattr(torchvision.datasets, kind)
+    try:
+        for split in ("train", "test"):
+            part = load(data_root, train=split == "train", download=True)
+            arrays[f"x_{split}"] = np.asarray(part.data)
+            arrays[f"y_{split}"] = np.asarray(part.targets, dtype=np.int64)
+    except Exception as error:  # network, disk and archive errors of several libraries
+        reason = " ".join(str(error).split())
+        raise _missing(name, [npz], f"downloading it with torchvision failed: {reason}") from error
+    return from_arrays(name, list(part.classes), arrays)
 
 
 def _folders(name: str, data_root: Path, cache: Path | None) -> Dataset:
-    places = [data_root / file for file in DATASETS[name].files]
-    for place in places:
-        if _is_split_folder(place):
-            return from_folder(name, place, cache)
-    raise _missing(
-        name,
-        places,
-        "the published train/test split is linked from https://github.com/zhoudw-zdw/RevisitingCIL",
-    )
+    places = [data_root / place for place in DATASETS[name].places]
+    for place in filter(_holds_data, places):
+        return from_folder(name, place, cache)
+    how = "the published train/test split is linked from https://github.com/zhoudw-zdw/RevisitingCIL"
+    raise _missing(name, places, how)
 
 
 def _domainnet(name: str, data_root: Path, cache: Path | None) -> Dataset:
     """All domains pooled by class, split by the published `<domain>_train.txt` and `<domain>_test.txt`."""
-    place = data_root / DATASETS[name].files[0]
-    if _is_split_folder(place):
+    place = data_root / DATASETS[name].places[0]
+    if _holds_data(place):
         return from_folder(name, place, cache)
     lists = {split: [place / f"{domain}_{split}.txt" for domain in DOMAINS] for split in ("train", "test")}
     absent = [file for group in lists.values() for file in group if not file.is_file()]
@@ -120,14 +86,29 @@ def _domainnet(name: str, data_root: Path, cache: Path | None) -> Dataset:
     return from_lists(name, place, lists, cache)
 
 
+@dataclass(frozen=True)
+class Source:
+    """Where a named data set comes from.
+
+    classes: number of classes as published.
+    load: (name, data_root, cache) -> Dataset.
+    places: names under data_root that hold it where it is there already (an .npz, or a folder with train/ and
+        test/).
+    """
+
+    classes: int
+    load: Callable[[str, Path, Path | None], Dataset]
+    places: tuple[str, ...] = ()
+
+
 DATASETS = {
     "synthetic": Source(len(CLASS_NAMES), _synthetic),
     "mnist_5k": Source(10, _mnist_5k),
-    "mnist": Source(10, _downloaded("MNIST", "mnist.npz"), ("mnist.npz",)),
-    "fashion_mnist": Source(10, _downloaded("FashionMNIST", "fashion_mnist.npz"), ("fashion_mnist.npz",)),
-    "cifar10": Source(10, _downloaded("CIFAR10", "cifar10.npz"), ("cifar10.npz",)),
-    "cifar100": Source(100, _downloaded("CIFAR100", "cifar100.npz"), ("cifar100.npz",)),
-    "cifar224": Source(100, _downloaded("CIFAR100", "cifar100.npz"), ("cifar100.npz",)),
+    "mnist": Source(10, partial(_torchvision, "MNIST"), ("mnist.npz",)),
+    "fashion_mnist": Source(10, partial(_torchvision, "FashionMNIST"), ("fashion_mnist.npz",)),
+    "cifar10": Source(10, partial(_torchvision, "CIFAR10"), ("cifar10.npz",)),
+    "cifar100": Source(100, partial(_torchvision, "CIFAR100"), ("cifar100.npz",)),
+    "cifar224": Source(100, partial(_torchvision, "CIFAR100"), ("cifar100.npz",)),
     "imagenetr": Source(200, _folders, ("imagenet-r", "imagenetr")),
     "imageneta": Source(200, _folders, ("imagenet-a", "imageneta")),
     "vtab": Source(50, _folders, ("vtab",)),
@@ -136,6 +117,9 @@ DATASETS = {
     "omnibenchmark": Source(300, _folders, ("omnibenchmark",)),
     "domainnet": Source(345, _domainnet, ("domainnet",)),
 }
+
+
+# ------------------------------------------------------------------------------------------ by name or by path
 
 
 def load_dataset(name: str, data_root: str | Path, cache: Path | None = None) -> Dataset:
@@ -153,20 +137,19 @@ def load_dataset(name: str, data_root: str | Path, cache: Path | None = None) ->
         return DATASETS[name].load(name, data_root, cache)
     path = _find(name, data_root)
     if path is None:
-        raise _missing(name, _places(name, data_root), "check the path")
+        raise _missing(name, [Path(name).expanduser(), data_root / name], "check the path")
     slug = dataset_slug(name)
     return from_npz(slug, path) if _is_npz(path) else from_folder(slug, path, cache)
 
 
 def class_count(name: str, data_root: str | Path) -> int | None:
     """Number of classes without reading images; None when the path does not exist. Raises UserError."""
-    data_root = Path(data_root)
-    if name in DATASETS:
-        files = (data_root / file for file in DATASETS[name].files)
-        path = next((file for file in files if _holds_data(file)), None)
-        return DATASETS[name].classes if path is None else _count(path)
-    path = _find(name, data_root)
-    return None if path is None else _count(path)
+    path = _find(name, Path(data_root))
+    if path is None:
+        return DATASETS[name].classes if name in DATASETS else None
+    if _is_npz(path):
+        return len(read_npz(path, ("class_names",))["class_names"])
+    return len(class_folders(path / "train", FolderScan()))
 
 
 def dataset_slug(name: str) -> str:
@@ -175,36 +158,22 @@ def dataset_slug(name: str) -> str:
     return name if name in DATASETS else path.stem if _is_npz(path) else path.name
 
 
-def _count(path: Path) -> int:
-    if _is_npz(path):
-        return len(read_npz(path, ("class_names",))["class_names"])
-    return len(class_folders(path / "train"))
-
-
 def _is_npz(path: Path) -> bool:
     return path.suffix.lower() == ".npz"
 
 
 def _holds_data(path: Path) -> bool:
-    return os.path.lexists(path) if _is_npz(path) else _is_split_folder(path)
-
-
-def _is_split_folder(path: Path) -> bool:
-    return os.path.isdir(path / "train") and os.path.isdir(path / "test")
-
-
-def _places(name: str, data_root: Path) -> list[Path]:
-    return list(dict.fromkeys([Path(name).expanduser(), data_root / name]))
+    return os.path.lexists(path) if _is_npz(path) else (path / "train").is_dir() and (path / "test").is_dir()
 
 
 def _find(name: str, data_root: Path) -> Path | None:
-    """Existing data at a path; None where there is none. Raises UserError for what is no path."""
-    places = _places(name, data_root)
-    found = next((path for path in places if _holds_data(path)), None)
-    if found is not None:
+    """Where a data set is; None where it is not. Raises UserError for what is neither a name nor a path."""
+    if name in DATASETS:
+        return next(filter(_holds_data, (data_root / place for place in DATASETS[name].places)), None)
+    places = [Path(name).expanduser(), data_root / name]
+    if found := next(filter(_holds_data, places), None):
         return found
-    folder = next((path for path in places if os.path.isdir(path)), None)
-    if folder is not None:
+    if folder := next(filter(os.path.isdir, places), None):
         raise UserError(
             f"dataset {name!r}: the folder {folder} has no train/ and test/; expected <split>/<class>/*."
         )
@@ -220,7 +189,7 @@ def _find(name: str, data_root: Path) -> Path | None:
 
 
 def _missing(name: str, places: Sequence[Path], how: str) -> UserError:
-    looked = ", ".join(str(place) for place in places)
+    looked = ", ".join(dict.fromkeys(map(str, places)))
     return UserError(
         f"Data set {name!r} was not found: looked at {looked}; {how}. "
         f"A data set is an .npz with {', '.join(NPZ_KEYS)}, or a folder with train/<class>/* and "

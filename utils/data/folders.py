@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
 from utils.cache.file_memo import FileMemo
 from utils.data.image_files import DECODER, check_images, is_utf8, printable, why_bad
@@ -24,107 +25,91 @@ SUFFIXES = (
 )
 
 
-class LeftOut:
-    """The files and folders of a data set that are not read, counted by reason, with an example of each."""
+class FolderScan:
+    """Scan of a data set's folders: which real folders it has met, and what it leaves out.
+
+    `str(scan)` is what it leaves out, counted by reason, with examples of each.
+    """
 
     def __init__(self) -> None:
-        self._paths: dict[str, list[str]] = defaultdict(list)
-
-    def add(self, reason: str, path: str | Path) -> None:
-        """Count a path."""
-        self._paths[reason].append(os.path.basename(path))
+        self.met: set[tuple[int, int]] = set()  # device and inode
+        self._left_out: dict[str, list[str]] = defaultdict(list)
 
     def __str__(self) -> str:
         return ", ".join(
-            f"{len(names):,} {reason} ({', '.join(printable(name) for name in sorted(set(names))[:3])})"
-            for reason, names in sorted(self._paths.items())
+            f"{len(names):,} {reason} ({', '.join(sorted(set(names))[:3])})"
+            for reason, names in sorted(self._left_out.items())
         )
 
+    def leave_out(self, reason: str, path: str | Path) -> None:
+        """Count a path as not read."""
+        self._left_out[reason].append(printable(os.path.basename(path)))
 
-def class_folders(split: Path, left_out: LeftOut | None = None) -> dict[str, list[Path]]:
+    def visible(self, names: list[str]) -> list[str]:
+        """Names that are not hidden, in sorted order."""
+        hidden = [name for name in names if name.startswith(".") or name == "__MACOSX"]
+        for name in hidden:
+            self.leave_out("hidden", name)
+        return sorted(set(names).difference(hidden))
+
+    def is_new(self, folder: Path) -> bool:
+        """Whether a folder can be read and is met for the first time, whatever links lead to it."""
+        try:
+            status = folder.stat()
+        except OSError as error:
+            self._unreadable(error)
+            return False
+        inode = status.st_dev, status.st_ino
+        new = inode not in self.met
+        self.met.add(inode)
+        if not new:
+            self.leave_out("links to folders that are read already", folder)
+        return new
+
+    def images(self, folder: Path) -> list[Path]:
+        """Image files below a folder, in sorted order, its own before those of the folders in it.
+
+        Unlike torchvision's `make_dataset` it reads a folder once and passes over hidden ones.
+        """
+        found = []
+        for place, below, names in os.walk(folder, onerror=self._unreadable, followlinks=True):
+            below[:] = [name for name in self.visible(below) if self.is_new(Path(place, name))]
+            for name in self.visible(names):
+                if name.lower().endswith(SUFFIXES):
+                    found.append(Path(place, name))
+                else:
+                    self.leave_out(f"with the suffix {os.path.splitext(name)[1] or 'none'!r}", name)
+        return found
+
+    def _unreadable(self, error: OSError) -> None:
+        self.leave_out(f"unreadable folders, {error.strerror}", error.filename)
+
+
+def class_folders(split: Path, scan: FolderScan) -> dict[str, list[Path]]:
     """Class name -> its folders in train/ or test/, sorted by name.
 
-    Names are normalised to NFC, so that folders whose names differ in the form of their accents are one
-    class.
+    Names are normalised to NFC: folders whose names differ in the form of their accents are one class.
 
     Raises:
         UserError: the folder cannot be listed, or a name is not UTF-8.
     """
-    left_out, found = left_out or LeftOut(), defaultdict(list)
     try:
-        entries = sorted(os.scandir(split), key=lambda entry: entry.name)
+        names = scan.visible(os.listdir(split))
     except OSError as error:
         raise UserError(
             f"The folder {split} cannot be listed ({error.strerror}); mend its permissions."
         ) from error
-    for entry in entries:
-        if _is_hidden(entry.name, left_out):
-            continue
-        if not _is_folder(entry):
-            left_out.add("outside the class folders", entry.path)
-        elif not is_utf8(entry.name):
+    found = defaultdict(list)
+    for name in names:
+        if not os.path.isdir(split / name):
+            scan.leave_out("outside the class folders", name)
+        elif not is_utf8(name):
             raise UserError(
-                f"{split}: the name of the class folder {printable(entry.name)} is not UTF-8; rename it."
+                f"{split}: the name of the class folder {printable(name)} is not UTF-8; rename it."
             )
         else:
-            found[unicodedata.normalize("NFC", entry.name)].append(Path(entry.path))
+            found[unicodedata.normalize("NFC", name)].append(split / name)
     return dict(sorted(found.items()))
-
-
-def image_files(folders: list[Path], left_out: LeftOut, visited: set[tuple[int, int]]) -> list[Path]:
-    """Image files below folders, in sorted order, those of a folder before those of the folders in it.
-
-    Unlike torchvision's `make_dataset` it reads a folder once whatever links lead to it, and passes over
-    hidden ones.
-
-    Args:
-        left_out: gains what is not read.
-        visited: device and inode of the folders met so far; gains these.
-    """
-
-    def refused(error: OSError) -> None:
-        left_out.add(f"unreadable folders, {error.strerror}", error.filename)
-
-    found = []
-    for top in folders:
-        for place, below, names in os.walk(top, onerror=refused, followlinks=True):
-            seen = [name for name in sorted(below) if not _is_hidden(name, left_out)]
-            below[:] = [name for name in seen if _is_new(Path(place, name), left_out, visited)]
-            for name in (name for name in sorted(names) if not _is_hidden(name, left_out)):
-                if name.lower().endswith(SUFFIXES):
-                    found.append(Path(place, name))
-                else:
-                    left_out.add(f"with the suffix {os.path.splitext(name)[1] or 'none'!r}", name)
-    return found
-
-
-def _is_new(folder: Path, left_out: LeftOut, visited: set[tuple[int, int]]) -> bool:
-    """Whether a folder is met for the first time, by whatever links; counts it as left out where not."""
-    try:
-        status = folder.stat()
-    except OSError as error:
-        left_out.add(f"unreadable folders, {error.strerror}", folder)
-        return False
-    inode = status.st_dev, status.st_ino
-    if inode in visited:
-        left_out.add("links to folders that are read already", folder)
-        return False
-    visited.add(inode)
-    return True
-
-
-def _is_hidden(name: str, left_out: LeftOut) -> bool:
-    hidden = name.startswith(".") or name == "__MACOSX"
-    if hidden:
-        left_out.add("hidden", name)
-    return hidden
-
-
-def _is_folder(entry: os.DirEntry) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link to itself
-        return False
 
 
 def from_folder(name: str, path: Path, cache: Path | None) -> Dataset:
@@ -136,27 +121,24 @@ def from_folder(name: str, path: Path, cache: Path | None) -> Dataset:
     Raises:
         UserError: train/ and test/ differ in their classes, a class has no image, or image files are bad.
     """
-    left_out = LeftOut()
-    folders = {split: class_folders(path / split, left_out) for split in ("train", "test")}
-    class_names, test_names = list(folders["train"]), list(folders["test"])
-    if class_names != test_names or not class_names:
-        only = {"train": set(class_names) - set(test_names), "test": set(test_names) - set(class_names)}
+    scan = FolderScan()
+    folders = {split: class_folders(path / split, scan) for split in ("train", "test")}
+    train, test = (set(names) for names in folders.values())
+    if train != test or not train:
+        only = {"train": train - test, "test": test - train}
         told = [f"only in {split}: {', '.join(sorted(names)[:5])}" for split, names in only.items() if names]
         raise UserError(
             f"{path}: train/ and test/ need the same class folders ({'; '.join(told) or 'there are none'})."
         )
     files = {}
-    for split in ("train", "test"):
+    for split, classes in folders.items():
         above = [os.stat(folder) for folder in (path, path / "train", path / "test")]  # no link leads back up
-        visited = {(status.st_dev, status.st_ino) for status in above}
-        roots = [
-            [folder for folder in folders[split][class_name] if _is_new(folder, left_out, visited)]
-            for class_name in class_names
-        ]
-        groups = [image_files(own, left_out, visited) for own in roots]
+        scan.met = {(status.st_dev, status.st_ino) for status in above}
+        roots = [list(filter(scan.is_new, own)) for own in classes.values()]  # all before what they hold
+        groups = [[file for root in own for file in scan.images(root)] for own in roots]
         labels = np.repeat(np.arange(len(groups)), [len(group) for group in groups])
         files[split] = ([file for group in groups for file in group], labels)
-    return from_files(name, path, class_names, files, cache, str(left_out))
+    return from_files(name, path, list(folders["train"]), files, cache, str(scan))
 
 
 def from_files(
@@ -175,16 +157,13 @@ def from_files(
         UserError: a class has no image, or files are not there or bad: all of them in one list.
     """
     require_images(name, class_names, {split: labels for split, (_, labels) in files.items()}, left_out)
-    every, memo = [file for paths, _ in files.values() for file in paths], FileMemo(cache, path, DECODER)
-    hashes, sets = iter(check_images(every, memo, name)), []
-    digest = hashlib.sha256()
+    memo = FileMemo(cache, path, DECODER)
+    hashes = iter(check_images([file for paths, _ in files.values() for file in paths], memo, name))
+    sets, digest = [], hashlib.sha256()
     for split, (paths, labels) in files.items():
-        own = [next(hashes) for _ in paths]
-        sets.append(FolderImages(paths, labels, own, memo))
-        digest.update(f"{split}\n".encode())
-        digest.update(
-            "".join(f"{label} {sha256}\n" for label, sha256 in zip(labels, own, strict=True)).encode()
-        )
+        sets.append(FolderImages(paths, labels, [next(hashes) for _ in paths], memo))
+        lines = (f"{label} {sha256}\n" for label, sha256 in zip(labels, sets[-1].hashes, strict=True))
+        digest.update(f"{split}\n{''.join(lines)}".encode())
     return Dataset(name, class_names, *sets, digest.hexdigest(), left_out)
 
 
@@ -194,48 +173,28 @@ def from_lists(name: str, path: Path, lists: dict[str, list[Path]], cache: Path 
     All lists of a split are pooled; a class has the number that the lists give it.
 
     Raises:
-        UserError: a line of another form, a class without training images, a class with two numbers or a
-            number with two classes, a number that is missing, or as from `from_files`.
+        UserError: a line of another form, classes that are not numbered one to one from 0 to C - 1, or as
+            from `from_files`.
     """
-    rows = {split: [row for file in group for row in _listed(file)] for split, group in lists.items()}
-    names, numbers = defaultdict(set), defaultdict(set)
-    for _, class_name, number in (row for split_rows in rows.values() for row in split_rows):
-        names[number].add(class_name)
-        numbers[class_name].add(number)
-    for number, several in sorted(names.items()):
-        if len(several) > 1:
-            raise UserError(
-                f"{path}: the lists give the number {number} to {_in_words(several)}; mend the lists."
-            )
-    for class_name, several in sorted(numbers.items()):
-        if len(several) > 1:
-            raise UserError(
-                f"{path}: the lists give {class_name} the numbers {_in_words(several)}; mend the lists."
-            )
-    absent = next((number for number in range(len(names)) if number not in names), None)
-    if absent is not None or not names:
-        told = (
-            "they are empty"
-            if absent is None
-            else f"no class has the number {absent}, and one has {max(names)}"
+    rows = pd.DataFrame(
+        [(split, *row) for split, group in lists.items() for file in group for row in _listed(file)],
+        columns=["split", "file", "class", "number"],
+    )
+    pairs = rows[["class", "number"]].drop_duplicates().sort_values(["number", "class"])
+    repeated = pairs["class"].duplicated(False) | pairs["number"].duplicated(False)
+    wrong = pairs[repeated | (pairs["number"] != np.arange(len(pairs)))]
+    if len(wrong) or pairs.empty:
+        told = ", ".join(f"{row['class']} {row['number']}" for _, row in wrong.head(5).iterrows())
+        raise UserError(
+            f"{path}: the lists do not number the classes one to one from 0 on "
+            f"({told or 'they are empty'}); get the published ones."
         )
-        raise UserError(f"{path}: the lists are not whole: {told}; get the published ones.")
-    class_names = [next(iter(names[number])) for number in range(len(names))]
-    strange = sorted({row[1] for row in rows["test"]} - {row[1] for row in rows["train"]})
-    if strange:
-        raise UserError(f"{path}: no training list has the class {strange[0]} of a test list.")
     files = {
-        split: (
-            [path / row[0] for row in split_rows],
-            np.array([row[2] for row in split_rows], dtype=np.int64),
-        )
-        for split, split_rows in rows.items()
+        split: ([path / file for file in own["file"]], own["number"].to_numpy(np.int64))
+        for split in lists
+        for own in [rows[rows["split"] == split]]
     }
-    return from_files(name, path, class_names, files, cache)
-
-
-def _in_words(values: set) -> str:
-    return " and ".join(str(value) for value in sorted(values))
+    return from_files(name, path, pairs["class"].tolist(), files, cache)
 
 
 def _listed(file: Path) -> Iterator[tuple[str, str, int]]:

