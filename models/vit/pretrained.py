@@ -87,25 +87,23 @@ class Backbone:
 
 
 @functools.lru_cache
-def backbone_shape(
-    backbone_type: str, image_size: int | None = None, *, weights: str | None = "random"
-) -> BackboneShape:
-    """Shape of a backbone without reading weights.
-
-    Args:
-        backbone_type: a key of `BACKBONES` or a timm name, with tag unless `weights` is given.
-        image_size: side in pixels; None for the size the weights were made for.
-        weights: as in `create_backbone`; None also checks that the name says which weights are meant.
+def backbone_shape(backbone_type: str, *, weights: str | None = "random") -> BackboneShape:
+    """Shape of a backbone without reading weights; arguments as `create_backbone`.
 
     Raises:
-        UserError: the name or tag is unknown (with the nearest), the tag is missing, the network is of a kind
-            that is not supported, or the image size is not a multiple of the patch.
+        UserError: the name or tag is unknown (with the nearest), the tag is missing, or the network is of a
+            kind that is not supported.
     """
     arch, tag = _resolve(backbone_type, weights)
-    image_size = image_size or _image_size(arch, tag)
     with torch.device("meta"):
-        vit = _new_vit(arch, image_size)
-    return BackboneShape(len(vit.blocks), vit.embed_dim, vit.patch_embed.patch_size[0], image_size)
+        vit = timm.create_model(arch, num_classes=0)
+    if problem := _unsupported(vit):
+        raise UserError(
+            f"backbone_type {arch!r} cannot be used: {problem}; allowed: timm's VisionTransformers with a "
+            f"class token as feature and plain blocks, such as {', '.join(sorted(set(BACKBONES.values())))}."
+        )
+    side = _pretrained_cfg(arch, tag).input_size[-1]
+    return BackboneShape(len(vit.blocks), vit.embed_dim, vit.patch_embed.patch_size[0], side)
 
 
 def create_backbone(
@@ -114,22 +112,23 @@ def create_backbone(
     """Frozen network in evaluation mode without head; its output is the class token after the final norm.
 
     Args:
-        backbone_type: a key of `BACKBONES` or a full timm name with tag; without tag when `weights` is given.
+        backbone_type: a key of `BACKBONES` or a timm name, with tag unless `weights` is given.
         weights: None for the named weights: `<weights_root>/<name with tag>.safetensors|.pth|.npz`, else the
             package index or timm's hub; "random" for an untrained network, the same at every call; or a path
             to a .safetensors or .pth state dict or a JAX .npz.
         weights_root: folder of weight files.
-        image_size: side in pixels; None for the size the weights were made for.
+        image_size: side in pixels, a multiple of the patch; None for the size the weights were made for.
 
     The global random state is left as it was. Raises UserError as `backbone_shape`, and for weights that
     cannot be had, cannot be read, do not fit tensor by tensor (a classification head is ignored), or are no
     finite numbers.
     """
     arch, tag = _resolve(backbone_type, weights)
-    image_size = image_size or _image_size(arch, tag)
+    shape = backbone_shape(backbone_type, weights=weights)
+    image_size = image_size or shape.image_size
     with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(0)
-        vit = _new_vit(arch, image_size)
+        vit = timm.create_model(arch, num_classes=0, img_size=image_size)
     if weights == "random":
         resolved, note = f"{arch}.random", "untrained network"
     elif weights is not None:
@@ -184,58 +183,23 @@ def _resolve(backbone_type: str, weights: str | None) -> tuple[str, str]:
             + (f"nearest: {', '.join(near)}; " if near else "")
             + f"allowed: {', '.join(BACKBONES)}, or a timm ViT name with its tag."
         )
-    tags = _tags(arch)
-    if tag and tag not in tags:
-        raise UserError(
-            f"backbone_type {backbone_type!r}: {arch} has no weights {tag!r}; its tags: {_listed(tags)}."
-        )
+    known = [PACKAGE_TAG] if arch == PACKAGE_BACKBONE else []
+    known += [split_model_name_tag(name)[1] for name in timm.list_pretrained(f"{arch}.*")]
+    tags = ", ".join(known) or "none"
+    if tag and tag not in known:
+        raise UserError(f"backbone_type {backbone_type!r}: {arch} has no weights {tag!r}; its tags: {tags}.")
     if not tag and weights is None:
         raise UserError(
-            f"backbone_type {backbone_type!r} does not say which weights; add a tag, as {arch}.<tag>: "
-            f'{_listed(tags)}; or set weights to "random" or a file.'
+            f"backbone_type {backbone_type!r} does not say which weights; add a tag, as {arch}.<tag>: {tags}; "
+            'or set weights to "random" or a file.'
         )
     return arch, tag
-
-
-def _tags(arch: str) -> list[str]:
-    """Tags of the weights known for a timm architecture."""
-    own = [PACKAGE_TAG] if arch == PACKAGE_BACKBONE else []
-    return own + [split_model_name_tag(name)[1] for name in timm.list_pretrained(f"{arch}.*")]
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names) if names else "none"
 
 
 def _pretrained_cfg(arch: str, tag: str):
     """timm's record of the weights (input size, mean, std), or of the default where timm lacks the tag."""
     known_to_timm = tag and tag != PACKAGE_TAG
     return timm.get_pretrained_cfg(f"{arch}.{tag}" if known_to_timm else arch)
-
-
-def _image_size(arch: str, tag: str) -> int:
-    return _pretrained_cfg(arch, tag).input_size[-1]
-
-
-def _new_vit(arch: str, image_size: int) -> VisionTransformer:
-    """Initialised network of a supported kind without head, on the default device. Raises UserError."""
-    config = _pretrained_cfg(arch, "")
-    with torch.device("meta"):
-        plain = timm.create_model(arch, num_classes=0)
-    problem = _unsupported(plain)
-    if problem:
-        raise UserError(
-            f"backbone_type {arch!r} cannot be used: {problem}; allowed: timm's VisionTransformers with a "
-            f"class token as feature and plain blocks, such as {', '.join(sorted(set(BACKBONES.values())))}."
-        )
-    patch = plain.patch_embed.patch_size[0]
-    if image_size % patch:
-        nearest = max(patch, round(image_size / patch) * patch)
-        raise UserError(
-            f"image_size = {image_size} is not a multiple of the {patch}-pixel patch of {arch}; "
-            f"nearest: {nearest}, the weights were made for {config.input_size[-1]}."
-        )
-    return timm.create_model(arch, num_classes=0, img_size=image_size)
 
 
 def _unsupported(vit: torch.nn.Module) -> str:
@@ -251,14 +215,10 @@ def _unsupported(vit: torch.nn.Module) -> str:
 
 
 def _options_sha256(network: torch.nn.Module) -> str:
-    described = [
-        (
-            name,
-            str(type(module)),
-            {key: _described(value) for key, value in vars(module).items() if key[0] != "_"},
-        )
-        for name, module in network.named_modules()
-    ]
+    described = []
+    for name, module in network.named_modules():
+        options = {key: _described(value) for key, value in vars(module).items() if key[0] != "_"}
+        described.append((name, str(type(module)), options))
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
 

@@ -12,7 +12,8 @@ import re
 import ssl
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import huggingface_hub
@@ -58,7 +59,12 @@ def load_named(vit: VisionTransformer, arch: str, tag: str, weights_root: Path) 
     elif file := _file_of(arch, tag, weights_root):
         load_file(vit, file)
     else:
-        _load_state(vit, "the downloaded weights", _from_hub(arch, tag, weights_root))
+        with _unavailable(arch, tag, weights_root):
+            source = _hub_source(arch, tag)
+            if not _is_cached(source[0]):
+                log.info("Fetching weights %s.%s from timm's hub", arch, tag)
+            state = load_state_dict_from_hf(*source, weights_only=True)
+        _load_state(vit, "the downloaded weights", state)
         _require_finite(vit, "the downloaded weights")
 
 
@@ -77,10 +83,8 @@ def require_file(path: Path) -> Path:
 def require_named(arch: str, tag: str, weights_root: Path) -> None:
     """Check that `load_named` has a source, fetching nothing. Raises UserError."""
     if tag != PACKAGE_TAG and not _file_of(arch, tag, weights_root):
-        try:
+        with _unavailable(arch, tag, weights_root):
             _hub_source(arch, tag)
-        except OSError as error:
-            raise _unavailable(arch, tag, weights_root, error) from error
 
 
 # ---------------------------------------------------------------------------------------------------- sources
@@ -91,15 +95,17 @@ def _file_of(arch: str, tag: str, weights_root: Path) -> Path | None:
     return next((path for path in files if path.is_file()), None)
 
 
-def _from_hub(arch: str, tag: str, weights_root: Path) -> dict[str, Tensor]:
-    """State dict of a tag from timm's hub or its local cache. Raises UserError when it cannot be had."""
+@contextmanager
+def _unavailable(arch: str, tag: str, weights_root: Path) -> Iterator[None]:
+    """Context in which every error becomes a UserError: the hub client raises those of several libraries."""
     try:
-        source = _hub_source(arch, tag)
-        if not _is_cached(source[0]):
-            log.info("Fetching weights %s.%s from timm's hub", arch, tag)
-        return load_state_dict_from_hf(*source, weights_only=True)
-    except Exception as error:  # the hub client raises classes of several HTTP libraries
-        raise _unavailable(arch, tag, weights_root, error) from error
+        yield
+    except Exception as error:
+        raise UserError(
+            f"The weights {arch}.{tag} are neither in {weights_root} nor could be downloaded from timm's hub "
+            f"({first_line(error)}); put them at {weights_root / f'{arch}.{tag}.safetensors'} (or .pth, "
+            f".npz), or {NO_HUB_NEEDED}."
+        ) from error
 
 
 def _hub_source(arch: str, tag: str) -> list[str]:
@@ -111,14 +117,6 @@ def _hub_source(arch: str, tag: str) -> list[str]:
     if not _is_cached(source[0]):
         require_hub()
     return source
-
-
-def _unavailable(arch: str, tag: str, weights_root: Path, error: Exception) -> UserError:
-    return UserError(
-        f"The weights {arch}.{tag} are neither in {weights_root} nor could be downloaded from timm's hub "
-        f"({first_line(error)}); put them at {weights_root / f'{arch}.{tag}.safetensors'} (or .pth, .npz), "
-        f"or {NO_HUB_NEEDED}."
-    )
 
 
 def _is_cached(repo: str) -> bool:
@@ -141,7 +139,11 @@ def require_hub() -> None:
 
 
 def _load_state(vit: VisionTransformer, name: str, state: dict[str, Tensor]) -> None:
-    """Load a state dict strictly; `name` is its source. Raises UserError naming what does not fit."""
+    """Load a state dict without its head strictly.
+
+    Raises:
+        UserError: names, shapes or types differ, up to three of each told; `name` is the state's source.
+    """
     patch, own = state.get("patch_embed.proj.weight"), vit.patch_embed.proj.weight
     if patch is not None and patch.ndim == 4 and patch.shape != own.shape:  # timm would resample patches
         raise UserError(
@@ -154,13 +156,8 @@ def _load_state(vit: VisionTransformer, name: str, state: dict[str, Tensor]) -> 
         raise UserError(
             f"{name} does not hold weights of a timm ViT of this kind: {first_line(error)}."
         ) from error
-    state = {key: value for key, value in state.items() if not key.startswith("head.")}
-    _require_fit(name, state, vit.state_dict())
-    vit.load_state_dict(state, strict=True)
-
-
-def _require_fit(name: str, given: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
-    """Raise UserError unless names and shapes agree, naming up to three of each kind of difference."""
+    given = {key: value for key, value in state.items() if not key.startswith("head.")}
+    wanted = vit.state_dict()
     both = [key for key in wanted if key in given]
     shapes = {key: (tuple(given[key].shape), tuple(wanted[key].shape)) for key in both}
     differences = {
@@ -172,6 +169,7 @@ def _require_fit(name: str, given: Mapping[str, Tensor], wanted: Mapping[str, Te
     told = [f"{len(keys)} {kind} ({_first_three(keys)})" for kind, keys in differences.items() if keys]
     if told:
         raise UserError(f"{name} does not fit the backbone: {'; '.join(told)}.")
+    vit.load_state_dict(given, strict=True)
 
 
 def _require_finite(vit: VisionTransformer, name: str) -> None:
@@ -213,19 +211,17 @@ def _load_jax(vit: VisionTransformer, path: Path) -> None:
     """Load a JAX .npz with timm's reader, after checking its patch, number of blocks and types."""
     try:
         headers = npz_headers(path)
-        blocks = {int(found[1]) for key in headers if (found := re.search(r"encoderblock_(\d+)/", key))}
-        kernel = next(
-            (shape for key, (shape, _) in headers.items() if key.endswith("embedding/kernel")), None
-        )
+        blocks = {found[1] for key in headers if (found := re.search(r"encoderblock_(\d+)/", key))}
+        kernels = [shape for key, (shape, _) in headers.items() if key.endswith("embedding/kernel")]
         other = [f"{key} {dtype}" for key, (_, dtype) in headers.items() if dtype.kind != "f"]
         if other:
             raise UserError(
                 f"{path} holds arrays that are not of floating-point numbers: {_first_three(other)}."
             )
-        expected = (*vit.patch_embed.patch_size, 3, vit.embed_dim)
-        if kernel != expected or (blocks and len(blocks) != len(vit.blocks)):
+        expected = [(*vit.patch_embed.patch_size, 3, vit.embed_dim)]
+        if kernels != expected or len(blocks) not in (0, len(vit.blocks)):
             raise UserError(
-                f"{path} does not fit the backbone: embedding/kernel {kernel} and {len(blocks)} blocks, "
+                f"{path} does not fit the backbone: embedding/kernel {kernels} and {len(blocks)} blocks, "
                 f"expected {expected} and {len(vit.blocks)}."
             )
         vit.load_pretrained(str(path))
