@@ -93,7 +93,8 @@ def check_images(paths: Sequence[Path], memo: FileMemo, label: str) -> list[str]
         UserError: some are no image files, are damaged or of a mode that is refused: all in one list, cut at
             `NAMED`.
     """
-    problems = {path: reason for path in paths if (reason := _bad_name(path) or why_no_file(path))}
+    problems = {path: reason for path in paths if (reason := why_no_file(path))}
+    problems |= {path: "its path is not UTF-8" for path in paths if not is_utf8(str(path))}
     sound = [path for path in paths if path not in problems]
     hashes = memo.known(sound)
     if len(hashes) < len(sound):
@@ -112,7 +113,10 @@ def check_images(paths: Sequence[Path], memo: FileMemo, label: str) -> list[str]
                 memo.add(good)
             hashes |= {path: sha256 for path, (_, sha256) in good.items()}
     if problems:
-        raise UserError(_bad_files(label, problems))
+        named = [f"{printable(path)} ({reason})" for path, reason in sorted(problems.items())[:NAMED]]
+        more = f"; and {len(problems) - NAMED:,} more" if len(problems) > NAMED else ""
+        told = f"{len(problems):,} image files cannot be used; replace or remove them"
+        raise UserError(f"Data set {label!r}: {told}: {'; '.join(named)}{more}.")
     return [hashes[path] for path in paths]
 
 
@@ -135,10 +139,6 @@ def why_bad(error: Exception) -> str:
     return " ".join(str(getattr(error, "strerror", None) or error or type(error).__name__).split())
 
 
-def _bad_name(path: Path) -> str | None:
-    return None if is_utf8(str(path)) else "its path is not UTF-8"
-
-
 def is_utf8(name: str) -> bool:
     """Whether a name that the system gave is text; bytes that are not appear as lone surrogates."""
     return not any("\ud800" <= character <= "\udfff" for character in name)
@@ -147,10 +147,3 @@ def is_utf8(name: str) -> bool:
 def printable(name: str | Path) -> str:
     """A name with bytes that are not UTF-8 as escapes."""
     return str(name).encode("utf-8", "backslashreplace").decode("utf-8")
-
-
-def _bad_files(label: str, problems: dict[Path, str]) -> str:
-    named = "; ".join(f"{printable(path)} ({reason})" for path, reason in sorted(problems.items())[:NAMED])
-    more = f"; and {len(problems) - NAMED:,} more" if len(problems) > NAMED else ""
-    told = f"{len(problems):,} image files cannot be used; replace or remove them"
-    return f"Data set {label!r}: {told}: {named}{more}."

@@ -81,11 +81,7 @@ class FolderImages(ImageSet):
     """
 
     def __init__(
-        self,
-        paths: Sequence[Path],
-        labels: np.ndarray,
-        hashes: Sequence[str],
-        memo: FileMemo,
+        self, paths: Sequence[Path], labels: np.ndarray, hashes: Sequence[str], memo: FileMemo
     ) -> None:
         super().__init__(labels)
         self.paths, self.hashes, self.memo = paths, hashes, memo
@@ -127,10 +123,6 @@ class Dataset:
     sha256: str
     left_out: str = ""
 
-    def __post_init__(self) -> None:
-        labels = {"train": self.train.labels, "test": self.test.labels}
-        require_images(self.name, self.class_names, labels, self.left_out)
-
 
 def require_images(name: str, class_names: list[str], labels: dict[str, np.ndarray], left_out: str) -> None:
     """Raise UserError where a class has no image in a split."""
@@ -146,6 +138,7 @@ def require_images(name: str, class_names: list[str], labels: dict[str, np.ndarr
 
 def from_arrays(name: str, class_names: list[str], arrays: dict[str, np.ndarray]) -> Dataset:
     """A data set of checked arrays `x_train, y_train, x_test, y_test` that are already in memory."""
+    require_images(name, class_names, {"train": arrays["y_train"], "test": arrays["y_test"]}, "")
     digest = hashlib.sha256()
     for key in ("x_train", "y_train", "x_test", "y_test"):
         array = np.ascontiguousarray(arrays[key])

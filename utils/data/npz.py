@@ -31,22 +31,19 @@ def from_npz(name: str, path: Path) -> Dataset:
 
 def read_npz(path: Path, keys: Sequence[str]) -> dict[str, np.ndarray]:
     """The arrays `keys` of an .npz, never through pickle. Raises UserError naming the file."""
-    reason = why_no_file(path)
-    if reason:
-        raise UserError(f"{path} cannot be read as an .npz data set: {reason}.")
     try:
-        held = npz_headers(path)
-        missing = [key for key in keys if key not in held]
-        if missing:
-            raise UserError(f"{path} lacks {', '.join(missing)}; a data set file has {', '.join(NPZ_KEYS)}.")
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {key: file[key] for key in keys}
-    except UserError:
-        raise
+        if reason := why_no_file(path):
+            raise ValueError(reason)
+        missing = sorted(set(keys) - npz_headers(path).keys(), key=NPZ_KEYS.index)
+        if not missing:
+            with np.load(path, allow_pickle=False) as file:
+                arrays = {key: file[key] for key in keys}
     except Exception as error:  # readers raise errors of many kinds on bad bytes
         raise UserError(
             f"{path} cannot be read as an .npz data set without pickle: {why_bad(error)}."
         ) from error
+    if missing:
+        raise UserError(f"{path} lacks {', '.join(missing)}; a data set file has {', '.join(NPZ_KEYS)}.")
     names = arrays.get("class_names", np.zeros(0))
     if names.ndim != 1:
         raise UserError(f"{path}: class_names has shape {names.shape}; expected one name a class, (C,).")

@@ -19,10 +19,8 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from torchvision.transforms.v2.functional import center_crop
 
-from utils.errors import UserError
 from utils.training.random import Key, stream_seed
 
-AUGMENTATIONS = ("crop_flip", "crop", "none")
 AREA = (0.05, 1.0)  # of a training crop, in parts of the image
 ASPECT = (3 / 4, 4 / 3)  # width : height of a training crop
 ATTEMPTS = 10  # boxes drawn before a centred one is taken
@@ -42,24 +40,12 @@ class ViewSpec:
             aspect 3/4 to 4/3, resized (bilinear), mirrored half the time; "crop": without mirroring; "none":
             the test view.
         mean, std: of each channel; views are (x - mean) / std of x in [0, 1], or x when they are None.
-
-    Raises:
-        UserError: another augmentation.
-        ValueError: only one of mean and std.
     """
 
     image_size: int
     augmentation: str
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
-
-    def __post_init__(self) -> None:
-        if self.augmentation not in AUGMENTATIONS:
-            raise UserError(
-                f"augmentation = {self.augmentation!r} is not known; allowed: {', '.join(AUGMENTATIONS)}."
-            )
-        if (self.mean is None) != (self.std is None):
-            raise ValueError(f"mean={self.mean}, std={self.std}: both or none")
 
     def to_json(self) -> dict[str, Any]:
         """Everything that shapes a view but its key, as JSON."""
@@ -81,12 +67,13 @@ def views_of(images: Tensor, spec: ViewSpec, key: Key | None, indices: np.ndarra
     size, (height, width) = spec.image_size, images.shape[-2:]
     if not len(images):
         return torch.empty((0, 3, size, size), device=images.device)
-    crops = None
-    if key is not None and spec.augmentation != "none":
-        crops = draw_crops(key, indices, height, width, spec.augmentation == "crop_flip")
-    levels = _test_view(images, size) if crops is None else _crop(images, size, crops)
+    if key is None or spec.augmentation == "none":
+        levels = _test_view(images, size)
+    else:
+        mirror = spec.augmentation == "crop_flip"
+        levels = _crop(images, size, *draw_crops(key, indices, height, width, mirror))
     views = levels.to(torch.float32, memory_format=torch.contiguous_format).div_(255.0)
-    if spec.mean is not None and spec.std is not None:
+    if spec.mean is not None:
         mean, std = (views.new_tensor(values)[:, None, None] for values in (spec.mean, spec.std))
         views.sub_(mean).div_(std)
     return views
@@ -103,13 +90,13 @@ def _test_view(images: Tensor, size: int) -> Tensor:
     return center_crop(images, [size, size])
 
 
-def _crop(images: Tensor, size: int, crops: "Crops") -> Tensor:
+def _crop(images: Tensor, size: int, boxes: np.ndarray, mirrored: np.ndarray) -> Tensor:
     """The box of every image, resized and perhaps mirrored: uint8 (B, 3, S, S)."""
-    views, boxes = [], zip(crops.top, crops.left, crops.height, crops.width, crops.mirrored, strict=True)
-    for image, (top, left, height, width, mirrored) in zip(images, boxes, strict=True):
+    views = []
+    for image, (top, left, height, width), mirror in zip(images, boxes, mirrored, strict=True):
         part = image[None, :, top : top + height, left : left + width]
         view = interpolate(part, (size, size), mode="bilinear", antialias=True)
-        views.append(view.flip(-1) if mirrored else view)
+        views.append(view.flip(-1) if mirror else view)
     return torch.cat(views)
 
 
@@ -136,20 +123,12 @@ def _mix(words: np.ndarray) -> np.ndarray:
     return words ^ (words >> np.uint64(31))
 
 
-@dataclass(frozen=True)
-class Crops:
-    """One box for each image, int64 (B,) each, and which of them are mirrored, bool (B,)."""
+def draw_crops(
+    key: Key, indices: np.ndarray, height: int, width: int, mirror: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """The crops of images of one size that a key names.
 
-    top: np.ndarray
-    left: np.ndarray
-    height: np.ndarray
-    width: np.ndarray
-    mirrored: np.ndarray
-
-
-def draw_crops(key: Key, indices: np.ndarray, height: int, width: int, mirror: bool) -> Crops:
-    """The crops of images of one size that a key names; half of them mirrored, or none.
-
+    Boxes (top, left, height, width), int64 (B, 4); which are mirrored, bool (B,): half of them, or none.
     As torchvision's RandomResizedCrop: area uniform, aspect uniform in its logarithm, sides rounded; the
     first of `ATTEMPTS` boxes that fits is placed uniformly. If none fits, the largest centred box of an
     allowed aspect.
@@ -167,4 +146,4 @@ def draw_crops(key: Key, indices: np.ndarray, height: int, width: int, mirror: b
     row, column, coin = numbers[:, 2 * ATTEMPTS :].T
     top = np.where(found, np.floor(row * (height - h + 1)), (height - h) // 2).astype(np.int64)
     left = np.where(found, np.floor(column * (width - w + 1)), (width - w) // 2).astype(np.int64)
-    return Crops(top, left, h, w, (coin < 0.5) & mirror)
+    return np.stack([top, left, h, w], 1), (coin < 0.5) & mirror
