@@ -60,16 +60,13 @@ def clear(root: Path) -> list[str]:
 def main(arguments: list[str] | None = None) -> int:
     """List or empty a cache; the exit code: 0 done, 2 a mistake to mend."""
     prepare_console()
-    parser = argparse.ArgumentParser(
-        prog="python -m utils.cache", description="What a cache holds; empty it."
-    )
-    parser.add_argument(
-        "--root", type=given_path, default=Path("cache"), metavar="FOLDER", help="default: %(default)s"
-    )
+    parser = argparse.ArgumentParser("python -m utils.cache", description="List or empty a cache.")
+    folder = {"type": given_path, "default": Path("cache"), "metavar": "FOLDER"}
+    parser.add_argument("--root", **folder, help="default: %(default)s")
     parser.add_argument("--clear", action="store_true", help="remove everything that the cache holds")
     options = parser.parse_args(arguments)
     work = clear if options.clear else listing
-    return exit_code(lambda: print("\n".join(work(options.root))), go_on=AGAIN)
+    return exit_code(lambda: print(*work(options.root), sep="\n"), go_on=AGAIN)
 
 
 if __name__ == "__main__":

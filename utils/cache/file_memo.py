@@ -1,14 +1,13 @@
-"""Record of files that were read and found good, with the SHA-256 of their bytes, so that they are read once.
+"""Record of files that were found good, with the SHA-256 of their bytes, so that they are checked once.
 
     memo = FileMemo(folder, Path("mine"), rule="Pillow 13.0.0, format 1")
     content, state, sha256 = read_signed(path)
     memo.add({path: (state, sha256)})
     memo.known(paths)                           # {path: sha256} of those that have not changed since
 
-A file counts as unchanged while its size, modification time, inode change time and inode are. The system
-moves the change time at every write and lets no program set it: an edit that puts the modification time back
-is seen too. What is not seen is a change under a clock that was turned back, or by writing to the disk past
-the file system.
+A file counts as unchanged while its size, modification time, inode change time and inode are. No program can
+set the change time: an edit that puts the modification time back is seen, one under a clock that was turned
+back is not.
 """
 
 import hashlib
@@ -17,7 +16,7 @@ import logging
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock
@@ -71,16 +70,12 @@ class FileMemo:
     @contextmanager
     def lock(self) -> Iterator[None]:
         """While open, other processes wait here, where the disk has locks."""
-        lock = None if self.folder is None else FileLock(self.folder / f"{self.name}.lock")
-        with suppress(OSError, NotImplementedError):
-            if lock is not None:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                lock.acquire()
-        try:
+        with ExitStack() as stack:
+            with suppress(OSError, NotImplementedError):
+                if self.folder is not None:
+                    self.folder.mkdir(parents=True, exist_ok=True)
+                    stack.enter_context(FileLock(self.folder / f"{self.name}.lock"))
             yield
-        finally:
-            if lock is not None:
-                lock.release()
 
     def _read(self) -> dict[str, tuple[str, str]]:
         if self.folder is None:
@@ -89,7 +84,7 @@ class FileMemo:
         with suppress(OSError):
             digest, _, body = path.read_bytes().partition(b"\n")
             if digest.decode(errors="replace") != hashlib.sha256(body).hexdigest():
-                logger.warning(f"{path} is damaged: the files that it tells of are read again")
+                logger.warning(f"{path} is damaged: its files are read again")
                 return {}
             content = json.loads(body)
             return content["files"] if content["rule"] == self.rule else {}
@@ -106,7 +101,7 @@ class FileMemo:
             )
         except OSError as error:
             logger.warning(
-                f"What is known of files cannot be kept ({error}): they are read again in every run"
+                f"The record of checked files cannot be written ({error}): they are read every run"
             )
 
 
@@ -124,9 +119,7 @@ def read_signed(path: Path) -> tuple[bytes, str, str]:
 
 def memo_files(folder: Path) -> dict[Path, int]:
     """The records in a folder, with their locks -> bytes."""
-    found = [
-        path for path in folder.glob("*.*") if path.suffix in (".json", ".lock") and len(path.stem) == 24
-    ]
+    found = [*folder.glob("?" * 24 + ".json"), *folder.glob("?" * 24 + ".lock")]
     return {path: path.stat().st_size for path in found}
 
 

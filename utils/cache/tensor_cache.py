@@ -65,15 +65,12 @@ class TensorCache:
         Stored tensors are memory-mapped; the maps of large ones are kept until the group is removed.
         """
         path = self._path(group, key)
-        if not self.enabled:
-            return _on_cpu(build())
-        tensor = self._read(path)
-        if tensor is None:
-            built = _on_cpu(build())
-            tensor = self._read(path)  # another process may have stored it meanwhile
-            if tensor is None:
-                tensor = self._store(path, built)
-        return tensor
+        if (stored := self._read(path)) is not None:
+            return stored
+        built = build().detach().cpu().contiguous()
+        if (stored := self._read(path)) is not None:  # another process has stored it meanwhile
+            return stored
+        return self._store(path, built) if self.enabled else built
 
     def has(self, group: str, key: str) -> bool:
         """Whether a file is there for the tensor; its content is not looked at."""
@@ -89,9 +86,10 @@ class TensorCache:
         if not self.enabled or bytes_needed <= 0:
             return self.enabled
         sizes = {name: sum(files.values()) for name, files in groups_in(self.root).items()}
+        disk = next(folder for folder in (self.root, *self.root.absolute().parents) if folder.exists())
         self._open = {name: maps for name, maps in self._open.items() if name in sizes}
         over_limit = sum(sizes.values()) + bytes_needed - self.limit_gb * 1e9
-        excess = max(over_limit, bytes_needed + RESERVE - _free_disk(self.root))
+        excess = max(over_limit, bytes_needed + RESERVE - shutil.disk_usage(disk).free)
         unused = sorted(
             sizes.keys() - self._open.keys() - {group}, key=lambda name: last_use(self.root / name)
         )
@@ -122,7 +120,7 @@ class TensorCache:
     def _read(self, path: Path) -> Tensor | None:
         """The stored tensor, or None; a damaged file is removed."""
         maps = self._open.get(path.parent.name, {})
-        if path.name in maps or not path.is_file():
+        if path.name in maps or not self.enabled or not path.is_file():
             return maps.get(path.name)
         try:
             return self._map(path)
@@ -175,9 +173,7 @@ class TensorCache:
                 os.replace(self.root / UNFINISHED, path)
             return True
         except (OSError, NotImplementedError) as error:
-            if not isinstance(
-                error, FileNotFoundError
-            ):  # else another process has removed the group meanwhile
+            if not isinstance(error, FileNotFoundError):  # else another process has removed the group
                 self._warn_once(f"The cache cannot write {path}: {error}; what is not kept is computed again")
             with suppress(OSError):
                 (self.root / UNFINISHED).unlink(missing_ok=True)
@@ -191,21 +187,11 @@ class TensorCache:
             logger.warning(message)
 
 
-def _on_cpu(tensor: Tensor) -> Tensor:
-    return tensor.detach().cpu().contiguous()
-
-
 def _checksum(path: Path, tensor: Tensor) -> str:
     """SHA-256 of a tensor and of what it is for."""
     digest = hashlib.sha256(f"{path.parent.name}/{path.name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
     digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def _free_disk(root: Path) -> int:
-    """Free bytes of the disk on which `root` is, or would be."""
-    root = root.absolute()
-    return shutil.disk_usage(next(folder for folder in [root, *root.parents] if folder.exists())).free
 
 
 def last_use(group: Path) -> float:
