@@ -21,16 +21,20 @@ from utils.errors import UserError
 
 TINY = "vit_tiny_patch16_224"
 DINO = "vit_small_patch14_reg4_dinov2"
-OPTIONS = {  # of the same number of weights of the same shapes
-    "activation": {"act_layer": "quick_gelu"},
-    "norm": {"norm_layer": functools.partial(torch.nn.LayerNorm, eps=1e-3)},
-    "heads": {"num_heads": 6},
-}
+OPTIONS = [  # of the same number of weights of the same shapes
+    {"act_layer": "quick_gelu"},
+    {"norm_layer": functools.partial(torch.nn.LayerNorm, eps=1e-3)},
+    {"num_heads": 6},
+]
+
+
+def untrained(name: str = TINY, image_size: int = 32):
+    return create_backbone(name, weights="random", weights_root="nowhere", image_size=image_size)
 
 
 @pytest.fixture(scope="module")
 def tiny():
-    return create_backbone(TINY, weights="random", weights_root="nowhere", image_size=32)
+    return untrained()
 
 
 def from_file(path: Path | str, image_size: int = 32):
@@ -62,26 +66,27 @@ def test_shapes_of_short_names_and_timm_names():
 
 
 def test_published_short_names_mean_the_weights_of_their_pinned_timm():
-    names = BACKBONES
-    assert names["pretrained_vit_b16_224_adapter"] == "vit_base_patch16_224.augreg2_in21k_ft_in1k"
-    assert names["pretrained_vit_b16_224_in21k_adapter"] == "vit_base_patch16_224.augreg_in21k"
-    for name in names:
+    assert BACKBONES["pretrained_vit_b16_224_adapter"] == "vit_base_patch16_224.augreg2_in21k_ft_in1k"
+    assert BACKBONES["pretrained_vit_b16_224_in21k_adapter"] == "vit_base_patch16_224.augreg_in21k"
+    for name in BACKBONES:
         backbone_shape(name, weights=None)
 
 
-def test_unknown_name_gives_the_nearest():
-    with pytest.raises(UserError, match="nearest: .*pretrained_vit_b16_224_adapter"):
-        backbone_shape("pretrained_vit_b16_224_adaptor")
-
-
-def test_unknown_and_missing_tags_list_the_known_ones():
-    with pytest.raises(UserError, match="no weights 'nonsense'.*augreg_in21k"):
-        backbone_shape("vit_base_patch16_224.nonsense")
-    with pytest.raises(UserError, match="does not say which weights.*augreg_in21k_ft_in1k"):
-        backbone_shape(TINY, weights=None)
-    with pytest.raises(UserError, match="does not say which weights"):
-        create_backbone(TINY, weights_root="nowhere")
-    assert backbone_shape(TINY, weights="random").width == 192
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("pretrained_vit_b16_224_adaptor", "nearest: .*pretrained_vit_b16_224_adapter"),
+        ("vit_base_patch16_224.nonsense", "no weights 'nonsense'.*augreg_in21k"),
+        (TINY, "does not say which weights.*augreg_in21k_ft_in1k"),
+    ],
+)
+def test_unknown_names_and_missing_tags_list_the_known_ones(name, message):
+    for refuse in (
+        lambda: backbone_shape(name, weights=None),
+        lambda: create_backbone(name, weights_root=""),
+    ):
+        with pytest.raises(UserError, match=message):
+            refuse()
 
 
 @pytest.mark.parametrize(
@@ -104,7 +109,7 @@ def test_unsupported_networks_are_refused_with_the_reason(name, reason):
 def test_random_backbone_is_frozen_plain_and_always_the_same(tiny):
     torch.manual_seed(17)
     before = torch.random.get_rng_state()
-    again = create_backbone(TINY, weights="random", weights_root="nowhere", image_size=32)
+    again = untrained()
     assert torch.equal(torch.random.get_rng_state(), before)
     assert again.sha256 == tiny.sha256 and tiny.tag == f"{TINY}.random" and len(tiny.sha256) == 64
     assert not tiny.vit.training and not any(p.requires_grad for p in tiny.vit.parameters())
@@ -115,7 +120,7 @@ def test_random_backbone_is_frozen_plain_and_always_the_same(tiny):
 
 @pytest.mark.parametrize(("name", "side", "prefix"), [("deit3_small_patch16_224", 32, 1), (DINO, 28, 5)])
 def test_other_families_give_the_class_token(name, side, prefix):
-    vit = create_backbone(name, weights="random", weights_root="nowhere", image_size=side).vit
+    vit = untrained(name, side).vit
     images = torch.rand(2, 3, side, side)
     assert vit.num_prefix_tokens == prefix
     assert torch.equal(vit(images), vit.forward_features(images)[:, 0])
@@ -126,20 +131,6 @@ def test_hash_sees_one_changed_number(tiny, tmp_path):
     state["norm.bias"][0] += 1e-3
     torch.save(state, tmp_path / "changed.pth")
     assert from_file(tmp_path / "changed.pth").sha256 != tiny.sha256
-
-
-@pytest.mark.parametrize("option", OPTIONS, ids=str)
-def test_an_option_that_no_weight_shows_is_in_the_hash_of_options(tiny, monkeypatch, option):
-    assert (
-        create_backbone(TINY, weights="random", weights_root="no", image_size=32).options_sha256
-        == tiny.options_sha256
-    )
-    create = timm.create_model
-    monkeypatch.setattr(
-        timm, "create_model", lambda *args, **kwargs: create(*args, **kwargs, **OPTIONS[option])
-    )
-    other = create_backbone(TINY, weights="random", weights_root="nowhere", image_size=32)
-    assert other.sha256 == tiny.sha256 and other.options_sha256 != tiny.options_sha256
 
 
 class Applied(torch.nn.Module):
@@ -153,23 +144,23 @@ class Applied(torch.nn.Module):
         return self.functions[0](x)
 
 
-def test_a_function_that_a_module_applies_is_in_the_hash_of_options(monkeypatch):
-    create = timm.create_model
-
-    def options(layer):
-        monkeypatch.setattr(
-            timm, "create_model", lambda *args, **kwargs: create(*args, **kwargs, act_layer=layer)
-        )
-        return create_backbone(TINY, weights="random", weights_root="no", image_size=32).options_sha256
-
+def test_an_option_that_no_weight_shows_is_in_the_hash_of_options(tiny, monkeypatch):
+    create, seen = timm.create_model, {tiny.options_sha256}
     elu = functools.partial(torch.nn.functional.elu, alpha=2.0)
     functions = (torch.sin, torch.cos, torch.nn.functional.elu, elu)
-    hashes = [options(functools.partial(Applied, function)) for function in functions]
-    assert len(set(hashes)) == 4 and options(functools.partial(Applied, torch.sin)) == hashes[0]
+    options = [*OPTIONS, *({"act_layer": functools.partial(Applied, function)} for function in functions)]
+    for option in options:
+        monkeypatch.setattr(
+            timm, "create_model", lambda *args, o=option, **given: create(*args, **given, **o)
+        )
+        other = untrained()
+        assert other.sha256 == tiny.sha256 and other.options_sha256 not in seen
+        assert untrained().options_sha256 == other.options_sha256
+        seen.add(other.options_sha256)
 
 
 def test_another_architecture_with_the_same_weights_is_another_backbone(tiny):
-    other = create_backbone("deit_tiny_patch16_224", weights="random", weights_root="nowhere", image_size=32)
+    other = untrained("deit_tiny_patch16_224")
     assert other.sha256 == tiny.sha256
     assert other.identity() != tiny.identity() and tiny.identity()["architecture"] == TINY
 
@@ -199,30 +190,23 @@ def test_position_embedding_is_resized_to_the_asked_image_size(tiny, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:Sparse invariant")
 def test_files_that_do_not_fit_are_refused_by_name(tiny, tmp_path):
-    def load(state, name="bad.pth"):
-        torch.save(state, tmp_path / name)
-        return from_file(tmp_path / name)
-
     state = dict(tiny.vit.state_dict())
-    with pytest.raises(
-        UserError, match=r"bad.pth .*1 missing \(norm.weight\); 1 unexpected \(extra.weight\)"
-    ):
-        load({k: v for k, v in state.items() if k != "norm.weight"} | {"extra.weight": torch.zeros(1)})
-    with pytest.raises(UserError, match="patch_embed.proj.weight"):
-        load(state | {"patch_embed.proj.weight": torch.zeros(192, 3, 8, 8)})
-    with pytest.raises(UserError, match=r"of another shape \(norm.bias \(3,\) instead of \(192,\)\)"):
-        load(state | {"norm.bias": torch.zeros(3)})
-    with pytest.raises(UserError, match="missing"):
-        load({"something": torch.zeros(1)})
-    with pytest.raises(UserError, match="no state dict"):
-        load({"epoch": 3})
-    with pytest.raises(UserError, match="no state dict"):
-        load({0: torch.zeros(1)})
-    with pytest.raises(UserError, match=r"1 not of floating-point numbers \(norm.bias\)"):
-        load(state | {"norm.bias": torch.zeros(192, dtype=torch.int8)})
-    for without_values in (torch.zeros(192).to_sparse(), torch.zeros(192, device="meta")):
-        with pytest.raises(UserError, match=r"1 not of floating-point numbers \(norm.bias\)"):
-            load(state | {"norm.bias": without_values})
+    renamed = {k: v for k, v in state.items() if k != "norm.weight"} | {"extra.weight": torch.zeros(1)}
+    other_types = [torch.zeros(192, dtype=torch.int8), torch.zeros(192).to_sparse()]
+    other_types.append(torch.zeros(192, device="meta"))
+    cases = [
+        (renamed, r"bad.pth .*1 missing \(norm.weight\); 1 unexpected \(extra.weight\)"),
+        (state | {"patch_embed.proj.weight": torch.zeros(192, 3, 8, 8)}, "patch_embed.proj.weight"),
+        (state | {"norm.bias": torch.zeros(3)}, r"another shape \(norm.bias \(3,\) instead of \(192,\)\)"),
+        ({"something": torch.zeros(1)}, "missing"),
+        ({"epoch": 3}, "no state dict"),
+        ({0: torch.zeros(1)}, "no state dict"),
+        *((state | {"norm.bias": bias}, r"1 not of floating.*\(norm.bias\)") for bias in other_types),
+    ]
+    for content, message in cases:
+        torch.save(content, tmp_path / "bad.pth")
+        with pytest.raises(UserError, match=message):
+            from_file(tmp_path / "bad.pth")
 
 
 @pytest.mark.parametrize("number", [torch.nan, torch.inf])
@@ -232,14 +216,12 @@ def test_weights_that_are_not_numbers_are_named(tiny, tmp_path, suffix, number):
     state["blocks.3.mlp.fc1.bias"][2] = number
     path = tmp_path / f"bad{suffix}"
     if suffix == ".npz":
-        tiny_copy = create_backbone(TINY, weights="random", weights_root="nowhere", image_size=32).vit
+        tiny_copy = untrained().vit
         tiny_copy.load_state_dict(state)
         np.savez(path, **jax_arrays(tiny_copy))
     else:
         save_file(state, path) if suffix == ".safetensors" else torch.save(state, path)
-    with pytest.raises(
-        UserError, match=rf"bad{suffix} holds NaN or infinite weights, in blocks.3.mlp.fc1.bias"
-    ):
+    with pytest.raises(UserError, match=f"bad{suffix} holds NaN or infinite .*blocks.3.mlp.fc1.bias"):
         from_file(path)
 
 
@@ -265,17 +247,14 @@ def test_missing_truncated_and_pickled_files(tmp_path):
         ("absent.pth", "it is not there"),
         ("pipe.pth", "it is a FIFO"),
         ("code.pth", "cannot be read as weights: it is damaged, or holds more than tensors"),
-        ("text.pth", "cannot be read as weights: it is damaged, or holds more than tensors"),
+        ("text.pth", "cannot be read as weights: it is damaged"),
         ("cut.safetensors", "cannot be read"),
         ("cut.npz", "cannot be read"),
     ]:
         with pytest.raises(UserError, match=message) as caught:
             from_file(tmp_path / name)
-        assert (
-            name in str(caught.value)
-            and str(caught.value).isprintable()
-            and "weights_only" not in str(caught.value)
-        )
+        text = str(caught.value)
+        assert name in text and text.isprintable() and "weights_only" not in text
     assert not (tmp_path / "executed").exists()
 
 
@@ -283,10 +262,7 @@ def test_unreachable_hub_says_what_where_and_what_needs_none(tmp_path, no_hub):
     with pytest.raises(UserError) as caught:
         create_backbone("deit_tiny_patch16_224.fb_in1k", weights_root=tmp_path)
     text = str(caught.value)
-    assert (
-        "name resolution failed" in text
-        and str(tmp_path / "deit_tiny_patch16_224.fb_in1k.safetensors") in text
-    )
+    assert "name resolution failed" in text and f"{tmp_path}/deit_tiny_patch16_224.fb_in1k.safet" in text
     assert "exps/evidence/nested_lora_cifar_dinov2s.json" in text and "\n" not in text
 
 
@@ -305,9 +281,7 @@ def test_hub_weights_are_loaded_strictly(tiny, tmp_path, monkeypatch):
 
 
 def test_dinov2_file_is_converted_as_the_plain_maths_says(tmp_path, monkeypatch):
-    made = timm.create_model(
-        DINO, num_classes=0, img_size=56
-    )  # a 4x4 grid stands for the 37x37 of the real file
+    made = timm.create_model(DINO, num_classes=0, img_size=56)  # 4x4 patches for the 37x37 of the real file
     state = {k: torch.randn(v.shape) * 0.1 for k, v in made.state_dict().items()}
     grid, cls, cls_position = state.pop("pos_embed"), state.pop("cls_token"), torch.randn(1, 1, 384)
     registers = state.pop("reg_token")
@@ -322,12 +296,8 @@ def test_dinov2_file_is_converted_as_the_plain_maths_says(tmp_path, monkeypatch)
     backbone = create_backbone(DINO, weights_root=tmp_path, image_size=28)
     vit = backbone.vit
     square = grid.reshape(1, 4, 4, 384).permute(0, 3, 1, 2)
-    resized = (
-        F.interpolate(square, size=(2, 2), mode="bicubic", antialias=True)
-        .permute(0, 2, 3, 1)
-        .reshape(1, 4, 384)
-    )
-    torch.testing.assert_close(vit.pos_embed.data, resized)
+    resized = F.interpolate(square, size=(2, 2), mode="bicubic", antialias=True)
+    torch.testing.assert_close(vit.pos_embed.data, resized.flatten(2).transpose(1, 2))
     assert torch.equal(vit.cls_token.data, cls + cls_position)
     assert torch.equal(vit.reg_token.data, registers)
     assert all(torch.equal(vit.state_dict()[name], tensor) for name, tensor in state.items())
@@ -371,11 +341,8 @@ def test_jax_npz_loads_exactly_and_refuses_other_depths(tiny, tmp_path):
     np.savez(tmp_path / "jax.npz", **arrays)
     loaded = from_file(tmp_path / "jax.npz")
     assert loaded.sha256 == tiny.sha256
-    deeper = {
-        k.replace("encoderblock_11", "encoderblock_12"): v
-        for k, v in arrays.items()
-        if "encoderblock_11/" in k
-    }
+    last = [key for key in arrays if "encoderblock_11/" in key]
+    deeper = {key.replace("block_11", "block_12"): arrays[key] for key in last}
     np.savez(tmp_path / "deep.npz", **arrays, **deeper)
     with pytest.raises(UserError, match="13 blocks, expected .* 12"):
         from_file(tmp_path / "deep.npz")

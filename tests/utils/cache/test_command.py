@@ -18,12 +18,12 @@ def cache(tmp_path: Path) -> TensorCache:
     return TensorCache(tmp_path / "cache", 1)
 
 
-def run(root: Path, capsys: pytest.CaptureFixture[str], *options: str) -> list[str]:
+def run(root: Path, capsys, *options: str) -> list[str]:
     assert main(["--root", str(root), *options]) == 0
     return capsys.readouterr().out.splitlines()
 
 
-def test_listing(cache: TensorCache, capsys: pytest.CaptureFixture[str]) -> None:
+def test_listing(cache, capsys):
     fill(cache.root, ["oldest", "newest"])
     cache.get("newest", "second", lambda: torch.zeros(500_000))
     cache.describe("newest", {"depth": 3, "what": "x" * 200})
@@ -35,9 +35,7 @@ def test_listing(cache: TensorCache, capsys: pytest.CaptureFixture[str]) -> None
     assert "2.1 MB in 2 groups" in total and "last used" in head
 
 
-def test_records_of_image_files_are_listed_and_removed(
-    cache: TensorCache, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_records_of_image_files_are_listed_and_removed(cache, capsys):
     """Also where nothing else made the folder a cache; foreign files beside them stay."""
     path = cache.root.parent / "image.png"
     memo = FileMemo(cache.root / IMAGES, path.parent, "rule")
@@ -48,9 +46,7 @@ def test_records_of_image_files_are_listed_and_removed(
     assert [path.name for path in (cache.root / IMAGES).iterdir()] == ["photo.png"]
 
 
-def test_clear_says_what_it_freed_and_keeps_other_folders(
-    cache: TensorCache, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_clear_says_what_it_freed_and_keeps_other_folders(cache, capsys):
     fill(cache.root, ["one", "two"])
     cache.describe("one", {"depth": 3})
     size = sum(path.stat().st_size for path in cache.root.glob("*/*"))
@@ -66,9 +62,7 @@ def test_clear_says_what_it_freed_and_keeps_other_folders(
     assert torch.equal(cache.get("one", "key", numbers), numbers())
 
 
-def test_clear_refuses_a_folder_that_is_no_cache(
-    cache: TensorCache, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_clear_refuses_a_folder_that_is_no_cache(cache, capsys):
     fill(cache.root, ["one"])
     (cache.root / "CACHE").unlink()
     for root in (cache.root, stored_file(cache.root, "one")):
@@ -79,9 +73,7 @@ def test_clear_refuses_a_folder_that_is_no_cache(
 
 
 @pytest.mark.parametrize("clear", [[], ["--clear"]], ids=["list", "clear"])
-def test_a_missing_or_empty_root_holds_nothing(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], clear: list[str]
-) -> None:
+def test_a_missing_or_empty_root_holds_nothing(tmp_path, capsys, clear: list[str]):
     for root in (tmp_path / "absent", tmp_path):
         assert "nothing" in run(root, capsys, *clear)[0]
     assert not any(tmp_path.iterdir())

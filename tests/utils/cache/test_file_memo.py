@@ -13,7 +13,7 @@ from utils.cache.file_memo import FileMemo, read_signed
 
 
 @pytest.fixture
-def settled(monkeypatch: pytest.MonkeyPatch) -> None:
+def settled(monkeypatch) -> None:
     """Files count as unchanged for long at once."""
     monkeypatch.setattr(file_memo, "SETTLED", -(10**18))
 
@@ -35,7 +35,7 @@ def remember(folder: Path, paths: list[Path]) -> dict[Path, str]:
     return {path: sha256 for path, (_, sha256) in signed.items()}
 
 
-def test_files_are_known_until_they_change_or_are_forgotten(tmp_path, paths, settled) -> None:
+def test_files_are_known_until_they_change_or_are_forgotten(tmp_path, paths, settled):
     assert memo(tmp_path).known(paths) == {}
     hashes = remember(tmp_path, paths[:2]) | remember(tmp_path, paths[2:])
     assert memo(tmp_path).known(paths) == hashes and len(set(hashes.values())) == 3
@@ -50,7 +50,7 @@ def test_files_are_known_until_they_change_or_are_forgotten(tmp_path, paths, set
     assert memo(tmp_path).known(paths) == {}
 
 
-def test_a_file_that_has_just_changed_is_not_remembered(tmp_path, paths) -> None:
+def test_a_file_that_has_just_changed_is_not_remembered(tmp_path, paths):
     remember(tmp_path, paths)
     assert not (tmp_path / "cache").exists()
 
@@ -67,7 +67,7 @@ def alter(path: Path) -> None:
 @pytest.mark.parametrize("damage", [overwrite, alter, lambda path: os.truncate(path, 100)])
 def test_a_damaged_record_counts_for_nothing(
     tmp_path, paths, settled, caplog, damage: Callable[[Path], None]
-) -> None:
+):
     hashes = remember(tmp_path, paths)
     (record,) = (tmp_path / "cache").glob("*.json")
     damage(record)
@@ -75,7 +75,7 @@ def test_a_damaged_record_counts_for_nothing(
     assert remember(tmp_path, paths) == hashes == memo(tmp_path).known(paths)
 
 
-def test_one_process_at_a_time_holds_the_lock(tmp_path) -> None:
+def test_one_process_at_a_time_holds_the_lock(tmp_path):
     context = multiprocessing.get_context("fork")
     held = context.Value("i")
 
