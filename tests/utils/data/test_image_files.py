@@ -53,21 +53,11 @@ def tiff(
     width: int, height: int, data: bytes, bits: int, white_is_zero: bool = False, sample_format: int = 1
 ) -> bytes:
     """A little-endian grey TIFF file of one strip."""
-    tags = {
-        256: width,
-        257: height,
-        258: bits,
-        259: 1,
-        262: int(not white_is_zero),
-        273: 8,
-        277: 1,
-        278: height,
-    }
-    tags |= {279: len(data), 339: sample_format}
+    tags = {256: width, 257: height, 258: bits, 259: 1, 262: int(not white_is_zero), 273: 8, 277: 1}
+    tags |= {278: height, 279: len(data), 339: sample_format}
     entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in sorted(tags.items()))
-    return (
-        b"II*\0" + struct.pack("<I", 8 + len(data)) + data + struct.pack("<H", len(tags)) + entries + bytes(4)
-    )
+    directory = struct.pack("<H", len(tags)) + entries + bytes(4)
+    return b"II*\0" + struct.pack("<I", 8 + len(data)) + data + directory
 
 
 def srgb_of_lab(lab: np.ndarray) -> np.ndarray:
@@ -89,10 +79,8 @@ def srgb_of_lab(lab: np.ndarray) -> np.ndarray:
 def modes() -> dict[str, list[tuple[Image.Image | bytes, np.ndarray, int]]]:
     """Mode -> images or files of it, the pixels that they stand for, and by how much rounding may differ."""
     black_white, one, two, three, four = levels() > 127, levels(), levels(2), levels(3), levels(4)
-    deep, wide = (
-        RNG.integers(0, 2**16, (5, 7), dtype=np.uint16),
-        RNG.integers(0, 2**16, (5, 7, 3), dtype=np.uint16),
-    )
+    deep = RNG.integers(0, 2**16, (5, 7), dtype=np.uint16)
+    wide = RNG.integers(0, 2**16, (5, 7, 3), dtype=np.uint16)
     palette, entries = levels(3).reshape(-1, 3)[:8], RNG.integers(0, 8, (5, 7), dtype=np.uint8)
     paletted = Image.fromarray(entries)
     paletted.putpalette(palette.tobytes())
@@ -105,7 +93,7 @@ def modes() -> dict[str, list[tuple[Image.Image | bytes, np.ndarray, int]]]:
     green = luma - 0.344136 * (blue - 128) - 0.714136 * (red - 128)
     jfif = np.stack([luma + 1.402 * (red - 128), green, luma + 1.772 * (blue - 128)], -1)
     hue = np.array([[colorsys.hsv_to_rgb(*pixel) for pixel in row] for row in three / 255]) * 255
-    ink = four.astype(float)
+    printed = (255.0 - four[..., :3]) * (255.0 - four[..., 3:]) / 255
     twelve = RNG.integers(0, 2**12, (5, 8), dtype=np.uint16)
     bits = "".join(f"{value:012b}" for value in twelve.ravel())
     packed = bytes(int(bits[i : i + 8], 2) for i in range(0, len(bits), 8))
@@ -129,13 +117,7 @@ def modes() -> dict[str, list[tuple[Image.Image | bytes, np.ndarray, int]]]:
         ],
         "RGBX": [(Image.frombytes("RGBX", (7, 5), four.tobytes()), four[..., :3], 0)],
         "RGBA": [(file_of(Image.fromarray(four), kind), four[..., :3], 0) for kind in ("PNG", "TIFF")],
-        "CMYK": [
-            (
-                Image.frombytes("CMYK", (7, 5), four.tobytes()),
-                (255 - ink[..., :3]) * (255 - ink[..., 3:]) / 255,
-                1,
-            )
-        ],
+        "CMYK": [(Image.frombytes("CMYK", (7, 5), four.tobytes()), printed, 1)],
         "YCbCr": [(Image.frombytes("YCbCr", (7, 5), three.tobytes()), jfif, 1.5)],
         "HSV": [(Image.frombytes("HSV", (7, 5), three.tobytes()), hue, 3)],
         "LAB": [(lab, srgb_of_lab(near_grey), 3)],
@@ -164,11 +146,7 @@ def test_every_mode_is_scaled_to_the_pixels_that_it_stands_for(mode, recwarn):
 
 REFUSED = {
     "F": [Image.new("F", (7, 5)), b"Pf 7 5\n-1.0\n" + bytes(4 * 35)],
-    "I": [
-        Image.new("I", (7, 5)),
-        tiff(7, 5, bytes(4 * 35), 32),
-        tiff(7, 5, bytes(2 * 35), 16, sample_format=2),
-    ],
+    "I": [Image.new("I", (7, 5)), tiff(7, 5, bytes(140), 32), tiff(7, 5, bytes(70), 16, sample_format=2)],
     "La": [Image.new("La", (7, 5))],
     "RGBa": [Image.new("RGBa", (7, 5))],
 }
@@ -235,10 +213,8 @@ def test_whole_jpegs_of_all_kinds_pass(tmp_path):
 @pytest.mark.parametrize("kept", [0.0, 0.1, 0.5, 0.9])
 def test_truncated_image_is_named_and_never_filled(tmp_path, suffix, kept, monkeypatch):
     monkeypatch.setattr("PIL.ImageFile.LOAD_TRUNCATED_IMAGES", True)  # as some libraries leave it
-    buffer = io.BytesIO()
-    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-    Image.fromarray(noise).save(buffer, {".jpg": "JPEG", ".png": "PNG"}[suffix])
+    whole = file_of(PHOTO, {".jpg": "JPEG", ".png": "PNG"}[suffix])
     path = tmp_path / f"cut{suffix}"
-    path.write_bytes(buffer.getvalue()[: int(kept * len(buffer.getvalue()))])
+    path.write_bytes(whole[: int(kept * len(whole))])
     with pytest.raises(UserError, match=f"{path}.*replace or remove"):
         folder_images([path])[0]
