@@ -64,8 +64,8 @@ class Backbone:
         vit: the network.
         tag: the weights' name, for people.
         architecture: its name in timm, which decides what the network computes with its weights.
-        sha256: over name and bytes of every tensor of the network as built (names sorted), so the same file
-            at another image size, which resizes the position embedding, has another hash.
+        sha256: over name and bytes of every tensor of the network as built (names sorted); another image
+            size, which resizes the position embedding, gives another hash.
         options_sha256: over class and attributes (activation, eps, heads, ...) of every module: what this
             version of timm makes of the architecture.
         mean, std: the weights' own input normalisation, a channel each.
@@ -82,7 +82,7 @@ class Backbone:
     note: str
 
     def identity(self) -> dict[str, str]:
-        """What tells the network from others, whatever version of timm builds it."""
+        """Fields that identify the network whatever version of timm builds it."""
         return {"architecture": self.architecture, "weights_sha256": self.sha256}
 
 
@@ -160,9 +160,8 @@ def find_weights(backbone_type: str, *, weights: str | None, weights_root: Path)
     Raises:
         UserError: they cannot be had.
     """
-    arch, tag = _resolve(backbone_type, weights)
     if weights is None:
-        require_named(arch, tag, weights_root)
+        require_named(*_resolve(backbone_type, weights), weights_root)
     elif weights != "random":
         require_file(Path(weights))
 
@@ -203,7 +202,7 @@ def _pretrained_cfg(arch: str, tag: str):
 
 
 def _unsupported(vit: torch.nn.Module) -> str:
-    """Why a timm model cannot serve as backbone; empty when it can."""
+    """Reason why a timm model cannot serve as backbone, or ""."""
     if type(vit) is not VisionTransformer:
         return f"it is a {type(vit).__name__}"
     if not vit.has_class_token:

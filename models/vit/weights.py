@@ -25,6 +25,7 @@ from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_
 from torch import Tensor
 
 from utils.data.download import fetch_asset
+from utils.data.image_files import is_utf8
 from utils.errors import UserError
 from utils.files import npz_headers, why_no_file
 from utils.training.device import first_line
@@ -70,13 +71,8 @@ def load_named(vit: VisionTransformer, arch: str, tag: str, weights_root: Path) 
 
 def require_file(path: Path) -> Path:
     """The path of a file of weights. Raises UserError where there is none."""
-    reason = why_no_file(path)
-    if reason:
+    if reason := why_no_file(path) or ("" if is_utf8(str(path)) else "its name is not UTF-8"):
         raise UserError(f'weights = {str(path)!r}: {reason}; allowed: null, "random", or a file.')
-    try:
-        str(path).encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"weights = {str(path)!r}: the name is not UTF-8; rename the file.") from error
     return path
 
 

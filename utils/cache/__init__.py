@@ -1,1 +1,1 @@
-"""What is computed once and kept on disk: tensors, hashes of files. `python -m utils.cache` lists it."""
+"""Disk cache of tensors and of the hashes of checked files; `python -m utils.cache` lists and empties it."""

@@ -101,7 +101,7 @@ class TensorCache:
         return excess <= 0
 
     def describe(self, group: str, about: Mapping[str, Any]) -> None:
-        """Write, once, what a group holds: `about.json` in its folder, for a person to read."""
+        """Description of what a group holds, for people: `about.json` in its folder, written once."""
         path = self._path(group) / ABOUT
         if self.enabled and not path.exists():
             self._write(path, json.dumps(dict(about), indent=1, ensure_ascii=False).encode())
@@ -152,7 +152,7 @@ class TensorCache:
         return tensor
 
     def _store(self, path: Path, tensor: Tensor) -> Tensor:
-        """Write a tensor if there is room for it; what `get` returns for it."""
+        """The tensor as `get` returns it, written if there is room for it."""
         if not self.make_room(path.parent.name, tensor.nbytes):
             self._warn_once(
                 f"No room in the cache {self.root} for {tensor.nbytes / 1e6:.1f} MB within {self.limit_gb:g} "
@@ -164,7 +164,7 @@ class TensorCache:
         return self._map(path, verify=False) if self._write(path, content) else tensor
 
     def _write(self, path: Path, content: bytes) -> bool:
-        """Let a file appear whole in a group's folder; False, after a warning, where the disk refuses."""
+        """Atomic write of a file in a group's folder; False, after a warning, where the disk refuses."""
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(self.root / LOCK):

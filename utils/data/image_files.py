@@ -86,12 +86,11 @@ def check_images(paths: Sequence[Path], memo: FileMemo, label: str) -> list[str]
     At most `THREADS` images are in memory.
 
     Args:
-        memo: what was found good before, by this version of the decoder; gains what is found now.
+        memo: files found good before by this version of the decoder; gains those found now.
         label: name of the data set, for the progress bar and the message.
 
     Raises:
-        UserError: some are no image files, are damaged or of a mode that is refused: all in one list, cut at
-            `NAMED`.
+        UserError: files that are no images, are damaged or of a refused mode: up to `NAMED` in one list.
     """
     problems = {path: reason for path in paths if (reason := why_no_file(path))}
     problems |= {path: "its path is not UTF-8" for path in paths if not is_utf8(str(path))}
@@ -121,7 +120,7 @@ def check_images(paths: Sequence[Path], memo: FileMemo, label: str) -> list[str]
 
 
 def _checked(path: Path) -> tuple[str, str] | str:
-    """State and SHA-256 of a good image file, or what is wrong with it."""
+    """State and SHA-256 of a good image file, or the reason why it is bad."""
     try:
         content, state, sha256 = read_signed(path)
         pixels = decode(content)
@@ -133,7 +132,7 @@ def _checked(path: Path) -> tuple[str, str] | str:
 
 
 def why_bad(error: Exception) -> str:
-    """What is wrong with an image file that cannot be read, in a few words."""
+    """Reason why an image file cannot be read, in a few words."""
     if isinstance(error, UnidentifiedImageError):
         return "it is in no format that Pillow reads"
     return " ".join(str(getattr(error, "strerror", None) or error or type(error).__name__).split())
