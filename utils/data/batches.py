@@ -6,7 +6,6 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
@@ -21,11 +20,11 @@ from utils.errors import Interrupted, UserError
 from utils.training.device import dead_worker_advice
 from utils.training.random import Key
 
-SHARED_MEMORY = Path("/dev/shm")  # what workers pass batches through; 64 MB in a container unless told
+SHARED_MEMORY = Path("/dev/shm")  # through which workers pass batches; 64 MB in a container by default
 PREFETCHED = 2  # batches that each worker makes ahead
-IN_USE = 2  # batches that no worker has any longer: the last one and the next
-LOOK_EVERY = 1.0  # seconds of waiting for workers between two looks at whether to go on waiting
-LAST_WAIT = 5.0  # seconds that a killed worker is given to end
+IN_USE = 2  # batches that have left the workers: the current one and the next
+LOOK_EVERY = 1.0  # seconds of waiting for workers between two checks of whether to go on waiting
+LAST_WAIT = 5.0  # seconds that a killed worker has to end
 PATIENCE = 300.0  # seconds without a batch after which workers are taken to hang
 
 
@@ -90,16 +89,19 @@ def load_batches(
             if not str(error).startswith("DataLoader timed out"):
                 raise
             silent += LOOK_EVERY
-            if stop_requested():
-                _kill(workers)
+            stopped = stop_requested()
+            if not stopped and silent < PATIENCE:
+                continue
+            for worker in workers:
+                with suppress(RuntimeError):  # PyTorch raises it when a worker is killed
+                    worker.kill()
+                    worker.join(LAST_WAIT)
+            if stopped:
                 raise Interrupted from error
-            if silent >= PATIENCE:
-                _kill(workers)
-                raise UserError(
-                    f"no data worker has given a batch for {silent:.0f} s: they hang, for lack of shared "
-                    f"memory ({SHARED_MEMORY}) or because images cannot be read; set num_workers to 0"
-                ) from error
-            continue
+            raise UserError(
+                f"no data worker has given a batch for {silent:.0f} s: they hang, for lack of shared "
+                f"memory ({SHARED_MEMORY}) or because images cannot be read; set num_workers to 0"
+            ) from error
         if batch is None:
             return
         if isinstance(batch, UserError):
@@ -130,14 +132,6 @@ def workers_that_fit(workers: int, batch_bytes: int, processes: int) -> tuple[in
         f"num_workers = {workers}: {fitting} used, as {SHARED_MEMORY} has {free / 1e6:.0f} MB free for each "
         f"process and {workers} workers may need {needed / 1e6:.0f}; enlarge it (docker run --shm-size)"
     )
-
-
-def _kill(workers: list[BaseProcess]) -> None:
-    """End workers that may hang, without the error that PyTorch raises when one is killed."""
-    for worker in workers:
-        with suppress(RuntimeError):
-            worker.kill()
-            worker.join(LAST_WAIT)
 
 
 def _leave_signals_to_the_main_process(worker: int) -> None:

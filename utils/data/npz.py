@@ -46,7 +46,7 @@ def read_npz(path: Path, keys: Sequence[str]) -> dict[str, np.ndarray]:
         raise UserError(f"{path} lacks {', '.join(missing)}; a data set file has {', '.join(NPZ_KEYS)}.")
     names = arrays.get("class_names", np.zeros(0))
     if names.ndim != 1:
-        raise UserError(f"{path}: class_names has shape {names.shape}; expected one name a class, (C,).")
+        raise UserError(f"{path}: class_names has shape {names.shape}; expected one name per class, (C,).")
     return arrays
 
 

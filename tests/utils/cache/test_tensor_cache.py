@@ -167,7 +167,7 @@ def test_drop(cache):
     cache.drop("group")
     cache.drop("absent")
     assert groups(cache.root) == ["other"] and not cache.has("group", "key")
-    assert torch.equal(kept, numbers())  # who still reads it can
+    assert torch.equal(kept, numbers())  # an open map stays readable
     assert torch.equal(cache.get("group", "key", lambda: numbers(7)), numbers(7))
 
 

@@ -144,7 +144,7 @@ def test_class_names_may_be_utf8_bytes(tmp_path, names, expected):
         assert load_dataset("mine.npz", tmp_path).class_names == expected
 
 
-def test_npz_in_upper_case(tmp_path):
+def test_the_suffix_may_be_in_upper_case(tmp_path):
     with open(tmp_path / "MINE.NPZ", "wb") as file:
         np.savez(file, **arrays())
     assert load_dataset("MINE.NPZ", tmp_path).name == "MINE" == dataset_slug("x/MINE.NPZ")

@@ -216,13 +216,10 @@ def test_global_random_states_are_neither_read_nor_changed(workers):
 
 def test_key_with_test_view_shuffles_only():
     data = manager()
-    stored = list(data.batches(range(4), source="train", mode="test", batch_size=50))[0]
-    mixed = list(data.batches(range(4), source="train", mode="test", batch_size=50, key=(3,)))[0]
-
-    def multiset(batch):
-        return sorted((int(target), image.numpy().tobytes()) for image, target in zip(*batch, strict=True))
-
-    assert multiset(stored) == multiset(mixed) and not torch.equal(stored[1], mixed[1])
+    options = dict(source="train", mode="test", batch_size=50)
+    (stored,), (mixed,) = data.batches(range(4), **options), data.batches(range(4), **options, key=(3,))
+    order = np.argsort(data.order(range(4), "train", (3,)))
+    assert torch.equal(mixed[0][order], stored[0]) and not torch.equal(stored[1], mixed[1])
 
 
 @pytest.mark.parametrize("batch_size", [1, 5, 7, 24])
@@ -276,14 +273,6 @@ def test_shares_of_all_ranks_make_the_batches_of_one_process(world, workers):
         assert empty and empty[0].shape == (0, 3, 8, 8) and empty[0].dtype == torch.float32
 
 
-def test_rank_changes_neither_order_nor_counts():
-    one, third = manager(), manager(distributed=DistributedContext(2, 3))
-    assert one.order(range(4), "train", (5,)).tolist() == third.order(range(4), "train", (5,)).tolist()
-    assert one.count(range(4), "train") == third.count(range(4), "train")
-    indices = one.indices(range(4), "test")
-    assert torch.equal(one.views(indices, "test", "test", None), third.views(indices, "test", "test", None))
-
-
 # ------------------------------------------------------------------------------------------------------- image files
 
 
@@ -307,13 +296,7 @@ def test_images_of_different_sizes_get_the_views_that_each_gets_alone(tmp_path, 
         by_class = torch.from_numpy(data.indices(range(2), "train"))
         assert torch.equal(images, alone[by_class])
         assert torch.equal(data.views(np.array([0, 2]), "train", mode, view), alone[[0, 2]])  # of one size
-        assert data.views(np.arange(0), "train", mode, view).shape[0] == 0
-
-
-def test_shares_of_files_may_be_empty(tmp_path):
-    data = folder_manager(tmp_path, [(20, 30)], distributed=DistributedContext(0, 3))
-    (batch,) = data.batches(range(1), source="train", mode="train", batch_size=4, key=(1,))
-    assert batch[0].shape == (0, 3, 8, 8) and batch[1].shape == (0,)
+        assert data.views(np.arange(0), "train", mode, view).shape[:2] == (0, 3)  # as of an empty shard
 
 
 # ---------------------------------------------------------------------------------------------------------- misuse
