@@ -53,7 +53,7 @@ from utils.runs.manifest import (
 )
 from utils.runs.run_log import RunLog, SilentLog
 from utils.runs.seeds import new_command
-from utils.training.device import out_of_memory_advice, peak_memory_mb
+from utils.training.device import MEMORY_KEYS, out_of_memory_advice, peak_memory_mb
 
 logger = logging.getLogger("nested_lora")
 
@@ -204,8 +204,8 @@ class Run:
         if learner.task != task:
             logger.info(learner.describe_task(task))
             learner.begin_task(task)
-        sizes = (getattr(config, key, 1) for key in ("batch_size", "grad_accumulation", "eval_batch_size"))
-        with out_of_memory_advice(*sizes):
+        values = dict(config)
+        with out_of_memory_advice({key: values[key] for key in MEMORY_KEYS if key in values}):
             learner.train_task()
             self.evaluations.append(learner.evaluate())
         learner.distributed.check_same(f"the model after task {task}", learner.fingerprint())

@@ -14,7 +14,7 @@ phase is restored with its optimizer.
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -22,6 +22,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
+from models.phase import Phase, PhaseProgress, StepResult
 from utils.analysis.results import AnalysisResult
 from utils.config.schema import RunConfig
 from utils.console import progress
@@ -38,7 +39,6 @@ from utils.training.device import (
     unpack_tensors,
 )
 from utils.training.distributed import DistributedContext
-from utils.training.optim import GroupedOptimizer
 
 logger = logging.getLogger("nested_lora")
 
@@ -70,91 +70,6 @@ class RunContext:
     def stop_requested(self) -> bool:
         """Whether this process is to stop."""
         return self.stop()
-
-
-@dataclass
-class StepResult:
-    """Result of one micro-batch: mean loss (differentiable), number of samples, and how many were classified right."""
-
-    loss: Tensor
-    samples: int
-    correct: Tensor | None = None
-
-
-@dataclass
-class EpochNote:
-    """A method's additions to the record of an epoch: text after the loss in its line, numbers for its event."""
-
-    text: str = ""
-    numbers: dict[str, Any] = field(default_factory=dict)
-
-
-class Phase(ABC):
-    """A number of epochs over one kind of batches with one optimizer and one loss; `Learner.run_phase` runs it.
-
-    Attributes:
-        name: "func", "rd", ...: what is trained, in log lines.
-        replicated: every rank sees whole batches, so gradients are equal already and are not summed over ranks.
-        classifies: results say how many samples were classified right.
-        announced: its start is logged with its learning rates.
-
-    Args:
-        epochs: passes over the batches.
-        steps_per_epoch: batches of one pass.
-        optimizer: the groups that learn.
-        block: the block that the phase trains, where it is a single one.
-        save_every: epochs after which the run is saved inside the phase; 0: only when it is interrupted.
-    """
-
-    name: str
-    replicated = False
-    classifies = True
-    announced = True
-
-    def __init__(
-        self,
-        *,
-        epochs: int,
-        steps_per_epoch: int,
-        optimizer: GroupedOptimizer,
-        block: int | None = None,
-        save_every: int = 0,
-    ) -> None:
-        self.epochs, self.steps_per_epoch, self.optimizer = epochs, steps_per_epoch, optimizer
-        self.block, self.save_every = block, save_every
-
-    @abstractmethod
-    def batches(self, epoch: int, start: int) -> Iterable[Any]:
-        """The epoch's batches from number `start` on; the same for the same arguments."""
-
-    def micro_batches(self, batch: Any) -> list[Any]:
-        """The batch in parts that are worked on one after the other; none is empty."""
-        return [batch]
-
-    @abstractmethod
-    def loss(self, micro_batch: Any) -> StepResult:
-        """Forward pass and loss of a micro-batch: the method's own mathematics."""
-
-    def before_step(self, step: int) -> None:  # noqa: B027 - optional hook
-        """Called with the number of the coming step (from 1), gradients in place."""
-
-    def after_step(self, step: int, moved: Mapping[str, bool]) -> None:  # noqa: B027 - optional hook
-        """Called with the number of the step just taken and, by group, whether it was updated."""
-
-    def after_epoch(self, loss: float, steps: int) -> EpochNote:
-        """Called with an epoch's mean loss and its steps, before the epoch is logged."""
-        return EpochNote()
-
-
-@dataclass
-class PhaseProgress:
-    """Progress inside a phase: epochs and steps done, and the running sums of the open epoch's log line."""
-
-    epoch: int = 0
-    step: int = 0
-    loss: float = 0.0
-    correct: int | None = None  # None where the phase classifies nothing
-    samples: int = 0
 
 
 @dataclass

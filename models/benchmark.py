@@ -20,10 +20,10 @@ from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from models import SCHEMAS
-from models.base import Phase, PhaseProgress
+from models.phase import Phase, PhaseProgress
 from models.saved_run import make_learner
 from models.vit.class_incremental import load_data_and_backbone
-from models.vit.config import ClassIncrementalConfig
+from models.vit.config import ClassIncrementalConfig, StepKeys
 from utils.config.loading import config_from_dict
 from utils.config.schema import RunConfig
 from utils.errors import UserError
@@ -83,7 +83,7 @@ class Benchmark:
         self.config, data = self.learner.config, self.learner.data
         self.plain = load_data_and_backbone(self.config, self.learner.context)[1].vit
         self.plain.to(self.learner.device).eval()
-        self.batch_size = getattr(config, "batch_size", config.eval_batch_size)
+        self.batch_size = config.batch_size if isinstance(config, StepKeys) else config.eval_batch_size
         chosen = data.indices(range(1), "train")[: self.batch_size]
         self.images = data.views(chosen, "train", "train", ("benchmark",), self.learner.device)
         self.unit_seconds: list[float] = []  # per image

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from backbone.lora import GumbelGate, LoRAVisionTransformer
-from models.base import EpochNote, Phase, StepResult
 from models.gumbel_growth import active_adapters_table, decide, gate_figures, not_finite_advice
+from models.phase import EpochNote, Phase, StepResult
 from models.sdlora_config import SDLoRAConfig
 from models.vit.class_incremental import ClassIncrementalLearner
 from utils.console import progress

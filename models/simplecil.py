@@ -29,6 +29,9 @@ class SimpleCILConfig(FrozenViTKeys):
         "ranpac_dim": "class means classify",
     }
 
+    augmentation: ClassVar[str] = "none"  # no keys: nothing is trained
+    cache_views: ClassVar[int] = 0
+
     model_name: Literal["simplecil"] = key("simplecil", "The method.")
 
 

@@ -25,6 +25,7 @@ ROOMS = (
     "utils.reports",
     "utils.sweeps",
     "backbone",
+    "models.phase",
     "models.base",
     "models.vit",
     "models.shared_subspace",

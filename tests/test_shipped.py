@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from models import SCHEMAS
-from models.sema_config import SEMAConfig
+from models.sema import SEMAConfig
 from tests.conftest import EXPS, ROOT, shipped_file
 from utils.config.loading import load_config
 from utils.config.schema import RunConfig

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from models.base import EpochNote, Phase, StepResult
+from models.phase import EpochNote, Phase, StepResult
 from models.shared_subspace.config import SharedSubspaceConfig
 from models.shared_subspace.evaluation import Evaluator
 from models.shared_subspace.losses import TASK_LOSSES

@@ -27,7 +27,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.base import EpochNote, Learner, Phase, Report, RunContext, StepResult
+from models.base import Learner, Report, RunContext
+from models.phase import EpochNote, Phase, StepResult
 from models.shared_subspace.analysis import ANALYSES, AnalysisInputs, analysis_inputs, metrics_of
 from models.shared_subspace.config import SharedSubspaceConfig
 from models.shared_subspace.evaluation import SPLIT_NAMES, Evaluator, report, result_tables, zero_shot

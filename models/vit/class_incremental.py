@@ -144,8 +144,8 @@ class ClassIncrementalLearner(Learner):
             distributed=self.distributed,
             stop_requested=self.context.stop_requested,
         )
-        fast, views = self.config.engine == "fast", getattr(self.config, "cache_views", 0)
-        return TaskInputs(self.network, self.data, self.cache, options, fast, views)
+        fast = self.config.engine == "fast"
+        return TaskInputs(self.network, self.data, self.cache, options, fast, self.config.cache_views)
 
     def features_of(self, task: int, source: str) -> Tensor:
         """`features` of a task's "train" or "test" images in the test view, in stored order, (n, d), on every rank."""
@@ -396,7 +396,7 @@ def load_data_and_backbone(
     data = DataManager(
         dataset,
         split,
-        train_view=ViewSpec(backbone.image_size, getattr(config, "augmentation", "none"), *norm),
+        train_view=ViewSpec(backbone.image_size, config.augmentation, *norm),
         test_view=ViewSpec(backbone.image_size, "none", *norm),
         num_workers=workers,
         distributed=context.distributed,

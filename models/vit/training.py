@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from backbone.sema_block import AdapterSpec
 from backbone.vit_sema import SEMAVisionTransformer
-from models.base import Phase, StepResult
+from models.phase import Phase, StepResult
 from models.vit.class_incremental import ClassIncrementalLearner
 from models.vit.config import AdapterKeys
 from models.vit.task_inputs import Batch

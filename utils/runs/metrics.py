@@ -6,18 +6,13 @@
     matrix.summary()   # {"final": 92.5, "average": 94.75, "forgetting": 7.0, "bwt": -7.0, "plasticity": 96.0}
 
 Notation: a[t][k] is the accuracy (percent) on the test images of task k after training on task t; N is the
-last task. Counts are kept, not percentages: a matrix read back from a file is exactly the one written.
+last task.
 Names and units of the metrics stand in `utils/metric_catalogue.py`.
 """
 
-from __future__ import annotations
-
 import math
 import statistics
-from collections.abc import Mapping, Sequence
-from typing import Any
-
-from utils.errors import UserError
+from collections.abc import Sequence
 
 
 class AccuracyMatrix:
@@ -91,23 +86,6 @@ class AccuracyMatrix:
             "bwt": statistics.fmean(moved) if moved else None,
             "plasticity": statistics.fmean(row[-1] for row in a),
         }
-
-    def to_json(self) -> dict[str, list[list[int]]]:
-        """The counts, ready for JSON; `from_json` gives the same matrix back."""
-        return {"correct": [list(row) for row in self._correct], "total": [list(row) for row in self._total]}
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> AccuracyMatrix:
-        """Rebuild a matrix from `to_json`. Raises UserError when `values` cannot be one."""
-        matrix = cls()
-        try:
-            for correct, total in zip(values["correct"], values["total"], strict=True):
-                matrix.add(correct, total)
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(
-                f"stored accuracies are not readable: {error}; the file is damaged or foreign"
-            ) from error
-        return matrix
 
 
 def mean_std(values: Sequence[float]) -> tuple[float, float]:

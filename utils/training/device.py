@@ -23,6 +23,7 @@ from utils.errors import UserError
 Item = TypeVar("Item")
 GPU_NUMBER = re.compile("[0-9]{1,4}")
 END = object()  # what `one_ahead` takes for the end of its items
+MEMORY_KEYS = ("batch_size", "grad_accumulation", "eval_batch_size")  # of a config
 DEVICES = 'allowed: "auto", "cpu", "mps", "cuda", "cuda:N", or a published list such as ["0"] or ["-1"]'
 
 
@@ -153,24 +154,23 @@ def peak_memory_mb(device: torch.device) -> float:
 
 
 @contextlib.contextmanager
-def out_of_memory_advice(batch_size: int, grad_accumulation: int, eval_batch_size: int) -> Iterator[None]:
-    """Turn an out-of-memory error of the device inside into a sentence that says which keys to change to what."""
+def out_of_memory_advice(sizes: Mapping[str, int]) -> Iterator[None]:
+    """Turns an out-of-memory error of the device into a sentence: which of the sizes (`MEMORY_KEYS`) to set to what."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        text = str(error)
-        exhausted = isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text
-        if not exhausted:
+        exhausted = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if not exhausted and "can't allocate memory" not in str(error):
             raise
-        smaller = ""
-        if grad_accumulation < batch_size:
-            parts = min(2 * grad_accumulation, batch_size)
-            smaller = f"set grad_accumulation={parts} for the same result in smaller parts, or "
+        now = ", ".join(f"{key} {value}" for key, value in sizes.items())
+        halved = [f"{key}={max(1, n // 2)}" for key, n in sizes.items() if key != "grad_accumulation"]
+        batch, parts, smaller = sizes.get("batch_size", 1), sizes.get("grad_accumulation", 1), ""
+        if parts < batch:
+            more = min(2 * parts, batch)
+            smaller = f"set grad_accumulation={more} for the same result in smaller parts, or "
         raise UserError(
-            f"out of memory with batch_size {batch_size}, grad_accumulation {grad_accumulation} and eval_batch_size "
-            f"{eval_batch_size}: {smaller}halve the sizes to batch_size={max(1, batch_size // 2)}, "
-            f"eval_batch_size={max(1, eval_batch_size // 2)}; what is saved can be resumed after editing "
-            "grad_accumulation or eval_batch_size in its config.json"
+            f"out of memory with {now}: {smaller}halve the sizes to {', '.join(halved)}; what is saved can be resumed "
+            "after editing grad_accumulation or eval_batch_size in its config.json"
         ) from error
 
 

@@ -9,7 +9,8 @@ import torch
 from torch.nn import functional as F
 
 from models import SCHEMAS
-from models.base import PhaseProgress, RunContext
+from models.base import RunContext
+from models.phase import PhaseProgress
 from models.shared_subspace.learner import SharedSubspace, TrainingPhase
 from models.shared_subspace.tasks import GridSamples
 from tests.conftest import TINY_GRIDS

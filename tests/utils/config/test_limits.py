@@ -15,7 +15,7 @@ import pytest
 import main
 from models import SCHEMAS
 from models.saved_run import make_learner
-from models.sema_config import SEMAConfig
+from models.sema import SEMAConfig
 from models.vit import pretrained as factory
 from models.vit import weights
 from tests.conftest import ROOT, TINY, TINY_GRIDS, TINY_SDLORA, shipped_file

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from models import SCHEMAS
-from models.sema_config import SEMAConfig
+from models.sema import SEMAConfig
 from tests.conftest import EXPS, ROOT
 from utils.config.loading import ConfigError, LoadedConfig, config_from_dict, load_config
 from utils.config.schema import RunConfig

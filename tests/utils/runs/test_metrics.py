@@ -1,11 +1,9 @@
 """utils.runs.metrics: every number against a hand-worked example."""
 
-import json
 import math
 
 import pytest
 
-from utils.errors import UserError
 from utils.runs.metrics import AccuracyMatrix, mean_std
 
 
@@ -68,32 +66,6 @@ def test_impossible_rows_are_refused_and_leave_the_matrix_as_it_was(correct, tot
     with pytest.raises(ValueError, match=what):
         matrix.add(correct, total)
     assert matrix.rows == [[50.0]]
-
-
-def test_json_round_trip_is_exact():
-    matrix = three_tasks()
-    again = AccuracyMatrix.from_json(json.loads(json.dumps(matrix.to_json())))
-    assert again.to_json() == matrix.to_json()
-    assert again.summary() == matrix.summary()
-    again.add([1, 1, 1, 1], [10, 20, 10, 5])
-    assert len(again) == 4 and len(matrix) == 3  # nothing shared
-
-
-@pytest.mark.parametrize(
-    "values",
-    [
-        {},
-        {"correct": [[1]]},
-        {"correct": [[1]], "total": []},
-        {"correct": [[1], [1]], "total": [[2], [2]]},
-        {"correct": 3, "total": 3},
-        {"correct": [["many"]], "total": [[2]]},
-        {"correct": [[3]], "total": [[2]]},
-    ],
-)
-def test_foreign_json_is_a_sentence(values):
-    with pytest.raises(UserError, match="stored accuracies are not readable"):
-        AccuracyMatrix.from_json(values)
 
 
 def test_mean_std():

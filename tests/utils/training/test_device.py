@@ -102,6 +102,10 @@ def test_sha256_of_tensors_sees_names_values_shapes_and_not_the_order() -> None:
     assert expected not in map(toolkit.sha256_of, others)
 
 
+def sizes(*values: int) -> dict[str, int]:
+    return dict(zip(toolkit.MEMORY_KEYS, values, strict=True))
+
+
 @pytest.mark.parametrize(
     "error",
     [
@@ -113,14 +117,17 @@ def test_sha256_of_tensors_sees_names_values_shapes_and_not_the_order() -> None:
 )
 def test_out_of_memory_is_advice(error: Exception) -> None:
     advice = "set grad_accumulation=4 .*batch_size=16, eval_batch_size=32"
-    with pytest.raises(UserError, match=advice), toolkit.out_of_memory_advice(32, 2, 64):
+    with pytest.raises(UserError, match=advice), toolkit.out_of_memory_advice(sizes(32, 2, 64)):
         raise error
-    with pytest.raises(UserError, match="eval_batch_size 1: halve"), toolkit.out_of_memory_advice(1, 1, 1):
+    with (
+        pytest.raises(UserError, match="to eval_batch_size=1"),
+        toolkit.out_of_memory_advice({"eval_batch_size": 1}),
+    ):
         raise error
 
 
 def test_other_errors_are_not_taken_for_lack_of_memory() -> None:
-    with pytest.raises(RuntimeError, match="shapes"), toolkit.out_of_memory_advice(1, 1, 1):
+    with pytest.raises(RuntimeError, match="shapes"), toolkit.out_of_memory_advice(sizes(1, 1, 1)):
         raise RuntimeError("shapes")
 
 
