@@ -1,9 +1,8 @@
-"""Conditional growth of Gumbel CL-LoRA: which adapters stay after a task; its log lines, files and figures.
+"""Conditional growth of Gumbel CL-LoRA: the gate's keys, which adapters stay after a task, log lines and files.
 
     decision = decide(task=3, adapters=[0, 1, 3], beta=beta, config=config)   # beta: (K,) or (L, K)
     decision.kept                              # positions of the adapters that stay, such as [0, 2]
     decision.write(folder)                     # beta_values_task_3.pt and beta_values_task_3.json
-    figures = gate_figures(events, about)      # from the `gate` events of a run
 
 Files and `gate` events hold, for every task so far: `beta_values` (t + 1,), zero where an adapter was pruned
 earlier; `pruning_mask` (t + 1,), true where an adapter is kept; with a gate per layer also
@@ -12,28 +11,91 @@ earlier; `pruning_mask` (t + 1,), true where an adapter is kept; with a gate per
 
 import io
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import ClassVar, Literal
 
-import matplotlib as mpl
-import numpy as np
 import torch
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from torch import Tensor
 
-from models.sdlora_config import SDLoRAConfig
-from utils.analysis.figures import Heatmap, HeatmapSpec, heatmaps_figure
+from models.vit.config import ClassIncrementalConfig, StepKeys
+from utils.config.schema import Conflict, Count, PathText, RateOrZero, UnusedRule, key
 from utils.files import replace_file, write_json
-from utils.plotting import MOST_NUMBERED_TASKS, VERMILLION, task_axis, titled_figure
 
 UNIFORM_TOLERANCE = 0.1  # weights that all lie within this share of 1 / K around it count as uniform
 FEW_SHARE = 1 / 3  # of the adapters of all tasks: as many kept or fewer count as few
 COOLED_FACTOR = 1.5  # times the final temperature, which a task should come down to
 
-Event = Mapping[str, Any]
+GATE_KEYS = (
+    "gumbel_tau_init", "gumbel_tau_final", "gumbel_anneal_rate", "growth", "growth_threshold", "growth_top_k",
+    "filepath",
+)  # fmt: skip
+
+
+class GateKeys(StepKeys):
+    """The gate over the adapters, and the rule of conditional growth."""
+
+    editable_keys: ClassVar[frozenset[str]] = ClassIncrementalConfig.editable_keys | {"filepath"}
+
+    gumbel_gate: Literal["auto", "off", "global", "layer"] = key(
+        "auto", 'One gate, or one a layer; "auto" is "global" where lambda_sparsity > 0, else "off".'
+    )
+    lambda_sparsity: RateOrZero = key(0.0, "Weight of the gate's entropy in the loss.")
+    gumbel_tau_init: float = key(5.0, "Temperature of the gate at the start of every task.", ge=1e-6, le=1e6)
+    gumbel_tau_final: float = key(0.5, "Its lowest value, and its value in evaluation.", ge=1e-6, le=1e6)
+    gumbel_anneal_rate: float = key(0.999, "What it is multiplied by after every step.", gt=0, le=1)
+    growth: Literal["threshold", "top_k"] = key(
+        "threshold", "After a task keep its adapter where its weight is large enough, or the best of all."
+    )
+    growth_threshold: float = key(0.1, "Weight above which a task's adapter is kept.", ge=0, lt=1)
+    growth_top_k: Count = key(5, 'Adapters that "top_k" keeps.')
+    filepath: PathText | None = key(
+        None, "Folder that gets the gate's files too, beside the run folder's gate/."
+    )
+
+    @property
+    def gate(self) -> str:
+        """What `gumbel_gate` comes to: "off", "global" or "layer"."""
+        if self.gumbel_gate != "auto":
+            return self.gumbel_gate
+        return "global" if self.lambda_sparsity > 0 else "off"
+
+    def conflicts(self) -> list[Conflict]:
+        """Temperatures out of order, a folder that cannot be written."""
+        found = super().conflicts()
+        if self.gumbel_tau_init < self.gumbel_tau_final:
+            sentence = "the temperature only falls; allowed: gumbel_tau_init >= gumbel_tau_final"
+            found.append((("gumbel_tau_init", "gumbel_tau_final"), sentence))
+        if self.filepath is not None:
+            place = Path(self.filepath).absolute()
+            there = next(path for path in (place, *place.parents) if os.path.exists(path))
+            if not os.path.isdir(there) or not os.access(there, os.W_OK):
+                fault = f"{there} is no folder that can be written to"
+                found.append(
+                    (("filepath",), f"{fault}; allowed: a folder, which is made where there is none")
+                )
+        return found
+
+    def unused_rules(self) -> list[UnusedRule]:
+        growth, at_rest = f'growth is "{self.growth}"', self.gumbel_tau_init == self.gumbel_tau_final
+        return [
+            (self.gumbel_gate == "off", 'gumbel_gate is "off"', ("lambda_sparsity", *GATE_KEYS)),
+            (self.gate == "off", "no gate where lambda_sparsity is 0", GATE_KEYS),
+            (self.growth == "top_k", growth, ("growth_threshold",)),
+            (self.growth == "threshold", growth, ("growth_top_k",)),
+            (at_rest, "gumbel_tau_init is gumbel_tau_final", ("gumbel_anneal_rate",)),
+            *super().unused_rules(),
+        ]
+
+    def warnings(self, nb_seeds: int = 1) -> list[str]:
+        """A folder that several seeds write to."""
+        found = super().warnings(nb_seeds)
+        if self.gate != "off" and self.filepath is not None and nb_seeds > 1:
+            own = "each seed's own are in its run folder's gate/"
+            found.append(f"filepath = {self.filepath} will hold the gate's files of the last seed; {own}")
+        return found
 
 
 @dataclass(frozen=True)
@@ -74,7 +136,7 @@ class GateDecision:
         values = {name: tensor.tolist() for name, tensor in tensors.items()}
         write_json(folder / f"{name}.json", {"task": self.task, **values})
 
-    def lines(self, config: SDLoRAConfig) -> list[str]:
+    def lines(self, config: GateKeys) -> list[str]:
         """The decision in the log."""
         beta, total, k, limit = self.mean_beta, self.task + 1, config.growth_top_k, config.growth_threshold
         if config.growth == "top_k":
@@ -91,7 +153,7 @@ class GateDecision:
         lines.append(f"Active adapters: {len(self.kept)}/{total} ({100 * len(self.kept) / total:.1f}%)")
         return [f"[Conditional Growth] {line}" for line in lines]
 
-    def warnings(self, config: SDLoRAConfig, tau: float, steps: int) -> list[str]:
+    def warnings(self, config: GateKeys, tau: float, steps: int) -> list[str]:
         """Signs of a setting of the gate that has no effect or too much, each with the key to change.
 
         Args:
@@ -125,7 +187,7 @@ class GateDecision:
         return spread
 
 
-def decide(task: int, adapters: Sequence[int], beta: Tensor, config: SDLoRAConfig) -> GateDecision:
+def decide(task: int, adapters: Sequence[int], beta: Tensor, config: GateKeys) -> GateDecision:
     """The decision at the end of a task.
 
     "threshold": the task's own adapter stays iff its weight exceeds `growth_threshold`; earlier ones stay.
@@ -139,7 +201,7 @@ def decide(task: int, adapters: Sequence[int], beta: Tensor, config: SDLoRAConfi
     return decision if weights[-1] > config.growth_threshold else replace(decision, kept=every[:-1])
 
 
-def not_finite_advice(config: SDLoRAConfig, tau: float) -> str:
+def not_finite_advice(config: GateKeys, tau: float) -> str:
     """The keys to change when gradients are not finite."""
     return (
         f"[Gumbel CL-LoRA] gradients are not finite at tau = {tau:.3f}: "
@@ -161,97 +223,3 @@ def active_adapters_table(masks: Mapping[int, Sequence[bool]]) -> str:
             active, total = sum(mask), len(mask)
             lines.append(f"{task:4d} | {active:15d} | {total - active:6d} | {100 * active / total:5.1f}%")
     return "\n".join(lines)
-
-
-# --- figures ------------------------------------------------------------------------------------------------
-
-
-def gate_figures(events: Sequence[Event], about: str) -> dict[str, Figure]:
-    """Figures of a run's `gate` events, by file name; none without such events. `about` is the subtitle.
-
-    beta_evolution.png: weights (y) of the adapters of all tasks (x), one line per finished task.
-    beta_heatmap.png: the same as a heat map, finished task (row) by adapter (column).
-    beta_layers.png: with a gate per layer, layer (row) by adapter (column) after the last task.
-    """
-    gates = [event for event in events if event["event"] == "gate"]
-    if not gates:
-        return {}
-    figures = {
-        "beta_evolution.png": beta_evolution_figure(gates, about),
-        "beta_heatmap.png": beta_heatmap_figure(gates, about),
-    }
-    if "beta_values_by_layer" in gates[-1]:
-        figures["beta_layers.png"] = beta_layers_figure(gates, about)
-    return figures
-
-
-def beta_evolution_figure(events: Sequence[Event], subtitle: str) -> Figure:
-    """Weights after each task (one line each) over the tasks that grew the adapters, pruned ones crossed."""
-    tasks = 1 + max(event["task"] for event in events)
-    height = max(4.4, 1.3 + 0.22 * min(tasks, MOST_NUMBERED_TASKS))
-    figure = titled_figure(8.4, height, "Beta Evolution During Continual Learning", subtitle)
-    axes = figure.subplots()
-    colours = mpl.colormaps["viridis"](np.linspace(0.0, 0.92, tasks))
-    crosses = {"color": VERMILLION, "marker": "x", "ms": 7, "mew": 1.8, "ls": "none"}
-    pruned, handles = pruned_adapters(events), []
-    for event in events:
-        beta, gone = event["beta_values"], pruned[event["task"]]
-        style = {"color": colours[event["task"]], "marker": "o", "ms": 4, "lw": 1.4}
-        axes.plot(range(len(beta)), beta, **style)
-        axes.plot(gone, [beta[k] for k in gone], zorder=5, **crosses)
-        handles.append(Line2D([], [], label=f"After Task {event['task']}", **style))
-    if len(handles) > MOST_NUMBERED_TASKS:
-        handles = handles[:: math.ceil(len(handles) / 20)]
-    if any(pruned.values()):
-        handles.append(Line2D([], [], label="pruned", **crosses))
-    axes.set_ylim(-0.03, 1.06)
-    task_axis(axes, tasks, label="Task Index")
-    axes.set_ylabel("Beta Value")
-    axes.grid(True)
-    axes.set_axisbelow(True)
-    figure.legend(handles=handles, loc="outside right upper", frameon=False)
-    return figure
-
-
-def beta_heatmap_figure(events: Sequence[Event], subtitle: str) -> Figure:
-    """Weight of each adapter (column) after each task (row), crossed out if pruned then, empty if earlier."""
-    tasks = 1 + max(event["task"] for event in events)
-    beta, pruned = np.full((tasks, tasks), np.nan), pruned_adapters(events)
-    for event in events:
-        t = event["task"]
-        present = np.array(event["pruning_mask"])
-        present[pruned[t]] = True
-        beta[t, : t + 1] = np.where(present, event["beta_values"], np.nan)
-    cells = [(t, k) for t, gone in pruned.items() for k in gone]
-    return _heatmap(beta, cells, "Weight of each task's adapter after each task", subtitle, "after task")
-
-
-def beta_layers_figure(events: Sequence[Event], subtitle: str) -> Figure:
-    """Weight of each adapter (column) in each layer (row) after the last task, crossed out if pruned then."""
-    last = events[-1]
-    beta = np.array(last["beta_values_by_layer"])  # (layers, tasks)
-    cells = [(layer, k) for k in pruned_adapters(events)[last["task"]] for layer in range(len(beta))]
-    title = f"Weight of each task's adapter in each layer after task {last['task']}"
-    return _heatmap(beta, cells, title, subtitle, "layer")
-
-
-def pruned_adapters(events: Sequence[Event]) -> dict[int, list[int]]:
-    """For each task, the adapters pruned at its end, named by the tasks that grew them."""
-    pruned, before = {}, []
-    for event in events:
-        kept = event["pruning_mask"]
-        pruned[event["task"]] = [k for k, was in enumerate([*before, True]) if was and not kept[k]]
-        before = kept
-    return pruned
-
-
-def _heatmap(
-    beta: np.ndarray, crossed_out: Sequence[tuple[int, int]], title: str, subtitle: str, rows: str
-) -> Figure:
-    """Heat map of weights (rows, tasks); NaN stays empty, cells (row, task) may be crossed out."""
-    spec = HeatmapSpec(rows, "adapter of task", "beta", (0.0, 1.0), colours="Blues")
-    figure = heatmaps_figure([Heatmap("", beta)], spec, title, subtitle)
-    for row, task in crossed_out:
-        corners = [task - 0.42, task + 0.42], [row + 0.42, row - 0.42]
-        figure.axes[0].plot(*corners, color=VERMILLION, lw=1.6)
-    return figure

@@ -13,17 +13,9 @@ import torch
 from matplotlib.figure import Figure
 
 from models import SCHEMAS
-from models.gumbel_growth import (
-    GateDecision,
-    active_adapters_table,
-    beta_evolution_figure,
-    beta_heatmap_figure,
-    beta_layers_figure,
-    decide,
-    gate_figures,
-)
-from models.sdlora import SDLoRA
-from models.sdlora_config import SDLoRAConfig
+from models.gumbel_figures import beta_evolution_figure, beta_heatmap_figure, beta_layers_figure, gate_figures
+from models.gumbel_growth import GateDecision, active_adapters_table, decide
+from models.sdlora import SDLoRA, SDLoRAConfig
 from tests.conftest import TINY_SDLORA
 from tests.drawn import assert_readable
 from tests.models.test_sdlora import GATE, KEEP, events, run_tasks

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from models import SCHEMAS
-from models.sdlora_config import SDLoRAConfig
+from models.sdlora import SDLoRAConfig
 from tests.conftest import ROOT, TINY_SDLORA, shipped_file
 from utils.config.loading import ConfigError, LoadedConfig, config_from_dict, load_config
 
