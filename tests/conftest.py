@@ -1,5 +1,6 @@
 """Shared by the tests: tiny runs on generated images, nothing downloaded, one thread."""
 
+import json
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from models.sdlora import SDLoRA
 from models.vit.class_incremental import ClassIncrementalLearner
 from utils.config.loading import config_from_dict, load_config
 from utils.config.schema import RunConfig
-from utils.runs.run_log import RunLog, SilentLog
+from utils.runs.run_log import RunLog, SilentLog, read_metrics
 
 ROOT = Path(__file__).parent.parent
 EXPS = sorted(path for path in (ROOT / "exps").rglob("*.json") if path.parent.name != "sweeps")
@@ -99,12 +100,41 @@ def run_scores(config: RunConfig) -> torch.Tensor:
     """Scores of all test images, (n, C), at the end of a run that keeps no record."""
     learner = learner_of(config)
     assert isinstance(learner, ClassIncrementalLearner)
-    for task in range(learner.nb_tasks):
-        learner.begin_task(task)
-        learner.train_task()
+    run_tasks(learner, learner.nb_tasks)
     with torch.no_grad():
         tasks = [learner.features_of(task, "test") for task in range(learner.nb_tasks)]
         return learner.classify(torch.cat(tasks))
+
+
+def run_tasks(learner: Learner, tasks: int) -> Learner:
+    """The learner after its first tasks."""
+    for task in range(tasks):
+        learner.begin_task(task)
+        learner.train_task()
+    return learner
+
+
+def events(learner: Learner, name: str) -> list[dict[str, Any]]:
+    """Events of one kind in the record of a learner."""
+    return [event for event in read_metrics(learner.log.folder) if event["event"] == name]
+
+
+def tensors(learner: Learner) -> dict[str, torch.Tensor]:
+    """A copy of everything that was learned."""
+    return {name: tensor.clone() for name, tensor in learner.learned_tensors().items()}
+
+
+def command(config: str, logs: Path, **changes: Any) -> list[str]:
+    """Arguments of main.py: a config below exps/ with changes, everything written below `logs`."""
+    values = {"logs_root": str(logs), "cache_root": str(logs / "cache"), **changes}
+    settings = [f"{key}={json.dumps(value)}" for key, value in values.items()]
+    return ["--config", str(ROOT / "exps" / config), *(part for text in settings for part in ("--set", text))]
+
+
+def folder_of(logs: Path) -> Path:
+    """The only run folder below a folder."""
+    (folder,) = (path.parent for path in logs.rglob("config.json"))
+    return folder
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, TINY
+from tests.conftest import TINY, command, folder_of
 from tests.crash import outcome, run
 from utils.runs.checkpoint import latest_checkpoint
 
@@ -26,24 +26,6 @@ CHANGES = {
 }
 
 
-def command(logs: Path, **changes: object) -> list[str]:
-    values = {**CHANGES, **places(logs), **changes}
-    settings = [f"{key}={json.dumps(value)}" for key, value in values.items()]
-    return [
-        "--config",
-        str(ROOT / "exps/smoke.json"),
-        *(part for setting in settings for part in ("--set", setting)),
-    ]
-
-
-def places(folder: Path) -> dict[str, str]:
-    return {"logs_root": str(folder), "cache_root": str(folder / "cache")}
-
-
-def folder_of(logs: Path) -> Path:
-    return next(path.parent for path in logs.rglob("config.json"))
-
-
 STORED = {"nested_lora_freeze": "task", "adapter_blocks": "growing", "cache_views": 2, "func_epoch": 3}
 
 
@@ -51,7 +33,7 @@ STORED = {"nested_lora_freeze": "task", "adapter_blocks": "growing", "cache_view
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[dict, list[str]]]:
     """The uninterrupted run: what it leaves behind, and the moments it goes through."""
     logs = tmp_path_factory.mktemp("reference")
-    code, moments = run(command(logs))
+    code, moments = run(command("smoke.json", logs, **CHANGES))
     assert code == 0
     assert set(moments) == {"step", "scan", "test", "write", "rename", "replace"}
     yield outcome(folder_of(logs)), moments
@@ -92,7 +74,7 @@ def test_killed_and_resumed_is_uninterrupted(
     reference: tuple[dict, list[str]], where: str, tmp_path: Path
 ) -> None:
     expected, moments = reference
-    code, _ = run(command(tmp_path), die_at=chosen_points(moments)[where])
+    code, _ = run(command("smoke.json", tmp_path, **CHANGES), die_at=chosen_points(moments)[where])
     assert code == -signal.SIGKILL
     assert finish(tmp_path) == expected
 
@@ -100,7 +82,7 @@ def test_killed_and_resumed_is_uninterrupted(
 def test_killed_twice(reference: tuple[dict, list[str]], tmp_path: Path) -> None:
     """A resumed run may die too."""
     expected, moments = reference
-    run(command(tmp_path), die_at=first(moments, "rename", skip=1) - 1)
+    run(command("smoke.json", tmp_path, **CHANGES), die_at=first(moments, "rename", skip=1) - 1)
     code, _ = run(["--resume", str(folder_of(tmp_path))], die_at=4)
     assert code == -signal.SIGKILL
     assert finish(tmp_path) == expected
@@ -108,21 +90,25 @@ def test_killed_twice(reference: tuple[dict, list[str]], tmp_path: Path) -> None
 
 def test_killed_while_activations_are_stored(tmp_path: Path) -> None:
     """Frozen prefix in the cache: killed while its files are written and read, what is there is used, the end equal."""
-    code, moments = run(command(tmp_path / "whole", **STORED))
+    code, moments = run(command("smoke.json", tmp_path / "whole", **CHANGES | STORED))
     assert code == 0
     expected = outcome(folder_of(tmp_path / "whole"))
     stored = [i for i, moment in enumerate(moments) if moment == "store"]
     for number, point in enumerate((stored[1], stored[-1] + 1, len(moments) // 2)):
         logs = tmp_path / str(number)
-        assert run(command(logs, **STORED), die_at=point)[0] == -signal.SIGKILL
+        assert run(command("smoke.json", logs, **CHANGES | STORED), die_at=point)[0] == -signal.SIGKILL
         assert list((logs / "cache").rglob("*.safetensors"))
         assert finish(logs) == expected
 
 
 def test_ctrl_c_while_activations_are_stored(tmp_path: Path) -> None:
-    code, moments = run(command(tmp_path / "whole", **STORED))
+    code, moments = run(command("smoke.json", tmp_path / "whole", **CHANGES | STORED))
     expected = outcome(folder_of(tmp_path / "whole"))
-    code, _ = run(command(tmp_path / "cut", **STORED), die_at=moments.index("store") + 1, how=signal.SIGINT)
+    code, _ = run(
+        command("smoke.json", tmp_path / "cut", **CHANGES | STORED),
+        die_at=moments.index("store") + 1,
+        how=signal.SIGINT,
+    )
     assert code == 130
     assert finish(tmp_path / "cut") == expected
 
@@ -135,7 +121,7 @@ def test_ctrl_c_saves_and_resumes_where_it_stopped(
     expected, moments = reference
     later = first(moments, "rename") + 1
     moment = later + moments[later:].index(where) + (3 if where == "step" else 0)
-    code, _ = run(command(tmp_path), die_at=moment, how=signal.SIGINT)
+    code, _ = run(command("smoke.json", tmp_path, **CHANGES), die_at=moment, how=signal.SIGINT)
     folder = folder_of(tmp_path)
     assert code == 130
     assert latest_checkpoint(folder / "checkpoints").name.startswith("task_01_step_")
@@ -153,7 +139,7 @@ def test_other_signals_are_honoured_like_ctrl_c(
     how: signal.Signals, reference: tuple[dict, list[str]], tmp_path: Path
 ) -> None:
     expected, moments = reference
-    code, _ = run(command(tmp_path), die_at=first(moments, "step", skip=2), how=how)
+    code, _ = run(command("smoke.json", tmp_path, **CHANGES), die_at=first(moments, "step", skip=2), how=how)
     assert code == 130
     assert finish(tmp_path) == expected
 
@@ -162,7 +148,7 @@ def test_other_signals_are_honoured_like_ctrl_c(
 def stopped(reference: tuple[dict, list[str]], tmp_path: Path) -> Path:
     """A run folder with one finished task, killed in the second."""
     _, moments = reference
-    run(command(tmp_path), die_at=first(moments, "rename") + 4)
+    run(command("smoke.json", tmp_path, **CHANGES), die_at=first(moments, "rename") + 4)
     return folder_of(tmp_path)
 
 
@@ -208,5 +194,5 @@ def test_a_finished_run_and_a_folder_that_is_none_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert "is not a run folder" in refused(capsys, "--resume", str(tmp_path / "nowhere"))
-    assert run(command(tmp_path / "logs"))[0] == 0
+    assert run(command("smoke.json", tmp_path / "logs", **CHANGES))[0] == 0
     assert "is finished" in refused(capsys, "--resume", str(folder_of(tmp_path / "logs")))

@@ -12,11 +12,11 @@ from torch import Tensor
 from models import LEARNERS
 from models.base import Interrupted, Learner
 from models.vit.training import FunctionalPhase
+from tests.conftest import events, run_tasks
 from trainer import train
 from utils.config.loading import ConfigError
 from utils.config.schema import RunConfig
 from utils.errors import UserError
-from utils.runs.run_log import read_metrics
 
 Config = Callable[..., RunConfig]
 Make = Callable[..., Learner]
@@ -40,12 +40,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "sema, growing": {"model_name": "sema", "expansion": "always"},
     "sema, never growing": {"model_name": "sema", "expansion": "never", "head": "cosine"},
 }
-
-
-def run_tasks(learner: Learner, tasks: int) -> None:
-    for task in range(tasks):
-        learner.begin_task(task)
-        learner.train_task()
 
 
 def training_features(learner: Learner, task: int) -> tuple[np.ndarray, np.ndarray]:
@@ -93,8 +87,7 @@ def test_a_baseline_resumed_is_the_one_never_stopped(name: str, make_sema: Make)
 
 
 def test_simplecil_scores_are_cosines_with_class_means(make_sema: Make) -> None:
-    learner = make_sema(model_name="simplecil")
-    run_tasks(learner, 2)
+    learner = run_tasks(make_sema(model_name="simplecil"), 2)
     gathered = [training_features(learner, task) for task in range(2)]
     features, labels = (np.concatenate(parts) for parts in zip(*gathered, strict=True))
     means = np.stack([features[labels == c].mean(axis=0) for c in range(4)])
@@ -104,8 +97,7 @@ def test_simplecil_scores_are_cosines_with_class_means(make_sema: Make) -> None:
 
 
 def test_training_free_ranpac_task_by_task_has_the_sums_of_all_tasks(make_sema: Make) -> None:
-    learner = make_sema(**METHODS["ranpac"])
-    run_tasks(learner, 4)
+    learner = run_tasks(make_sema(**METHODS["ranpac"]), 4)
     gathered = [training_features(learner, task) for task in range(4)]
     features, labels = (np.concatenate(parts) for parts in zip(*gathered, strict=True))
     hidden = np.maximum(features @ learner.closed_form.projection.numpy(), 0)
@@ -183,7 +175,7 @@ def test_the_readout_follows_only_where_it_is_asked_to(make_sema: Make) -> None:
             model_name="finetune", head="ranpac", head_drift=drift, ranpac_dim=50, func_epoch=2
         )
         run_tasks(learner, 2)
-        found = [event for event in read_metrics(learner.log.folder) if event["event"] == "feature_drift"]
+        found = events(learner, "feature_drift")
         assert len(found) == (drift == "linear")
         sums[drift] = learner.closed_form.cross.sum(dim=0)
     assert found[0]["moved"] > 0 and found[0]["explained"] <= 1
@@ -201,17 +193,17 @@ def test_heads_do_not_change_what_is_trained(make_sema: Make) -> None:
 
 def test_the_mean_schedule_divides_alpha_by_the_number_of_tasks(make_sema: Make) -> None:
     keys = {"nested_lora_consolidation_alpha": 1.0, "nested_lora_consolidation_schedule": "mean"}
-    learner = make_sema(**NESTED, nested_lora_use_consolidation=True, expansion="always", **keys)
-    run_tasks(learner, 3)
-    events = [event for event in read_metrics(learner.log.folder) if event["event"] == "consolidation"]
-    assert {event["task"]: event["alpha"] for event in events} == pytest.approx({0: 1, 1: 1 / 2, 2: 1 / 3})
+    learner = run_tasks(
+        make_sema(**NESTED, nested_lora_use_consolidation=True, expansion="always", **keys), 3
+    )
+    found = events(learner, "consolidation")
+    assert {event["task"]: event["alpha"] for event in found} == pytest.approx({0: 1, 1: 1 / 2, 2: 1 / 3})
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_scores_that_are_not_numbers_are_no_accuracy(name: str, make_sema: Make) -> None:
     """Whatever classifies: a network that gives NaN is not tested, and the advice fits the run's precision."""
-    learner = make_sema(**METHODS[name])
-    run_tasks(learner, 1)
+    learner = run_tasks(make_sema(**METHODS[name]), 1)
     assert sum(learner.evaluate()["total"])
     learner.network.vit.norm.bias.data[0] = torch.nan
     learner.cache.limit_gb = 0  # what is stored belongs to the network before
@@ -222,8 +214,7 @@ def test_scores_that_are_not_numbers_are_no_accuracy(name: str, make_sema: Make)
 
 def test_scores_beyond_the_largest_number_are_no_accuracy(make_sema: Make) -> None:
     """Features are fine; the classifier has grown without bound."""
-    learner = make_sema(model_name="finetune")
-    run_tasks(learner, 1)
+    learner = run_tasks(make_sema(model_name="finetune"), 1)
     learner.head.tasks[0].weight.data.fill_(3e38)
     with pytest.raises(UserError, match="scores of the test images of task 0 are not finite"):
         learner.evaluate()

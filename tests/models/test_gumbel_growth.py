@@ -16,9 +16,9 @@ from models import SCHEMAS
 from models.gumbel_figures import beta_evolution_figure, beta_heatmap_figure, beta_layers_figure, gate_figures
 from models.gumbel_growth import GateDecision, active_adapters_table, decide
 from models.sdlora import SDLoRA, SDLoRAConfig
-from tests.conftest import TINY_SDLORA
+from tests.conftest import TINY_SDLORA, events, run_tasks
 from tests.drawn import assert_readable
-from tests.models.test_sdlora import GATE, KEEP, events, run_tasks
+from tests.models.test_sdlora import GATE, KEEP
 from utils.config.loading import config_from_dict
 from utils.errors import UserError
 from utils.plotting import STYLE

@@ -13,7 +13,7 @@ import torch
 import eval as evaluation
 import main
 from models.saved_run import load_learner, task_checkpoints
-from tests.conftest import ROOT, TINY, TINY_SDLORA
+from tests.conftest import TINY, TINY_SDLORA, command, folder_of
 from utils.analysis.representations import ANALYSES
 from utils.analysis.similarity import linear_cka
 
@@ -36,12 +36,8 @@ SDLORA = {**TINY_SDLORA, **SMALL, "lambda_sparsity": 0.01}
 
 def train(logs: Path, config: str, changes: dict[str, object]) -> Path:
     """The folder of a finished run."""
-    places = {"logs_root": str(logs), "cache_root": str(logs / "cache")}
-    settings = [f"{key}={json.dumps(value)}" for key, value in {**changes, **places}.items()]
-    changed = (part for text in settings for part in ("--set", text))
-    assert main.main(["--config", str(ROOT / "exps" / config), *changed]) == 0
-    (folder,) = (path.parent for path in logs.rglob("config.json"))
-    return folder
+    assert main.main(command(config, logs, **changes)) == 0
+    return folder_of(logs)
 
 
 @pytest.fixture(scope="module")

@@ -13,28 +13,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from models.sdlora import GatedPhase, LoRAPhase, SDLoRA
+from tests.conftest import events, run_tasks, tensors
 from utils.errors import Interrupted, UserError
 from utils.gumbel_utils import sparsemax
-from utils.runs.run_log import read_metrics
 
 GATE = {"lambda_sparsity": 0.01, "gumbel_anneal_rate": 0.8}
 KEEP = {"growth_threshold": 0.0}
 Make = Callable[..., SDLoRA]
-
-
-def run_tasks(learner: SDLoRA, tasks: int, first: int = 0) -> SDLoRA:
-    for task in range(first, first + tasks):
-        learner.begin_task(task)
-        learner.train_task()
-    return learner
-
-
-def tensors(learner: SDLoRA) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in learner.learned_tensors().items()}
-
-
-def events(learner: SDLoRA, name: str) -> list[dict[str, Any]]:
-    return [event for event in read_metrics(learner.log.folder) if event["event"] == name]
 
 
 def json_state(learner: SDLoRA) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -10,7 +10,8 @@ import torch
 
 import eval as evaluation
 import main
-from tests.conftest import ROOT, TINY_SDLORA
+from tests.conftest import TINY_SDLORA
+from tests.conftest import command as base_command
 from tests.crash import outcome, run, run_together
 from utils.runs.run_log import read_metrics
 
@@ -34,11 +35,9 @@ CHANGES: dict[str, Any] = {
 
 
 def command(logs: Path, **changes: Any) -> list[str]:
-    places = {"logs_root": str(logs), "cache_root": str(logs / "cache"), "filepath": str(logs / "files")}
-    values = {**CHANGES, **places, **changes}
-    settings = [f"{key}={json.dumps(value)}" for key, value in values.items()]
-    config = str(ROOT / "exps/sdlora_c100_test.json")
-    return [f"--config={config}", *(part for setting in settings for part in ("--set", setting))]
+    return base_command(
+        "sdlora_c100_test.json", logs, **CHANGES | {"filepath": str(logs / "files")} | changes
+    )
 
 
 def folders(logs: Path) -> list[Path]:

@@ -12,26 +12,12 @@ from backbone.sema_block import is_learning
 from models.sema import SEMA
 from models.vit.activations import Activations, Images
 from models.vit.training import FunctionalPhase
+from tests.conftest import events, run_tasks, tensors
 from utils.config.schema import RunConfig
 from utils.errors import Interrupted, UserError
-from utils.runs.run_log import read_metrics
 
 Make = Callable[..., SEMA]
 GROW, STAY = {"exp_threshold": 0.0}, {"exp_threshold": 1e9}  # every batch is novel; none is
-
-
-def events(learner: SEMA, name: str) -> list[dict]:
-    return [event for event in read_metrics(learner.log.folder) if event["event"] == name]
-
-
-def run_tasks(learner: SEMA, tasks: int) -> None:
-    for task in range(tasks):
-        learner.begin_task(task)
-        learner.train_task()
-
-
-def tensors(learner: SEMA) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in learner.learned_tensors().items()}
 
 
 def recording(learner: SEMA) -> bool:
@@ -73,8 +59,7 @@ def test_the_table_of_groups_is_logged_at_the_start_of_every_phase(
 
 def test_nothing_grown_trains_only_the_new_classes(make_sema: Make) -> None:
     """freeze "task": in a later task without growth only the newest classifier rows move, the older not by a bit."""
-    learner = make_sema(nested_lora_use_consolidation=False, weight_decay=0.1, **STAY)
-    run_tasks(learner, 1)
+    learner = run_tasks(make_sema(nested_lora_use_consolidation=False, weight_decay=0.1, **STAY), 1)
     before = tensors(learner)
     learner.begin_task(1)
     learner.train_task()
@@ -84,8 +69,7 @@ def test_nothing_grown_trains_only_the_new_classes(make_sema: Make) -> None:
 
 
 def test_growth_is_once_a_block_and_task_shallowest_first(make_sema: Make) -> None:
-    learner = make_sema(**GROW)
-    run_tasks(learner, 2)
+    learner = run_tasks(make_sema(**GROW), 2)
     assert [(event["task"], event["block"], event["adapters"]) for event in events(learner, "growth")] == [
         (1, 4, 2),
         (1, 5, 2),
@@ -96,8 +80,7 @@ def test_growth_is_once_a_block_and_task_shallowest_first(make_sema: Make) -> No
 
 
 def test_a_scan_says_how_near_every_block_came_to_growing(make_sema: Make) -> None:
-    learner = make_sema(**STAY)
-    run_tasks(learner, 2)
+    learner = run_tasks(make_sema(**STAY), 2)
     (scan,) = events(learner, "scan")
     assert scan["task"] == 1 and set(scan["highest_z"]) == {"4", "5"}
     assert all(z > 0 for z in scan["highest_z"].values())
@@ -105,8 +88,7 @@ def test_a_scan_says_how_near_every_block_came_to_growing(make_sema: Make) -> No
 
 def test_a_grown_block_leaves_older_adapters_and_rows_untouched(make_sema: Make) -> None:
     """freeze "task": after growth in block 4 and 5, what task 0 trained is bit-identical but for the longer router."""
-    learner = make_sema(nested_lora_use_consolidation=False, weight_decay=0.1, **GROW)
-    run_tasks(learner, 1)
+    learner = run_tasks(make_sema(nested_lora_use_consolidation=False, weight_decay=0.1, **GROW), 1)
     before = tensors(learner)
     learner.begin_task(1)
     learner.train_task()
@@ -146,8 +128,7 @@ def test_freeze_never_lets_both_branches_of_all_adapters_go_on(make_sema: Make) 
 @pytest.mark.parametrize("interval", [1, 3])
 def test_the_trace_shows_the_interval(make_sema: Make, interval: int) -> None:
     """Steps that do not update slow move it by exactly zero; the others by more."""
-    learner = make_sema(nested_lora_update_interval_slow=interval, func_epoch=2, **STAY)
-    run_tasks(learner, 1)
+    learner = run_tasks(make_sema(nested_lora_update_interval_slow=interval, func_epoch=2, **STAY), 1)
     trace = events(learner, "slow_step")
     assert [event["step"] for event in trace] == list(range(1, 9))
     assert [event["updated"] for event in trace] == [step % interval == 0 for step in range(1, 9)]
@@ -156,8 +137,9 @@ def test_the_trace_shows_the_interval(make_sema: Make, interval: int) -> None:
 
 @pytest.mark.parametrize("rule", ["weights", "function"])
 def test_consolidation_is_logged_with_norms_and_drift(make_sema: Make, rule: str) -> None:
-    learner = make_sema(nested_lora_consolidation=rule, nested_lora_consolidation_alpha=0.2, **STAY)
-    run_tasks(learner, 2)
+    learner = run_tasks(
+        make_sema(nested_lora_consolidation=rule, nested_lora_consolidation_alpha=0.2, **STAY), 2
+    )
     consolidated = events(learner, "consolidation")
     assert [(e["task"], e["block"]) for e in consolidated] == [(0, block) for block in range(6)]
     assert all(e["alpha"] == 0.2 and e["rule"] == rule and 0 < e["drift"] <= 1.5 for e in consolidated)
@@ -167,52 +149,33 @@ def test_consolidation_is_logged_with_norms_and_drift(make_sema: Make, rule: str
         assert torch.count_nonzero(modules.adapters[0].functional.fast.up_proj.weight) == 0
 
 
-def test_without_consolidation_fast_keeps_what_it_learned(make_sema: Make) -> None:
-    learner = make_sema(nested_lora_use_consolidation=False, **STAY)
-    run_tasks(learner, 1)
-    assert events(learner, "consolidation") == []
-    assert all(
-        m.adapters[0].functional.fast.up_proj.weight.norm() > 0
-        for m in learner.network.modules_by_block.values()
-    )
+def test_adapters_in_growing_blocks_only_and_fast_kept_without_consolidation(make_sema: Make) -> None:
+    learner = run_tasks(make_sema(adapter_blocks="growing", nested_lora_use_consolidation=False, **GROW), 2)
+    assert learner.network.adapters_per_block() == {4: 2, 5: 2} and events(learner, "consolidation") == []
+    adapters = [adapter for m in learner.network.modules_by_block.values() for adapter in m.adapters]
+    assert all(adapter.functional.fast.up_proj.weight.any() for adapter in adapters)
 
 
-def test_adapters_in_growing_blocks_only(make_sema: Make) -> None:
-    learner = make_sema(adapter_blocks="growing", **GROW)
-    run_tasks(learner, 2)
-    assert learner.network.adapters_per_block() == {4: 2, 5: 2}
-
-
-def test_the_matched_adapter_runs_in_the_same_learner(make_sema: Make) -> None:
-    """adaptmlp with 2r: one group, no branch norms, the nested one's parameters but for one bias an adapter."""
-    nested = make_sema(nested_lora_rank=4, **STAY)
-    matched = make_sema(ffn_adapter_type="adaptmlp", ffn_num=8, **STAY)
-    run_tasks(matched, 1)
-    assert [group.name for group in matched.update_optimizer_and_scheduler(1).groups] == ["other"]
-    assert events(matched, "norms") == [] and events(matched, "slow_step") == []
-    difference = nested.summary()["parameters"]["adapters"] - matched.summary()["parameters"]["adapters"]
-    assert difference == 6 * 64
-
-
-def test_two_linear_branches_have_exactly_the_parameters_of_one_of_twice_the_rank(make_sema: Make) -> None:
-    nested = make_sema(ffn_adapter_type="nested_lora_linear", nested_lora_rank=4, **STAY)
-    run_tasks(nested, 1)
+@pytest.mark.parametrize(
+    ("kind", "matched", "more"), [("nested_lora", "adaptmlp", 6 * 64), ("nested_lora_linear", "lora", 0)]
+)
+def test_one_branch_of_twice_the_rank_has_the_parameters_of_two(
+    make_sema: Make, kind: str, matched: str, more: int
+) -> None:
+    """Two branches with biases have one output bias an adapter more; one branch has neither norms nor trace."""
+    nested = run_tasks(make_sema(ffn_adapter_type=kind, nested_lora_rank=4, **STAY), 1)
     assert events(nested, "slow_step") and events(nested, "consolidation")
-    single = make_sema(ffn_adapter_type="lora", ffn_num=8, **STAY)
-    run_tasks(single, 1)
-    assert events(single, "slow_step") == []
-    assert (
-        nested.summary()["parameters"]["adapters"]
-        == single.summary()["parameters"]["adapters"]
-        == 6 * 2 * 8 * 64
-    )
+    single = run_tasks(make_sema(ffn_adapter_type=matched, ffn_num=8, **STAY), 1)
+    assert [group.name for group in single.update_optimizer_and_scheduler(1).groups] == ["other"]
+    assert events(single, "norms") == [] and events(single, "slow_step") == []
+    counts = [learner.summary()["parameters"]["adapters"] for learner in (nested, single)]
+    assert counts[0] - counts[1] == more
 
 
 @pytest.mark.parametrize("views", [0, 1, 2])
 def test_descriptor_training_takes_the_same_steps_cached_or_fresh(make_sema: Make, views: int) -> None:
     """However token means are obtained: the same number of steps, errors recorded, a falling loss."""
-    learner = make_sema(rd_views=views, rd_epoch=6, rd_lr=0.05, **STAY)
-    run_tasks(learner, 1)
+    learner = run_tasks(make_sema(rd_views=views, rd_epoch=6, rd_lr=0.05, **STAY), 1)
     losses = [event["loss"] for event in events(learner, "epoch") if event["phase"] == "rd"]
     assert len(losses) == 6 and losses[-1] < losses[0]
     assert len(learner.network.modules_by_block[4].adapters[0].rd_loss_record) == 64
@@ -275,23 +238,20 @@ def test_where_no_view_comes_again_errors_are_recorded_in_training(make_sema: Ma
 
 def test_new_views_of_seen_images_are_as_new_as_what_was_recorded(make_sema: Make) -> None:
     """z-scores of the task's own images in further views are those of a normal sample, about 0.8."""
-    learner = make_sema(**REPEATED | {"rd_epoch": 60, "optimizer": "adam"}, **STAY)
-    run_tasks(learner, 1)
+    learner = run_tasks(make_sema(**REPEATED | {"rd_epoch": 60, "optimizer": "adam"}, **STAY), 1)
     further = learner.inputs.fresh((7,)).take(learner.data.indices(learner.classes, "train"))
     means = learner.network.token_means(further, 0, [4, 5])
     assert all(0.5 < learner.network.modules_by_block[block].novelty(means[block]) < 1.2 for block in (4, 5))
 
 
 def test_few_images_give_as_many_errors_as_training_would(make_sema: Make) -> None:
-    learner = make_sema(**REPEATED | {"rd_epoch": 3, "buffer_size": 500}, **STAY)
-    run_tasks(learner, 1)
+    learner = run_tasks(make_sema(**REPEATED | {"rd_epoch": 3, "buffer_size": 500}, **STAY), 1)
     assert len(learner.network.modules_by_block[4].adapters[0].rd_loss_record) == 3 * 32
 
 
 def test_what_z_scores_compare_with_is_in_the_record(make_sema: Make) -> None:
     """One line for each descriptor that was trained: how many errors, of which views, their mean and deviation."""
-    learner = make_sema(**REPEATED, **GROW)
-    run_tasks(learner, 2)
+    learner = run_tasks(make_sema(**REPEATED, **GROW), 2)
     found = events(learner, "records")
     assert [(e["task"], e["block"], e["adapter"]) for e in found] == [
         (0, 4, 0),
@@ -307,8 +267,7 @@ def test_what_z_scores_compare_with_is_in_the_record(make_sema: Make) -> None:
             float(record.stddev),
         )
         assert event["views"] == "new"
-    learner = make_sema(rd_views=0, **STAY)
-    run_tasks(learner, 1)
+    learner = run_tasks(make_sema(rd_views=0, **STAY), 1)
     assert [event["views"] for event in events(learner, "records")] == ["training"] * 2
 
 
@@ -393,8 +352,7 @@ def test_evaluation_computes_again_only_what_has_changed(
 
 def test_old_classes_take_no_part_in_the_loss(make_sema: Make) -> None:
     """Cross-entropy over the newest rows equals cross-entropy with older logits at minus infinity."""
-    learner = make_sema(**STAY)
-    run_tasks(learner, 1)
+    learner = run_tasks(make_sema(**STAY), 1)
     learner.begin_task(1)
     batch = next(learner.inputs.read(1, Images(learner.data, "train", (1,), learner.device), (1, 1, 0, 0), 8))
     logits = learner.classify(learner.features(batch.inputs))
@@ -414,9 +372,7 @@ def test_short_last_task_and_increment_one(
     smoke_config: Callable[..., RunConfig], make_sema: Make, tmp_path: Path
 ) -> None:
     """8 classes as 3, 3, 2 and as eight tasks of one."""
-    learner = make_sema(init_cls=3, increment=3, **STAY)
-    run_tasks(learner, 3)
+    learner = run_tasks(make_sema(init_cls=3, increment=3, **STAY), 3)
     assert [rows.out_features for rows in learner.head.tasks] == [3, 3, 2]
-    learner = make_sema(init_cls=1, increment=1, func_epoch=1, **STAY)
-    run_tasks(learner, 8)
+    learner = run_tasks(make_sema(init_cls=1, increment=1, func_epoch=1, **STAY), 8)
     assert [rows.out_features for rows in learner.head.tasks] == [1] * 8

@@ -20,6 +20,8 @@ from torch import Tensor
 
 from utils.errors import UserError, os_error_sentence
 
+VARIABLES = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")  # that torchrun sets
+
 
 @dataclass(frozen=True)
 class DistributedContext:
@@ -28,9 +30,7 @@ class DistributedContext:
     rank: int = 0
     size: int = 1
     local_rank: int = 0  # among the local_size processes of this machine
-    device: torch.device = torch.device(
-        "cpu"
-    )  # what is exchanged passes through it (if not CUDA, through the CPU)
+    device: torch.device = torch.device("cpu")  # if it is CUDA, what is exchanged passes through it
     local_size: int = 1
 
     @property
@@ -121,22 +121,24 @@ class DistributedContext:
 
 
 def context_from_environment() -> DistributedContext:
-    """This process as torchrun describes it; DistributedContext() where WORLD_SIZE is absent or 1. UserError: not whole or valid."""
-    size = _number("WORLD_SIZE", 1, 2**16, absent="1")
-    if size == 1:
-        return DistributedContext()
-    rank, local_rank = _number("RANK", 0, size - 1), _number("LOCAL_RANK", 0, size - 1)
-    local_size = _number("LOCAL_WORLD_SIZE", local_rank + 1, size, absent=str(local_rank + 1))
+    """This process as torchrun describes it, alone where WORLD_SIZE is absent or 1; UserError: numbers that do not fit."""
+    given = {name: os.environ[name] for name in VARIABLES if name in os.environ}
+    try:
+        size, rank, local_rank = (int(given.get(name, "1")) for name in VARIABLES[:3])
+        if size == 1:
+            return DistributedContext()
+        local_size = int(given.get("LOCAL_WORLD_SIZE", local_rank + 1))
+        fits = (
+            given.keys() >= set(VARIABLES[:3]) and 0 <= rank < size and 0 <= local_rank < local_size <= size
+        )
+    except ValueError:
+        fits = False
+    if not fits:
+        told = ", ".join(f"{name}={value!r}" for name, value in given.items())
+        raise UserError(
+            f"{told} in the environment is not what torchrun sets; use torchrun or unset WORLD_SIZE"
+        )
     return DistributedContext(rank, size, local_rank, local_size=local_size)
-
-
-def _number(name: str, least: int, most: int, absent: str = "") -> int:
-    text = os.environ.get(name, absent)
-    if text.isdecimal() and least <= int(text) <= most:
-        return int(text)
-    raise UserError(
-        f"{name}={text!r} in the environment; allowed: {least} to {most}; use torchrun or unset WORLD_SIZE"
-    )
 
 
 def local_device(device: torch.device, context: DistributedContext) -> torch.device:
@@ -152,11 +154,6 @@ def local_device(device: torch.device, context: DistributedContext) -> torch.dev
     return torch.device("cuda", context.local_rank)
 
 
-def backend_for(device: torch.device) -> str:
-    """What torch.distributed exchanges tensors of the device with."""
-    return "nccl" if device.type == "cuda" else "gloo"
-
-
 @contextmanager
 def init_distributed(device: torch.device) -> Iterator[DistributedContext]:
     """The processes that torchrun started, joined while the context is open; else this process alone.
@@ -169,25 +166,28 @@ def init_distributed(device: torch.device) -> Iterator[DistributedContext]:
     """
     context = context_from_environment()
     context = replace(context, device=local_device(device, context))
-    with process_group(context, backend_for(context.device)):
+    with process_group(context):
         yield context
 
 
 @contextmanager
-def process_group(context: DistributedContext, backend: str) -> Iterator[None]:
+def process_group(context: DistributedContext) -> Iterator[None]:
     """Join the other ranks while the context is open; nothing with one process."""
     if context.size == 1:
         yield
         return
-    gpu = context.device if backend == "nccl" else None
+    gpu = context.device if context.device.type == "cuda" else None
     if gpu is not None:
         torch.cuda.set_device(gpu)
     dist.init_process_group(
-        backend, "env://", timedelta(minutes=30), context.size, context.rank, device_id=gpu
+        "gloo" if gpu is None else "nccl",
+        "env://",
+        timedelta(minutes=30),
+        context.size,
+        context.rank,
+        device_id=gpu,
     )
-    close = (
-        gpu is None
-    )  # after an error NCCL's closing would wait for ranks that torchrun ends when this one has ended
+    close = gpu is None  # after an error NCCL would wait for ranks that torchrun ends when this one has ended
     try:
         yield
         close = True

@@ -62,13 +62,10 @@ def test_fast_is_reference_without_augmentation(smoke_config: Make, changes: dic
     (fast, fast_losses), (reference, reference_losses) = results["fast"], results["reference"]
     assert fast["accuracy"] == reference["accuracy"]
     assert fast["adapters"] == reference["adapters"] and fast["metrics"] == reference["metrics"]
+    assert (fast["metrics"]["expansions"] > 0) == ("exp_threshold" not in changes)
     torch.testing.assert_close(
         torch.tensor(fast_losses), torch.tensor(reference_losses), rtol=1e-3, atol=1e-4
     )
-
-
-def test_the_growth_test_above_sees_growth(smoke_config: Make) -> None:
-    assert run(smoke_config(**SEVERAL_TASKS))[0]["metrics"]["expansions"] > 0
 
 
 def test_fixed_views_are_the_same_stored_or_made_again(smoke_config: Make) -> None:
@@ -276,13 +273,4 @@ def test_out_of_memory_says_what_to_change(smoke_config: Make, monkeypatch: pyte
     with pytest.raises(
         UserError, match="batch_size 8, .*set grad_accumulation=2.*batch_size=4, eval_batch_size=32"
     ):
-        train(smoke_config())
-
-
-def test_other_errors_pass_through(smoke_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*_: Any) -> None:
-        raise RuntimeError("shapes differ")
-
-    monkeypatch.setattr(trainer.Learner, "take_step", broken)
-    with pytest.raises(RuntimeError, match="shapes differ"):
         train(smoke_config())

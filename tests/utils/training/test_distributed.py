@@ -14,8 +14,8 @@ from torch import Tensor
 
 from utils.errors import UserError
 from utils.training.distributed import (
+    VARIABLES,
     DistributedContext,
-    backend_for,
     context_from_environment,
     local_device,
     process_group,
@@ -24,7 +24,6 @@ from utils.training.distributed import (
 CONTEXT = multiprocessing.get_context(
     "forkserver"
 )  # its server preloads what tests.crash says, where that is imported
-VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 TOTALS = (0, 1, 2, 5, 6)  # of rows: with 2 and 3 ranks equal, unequal and empty shares
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.uint8, torch.bool)
 TAILS = ((), (3,), (2, 4), (0,))
@@ -137,7 +136,7 @@ def _child(environment: dict[str, str], path: Path) -> None:
     torch.set_num_threads(1)
     os.environ.update(environment)
     world = context_from_environment()
-    with process_group(world, backend_for(world.device)):
+    with process_group(world):
         told = exchange(world)
     torch.save(told | {"left": not dist.is_initialized()}, path)
 
@@ -215,7 +214,7 @@ def test_one_process_exchanges_nothing():
     world.barrier()
     world.check_same("the model", "abc")
     assert world.broadcast_text("logs/run") == "logs/run"
-    with process_group(world, "gloo"):
+    with process_group(world):
         assert not dist.is_initialized()
 
 
@@ -259,24 +258,25 @@ def test_environment_of_one_process(environment, values):
 
 
 @pytest.mark.parametrize(
-    ("values", "told"),
+    "changed",
     [
-        ({"WORLD_SIZE": "two"}, "WORLD_SIZE='two'"),
-        ({"WORLD_SIZE": ""}, "WORLD_SIZE=''"),
-        ({"WORLD_SIZE": "0"}, "WORLD_SIZE='0'"),
-        ({"RANK": None}, "RANK=''"),
-        ({"RANK": "-1"}, "RANK='-1'"),
-        ({"RANK": "2"}, "RANK='2' in the environment; allowed: 0 to 1"),
-        ({"LOCAL_RANK": None}, "LOCAL_RANK=''"),
-        ({"LOCAL_RANK": "1.5"}, "LOCAL_RANK='1.5'"),
-        ({"LOCAL_WORLD_SIZE": "1"}, "LOCAL_WORLD_SIZE='1' in the environment; allowed: 2 to 2"),
-        ({"LOCAL_WORLD_SIZE": "3"}, "LOCAL_WORLD_SIZE='3'"),
+        {"WORLD_SIZE": "two"},
+        {"WORLD_SIZE": ""},
+        {"WORLD_SIZE": "0"},
+        {"RANK": None},
+        {"RANK": "-1"},
+        {"RANK": "2"},
+        {"LOCAL_RANK": None},
+        {"LOCAL_RANK": "1.5"},
+        {"LOCAL_WORLD_SIZE": "1"},
+        {"LOCAL_WORLD_SIZE": "3"},
     ],
+    ids=str,
 )
-def test_malformed_environment_is_refused(environment, values, told):
-    whole = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
-    environment(**{name: value for name, value in (whole | values).items() if value is not None})
-    with pytest.raises(UserError, match=told):
+def test_malformed_environment_is_refused(environment, changed):
+    whole = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"} | changed
+    environment(**{name: value for name, value in whole.items() if value is not None})
+    with pytest.raises(UserError, match="WORLD_SIZE=.*unset WORLD_SIZE"):
         context_from_environment()
 
 
@@ -289,7 +289,6 @@ def test_each_local_rank_takes_its_gpu(monkeypatch):
     assert local_device(cuda, DistributedContext(2, 4, 0, local_size=2)) == cuda
     assert local_device(torch.device("cuda:1"), DistributedContext()) == torch.device("cuda:1")
     assert local_device(cpu, DistributedContext(1, 2, 1, local_size=2)) == cpu
-    assert backend_for(cuda) == "nccl" and backend_for(cpu) == "gloo"
 
 
 @pytest.mark.parametrize("world", [DistributedContext(0, 3, 0, local_size=3), DistributedContext(2, 3, 2)])
@@ -302,27 +301,27 @@ def test_too_few_gpus_are_refused_on_every_rank(monkeypatch, world):
 
 
 @pytest.mark.parametrize(
-    ("backend", "device", "fails", "done"),
+    ("device", "fails", "done"),
     [
-        ("gloo", "cpu", False, ["join", "leave"]),
-        ("gloo", "cpu", True, ["join", "leave"]),
-        ("nccl", "cuda:1", False, ["cuda:1", "join", "leave"]),
-        ("nccl", "cuda:1", True, ["cuda:1", "join"]),
+        ("cpu", False, ["gloo", "leave"]),
+        ("cpu", True, ["gloo", "leave"]),
+        ("cuda:1", False, ["cuda:1", "nccl", "leave"]),
+        ("cuda:1", True, ["cuda:1", "nccl"]),
     ],
 )
-def test_group_is_left_unless_that_could_wait_for_ever(monkeypatch, backend, device, fails, done):
+def test_group_is_left_unless_that_could_wait_for_ever(monkeypatch, device, fails, done):
     seen, given = [], {}
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: seen.append(str(device)))
     monkeypatch.setattr(
-        dist, "init_process_group", lambda *args, **more: (seen.append("join"), given.update(more))
+        dist, "init_process_group", lambda *args, **more: (seen.append(args[0]), given.update(more))
     )
     monkeypatch.setattr(dist, "destroy_process_group", lambda: seen.append("leave"))
     world = DistributedContext(1, 2, 1, torch.device(device))
     try:
-        with process_group(world, backend):
+        with process_group(world):
             if fails:
                 raise UserError("a mistake")
     except UserError:
         assert fails
     assert seen == done
-    assert given["device_id"] == (world.device if backend == "nccl" else None)
+    assert given["device_id"] == (None if device == "cpu" else world.device)

@@ -56,18 +56,6 @@ def test_slow_moves_on_every_kth_step_only(kind: str, between: str) -> None:
         assert not same(fast_before, fast)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_zero_gradient_is_not_enough(kind: str) -> None:
-    """Why the gradient must be None: zeroed, it still moves a tensor through momentum and weight decay."""
-    slow, fast, optimizer = two_branches(kind, every=1)
-    take_step(slow, fast, optimizer, seed=0)
-    before = snapshot(slow)
-    for parameter in slow.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-    assert not same(before, slow)
-
-
 @pytest.mark.parametrize("every", [0, 1])
 def test_interval_zero_and_one_mean_every_step(every: int) -> None:
     slow, fast, optimizer = two_branches("sgd", every=every)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import ROOT, TINY
+from tests.conftest import TINY, command, folder_of
 from tests.crash import run, run_together
 
 CHANGES: dict[str, Any] = {
@@ -20,21 +20,6 @@ CHANGES: dict[str, Any] = {
     "batch_size": 7,  # shares of unlike size, and a last batch of four
     "max_train_per_class": 9,
 }
-
-
-def command(logs: Path, **changes: Any) -> list[str]:
-    values = {**CHANGES, "logs_root": str(logs), "cache_root": str(logs / "cache"), **changes}
-    settings = [f"{key}={json.dumps(value)}" for key, value in values.items()]
-    return [
-        "--config",
-        str(ROOT / "exps/smoke.json"),
-        *(part for setting in settings for part in ("--set", setting)),
-    ]
-
-
-def folder_of(logs: Path) -> Path:
-    (folder,) = (path.parent for path in logs.rglob("config.json"))
-    return folder
 
 
 def events(folder: Path) -> list[dict[str, Any]]:
@@ -63,8 +48,8 @@ def assert_same_run(ours: Path, theirs: Path) -> None:
     ids=["stored activations", "images"],
 )
 def test_two_processes_train_what_one_does(tmp_path: Path, changes: dict[str, Any]) -> None:
-    assert run(command(tmp_path / "one", **changes))[0] == 0
-    assert run_together(command(tmp_path / "two", **changes), 2) == [0, 0]
+    assert run(command("smoke.json", tmp_path / "one", **CHANGES | changes))[0] == 0
+    assert run_together(command("smoke.json", tmp_path / "two", **CHANGES | changes), 2) == [0, 0]
     one, two = folder_of(tmp_path / "one"), folder_of(tmp_path / "two")
     assert sum(json.loads((one / "result.json").read_text())["adapters"].values()) > 2
     assert_same_run(two, one)
@@ -74,8 +59,10 @@ def test_two_processes_train_what_one_does(tmp_path: Path, changes: dict[str, An
 
 def test_stopped_together_and_resumed_together(tmp_path: Path) -> None:
     """A signal to one process saves once and stops both; both go on to the same end."""
-    assert run_together(command(tmp_path / "whole"), 2) == [0, 0]
-    assert run_together(command(tmp_path / "cut"), 2, die_at=40, how=signal.SIGINT) == [130, 130]
+    assert run_together(command("smoke.json", tmp_path / "whole", **CHANGES), 2) == [0, 0]
+    assert run_together(
+        command("smoke.json", tmp_path / "cut", **CHANGES), 2, die_at=40, how=signal.SIGINT
+    ) == [130, 130]
     folder = folder_of(tmp_path / "cut")
     assert not (folder / "result.json").exists() and list((folder / "checkpoints").iterdir())
     assert run_together(["--resume", str(folder)], 2) == [0, 0]
@@ -85,5 +72,5 @@ def test_stopped_together_and_resumed_together(tmp_path: Path) -> None:
 
 
 def test_a_mistake_ends_all_of_them(tmp_path: Path) -> None:
-    assert run_together(command(tmp_path, batch_size=0), 2) == [2, 2]
+    assert run_together(command("smoke.json", tmp_path, **CHANGES | {"batch_size": 0}), 2) == [2, 2]
     assert list(tmp_path.iterdir()) == []
