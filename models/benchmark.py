@@ -110,7 +110,9 @@ class Benchmark:
                     f"task {task}: test, up to {adapters} adapters per block", self.evaluate, len(self.images)
                 )
         rate = self.ceiling()
-        flops = self.flops(self.forward) / statistics.median(self.unit_seconds) / len(self.images)
+        with FlopCounterMode(display=False) as counter:
+            self.forward()
+        flops = counter.get_total_flops() / statistics.median(self.unit_seconds) / len(self.images)
         yield ""
         yield f"plain forward: {1 / statistics.median(self.unit_seconds):.1f} images/s"
         yield f"  {flops / 1e9:.0f} GFLOP/s, {100 * flops / rate:.0f} % of a large matrix product's {rate / 1e9:.0f}"
@@ -171,12 +173,6 @@ class Benchmark:
         dtype = torch.bfloat16 if self.config.precision == "bf16" else torch.float32
         left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
         return 2 * side**3 / min(seconds(lambda: left @ right) for _ in range(max(3, self.repeats)))
-
-    def flops(self, work: Work) -> int:
-        """Floating point operations of the matrix products and attention in one call."""
-        with FlopCounterMode(display=False) as counter:
-            work()
-        return counter.get_total_flops()
 
 
 def seconds(work: Work) -> float:

@@ -40,7 +40,7 @@ class GateKeys(StepKeys):
     editable_keys: ClassVar[frozenset[str]] = ClassIncrementalConfig.editable_keys | {"filepath"}
 
     gumbel_gate: Literal["auto", "off", "global", "layer"] = key(
-        "auto", 'One gate, or one a layer; "auto" is "global" where lambda_sparsity > 0, else "off".'
+        "auto", 'One gate, or one per layer; "auto" is "global" where lambda_sparsity > 0, else "off".'
     )
     lambda_sparsity: RateOrZero = key(0.0, "Weight of the gate's entropy in the loss.")
     gumbel_tau_init: float = key(5.0, "Temperature of the gate at the start of every task.", ge=1e-6, le=1e6)

@@ -1,9 +1,8 @@
-"""Run folders looked at again, as lines of text: recorded accuracy and figures, tests of checkpoints, analyses."""
+"""Inspection of run folders, as lines of text: recorded accuracy and figures, tests of checkpoints, analyses."""
 
 import functools
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from models import LEARNERS
 from models.saved_run import (
@@ -84,7 +83,9 @@ def analyse_run(folder: Path, names: list[str], images_per_class: int | None) ->
     if unknown:
         allowed = ", ".join(analyses)
         raise UserError(f"--analyse {' '.join(unknown)}: no such analysis of this run; allowed: {allowed}")
-    inputs = analysis_inputs(folder, images_per_class)
+    checkpoints, learner = task_checkpoints(folder), make_learner(read_config(folder))
+    load = functools.partial(load_into, learner)
+    inputs = learner.analysis_inputs(checkpoints, load, images_per_class)
     results = {name: analyses[name](inputs) for name in dict.fromkeys(names)}
     for result in results.values():
         yield f"\n{result.text}"
@@ -92,10 +93,3 @@ def analyse_run(folder: Path, names: list[str], images_per_class: int | None) ->
     with FolderLock(folder):
         for path in write_results(folder / ANALYSIS, results):
             yield f"wrote {path}"
-
-
-def analysis_inputs(folder: Path, images_per_class: int | None) -> Any:
-    """What the analyses of a finished run take, from the networks in its checkpoints."""
-    checkpoints, learner = task_checkpoints(folder), make_learner(read_config(folder))
-    load = functools.partial(load_into, learner)
-    return learner.analysis_inputs(checkpoints, load, images_per_class)

@@ -1,4 +1,4 @@
-"""SEMA, and Nested LoRA on SEMA: adapters that grow where the data are new, one router a block, one classifier.
+"""SEMA, and Nested LoRA on SEMA: adapters that grow where the data are new, one router per block, one classifier.
 
     python main.py --config exps/sema_cifar.json            # ffn_adapter_type "adaptmlp"
     python main.py --config exps/nested_lora_cifar.json     # ffn_adapter_type "nested_lora"
@@ -343,7 +343,7 @@ class SEMA(ClassIncrementalLearner):
         self._log_records(blocks)
 
     def _log_records(self, blocks: list[int]) -> None:
-        """What z-scores of the newest descriptors compare with: how many errors, of which views, mean and deviation."""
+        """Log the errors that z-scores of the newest descriptors compare with: number, views, mean and deviation."""
         views, shown = "new" if self.config.repeats_rd_views else "training", []
         for block in blocks:
             adapters = self.network.modules_by_block[block].adapters

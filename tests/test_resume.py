@@ -88,29 +88,20 @@ def test_killed_twice(reference: tuple[dict, list[str]], tmp_path: Path) -> None
     assert finish(tmp_path) == expected
 
 
-def test_killed_while_activations_are_stored(tmp_path: Path) -> None:
-    """Frozen prefix in the cache: killed while its files are written and read, what is there is used, the end equal."""
-    code, moments = run(command("smoke.json", tmp_path / "whole", **CHANGES | STORED))
+def test_stopped_while_activations_are_stored(tmp_path: Path) -> None:
+    """Frozen prefix in the cache: stopped while its files are written and read, what is there is used, the end equal."""
+    changes = CHANGES | STORED
+    code, moments = run(command("smoke.json", tmp_path / "whole", **changes))
     assert code == 0
     expected = outcome(folder_of(tmp_path / "whole"))
     stored = [i for i, moment in enumerate(moments) if moment == "store"]
-    for number, point in enumerate((stored[1], stored[-1] + 1, len(moments) // 2)):
+    stops = [(point, signal.SIGKILL) for point in (stored[1], stored[-1] + 1, len(moments) // 2)]
+    for number, (point, how) in enumerate([*stops, (stored[0] + 1, signal.SIGINT)]):
         logs = tmp_path / str(number)
-        assert run(command("smoke.json", logs, **CHANGES | STORED), die_at=point)[0] == -signal.SIGKILL
+        code, _ = run(command("smoke.json", logs, **changes), die_at=point, how=how)
+        assert code == (130 if how == signal.SIGINT else -signal.SIGKILL)
         assert list((logs / "cache").rglob("*.safetensors"))
         assert finish(logs) == expected
-
-
-def test_ctrl_c_while_activations_are_stored(tmp_path: Path) -> None:
-    code, moments = run(command("smoke.json", tmp_path / "whole", **CHANGES | STORED))
-    expected = outcome(folder_of(tmp_path / "whole"))
-    code, _ = run(
-        command("smoke.json", tmp_path / "cut", **CHANGES | STORED),
-        die_at=moments.index("store") + 1,
-        how=signal.SIGINT,
-    )
-    assert code == 130
-    assert finish(tmp_path / "cut") == expected
 
 
 @pytest.mark.parametrize("where", ["step", "scan", "test"])
@@ -162,30 +153,30 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return message
 
 
-def test_state_of_another_run_is_refused(stopped: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        ({"seed": 7}, "its seed is 7"),
+        ({"seed": [1993, 7]}, "several seeds"),
+        ({"nested_lora_rank": 3}, "nested_lora_rank was 4, is 3"),
+    ],
+)
+def test_an_edited_config_is_refused(
+    edit: dict, words: str, stopped: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = json.loads((stopped / "config.json").read_text())
-    (stopped / "config.json").write_text(json.dumps(config | {"seed": 7}))
-    assert "its seed is 7" in refused(capsys, "--resume", str(stopped))
-    (stopped / "config.json").write_text(json.dumps(config | {"seed": [1993, 7]}))
-    assert "several seeds" in refused(capsys, "--resume", str(stopped))
+    (stopped / "config.json").write_text(json.dumps(config | edit))
+    assert words in refused(capsys, "--resume", str(stopped))
 
 
-def test_a_shape_that_does_not_fit_is_refused(stopped: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = json.loads((stopped / "config.json").read_text())
-    (stopped / "config.json").write_text(json.dumps(config | {"nested_lora_rank": 3}))
-    assert "nested_lora_rank was 4, is 3" in refused(capsys, "--resume", str(stopped))
-
-
-def test_a_damaged_checkpoint_is_refused(stopped: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    tensors = next(stopped.rglob("tensors.safetensors"))
-    data = bytearray(tensors.read_bytes())
-    data[-1] ^= 1
-    tensors.write_bytes(data)
+def test_a_damaged_checkpoint_and_a_newer_format_are_refused(
+    stopped: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tensors, state = (next(stopped.rglob(name)) for name in ("tensors.safetensors", "state.json"))
+    whole = tensors.read_bytes()
+    tensors.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     assert str(tensors.parent) in refused(capsys, "--resume", str(stopped))
-
-
-def test_a_newer_format_is_refused(stopped: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    state = next(stopped.rglob("state.json"))
+    tensors.write_bytes(whole)
     state.write_text(json.dumps(json.loads(state.read_text()) | {"version": 99}))
     assert "99" in refused(capsys, "--resume", str(stopped))
 

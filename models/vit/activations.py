@@ -56,6 +56,11 @@ class ForwardOptions:
     distributed: DistributedContext
     stop_requested: Callable[[], bool]
 
+    def check_stop(self) -> None:
+        """Raises Interrupted on all ranks where one of them is to stop; the ranks wait for each other."""
+        if self.distributed.any(self.stop_requested()):
+            raise Interrupted
+
 
 class Images:
     """Depth 0: one view of each image, made when asked for.
@@ -155,8 +160,7 @@ class Activations:
             if self.options.stop_requested():
                 break
             self._file(number)
-        if distributed.any(self.options.stop_requested()):  # also where the ranks wait for each other
-            raise Interrupted
+        self.options.check_stop()
 
     def _file(self, number: int) -> Tensor:
         chunk = self._chunks[number]

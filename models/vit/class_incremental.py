@@ -43,7 +43,7 @@ from utils.training.optim import GroupedOptimizer, ParameterGroup, assert_comple
 
 logger = logging.getLogger("nested_lora")
 
-ANALYSED_IMAGES = 20  # per class, unless an analysis is told
+ANALYSED_IMAGES = 20  # per class, by default
 
 
 class ClassIncrementalLearner(Learner):

@@ -1,4 +1,4 @@
-"""What there is to look at inside a network: class tokens after its blocks, and the spaces that branches write to.
+"""Representations inside a network: class tokens after its blocks, and the output spaces of adapter branches.
 
 Learners give them to `eval.py --analyse` through `ClassIncrementalLearner.class_tokens` and `.branch_spaces`.
 """

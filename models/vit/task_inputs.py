@@ -22,7 +22,6 @@ from models.vit.activations import Activations, ActivationStore, ForwardOptions,
 from utils.cache.tensor_cache import TensorCache
 from utils.console import progress
 from utils.data.tasks import DataManager
-from utils.errors import Interrupted
 from utils.training.device import autocast, one_ahead
 from utils.training.random import Key
 
@@ -102,10 +101,8 @@ class TaskInputs:
 
         Those of test images are kept while nothing learns, so that what is unchanged is not computed again.
         """
-        indices, distributed = (
-            self.data.indices(self.data.task_classes(task), source),
-            self.options.distributed,
-        )
+        indices = self.data.indices(self.data.task_classes(task), source)
+        distributed = self.options.distributed
         mine = indices[distributed.shard(len(indices))]
         if source == "test" and self.network.learning_depth() == self.network.depth:
             features = self._at(task, source, None, f"{source} features", self.network.depth).take(mine)
@@ -126,8 +123,7 @@ class TaskInputs:
             x = below.take(indices[start : start + options.batch_size]).to(options.device)
             with autocast(options.device, options.precision):
                 parts.append(self.network(x, below.depth).float().cpu())
-        if options.distributed.any(options.stop_requested()):  # also where the ranks wait for each other
-            raise Interrupted
+        options.check_stop()
         return torch.cat(parts)
 
     def _at(self, task: int, source: str, view: Key | None, what: str, depth: int | None) -> Source:
@@ -217,8 +213,7 @@ class TaskInputs:
         batches = self.read(task, self.view(task, view, key), order_key, size)
         label, count = f"Task {task} rd view {view + 1}", self.batch_count(task, size)
         for batch in progress(batches, total=count, desc=label, unit="batch"):
-            if self.options.distributed.any(self.options.stop_requested()):
-                raise Interrupted
+            self.options.check_stop()
             parts.append(self.token_means(batch, blocks))
         order = self.data.order(self.data.task_classes(task), "train", order_key)
         stored = torch.from_numpy(np.argsort(order)).to(self.options.device)
@@ -236,8 +231,7 @@ class TaskInputs:
         parts, total = [], 0
         with progress(total=count, desc=f"Task {task} rd, new views", unit="image") as bar:
             while total < count:
-                if self.options.distributed.any(self.options.stop_requested()):
-                    raise Interrupted
+                self.options.check_stop()
                 batch = next(batches)
                 parts.append(self.token_means(batch, blocks))
                 total += batch.total

@@ -124,14 +124,12 @@ def context_from_environment() -> DistributedContext:
     """This process as torchrun describes it, alone where WORLD_SIZE is absent or 1; UserError: numbers that do not fit."""
     given = {name: os.environ[name] for name in VARIABLES if name in os.environ}
     try:
-        size, rank, local_rank = (int(given.get(name, "1")) for name in VARIABLES[:3])
-        if size == 1:
+        if int(given.get("WORLD_SIZE", 1)) == 1:
             return DistributedContext()
+        size, rank, local_rank = (int(given[name]) for name in VARIABLES[:3])
         local_size = int(given.get("LOCAL_WORLD_SIZE", local_rank + 1))
-        fits = (
-            given.keys() >= set(VARIABLES[:3]) and 0 <= rank < size and 0 <= local_rank < local_size <= size
-        )
-    except ValueError:
+        fits = 0 <= rank < size and 0 <= local_rank < local_size <= size
+    except (KeyError, ValueError):
         fits = False
     if not fits:
         told = ", ".join(f"{name}={value!r}" for name, value in given.items())
