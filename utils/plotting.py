@@ -1,4 +1,4 @@
-"""Style shared by all figures: colours, a titled figure, an axis of tasks, panels per block.
+"""Style and parts shared by all figures: colours, titles, an axis of tasks, panels per block, heat maps.
 
     with mpl.rc_context(STYLE):
         figure = titled_figure(7.2, 4.4, "Accuracy (%)", "prefix · method · data · seed 1993")
@@ -14,11 +14,17 @@ import io
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
 
 DPI = 160
@@ -87,29 +93,98 @@ def task_axis(axes: Axes, tasks: int, most_ticks: int = 20, label: str | None = 
         axes.set_xlabel(label)
 
 
-def panels_by_block(
-    blocks: Sequence[int], tasks: int, title: str, subtitle: str, label: str
-) -> tuple[Figure, dict[int, Axes]]:
-    """A figure of small panels over tasks, one per block, with common axes; `label` names the values.
+def adapter_panels(
+    rows: Sequence[Mapping[str, Any]], title: str, subtitle: str, label: str
+) -> tuple[Figure, list[tuple[Axes, float, pd.DataFrame]]]:
+    """A figure of small panels over tasks, one per block, with common axes, for lines of adapters.
+
+    Args:
+        rows: each with task, block and adapter.
+        label: of the values.
 
     Returns:
-        The figure, without a legend, and the panel of each block.
+        The figure, without a legend; for each adapter its block's panel, the opacity of its lines (later
+        adapters are darker), and its rows in order of tasks.
     """
-    columns = min(4, len(blocks)) if len(blocks) not in (5, 6, 9) else 3
-    lines = math.ceil(len(blocks) / columns)
+    table = pd.DataFrame(rows)
+    by_block, tasks = list(table.groupby("block")), int(table["task"].max()) + 1
+    count = len(by_block)
+    columns = min(4, count) if count not in (5, 6, 9) else 3
+    lines = math.ceil(count / columns)
     figure = titled_figure(max(NARROWEST, 2.7 * columns), 1.5 + 1.95 * lines, title, subtitle)
     grid = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).flat
-    for axes in grid[len(blocks) :]:
+    for axes in grid[count:]:
         axes.set_visible(False)
-    panels = dict(zip(blocks, grid, strict=False))
-    for index, (block, axes) in enumerate(panels.items()):
+    found = []
+    for index, ((block, own), axes) in enumerate(zip(by_block, grid, strict=False)):
         axes.set_title(f"block {block}", loc="left", pad=3)
         axes.grid(axis="y")
         axes.set_axisbelow(True)
         task_axis(axes, tasks, most_ticks=7, label=None)
-        if index + columns >= len(blocks):
+        if index + columns >= count:
             axes.set_xlabel("after task")
             axes.tick_params(labelbottom=True)
         if index % columns == 0:
             axes.set_ylabel(label)
-    return figure, panels
+        adapters = [adapter for _, adapter in own.groupby("adapter")]
+        opacities = np.linspace(0.4 if len(adapters) > 1 else 1.0, 1.0, len(adapters))
+        found += [
+            (axes, opacity, adapter.sort_values("task", kind="stable"))
+            for opacity, adapter in zip(opacities, adapters, strict=True)
+        ]
+    return figure, found
+
+
+class HeatmapSpec(NamedTuple):
+    """Axes, colours and number format of a heat map.
+
+    Attributes:
+        rows, columns: names of the axes.
+        label: of the colour bar.
+        limits: of the colours.
+        decimals: of the numbers in cells.
+        colours: name of a colour map.
+        row_names, column_names: None for 0, 1, ...
+    """
+
+    rows: str
+    columns: str
+    label: str
+    limits: tuple[float, float]
+    decimals: int = 2
+    colours: str = "viridis"
+    row_names: Sequence[str] | None = None
+    column_names: Sequence[str] | None = None
+
+
+def draw_heatmap(axes: Axes, values: np.ndarray, spec: HeatmapSpec, fontsize: float | None) -> AxesImage:
+    """Cells in colour, NaN empty, with their number where there is a font size for it; returns the image."""
+    colours, scale = mpl.colormaps[spec.colours], Normalize(*spec.limits)
+    image = axes.imshow(values, cmap=colours, norm=scale, interpolation="none", aspect="auto")
+    if fontsize is not None:
+        for row, column in np.argwhere(~np.isnan(values)):
+            value = values[row, column]
+            red, green, blue, _ = colours(float(scale(value)))
+            ink = "white" if 0.299 * red + 0.587 * green + 0.114 * blue < 0.5 else "black"
+            text = f"{value:.{spec.decimals}f}"
+            axes.text(column, row, text, ha="center", va="center", color=ink, fontsize=fontsize)
+    for set_ticks, names, count in zip(
+        (axes.set_yticks, axes.set_xticks), (spec.row_names, spec.column_names), values.shape, strict=True
+    ):
+        if names is not None:
+            set_ticks(range(count), names)
+        else:
+            set_ticks(range(0, count, math.ceil(count / 12)))  # as many numbers as can be read
+    if spec.column_names is not None:
+        axes.tick_params(axis="x", labelrotation=90, labelsize=7)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    return image
+
+
+def colour_bar(figure: Figure, colours: ScalarMappable, axes: Any, label: str, **options: Any) -> None:
+    """A bar without outline beside the axes that explains their colours; options: of `Figure.colorbar`."""
+    bar = figure.colorbar(colours, ax=axes, label=label, pad=0.02, **options)
+    bar.outline.set_visible(False)
+    bar.minorticks_off()
+    bar.ax.tick_params(length=0)

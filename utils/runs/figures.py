@@ -21,7 +21,7 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
-from matplotlib.axes import Axes
+import pandas as pd
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.figure import Figure
@@ -39,7 +39,10 @@ from utils.plotting import (
     NARROWEST,
     STYLE,
     VERMILLION,
-    panels_by_block,
+    HeatmapSpec,
+    adapter_panels,
+    colour_bar,
+    draw_heatmap,
     png,
     task_axis,
     titled_figure,
@@ -114,41 +117,21 @@ def accuracy_matrix_figure(rows: Sequence[Sequence[float]], totals: Sequence[flo
     tasks = len(rows)
     numbered = tasks <= MOST_NUMBERED_TASKS
     cell = 0.56 if tasks <= 12 else 0.44 if numbered else 11.0 / tasks  # inches
-    size = cell * (tasks + 1.4)
-    figure = titled_figure(
-        max(NARROWEST, size + 1.9), max(2.6, cell * tasks + 1.6), "Accuracy after each task (%)", subtitle
-    )
+    width, height = max(NARROWEST, cell * tasks + 2.6), max(2.6, cell * tasks + 1.6)
+    figure = titled_figure(width, height, "Accuracy after each task (%)", subtitle)
     axes = figure.subplots()
-    matrix = np.full((tasks, tasks), np.nan)
+    values = np.full((tasks, tasks + 1), np.nan)
     for t, row in enumerate(rows):
-        matrix[t, : t + 1] = row
-    all_seen = tasks + 0.4  # x of the separate column
-    style: dict[str, Any] = {
-        "cmap": "viridis",
-        "vmin": 0,
-        "vmax": 100,
-        "interpolation": "none",
-        "aspect": "auto",
-    }
-    image = axes.imshow(matrix, **style)
-    beside = (all_seen - 0.5, all_seen + 0.5, tasks - 0.5, -0.5)
-    axes.imshow(np.array(totals)[:, None], extent=beside, **style)
-    axes.set_xlim(-0.5, all_seen + 0.5)
-    axes.set_ylim(tasks - 0.5, -0.5)
-    if numbered:
-        for t, row in enumerate(rows):
-            for x, value in [*enumerate(row), (all_seen, totals[t])]:
-                colour = "white" if value < 60 else "black"
-                axes.text(x, t, f"{value:.1f}", ha="center", va="center", color=colour, fontsize=17 * cell)
+        values[t, : t + 1], values[t, tasks] = row, totals[t]
+    spec = HeatmapSpec("after task", "test images of task", "accuracy (%)", (0.0, 100.0), 1)
+    image = draw_heatmap(axes, values, spec, fontsize=17 * cell if numbered else None)
+    axes.axvline(tasks - 0.5, color="white", lw=5)
     every = range(0, tasks, 1 if numbered else math.ceil(tasks / 20))
-    axes.set_xticks([*every, all_seen], [*map(str, every), "all seen"])
-    axes.set_yticks(list(every))
-    axes.set_xlabel("test images of task")
-    axes.set_ylabel("after task")
-    axes.tick_params(length=0)
-    axes.spines[:].set_visible(False)
-    bar = figure.colorbar(image, ax=axes, label="accuracy (%)", aspect=max(10, 3 * tasks), pad=0.02)
-    bar.outline.set_visible(False)
+    axes.set_xticks([*every, tasks], [*map(str, every), "all"])
+    axes.set_yticks(every)
+    axes.set_xlabel(spec.columns)
+    axes.set_ylabel(spec.rows)
+    colour_bar(figure, image, axes, spec.label, aspect=max(10, 3 * tasks))
     return figure
 
 
@@ -159,12 +142,13 @@ def accuracy_curves_figure(rows: Sequence[Sequence[float]], totals: Sequence[flo
     width, height = (9.0, 5.4) if crowded else (7.2, 4.4)
     figure = titled_figure(width, height, "Accuracy while learning task after task (%)", subtitle)
     axes = figure.subplots()
-    colours = mpl.colormaps["viridis"](np.linspace(0.0, 0.92, tasks))
+    shades = ListedColormap(mpl.colormaps["viridis"](np.linspace(0.0, 0.92, tasks)))
+    of_tasks = ScalarMappable(BoundaryNorm(np.arange(tasks + 1) - 0.5, tasks), shades)
     own = {"lw": 0.9 if crowded else 1.2, "marker": "o", "ms": 3.5}
     for k in range(tasks):
         after = range(k, tasks)
         marked = [0, -1] if crowded else None  # where the task is learned, and the end
-        axes.plot(after, [rows[t][k] for t in after], color=colours[k], markevery=marked, alpha=0.9, **own)
+        axes.plot(after, [rows[t][k] for t in after], color=shades(k), markevery=marked, alpha=0.9, **own)
     seen = {"color": INK, "lw": 2.6, "marker": "s", "ms": 6, "mec": "white", "mew": 0.8}
     axes.plot(range(tasks), totals, zorder=5, **seen)
     lowest = min(min(row) for row in rows)
@@ -177,9 +161,10 @@ def accuracy_curves_figure(rows: Sequence[Sequence[float]], totals: Sequence[flo
     handles = [Line2D([], [], **seen)]
     labels = [f"all classes seen so far (last {totals[-1]:.2f}, average {statistics.fmean(totals):.2f})"]
     if tasks > 1:
-        handles.append(Line2D([], [], color=colours[tasks // 2], **own))
+        handles.append(Line2D([], [], color=shades(tasks // 2), **own))
         labels.append("each task's own classes (colour)")
-        _task_colour_bar(figure, axes, colours)
+        ticks = range(0, tasks, math.ceil(tasks / 20))
+        colour_bar(figure, of_tasks, axes, "test images of task", ticks=ticks)
     figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
     return figure
 
@@ -187,20 +172,27 @@ def accuracy_curves_figure(rows: Sequence[Sequence[float]], totals: Sequence[flo
 def norms_figure(events: Sequence[Mapping[str, Any]], subtitle: str) -> Figure:
     """Norms of the fast and slow branch over tasks: a panel for each block, a line for each adapter.
 
-    events: `norms` events with task, block, adapter, when ("before" or "after" consolidation), fast_effect
-    and slow_effect, the Frobenius norm of W_up W_down. Where a branch changed at the task's end, the line
-    goes from the filled to the hollow marker.
+    events: `norms` events with task, block, adapter, fast_effect and slow_effect, the Frobenius norm of
+    W_up W_down; of one task first that before consolidation, then that after it. Where a branch changed, the
+    line goes from the filled to the hollow marker.
     """
-    blocks = sorted({event["block"] for event in events})
-    tasks = 1 + max(event["task"] for event in events)
     title = "Norms of the fast and the slow branch, ||W_up W_down||"
-    figure, panels = panels_by_block(blocks, tasks, title, subtitle, "norm")
+    figure, lines = adapter_panels(events, title, subtitle, "norm")
+    size = 3.6 if max(event["task"] for event in events) < 12 else 2.6
     consolidated = False
-    for block, axes in panels.items():
-        chosen = [event for event in events if event["block"] == block]
-        consolidated |= _draw_norms(axes, chosen, marker_size=3.6 if tasks <= 12 else 2.6)
-    axes = panels[blocks[0]]
-    axes.set_ylim(0, 1.08 * axes.get_ylim()[1])
+    for axes, opacity, own in lines:
+        again = own["task"].duplicated()
+        for branch, colour, marker, aside in (("slow", BLUE, "s", -0.1), ("fast", VERMILLION, "o", 0.1)):
+            norms = own[f"{branch}_effect"]
+            changed = again & (norms != norms.shift())
+            x, style = own["task"] + aside, {"color": colour, "alpha": opacity}  # the branches stand apart
+            points = changed | ~again
+            axes.plot(x[points], norms[points], lw=1.3, **style)
+            axes.plot(x[~again], norms[~again], marker, ms=size, **style)
+            axes.plot(x[changed], norms[changed], marker, ms=size, mfc="white", **style)
+            consolidated |= changed.any()
+    first = lines[0][0]
+    first.set_ylim(0, 1.08 * first.get_ylim()[1])
     handles = [
         Line2D([], [], color=VERMILLION, marker="o", ms=4, lw=1.4, label="fast"),
         Line2D([], [], color=BLUE, marker="s", ms=4, lw=1.4, label="slow"),
@@ -208,7 +200,7 @@ def norms_figure(events: Sequence[Mapping[str, Any]], subtitle: str) -> Figure:
     if consolidated:
         hollow = {"marker": "o", "ms": 4, "mfc": "white", "lw": 0}
         handles.append(Line2D([], [], color=GREY, label="after consolidation", **hollow))
-    if len({event["adapter"] for event in events}) > 1:
+    if any(opacity < 1 for _, opacity, _ in lines):
         handles.append(
             Line2D([], [], color=GREY, alpha=0.5, lw=1.4, label="one per adapter, later ones darker")
         )
@@ -221,69 +213,22 @@ def growth_figure(adapters: Sequence[Mapping[str, int]], subtitle: str) -> Figur
 
     adapters: for each finished task, block -> number.
     """
-    tasks = len(adapters)
-    blocks = sorted({int(block) for counts in adapters for block in counts})
-    rows = [[after.get(str(block), 0) for after in adapters] for block in blocks]
-    counts = np.array(rows)  # (blocks, tasks)
-    most = max(4, int(counts.max()))  # few adapters: pale colours
+    counts = pd.DataFrame(adapters).fillna(0).rename(columns=int).sort_index(axis="columns").T
+    values, tasks = counts.to_numpy(float), len(adapters)  # (blocks, tasks)
     cell = 0.5 if tasks <= 12 else 0.4 if tasks <= MOST_NUMBERED_TASKS else 11.0 / tasks
-    width, height = max(NARROWEST, cell * tasks + 2.2), 1.9 + 0.3 * len(blocks)
+    width, height = max(NARROWEST, cell * tasks + 2.2), 1.9 + 0.3 * len(values)
     figure = titled_figure(width, height, "Adapters in each block after each task (number)", subtitle)
     axes = figure.subplots()
-    shades = ListedColormap(mpl.colormaps["Blues"](np.linspace(0.06, 0.85, most + 1)))
-    axes.pcolormesh(counts, cmap=shades, vmin=-0.5, vmax=most + 0.5, edgecolors="white", linewidth=1.2)
-    grew = False
-    for y, t in np.ndindex(counts.shape):
-        number = int(counts[y, t])
-        if tasks <= MOST_NUMBERED_TASKS:
-            colour = "white" if number > 0.6 * most else "black"
-            axes.text(t + 0.5, y + 0.5, str(number), ha="center", va="center", color=colour, fontsize=9)
-        if t and number > counts[y, t - 1]:
-            grew = True
-            axes.add_patch(Rectangle((t + 0.06, y + 0.08), 0.88, 0.84, fill=False, ec=VERMILLION, lw=1.8))
-    every = range(0, tasks, 1 if tasks <= MOST_NUMBERED_TASKS else math.ceil(tasks / 20))
-    axes.set_xticks([t + 0.5 for t in every], [str(t) for t in every])
-    axes.set_yticks(np.arange(len(blocks)) + 0.5, [str(block) for block in blocks])
-    axes.set_xlabel("after task")
-    axes.set_ylabel("block")
-    axes.tick_params(length=0)
-    axes.spines[:].set_visible(False)
-    if grew:
-        frame = Patch(fill=False, ec=VERMILLION, lw=1.8, label="grew in this task")
+    limits = (0.0, 1.3 * max(4, values.max()))  # few adapters: pale colours
+    spec = HeatmapSpec("block", "after task", "adapters", limits, 0, "Blues", list(map(str, counts.index)))
+    draw_heatmap(axes, values, spec, fontsize=9 if tasks <= MOST_NUMBERED_TASKS else None)
+    axes.set_xlabel(spec.columns)
+    axes.set_ylabel(spec.rows)
+    framed = {"fill": False, "ec": VERMILLION, "lw": 1.8}
+    grew = np.argwhere(np.diff(values, axis=1) > 0)
+    for row, before in grew:
+        axes.add_patch(Rectangle((before + 0.56, row - 0.42), 0.88, 0.84, **framed))
+    if len(grew):
+        frame = Patch(label="grew in this task", **framed)
         figure.legend(handles=[frame], loc="outside lower center", frameon=False)
     return figure
-
-
-def _task_colour_bar(figure: Figure, axes: Axes, colours: np.ndarray) -> None:
-    """A bar with the colour of each task, numbered; colours: (tasks, 4)."""
-    tasks = len(colours)
-    mappable = ScalarMappable(BoundaryNorm(np.arange(tasks + 1) - 0.5, tasks), ListedColormap(colours))
-    ticks = range(0, tasks, math.ceil(tasks / 20))
-    bar = figure.colorbar(mappable, ax=axes, ticks=ticks, pad=0.02, label="test images of task")
-    bar.minorticks_off()
-    bar.ax.tick_params(length=0)
-    bar.outline.set_visible(False)
-
-
-def _draw_norms(axes: Axes, events: Sequence[Mapping[str, Any]], marker_size: float) -> bool:
-    """Draw both branches of one block's adapters; returns whether any of them changed at a task's end."""
-    adapters = sorted({event["adapter"] for event in events})
-    strengths = np.linspace(0.4, 1.0, len(adapters)) if len(adapters) > 1 else [1.0]
-    in_order = sorted(events, key=lambda event: (event["task"], event["when"] != "before"))
-    changed = False
-    for strength, adapter in zip(strengths, adapters, strict=True):
-        own = [event for event in in_order if event["adapter"] == adapter]
-        for branch, colour, marker, aside in (("slow", BLUE, "s", -0.1), ("fast", VERMILLION, "o", 0.1)):
-            points: list[tuple[int, float, bool]] = []  # (task, norm, is it after a change?)
-            for event in own:
-                norm, again = event[f"{branch}_effect"], bool(points) and points[-1][0] == event["task"]
-                if not again or norm != points[-1][1]:
-                    points.append((event["task"], norm, again))
-            tasks, norms, after = (np.array(values) for values in zip(*points, strict=True))
-            x = tasks + aside  # the branches stand a little apart
-            style: dict[str, Any] = {"color": colour, "alpha": strength}
-            axes.plot(x, norms, lw=1.3, **style)
-            axes.plot(x[~after], norms[~after], marker, ms=marker_size, **style)
-            axes.plot(x[after], norms[after], marker, ms=marker_size, mfc="white", **style)
-            changed |= bool(after.any())
-    return changed

@@ -140,14 +140,14 @@ def test_no_text_overlaps_another_or_leaves_the_picture(tasks: int) -> None:
 
 def test_accuracy_matrix_prints_each_number_in_its_cell() -> None:
     axes = first_axes(accuracy_matrix_figure, [[90.0], [55.04, 80.0]], [90.0, 67.5])
-    cells = {tuple(round(x, 1) for x in text.get_position()): text.get_text() for text in axes.texts}
-    assert cells == {(0, 0): "90.0", (0, 1): "55.0", (1, 1): "80.0", (2.4, 0): "90.0", (2.4, 1): "67.5"}
+    cells = {text.get_position(): text.get_text() for text in axes.texts}
+    assert cells == {(0, 0): "90.0", (0, 1): "55.0", (1, 1): "80.0", (2, 0): "90.0", (2, 1): "67.5"}
 
 
 def test_growth_frames_exactly_the_blocks_that_grew() -> None:
     axes = first_axes(growth_figure, [{"9": 1, "10": 1}, {"9": 2, "10": 1}, {"9": 2, "10": 2}])
-    framed = {(int(patch.get_x()), int(patch.get_y())) for patch in axes.patches}
-    assert framed == {(1, 0), (2, 1)}  # (task, line): block 9 below block 10
+    framed = {(round(patch.get_x() + 0.44), round(patch.get_y() + 0.42)) for patch in axes.patches}
+    assert framed == {(1, 0), (2, 1)}  # (task, row)
     assert [text.get_text() for text in axes.texts] == ["1", "2", "2", "1", "1", "2"]
 
 
