@@ -29,9 +29,10 @@ from models.shared_subspace.figures import GridSample, grid_samples_figure
 from models.shared_subspace.tasks import TRAIN, GridSamples, GridTasks
 from utils.analysis.figures import Heatmap, HeatmapSpec, heatmaps_figure, unit_label_figure
 from utils.analysis.probes import UnitReport, chance_score, fit_probe, probe_score, unit_report
-from utils.analysis.results import AnalysisResult, Row, listed, number, value_table
+from utils.analysis.results import AnalysisResult, Row, listed, number
 from utils.analysis.similarity import cka_matrix, grassmann_distance, pca_basis
 from utils.console import progress
+from utils.runs.tables import value_table
 from utils.training.random import rng
 
 SHARED, OTHER = "tasks that share the primitive", "tasks without it and with nothing in common"

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from utils.analysis.figures import Heatmap, HeatmapSpec, branch_angles_figure, heatmaps_figure
 from utils.analysis.probes import chance_score, transfer_scores
-from utils.analysis.results import AnalysisResult, Row, listed, number, value_table
+from utils.analysis.results import AnalysisResult, Row, listed, number
 from utils.analysis.similarity import (
     MIN_SAMPLES,
     cka_matrix,
@@ -34,6 +34,7 @@ from utils.analysis.similarity import (
 from utils.console import progress
 from utils.data.tasks import DataManager
 from utils.errors import UserError
+from utils.runs.tables import value_table
 from utils.training.random import rng
 
 PCA_RANK = 10  # principal directions that stand for a representation

@@ -6,7 +6,7 @@ write_results(run / "analysis", results)     # cka.json, cka.csv, cka.png
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,6 @@ from utils.files import replace_file
 from utils.plotting import STYLE, png
 
 ANALYSIS = "analysis"  # folder of a run
-TABLE_WIDTH = 100  # characters; wider tables are folded
 Row = dict[str, Any]
 
 
@@ -59,15 +58,6 @@ def write_results(folder: Path, results: Mapping[str, AnalysisResult]) -> list[P
             for stem, draw in result.figures.items():
                 paths.append(replace_file(folder / f"{stem}.png", png(draw())))
     return paths
-
-
-def value_table(
-    title: str, rows: Sequence[str], columns: Sequence[str], values: np.ndarray, decimals: int
-) -> str:
-    """Values (rows, columns) with their names under a title, folded to `TABLE_WIDTH`; NaN stays empty."""
-    numbers = pd.DataFrame(values, index=rows, columns=columns)
-    shown = numbers.to_string(float_format=f"{{:.{decimals}f}}".format, na_rep="", line_width=TABLE_WIDTH)
-    return f"{title}\n{shown}"
 
 
 def number(value: float) -> float | None:

@@ -23,7 +23,7 @@ from utils.errors import UserError
 from utils.metric_catalogue import MetricSpec, by_key
 from utils.reports.stats import Estimate, holm, mean_over_seeds, paired_difference
 from utils.runs.manifest import Provenance
-from utils.runs.result import numbers_of
+from utils.runs.metrics import numbers_of
 
 UNLISTED_DIGITS = 3  # of a metric that the catalogue does not have
 

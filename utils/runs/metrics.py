@@ -1,30 +1,32 @@
-"""Accuracy matrix of a class-incremental run, and the metrics that follow from it.
+"""Metrics of a run: of its accuracy matrix, and as its result.json holds them.
 
     matrix = AccuracyMatrix()
     matrix.add(correct=[97], total=[100])             # after task 0
     matrix.add(correct=[90, 95], total=[100, 100])    # after task 1: one entry for each task seen so far
     matrix.summary()   # {"final": 92.5, "average": 94.75, "forgetting": 7.0, "bwt": -7.0, "plasticity": 96.0}
 
+    fault_of(result, config.metrics)                  # "it has no A_N", or None
+    numbers_of(result)["seconds"]
+
 Notation: a[t][k] is the accuracy (percent) on the test images of task k after training on task t; N is the
-last task.
-Names and units of the metrics stand in `utils/metric_catalogue.py`.
+last task. Names and units of the metrics stand in `utils/metric_catalogue.py`.
 """
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from utils.metric_catalogue import MetricSpec
+
+PARTS = ("metrics", "parameters", "weights", "cost")  # JSON objects that every result has
 
 
 class AccuracyMatrix:
     """Lower-triangular matrix a[t][k] of a run, built row by row from counts of correct images."""
 
     def __init__(self) -> None:
-        self._correct: list[list[int]] = []
-        self._total: list[list[int]] = []
-
-    def __len__(self) -> int:
-        """Number of finished tasks."""
-        return len(self._correct)
+        self._counts: list[list[tuple[int, int]]] = []  # (correct, all) of each task seen, after each task
 
     def add(self, correct: Sequence[int], total: Sequence[int]) -> None:
         """Add the row of the task that has just finished.
@@ -37,36 +39,27 @@ class AccuracyMatrix:
             ValueError: the row does not have one entry per task, a count is impossible, or the number of test
                 images of a task is not that of the row before.
         """
-        row, sizes = [int(count) for count in correct], [int(count) for count in total]
-        tasks = len(self) + 1
-        if len(row) != tasks or len(sizes) != tasks:
-            entries = f"needs {tasks} entries, got {len(row)} correct and {len(sizes)} total"
-            raise ValueError(f"the row after task {tasks - 1} {entries}")
-        for k, (right, size) in enumerate(zip(row, sizes, strict=True)):
-            if size < 1 or not 0 <= right <= size:
-                raise ValueError(f"task {k}: {right} of {size} test images correct is impossible")
-        if self._total and sizes[:-1] != self._total[-1]:
+        row = list(zip(correct, total, strict=True))
+        before = [size for _, size in self._counts[-1]] if self._counts else []
+        possible = all(0 <= right <= size and size for right, size in row)
+        if not possible or len(row) != len(before) + 1 or list(total[:-1]) != before:
             raise ValueError(
-                f"test images of the earlier tasks changed from {self._total[-1]} to {sizes[:-1]}"
+                f"{correct} of {total} test images correct cannot follow a row with {before} test images"
             )
-        self._correct.append(row)
-        self._total.append(sizes)
+        self._counts.append(row)
 
     @property
     def rows(self) -> list[list[float]]:
         """a[t][k] in percent; row t has t + 1 entries."""
-        return [
-            [100.0 * right / size for right, size in zip(row, sizes, strict=True)]
-            for row, sizes in zip(self._correct, self._total, strict=True)
-        ]
+        return [[100.0 * right / size for right, size in row] for row in self._counts]
 
     @property
     def curve(self) -> list[float]:
         """A_t in percent: accuracy over all test images of the classes seen up to task t."""
-        return [100.0 * sum(row) / sum(sizes) for row, sizes in zip(self._correct, self._total, strict=True)]
+        return [100.0 * sum(right for right, _ in row) / sum(size for _, size in row) for row in self._counts]
 
     def summary(self) -> dict[str, float | None]:
-        """The metrics by key; forgetting and bwt are None for one task. Raises ValueError without a task.
+        """The metrics by key after at least one task; forgetting and bwt are None for one task.
 
         final       A_N, accuracy over all classes after the last task (percent)
         average     mean of A_t over tasks (percent)
@@ -74,9 +67,7 @@ class AccuracyMatrix:
         bwt         backward transfer mean_{k<N} (a[N][k] - a[k][k]) (points)
         plasticity  mean_k a[k][k], accuracy on each task just after learning it (percent)
         """
-        if not self._correct:
-            raise ValueError("no task has finished yet: the matrix has no rows")
-        a, last = self.rows, len(self) - 1
+        a, last = self.rows, len(self._counts) - 1
         lost = [max(a[t][k] for t in range(k, last)) - a[last][k] for k in range(last)]
         moved = [a[last][k] - a[k][k] for k in range(last)]
         return {
@@ -89,8 +80,37 @@ class AccuracyMatrix:
 
 
 def mean_std(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and sample standard deviation (ddof = 1; NaN for one value). Raises ValueError without values."""
-    if not values:
-        raise ValueError("mean of no values")
-    numbers = [float(value) for value in values]
-    return statistics.fmean(numbers), statistics.stdev(numbers) if len(numbers) > 1 else math.nan
+    """Mean and sample standard deviation (ddof = 1; NaN for one value) of at least one value."""
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else math.nan
+
+
+def numbers_of(result: Mapping[str, Any]) -> dict[str, float]:
+    """Key -> value of every metric and cost of a run; what is absent or no finite number is left out."""
+    parameters, cost = result["parameters"], result["cost"]
+    values = {
+        **result["metrics"],
+        "parameters_adapters": parameters.get("adapters"),
+        "parameters_stored": parameters.get("stored"),
+        "seconds": cost.get("seconds"),
+        "peak_memory_mb": cost.get("peak_memory_mb"),
+    }
+    return {key: value for key, value in values.items() if is_number(value)}
+
+
+def fault_of(result: Mapping[str, Any], metrics: Sequence[MetricSpec]) -> str | None:
+    """What a result lacks to be reported on, or None; metrics: of its run's method, the main one first."""
+    for part in PARTS:
+        if not isinstance(result.get(part), dict):
+            return f'it has no "{part}"'
+    if not is_number(result["metrics"].get(metrics[0].key)):
+        return f"it has no {metrics[0].name}"
+    for spec in metrics:
+        values = result.get(spec.key)
+        if spec.per_task and not (isinstance(values, list) and values and all(map(is_number, values))):
+            return f'its "{spec.key}" is no list of numbers'
+    return None
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value read from JSON is a finite number; true and false are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

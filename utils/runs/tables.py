@@ -1,47 +1,47 @@
-"""Plain-text tables of a run for log and terminal, at most `TABLE_WIDTH` characters wide.
+"""Plain-text tables for log and terminal, folded where they would be wider than `TABLE_WIDTH`.
 
 print(accuracy_table(matrix))                     # accuracy on each task after each task
-print(summary_table(matrix, 3, parameters))       # the metrics of a run, a line each
+print(summary_table(matrix, 3, parameters))       # the metrics of a run, one per line
 print(seeds_table(results, config.metrics))       # mean ± std over runs that differ in their seed
 """
 
-import math
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from utils.metric_catalogue import CLASS_INCREMENTAL, MetricSpec, by_key
-from utils.runs.metrics import AccuracyMatrix, mean_std
-from utils.runs.result import is_number
+import numpy as np
+import pandas as pd
 
-TABLE_WIDTH = 100  # characters; wider tables are folded
-CELL = 8  # characters per column: "task 19" or "100.00" and a space
+from utils.metric_catalogue import CLASS_INCREMENTAL, MetricSpec, by_key
+from utils.runs.metrics import AccuracyMatrix, is_number, mean_std
+
+TABLE_WIDTH = 100  # characters
+
+
+def value_table(
+    title: str, rows: Sequence[str], columns: Sequence[str], values: np.ndarray, decimals: int
+) -> str:
+    """Values (rows, columns) with their names under a title; NaN stays empty."""
+    numbers = pd.DataFrame(values, index=rows, columns=columns)
+    shown = numbers.to_string(float_format=f"{{:.{decimals}f}}".format, na_rep="", line_width=TABLE_WIDTH)
+    return f"{title}\n{shown}"
 
 
 def accuracy_table(matrix: AccuracyMatrix) -> str:
-    """Rows: after task t. Columns: accuracy (%) on each task seen, then over all their images ("total").
-
-    Folded into groups of columns where it would be wider than `TABLE_WIDTH`; each group repeats the total.
-    """
-    rows, curve = matrix.rows, matrix.curve
-    groups = []
-    for columns in _column_groups(len(rows)):
-        lines = [_line("after", [f"task {k}" for k in columns] + ["total"])]
-        for t in range(columns.start, len(rows)):
-            cells = [f"{rows[t][k]:.2f}" if k <= t else "" for k in columns]
-            lines.append(_line(f"task {t}", [*cells, f"{curve[t]:.2f}"]))
-        groups.append("\n".join(lines))
+    """Rows: after task t. Columns: accuracy (%) on each task seen, then over all their images ("total")."""
+    tasks = [f"task {k}" for k in range(len(matrix.rows))]
+    values = np.column_stack([pd.DataFrame(matrix.rows), matrix.curve])
     title = "Accuracy (%) after each task (rows) on the test images of each task (columns)"
-    return f"{title}\n" + "\n\n".join(groups)
+    return value_table(title, tasks, [*tasks, "total"], values, 2)
 
 
 def summary_table(matrix: AccuracyMatrix, adapters_added: int, parameters: Mapping[str, int]) -> str:
-    """A line per metric, the adapters added by growth, and the number of parameters of each part."""
-    specs, lines = by_key(CLASS_INCREMENTAL), []
+    """The metrics, the adapters added by growth, and the number of parameters of each part, one per line."""
+    specs, lines = by_key(CLASS_INCREMENTAL), {}
     for key, value in (matrix.summary() | {"expansions": adapters_added}).items():
-        lines.append((_label(specs[key]), "n/a (one task)" if value is None else specs[key].text(value)))
-    lines += [(f"parameters, {part}", f"{count:,}") for part, count in parameters.items()]
-    return _two_columns(lines)
+        lines[_label(specs[key])] = "n/a (one task)" if value is None else specs[key].text(value)
+    lines |= {f"parameters, {part}": f"{count:,}" for part, count in parameters.items()}
+    return pd.Series(lines).to_string()
 
 
 def seeds_table(results: Sequence[Mapping[str, Any]], metrics: Sequence[MetricSpec]) -> str:
@@ -54,34 +54,15 @@ def seeds_table(results: Sequence[Mapping[str, Any]], metrics: Sequence[MetricSp
     """
     seeds = ", ".join(str(result["seed"]) for result in results)
     title = textwrap.fill(f"Mean ± std (n) over seeds {seeds}", width=TABLE_WIDTH)
-    specs, lines = by_key(metrics), []
+    specs, lines = by_key(metrics), {}
     for key in dict.fromkeys(key for result in results for key in result["metrics"]):
-        numbers = [result["metrics"].get(key) for result in results]
-        numbers = [number for number in numbers if is_number(number)]
+        numbers = [number for result in results if is_number(number := result["metrics"].get(key))]
         if numbers:
             spec = specs.get(key) or MetricSpec(key, key.replace("_", " "))
-            lines.append((_label(spec), f"{spec.text(*mean_std(numbers))} ({len(numbers)})"))
-    return f"{title}\n{_two_columns(lines)}"
+            lines[_label(spec)] = f"{spec.text(*mean_std(numbers))} ({len(numbers)})"
+    return f"{title}\n{pd.Series(lines).to_string()}"
 
 
 def _label(spec: MetricSpec) -> str:
     """`A_N, accuracy over all classes after the last task (%)`."""
     return f"{spec.name}, {spec.definition}" if spec.meaning else spec.heading
-
-
-def _column_groups(tasks: int) -> Iterator[range]:
-    """Split columns 0..tasks-1 into the fewest groups that fit, as equal in size as can be."""
-    fitting = (TABLE_WIDTH - 2 * CELL) // CELL  # beside the row's name and the total
-    size = math.ceil(tasks / math.ceil(tasks / fitting)) if tasks else 1
-    for start in range(0, tasks, size):
-        yield range(start, min(start + size, tasks))
-
-
-def _line(name: str, cells: Sequence[str]) -> str:
-    return f"{name:<{CELL}}" + "".join(f"{cell:>{CELL}}" for cell in cells)
-
-
-def _two_columns(lines: Sequence[tuple[str, str]]) -> str:
-    left = max((len(name) for name, _ in lines), default=0)
-    right = max((len(value) for _, value in lines), default=0)
-    return "\n".join(f"{name:<{left}}  {value:>{right}}" for name, value in lines)

@@ -44,7 +44,7 @@ from utils.runs.folder import (
     set_aside,
 )
 from utils.runs.manifest import Provenance, changes, outdated, read_provenance
-from utils.runs.result import fault_of
+from utils.runs.metrics import fault_of
 from utils.sweeps.spec import Cell, Sweep
 
 logger = logging.getLogger("nested_lora")

@@ -17,7 +17,6 @@ from utils.analysis.representations import (
     chosen_images,
     halves,
 )
-from utils.analysis.results import value_table
 from utils.errors import UserError
 from utils.plotting import STYLE
 from utils.training.random import rng
@@ -108,14 +107,6 @@ def test_a_smaller_choice_of_images_is_part_of_a_larger_one(make_sema) -> None:
     assert not np.array_equal(few, chosen_images(data, 2, 3))
     with pytest.raises(UserError, match="larger max_test_per_class"):
         chosen_images(make_sema(max_tasks=2, max_test_per_class=1).data, 1, 6)
-
-
-def test_tables_fold_where_they_would_be_too_wide() -> None:
-    values = np.array([[0.5] * 20, [math.nan] * 19 + [0.25]])
-    tasks = [f"task {t}" for t in range(20)]
-    lines = value_table("title", ["block 0", "block 10"], tasks, values, 2).splitlines()
-    assert max(map(len, lines)) <= 100 and lines[-1].split() == ["block", "10", "0.25"]
-    assert [line.count("task") for line in lines if "task" in line] == [11, 9]
 
 
 def test_no_text_of_a_figure_overlaps_another_or_leaves_the_picture() -> None:
