@@ -4,8 +4,8 @@
     probe_score(probe, other_features, other_labels)     # accuracy, or mean average precision: transfer
     report = unit_report(activities, labels, generator)  # units (n, k) against labels (n, P), with chance
 
-Probes are ridge regressions of the labels, solved in closed form in float64 on the CPU: the same numbers at
-every call, no optimizer to tune, and no dependency for it. The ridge is chosen by leave-one-out.
+Probes are ridge regressions of the labels, solved in closed form in float64 on the CPU; the ridge is chosen
+by leave-one-out.
 """
 
 from collections.abc import Sequence
@@ -66,18 +66,11 @@ def fit_probe(features: Tensor, labels: Tensor) -> Probe:
     return Probe(weights, mean - centre @ weights, fit.strength)
 
 
-def accuracy(scores: Tensor, labels: Tensor) -> float:
-    """Share of samples whose class (n,) has the highest of the scores (n, C)."""
-    return float((scores.argmax(dim=1) == labels.cpu()).double().mean())
-
-
 def average_precision(scores: Tensor, labels: Tensor) -> Tensor:
     """Average precision of each label, sum_i (R_i - R_(i-1)) P_i, (P,).
 
-    P_i and R_i are precision and recall of the samples down to i.
-    scores (n, P), labels (n, P) of 0 and 1. Samples are taken from the highest score down, those of one score
-    together. 1 where all that have the label come first; about its frequency in a random order; NaN without
-    it.
+    P_i and R_i are precision and recall of the samples down to i, from the highest score down, those of one
+    score together. NaN for a label that does not occur. scores (n, P), labels (n, P) of 0 and 1.
     """
     scores, truth = scores.detach().cpu(), labels.cpu().double()
     order = scores.argsort(dim=0, descending=True, stable=True)
@@ -97,9 +90,9 @@ def probe_score(probe: Probe, features: Tensor, labels: Tensor) -> float:
     Accuracy for classes (n,); for labels (n, P) the mean of `average_precision` over those that occur.
     """
     scores = probe.scores(features)
-    return (
-        accuracy(scores, labels) if labels.dim() == 1 else float(average_precision(scores, labels).nanmean())
-    )
+    if labels.dim() == 1:
+        return float((scores.argmax(dim=1) == labels.cpu()).double().mean())
+    return float(average_precision(scores, labels).nanmean())
 
 
 def chance_score(labels: Tensor) -> float:
@@ -115,11 +108,12 @@ def transfer_scores(representations: Sequence[Tensor], labels: Tensor, train: Te
 
     Entry (i, j): fitted on the rows `train` of representation i, scored on the rows `test` of j.
     """
-    probes = [fit_probe(features[train], labels[train]) for features in representations]
-    rows = [
-        [probe_score(probe, features[test], labels[test]) for features in representations] for probe in probes
-    ]
-    return torch.tensor(rows, dtype=torch.float64)
+    scores = torch.empty(len(representations), len(representations), dtype=torch.float64)
+    for i, fitted in enumerate(representations):
+        probe = fit_probe(fitted[train], labels[train])
+        for j, features in enumerate(representations):
+            scores[i, j] = probe_score(probe, features[test], labels[test])
+    return scores
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -44,33 +44,27 @@ def checkpoint_name(task: int, step: int | None = None) -> str:
 
 
 def save_checkpoint(folder: Path, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> None:
-    """Write a checkpoint; at every moment the old one, the new one or none is visible, each whole.
+    """Write a checkpoint, in place of one that is there; at every moment what is visible is whole.
 
-    folder: where it shall stand; its parent is created. An existing checkpoint there is replaced.
-    tensors: any dtype safetensors knows, any device, any shape; aliases and views are stored as separate
-    copies. state: what JSON can hold, with text keys. Tuples come back as lists; numbers come back exactly.
-    Raises TypeError for a state that JSON would change or cannot hold, OSError when the disk does not take
-    it: what was there before is as it was then.
+    Args:
+        folder: the checkpoint's; its parent is created.
+        tensors: aliases and views are stored as separate copies.
+        state: what JSON can hold, with text keys. Tuples come back as lists; numbers come back exactly.
+
+    Raises:
+        TypeError: JSON would change the state or cannot hold it.
+        OSError: the disk does not take it; what was there before is as it was.
     """
-    folder = Path(folder)
-    _require_text_keys(state, "state")
-    state_text = _canonical(state)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    _tidy(folder.parent)
-
+    _require_text_keys(state)
     # A fresh contiguous CPU copy of each: safetensors refuses tensors that share memory.
     copies = {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, tensor in tensors.items()
     }
     payload = safetensors_torch.save(copies)
-    header = {
-        "format": FORMAT,
-        "version": VERSION,
-        "tensors_sha256": hashlib.sha256(payload).hexdigest(),
-        "state_sha256": hashlib.sha256(state_text.encode()).hexdigest(),
-        "state": state,
-    }
+    header = {"format": FORMAT, "version": VERSION, **_hashes(payload, state), "state": state}
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    _tidy(folder.parent)
     temporary = folder.with_name(TEMPORARY + folder.name)
     aside = folder.with_name(SET_ASIDE + folder.name)
     try:
@@ -95,7 +89,6 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, An
 
     Raises UserError when the folder is missing, foreign, truncated, damaged or of a newer format.
     """
-    folder = Path(folder)
     if not folder.is_dir():
         raise UserError(
             f"{folder} is not a checkpoint: there is no such folder; give one like checkpoints/task_00"
@@ -105,12 +98,9 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, An
             raise UserError(f"{folder} is not a checkpoint: it holds no {name}")
     header = _read_header(folder)
     payload = (folder / TENSORS_FILE).read_bytes()
-    parts = {
-        TENSORS_FILE: (payload, header["tensors_sha256"]),
-        STATE_FILE: (_canonical(header["state"]).encode(), header["state_sha256"]),
-    }
-    for name, (content, sha256) in parts.items():
-        if hashlib.sha256(content).hexdigest() != sha256:
+    hashes = _hashes(payload, header["state"])
+    for key, name in (("tensors_sha256", TENSORS_FILE), ("state_sha256", STATE_FILE)):
+        if hashes[key] != header[key]:
             raise _damaged(folder, f"{name} does not have the recorded SHA-256")
     try:
         return safetensors_torch.load(payload), header["state"]
@@ -119,14 +109,14 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, An
 
 
 def latest_checkpoint(checkpoints: Path) -> Path | None:
-    """The checkpoint that is furthest in the run, or None where there is none (or no such folder).
+    """The checkpoint that is furthest in the run by task and step, or None where there is none.
 
-    Furthest by the (task, step) in its name: the end of a task comes after all its steps. Leftovers of
-    interrupted saves are passed over, and folders that lack a file; a damaged checkpoint is not, so that
-    `load_checkpoint` refuses it rather than a run going on silently from an older one. Reads only. UserError
-    where a file stands in its place.
+    The end of a task comes after its steps. Unfinished checkpoints are passed over; a damaged one is not, so
+    that `load_checkpoint` refuses it rather than a run going on silently from an older one.
+
+    Raises:
+        UserError: a file stands in the folder's place.
     """
-    checkpoints = Path(checkpoints)
     if not checkpoints.is_dir():
         if os.path.lexists(checkpoints):
             raise UserError(f"{checkpoints} is no folder of checkpoints: restore the folder that was there")
@@ -189,20 +179,21 @@ def _damaged(folder: Path, what: str) -> UserError:
     )
 
 
-def _canonical(state: Mapping[str, Any]) -> str:
-    """Canonical JSON of a state, independent of its layout in the file; its hash is recorded."""
-    return json.dumps(state, sort_keys=True, separators=(",", ":"))
+def _hashes(payload: bytes, state: Mapping[str, Any]) -> dict[str, str]:
+    """SHA-256 of both parts; of the state as canonical JSON, whatever its layout in the file."""
+    canonical = json.dumps(state, sort_keys=True, separators=(",", ":"))
+    return {
+        "tensors_sha256": hashlib.sha256(payload).hexdigest(),
+        "state_sha256": hashlib.sha256(canonical.encode()).hexdigest(),
+    }
 
 
-def _require_text_keys(value: Any, where: str) -> None:
+def _require_text_keys(value: Any) -> None:
     """TypeError for a key that is no text: JSON would silently turn 9 into "9"."""
     if isinstance(value, Mapping):
-        for key, item in value.items():
-            if not isinstance(key, str):
-                raise TypeError(
-                    f"{where} has the key {key!r}: only text keys come back from a checkpoint as they were"
-                )
-            _require_text_keys(item, f"{where}[{key!r}]")
-    elif isinstance(value, list | tuple):
-        for index, item in enumerate(value):
-            _require_text_keys(item, f"{where}[{index}]")
+        if others := [key for key in value if not isinstance(key, str)]:
+            raise TypeError(f"a state has the keys {others}: only text keys come back as they were")
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        for item in value:
+            _require_text_keys(item)

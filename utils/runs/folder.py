@@ -118,11 +118,9 @@ class FolderLock:
     def holder(self) -> str:
         """The process that has the lock, for a sentence."""
         try:
-            owner = read_json(self._owner)
-        except UserError:  # it has only just taken the lock
+            return "process {pid} on {host} since {since}".format_map(read_json(self._owner))
+        except (UserError, KeyError):  # it has only just taken the lock, or the file is damaged
             return "another process"
-        unknown = {"pid": "?", "host": "?", "since": "?"}
-        return "process {pid} on {host} since {since}".format_map(unknown | owner)
 
     def _left_by_the_dead(self) -> bool:
         """Whether the last holder was a process of this machine that has ended."""
@@ -183,7 +181,11 @@ def claim_folder(folder: Path, files: Mapping[str, bytes], overwrite: bool) -> C
     with ExitStack() as failed:
         failed.callback(lock.release)
         if overwrite:
-            _make_way(folder)
+            if (folder / CONFIG).is_file():
+                set_aside(folder)
+            elif os.path.lexists(folder):
+                raise UserError(f"{folder} holds no {CONFIG}, so it is not a run folder: move it away")
+            text_log(folder).unlink(missing_ok=True)  # of a folder that is gone
             notes += waiting_notes(folder)
         failed.callback(claim.abandon)
         create_folder(claim.folder, files)
@@ -225,18 +227,6 @@ def _lock_first_free(folder: Path, overwrite: bool) -> tuple[FolderLock, list[st
     raise AssertionError("unreachable: the numbers do not end")
 
 
-def _make_way(folder: Path) -> None:
-    """Set a run's folder and text log aside; UserError where the folder holds other things than a run."""
-    if os.path.lexists(folder) and not (folder / CONFIG).is_file():
-        raise UserError(
-            f"{folder} holds no {CONFIG}, so it is not a run folder: move it away, it is not overwritten"
-        )
-    if folder.is_dir():
-        set_aside(folder)
-    else:
-        remove_folder(folder)
-
-
 # ------------------------------------------------------------------------------------------------------------
 # Creating, replacing, removing; the caller holds the folder's lock
 
@@ -248,8 +238,7 @@ def create_folder(folder: Path, files: Mapping[str, bytes]) -> None:
     process left under that name is removed.
     """
     prepared = folder.with_name(f".{folder.name}.new")
-    if prepared.exists():
-        shutil.rmtree(prepared)
+    shutil.rmtree(prepared, ignore_errors=True)
     try:
         prepared.mkdir()
         for name, content in files.items():
@@ -265,12 +254,8 @@ def create_folder(folder: Path, files: Mapping[str, bytes]) -> None:
 def replaced_folders(folder: Path) -> list[Path]:
     """The earlier folders that wait beside one until it is finished, oldest first."""
     pattern = re.compile(re.escape(folder.name + REPLACED) + r"(?:_(\d+))?")
-    found = {}
-    if folder.parent.is_dir():
-        for path in folder.parent.iterdir():
-            match = pattern.fullmatch(path.name)
-            if match and path.is_dir():
-                found[int(match[1] or 1)] = path
+    names = ((path, pattern.fullmatch(path.name)) for path in folder.parent.glob("*"))
+    found = {int(match[1] or 1): path for path, match in names if match and path.is_dir()}
     return [found[number] for number in sorted(found)]
 
 

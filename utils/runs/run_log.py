@@ -27,6 +27,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from utils.console import add_handler, attach_console
 from utils.errors import UserError
 from utils.files import json_bytes, naming, replace_file
@@ -253,14 +255,13 @@ def read_accuracy_csv(folder: Path) -> list[list[float]]:
             f"{folder} holds no {ACCURACY}: no task of this run has finished, or it is not a run folder"
         )
     try:
-        rows = list(csv.reader(path.read_text(encoding="utf-8").splitlines()))
-        matrix = [[float(cell) for cell in row[: t + 1]] for t, row in enumerate(rows)]
-        triangular = all(len(row) == len(rows) and not any(row[t + 1 :]) for t, row in enumerate(rows))
-    except (ValueError, csv.Error) as error:
+        values = np.genfromtxt(path, delimiter=",", ndmin=2, encoding="utf-8")
+    except ValueError as error:
         raise UserError(f"{path} is damaged: {error}") from error
-    if not triangular or not all(0 <= value <= 100 for row in matrix for value in row):
-        raise UserError(f"{path} is damaged: not a lower-triangular matrix of percentages, {len(rows)} tasks")
-    return matrix
+    percentages = (values >= 0) & (values <= 100)
+    if not np.array_equal(percentages, np.tri(len(values))) or np.isfinite(values[~percentages]).any():
+        raise UserError(f"{path} is damaged: it is no lower-triangular matrix of percentages")
+    return [row[: t + 1].tolist() for t, row in enumerate(values)]
 
 
 class _TextLog(logging.FileHandler):

@@ -37,7 +37,7 @@ class SeedRun(NamedTuple):
 
 
 def new_command(seeds: Sequence[int], overwrite: bool) -> Command:
-    """A command that starts runs, with an id of its own."""
+    """Command that starts runs, with an id of its own."""
     return Command(id=uuid.uuid4().hex, seeds=list(seeds), overwrite=overwrite)
 
 

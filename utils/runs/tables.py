@@ -5,6 +5,8 @@ print(summary_table(matrix, 3, parameters))       # the metrics of a run, one pe
 print(seeds_table(results, config.metrics))       # mean ± std over runs that differ in their seed
 """
 
+import itertools
+import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -30,7 +32,8 @@ def value_table(
 def accuracy_table(matrix: AccuracyMatrix) -> str:
     """Rows: after task t. Columns: accuracy (%) on each task seen, then over all their images ("total")."""
     tasks = [f"task {k}" for k in range(len(matrix.rows))]
-    values = np.column_stack([pd.DataFrame(matrix.rows), matrix.curve])
+    by_column = itertools.zip_longest(*matrix.rows, fillvalue=math.nan)
+    values = np.column_stack([*by_column, matrix.curve])
     title = "Accuracy (%) after each task (rows) on the test images of each task (columns)"
     return value_table(title, tasks, [*tasks, "total"], values, 2)
 
