@@ -13,7 +13,7 @@ class tokens of the same test images after each block of the network, once for t
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -99,14 +99,10 @@ def cka(inputs: AnalysisInputs) -> AnalysisResult:
     values = np.stack([cka_matrix(list(tokens)).numpy() for tokens in blocks])  # (L, T, T)
     lowest = min(0.9, math.floor(10 * np.nanmin(values, initial=1.0)) / 10)
     spec = HeatmapSpec("block", "after task", "linear CKA", (lowest, 1.0), 3)
-    title = "Linear CKA of class tokens between tasks"
-    maps = _drift_maps(values)
-    return AnalysisResult(
-        numbers=inputs.facts | {"cka": listed(values)},
-        tables={"cka": _drift_rows(maps)},
-        figures={"cka": lambda: heatmaps_figure(maps, spec, title, inputs.about)},
-        text=_texts("linear CKA (1: the same geometry)", maps, 3),
-    )
+    title, what = "Linear CKA of class tokens between tasks", "linear CKA (1: the same geometry)"
+    found = _drift("cka", values, inputs, spec, title, inputs.about, what)
+    found.numbers["cka"] = listed(values)
+    return found
 
 
 def grassmann(inputs: AnalysisInputs) -> AnalysisResult:
@@ -119,20 +115,16 @@ def grassmann(inputs: AnalysisInputs) -> AnalysisResult:
     spec = HeatmapSpec("block", "after task", "angle (degrees)", (0.0, highest), 1)
     title = "Angle between principal subspaces of class tokens (degrees)"
     about = f"{inputs.about} · {rank} directions, root mean square of their angles; by chance {chance:.1f}"
-    maps = _drift_maps(values)
-    figures = {"grassmann": lambda: heatmaps_figure(maps, spec, title, about)}
-    if rows:
-        figures["branches"] = lambda: branch_angles_figure(rows, inputs.about)
     what = (
         f"angle between the first {rank} principal directions (degrees; two random subspaces: {chance:.1f})"
     )
+    found = _drift("grassmann", values, inputs, spec, title, about, what)
     pca = {"rank": rank, "rms_degrees": listed(values), "chance_degrees": chance}
-    return AnalysisResult(
-        numbers=inputs.facts | {"principal": pca, "branches": rows},
-        tables={"grassmann": _drift_rows(maps), "branches": rows},
-        figures=figures,
-        text=f"{_texts(what, maps, 1)}\n\n{_branch_text(rows)}",
-    )
+    found.numbers.update(principal=pca, branches=rows)
+    found.tables["branches"] = rows
+    if rows:
+        found.figures["branches"] = lambda: branch_angles_figure(rows, inputs.about)
+    return replace(found, text=f"{found.text}\n\n{_branch_text(rows)}")
 
 
 def probes(inputs: AnalysisInputs) -> AnalysisResult:
@@ -246,33 +238,42 @@ def _subspace_angles(inputs: AnalysisInputs) -> np.ndarray:
     return values
 
 
-def _drift_maps(values: np.ndarray) -> list[Heatmap]:
-    """Of values (L, T, T): those of each task with task 0, and with the task before, (L, T)."""
+def _drift(
+    name: str,
+    values: np.ndarray,
+    inputs: AnalysisInputs,
+    spec: HeatmapSpec,
+    title: str,
+    subtitle: str,
+    what: str,
+) -> AnalysisResult:
+    """Result of a measure between networks (L, T, T): each with that after task 0, and with the one before."""
     before = np.full(values.shape[:2], np.nan)
     before[:, 1:] = np.diagonal(values, offset=1, axis1=1, axis2=2)
-    return [
-        Heatmap("with the network after task 0", values[:, 0]),
+    first = values[:, 0]  # (L, T)
+    maps = [
+        Heatmap("with the network after task 0", first),
         Heatmap("with the network one task before", before),
     ]
-
-
-def _drift_rows(maps: Sequence[Heatmap]) -> list[Row]:
-    first, before = (one.values.T for one in maps)  # (T, L)
-    return [
-        {"task": t, "block": b, "with_first": number(first[t, b]), "with_before": number(before[t, b])}
-        for t, b in np.ndindex(first.shape)
+    rows = [
+        {"task": t, "block": b, "with_first": number(first[b, t]), "with_before": number(before[b, t])}
+        for t, b in np.ndindex(first.T.shape)
     ]
+    return AnalysisResult(
+        numbers=inputs.facts,
+        tables={name: rows},
+        figures={name: lambda: heatmaps_figure(maps, spec, title, subtitle)},
+        text=_texts(what, maps, spec.decimals),
+    )
 
 
 def _texts(what: str, maps: Sequence[Heatmap], decimals: int) -> str:
     """A table of blocks and tasks for each map."""
-    tables = []
-    for name, values in maps:
-        blocks, tasks = (
-            [f"{axis} {i}" for i in range(size)]
-            for axis, size in zip(("block", "task"), values.shape, strict=True)
-        )
-        tables.append(value_table(f"{what}, {name}", blocks, tasks, values, decimals))
+    blocks, tasks = (
+        [f"{axis} {i}" for i in range(n)]
+        for axis, n in zip(("block", "task"), maps[0].values.shape, strict=True)
+    )
+    tables = (value_table(f"{what}, {name}", blocks, tasks, values, decimals) for name, values in maps)
     return "\n\n".join(tables)
 
 

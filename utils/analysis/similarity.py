@@ -1,7 +1,6 @@
 """Similarity of representations (linear CKA) and distance of subspaces (principal angles).
 
-    linear_cka(x, y)                                 # x (n, p), y (n, q): row i of both is the same sample
-    cka_matrix([x, y, z])                            # of every pair
+    cka_matrix([x, y, z])[0, 1]                          # x (n, p), y (n, q): row i of all is the same sample
     a, b = pca_basis(x, rank=8), pca_basis(y, rank=8)    # (d, k), orthonormal columns
     grassmann_distance(a, b)                         # l2 norm of the principal angles, radians
 
@@ -56,11 +55,6 @@ def cka_matrix(representations: Sequence[Tensor]) -> Tensor:
             if own[i] > 0 and own[j] > 0:
                 matrix[i, j] = matrix[j, i] = _hsic(products[i, j], x, y) / math.sqrt(own[i] * own[j])
     return matrix
-
-
-def linear_cka(x: Tensor, y: Tensor) -> float:
-    """CKA (see `cka_matrix`) of two representations of the same samples, x (n, p) and y (n, q)."""
-    return float(cka_matrix([x, y])[0, 1])
 
 
 def pca_basis(x: Tensor, rank: int) -> Tensor:

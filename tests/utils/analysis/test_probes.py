@@ -136,8 +136,10 @@ def test_transfer_needs_the_same_coordinates() -> None:
 
 @pytest.mark.parametrize("shapes", [((1, 4), (1,)), ((6, 4), (5,)), ((6,), (6,))])
 def test_what_cannot_be_fitted_is_refused(shapes: tuple[tuple[int, ...], ...]) -> None:
-    with pytest.raises(ValueError, match="no probe"):
-        fit_probe(normal(*shapes[0]), torch.zeros(shapes[1], dtype=torch.int64))
+    x, labels = normal(*shapes[0]), torch.zeros(shapes[1], dtype=torch.int64)
+    for fit in (fit_probe, lambda x, labels: unit_report(x, labels, rng("test", 0))):
+        with pytest.raises(ValueError):
+            fit(x, labels)
 
 
 # --- units --------------------------------------------------------------------------------------------------
@@ -183,14 +185,3 @@ def test_purity_from_one_label_to_all_alike(together: bool, purity: float) -> No
     labels = torch.tensor([[0, 0], [0, 1], [1, 0], [1, 1]]).repeat(20, 1)
     units = (labels.sum(1, keepdim=True) if together else labels).double()
     assert unit_report(units, labels, rng("test", 0), 3).purity == pytest.approx(purity)
-
-
-def test_the_same_generator_draws_the_same_chance() -> None:
-    units, labels = sparse_units(60)
-    first, second, other = (unit_report(units, labels, rng("test", s), 20).threshold for s in (7, 7, 8))
-    assert torch.equal(first, second) and not torch.equal(first, other)
-
-
-def test_units_and_labels_of_different_samples_are_refused() -> None:
-    with pytest.raises(ValueError, match="no correlation"):
-        unit_report(normal(5, 2), torch.ones(4, 2), rng("test", 0))

@@ -5,8 +5,6 @@ import json
 import os
 import random
 import shutil
-import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -164,29 +162,6 @@ def test_crash_at_every_step_leaves_a_whole_checkpoint(tmp_path, monkeypatch, re
         step += 1
     assert seen == {1, 2}
     assert step >= (7 if replacing else 6)
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_sigkill_while_saving_in_a_loop(tmp_path):
-    """A process that replaces one checkpoint for ever is killed at random: a whole one is always there."""
-    folder = saved(tmp_path / "task_00", 0)
-    mark, kills, waits = 0, 0, random.Random(0)
-    while kills < 15 or mark <= 15:  # until it was killed often enough and has also got somewhere
-        child = os.fork()
-        if child == 0:
-            try:
-                while True:
-                    mark += 1
-                    saved(folder, mark)
-            finally:
-                os._exit(1)  # a failing child must not go on with the test suite
-        time.sleep(waits.uniform(0.005, 0.05) * (1 + kills / 15))
-        kills += 1
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        tensors, state = load_checkpoint(latest_checkpoint(tmp_path))
-        assert tensors["mark"].item() == state["mark"] >= mark
-        mark = state["mark"]
 
 
 @pytest.mark.parametrize("name", ["state.json", "tensors.safetensors"])

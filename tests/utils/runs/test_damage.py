@@ -135,13 +135,6 @@ def test_an_unfinished_run(name: str, damages: Iterable[str], unfinished: Path, 
         answered(name, main.main, "--resume", str(damaged(unfinished, name, damage)))
 
 
-def test_events_that_cannot_be_drawn(finished: Path, damaged, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = damaged(finished, "metrics.jsonl", "other keys")
-    assert evaluation.main(["--run", str(folder), "--recorded"]) == 2
-    told = capsys.readouterr().err
-    assert "metrics.jsonl" in told and "Traceback" not in told
-
-
 def keys_of(state: dict, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
     """Every key of nested objects, three deep."""
     for key, value in state.items():

@@ -149,16 +149,6 @@ def test_overwriting_waits_for_the_end_of_the_new_run(
     assert not list(finished.parent.glob("*replaced*")) and (finished / "result.json").exists()
 
 
-def test_overwriting_again_keeps_both_until_the_end(finished: Path, in_second_task: int) -> None:
-    before, logs = content(finished), finished.parents[4]
-    for count in (1, 2):
-        assert run([*command(logs), "--overwrite"], die_at=in_second_task)[0] == -signal.SIGKILL
-        assert len(replaced_folders(finished)) == count
-    assert content(replaced_folders(finished)[0]) == before
-    assert main.main([*command(logs), "--overwrite"]) == 0
-    assert visible(finished) == alone(finished)
-
-
 def failing(monkeypatch: pytest.MonkeyPatch, moment: str, error: BaseException) -> None:
     """Let a moment of the run raise an error."""
 
