@@ -45,7 +45,7 @@ class Results:
         baseline: str | None = None,
         origins: Mapping[str, Mapping[int, Provenance]] | None = None,
     ) -> None:
-        """Keep results that `utils.runs.result.fault_of` finds no fault with, at least one.
+        """Keep results that `utils.runs.metrics.fault_of` finds no fault with, at least one.
 
         Args:
             origins: cell -> seed -> provenance, in the order in which runs ended; without it all are alike.

@@ -16,6 +16,7 @@ Every seed is a run of its own, and the runs of one command share its id. `finis
 import hashlib
 import platform
 import subprocess
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -185,23 +186,22 @@ class Provenance:
     """The code, libraries, data and weights that a run's numbers come from, beside configuration and seed.
 
     Attributes:
-        values: kind ("code", "libraries", "data", "weights") -> name -> hash or version. A kind that the run
-            has none of is absent.
-        sources: kind -> the values of its `SOURCES`.
+        values: (kind, source) -> name -> hash or version. The kinds are "code", "libraries", "data" and
+            "weights"; the source holds the values of the kind's `SOURCES`.
         commit: of the code, for readers.
     """
 
-    values: Mapping[str, Mapping[str, str]]
-    sources: Mapping[str, tuple[Any, ...]]
+    values: Mapping[tuple[str, tuple[str, ...]], Mapping[str, str]]
     commit: str | None = None
 
     def unlike(self, other: "Provenance") -> list[str]:
         """The kinds in which two runs differ although their configurations ask for the same."""
-        return [
-            kind
-            for kind, value in self.values.items()
-            if other.values.get(kind, value) != value and other.sources.get(kind) == self.sources.get(kind)
-        ]
+        return [key[0] for key, value in self.values.items() if other.values.get(key, value) != value]
+
+    @property
+    def hashes(self) -> dict[str, Mapping[str, str]]:
+        """Hashes of data and weights, whatever their sources."""
+        return {kind: value for (kind, _), value in self.values.items() if kind in SOURCES}
 
 
 def read_provenance(folder: Path) -> Provenance:
@@ -211,41 +211,42 @@ def read_provenance(folder: Path) -> Provenance:
     """
     config, manifest = read_json(folder / CONFIG), read_manifest(folder)
     sessions, more = manifest.sessions, manifest.model_extra or {}
-    libraries = dict.fromkeys(name for session in sessions for name in session.versions)
+    names = dict.fromkeys(name for session in sessions for name in session.versions)
     values = {
-        "code": {"sha256": _joined(session.code_sha256 for session in sessions)},
-        "libraries": {
-            name: _joined(session.versions.get(name) for session in sessions) for name in libraries
+        ("code", ()): {"sha256": _joined(session.code_sha256 for session in sessions)},
+        ("libraries", ()): {
+            name: _joined(session.versions.get(name) for session in sessions) for name in names
         },
     }
     try:
-        values |= {kind: {"sha256": str(more[kind]["sha256"])} for kind in SOURCES if kind in more}
+        for kind, keys in SOURCES.items():
+            if kind in more:
+                source = tuple(str(config.get(key)) for key in keys)
+                values[kind, source] = {"sha256": str(more[kind]["sha256"])}
     except (KeyError, TypeError) as error:
         raise UserError(
             f"{folder / MANIFEST} lacks the hash of the run's data or weights: it is damaged, restore it"
         ) from error
-    sources = {kind: tuple(str(config.get(key)) for key in keys) for kind, keys in SOURCES.items()}
-    return Provenance(values, sources, _joined(str(session.commit)[:SHOWN] for session in sessions))
+    return Provenance(values, _joined(str(session.commit)[:SHOWN] for session in sessions))
 
 
 def present() -> Provenance:
     """The provenance of a run that starts now, without data and weights."""
-    return Provenance({"code": {"sha256": code_sha256()}, "libraries": versions()}, {})
+    return Provenance({("code", ()): {"sha256": code_sha256()}, ("libraries", ()): versions()})
 
 
 def changes(origins: Mapping[str, Provenance]) -> list[str]:
     """A sentence for each kind that differs between runs that ask for the same; origins: by run labels."""
-    groups: dict[tuple[str, Any], dict[Any, list[str]]] = {}  # (kind, source) -> value -> labels
+    groups: dict[Any, dict[Any, list[str]]] = defaultdict(lambda: defaultdict(list))
     for label, origin in origins.items():
-        for kind, value in origin.values.items():
-            group = groups.setdefault((kind, origin.sources.get(kind)), {})
-            group.setdefault(tuple(sorted(value.items())), []).append(label)
-    parts: dict[str, list[str]] = {}
+        for key, value in origin.values.items():
+            groups[key][tuple(sorted(value.items()))].append(label)
+    parts: dict[str, list[str]] = defaultdict(list)
     for (kind, source), group in groups.items():
         common = set.intersection(*map(set, group))  # of versions: those that did not change
         for value, labels in group.items() if len(group) > 1 else ():
             name = source[0] if source else origins[labels[0]].commit if kind == "code" else None
-            parts.setdefault(kind, []).append(f"{_shown(dict(value), common, name)} in {_named(labels)}")
+            parts[kind].append(f"{_shown(dict(value), common, name)} in {_named(labels)}")
     return [f"The {kind} changed between runs: {', '.join(texts)}" for kind, texts in parts.items()]
 
 
@@ -254,14 +255,8 @@ def outdated(origins: Mapping[str, Provenance]) -> dict[str, list[str]]:
 
     Runs without any are absent. origins: by the runs' labels, in the order in which they ended.
     """
-    last: dict[tuple[str, Any], Mapping[str, str]] = {}
-    for origin in origins.values():
-        last |= {(kind, origin.sources.get(kind)): value for kind, value in origin.values.items()}
-    found = {
-        label: [kind for kind, value in own.values.items() if value != last[kind, own.sources.get(kind)]]
-        for label, own in origins.items()
-    }
-    return {label: kinds for label, kinds in found.items() if kinds}
+    last = Provenance({key: value for origin in origins.values() for key, value in origin.values.items()})
+    return {label: kinds for label, origin in origins.items() if (kinds := origin.unlike(last))}
 
 
 def _shown(value: Mapping[str, str], common: set[tuple[str, str]], name: str | None) -> str:

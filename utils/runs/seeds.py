@@ -106,13 +106,11 @@ def check_one_experiment(configs: Sequence[tuple[Path, RunConfig]]) -> list[str]
     check_same_config(configs)
     origins = {folder: read_provenance(folder) for folder in by_seed.values()}
     first = configs[0][0]
-    for folder in origins:
-        ours, theirs = origins[first].values, origins[folder].values
-        other = [kind for kind in ("data", "weights") if ours.get(kind) != theirs.get(kind)]
-        if other:
+    for folder, origin in origins.items():
+        if origin.hashes != origins[first].hashes:
             raise UserError(
-                f"{first} and {folder} were run with other {' and '.join(other)} (the hashes differ): a mean "
-                "is over runs that differ in their seed alone; a sweep compares experiments"
+                f"{first} and {folder} were run with other data or weights (the hashes differ): a mean is "
+                "over runs that differ in their seed alone; a sweep compares experiments"
             )
     return changes({str(folder): origin for folder, origin in origins.items()})
 
