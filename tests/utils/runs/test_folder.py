@@ -12,6 +12,7 @@ from utils.config.schema import RunConfig
 from utils.errors import UserError
 from utils.runs.folder import (
     FolderLock,
+    claim_folder,
     create_folder,
     folder_of,
     remove_replaced,
@@ -129,8 +130,11 @@ def test_what_was_moved_and_not_replaced_comes_back(tmp_path: Path, monkeypatch)
     assert restore_replaced(folder) == tmp_path / "run.replaced"
     assert content(folder) == ("first", "first")
     set_aside(folder)
-    restore_replaced(folder)
-    assert content(folder) == ("first", "first") and replaced_folders(folder) == []
+    claim = claim_folder(folder, {"config.json": b"{}"}, overwrite=False)
+    assert claim.folder.name == "run_2" and content(folder) == ("first", "first")
+    claim.abandon()
+    claim.lock.release()
+    assert replaced_folders(folder) == [] and not claim.folder.exists()
 
 
 def test_a_replaced_folder_that_is_written_stays(tmp_path: Path, caplog) -> None:

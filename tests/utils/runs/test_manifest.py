@@ -76,11 +76,6 @@ def test_every_kind_of_change_is_seen_and_told_in_a_line(
     assert outdated(found) == {"run 0": [kind], "run 1": [kind]}
 
 
-def test_only_versions_that_changed_are_named(tmp_path: Path) -> None:
-    (sentence,) = changes(origins(tmp_path, {}, CHANGES[1][1]))
-    assert "numpy 2.4.0 in run 0, numpy 2.5.0 in run 1" in sentence and "torch" not in sentence
-
-
 def test_nothing_changed(tmp_path: Path) -> None:
     """A device, a commit that touches no code, and runs of other kinds are no change."""
     found = origins(tmp_path, {}, {"device": "NVIDIA H200", "commit": "another"})
@@ -97,7 +92,8 @@ def test_a_run_that_other_code_went_on_with_is_of_neither(tmp_path: Path) -> Non
     ).values()
     assert both.unlike(first) == both.unlike(second) == ["code", "libraries"]
     code, libraries = changes({"a": first, "b": both})
-    assert "cccccccccccc + ffffffffffff (" in code and "numpy 2.4.0 + 2.5.0 in b" in libraries
+    assert "cccccccccccc + ffffffffffff (" in code
+    assert "numpy 2.4.0 + 2.5.0 in b" in libraries and "torch" not in libraries
 
 
 def test_other_data_and_weights_are_no_change_where_they_were_asked_for(tmp_path: Path) -> None:
@@ -114,12 +110,9 @@ DAMAGED = [
     "{}",
     json.dumps({"versions": SESSION["versions"], "commit": "1" * 40}),  # of an early version of the program
     json.dumps(MANIFEST | {"sessions": []}),
-    json.dumps(MANIFEST | {"sessions": 3}),
-    json.dumps(MANIFEST | {"sessions": [3]}),
     json.dumps(MANIFEST | {"data": "cifar224"}),
     json.dumps(MANIFEST | {"weights": {}}),
     json.dumps(MANIFEST | {"sessions": [SESSION | {"versions": ["torch"]}]}),
-    json.dumps(MANIFEST | {"sessions": [SESSION | {"threads": "two"}]}),
     json.dumps(MANIFEST | {"sessions": [{"versions": SESSION["versions"]}]}),
 ]
 
