@@ -1,4 +1,4 @@
-"""Arguments of the commands: paths as people type them, and a way out for arguments that a command does not have.
+"""Arguments of the commands: paths, and advice on arguments that a command does not have.
 
 parser.add_argument("--run", type=given_path)
 options = parse_or_advise(parser, arguments, lambda name, value: f"write --set {name}={value}")
@@ -43,7 +43,7 @@ def parse_or_advise(
 
 
 def as_set(key: str, values: Sequence[str]) -> str:
-    """The `--set` argument that gives a key the values typed after `--key`; `True` and `None` become JSON's words."""
+    """The `--set` argument that gives a key the values typed after `--key`, in JSON's words."""
     words = {"True": "true", "False": "false", "None": "null"}
     plain = [words.get(value, value) for value in values] or ["true"]
     text = plain[0] if len(plain) == 1 else f"[{','.join(map(_json, plain))}]"
@@ -59,7 +59,7 @@ def _json(text: str) -> str:
 
 
 def _settings(unknown: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
-    """(name, values) of the arguments `--name value ...` and `--name=value`; a value without a name has the name ""."""
+    """(name, values) of arguments `--name value ...` and `--name=value`; "" where there is no name."""
     name, values = "", []
     for argument in unknown:
         if argument.startswith("--"):

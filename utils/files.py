@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, JSON read with one sentence for what is wrong with it, hashes.
+"""Files: written whole or not at all, JSON, headers of .npz files, hashes.
 
 replace_file(folder / "summary.md", text.encode())
 write_json(folder / "config.json", values)
@@ -33,11 +33,9 @@ IRREGULAR = {
 
 
 def replace_file(path: Path, content: bytes) -> Path:
-    """Write a file so that at every moment the old one or the new one is there, whole; returns its path.
+    """Write a file atomically, by way of a hidden temporary file beside it; returns its path.
 
-    The content goes to a hidden temporary file beside it, is forced to disk and renamed. The folder must
-    exist. Raises OSError, naming the file, when the disk does not take it; the temporary file is removed
-    then.
+    The folder must exist. OSError, naming the file: the disk does not take it; the old one stays.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -95,14 +93,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def npz_headers(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-    """Shape and type of every array in an .npz, from the headers alone.
-
-    Reading an array sets aside the memory that its header asks for; what is in a damaged one can be any
-    number.
+    """Shape and type of every array in an .npz, from the headers alone: checked before memory is taken.
 
     Raises:
         ValueError: a header is none, asks for other than the bytes that follow it, or for more than the file
-        can hold. OSError, zipfile.BadZipFile: the file cannot be read, or is no archive.
+            can hold.
+        OSError, zipfile.BadZipFile: the file cannot be read, or is no archive.
     """
     headers, most = {}, DEFLATE_LIMIT * path.stat().st_size
     with zipfile.ZipFile(path) as archive:

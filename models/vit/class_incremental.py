@@ -248,7 +248,7 @@ class ClassIncrementalLearner(Learner):
                     bar.update()
                 tokens.append(torch.cat(found, dim=1))
                 spaces.append(self.branch_spaces())
-        about = describe(self.config.model_dump(), {"seed": self.seed})
+        about = describe(self.config.model_dump())
         labels = self.data.targets(images, "test")
         return AnalysisInputs(
             torch.stack(tokens), labels, spaces, self.seed, f"{about} · {len(images)} test images"

@@ -247,7 +247,7 @@ def _drift(
     subtitle: str,
     what: str,
 ) -> AnalysisResult:
-    """Result of a measure between networks (L, T, T): each with that after task 0, and with the one before."""
+    """Result of a measure (L, T, T): each network with that after task 0, and with the one before."""
     before = np.full(values.shape[:2], np.nan)
     before[:, 1:] = np.diagonal(values, offset=1, axis1=1, axis2=2)
     first = values[:, 0]  # (L, T)

@@ -7,8 +7,7 @@
     figures/norms.png             size of the fast and the slow branch in each block (where a run logs it)
     figures/growth.png            number of adapters in each block
 
-A method names its own `Figures`. An unfinished run is drawn as far as it got. Colours can be told apart by
-colour-blind readers and in print.
+A method names its own `Figures`. An unfinished run is drawn as far as it got.
 """
 
 from __future__ import annotations
@@ -57,20 +56,18 @@ def draw_figures(run_folder: Path, figures: Figures) -> list[Path]:
     """Draw every figure the run has numbers for into `<run_folder>/figures`; returns the files written.
 
     Args:
-        run_folder: the run's.
-        figures: (events, rows of the accuracy matrix, line under the titles) -> figures by file name: a
-        learner's.
+        figures: a learner's, (events, rows of the accuracy matrix, line under the titles) -> figures by file
+            name.
 
-    Raises UserError when the folder is not a run folder or one of its files is damaged.
+    Raises:
+        UserError: the folder is no run's, or one of its files is damaged.
     """
-    run_folder = Path(run_folder)
-    config = read_json(run_folder / CONFIG)
-    result = read_json(run_folder / RESULT) if (run_folder / RESULT).exists() else None
+    about = describe(read_json(run_folder / CONFIG), finished=(run_folder / RESULT).exists())
     events = read_metrics(run_folder)
     rows = read_accuracy_csv(run_folder) if (run_folder / ACCURACY).exists() else []
     try:
         with mpl.rc_context(STYLE):
-            found = figures(events, rows, describe(config, result))
+            found = figures(events, rows, about)
             drawn = {name: png(figure) for name, figure in found.items()}
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         told = in_one_line(error)
@@ -102,14 +99,11 @@ def class_incremental_figures(
     return figures
 
 
-def describe(config: Mapping[str, Any], result: Mapping[str, Any] | None) -> str:
+def describe(config: Mapping[str, Any], finished: bool = True) -> str:
     """Line under a figure's title: prefix, method, data, backbone, seed, and whether it is unfinished."""
-    seed = (result or {}).get("seed", config.get("seed"))
-    if isinstance(seed, list):
-        seed = ", ".join(map(str, seed))
     names = [config.get(key) for key in ("prefix", "model_name", "dataset", "backbone_type", "encoder")]
-    parts = [str(name) for name in names if name] + [f"seed {seed}"]
-    return " · ".join(parts if result else [*parts, "unfinished"])
+    parts = [str(name) for name in names if name] + [f"seed {config.get('seed')}"]
+    return " · ".join(parts if finished else [*parts, "unfinished"])
 
 
 def accuracy_matrix_figure(rows: Sequence[Sequence[float]], totals: Sequence[float], subtitle: str) -> Figure:

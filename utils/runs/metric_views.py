@@ -8,7 +8,7 @@ import csv
 import os
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,10 @@ NUMBERED_FIELDS = {"block", "adapter"}  # numbers that say what an event is abou
 
 
 def scalars(event: Mapping[str, Any]) -> list[tuple[str, float]]:
-    """Numbers of an event with their TensorBoard tags: [(tag, value)].
+    """Numbers of an event with their tags, such as `epoch/rd/block_09/loss` and `task/accuracy/00`.
 
-    The tag is the event's name, then what it is about (text fields, block and adapter numbers), then the
-    value's field: `epoch/rd/block_09/loss`, `task/accuracy/00`. Position in the run (task, epoch, step) and
-    nulls are not drawn.
+    A tag is the event's name, its text fields, block and adapter numbers, and the value's field. Position in
+    the run (task, epoch, step) and nulls are left out.
     """
     about = [
         f"{name}_{value:02d}" if name in NUMBERED_FIELDS else str(value)
@@ -40,10 +39,7 @@ def scalars(event: Mapping[str, Any]) -> list[tuple[str, float]]:
 
 
 class MetricViews:
-    """The numbers of events as TensorBoard's file and as a table.
-
-    The step is a counter for each tag, so that the same events always give the same curves and lines.
-    """
+    """Numbers of events as TensorBoard's file and as a table; the step is a counter per tag."""
 
     def __init__(self, board: Path, table: Path) -> None:
         board.mkdir(exist_ok=True)
@@ -79,14 +75,11 @@ class MetricViews:
 
 def _numbers(values: Any) -> Iterator[tuple[list[str], float]]:
     """Every number inside nested mappings and lists, with the path to it."""
+    if isinstance(values, list):
+        values = dict(enumerate(values))
     if isinstance(values, bool | int | float):
         yield [], float(values)
-        return
-    items: Iterable[tuple[Any, Any]] = ()
-    if isinstance(values, Mapping):
-        items = values.items()
-    elif isinstance(values, list):
-        items = enumerate(values)
-    for key, item in items:
-        for path, number in _numbers(item):
-            yield [str(key).zfill(2) if str(key).isdigit() else str(key), *path], number
+    elif isinstance(values, Mapping):
+        for key, item in values.items():
+            name = str(key).zfill(2) if str(key).isdigit() else str(key)
+            yield from (([name, *path], number) for path, number in _numbers(item))

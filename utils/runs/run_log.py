@@ -78,12 +78,11 @@ class RunLog:
     ) -> RunLog:
         """Start the record of a new run in `folder` or a numbered sibling (see `claim_folder`).
 
-        The folder holds `config.json` (and `manifest.json`) from its first moment on. Raises UserError when
-        it cannot be created, is being written, or is to be replaced and is no run's.
+        The folder holds `config.json` (and `manifest.json`) from its first moment on.
         """
         files = {CONFIG: config} | ({} if manifest is None else {MANIFEST: manifest})
         contents = {name: json_bytes(_plain(values)) for name, values in files.items()}
-        claim = claim_folder(Path(folder), contents, overwrite)
+        claim = claim_folder(folder, contents, overwrite)
         with ExitStack() as failed:
             failed.callback(claim.lock.release)
             failed.callback(claim.abandon)
@@ -97,14 +96,15 @@ class RunLog:
 
     @classmethod
     def reopen(cls, folder: Path, metrics_bytes: int, lock: FolderLock | None = None) -> RunLog:
-        """Go on with the record of an interrupted run as it stood when a checkpoint noted `metrics_bytes`.
+        """Record of an interrupted run, with `metrics.jsonl` cut to its size at a checkpoint.
 
-        Cuts `metrics.jsonl` to that size, writes its views again, and appends to the text log.
-        lock: the folder's, where the caller has taken it; it is given back when the record is closed.
-        Raises UserError when the folder is not a run's or is being written, or `metrics.jsonl` cannot have
-        had that size.
+        Args:
+            metrics_bytes: size of `metrics.jsonl` when the checkpoint was saved.
+            lock: the folder's, where the caller has taken it; it is released when the record is closed.
+
+        Raises:
+            UserError: no run folder, or it is being written, or `metrics.jsonl` cannot have had that size.
         """
-        folder = Path(folder)
         if not (folder / CONFIG).is_file():
             raise UserError(f"{folder} is not a run folder: it holds no {CONFIG}")
         lock = lock or FolderLock(folder).acquire()
@@ -121,17 +121,16 @@ class RunLog:
 
     @property
     def metrics_bytes(self) -> int:
-        """Size of `metrics.jsonl` in bytes, all of them on disk, so that a checkpoint can rely on them."""
+        """Size of `metrics.jsonl`, all of it on disk, for a checkpoint."""
         with naming(self.folder / METRICS):
             os.fsync(self._metrics.fileno())
         return os.fstat(self._metrics.fileno()).st_size
 
     def metric(self, event: str, **fields: Any) -> None:
-        """Append `{"event": event, **fields}` to `metrics.jsonl` and hand it to the operating system.
+        """Append `{"event": event, **fields}` to `metrics.jsonl`, in plain JSON; non-finite numbers are null.
 
-        Non-finite numbers become null; NumPy and tensor values become plain ones; keys become text.
-        A killed process loses at most the line it was writing. OSError when the disk does not take it; no
-        part of the line stays then.
+        A killed process loses at most the line it was writing. OSError: the disk does not take it; no part of
+        the line stays.
         """
         record = {"event": event, **_plain(fields)}
         line = json.dumps(record, allow_nan=False).encode() + b"\n"
@@ -198,7 +197,7 @@ class RunLog:
 
 
 class SilentLog(RunLog):
-    """The record as processes other than the first see it: the same calls, nothing written."""
+    """Record of the processes other than the first: nothing is written."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -221,11 +220,12 @@ class SilentLog(RunLog):
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The events in a run's `metrics.jsonl`, in order. A last line that was never finished is left out.
+    """The events in a run's `metrics.jsonl`, in order, without a last line that was never finished.
 
-    Raises UserError when there is no such file or a finished line is not a JSON object.
+    Raises:
+        UserError: there is no such file, or a finished line is no event.
     """
-    path = Path(folder) / METRICS
+    path = folder / METRICS
     if not path.is_file():
         raise UserError(f"{folder} holds no {METRICS}: it is not a run folder")
     *finished, _torn = path.read_bytes().split(b"\n")
@@ -247,9 +247,10 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 def read_accuracy_csv(folder: Path) -> list[list[float]]:
     """The rows of a run's `accuracy.csv` in percent; row t has t + 1 entries.
 
-    Raises UserError when there is no such file or it is not a lower-triangular matrix of numbers.
+    Raises:
+        UserError: there is no such file, or it is no lower-triangular matrix of percentages.
     """
-    path = Path(folder) / ACCURACY
+    path = folder / ACCURACY
     if not path.is_file():
         raise UserError(
             f"{folder} holds no {ACCURACY}: no task of this run has finished, or it is not a run folder"
@@ -265,7 +266,7 @@ def read_accuracy_csv(folder: Path) -> list[list[float]]:
 
 
 class _TextLog(logging.FileHandler):
-    """The text log of one run; OSError on a full disk. Its type tells whether another run is still open."""
+    """Text log of one run, which raises OSError on a full disk."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         error = sys.exc_info()[1]
