@@ -164,9 +164,7 @@ def unit_report(
 ) -> UnitReport:
     """Correlations of units (n, k) with labels (n, P), beside those with permuted labels.
 
-    Samples are taken to be independent. A permutation moves all labels of a sample together, so it keeps how
-    labels occur with one another, and takes the largest |r| over units, as `best` does: many units are no
-    advantage.
+    A permutation moves all labels of a sample together, and the largest |r| over units counts, as in `best`.
 
     Args:
         activities: (n, k); a unit that is exactly 0 is not active.

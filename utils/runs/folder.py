@@ -2,11 +2,8 @@
 
     claim = claim_folder(folder_of(config, seed=1993), {"config.json": text.encode()}, overwrite=False)
     claim.folder                 # the first free one of folder, folder_2, ...: locked, with its config.json
-    claim.abandon()              # where nothing was recorded: removed, and what it was to replace is back
-    remove_replaced(folder)      # where the new run is finished
-
-    with FolderLock(folder):     # UserError that names the process which writes the folder
-        ...
+    claim.abandon()              # removed if nothing was recorded, and what it was to replace is back
+    remove_replaced(folder)      # once the new run is finished
 
 The folder of a sweep is locked and replaced by the same functions.
 """
@@ -72,10 +69,10 @@ class FolderInUse(UserError):
 
 
 class FolderLock:
-    """Lock of a folder: one process at a time writes it, and loses the lock when it ends, however it ends.
+    """Lock of a folder, for one process at a time, which loses it when it ends.
 
     The lock is a hidden file beside the folder, `.<name>.lock`, which stays; while it is held,
-    `.<name>.lock.json` says by whom. The folder itself need not exist, its parent must.
+    `.<name>.lock.json` names the process. The folder need not exist, its parent must.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -86,7 +83,7 @@ class FolderLock:
         self._owner = real.with_name(f".{real.name}.lock.json")
 
     def acquire(self) -> FolderLock:
-        """Take the lock. FolderInUse, which names the process that has it, where another does."""
+        """Take the lock. FolderInUse: another process has it."""
         try:
             self._lock.acquire(timeout=ORPHANS if self._left_by_the_dead() else 0)
         except Timeout:
@@ -137,10 +134,7 @@ class FolderLock:
 
 @dataclass(frozen=True)
 class Claim:
-    """The folder of a new run, locked by this process; `notes` are for the log.
-
-    new_parents: folders that were made for it, the innermost first.
-    """
+    """Locked folder of a new run, notes for the log, and the parents made for it, innermost first."""
 
     folder: Path
     lock: FolderLock
@@ -164,12 +158,13 @@ class Claim:
 
 
 def claim_folder(folder: Path, files: Mapping[str, bytes], overwrite: bool) -> Claim:
-    """Make the folder of a new run, which holds the files from its first moment on.
+    """Make the folder of a new run with its first files.
 
-    An existing folder is left alone: the run goes to `<folder>_2` (or `_3`, ...), and the notes name what is
-    there, an unfinished run with the command that continues it. With `overwrite` the existing folder and its
-    log are set aside until the new run is finished. Raises UserError when the folder cannot be created, is
-    being written, or is to be replaced and is no run's.
+    An existing folder is left alone: the run goes to `<folder>_2` (or `_3`, ...), and the notes say why. With
+    `overwrite` the existing folder and its log are set aside until the new run is finished.
+
+    Raises:
+        UserError: the folder cannot be created, is being written, or is to be replaced and is no run's.
     """
     new_parents = [parent for parent in folder.parents if not parent.exists()]
     try:
@@ -202,17 +197,16 @@ def waiting_notes(folder: Path) -> list[str]:
 def _lock_first_free(folder: Path, overwrite: bool) -> tuple[FolderLock, list[str]]:
     """The lock of the first free of `folder`, `folder_2`, ... and a sentence about each that is taken.
 
-    With `overwrite` that of `folder` itself; FolderInUse when another process has it.
+    With `overwrite` always that of `folder`. FolderInUse: another process has that.
     """
     notes: list[str] = []
     for candidate in _numbered(folder):
-        lock = FolderLock(candidate)
         try:
-            lock.acquire()
+            lock = FolderLock(candidate).acquire()
         except FolderInUse:
             if overwrite:
                 raise
-            notes.append(f"{candidate} is being written by {lock.holder}")
+            notes.append(f"{candidate} is being written by {FolderLock(candidate).holder}")
             continue
         restore_replaced(candidate)
         if overwrite or not (os.path.lexists(candidate) or os.path.lexists(text_log(candidate))):
@@ -232,11 +226,7 @@ def _lock_first_free(folder: Path, overwrite: bool) -> tuple[FolderLock, list[st
 
 
 def create_folder(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Make a folder that holds files from its first moment on. OSError: it cannot be made.
-
-    It is prepared as `.<name>.new` and renamed, so that no moment shows it without them; what a killed
-    process left under that name is removed.
-    """
+    """Make a folder and its files at once: prepared as `.<name>.new`, then renamed. OSError: refused."""
     prepared = folder.with_name(f".{folder.name}.new")
     shutil.rmtree(prepared, ignore_errors=True)
     try:
@@ -268,10 +258,7 @@ def set_aside(folder: Path) -> Path:
 
 
 def restore_replaced(folder: Path) -> Path | None:
-    """Move the newest folder that was set aside back where none stands in its place; returns where it was.
-
-    That is so after a process was killed between the two moves, and when its replacement was given up.
-    """
+    """Move the newest folder that was set aside back unless its replacement exists; returns where it was."""
     aside = replaced_folders(folder)
     if not aside or os.path.lexists(folder):
         return None

@@ -94,14 +94,12 @@ class Manifest(Strict, extra="allow"):
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of a run folder. UserError: it is absent or damaged."""
     path = folder / MANIFEST
-    values = read_json(path)
     try:
-        return Manifest.model_validate(values)
+        return Manifest.model_validate(read_json(path))
     except ValidationError as error:
-        detail = error.errors(include_url=False)[0]
-        where = ".".join(map(str, detail["loc"]))
+        first = error.errors()[0]
         raise UserError(
-            f"{path} is damaged or of another version of this program: {where}: {detail['msg']}; restore it"
+            f"{path} is damaged or of another version: {first['loc']}: {first['msg']}; restore it"
         ) from error
 
 
@@ -146,11 +144,7 @@ def library_versions() -> dict[str, str]:
 
 @cache
 def code_sha256(root: Path = ROOT) -> str:
-    """SHA-256 over names and contents of the program's Python files, as they are when it is first asked for.
-
-    Unlike a commit it sees changes that were not committed, and does not change with a commit that touches no
-    code.
-    """
+    """SHA-256 over names and contents of the program's Python files at the first call, committed or not."""
     digest = hashlib.sha256()
     for path in sorted({path for pattern in CODE for path in root.glob(pattern)}):
         content = path.read_bytes()

@@ -42,9 +42,7 @@ def new_command(seeds: Sequence[int], overwrite: bool) -> Command:
 
 
 def seed_runs(folder: Path, config: RunConfig, command: Command) -> list[SeedRun]:
-    """The runs of a command: that in the folder first, then the others, which lie beside it, in order.
-
-    They are found also where the prefix was edited since they were made.
+    """The runs of a command: that in the folder, then the others beside it, also under an edited prefix.
 
     Raises:
         UserError: the config in the folder is not of a seed of the command, or a manifest is damaged.
@@ -69,7 +67,7 @@ def seed_runs(folder: Path, config: RunConfig, command: Command) -> list[SeedRun
 
 
 def _is_of(folder: Path, command: Command, surely: bool) -> bool:
-    """Whether a folder holds a run of a command; where its manifest is damaged no, or refused if `surely`."""
+    """Whether a folder holds a run of a command; a damaged manifest is refused only if `surely` is set."""
     try:
         return (folder / MANIFEST).exists() and read_manifest(folder).command.id == command.id
     except UserError:
@@ -92,7 +90,7 @@ def check_same_config(configs: Sequence[tuple[Path, RunConfig]]) -> None:
 
 
 def check_one_experiment(configs: Sequence[tuple[Path, RunConfig]]) -> list[str]:
-    """Refuse run folders that differ in more than their seed; a sentence where their code or libraries do.
+    """Sentences about code or libraries that differ between runs of one experiment.
 
     Raises:
         UserError: a seed stands twice, or configs, data or weights differ.
