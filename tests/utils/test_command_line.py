@@ -1,13 +1,11 @@
 """utils.command_line: arguments of other tools are answered with the form that works."""
 
-import json
 from pathlib import Path
 
 import pytest
 
 import eval as evaluation
 import main
-from tests.conftest import ROOT
 from utils.command_line import given_path
 
 
@@ -53,20 +51,6 @@ def test_eval_answers_with_its_own_form(arguments: list[str], capsys: pytest.Cap
 
 def test_eval_needs_a_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--run FOLDER" in refused(capsys, evaluation)
-
-
-def test_the_argument_that_is_named_does_what_was_meant(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Every key of a config file, written as an option, is answered with a setting of its value."""
-    values = json.loads((ROOT / "exps/smoke.json").read_text(encoding="utf-8"))
-    del values["description"]
-    arguments = [part for key, value in values.items() for part in (f"--{key}", json.dumps(value))]
-    lines = refused(capsys, main, *arguments).split("error: ")[1].splitlines()
-    assert len(lines) == len(values)
-    for line, (key, value) in zip(lines, values.items(), strict=True):
-        setting = line.split("--set ")[-1].strip("'")
-        assert setting in (f"{key}={json.dumps(value)}", f"{key}={value}")
 
 
 def test_paths_are_taken_as_typed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

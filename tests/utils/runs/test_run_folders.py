@@ -390,17 +390,3 @@ def test_a_folder_that_cannot_be_written_is_shown_as_far_as_it_goes(
     monkeypatch.setattr(FolderLock, "acquire", Mock(side_effect=error))
     shown = told(2, evaluation.main, "--run", str(finished), "--recorded")
     assert "recorded accuracy" in shown and "Read-only" in shown and "--resume" not in shown
-
-
-@pytest.mark.parametrize("name", ["figures", "checkpoints", "tb", "metrics.csv", "metrics.jsonl"])
-def test_a_file_where_a_folder_should_be_and_the_reverse(
-    name: str, stopped: Path, told: Callable[..., str]
-) -> None:
-    path = stopped / name
-    if path.is_dir() or not path.exists():
-        shutil.rmtree(path, ignore_errors=True)
-        path.touch()
-    else:
-        path.unlink()
-        path.mkdir()
-    assert name in told(2, main.main, "--resume", str(stopped))
