@@ -251,9 +251,9 @@ def read_accuracy_csv(folder: Path) -> list[list[float]]:
         UserError: there is no such file, or it is no lower-triangular matrix of percentages.
     """
     path = folder / ACCURACY
-    if not path.is_file():
+    if not path.is_file() or not path.stat().st_size:
         raise UserError(
-            f"{folder} holds no {ACCURACY}: no task of this run has finished, or it is not a run folder"
+            f"{folder} holds no {ACCURACY} with a row: no task has finished, or it is no run folder"
         )
     try:
         values = np.genfromtxt(path, delimiter=",", ndmin=2, encoding="utf-8")

@@ -4,6 +4,7 @@ import csv
 import json
 import logging
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -228,8 +229,10 @@ def test_accuracy_csv_is_numeric_and_exact(tmp_path):
 
 
 def test_damaged_accuracy_csv_is_a_sentence(tmp_path):
-    with pytest.raises(UserError, match="holds no accuracy.csv"):
-        read_accuracy_csv(tmp_path)
+    for make in (lambda path: None, Path.touch):
+        make(tmp_path / "accuracy.csv")
+        with pytest.raises(UserError, match="holds no accuracy.csv"):
+            read_accuracy_csv(tmp_path)
     for text in ("1.0,2.0\n3.0,4.0\n", "1.0,\n2.0\n", "many\n", "1.0,\n,2.0\n"):
         (tmp_path / "accuracy.csv").write_text(text)
         with pytest.raises(UserError, match="is damaged"):
