@@ -81,26 +81,25 @@ class Draft:
     """A config as read, before any check.
 
     Attributes:
-        layers: (origin, values), later ones over earlier ones; the origin of the file itself is "".
+        values: those of all files, `changes` and overrides, later ones over earlier ones.
+        origins: key -> where its value comes from, "" for the file itself.
+        taken_back: keys that are null now and had a value in a layer below.
         problems: what was wrong with the files.
         complete: False where a file could not be read, so that values are missing.
     """
 
-    layers: list[tuple[str, Mapping[str, Any]]] = field(default_factory=list)
+    values: dict[str, Any] = field(default_factory=dict)
+    origins: dict[str, str] = field(default_factory=dict)
+    taken_back: set[str] = field(default_factory=set)
     problems: list[str] = field(default_factory=list)
     complete: bool = True
 
-    def merged(self) -> tuple[dict[str, Any], dict[str, str], set[str]]:
-        """All values, the origin of each, and the keys that are null now and had a value in a layer below."""
-        values: dict[str, Any] = {}
-        origins: dict[str, str] = {}
-        taken_back: set[str] = set()
-        for origin, layer in self.layers:
-            nulls = {name for name in layer if layer[name] is None and name in values}
-            taken_back = taken_back - layer.keys() | nulls
-            values |= layer
-            origins |= dict.fromkeys(layer, origin)
-        return values, origins, taken_back
+    def update(self, values: Mapping[str, Any], origin: str) -> None:
+        """Put values over those that are there."""
+        self.taken_back -= values.keys()
+        self.taken_back |= {name for name in values if values[name] is None and name in self.values}
+        self.values |= values
+        self.origins |= dict.fromkeys(values, origin)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -125,17 +124,16 @@ def load_config(
         ConfigError: anything is wrong; it lists every problem, and nothing has been created yet.
     """
     draft = _read_chain(Path(os.path.expanduser(path)))
-    draft.layers += changes
+    for origin, values in changes:
+        draft.update(values, origin)
     for override in overrides:
         name, equals, text = override.partition("=")
         name = name.strip()
-        if not equals or not name:
-            draft.problems.append(f"--set {printable(override)}: no key and value; allowed: --set key=value")
-        elif name == BASE_KEY:
-            sentence = "a base is named in a file; allowed: the keys of the method"
-            draft.problems.append(f"--set {printable(override)}: {sentence}")
+        if name and equals and name != BASE_KEY:
+            draft.update({name: parsed(text)}, "--set")
         else:
-            draft.layers.append(("--set", {name: parsed(text)}))
+            fault = "a base is named in a file" if name == BASE_KEY else "no key and value"
+            draft.problems.append(f"--set {printable(override)}: {fault}; allowed: --set key=value")
     return _check(draft, schemas, str(path))
 
 
@@ -145,7 +143,7 @@ def config_from_dict(values: Mapping[str, Any], schemas: Schemas, source: str) -
     Raises:
         ConfigError: anything is wrong; it lists every problem.
     """
-    return _check(Draft([("", values)]), schemas, source)
+    return _check(Draft(dict(values)), schemas, source)
 
 
 def read_object(path: Path, schema: type[BaseModel]) -> CheckedObject:
@@ -181,24 +179,24 @@ def base_of(path: Path, name: Any) -> Path:
 def _read_chain(path: Path, origin: str = "", inheriting: tuple[str, ...] = ()) -> Draft:
     """The file over its base, recursively; inheriting: real paths of the files that name it as their base."""
     values, problems = _read_file(path)
-    if values is None or BASE_KEY not in values:
-        return Draft([(origin, values or {})], problems, complete=values is not None)
-    name = values.pop(BASE_KEY)
-    label, chain = f"{BASE_KEY} = {shown(name)}", (*inheriting, os.path.realpath(path))
-    try:
-        target = base_of(path, name)
-        if os.path.realpath(target) in chain:
-            raise ValueError(f"{target} is this file or one that inherits from it")
-    except ValueError as error:
-        sentence = f"{label}: {error}; allowed: the path of a JSON file, from this one, in a chain that ends"
-        return Draft([(origin, values)], [*problems, sentence], complete=False)
-    base = _read_chain(target, f"from {target}", chain)
-    inherited = [
-        (place, {name: value for name, value in layer.items() if name != "description"})
-        for place, layer in base.layers
-    ]
-    problems += [f"{label}: {problem}" for problem in base.problems]
-    return Draft([*inherited, (origin, values)], problems, base.complete)
+    draft = Draft(problems=problems, complete=values is not None)
+    values = values or {}
+    if BASE_KEY in values:
+        name = values.pop(BASE_KEY)
+        label, chain = f"{BASE_KEY} = {shown(name)}", (*inheriting, os.path.realpath(path))
+        try:
+            target = base_of(path, name)
+            if os.path.realpath(target) in chain:
+                raise ValueError(f"{target} is this file or one that inherits from it")
+        except ValueError as error:
+            allowed = "the path of a JSON file, from this one, in a chain that ends"
+            draft = Draft(problems=[*problems, f"{label}: {error}; allowed: {allowed}"], complete=False)
+        else:
+            draft = _read_chain(target, f"from {target}", chain)
+            draft.values.pop("description", None)
+            draft.problems = [*problems, *(f"{label}: {problem}" for problem in draft.problems)]
+    draft.update(values, origin)
+    return draft
 
 
 def _read_file(path: Path) -> tuple[dict[str, Any] | None, list[str]]:
@@ -234,9 +232,9 @@ def _read_file(path: Path) -> tuple[dict[str, Any] | None, list[str]]:
 
 def _missing(path: Path) -> str:
     here = sorted(entry.name for entry in path.parent.glob("*.json"))
-    if near := nearest(path.name, here, 0.5):
-        return f"{path} does not exist; did you mean {path.parent / near}?"
-    return f"{path} does not exist" + (f"; {path.parent} holds {', '.join(here)}" if here else "")
+    near = nearest(path.name, here, 0.5)
+    hint = f"; did you mean {path.parent / near}?" if near else f"; {path.parent} holds {', '.join(here)}"
+    return f"{path} does not exist{hint if here else ''}"
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -244,12 +242,14 @@ def _missing(path: Path) -> str:
 
 
 def _check(draft: Draft, schemas: Schemas, source: str) -> LoadedConfig:
-    values, origins, taken_back = draft.merged()
+    values, origins = draft.values, draft.origins
     method, schema, faults = _pick_schema(values, schemas)
-    for name in _back_to_default(taken_back, schema):
-        del values[name]
-    known = {name: value for name, value in values.items() if name in schema.model_fields}
-    known |= {"model_name": method}
+    fields = schema.model_fields
+    no_nulls = field_faults(schema, {name: None for name in draft.taken_back if name in fields})
+    for name in draft.taken_back:  # back to the default, but where null is a value of its own
+        if name not in fields or name in no_nulls or fields[name].default is None:
+            del values[name]
+    known = {name: value for name, value in values.items() if name in fields} | {"model_name": method}
     seeds = known.pop("seed", DEFAULT_SEED)
     unknown = _unknown_keys(values, method, schemas, possible=list(schemas) if faults else [method])
     faults = unknown | field_faults(SeedList, {"seed": seeds}) | field_faults(schema, known) | faults
@@ -263,8 +263,10 @@ def _check(draft: Draft, schemas: Schemas, source: str) -> LoadedConfig:
         config = schema.model_validate(sound)
     except ValidationError:  # a required key is missing, which is reported, and no conflict can be judged
         raise ConfigError(source, problems) from None
-    if draft.complete:
-        problems += _conflict_lines(config, faults, values, origins)
+    for names, sentence in config.conflicts() if draft.complete else []:
+        if faults.keys().isdisjoint(names):
+            label = ", ".join(_assignment(name, values, origins, getattr(config, name)) for name in names)
+            problems.append(sentence if sentence.startswith(names[0]) else f"{label}: {sentence}")
     if problems:
         raise ConfigError(source, problems)
     legacy = {name: schema.legacy_keys[name] for name in values if name in schema.legacy_keys}
@@ -274,19 +276,12 @@ def _check(draft: Draft, schemas: Schemas, source: str) -> LoadedConfig:
     return LoadedConfig(configs, [*notes, *config.warnings(len(seeds))])
 
 
-def _back_to_default(taken_back: set[str], schema: type[RunConfig]) -> set[str]:
-    """Of the keys that null took back, those that get their default; of others null is a value."""
-    fields = {name: schema.model_fields[name] for name in taken_back if name in schema.model_fields}
-    faulty = field_faults(schema, dict.fromkeys(fields))
-    return taken_back - {name for name in fields if name not in faulty and fields[name].default is not None}
-
-
 def _pick_schema(values: Mapping[str, Any], schemas: Schemas) -> tuple[str, type[RunConfig], dict[str, str]]:
     """The method and its schema; for an unknown method the nearest's, else the first's, and the fault."""
     name = values.get("model_name", next(iter(schemas)))
     if isinstance(name, str) and name in schemas:
         return name, schemas[name], {}
-    judged = (isinstance(name, str) and nearest(name, schemas)) or next(iter(schemas))
+    judged = nearest(str(name), schemas) or next(iter(schemas))
     return judged, schemas[judged], {"model_name": no_such("method", str(name), list(schemas))}
 
 
@@ -319,18 +314,6 @@ def _fault_lines(
     """One line per fault, in the order of the values, then keys that are missing."""
     present = [f"{_assignment(name, values, origins)}: {faults[name]}" for name in values if name in faults]
     return present + [f"{name}: {faults[name]}" for name in faults if name not in values]
-
-
-def _conflict_lines(
-    config: RunConfig, faults: Mapping[str, str], values: Mapping[str, Any], origins: Mapping[str, str]
-) -> list[str]:
-    """One line per conflict, but for those that involve a key already reported."""
-    lines = []
-    for names, sentence in config.conflicts():
-        if faults.keys().isdisjoint(names):
-            label = ", ".join(_assignment(name, values, origins, getattr(config, name)) for name in names)
-            lines.append(sentence if sentence.startswith(names[0]) else f"{label}: {sentence}")
-    return lines
 
 
 def _assignment(name: str, values: Mapping[str, Any], origins: Mapping[str, str], default: Any = None) -> str:

@@ -1,4 +1,4 @@
-"""Words for what is wrong with keys and values: the fault, what is allowed, and the nearest name.
+"""Words for mistakes in keys and values: the fault, what is allowed, the nearest name.
 
 field_faults(SEMAConfig, {"rd_dim": 0})     # {"rd_dim": "too small; allowed: an integer >= 1 and <= 16384"}
 nearest_key("nested_lora_alpha", keys)      # "nested_lora_consolidation_alpha"
@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 
 MAX_WIDTH = 80  # characters of a value that are shown
 MAX_CHOICES = 8  # names that are listed where one is wrong
-FAULTS = {  # of pydantic's error types; those of the others are pydantic's own words
+FAULTS = {  # words for pydantic's error types; other types keep pydantic's own message
     "missing": "missing",
     "greater_than": "too small",
     "greater_than_equal": "too small",
@@ -60,18 +60,23 @@ def properties(schema: type[BaseModel]) -> dict[str, dict[str, Any]]:
 def _fault(detail: Mapping[str, Any], prop: Mapping[str, Any]) -> str:
     """Words for one of pydantic's errors: `item 2 (-2) is too small`, `a wrong type (text)`."""
     error, value, place = detail["type"], detail["input"], detail["loc"][1:]
+    wrong_type = error.endswith("_type")
     words = FAULTS.get(error, detail["msg"].removeprefix("Value error, "))
-    if error.endswith("_type"):
+    if wrong_type:
         words = f"a wrong type ({type_name(value)})"
-    item = f"item {place[0] + 1} ({shown(value)}) is " if place and isinstance(place[0], int) else ""
-    hint = ""
-    if isinstance(value, str) and (error.endswith("_type") or error == "literal_error"):
-        plain, choices = parsed(value.lower()), list(map(str, prop.get("enum", [prop.get("const")])))
-        if not isinstance(plain, str) and (error != "literal_error" or value in choices):
-            hint = f"; write {shown(plain)} without quotes"
-        elif near := nearest(value, choices):
-            hint = f"; did you mean {shown(near)}?"
-    return f"{item}{words}{hint}"
+    if place and isinstance(place[0], int):
+        words = f"item {place[0] + 1} ({shown(value)}) is {words}"
+    if isinstance(value, str) and (wrong_type or error == "literal_error"):
+        plain, choices = parsed(value.lower()), [str(choice) for choice in _choices(prop)]
+        if not isinstance(plain, str) and (wrong_type or value in choices):
+            return f"{words}; write {shown(plain)} without quotes"
+        if near := nearest(value, choices):
+            return f"{words}; did you mean {shown(near)}?"
+    return words
+
+
+def _choices(prop: Mapping[str, Any]) -> list[Any]:
+    return prop.get("enum", [prop["const"]] if "const" in prop else [])
 
 
 def allowed_text(prop: Mapping[str, Any]) -> str:
@@ -80,12 +85,11 @@ def allowed_text(prop: Mapping[str, Any]) -> str:
         return prop["allowed"]
     if "anyOf" in prop:
         return " or ".join(map(allowed_text, prop["anyOf"]))
-    if "enum" in prop or "const" in prop:
-        return listed(prop.get("enum", [prop.get("const")]))
+    if choices := _choices(prop):
+        return listed(choices)
     if prop.get("type") == "array":
-        return (
-            f"a {'non-empty ' if prop.get('minItems') else ''}list, each item {allowed_text(prop['items'])}"
-        )
+        kind = "a non-empty list" if prop.get("minItems") else "a list"
+        return f"{kind}, each item {allowed_text(prop['items'])}"
     words = {"integer": "an integer", "number": "a number", "boolean": "true or false", "null": "null"}
     bounds = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
     limits = [f"{sign} {prop[name]:.10g}" for name, sign in bounds.items() if name in prop]
@@ -107,9 +111,8 @@ def nearest(name: str, options: Iterable[str], cutoff: float = 0.6) -> str | Non
 def nearest_key(name: str, keys: Iterable[str], known_as: Mapping[str, str] | None = None) -> str | None:
     """The key, or `key=value`, that a name most likely means.
 
-    It is what the name is `known_as`, else the key with the most words in common, where words that differ by
-    a letter or two count nearly as the same (`nested_lora_alpha` is `nested_lora_consolidation_alpha` and
-    not `nested_lora_rank`, which is as near by letters), else the nearest by letters.
+    It is what the name is `known_as`, else the key with most words nearly in common (`nested_lora_alpha` is
+    `nested_lora_consolidation_alpha`, not `nested_lora_rank`), of equal ones the nearest by letters.
     """
     keys, plain = list(keys), name.strip().lower().replace("-", "_")
     known = (known_as or {}).get(plain, "")
@@ -117,25 +120,19 @@ def nearest_key(name: str, keys: Iterable[str], known_as: Mapping[str, str] | No
         return known
     words = plain.split("_")
 
-    def in_common(key: str) -> float:
+    def likeness(key: str) -> tuple[float, float]:
         own = key.split("_")
-        alike = sum(max(_alike(word, other) for other in own) for word in words)
-        return 2 * alike / (len(words) + len(own))
+        alike = sum(bool(difflib.get_close_matches(word, own, n=1, cutoff=0.75)) for word in words)
+        letters = difflib.SequenceMatcher(None, plain, key).ratio()
+        return 2 * alike / (len(words) + len(own)), letters
 
-    near = max(keys, key=lambda key: (in_common(key), _alike(plain, key, 0)), default="")
-    return near if near and in_common(near) >= 0.65 else nearest(plain, keys)
-
-
-def _alike(first: str, second: str, cutoff: float = 0.75) -> float:
-    """Share of letters in common, 0 below the cutoff."""
-    ratio = difflib.SequenceMatcher(None, first, second).ratio()
-    return ratio if ratio >= cutoff else 0
+    near = max(keys, key=likeness, default="")
+    return near if near and likeness(near)[0] >= 0.65 else nearest(plain, keys)
 
 
 def no_such(what: str, name: str, allowed: Sequence[str]) -> str:
     """Words for a name that is not allowed: `no such cell; did you mean "a"?; allowed: "a", "b"`."""
-    near = nearest(name, allowed)
-    guess = f"; did you mean {shown(near)}?" if near else ""
+    guess = f"; did you mean {shown(near)}?" if (near := nearest(name, allowed)) else ""
     more = ", ..." if len(allowed) > MAX_CHOICES else ""
     return f"no such {what}{guess}; allowed: {listed(allowed[:MAX_CHOICES])}{more}"
 
