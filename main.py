@@ -17,10 +17,12 @@ python main.py --list configs                                    also: methods, 
 
 import argparse
 import difflib
+import itertools
 import json
 import logging
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +32,15 @@ from utils.errors import UserError, exit_code
 from utils.sweeps.executors import EXECUTORS
 
 DEFAULT = "exps/quickstart.json"
-LISTS = ("keys", "methods", "datasets", "backbones", "configs")
-OPTIONS = (
-    "config", "set", "resume", "overwrite", "sweep", "jobs", "engine", "ray-address", "report",
-    "benchmark", "repeats", "profile", "list", "method", "format",
-)  # fmt: skip
+TAKES = {  # options that each command takes beside its own; the first one given decides, else "run"
+    "list": ("method", "format"),
+    "resume": (),
+    "report": ("sweep", "set"),
+    "sweep": ("set", "overwrite", "jobs", "engine", "ray-address"),
+    "benchmark": ("config", "set", "repeats", "profile"),
+    "run": ("config", "set", "overwrite"),
+}
+OPTIONS = sorted({*TAKES, *itertools.chain(*TAKES.values())} - {"run"})
 OF_EVAL = {"eval", "evaluate", "test", "run", "checkpoint", "recorded", "analyse", "images-per-class"}
 
 logger = logging.getLogger("nested_lora")
@@ -52,35 +58,21 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         epilog=__doc__,
     )
     add = parser.add_argument
+    lists = ("keys", "methods", "datasets", "backbones", "configs")
+    repeatable = "change one key; repeatable"
     add("--config", type=given_path, metavar="FILE", help=f"JSON experiment to run (default: {DEFAULT})")
-    add(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        dest="overrides",
-        help="change one key; repeatable",
-    )
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help=repeatable)
     add("--resume", type=given_path, metavar="FOLDER", help="continue the run in this folder")
     add("--overwrite", action="store_true", help="replace an existing folder of the same name")
-    add(
-        "--sweep",
-        type=given_path,
-        metavar="FILE",
-        help="run a table of experiments; what is finished is skipped",
-    )
-    add("--jobs", type=int, metavar="N", help="of a sweep: runs at once (default: as many as fit)")
+    add("--sweep", type=given_path, metavar="FILE", help="run a table of experiments, but those finished")
+    add("--jobs", type=at_least_one, metavar="N", help="of a sweep: runs at once (default: as many as fit)")
     add("--engine", choices=list(EXECUTORS), help="of a sweep: what executes its runs (default: local)")
     add("--ray-address", metavar="ADDR", help="with --engine ray: a cluster (default: a Ray of its own)")
     add("--report", action="store_true", help="of a sweep: only write the summary again")
-    add(
-        "--benchmark",
-        action="store_true",
-        help="measure what the configuration costs on this machine; no run",
-    )
-    add("--repeats", type=int, metavar="N", help="of every measurement of --benchmark (default: 5)")
+    add("--benchmark", action="store_true", help="measure what the configuration costs here; no run")
+    add("--repeats", type=at_least_one, metavar="N", help="with --benchmark: measurements of each step (5)")
     add("--profile", type=given_path, metavar="FOLDER", help="with --benchmark: a trace of a training step")
-    add("--list", choices=LISTS, help="print what there is, and exit")
+    add("--list", choices=lists, help="print these, and exit")
     add("--method", metavar="NAME", help="with --list keys: of this method only")
     add("--format", choices=("text", "markdown"), help="with --list keys: how to print them (default: text)")
     options = parse_or_advise(parser, arguments, way_out)
@@ -89,55 +81,41 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
+def at_least_one(text: str) -> int:
+    """A number of runs or repetitions; argparse tells the error."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: at least 1")
+    return int(text)
+
+
 def usage_faults(options: argparse.Namespace) -> list[str]:
     """Sentences about options that do not go together."""
-    of_a_sweep = any(option is not None for option in (options.jobs, options.engine, options.ray_address))
-    of_a_run = bool(options.config or options.overrides or options.overwrite)
+    given = {
+        name.replace("_", "-") for name, value in vars(options).items() if value not in (None, False, [])
+    }
+    command = next((name for name in TAKES if name in given), "run")
+    faults = []
+    if refused := given - {command, *TAKES[command]}:
+        subject = "a run" if command == "run" else f"--{command}"
+        homes = [name for name in TAKES if refused <= {*TAKES[name]}] if command == "run" else []
+        hint = (
+            f"they go with {_dashed(homes)}" if homes else f"it takes {_dashed(TAKES[command]) or 'nothing'}"
+        )
+        faults.append(f"{subject} takes no {_dashed(sorted(refused))}: {hint}")
     rules = [
-        (
-            options.resume and of_a_run,
-            "--resume continues a run exactly as it was: it takes no --config, --set or --overwrite",
-        ),
-        (
-            not options.sweep and (options.report or of_a_sweep),
-            "--jobs, --engine, --ray-address and --report go with --sweep",
-        ),
-        (
-            options.sweep and (options.config or options.resume),
-            "--sweep runs its own configurations: it takes no --config or --resume",
-        ),
-        (
-            options.report and (options.overwrite or of_a_sweep),
-            "--report starts no run: it takes no --overwrite, --jobs, --engine or --ray-address",
-        ),
-        (
-            not options.benchmark and (options.repeats is not None or options.profile),
-            "--repeats and --profile go with --benchmark",
-        ),
-        (
-            options.benchmark and (options.resume or options.sweep or options.overwrite),
-            "--benchmark starts no run: it takes --config, --set, --repeats and --profile",
-        ),
-        (
-            options.repeats is not None and options.repeats < 1,
-            f"--repeats {options.repeats}: at least 1",
-        ),
-        (options.jobs is not None and options.jobs < 1, f"--jobs {options.jobs}: at least 1"),
+        (options.report and not options.sweep, "--report goes with --sweep"),
         (options.ray_address and options.engine != "ray", "--ray-address goes with --engine ray"),
-        (
-            options.sweep and "RANK" in os.environ,
-            "--sweep starts its runs itself: call it without torchrun",
-        ),
-        (
-            options.list and (of_a_run or options.resume or options.sweep or options.benchmark),
-            "--list starts no run: it takes --method and --format only",
-        ),
+        (options.sweep and "RANK" in os.environ, "--sweep starts its runs itself: call it without torchrun"),
         (
             (options.method or options.format) and options.list != "keys",
             "--method and --format go with --list keys",
         ),
     ]
-    return [sentence for applies, sentence in rules if applies]
+    return faults + [sentence for applies, sentence in rules if applies]
+
+
+def _dashed(names: Iterable[str]) -> str:
+    return ", ".join(f"--{name}" for name in names)
 
 
 def way_out(name: str, values: list[str]) -> str:
@@ -155,14 +133,13 @@ def way_out(name: str, values: list[str]) -> str:
         return f"keys of a config are changed with --set: write {as_set(name, values)}"
     if name in OF_EVAL:
         return "a run is tested and looked at with: python eval.py --run FOLDER"
-    if option := next(iter(difflib.get_close_matches(name, OPTIONS, n=1, cutoff=0.8)), None):
-        return f"did you mean --{option}?"
+    if near := difflib.get_close_matches(name, OPTIONS, n=1, cutoff=0.8):
+        return f"did you mean --{near[0]}?"
     known_as = {other: meant for schema in SCHEMAS.values() for other, meant in schema.known_as.items()}
     key, _, value = (nearest_key(name, keys, known_as) or "").partition("=")
-    near = (
-        f"did you mean {as_set(key, [value] if value else values)}?" if key else "--help lists the arguments"
-    )
-    return f"keys of a config are changed with --set KEY=VALUE: {near}"
+    meant = as_set(key, [value] if value else values)
+    hint = f"did you mean {meant}?" if key else "--help lists the arguments"
+    return f"keys of a config are changed with --set KEY=VALUE: {hint}"
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -175,7 +152,7 @@ def run_sweep(options: argparse.Namespace) -> int:
     from utils.sweeps.run import report_sweep, run_sweep
     from utils.sweeps.spec import load_sweep
 
-    table = load_sweep(options.sweep, options.overrides, SCHEMAS)
+    table = load_sweep(options.sweep, options.set, SCHEMAS)
     if options.report:
         report_sweep(table)
         return 0
@@ -223,23 +200,10 @@ def resume_seeds(folder: Path, context: Any) -> None:
             results[run.seed] = train(other, context, command=command, beside=folder)
     if context.distributed.is_main:
         folders = [Path(run.folder) for run in seed_runs(folder, config, command)]
-        log_mean(
-            [results[seed] for seed in command.seeds],
-            config.metrics,
-            [(path, read_config(path)) for path in folders],
-        )
+        in_order = [results[seed] for seed in command.seeds]
+        log_mean(in_order, config.metrics, [(path, read_config(path)) for path in folders])
     if all(run.complete for run in runs):
-        raise UserError(
-            f"{folder} is finished: its result.json is there; read it, or run its config.json again"
-        )
-
-
-def run_benchmark(config: Any, options: argparse.Namespace) -> None:
-    """Print what a configuration costs on this machine."""
-    from models.benchmark import benchmark
-
-    for line in benchmark(config, options.repeats or 5, options.profile):
-        print(line, flush=True)
+        raise UserError(f"{folder} is finished: read its result.json, or run its config.json again")
 
 
 def show_list(options: argparse.Namespace) -> None:
@@ -304,9 +268,13 @@ def main(arguments: list[str] | None = None) -> int:
             with run_context(read_config(options.resume)) as context:
                 together = True
                 return resume_seeds(options.resume, context)
-        loaded = load_config(options.config or DEFAULT, options.overrides, SCHEMAS)
+        loaded = load_config(options.config or DEFAULT, options.set, SCHEMAS)
         if options.benchmark:
-            return run_benchmark(loaded.config, options)
+            from models.benchmark import benchmark
+
+            for line in benchmark(loaded.config, options.repeats or 5, options.profile):
+                print(line, flush=True)
+            return 0
         with run_context(loaded.config) as context:
             together = True
             return run_seeds(loaded, options.overwrite, context)

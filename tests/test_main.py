@@ -216,10 +216,38 @@ def test_a_file_that_is_no_config(
     assert str(path) in message and "Traceback" not in message
 
 
-def test_resume_takes_no_other_settings(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("--resume x --set seed=1", "--resume takes no --set"),
+        ("--sweep x.json --resume y", "--resume takes no --sweep"),
+        ("--jobs 2 --engine ray", "takes no --engine, --jobs: they go with --sweep"),
+        ("--report", "--report goes with --sweep"),
+        ("--sweep x.json --config y.json", "--sweep takes no --config"),
+        ("--sweep x.json --jobs 0", "--jobs: 0: at least 1"),
+        ("--sweep x.json --engine slurm", "(choose from 'local', 'ray')"),
+        ("--sweep x.json --ray-address auto", "--ray-address goes with --engine ray"),
+        ("--sweep x.json --report --jobs 2", "--report takes no --jobs"),
+        ("--sweep x.json --report --overwrite", "--report takes no --overwrite"),
+        ("RANK=0 --sweep x.json", "without torchrun"),
+        ("--profile x", "go with --benchmark"),
+        ("--benchmark --overwrite", "--benchmark takes no --overwrite: it takes --config"),
+        ("--benchmark --repeats 0", "at least 1"),
+        ("--list keys --set seed=1", "--list takes no --set"),
+        ("--list methods --method sema", "go with --list keys"),
+        ("--method sema", "go with --list"),
+        ("--list key", "invalid choice"),
+    ],
+)
+def test_options_that_do_not_go_together(
+    command: str, words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = command.split()
+    if given[0].startswith("RANK="):
+        monkeypatch.setenv(*given.pop(0).split("="))
     with pytest.raises(SystemExit) as exit_info:
-        main.main(["--resume", "x", "--set", "seed=1"])
-    assert exit_info.value.code == 2 and "--resume" in capsys.readouterr().err
+        main.main(given)
+    assert exit_info.value.code == 2 and words in capsys.readouterr().err.partition("error: ")[2]
 
 
 def test_the_default_is_the_quickstart() -> None:

@@ -48,23 +48,6 @@ def test_what_there_is_is_listed(what: str, names: list[str], capsys: pytest.Cap
     assert rows.keys() >= set(names) and all(rows[name].strip() for name in names)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["--list", "keys", "--set", "seed=1"], "--list starts no run"),
-        (["--list", "methods", "--method", "sema"], "go with --list keys"),
-        (["--method", "sema"], "go with --list keys"),
-        (["--list", "key"], "invalid choice"),
-    ],
-)
-def test_options_that_do_not_go_together(
-    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        main.main(arguments)
-    assert stopped.value.code == 2 and words in capsys.readouterr().err
-
-
 def test_an_unknown_method_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
     assert main.main(["--list", "keys", "--method", "semma"]) == 2
     assert 'did you mean "sema"?' in capsys.readouterr().err

@@ -253,33 +253,6 @@ def test_files_that_are_no_sweep(content: str | None, told: str, tmp_path: Path)
     assert len(caught.value.problems) == 1
 
 
-@pytest.mark.parametrize(
-    ("arguments", "told"),
-    [
-        ("--jobs 2", "--jobs, --engine, --ray-address and --report go with --sweep"),
-        ("--engine ray", "--jobs, --engine, --ray-address and --report go with --sweep"),
-        ("--report", "--jobs, --engine, --ray-address and --report go with --sweep"),
-        ("--sweep x.json --config y.json", "it takes no --config or --resume"),
-        ("--sweep x.json --resume y", "it takes no --config or --resume"),
-        ("--sweep x.json --jobs 0", "--jobs 0: at least 1"),
-        ("--sweep x.json --engine slurm", "invalid choice: 'slurm' (choose from 'local', 'ray')"),
-        ("--sweep x.json --ray-address auto", "--ray-address goes with --engine ray"),
-        ("--sweep x.json --report --jobs 2", "--report starts no run"),
-        ("--sweep x.json --report --overwrite", "--report starts no run"),
-        ("RANK=0 --sweep x.json", "without torchrun"),
-    ],
-)
-def test_options_that_do_not_go_together(
-    arguments: str, told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    words = arguments.split()
-    if words[0].startswith("RANK="):
-        monkeypatch.setenv(*words.pop(0).split("="))
-    with pytest.raises(SystemExit) as exit_info:
-        main.main(words)
-    assert exit_info.value.code == 2 and told in capsys.readouterr().err.partition("error: ")[2]
-
-
 # ------------------------------------------------------------------------------------------------------------
 # Shipped sweeps
 
