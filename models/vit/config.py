@@ -11,6 +11,7 @@ class FinetuneConfig(AdapterKeys, HeadKeys, RidgeKeys, TrainingKeys, StepKeys, F
 The rules of a group may name keys of the groups that it is combined with.
 """
 
+import contextlib
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -94,7 +95,6 @@ class ClassIncrementalConfig(RunConfig):
         return [self.model_name, dataset_slug(self.dataset), str(first), str(self.increment), run]
 
     def conflicts(self) -> list[Conflict]:
-        """Unknown data and backbones, and sizes that do not fit them."""
         return [*self._class_conflicts(), *self._backbone_conflicts(), *super().conflicts()]
 
     def unused_rules(self) -> list[UnusedRule]:
@@ -123,25 +123,22 @@ class ClassIncrementalConfig(RunConfig):
 
     def known_classes(self) -> int | None:
         """Number of classes of the data set; None where it is unknown, or not there yet."""
-        try:
+        with contextlib.suppress(UserError, OSError):
             return class_count(self.dataset, self.data_root)
-        except (UserError, OSError):
-            return None
+        return None
 
     def known_backbone(self) -> BackboneShape | None:
         """Depth, width and patch size of the backbone; None where its name is unknown."""
-        try:
+        with contextlib.suppress(UserError):
             return backbone_shape(self.backbone_type)
-        except UserError:
-            return None
+        return None
 
     def _class_conflicts(self) -> list[Conflict]:
         try:
             classes = class_count(self.dataset, self.data_root)
-        except UserError as error:
-            return [(("dataset",), str(error))]
-        except OSError as error:
-            return [(("dataset",), os_error_sentence(error))]
+        except (UserError, OSError) as error:
+            sentence = os_error_sentence(error) if isinstance(error, OSError) else str(error)
+            return [(("dataset",), sentence)]
         return [
             ((name, "dataset"), f"the data set has {classes} classes; allowed: {name} from 1 to {classes}")
             for name in ("init_cls", "increment")
@@ -153,14 +150,13 @@ class ClassIncrementalConfig(RunConfig):
         if self.weights not in (None, "random") and (reason := why_no_file(Path(self.weights))):
             found.append((("weights",), f'{reason}; allowed: null, "random" or the path of a weight file'))
         try:
-            shape = backbone_shape(self.backbone_type, weights=self.weights and "random")
+            patch = backbone_shape(self.backbone_type, weights=self.weights and "random").patch
         except UserError as error:
             return [*found, (("backbone_type",), str(error))]
-        if self.image_size is not None and self.image_size % shape.patch:
-            low = max(self.image_size // shape.patch, 1) * shape.patch
-            fault = f"the side is no multiple of the {shape.patch}-pixel patch"
-            nearby = f"allowed: a multiple of {shape.patch}, such as {low} or {low + shape.patch}"
-            found.append((("image_size", "backbone_type"), f"{fault}; {nearby}"))
+        if self.image_size is not None and self.image_size % patch:
+            low = max(self.image_size // patch, 1) * patch
+            allowed = f"a multiple of {patch}, such as {low} or {low + patch}"
+            found.append((("image_size", "backbone_type"), f"not whole patches; allowed: {allowed}"))
         return found
 
 
@@ -172,11 +168,11 @@ class FrozenViTKeys(ClassIncrementalConfig):
     )
 
     def conflicts(self) -> list[Conflict]:
-        """The precision of the reference."""
         found = super().conflicts()
         if self.engine == "reference" and self.precision != "fp32":
-            sentence = 'the reference computes in fp32; allowed with it: precision "fp32"'
-            found.append((("engine", "precision"), sentence))
+            found.append(
+                (("engine", "precision"), 'the reference computes in fp32; allowed: precision "fp32"')
+            )
         return found
 
 
@@ -215,10 +211,8 @@ class HeadKeys(ClassIncrementalConfig):
 
     def one_class_advice(self, task: int) -> str:
         if self.head == "fc":
-            heads = 'set head to "cosine" or "ranpac", or enlarge tasks'
-            return f"the classifier cannot tell such classes apart: {heads}"
-        same = "tells such classes apart all the same, by features that they leave as they are"
-        return f'head "{self.head}" {same}'
+            return 'use head "cosine" or "ranpac", or larger tasks: this classifier cannot tell them apart'
+        return f'head "{self.head}" still tells them apart, by features that they leave as they are'
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -240,11 +234,9 @@ class StepKeys(ClassIncrementalConfig):
     optimizer: Literal["sgd", "adam"] = key("sgd", 'SGD with momentum 0.9; "adam" means AdamW.')
 
     def conflicts(self) -> list[Conflict]:
-        """Steps cut into more parts than they have samples."""
         found = super().conflicts()
         if self.grad_accumulation > self.batch_size and "grad_accumulation" not in self.without_effect():
-            fault = f"a step of {self.batch_size} samples has at most as many parts"
-            sentence = f"{fault}; allowed: from 1 to {self.batch_size}"
+            sentence = f"a part has a sample at least; allowed: from 1 to {self.batch_size}"
             found.append((("grad_accumulation", "batch_size"), sentence))
         return found
 
@@ -278,7 +270,6 @@ class TrainingKeys(ClassIncrementalConfig):
         return self.func_epoch > 0
 
     def conflicts(self) -> list[Conflict]:
-        """A schedule that would raise a learning rate."""
         return [*super().conflicts(), *self.min_lr_conflicts(self.lr_keys)]
 
     def unused_rules(self) -> list[UnusedRule]:
@@ -296,7 +287,6 @@ class OneTaskRules(ClassIncrementalConfig):
     """No keys: the rules of methods that learn all classes at once."""
 
     def conflicts(self) -> list[Conflict]:
-        """A first task that leaves classes out, where there is no other."""
         found, classes = super().conflicts(), self.known_classes()
         if classes not in (None, self.init_cls) and not any("dataset" in keys for keys, _ in found):
             sentence = f"{self.model_name} learns all classes at once; allowed: init_cls = {classes}"
@@ -304,8 +294,8 @@ class OneTaskRules(ClassIncrementalConfig):
         return found
 
     def unused_rules(self) -> list[UnusedRule]:
-        later_tasks = ("max_tasks", "checkpoints", "head_drift")
-        return [(True, "there is one task", later_tasks), *super().unused_rules()]
+        unused = ("max_tasks", "checkpoints", "head_drift")
+        return [(True, "there is one task", unused), *super().unused_rules()]
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -314,12 +304,10 @@ class OneTaskRules(ClassIncrementalConfig):
 
 def _number_in_quotes(value: Any) -> Any:
     """`"0.1"` -> 0.1: published tuning configs quote this number."""
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
 
 
 def _not_zero(scale: float) -> float:
@@ -338,11 +326,8 @@ class AdapterKeys(ClassIncrementalConfig):
         "use_nested_lora": "ffn_adapter_type=nested_lora"
     }
     lr_keys: ClassVar[tuple[str, ...]] = (
-        "init_lr",
-        "adapter_lr",
-        "nested_lora_lr_fast",
-        "nested_lora_lr_slow",
-    )
+        "init_lr", "adapter_lr", "nested_lora_lr_fast", "nested_lora_lr_slow",
+    )  # fmt: skip
 
     ffn_adapter_type: Literal["adaptmlp", "lora", "nested_lora", "nested_lora_linear"] = key(
         "adaptmlp",
@@ -390,40 +375,30 @@ class AdapterKeys(ClassIncrementalConfig):
         return True
 
     def conflicts(self) -> list[Conflict]:
-        """Where adapters are trained: rates of 0, the order of blocks, the backbone's depth and width."""
-        found = super().conflicts()
+        found, shape = super().conflicts(), self.known_backbone()
         if not self.trains_adapters:
             return found
-        found += self._lr_conflicts()
+        rates, way_out = ("adapter_lr",), ", or null for init_lr"
+        if self.nested:
+            rates, way_out = ("nested_lora_lr_fast", "nested_lora_lr_slow"), " for one branch at least"
+        if all(getattr(self, name) == 0 for name in rates):
+            found.append((rates, f"adapters would learn nothing; allowed: a rate above 0{way_out}"))
         if self.adapt_start_layer > self.adapt_end_layer:
-            fault = "the first growing block comes after the last"
-            sentence = f"{fault}; allowed: adapt_start_layer <= adapt_end_layer"
-            found.append((("adapt_start_layer", "adapt_end_layer"), sentence))
-        return found if (shape := self.known_backbone()) is None else [*found, *self._shape_conflicts(shape)]
-
-    def _lr_conflicts(self) -> list[Conflict]:
-        nothing = "adapters would learn nothing; allowed: a rate above 0"
-        if self.nested and self.nested_lora_lr_fast == self.nested_lora_lr_slow == 0:
-            lrs = ("nested_lora_lr_fast", "nested_lora_lr_slow")
-            return [(lrs, f"{nothing} for one of the branches at least")]
-        if not self.nested and self.adapter_lr == 0:
-            return [(("adapter_lr",), f"{nothing}, or null for init_lr")]
-        return []
-
-    def _shape_conflicts(self, shape: BackboneShape) -> list[Conflict]:
-        """Two branches of the largest rank have as many units as one adapter of twice that width."""
-        blocks, width = f"the backbone has {shape.depth} blocks", f"tokens have width {shape.width}"
-        rank, largest = ("nested_lora_rank", shape.width) if self.nested else ("ffn_num", 2 * shape.width)
-        limits = [
-            ("adapt_start_layer", shape.depth - 1, f"{blocks}; allowed: adapt_start_layer from 0"),
-            ("adapt_end_layer", shape.depth - 1, f"{blocks}; allowed: adapt_end_layer from 0"),
-            (rank, largest, f"{width}; allowed: {rank} from 1"),
-        ]
-        return [
-            ((name, "backbone_type"), f"{sentence} to {limit}")
-            for name, limit, sentence in limits
-            if getattr(self, name) > limit
-        ]
+            order = "the first growing block is after the last; allowed: adapt_start_layer <= adapt_end_layer"
+            found.append((("adapt_start_layer", "adapt_end_layer"), order))
+        if shape is not None:
+            # Two branches of the largest rank have as many units as one adapter of twice that width.
+            rank, largest = ("nested_lora_rank", shape.width) if self.nested else ("ffn_num", 2 * shape.width)
+            blocks, width = f"the backbone has {shape.depth} blocks", f"tokens have width {shape.width}"
+            for name, low, high, fault in (
+                ("adapt_start_layer", 0, shape.depth - 1, blocks),
+                ("adapt_end_layer", 0, shape.depth - 1, blocks),
+                (rank, 1, largest, width),
+            ):
+                if getattr(self, name) > high:
+                    sentence = f"{fault}; allowed: {name} from {low} to {high}"
+                    found.append(((name, "backbone_type"), sentence))
+        return found
 
     def unused_rules(self) -> list[UnusedRule]:
         kind = f'ffn_adapter_type is "{self.ffn_adapter_type}"'
@@ -444,9 +419,8 @@ class AdapterKeys(ClassIncrementalConfig):
         ]
 
     def warnings(self, nb_seeds: int = 1) -> list[str]:
-        """A scale that the published code names but does not apply."""
         found = super().warnings(nb_seeds)
         if self.ffn_adapter_scalar != 1.0:
-            scale = f"ffn_adapter_scalar = {self.ffn_adapter_scalar:g} is applied here"
-            found.append(f"{scale}; the published code names such a scale and applies 1")
+            applied = f"ffn_adapter_scalar = {self.ffn_adapter_scalar:g} is applied here"
+            found.append(f"{applied}; the published code names a scale and applies 1")
         return found
