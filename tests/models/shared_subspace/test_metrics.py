@@ -10,7 +10,7 @@ from utils.reports.hypotheses import read_hypotheses
 from utils.reports.report import write_report
 from utils.reports.results import Results
 from utils.reports.tables import difference_tables, hypotheses_table, means_table
-from utils.runs.result import fault_of
+from utils.runs.metrics import fault_of
 
 SEEDS = (1, 2, 3)
 

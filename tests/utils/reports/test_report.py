@@ -19,7 +19,7 @@ from utils.reports.report import write_report
 from utils.reports.results import Results
 from utils.reports.stats import paired_difference
 from utils.reports.tables import difference_tables, means_table
-from utils.runs.result import fault_of
+from utils.runs.metrics import fault_of
 
 METRICS = ClassIncrementalConfig.metrics
 SEEDS = (1993, 1994, 1995)
