@@ -1,12 +1,10 @@
-"""Tables of config keys, made from the schemas, for `main.py --list keys` and `docs/configs.md`.
+"""Lists of config keys, made from the schemas, for `main.py --list keys` and `docs/configs.md`.
 
 print(keys_text({"sema": SEMAConfig}))
 print(keys_markdown(SCHEMAS))
 """
 
 import inspect
-import itertools
-import shutil
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -14,7 +12,7 @@ from utils.config.messages import allowed_text, properties, shown
 from utils.config.schema import RunConfig, with_reasons
 
 HEADINGS = ("key", "default", "allowed", "meaning")
-MIN_WIDTH, MAX_DEFAULT = 110, 28  # characters: of a table, of a default in it
+WIDTH = 110  # characters of a line
 INTRODUCTION = """\
 # Config keys
 
@@ -25,13 +23,15 @@ methods named under them; then follow the keys that a method adds or redefines."
 
 
 def keys_text(schemas: Mapping[str, type[RunConfig]]) -> str:
-    """All keys of each method, group by group, as wide as the terminal."""
-    sections = [
-        f"{method}: {_title(group)}\n\n{_text_table(_rows(group, names))}"
-        for method, schema in schemas.items()
-        for group, names in _groups(schema)
-    ]
-    return "\n\n".join(sections)
+    """All keys of each method, group by group: `key = default (allowed)`, then the meaning, indented."""
+    lines = []
+    for method, schema in schemas.items():
+        for group, names in _groups(schema):
+            lines.append(f"\n{method}: {_title(group)}\n")
+            for name, default, allowed, meaning in _rows(group, names):
+                lines += textwrap.wrap(f"{name} = {default} ({allowed})", WIDTH, subsequent_indent="      ")
+                lines += textwrap.wrap(meaning, WIDTH, initial_indent="    ", subsequent_indent="    ")
+    return "\n".join(lines).strip()
 
 
 def keys_markdown(schemas: Mapping[str, type[RunConfig]]) -> str:
@@ -58,12 +58,9 @@ def keys_markdown(schemas: Mapping[str, type[RunConfig]]) -> str:
 
 def _groups(schema: type[RunConfig]) -> Iterator[tuple[type[RunConfig], list[str]]]:
     """The classes that a config combines, general ones first, with the keys that no later one redefines."""
-    owner = {
-        name: group
-        for group in reversed(schema.__mro__)
-        for name in group.__dict__.get("__annotations__", {})
-    }
-    for group in reversed(schema.__mro__):
+    classes = [group for group in reversed(schema.__mro__) if issubclass(group, RunConfig)]
+    owner = {name: group for group in classes for name in group.own_keys()}
+    for group in classes:
         if names := [name for name in schema.model_fields if owner[name] is group]:
             yield group, names
 
@@ -88,18 +85,3 @@ def _markdown_table(schema: type[RunConfig], names: Sequence[str]) -> str:
         cells = [f"`{name}`", f"`{default}`", allowed, meaning]
         lines.append(" | ".join(cell.replace("|", "\\|") for cell in cells))
     return "\n".join(f"| {line} |" for line in lines)
-
-
-def _text_table(rows: Sequence[Sequence[str]]) -> str:
-    """Four columns as wide as the terminal; the last two are wrapped to what keys and defaults leave."""
-    cells = [HEADINGS, *rows]
-    keys, defaults = (max(len(row[column]) for row in cells) for column in (0, 1))
-    defaults = min(defaults, MAX_DEFAULT)
-    left = max(MIN_WIDTH, shutil.get_terminal_size().columns) - keys - defaults - 6
-    widths = (keys, defaults, left * 2 // 5, left - left * 2 // 5)
-    lines = []
-    for row in cells:
-        wrapped = [textwrap.wrap(cell, width) for cell, width in zip(row, widths, strict=True)]
-        for parts in itertools.zip_longest(*wrapped, fillvalue=""):
-            lines.append("  ".join(map(str.ljust, parts, widths)).rstrip())
-    return "\n".join(lines)

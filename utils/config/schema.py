@@ -24,9 +24,7 @@ MAX_PATH_BYTES, MAX_NAME_BYTES = 4096, 255  # limits of file systems: a whole pa
 BELOW_RUN = 256  # bytes that the files in a run folder may add to its path
 BESIDE_RUN = 16  # bytes that may be added to a run folder's name: a sibling's number, a log's suffix
 Conflict = tuple[tuple[str, ...], str]  # the keys involved, and a sentence that says what is allowed
-UnusedRule = tuple[
-    bool, str, Iterable[str]
-]  # whether it applies, the reason, the keys that have no effect then
+UnusedRule = tuple[bool, str, Iterable[str]]  # whether it applies, why, the keys without effect then
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -167,10 +165,6 @@ class RunConfig(BaseModel):
         """Names of a run's folder and of those above it, from `logs_root` on."""
         return [self.model_name, f"{self.prefix}_{seed}"]
 
-    def explicitly_set(self) -> list[str]:
-        """The keys that were set, in the order of the schema."""
-        return [name for name in type(self).model_fields if name in self.model_fields_set]
-
     # --- rules; a subclass extends those of super() -------------------------------------------------------
 
     def conflicts(self) -> list[Conflict]:
@@ -200,10 +194,11 @@ class RunConfig(BaseModel):
 
     def unused_keys(self) -> dict[str, str]:
         """Keys that were set and have no effect, with the reason; none for a resolved config: it sets all."""
-        names, reasons = self.explicitly_set(), self.without_effect()
-        if len(names) == len(type(self).model_fields):
+        fields = type(self).model_fields
+        if len(self.model_fields_set) == len(fields):
             return {}
-        return {name: reasons[name] for name in names if name in reasons}
+        reasons = self.without_effect()
+        return {name: reasons[name] for name in fields if name in self.model_fields_set & reasons.keys()}
 
     def min_lr_conflicts(self, lr_keys: Sequence[str]) -> list[Conflict]:
         """The conflict of a schedule that ends at `min_lr` with learning rates below it, given by their keys.
@@ -245,11 +240,9 @@ class RunConfig(BaseModel):
         max_name, max_path = MAX_NAME_BYTES - BESIDE_RUN, MAX_PATH_BYTES - BELOW_RUN
         if max(names) <= max_name and whole <= max_path:
             return []
-        fault = (
-            f"the longest name in the run folder's path would have {max(names)} bytes, the whole path {whole}"
-        )
+        fault = f"the run folder's path would have {whole} bytes, its longest name {max(names)}"
         way_out = "shorten prefix, logs_root, or the names of dataset and backbone_type"
-        return [(("prefix", "logs_root"), f"{fault}; allowed: {max_name} and {max_path}; {way_out}")]
+        return [(("prefix", "logs_root"), f"{fault}; allowed: {max_path} and {max_name}; {way_out}")]
 
 
 def with_reasons(reasons: Mapping[str, str]) -> str:

@@ -106,7 +106,7 @@ def test_every_number_has_limits_on_both_sides_finite_in_single_precision(schema
         ("sema", {"data_root": "d" * 256}, "holds a name of 256 bytes; file systems take 255"),
         ("sema", {"cache_root": "é" * 128}, "holds a name of 256 bytes"),
         ("sdlora", {"filepath": "/".join(["f" * 200] * 20)}, "longer than the 3840 bytes"),
-        ("sema", {"prefix": "p" * 226}, "run folder's path would have 240 bytes"),
+        ("sema", {"prefix": "p" * 226}, "its longest name 240"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
