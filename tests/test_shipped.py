@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 
 from models import SCHEMAS
-from models.sema import SEMAConfig
 from tests.conftest import EXPS, ROOT, shipped_file
 from utils.config.loading import load_config
 from utils.config.schema import RunConfig
@@ -142,10 +141,15 @@ def test_dinov2s_and_imagenet_r_are_the_same_experiment_on_other_weights_and_dat
     assert differing(cifar, shipped(f"{kind}_inr_10task")) == data
 
 
+def test_gumbel_differs_from_sd_lora_in_the_gate_alone() -> None:
+    changed = differing(shipped("sdlora_cifar_dinov2s"), shipped("gumbel_cifar_dinov2s"))
+    assert changed == {"gumbel_gate", "lambda_sparsity", "gumbel_anneal_rate"}
+
+
 @pytest.mark.parametrize("kind", ["nested_lora", "nested_mean"])
 def test_a_nested_file_names_every_nested_key_that_counts(kind: str) -> None:
     written = json.loads(shipped_file(f"{kind}_cifar").read_text()).keys()
-    nested = {key for key in SEMAConfig.model_fields if key.startswith("nested_lora_")}
+    nested = {key for key in SCHEMAS["sema"].model_fields if key.startswith("nested_lora_")}
     consolidation = {key for key in nested if "_consolidation" in key or key.endswith("_reset")}
     unused = {
         "nested_lora": consolidation - {"nested_lora_use_consolidation"},
@@ -159,8 +163,11 @@ def test_a_nested_file_names_every_nested_key_that_counts(kind: str) -> None:
 
 
 @pytest.mark.parametrize("path", EXPS, ids=lambda path: path.stem)
-def test_every_key_of_a_shipped_file_counts(path: Path) -> None:
+def test_a_shipped_file_states_its_command_and_every_key_counts(path: Path) -> None:
     loaded = load_config(path, [], SCHEMAS)
+    description = loaded.config.description
+    assert description.startswith(f"python main.py --config {path.relative_to(ROOT)} ")
+    assert "expected" in description
     assert loaded.config.unused_keys() == {} and not any("no effect" in note for note in loaded.notes)
 
 

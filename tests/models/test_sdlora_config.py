@@ -47,18 +47,8 @@ def check(**values: Any) -> LoadedConfig:
     return config_from_dict(TINY_SDLORA | values, SCHEMAS, "test")
 
 
-def problems(**values: Any) -> list[str]:
-    with pytest.raises(ConfigError) as caught:
-        check(**values)
-    return caught.value.problems
-
-
 def shipped(name: str) -> RunConfig:
     return load_config(shipped_file(name), [], SCHEMAS).config
-
-
-def differing(first: RunConfig, second: RunConfig) -> set[str]:
-    return {key for key, value in first if value != getattr(second, key)} - {"description", "prefix"}
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -68,8 +58,6 @@ def differing(first: RunConfig, second: RunConfig) -> set[str]:
 def test_every_promised_config_is_shipped() -> None:
     gates = {name: shipped(f"sdlora_{name}").gate for name in NAMES}
     assert gates == {name: "global" if name in ("c100", "c100_test") else "off" for name in NAMES}
-    changed = differing(shipped("sdlora_cifar_dinov2s"), shipped("gumbel_cifar_dinov2s"))
-    assert changed == {"gumbel_gate", "lambda_sparsity", "gumbel_anneal_rate"}
 
 
 def test_a_published_file_is_sd_lora_and_one_line_says_what_has_no_effect() -> None:
@@ -106,7 +94,9 @@ def test_the_guides_baseline_is_made_of_the_shipped_file(tmp_path: Path) -> None
     (tmp_path / "baseline.json").write_text(json.dumps(config, indent=4))
     made = load_config(tmp_path / "baseline.json", [], SCHEMAS).config
     assert made.gate == "off" and "filepath" in made.unused_keys()
-    assert differing(made, shipped("sdlora_c100_baseline")) == {"filepath"}
+    ours = shipped("sdlora_c100_baseline")
+    differing = {key for key, value in ours if value != getattr(made, key)}
+    assert differing == {"description", "prefix", "filepath"}
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -137,50 +127,17 @@ def test_rank_of_a_task() -> None:
     assert [config.rank_of(task) for task in (0, 3, 4, 7, 8, 50)] == [10, 10, 8, 8, 6, 6]
 
 
-@pytest.mark.parametrize(
-    ("values", "note"),
-    [
-        ({"lambda_sparsity": 0.1, "growth": "top_k", "growth_threshold": 0.2}, 'growth is "top_k"'),
-        ({"lambda_sparsity": 0.1, "filepath": "CF100", "seed": [1, 2]}, "the gate's files of the last seed"),
-        ({"lambda_sparsity": 0.1, "filepath": "CF100", "seed": [1]}, None),
-    ],
-    ids=str,
-)
-def test_keys_without_effect_and_a_folder_of_several_seeds_are_noted(
-    values: dict[str, Any], note: str | None
-) -> None:
-    notes = check(**values).notes
-    assert notes == [] if note is None else len(notes) == 1 and note in notes[0]
-
-
-# ----------------------------------------------------------------------------------------------------------
-# Mistakes
-
-
-@pytest.mark.parametrize(
-    ("key", "value", "words"),
-    [
-        ("milestones", [0], "item 1 (0) is too small; allowed: a list, each item an integer >= 1"),
-        ("lora_rank_schedule", [[4, 8], [4, 6]], "not in ascending order; allowed: a list of [task, rank]"),
-        ("lora_rank_schedule", [[4]], "no [task, rank]; allowed: "),
-        ("lora_rank_schedule", [[0, 8]], "item 1 (0) is too small"),
-        ("lora_rank_schedule", [4, 8], "item 1 (4) is a wrong type (an integer)"),
-        ("lora_rank_schedule", [[1, 65]], "tokens have width 64; allowed: ranks from 1 to 64"),
-        ("lora_rank", 65, "tokens have width 64; allowed: ranks from 1 to 64"),
-        ("rd_dim", 8, 'not a key of model_name "sdlora"; it belongs to "sema"'),
-        ("gumbel_tau_init", 0.1, "allowed: gumbel_tau_init >= gumbel_tau_final"),
-    ],
-    ids=str,
-)
-def test_a_bad_value_is_named_with_what_is_allowed(key: str, value: Any, words: str) -> None:
-    (line,) = problems(**{key: value})
-    assert line.startswith(key) and words in line
+@pytest.mark.parametrize(("seeds", "notes"), [([1], 0), ([1, 2], 1)])
+def test_a_folder_that_several_seeds_write_to_is_noted(seeds: list[int], notes: int) -> None:
+    found = check(lambda_sparsity=0.1, filepath="CF100", seed=seeds).notes
+    assert [note for note in found if "the gate's files of the last seed" in note] == found
+    assert len(found) == notes
 
 
 def test_a_folder_that_cannot_be_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
-        (problem,) = problems(lambda_sparsity=0.1, filepath=str(path))
-        assert f"{tmp_path / 'file'} is no folder that can be written to; allowed: a folder" in problem
+        with pytest.raises(ConfigError, match="file is no folder that can be written to; allowed: a folder"):
+            check(lambda_sparsity=0.1, filepath=str(path))
     assert check(lambda_sparsity=0.1, filepath=str(tmp_path / "new" / "folder")).notes == []
     assert not (tmp_path / "new").exists()

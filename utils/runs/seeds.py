@@ -82,11 +82,7 @@ def check_same_config(configs: Sequence[tuple[Path, RunConfig]]) -> None:
     for folder, config in configs:
         if differing := expected.differing(config):
             keys = (f"{key} ({json.dumps(a)} and {json.dumps(b)})" for key, (a, b) in differing.items())
-            raise UserError(
-                f"{first} and {folder} are different experiments, their {CONFIG} differ in "
-                f"{', '.join(keys)}: a mean is over runs that differ in their seed alone; set back what was "
-                "edited, or compare them in a sweep"
-            )
+            raise _different(first, folder, f"their {CONFIG} differ in {', '.join(keys)}")
 
 
 def check_one_experiment(configs: Sequence[tuple[Path, RunConfig]]) -> list[str]:
@@ -103,14 +99,18 @@ def check_one_experiment(configs: Sequence[tuple[Path, RunConfig]]) -> list[str]
         by_seed[config.seed] = folder
     check_same_config(configs)
     origins = {folder: read_provenance(folder) for folder in by_seed.values()}
-    first = configs[0][0]
-    for folder, origin in origins.items():
-        if origin.hashes != origins[first].hashes:
-            raise UserError(
-                f"{first} and {folder} were run with other data or weights (the hashes differ): a mean is "
-                "over runs that differ in their seed alone; a sweep compares experiments"
-            )
+    first, *others = origins
+    for folder in others:
+        if origins[folder].hashes != origins[first].hashes:
+            raise _different(first, folder, "the hashes of their data or weights differ")
     return changes({str(folder): origin for folder, origin in origins.items()})
+
+
+def _different(first: Path, second: Path, how: str) -> UserError:
+    return UserError(
+        f"{first} and {second} are different experiments, {how}: a mean is over runs that differ in their "
+        "seed alone; set back what was edited, or compare them in a sweep"
+    )
 
 
 def log_mean(

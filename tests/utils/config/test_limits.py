@@ -74,9 +74,8 @@ def test_every_number_has_limits_on_both_sides_finite_in_single_precision(schema
     open_ended = {key for key, number in found if not lower & number.keys() or not upper & number.keys()}
     weights = {"alpha", "beta", "gamma"} & schema.model_fields.keys()  # their rule is not in the JSON schema
     assert len(found) > 1 and open_ended == weights
-    assert all(
-        abs(number[limit]) < 2**127 for _, number in found for limit in (lower | upper) & number.keys()
-    )
+    limits = [number[limit] for _, number in found for limit in (lower | upper) & number.keys()]
+    assert all(abs(limit) < 2**127 for limit in limits)
     for key in weights:
         for value in (-1, 1e7, [[0, 1e300]], [[0, -1]]):
             assert "allowed: a number from 0 to 1000000" in problem("shared_subspace", **{key: value})
@@ -90,6 +89,20 @@ def test_every_number_has_limits_on_both_sides_finite_in_single_precision(schema
         ("sema", {"func_epoch": 10**400}, "too large; allowed: an integer >= 0"),
         ("sema", {"ffn_adapter_scalar": 0}, "adapters would add nothing"),
         ("sdlora", {"gumbel_tau_final": 1e-7}, "too small; allowed: a number >= 1e-06"),
+        (
+            "sdlora",
+            {"milestones": [0]},
+            "item 1 (0) is too small; allowed: a list, each item an integer >= 1",
+        ),
+        (
+            "sdlora",
+            {"lora_rank_schedule": [[4, 8], [4, 6]]},
+            "not in ascending order; allowed: a list of [task",
+        ),
+        ("sdlora", {"lora_rank_schedule": [[4]]}, "no [task, rank]; allowed: "),
+        ("sdlora", {"lora_rank_schedule": [[0, 8]]}, "item 1 (0) is too small"),
+        ("sdlora", {"lora_rank_schedule": [4, 8]}, "item 1 (4) is a wrong type (an integer)"),
+        ("sdlora", {"rd_dim": 8}, 'not a key of model_name "sdlora"; it belongs to "sema"'),
         ("shared_subspace", {"patch": "4"}, "write 4 without quotes; allowed: 1, 2, 4"),
         ("shared_subspace", {"patch": True}, "a wrong type (a boolean)"),
         ("shared_subspace", {"patch": "four"}, "not a choice; allowed: 1, 2, 4"),
@@ -171,6 +184,9 @@ def test_a_spoiled_configuration_is_accepted_or_answered(method: str, tmp_path: 
         ("finetune", {"min_lr": 0.5}, "allowed: min_lr from 0 to 0.001"),
         ("sema", {"nested_lora_lr_slow": 0, "min_lr": 0.006}, "allowed: min_lr from 0 to 0.005"),
         ("sdlora", {"min_lr": 0.06}, "allowed: min_lr from 0 to 0.05"),
+        ("sdlora", {"gumbel_tau_init": 0.1}, "allowed: gumbel_tau_init >= gumbel_tau_final"),
+        ("sdlora", {"lora_rank": 65}, "tokens have width 64; allowed: ranks from 1 to 64"),
+        ("sdlora", {"lora_rank_schedule": [[1, 65]]}, "tokens have width 64; allowed: ranks from 1 to 64"),
         ("shared_subspace", {"min_lr": 0.1}, "allowed: min_lr from 0 to 0.001"),
         ("sema", {"nested_lora_rank": 65}, "tokens have width 64; allowed: nested_lora_rank from 1 to 64"),
         ("sema", {"ffn_adapter_type": "adaptmlp", "ffn_num": 129}, "allowed: ffn_num from 1 to 128"),
@@ -190,14 +206,8 @@ def test_keys_that_do_not_fit_each_other(method: str, values: dict[str, Any], to
 
 def test_what_a_method_does_not_use_is_not_refused() -> None:
     """RanPAC without a first session has no adapters and trains nothing; a constant rate ends nowhere."""
-    unused = {
-        "adapt_start_layer": 50,
-        "adapt_end_layer": 40,
-        "nested_lora_rank": 4096,
-        "min_lr": 1,
-        "ffn_num": 8192,
-    }
-    unused["grad_accumulation"] = 100
+    blocks = {"adapt_start_layer": 50, "adapt_end_layer": 40}
+    unused = {**blocks, "nested_lora_rank": 4096, "ffn_num": 8192, "min_lr": 1, "grad_accumulation": 100}
     assert check("ranpac", first_session=False, **unused)
     with pytest.raises(ConfigError) as caught:
         check("ranpac", first_session=True, **unused)

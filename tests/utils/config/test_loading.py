@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from models import SCHEMAS
-from tests.conftest import EXPS, ROOT
 from utils.config.loading import ConfigError, LoadedConfig, config_from_dict, load_config
 from utils.config.schema import RunConfig
 
@@ -51,13 +50,6 @@ def problems_of(path: Path, *overrides: str) -> list[str]:
 
 # ----------------------------------------------------------------------------------------------------------
 # Files and values
-
-
-@pytest.mark.parametrize("path", EXPS, ids=lambda path: path.stem)
-def test_shipped_config_loads_and_states_its_command(path: Path) -> None:
-    config = load_config(path, [], SCHEMAS).config
-    assert config.description.startswith(f"python main.py --config {path.relative_to(ROOT)} ")
-    assert "expected" in config.description
 
 
 def test_published_config_loads_unchanged(tmp_path: Path) -> None:

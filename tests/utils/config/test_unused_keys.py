@@ -34,7 +34,7 @@ OTHER: dict[str, Any] = {  # values that change a run where the key counts
     "detect_batch_size": 5,
     "lrate": 0.5, "lrate_decay": 0.5, "milestones": [1], "init_lr_decay": 0.2, "min_lr": 0.04,
     "lambda_sparsity": 0.5, "gumbel_tau_init": 2.0, "gumbel_anneal_rate": 0.5, "growth": "top_k",
-    "growth_top_k": 1,
+    "growth_top_k": 1, "growth_threshold": 0.2,
 }  # fmt: skip
 RHYTHM = "nested_lora_update_interval_slow nested_lora_slow_grad"
 SHARES = "nested_lora_consolidation_alpha nested_lora_consolidation_schedule"
@@ -106,6 +106,7 @@ CASES: list[tuple[dict[str, Any], str, str]] = [
     (TINY_SDLORA, GATE, "no gate where lambda_sparsity is 0"),
     (TINY_SDLORA | {"gumbel_gate": "off"}, f"lambda_sparsity {GATE}", 'gumbel_gate is "off"'),
     (GATED, "growth_top_k", 'growth is "threshold"'),
+    (GATED | {"growth": "top_k"}, "growth_threshold", 'growth is "top_k"'),
     (
         GATED | {"gumbel_tau_init": 1.0, "gumbel_tau_final": 1.0},
         "gumbel_anneal_rate",
