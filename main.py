@@ -59,12 +59,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     lists = ("keys", "methods", "datasets", "backbones", "configs")
-    repeatable = "change one key; repeatable"
     add("--config", type=given_path, metavar="FILE", help=f"JSON experiment to run (default: {DEFAULT})")
-    add("--set", action="append", default=[], metavar="KEY=VALUE", help=repeatable)
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="change one key; repeatable")
     add("--resume", type=given_path, metavar="FOLDER", help="continue the run in this folder")
     add("--overwrite", action="store_true", help="replace an existing folder of the same name")
-    add("--sweep", type=given_path, metavar="FILE", help="run a table of experiments, but those finished")
+    add("--sweep", type=given_path, metavar="FILE", help="run a table of experiments; skips finished ones")
     add("--jobs", type=at_least_one, metavar="N", help="of a sweep: runs at once (default: as many as fit)")
     add("--engine", choices=list(EXECUTORS), help="of a sweep: what executes its runs (default: local)")
     add("--ray-address", metavar="ADDR", help="with --engine ray: a cluster (default: a Ray of its own)")
@@ -72,7 +71,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--benchmark", action="store_true", help="measure what the configuration costs here; no run")
     add("--repeats", type=at_least_one, metavar="N", help="with --benchmark: measurements of each step (5)")
     add("--profile", type=given_path, metavar="FOLDER", help="with --benchmark: a trace of a training step")
-    add("--list", choices=lists, help="print these, and exit")
+    add("--list", choices=lists, help="print this list, and exit")
     add("--method", metavar="NAME", help="with --list keys: of this method only")
     add("--format", choices=("text", "markdown"), help="with --list keys: how to print them (default: text)")
     options = parse_or_advise(parser, arguments, way_out)
@@ -90,24 +89,22 @@ def at_least_one(text: str) -> int:
 
 def usage_faults(options: argparse.Namespace) -> list[str]:
     """Sentences about options that do not go together."""
-    given = {
-        name.replace("_", "-") for name, value in vars(options).items() if value not in (None, False, [])
-    }
+    values = vars(options).items()
+    given = {name.replace("_", "-") for name, value in values if value not in (None, False, [])}
     command = next((name for name in TAKES if name in given), "run")
     faults = []
     if refused := given - {command, *TAKES[command]}:
-        subject = "a run" if command == "run" else f"--{command}"
-        homes = [name for name in TAKES if refused <= {*TAKES[name]}] if command == "run" else []
-        hint = (
-            f"they go with {_dashed(homes)}" if homes else f"it takes {_dashed(TAKES[command]) or 'nothing'}"
-        )
+        subject, hint = f"--{command}", f"it takes {_dashed(TAKES[command]) or 'nothing'}"
+        if command == "run":
+            subject = "a run"
+            hint = f"allowed with {_dashed(name for name in TAKES if refused & {*TAKES[name]})}"
         faults.append(f"{subject} takes no {_dashed(sorted(refused))}: {hint}")
     rules = [
         (options.report and not options.sweep, "--report goes with --sweep"),
         (options.ray_address and options.engine != "ray", "--ray-address goes with --engine ray"),
         (options.sweep and "RANK" in os.environ, "--sweep starts its runs itself: call it without torchrun"),
         (
-            (options.method or options.format) and options.list != "keys",
+            options.list != "keys" and (options.method or options.format),
             "--method and --format go with --list keys",
         ),
     ]

@@ -208,7 +208,7 @@ def test_a_file_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[
     [
         ("--resume x --set seed=1", "--resume takes no --set"),
         ("--sweep x.json --resume y", "--resume takes no --sweep"),
-        ("--jobs 2 --engine ray", "takes no --engine, --jobs: they go with --sweep"),
+        ("--jobs 2 --engine ray", "takes no --engine, --jobs: allowed with --sweep"),
         ("--report", "--report goes with --sweep"),
         ("--sweep x.json --config y.json", "--sweep takes no --config"),
         ("--sweep x.json --jobs 0", "--jobs: 0: at least 1"),
@@ -217,12 +217,12 @@ def test_a_file_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[
         ("--sweep x.json --report --jobs 2", "--report takes no --jobs"),
         ("--sweep x.json --report --overwrite", "--report takes no --overwrite"),
         ("RANK=0 --sweep x.json", "without torchrun"),
-        ("--profile x", "go with --benchmark"),
+        ("--profile x", "allowed with --benchmark"),
         ("--benchmark --overwrite", "--benchmark takes no --overwrite: it takes --config"),
         ("--benchmark --repeats 0", "at least 1"),
         ("--list keys --set seed=1", "--list takes no --set"),
         ("--list methods --method sema", "go with --list keys"),
-        ("--method sema", "go with --list"),
+        ("--method sema", "allowed with --list"),
         ("--list key", "invalid choice"),
     ],
 )

@@ -108,13 +108,12 @@ class ClassIncrementalConfig(RunConfig):
         """Tasks of one class, which cross-entropy learns nothing from."""
         found, classes = super().warnings(nb_seeds), self.known_classes()
         tasks = [] if classes is None else tasks_of(classes, self.init_cls, self.increment, self.max_tasks)
-        advice = {task: self.one_class_advice(task) for task, labels in enumerate(tasks) if len(labels) == 1}
-        untaught = [task for task, text in advice.items() if text]
-        if untaught:
+        single = [task for task, labels in enumerate(tasks) if len(labels) == 1]
+        if untaught := [task for task in single if self.one_class_advice(task)]:
             shown = ", ".join(map(str, untaught[:3])) + (", ..." if len(untaught) > 3 else "")
             fault = f"task {shown} of 0 to {len(tasks) - 1} brings one class"
             nothing = "cross-entropy over it alone is zero and teaches nothing"
-            found.append(f"{fault}: {nothing}; {advice[untaught[0]]}")
+            found.append(f"{fault}: {nothing}; {self.one_class_advice(untaught[0])}")
         return found
 
     def one_class_advice(self, task: int) -> str:
@@ -219,8 +218,7 @@ class HeadKeys(ClassIncrementalConfig):
 # Training
 
 
-def _tiny_for_null(value: Any) -> Any:
-    return 1e-8 if value is None else value
+NullIsTiny = BeforeValidator(lambda value: 1e-8 if value is None else value)
 
 
 class StepKeys(ClassIncrementalConfig):
@@ -252,7 +250,7 @@ class TrainingKeys(ClassIncrementalConfig):
     func_epoch: CountOrZero = key(5, "Epochs of a functional phase (adapters, router, classifier).")
     init_lr: Rate = key(0.005, "Learning rate of functional phases.")
     weight_decay: RateOrZero = key(0.0005, "Weight decay.")
-    min_lr: Annotated[RateOrZero, BeforeValidator(_tiny_for_null)] = key(
+    min_lr: Annotated[RateOrZero, NullIsTiny] = key(
         0.0,
         "Where the cosine schedule ends; null is read as 1e-8, as published.",
         "a number >= 0 and < 1000, or null for 1e-8",

@@ -43,8 +43,8 @@ class ConfigError(UserError):
 
     def __init__(self, source: str, problems: Sequence[str]) -> None:
         self.problems = list(problems)
-        count = f"{len(problems)} problem" + ("" if len(problems) == 1 else "s")
-        super().__init__("\n".join([f"{source}: {count}", *(f"  - {problem}" for problem in problems)]))
+        heading = f"{source}: {len(problems)} problem{'s' if len(problems) > 1 else ''}"
+        super().__init__("\n  - ".join([heading, *problems]))
 
 
 @dataclass(frozen=True)
