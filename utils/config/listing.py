@@ -16,7 +16,7 @@ WIDTH = 110  # characters of a line
 INTRODUCTION = """\
 # Config keys
 
-Made from the code by `python main.py --list keys --format markdown > docs/configs.md`; do not edit.
+This page is the output of `python main.py --list keys --format markdown`: write it anew, do not edit it.
 `python main.py --list keys --method sema` prints those of one method. A config is a flat JSON file; keys that
 it leaves out have their default, and `--set key=value` changes one. The groups below are shared by the
 methods named under them; then follow the keys that a method adds or redefines."""
