@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
+import pandas as pd
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -44,39 +45,27 @@ Layers = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class ModelOutputs:
-    """Samples with their layers (N, d), predicted colours (N, 8, 8), and programs in words."""
+    """Samples with the network's outputs."""
 
     samples: GridSamples
-    layers: Layers
-    colours: Tensor
-    programs: Sequence[str]
+    layers: Layers  # (N, d) each
+    colours: Tensor  # (N, 8, 8), predicted
+    programs: Sequence[str]  # in words
 
 
 @dataclass(frozen=True)
 class AnalysisInputs:
-    """Layers of a network for new samples of its tasks.
+    """Layers of a network for new samples of its tasks."""
 
-    Attributes:
-        primitives: names of the P primitives.
-        tasks: (G, P) bool, the labels of the training compositions.
-        by_task: layer -> (G, n, d), n samples per task.
-        same_grids: layer -> (G, n, d), the same n input grids under one program per task.
-        fitted: samples of training compositions, for probes and units.
-        splits: split -> other samples.
-        rank: dimensions of a task's subspace.
-        seed: draws permutations and random subspaces.
-        title: the run, for figures.
-    """
-
-    primitives: Sequence[str]
-    tasks: Tensor
-    by_task: Layers
-    same_grids: Layers
-    fitted: ModelOutputs
-    splits: Mapping[str, ModelOutputs]
-    rank: int
-    seed: int
-    title: str
+    primitives: Sequence[str]  # names
+    tasks: Tensor  # (G, P) bool, the labels of the training compositions
+    by_task: Layers  # (G, n, d) each, n samples per task
+    same_grids: Layers  # (G, n, d) each, the same n input grids under one program per task
+    fitted: ModelOutputs  # for training compositions; probes and units are fitted to them
+    splits: Mapping[str, ModelOutputs]  # other samples by split
+    rank: int  # dimensions of a task's subspace
+    seed: int  # of permutations and random subspaces
+    title: str  # of the run, for figures
 
 
 def analysis_inputs(
@@ -115,24 +104,21 @@ def cka(inputs: AnalysisInputs) -> AnalysisResult:
     """Linear CKA between tasks on the same grids, in every layer."""
     layers = progress(inputs.same_grids.items(), desc="CKA", unit="layer")
     values = {layer: cka_matrix(list(vectors)).numpy() for layer, vectors in layers}
-    spec = HeatmapSpec("layer", "primitive", "linear CKA", (0.0, 1.0), row_names=list(values))
-    subtitle = f"{inputs.title} · {inputs.same_grids['h'].shape[1]} input grids"
-    return _between_tasks("cka", values, inputs, spec, "Linear CKA between tasks on the same grids", subtitle)
+    note = f"{inputs.same_grids['h'].shape[1]} input grids"
+    title = "Linear CKA between tasks on the same grids"
+    return _between_tasks("cka", values, inputs, ("linear CKA", 1.0), title, note)
 
 
 def grassmann(inputs: AnalysisInputs) -> AnalysisResult:
     """Grassmann distance between tasks' principal subspaces, in every layer, and between random subspaces."""
+    rank, generator = inputs.rank, rng("chance distance", inputs.seed)
     layers = progress(inputs.by_task.items(), desc="Grassmann distances", unit="layer")
-    values = {layer: _distances(vectors, inputs.rank) for layer, vectors in layers}
-    generator = rng("chance distance", inputs.seed)
-    chance = {
-        layer: _chance_distance(vectors, inputs.rank, generator) for layer, vectors in inputs.by_task.items()
-    }
+    values = {layer: _distances(vectors, rank) for layer, vectors in layers}
+    chance = {layer: _chance_distance(vectors, rank, generator) for layer, vectors in inputs.by_task.items()}
     highest = max(1.0, *(float(np.nanmax(matrix)) for matrix in values.values()))
-    spec = HeatmapSpec("layer", "primitive", "radians", (0.0, highest), row_names=list(values))
-    subtitle = f"{inputs.title} · {inputs.rank} directions; by chance {chance['h']:.2f} in h"
     title = "Grassmann distance between tasks' subspaces (radians)"
-    found = _between_tasks("grassmann", values, inputs, spec, title, subtitle)
+    note = f"{rank} directions; by chance {chance['h']:.2f} in h"
+    found = _between_tasks("grassmann", values, inputs, ("radians", highest), title, note)
     found.numbers["chance"] = chance
     shared, other = pair_means(values["h"], inputs.tasks)
     found.numbers["metrics"] |= {"grassmann_gap": number(other - shared), "grassmann_chance": chance["h"]}
@@ -163,34 +149,37 @@ def _between_tasks(
     name: str,
     values: Mapping[str, np.ndarray],
     inputs: AnalysisInputs,
-    spec: HeatmapSpec,
+    scale: tuple[str, float],
     title: str,
-    subtitle: str,
+    note: str,
 ) -> AnalysisResult:
-    """Result of a measure between tasks: layer -> (G, G)."""
-    columns, tasks = list(inputs.primitives), inputs.tasks
+    """Result of a measure between tasks: layer -> (G, G); scale: its unit and the end of its colour bar."""
+    columns, tasks, layers = list(inputs.primitives), inputs.tasks, list(values)
     labels = [" + ".join(np.array(columns)[task]) for task in tasks.numpy()]
-    means = {layer: pair_means(matrix, tasks) for layer, matrix in values.items()}
+    means = np.array([pair_means(matrix, tasks) for matrix in values.values()])
     by_primitive = [primitive_means(matrix, tasks) for matrix in values.values()]
     shared, other = (np.stack(rows) for rows in zip(*by_primitive, strict=True))
-    maps, spec = [Heatmap(SHARED, shared), Heatmap(OTHER, other)], spec._replace(column_names=columns)
+    unit, highest = scale
+    spec = HeatmapSpec("layer", "primitive", unit, (0.0, highest), row_names=layers, column_names=columns)
+    maps, subtitle = [Heatmap(SHARED, shared), Heatmap(OTHER, other)], f"{inputs.title} · {note}"
+    of_layers = [dict(zip(("shared", "other"), row, strict=True)) for row in listed(means)]
+    numbers = {
+        "tasks": labels,
+        "means": dict(zip(layers, of_layers, strict=True)),
+        "shared_by_primitive": dict(zip(layers, listed(shared), strict=True)),
+        "other_by_primitive": dict(zip(layers, listed(other), strict=True)),
+    }
+    numbers["metrics"] = {f"{name}_{kind}": value for kind, value in numbers["means"]["h"].items()}
     table = [
         {"layer": layer, "first": labels[i], "second": labels[j], name: number(matrix[i, j])}
         for layer, matrix in values.items()
         for i, j in combinations(range(len(tasks)), 2)
     ]
-    headings = ["shared primitive", "nothing shared"]
     return AnalysisResult(
-        numbers={
-            "tasks": labels,
-            "means": {layer: {"shared": number(a), "other": number(b)} for layer, (a, b) in means.items()},
-            "shared_by_primitive": dict(zip(values, listed(shared), strict=True)),
-            "other_by_primitive": dict(zip(values, listed(other), strict=True)),
-            "metrics": {f"{name}_shared": number(means["h"][0]), f"{name}_other": number(means["h"][1])},
-        },
+        numbers=numbers,
         tables={name: table},
         figures={name: lambda: heatmaps_figure(maps, spec, title, subtitle)},
-        text=value_table(title, list(means), headings, np.array([*means.values()]), 3),
+        text=value_table(title, layers, ["shared primitive", "nothing shared"], means, 3),
     )
 
 
@@ -236,11 +225,16 @@ def probes(inputs: AnalysisInputs) -> AnalysisResult:
     lines = scores | {"chance": chance}
     values = np.array([list(line.values()) for line in lines.values()])
     rows, columns = list(lines), [SPLIT_NAMES[split] for split in splits]
-    title = "Linear probes of the primitives, fitted on compositions of training: mean average precision (%)"
     spec = HeatmapSpec(
-        "layer", "tested on", "average precision (%)", (0.0, 100.0), 1, "viridis", rows, columns
+        "layer", "tested on", "average precision (%)", (0.0, 100.0), 1, row_names=rows, column_names=columns
     )
     maps = [Heatmap("", values)]
+    table = [
+        {"layer": layer, "split": split, "average_precision": score}
+        for layer, line in lines.items()
+        for split, score in line.items()
+    ]
+    title = "Linear probes of the primitives, fitted on compositions of training: mean average precision (%)"
     return AnalysisResult(
         numbers={
             "fitted_on": len(fitted.samples),
@@ -248,13 +242,7 @@ def probes(inputs: AnalysisInputs) -> AnalysisResult:
             "chance": chance,
             "metrics": {f"probe_{split}": score for split, score in scores["h"].items()},
         },
-        tables={
-            "probes": [
-                {"layer": layer, "split": split, "average_precision": score}
-                for layer, line in lines.items()
-                for split, score in line.items()
-            ]
-        },
+        tables={"probes": table},
         figures={"probes": lambda: heatmaps_figure(maps, spec, "Linear probes (%)", inputs.title)},
         text=value_table(title, rows, columns, values, 1),
     )
@@ -268,19 +256,22 @@ def units(inputs: AnalysisInputs) -> AnalysisResult:
     labels, generator = inputs.fitted.samples.primitives, rng("unit permutations", inputs.seed)
     layers = {layer: inputs.fitted.layers[layer] for layer in ("h", "z") if layer in inputs.fitted.layers}
     reports = {layer: unit_report(vectors, labels, generator) for layer, vectors in layers.items()}
+    numbers: Row = {"metrics": {}}
     figures: dict[str, Callable[[], Figure]] = {}
-    numbers, metrics = {}, {}
     for layer, report in reports.items():
+        name = "unit" if layer == "z" else "hidden"
+        numbers["metrics"] |= {
+            f"{name}_alignment": float(report.best.abs().mean()),
+            f"{name}_chance": float(report.threshold.mean()),
+            f"{name}_aligned": 100 * report.aligned,
+        }
         numbers[layer] = {
             "units": len(report.correlation),
             "dead": report.dead,
             "mean_active_share": float(report.active_share.mean()),
             "purity": number(report.purity),
             "purity_by_chance": number(report.purity_by_chance),
-            "best_unit": report.best_unit.tolist(),
-            "best": report.best.tolist(),
-            "threshold": report.threshold.tolist(),
-            "p": report.p.tolist(),
+            **{key: getattr(report, key).tolist() for key in ("best_unit", "best", "threshold", "p")},
         }
         figures[f"units_{layer}"] = functools.partial(
             unit_label_figure,
@@ -290,16 +281,10 @@ def units(inputs: AnalysisInputs) -> AnalysisResult:
             f"Correlation of units of {layer} with primitives",
             f"{inputs.title} · {len(labels)} samples",
         )
-        name = "unit" if layer == "z" else "hidden"
-        metrics |= {
-            f"{name}_alignment": float(report.best.abs().mean()),
-            f"{name}_chance": float(report.threshold.mean()),
-            f"{name}_aligned": 100 * report.aligned,
-        }
     last = list(reports)[-1]
     figures["unit_samples"] = functools.partial(_unit_samples_figure, inputs, last, reports[last])
     return AnalysisResult(
-        numbers=numbers | {"metrics": metrics},
+        numbers=numbers,
         tables={f"units_{layer}": _unit_rows(inputs, report) for layer, report in reports.items()},
         figures=figures,
         text="\n\n".join(_unit_text(inputs, layer, report) for layer, report in reports.items()),
@@ -307,30 +292,19 @@ def units(inputs: AnalysisInputs) -> AnalysisResult:
 
 
 def _unit_rows(inputs: AnalysisInputs, report: UnitReport) -> list[Row]:
-    """A row for each unit: its activity, and its correlation with every primitive."""
-    columns = zip(
-        report.mean_activity.tolist(), report.active_share.tolist(), report.correlation.tolist(), strict=True
-    )
-    return [
-        {
-            "unit": unit,
-            "mean": mean,
-            "active_share": share,
-            **dict(zip(inputs.primitives, correlation, strict=True)),
-        }
-        for unit, (mean, share, correlation) in enumerate(columns)
-    ]
+    """Activity of each unit, and its correlation with every primitive."""
+    units = {"mean": report.mean_activity.tolist(), "active_share": report.active_share.tolist()}
+    units |= dict(zip(inputs.primitives, report.correlation.T.tolist(), strict=True))
+    return pd.DataFrame(units).rename_axis("unit").reset_index().to_dict("records")
 
 
 def _unit_text(inputs: AnalysisInputs, layer: str, report: UnitReport) -> str:
-    title = (
-        f"best unit of {layer} for each primitive ({len(report.correlation)} units, {report.dead} dead, "
-        f"purity {report.purity:.2f}, by chance {report.purity_by_chance:.2f}): r, and |r| by chance (95 %)"
-    )
+    size = f"{len(report.correlation)} units, {report.dead} dead"
+    purity = f"purity {report.purity:.2f}, by chance {report.purity_by_chance:.2f}"
+    title = f"best unit of {layer} for each primitive ({size}, {purity}): r, and |r| by chance (95 %)"
     rows = [f"{name}, {layer}{unit}" for name, unit in zip(inputs.primitives, report.best_unit, strict=True)]
-    return value_table(
-        title, rows, ["r", "chance"], torch.stack([report.best, report.threshold], dim=1).numpy(), 2
-    )
+    values = torch.stack([report.best, report.threshold], dim=1).numpy()
+    return value_table(title, rows, ["r", "chance"], values, 2)
 
 
 def _unit_samples_figure(inputs: AnalysisInputs, layer: str, report: UnitReport) -> Figure:
@@ -355,11 +329,9 @@ def samples(inputs: AnalysisInputs) -> AnalysisResult:
         for outputs in inputs.splits.values()
         for index in range(min(SAMPLES_PER_SPLIT, len(outputs.samples)))
     ]
-    title = f"New grids: {', '.join(SPLIT_NAMES[split] for split in inputs.splits)} (a line each)"
-    solved = {
-        split: float((outputs.colours == outputs.samples.target).flatten(1).all(dim=1).double().mean())
-        for split, outputs in inputs.splits.items()
-    }
+    title = f"New grids: {', '.join(SPLIT_NAMES[split] for split in inputs.splits)} (one line per split)"
+    right = {split: outputs.colours == outputs.samples.target for split, outputs in inputs.splits.items()}
+    solved = {split: float(own.flatten(1).all(dim=1).double().mean()) for split, own in right.items()}
     return AnalysisResult(
         numbers={"solved": solved, "metrics": {}},
         tables={},
@@ -374,11 +346,7 @@ def _sample(outputs: ModelOutputs, index: int) -> GridSample:
 
 
 ANALYSES: dict[str, Callable[[AnalysisInputs], AnalysisResult]] = {
-    "cka": cka,
-    "grassmann": grassmann,
-    "probes": probes,
-    "units": units,
-    "samples": samples,
+    analyse.__name__: analyse for analyse in (cka, grassmann, probes, units, samples)
 }
 
 

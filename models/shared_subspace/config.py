@@ -8,7 +8,7 @@ tenths and stays.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
@@ -43,13 +43,11 @@ def _as_points(value: Any) -> Any:
 
 
 def _rising_shares(points: list[list[float]]) -> list[list[float]]:
-    if not points or any(len(point) != 2 for point in points):
-        raise ValueError("holds no points [share, weight]")
-    shares = [share for share, _ in points]
-    if shares != sorted(set(shares)) or not 0 <= shares[0] <= shares[-1] <= 1:
-        raise ValueError("shares are not in ascending order from 0 to 1")
-    if any(not 0 <= weight <= MAX_COUNT for _, weight in points):
-        raise ValueError(f"a weight is not between 0 and {MAX_COUNT}")
+    pairs = bool(points) and all(len(point) == 2 for point in points)
+    shares = [point[0] for point in points] if pairs else []
+    rising = shares == sorted(set(shares)) and all(0 <= share <= 1 for share in shares)
+    if not pairs or not rising or any(not 0 <= weight <= MAX_COUNT for _, weight in points):
+        raise ValueError("not points [share, weight] with shares in ascending order")
     return points
 
 
@@ -64,10 +62,6 @@ Weight = Annotated[list[list[float]], AfterValidator(_rising_shares), BeforeVali
 Names = Annotated[list[str], Field(min_length=2), AfterValidator(distinct)]
 Length = Annotated[int, Field(ge=1, le=len(PRIMITIVES))]
 Lengths = Annotated[list[Length], Field(min_length=1)]
-
-
-def _weight(default: float, meaning: str) -> Any:
-    return key([[0.0, default]], meaning, WEIGHT_ALLOWED)
 
 
 class SharedSubspaceConfig(RunConfig):
@@ -90,7 +84,7 @@ class SharedSubspaceConfig(RunConfig):
     )
     test_compositions: Count = key(200, "Unseen compositions; all where there are fewer.")
     validation_samples: Count = key(512, "Samples that choose the best epoch.")
-    test_samples: Count = key(1024, "Samples of each table's line.")
+    test_samples: Count = key(1024, "Samples of each split that the network is tested on.")
 
     encoder: Literal["transformer", "gru"] = key("transformer", "Encoder of program and patches.")
     decoder: Literal["deconvolution", "mlp"] = key("mlp", "Decoder of h into a grid.")
@@ -105,9 +99,9 @@ class SharedSubspaceConfig(RunConfig):
     sparse_activity: float = key(0.05, "Target for the share of its units that are active.", gt=0, lt=1)
 
     task_loss: Literal["ce", "iou"] = key("ce", "Cross-entropy of the cells, or 1 - IoU.")
-    alpha: Weight = _weight(0.1, "Weight of the sharing loss.")
-    beta: Weight = _weight(0.1, "Weight of the sparse autoencoder's loss.")
-    gamma: Weight = _weight(0.1, "Weight of the auxiliary (primitive) loss.")
+    alpha: Weight = key([[0.0, 0.1]], "Weight of the sharing loss.", WEIGHT_ALLOWED)
+    beta: Weight = key([[0.0, 0.1]], "Weight of the sparse autoencoder's loss.", WEIGHT_ALLOWED)
+    gamma: Weight = key([[0.0, 0.1]], "Weight of the auxiliary (primitive) loss.", WEIGHT_ALLOWED)
     sharing_rank: int = key(4, "Dimensions of a group's subspace.", ge=1, le=4096)
     sharing_ema: float = key(
         0.0, "Decay of the running mean of subspaces that groups are pulled towards; 0: none.", ge=0, lt=1
@@ -127,10 +121,7 @@ class SharedSubspaceConfig(RunConfig):
     min_lr: RateOrZero = key(0.0, "Learning rate at the end of the cosine schedule.")
     weight_decay: RateOrZero = key(0.01, "Weight decay.")
     clip_norm: float = key(
-        1.0,
-        "Largest norm of the gradient, over all parameters; larger ones are scaled down to it.",
-        gt=0,
-        le=1e9,
+        1.0, "Largest norm of the gradient, over all parameters; larger ones are scaled down.", gt=0, le=1e9
     )
     save_every: Count = key(10, "Epochs after which a checkpoint is written.")
 
@@ -149,116 +140,84 @@ class SharedSubspaceConfig(RunConfig):
         """Groups in a training step."""
         return self.batch_size // self.group_size
 
-    def folder_names(self, seed: int) -> list[str]:
-        return [self.model_name, "grids", f"{self.prefix}_{seed}_{self.encoder}"]
-
-    def conflicts(self) -> list[Conflict]:
-        """Impossible splits, groups too small for a subspace, and sizes that do not divide."""
-        splits = split_problems(self.primitives, self.train_lengths, self.test_length, self.held_out_pairs)
-        own = [
-            *splits,
-            *self._group_conflicts(),
-            *self._size_conflicts(),
-            *self.min_lr_conflicts(["init_lr"]),
-        ]
-        return [*super().conflicts(), *own]
-
-    def _group_conflicts(self) -> list[Conflict]:
-        size, rank = self.group_size, self.sharing_rank
-        found: list[Conflict] = []
-        if rank >= size:
-            fault = f"the subspace of {size} samples has at most {size - 1} dimensions"
-            found.append((("sharing_rank", "group_size"), f"{fault}; allowed: sharing_rank below group_size"))
-        if self.batch_size % size or self.groups < 2:
-            fault = "a step takes whole groups, at least two"
-            found.append(
-                (("batch_size", "group_size"), f"{fault}; allowed: such as {max(2, self.groups) * size}")
-            )
-        elif self.grad_accumulation > self.groups:
-            fault = f"parts of a step are whole groups, and there are {self.groups}"
-            found.append((("grad_accumulation", "batch_size"), f"{fault}; allowed: from 1 to {self.groups}"))
-        return found
-
-    def _size_conflicts(self) -> list[Conflict]:
-        found: list[Conflict] = []
-        for name, length in (("train_lengths", max(self.train_lengths)), ("test_length", self.test_length)):
-            orders = math.perm(len(self.primitives), length)
-            if orders > MAX_COUNT:
-                fault = f"{len(self.primitives)} primitives make {orders} compositions of length {length}"
-                found.append(((name, "primitives"), f"{fault}; allowed: at most {MAX_COUNT} compositions"))
-        samples = self.steps_per_epoch * self.batch_size
-        if samples > MAX_SAMPLES:
-            fault = f"the {samples} samples of an epoch are drawn at once"
-            found.append(
-                (("steps_per_epoch", "batch_size"), f"{fault}; allowed: at most {MAX_SAMPLES} together")
-            )
-        if self.encoder == "transformer" and self.width % self.heads:
-            fault = "each head takes an equal share of the width"
-            found.append((("width", "heads"), f"{fault}; allowed: a width that heads divides"))
-        if self.encoder == "gru" and self.width % 2:
-            found.append(
-                (("width", "encoder"), "each direction takes half of the width; allowed: an even width")
-            )
-        if self.sharing_rank >= self.hidden:
-            fault = f"h has {self.hidden} dimensions"
-            found.append((("sharing_rank", "hidden"), f"{fault}; allowed: from 1 to {self.hidden - 1}"))
-        unseen = min(self.test_compositions, math.perm(len(self.primitives), self.test_length))
-        if self.few_shot_tasks > unseen > 0:
-            fault = f"each few-shot task is another unseen composition, and there are {unseen}"
-            found.append((("few_shot_tasks", "test_compositions"), f"{fault}; allowed: from 0 to {unseen}"))
-        if self.few_shot_tasks and self.few_shot_rank > self.hidden:
-            fault = f"h has {self.hidden} dimensions"
-            found.append((("few_shot_rank", "hidden"), f"{fault}; allowed: from 1 to {self.hidden}"))
-        if self.few_shot_tasks and self.few_shot_every > self.few_shot_steps:
-            fault = "there would be no test"
-            found.append(
-                (("few_shot_every", "few_shot_steps"), f"{fault}; allowed: from 1 to {self.few_shot_steps}")
-            )
-        return found
-
-    def unused_rules(self) -> list[UnusedRule]:
-        names = type(self).model_fields.keys() - {"few_shot_tasks"}
-        few_shot = [name for name in names if name.startswith("few_shot_")]
-        sparse = any(weight > 0 for _, weight in self.beta)
-        return [
-            (self.encoder == "gru", 'encoder is "gru"', ("heads",)),
-            (self.sparse_units == 0, "sparse_units is 0", ("beta", "sparse_activity")),
-            (not sparse, "beta is 0", ("sparse_activity",)),
-            (not self.shares, "alpha is 0", ("sharing_ema", "sharing_detach")),
-            (self.few_shot_tasks == 0, "few_shot_tasks is 0", few_shot),
-            *super().unused_rules(),
-        ]
-
     @property
     def shares(self) -> bool:
         """Whether the sharing loss ever has weight."""
         return any(weight > 0 for _, weight in self.alpha)
 
+    def folder_names(self, seed: int) -> list[str]:
+        return [self.model_name, "grids", f"{self.prefix}_{seed}_{self.encoder}"]
 
-def split_problems(
-    primitives: Sequence[str], train_lengths: Sequence[int], test_length: int, held_out_pairs: int
-) -> list[Conflict]:
-    """Reasons why such splits are impossible: the config keys, and a sentence that says what is allowed."""
-    found: list[Conflict] = []
-    unknown = [name for name in primitives if name not in PRIMITIVES]
-    if unknown:
-        names = f"no such primitive: {', '.join(unknown)}; allowed: {', '.join(PRIMITIVES)}"
-        found.append((("primitives",), names))
-    number, pairs = len(primitives), len(primitives) * (len(primitives) - 1) // 2
-    within = (
-        f"a composition holds different primitives, and there are {number}; "
-        f"allowed: lengths from 1 to {number}"
-    )
-    if not all(1 <= length <= number for length in train_lengths):
-        found.append((("train_lengths", "primitives"), within))
-    if not 1 <= test_length <= number:
-        found.append((("test_length", "primitives"), within))
-    if test_length in train_lengths:
-        fault = "it would not be unseen; allowed: a length not in training"
-        found.append((("test_length", "train_lengths"), fault))
-    most = pairs - (list(train_lengths) == [2])
-    if not 1 <= held_out_pairs <= most:
-        made = f"{pairs} pair{'' if pairs == 1 else 's'}"
-        fault = f"{number} primitives make {made}, and neither training nor the held-out set may be empty"
-        found.append((("held_out_pairs", "primitives"), f"{fault}; allowed: from 1 to {most}"))
-    return found
+    def conflicts(self) -> list[Conflict]:
+        own = [*self._split_conflicts(), *self._size_conflicts(), *self.min_lr_conflicts(["init_lr"])]
+        return [*super().conflicts(), *own]
+
+    def _split_conflicts(self) -> Iterator[Conflict]:
+        """Compositions that do not exist, are too many, or leave a split empty."""
+        number = len(self.primitives)
+        unknown = [name for name in self.primitives if name not in PRIMITIVES]
+        if unknown:
+            fault = f"no such primitive: {', '.join(unknown)}"
+            yield ("primitives",), f"{fault}; allowed: {', '.join(PRIMITIVES)}"
+        for name, length in (("train_lengths", max(self.train_lengths)), ("test_length", self.test_length)):
+            compositions = math.perm(number, length)
+            if length > number:
+                fault = f"a composition holds different primitives, and there are {number}"
+                yield (name, "primitives"), f"{fault}; allowed: lengths from 1 to {number}"
+            if compositions > MAX_COUNT:
+                fault = f"{number} primitives make {compositions} compositions of length {length}"
+                yield (name, "primitives"), f"{fault}; allowed: at most {MAX_COUNT} compositions"
+        if self.test_length in self.train_lengths:
+            fault = "it would not be unseen; allowed: a length not in training"
+            yield ("test_length", "train_lengths"), fault
+        most = math.comb(number, 2) - (set(self.train_lengths) == {2})
+        if self.held_out_pairs > most:
+            fault = (
+                f"{number} primitives make few pairs, and neither training nor the held-out set may be empty"
+            )
+            yield ("held_out_pairs", "primitives"), f"{fault}; allowed: from 1 to {most}"
+
+    def _size_conflicts(self) -> Iterator[Conflict]:
+        """Groups too small for a subspace, and sizes that do not divide or exceed another."""
+        size, rank, hidden = self.group_size, self.sharing_rank, self.hidden
+        if rank >= size:
+            fault = f"the subspace of {size} samples has at most {size - 1} dimensions"
+            yield ("sharing_rank", "group_size"), f"{fault}; allowed: sharing_rank below group_size"
+        if self.batch_size % size or self.groups < 2:
+            fault = f"a step takes whole groups, at least two; allowed: such as {max(2, self.groups) * size}"
+            yield ("batch_size", "group_size"), fault
+        elif self.grad_accumulation > self.groups:
+            fault = f"parts of a step are whole groups; allowed: from 1 to {self.groups}"
+            yield ("grad_accumulation", "batch_size"), fault
+        if self.steps_per_epoch * self.batch_size > MAX_SAMPLES:
+            fault = f"the samples of an epoch are drawn at once; allowed: at most {MAX_SAMPLES} together"
+            yield ("steps_per_epoch", "batch_size"), fault
+        if self.encoder == "transformer" and self.width % self.heads:
+            fault = "each head takes an equal share of the width; allowed: a width that heads divides"
+            yield ("width", "heads"), fault
+        if self.encoder == "gru" and self.width % 2:
+            yield ("width", "encoder"), "each direction takes half of the width; allowed: an even width"
+        if rank >= hidden:
+            yield ("sharing_rank", "hidden"), f"h has {hidden} dimensions; allowed: from 1 to {hidden - 1}"
+        if not self.few_shot_tasks:
+            return
+        unseen = min(self.test_compositions, math.perm(len(self.primitives), self.test_length))
+        if self.few_shot_tasks > unseen > 0:
+            fault = f"each few-shot task is another unseen composition; allowed: from 0 to {unseen}"
+            yield ("few_shot_tasks", "test_compositions"), fault
+        if self.few_shot_rank > hidden:
+            yield ("few_shot_rank", "hidden"), f"h has {hidden} dimensions; allowed: from 1 to {hidden}"
+        if self.few_shot_every > self.few_shot_steps:
+            fault = f"there would be no test; allowed: from 1 to {self.few_shot_steps}"
+            yield ("few_shot_every", "few_shot_steps"), fault
+
+    def unused_rules(self) -> list[UnusedRule]:
+        few_shot = {name for name in type(self).model_fields if name.startswith("few_shot_")}
+        return [
+            (self.encoder == "gru", 'encoder is "gru"', ("heads",)),
+            (self.sparse_units == 0, "sparse_units is 0", ("beta", "sparse_activity")),
+            (not any(weight > 0 for _, weight in self.beta), "beta is 0", ("sparse_activity",)),
+            (not self.shares, "alpha is 0", ("sharing_ema", "sharing_detach")),
+            (self.few_shot_tasks == 0, "few_shot_tasks is 0", few_shot - {"few_shot_tasks"}),
+            *super().unused_rules(),
+        ]

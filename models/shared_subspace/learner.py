@@ -1,4 +1,4 @@
-"""Shared-subspace experiment: do tasks that share primitives share a subspace, and does it help on new ones?
+"""Shared-subspace experiment: a loss that pulls the subspaces of tasks with common primitives together.
 
     python main.py --config exps/shared_subspace_small.json
 
@@ -8,12 +8,13 @@ trains on compositions of few primitives with
     loss = prediction + alpha sharing + beta (reconstruction + w L1) + gamma auxiliary
 
 where `sharing` pulls together the subspaces of groups of samples that have a primitive in common, the sparse
-autoencoder's terms train a sparse code of h, and the auxiliary loss predicts from h which primitives were
-applied. alpha, beta and gamma follow schedules; w follows the fraction of active units. The weights of the
-best validation IoU are kept. They are tested on pairs of primitives and on compositions that training never
-met, and few samples of some of these train adapters at the bottleneck, everything else frozen.
+autoencoder's terms train a sparse code of h, and the auxiliary loss predicts the applied primitives from h.
+alpha, beta and gamma follow schedules; w follows the fraction of active units. The weights of the best
+validation IoU are tested on pairs of primitives and on compositions absent from training; then adapters at the
+bottleneck, everything else frozen, are fitted to few samples of some of these compositions.
 """
 
+import copy
 import hashlib
 import json
 import logging
@@ -48,11 +49,7 @@ SHOWN = ("prediction", "sharing", "reconstruction", "active_fraction")  # means 
 
 
 class SharedSubspace(Learner):
-    """One network for all compositions, with a loss on the subspaces of its bottleneck.
-
-    Raises:
-        UserError: several processes; the groups of a step are compared with each other.
-    """
+    """One network for all compositions, with a loss on the subspaces of its bottleneck; one process alone."""
 
     Config = SharedSubspaceConfig
     figures = staticmethod(grid_figures)
@@ -62,11 +59,9 @@ class SharedSubspace(Learner):
     def __init__(self, config: SharedSubspaceConfig, context: RunContext) -> None:
         super().__init__(config, context)
         if context.distributed.size > 1:
-            raise UserError(
-                f"model_name = {config.model_name!r} trains in one process, and there are "
-                f"{context.distributed.size}: the groups of a step are compared with each other; start it "
-                "without torchrun"
-            )
+            fault = f"model_name = {config.model_name!r} trains in one process, and there are"
+            reason = "the groups of a step are compared with each other; start it without torchrun"
+            raise UserError(f"{fault} {context.distributed.size}: {reason}")
         self.tasks = tasks = GridTasks(config, self.seed)
         torch.manual_seed(self.seed)
         shape = GridShape(tasks.colours, len(tasks.operations), tasks.slots, len(tasks.primitives))
@@ -90,13 +85,8 @@ class SharedSubspace(Learner):
     # --- the task -------------------------------------------------------------------------------------------
 
     def open_task(self) -> None:
-        self.progress.state = {
-            "sums": {},
-            "best_iou": None,
-            "few_shot": [],
-            "history": None,
-            "analysis": None,
-        }
+        empty = {"best_iou": None, "history": None, "analysis": None}
+        self.progress.state = {"sums": {}, "few_shot": [], **empty}
 
     def learn_task(self) -> None:
         self.once("train", lambda: self.run_phase(TrainingPhase(self)))
@@ -137,9 +127,8 @@ class SharedSubspace(Learner):
     ) -> AnalysisInputs:
         """Inputs of `analyses` for the network in the last checkpoint. UserError: images are to be chosen."""
         if images_per_class is not None:
-            raise UserError(
-                "--images-per-class: a run on grids has no images, its analyses draw new grids; leave it out"
-            )
+            fault = "a run on grids has no images, its analyses draw new grids"
+            raise UserError(f"--images-per-class: {fault}; leave it out")
         load(checkpoints[-1])
         return self.current_inputs()
 
@@ -163,9 +152,8 @@ class SharedSubspace(Learner):
         return "\n\n".join(["new grids, and a few of unseen compositions", *result_tables(evaluation)])
 
     def describe_run(self) -> str:
-        tasks = self.tasks
-        primitives = f"{len(tasks.primitives)} primitives, {len(tasks.operations)} with all their parameters"
-        return f"Grids of {tasks.colours} colours, {primitives}"
+        operations = f"{len(self.tasks.operations)} with all their parameters"
+        return f"Grids of {self.tasks.colours} colours, {len(self.tasks.primitives)} primitives, {operations}"
 
     def describe_task(self, task: int) -> str:
         counts = (f"{len(self.tasks.splits[split])} {name}" for split, name in SPLIT_NAMES.items())
@@ -256,7 +244,7 @@ class TrainingPhase(Phase):
         self, output: GridOutput, batch: GridSamples, share: float
     ) -> list[tuple[float, str, Tensor]]:
         """The other terms of the loss: (weight, name, term); those of the autoencoder also without weight."""
-        alpha, beta, gamma = self.weights()
+        alpha, beta, gamma = self.term_weights().values()
         found = []
         if alpha:
             sharing = self.sharing(output.hidden.float(), batch.primitives)
@@ -264,9 +252,8 @@ class TrainingPhase(Phase):
             self._add("fallbacks", sharing.fallbacks)
             found.append((alpha, "sharing", sharing.loss))
         if output.latents is not None:
-            sparse = sparse_terms(
-                output.hidden.float(), output.latents.float(), output.reconstruction.float()
-            )
+            vectors = (output.hidden, output.latents, output.reconstruction)
+            sparse = sparse_terms(*(tensor.float() for tensor in vectors))
             self.active_fractions.append(share * sparse.active_fraction.item())
             for name in ("active_fraction", "dead_fraction", "explained"):
                 self._add(name, share * getattr(sparse, name).item())
@@ -277,11 +264,10 @@ class TrainingPhase(Phase):
             found.append((gamma, "auxiliary", F.binary_cross_entropy_with_logits(logits, labels)))
         return found
 
-    def weights(self) -> tuple[float, float, float]:
+    def term_weights(self) -> dict[str, float]:
         """alpha, beta and gamma at the coming step."""
-        config = self.config
-        done = min(1.0, self.learner.progress.steps / (config.epochs * config.steps_per_epoch))
-        return weight_at(config.alpha, done), weight_at(config.beta, done), weight_at(config.gamma, done)
+        done = self.learner.progress.steps / (self.config.epochs * self.config.steps_per_epoch)
+        return {name: weight_at(getattr(self.config, name), done) for name in ("alpha", "beta", "gamma")}
 
     def before_step(self, step: int) -> None:
         """Clip the gradient's norm."""
@@ -306,11 +292,9 @@ class TrainingPhase(Phase):
         is_best = state["best_iou"] is None or validation["iou"] > state["best_iou"]
         if is_best:
             state["best_iou"] = validation["iou"]
-            tensors = self.model.state_dict().items()
-            learner.method_tensors = {name: tensor.detach().clone() for name, tensor in tensors}
-        weights = dict(zip(("alpha", "beta", "gamma"), self.weights(), strict=True))
-        numbers = means | {f"validation_{name}": value for name, value in validation.items()} | weights
-        numbers |= {"fallbacks": fallbacks, "seconds": seconds}
+            learner.method_tensors = copy.deepcopy(self.model.state_dict())
+        numbers = means | {f"validation_{name}": value for name, value in validation.items()}
+        numbers |= self.term_weights() | {"fallbacks": fallbacks, "seconds": seconds}
         shown = [f"{name} {means[name]:.3f}" for name in SHOWN if name in means]
         shown.append(f"validation IoU {validation['iou']:.2f}{' (best)' if is_best else ''}")
         milliseconds = {name: 1000 * value / steps for name, value in seconds.items()}

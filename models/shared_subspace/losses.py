@@ -53,12 +53,10 @@ def soft_iou_loss(logits: Tensor, targets: Tensor) -> Tensor:
     return torch.where(has_cells, 1 - right / union.clamp_min(1.0), union / (1 + union)).mean()
 
 
-def cell_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy of the colour, mean over cells and samples; scalar."""
-    return F.cross_entropy(logits, targets.long())
-
-
-TASK_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"ce": cell_cross_entropy, "iou": soft_iou_loss}
+TASK_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "ce": lambda logits, targets: F.cross_entropy(logits, targets.long()),  # mean over cells and samples
+    "iou": soft_iou_loss,
+}
 
 # --- sharing ------------------------------------------------------------------------------------------------
 
@@ -93,12 +91,10 @@ class _PrincipalProjector(torch.autograd.Function):
 def group_projector(x: Tensor, rank: int, probe: Tensor) -> tuple[Tensor, bool]:
     """Projector (d, d) onto the first principal directions of x (n, d), and whether it is a fallback.
 
-    It is differentiable in x. Where the gap between eigenvalue `rank` and the next is below `MIN_GAP` of the
-    largest, or samples span fewer directions, these directions are not determined. Then the subspace is that
-    of (C / tr C + RIDGE I) `probe`, random directions (d, rank) multiplied by the covariance C, which is
-    always defined. Source:
-    Halko, Martinsson and Tropp, *Finding Structure with Randomness*, 2011. The projector of samples that are
-    not finite is NaN.
+    Differentiable in x; NaN where samples are not finite. Where the gap between eigenvalue `rank` and the next
+    is below `MIN_GAP` of the largest, or samples span fewer directions, the subspace is that of
+    (C / tr C + RIDGE I) `probe`: random directions (d, rank) multiplied by the covariance C, always defined.
+    Source: Halko, Martinsson and Tropp, *Finding Structure with Randomness*, 2011.
     """
     x = x - x.mean(dim=0)
     if not x.isfinite().all():
@@ -113,11 +109,6 @@ def group_projector(x: Tensor, rank: int, probe: Tensor) -> tuple[Tensor, bool]:
     return basis @ basis.T, True
 
 
-def share_primitive(labels: Tensor) -> Tensor:
-    """Whether two different ones of the multi-hot labels (G, P) have a primitive in common, (G, G) bool."""
-    return (labels.float() @ labels.float().T > 0).fill_diagonal_(False)
-
-
 def projector_distances(ours: Tensor, theirs: Tensor, rank: int) -> Tensor:
     """||P_i - Q_j||_F^2 / (2 k) for every pair of matrices (G, d, d) and (H, d, d): (G, H)."""
     p, q = ours.flatten(1), theirs.flatten(1)
@@ -126,18 +117,13 @@ def projector_distances(ours: Tensor, theirs: Tensor, rank: int) -> Tensor:
 
 
 class SharingTerms(NamedTuple):
-    """The sharing loss of a batch.
+    """The sharing loss of a batch."""
 
-    loss: scalar; pairs: number of ordered pairs of groups that share a primitive; fallbacks: number of groups
-    whose PCA was unstable; projectors (G, d, d), detached; groups (G,), their indices among the labels the
-    loss knows.
-    """
-
-    loss: Tensor
-    pairs: int
-    fallbacks: int
-    projectors: Tensor
-    groups: Tensor
+    loss: Tensor  # scalar
+    pairs: int  # ordered pairs of groups that share a primitive
+    fallbacks: int  # groups whose PCA was unstable
+    projectors: Tensor  # (G, d, d), detached
+    groups: Tensor  # (G,), indices of their labels
 
 
 class SharingLoss(nn.Module):
@@ -152,17 +138,11 @@ class SharingLoss(nn.Module):
 
     Args:
         labels: the multi-hot labels that occur, (M, P), each once.
-        width: d.
-        rank: k.
+        width, rank, ema: d, k, m.
         generator: draws the random directions of the fallback.
-        ema: m.
         detach: Q_j has no gradient. With m = 0 that halves the gradient and changes nothing else, since both
             directions of a pair occur.
     """
-
-    probe: Tensor
-    averages: Tensor
-    seen: Tensor
 
     def __init__(
         self,
@@ -184,31 +164,30 @@ class SharingLoss(nn.Module):
         self.register_buffer("seen", torch.zeros(averaged, dtype=torch.bool))
 
     def forward(self, hidden: Tensor, labels: Tensor) -> SharingTerms:
-        """hidden (B, d) and the multi-hot labels (B, P) of its samples; groups of one sample are left out."""
-        group_of = self.group_indices(labels)
+        """Loss of hidden (B, d) with the multi-hot labels (B, P); groups of one sample are left out.
+
+        Raises:
+            ValueError: a label is not among those that the loss was made for.
+        """
+        agree = (labels[:, None].bool() == self.labels).all(dim=2)
+        if not bool(agree.any(dim=1).all()):
+            raise ValueError("a sample has a label that the sharing loss was not made for")
+        group_of = agree.float().argmax(dim=1)
         groups, counts = group_of.unique(return_counts=True)
         groups = groups[counts >= MIN_GROUP_SIZE]
         if not len(groups):
             empty = hidden.new_zeros(0, hidden.shape[1], hidden.shape[1])
             return SharingTerms(hidden.new_zeros(()), 0, 0, empty, groups)
-        matrices, is_fallback = zip(
-            *(group_projector(hidden[group_of == group], self.rank, self.probe) for group in groups),
-            strict=True,
-        )
-        projectors = torch.stack(matrices)
-        shared = share_primitive(self.labels[groups])
+        found = [group_projector(hidden[group_of == group], self.rank, self.probe) for group in groups]
+        projectors = torch.stack([projector for projector, _ in found])
+        own = self.labels[groups].float()
+        shared = (own @ own.T > 0).fill_diagonal_(False)
         pairs = int(shared.sum())
         targets = self._averaged(projectors, groups) if self.ema else projectors
         distances = projector_distances(projectors, targets.detach() if self.detach else targets, self.rank)
         loss = distances[shared].mean() if pairs else hidden.new_zeros(())
-        return SharingTerms(loss, pairs, sum(is_fallback), projectors.detach(), groups)
-
-    def group_indices(self, labels: Tensor) -> Tensor:
-        """Index of each label among those the loss knows, (B, P) -> (B,)."""
-        agree = (labels[:, None].bool() == self.labels).all(dim=2)
-        if not bool(agree.any(dim=1).all()):
-            raise ValueError("a sample has a label that the sharing loss was not made for")
-        return agree.float().argmax(dim=1)
+        fallbacks = sum(is_fallback for _, is_fallback in found)
+        return SharingTerms(loss, pairs, fallbacks, projectors.detach(), groups)
 
     @torch.no_grad()
     def update(self, terms: SharingTerms) -> None:
@@ -227,18 +206,13 @@ class SharingLoss(nn.Module):
 
 
 class SparseTerms(NamedTuple):
-    """Losses and measures of a sparse autoencoder on a batch, scalars.
+    """Losses and measures of a sparse autoencoder on a batch, scalars."""
 
-    reconstruction: mean squared error; l1: sum over units of |z|, mean over samples; active_fraction: share
-    of units with z > 0, mean over samples; dead_fraction: share of units that are active on no sample;
-    explained: 1 - squared error / variance.
-    """
-
-    reconstruction: Tensor
-    l1: Tensor
-    active_fraction: Tensor
-    dead_fraction: Tensor
-    explained: Tensor
+    reconstruction: Tensor  # mean squared error
+    l1: Tensor  # sum over units of |z|, mean over samples
+    active_fraction: Tensor  # share of units with z > 0, mean over samples
+    dead_fraction: Tensor  # share of units that are active on no sample
+    explained: Tensor  # 1 - squared error / variance
 
 
 def sparse_terms(hidden: Tensor, latents: Tensor, reconstruction: Tensor) -> SparseTerms:

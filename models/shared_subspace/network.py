@@ -7,13 +7,12 @@
 
 The encoder reads the program's operations and the grid's patches as one sequence; the tokens of the patches
 make h, which is normalised so that neither a subspace nor a sparse code can profit from its size. The decoder
-reads h alone. A new encoder is a subclass of `Encoder` and a line in `ENCODERS`.
+reads h alone. A new encoder is a layer and a line in `LAYERS`.
 
 Sources: sparse autoencoder, Bricken et al., *Towards Monosemanticity*, 2023; LoRA, Hu et al., ICLR 2022;
 bottleneck adapters, Houlsby et al., ICML 2019.
 """
 
-from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -29,11 +28,11 @@ from models.shared_subspace.primitives import SIDE
 
 
 class Encoder(nn.Module):
-    """Layers (B, N, width) -> (B, N, width) and a final norm."""
+    """Layers (B, N, width) -> (B, N, width) of one kind (a key of `LAYERS`), and a final norm."""
 
-    def __init__(self, layers: Iterable[nn.Module], width: int) -> None:
+    def __init__(self, kind: str, width: int, depth: int, heads: int) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(layers)
+        self.layers = nn.ModuleList(LAYERS[kind](width, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -45,26 +44,18 @@ class Encoder(nn.Module):
         return self.norm(tokens), states
 
 
-class TransformerEncoder(Encoder):
-    """A pre-norm transformer."""
+class TransformerLayer(nn.TransformerEncoderLayer):
+    """A pre-norm layer of a transformer."""
 
-    def __init__(self, width: int, depth: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int) -> None:
         options = {"dropout": 0.0, "activation": "gelu", "batch_first": True, "norm_first": True}
-        layers = (nn.TransformerEncoderLayer(width, heads, 4 * width, **options) for _ in range(depth))
-        super().__init__(layers, width)
-
-
-class GRUEncoder(Encoder):
-    """Bidirectional gated recurrent units, width / 2 in each direction; `heads` has no effect."""
-
-    def __init__(self, width: int, depth: int, heads: int) -> None:
-        super().__init__((GRULayer(width) for _ in range(depth)), width)
+        super().__init__(width, heads, 4 * width, **options)
 
 
 class GRULayer(nn.Module):
-    """One layer of `GRUEncoder`."""
+    """Bidirectional gated recurrent units, width / 2 in each direction; `heads` has no effect."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.units = nn.GRU(width, width // 2, batch_first=True, bidirectional=True)
 
@@ -97,7 +88,7 @@ class MLPDecoder(nn.Sequential):
         self.inputs = 8 * width
 
 
-ENCODERS: dict[str, type[Encoder]] = {"transformer": TransformerEncoder, "gru": GRUEncoder}
+LAYERS: dict[str, type[nn.Module]] = {"transformer": TransformerLayer, "gru": GRULayer}
 DECODERS: dict[str, type[nn.Module]] = {"deconvolution": DeconvolutionDecoder, "mlp": MLPDecoder}
 
 # --- parts at the bottleneck --------------------------------------------------------------------------------
@@ -110,12 +101,10 @@ class SparseAutoencoder(nn.Module):
     buffer, moved by `update_l1_weight` until the fraction of active units is the target.
 
     Args:
-        width: d.
-        units: k.
+        width, units: d, k.
         target: fraction of units to be active, z > 0, over units and samples.
     """
 
-    l1_weight: Tensor
     RATE = 0.05  # of `update_l1_weight`
     BOUNDS = (1e-5, 1e2)  # of the weight
 
@@ -173,28 +162,23 @@ ADAPTERS: dict[str, type[nn.Module]] = {"lora": LoRALinear, "adapter": AdapterLi
 
 
 class GridShape(NamedTuple):
-    """Sizes that follow from the tasks: colours C, operations, slots S of a program, primitives P."""
+    """Sizes that follow from the tasks."""
 
-    colours: int
+    colours: int  # C
     operations: int
-    slots: int
-    primitives: int
+    slots: int  # S, of a program
+    primitives: int  # P
 
 
 class GridOutput(NamedTuple):
-    """The network's output for a batch.
+    """The network's output for a batch."""
 
-    logits (B, C, 8, 8) of the target's colours; hidden (B, d); primitive_logits (B, P); latents (B, k) of the
-    sparse autoencoder and its reconstruction (B, d) of hidden, None without one; layers: after each layer of
-    the encoder the patches' tokens in a row, (B, N width).
-    """
-
-    logits: Tensor
-    hidden: Tensor
-    primitive_logits: Tensor
-    latents: Tensor | None
-    reconstruction: Tensor | None
-    layers: list[Tensor]
+    logits: Tensor  # (B, C, 8, 8), of the target's colours
+    hidden: Tensor  # (B, d)
+    primitive_logits: Tensor  # (B, P)
+    latents: Tensor | None  # (B, k) of the sparse autoencoder, None without one
+    reconstruction: Tensor | None  # (B, d) of hidden
+    layers: list[Tensor]  # the patches' tokens in a row after each layer of the encoder, (B, N width) each
 
     def representations(self) -> dict[str, Tensor]:
         """Every layer's vectors (B, ...) by name: "layer 1", ..., "h", and "z" with an autoencoder."""
@@ -214,7 +198,7 @@ class GridModel(nn.Module):
         self.patches = nn.Conv2d(shape.colours, width, config.patch, stride=config.patch)
         self.operations = nn.Embedding(shape.operations + 1, width)  # 0: an empty slot
         self.positions = nn.Parameter(0.02 * torch.randn(shape.slots + patches, width))
-        self.encoder = ENCODERS[config.encoder](width, config.depth, config.heads)
+        self.encoder = Encoder(config.encoder, width, config.depth, config.heads)
         self.decoder = DECODERS[config.decoder](width, shape.colours)
         down, up = nn.Linear(patches * width, hidden), nn.Linear(hidden, self.decoder.inputs)
         self.bottleneck = nn.ModuleDict({"down": down, "up": up})
@@ -229,9 +213,8 @@ class GridModel(nn.Module):
         patches = self.patches(cells.to(self.positions.dtype)).flatten(2).transpose(1, 2)  # (B, N, width)
         tokens = torch.cat([self.operations(program), patches], dim=1) + self.positions  # (B, S + N, width)
         encoded, states = self.encoder(tokens)
-        patches, *layers = (
-            state[:, self.shape.slots :].flatten(1) for state in (encoded, *states)
-        )  # (B, N width)
+        of_patches = (state[:, self.shape.slots :].flatten(1) for state in (encoded, *states))
+        patches, *layers = of_patches  # (B, N width) each
         hidden = self.bottleneck["down"](patches)
         hidden = F.layer_norm(hidden, hidden.shape[1:])
         latents, reconstruction = (None, None) if self.autoencoder is None else self.autoencoder(hidden)
@@ -246,13 +229,7 @@ class GridModel(nn.Module):
         return not isinstance(self.bottleneck["down"], nn.Linear)
 
     def insert_adapters(self, kind: str, rank: int) -> None:
-        """Put adapters (a key of `ADAPTERS`) on both linear layers of the bottleneck; the rest is frozen.
-
-        Raises:
-            RuntimeError: there are adapters already.
-        """
-        if self.is_adapted:
-            raise RuntimeError("there are adapters at the bottleneck: remove them first")
+        """Put adapters (a key of `ADAPTERS`) on both linear layers of the bottleneck, once; the rest is frozen."""
         self.requires_grad_(False)
         for name, linear in list(self.bottleneck.items()):
             self.bottleneck[name] = ADAPTERS[kind](linear, rank)
