@@ -9,6 +9,7 @@ IoU is defined in `losses.py`; a grid is solved when all its cells are right.
 """
 
 import statistics
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,48 +26,32 @@ from utils.training.device import autocast, predictions
 from utils.training.random import rng
 
 SPLIT_NAMES = {TRAIN: "met in training", HELD_OUT: "held-out pairs", UNSEEN: "unseen length"}
-ZERO_SHOT_COLUMNS = {
-    "iou": "IoU",
-    "cells": "cells right",
-    "solved": "grids solved",
-    "copied": "IoU of the input itself",
-}
 
 
 @dataclass(frozen=True)
 class Evaluator:
-    """A network applied to samples in batches, without gradients.
-
-    Attributes:
-        model: on its device.
-        batch_size: samples in a batch.
-        precision: "fp32" or "bf16".
-    """
+    """A network applied to samples in batches, without gradients."""
 
     model: GridModel
     batch_size: int
-    precision: str
+    precision: str  # "fp32" or "bf16"
 
     @property
     def device(self) -> torch.device:
         return self.model.positions.device
 
     def predict(self, samples: GridSamples) -> Tensor:
-        """Predicted colours, (N, 8, 8) on the CPU.
-
-        Raises:
-            UserError: a score is not finite.
-        """
+        """Predicted colours, (N, 8, 8) on the CPU. UserError: a score is not finite."""
         outputs = (output.logits for output in self._outputs(samples))
         return torch.cat([predictions(logits, "grids", self.precision).cpu() for logits in outputs])
 
     def representations(self, samples: GridSamples) -> dict[str, Tensor]:
         """`GridOutput.representations` of the samples, (N, ...) each, float32 on the CPU."""
-        batches = [
-            {name: vectors.float().cpu() for name, vectors in output.representations().items()}
-            for output in self._outputs(samples)
-        ]
-        return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+        parts = defaultdict(list)
+        for output in self._outputs(samples):
+            for name, vectors in output.representations().items():
+                parts[name].append(vectors.float().cpu())
+        return {name: torch.cat(vectors) for name, vectors in parts.items()}
 
     def accuracy(self, samples: GridSamples) -> dict[str, float]:
         """Percent: IoU, cells right, grids solved."""
@@ -98,19 +83,17 @@ def zero_shot(evaluator: Evaluator, tasks: GridTasks, count: int, seed: int) -> 
 
 def metrics_of(evaluation: Mapping[str, Any]) -> dict[str, float | None]:
     """The metrics of a run; a few-shot task that does not reach the target counts all its steps."""
-    rows = evaluation["few_shot"]
     metrics: dict[str, float | None] = {}
     for split, values in evaluation["zero_shot"].items():
         metrics |= {f"{split}_iou": values["iou"], f"{split}_solved": values["solved"]}
     metrics |= evaluation["analysis"]
-    if rows:
-        steps = [row["all_steps"] if row["steps"] is None else row["steps"] for row in rows]
-        metrics |= {
-            "few_shot_before": statistics.fmean(row["before"] for row in rows),
-            "few_shot_after": statistics.fmean(row["after"] for row in rows),
-            "few_shot_steps": statistics.fmean(steps),
-            "few_shot_reached": 100 * statistics.fmean(row["steps"] is not None for row in rows),
-        }
+    if evaluation["few_shot"]:
+        rows = pd.DataFrame(evaluation["few_shot"])
+        rows["reached"] = rows["steps"].notna()
+        rows["steps"] = rows["steps"].astype(float).fillna(rows["all_steps"])
+        numbers = rows[["before", "after", "steps", "reached"]]
+        metrics |= {f"few_shot_{name}": statistics.fmean(values) for name, values in numbers.items()}
+        metrics["few_shot_reached"] *= 100
     return metrics
 
 
@@ -139,33 +122,29 @@ def log_lines(evaluation: Mapping[str, Any]) -> list[str]:
         "-" if metrics[name] is None else f"{metrics[name]:.3f}"
         for name in ("grassmann_shared", "grassmann_other")
     )
+    tasks = f"{shared} between tasks that share a primitive, {other} between others"
     lines = [
         f"Unseen compositions: IoU {unseen['iou']:.2f} %, {unseen['solved']:.2f} % of grids solved",
-        f"Subspaces of h: Grassmann distance {shared} between tasks that share a primitive, {other} between "
-        f"others, {metrics['grassmann_chance']:.3f} by chance",
+        f"Subspaces of h: Grassmann distance {tasks}, {metrics['grassmann_chance']:.3f} by chance",
     ]
     if "unit_alignment" in metrics:
-        lines.append(
-            f"Sparse code: |r| of the best unit for a primitive {metrics['unit_alignment']:.3f}, "
-            f"{metrics['unit_chance']:.3f} by chance; of h {metrics['hidden_alignment']:.3f}"
-        )
+        chance = f"{metrics['unit_chance']:.3f} by chance; of h {metrics['hidden_alignment']:.3f}"
+        best = f"|r| of the best unit for a primitive {metrics['unit_alignment']:.3f}"
+        lines.append(f"Sparse code: {best}, {chance}")
     return lines
 
 
 def result_tables(evaluation: Mapping[str, Any]) -> list[str]:
-    """The zero-shot table, and the few-shot table where there is one."""
+    """The zero-shot table with one line per split, and the few-shot table where there is one."""
     rows = evaluation["few_shot"]
-    return [zero_shot_table(evaluation["zero_shot"]), *([few_shot_table(rows)] if rows else [])]
-
-
-def zero_shot_table(splits: Mapping[str, Mapping[str, float]]) -> str:
-    """A line per split: IoU, cells right, grids solved, IoU of the copy-input baseline; percent."""
-    table = pd.DataFrame(splits).T.rename(index=SPLIT_NAMES, columns=ZERO_SHOT_COLUMNS)
-    return f"New grids (%), no adaptation\n{table.to_string(float_format='%.2f')}"
+    table = pd.DataFrame(evaluation["zero_shot"]).T.rename(index=SPLIT_NAMES)
+    table.columns = ["IoU", "cells right", "grids solved", "IoU of the input itself"]
+    zero_shot_table = f"New grids (%), no adaptation\n{table.to_string(float_format='%.2f')}"
+    return [zero_shot_table, *([few_shot_table(rows)] if rows else [])]
 
 
 def few_shot_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A line per unseen composition: IoU (percent) before and after, steps and seconds to the target."""
+    """Table with one line per unseen composition; steps and seconds are those to the target."""
     table = pd.DataFrame(rows).set_index("composition")[["before", "after", "steps", "seconds"]]
     table["steps"] = table["steps"].astype(float)  # NaN where the target was not reached
     reached = table["steps"].notna()

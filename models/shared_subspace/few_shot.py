@@ -7,8 +7,8 @@
     model.remove_adapters()
     row = few_shot_row(task, history, config)
 
-Every task starts from the same network. A row says how many steps, and seconds of them, the IoU on other
-samples of the composition took to reach the target.
+Every task starts from the same network. A row holds the steps, and their seconds, until the IoU on other
+samples of the composition reached the target.
 """
 
 import time
@@ -27,26 +27,17 @@ from utils.training.device import autocast
 from utils.training.optim import GroupedOptimizer, ParameterGroup, StepDecay, trainable
 from utils.training.random import rng
 
-History = dict[
-    str, list[float]
-]  # "iou" (percent) and "seconds", at the start and after every `few_shot_every` steps
+History = dict[str, list[float]]  # "iou" (percent), "seconds": at the start and after `few_shot_every` steps
 
 
 @dataclass(frozen=True)
 class FewShotTask:
-    """Samples of one unseen composition with fixed parameters.
+    """Samples of one unseen composition with fixed parameters."""
 
-    Attributes:
-        number: of the task, from 0.
-        composition: its primitives in words.
-        support: samples to learn from.
-        query: samples to test on.
-    """
-
-    number: int
-    composition: str
-    support: GridSamples
-    query: GridSamples
+    number: int  # from 0
+    composition: str  # its primitives in words
+    support: GridSamples  # to train on
+    query: GridSamples  # to test on
 
 
 def few_shot_task(tasks: GridTasks, config: SharedSubspaceConfig, seed: int, number: int) -> FewShotTask:
@@ -77,13 +68,9 @@ def few_shot_row(task: FewShotTask, history: History, config: SharedSubspaceConf
 
 
 class FewShotPhase(Phase):
-    """Training of the adapters: full-batch steps on the support set, with tests on the query set.
+    """Training of the adapters in the evaluator's network: full-batch steps on the support set.
 
-    Args:
-        evaluator: of the network with adapters.
-        config: the run's.
-        task: samples.
-        history: is extended in place; seconds are those of training steps.
+    Tests on the query set extend the history in place; its seconds are those of training steps.
     """
 
     name = "few_shot"

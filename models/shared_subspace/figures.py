@@ -39,14 +39,14 @@ def grid_figures(
     events: Sequence[Event], rows: Sequence[Sequence[float]], subtitle: str
 ) -> dict[str, Figure]:
     """Figures of a run that it has events for, by file name; there is no accuracy matrix, so no `rows`."""
-    tasks = [event for event in events if event["event"] == "task"]
-    validated = [event for event in events if event["event"] == "epoch" and "validation_iou" in event]
+    validated = [event for event in events if "validation_iou" in event]
+    tested = [event["zero_shot"] for event in events if "zero_shot" in event]
     few_shot = [event for event in events if event["event"] == "few_shot"]
     figures: dict[str, Figure] = {}
     if validated:
         figures["training.png"] = training_figure(validated, subtitle)
-    if tasks and "zero_shot" in tasks[-1]:
-        figures["zero_shot.png"] = zero_shot_figure(tasks[-1]["zero_shot"], subtitle)
+    if tested:
+        figures["zero_shot.png"] = zero_shot_figure(tested[-1], subtitle)
     if few_shot:
         figures["few_shot.png"] = few_shot_figure(few_shot, subtitle)
     return figures
@@ -73,7 +73,6 @@ def training_figure(epochs: Sequence[Event], subtitle: str) -> Figure:
     for axes in (left, right):
         axes.set_xlabel("epoch")
         axes.grid(True)
-        axes.set_axisbelow(True)
     return figure
 
 
@@ -108,17 +107,14 @@ def few_shot_figure(rows: Sequence[Event], subtitle: str) -> Figure:
     lines[0].set_label("one composition")
     axes.plot(steps, values.mean(axis=0), color=INK, lw=2.4, label="mean")
     axes.axhline(rows[0]["target"], color=VERMILLION, lw=1.2, ls="--", label="target")
-    axes.set_xlabel("steps")
-    axes.set_ylabel("IoU (%)")
-    axes.set_ylim(0, 102)
+    axes.set(xlabel="steps", ylabel="IoU (%)", ylim=(0, 102))
     axes.grid(True)
-    axes.set_axisbelow(True)
     figure.legend(loc="outside lower center", ncols=3, frameon=False)
     return figure
 
 
 class GridSample(NamedTuple):
-    """An input grid with its target, and a prediction if there is one: (H, W) numbers of colours."""
+    """An input grid with its target: (H, W) numbers of colours; all of a figure have predictions, or none."""
 
     caption: str
     input: np.ndarray
@@ -127,13 +123,8 @@ class GridSample(NamedTuple):
 
 
 def grid_samples_figure(samples: Sequence[GridSample], title: str, subtitle: str) -> Figure:
-    """Samples side by side, input above target above prediction; a cross marks every wrong cell.
-
-    Raises:
-        ValueError: a cell has a number that is no colour.
-    """
-    predicted = any(sample.prediction is not None for sample in samples)
-    names = ["input", "target", *(["prediction"] if predicted else [])]
+    """Samples side by side, input above target above prediction; a cross marks every wrong cell."""
+    names = [name for name in GridSample._fields[1:] if getattr(samples[0], name) is not None]
     columns = min(len(samples), SAMPLES_PER_LINE)
     lines = math.ceil(len(samples) / columns)
     captions = [textwrap.wrap(sample.caption, CAPTION_WIDTH) for sample in samples]
@@ -146,8 +137,7 @@ def grid_samples_figure(samples: Sequence[GridSample], title: str, subtitle: str
         line, column = divmod(index, columns)
         for row, name in enumerate(names):
             axes, grid = panels[line * len(names) + row, column], getattr(sample, name)
-            if grid is not None:
-                _draw_grid(axes, grid, sample.target if name == "prediction" else grid)
+            _draw_grid(axes, grid, sample.target if name == "prediction" else grid)
             if row == 0:
                 axes.set_title("\n".join(captions[index]), fontsize=7.5, pad=3)
             if column == 0:
@@ -157,8 +147,6 @@ def grid_samples_figure(samples: Sequence[GridSample], title: str, subtitle: str
 
 def _draw_grid(axes: Axes, grid: np.ndarray, truth: np.ndarray) -> None:
     """One grid in the colours of its numbers, crossed where it differs from the truth."""
-    if grid.min() < 0 or grid.max() >= len(GRID_COLOURS):
-        raise ValueError(f"cells from {grid.min()} to {grid.max()}: colours are 0 to {len(GRID_COLOURS) - 1}")
     axes.set_axis_on()
     colours = ListedColormap(GRID_COLOURS)
     axes.pcolormesh(grid, edgecolors="#555555", lw=0.4, cmap=colours, vmin=0, vmax=len(GRID_COLOURS))
@@ -167,6 +155,5 @@ def _draw_grid(axes: Axes, grid: np.ndarray, truth: np.ndarray) -> None:
     axes.plot(columns + 0.5, rows + 0.5, "x", color=INK, ms=4, mew=0.8)
     axes.invert_yaxis()
     axes.set_aspect("equal")
-    axes.set_xticks([])
-    axes.set_yticks([])
+    axes.set(xticks=[], yticks=[])
     axes.spines[:].set_visible(False)

@@ -10,7 +10,7 @@ trains on compositions of few primitives with
 where `sharing` pulls together the subspaces of groups of samples that have a primitive in common, the sparse
 autoencoder's terms train a sparse code of h, and the auxiliary loss predicts the applied primitives from h.
 alpha, beta and gamma follow schedules; w follows the fraction of active units. The weights of the best
-validation IoU are tested on pairs of primitives and on compositions absent from training; then adapters at the
+validation IoU are tested on pairs of primitives and on compositions absent from training; adapters at the
 bottleneck, everything else frozen, are fitted to few samples of some of these compositions.
 """
 

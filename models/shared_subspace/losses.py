@@ -91,8 +91,8 @@ class _PrincipalProjector(torch.autograd.Function):
 def group_projector(x: Tensor, rank: int, probe: Tensor) -> tuple[Tensor, bool]:
     """Projector (d, d) onto the first principal directions of x (n, d), and whether it is a fallback.
 
-    Differentiable in x; NaN where samples are not finite. Where the gap between eigenvalue `rank` and the next
-    is below `MIN_GAP` of the largest, or samples span fewer directions, the subspace is that of
+    Differentiable in x; NaN where samples are not finite. Where the gap between eigenvalue `rank` and the
+    next is below `MIN_GAP` of the largest, or samples span fewer directions, the subspace is that of
     (C / tr C + RIDGE I) `probe`: random directions (d, rank) multiplied by the covariance C, always defined.
     Source: Halko, Martinsson and Tropp, *Finding Structure with Randomness*, 2011.
     """

@@ -229,7 +229,7 @@ class GridModel(nn.Module):
         return not isinstance(self.bottleneck["down"], nn.Linear)
 
     def insert_adapters(self, kind: str, rank: int) -> None:
-        """Put adapters (a key of `ADAPTERS`) on both linear layers of the bottleneck, once; the rest is frozen."""
+        """Put adapters (a key of `ADAPTERS`) on both linear layers of the bottleneck; freeze the rest."""
         self.requires_grad_(False)
         for name, linear in list(self.bottleneck.items()):
             self.bottleneck[name] = ADAPTERS[kind](linear, rank)

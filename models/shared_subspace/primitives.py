@@ -23,9 +23,7 @@ EMPTY = 0  # the background's colour
 MIN_COLOURS, MAX_COLOURS = 3, 10  # swapping needs two colours beside the background
 
 Side = Literal["up", "right", "down", "left"]
-SIDES: tuple[Side, ...] = get_args(
-    Side
-)  # a side's index is the number of quarter turns that bring it to the top
+SIDES: tuple[Side, ...] = get_args(Side)  # by the number of quarter turns that bring a side to the top
 
 
 def rotate(grids: Tensor, quarters: int) -> Tensor:
@@ -109,12 +107,8 @@ def mirror(grids: Tensor, side: Side) -> Tensor:
 
 def cut(grids: Tensor, side: Side) -> Tensor:
     """Empty the half at a side."""
-
-    def empty_upper(upright: Tensor) -> Tensor:
-        lower = upright[..., SIDE // 2 :, :]
-        return torch.cat([torch.full_like(lower, EMPTY), lower], dim=-2)
-
-    return _at_top(grids, side, empty_upper)
+    rows = torch.arange(SIDE, device=grids.device)[:, None]
+    return _at_top(grids, side, lambda upright: upright.masked_fill(rows < SIDE // 2, EMPTY))
 
 
 def zoom(grids: Tensor, row: int, column: int) -> Tensor:
@@ -133,10 +127,6 @@ def _colours(colours: int) -> list[tuple[int]]:
     return [(colour,) for colour in range(1, colours)]
 
 
-def _sides(colours: int) -> list[tuple[Side]]:
-    return [(side,) for side in SIDES]
-
-
 class Primitive(NamedTuple):
     """A function (grids, *parameters) -> grids, and its parameters' values by number of colours."""
 
@@ -149,17 +139,15 @@ PRIMITIVES: dict[str, Primitive] = {
     "reflect": Primitive(reflect, lambda colours: [("rows",), ("columns",)]),
     "transpose": Primitive(transpose, lambda colours: [("main",), ("other",)]),
     "shift": Primitive(shift, lambda colours: list(product(SIDES, (1, 2)))),
-    "cycle_colours": Primitive(
-        cycle_colours, lambda colours: [(by, colours - 1) for by in range(1, colours - 1)]
-    ),
+    "cycle_colours": Primitive(cycle_colours, lambda n: [(by, n - 1) for by in range(1, n - 1)]),
     "swap_colours": Primitive(swap_colours, lambda colours: list(combinations(range(1, colours), 2))),
     "erase": Primitive(erase, _colours),
     "negate": Primitive(negate, _colours),
     "frame": Primitive(frame, _colours),
     "outline": Primitive(outline, _colours),
-    "fall": Primitive(fall, _sides),
-    "mirror": Primitive(mirror, _sides),
-    "cut": Primitive(cut, _sides),
+    "fall": Primitive(fall, lambda colours: list(product(SIDES))),
+    "mirror": Primitive(mirror, lambda colours: list(product(SIDES))),
+    "cut": Primitive(cut, lambda colours: list(product(SIDES))),
     "zoom": Primitive(zoom, lambda colours: list(product((0, 1), repeat=2))),
 }
 

@@ -7,9 +7,9 @@
         batch = samples.select(indices)
 
 A composition is a sequence of different primitives; their parameters are drawn anew for every sample. The
-multi-hot label "primitives" says which primitives were applied; samples of one label are a *group*. The model
-is told what to do by "program": S slots, each with the number of an operation (a primitive with its
-parameters) or 0 for none. The empty slots of a short composition are random, so that all slots are trained.
+multi-hot label "primitives" says which primitives were applied; samples of one label are a *group*. An input
+of the model, "program" has S slots, each with the number of an operation (a primitive with its parameters) or
+0 for none. The empty slots of a short composition are random, so that all slots are trained.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from models.shared_subspace.config import MIN_GROUP_SIZE, SharedSubspaceConfig
+from models.shared_subspace.config import SharedSubspaceConfig
 from models.shared_subspace.primitives import EMPTY, SIDE, Operation, operations
 from utils.errors import UserError
 from utils.training.random import rng
@@ -73,9 +73,7 @@ class Split:
         ordered = sorted(compositions, key=lambda composition: (sorted(composition), composition))
         padded = [[*composition, *[-1] * (slots - len(composition))] for composition in ordered]
         self.compositions = torch.tensor(padded, dtype=torch.int64)
-        multi_hot = torch.tensor(
-            [[index in composition for index in range(primitives)] for composition in ordered]
-        )
+        multi_hot = torch.tensor([[index in own for index in range(primitives)] for own in ordered])
         self.labels, self.counts = multi_hot.unique_consecutive(dim=0, return_counts=True)
         self.first = self.counts.cumsum(0) - self.counts
         lengths = self.labels.sum(dim=1)
@@ -97,9 +95,8 @@ class GridTasks:
     """All operations, and the compositions of training and tests.
 
     Attributes:
-        primitives: their names; a composition holds indices of this list.
-        operations: every primitive with every value of its parameters; number i in a program stands for
-            `operations[i - 1]`.
+        primitives: names; a composition holds indices of this list.
+        operations: every primitive with every value of its parameters; number i of a program is entry i - 1.
         slots: length S of a program.
         splits: "train": the compositions of the training lengths without the held-out pairs; "held_out":
             pairs of primitives that training never combines, in both orders; "unseen": compositions of the
@@ -111,28 +108,24 @@ class GridTasks:
     """
 
     def __init__(self, config: SharedSubspaceConfig, seed: int) -> None:
-        primitives, colours = config.primitives, config.colours
-        self.primitives, self.colours = tuple(primitives), colours
+        self.primitives, self.colours = tuple(config.primitives), config.colours
         self.slots = max(*config.train_lengths, config.test_length)
-        variants = [operations(name, colours) for name in primitives]
+        variants = [operations(name, self.colours) for name in self.primitives]
         self.operations: list[Operation] = [operation for own in variants for operation in own]
         self._variants = torch.tensor([len(own) for own in variants])
         self._first = 1 + self._variants.cumsum(0) - self._variants  # number of a primitive's first operation
         primitive_of = [self.primitives.index(operation.primitive) for operation in self.operations]
         self._primitive_of = torch.tensor([len(variants), *primitive_of])  # of an operation's number; 0: none
-        generator, every = rng("grid splits", seed), range(len(primitives))
+        generator, every = rng("grid splits", seed), range(len(variants))
         held_out = set(_choose(list(combinations(every, 2)), config.held_out_pairs, generator))
-        trained = [
-            composition for length in config.train_lengths for composition in permutations(every, length)
-        ]
+        trained = [c for length in config.train_lengths for c in permutations(every, length)]
+        longer = list(permutations(every, config.test_length))
         compositions = {
-            TRAIN: [c for c in trained if len(c) != 2 or tuple(sorted(c)) not in held_out],
+            TRAIN: [c for c in trained if tuple(sorted(c)) not in held_out],
             HELD_OUT: [c for c in permutations(every, 2) if tuple(sorted(c)) in held_out],
-            UNSEEN: _choose(
-                list(permutations(every, config.test_length)), config.test_compositions, generator
-            ),
+            UNSEEN: _choose(longer, config.test_compositions, generator),
         }
-        self.splits = {name: Split(own, len(primitives), self.slots) for name, own in compositions.items()}
+        self.splits = {name: Split(own, len(variants), self.slots) for name, own in compositions.items()}
 
     def draw(
         self, split: str, groups: int, generator: torch.Generator, *, group_size: int = 1
@@ -158,10 +151,8 @@ class GridTasks:
     ) -> list[GridSamples]:
         """Sets of samples that all follow one program: a composition (S,) with parameters drawn once."""
         program = self._programs(composition[None], generator)
-        return [
-            self._apply(program.expand(count, -1), random_grids(count, self.colours, generator))
-            for count in counts
-        ]
+        grids = [random_grids(count, self.colours, generator) for count in counts]
+        return [self._apply(program.expand(len(own), -1), own) for own in grids]
 
     def describe(self, composition: Tensor) -> str:
         """The primitives of a composition (S,) in order: "shift, rotate"."""
@@ -216,21 +207,18 @@ class GroupedBatchSampler(Sampler[list[int]]):
         generator: shuffles.
 
     Raises:
-        UserError: a group of one sample is asked for, or no label has enough samples for a batch.
+        UserError: there are not enough samples for a batch.
     """
 
     def __init__(self, labels: Tensor, *, groups: int, group_size: int, generator: torch.Generator) -> None:
-        if group_size < MIN_GROUP_SIZE:
-            fault = f"group_size = {group_size}: a group of {group_size} spans no subspace"
-            raise UserError(f"{fault}; allowed: {MIN_GROUP_SIZE} or more")
         self.groups, self.group_size, self._generator = groups, group_size, generator
         numbers = (labels.long() << torch.arange(labels.shape[1])).sum(dim=1)  # multi-hot bits
         self._label_of = numbers.unique(return_inverse=True)[1]
         self._pieces = int((self._label_of.bincount() // group_size).sum())
         if not len(self):
-            fault = f"{len(labels)} samples have {self._pieces} pieces of {group_size} with one label"
+            fault = f"{len(labels)} samples have {self._pieces} groups of {group_size} with one label"
             raise UserError(
-                f"{fault}, a batch needs {groups}; draw more samples, or ask for smaller or fewer groups"
+                f"{fault}, and a batch needs {groups}; draw more samples, or smaller or fewer groups"
             )
 
     def __len__(self) -> int:

@@ -28,14 +28,11 @@ def test_every_task_has_another_composition_and_starts_from_the_same_network(mak
 
 @pytest.mark.parametrize("method", ["lora", "adapter"])
 def test_adapters_learn_a_task_from_its_samples(method: str, make: Make) -> None:
-    learner = make(
-        few_shot_method=method, few_shot_steps=60, few_shot_every=60, few_shot_samples=32, few_shot_lr=0.05
-    )
+    steps = {"few_shot_steps": 60, "few_shot_every": 60}
+    learner = make(few_shot_method=method, few_shot_samples=32, few_shot_lr=0.05, **steps)
     learner.run_phase(TrainingPhase(learner))
     learner.adapt()
-    row = learner.method_state["few_shot"][
-        1
-    ]  # the first composition erases: hardly anything is left to learn
+    row = learner.method_state["few_shot"][1]  # the first composition erases nearly all
     assert row["after"] > row["before"] + 10
 
 
