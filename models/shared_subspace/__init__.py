@@ -1,1 +1,1 @@
-"""The shared-subspace experiment on compositional 8x8 grids, whole; entered through its learner."""
+"""Shared-subspace experiment on compositional 8x8 grids; `learner.py` is its entry."""

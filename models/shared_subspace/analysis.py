@@ -4,8 +4,8 @@
     found = {name: ANALYSES[name](inputs) for name in ("grassmann", "units")}
     write_results(run / "analysis", found)       # utils/analysis/results.py
 
-A run makes them when it ends, `python eval.py --run FOLDER --analyse cka grassmann probes units samples`
-again. A *task* is a multi-hot label of the training compositions; layers are `GridOutput.representations`.
+Made at the end of a run, and by `python eval.py --run FOLDER --analyse cka grassmann probes units samples`.
+A *task* is a multi-hot label of the training compositions; layers are `GridOutput.representations`.
 
     cka         linear CKA between tasks, on the same input grids
     grassmann   Grassmann distance between the tasks' principal subspaces
@@ -55,7 +55,7 @@ class ModelOutputs:
 
 @dataclass(frozen=True)
 class AnalysisInputs:
-    """Layers of a network for new samples of its tasks."""
+    """Inputs of every analysis: layers of a network for new samples of its tasks."""
 
     primitives: Sequence[str]  # names
     tasks: Tensor  # (G, P) bool, the labels of the training compositions
@@ -71,7 +71,7 @@ class AnalysisInputs:
 def analysis_inputs(
     evaluator: Evaluator, tasks: GridTasks, *, rank: int, seed: int, title: str
 ) -> AnalysisInputs:
-    """Inputs of every analysis, drawn from the seed; the samples are not those of training and tests."""
+    """Inputs of every analysis, drawn from the seed; samples differ from those of training and tests."""
 
     def by_task(samples: GridSamples) -> Layers:
         layers = evaluator.representations(samples)
@@ -351,5 +351,5 @@ ANALYSES: dict[str, Callable[[AnalysisInputs], AnalysisResult]] = {
 
 
 def metrics_of(found: Mapping[str, AnalysisResult]) -> dict[str, float | None]:
-    """The metrics of a run that analyses found."""
+    """Metrics of a run from the results of its analyses."""
     return {name: value for findings in found.values() for name, value in findings.numbers["metrics"].items()}

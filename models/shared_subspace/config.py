@@ -52,7 +52,7 @@ def _rising_shares(points: list[list[float]]) -> list[list[float]]:
 
 
 def _no_boolean(value: Any) -> Any:
-    """`true` equals 1, and is no number of cells."""
+    """Refusal of `true`, which equals 1."""
     if isinstance(value, bool):
         raise ValueError("a wrong type (a boolean)")
     return value
@@ -142,7 +142,7 @@ class SharedSubspaceConfig(RunConfig):
 
     @property
     def shares(self) -> bool:
-        """Whether the sharing loss ever has weight."""
+        """Whether alpha is ever positive."""
         return any(weight > 0 for _, weight in self.alpha)
 
     def folder_names(self, seed: int) -> list[str]:

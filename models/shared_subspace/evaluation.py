@@ -54,7 +54,7 @@ class Evaluator:
         return {name: torch.cat(vectors) for name, vectors in parts.items()}
 
     def accuracy(self, samples: GridSamples) -> dict[str, float]:
-        """Percent: IoU, cells right, grids solved."""
+        """IoU, cells right and grids solved, percent."""
         colours = self.predict(samples)
         right = (colours == samples.target).flatten(1)
         return {

@@ -41,7 +41,7 @@ class FewShotTask:
 
 
 def few_shot_task(tasks: GridTasks, config: SharedSubspaceConfig, seed: int, number: int) -> FewShotTask:
-    """The few-shot task of a number; every number has another composition."""
+    """Few-shot task of a number; every number has another composition."""
     compositions = tasks.splits[UNSEEN].compositions
     order = torch.randperm(len(compositions), generator=rng("few-shot choice", seed))
     composition = compositions[order[number]]
@@ -51,7 +51,7 @@ def few_shot_task(tasks: GridTasks, config: SharedSubspaceConfig, seed: int, num
 
 
 def few_shot_row(task: FewShotTask, history: History, config: SharedSubspaceConfig) -> dict[str, Any]:
-    """A row of the few-shot table; "steps" is None where the target was not reached. IoU in percent."""
+    """Row of the few-shot table; "steps" is None where the target was not reached. IoU in percent."""
     values, seconds = history["iou"], history["seconds"]
     reached = next((i for i, value in enumerate(values) if value >= config.few_shot_target), None)
     return {

@@ -1,8 +1,8 @@
 """Figures of a run on grids, drawn from its events, and pictures of grids.
 
-figures/training.png    validation IoU and the terms of the loss, epoch by epoch
-figures/zero_shot.png   new grids of compositions that were met in training, and that were not
-figures/few_shot.png    IoU of unseen compositions while adapters learn them
+figures/training.png    validation IoU and the terms of the loss over epochs
+figures/zero_shot.png   accuracy on new grids of every split
+figures/few_shot.png    IoU of unseen compositions over steps of their adapters
 
 `grid_samples_figure` draws grids with their targets and predictions, for the analyses.
 """
@@ -38,7 +38,7 @@ GRID_COLOURS = ["#111111", *mpl.color_sequences["petroff10"]]  # of the cells of
 def grid_figures(
     events: Sequence[Event], rows: Sequence[Sequence[float]], subtitle: str
 ) -> dict[str, Figure]:
-    """Figures of a run that it has events for, by file name; there is no accuracy matrix, so no `rows`."""
+    """Figures of a run by file name, from its events; `rows` (accuracy matrix) is empty."""
     validated = [event for event in events if "validation_iou" in event]
     tested = [event["zero_shot"] for event in events if "zero_shot" in event]
     few_shot = [event for event in events if event["event"] == "few_shot"]

@@ -29,7 +29,7 @@ RIDGE = 1e-3  # of the random projection, relative to the trace: for samples tha
 
 
 def iou(colours: Tensor, targets: Tensor) -> Tensor:
-    """|cells that are filled and right| / |cells that are filled in either grid|; 1 where both are empty.
+    """IoU: |cells filled and right| / |cells filled in either grid|, 1 where both are empty.
 
     colours and targets: (B, 8, 8) integers; the result is (B,).
     """
@@ -39,7 +39,7 @@ def iou(colours: Tensor, targets: Tensor) -> Tensor:
 
 
 def soft_iou_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """1 - `iou`, a cell counting by its probability of the right colour and of being filled; scalar.
+    """Soft 1 - IoU: cells count by their probability of the right colour and of being filled; scalar.
 
     With certain predictions it is 1 - `iou` itself. Where the target is empty the loss is u / (1 + u) with u
     the expected number of filled cells.
@@ -62,7 +62,7 @@ TASK_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 class _PrincipalProjector(torch.autograd.Function):
-    """P = V V^T with V the first k right singular vectors of X (n, d), whose columns have mean 0.
+    """Projector P = V V^T, V the first k right singular vectors of X (n, d), whose columns have mean 0.
 
     With eigenvalues l and eigenvectors v of X^T X, and G the gradient of P (symmetric part),
         dL/dX = 2 X (M + M^T),   M = sum over i <= k < j of  v_i (v_i^T G v_j) v_j^T / (l_i - l_j).
@@ -110,7 +110,7 @@ def group_projector(x: Tensor, rank: int, probe: Tensor) -> tuple[Tensor, bool]:
 
 
 def projector_distances(ours: Tensor, theirs: Tensor, rank: int) -> Tensor:
-    """||P_i - Q_j||_F^2 / (2 k) for every pair of matrices (G, d, d) and (H, d, d): (G, H)."""
+    """Distances ||P_i - Q_j||_F^2 / (2 k) of all pairs of projectors, (G, d, d) and (H, d, d) -> (G, H)."""
     p, q = ours.flatten(1), theirs.flatten(1)
     squares = p.square().sum(dim=1)[:, None] + q.square().sum(dim=1) - 2 * p @ q.T
     return squares / (2 * rank)
@@ -132,7 +132,7 @@ class SharingLoss(nn.Module):
         loss = mean over ordered pairs (i, j) of  ||P_i - Q_j||_F^2 / (2 k),   Q_j = m A_j + (1 - m) P_j
 
     P_i projects onto the first k principal directions of group i in the batch, A_j is a running mean of P_j
-    over steps (decay m; with m = 0, and at first sight, Q_j = P_j). A group is the samples of one label.
+    over steps (decay m; with m = 0, and without a mean yet, Q_j = P_j). A group is the samples of one label.
     Between two subspaces of dimension k the value is 1 - mean cos^2 of their principal angles: 0 where they
     agree, 1 where they are orthogonal.
 
@@ -197,7 +197,7 @@ class SharingLoss(nn.Module):
             self.seen[terms.groups] = True
 
     def _averaged(self, projectors: Tensor, groups: Tensor) -> Tensor:
-        """m A_j + (1 - m) P_j of each group; P_j itself at first sight."""
+        """Mean m A_j + (1 - m) P_j of each group; P_j itself for a group without a mean yet."""
         mixed = self.ema * self.averages[groups] + (1 - self.ema) * projectors
         return torch.where(self.seen[groups][:, None, None], mixed, projectors)
 
@@ -230,6 +230,6 @@ def sparse_terms(hidden: Tensor, latents: Tensor, reconstruction: Tensor) -> Spa
 
 
 def weight_at(points: Sequence[Sequence[float]], progress: float) -> float:
-    """The weight at a share of training: linear between points [share, weight], constant beyond them."""
+    """Weight at a share of training: linear between points [share, weight], constant beyond them."""
     shares, weights = zip(*points, strict=True)
     return float(np.interp(progress, shares, weights))

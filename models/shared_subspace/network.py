@@ -28,7 +28,7 @@ from models.shared_subspace.primitives import SIDE
 
 
 class Encoder(nn.Module):
-    """Layers (B, N, width) -> (B, N, width) of one kind (a key of `LAYERS`), and a final norm."""
+    """Encoder (B, N, width) -> (B, N, width): layers of one kind (a key of `LAYERS`), and a final norm."""
 
     def __init__(self, kind: str, width: int, depth: int, heads: int) -> None:
         super().__init__()
@@ -95,7 +95,9 @@ DECODERS: dict[str, type[nn.Module]] = {"deconvolution": DeconvolutionDecoder, "
 
 
 class SparseAutoencoder(nn.Module):
-    """z = relu(W_e (h - b) + c),   h' = D z + b,   the columns of D of length one; h is (B, d), z (B, k).
+    """Sparse autoencoder of h (B, d) with latents z (B, k) and reconstruction h'.
+
+        z = relu(W_e (h - b) + c),   h' = D z + b,   the columns of D of length one
 
     Columns of length one keep the L1 of z from being lowered by a larger D. The weight of that L1 is a
     buffer, moved by `update_l1_weight` until the fraction of active units is the target.
@@ -132,7 +134,7 @@ class SparseAutoencoder(nn.Module):
 
 
 class LoRALinear(nn.Module):
-    """y = W x + b + B A x with W and b frozen, A (r, d_in) and B (d_out, r); B = 0 at the start."""
+    """LoRA: y = W x + b + B A x with W and b frozen, A (r, d_in) and B (d_out, r); B = 0 at the start."""
 
     def __init__(self, linear: nn.Linear, rank: int) -> None:
         super().__init__()
@@ -144,7 +146,7 @@ class LoRALinear(nn.Module):
 
 
 class AdapterLinear(nn.Module):
-    """y = u + A(u) with u = W x + b frozen, A a bottleneck adapter of r hidden units; A = 0 at the start."""
+    """Adapter: y = u + A(u), u = W x + b frozen, A a bottleneck of r hidden units; A = 0 at the start."""
 
     def __init__(self, linear: nn.Linear, rank: int) -> None:
         super().__init__()
@@ -251,7 +253,7 @@ class GridModel(nn.Module):
 
 
 def _insert_loaded_adapters(model: GridModel, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
-    """Hook of `load_state_dict`: insert the adapters that the tensors' names and shapes speak of."""
+    """Hook of `load_state_dict`: insert the adapters given by names and shapes of the tensors."""
     lora = state.get(f"{prefix}bottleneck.down.low_rank.down")  # (1, r, d_in)
     adapter = state.get(f"{prefix}bottleneck.down.adapter.down_proj.weight")  # (r, d_out)
     if model.is_adapted or (lora is None and adapter is None):

@@ -27,58 +27,55 @@ SIDES: tuple[Side, ...] = get_args(Side)  # by the number of quarter turns that 
 
 
 def rotate(grids: Tensor, quarters: int) -> Tensor:
-    """Turn counter-clockwise by quarters."""
+    """Counter-clockwise rotation by quarter turns."""
     return torch.rot90(grids, quarters, (-2, -1))
 
 
 def reflect(grids: Tensor, order: Literal["rows", "columns"]) -> Tensor:
-    """Reverse the order of the rows, or of the columns."""
+    """Reversed order of the rows, or of the columns."""
     return grids.flip(-2 if order == "rows" else -1)
 
 
 def transpose(grids: Tensor, diagonal: Literal["main", "other"]) -> Tensor:
-    """Reflect in the main diagonal, or in the other one."""
+    """Reflection in the main diagonal, or in the other one."""
     transposed = grids.transpose(-2, -1)
     return transposed.clone() if diagonal == "main" else transposed.flip((-2, -1))
 
 
 def shift(grids: Tensor, side: Side, cells: int) -> Tensor:
-    """Move everything towards a side; what leaves there comes in on the opposite side."""
+    """Cyclic shift by some cells towards a side."""
     return _at_top(grids, side, lambda upright: upright.roll(-cells, -2))
 
 
 def cycle_colours(grids: Tensor, by: int, circle: int) -> Tensor:
-    """Replace every colour but the background by the one `by` places on, in a circle of `circle` colours."""
+    """Cyclic shift of colours 1 .. circle by `by`; the background stays."""
     return torch.where(grids == EMPTY, grids, (grids - 1 + by) % circle + 1)
 
 
 def swap_colours(grids: Tensor, first: int, second: int) -> Tensor:
-    """Exchange two colours, neither the background."""
-    swapped = grids.clone()
-    swapped[grids == first] = second
-    swapped[grids == second] = first
-    return swapped
+    """Exchange of two colours, neither the background."""
+    return grids.masked_fill(grids == first, second).masked_fill(grids == second, first)
 
 
 def erase(grids: Tensor, colour: int) -> Tensor:
-    """Empty the cells of one colour."""
+    """Removal of one colour."""
     return grids.masked_fill(grids == colour, EMPTY)
 
 
 def negate(grids: Tensor, colour: int) -> Tensor:
-    """Fill empty cells with a colour and empty all others."""
+    """Exchange of background and foreground; the new foreground has one colour."""
     return (grids == EMPTY).to(grids.dtype) * colour
 
 
 def frame(grids: Tensor, colour: int) -> Tensor:
-    """Fill the cells along the edge with a colour."""
+    """Border of the grid in a colour."""
     framed = torch.full_like(grids, colour)
     framed[..., 1:-1, 1:-1] = grids[..., 1:-1, 1:-1]
     return framed
 
 
 def outline(grids: Tensor, colour: int) -> Tensor:
-    """Fill empty cells that have a filled one above, below, left or right of them with a colour."""
+    """Outline of the foreground: empty cells beside a filled one (4-neighbourhood) get a colour."""
     filled = F.pad(grids != EMPTY, (1, 1, 1, 1))
     vertical = filled[..., :-2, 1:-1] | filled[..., 2:, 1:-1]
     horizontal = filled[..., 1:-1, :-2] | filled[..., 1:-1, 2:]
@@ -86,7 +83,7 @@ def outline(grids: Tensor, colour: int) -> Tensor:
 
 
 def fall(grids: Tensor, side: Side) -> Tensor:
-    """Slide filled cells to a side of the grid; they keep their order."""
+    """Gravity towards a side: filled cells slide there and keep their order."""
 
     def rise(upright: Tensor) -> Tensor:
         order = (upright == EMPTY).to(torch.uint8).argsort(dim=-2, stable=True)
@@ -96,7 +93,7 @@ def fall(grids: Tensor, side: Side) -> Tensor:
 
 
 def mirror(grids: Tensor, side: Side) -> Tensor:
-    """Reflect the half at a side onto the other half."""
+    """Mirror image of the half at a side, in place of the other half."""
 
     def reflect_down(upright: Tensor) -> Tensor:
         upper = upright[..., : SIDE // 2, :]
@@ -106,19 +103,19 @@ def mirror(grids: Tensor, side: Side) -> Tensor:
 
 
 def cut(grids: Tensor, side: Side) -> Tensor:
-    """Empty the half at a side."""
+    """Removal of the half at a side."""
     rows = torch.arange(SIDE, device=grids.device)[:, None]
     return _at_top(grids, side, lambda upright: upright.masked_fill(rows < SIDE // 2, EMPTY))
 
 
 def zoom(grids: Tensor, row: int, column: int) -> Tensor:
-    """Enlarge one quarter of the grid to all of it; row and column: 0 the first half, 1 the second."""
+    """One quarter of the grid enlarged to all of it; row and column: 0 the first half, 1 the second."""
     quarter = grids.unflatten(-2, (2, -1)).unflatten(-1, (2, -1))[..., row, :, column, :]
     return quarter.repeat_interleave(2, dim=-2).repeat_interleave(2, dim=-1)
 
 
 def _at_top(grids: Tensor, side: Side, change: Callable[[Tensor], Tensor]) -> Tensor:
-    """Turn the grids so that a side is the upper one, change them, and turn them back."""
+    """`change` applied to the grids turned so that a side is the upper one, turned back."""
     turns = SIDES.index(side)
     return torch.rot90(change(torch.rot90(grids, turns, (-2, -1))), -turns, (-2, -1))
 
@@ -164,5 +161,5 @@ class Operation:
 
 
 def operations(primitive: str, colours: int) -> list[Operation]:
-    """A primitive with every value of its parameters on grids of so many colours."""
+    """A primitive with every value of its parameters, on grids of `colours` colours."""
     return [Operation(primitive, parameters) for parameters in PRIMITIVES[primitive].parameters(colours)]

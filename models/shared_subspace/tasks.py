@@ -1,4 +1,4 @@
-"""Tasks on generated 8x8 grids: compositions of primitives, split into those of training and those of tests.
+"""Tasks on generated 8x8 grids: compositions of primitives in splits for training and tests.
 
     tasks = GridTasks(config, seed=1993)
     samples = tasks.draw("train", 512, generator)
