@@ -244,11 +244,10 @@ class GridModel(nn.Module):
 
     def parameter_counts(self) -> dict[str, int]:
         """Numbers of parameters by part."""
-        parts = ("bottleneck", "decoder", "primitive_head", "autoencoder")
-        counts = dict.fromkeys(("encoder", *parts), 0)
+        counts = dict.fromkeys(("encoder", "bottleneck", "decoder", "primitive_head", "autoencoder"), 0)
         for name, parameter in self.named_parameters():
             part = name.partition(".")[0]
-            counts[part if part in parts else "encoder"] += parameter.numel()
+            counts[part if part in counts else "encoder"] += parameter.numel()
         return counts
 
 

@@ -82,10 +82,6 @@ class Split:
     def __len__(self) -> int:
         return len(self.compositions)
 
-    def draw_labels(self, count: int, generator: torch.Generator) -> Tensor:
-        """Numbers of random labels, (count,)."""
-        return torch.multinomial(self.weights, count, replacement=True, generator=generator)
-
     def draw_compositions(self, labels: Tensor, generator: torch.Generator) -> Tensor:
         """A random composition of each label, given by their numbers: (N,) -> (N, S)."""
         return self.compositions[self.first[labels] + _integers_below(self.counts[labels], generator)]
@@ -131,8 +127,9 @@ class GridTasks:
         self, split: str, groups: int, generator: torch.Generator, *, group_size: int = 1
     ) -> GridSamples:
         """Samples of a split in groups of one random label each, (groups * group_size)."""
-        labels = self.splits[split].draw_labels(groups, generator).repeat_interleave(group_size)
-        return self._draw_of(split, labels, generator)
+        weights = self.splits[split].weights
+        labels = torch.multinomial(weights, groups, replacement=True, generator=generator)
+        return self._draw_of(split, labels.repeat_interleave(group_size), generator)
 
     def draw_every_label(self, split: str, group_size: int, generator: torch.Generator) -> GridSamples:
         """`group_size` samples of every label of a split, in the order of its labels."""
