@@ -78,14 +78,9 @@ class FewShotPhase(Phase):
     def __init__(
         self, evaluator: Evaluator, config: SharedSubspaceConfig, task: FewShotTask, history: History
     ) -> None:
-        optimizer = GroupedOptimizer(
-            config.optimizer,
-            [ParameterGroup("adapter", trainable(evaluator.model.parameters()), lr=config.few_shot_lr)],
-            weight_decay=0.0,
-            epochs=1,
-            min_lr=0.0,
-            step_decay=StepDecay(),
-        )
+        group = ParameterGroup("adapter", trainable(evaluator.model.parameters()), lr=config.few_shot_lr)
+        constant = {"weight_decay": 0.0, "epochs": 1, "min_lr": 0.0, "step_decay": StepDecay()}
+        optimizer = GroupedOptimizer(config.optimizer, [group], **constant)
         super().__init__(epochs=1, steps_per_epoch=config.few_shot_steps, optimizer=optimizer)
         self.evaluator, self.config, self.task, self.history = evaluator, config, task, history
         self.announced = task.number == 0

@@ -184,19 +184,11 @@ class TrainingPhase(Phase):
 
     def __init__(self, learner: SharedSubspace) -> None:
         config = learner.config
-        optimizer = GroupedOptimizer(
-            config.optimizer,
-            [ParameterGroup("model", list(learner.model.parameters()), lr=config.init_lr)],
-            weight_decay=config.weight_decay,
-            epochs=config.epochs,
-            min_lr=config.min_lr,
-        )
-        super().__init__(
-            epochs=config.epochs,
-            steps_per_epoch=config.steps_per_epoch,
-            optimizer=optimizer,
-            save_every=config.save_every,
-        )
+        group = ParameterGroup("model", list(learner.model.parameters()), lr=config.init_lr)
+        decay = {"weight_decay": config.weight_decay, "min_lr": config.min_lr}
+        optimizer = GroupedOptimizer(config.optimizer, [group], epochs=config.epochs, **decay)
+        steps = {"epochs": config.epochs, "steps_per_epoch": config.steps_per_epoch}
+        super().__init__(**steps, optimizer=optimizer, save_every=config.save_every)
         self.learner, self.config = learner, config
         self.model, self.sharing = learner.model, learner.sharing
         self.active_fractions: list[float] = []  # of the micro-batches of the open step
@@ -211,13 +203,11 @@ class TrainingPhase(Phase):
         sampler = GroupedBatchSampler(
             samples.primitives, groups=config.groups, group_size=config.group_size, generator=generator
         )
-        chosen = list(sampler)[start:]
-        self._add("data_seconds", time.perf_counter() - began)
-        for indices in chosen:
-            began = time.perf_counter()
+        for indices in list(sampler)[start:]:
             batch = samples.select(indices)
             self._add("data_seconds", time.perf_counter() - began)
             yield batch
+            began = time.perf_counter()
 
     def micro_batches(self, batch: GridSamples) -> list[GridSamples]:
         """`grad_accumulation` parts of whole groups; the sharing loss compares the groups within a part."""

@@ -238,24 +238,19 @@ def quietly(inputs: AnalysisInputs, folder: Path, names: Sequence[str] = PAIRS) 
 
 
 @pytest.mark.parametrize(
-    ("tasks", "shared", "other"),
+    ("tasks", "missing"),
     [
-        (torch.tensor([[1, 0, 0], [1, 1, 0], [1, 0, 1]]), True, False),
-        (torch.eye(3), False, True),
-        (TASKS[:1], False, False),
+        (torch.tensor([[1, 0, 0], [1, 1, 0], [1, 0, 1]]), [False, True]),
+        (torch.eye(3), [True, False]),
+        (TASKS[:1], [True, True]),
     ],
     ids=["all share something", "none share anything", "a single task"],
 )
-def test_pairs_that_do_not_occur_have_no_number(
-    tasks: Tensor, shared: bool, other: bool, tmp_path: Path
-) -> None:
+def test_pairs_that_do_not_occur_have_no_number(tasks: Tensor, missing: list[bool], tmp_path: Path) -> None:
     layers = {"h": subspaces()[: len(tasks)]}
     metrics = quietly(make_inputs(tasks=tasks.bool(), by_task=layers, same_grids=layers), tmp_path)
     for name in PAIRS:
-        assert (metrics[f"{name}_shared"] is None, metrics[f"{name}_other"] is None) == (
-            not shared,
-            not other,
-        )
+        assert [metrics[f"{name}_{kind}"] is None for kind in ("shared", "other")] == missing
         assert (tmp_path / f"{name}.csv").exists() == (len(tasks) > 1)  # no table without a row
 
 
