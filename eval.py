@@ -63,7 +63,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def way_out(name: str, values: list[str]) -> str:
-    """What to write in place of an argument that there is not: the folder to test, where it is known."""
+    """Advice for an argument that does not exist, with the folder to test where it is known."""
     folder = next((shlex.quote(value) for value in values if Path(value).is_dir()), "FOLDER")
     forms = "python eval.py --run FOLDER, a task's model with python eval.py --checkpoint FOLDER/checkpoints/task_00"
     return (

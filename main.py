@@ -116,7 +116,7 @@ def _dashed(names: Iterable[str]) -> str:
 
 
 def way_out(name: str, values: list[str]) -> str:
-    """What to write in place of an argument that does not exist."""
+    """Advice for an argument that does not exist."""
     from models import SCHEMAS
     from utils.config.messages import nearest_key
 

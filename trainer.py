@@ -110,13 +110,14 @@ def open_log(learner: Learner, command: Command, beside: Path | None = None) -> 
 
 
 def resume(folder: Path, context: RunContext | None = None) -> dict[str, Any]:
-    """Go on with the run in a folder from its last checkpoint, or from its start where there is none; its result.
+    """Go on with the run in a folder from its last checkpoint, or from its start where there is none; its
+    result.
 
     Where the result is there, only what was to follow it is made.
 
     Raises:
-        UserError: no run folder, nothing left to do, another process is at work in it, an edited config that would
-            mix two experiments, or a checkpoint that is damaged, foreign or newer.
+        UserError: no run folder, nothing left to do, another process is at work in it, an edited config that
+            would mix two experiments, or a checkpoint that is damaged, foreign or newer.
         Interrupted: stopped by a signal, after saving.
     """
     if is_complete(folder):
@@ -165,7 +166,7 @@ def resume(folder: Path, context: RunContext | None = None) -> dict[str, Any]:
 
 
 def complete_run(log: RunLog) -> None:
-    """What follows the result: figures, the end of what the run replaces, and the note that nothing is missing."""
+    """Complete a run that has its result: draw figures, remove the replaced run, note the end in the manifest."""
     draw_figures(log.folder, LEARNERS[read_config(log.folder).model_name].figures)
     remove_replaced(log.folder)
     log.manifest(read_manifest(log.folder).model_copy(update={"finished": timestamp()}).model_dump())
@@ -311,10 +312,11 @@ class Run:
 
 
 class StopRequest:
-    """Turns Ctrl-C, SIGTERM and a lost terminal (SIGHUP) into a request that training honours between two steps.
+    """Turns Ctrl-C, SIGTERM and a lost terminal (SIGHUP) into a request that training honours between two
+    steps.
 
-    A second one stops at once. Signals less than a second apart are one: torchrun passes on to its processes what the
-    terminal sent them already. SIGHUP that is ignored, as under nohup, stays ignored.
+    A second one stops at once. Signals less than a second apart are one: torchrun passes on to its processes
+    what the terminal sent them already. SIGHUP that is ignored, as under nohup, stays ignored.
     """
 
     SIGNALS = tuple(

@@ -7,9 +7,9 @@
         evaluations.append(learner.evaluate())
     learner.report(evaluations).result   # what result.json says
 
-A method tells a task as a sequence of steps (`Learner.learn_task`), some of which run a phase of training (`Phase`).
-A run that was stopped between two training steps goes on from there: finished steps of the task are skipped, an open
-phase is restored with its optimizer.
+A method tells a task as a sequence of steps (`Learner.learn_task`), some of which run a phase of training
+(`Phase`). A run that was stopped between two training steps goes on from there: finished steps of the task
+are skipped, an open phase is restored with its optimizer.
 """
 
 import logging
@@ -47,7 +47,7 @@ Saved = TypeVar("Saved")
 
 @dataclass
 class RunContext:
-    """Where a learner runs, and what records and stops it.
+    """Device, processes, record and stop signal of a learner.
 
     Attributes:
         device: of the modules.
@@ -91,7 +91,7 @@ class TaskProgress:
 
 @dataclass
 class Report:
-    """What a run says of itself after a task.
+    """Report of a run after a task.
 
     Attributes:
         event: results of the newest task, for `metrics.jsonl`.
@@ -158,7 +158,7 @@ class Learner(ABC):
 
     @abstractmethod
     def report(self, evaluations: Sequence[dict[str, Any]]) -> "Report":
-        """What a run says of itself after its newest task; `evaluations` has one entry per finished task."""
+        """Report of the run after its newest task; `evaluations` has one entry per finished task."""
 
     @abstractmethod
     def describe_evaluation(self, evaluation: dict[str, Any]) -> str:
@@ -170,7 +170,7 @@ class Learner(ABC):
 
     @abstractmethod
     def describe_task(self, task: int) -> str:
-        """What a task brings, for the log."""
+        """Description of a task's data, for the log."""
 
     @abstractmethod
     def weights(self) -> dict[str, str]:
@@ -189,7 +189,7 @@ class Learner(ABC):
     def analysis_inputs(
         self, checkpoints: Sequence[Path], load: Callable[[Path], None], images_per_class: int | None
     ) -> Any:
-        """What `analyses` take, from the checkpoints of every task in order, each made this learner by `load`."""
+        """Inputs of `analyses` from the checkpoints of every task in order, each made this learner by `load`."""
         raise NotImplementedError
 
     def identity(self) -> dict[str, Any]:
@@ -199,7 +199,8 @@ class Learner(ABC):
     def data_read(self, trained: int, tested: int) -> dict[str, list[str]]:
         """SHA-256 per task of the images and labels read so far: "train" of so many tasks, "test" of so many.
 
-        A checkpoint belongs to a run with the same; what no task has read may change. Empty where data are generated.
+        A checkpoint belongs to a run with the same; what no task has read may change. Empty where data are
+        generated.
         """
         return {}
 
@@ -286,8 +287,8 @@ class Learner(ABC):
     def take_step(self, phase: Phase, at: PhaseProgress, batch: Any) -> None:
         """Forward, backward, one optimizer step; sums for the epoch line.
 
-        The gradient is that of the mean loss over all samples of the batch, in whatever micro-batches and on however
-        many ranks: gradients of summed losses are added up, then divided by the number of samples.
+        The gradient is that of the mean loss over all samples of the batch, in whatever micro-batches and on
+        however many ranks: gradients of summed losses are added up, then divided by the number of samples.
         """
         phase.optimizer.zero_grad()
         results = []
@@ -381,7 +382,7 @@ class Learner(ABC):
 
     @property
     def method_state(self) -> dict[str, Any]:
-        """What the method must remember inside a task, and from task to task (JSON)."""
+        """The method's own state inside a task and from task to task (JSON)."""
         return self.progress.state
 
     def stopping(self) -> bool:

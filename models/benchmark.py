@@ -3,10 +3,11 @@
     python main.py --benchmark --config exps/nested_lora_cifar.json
     python main.py --benchmark --config X.json --set precision=bf16 --repeats 7 --profile trace/
 
-The unit is one forward pass of the unchanged timm network over the same images in the same dtype, timed next to every
-measurement; a figure is the median over repeats. The learner goes through its tasks as in a run, with some steps of
-each phase instead of all; growing methods grow in every task. Weights are random and images generated, since neither
-changes a time, so nothing is downloaded. A benchmark is for people: no test depends on a time.
+The unit is one forward pass of the unchanged timm network over the same images in the same dtype, timed next
+to every measurement; a figure is the median over repeats. The learner goes through its tasks as in a run,
+with some steps of each phase instead of all; growing methods grow in every task. Weights are random and
+images generated, since neither changes a time, so nothing is downloaded. A benchmark is for people: no test
+depends on a time.
 """
 
 import itertools

@@ -1,4 +1,5 @@
-"""Conditional growth of Gumbel CL-LoRA: the gate's keys, which adapters stay after a task, log lines and files.
+"""Conditional growth of Gumbel CL-LoRA: the gate's keys, which adapters stay after a task, log lines and
+files.
 
     decision = decide(task=3, adapters=[0, 1, 3], beta=beta, config=config)   # beta: (K,) or (L, K)
     decision.kept                              # positions of the adapters that stay, such as [0, 2]
@@ -57,7 +58,7 @@ class GateKeys(StepKeys):
 
     @property
     def gate(self) -> str:
-        """What `gumbel_gate` comes to: "off", "global" or "layer"."""
+        """Kind of gate that `gumbel_gate` resolves to: "off", "global" or "layer"."""
         if self.gumbel_gate != "auto":
             return self.gumbel_gate
         return "global" if self.lambda_sparsity > 0 else "off"

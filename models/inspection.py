@@ -73,7 +73,8 @@ def show_seeds(folders: list[Path]) -> Iterator[str]:
 
 
 def analyse_run(folder: Path, names: list[str], images_per_class: int | None) -> Iterator[str]:
-    """Run the named analyses on the networks that a finished run left; the results, which are written as well.
+    """Run the named analyses on the networks that a finished run left; the results, which are written as
+    well.
 
     Raises:
         UserError: an unknown analysis, an unfinished run, a damaged checkpoint, or too little to analyse.

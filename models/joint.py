@@ -1,8 +1,10 @@
-"""Joint: the same adapters trained on all classes at once; an upper bound for what task-by-task learning can reach.
+"""Joint: the same adapters trained on all classes at once; an upper bound for what task-by-task learning can
+reach.
 
     python main.py --config exps/baselines/joint_cifar.json
 
-There is one task that holds all classes, so the record has a final accuracy and neither forgetting nor a curve.
+There is one task that holds all classes, so the record has a final accuracy and neither forgetting nor a
+curve.
 """
 
 from typing import Literal

@@ -28,11 +28,13 @@ class EpochNote:
 
 
 class Phase(ABC):
-    """A number of epochs over one kind of batches with one optimizer and one loss; `Learner.run_phase` runs it.
+    """A number of epochs over one kind of batches with one optimizer and one loss; `Learner.run_phase` runs
+    it.
 
     Attributes:
         name: "func", "rd", ...: what is trained, in log lines.
-        replicated: every rank sees whole batches, so gradients are equal already and are not summed over ranks.
+        replicated: every rank sees whole batches, so gradients are equal already and are not summed over
+            ranks.
         classifies: results say how many samples were classified right.
         announced: its start is logged with its learning rates.
 

@@ -3,11 +3,11 @@
     python main.py --config exps/baselines/ranpac_cifar.json                                              # training-free
     python main.py --config exps/baselines/ranpac_cifar.json --set first_session=true --set ffn_num=32    # adapts in task 0
 
-scores(x) = relu(f(x) P) (G + lambda I)^-1 Q with f the class token, P a fixed random projection to `ranpac_dim`
-numbers, G and Q sums over all training images so far, and lambda chosen on a held-out fifth of every task
-(`RanPACHead`). With `first_session` the adapters are trained on task 0 and frozen before its features
-are read, so that all sums belong to one network. Source: McDonnell et al., *RanPAC: Random Projections and Pre-trained
-Models for Continual Learning*, NeurIPS 2023.
+scores(x) = relu(f(x) P) (G + lambda I)^-1 Q with f the class token, P a fixed random projection to
+`ranpac_dim` numbers, G and Q sums over all training images so far, and lambda chosen on a held-out fifth of
+every task (`RanPACHead`). With `first_session` the adapters are trained on task 0 and frozen before its
+features are read, so that all sums belong to one network. Source: McDonnell et al., *RanPAC: Random
+Projections and Pre-trained Models for Continual Learning*, NeurIPS 2023.
 """
 
 import itertools
@@ -72,24 +72,27 @@ class RanPACConfig(AdapterKeys, RidgeKeys, TrainingKeys, StepKeys, FrozenViTKeys
 
 
 class RanPACHead(ClosedFormHead):
-    """Ridge regression of one-hot labels on random features h(f) = relu(f P), P (d, M) standard normal and fixed.
+    """Ridge regression of one-hot labels on random features h(f) = relu(f P), P (d, M) standard normal and
+    fixed.
 
         scores(f) = h(f) W,   W = (G + lambda I)^-1 Q,   G = sum_i h_i h_i^T (M, M),   Q = sum_i h_i y_i^T (M, C)
 
-    G and Q are sums over all training features ever added, so learning task by task equals learning all at once. They
-    are kept in two parts, over four fifths of every task's features and over the fifth that is held out: lambda is the
-    candidate whose W, solved from the first part, has the smallest squared error on the second,
+    G and Q are sums over all training features ever added, so learning task by task equals learning all at
+    once. They are kept in two parts, over four fifths of every task's features and over the fifth that is
+    held out: lambda is the candidate whose W, solved from the first part, has the smallest squared error on
+    the second,
 
         ||H_held W - Y_held||^2 = tr(W^T G_held W) - 2 tr(W^T Q_held) + n_held,
 
-    and the classifier is then solved from both. Published, the newest task's fifth alone chooses: few images of few
-    classes, with which lambda jumps by a factor of ten from task to task. A lambda with which a sum is not positive
-    definite to working precision (images repeated, fewer than random features) is passed over for the next best, of
-    equal errors for the smaller power of ten; where all are, lambda goes on growing by tens until one will do.
+    and the classifier is then solved from both. Published, the newest task's fifth alone chooses: few images
+    of few classes, with which lambda jumps by a factor of ten from task to task. A lambda with which a sum is
+    not positive definite to working precision (images repeated, fewer than random features) is passed over
+    for the next best, of equal errors for the smaller power of ten; where all are, lambda goes on growing by
+    tens until one will do.
 
-    When the backbone moves, the random features of the newest task's images are known before and after, which gives an
-    affine map h -> J^T h + b (`fit_drift`). Sums over images that are no longer there follow it exactly,
-    with n images, m = sum_i h_i = Q 1 and the class counts c:
+    When the backbone moves, the random features of the newest task's images are known before and after, which
+    gives an affine map h -> J^T h + b (`fit_drift`). Sums over images that are no longer there follow it
+    exactly, with n images, m = sum_i h_i = Q 1 and the class counts c:
 
         G -> J^T G J + J^T m b^T + b m^T J + n b b^T,   Q -> J^T Q + b c^T
 

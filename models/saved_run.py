@@ -149,7 +149,7 @@ def check_identity(checkpoint: Path, state: dict[str, Any], learner: Learner) ->
 
 @contextmanager
 def run_context(config: RunConfig) -> Iterator[RunContext]:
-    """Where a run computes: device and precision, resolved here and nowhere else, and the processes of torchrun.
+    """Run context of a config: device and precision, resolved only here, and the processes of torchrun.
 
     Raises:
         UserError: the device is absent, or there are fewer GPUs than processes.

@@ -1,18 +1,22 @@
-"""SEMA, and Nested LoRA on SEMA: adapters that grow where the data are new, one router per block, one classifier.
+"""SEMA, and Nested LoRA on SEMA: adapters that grow where the data are new, one router per block, one
+classifier.
 
     python main.py --config exps/sema_cifar.json            # ffn_adapter_type "adaptmlp"
     python main.py --config exps/nested_lora_cifar.json     # ffn_adapter_type "nested_lora"
 
-Task 0 trains adapters, routers and classifier, then the representation descriptors. A later task scans its training
-images; the shallowest block that finds a batch novel grows by one adapter, which is trained, then its descriptor;
-the scan goes on, and is repeated until a whole one adds nothing. If nothing grew, what is trainable is trained. Then
-the task closes: consolidation (nested, if asked for), router rows merged, freezing.
+Task 0 trains adapters, routers and classifier, then the representation descriptors. A later task scans its
+training images; the shallowest block that finds a batch novel grows by one adapter, which is trained, then
+its descriptor; the scan goes on, and is repeated until a whole one adds nothing. If nothing grew, what is
+trainable is trained. Then the task closes: consolidation (nested, if asked for), router rows merged,
+freezing.
 
-What a batch is compared with are a descriptor's errors on views of its task's images that it has not trained on. With
-new views in every epoch they are recorded while it trains, as published. Where views come again (`rd_views`), its
-training errors would be too small: then errors on newly drawn views are recorded when it has been trained.
+What a batch is compared with are a descriptor's errors on views of its task's images that it has not trained
+on. With new views in every epoch they are recorded while it trains, as published. Where views come again
+(`rd_views`), its training errors would be too small: then errors on newly drawn views are recorded when it
+has been trained.
 
-Source: SEMA (Wang et al., CVPR 2025) as its published code computes it; Nested LoRA as in the project's design.
+Source: SEMA (Wang et al., CVPR 2025) as its published code computes it; Nested LoRA as in the project's
+design.
 """
 
 import functools
@@ -260,7 +264,8 @@ class SEMA(ClassIncrementalLearner):
 
     @torch.no_grad()
     def scan(self) -> int | None:
-        """Scan the task's training images until a block finds a batch novel and grows, which it names, or to the end.
+        """Scan the task's training images until a block finds a batch novel and grows, which it names, or to
+        the end.
 
         A scan goes on where the last growth ended it; where one has added an adapter, another follows it.
         """
@@ -332,8 +337,8 @@ class SEMA(ClassIncrementalLearner):
     def record_errors(self) -> None:
         """Record the errors of trained descriptors, unless training has.
 
-        As many as training would have recorded: min(`buffer_size`, images of the task * `rd_epoch`), each on a newly
-        drawn view, of one image after the other in a drawn order.
+        As many as training would have recorded: min(`buffer_size`, images of the task * `rd_epoch`), each on
+        a newly drawn view, of one image after the other in a drawn order.
         """
         config, blocks = self.config, self.described_blocks()
         if config.repeats_rd_views:
@@ -384,7 +389,7 @@ class SEMA(ClassIncrementalLearner):
             self._log_norms(block, modules)
 
     def consolidation(self) -> Consolidation:
-        """How fast goes into slow at the end of the open task."""
+        """Consolidation of fast into slow at the end of the open task."""
         config, alpha = self.config, self.config.nested_lora_consolidation_alpha
         if config.nested_lora_consolidation_schedule == "mean":
             alpha /= self.task + 1
@@ -430,8 +435,8 @@ class SEMA(ClassIncrementalLearner):
 class DescriptorPhase(Phase):
     """Training of the newest descriptors on token means, which do not change meanwhile.
 
-    The loss is the mean reconstruction error, summed over blocks. While no view of an image has come before, errors are
-    recorded as they are measured.
+    The loss is the mean reconstruction error, summed over blocks. While no view of an image has come before,
+    errors are recorded as they are measured.
     """
 
     name = "rd"

@@ -2,9 +2,9 @@
 
     python main.py --config exps/baselines/simplecil_cifar.json
 
-score_c(x) = cos(f(x), m_c), with f the class token of the frozen ViT and m_c its mean over the training images of
-class c in the test view. Source: Zhou et al., *Revisiting Class-Incremental Learning with Pre-Trained Models:
-Generalizability and Adaptivity are All You Need*, IJCV 2024.
+score_c(x) = cos(f(x), m_c), with f the class token of the frozen ViT and m_c its mean over the training
+images of class c in the test view. Source: Zhou et al., *Revisiting Class-Incremental Learning with
+Pre-Trained Models: Generalizability and Adaptivity are All You Need*, IJCV 2024.
 """
 
 from typing import ClassVar, Literal

@@ -1,4 +1,5 @@
-"""Runs that die where a test says: a child process runs the command line and sends itself a signal at a chosen moment.
+"""Runs that die where a test says: a child process runs the command line and sends itself a signal at a
+chosen moment.
 
 Children are forked from a server that has imported everything, so that one costs about a second.
 """

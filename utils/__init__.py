@@ -1,1 +1,1 @@
-"""What any part of the program may use; it knows no method by name."""
+"""Utilities for any part of the program, which know no method by name."""

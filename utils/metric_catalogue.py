@@ -17,7 +17,7 @@ ABSENT = "–"
 
 
 class Shown(IntEnum):
-    """Where reports show a metric; each place includes those before it."""
+    """Places in reports that show a metric; each includes those before it."""
 
     RUNS = 0  # the table of all runs
     MEANS = 1  # the table of means over seeds

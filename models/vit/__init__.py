@@ -1,1 +1,1 @@
-"""What the class-incremental methods on a frozen ViT share."""
+"""Shared parts of the class-incremental methods on a frozen ViT."""

@@ -5,11 +5,11 @@
     x = tokens.take(indices)                             # (n, N, d): inputs of block 9 for these stored images
     features = network(x, tokens.depth)
 
-Activations are kept as files of one class each (`utils/cache/tensor_cache.py`), named by a hash of everything that
-shapes them: weights, architecture with its options, the adapters below the depth, data, view, precision, library
-versions. Where no adapter lies below, all runs with these weights and views share them; otherwise they belong to one
-run, which removes them when it no longer needs them. A depth counts as in `SEMAVisionTransformer.forward`: 0 images,
-k tokens that enter block k, `network.depth` features.
+Activations are kept as files of one class each (`utils/cache/tensor_cache.py`), named by a hash of everything
+that shapes them: weights, architecture with its options, the adapters below the depth, data, view, precision,
+library versions. Where no adapter lies below, all runs with these weights and views share them; otherwise
+they belong to one run, which removes them when it no longer needs them. A depth counts as in
+`SEMAVisionTransformer.forward`: 0 images, k tokens that enter block k, `network.depth` features.
 """
 
 import hashlib
@@ -39,14 +39,15 @@ CHUNK = 256  # images in a file, all of one class
 
 @dataclass(frozen=True)
 class ForwardOptions:
-    """How activations are computed, the same for a whole run.
+    """Options of the forward passes that compute activations, the same for a whole run.
 
     Attributes:
         device, precision: of the forward passes.
         batch_size: images in one of them.
         identity: what else shapes the results (backbone, hash of the data, library versions), as JSON.
         distributed: ranks share the work of filling the cache.
-        stop_requested: asked on this rank between two files; True raises `Interrupted`, and what is stored stays.
+        stop_requested: asked on this rank between two files; True raises `Interrupted`, and what is stored
+            stays.
     """
 
     device: torch.device
@@ -83,7 +84,8 @@ class Images:
 
 
 class Activations:
-    """Activations at one depth for the images of some classes, one view of each; files where the cache has room.
+    """Activations at one depth for the images of some classes, one view of each; files where the cache has
+    room.
 
     Args:
         below: where this depth's inputs come from: images, or activations of a lesser depth.
@@ -141,7 +143,8 @@ class Activations:
         )
 
     def fill(self, chunks: list[np.ndarray], label: str) -> None:
-        """Compute the files that are not there, each rank its part; without room `take` computes every time instead.
+        """Compute the files that are not there, each rank its part; without room `take` computes every time
+        instead.
 
         Raises:
             Interrupted: a stop was requested.

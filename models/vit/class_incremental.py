@@ -1,4 +1,5 @@
-"""Class-incremental learning on a frozen pretrained ViT: base class of the methods, with data, features and accuracy.
+"""Class-incremental learning on a frozen pretrained ViT: base class of the methods, with data, features and
+accuracy.
 
     learner.begin_task(task)      # new classes: the classifier gains rows
     learner.train_task()
@@ -49,9 +50,9 @@ ANALYSED_IMAGES = 20  # per class, by default
 class ClassIncrementalLearner(Learner):
     """A class-incremental method on a frozen ViT.
 
-    A method names its modules in `build`: "backbone", the ViT with what the method adds to it, and what classifies:
-    "head", rows trained by gradient, or "closed_form", a head computed from features at task ends, which then
-    classifies instead of the rows.
+    A method names its modules in `build`: "backbone", the ViT with what the method adds to it, and what
+    classifies: "head", rows trained by gradient, or "closed_form", a head computed from features at task
+    ends, which then classifies instead of the rows.
 
     Attributes:
         data: the task sequence.
@@ -223,7 +224,8 @@ class ClassIncrementalLearner(Learner):
     def analysis_inputs(
         self, checkpoints: Sequence[Path], load: Callable[[Path], None], images_per_class: int | None
     ) -> AnalysisInputs:
-        """Class tokens of the same test images, and the branches' output spaces, of the network in every checkpoint.
+        """Class tokens of the same test images, and the branches' output spaces, of the network in every
+        checkpoint.
 
         Args:
             checkpoints: one per task, in order.
@@ -406,7 +408,7 @@ def load_data_and_backbone(
 
 
 def _missing_weights(config: ClassIncrementalConfig) -> list[str]:
-    """What is wrong with the weights, without fetching them."""
+    """Problems with the weights, found without fetching them."""
     try:
         find_weights(config.backbone_type, weights=config.weights, weights_root=Path(config.weights_root))
     except UserError as error:

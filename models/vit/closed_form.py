@@ -1,19 +1,20 @@
-"""Classifiers in closed form from features, and the affine map that carries their statistics along when features move.
+"""Classifiers in closed form from features, and the affine map that carries their statistics along when
+features move.
 
     head = PrototypeHead(width=384)
     head.add(features, targets)                # a task's training features (n, d), labelled with new classes
     logits = head(features)                    # (B, d) -> (B, classes so far)
     head.compensate_drift(before, after)       # the backbone moved: update the statistics of older classes
 
-Everything is computed on the CPU in float64, the same on every device and rank, and is state. RanPAC's ridge regression
-is in `models/ranpac.py`.
+Everything is computed on the CPU in float64, the same on every device and rank, and is state. RanPAC's ridge
+regression is in `models/ranpac.py`.
 
-Sources: class means and cosine, SimpleCIL (Zhou et al., *Revisiting Class-Incremental Learning with Pre-Trained
-Models*, IJCV 2024). Class statistics of earlier tasks belong to a network that is no more once the backbone goes on
-learning; compensating their drift from the current task's features follows Yu et al., *Semantic Drift Compensation for
-Class-Incremental Learning*, CVPR 2020; doing it with one linear map, Gomez-Villa et al., *Exemplar-free Continual
-Representation Learning via Learnable Drift Compensation*, ECCV 2024. The ridge towards a common movement and its choice
-by leave-one-out are this project's.
+Sources: class means and cosine, SimpleCIL (Zhou et al., *Revisiting Class-Incremental Learning with
+Pre-Trained Models*, IJCV 2024). Class statistics of earlier tasks belong to a network that is no more once
+the backbone goes on learning; compensating their drift from the current task's features follows Yu et al.,
+*Semantic Drift Compensation for Class-Incremental Learning*, CVPR 2020; doing it with one linear map,
+Gomez-Villa et al., *Exemplar-free Continual Representation Learning via Learnable Drift Compensation*, ECCV
+2024. The ridge towards a common movement and its choice by leave-one-out are this project's.
 """
 
 from abc import ABC, abstractmethod
@@ -28,7 +29,8 @@ from utils.analysis.ridge import fit_ridge
 
 
 class ClosedFormHead(nn.Module, ABC):
-    """Class statistics of features and the classifier they determine; buffers only, nothing is trained by gradient.
+    """Class statistics of features and the classifier they determine; buffers only, nothing is trained by
+    gradient.
 
     All buffers grow with the classes; loaded tensors give a fresh head its shape.
 
@@ -139,10 +141,10 @@ def fit_drift(before: Tensor, after: Tensor) -> Drift:
 
     It knows the newest task's images alone: where features of older classes move otherwise, it misleads.
 
-    With X = before - mean and Y = after - before - mean movement, J = I + (X^T X + s I)^-1 X^T Y: with little evidence
-    (s large against the data) all images are taken to have moved alike. s is the candidate of `STRENGTHS` with the
-    smallest leave-one-out error.
-    Images that are all alike give J = I; of one image alone nothing is explained, as nothing is left to predict it.
+    With X = before - mean and Y = after - before - mean movement, J = I + (X^T X + s I)^-1 X^T Y: with little
+    evidence (s large against the data) all images are taken to have moved alike. s is the candidate of
+    `STRENGTHS` with the smallest leave-one-out error. Images that are all alike give J = I; of one image
+    alone nothing is explained, as nothing is left to predict it.
     """
     before, after = before.double(), after.double()
     movement, identity = after - before, torch.eye(before.shape[1], dtype=torch.float64)

@@ -117,7 +117,7 @@ class ClassIncrementalConfig(RunConfig):
         return found
 
     def one_class_advice(self, task: int) -> str:
-        """What to do where a task has one class only; "" where the method learns from it all the same."""
+        """Advice for a task of one class; "" where the method learns from it all the same."""
         return ""
 
     def known_classes(self) -> int | None:
@@ -160,7 +160,7 @@ class ClassIncrementalConfig(RunConfig):
 
 
 class FrozenViTKeys(ClassIncrementalConfig):
-    """How features of the frozen ViT are computed."""
+    """Computation of features of the frozen ViT."""
 
     engine: Literal["fast", "reference"] = key(
         "fast", '"reference" stores no activations and stacks no adapters: slow and plain, fp32 only.'

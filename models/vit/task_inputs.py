@@ -5,8 +5,9 @@
     for batch in inputs.read(task, source, key, size=32):
         features = network(batch.inputs, batch.depth)
 
-The fast engine reads stored activations of the frozen blocks (`models/vit/activations.py`); the reference reads images.
-With K `views` every training image has K fixed augmented views; with 0 every pass draws new ones, as published.
+The fast engine reads stored activations of the frozen blocks (`models/vit/activations.py`); the reference
+reads images. With K `views` every training image has K fixed augmented views; with 0 every pass draws new
+ones, as published.
 """
 
 import itertools
@@ -72,8 +73,8 @@ class TaskInputs:
         """A task's training inputs in one view: a fixed one, or without any the one that (key, number) draws.
 
         Args:
-            depth: how far the network is run already, where nothing learns below it while the result is in use; by
-                default up to where the network may ever change.
+            depth: how far the network is run already, where nothing learns below it while the result is in
+                use; by default up to where the network may ever change.
         """
         views = self.views
         if not views:
@@ -88,7 +89,7 @@ class TaskInputs:
         return Images(self.data, "train", key, self.options.device)
 
     def by_epoch(self, task: int, key: Key, epochs: int) -> Callable[[int], Source]:
-        """Where each epoch of a functional phase reads; views used more than once are run to where learning begins."""
+        """Source of the inputs of each epoch of a functional phase; views used more than once are run to where learning begins."""
         views = self.views
         if not views:
             return lambda epoch: self.view(task, epoch, key)
@@ -169,7 +170,7 @@ class TaskInputs:
 
     @torch.no_grad()
     def token_means(self, batch: Batch, blocks: list[int]) -> dict[int, Tensor]:
-        """What routers and descriptors of the blocks read from a batch, on every rank: {block: (B, d)}, float32."""
+        """Token means of a batch, the input of routers and descriptors, on every rank: {block: (B, d)}, float32."""
         options = self.options
         with autocast(options.device, options.precision):
             means = self.network.token_means(batch.inputs.to(options.device), batch.depth, blocks)
@@ -178,10 +179,11 @@ class TaskInputs:
     def means_by_epoch(
         self, task: int, key: Key, blocks: list[int], *, views: int, epochs: int, size: int
     ) -> Callable[[int, int], Iterator[dict[int, Tensor]]]:
-        """(epoch, start) -> batches of `size` token means of the blocks, of `views` views; 0: of new ones every epoch.
+        """(epoch, start) -> batches of `size` token means of the blocks, of `views` views; 0: of new ones
+        every epoch.
 
-        While descriptors learn nothing below them does, so the fast engine runs the network once a view, not once an
-        epoch.
+        While descriptors learn nothing below them does, so the fast engine runs the network once a view, not
+        once an epoch.
         """
 
         def computed(epoch: int, start: int) -> Iterator[dict[int, Tensor]]:

@@ -3,8 +3,8 @@
     network = adapted_network(vit, config)                  # adapters in the blocks that the config names
     learner.run_phase(FunctionalPhase(learner))             # what may learn, on the current task's classes only
 
-The phase trains whatever may learn in the network and the newest classifier rows, with the cross-entropy over the
-current task's classes; older classes take no part.
+The phase trains whatever may learn in the network and the newest classifier rows, with the cross-entropy over
+the current task's classes; older classes take no part.
 """
 
 import logging
@@ -74,8 +74,8 @@ def functional_groups(
 class FunctionalPhase(Phase):
     """Cross-entropy over the current task's classes, for `func_epoch` epochs.
 
-    With K fixed views of an image, epoch e reads view e mod K; views used more than once are run through the network up
-    to where learning begins and stored there.
+    With K fixed views of an image, epoch e reads view e mod K; views used more than once are run through the
+    network up to where learning begins and stored there.
 
     Args:
         learner: whose network and newest classifier rows are trained.
@@ -118,9 +118,9 @@ class FunctionalPhase(Phase):
     def fastest_attention(self) -> AbstractContextManager[None]:
         """Plain attention for bf16 training on CPUs, fused attention elsewhere.
 
-        There the fused kernel's backward pass takes 35 to 40 % of a step: a step of the last three blocks took 109 ms
-        fused and 69 ms plain for ViT-S at 112 px, 350 and 266 ms at 224 px (batch 16, one thread with AMX); forward
-        passes alone, and fp32, are as fast or faster fused.
+        There the fused kernel's backward pass takes 35 to 40 % of a step: a step of the last three blocks
+        took 109 ms fused and 69 ms plain for ViT-S at 112 px, 350 and 266 ms at 224 px (batch 16, one thread
+        with AMX); forward passes alone, and fp32, are as fast or faster fused.
         """
         plain = self.learner.device.type == "cpu" and self.config.precision == "bf16"
         return self.learner.network.plain_attention() if plain else nullcontext()
@@ -145,8 +145,8 @@ def train_functional(learner: ClassIncrementalLearner, block: int | None = None)
 class SlowTrace:
     """Trace of the slow branch at low frequency: when it was updated, and how far it moved.
 
-    `nested_lora_update_interval_slow` shows in the log lines and in the `slow_step` events of metrics.jsonl. It costs a
-    copy of the group on traced steps and nothing on others.
+    `nested_lora_update_interval_slow` shows in the log lines and in the `slow_step` events of metrics.jsonl.
+    It costs a copy of the group on traced steps and nothing on others.
     """
 
     def __init__(self, group: ParameterGroup, log: RunLog, task: int) -> None:

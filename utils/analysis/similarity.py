@@ -135,6 +135,6 @@ def _cross_products(centred: Sequence[Tensor]) -> Tensor:
 
 
 def _numerical_rank(sizes: Tensor, like: Tensor) -> int:
-    """How many of descending singular values stand out from the rounding of `like`'s entries."""
+    """Numerical rank: descending singular values above the rounding of `like`'s entries."""
     precision = torch.finfo(like.dtype).eps * max(like.shape)
     return int((sizes > precision * sizes[0]).sum()) if sizes.numel() else 0

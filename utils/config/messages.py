@@ -80,7 +80,7 @@ def _choices(prop: Mapping[str, Any]) -> list[Any]:
 
 
 def allowed_text(prop: Mapping[str, Any]) -> str:
-    """What the JSON schema of a key allows: `{"type": "integer", "minimum": 1}` -> `an integer >= 1`."""
+    """Allowed values of a key in words, from its JSON schema: `{"type": "integer", "minimum": 1}` -> `an integer >= 1`."""
     if "allowed" in prop:
         return prop["allowed"]
     if "anyOf" in prop:
@@ -142,7 +142,7 @@ def no_such(what: str, name: str, allowed: Sequence[str]) -> str:
 
 
 def parsed(text: str) -> Any:
-    """What a text stands for: JSON where it is JSON, else itself."""
+    """Value of a text: JSON where it is JSON, else the text."""
     try:
         return json.loads(text, parse_constant=refuse_constant)
     except (ValueError, RecursionError):
@@ -155,7 +155,7 @@ def refuse_constant(name: str) -> Any:
 
 
 def type_name(value: Any) -> str:
-    """What kind of value it is in JSON's terms: `an integer`, `a list`."""
+    """Kind of a value in JSON's terms: `an integer`, `a list`."""
     return TYPES.get(type(value), type(value).__name__)
 
 

@@ -88,7 +88,7 @@ def _domainnet(name: str, data_root: Path, cache: Path | None) -> Dataset:
 
 @dataclass(frozen=True)
 class Source:
-    """Where a named data set comes from.
+    """Source of a named data set.
 
     classes: number of classes as published.
     load: (name, data_root, cache) -> Dataset.
@@ -167,7 +167,7 @@ def _holds_data(path: Path) -> bool:
 
 
 def _find(name: str, data_root: Path) -> Path | None:
-    """Where a data set is; None where it is not. Raises UserError for what is neither a name nor a path."""
+    """Place of a data set, or None where it is absent. Raises UserError for what is neither a name nor a path."""
     if name in DATASETS:
         return next(filter(_holds_data, (data_root / place for place in DATASETS[name].places)), None)
     places = [Path(name).expanduser(), data_root / name]

@@ -33,7 +33,7 @@ SOURCES = ("train", "test")  # of images, and the two kinds of views
 
 @dataclass(frozen=True)
 class TaskSplit:
-    """How classes are cut into tasks, and how many images of each take part.
+    """Split of classes into tasks, with limits on the images per class.
 
     Attributes:
         seed: draws the class order and the images kept by `max_*_per_class`.

@@ -1,12 +1,14 @@
-"""Views of images as network inputs: random training views and the test view, as torchvision's transforms make them.
+"""Views of images as network inputs: random training views and the test view, as torchvision's transforms
+make them.
 
     spec = ViewSpec(image_size=224, augmentation="crop_flip")
     key = ("functional", 1993, 0)
     seen = views_of(images, spec, key, indices)     # (B, 3, 224, 224) float32, one view of every image
     seen = views_of(images, spec, None, indices)    # the test view
 
-A view is a pure function of the key and of the stored index of its image: neither the batch nor the process, the
-device or the global random states matter. Resizing is torch's own for uint8 on the CPU, with antialiasing.
+A view is a pure function of the key and of the stored index of its image: neither the batch nor the process,
+the device or the global random states matter. Resizing is torch's own for uint8 on the CPU, with
+antialiasing.
 """
 
 import dataclasses
@@ -32,7 +34,7 @@ _GAMMA = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio, odd
 
 @dataclass(frozen=True)
 class ViewSpec:
-    """How images are turned into inputs.
+    """Transform from images to network inputs.
 
     Attributes:
         image_size: S, side of a view in pixels.

@@ -256,7 +256,7 @@ def _draw_curve(axes: Axes, curves: np.ndarray, style: Style | None, tasks: int,
 
 
 def _verdict_handle(verdict: str) -> Line2D:
-    """How a comparison is drawn, for the legend: hollow where there is no interval."""
+    """Legend entry of a comparison: hollow where there is no interval."""
     line = {"mfc": "white", "lw": 0} if verdict in (SAME, ONE_SEED) else {"lw": 2}
     return Line2D([], [], color=VERDICT_COLOURS[verdict], marker="s" if verdict == SAME else "o", **line)
 

@@ -78,7 +78,7 @@ def reading_notes(results: Results, answers: pd.DataFrame | None = None) -> list
 
 
 def _notes_on_sameness(results: Results, answers: pd.DataFrame | None) -> list[str]:
-    """Why values and differences that no seed changes have no interval and no p; empty without any."""
+    """Note on values that no seed changes, which have no interval and no p; empty without any."""
     notes, fixed = [], []
     names = {spec.key: spec.name for spec in results.metrics if spec.shown >= Shown.DIFFERENCES}
     summary = results.summary.reset_index()
@@ -118,7 +118,7 @@ def _notes_on_provenance(results: Results, answers: pd.DataFrame | None) -> list
 
 
 def _outcome(results: Results, metric: str) -> str:
-    """How the comparisons of a metric ended, in numbers; empty without comparisons that have an interval."""
+    """Numbers of better, worse and undecided comparisons of a metric; empty without comparisons that have an interval."""
     found = results.summary.xs(metric, level="metric")
     counts, decided = Counter(found["verdict"]), found["p_holm"].dropna()
     texts = []

@@ -1,6 +1,7 @@
 """Report of a sweep: tables and figures of its finished runs, with confidence intervals.
 
-    write_report(Path("logs/sweeps/ranks"), "ranks", "does rank matter?", results, commands=..., unfinished={})
+    write_report(Path("logs/sweeps/ranks"), "ranks", "does rank matter?", results, commands=...,
+    unfinished={})
 
     report.html      one page with everything, figures included; it needs no other file and no network
     summary.md       the same tables for a README or an issue

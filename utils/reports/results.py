@@ -76,7 +76,7 @@ class Results:
         return [cell for cell in self.cells if self.baseline not in (None, cell)]
 
     def spec(self, metric: str) -> MetricSpec:
-        """How a metric is shown; one that the catalogue does not have by its key."""
+        """Specification of a metric; of one outside the catalogue, its key."""
         return self._specs.get(metric) or MetricSpec(metric, metric, digits=UNLISTED_DIGITS)
 
     def tasks(self, cell: str) -> int:

@@ -98,7 +98,7 @@ def numbers_of(result: Mapping[str, Any]) -> dict[str, float]:
 
 
 def fault_of(result: Mapping[str, Any], metrics: Sequence[MetricSpec]) -> str | None:
-    """What a result lacks to be reported on, or None; metrics: of its run's method, the main one first."""
+    """Fault that keeps a result out of reports, or None; metrics: of its run's method, the main one first."""
     for part in PARTS:
         if not isinstance(result.get(part), dict):
             return f'it has no "{part}"'

@@ -32,7 +32,7 @@ class SeedRun(NamedTuple):
 
     @property
     def state(self) -> str:
-        """How far it is, for the log."""
+        """Progress of the run, for the log."""
         return "finished" if self.complete else "to be resumed" if self.folder else "to be started"
 
 

@@ -1,1 +1,1 @@
-"""What training needs beside a method: optimizer groups, devices and precision, several processes."""
+"""Training utilities: optimizer groups, devices and precision, random streams, several processes."""

@@ -30,8 +30,8 @@ DEVICES = 'allowed: "auto", "cpu", "mps", "cuda", "cuda:N", or a published list 
 def resolve_device(spec: str | int | list[str | int]) -> tuple[torch.device, str | None]:
     """The device a config asks for, and a warning where it is not quite that.
 
-    "auto" takes CUDA when there is one. A published list (`["0"]`) takes that GPU, or the CPU with a warning where it
-    is absent; `["-1"]` is the CPU.
+    "auto" takes CUDA when there is one. A published list (`["0"]`) takes that GPU, or the CPU with a warning
+    where it is absent; `["-1"]` is the CPU.
 
     Raises:
         UserError: the name is unknown, or the device was asked for by name and is absent.
@@ -77,8 +77,8 @@ def _resolve_list(spec: list[str | int]) -> tuple[torch.device, str | None]:
 def resolve_precision(precision: str, device: torch.device) -> tuple[str, str | None]:
     """The precision to compute in, and a warning where it is not the one asked for.
 
-    bf16 on a device that has no instructions for it is emulated, at a thirtieth of the speed of fp32 (measured on a CPU
-    with AVX2 only): fp32 is taken there, which is also the more exact.
+    bf16 on a device that has no instructions for it is emulated, at a thirtieth of the speed of fp32
+    (measured on a CPU with AVX2 only): fp32 is taken there, which is also the more exact.
     """
     if precision != "bf16" or has_bf16(device):
         return precision, None
@@ -103,7 +103,7 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
 
 
 def not_finite_advice(precision: str) -> str:
-    """What to do where numbers became NaN or infinite in a run of this precision."""
+    """Advice for numbers that became NaN or infinite in a run of this precision."""
     exact = "" if precision == "fp32" else 'set precision to "fp32", '
     return f"{exact}lower the learning rates or the weight decay, or start from other weights"
 
@@ -131,8 +131,9 @@ def predictions(scores: Tensor, what: str, precision: str) -> Tensor:
 def keep_freed_memory() -> bool:
     """Let glibc's allocator keep what is freed instead of returning it to the system after every tensor.
 
-    By default every large tensor is mapped, zeroed page by page and unmapped again; on the CPU that took 30 % of a
-    training step. Returns whether the allocator took the settings (Linux with glibc); elsewhere nothing changes.
+    By default every large tensor is mapped, zeroed page by page and unmapped again; on the CPU that took 30 %
+    of a training step. Returns whether the allocator took the settings (Linux with glibc); elsewhere nothing
+    changes.
     """
     if not sys.platform.startswith("linux"):
         return False

@@ -46,9 +46,11 @@ class DistributedContext:
         return slice(n * self.rank // self.size, n * (self.rank + 1) // self.size)
 
     def all_gather(self, rows: Tensor, total: int) -> Tensor:
-        """The rows of all ranks in rank order: (total, ...), bit for bit, without gradients, on the device of `rows`.
+        """The rows of all ranks in rank order: (total, ...), bit for bit, without gradients, on the device of
+        `rows`.
 
-        `rows`, (n_r, ...), are this rank's shard(total), possibly none, else ValueError; one process gets them back.
+        `rows`, (n_r, ...), are this rank's shard(total), possibly none, else ValueError; one process gets
+        them back.
         """
         counts = [total * (rank + 1) // self.size - total * rank // self.size for rank in range(self.size)]
         if len(rows) != counts[self.rank]:
@@ -100,9 +102,10 @@ class DistributedContext:
         return box[0]
 
     def on_main(self, call: Callable[[], str]) -> str:
-        """What a call returns on rank 0, which alone makes it, on every rank.
+        """Result of a call made on rank 0 only, on every rank.
 
-        A UserError or OSError that it raises there is raised there, and a UserError of the same words on the others.
+        A UserError or OSError that it raises there is raised there, and a UserError of the same words on the
+        others.
         """
         text, refused = "", None
         if self.is_main:

@@ -5,8 +5,8 @@
     loss.backward()
     moved = optimizer.step()      # {"slow": False, "fast": True}: on other steps slow tensors stay bit-identical
 
-A group that does not step must have no gradient at all: a zero gradient would still move it through momentum and
-weight decay.
+A group that does not step must have no gradient at all: a zero gradient would still move it through momentum
+and weight decay.
 """
 
 import functools
@@ -42,9 +42,11 @@ class ParameterGroup:
     Attributes:
         name: the group's name in tables and logs.
         parameters: its tensors, each in one group only.
-        lr: initial learning rate, lowered epoch by epoch by the optimizer's schedule; a group with 0 is never updated.
+        lr: initial learning rate, lowered epoch by epoch by the optimizer's schedule; a group with 0 is never
+            updated.
         update_interval: k; the group is updated on steps k, 2k, 3k, ... (0 and 1: on every step).
-        between: the gradients of the other steps: "discard" drops them, "accumulate" updates with the mean of all k.
+        between: the gradients of the other steps: "discard" drops them, "accumulate" updates with the mean of
+            all k.
         accumulated_grads: sums over the steps since the last update, one per parameter.
     """
 
@@ -94,7 +96,8 @@ class StepDecay:
 
 
 class GroupedOptimizer:
-    """SGD with momentum 0.9 or AdamW over groups, weight decay on all, a schedule of learning rates over epochs.
+    """SGD with momentum 0.9 or AdamW over groups, weight decay on all, a schedule of learning rates over
+    epochs.
 
     Args:
         kind: a key of `OPTIMIZERS`.
