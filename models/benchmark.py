@@ -11,9 +11,11 @@ depends on a time.
 """
 
 import itertools
+import logging
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -45,6 +47,8 @@ CEILING_SIDE = (
 )
 Work = Callable[[], object]
 
+logger = logging.getLogger("nested_lora")
+
 
 def benchmark(config: RunConfig, repeats: int, profile: Path | None = None) -> Iterator[str]:
     """The table of a configuration, line by line.
@@ -60,7 +64,7 @@ def benchmark(config: RunConfig, repeats: int, profile: Path | None = None) -> I
     if not isinstance(config, ClassIncrementalConfig):
         fault = f"model_name = {config.model_name!r} has no pretrained network to measure against"
         raise UserError(f"--benchmark: {fault}; allowed: a class-incremental method")
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, only_warnings():
         values = config.model_dump() | STAND_INS | {"cache_root": scratch}
         if "cache_views" in values:  # stored activations are measured as stored
             values["cache_views"] = max(1, values["cache_views"])
@@ -174,6 +178,17 @@ class Benchmark:
         dtype = torch.bfloat16 if self.config.precision == "bf16" else torch.float32
         left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
         return 2 * side**3 / min(seconds(lambda: left @ right) for _ in range(max(3, self.repeats)))
+
+
+@contextmanager
+def only_warnings() -> Iterator[None]:
+    """The learner's log lines are left out, so that the table stays in one piece."""
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def seconds(work: Work) -> float:

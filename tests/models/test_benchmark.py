@@ -1,5 +1,6 @@
 """The benchmark's table is complete, for methods of every kind. No test depends on a time."""
 
+import logging
 import re
 from pathlib import Path
 
@@ -30,9 +31,11 @@ def named(lines: list[str]) -> list[str]:
     return [re.split(r"\s{2,}", line)[0] for line in lines if re.search(r"\d\.\d{4}  \(", line)]
 
 
-def test_the_table_of_a_growing_method_is_complete(tmp_path: Path) -> None:
+def test_the_table_of_a_growing_method_is_complete(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Steps of both phases of task 0, of each growth of later tasks, tests, and a trace that opens."""
-    lines = rows("exps/smoke.json", profile=tmp_path / "trace")
+    with caplog.at_level(logging.INFO, "nested_lora"):
+        lines = rows("exps/smoke.json", profile=tmp_path / "trace")
+    assert caplog.messages == []  # nothing between the rows
     assert named(lines) == [
         "task 0: step of phase func",
         "task 0: step of phase rd",
