@@ -114,14 +114,17 @@ LOADERS = {"--config": load_config, "--sweep": load_sweep}
 
 
 def commands(text: str) -> Iterator[tuple[list[str], str]]:
-    """(words, comment) of every command: lines of bash blocks, and code quotes that begin with `python`."""
+    """(words, comment) of every command: lines of bash blocks, and code quotes that begin with `python`.
+
+    Without the file that a command's output goes to.
+    """
     text = text.replace("\\\n", " ")
     blocks = re.findall(r"^ *```bash\n(.*?)```", text, re.DOTALL | re.MULTILINE)
     for line in [line for block in blocks for line in block.splitlines()]:
         for part in line.split("&&"):
             yield shlex.split(part, comments=True), line.partition("#")[2]
     for line in re.findall(r"`(python [^`\n]*)`", prose(text)):
-        yield shlex.split(line), ""
+        yield shlex.split(line.partition(" > ")[0]), ""
 
 
 ALL_COMMANDS = [command for text in DOCUMENTS.values() for command in commands(text)]

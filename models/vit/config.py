@@ -74,7 +74,9 @@ class ClassIncrementalConfig(RunConfig):
         None, "Data workers; null = 0 on the CPU, else min(8, cores).", ge=0, le=256
     )
     checkpoints: Literal["all", "last"] = key("all", "Keep the checkpoint of every task, or the last.")
-    cache_root: PathText = key("cache", "Folder for what is computed once: activations, decoded images.")
+    cache_root: PathText = key(
+        "cache", "Folder for what is computed once: activations, checks of image files."
+    )
     cache_gb: float = key(20.0, "Its largest size in GB (10^9 bytes); 0 keeps nothing.", ge=0, le=1e6)
 
     backbone_type: Text = key(
