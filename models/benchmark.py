@@ -66,6 +66,8 @@ def benchmark(config: RunConfig, repeats: int, profile: Path | None = None) -> I
         raise UserError(f"--benchmark: {fault}; allowed: a class-incremental method")
     with tempfile.TemporaryDirectory() as scratch, only_warnings():
         values = config.model_dump() | STAND_INS | {"cache_root": scratch}
+        if "filepath" in values:  # nothing is left behind
+            values["filepath"] = None
         if "cache_views" in values:  # stored activations are measured as stored
             values["cache_views"] = max(1, values["cache_views"])
         if values.get("expansion") == "novelty":

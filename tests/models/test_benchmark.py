@@ -53,8 +53,12 @@ def test_the_table_of_a_growing_method_is_complete(tmp_path: Path, caplog: pytes
     ("path", "overrides", "measured"),
     [("exps/sdlora_c100.json", ["lora_rank=2"], 6), ("exps/baselines/simplecil_cifar.json", [], 3)],
 )
-def test_the_table_of_other_methods(path: str, overrides: list[str], measured: int) -> None:
+def test_the_table_of_other_methods(
+    path: str, overrides: list[str], measured: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     assert len(named(rows(path, *overrides))) == measured
+    assert list(tmp_path.iterdir()) == []  # nothing is left behind
 
 
 def test_a_run_on_grids_is_a_sentence() -> None:
