@@ -28,8 +28,8 @@ from models.shared_subspace.analysis import (
 from models.shared_subspace.primitives import PRIMITIVES
 from models.shared_subspace.tasks import GridSamples
 from tests.drawn import assert_readable
+from tests.utils.analysis.test_similarity import linear_cka
 from utils.analysis.results import AnalysisResult, write_results
-from utils.analysis.similarity import linear_cka
 from utils.plotting import STYLE
 
 NAMES = ["rotate", "shift", "fall"]
