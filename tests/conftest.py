@@ -90,7 +90,7 @@ def shipped_file(name: str) -> Path:
 
 
 def learner_of(config: RunConfig, log: RunLog | None = None, seed: int = 1) -> Learner:
-    """The learner of a configuration, with a seed of its own, and a record that keeps nothing unless given."""
+    """The learner of a configuration, with its own seed, and a record that keeps nothing unless given."""
     learner = make_learner(config.model_copy(update={"seed": seed}))
     learner.context.log = log or SilentLog(Path(config.logs_root))
     return learner

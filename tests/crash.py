@@ -58,7 +58,7 @@ def run(
 def run_together(
     arguments: list[str], size: int, die_at: int | None = None, how: signal.Signals = signal.SIGINT
 ) -> list[int]:
-    """Run `main.py arguments` in `size` processes as torchrun would start them; rank 0 gets the signal: exit codes."""
+    """Exit codes of `main.py arguments` in `size` processes as by torchrun; rank 0 gets the signal."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         address = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(probe.getsockname()[1])}

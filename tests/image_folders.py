@@ -11,7 +11,7 @@ from utils.files import sha256_file
 
 
 def write_folder(root: Path, split: str, names: list[str], suffix: str = ".png", each: int = 2) -> None:
-    """Images of one colour in every class: 40 times the number of the class, and one more for every further one."""
+    """Images of one colour in every class: 40 times the class's number, one more for each further image."""
     for label, name in enumerate(names):
         folder = root / split / name
         folder.mkdir(parents=True)

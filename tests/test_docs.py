@@ -1,4 +1,4 @@
-"""The documents: sizes, links, named files and names, commands, ablations, and the figures drawn from their tables."""
+"""The documents: sizes, links, files and names, commands, ablations, and figures drawn from tables."""
 
 import json
 import pydoc

@@ -1,4 +1,4 @@
-"""Imports run one way: main, eval -> trainer -> models -> backbone; anything -> utils, which knows nothing above."""
+"""Imports run one way: main, eval -> trainer -> models -> backbone; all -> utils, which knows none above."""
 
 import ast
 import re

@@ -1,4 +1,4 @@
-"""Requirements: the lock holds one version of everything required, and pyproject.toml reads the same files."""
+"""Requirements: the lock holds one version of all that is required; pyproject.toml reads the same files."""
 
 import re
 import tomllib

@@ -1,4 +1,4 @@
-"""Killed and resumed = uninterrupted, bit for bit; Ctrl-C saves between two steps; foreign state is refused."""
+"""Killed and resumed = uninterrupted, bit for bit; Ctrl-C saves between steps; foreign state is refused."""
 
 import json
 import random
@@ -51,7 +51,7 @@ def finish(logs: Path) -> dict:
 
 
 def chosen_points(moments: list[str]) -> dict[str, int]:
-    """Before any checkpoint, while one is written or renamed, between tasks, in a scan, and five at random."""
+    """Before any checkpoint, while one is written or renamed, between tasks, in a scan, five at random."""
     task_ends = [i for i, moment in enumerate(moments) if moment == "rename"]
     points = {
         "first task": first(moments, "step", skip=3),
@@ -89,7 +89,7 @@ def test_killed_twice(reference: tuple[dict, list[str]], tmp_path: Path) -> None
 
 
 def test_stopped_while_activations_are_stored(tmp_path: Path) -> None:
-    """Frozen prefix in the cache: stopped while its files are written and read, what is there is used, the end equal."""
+    """Stopped while the cached frozen prefix is written and read: what is there is used, the end equal."""
     changes = CHANGES | STORED
     code, moments = run(command("smoke.json", tmp_path / "whole", **changes))
     assert code == 0

@@ -105,9 +105,9 @@ def draw_nesting() -> Figure:
     panels[0].annotate(
         "A_N (%)", (-0.015, 1.02), xycoords="axes fraction", ha="right", va="bottom", color=GREY, fontsize=9
     )
-    note = "Points: means of differences paired by seed; lines: 95 % intervals; 5 seeds. CIFAR-100 10x10, 20 images "
-    note += "per class, MRI-tuned DINOv2-S, 84 px.\nBlue, orange: nested. Green: trained on all classes at once, so "
-    note += "nothing is forgotten."
+    note = "Points: means of differences paired by seed; lines: 95 % intervals; 5 seeds. CIFAR-100 10x10, "
+    note += "20 images per class, MRI-tuned DINOv2-S, 84 px.\nBlue, orange: nested. "
+    note += "Green: trained on all classes at once, so nothing is forgotten."
     finish(figure, "Two learning rates alone change nothing; slow as the running mean over tasks does", note)
     return figure
 

@@ -64,7 +64,7 @@ def test_every_baseline_runs_to_its_result(name: str, smoke_config: Config) -> N
 
 @pytest.mark.parametrize("name", ["ranpac, adapted", "finetune, ranpac", "sema, ranpac", "sema, growing"])
 def test_a_baseline_resumed_is_the_one_never_stopped(name: str, make_sema: Make) -> None:
-    """Stopped at several moments, between steps and between batches of features, it ends bit for bit the same."""
+    """Stopped at several moments, between steps and between batches of features, it ends bit-identical."""
     changes = METHODS[name] | {"max_tasks": 3}
     whole = make_sema(**changes)
     run_tasks(whole, 3)
@@ -168,7 +168,7 @@ def test_a_joint_method_refuses_a_first_task_that_leaves_classes_out(smoke_confi
 
 
 def test_the_readout_follows_only_where_it_is_asked_to(make_sema: Make) -> None:
-    """Only with "linear" are features compared with those the task began with, logged, and old sums carried along."""
+    """Only "linear" compares features with those the task began with, logs it, and carries old sums."""
     sums = {}
     for drift in ("none", "linear"):
         learner = make_sema(
@@ -202,7 +202,7 @@ def test_the_mean_schedule_divides_alpha_by_the_number_of_tasks(make_sema: Make)
 
 @pytest.mark.parametrize("name", METHODS)
 def test_scores_that_are_not_numbers_are_no_accuracy(name: str, make_sema: Make) -> None:
-    """Whatever classifies: a network that gives NaN is not tested, and the advice fits the run's precision."""
+    """Whatever classifies, a network that gives NaN is not tested; the advice fits the run's precision."""
     learner = run_tasks(make_sema(**METHODS[name]), 1)
     assert sum(learner.evaluate()["total"])
     learner.network.vit.norm.bias.data[0] = torch.nan

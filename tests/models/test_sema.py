@@ -1,4 +1,4 @@
-"""SEMA as a learner on tiny generated data: what learns when, growth, traces, consolidation, reuse of features."""
+"""SEMA as a learner on tiny data: what learns when, growth, traces, consolidation, reuse of features."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -58,7 +58,7 @@ def test_the_table_of_groups_is_logged_at_the_start_of_every_phase(
 
 
 def test_nothing_grown_trains_only_the_new_classes(make_sema: Make) -> None:
-    """freeze "task": in a later task without growth only the newest classifier rows move, the older not by a bit."""
+    """freeze "task": without growth a later task moves only the newest classifier rows, no older bit."""
     learner = run_tasks(make_sema(nested_lora_use_consolidation=False, weight_decay=0.1, **STAY), 1)
     before = tensors(learner)
     learner.begin_task(1)
@@ -87,7 +87,7 @@ def test_a_scan_says_how_near_every_block_came_to_growing(make_sema: Make) -> No
 
 
 def test_a_grown_block_leaves_older_adapters_and_rows_untouched(make_sema: Make) -> None:
-    """freeze "task": after growth in block 4 and 5, what task 0 trained is bit-identical but for the longer router."""
+    """freeze "task": growth in blocks 4 and 5 leaves task 0's parts bit-identical but for a longer router."""
     learner = run_tasks(make_sema(nested_lora_use_consolidation=False, weight_decay=0.1, **GROW), 1)
     before = tensors(learner)
     learner.begin_task(1)
@@ -162,7 +162,7 @@ def test_adapters_in_growing_blocks_only_and_fast_kept_without_consolidation(mak
 def test_one_branch_of_twice_the_rank_has_the_parameters_of_two(
     make_sema: Make, kind: str, matched: str, more: int
 ) -> None:
-    """Two branches with biases have one output bias an adapter more; one branch has neither norms nor trace."""
+    """Two branches with biases have one more output bias an adapter; one branch has no norms and no trace."""
     nested = run_tasks(make_sema(ffn_adapter_type=kind, nested_lora_rank=4, **STAY), 1)
     assert events(nested, "slow_step") and events(nested, "consolidation")
     single = run_tasks(make_sema(ffn_adapter_type=matched, ffn_num=8, **STAY), 1)
@@ -197,7 +197,7 @@ def errors_of(learner: SEMA, block: int, means: Tensor) -> Tensor:
 
 
 def train_first_task(learner: SEMA, block: int) -> tuple[Tensor, Tensor]:
-    """Train task 0; what the block's descriptor has read (images, d): with gradients, and to record errors of it."""
+    """Train task 0; what the block's descriptor read (images, d): with gradients, and to record errors."""
     read: dict[bool, list[Tensor]] = {True: [], False: []}
     learner.begin_task(0)
     rd = learner.network.modules_by_block[block].adapters[0].rd
@@ -219,7 +219,7 @@ def seen_before(rows: Tensor, others: Tensor) -> Tensor:
 def test_recorded_errors_are_of_views_that_training_never_saw(
     make_sema: Make, views: int, cached: int
 ) -> None:
-    """They are the trained descriptor's, as many as the records hold, whether the trained views are stored or not."""
+    """They are the trained descriptor's, as many as the records hold, with trained views stored or not."""
     learner = make_sema(**REPEATED | {"rd_views": views, "cache_views": cached}, **STAY)
     trained, recorded = train_first_task(learner, 4)
     record = learner.network.modules_by_block[4].adapters[0].rd_loss_record
@@ -250,7 +250,7 @@ def test_few_images_give_as_many_errors_as_training_would(make_sema: Make) -> No
 
 
 def test_what_z_scores_compare_with_is_in_the_record(make_sema: Make) -> None:
-    """One line for each descriptor that was trained: how many errors, of which views, their mean and deviation."""
+    """One line for each trained descriptor: how many errors, of which views, their mean and deviation."""
     learner = run_tasks(make_sema(**REPEATED, **GROW), 2)
     found = events(learner, "records")
     assert [(e["task"], e["block"], e["adapter"]) for e in found] == [
@@ -324,7 +324,7 @@ def test_stored_token_means_are_those_of_a_forward(make_sema: Make) -> None:
 def test_evaluation_computes_again_only_what_has_changed(
     make_sema: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Without growth the features of old test images are kept, with growth only the growing blocks run again."""
+    """Without growth old test images keep their features; with growth only the growing blocks run again."""
     ran: list[tuple[int, int, int]] = []
     compute = Activations.compute
 

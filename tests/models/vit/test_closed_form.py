@@ -1,4 +1,4 @@
-"""Closed-form classifiers and the drift that carries their class statistics along, against independent computations."""
+"""Closed-form classifiers and the drift of their class statistics, against independent computations."""
 
 import numpy as np
 import pytest
@@ -52,7 +52,7 @@ def test_ranpac_is_the_ridge_solution_in_closed_form() -> None:
 
 
 def test_ranpac_task_by_task_is_ranpac_at_once() -> None:
-    """Sums do not depend on how the images are dealt into tasks; with the same lambda neither do the weights."""
+    """Sums do not depend on how images are dealt into tasks; with the same lambda neither do the weights."""
     features, labels = classes_of_features(range(9), 10)
     joint, parts = RanPACHead(WIDTH, seed=3, dim=30), RanPACHead(WIDTH, seed=3, dim=30)
     joint.add(features, labels)
@@ -71,7 +71,7 @@ def test_ranpac_task_by_task_is_ranpac_at_once() -> None:
 
 
 def test_lambda_is_the_one_that_predicts_held_out_images_best() -> None:
-    """With labels that are noise a large lambda wins over every small one; with clean clusters a small one does."""
+    """With noise for labels a large lambda beats every small one; with clean clusters a small one wins."""
     features, labels = classes_of_features(range(4), 40)
     noise = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))]
     chosen = {}
@@ -102,7 +102,7 @@ def new_head(kind: type[ClosedFormHead], dim: int) -> ClosedFormHead:
 @pytest.mark.parametrize("kind", [PrototypeHead, RanPACHead])
 @pytest.mark.parametrize("what", REPEATED)
 def test_repeated_and_single_images_are_classified_and_followed(what: str, kind: type, dim: int) -> None:
-    """Singular sums, features that do not vary, fewer images than parts: scores are numbers, also once those moved."""
+    """Singular sums, constant features, fewer images than parts: scores are numbers, also once moved."""
     features, labels = REPEATED[what]
     head = new_head(kind, dim)
     head.add(features, labels)
@@ -171,7 +171,7 @@ def test_a_head_loaded_from_its_state_is_the_same_and_goes_on_the_same(kind: typ
     assert one(queries).shape == (5, 5)
 
 
-# --- drift ------------------------------------------------------------------------------------------------------------
+# --- drift --------------------------------------------------------------------------------------------------
 
 
 def test_an_affine_movement_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -253,7 +253,7 @@ def test_nothing_moved_changes_nothing() -> None:
 
 
 def test_class_means_that_follow_classify_moved_features() -> None:
-    """Features shift and turn a little: old classes are told apart when their means follow, not when they stay."""
+    """Features shift and turn a bit: old classes are told apart if their means follow, not if they stay."""
     old, old_labels = classes_of_features(range(5), 30)
     new, new_labels = classes_of_features(range(5, 10), 60)
     turn = torch.eye(WIDTH) + 0.1 * torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(5))

@@ -1,4 +1,4 @@
-"""The fast engine gives what the reference gives: same accuracy, same growth; its cache is shared, safe and bounded."""
+"""The fast engine gives the reference's accuracy and growth; its cache is shared, safe and bounded."""
 
 import functools
 import gc
@@ -85,12 +85,12 @@ def test_a_step_in_parts_is_the_same_step(smoke_config: Make) -> None:
     torch.testing.assert_close(torch.tensor(whole[1]), torch.tensor(parts[1]), rtol=1e-4, atol=1e-5)
 
 
-# ------------------------------------------------------------------------------------------------------------ the cache
+# -------------------------------------------------------------------------------------------------- the cache
 
 
 @pytest.fixture
 def computed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
-    """(from depth, to depth) of everything that is computed for the cache while the test runs, once an image."""
+    """(from depth, to depth) of all that is computed for the cache while the test runs, once an image."""
     seen: list[tuple[int, int]] = []
     original = Activations.compute
 
@@ -105,7 +105,7 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
 def test_seeds_and_methods_share_what_no_adapter_shapes(
     smoke_config: Make, computed: list[tuple[int, int]]
 ) -> None:
-    """Adapters in growing blocks only: every image passes the frozen blocks once, for all seeds and both adapters."""
+    """Adapters in growing blocks only: an image passes the frozen blocks once for all seeds and adapters."""
     changes = {"adapter_blocks": "growing", "cache_views": 1, "max_tasks": None, "max_train_per_class": None}
     changes |= {"max_test_per_class": None, "func_epoch": 1, "rd_epoch": 1, "exp_threshold": 1e9}
     run(smoke_config(**changes, seed=[1]))
@@ -232,11 +232,11 @@ def test_another_version_of_a_library_computes_activations_anew(
     assert groups() > before
 
 
-# --------------------------------------------------------------------------------------------------------------- memory
+# ----------------------------------------------------------------------------------------------------- memory
 
 
 def test_memory_does_not_grow_with_the_number_of_tasks(smoke_config: Make, tmp_path: Path) -> None:
-    """Twenty tasks: beyond the model itself, as many tensor bytes live after the last task as after the second."""
+    """Twenty tasks: beyond the model, as many tensor bytes live after the last task as after the second."""
     rng = np.random.default_rng(0)
     arrays = {}
     for source, each in (("train", 8), ("test", 4)):

@@ -1,4 +1,4 @@
-"""Backbones by name: shapes without weights, exact and strict loading, one sentence for everything that cannot work."""
+"""Backbones by name: shapes without weights, strict loading, one sentence for all that cannot work."""
 
 import functools
 import os
@@ -53,7 +53,7 @@ def no_hub(monkeypatch):
     monkeypatch.setattr(weights, "load_state_dict_from_hf", lambda *_, **__: pytest.fail("the hub was asked"))
 
 
-# --------------------------------------------------------------------------------------------------- names and shapes
+# ------------------------------------------------------------------------------------------- names and shapes
 
 
 def test_shapes_of_short_names_and_timm_names():
@@ -103,7 +103,7 @@ def test_unsupported_networks_are_refused_with_the_reason(name, reason):
         backbone_shape(name)
 
 
-# ----------------------------------------------------------------------------------------------------- building
+# --------------------------------------------------------------------------------------------------- building
 
 
 def test_random_backbone_is_frozen_plain_and_always_the_same(tiny):
@@ -277,7 +277,7 @@ def test_hub_weights_are_loaded_strictly(tiny, tmp_path, monkeypatch):
         create_backbone(f"{TINY}.augreg_in21k", weights_root=tmp_path, image_size=32)
 
 
-# ------------------------------------------------------------------------------------------------ foreign layouts
+# -------------------------------------------------------------------------------------------- foreign layouts
 
 
 def test_dinov2_file_is_converted_as_the_plain_maths_says(tmp_path, monkeypatch):

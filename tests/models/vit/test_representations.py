@@ -1,4 +1,4 @@
-"""models.vit.representations: class tokens and output spaces of branches, as learners give them to analyses."""
+"""models.vit.representations: class tokens and output spaces of branches, as analyses get them."""
 
 import torch
 

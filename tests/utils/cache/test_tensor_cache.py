@@ -1,4 +1,4 @@
-"""Tensors on disk: exact, verified, within their limit, shared by processes, and removed without touching else."""
+"""Tensors on disk: exact, verified, within a limit, shared by processes, removed without touching others."""
 
 import errno
 import json
@@ -69,7 +69,7 @@ def limited(root: Path, tensors: float) -> TensorCache:
     return TensorCache(root, tensors * 1.01 * BYTES / 1e9)
 
 
-# ------------------------------------------------------------------------------------------------------------ content
+# ---------------------------------------------------------------------------------------------------- content
 
 
 NUMBERS = "float32 float64 float16 bfloat16 float8_e4m3fn int8 uint8 int64 uint16 bool"
@@ -114,7 +114,7 @@ def test_a_tensor_of_another_device_is_stored_from_the_cpu(cache, limit_gb):
     assert torch.equal(TensorCache(cache.root, limit_gb).get("group", "key", lambda: elsewhere), numbers())
 
 
-# ------------------------------------------------------------------------------------------------------------- layout
+# ----------------------------------------------------------------------------------------------------- layout
 
 
 def test_files_of_other_processes_are_seen(cache, fresh):
@@ -189,7 +189,7 @@ def test_foreign_files_are_ignored_and_kept(cache):
     assert sorted(path.name for path in folder.iterdir()) == foreign
 
 
-# ------------------------------------------------------------------------------------------------------------- damage
+# ----------------------------------------------------------------------------------------------------- damage
 
 
 def flip(path: Path, position: int) -> None:
@@ -251,7 +251,7 @@ def test_an_unreadable_file_is_not_removed(cache, fresh, caplog):
     assert "cannot read" in caplog.text and stored_file(cache.root).exists()
 
 
-# --------------------------------------------------------------------------------------------------------------- room
+# ------------------------------------------------------------------------------------------------------- room
 
 
 def test_the_groups_that_were_unused_longest_make_room(tmp_path):
@@ -308,7 +308,7 @@ def test_what_does_not_fit_is_built_every_time(tmp_path, caplog):
     assert not (tmp_path / "small").exists()
 
 
-# -------------------------------------------------------------------------------------------- disks and other processes
+# ---------------------------------------------------------------------------------- disks and other processes
 
 
 def test_a_full_disk_is_no_error(cache, monkeypatch, caplog):

@@ -22,11 +22,13 @@ Make = Callable[..., SEMA]
 SMALL = {"max_train_per_class": 8, "max_test_per_class": 4, "func_epoch": 2, "rd_epoch": 1, "ranpac_dim": 20}
 ONE_TASK = {"init_cls": 8, "increment": 8, "max_train_per_class": 4}
 OTHER: dict[str, Any] = {  # values that change a run where the key counts
-    "func_epoch": 3, "init_lr": 0.5, "weight_decay": 0.1, "optimizer": "adam", "cache_views": 2, "batch_size": 3,
-    "grad_accumulation": 2, "augmentation": "none", "max_tasks": 3, "checkpoints": "last",
+    "func_epoch": 3, "init_lr": 0.5, "weight_decay": 0.1, "optimizer": "adam", "cache_views": 2,
+    "batch_size": 3, "grad_accumulation": 2, "augmentation": "none", "max_tasks": 3, "checkpoints": "last",
     "head_drift": "linear", "ranpac_dim": 7,
-    "ffn_num": 5, "adapter_lr": 0.3, "adapter_blocks": "growing", "adapt_start_layer": 1, "adapt_end_layer": 2,
-    "nested_lora_rank": 3, "nested_lora_lr_fast": 0.3, "nested_lora_lr_slow": 0.5, "nested_lora_freeze": "never",
+    "ffn_num": 5, "adapter_lr": 0.3, "adapter_blocks": "growing",
+    "adapt_start_layer": 1, "adapt_end_layer": 2,
+    "nested_lora_rank": 3, "nested_lora_lr_fast": 0.3, "nested_lora_lr_slow": 0.5,
+    "nested_lora_freeze": "never",
     "nested_lora_update_interval_slow": 2, "nested_lora_slow_grad": "accumulate",
     "nested_lora_consolidation": "weights", "nested_lora_consolidation_alpha": 0.7,
     "nested_lora_consolidation_schedule": "mean", "nested_lora_reset": "zeros",

@@ -29,7 +29,7 @@ def with_shared_memory(monkeypatch, free: int) -> None:
 @pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="shared memory is no folder here")
 @pytest.mark.parametrize(("free", "expected"), [(10**9, 2), (6 * 4000, 2), (4 * 4000, 1), (2000, 0)])
 def test_workers_are_as_many_as_shared_memory_has_room_for(monkeypatch, caplog, free, expected):
-    """A batch of 5 views of 8 x 8 takes 5 x (3 x 64 x 4 + 8) = 3880 bytes; there may be two a worker and two more."""
+    """A batch of 5 views of 8 x 8 is 5 x (3 x 64 x 4 + 8) = 3880 bytes; up to two a worker and two more."""
     expected_batches = train_batches(manager())
     with_shared_memory(monkeypatch, free)
     data, seen = manager(num_workers=2), []

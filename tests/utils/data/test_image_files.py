@@ -20,7 +20,7 @@ from utils.errors import UserError
 
 RNG = np.random.default_rng(0)
 
-# -------------------------------------------------------------------------------------------------------------- modes
+# ------------------------------------------------------------------------------------------------------ modes
 
 
 def levels(*channels: int) -> np.ndarray:
@@ -168,7 +168,7 @@ def test_the_table_of_the_documents_names_every_mode():
     assert told == {False: set(modes()), True: set(REFUSED)}
 
 
-# -------------------------------------------------------------------------------------------------------------- JPEGs
+# ------------------------------------------------------------------------------------------------------ JPEGs
 
 PHOTO = Image.fromarray(RNG.integers(0, 256, (6, 8, 3), dtype=np.uint8)).resize((160, 120), Image.BICUBIC)
 KINDS = {"baseline": {}, "optimised": {"optimize": True}, "progressive": {"progressive": True}}

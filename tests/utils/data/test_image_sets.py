@@ -147,7 +147,7 @@ def test_bad_files_are_told_before_a_run_folder_is_made(folder, tmp_path, capsys
 
 
 def test_a_run_sees_that_images_were_swapped_in_place(tmp_path, smoke_config, checks):
-    """Test images of two classes change places, with their sizes and times: nothing stored answers for them."""
+    """Test images of two classes change places, sizes and times too: nothing stored answers for them."""
     for split in ("train", "test"):
         write_folder(tmp_path / "set", split, ["black", "grey"], ".bmp")
     config = smoke_config(**simplecil(tmp_path / "set"))

@@ -18,7 +18,7 @@ CLASSES, TRAIN_EACH, TEST_EACH = 7, 6, 3
 
 
 def make_dataset() -> Dataset:
-    """Class c, image i is noise, (c, i, split) at the corner of its test view; classes are interleaved as stored."""
+    """Image i of class c: noise, (c, i, split) at the corner of its test view; classes stored interleaved."""
 
     def part(each: int, split: int) -> ArrayImages:
         labels = np.tile(np.arange(CLASSES), each)
@@ -58,7 +58,7 @@ def same(left, right) -> bool:
     return all(torch.equal(a, c) and torch.equal(b, d) for (a, b), (c, d) in pairs)
 
 
-# ---------------------------------------------------------------------------------------------------------- tasks
+# ------------------------------------------------------------------------------------------------------ tasks
 
 
 def test_class_order_is_the_published_permutation():
@@ -112,7 +112,7 @@ def test_stored_order_without_key():
     assert corners(images)[:, 1].tolist() == np.repeat(np.arange(TRAIN_EACH), 3).tolist()
 
 
-# --------------------------------------------------------------------------------------------------------- content
+# ---------------------------------------------------------------------------------------------------- content
 
 
 def test_a_tasks_hash_is_of_its_own_images_and_labels():
@@ -144,7 +144,7 @@ def test_the_log_says_how_many_images_there_are():
     assert "train 4 images, 2 per class" in manager(max_tasks=1, max_train_per_class=2).describe()
 
 
-# ------------------------------------------------------------------------------------------------------ small runs
+# ------------------------------------------------------------------------------------------------- small runs
 
 
 def test_max_per_class_is_a_seeded_nested_subset_in_stored_order():
@@ -162,7 +162,7 @@ def test_max_per_class_is_a_seeded_nested_subset_in_stored_order():
     assert manager(max_train_per_class=5, max_test_per_class=1).count(range(CLASSES), "test") == CLASSES
 
 
-# ----------------------------------------------------------------------------------------------------- determinism
+# ------------------------------------------------------------------------------------------------ determinism
 
 
 def test_key_decides_order_and_augmentation():
@@ -251,7 +251,7 @@ def test_order_and_views_are_named_apart():
     assert data.order(range(4), "train", (1,)).tolist() != data.indices(range(4), "train").tolist()
 
 
-# ------------------------------------------------------------------------------------------------ several processes
+# ------------------------------------------------------------------------------------------ several processes
 
 
 @pytest.mark.parametrize("world", [2, 3, 7])
@@ -273,7 +273,7 @@ def test_shares_of_all_ranks_make_the_batches_of_one_process(world, workers):
         assert empty and empty[0].shape == (0, 3, 8, 8) and empty[0].dtype == torch.float32
 
 
-# ------------------------------------------------------------------------------------------------------- image files
+# ------------------------------------------------------------------------------------------------ image files
 
 
 def folder_manager(tmp_path, sizes: list[tuple[int, int]], **changed) -> DataManager:
@@ -299,7 +299,7 @@ def test_images_of_different_sizes_get_the_views_that_each_gets_alone(tmp_path, 
         assert data.views(np.arange(0), "train", mode, view).shape[:2] == (0, 3)  # as of an empty shard
 
 
-# ---------------------------------------------------------------------------------------------------------- misuse
+# ----------------------------------------------------------------------------------------------------- misuse
 
 
 def test_wrong_arguments():

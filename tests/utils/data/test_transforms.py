@@ -1,4 +1,4 @@
-"""Views are torchvision's to the bit, drawn from the same distribution, and depend on key and stored index alone."""
+"""Views are torchvision's to the bit, of the same distribution, and depend on key and stored index alone."""
 
 import json
 
@@ -37,7 +37,7 @@ def centre_views(images: torch.Tensor, size: int) -> torch.Tensor:
     return views_of(images, ViewSpec(size, "crop_flip"), None, np.arange(len(images)))
 
 
-# -------------------------------------------------------------------------------------------------------- resampling
+# ------------------------------------------------------------------------------------------------- resampling
 
 
 def published_crop(image: torch.Tensor, box: np.ndarray, mirrored: bool, size: int) -> torch.Tensor:
@@ -82,7 +82,7 @@ class LargestTensor(TorchDispatchMode):
 
 @pytest.mark.parametrize(("height", "width"), [(1, 3000), (3000, 1), (2, 5000), (300, 9000)])
 def test_views_of_elongated_images_need_little_memory(height, width):
-    """Resized as a whole, as published, one pixel by 3000 would be 256 by 768000. What is seen hardly differs."""
+    """Resized whole, as published, one pixel by 3000 would be 256 by 768000. What is seen hardly differs."""
     images = noise(2, height, width)
     with LargestTensor() as largest:
         centre_views(images, 224), train_views(images, 224)
@@ -121,7 +121,7 @@ def test_augmentations():
     assert torch.equal(train_views(images, 16, "none"), centre_views(images, 16))
 
 
-# -------------------------------------------------------------------------------------------------------- randomness
+# ------------------------------------------------------------------------------------------------- randomness
 
 
 def test_numbers_are_uniform_and_depend_on_key_index_and_position_alone():
@@ -195,7 +195,7 @@ def test_no_images_give_no_views():
         assert empty.shape == (0, 3, 16, 16) and empty.dtype == torch.float32
 
 
-# -------------------------------------------------------------------------------------------------------------- spec
+# ------------------------------------------------------------------------------------------------------- spec
 
 
 def test_spec_as_json_tells_specs_apart():

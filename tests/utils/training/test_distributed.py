@@ -1,4 +1,4 @@
-"""utils.training.distributed: one process exchanges nothing; two and three real processes tell each other what they should."""
+"""utils.training.distributed: one process exchanges nothing, two and three real ones what they should."""
 
 import multiprocessing
 import os
@@ -29,7 +29,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int
 TAILS = ((), (3,), (2, 4), (0,))
 
 
-# --- what the ranks do ------------------------------------------------------------------------------------------------
+# --- what the ranks do --------------------------------------------------------------------------------------
 
 
 def all_rows(total: int, dtype: torch.dtype, tail: tuple[int, ...]) -> Tensor:
@@ -39,7 +39,7 @@ def all_rows(total: int, dtype: torch.dtype, tail: tuple[int, ...]) -> Tensor:
 
 
 def gradients(rank: int) -> list[Tensor]:
-    """What a rank sums: two dtypes, a scalar, a transposed matrix, an empty tensor, a parameter with gradients."""
+    """A rank's terms: two dtypes, a scalar, a transpose, an empty tensor, a parameter with gradients."""
     generator = torch.Generator().manual_seed(rank)
     return [
         torch.randn(3, 5, generator=generator),
@@ -103,11 +103,11 @@ def refusal(kind: type[Exception] | tuple[type[Exception], ...], call: Callable[
     return "not refused"
 
 
-# --- real processes ---------------------------------------------------------------------------------------------------
+# --- real processes -----------------------------------------------------------------------------------------
 
 
 def run_ranks(size: int, folder: Path) -> list[dict[str, Any]]:
-    """`exchange` in `size` processes, with the environment that torchrun gives; what each was told, by rank."""
+    """`exchange` in `size` processes, with torchrun's environment; what each was told, by rank."""
     store = dist.TCPStore(
         "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60)
     )
@@ -201,7 +201,7 @@ def test_what_rank_0_decides_or_refuses_reaches_all_ranks(ranks):
     assert all("a.json" in told["OSError"] and "No space left" in told["OSError"] for told in ranks)
 
 
-# --- one process ------------------------------------------------------------------------------------------------------
+# --- one process --------------------------------------------------------------------------------------------
 
 
 def test_one_process_exchanges_nothing():
@@ -226,7 +226,7 @@ def test_shares_cover_every_row_once_and_differ_by_one_at_most(size):
         assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
-# --- environment and devices ------------------------------------------------------------------------------------------
+# --- environment and devices --------------------------------------------------------------------------------
 
 
 @pytest.fixture

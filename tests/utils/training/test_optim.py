@@ -1,4 +1,4 @@
-"""Groups that step at their own rhythm: skipped steps leave tensors bit-identical, accumulated gradients are means."""
+"""Groups step at their own rhythm: skipped steps change no bit, accumulated gradients are means."""
 
 import json
 
