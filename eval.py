@@ -5,7 +5,7 @@ python eval.py --run FOLDER --recorded               tables and figures of what 
 python eval.py --run FOLDER FOLDER ...               several seeds: mean ± std of those that are finished
 python eval.py --checkpoint FOLDER/checkpoints/task_04   the model as that task left it
 python eval.py --run FOLDER --analyse cka grassmann probes   what its representations did, task after task
-python eval.py --run FOLDER --analyse cka grassmann probes units samples   the same of a run on grids, at its end
+python eval.py --run FOLDER --analyse cka grassmann probes units samples   a run on grids, at its end
 
 FOLDER is a run's, such as logs/sema/mnist_5k/0/2/quickstart_1993_vit_small_patch14_reg4_dinov2.
 """
@@ -32,7 +32,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         type=given_path,
         nargs="+",
         metavar="FOLDER",
-        help="a run folder: redraw its figures and test its last checkpoint; several: their mean and deviation",
+        help="a run folder: redraw its figures and test its last checkpoint; "
+        "several: their mean and deviation",
     )
     what.add_argument(
         "--checkpoint", type=given_path, metavar="FOLDER", help="one checkpoint of a run: test it"
@@ -44,8 +45,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--analyse",
         nargs="+",
         metavar="NAME",
-        help="with --run: rebuild the network after every task; cka, grassmann, probes go to FOLDER/analysis; of a run "
-        "on grids also units, samples",
+        help="with --run: rebuild the network after every task; cka, grassmann, probes go to "
+        "FOLDER/analysis; of a run on grids also units, samples",
     )
     parser.add_argument(
         "--images-per-class",
@@ -65,7 +66,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def way_out(name: str, values: list[str]) -> str:
     """Advice for an argument that does not exist, with the folder to test where it is known."""
     folder = next((shlex.quote(value) for value in values if Path(value).is_dir()), "FOLDER")
-    forms = "python eval.py --run FOLDER, a task's model with python eval.py --checkpoint FOLDER/checkpoints/task_00"
+    forms = (
+        "python eval.py --run FOLDER, "
+        "a task's model with python eval.py --checkpoint FOLDER/checkpoints/task_00"
+    )
     return (
         f"a run is tested with {forms.replace('FOLDER', folder)}; what it is made with is in its config.json"
     )

@@ -110,8 +110,7 @@ def open_log(learner: Learner, command: Command, beside: Path | None = None) -> 
 
 
 def resume(folder: Path, context: RunContext | None = None) -> dict[str, Any]:
-    """Go on with the run in a folder from its last checkpoint, or from its start where there is none; its
-    result.
+    """Result of the run in a folder, continued from its last checkpoint or, without one, from its start.
 
     Where the result is there, only what was to follow it is made.
 
@@ -166,7 +165,7 @@ def resume(folder: Path, context: RunContext | None = None) -> dict[str, Any]:
 
 
 def complete_run(log: RunLog) -> None:
-    """Complete a run that has its result: draw figures, remove the replaced run, note the end in the manifest."""
+    """End of a run that has its result: figures drawn, replaced run removed, end noted in the manifest."""
     draw_figures(log.folder, LEARNERS[read_config(log.folder).model_name].figures)
     remove_replaced(log.folder)
     log.manifest(read_manifest(log.folder).model_copy(update={"finished": timestamp()}).model_dump())
@@ -262,7 +261,7 @@ class Run:
         """Peak memory in MiB over the processes that worked on this run."""
         return max(self.peak_before, peak_memory_mb(self.learner.device))
 
-    # --- checkpoints ------------------------------------------------------------------------------------------------
+    # --- checkpoints ----------------------------------------------------------------------------------------
 
     def save(self, name: str) -> Path:
         """Write a checkpoint of everything a resumed run needs."""
@@ -312,11 +311,11 @@ class Run:
 
 
 class StopRequest:
-    """Turns Ctrl-C, SIGTERM and a lost terminal (SIGHUP) into a request that training honours between two
-    steps.
+    """Request to stop, made by Ctrl-C, SIGTERM or a lost terminal (SIGHUP).
 
-    A second one stops at once. Signals less than a second apart are one: torchrun passes on to its processes
-    what the terminal sent them already. SIGHUP that is ignored, as under nohup, stays ignored.
+    Training honours it between two steps. A second one stops at once. Signals less than a second apart are
+    one: torchrun passes on to its processes what the terminal sent them already. SIGHUP that is ignored, as
+    under nohup, stays ignored.
     """
 
     SIGNALS = tuple(

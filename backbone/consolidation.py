@@ -151,10 +151,10 @@ def _linear_target(adapter: NestedLoRAAdapter, alpha: float) -> tuple[Tensor, Te
 
 
 def _set_product(branch: LoRAAdapter, up: Tensor, down: Tensor) -> None:
-    """Set W_up W_down to the best rank-r approximation of up (d, k) times down (k, d), k >= r, in the
-    Frobenius norm.
+    """Assignment to W_up W_down of the best rank-r approximation of up (d, k) times down (k, d), k >= r.
 
-    W_down gets orthonormal rows and W_up the singular values; a unit with singular value 0 can still learn.
+    Best is meant in the Frobenius norm. W_down gets orthonormal rows and W_up the singular values; a unit
+    with singular value 0 can still learn.
     """
     rank = branch.down_proj.out_features
     left, left_core = torch.linalg.qr(up)

@@ -1,4 +1,7 @@
-"""The learning methods: one file each, and the one dict that names them. A new method is one file and one line here."""
+"""The learning methods, one file each, and the dict that names them.
+
+A new method is one file and one line here.
+"""
 
 from models.base import Learner
 from models.finetune import Finetune

@@ -137,7 +137,7 @@ class Learner(ABC):
         self.method_tensors: dict[str, Tensor] = {}
         self._open_phase: dict[str, Any] | None = None  # progress and optimizer of an interrupted phase
 
-    # --- what a method defines --------------------------------------------------------------------------------------
+    # --- what a method defines ------------------------------------------------------------------------------
 
     @property
     @abstractmethod
@@ -184,12 +184,12 @@ class Learner(ABC):
     def parameter_counts(self) -> dict[str, int]:
         """Numbers of stored values by part, beside the frozen backbone; "stored" is their sum."""
 
-    # --- what a method may define -----------------------------------------------------------------------------------
+    # --- what a method may define ---------------------------------------------------------------------------
 
     def analysis_inputs(
         self, checkpoints: Sequence[Path], load: Callable[[Path], None], images_per_class: int | None
     ) -> Any:
-        """Inputs of `analyses` from the checkpoints of every task in order, each made this learner by `load`."""
+        """Inputs of `analyses` from the checkpoints of all tasks, in order, each restored by `load`."""
         raise NotImplementedError
 
     def identity(self) -> dict[str, Any]:
@@ -220,7 +220,7 @@ class Learner(ABC):
     def close_run(self) -> None:  # noqa: B027 - optional hook
         """The run is over: remove what only it needs."""
 
-    # --- a task -----------------------------------------------------------------------------------------------------
+    # --- a task ---------------------------------------------------------------------------------------------
 
     def begin_task(self, task: int) -> None:
         """Open a task: its classes become known."""
@@ -240,12 +240,12 @@ class Learner(ABC):
             self.learn_task()
 
     def once(self, step: str, work: Callable[[], object]) -> None:
-        """Do a step of the task unless it is done, as it may be in a resumed run; names are unique in a task."""
+        """One step of the task, skipped where a resumed run has done it; names are unique in a task."""
         if step not in self.progress.finished:
             work()
             self.progress.finished.append(step)
 
-    # --- the training loop ------------------------------------------------------------------------------------------
+    # --- the training loop ----------------------------------------------------------------------------------
 
     def run_phase(self, phase: Phase) -> None:
         """Run a phase from where it stands to its end.
@@ -315,7 +315,10 @@ class Learner(ABC):
             )
 
     def _totals(self, phase: Phase, results: list[StepResult]) -> tuple[float, int, int | None]:
-        """Summed loss, samples and correct ones of a batch over all ranks, whose gradients are summed with them."""
+        """Summed loss, samples and correct ones of a batch over all ranks.
+
+        Gradients are summed over the ranks in the same exchange, except in a replicated phase.
+        """
         sums = torch.zeros(3, device=self.device)
         for result in results:
             sums[0] += result.loss.detach() * result.samples
@@ -362,7 +365,7 @@ class Learner(ABC):
         phase.optimizer.load_state(saved["optimizer"])
         return _exactly(PhaseProgress, saved["progress"])
 
-    # --- short forms ------------------------------------------------------------------------------------------------
+    # --- short forms ----------------------------------------------------------------------------------------
 
     @property
     def seed(self) -> int:
@@ -393,7 +396,7 @@ class Learner(ABC):
         """The run's precision, for forward passes of the backbone."""
         return autocast(self.device, self.config.precision)
 
-    # --- state ------------------------------------------------------------------------------------------------------
+    # --- state ----------------------------------------------------------------------------------------------
 
     def learned_tensors(self) -> dict[str, Tensor]:
         """Parameters and buffers that training has made, by their names in `modules`."""

@@ -122,7 +122,10 @@ class Benchmark:
         flops = counter.get_total_flops() / statistics.median(self.unit_seconds) / len(self.images)
         yield ""
         yield f"plain forward: {1 / statistics.median(self.unit_seconds):.1f} images/s"
-        yield f"  {flops / 1e9:.0f} GFLOP/s, {100 * flops / rate:.0f} % of a large matrix product's {rate / 1e9:.0f}"
+        yield (
+            f"  {flops / 1e9:.0f} GFLOP/s, {100 * flops / rate:.0f} % "
+            f"of a large matrix product's {rate / 1e9:.0f}"
+        )
 
     def measure_phase(self, phase: Phase, rows: list[str]) -> None:
         """Some steps of a phase in place of all."""

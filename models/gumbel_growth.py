@@ -1,5 +1,4 @@
-"""Conditional growth of Gumbel CL-LoRA: the gate's keys, which adapters stay after a task, log lines and
-files.
+"""Conditional growth of Gumbel CL-LoRA: keys of the gate, choice of the kept adapters, log lines, files.
 
     decision = decide(task=3, adapters=[0, 1, 3], beta=beta, config=config)   # beta: (K,) or (L, K)
     decision.kept                              # positions of the adapters that stay, such as [0, 2]

@@ -1,4 +1,4 @@
-"""Inspection of run folders, as lines of text: recorded accuracy and figures, tests of checkpoints, analyses."""
+"""Inspection of run folders as lines of text: recorded accuracy, figures, tests of checkpoints, analyses."""
 
 import functools
 from collections.abc import Iterator
@@ -73,8 +73,7 @@ def show_seeds(folders: list[Path]) -> Iterator[str]:
 
 
 def analyse_run(folder: Path, names: list[str], images_per_class: int | None) -> Iterator[str]:
-    """Run the named analyses on the networks that a finished run left; the results, which are written as
-    well.
+    """Results of the named analyses of the networks that a finished run left; they are written as well.
 
     Raises:
         UserError: an unknown analysis, an unfinished run, a damaged checkpoint, or too little to analyse.

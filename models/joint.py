@@ -1,5 +1,4 @@
-"""Joint: the same adapters trained on all classes at once; an upper bound for what task-by-task learning can
-reach.
+"""Joint training of the same adapters on all classes at once; an upper bound for task-by-task learning.
 
     python main.py --config exps/baselines/joint_cifar.json
 

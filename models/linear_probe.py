@@ -1,5 +1,6 @@
-"""Linear probe: a linear classifier trained on frozen features of all classes at once; what the features
-alone offer.
+"""Linear probe: a linear classifier trained on frozen features of all classes at once.
+
+It shows what the features alone offer.
 
     python main.py --config exps/baselines/linear_probe_cifar.json
 

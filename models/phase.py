@@ -12,7 +12,7 @@ from utils.training.optim import GroupedOptimizer
 
 @dataclass
 class StepResult:
-    """Result of one micro-batch: mean loss (differentiable), number of samples, and how many were classified right."""
+    """Result of one micro-batch: mean loss (differentiable), number of samples, number classified right."""
 
     loss: Tensor
     samples: int
@@ -21,15 +21,19 @@ class StepResult:
 
 @dataclass
 class EpochNote:
-    """A method's additions to the record of an epoch: text after the loss in its line, numbers for its event."""
+    """A method's additions to the record of an epoch.
+
+    `text` follows the loss in the log line of the epoch; the numbers are for its event.
+    """
 
     text: str = ""
     numbers: dict[str, Any] = field(default_factory=dict)
 
 
 class Phase(ABC):
-    """A number of epochs over one kind of batches with one optimizer and one loss; `Learner.run_phase` runs
-    it.
+    """Training for a number of epochs over one kind of batches, with one optimizer and one loss.
+
+    `Learner.run_phase` runs it.
 
     Attributes:
         name: "func", "rd", ...: what is trained, in log lines.

@@ -1,7 +1,9 @@
 """RanPAC: ridge regression on random features of the network, task by task equal to all tasks at once.
 
-    python main.py --config exps/baselines/ranpac_cifar.json                                              # training-free
-    python main.py --config exps/baselines/ranpac_cifar.json --set first_session=true --set ffn_num=32    # adapts in task 0
+    # training-free
+    python main.py --config exps/baselines/ranpac_cifar.json
+    # adapts in task 0
+    python main.py --config exps/baselines/ranpac_cifar.json --set first_session=true --set ffn_num=32
 
 scores(x) = relu(f(x) P) (G + lambda I)^-1 Q with f the class token, P a fixed random projection to
 `ranpac_dim` numbers, G and Q sums over all training images so far, and lambda chosen on a held-out fifth of
@@ -72,10 +74,12 @@ class RanPACConfig(AdapterKeys, RidgeKeys, TrainingKeys, StepKeys, FrozenViTKeys
 
 
 class RanPACHead(ClosedFormHead):
-    """Ridge regression of one-hot labels on random features h(f) = relu(f P), P (d, M) standard normal and
-    fixed.
+    """Ridge regression of one-hot labels on random features h(f) = relu(f P).
 
-        scores(f) = h(f) W,   W = (G + lambda I)^-1 Q,   G = sum_i h_i h_i^T (M, M),   Q = sum_i h_i y_i^T (M, C)
+    P (d, M) is standard normal and fixed.
+
+        scores(f) = h(f) W,   W = (G + lambda I)^-1 Q
+        G = sum_i h_i h_i^T (M, M),   Q = sum_i h_i y_i^T (M, C)
 
     G and Q are sums over all training features ever added, so learning task by task equals learning all at
     once. They are kept in two parts, over four fifths of every task's features and over the fifth that is
@@ -155,14 +159,17 @@ class RanPACHead(ClosedFormHead):
         return F.relu(features @ self.projection)
 
     def ranked_ridges(self) -> list[float]:
-        """Candidates for lambda by squared error on what is held out: powers of ten, and neighbours of the best."""
+        """Candidates for lambda by held-out squared error: powers of ten, and neighbours of the best."""
         errors = self._held_out_errors(RIDGES)
         best = min(errors, key=errors.get, default=None)
         errors |= self._held_out_errors([best * factor for factor in FINER] if best else [])
         return sorted(errors, key=errors.get)
 
     def _held_out_errors(self, ridges: list[float]) -> dict[float, float]:
-        """Squared error on the held-out part, up to a constant, by lambda; those that cannot be solved are left out."""
+        """Squared error on the held-out part, up to a constant, by lambda.
+
+        A lambda with which the system cannot be solved is left out.
+        """
         errors = {}
         for ridge in ridges:
             weights = _solve(self.gram[FIT], self.cross[FIT], ridge)

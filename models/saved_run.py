@@ -75,8 +75,9 @@ def load_run_checkpoint(checkpoint: Path) -> tuple[dict[str, torch.Tensor], dict
     missing = [key for key, kind in STATE.items() if not isinstance(state.get(key), kind)]
     if missing:
         raise UserError(
-            f"{checkpoint} holds no usable {', '.join(missing)}: it is damaged or of another version of this program; "
-            "go on with the version that made it, or remove it to go on from the checkpoint before it"
+            f"{checkpoint} holds no usable {', '.join(missing)}: it is damaged or of another version of this "
+            "program; go on with the version that made it, or remove it to go on from the checkpoint before "
+            "it"
         )
     return tensors, state
 
@@ -91,8 +92,9 @@ def fitting(checkpoint: Path) -> Iterator[None]:
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
         told = in_one_line(error)
         raise UserError(
-            f"{checkpoint} does not fit this program ({short(told, 200)}): it is damaged or of another version; go on "
-            "with the version that made it, or remove it to go on from the checkpoint before it"
+            f"{checkpoint} does not fit this program ({short(told, 200)}): it is damaged or of another "
+            "version; go on with the version that made it, or remove it to go on from the checkpoint before "
+            "it"
         ) from error
 
 
@@ -113,8 +115,8 @@ def check_config(checkpoint: Path, state: dict[str, Any], learner: Learner) -> l
         path = checkpoint.parent.parent / CONFIG
         raise UserError(
             f"{path} does not belong to this run any more, {checkpoint.name} was made with another: "
-            f"{'; '.join(mixing)}; set back what was edited, or start a run of its own with python main.py --config "
-            f"{shlex.quote(str(path))}"
+            f"{'; '.join(mixing)}; set back what was edited, or start a run of its own with "
+            f"python main.py --config {shlex.quote(str(path))}"
         )
     return [f"Edited since {checkpoint.name} was saved: {'; '.join(edited.values())}"] if edited else []
 
@@ -141,8 +143,8 @@ def check_identity(checkpoint: Path, state: dict[str, Any], learner: Learner) ->
         changed = [task for task in range(len(hashes)) if theirs[task] != hashes[task]]
         if changed:
             raise UserError(
-                f"{checkpoint} does not belong to this run: the {source} images of task {changed[0]}, which it has "
-                f"read, have changed since; put the files back that were there"
+                f"{checkpoint} does not belong to this run: the {source} images of task {changed[0]}, which "
+                f"it has read, have changed since; put the files back that were there"
                 f"{way_out if changed[0] >= finished else ''}"
             )
 
@@ -222,8 +224,8 @@ def task_checkpoints(folder: Path) -> list[Path]:
             kept = kept if config.checkpoints == "all" else 'its config says checkpoints = "last"'
             again += " --set checkpoints=all"
         raise UserError(
-            f"{folder} has no checkpoint of {', '.join(missing[:3])}{more} ({kept}): an analysis rebuilds the network "
-            f"after every task; run it again with {again}"
+            f"{folder} has no checkpoint of {', '.join(missing[:3])}{more} ({kept}): an analysis rebuilds "
+            f"the network after every task; run it again with {again}"
         )
     return paths
 

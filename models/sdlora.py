@@ -107,7 +107,7 @@ class SDLoRAConfig(GateKeys):
 
     @property
     def row_init(self) -> str:
-        """Initialisation of classifier rows that `classifier_init` resolves to: "torch_default" or "kaiming_linear"."""
+        """Initialisation of classifier rows by `classifier_init`: "torch_default" or "kaiming_linear"."""
         if self.classifier_init != "auto":
             return self.classifier_init
         return "kaiming_linear" if self.sdlora_scaling == "reset" else "torch_default"

@@ -1,5 +1,6 @@
-"""SEMA, and Nested LoRA on SEMA: adapters that grow where the data are new, one router per block, one
-classifier.
+"""SEMA, and Nested LoRA on SEMA: class-incremental learning with adapters that grow where the data are new.
+
+Each block has one router; all share one classifier.
 
     python main.py --config exps/sema_cifar.json            # ffn_adapter_type "adaptmlp"
     python main.py --config exps/nested_lora_cifar.json     # ffn_adapter_type "nested_lora"
@@ -233,7 +234,7 @@ class SEMA(ClassIncrementalLearner):
             "highest_z": {},  # by block, since it was last trained
         }
 
-    # --- the story of a task ----------------------------------------------------------------------------------------
+    # --- the story of a task --------------------------------------------------------------------------------
 
     def learn_task(self) -> None:
         self.once("remember features", self.remember_features)
@@ -260,14 +261,14 @@ class SEMA(ClassIncrementalLearner):
             modules.freeze_rd()
             self.method_state["block"] = None
 
-    # --- scan -------------------------------------------------------------------------------------------------------
+    # --- scan -----------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def scan(self) -> int | None:
-        """Scan the task's training images until a block finds a batch novel and grows, which it names, or to
-        the end.
+        """Next block grown by a scan of the task's training images, or None at the end of the scans.
 
-        A scan goes on where the last growth ended it; where one has added an adapter, another follows it.
+        A block grows where it finds a batch novel. A scan goes on where the last growth ended it; where one
+        has added an adapter, another follows it.
         """
         state, size = self.method_state, self.config.detect_batch_size
         if state["block"] is not None:  # resumed while the new adapter of this block was in training
@@ -292,7 +293,10 @@ class SEMA(ClassIncrementalLearner):
         return None
 
     def _grow_if_novel(self, batch: Batch) -> int | None:
-        """Grow the shallowest block that has not grown in this task and finds the batch novel; says which, if any."""
+        """Shallowest block that finds the batch novel and has not grown in this task; None without one.
+
+        The block gets its new adapter here.
+        """
         state = self.method_state
         candidates = [block for block in self.network.growing if block not in state["grown"]]
         means = self.inputs.token_means(batch, candidates)
@@ -318,7 +322,7 @@ class SEMA(ClassIncrementalLearner):
         logger.info(f"Task {self.task} scan: highest z-score {shown} (threshold {threshold:g})")
         self.log.metric("scan", task=self.task, scan=self.method_state["scan"], highest_z=highest)
 
-    # --- descriptors ------------------------------------------------------------------------------------------------
+    # --- descriptors ----------------------------------------------------------------------------------------
 
     def train_descriptors(self) -> None:
         """Train the descriptors that may learn."""
@@ -348,7 +352,7 @@ class SEMA(ClassIncrementalLearner):
         self._log_records(blocks)
 
     def _log_records(self, blocks: list[int]) -> None:
-        """Log the errors that z-scores of the newest descriptors compare with: number, views, mean and deviation."""
+        """Log line on errors behind z-scores of the newest descriptors: number, views, mean, deviation."""
         views, shown = "new" if self.config.repeats_rd_views else "training", []
         for block in blocks:
             adapters = self.network.modules_by_block[block].adapters
@@ -363,7 +367,7 @@ class SEMA(ClassIncrementalLearner):
         if shown:
             logger.info(f"Task {self.task} rd: errors recorded on {views} views: {'; '.join(shown)}")
 
-    # --- close ------------------------------------------------------------------------------------------------------
+    # --- close ----------------------------------------------------------------------------------------------
 
     def end_of_task_training(self) -> None:
         """Consolidate if asked to, freeze, log the two branches' norms."""
@@ -374,8 +378,8 @@ class SEMA(ClassIncrementalLearner):
             reports = modules.end_of_task_training(self.config.freezes, consolidation, tokens.get(block))
             for k, report in reports.items():
                 logger.info(
-                    f"Consolidated Nested LoRA at layer {block} with alpha={consolidation.alpha:g}: task {self.task}, "
-                    f"adapter {k}, {consolidation.rule}, drift {report.drift:.3f}, "
+                    f"Consolidated Nested LoRA at layer {block} with alpha={consolidation.alpha:g}: "
+                    f"task {self.task}, adapter {k}, {consolidation.rule}, drift {report.drift:.3f}, "
                     f"fast {report.before['fast']:.3f} -> {report.after['fast']:.3f}, "
                     f"slow {report.before['slow']:.3f} -> {report.after['slow']:.3f}"
                 )
@@ -406,7 +410,8 @@ class SEMA(ClassIncrementalLearner):
             norms = ", ".join(f"{n['fast']:.3f} / {n['slow']:.3f}" for n in nested)
             effects = ", ".join(f"{n['fast_effect']:.3f} / {n['slow_effect']:.3f}" for n in nested)
             logger.info(
-                f"Task {self.task}: block {block} ||theta_fast|| / ||theta_slow|| {norms}; ||W_up W_down|| {effects}"
+                f"Task {self.task}: block {block} ||theta_fast|| / ||theta_slow|| {norms}; "
+                f"||W_up W_down|| {effects}"
             )
 
     @torch.no_grad()

@@ -2,7 +2,7 @@
 
     store = ActivationStore(network, data, cache, options)
     tokens = store.at(9, classes, "train", view=key)     # blocks 0-8 are frozen: they run once per image
-    x = tokens.take(indices)                             # (n, N, d): inputs of block 9 for these stored images
+    x = tokens.take(indices)                             # (n, N, d): inputs of block 9 for these images
     features = network(x, tokens.depth)
 
 Activations are kept as files of one class each (`utils/cache/tensor_cache.py`), named by a hash of everything
@@ -84,8 +84,9 @@ class Images:
 
 
 class Activations:
-    """Activations at one depth for the images of some classes, one view of each; files where the cache has
-    room.
+    """Activations at one depth for the images of some classes, one view of each.
+
+    They are files where the cache has room.
 
     Args:
         below: where this depth's inputs come from: images, or activations of a lesser depth.
@@ -143,8 +144,9 @@ class Activations:
         )
 
     def fill(self, chunks: list[np.ndarray], label: str) -> None:
-        """Compute the files that are not there, each rank its part; without room `take` computes every time
-        instead.
+        """Computation of the files that are not there, each rank its part.
+
+        Without room for them, `take` computes every time instead.
 
         Raises:
             Interrupted: a stop was requested.
@@ -215,8 +217,9 @@ class ActivationStore:
         elif self.cache.enabled and not self._warned:
             self._warned = True
             logger.warning(
-                f"The cache has no room for {source} activations of block {depth}: they are computed whenever they are "
-                "needed; raise cache_gb, free disk space, or empty the cache (python -m utils.cache --clear)"
+                f"The cache has no room for {source} activations of block {depth}: they are computed "
+                "whenever they are needed; raise cache_gb, free disk space, or empty the cache "
+                "(python -m utils.cache --clear)"
             )
         return opened
 
@@ -249,7 +252,7 @@ class ActivationStore:
         }
 
     def _dtype(self, depth: int) -> torch.dtype:
-        """Features and fp32 runs are stored exactly; tokens of a bf16 run in float16, 3 bits finer than bf16."""
+        """Stored type: float16 for tokens of a bf16 run, 3 bits finer than bf16; otherwise float32, exact."""
         return (
             torch.float16
             if self.options.precision == "bf16" and depth < self.network.depth
@@ -257,7 +260,7 @@ class ActivationStore:
         )
 
     def _chunks(self, classes: range, source: str) -> Iterator[np.ndarray]:
-        """Stored indices of each class in files of at most CHUNK images: the same whatever the order of classes."""
+        """Stored indices of each class in files of at most CHUNK images, whatever the order of classes."""
         for label in classes:
             indices = self.data.indices(range(label, label + 1), source)
             yield from (indices[start : start + CHUNK] for start in range(0, len(indices), CHUNK))

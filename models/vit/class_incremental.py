@@ -1,5 +1,6 @@
-"""Class-incremental learning on a frozen pretrained ViT: base class of the methods, with data, features and
-accuracy.
+"""Base class of methods for class-incremental learning on a frozen pretrained ViT.
+
+It holds the data, the features and the accuracy.
 
     learner.begin_task(task)      # new classes: the classifier gains rows
     learner.train_task()
@@ -72,17 +73,17 @@ class ClassIncrementalLearner(Learner):
         torch.backends.cudnn.benchmark = False
         self.modules = self.build(self.backbone.vit).to(self.device)
 
-    # --- what a method defines --------------------------------------------------------------------------------------
+    # --- what a method defines ------------------------------------------------------------------------------
 
     @abstractmethod
     def build(self, vit: nn.Module) -> nn.ModuleDict:
         """The method's modules on a pretrained timm ViT."""
 
     def learning_groups(self) -> list[ParameterGroup]:
-        """Parameter groups of a phase that trains the functional side: by default the newest classifier rows."""
+        """Parameter groups of a functional phase: by default the newest classifier rows."""
         return [ParameterGroup("other", self.head.trainable(), lr=self.config.init_lr)]
 
-    # --- model ------------------------------------------------------------------------------------------------------
+    # --- model ----------------------------------------------------------------------------------------------
 
     @property
     def network(self) -> nn.Module:
@@ -112,13 +113,13 @@ class ClassIncrementalLearner(Learner):
         return class_tokens(self.network.vit.blocks, lambda: self.features(images))
 
     def branch_spaces(self) -> dict[tuple[int, int], dict[str, Tensor]]:
-        """Output spaces of the branches of nested adapters: (block, adapter) -> "fast" and "slow", bases (d, k)."""
+        """Output spaces of nested adapters' branches: (block, adapter) -> "fast" and "slow", bases (d, k)."""
         return branch_spaces(getattr(self.network, "modules_by_block", {}))
 
     def frozen_names(self) -> set[str]:
         return {f"backbone.{name}" for name in self.network.frozen_names()}
 
-    # --- data -------------------------------------------------------------------------------------------------------
+    # --- data -----------------------------------------------------------------------------------------------
 
     @property
     def nb_tasks(self) -> int:
@@ -149,10 +150,10 @@ class ClassIncrementalLearner(Learner):
         return TaskInputs(self.network, self.data, self.cache, options, fast, self.config.cache_views)
 
     def features_of(self, task: int, source: str) -> Tensor:
-        """`features` of a task's "train" or "test" images in the test view, in stored order, (n, d), on every rank."""
+        """`features` (n, d) of a task's "train" or "test" images, test view, stored order, on all ranks."""
         return self.inputs.features_of(task, source)
 
-    # --- steps of a task --------------------------------------------------------------------------------------------
+    # --- steps of a task ------------------------------------------------------------------------------------
 
     def open_task(self) -> None:
         if "head" in self.modules:
@@ -182,7 +183,7 @@ class ClassIncrementalLearner(Learner):
         )
 
     def remember_features(self) -> None:
-        """Keep the task's features as it finds them, where the head's statistics are to follow their movement."""
+        """Storage of the task's features before training, where the head's statistics follow their drift."""
         if self.closed_form is not None and self.task and self.config.head_drift == "linear":
             self.method_tensors["features_before"] = self.training_features().cpu()
 
@@ -224,8 +225,7 @@ class ClassIncrementalLearner(Learner):
     def analysis_inputs(
         self, checkpoints: Sequence[Path], load: Callable[[Path], None], images_per_class: int | None
     ) -> AnalysisInputs:
-        """Class tokens of the same test images, and the branches' output spaces, of the network in every
-        checkpoint.
+        """Class tokens of the same test images and output spaces of the branches, for every checkpoint.
 
         Args:
             checkpoints: one per task, in order.
@@ -256,7 +256,7 @@ class ClassIncrementalLearner(Learner):
             torch.stack(tokens), labels, spaces, self.seed, f"{about} · {len(images)} test images"
         )
 
-    # --- evaluation -------------------------------------------------------------------------------------------------
+    # --- evaluation -----------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, Any]:
@@ -313,7 +313,7 @@ class ClassIncrementalLearner(Learner):
         right, images = map(sum, zip(*counts, strict=True))
         return "\n".join([*lines, f"total {'':>19}{100 * right / images:6.2f}  ({right} of {images})"])
 
-    # --- record -----------------------------------------------------------------------------------------------------
+    # --- record ---------------------------------------------------------------------------------------------
 
     def summary(self) -> dict[str, Any]:
         return {"adapters": self.network.adapters_per_block(), **super().summary()}

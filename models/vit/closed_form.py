@@ -1,5 +1,4 @@
-"""Classifiers in closed form from features, and the affine map that carries their statistics along when
-features move.
+"""Closed-form classifiers on features, and the affine map that corrects their statistics for feature drift.
 
     head = PrototypeHead(width=384)
     head.add(features, targets)                # a task's training features (n, d), labelled with new classes
@@ -29,10 +28,10 @@ from utils.analysis.ridge import fit_ridge
 
 
 class ClosedFormHead(nn.Module, ABC):
-    """Class statistics of features and the classifier they determine; buffers only, nothing is trained by
-    gradient.
+    """Class statistics of features, and the classifier that they determine.
 
-    All buffers grow with the classes; loaded tensors give a fresh head its shape.
+    It has buffers only: nothing is trained by gradient. All buffers grow with the classes; loaded tensors
+    give a fresh head its shape.
 
     Args:
         width: d, length of a feature vector.
@@ -91,7 +90,10 @@ def _take_shapes(
 
 
 class PrototypeHead(ClosedFormHead):
-    """Cosine with class means: score_c(f) = f . m_c / (||f|| ||m_c||), m_c the mean training feature of class c."""
+    """Cosine with class means: score_c(f) = f . m_c / (||f|| ||m_c||).
+
+    m_c is the mean training feature of class c.
+    """
 
     means: Tensor  # (C, d)
 
@@ -113,8 +115,8 @@ class PrototypeHead(ClosedFormHead):
         return F.linear(F.normalize(features.cpu().float(), dim=1), F.normalize(self.means.float(), dim=1))
 
 
-# Ridge candidates, relative to the largest squared singular value. Weaker ones fit the newest task's images better and
-# carry other images anywhere; on DINOv2 features of CIFAR-100 leave-one-out chooses none of them.
+# Ridge candidates, relative to the largest squared singular value. Weaker ones fit the newest task's images
+# better and carry other images anywhere; on DINOv2 features of CIFAR-100 leave-one-out chooses none of them.
 STRENGTHS = [10.0**k for k in range(-2, 4)]
 
 

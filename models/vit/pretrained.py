@@ -189,8 +189,8 @@ def _resolve(backbone_type: str, weights: str | None) -> tuple[str, str]:
         raise UserError(f"backbone_type {backbone_type!r}: {arch} has no weights {tag!r}; its tags: {tags}.")
     if not tag and weights is None:
         raise UserError(
-            f"backbone_type {backbone_type!r} does not say which weights; add a tag, as {arch}.<tag>: {tags}; "
-            'or set weights to "random" or a file.'
+            f"backbone_type {backbone_type!r} does not say which weights; add a tag, as {arch}.<tag>: "
+            f'{tags}; or set weights to "random" or a file.'
         )
     return arch, tag
 

@@ -15,7 +15,7 @@ from utils.analysis.similarity import column_space
 
 @torch.no_grad()
 def class_tokens(blocks: Sequence[nn.Module], run: Callable[[], object]) -> Tensor:
-    """First token of what each of the L blocks (in depth order) gives while `run` runs them once, (L, B, d) float32."""
+    """First tokens (L, B, d), float32, after each of L blocks in depth order that `run` runs once."""
     found: list[Tensor] = []
     handles = [
         block.register_forward_hook(lambda module, inputs, x: found.append(x[:, 0].float()))
@@ -30,7 +30,10 @@ def class_tokens(blocks: Sequence[nn.Module], run: Callable[[], object]) -> Tens
 
 
 def branch_spaces(modules_by_block: Mapping[int, SEMAModules]) -> dict[tuple[int, int], dict[str, Tensor]]:
-    """Bases (d, k) of the columns of W_up W_down of both branches of every nested adapter, by block and adapter."""
+    """Bases (d, k) of the column spaces of W_up W_down, by (block, adapter) and branch.
+
+    They are of both branches, "fast" and "slow", of every nested adapter.
+    """
     nested = {
         (block, k): adapter.functional
         for block, modules in modules_by_block.items()

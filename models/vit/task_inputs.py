@@ -1,7 +1,7 @@
 """Batches of a task's images, from the activation cache or recomputed.
 
     inputs = TaskInputs(network, data, cache, options, fast=True, views=2)
-    source = inputs.view(task, 0, key)                        # one augmented view of the task's training images
+    source = inputs.view(task, 0, key)               # one augmented view of the task's training images
     for batch in inputs.read(task, source, key, size=32):
         features = network(batch.inputs, batch.depth)
 
@@ -30,7 +30,10 @@ Source = Images | Activations
 
 
 class Batch(NamedTuple):
-    """This rank's shard of a batch: inputs of one depth (0: images) with incremental labels; `total` over all ranks."""
+    """This rank's shard of a batch: inputs of one depth (0: images) with incremental labels.
+
+    `total` counts the samples over all ranks.
+    """
 
     inputs: Tensor
     targets: Tensor
@@ -67,7 +70,7 @@ class TaskInputs:
         self.network, self.data, self.options, self.fast, self.views = network, data, options, fast, views
         self.store = ActivationStore(network, data, cache, options)
 
-    # --- sources ------------------------------------------------------------------------------------------------------
+    # --- sources --------------------------------------------------------------------------------------------
 
     def view(self, task: int, number: int, key: Key, depth: int | None = None) -> Source:
         """A task's training inputs in one view: a fixed one, or without any the one that (key, number) draws.
@@ -89,7 +92,10 @@ class TaskInputs:
         return Images(self.data, "train", key, self.options.device)
 
     def by_epoch(self, task: int, key: Key, epochs: int) -> Callable[[int], Source]:
-        """Source of the inputs of each epoch of a functional phase; views used more than once are run to where learning begins."""
+        """Source of the inputs of each epoch of a functional phase.
+
+        Views used more than once are run to where learning begins.
+        """
         views = self.views
         if not views:
             return lambda epoch: self.view(task, epoch, key)
@@ -128,7 +134,7 @@ class TaskInputs:
         return torch.cat(parts)
 
     def _at(self, task: int, source: str, view: Key | None, what: str, depth: int | None) -> Source:
-        """One view at the depth below which nothing ever changes, and from there on to a greater one if asked to."""
+        """One view at the depth below which nothing changes, or at a greater `depth`, reached from there."""
         classes, fixed = self.data.task_classes(task), self.network.fixed_depth() if self.fast else 0
         label = f"Task {task}, {what}, blocks 0-{fixed - 1}"
         opened = self.store.at(fixed, classes, source, view, label=label)
@@ -140,10 +146,10 @@ class TaskInputs:
             self.store.drop_own("test", keep=[opened, deeper])
         return deeper
 
-    # --- batches ------------------------------------------------------------------------------------------------------
+    # --- batches --------------------------------------------------------------------------------------------
 
     def read(self, task: int, source: Source, key: Key, size: int, start: int = 0) -> Iterator[Batch]:
-        """A task's training batches of `size` images, from number `start` on, in the order that `key` names."""
+        """A task's training batches of `size` images, from number `start` on, in the order given by `key`."""
         classes = self.data.task_classes(task)
         order = self.data.order(classes, "train", key)
         groups = [order[first : first + size] for first in range(start * size, len(order), size)]
@@ -166,11 +172,11 @@ class TaskInputs:
         """Training batches of `size` images in a task."""
         return -(-self.data.count(self.data.task_classes(task), "train") // size)
 
-    # --- token means --------------------------------------------------------------------------------------------------
+    # --- token means ----------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def token_means(self, batch: Batch, blocks: list[int]) -> dict[int, Tensor]:
-        """Token means of a batch, the input of routers and descriptors, on every rank: {block: (B, d)}, float32."""
+        """Token means of a batch, for routers and descriptors, on every rank: {block: (B, d)}, float32."""
         options = self.options
         with autocast(options.device, options.precision):
             means = self.network.token_means(batch.inputs.to(options.device), batch.depth, blocks)
@@ -179,11 +185,10 @@ class TaskInputs:
     def means_by_epoch(
         self, task: int, key: Key, blocks: list[int], *, views: int, epochs: int, size: int
     ) -> Callable[[int, int], Iterator[dict[int, Tensor]]]:
-        """(epoch, start) -> batches of `size` token means of the blocks, of `views` views; 0: of new ones
-        every epoch.
+        """Function (epoch, start) -> batches of `size` token means of the blocks.
 
-        While descriptors learn nothing below them does, so the fast engine runs the network once a view, not
-        once an epoch.
+        They are of `views` views; 0: of new ones every epoch. While descriptors learn nothing below them
+        does, so the fast engine runs the network once a view, not once an epoch.
         """
 
         def computed(epoch: int, start: int) -> Iterator[dict[int, Tensor]]:

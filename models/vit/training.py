@@ -1,7 +1,7 @@
 """Functional phase of methods that train a classifier, and often adapters, on a frozen ViT.
 
-    network = adapted_network(vit, config)                  # adapters in the blocks that the config names
-    learner.run_phase(FunctionalPhase(learner))             # what may learn, on the current task's classes only
+    network = adapted_network(vit, config)           # adapters in the blocks that the config names
+    learner.run_phase(FunctionalPhase(learner))      # what may learn, on the current task's classes only
 
 The phase trains whatever may learn in the network and the newest classifier rows, with the cross-entropy over
 the current task's classes; older classes take no part.

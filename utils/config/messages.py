@@ -80,7 +80,10 @@ def _choices(prop: Mapping[str, Any]) -> list[Any]:
 
 
 def allowed_text(prop: Mapping[str, Any]) -> str:
-    """Allowed values of a key in words, from its JSON schema: `{"type": "integer", "minimum": 1}` -> `an integer >= 1`."""
+    """Allowed values of a key in words, from its JSON schema.
+
+    `{"type": "integer", "minimum": 1}` -> `an integer >= 1`.
+    """
     if "allowed" in prop:
         return prop["allowed"]
     if "anyOf" in prop:

@@ -119,7 +119,7 @@ DATASETS = {
 }
 
 
-# ------------------------------------------------------------------------------------------ by name or by path
+# ----------------------------------------------------------------------------------------- by name or by path
 
 
 def load_dataset(name: str, data_root: str | Path, cache: Path | None = None) -> Dataset:
@@ -167,7 +167,11 @@ def _holds_data(path: Path) -> bool:
 
 
 def _find(name: str, data_root: Path) -> Path | None:
-    """Place of a data set, or None where it is absent. Raises UserError for what is neither a name nor a path."""
+    """Place of a data set, or None where it is absent.
+
+    Raises:
+        UserError: what is given is neither a name nor a path.
+    """
     if name in DATASETS:
         return next(filter(_holds_data, (data_root / place for place in DATASETS[name].places)), None)
     places = [Path(name).expanduser(), data_root / name]

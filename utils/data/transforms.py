@@ -1,5 +1,4 @@
-"""Views of images as network inputs: random training views and the test view, as torchvision's transforms
-make them.
+"""Views of images as network inputs: random training views and the test view, as by torchvision's transforms.
 
     spec = ViewSpec(image_size=224, augmentation="crop_flip")
     key = ("functional", 1993, 0)

@@ -244,7 +244,10 @@ def _mixed_metrics(cells: Sequence[Cell]) -> Iterator[str]:
     kinds = cells_by_text((cell.name, cell.config.metrics[0].key) for cell in cells)
     if len(kinds) > 1:
         each = "; ".join(f"{kind}: {_named(names)}" for kind, names in kinds.items())
-        yield f"cells with different metrics ({each}); allowed: the same, each experiment has a sweep of its own"
+        yield (
+            f"cells with different metrics ({each}); "
+            "allowed: the same, each experiment has a sweep of its own"
+        )
 
 
 def _equal_configs(cells: Sequence[Cell]) -> Iterator[str]:

@@ -54,7 +54,8 @@ def resolve_device(spec: str | int | list[str | int]) -> tuple[torch.device, str
         if int(index or 0) >= torch.cuda.device_count():
             seen = torch.cuda.device_count()
             raise UserError(
-                f'device = "{spec}" was asked for, but this PyTorch sees {seen} CUDA devices; use "auto" or "cpu"'
+                f'device = "{spec}" was asked for, but this PyTorch sees {seen} CUDA devices; '
+                'use "auto" or "cpu"'
             )
         return torch.device("cuda", int(index or 0)), None
     if GPU_NUMBER.fullmatch(name):
@@ -156,7 +157,7 @@ def peak_memory_mb(device: torch.device) -> float:
 
 @contextlib.contextmanager
 def out_of_memory_advice(sizes: Mapping[str, int]) -> Iterator[None]:
-    """Turns an out-of-memory error of the device into a sentence: which of the sizes (`MEMORY_KEYS`) to set to what."""
+    """Advice in place of an out-of-memory error of the device: which sizes (`MEMORY_KEYS`) to set to what."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -170,8 +171,8 @@ def out_of_memory_advice(sizes: Mapping[str, int]) -> Iterator[None]:
             more = min(2 * parts, batch)
             smaller = f"set grad_accumulation={more} for the same result in smaller parts, or "
         raise UserError(
-            f"out of memory with {now}: {smaller}halve the sizes to {', '.join(halved)}; what is saved can be resumed "
-            "after editing grad_accumulation or eval_batch_size in its config.json"
+            f"out of memory with {now}: {smaller}halve the sizes to {', '.join(halved)}; what is saved can "
+            "be resumed after editing grad_accumulation or eval_batch_size in its config.json"
         ) from error
 
 
@@ -187,8 +188,9 @@ def dead_worker_advice() -> Iterator[None]:
         if not str(error).startswith("DataLoader worker"):
             raise
         raise UserError(
-            f"a data worker has ended before its work was done ({first_line(error)}): it was killed, or there was too "
-            "little memory for it; lower num_workers (0 uses none) and go on with --resume where a run had begun"
+            f"a data worker has ended before its work was done ({first_line(error)}): it was killed, or "
+            "there was too little memory for it; lower num_workers (0 uses none) and go on with --resume "
+            "where a run had begun"
         ) from error
 
 

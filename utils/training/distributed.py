@@ -1,4 +1,4 @@
-"""Data-parallel training under torchrun: which process this is, and what the processes tell each other.
+"""Data-parallel training under torchrun: the rank of this process, and exchange between processes.
 
 with init_distributed(torch.device("cuda")) as distributed:
     rows = network(images[distributed.shard(len(images))])
@@ -46,11 +46,10 @@ class DistributedContext:
         return slice(n * self.rank // self.size, n * (self.rank + 1) // self.size)
 
     def all_gather(self, rows: Tensor, total: int) -> Tensor:
-        """The rows of all ranks in rank order: (total, ...), bit for bit, without gradients, on the device of
-        `rows`.
+        """Rows of all ranks in rank order, (total, ...), bit for bit, without gradients.
 
-        `rows`, (n_r, ...), are this rank's shard(total), possibly none, else ValueError; one process gets
-        them back.
+        They are on the device of `rows`. `rows`, (n_r, ...), are this rank's shard(total), possibly none,
+        else ValueError; one process gets them back.
         """
         counts = [total * (rank + 1) // self.size - total * rank // self.size for rank in range(self.size)]
         if len(rows) != counts[self.rank]:
@@ -67,7 +66,10 @@ class DistributedContext:
 
     @torch.no_grad()
     def all_reduce(self, tensors: Sequence[Tensor]) -> None:
-        """Replace each tensor by its sum over ranks, the same bits on all; one exchange for all tensors of a dtype."""
+        """Sum of each tensor over ranks, in place, the same bits on all.
+
+        There is one exchange for all tensors of a dtype.
+        """
         if self.size == 1:
             return
         for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
@@ -86,7 +88,11 @@ class DistributedContext:
         self.any(False)
 
     def check_same(self, what: str, text: str) -> None:
-        """UserError on every rank, naming `what` and the ranks, where a text (a hash, say) differs from rank 0's."""
+        """Check that a text, such as a hash, is the same on all ranks.
+
+        Raises:
+            UserError: on every rank, naming `what` and the ranks whose text differs from rank 0's.
+        """
         digests = self.all_gather(torch.tensor([list(hashlib.sha256(text.encode()).digest())]), self.size)
         differing = ", ".join(str(rank) for rank in range(self.size) if not digests[rank].equal(digests[0]))
         if differing:
@@ -124,7 +130,11 @@ class DistributedContext:
 
 
 def context_from_environment() -> DistributedContext:
-    """This process as torchrun describes it, alone where WORLD_SIZE is absent or 1; UserError: numbers that do not fit."""
+    """This process as torchrun describes it, alone where WORLD_SIZE is absent or 1.
+
+    Raises:
+        UserError: numbers of torchrun are missing or do not fit together.
+    """
     given = {name: os.environ[name] for name in VARIABLES if name in os.environ}
     try:
         if int(given.get("WORLD_SIZE", 1)) == 1:
@@ -143,14 +153,19 @@ def context_from_environment() -> DistributedContext:
 
 
 def local_device(device: torch.device, context: DistributedContext) -> torch.device:
-    """The device of this rank: several processes take the GPU of their local rank each; UserError: too few GPUs."""
+    """Device of this rank: each of several processes takes the GPU of its local rank.
+
+    Raises:
+        UserError: there are too few GPUs.
+    """
     if context.size == 1 or device.type != "cuda":
         return device
     needed, seen = max(context.local_size, context.local_rank + 1), torch.cuda.device_count()
     if needed > seen:
         raise UserError(
-            f"{needed} processes on this machine need a GPU each, but this PyTorch sees {seen}: lower torchrun's "
-            f'--nproc_per_node to at most {seen}, or set device to "cpu"'
+            f"{needed} processes on this machine need a GPU each, but this PyTorch sees {seen}: "
+            f"lower torchrun's --nproc_per_node to at most {seen}, "
+            'or set device to "cpu"'
         )
     return torch.device("cuda", context.local_rank)
 

@@ -3,7 +3,7 @@
     groups = [ParameterGroup("slow", slow, lr=1e-3, update_interval=5), ParameterGroup("fast", fast, lr=1e-2)]
     optimizer = GroupedOptimizer("sgd", groups, weight_decay=5e-4, epochs=20, min_lr=0.0)
     loss.backward()
-    moved = optimizer.step()      # {"slow": False, "fast": True}: on other steps slow tensors stay bit-identical
+    moved = optimizer.step()      # {"slow": False, "fast": True}: slow tensors stay bit-identical here
 
 A group that does not step must have no gradient at all: a zero gradient would still move it through momentum
 and weight decay.
@@ -85,7 +85,10 @@ class ParameterGroup:
 
 @dataclass(frozen=True)
 class StepDecay:
-    """Learning rates that are multiplied by `decay` after each of so many epochs; without milestones they are constant."""
+    """Schedule that multiplies the learning rates by `decay` after each number of epochs in `milestones`.
+
+    Without milestones they are constant.
+    """
 
     milestones: Sequence[int] = ()
     decay: float = 1.0
@@ -96,8 +99,9 @@ class StepDecay:
 
 
 class GroupedOptimizer:
-    """SGD with momentum 0.9 or AdamW over groups, weight decay on all, a schedule of learning rates over
-    epochs.
+    """SGD with momentum 0.9 or AdamW over parameter groups, with weight decay and a learning-rate schedule.
+
+    The decay is on all groups; the schedule runs over epochs.
 
     Args:
         kind: a key of `OPTIMIZERS`.
