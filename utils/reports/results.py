@@ -10,7 +10,6 @@ of one provenance (`utils/runs/manifest.py`). Tables, figures and files of the r
 themselves.
 """
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -125,7 +124,8 @@ class Results:
         unlike = {seed: ours[seed].unlike(theirs[seed]) for seed in ours if seed in theirs}
         groups: dict[str, list[int]] = {}  # provenance of both cells -> seeds, as their runs ended
         for seed in (seed for seed, kinds in unlike.items() if not kinds):
-            made_with = json.dumps([ours[seed].values, theirs[seed].values], sort_keys=True)
+            pair = (ours[seed].values.items(), theirs[seed].values.items())
+            made_with = repr([sorted((key, sorted(value.items())) for key, value in items) for items in pair])
             groups.setdefault(made_with, []).append(seed)
         kept = max(reversed(groups.values()), key=len, default=[])
         left_out = {}
