@@ -93,6 +93,7 @@ def bars_figure(results: Results, subtitle: str) -> Figure:
     figure, (axes,) = _figure_with_rows(labels, _sentence(main.definition), subtitle)
     handles = {"one seed": Line2D([], [], color=INK, marker="o", ms=3, mfc="white", lw=0)}
     behind = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # keeps lines out of the numbers
+    ends: list[float] = []  # of bar, whisker and dots
     for y, cell in enumerate(results.finished):
         mean, std = results.summary.loc[(cell, main.key), ["mean", "std"]]
         values = results.values(cell, main.key)
@@ -103,12 +104,13 @@ def bars_figure(results: Results, subtitle: str) -> Figure:
             handles["mean ± std"] = Line2D([], [], color=INK, lw=1.3)
         heights = y + np.linspace(-0.2, 0.2, len(values)) if len(values) > 1 else [y]
         axes.plot(values, heights, "o", color=INK, ms=3, mfc="white", mew=0.8)
-        end = (max(values.max(), mean + np.nan_to_num(std)), y)
-        axes.annotate(main.text(mean, std), end, (7, 0), textcoords="offset points", va="center", bbox=behind)
+        ends.append(max(values.max(), mean + np.nan_to_num(std)))
+        place = {"xytext": (7, 0), "textcoords": "offset points", "va": "center"}
+        axes.annotate(main.text(mean, std), (ends[-1], y), bbox=behind, **place)
         if cell == results.baseline:
             axes.axvline(mean, color=INK, lw=0.9, ls="--", zorder=0)
             handles["the baseline's mean"] = Line2D([], [], color=INK, lw=0.9, ls="--")
-    axes.set_xlim(0, max(1.0, *(results.values(cell, main.key).max() for cell in results.finished)) * 1.04)
+    axes.set_xlim(0, max(1.0, *ends) * 1.04)
     axes.set_xlabel(main.heading)
     legend_below(figure, handles)
     return figure
@@ -251,7 +253,8 @@ def _draw_curve(axes: Axes, curves: np.ndarray, style: Style | None, tasks: int,
         x, mean, std = np.array([-0.4, tasks - 0.6]), mean.repeat(2), std.repeat(2)
         line |= {"ls": (0, (4, 2)), "marker": ""}
     if style is not None:
-        axes.fill_between(x, mean - std, mean + std, color=style["color"], alpha=0.1, lw=0)
+        low, high = np.clip([mean - std, mean + std], 0, 100)  # percent
+        axes.fill_between(x, low, high, color=style["color"], alpha=0.1, lw=0)
     return axes.plot(x, mean, lw=width, ms=5, markevery=max(1, tasks // 20), **line)[0]
 
 

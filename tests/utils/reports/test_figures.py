@@ -90,3 +90,20 @@ def test_curves_show_the_mean_and_a_dashed_line_for_one_task():
     band = axes.collections[0].get_paths()[0].vertices[:, 1]
     last = np.array(curves)[:, -1]
     assert last.mean() + last.std(ddof=1) == pytest.approx(band[band > last.mean()].min())
+
+
+def test_whiskers_lie_inside_the_axes_and_bands_between_0_and_100_percent():
+    """Two seeds far apart: the mean and its deviation reach beyond every seed."""
+    runs = {
+        "base": {1: invented(1, 20), 2: invented(2, 85)},
+        "other": {1: invented(1, 40), 2: invented(2, 41)},
+    }
+    results = results_of(runs, "base")
+    (axes,) = bars_figure(results, "smoke").axes
+    assert len(axes.texts) == 2
+    mean, std = results.summary.loc[("base", "final"), ["mean", "std"]]
+    assert mean + std < axes.get_xlim()[1]
+    bands = [
+        band.get_paths()[0].vertices[:, 1] for band in curves_figure(results, "smoke").axes[0].collections
+    ]
+    assert bands and all(band.min() >= 0 and band.max() <= 100 for band in bands)
