@@ -205,7 +205,7 @@ class SEMAConfig(AdapterKeys, HeadKeys, RidgeKeys, TrainingKeys, StepKeys, Froze
 
 
 class SEMA(ClassIncrementalLearner):
-    """Self-expansion with a mixture of adapters; functional parts are `Adapter` or `NestedLoRAAdapter`."""
+    """SEMA: adapters that grow where data are new, mixed by routers; with nested adapters Nested LoRA."""
 
     Config = SEMAConfig
     config: SEMAConfig
