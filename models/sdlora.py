@@ -159,7 +159,7 @@ class SDLoRAConfig(GateKeys):
 
 
 class SDLoRA(ClassIncrementalLearner):
-    """Decoupled directions and magnitudes of LoRA adapters; with a gate, sparse weights over the adapters.
+    """SD-LoRA: directions and magnitudes of LoRA adapters; with a sparse gate over them Gumbel CL-LoRA.
 
     `method_state`: "adapters", the task that grew each adapter; "tau", the temperature; "sparsity", the
     penalty summed over the open epoch.
