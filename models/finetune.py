@@ -7,22 +7,13 @@ the current task's classes; nothing protects what was learned before. It is what
 `nested_lora_freeze` "never" must be compared with: the same freedom on one time scale.
 """
 
-from typing import Literal
-
 from torch import nn
 
+from models.config.finetune import FinetuneConfig
 from models.heads import build_heads
 from models.vit.class_incremental import ClassIncrementalLearner
-from models.vit.config import AdapterKeys, FrozenViTKeys, HeadKeys, RidgeKeys, StepKeys, TrainingKeys
 from models.vit.training import adapted_network, functional_groups, train_functional
-from utils.config.schema import key
 from utils.training.optim import ParameterGroup
-
-
-class FinetuneConfig(AdapterKeys, HeadKeys, RidgeKeys, TrainingKeys, StepKeys, FrozenViTKeys):
-    """Adapters, training, and a choice of classifier; no keys of its own."""
-
-    model_name: Literal["finetune"] = key("finetune", "The method.")
 
 
 class Finetune(ClassIncrementalLearner):

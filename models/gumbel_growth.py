@@ -1,4 +1,4 @@
-"""Conditional growth of Gumbel CL-LoRA: keys of the gate, choice of the kept adapters, log lines, files.
+"""Conditional growth of Gumbel CL-LoRA: choice of the kept adapters, log lines, files.
 
     decision = decide(task=3, adapters=[0, 1, 3], beta=beta, config=config)   # beta: (K,) or (L, K)
     decision.kept                              # positions of the adapters that stay, such as [0, 2]
@@ -11,91 +11,19 @@ earlier; `pruning_mask` (t + 1,), true where an adapter is kept; with a gate per
 
 import io
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from models.vit.config import ClassIncrementalConfig, StepKeys
-from utils.config.schema import Conflict, Count, PathText, RateOrZero, UnusedRule, key
+from models.config.sdlora import GateKeys
 from utils.files import replace_file, write_json
 
 UNIFORM_TOLERANCE = 0.1  # weights that all lie within this share of 1 / K around it count as uniform
 FEW_SHARE = 1 / 3  # of the adapters of all tasks: as many kept or fewer count as few
 COOLED_FACTOR = 1.5  # times the final temperature, which a task should come down to
-
-GATE_KEYS = (
-    "gumbel_tau_init", "gumbel_tau_final", "gumbel_anneal_rate", "growth", "growth_threshold", "growth_top_k",
-    "filepath",
-)  # fmt: skip
-
-
-class GateKeys(StepKeys):
-    """The gate over the adapters, and the rule of conditional growth."""
-
-    editable_keys: ClassVar[frozenset[str]] = ClassIncrementalConfig.editable_keys | {"filepath"}
-
-    gumbel_gate: Literal["auto", "off", "global", "layer"] = key(
-        "auto", 'One gate, or one per layer; "auto" is "global" where lambda_sparsity > 0, else "off".'
-    )
-    lambda_sparsity: RateOrZero = key(0.0, "Weight of the gate's entropy in the loss.")
-    gumbel_tau_init: float = key(5.0, "Temperature of the gate at the start of every task.", ge=1e-6, le=1e6)
-    gumbel_tau_final: float = key(0.5, "Its lowest value, and its value in evaluation.", ge=1e-6, le=1e6)
-    gumbel_anneal_rate: float = key(0.999, "What it is multiplied by after every step.", gt=0, le=1)
-    growth: Literal["threshold", "top_k"] = key(
-        "threshold", "After a task keep its adapter where its weight is large enough, or the best of all."
-    )
-    growth_threshold: float = key(0.1, "Weight above which a task's adapter is kept.", ge=0, lt=1)
-    growth_top_k: Count = key(5, 'Adapters that "top_k" keeps.')
-    filepath: PathText | None = key(
-        None, "Folder that gets the gate's files too, beside the run folder's gate/."
-    )
-
-    @property
-    def gate(self) -> str:
-        """Kind of gate that `gumbel_gate` resolves to: "off", "global" or "layer"."""
-        if self.gumbel_gate != "auto":
-            return self.gumbel_gate
-        return "global" if self.lambda_sparsity > 0 else "off"
-
-    def conflicts(self) -> list[Conflict]:
-        """Temperatures out of order, a folder that cannot be written."""
-        found = super().conflicts()
-        if self.gumbel_tau_init < self.gumbel_tau_final:
-            sentence = "the temperature only falls; allowed: gumbel_tau_init >= gumbel_tau_final"
-            found.append((("gumbel_tau_init", "gumbel_tau_final"), sentence))
-        if self.filepath is not None:
-            place = Path(self.filepath).absolute()
-            there = next(path for path in (place, *place.parents) if os.path.exists(path))
-            if not os.path.isdir(there) or not os.access(there, os.W_OK):
-                fault = f"{there} is no folder that can be written to"
-                found.append(
-                    (("filepath",), f"{fault}; allowed: a folder, which is made where there is none")
-                )
-        return found
-
-    def unused_rules(self) -> list[UnusedRule]:
-        growth, at_rest = f'growth is "{self.growth}"', self.gumbel_tau_init == self.gumbel_tau_final
-        return [
-            (self.gumbel_gate == "off", 'gumbel_gate is "off"', ("lambda_sparsity", *GATE_KEYS)),
-            (self.gate == "off", "no gate where lambda_sparsity is 0", GATE_KEYS),
-            (self.growth == "top_k", growth, ("growth_threshold",)),
-            (self.growth == "threshold", growth, ("growth_top_k",)),
-            (at_rest, "gumbel_tau_init is gumbel_tau_final", ("gumbel_anneal_rate",)),
-            *super().unused_rules(),
-        ]
-
-    def warnings(self, nb_seeds: int = 1) -> list[str]:
-        """A folder that several seeds write to."""
-        found = super().warnings(nb_seeds)
-        if self.gate != "off" and self.filepath is not None and nb_seeds > 1:
-            own = "each seed's own are in its run folder's gate/"
-            found.append(f"filepath = {self.filepath} will hold the gate's files of the last seed; {own}")
-        return found
 
 
 @dataclass(frozen=True)

@@ -6,30 +6,13 @@ There is one task that holds all classes, so the record has a final accuracy and
 curve.
 """
 
-from typing import Literal
-
 from torch import nn
 
+from models.config.joint import JointConfig
 from models.heads import build_heads
 from models.vit.class_incremental import ClassIncrementalLearner
-from models.vit.config import (
-    AdapterKeys,
-    FrozenViTKeys,
-    HeadKeys,
-    OneTaskRules,
-    RidgeKeys,
-    StepKeys,
-    TrainingKeys,
-)
 from models.vit.training import adapted_network, functional_groups, train_functional
-from utils.config.schema import key
 from utils.training.optim import ParameterGroup
-
-
-class JointConfig(OneTaskRules, AdapterKeys, HeadKeys, RidgeKeys, TrainingKeys, StepKeys, FrozenViTKeys):
-    """The keys of finetuning, for one task."""
-
-    model_name: Literal["joint"] = key("joint", "The method.")
 
 
 class Joint(ClassIncrementalLearner):

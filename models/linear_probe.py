@@ -7,29 +7,13 @@ It shows what the features alone offer.
 There is one task that holds all classes, as for `joint`. The augmented views are those of every other method.
 """
 
-from typing import ClassVar, Literal
-
 from torch import nn
 
 from backbone.vit_sema import SEMAVisionTransformer
+from models.config.linear_probe import LinearProbeConfig
 from models.vit.class_incremental import ClassIncrementalLearner
-from models.vit.config import ClassIncrementalConfig, FrozenViTKeys, OneTaskRules, StepKeys, TrainingKeys
 from models.vit.training import train_functional
-from utils.config.schema import key
 from utils.inc_net import IncrementalHead
-
-
-class LinearProbeConfig(OneTaskRules, TrainingKeys, StepKeys, FrozenViTKeys):
-    """Training of a classifier, for one task."""
-
-    legacy_keys: ClassVar[dict[str, str]] = {
-        **ClassIncrementalConfig.legacy_keys,
-        "head": "the trained classifier classifies",
-        "head_drift": "features never move",
-        "ranpac_dim": "the trained classifier classifies",
-    }
-
-    model_name: Literal["linear_probe"] = key("linear_probe", "The method.")
 
 
 class LinearProbe(ClassIncrementalLearner):

@@ -14,7 +14,6 @@ Projections and Pre-trained Models for Continual Learning*, NeurIPS 2023.
 
 import itertools
 import logging
-from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,18 +21,10 @@ from torch.nn import functional as F
 
 from backbone.sema_block import freeze
 from backbone.vit_sema import SEMAVisionTransformer
+from models.config.ranpac import RanPACConfig
 from models.vit.class_incremental import ClassIncrementalLearner
 from models.vit.closed_form import ClosedFormHead, fit_drift
-from models.vit.config import (
-    AdapterKeys,
-    ClassIncrementalConfig,
-    FrozenViTKeys,
-    RidgeKeys,
-    StepKeys,
-    TrainingKeys,
-)
 from models.vit.training import adapted_network, functional_groups, train_functional
-from utils.config.schema import UnusedRule, key
 from utils.inc_net import IncrementalHead
 from utils.training.optim import ParameterGroup
 from utils.training.random import rng
@@ -44,33 +35,6 @@ RIDGES = [10.0**k for k in range(-8, 10)]  # candidates for lambda, as published
 FINER = [10.0**-0.5, 10.0**0.5]  # and, relative to the best of them, its neighbours on a grid twice as fine
 HELD_OUT = 0.2  # share of a task's training features that chooses lambda, as published
 FIT, HELD = range(2)  # the two parts that the sums are kept in
-
-
-class RanPACConfig(AdapterKeys, RidgeKeys, TrainingKeys, StepKeys, FrozenViTKeys):
-    """Ridge regression; keys of adapters and their training count only with `first_session`."""
-
-    legacy_keys: ClassVar[dict[str, str]] = {
-        **ClassIncrementalConfig.legacy_keys,
-        "head": "the ridge regression classifies",
-        "head_drift": "features never move once they have been read",
-    }
-
-    model_name: Literal["ranpac"] = key("ranpac", "The method.")
-    first_session: bool = key(False, "Train adapters on the first task; false trains nothing.")
-
-    @property
-    def trains_adapters(self) -> bool:
-        return self.first_session
-
-    def unused_rules(self) -> list[UnusedRule]:
-        training = [name for group in (AdapterKeys, TrainingKeys, StepKeys) for name in group.own_keys()]
-        return [(not self.first_session, "first_session is false", training), *super().unused_rules()]
-
-    def one_class_advice(self, task: int) -> str:
-        if not self.first_session or task > 0:
-            return ""
-        same = "tells such classes apart all the same, by features that adapters leave as they are"
-        return f'head "ranpac" {same}'
 
 
 class RanPACHead(ClosedFormHead):

@@ -15,21 +15,19 @@ Sources: SD-LoRA (Wu et al., ICLR 2025); gate and conditional growth as in the p
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from pydantic import AfterValidator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from backbone.lora import GumbelGate, LoRAVisionTransformer
+from models.config.sdlora import SDLoRAConfig
 from models.gumbel_figures import gate_figures
-from models.gumbel_growth import GateKeys, active_adapters_table, decide, not_finite_advice
+from models.gumbel_growth import active_adapters_table, decide, not_finite_advice
 from models.phase import EpochNote, Phase, StepResult
 from models.vit.class_incremental import ClassIncrementalLearner
-from models.vit.config import ClassIncrementalConfig
-from utils.config.schema import Conflict, Count, CountOrZero, Rate, RateOrZero, UnusedRule, key
 from utils.console import progress
 from utils.errors import Interrupted
 from utils.gumbel_utils import gumbel_sparsemax, newcomer_logits, sparsemax, sparsity_loss
@@ -42,120 +40,6 @@ from utils.training.random import rng
 logger = logging.getLogger("nested_lora")
 
 Batch = tuple[Tensor, Tensor]  # images (B, 3, S, S) and incremental labels (B,)
-
-
-STEPLR_KEYS = ("init_milestones", "init_lr_decay", "milestones", "lrate_decay")
-FIRST_TASK_KEYS = ("init_lr", "init_milestones", "init_lr_decay", "init_weight_decay")
-LATER_TASK_KEYS = ("lrate", "milestones", "lrate_decay", "weight_decay")
-TRAINING_KEYS = ("optimizer", "scheduler", "min_lr", "batch_size", "grad_accumulation", "augmentation")
-
-
-def _ascending(pairs: list[list[int]]) -> list[list[int]]:
-    if any(len(pair) != 2 for pair in pairs):
-        raise ValueError("holds an item that is no [task, rank]")
-    tasks = [task for task, _ in pairs]
-    if tasks != sorted(set(tasks)):
-        raise ValueError("tasks are not in ascending order")
-    return pairs
-
-
-RankSchedule = Annotated[list[list[Count]], AfterValidator(_ascending)]
-
-
-class SDLoRAConfig(GateKeys):
-    """Config of SD-LoRA, and with a gate of Gumbel CL-LoRA.
-
-    `init_*` keys are those of the first task, the others those of later tasks, as in the published files.
-    """
-
-    legacy_keys: ClassVar[dict[str, str]] = {
-        **ClassIncrementalConfig.legacy_keys,
-        "tuned_epoch": "a schedule spans the epochs of its task",
-    }
-
-    model_name: Literal["sdlora"] = key("sdlora", "The method.")
-
-    init_epoch: CountOrZero = key(20, "Epochs of the first task.")
-    init_lr: Rate = key(0.008, "Learning rate of the first task.")
-    init_milestones: list[Count] = key([], 'Epochs after which "steplr" lowers the first task\'s rate.')
-    init_lr_decay: float = key(0.1, 'Factor of each of these steps of "steplr".', ge=0, le=1)
-    init_weight_decay: RateOrZero = key(0.0, "Weight decay of the first task.")
-    epochs: CountOrZero = key(20, "Epochs of every later task.")
-    lrate: Rate = key(0.008, "Learning rate of later tasks.")
-    milestones: list[Count] = key([], 'Epochs after which "steplr" lowers a later task\'s rate.')
-    lrate_decay: float = key(0.1, 'Factor of each of these steps of "steplr".', ge=0, le=1)
-    weight_decay: RateOrZero = key(0.0, "Weight decay of later tasks.")
-    scheduler: Literal["cosine", "steplr", "constant"] = key(
-        "cosine", "Schedule of learning rates, by epoch."
-    )
-    min_lr: RateOrZero = key(0.0, 'Where "cosine" ends.')
-
-    lora_rank: int = key(10, "Rank of an adapter; 10 as published.", ge=1, le=4096)
-    lora_rank_schedule: RankSchedule = key(
-        [],
-        "[[task, rank], ...]: from this task on (counted from 0) adapters have this rank; SD-LoRA-RR.",
-        "a list of [task, rank], such as [[4, 8], [8, 6]], from task 1 on, ascending",
-    )
-    sdlora_scaling: Literal["carry", "reset"] = key(
-        "carry", 'At a new task, earlier adapters weigh what they did, or "reset": all alike, as published.'
-    )
-    classifier_init: Literal["auto", "torch_default", "kaiming_linear"] = key(
-        "auto",
-        'How new classifier rows of d weights are drawn: uniformly up to 1 / sqrt(d) ("torch_default") or '
-        'sqrt(3 / d) ("kaiming_linear", as published); "auto" is the latter where sdlora_scaling is "reset".',
-    )
-
-    @property
-    def row_init(self) -> str:
-        """Initialisation of classifier rows by `classifier_init`: "torch_default" or "kaiming_linear"."""
-        if self.classifier_init != "auto":
-            return self.classifier_init
-        return "kaiming_linear" if self.sdlora_scaling == "reset" else "torch_default"
-
-    def rank_of(self, task: int) -> int:
-        """Rank of the adapter that a task adds."""
-        return next(
-            (rank for first, rank in reversed(self.lora_rank_schedule) if task >= first), self.lora_rank
-        )
-
-    def conflicts(self) -> list[Conflict]:
-        """Ranks beyond the backbone's width, a schedule that would raise a learning rate."""
-        found = super().conflicts()
-        shape = self.known_backbone()
-        scheduled = [rank for _, rank in self.lora_rank_schedule]
-        for name, ranks in (("lora_rank", [self.lora_rank]), ("lora_rank_schedule", scheduled)):
-            if shape is not None and max(ranks, default=1) > shape.width:
-                sentence = f"tokens have width {shape.width}; allowed: ranks from 1 to {shape.width}"
-                found.append(((name, "backbone_type"), sentence))
-        found += self.min_lr_conflicts(("init_lr", "lrate"))
-        return found
-
-    def unused_rules(self) -> list[UnusedRule]:
-        scheduler = f'scheduler is "{self.scheduler}"'
-        return [
-            (self.scheduler != "steplr", scheduler, STEPLR_KEYS),
-            (self.scheduler != "cosine", scheduler, ("min_lr",)),
-            (not self.init_milestones, "no init_milestones", ("init_lr_decay",)),
-            (not self.milestones, "no milestones", ("lrate_decay",)),
-            (self.init_epoch == 0, "init_epoch is 0", FIRST_TASK_KEYS),
-            (self.epochs == 0, "epochs is 0", LATER_TASK_KEYS),
-            (self.init_epoch == self.epochs == 0, "no epoch trains anything", TRAINING_KEYS),
-            *super().unused_rules(),
-        ]
-
-    def one_class_advice(self, task: int) -> str:
-        other = 'use larger tasks, or model_name "finetune" with head "cosine" or "ranpac"'
-        return f"the classifier cannot tell such classes apart: {other}"
-
-    def warnings(self, nb_seeds: int = 1) -> list[str]:
-        """An optimizer that the published code does not use."""
-        found = super().warnings(nb_seeds)
-        if self.optimizer == "adam":
-            found.append(
-                'optimizer = "adam" is honoured as AdamW; published SD-LoRA files name it, and the published '
-                'code trains with SGD whatever they say: use "sgd" to compare with it'
-            )
-        return found
 
 
 class SDLoRA(ClassIncrementalLearner):

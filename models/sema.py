@@ -23,7 +23,6 @@ design.
 import functools
 import logging
 from collections.abc import Iterator
-from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -32,21 +31,12 @@ from backbone.consolidation import Consolidation
 from backbone.sema_block import SEMAModules, is_learning
 from backbone.sema_components import NestedLoRAAdapter
 from backbone.vit_sema import SEMAVisionTransformer
+from models.config.sema import SEMAConfig
 from models.heads import build_heads
 from models.phase import Phase, StepResult
 from models.vit.class_incremental import ClassIncrementalLearner
-from models.vit.config import (
-    AdapterKeys,
-    ClassIncrementalConfig,
-    FrozenViTKeys,
-    HeadKeys,
-    RidgeKeys,
-    StepKeys,
-    TrainingKeys,
-)
 from models.vit.task_inputs import Batch
 from models.vit.training import adapter_spec, functional_groups, train_functional
-from utils.config.schema import Conflict, CountOrZero, Rate, UnusedRule, key
 from utils.console import progress
 from utils.errors import Interrupted
 from utils.training.optim import GroupedOptimizer, ParameterGroup, trainable
@@ -56,152 +46,6 @@ logger = logging.getLogger("nested_lora")
 
 CONSOLIDATION_IMAGES = 128  # images of the task that consolidation looks at
 CONSOLIDATION_TOKENS = 32  # tokens of each of them
-
-
-class SEMAConfig(AdapterKeys, HeadKeys, RidgeKeys, TrainingKeys, StepKeys, FrozenViTKeys):
-    """Config of SEMA and of Nested LoRA on it; defaults are the published values, or the specification's."""
-
-    legacy_keys: ClassVar[dict[str, str]] = {
-        **ClassIncrementalConfig.legacy_keys,
-        "init_epoch": "func_epoch and rd_epoch say how long",
-        "epochs": "func_epoch and rd_epoch say how long",
-        "tuned_epoch": "func_epoch and rd_epoch say how long",
-        "init_lr_decay": "the schedule is a cosine",
-        "init_milestones": "the schedule is a cosine",
-        "lrate": "init_lr and rd_lr are the learning rates",
-        "lrate_decay": "the schedule is a cosine",
-        "milestones": "the schedule is a cosine",
-        "scheduler": "the schedule is a cosine",
-        "init_weight_decay": "weight_decay is used in every task",
-        "ffn_adapt": "every block carries adapters",
-        "ffn_option": "adapters are parallel to the MLP",
-        "ffn_adapter_init_option": "adapters start at zero, down-projections Kaiming-uniform",
-        "ffn_adapter_layernorm_option": "adapters have no layer norm",
-        "dropout": "adapters have no dropout, as in the published code",
-        "d_model": "read from the backbone",
-        "vpt_on": "no prompts",
-        "vpt_num": "no prompts",
-    }
-    lr_keys: ClassVar[tuple[str, ...]] = (*AdapterKeys.lr_keys, "rd_lr")
-
-    model_name: Literal["sema"] = key("sema", "The method.")
-
-    expansion: Literal["novelty", "always", "never"] = key(
-        "novelty", "Growing blocks gain an adapter where data are new, once in every task, or never."
-    )
-    rd_epoch: CountOrZero = key(20, "Epochs of a representation descriptor phase.")
-    rd_lr: Rate = key(0.01, "Learning rate of representation descriptors.")
-    rd_dim: int = key(128, "Width of a descriptor's bottleneck.", ge=1, le=16384)
-    rd_views: int = key(
-        2,
-        "Augmented views per image that descriptors train on in turn; 0 = new ones every epoch, as "
-        "published. z-scores compare with errors on other views, so thresholds keep their meaning; with 2 "
-        "they agreed better with 0 than with 1 (exps/RESULTS.md).",
-        ge=0,
-        le=1000,
-    )
-    buffer_size: int = key(
-        500, "Reconstruction errors a descriptor's running statistics keep.", ge=3, le=10**6
-    )
-    exp_threshold: float = key(
-        2.0, "A block is novel if all adapters' mean z-scores exceed it.", ge=0, le=1e9
-    )
-    detect_batch_size: int = key(128, "Images in a batch of the novelty scan.", ge=2, le=10**6)
-
-    nested_lora_freeze: Literal["task", "never"] = key(
-        "task", 'Adapters freeze with their task (SEMA), or "never": all go on learning in later tasks.'
-    )
-    nested_lora_use_consolidation: bool = key(False, "At task ends, move fast into slow; reset fast.")
-    nested_lora_consolidation: Literal["weights", "function", "interpolate"] = key(
-        "weights",
-        "Add fast's tensors to slow's; refit slow to slow(x) + alpha * fast(x); or move slow's hidden units "
-        'a share alpha of the way to those that fast made of them (needs nested_lora_reset "aligned").',
-    )
-    nested_lora_consolidation_alpha: float = key(0.1, "Share of fast that moves into slow.", ge=0, le=1)
-    nested_lora_consolidation_schedule: Literal["constant", "mean"] = key(
-        "constant", "alpha in every task, or alpha / (task + 1): with alpha 1, slow is the mean over tasks."
-    )
-    nested_lora_reset: Literal["lora", "zeros", "aligned"] = key(
-        "lora",
-        "Fast restarts as a new LoRA; all zero, after which it cannot learn; or on slow's hidden units "
-        '("aligned", where it also starts before the first task).',
-    )
-
-    @property
-    def distinct_rd_views(self) -> int:
-        """Views of an image that descriptors train on in turn, at most as many as there are; 0 = new ones."""
-        if self.augmentation == "none":
-            return 1
-        return min(self.rd_views, self.cache_views) if self.cache_views else self.rd_views
-
-    @property
-    def repeats_rd_views(self) -> bool:
-        """Whether descriptors train on a view more than once though an image has others."""
-        return 0 < self.distinct_rd_views < self.rd_epoch and self.augmentation != "none"
-
-    @property
-    def consolidates(self) -> bool:
-        """Whether there are two branches and fast moves into slow at task ends."""
-        return self.nested and self.nested_lora_use_consolidation
-
-    @property
-    def aligned(self) -> bool:
-        """Whether fast starts every task on the hidden units of slow."""
-        return self.consolidates and self.nested_lora_reset == "aligned"
-
-    @property
-    def grows(self) -> bool:
-        return self.expansion != "never"
-
-    @property
-    def trains(self) -> bool:
-        return super().trains or (self.grows and self.rd_epoch > 0)
-
-    @property
-    def freezes(self) -> bool:
-        """Whether adapters freeze with their task (SEMA's rule)."""
-        return not (self.nested and self.nested_lora_freeze == "never")
-
-    def conflicts(self) -> list[Conflict]:
-        """Hidden units that are interpolated though they do not belong together."""
-        found = super().conflicts()
-        if self.consolidates and self.nested_lora_consolidation == "interpolate" and not self.aligned:
-            fault = "units of slow and fast do not belong together"
-            sentence = f'{fault}; allowed with "interpolate": reset "aligned"'
-            found.append((("nested_lora_consolidation", "nested_lora_reset"), sentence))
-        return found
-
-    def unused_rules(self) -> list[UnusedRule]:
-        descriptors = ("rd_lr", "rd_views", "buffer_size", "exp_threshold")
-        growth = ("rd_epoch", "rd_dim", "detect_batch_size", *descriptors)
-        schedule = "nested_lora_consolidation_schedule"
-        shares = ("nested_lora_consolidation_alpha", schedule)
-        consolidation = ("nested_lora_consolidation", "nested_lora_reset", *shares)
-        off = self.nested and not self.nested_lora_use_consolidation
-        nothing_moves = self.consolidates and self.nested_lora_consolidation_alpha == 0
-        fast_is_zero = self.nested_lora_lr_fast == 0 and self.nested_lora_consolidation != "weights"
-        return [
-            (off, "nested_lora_use_consolidation is false", consolidation),
-            (nothing_moves, "nested_lora_consolidation_alpha is 0", (schedule,)),
-            (not self.grows, 'expansion is "never"', growth),
-            (self.expansion == "always", 'expansion is "always"', ("exp_threshold",)),
-            (self.rd_epoch == 0, "rd_epoch is 0", descriptors),
-            (self.augmentation == "none", 'augmentation is "none"', ("rd_views",)),
-            (self.consolidates and fast_is_zero, "nested_lora_lr_fast is 0", shares),
-            *super().unused_rules(),
-            (
-                not self.grows and self.freezes,
-                "adapters learn in the first task only",
-                ("head_drift", schedule),
-            ),
-        ]
-
-    def warnings(self, nb_seeds: int = 1) -> list[str]:
-        """The reset after which fast cannot learn."""
-        found = super().warnings(nb_seeds)
-        if self.consolidates and self.nested_lora_reset == "zeros":
-            found.append('nested_lora_reset = "zeros" leaves fast with zero gradients for ever; use "lora"')
-        return found
 
 
 class SEMA(ClassIncrementalLearner):

@@ -7,32 +7,12 @@ images of class c in the test view. Source: Zhou et al., *Revisiting Class-Incre
 Pre-Trained Models: Generalizability and Adaptivity are All You Need*, IJCV 2024.
 """
 
-from typing import ClassVar, Literal
-
 from torch import nn
 
 from backbone.vit_sema import SEMAVisionTransformer
+from models.config.simplecil import SimpleCILConfig
 from models.vit.class_incremental import ClassIncrementalLearner
 from models.vit.closed_form import PrototypeHead
-from models.vit.config import ClassIncrementalConfig, FrozenViTKeys
-from utils.config.schema import key
-
-
-class SimpleCILConfig(FrozenViTKeys):
-    """Features of the frozen ViT; no keys of training."""
-
-    legacy_keys: ClassVar[dict[str, str]] = {
-        **ClassIncrementalConfig.legacy_keys,
-        "batch_size": "nothing is trained",
-        "grad_accumulation": "nothing is trained",
-        "augmentation": "nothing is trained",
-        "ranpac_dim": "class means classify",
-    }
-
-    augmentation: ClassVar[str] = "none"  # no keys: nothing is trained
-    cache_views: ClassVar[int] = 0
-
-    model_name: Literal["simplecil"] = key("simplecil", "The method.")
 
 
 class SimpleCIL(ClassIncrementalLearner):

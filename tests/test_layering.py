@@ -28,6 +28,7 @@ ROOMS = (
     "models.phase",
     "models.base",
     "models.vit",
+    "models.config",
     "models.shared_subspace",
     "models",
     "trainer",
@@ -50,9 +51,15 @@ def room_of(module: str) -> str:
 
 
 def imported(path: Path) -> set[str]:
-    """Our modules that a file imports, at any depth of its code and for type checking as well."""
+    """Our modules that a file imports: at any depth of its code, for type checking, or named in a text.
+
+    A text such as "models.sema.SEMA" is an import path: whoever writes it imports that file in the end.
+    """
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            named = node.value.rpartition(".")[0]
+            found |= {named} if "." in named and named in MODULES else set()
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):

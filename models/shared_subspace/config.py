@@ -69,7 +69,10 @@ class SharedSubspaceConfig(RunConfig):
 
     metrics: ClassVar[tuple[MetricSpec, ...]] = GRIDS
     editable_keys: ClassVar[frozenset[str]] = RunConfig.editable_keys | {"save_every"}
-    model_name: Literal["shared_subspace"] = key("shared_subspace", "The method.")
+    model_name: Literal["shared_subspace"] = key(
+        "shared_subspace",
+        "Tasks on 8x8 grids that share primitives: do they share a subspace of one network.",
+    )
 
     colours: int = key(5, "Number of colours, the background included.", ge=MIN_COLOURS, le=MAX_COLOURS)
     primitives: Names = key(

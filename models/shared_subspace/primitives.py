@@ -6,17 +6,19 @@
 
 A grid is an integer tensor (..., 8, 8) of colours 0 .. C - 1; colour 0 is the empty background. Primitives
 return new memory and work on any number of grids at once. Nothing is random here: parameters are drawn in
-`tasks.py`. A new primitive is one function and one line in `PRIMITIVES`.
+`tasks.py`. A new primitive is one function and one line in `PRIMITIVES`. Functions use tensors' own methods:
+the config names the primitives, and is checked before PyTorch is imported.
 """
+
+from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import combinations, product
-from typing import Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
-import torch
-from torch import Tensor
-from torch.nn import functional as F
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SIDE = 8  # cells along an edge of a grid
 EMPTY = 0  # the background's colour
@@ -28,7 +30,7 @@ SIDES: tuple[Side, ...] = get_args(Side)  # by the number of quarter turns that 
 
 def rotate(grids: Tensor, quarters: int) -> Tensor:
     """Counter-clockwise rotation by quarter turns."""
-    return torch.rot90(grids, quarters, (-2, -1))
+    return grids.rot90(quarters, (-2, -1))
 
 
 def reflect(grids: Tensor, order: Literal["rows", "columns"]) -> Tensor:
@@ -49,7 +51,7 @@ def shift(grids: Tensor, side: Side, cells: int) -> Tensor:
 
 def cycle_colours(grids: Tensor, by: int, circle: int) -> Tensor:
     """Cyclic shift of colours 1 .. circle by `by`; the background stays."""
-    return torch.where(grids == EMPTY, grids, (grids - 1 + by) % circle + 1)
+    return grids.where(grids == EMPTY, (grids - 1 + by) % circle + 1)
 
 
 def swap_colours(grids: Tensor, first: int, second: int) -> Tensor:
@@ -69,14 +71,16 @@ def negate(grids: Tensor, colour: int) -> Tensor:
 
 def frame(grids: Tensor, colour: int) -> Tensor:
     """Border of the grid in a colour."""
-    framed = torch.full_like(grids, colour)
+    framed = grids.new_full(grids.shape, colour)
     framed[..., 1:-1, 1:-1] = grids[..., 1:-1, 1:-1]
     return framed
 
 
 def outline(grids: Tensor, colour: int) -> Tensor:
     """Outline of the foreground: empty cells beside a filled one (4-neighbourhood) get a colour."""
-    filled = F.pad(grids != EMPTY, (1, 1, 1, 1))
+    inner = grids != EMPTY
+    filled = inner.new_zeros(*grids.shape[:-2], SIDE + 2, SIDE + 2)
+    filled[..., 1:-1, 1:-1] = inner
     vertical = filled[..., :-2, 1:-1] | filled[..., 2:, 1:-1]
     horizontal = filled[..., 1:-1, :-2] | filled[..., 1:-1, 2:]
     return grids.masked_fill((vertical | horizontal) & (grids == EMPTY), colour)
@@ -86,7 +90,7 @@ def fall(grids: Tensor, side: Side) -> Tensor:
     """Gravity towards a side: filled cells slide there and keep their order."""
 
     def rise(upright: Tensor) -> Tensor:
-        order = (upright == EMPTY).to(torch.uint8).argsort(dim=-2, stable=True)
+        order = (upright == EMPTY).byte().argsort(dim=-2, stable=True)
         return upright.gather(-2, order)
 
     return _at_top(grids, side, rise)
@@ -96,16 +100,22 @@ def mirror(grids: Tensor, side: Side) -> Tensor:
     """Mirror image of the half at a side, in place of the other half."""
 
     def reflect_down(upright: Tensor) -> Tensor:
-        upper = upright[..., : SIDE // 2, :]
-        return torch.cat([upper, upper.flip(-2)], dim=-2)
+        mirrored = upright.clone()
+        mirrored[..., SIDE // 2 :, :] = upright[..., : SIDE // 2, :].flip(-2)
+        return mirrored
 
     return _at_top(grids, side, reflect_down)
 
 
 def cut(grids: Tensor, side: Side) -> Tensor:
     """Removal of the half at a side."""
-    rows = torch.arange(SIDE, device=grids.device)[:, None]
-    return _at_top(grids, side, lambda upright: upright.masked_fill(rows < SIDE // 2, EMPTY))
+
+    def empty_upper(upright: Tensor) -> Tensor:
+        emptied = upright.clone()
+        emptied[..., : SIDE // 2, :] = EMPTY
+        return emptied
+
+    return _at_top(grids, side, empty_upper)
 
 
 def zoom(grids: Tensor, row: int, column: int) -> Tensor:
@@ -117,7 +127,7 @@ def zoom(grids: Tensor, row: int, column: int) -> Tensor:
 def _at_top(grids: Tensor, side: Side, change: Callable[[Tensor], Tensor]) -> Tensor:
     """`change` applied to the grids turned so that a side is the upper one, turned back."""
     turns = SIDES.index(side)
-    return torch.rot90(change(torch.rot90(grids, turns, (-2, -1))), -turns, (-2, -1))
+    return change(grids.rot90(turns, (-2, -1))).rot90(-turns, (-2, -1))
 
 
 def _colours(colours: int) -> list[tuple[int]]:

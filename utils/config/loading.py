@@ -11,7 +11,7 @@ inherited, and null takes an inherited key back to its default.
 
 import json
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,7 +30,7 @@ from utils.config.messages import (
     shown,
     type_name,
 )
-from utils.config.schema import SEEDS_ALLOWED, RunConfig, Seeds, check_text, key, with_reasons
+from utils.config.schema import SEEDS_ALLOWED, Conflict, RunConfig, Seeds, check_text, key, with_reasons
 from utils.errors import UserError
 
 BASE_KEY = "base"
@@ -39,11 +39,16 @@ Schemas = Mapping[str, type[RunConfig]]
 
 
 class ConfigError(UserError):
-    """A config that cannot be run; `problems` holds one line per mistake."""
+    """A config that cannot be run; `problems` holds one line per mistake.
 
-    def __init__(self, source: str, problems: Sequence[str]) -> None:
+    unchecked: keys whose values are looked at only when these mistakes are mended.
+    """
+
+    def __init__(self, source: str, problems: Sequence[str], unchecked: Sequence[str] = ()) -> None:
         self.problems = list(problems)
         heading = f"{source}: {len(problems)} problem{'s' if len(problems) > 1 else ''}"
+        if unchecked:
+            heading += f" ({' and '.join(unchecked)} not looked at yet)"
         super().__init__("\n  - ".join([heading, *problems]))
 
 
@@ -263,11 +268,21 @@ def _check(draft: Draft, schemas: Schemas, source: str) -> LoadedConfig:
         config = schema.model_validate(sound)
     except ValidationError:  # a required key is missing, which is reported, and no conflict can be judged
         raise ConfigError(source, problems) from None
-    for names, sentence in config.conflicts() if draft.complete else []:
-        if faults.keys().isdisjoint(names):
-            label = ", ".join(_assignment(name, values, origins, getattr(config, name)) for name in names)
-            problems.append(sentence if sentence.startswith(names[0]) else f"{label}: {sentence}")
+
+    judged = set(faults)
+
+    def told(conflicts: Sequence[Conflict]) -> Iterator[str]:
+        for names, sentence in conflicts:
+            if faults.keys().isdisjoint(names):
+                judged.update(names)
+                label = ", ".join(_assignment(name, values, origins, getattr(config, name)) for name in names)
+                yield sentence if sentence.startswith(names[0]) else f"{label}: {sentence}"
+
+    if draft.complete:
+        problems += told(config.conflicts())
     if problems:
+        raise ConfigError(source, problems, [name for name in config.unchecked_keys() if name not in judged])
+    if problems := list(told(config.late_conflicts())):
         raise ConfigError(source, problems)
     legacy = {name: schema.legacy_keys[name] for name in values if name in schema.legacy_keys}
     unused = with_reasons(legacy | config.unused_keys())

@@ -10,14 +10,14 @@ group is asked.
 """
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
 from utils.errors import UserError
 from utils.metric_catalogue import MetricSpec
-from utils.training.device import resolve_device
+from utils.training.device_names import ALWAYS_THERE, check_device_name
 
 MAX_COUNT = 10**6  # of batches, epochs, images, ...: a larger number is a typing mistake
 MAX_PATH_BYTES, MAX_NAME_BYTES = 4096, 255  # limits of file systems: a whole path, each name in it
@@ -168,8 +168,20 @@ class RunConfig(BaseModel):
     # --- rules; a subclass extends those of super() -------------------------------------------------------
 
     def conflicts(self) -> list[Conflict]:
-        """Keys that are valid one by one and impossible together or on this machine."""
+        """Keys that are valid one by one and impossible together, as far as can be told at once."""
         return [*self._device_conflicts(), *self._folder_conflicts()]
+
+    def unchecked_keys(self) -> list[str]:
+        """Keys that `late_conflicts` has something to say about."""
+        return [] if self.device in ALWAYS_THERE else ["device"]
+
+    def late_conflicts(self) -> list[Conflict]:
+        """Conflicts that only PyTorch or timm can tell: asked for where nothing else is wrong."""
+        if "device" not in self.unchecked_keys():
+            return []
+        from utils.training.device import resolve_device  # here: it imports PyTorch
+
+        return _told("device", lambda: resolve_device(self.device))
 
     def unused_rules(self) -> list[UnusedRule]:
         """When keys have no effect given the others; of several reasons for a key the first is told.
@@ -225,11 +237,7 @@ class RunConfig(BaseModel):
         return {name: (ours[name], theirs[name]) for name in names if ours[name] != theirs[name]}
 
     def _device_conflicts(self) -> list[Conflict]:
-        try:
-            resolve_device(self.device)
-        except UserError as error:
-            return [(("device",), str(error))]
-        return []
+        return _told("device", lambda: check_device_name(self.device))
 
     def _folder_conflicts(self) -> list[Conflict]:
         try:
@@ -243,6 +251,15 @@ class RunConfig(BaseModel):
         fault = f"the run folder's path would have {whole} bytes, its longest name {max(names)}"
         way_out = "shorten prefix, logs_root, or the names of dataset and backbone_type"
         return [(("prefix", "logs_root"), f"{fault}; allowed: {max_path} and {max_name}; {way_out}")]
+
+
+def _told(name: str, check: Callable[[], object]) -> list[Conflict]:
+    """The conflict of a key for which a check raises UserError."""
+    try:
+        check()
+    except UserError as error:
+        return [((name,), str(error))]
+    return []
 
 
 def with_reasons(reasons: Mapping[str, str]) -> str:

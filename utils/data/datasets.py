@@ -15,8 +15,6 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
-import torchvision
 
 from utils.data.download import fetch_asset
 from utils.data.folders import FolderScan, class_folders, from_folder, from_lists
@@ -39,6 +37,8 @@ def _synthetic(name: str, data_root: Path, cache: Path | None) -> Dataset:
 
 def _mnist_5k(name: str, data_root: Path, cache: Path | None) -> Dataset:
     """500 images per digit in stored order: the first 400 for training, the last 100 for the test."""
+    import pandas as pd  # here: a config is checked before anything heavy is imported
+
     path = fetch_asset("mnist_5k", data_root)
     table = np.loadtxt(path, delimiter=",", dtype=np.uint8)  # (5000, 784 pixels and the label)
     images, labels = table[:, :-1].reshape(-1, 28, 28), table[:, -1].astype(np.int64)
@@ -50,6 +50,8 @@ def _mnist_5k(name: str, data_root: Path, cache: Path | None) -> Dataset:
 
 def _torchvision(kind: str, name: str, data_root: Path, cache: Path | None) -> Dataset:
     """torchvision's data set `kind`: the .npz in data_root, else its own files or download."""
+    import torchvision  # here, as pandas
+
     npz = data_root / DATASETS[name].places[0]
     if _holds_data(npz):
         return from_npz(name, npz)

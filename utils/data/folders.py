@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 
 from utils.cache.file_memo import FileMemo
 from utils.data.image_files import DECODER, check_images, is_utf8, printable, why_bad
@@ -176,6 +175,8 @@ def from_lists(name: str, path: Path, lists: dict[str, list[Path]], cache: Path 
         UserError: a line of another form, classes that are not numbered one to one from 0 to C - 1, or as
             from `from_files`.
     """
+    import pandas as pd  # here: class names are listed before anything heavy is imported
+
     rows = pd.DataFrame(
         [(split, *row) for split, group in lists.items() for file in group for row in _listed(file)],
         columns=["split", "file", "class", "number"],

@@ -6,18 +6,22 @@ images = dataset.train.batch(indices)                   # (B, 3, H, W), or a lis
 dataset.train.content_sha256(indices)                   # names the content of these images
 """
 
+from __future__ import annotations
+
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from utils.cache.file_memo import FileMemo
 from utils.data.image_files import decode, why_bad
 from utils.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor  # imported where tensors are made: a config is checked before PyTorch is there
 
 HASHED = 1024  # images hashed at a time
 
@@ -36,6 +40,8 @@ class ImageSet:
 
     def batch(self, indices: np.ndarray) -> Tensor | list[Tensor]:
         """Several images: uint8 (B, 3, H, W), or a list of (3, H, W) where sizes differ or there are none."""
+        import torch
+
         images = [self[index] for index in indices]
         return torch.stack(images) if len({image.shape for image in images}) == 1 else images
 
@@ -56,6 +62,8 @@ class ArrayImages(ImageSet):
 
     def batch(self, indices: np.ndarray) -> Tensor:
         """Several images, uint8 (B, 3, H, W)."""
+        import torch
+
         images = self.images[indices]
         images = images if images.shape[-1] == 3 else np.repeat(images, 3, axis=-1)
         return torch.from_numpy(images).permute(0, 3, 1, 2)
@@ -90,6 +98,8 @@ class FolderImages(ImageSet):
         return hashlib.sha256("".join(self.hashes[index] for index in indices).encode()).hexdigest()
 
     def __getitem__(self, index: int) -> Tensor:
+        import torch
+
         path = self.paths[index]
         try:
             content = path.read_bytes()

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from utils.data.batches import BatchDataset, load_batches, stored_views, workers_that_fit
 from utils.data.image_sets import Dataset
+from utils.data.splits import tasks_of
 from utils.data.transforms import ViewSpec
 from utils.errors import UserError
 from utils.training.distributed import DistributedContext
@@ -233,9 +234,3 @@ class DataManager:
                 f'mode={mode!r}, key={view}: mode is "train" or "test", and only "train" has a key'
             )
         return self.train_view if mode == "train" else self.test_view
-
-
-def tasks_of(classes: int, init_cls: int, increment: int, max_tasks: int | None) -> list[range]:
-    """The incremental labels of every task of a sequence; the last task may be shorter."""
-    starts = [0, *range(init_cls, classes, increment)]
-    return [range(a, b) for a, b in zip(starts, [*starts[1:], classes], strict=True)][:max_tasks]

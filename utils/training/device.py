@@ -8,7 +8,6 @@ with autocast(device, "bf16"):
 import contextlib
 import ctypes
 import hashlib
-import re
 import resource
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,12 +18,11 @@ import torch
 from torch import Tensor
 
 from utils.errors import UserError
+from utils.training.device_names import check_device_name
 
 Item = TypeVar("Item")
-GPU_NUMBER = re.compile("[0-9]{1,4}")
 END = object()  # what `one_ahead` takes for the end of its items
 MEMORY_KEYS = ("batch_size", "grad_accumulation", "eval_batch_size")  # of a config
-DEVICES = 'allowed: "auto", "cpu", "mps", "cuda", "cuda:N", or a published list such as ["0"] or ["-1"]'
 
 
 def resolve_device(spec: str | int | list[str | int]) -> tuple[torch.device, str | None]:
@@ -36,6 +34,7 @@ def resolve_device(spec: str | int | list[str | int]) -> tuple[torch.device, str
     Raises:
         UserError: the name is unknown, or the device was asked for by name and is absent.
     """
+    check_device_name(spec)
     if isinstance(spec, (list, tuple)):
         return _resolve_list(spec)
     name = str(spec).lower()
@@ -49,24 +48,18 @@ def resolve_device(spec: str | int | list[str | int]) -> tuple[torch.device, str
                 'device = "mps" was asked for, but this PyTorch sees no MPS device; use "auto" or "cpu"'
             )
         return torch.device("mps"), None
-    index = name.partition(":")[2]
-    if re.fullmatch(r"cuda(:[0-9]{1,4})?", name):
-        if int(index or 0) >= torch.cuda.device_count():
-            seen = torch.cuda.device_count()
-            raise UserError(
-                f'device = "{spec}" was asked for, but this PyTorch sees {seen} CUDA devices; '
-                'use "auto" or "cpu"'
-            )
-        return torch.device("cuda", int(index or 0)), None
-    if GPU_NUMBER.fullmatch(name):
+    if not name.startswith("cuda"):
         return _resolve_list([name])
-    raise UserError(f"device = {spec!r} is unknown; {DEVICES}")
+    index, seen = int(name.partition(":")[2] or 0), torch.cuda.device_count()
+    if index >= seen:
+        raise UserError(
+            f'device = "{spec}" was asked for, but this PyTorch sees {seen} CUDA devices; use "auto" or "cpu"'
+        )
+    return torch.device("cuda", index), None
 
 
 def _resolve_list(spec: list[str | int]) -> tuple[torch.device, str | None]:
     names = [str(item) for item in spec]
-    if not names or any(name != "-1" and not GPU_NUMBER.fullmatch(name) for name in names):
-        raise UserError(f"device = {spec!r} is unknown; {DEVICES}")
     if names[0] == "-1":
         return torch.device("cpu"), None
     if int(names[0]) < torch.cuda.device_count():

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from models.vit import weights
-from models.vit.pretrained import BACKBONES, backbone_shape, create_backbone
+from models.vit.backbones import BACKBONES, known_shape
+from models.vit.pretrained import backbone_shape, create_backbone
 from utils.errors import UserError
 
 TINY = "vit_tiny_patch16_224"
@@ -69,7 +70,7 @@ def test_published_short_names_mean_the_weights_of_their_pinned_timm():
     assert BACKBONES["pretrained_vit_b16_224_adapter"] == "vit_base_patch16_224.augreg2_in21k_ft_in1k"
     assert BACKBONES["pretrained_vit_b16_224_in21k_adapter"] == "vit_base_patch16_224.augreg_in21k"
     for name in BACKBONES:
-        backbone_shape(name, weights=None)
+        assert known_shape(name) == backbone_shape(name, weights=None)
 
 
 @pytest.mark.parametrize(

@@ -210,7 +210,7 @@ def test_what_a_method_does_not_use_is_not_refused() -> None:
     unused = {**blocks, "nested_lora_rank": 4096, "ffn_num": 8192, "min_lr": 1, "grad_accumulation": 100}
     assert check("ranpac", first_session=False, **unused)
     with pytest.raises(ConfigError) as caught:
-        check("ranpac", first_session=True, **unused)
+        check("ranpac", first_session=True, backbone_type="vit_base_patch16_224", **unused)
     assert len(caught.value.problems) >= 4
     assert check("simplecil", grad_accumulation=100)
     assert check("sdlora", scheduler="constant", min_lr=10)

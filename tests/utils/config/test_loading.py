@@ -1,6 +1,8 @@
 """Tests of `utils.config.loading`: files, bases and overrides become configs, or all mistakes are told."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,7 @@ import numpy as np
 import pytest
 
 from models import SCHEMAS
+from tests.conftest import ROOT
 from utils.config.loading import ConfigError, LoadedConfig, config_from_dict, load_config
 from utils.config.schema import RunConfig
 
@@ -104,7 +107,7 @@ def test_every_key_is_described_and_no_legacy_key_shadows_one(schema: type[RunCo
 def test_all_mistakes_come_in_one_message(tmp_path: Path) -> None:
     values = {
         "nested_lora_rnk": 8, "rd_lr": "0.01", "optimizer": "sdg", "init_cls": 120, "adapt_start_layer": 12,
-        "nested_lora_rank": 0, "seed": [], "device": "cuda:99", "increment": True, "adapt_end_layer": 10,
+        "nested_lora_rank": 0, "seed": [], "device": "cudda", "increment": True, "adapt_end_layer": 10,
     }  # fmt: skip
     path = write(tmp_path, values)
     found = problems_of(path, "detect_batch_size=1", "nonsense")
@@ -118,7 +121,7 @@ def test_all_mistakes_come_in_one_message(tmp_path: Path) -> None:
         ("increment = true", "a wrong type (a boolean)"),
         ("detect_batch_size = 1 (--set)", "too small"),
         ('init_cls = 120, dataset = "cifar224" (default)', "allowed: init_cls from 1 to 100"),
-        ('device = "cuda:99"', "CUDA devices"),
+        ("device = 'cudda' is unknown", 'allowed: "auto", "cpu"'),
         ("adapt_start_layer = 12, adapt_end_layer = 10", "allowed: adapt_start_layer <= adapt_end_layer"),
         ("adapt_start_layer = 12, backbone_type", "12 blocks; allowed: adapt_start_layer from 0 to 11"),
     ]
@@ -366,3 +369,39 @@ def test_tasks_of_one_class_are_counted_in_the_data(tmp_path: Path) -> None:
     np.savez(tmp_path / "mine.npz", **arrays, class_names=np.array(["a", "b", "c"]))
     (note,) = check(dataset="mine.npz", data_root=str(tmp_path), init_cls=2, increment=2).notes
     assert "task 1 of 0 to 1 brings one class" in note
+
+
+def test_what_pytorch_or_timm_must_be_asked_comes_when_the_rest_is_right(tmp_path: Path) -> None:
+    path = write(tmp_path, {"backbone_type": "vit_base_patch16_22", "device": "cuda:99"})
+    with pytest.raises(
+        ConfigError, match="1 problem \\(backbone_type and device not looked at yet\\)"
+    ) as caught:
+        load_config(path, ["batch_size=0"], SCHEMAS)
+    assert len(caught.value.problems) == 1
+    told = problems_of(path)
+    assert len(told) == 2 and "not known" in told[1] and "CUDA" in told[0]
+
+
+def test_a_config_is_checked_without_anything_heavy(tmp_path: Path) -> None:
+    """Every shipped file, a mistake in each: what takes seconds to import is not there before one is sound."""
+    script = """
+import sys
+from pathlib import Path
+from models import SCHEMAS
+from utils.config.loading import ConfigError, load_config
+from utils.sweeps.spec import load_sweep
+for path in sorted(Path("exps").rglob("*.json")):
+    load = load_sweep if "sweeps" in path.parts else load_config
+    try:
+        load(path, ["batch_size=0", "nested_lora_rnk=1"], SCHEMAS)
+    except ConfigError as error:
+        assert "too small" in str(error) or "nested_lora_rnk" in str(error), error
+    else:
+        raise AssertionError(path)
+heavy = ("torch", "timm", "torchvision", "pandas", "matplotlib", "scipy", "tensorboard")
+print([name for name in heavy if name in sys.modules])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.stdout.strip() == "[]", done.stderr

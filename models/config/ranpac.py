@@ -1,0 +1,42 @@
+"""Config of RanPAC (`models/ranpac.py`)."""
+
+from typing import ClassVar, Literal
+
+from models.vit.config import (
+    AdapterKeys,
+    ClassIncrementalConfig,
+    FrozenViTKeys,
+    RidgeKeys,
+    StepKeys,
+    TrainingKeys,
+)
+from utils.config.schema import UnusedRule, key
+
+
+class RanPACConfig(AdapterKeys, RidgeKeys, TrainingKeys, StepKeys, FrozenViTKeys):
+    """Ridge regression; keys of adapters and their training count only with `first_session`."""
+
+    legacy_keys: ClassVar[dict[str, str]] = {
+        **ClassIncrementalConfig.legacy_keys,
+        "head": "the ridge regression classifies",
+        "head_drift": "features never move once they have been read",
+    }
+
+    model_name: Literal["ranpac"] = key(
+        "ranpac", "RanPAC: ridge regression on random features of the frozen, or once adapted, network."
+    )
+    first_session: bool = key(False, "Train adapters on the first task; false trains nothing.")
+
+    @property
+    def trains_adapters(self) -> bool:
+        return self.first_session
+
+    def unused_rules(self) -> list[UnusedRule]:
+        training = [name for group in (AdapterKeys, TrainingKeys, StepKeys) for name in group.own_keys()]
+        return [(not self.first_session, "first_session is false", training), *super().unused_rules()]
+
+    def one_class_advice(self, task: int) -> str:
+        if not self.first_session or task > 0:
+            return ""
+        same = "tells such classes apart all the same, by features that adapters leave as they are"
+        return f'head "ranpac" {same}'

