@@ -10,24 +10,39 @@ python eval.py --run FOLDER --analyse cka grassmann probes units samples   a run
 FOLDER is a run's, such as logs/sema/mnist_5k/0/2/quickstart_1993_vit_small_patch14_reg4_dinov2.
 """
 
+# What needs PyTorch is imported inside functions, so that --help and usage errors answer at once.
+
 import argparse
 import shlex
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from utils.command_line import given_path, parse_or_advise
+from utils.command_line import chosen_command, given_path, parse_or_advise, refused_options
 from utils.console import attach_console, prepare_console
+
+TAKES = {  # options that each command takes beside its own; the first one given decides
+    "analyse": ("run", "images-per-class"),
+    "recorded": ("run",),
+    "checkpoint": (),
+    "run": (),
+}
+ONE_RUN = ("analyse", "recorded")  # commands that look at one run
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Arguments
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line's arguments."""
+    """The command line's arguments; exits with a usage error where they do not go together."""
     parser = argparse.ArgumentParser(
         description="Tables and figures of a run; its model rebuilt from a checkpoint and tested.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=__doc__,
     )
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument(
+    add = parser.add_argument
+    add(
         "--run",
         type=given_path,
         nargs="+",
@@ -35,32 +50,41 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help="a run folder: redraw its figures and test its last checkpoint; "
         "several: their mean and deviation",
     )
-    what.add_argument(
-        "--checkpoint", type=given_path, metavar="FOLDER", help="one checkpoint of a run: test it"
-    )
-    parser.add_argument(
-        "--recorded", action="store_true", help="with --run: only what the run recorded, no test"
-    )
-    parser.add_argument(
+    add("--checkpoint", type=given_path, metavar="FOLDER", help="one checkpoint of a run: test it")
+    add("--recorded", action="store_true", help="with --run: only what the run recorded, no test")
+    add(
         "--analyse",
         nargs="+",
         metavar="NAME",
         help="with --run: rebuild the network after every task; cka, grassmann, probes go to "
         "FOLDER/analysis; of a run on grids also units, samples",
     )
-    parser.add_argument(
+    add(
         "--images-per-class",
         type=int,
         metavar="N",
         help="with --analyse: test images of each class at most (default: 20)",
     )
     options = parse_or_advise(parser, arguments, way_out)
-    if not options.run and not options.checkpoint:
-        parser.error("one of --run FOLDER and --checkpoint FOLDER is needed")
-    if options.recorded and options.checkpoint:
-        parser.error("--recorded goes with --run")
-    check_analysis_options(parser, options)
+    for fault in usage_faults(options):
+        parser.error(fault)
     return options
+
+
+def usage_faults(options: argparse.Namespace) -> list[str]:
+    """Sentences about options that do not go together."""
+    command, runs = chosen_command(options, TAKES, "run"), options.run or []
+    least = options.images_per_class
+    rules = [
+        (not runs and not options.checkpoint, "one of --run FOLDER and --checkpoint FOLDER is needed"),
+        (command in ONE_RUN and len(runs) != 1, f"--{command} looks at one --run FOLDER"),
+        (
+            least is not None and least < 2,
+            f"--images-per-class {least}: at least 2, half of them test the probes",
+        ),
+    ]
+    refused = refused_options(options, TAKES, "run", "--run")
+    return [sentence for applies, sentence in rules if applies] + refused
 
 
 def way_out(name: str, values: list[str]) -> str:
@@ -75,24 +99,45 @@ def way_out(name: str, values: list[str]) -> str:
     )
 
 
-def check_analysis_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    """Exit with a usage error where the options around `--analyse` do not go together."""
-    if not options.analyse and options.images_per_class is not None:
-        parser.error("--images-per-class goes with --analyse")
-    if options.analyse and (options.checkpoint or options.recorded or len(options.run) > 1):
-        parser.error("--analyse looks at one --run: it takes no --checkpoint, --recorded or further folder")
-    if options.images_per_class is not None and options.images_per_class < 2:
-        parser.error(
-            f"--images-per-class {options.images_per_class}: at least 2, half of them test the probes"
-        )
+# ----------------------------------------------------------------------------------------------------------
+# Commands: functions from the options to lines of text
+
+
+def analyse(options: argparse.Namespace) -> Iterable[str]:
+    """Analyses of the networks that a run left."""
+    from models.inspection import analyse_run
+
+    return analyse_run(options.run[0], options.analyse, options.images_per_class)
+
+
+def show_checkpoint(options: argparse.Namespace) -> Iterable[str]:
+    """One checkpoint, tested."""
+    from models.inspection import show_checkpoint
+
+    return show_checkpoint(options.checkpoint)
+
+
+def show_runs(options: argparse.Namespace) -> Iterable[str]:
+    """Tables and figures of a run, its test unless --recorded; of several runs the mean."""
+    from models.inspection import show_run, show_seeds
+
+    if len(options.run) > 1:
+        return show_seeds(options.run)
+    return show_run(options.run[0], test=not options.recorded)
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], Iterable[str]]] = {
+    "analyse": analyse,
+    "recorded": show_runs,
+    "checkpoint": show_checkpoint,
+    "run": show_runs,
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Show what the command line asks for; the exit code: 0 done, 2 a mistake to mend."""
     prepare_console()
     options = parse(arguments)
-    # Imported after parsing, so that --help and usage errors answer at once.
-    from models.inspection import analyse_run, show_checkpoint, show_run, show_seeds
     from utils.errors import AGAIN, exit_code
     from utils.training.device import keep_freed_memory
 
@@ -100,15 +145,7 @@ def main(arguments: list[str] | None = None) -> int:
     keep_freed_memory()
 
     def show() -> None:
-        if options.analyse:
-            lines = analyse_run(options.run[0], options.analyse, options.images_per_class)
-        elif options.run and len(options.run) > 1:
-            lines = show_seeds(options.run)
-        elif options.run:
-            lines = show_run(options.run[0], test=not options.recorded)
-        else:
-            lines = show_checkpoint(options.checkpoint)
-        for line in lines:
+        for line in COMMANDS[chosen_command(options, TAKES, "run")](options):
             print(line)
 
     return exit_code(show, go_on=AGAIN)

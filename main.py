@@ -22,11 +22,10 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from utils.command_line import as_set, given_path, parse_or_advise
+from utils.command_line import as_set, at_least_one, given_path, parse_or_advise, refused_options
 from utils.console import attach_console, prepare_console
 from utils.errors import UserError, exit_code
 from utils.sweeps.executors import EXECUTORS
@@ -80,25 +79,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
-def at_least_one(text: str) -> int:
-    """A number of runs or repetitions; argparse tells the error."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: at least 1")
-    return int(text)
-
-
 def usage_faults(options: argparse.Namespace) -> list[str]:
     """Sentences about options that do not go together."""
-    values = vars(options).items()
-    given = {name.replace("_", "-") for name, value in values if value not in (None, False, [])}
-    command = next((name for name in TAKES if name in given), "run")
-    faults = []
-    if refused := given - {command, *TAKES[command]}:
-        subject, hint = f"--{command}", f"it takes {_dashed(TAKES[command]) or 'nothing'}"
-        if command == "run":
-            subject = "a run"
-            hint = f"allowed with {_dashed(name for name in TAKES if refused & {*TAKES[name]})}"
-        faults.append(f"{subject} takes no {_dashed(sorted(refused))}: {hint}")
+    faults = refused_options(options, TAKES, "run", "a run")
     rules = [
         (options.report and not options.sweep, "--report goes with --sweep"),
         (options.ray_address and options.engine != "ray", "--ray-address goes with --engine ray"),
@@ -109,10 +92,6 @@ def usage_faults(options: argparse.Namespace) -> list[str]:
         ),
     ]
     return faults + [sentence for applies, sentence in rules if applies]
-
-
-def _dashed(names: Iterable[str]) -> str:
-    return ", ".join(f"--{name}" for name in names)
 
 
 def way_out(name: str, values: list[str]) -> str:

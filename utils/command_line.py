@@ -2,13 +2,14 @@
 
 parser.add_argument("--run", type=given_path)
 options = parse_or_advise(parser, arguments, lambda name, value: f"write --set {name}={value}")
+faults = refused_options(options, TAKES, "run", "a run")     # TAKES: command -> options it takes
 """
 
 import argparse
 import json
 import os
 import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 
@@ -22,6 +23,49 @@ def given_path(text: str) -> Path:
         raise argparse.ArgumentTypeError("empty, or with a NUL character; allowed: a path")
     path = Path(os.path.expanduser(text))
     return path if path.name not in ("", "..") else Path(os.path.abspath(path))
+
+
+def at_least_one(text: str) -> int:
+    """A number of things as typed on a command line; argparse tells the error."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: at least 1")
+    return int(text)
+
+
+def given_options(options: argparse.Namespace) -> set[str]:
+    """Names of the options that were typed, with dashes."""
+    values = vars(options).items()
+    return {name.replace("_", "-") for name, value in values if value not in (None, False, [])}
+
+
+def chosen_command(options: argparse.Namespace, takes: Mapping[str, Sequence[str]], default: str) -> str:
+    """The command that the options ask for: the first of `takes` that is among them, else the default."""
+    return next((name for name in takes if name in given_options(options)), default)
+
+
+def refused_options(
+    options: argparse.Namespace, takes: Mapping[str, Sequence[str]], default: str, subject: str
+) -> list[str]:
+    """A sentence about options that the chosen command does not take, where there are any.
+
+    Args:
+        takes: command -> options that it takes beside its own.
+        default: the command where none is named; sentences call it `subject`.
+    """
+    command = chosen_command(options, takes, default)
+    refused = given_options(options) - {command, *takes[command]}
+    if not refused:
+        return []
+    hint = f"it takes {dashed(takes[command]) or 'nothing'}"
+    if command == default:
+        hint = f"allowed with {dashed(name for name in takes if refused & {*takes[name]})}"
+    named = subject if command == default else f"--{command}"
+    return [f"{named} takes no {dashed(sorted(refused))}: {hint}"]
+
+
+def dashed(names: Iterable[str]) -> str:
+    """Options as they are typed: "--run, --out"."""
+    return ", ".join(f"--{name}" for name in names)
 
 
 def parse_or_advise(

@@ -162,9 +162,9 @@ def test_an_unknown_analysis_is_a_sentence(copied: Path, capsys: pytest.CaptureF
     "arguments, expected",
     [
         (["--checkpoint", "x", "--analyse", "cka"], "one --run"),
-        (["--run", "x", "--analyse", "cka", "--recorded"], "one --run"),
+        (["--run", "x", "--analyse", "cka", "--recorded"], "takes no --recorded"),
         (["--run", "x", "y", "--analyse", "cka"], "one --run"),
-        (["--run", "x", "--images-per-class", "4"], "goes with --analyse"),
+        (["--run", "x", "--images-per-class", "4"], "takes no --images-per-class"),
         (["--run", "x", "--analyse", "cka", "--images-per-class", "1"], "at least 2"),
     ],
 )
