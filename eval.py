@@ -20,6 +20,7 @@ from pathlib import Path
 
 from utils.command_line import chosen_command, given_path, parse_or_advise, refused_options
 from utils.console import attach_console, prepare_console
+from utils.errors import AGAIN, abrupt_interrupts, exit_code
 
 TAKES = {  # options that each command takes beside its own; the first one given decides
     "analyse": ("run", "images-per-class"),
@@ -137,14 +138,18 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], Iterable[str]]] = {
 def main(arguments: list[str] | None = None) -> int:
     """Show what the command line asks for; the exit code: 0 done, 2 a mistake to mend."""
     prepare_console()
-    options = parse(arguments)
-    from utils.errors import AGAIN, exit_code
-    from utils.training.device import keep_freed_memory
-
-    attach_console(goes_on=False)
-    keep_freed_memory()
 
     def show() -> None:
+        options = parse(arguments)
+        attach_console(goes_on=False)
+        with abrupt_interrupts():
+            from models.run_files import read_config
+
+            for folder in options.run or ([options.checkpoint.parent.parent] if options.checkpoint else []):
+                read_config(folder)  # before PyTorch is imported, so that a mistyped path is answered at once
+            from utils.training.device import keep_freed_memory
+
+            keep_freed_memory()
         for line in COMMANDS[chosen_command(options, TAKES, "run")](options):
             print(line)
 

@@ -1,7 +1,8 @@
 """The command line.
 
 python main.py                                                   the quickstart: exps/quickstart.json
-python main.py --config exps/nested_lora_cifar.json              any other experiment
+python main.py exps/nested_lora_cifar.json                       any other file: one experiment, or a sweep
+python main.py --method ranpac --dataset cifar224                the file that is shipped for the two
 python main.py --config X.json --set nested_lora_rank=8 --set seed=[1,2,3]
 python main.py --resume logs/sema/mnist_5k/0/2/quickstart_1993_vit_small_patch14_reg4_dinov2
 torchrun --nproc_per_node=2 main.py --config X.json              several devices, one log
@@ -10,10 +11,12 @@ python main.py --sweep X.json --engine ray --ray-address HOST:PORT   its runs on
 python main.py --sweep X.json --report                           its summary again, no run
 python main.py --benchmark --config X.json                       what its steps cost, in plain forwards
 python main.py --list keys --method sema                         config keys, what they allow and mean
-python main.py --list configs                                    also: methods, datasets, backbones
+python main.py --list configs                                    also: methods, datasets, backbones, metrics
+
+FILE is looked for in the current folder, then in that of main.py; all other paths mean the current folder.
 """
 
-# PyTorch and what needs it are imported inside functions, so that --help and usage errors answer at once.
+# PyTorch and what needs it are imported when the config is known to be sound: mistakes are answered at once.
 
 import argparse
 import difflib
@@ -27,10 +30,10 @@ from typing import Any
 
 from utils.command_line import as_set, at_least_one, given_path, parse_or_advise, refused_options
 from utils.console import attach_console, prepare_console
-from utils.errors import UserError, exit_code
+from utils.errors import UserError, abrupt_interrupts, exit_code
 from utils.sweeps.executors import EXECUTORS
 
-DEFAULT = "exps/quickstart.json"
+DEFAULT = "exps/quickstart.json"  # a config or a sweep
 TAKES = {  # options that each command takes beside its own; the first one given decides, else "run"
     "list": ("method", "format"),
     "resume": (),
@@ -52,13 +55,14 @@ logger = logging.getLogger("nested_lora")
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line's arguments; exits with a usage error where they do not go together."""
     parser = argparse.ArgumentParser(
+        usage="%(prog)s [FILE] [--set KEY=VALUE] [options]",
         description="Class-incremental learning with adapters on two time scales.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=__doc__,
     )
     add = parser.add_argument
-    lists = ("keys", "methods", "datasets", "backbones", "configs")
-    add("--config", type=given_path, metavar="FILE", help=f"JSON experiment to run (default: {DEFAULT})")
+    lists = ("keys", "methods", "datasets", "backbones", "configs", "metrics")
+    add("--config", type=given_path, metavar="FILE", help="run an experiment, as FILE alone does")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="change one key; repeatable")
     add("--resume", type=given_path, metavar="FOLDER", help="continue the run in this folder")
     add("--overwrite", action="store_true", help="replace an existing folder of the same name")
@@ -71,12 +75,51 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--repeats", type=at_least_one, metavar="N", help="with --benchmark: measurements of each step (5)")
     add("--profile", type=given_path, metavar="FOLDER", help="with --benchmark: a trace of a training step")
     add("--list", choices=lists, help="print this list, and exit")
-    add("--method", metavar="NAME", help="with --list keys: of this method only")
+    add("--method", metavar="NAME", help="run this method's shipped file; with --list: of this method only")
+    add("--dataset", metavar="NAME", help="with --method: the file for this data set")
     add("--format", choices=("text", "markdown"), help="with --list keys: how to print them (default: text)")
-    options = parse_or_advise(parser, arguments, way_out)
+    options = parse_or_advise(parser, arguments, way_out, takes_file=True)
+    if not options.list:
+        choose_file(options)
     for fault in usage_faults(options):
         parser.error(fault)
     return options
+
+
+def choose_file(options: argparse.Namespace) -> None:
+    """Give `config` or `sweep` the file that FILE, --method and --dataset, or nothing at all stand for.
+
+    Raises:
+        UserError: two files are given, or one of the other kind than its option says.
+    """
+    from models import SCHEMAS
+    from utils.config.experiments import kind_of, located, shipped_file
+
+    if options.dataset and not options.method:
+        raise UserError(
+            f"--dataset goes with --method; of a file it is changed with --set dataset={options.dataset}"
+        )
+    given = {
+        "FILE": options.file, "--config": options.config, "--sweep": options.sweep, "--method": options.method
+    }  # fmt: skip
+    given = {name: path for name, path in given.items() if path}
+    if len(given) > 1 and {"FILE", "--method"} & given.keys():
+        raise UserError(f"{' and '.join(given)} each name an experiment: give one of them")
+    path = shipped_file(options.method, options.dataset, SCHEMAS) if options.method else options.file
+    options.method = options.dataset = options.file = None
+    if not given and not options.resume:
+        kind = kind_of(located(Path(DEFAULT)), SCHEMAS)
+        path = None if (options.benchmark if kind == "sweep" else options.report) else Path(DEFAULT)
+    if path:
+        setattr(options, kind_of(located(path), SCHEMAS) or "config", located(path))
+    for option, other, what in (
+        ("config", "sweep", "a table of experiments"),
+        ("sweep", "config", "one experiment and no table of them"),
+    ):
+        if path := getattr(options, option):
+            setattr(options, option, located(path))
+            if kind_of(located(path), SCHEMAS) == other:
+                raise UserError(f"{path} is {what}: run it with python main.py --{other} {path}")
 
 
 def usage_faults(options: argparse.Namespace) -> list[str]:
@@ -84,11 +127,13 @@ def usage_faults(options: argparse.Namespace) -> list[str]:
     faults = refused_options(options, TAKES, "run", "a run")
     rules = [
         (options.report and not options.sweep, "--report goes with --sweep"),
+        (options.benchmark and not options.config, "--benchmark goes with --config"),
         (options.ray_address and options.engine != "ray", "--ray-address goes with --engine ray"),
         (options.sweep and "RANK" in os.environ, "--sweep starts its runs itself: call it without torchrun"),
+        (options.format and options.list != "keys", "--format goes with --list keys"),
         (
-            options.list != "keys" and (options.method or options.format),
-            "--method and --format go with --list keys",
+            options.method and options.list not in ("keys", "configs", "metrics"),
+            "--method goes with --list keys, configs and metrics",
         ),
     ]
     return faults + [sentence for applies, sentence in rules if applies]
@@ -101,7 +146,7 @@ def way_out(name: str, values: list[str]) -> str:
 
     keys = dict.fromkeys(key for schema in SCHEMAS.values() for key in schema.model_fields)
     if not name and values[0].endswith(".json"):
-        return f"write --config {values[0]}"
+        return "one file is run at a time"
     if not name and "=" in values[0]:
         name, _, value = values[0].partition("=")
         values = [value]
@@ -125,10 +170,12 @@ def way_out(name: str, values: list[str]) -> str:
 def run_sweep(options: argparse.Namespace) -> int:
     """Run a table of experiments, or report on it; the exit code."""
     from models import SCHEMAS
-    from utils.sweeps.run import report_sweep, run_sweep
     from utils.sweeps.spec import load_sweep
 
     table = load_sweep(options.sweep, options.set, SCHEMAS)
+    with abrupt_interrupts():
+        from utils.sweeps.run import report_sweep, run_sweep
+
     if options.report:
         report_sweep(table)
         return 0
@@ -153,7 +200,7 @@ def resume_seeds(folder: Path, context: Any) -> None:
     Raises:
         UserError: nothing is left to do, or the folders hold different experiments.
     """
-    from models.saved_run import read_config, read_result
+    from models.run_files import read_config, read_result
     from trainer import resume, train
     from utils.runs.manifest import read_manifest
     from utils.runs.seeds import SeedRun, check_same_config, log_mean, seed_runs
@@ -182,34 +229,43 @@ def resume_seeds(folder: Path, context: Any) -> None:
         raise UserError(f"{folder} is finished: read its result.json, or run its config.json again")
 
 
-def show_list(options: argparse.Namespace) -> None:
-    """Print the keys, methods, data sets, backbones or shipped configs."""
-    from models import LEARNERS, SCHEMAS
-    from models.vit.pretrained import BACKBONES
-    from utils.config.listing import keys_markdown, keys_text
+def list_lines(options: argparse.Namespace) -> list[str]:
+    """The keys, methods, data sets, backbones, metrics or shipped configs, for the console."""
+    from models import SCHEMAS
+    from models.vit.backbones import BACKBONES
+    from utils.config.experiments import shipped_files
+    from utils.config.listing import keys_markdown, keys_text, metrics_text
     from utils.config.messages import no_such
     from utils.data.datasets import DATASETS
-    from utils.files import read_json
 
     if options.method not in (None, *SCHEMAS):
         raise UserError(f"--method {options.method}: {no_such('method', options.method, list(SCHEMAS))}")
+    schemas = {name: SCHEMAS[name] for name in SCHEMAS if options.method in (None, name)}
     if options.list == "keys":
-        schemas = {name: SCHEMAS[name] for name in SCHEMAS if options.method in (None, name)}
-        print(keys_markdown(schemas) if options.format == "markdown" else keys_text(schemas))
-        return
-    exps = Path(__file__).parent / "exps"
+        return [keys_markdown(schemas) if options.format == "markdown" else keys_text(schemas)]
+    if options.list == "metrics":
+        return [metrics_text(schemas)]
+    files = [file for file in shipped_files(SCHEMAS) if options.method in (None, file.method)]
     table = {
-        "methods": {name: (learner.__doc__ or "").split("\n")[0] for name, learner in LEARNERS.items()},
+        "methods": {name: schema.model_fields["model_name"].description for name, schema in SCHEMAS.items()},
         "datasets": {name: f"{source.classes} classes" for name, source in DATASETS.items()},
         "backbones": BACKBONES,
-        "configs": {
-            path.relative_to(exps.parent).as_posix(): read_json(path).get("description", "")
-            for path in sorted(exps.rglob("*.json"))
-        },
+        "configs": {file.path: file.description for file in files},
     }[options.list]
     width = max(map(len, table))
-    for name, meaning in table.items():
-        print(f"{name:<{width}}  {meaning}")
+    return [f"{name:<{width}}  {meaning}" for name, meaning in table.items()]
+
+
+def load(options: argparse.Namespace) -> Any:
+    """The checked config of the command line; raises UserError for all its mistakes, or for its method."""
+    from models import SCHEMAS
+    from utils.config.experiments import advice_on_method
+    from utils.config.loading import load_config
+
+    try:
+        return load_config(options.config, options.set, SCHEMAS)
+    except UserError as error:
+        raise UserError(advice_on_method(options.config, options.set, SCHEMAS) or str(error)) from error
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -218,41 +274,44 @@ def main(arguments: list[str] | None = None) -> int:
     Returns the exit code: 0 done, 1 runs of a sweep failed, 2 a mistake, 130 stopped.
     """
     prepare_console()
-    options = parse(arguments)
     first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun started, if it did
     if not first:
         os.environ["TQDM_DISABLE"] = "1"
-    from models import SCHEMAS
-    from models.saved_run import read_config, run_context
-    from utils.config.loading import load_config
-    from utils.training.device import keep_freed_memory
-
-    if first:
-        attach_console()
-    else:
-        logger.addHandler(logging.NullHandler())  # the first process logs
-    keep_freed_memory()
     together = False
 
     def work() -> int | None:
         nonlocal together
+        options = parse(arguments)
+        if first:
+            attach_console()
+        else:
+            logger.addHandler(logging.NullHandler())  # the first process logs
         if options.list:
-            return show_list(options)
+            print("\n".join(list_lines(options)))
+            return 0
         if options.sweep:
             return run_sweep(options)
-        if options.resume:
-            with run_context(read_config(options.resume)) as context:
-                together = True
-                return resume_seeds(options.resume, context)
-        loaded = load_config(options.config or DEFAULT, options.set, SCHEMAS)
+        with abrupt_interrupts():
+            from models import LEARNERS
+            from models.run_files import read_config
+
+            config = read_config(options.resume) if options.resume else (loaded := load(options)).config
+            import trainer  # noqa: F401 - and with it all that is heavy
+            from models.saved_run import run_context
+            from utils.training.device import keep_freed_memory
+
+            LEARNERS[config.model_name]
+            keep_freed_memory()
         if options.benchmark:
             from models.benchmark import benchmark
 
-            for line in benchmark(loaded.config, options.repeats or 5, options.profile):
+            for line in benchmark(config, options.repeats or 5, options.profile):
                 print(line, flush=True)
             return 0
-        with run_context(loaded.config) as context:
+        with run_context(config) as context:
             together = True
+            if options.resume:
+                return resume_seeds(options.resume, context)
             return run_seeds(loaded, options.overwrite, context)
 
     return exit_code(work, tells=lambda: first or together)  # a mistake that all processes meet is told once

@@ -21,6 +21,7 @@ import torch
 
 from models import LEARNERS
 from models.base import Learner, RunContext
+from models.run_files import read_config, read_result
 from models.saved_run import (
     CHECKPOINTS,
     check_config,
@@ -28,8 +29,6 @@ from models.saved_run import (
     fitting,
     load_run_checkpoint,
     make_learner,
-    read_config,
-    read_result,
     run_context,
 )
 from utils.config.schema import RunConfig

@@ -5,13 +5,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from models import LEARNERS
+from models.run_files import read_config, read_result
 from models.saved_run import (
     CHECKPOINTS,
     load_into,
     load_learner,
     make_learner,
-    read_config,
-    read_result,
     task_checkpoints,
 )
 from utils.analysis.results import ANALYSIS, write_results

@@ -1,4 +1,4 @@
-"""Saved runs: configuration and results of a run folder, and the learner in a checkpoint.
+"""Saved runs: the learner in a checkpoint of a run folder, and whether the two belong together.
 
 learner = load_learner(Path("logs/sema/.../checkpoints/task_04"))
 learner.evaluate()
@@ -14,14 +14,13 @@ from typing import Any
 
 import torch
 
-from models import LEARNERS, SCHEMAS
+from models import LEARNERS
 from models.base import Learner, RunContext
-from utils.config.loading import config_from_dict
+from models.run_files import read_config
 from utils.config.schema import RunConfig
 from utils.errors import UserError, in_one_line
-from utils.files import read_json
 from utils.runs.checkpoint import checkpoint_name, load_checkpoint
-from utils.runs.folder import CONFIG, RESULT, waiting_notes
+from utils.runs.folder import CONFIG, RESULT
 from utils.runs.run_log import read_metrics
 from utils.training.device import resolve_device, resolve_precision
 from utils.training.distributed import init_distributed
@@ -37,32 +36,6 @@ STATE: dict[str, type] = {  # of a checkpoint: the type of each part
     "seconds": float,
     "peak_memory_mb": float,
 }
-
-
-def read_config(folder: Path) -> RunConfig:
-    """The configuration a run folder was made with."""
-    path = folder / CONFIG
-    if not path.is_file():
-        told = [f"{folder} is not a run folder: it has no {CONFIG}", *waiting_notes(folder)]
-        raise UserError(f"{'; '.join(told)}; give a folder such as logs/sema/.../run_1993_...")
-    values = read_json(path)
-    if not {"model_name", "seed"} <= values.keys():
-        raise UserError(
-            f"{path} names no model_name and seed, as that of a run does: the file is damaged, restore it"
-        )
-    loaded = config_from_dict(values, SCHEMAS, str(path))
-    if len(loaded.configs) > 1:
-        raise UserError(f"{path} names several seeds, and a run has one: set back what was edited")
-    return loaded.config
-
-
-def read_result(folder: Path) -> dict[str, Any]:
-    """The result.json of a finished run. UserError: it is absent or damaged."""
-    result = read_json(folder / RESULT)
-    metrics = result.get("metrics")
-    if not isinstance(result.get("seed"), int) or not isinstance(metrics, dict) or not metrics:
-        raise UserError(f"{folder / RESULT} holds no seed and metrics: the file is damaged, restore it")
-    return result
 
 
 def load_run_checkpoint(checkpoint: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

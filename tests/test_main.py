@@ -221,8 +221,8 @@ def test_a_file_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[
         ("--benchmark --overwrite", "--benchmark takes no --overwrite: it takes --config"),
         ("--benchmark --repeats 0", "at least 1"),
         ("--list keys --set seed=1", "--list takes no --set"),
-        ("--list methods --method sema", "go with --list keys"),
-        ("--method sema", "allowed with --list"),
+        ("--list methods --method sema", "--method goes with --list keys"),
+        ("--list metrics --format markdown", "--format goes with --list keys"),
         ("--list key", "invalid choice"),
     ],
 )

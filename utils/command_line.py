@@ -69,14 +69,21 @@ def dashed(names: Iterable[str]) -> str:
 
 
 def parse_or_advise(
-    parser: argparse.ArgumentParser, arguments: Sequence[str] | None, advice: Callable[[str, list[str]], str]
+    parser: argparse.ArgumentParser,
+    arguments: Sequence[str] | None,
+    advice: Callable[[str, list[str]], str],
+    takes_file: bool = False,
 ) -> argparse.Namespace:
     """The command line's arguments; exits with a usage error where some are unknown.
 
     Args:
         advice: (name without dashes, "" where there is none; values) -> what to write instead.
+        takes_file: whether a path may stand by itself, before arguments that do not exist; it is in `file`.
     """
     options, unknown = parser.parse_known_args(arguments)
+    options.file = None
+    if takes_file and unknown and not unknown[0].startswith("-") and "=" not in unknown[0]:
+        options.file = given_path(unknown.pop(0))
     told = []
     for name, values in _settings(unknown):
         given = shlex.join(([f"--{name}"] if name else []) + values)

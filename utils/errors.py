@@ -5,8 +5,11 @@ sys.exit(exit_code(lambda: work()))          # 2 after a UserError or OSError, t
 """
 
 import errno
+import os
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from utils.console import READER_GONE, discard, tell
 
@@ -46,6 +49,23 @@ def os_error_sentence(error: OSError, go_on: str = RESUME) -> str:
 def in_one_line(error: Exception) -> str:
     """An error's class and text without line breaks, for a sentence."""
     return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+@contextmanager
+def abrupt_interrupts() -> Iterator[None]:
+    """Context in which Ctrl-C ends the process at once and silently, with exit code 130.
+
+    For imports and other beginnings that write nothing: libraries turn an exception in their middle into
+    others.
+    """
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # ignored, or somebody else's
+        yield
+        return
+    signal.signal(signal.SIGINT, lambda number, frame: os._exit(130))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def exit_code(

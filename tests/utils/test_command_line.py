@@ -29,7 +29,7 @@ def refused(capsys: pytest.CaptureFixture[str], command: object, *arguments: str
         (["--nested_lora_alpha", "0.1"], "--set nested_lora_consolidation_alpha=0.1"),
         (["--nested_lora_interval", "5"], "--set nested_lora_update_interval_slow=5"),
         (["--use_nested_lora", "True"], "--set ffn_adapter_type=nested_lora"),
-        (["exps/smoke.json"], "--config exps/smoke.json"),
+        (["exps/smoke.json", "exps/smoke.json"], "one file"),
         (["--confg", "exps/smoke.json"], "--config"),
         (["--eval", "True"], "eval.py --run FOLDER"),
         (["--qqqq", "1"], "--set KEY=VALUE"),

@@ -1,7 +1,8 @@
-"""Lists of config keys, made from the schemas, for `main.py --list keys` and `docs/configs.md`.
+"""Lists of config keys and of metrics, made from the schemas, for `main.py --list` and `docs/configs.md`.
 
 print(keys_text({"sema": SEMAConfig}))
 print(keys_markdown(SCHEMAS))
+print(metrics_text(SCHEMAS))
 """
 
 import inspect
@@ -10,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from utils.config.messages import allowed_text, properties, shown
 from utils.config.schema import RunConfig, with_reasons
+from utils.metric_catalogue import COSTS, MetricSpec
 
 HEADINGS = ("key", "default", "allowed", "meaning")
 WIDTH = 110  # characters of a line
@@ -54,6 +56,26 @@ def keys_markdown(schemas: Mapping[str, type[RunConfig]]) -> str:
         if schema.legacy_keys:
             sections.append(f"Accepted without effect: {with_reasons(schema.legacy_keys)}.")
     return "\n\n".join(sections)
+
+
+def metrics_text(schemas: Mapping[str, type[RunConfig]]) -> str:
+    """The numbers of a run: key, name with unit, direction and meaning; those of several methods once."""
+    users: dict[Sequence[MetricSpec], list[str]] = {}
+    for method, schema in schemas.items():
+        users.setdefault(schema.metrics, []).append(method)
+    tables = {", ".join(methods): metrics for metrics, methods in users.items()} | {"every run": COSTS}
+    lines = []
+    for title, metrics in tables.items():
+        rows = [
+            (spec.key, spec.heading, "" if spec.count or spec in COSTS else f"{spec.better} is better")
+            for spec in metrics
+        ]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines.append(f"\n{title}\n")
+        for row, spec in zip(rows, metrics, strict=True):
+            cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+            lines.append("  ".join([*cells, spec.meaning]).rstrip())
+    return "\n".join(lines).strip()
 
 
 def _groups(schema: type[RunConfig]) -> Iterator[tuple[type[RunConfig], list[str]]]:

@@ -151,6 +151,11 @@ def config_from_dict(values: Mapping[str, Any], schemas: Schemas, source: str) -
     return _check(Draft(dict(values)), schemas, source)
 
 
+def read_values(path: Path) -> dict[str, Any]:
+    """The values of a config file over those of its bases, unchecked; what cannot be read has none."""
+    return _read_chain(path).values
+
+
 def read_object(path: Path, schema: type[BaseModel]) -> CheckedObject:
     """Read a JSON file that is not a run's config, such as a sweep, and check every key; nothing is raised.
 

@@ -17,7 +17,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from utils.errors import UserError
 from utils.metric_catalogue import MetricSpec
-from utils.training.device_names import ALWAYS_THERE, check_device_name
+from utils.training.device_names import check_device_name, may_be_absent
 
 MAX_COUNT = 10**6  # of batches, epochs, images, ...: a larger number is a typing mistake
 MAX_PATH_BYTES, MAX_NAME_BYTES = 4096, 255  # limits of file systems: a whole path, each name in it
@@ -173,7 +173,7 @@ class RunConfig(BaseModel):
 
     def unchecked_keys(self) -> list[str]:
         """Keys that `late_conflicts` has something to say about."""
-        return [] if self.device in ALWAYS_THERE else ["device"]
+        return ["device"] if may_be_absent(self.device) else []
 
     def late_conflicts(self) -> list[Conflict]:
         """Conflicts that only PyTorch or timm can tell: asked for where nothing else is wrong."""

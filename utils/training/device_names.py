@@ -9,8 +9,12 @@ from utils.errors import UserError
 
 GPU_NUMBER = re.compile("[0-9]{1,4}")
 NAME = re.compile("auto|cpu|mps|cuda(:[0-9]{1,4})?|-1|[0-9]{1,4}", re.IGNORECASE)
-ALWAYS_THERE = ("auto", "cpu", "-1", ["-1"])
 DEVICES = 'allowed: "auto", "cpu", "mps", "cuda", "cuda:N", or a published list such as ["0"] or ["-1"]'
+
+
+def may_be_absent(spec: str | int | list[str | int]) -> bool:
+    """Whether a device was asked for that not every machine has; published lists fall back to the CPU."""
+    return str(spec).lower().startswith(("cuda", "mps"))
 
 
 def check_device_name(spec: str | int | list[str | int]) -> None:

@@ -383,7 +383,7 @@ def test_what_pytorch_or_timm_must_be_asked_comes_when_the_rest_is_right(tmp_pat
 
 
 def test_a_config_is_checked_without_anything_heavy(tmp_path: Path) -> None:
-    """Every shipped file, a mistake in each: what takes seconds to import is not there before one is sound."""
+    """Every shipped file with a mistake: what takes seconds to import is there only for a sound one."""
     script = """
 import sys
 from pathlib import Path

@@ -1,0 +1,40 @@
+"""Configuration and result of a run folder, read before PyTorch is imported.
+
+config = read_config(Path("logs/sema/..."))
+"""
+
+from pathlib import Path
+from typing import Any
+
+from models import SCHEMAS
+from utils.config.loading import config_from_dict
+from utils.config.schema import RunConfig
+from utils.errors import UserError
+from utils.files import read_json
+from utils.runs.folder import CONFIG, RESULT, waiting_notes
+
+
+def read_config(folder: Path) -> RunConfig:
+    """The configuration a run folder was made with."""
+    path = folder / CONFIG
+    if not path.is_file():
+        told = [f"{folder} is not a run folder: it has no {CONFIG}", *waiting_notes(folder)]
+        raise UserError(f"{'; '.join(told)}; give a folder such as logs/sema/.../run_1993_...")
+    values = read_json(path)
+    if not {"model_name", "seed"} <= values.keys():
+        raise UserError(
+            f"{path} names no model_name and seed, as that of a run does: the file is damaged, restore it"
+        )
+    loaded = config_from_dict(values, SCHEMAS, str(path))
+    if len(loaded.configs) > 1:
+        raise UserError(f"{path} names several seeds, and a run has one: set back what was edited")
+    return loaded.config
+
+
+def read_result(folder: Path) -> dict[str, Any]:
+    """The result.json of a finished run. UserError: it is absent or damaged."""
+    result = read_json(folder / RESULT)
+    metrics = result.get("metrics")
+    if not isinstance(result.get("seed"), int) or not isinstance(metrics, dict) or not metrics:
+        raise UserError(f"{folder / RESULT} holds no seed and metrics: the file is damaged, restore it")
+    return result

@@ -1,0 +1,138 @@
+"""Answers of the command line before anything runs: quick, from any folder, with the command that works."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import main
+from tests.conftest import ROOT
+from utils.metric_catalogue import CLASS_INCREMENTAL
+
+HEAVY = {"torch", "timm", "torchvision", "pandas", "matplotlib", "scipy", "tensorboard"}
+COMMAND = """
+import sys
+sys.path.insert(0, {root!r})
+sys.argv[0] = "main.py"
+import {command} as command
+code = 0
+try:
+    code = command.main(sys.argv[1:])
+except SystemExit as ended:
+    code = ended.code
+print("\\nLOADED", code, *({heavy} & sys.modules.keys()))
+"""
+
+
+def answer(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert main.main(list(arguments)) == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "code", "words"),
+    [
+        ("main", ["--help"], 0, "--method"),
+        ("main", ["exps/smok.json"], 2, "did you mean"),
+        ("main", ["exps/quickstart.json", "--set", "nested_lora_rnk=4"], 2, "nested_lora_rank"),
+        ("main", ["exps/sweeps/smoke.json", "--set", "batch_size=0"], 2, "too small"),
+        ("main", ["--method", "ranpac", "--dataset", "cifar224", "--set", "ranpac_dim=0"], 2, "too small"),
+        ("main", ["--resume", "logs/nonsense"], 2, "no config.json"),
+        ("main", ["--list", "methods"], 0, "simplecil"),
+        ("main", ["--list", "datasets"], 0, "mnist_5k"),
+        ("main", ["--list", "backbones"], 0, "vit_base_patch16_224"),
+        ("main", ["--list", "keys", "--method", "sdlora"], 0, "lora_rank"),
+        ("eval", ["--help"], 0, "--checkpoint"),
+        ("eval", ["--run", "logs/nonsense"], 2, "no config.json"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_answers_import_nothing_heavy_and_need_no_folder(
+    command: str, arguments: list[str], code: int, words: str, tmp_path: Path
+) -> None:
+    """Asked from another folder: files of the project are found there, and nothing is written."""
+    script = COMMAND.format(root=str(ROOT), command=command, heavy=HEAVY)
+    done = subprocess.run(
+        [sys.executable, "-c", script, *arguments], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.stdout.splitlines()[-1] == f"LOADED {code}", done.stderr
+    assert words in done.stdout + done.stderr and "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("module", ["pydantic", "torch.types"])
+def test_ctrl_c_at_the_start_is_quiet(module: str, tmp_path: Path) -> None:
+    """While the config's modules are imported, and while PyTorch is."""
+    command = [sys.executable, "-X", "importtime", str(ROOT / "main.py"), "exps/smoke.json"]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert any(line.split("|")[-1].strip() == module for line in process.stdout)  # imported just now
+    process.send_signal(signal.SIGINT)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in printed and list(tmp_path.iterdir()) == []
+
+
+def test_a_file_says_itself_what_it_is(tmp_path: Path) -> None:
+    config, sweep = Path("exps/smoke.json"), Path("exps/sweeps/smoke.json")
+    assert main.parse([str(config)]).config == config and main.parse([str(sweep)]).sweep == sweep
+    own = tmp_path / "own.json"
+    own.write_text(json.dumps({"base": str(ROOT / config), "rd_dim": 4}))
+    assert main.parse([str(own), "--set", "rd_dim=8"]).config == own
+    given = main.parse(["--set", "rd_dim=8"])
+    assert [str(path) for path in (given.config, given.sweep) if path] == [main.DEFAULT]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("--config exps/sweeps/smoke.json", "--sweep exps/sweeps/smoke.json"),
+        ("--sweep exps/smoke.json", "--config exps/smoke.json"),
+        ("exps/smoke.json --method sema", "give one"),
+        ("--dataset cifar224", "--set dataset=cifar224"),
+        ("--method ranpack --dataset cifar224", 'did you mean "ranpac"?'),
+        ("--method ranpac --dataset domainnet", "cifar224, imageneta, imagenetr, vtab"),
+        ("--method ranpac", "cifar224, imageneta, imagenetr, vtab"),
+        ("--method shared_subspace --dataset vtab", "leave --dataset out"),
+        ("exps/sema_cifar.json --set model_name=ranpac", "python main.py exps/baselines/ranpac_cifar.json"),
+        ("exps/sdlora_c100.json --set model_name=joint --set dataset=vtab", "exps/baselines/joint_vtab.json"),
+        ("exps/sema_cifar.json --set model_name=ranpack", 'did you mean "ranpac"?'),
+    ],
+)
+def test_what_cannot_be_run_is_answered_with_what_can(
+    arguments: str, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = answer(capsys, *arguments.split())
+    assert words in told and len(told.splitlines()) <= 2
+
+
+@pytest.mark.parametrize(
+    ("method", "dataset", "path"),
+    [
+        ("sema", "cifar224", "sema_cifar"),
+        ("sema", "imagenetr", "sema_inr_10task"),
+        ("sema", "vtab", "published/sema_vtab"),
+        ("finetune", "cifar224", "baselines/finetune_cifar"),
+        ("sdlora", "imagenetr", "published/sdlora_inr"),
+        ("shared_subspace", None, "shared_subspace"),
+    ],
+)
+def test_method_and_data_set_stand_for_the_shipped_file(method: str, dataset: str | None, path: str) -> None:
+    given = ["--method", method, *(["--dataset", dataset] if dataset else [])]
+    assert main.parse(given).config == Path(f"exps/{path}.json")
+
+
+def test_lists_name_everything_and_can_be_of_one_method(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.main(["--list", "metrics", "--method", "ranpac"]) == 0
+    shown = capsys.readouterr().out
+    assert all(spec.key in shown and spec.meaning in shown for spec in CLASS_INCREMENTAL)
+    assert "unseen_iou" not in shown and "lower is better" in shown and "peak_memory_mb" in shown
+    assert main.main(["--list", "configs"]) == 0
+    every = capsys.readouterr().out
+    assert all(path.relative_to(ROOT).as_posix() in every for path in ROOT.glob("exps/**/*.json"))
+    assert main.main(["--list", "configs", "--method", "joint"]) == 0
+    own = capsys.readouterr().out.splitlines()
+    assert own and all("joint" in line for line in own)

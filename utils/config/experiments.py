@@ -1,0 +1,102 @@
+"""Experiment files: where they lie, whether one is a config or a sweep, and which one is shipped for what.
+
+path = located(Path("exps/smoke.json"))          # here, else in the project
+kind_of(path, schemas)                           # "config", or "sweep"
+shipped_file("ranpac", "cifar224", schemas)      # exps/baselines/ranpac_cifar.json
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from utils.config.loading import Schemas, read_values
+from utils.config.messages import no_such, parsed
+from utils.errors import UserError
+from utils.files import read_json
+
+PROJECT = Path(__file__).resolve().parents[2]
+TABLE_KEYS = {"cells", "grid"}  # of which a sweep has one at least, and no config any
+
+
+class Shipped(NamedTuple):
+    """A shipped file; of a sweep neither method nor data set are known, "" where a method has no data set."""
+
+    path: str  # from the project's folder
+    sweep: bool
+    method: str
+    dataset: str
+    description: str
+
+
+def located(path: Path) -> Path:
+    """The path itself or, where nothing is there (nor its folder), the same one in the project's folder."""
+    in_project = PROJECT / path
+    wanted = in_project if path.parent.exists() else in_project.parent
+    return in_project if not path.exists() and wanted.exists() else path
+
+
+def kind_of(path: Path, schemas: Schemas) -> str:
+    """Whether a file is a "sweep" or a "config"; "" where it does not tell, of which its loader says why."""
+    try:
+        keys = json.loads(path.read_text(encoding="utf-8-sig")).keys()
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return ""
+    if keys & TABLE_KEYS:
+        return "sweep"
+    of_configs = {name for schema in schemas.values() for name in schema.model_fields}
+    return "config" if keys & of_configs - {"description"} else ""
+
+
+def shipped_files(schemas: Schemas) -> list[Shipped]:
+    """All files below `exps/`, in the order of their paths."""
+    found = []
+    for path in sorted(PROJECT.glob("exps/**/*.json")):
+        method = dataset = ""
+        if not (sweep := kind_of(path, schemas) == "sweep"):
+            values = read_values(path)
+            method = values.get("model_name", next(iter(schemas)))
+            field = schemas[method].model_fields.get("dataset")
+            dataset = values.get("dataset", field.default) if field else ""
+        description = read_json(path).get("description", "")
+        found.append(Shipped(path.relative_to(PROJECT).as_posix(), sweep, method, dataset, description))
+    return found
+
+
+def shipped_file(method: str, dataset: str | None, schemas: Schemas) -> Path:
+    """The shipped config of a method and a data set: of several the one that is named after both alone.
+
+    Raises:
+        UserError: there is no such method, none for the data set, or several data sets and none is given.
+    """
+    if method not in schemas:
+        raise UserError(f"--method {method}: {no_such('method', method, list(schemas))}")
+    own = [file for file in shipped_files(schemas) if file.method == method]
+    sets = sorted({file.dataset for file in own})
+    fitting = [file for file in own if file.dataset == dataset or (dataset is None and len(sets) == 1)]
+    if not fitting:
+        what = f"no file is shipped for {method} on {dataset}" if dataset else f"{method} needs a data set"
+        there = f"give --dataset one of {', '.join(sets)}" if any(sets) else "leave --dataset out"
+        raise UserError(f"{what}: {there}, or write a file that names the data set you want")
+    return Path(min(fitting, key=lambda file: _strangeness(Path(file.path), method)).path)
+
+
+def advice_on_method(path: Path, overrides: Sequence[str], schemas: Schemas) -> str | None:
+    """What to run instead of a file whose method was changed with `--set model_name=`; None if it was not."""
+    values = read_values(path)
+    settings = dict(override.partition("=")[::2] for override in overrides)
+    own, asked = values.get("model_name", next(iter(schemas))), parsed(settings.pop("model_name", "null"))
+    if own not in schemas or asked not in schemas or asked == own:
+        return None
+    dataset = settings.get("dataset", values.get("dataset"))
+    try:
+        known = "dataset" in schemas[asked].model_fields
+        instead = f"run python main.py {shipped_file(asked, dataset if known else None, schemas)}"
+    except UserError as error:
+        instead = str(error)
+    return f"--set model_name={asked}: {path} has keys of {own} that {asked} does not have; {instead}"
+
+
+def _strangeness(path: Path, method: str) -> tuple[bool, int, int, str]:
+    """Sort key of files for one method and data set: named after the method, few words, near the top."""
+    return not path.stem.startswith(method), path.stem.count("_"), len(path.parts), str(path)
