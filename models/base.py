@@ -217,6 +217,9 @@ class Learner(ABC):
         """Whether the checkpoints of earlier tasks stay."""
         return True
 
+    def calibrate(self) -> None:  # noqa: B027 - optional hook
+        """The task is learned: fit what turns scores into probabilities; no prediction changes."""
+
     def close_run(self) -> None:  # noqa: B027 - optional hook
         """The run is over: remove what only it needs."""
 
@@ -238,6 +241,7 @@ class Learner(ABC):
         """
         with dead_worker_advice():
             self.learn_task()
+            self.once("calibration", self.calibrate)
 
     def once(self, step: str, work: Callable[[], object]) -> None:
         """One step of the task, skipped where a resumed run has done it; names are unique in a task."""

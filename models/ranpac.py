@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from backbone.sema_block import freeze
 from backbone.vit_sema import SEMAVisionTransformer
 from models.config.ranpac import RanPACConfig
+from models.vit import calibration
 from models.vit.class_incremental import ClassIncrementalLearner
 from models.vit.closed_form import ClosedFormHead, fit_drift
 from models.vit.training import adapted_network, functional_groups, train_functional
@@ -70,6 +71,7 @@ class RanPACHead(ClosedFormHead):
         dim: M, number of random features.
     """
 
+    unseen = calibration.HELD_OUT
     gram: Tensor  # (2, M, M): sums of the parts that fit and that are held out
     cross: Tensor  # (2, M, C)
     part_counts: Tensor  # (2, C) images
@@ -78,6 +80,7 @@ class RanPACHead(ClosedFormHead):
     def __init__(self, width: int, seed: int, dim: int) -> None:
         super().__init__(width)
         self.seed, self.dim = seed, dim
+        self.ridge: float | None = None  # lambda; unknown until `refit`, as in a head that was loaded
         shapes = {"gram": (2, dim, dim), "cross": (2, dim, 0), "part_counts": (2, 0), "weights": (dim, 0)}
         for name, shape in shapes.items():
             self.register_buffer(name, torch.zeros(shape, dtype=torch.float64))
@@ -89,20 +92,14 @@ class RanPACHead(ClosedFormHead):
         missing = classes - self.cross.shape[-1]
         self.cross, self.part_counts = F.pad(self.cross, (0, missing)), F.pad(self.part_counts, (0, missing))
         hidden = self.random_features(features)
-        order = torch.randperm(len(hidden), generator=rng("ridge split", self.seed, classes))
-        held, rest = order.tensor_split([max(1, round(HELD_OUT * len(order)))])
+        held, rest = self._split(len(hidden), classes)
         for part, rows in ((FIT, rest), (HELD, held)):
             one_hot = F.one_hot(targets[rows], classes).double()
             self.gram[part] += hidden[rows].T @ hidden[rows]
             self.cross[part] += hidden[rows].T @ one_hot
             self.part_counts[part] += one_hot.sum(dim=0)
-        gram, cross = self.gram.sum(dim=0), self.cross.sum(dim=0)
-        larger = (RIDGES[-1] * 10.0**k for k in itertools.count(1))
-        solutions = (
-            (ridge, _solve(gram, cross, ridge)) for ridge in itertools.chain(self.ranked_ridges(), larger)
-        )
-        ridge, self.weights = next((ridge, weights) for ridge, weights in solutions if weights is not None)
-        logger.info(f"Ridge head: lambda {ridge:g} for {classes} classes, {self.dim} random features")
+        self.ridge, self.weights = self._solution()
+        logger.info(f"Ridge head: lambda {self.ridge:g} for {classes} classes, {self.dim} random features")
 
     def compensate_drift(self, before: Tensor, after: Tensor) -> float:
         hidden = (self.random_features(features.cpu().double()) for features in (before, after))
@@ -118,9 +115,33 @@ class RanPACHead(ClosedFormHead):
     def forward(self, features: Tensor) -> Tensor:
         return (self.random_features(features.cpu().double()) @ self.weights).float()
 
+    def unseen_rows(self, images: int, classes: int) -> Tensor:
+        """The images of a task that were held out."""
+        return self._split(images, classes)[0].sort().values
+
+    def unseen_scores(self, features: Tensor, targets: Tensor) -> Tensor | None:
+        """Scores by the ridge regression of the part that fits, with the lambda of both."""
+        weights = _solve(self.gram[FIT], self.cross[FIT], self.ridge or self._solution()[0])
+        return None if weights is None else (self.random_features(features.cpu().double()) @ weights).float()
+
+    def _split(self, images: int, classes: int) -> tuple[Tensor, Tensor]:
+        """Positions among a task's images: those held out, and the others."""
+        order = torch.randperm(images, generator=rng("ridge split", self.seed, classes))
+        held, rest = order.tensor_split([max(1, round(HELD_OUT * images))])
+        return held, rest
+
     def random_features(self, features: Tensor) -> Tensor:
         """h(f) = relu(f P): (n, d) -> (n, M), float64."""
         return F.relu(features @ self.projection)
+
+    def _solution(self) -> tuple[float, Tensor]:
+        """lambda, and the weights (M, C) solved with it from both parts."""
+        gram, cross = self.gram.sum(dim=0), self.cross.sum(dim=0)
+        larger = (RIDGES[-1] * 10.0**k for k in itertools.count(1))
+        for ridge in itertools.chain(self.ranked_ridges(), larger):
+            if (weights := _solve(gram, cross, ridge)) is not None:
+                return ridge, weights
+        raise RuntimeError("no lambda makes the sums positive definite")
 
     def ranked_ridges(self) -> list[float]:
         """Candidates for lambda by held-out squared error: powers of ten, and neighbours of the best."""

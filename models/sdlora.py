@@ -17,6 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
@@ -201,6 +202,13 @@ class SDLoRA(ClassIncrementalLearner):
             parts.append(self.distributed.all_gather(self.features(images.to(self.device)), min(size, left)))
             left -= size
         return torch.cat(parts)
+
+    @torch.no_grad()
+    def features_of_images(self, indices: np.ndarray, source: str) -> Tensor:
+        size = self.config.eval_batch_size
+        batches = (indices[first : first + size] for first in range(0, len(indices), size))
+        views = (self.data.views(batch, source, "test", None, self.device) for batch in batches)
+        return torch.cat([self.features(images).cpu() for images in views])
 
     def parameter_counts(self) -> dict[str, int]:
         counts = super().parameter_counts() | {"gate": 0 if self.gate is None else self.gate.logits.numel()}

@@ -126,6 +126,21 @@ CLASS_INCREMENTAL = (
         shown=Shown.DIFFERENCES,
     ),
     MetricSpec("expansions", "adapters added", digits=1, shown=Shown.MEANS, count=True),
+    MetricSpec(
+        "ece",
+        "ECE",
+        "points",
+        "expected calibration error, |accuracy - confidence| over 15 bins of confidence",
+        lower_is_better=True,
+    ),
+    MetricSpec(
+        "nll",
+        "NLL",
+        "nats",
+        "negative log-likelihood of the true class by calibrated scores",
+        digits=3,
+        lower_is_better=True,
+    ),
     MetricSpec("curve", "accuracy", "%", "accuracy over all classes seen so far", per_task=True),
 )
 

@@ -17,11 +17,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from models.base import Learner, Report, RunContext
+from models.vit import calibration
 from models.vit.activations import ForwardOptions
+from models.vit.calibration import Calibration
 from models.vit.closed_form import ClosedFormHead
 from models.vit.config import ClassIncrementalConfig
 from models.vit.pretrained import Backbone, create_backbone, find_weights
@@ -58,6 +61,7 @@ class ClassIncrementalLearner(Learner):
     Attributes:
         data: the task sequence.
         backbone: provenance of the pretrained weights.
+        calibration: temperature of the scores, from the end of the first task on.
     """
 
     Config = ClassIncrementalConfig
@@ -67,6 +71,7 @@ class ClassIncrementalLearner(Learner):
 
     def __init__(self, config: ClassIncrementalConfig, context: RunContext) -> None:
         super().__init__(config, context)
+        self.calibration: Calibration | None = None
         self.cache = TensorCache(config.cache_root, config.cache_gb)
         self.data, self.backbone = load_data_and_backbone(config, context)
         torch.manual_seed(self.seed)
@@ -218,6 +223,44 @@ class ClassIncrementalLearner(Learner):
             logger.info(f"Task {self.task}: {shown}")
         self.log.metric("feature_drift", task=self.task, moved=moved, explained=explained)
 
+    # --- calibration ----------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def calibrate(self) -> None:
+        """Fit the temperature of the scores; it stays as it is where a task's training images are gone."""
+        tasks = [self.data.task_classes(task) for task in range(self.task + 1)]
+        if not all(self.data.count(classes, "train") for classes in tasks):
+            return
+        images, source, fitted_on = self.calibration_images(tasks)
+        chosen = calibration.chosen_images(images, self.seed)
+        targets, features = self.data.targets(chosen, source), self.features_of_images(chosen, source)
+        if fitted_on in calibration.UNSEEN:
+            scores = self.closed_form.unseen_scores(features, targets)
+        else:
+            scores = self.classify(features.to(self.device)).cpu()
+        if scores is not None:
+            self.calibration = calibration.fit(scores, targets, fitted_on)
+
+    def calibration_images(self, tasks: Sequence[range]) -> tuple[list[np.ndarray], str, str]:
+        """Images of the classes of some tasks that the temperature may be fitted on.
+
+        Returns:
+            Stored positions for every class, the source they are of, and what they are to the head that
+            classifies (`models/vit/calibration.py`).
+        """
+        found: list[np.ndarray] = []
+        for classes in tasks:
+            indices = self.data.indices(classes, "train")
+            if self.closed_form is not None:
+                indices = indices[self.closed_form.unseen_rows(len(indices), classes.stop).numpy()]
+            labels = self.data.targets(indices, "train").numpy()
+            found += [indices[labels == label] for label in classes]
+        return found, "train", self.closed_form.unseen if self.closed_form else calibration.TRAINED_ON
+
+    def features_of_images(self, indices: np.ndarray, source: str) -> Tensor:
+        """Features (n, d) of some images of the classes seen in the test view, on every rank."""
+        return self.inputs.features_of_images(range(self.classes.stop), indices, source)
+
     def close_run(self) -> None:
         for source in ("train", "test"):
             self.inputs.store.drop_own(source)
@@ -260,21 +303,28 @@ class ClassIncrementalLearner(Learner):
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, Any]:
-        """Test images of each task seen: "correct" and "total" numbers, per task.
+        """Test images of each task seen: "correct" and "total" numbers, per task; "ece" and "nll" of all.
 
         Raises:
             UserError: a score is not finite.
         """
-        correct, total = [], []
+        correct, total, scored, labels = [], [], [], []
         for task in range(self.task + 1):
             targets = self.data.targets(self.data.indices(self.data.task_classes(task), "test"), "test")
             with dead_worker_advice():
                 features = self.features_of(task, "test").to(self.device)
             what = f"the test images of task {task}"
-            predicted = predictions(self.classify(features), what, self.config.precision).cpu()
+            scores = self.classify(features).cpu()
+            predicted = predictions(scores, what, self.config.precision)
             correct.append(int((predicted == targets).sum()))
             total.append(len(targets))
-        return {"correct": correct, "total": total}
+            scored.append(scores)
+            labels.append(targets)
+        found = {"correct": correct, "total": total}
+        if self.calibration is not None:
+            p = calibration.probabilities(torch.cat(scored), self.calibration.temperature)
+            found |= calibration.errors(p, torch.cat(labels))
+        return found
 
     def report(self, evaluations: Sequence[dict[str, Any]]) -> Report:
         matrix, task = AccuracyMatrix(), len(evaluations) - 1
@@ -282,11 +332,12 @@ class ClassIncrementalLearner(Learner):
             matrix.add(evaluation["correct"], evaluation["total"])
         adapters = self.network.adapters_per_block()
         expansions = sum(adapters.values()) - len(adapters)
-        metrics = matrix.summary() | {"expansions": expansions}
+        calibrated = {key: evaluations[-1].get(key) for key in ("ece", "nll")}
+        metrics = matrix.summary() | {"expansions": expansions, **calibrated}
         forgetting = "" if metrics["forgetting"] is None else f", forgetting {metrics['forgetting']:.2f}"
         per_task = ", ".join(f"{value:.2f}" for value in matrix.rows[-1])
         return Report(
-            event={"accuracy": matrix.rows[-1], "total": matrix.curve[-1]},
+            event={"accuracy": matrix.rows[-1], "total": matrix.curve[-1], **calibrated},
             lines=[
                 f"CNN top1 curve: {[round(value, 2) for value in matrix.curve]}",
                 f"Average Accuracy (CNN): {metrics['average']:.2f}",
@@ -298,6 +349,7 @@ class ClassIncrementalLearner(Learner):
                 "accuracy": matrix.rows,
                 "curve": matrix.curve,
                 "adapters": adapters,
+                "calibration": self.calibration and self.calibration._asdict(),
             },
             tables=[accuracy_table(matrix), summary_table(matrix, expansions, self.parameter_counts())],
             accuracy=matrix.rows,
@@ -311,9 +363,24 @@ class ClassIncrementalLearner(Learner):
             share = f"{100 * right / images:6.2f}  ({right} of {images})"
             lines.append(f"task {task:>3}  classes {classes.start:>3}-{classes.stop - 1:<3}  {share}")
         right, images = map(sum, zip(*counts, strict=True))
-        return "\n".join([*lines, f"total {'':>19}{100 * right / images:6.2f}  ({right} of {images})"])
+        lines.append(f"total {'':>19}{100 * right / images:6.2f}  ({right} of {images})")
+        if "ece" in evaluation:
+            told = f"temperature {self.calibration.temperature:.4g}"
+            lines.append(f"calibration error {evaluation['ece']:.2f} points ({told})")
+        return "\n".join(lines)
 
     # --- record ---------------------------------------------------------------------------------------------
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        state, tensors = super().state()
+        seen = self.classes.stop if self.task >= 0 else 0
+        own = {"class_names": self.data.class_names[:seen], "calibration": self.calibration}
+        return state | own, tensors
+
+    def load_state(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        super().load_state(state, tensors)
+        saved = state.get("calibration")
+        self.calibration = None if saved is None else Calibration(*saved)
 
     def summary(self) -> dict[str, Any]:
         return {"adapters": self.network.adapters_per_block(), **super().summary()}
@@ -354,6 +421,7 @@ class ClassIncrementalLearner(Learner):
             "data": {"name": self.config.dataset, "sha256": self.data.dataset.sha256},
             "data_of_tasks": self.data_read(self.nb_tasks, self.nb_tasks),
             "class_order": list(self.data.class_order),
+            "class_names": self.data.class_names,
         }
 
     def identity(self) -> dict[str, Any]:

@@ -18,12 +18,13 @@ Gomez-Villa et al., *Exemplar-free Continual Representation Learning via Learnab
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models.vit.calibration import LEAVE_ONE_OUT
 from utils.analysis.ridge import fit_ridge
 
 
@@ -37,6 +38,7 @@ class ClosedFormHead(nn.Module, ABC):
         width: d, length of a feature vector.
     """
 
+    unseen: ClassVar[str]  # how `unseen_scores` come about, as in `models/vit/calibration.py`
     counts: Tensor  # (C,) training images of each class
 
     def __init__(self, width: int) -> None:
@@ -70,6 +72,23 @@ class ClosedFormHead(nn.Module, ABC):
     def forward(self, features: Tensor) -> Tensor:
         """Scores of all classes so far, (B, d) -> (B, C), float32 on the CPU."""
 
+    @abstractmethod
+    def unseen_scores(self, features: Tensor, targets: Tensor) -> Tensor | None:
+        """Scores (n, C) of training images as of images that the head has not seen; None: impossible.
+
+        Args:
+            features, targets: of images among those that `unseen_rows` names, (n, d) and (n,).
+        """
+
+    def unseen_rows(self, images: int, classes: int) -> Tensor:
+        """Positions among the images of a task whose scores can be had as of unseen ones: by default all.
+
+        Args:
+            images: number of the task's images.
+            classes: number of classes once the task was learned.
+        """
+        return torch.arange(images)
+
     def _apply(self, *_: Any, **__: Any) -> "ClosedFormHead":
         """Stays on the CPU in float64 wherever the modules around it go."""
         return self
@@ -95,6 +114,7 @@ class PrototypeHead(ClosedFormHead):
     m_c is the mean training feature of class c.
     """
 
+    unseen = LEAVE_ONE_OUT
     means: Tensor  # (C, d)
 
     def __init__(self, width: int) -> None:
@@ -113,6 +133,14 @@ class PrototypeHead(ClosedFormHead):
 
     def forward(self, features: Tensor) -> Tensor:
         return F.linear(F.normalize(features.cpu().float(), dim=1), F.normalize(self.means.float(), dim=1))
+
+    def unseen_scores(self, features: Tensor, targets: Tensor) -> Tensor:
+        """Leave-one-out: an image's own class mean is taken without it, (n m_c - f) / (n - 1)."""
+        features, own, rows = features.cpu().double(), self.means[targets], torch.arange(len(targets))
+        others = own * self.counts[targets, None] - features  # up to a factor, which the cosine ignores
+        scores = self(features)
+        scores[rows, targets] = F.cosine_similarity(features, others, dim=1).float()
+        return scores
 
 
 # Ridge candidates, relative to the largest squared singular value. Weaker ones fit the newest task's images
