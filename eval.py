@@ -6,6 +6,7 @@ python eval.py --run FOLDER FOLDER ...               several seeds: mean ± std 
 python eval.py --checkpoint FOLDER/checkpoints/task_04   the model as that task left it
 python eval.py --run FOLDER --analyse cka grassmann probes   what its representations did, task after task
 python eval.py --run FOLDER --analyse cka grassmann probes units samples   a run on grids, at its end
+python eval.py --run FOLDER --predict photos/ --top 3    classes of any images, with calibrated scores
 
 FOLDER is a run's, such as logs/sema/mnist_5k/0/2/quickstart_1993_vit_small_patch14_reg4_dinov2.
 """
@@ -18,17 +19,18 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from utils.command_line import chosen_command, given_path, parse_or_advise, refused_options
+from utils.command_line import at_least_one, chosen_command, given_path, parse_or_advise, refused_options
 from utils.console import attach_console, prepare_console
 from utils.errors import AGAIN, abrupt_interrupts, exit_code
 
 TAKES = {  # options that each command takes beside its own; the first one given decides
+    "predict": ("run", "checkpoint", "out", "top"),
     "analyse": ("run", "images-per-class"),
     "recorded": ("run",),
     "checkpoint": (),
     "run": (),
 }
-ONE_RUN = ("analyse", "recorded")  # commands that look at one run
+ONE_RUN = ("predict", "analyse", "recorded")  # commands that look at one run
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -66,6 +68,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         metavar="N",
         help="with --analyse: test images of each class at most (default: 20)",
     )
+    add("--predict", type=given_path, nargs="+", metavar="PATH", help="with --run: classes of these images")
+    add("--top", type=at_least_one, metavar="N", help="with --predict: classes per image (default: 1)")
+    add("--out", type=given_path, metavar="PATH", help="with --predict: a .csv file for the predictions")
     options = parse_or_advise(parser, arguments, way_out)
     for fault in usage_faults(options):
         parser.error(fault)
@@ -78,7 +83,10 @@ def usage_faults(options: argparse.Namespace) -> list[str]:
     least = options.images_per_class
     rules = [
         (not runs and not options.checkpoint, "one of --run FOLDER and --checkpoint FOLDER is needed"),
-        (command in ONE_RUN and len(runs) != 1, f"--{command} looks at one --run FOLDER"),
+        (
+            command in ONE_RUN and len(runs) + bool(options.checkpoint) != 1,
+            f"--{command} looks at one --run FOLDER",
+        ),
         (
             least is not None and least < 2,
             f"--images-per-class {least}: at least 2, half of them test the probes",
@@ -102,6 +110,19 @@ def way_out(name: str, values: list[str]) -> str:
 
 # ----------------------------------------------------------------------------------------------------------
 # Commands: functions from the options to lines of text
+
+
+def predict(options: argparse.Namespace) -> Iterable[str]:
+    """Class names of images."""
+    from models.prediction import show_predictions
+
+    options_given = (options.predict, options.top or 1, options.out)
+    return show_predictions(run_of(options), options.checkpoint, *options_given)
+
+
+def run_of(options: argparse.Namespace) -> Path:
+    """The run folder of --run or --checkpoint."""
+    return options.checkpoint.parent.parent if options.checkpoint else options.run[0]
 
 
 def analyse(options: argparse.Namespace) -> Iterable[str]:
@@ -128,6 +149,7 @@ def show_runs(options: argparse.Namespace) -> Iterable[str]:
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], Iterable[str]]] = {
+    "predict": predict,
     "analyse": analyse,
     "recorded": show_runs,
     "checkpoint": show_checkpoint,

@@ -56,6 +56,7 @@ class RunContext:
         log: the run's record; None where a model is only looked at.
         stop: asked between two steps; True on any rank makes `train_task` raise `Interrupted` on all.
         save: writes a checkpoint, for phases that are saved before their end.
+        reads_data: the data set is read; False where a model is rebuilt for predictions, without it.
         warnings: departures from the configuration, for the log.
     """
 
@@ -65,6 +66,7 @@ class RunContext:
     log: RunLog | None = None
     stop: Callable[[], bool] = lambda: False
     save: Callable[[], object] = lambda: None
+    reads_data: bool = True
     warnings: list[str] = field(default_factory=list)
 
     def stop_requested(self) -> bool:

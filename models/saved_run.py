@@ -6,7 +6,7 @@ learner.evaluate()
 
 import json
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -96,13 +96,7 @@ def check_config(checkpoint: Path, state: dict[str, Any], learner: Learner) -> l
 
 def check_identity(checkpoint: Path, state: dict[str, Any], learner: Learner) -> None:
     """Refuse a checkpoint of another run, or of one that has read other images than are there now."""
-    for key, ours in learner.identity().items():
-        theirs = state["run"].get(key)
-        if theirs != ours:
-            raise UserError(
-                f"{checkpoint} does not belong to this run: its {key} is {short(theirs)}, this run's is "
-                f"{short(ours)}; resume with the data, weights and config it was made with"
-            )
+    check_same(checkpoint, state, learner.identity())
     read = state["data"]
     ours = learner.data_read(*(len(read.get(source, [])) for source in ("train", "test")))
     finished = len(read.get("test", []))  # tasks
@@ -119,6 +113,17 @@ def check_identity(checkpoint: Path, state: dict[str, Any], learner: Learner) ->
                 f"{checkpoint} does not belong to this run: the {source} images of task {changed[0]}, which "
                 f"it has read, have changed since; put the files back that were there"
                 f"{way_out if changed[0] >= finished else ''}"
+            )
+
+
+def check_same(checkpoint: Path, state: dict[str, Any], identity: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint of a run that has other values of an identity's keys."""
+    for key, ours in identity.items():
+        theirs = state["run"].get(key)
+        if theirs != ours:
+            raise UserError(
+                f"{checkpoint} does not belong to this run: its {key} is {short(theirs)}, this run's is "
+                f"{short(ours)}; go on with the data, weights and config it was made with"
             )
 
 

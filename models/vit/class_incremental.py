@@ -59,7 +59,7 @@ class ClassIncrementalLearner(Learner):
     ends, which then classifies instead of the rows.
 
     Attributes:
-        data: the task sequence.
+        data: the task sequence; absent where the context reads no data.
         backbone: provenance of the pretrained weights.
         calibration: temperature of the scores, from the end of the first task on.
     """
@@ -73,7 +73,10 @@ class ClassIncrementalLearner(Learner):
         super().__init__(config, context)
         self.calibration: Calibration | None = None
         self.cache = TensorCache(config.cache_root, config.cache_gb)
-        self.data, self.backbone = load_data_and_backbone(config, context)
+        if context.reads_data:
+            self.data, self.backbone = load_data_and_backbone(config, context)
+        else:
+            self.backbone = load_backbone(config)
         torch.manual_seed(self.seed)
         torch.backends.cudnn.benchmark = False
         self.modules = self.build(self.backbone.vit).to(self.device)
@@ -446,13 +449,11 @@ def load_data_and_backbone(
     Raises:
         UserError: data or weights cannot be had; both are told together.
     """
-    weights = {"weights": config.weights, "weights_root": Path(config.weights_root)}
     try:
         dataset = load_dataset(config.dataset, config.data_root, Path(config.cache_root) / IMAGES)
     except UserError as error:
         raise UserError("\n".join([str(error), *_missing_weights(config)])) from error
-    backbone = create_backbone(config.backbone_type, image_size=config.image_size, **weights)
-    norm = (backbone.mean, backbone.std) if config.input_normalization == "weights" else (None, None)
+    backbone = load_backbone(config)
     workers = default_workers(context.device) if config.num_workers is None else config.num_workers
     split = TaskSplit(
         seed=config.seed,
@@ -466,13 +467,27 @@ def load_data_and_backbone(
     data = DataManager(
         dataset,
         split,
-        train_view=ViewSpec(backbone.image_size, config.augmentation, *norm),
-        test_view=ViewSpec(backbone.image_size, "none", *norm),
+        train_view=view_spec(config, backbone, config.augmentation),
+        test_view=view_spec(config, backbone, "none"),
         num_workers=workers,
         distributed=context.distributed,
     )
     data.stop_requested = context.stop_requested
     return data, backbone
+
+
+def load_backbone(config: ClassIncrementalConfig) -> Backbone:
+    """The pretrained ViT of a configuration. UserError: its weights cannot be had."""
+    root = Path(config.weights_root)
+    return create_backbone(
+        config.backbone_type, image_size=config.image_size, weights=config.weights, weights_root=root
+    )
+
+
+def view_spec(config: ClassIncrementalConfig, backbone: Backbone, augmentation: str) -> ViewSpec:
+    """Transform from images to inputs of a backbone, with the normalisation that the configuration names."""
+    norm = (backbone.mean, backbone.std) if config.input_normalization == "weights" else (None, None)
+    return ViewSpec(backbone.image_size, augmentation, *norm)
 
 
 def _missing_weights(config: ClassIncrementalConfig) -> list[str]:

@@ -70,6 +70,18 @@ def _upper_bits(image: Image.Image) -> np.ndarray:
     return 255 - levels if white_is_zero else levels
 
 
+def decode_whole(content: bytes) -> np.ndarray:
+    """The pixels of an image file that is whole, uint8 (h, w, 3).
+
+    Raises:
+        ValueError: a JPEG whose picture is cut off, and what `decode` raises.
+    """
+    pixels = decode(content)
+    if content.startswith(START_OF_JPEG) and lacks_data(content, pixels):
+        raise ValueError("its JPEG data end before the picture does")
+    return pixels
+
+
 def lacks_data(jpeg: bytes, pixels: np.ndarray) -> bool:
     """Whether the picture of a JPEG ends before its end marker, so that decoders fill the rest with grey.
 
@@ -123,9 +135,7 @@ def _checked(path: Path) -> tuple[str, str] | str:
     """State and SHA-256 of a good image file, or the reason why it is bad."""
     try:
         content, state, sha256 = read_signed(path)
-        pixels = decode(content)
-        if content.startswith(START_OF_JPEG) and lacks_data(content, pixels):
-            return "its JPEG data end before the picture does"
+        decode_whole(content)
         return state, sha256
     except Exception as error:  # decoders raise errors of many kinds on bad bytes
         return why_bad(error)

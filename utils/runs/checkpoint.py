@@ -108,8 +108,10 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, An
         raise _damaged(folder, f"{TENSORS_FILE} is not in the safetensors format ({error})") from error
 
 
-def latest_checkpoint(checkpoints: Path) -> Path | None:
+def latest_checkpoint(checkpoints: Path, whole_tasks: bool = False) -> Path | None:
     """The checkpoint that is furthest in the run by task and step, or None where there is none.
+
+    With `whole_tasks` those inside a task are passed over.
 
     The end of a task comes after its steps. Unfinished checkpoints are passed over; a damaged one is not, so
     that `load_checkpoint` refuses it rather than a run going on silently from an older one.
@@ -129,6 +131,8 @@ def latest_checkpoint(checkpoints: Path) -> Path | None:
         complete = (folder / STATE_FILE).is_file() and (folder / TENSORS_FILE).is_file()
         if position and complete and not superseded:
             task, step = position.groups()
+            if whole_tasks and step is not None:
+                continue
             found[int(task), float("inf") if step is None else int(step)] = folder
     return found[max(found)] if found else None
 
