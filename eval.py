@@ -7,6 +7,7 @@ python eval.py --checkpoint FOLDER/checkpoints/task_04   the model as that task 
 python eval.py --run FOLDER --analyse cka grassmann probes   what its representations did, task after task
 python eval.py --run FOLDER --analyse cka grassmann probes units samples   a run on grids, at its end
 python eval.py --run FOLDER --predict photos/ --top 3    classes of any images, with calibrated scores
+python eval.py --run FOLDER --export onnx            also timm, torchscript: a model without this program
 
 FOLDER is a run's, such as logs/sema/mnist_5k/0/2/quickstart_1993_vit_small_patch14_reg4_dinov2.
 """
@@ -25,12 +26,13 @@ from utils.errors import AGAIN, abrupt_interrupts, exit_code
 
 TAKES = {  # options that each command takes beside its own; the first one given decides
     "predict": ("run", "checkpoint", "out", "top"),
+    "export": ("run", "checkpoint", "out"),
     "analyse": ("run", "images-per-class"),
     "recorded": ("run",),
     "checkpoint": (),
     "run": (),
 }
-ONE_RUN = ("predict", "analyse", "recorded")  # commands that look at one run
+ONE_RUN = ("predict", "export", "analyse", "recorded")  # commands that look at one run
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -70,7 +72,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     add("--predict", type=given_path, nargs="+", metavar="PATH", help="with --run: classes of these images")
     add("--top", type=at_least_one, metavar="N", help="with --predict: classes per image (default: 1)")
-    add("--out", type=given_path, metavar="PATH", help="with --predict: a .csv file for the predictions")
+    add("--export", choices=("timm", "onnx", "torchscript"), help="with --run: write the model in this form")
+    add(
+        "--out",
+        type=given_path,
+        metavar="PATH",
+        help="with --predict: a .csv file for the predictions; with --export: a new folder (default: "
+        "FOLDER/export/FORM)",
+    )
     options = parse_or_advise(parser, arguments, way_out)
     for fault in usage_faults(options):
         parser.error(fault)
@@ -114,10 +123,17 @@ def way_out(name: str, values: list[str]) -> str:
 
 def predict(options: argparse.Namespace) -> Iterable[str]:
     """Class names of images."""
-    from models.prediction import show_predictions
+    from models.deployment.prediction import show_predictions
 
     options_given = (options.predict, options.top or 1, options.out)
     return show_predictions(run_of(options), options.checkpoint, *options_given)
+
+
+def export(options: argparse.Namespace) -> Iterable[str]:
+    """The model in a form that needs none of this program."""
+    from models.deployment.export import export_run
+
+    return export_run(run_of(options), options.checkpoint, options.export, options.out)
 
 
 def run_of(options: argparse.Namespace) -> Path:
@@ -150,6 +166,7 @@ def show_runs(options: argparse.Namespace) -> Iterable[str]:
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], Iterable[str]]] = {
     "predict": predict,
+    "export": export,
     "analyse": analyse,
     "recorded": show_runs,
     "checkpoint": show_checkpoint,

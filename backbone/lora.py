@@ -272,6 +272,16 @@ class LoRAVisionTransformer(nn.Module):
         for projection in self.projections:
             projection.merged = None
 
+    def plain_state(self) -> dict[str, Tensor]:
+        """State dict of the timm ViT that computes the same; adapters must be merged."""
+        own = {
+            f"blocks.{i}.attn.qkv.{name}" for i, p in enumerate(self.projections) for name in p.own_tensors()
+        }
+        state = {name: t for name, t in self.vit.state_dict().items() if name not in own}
+        state = {name.replace(".qkv.qkv.", ".qkv."): tensor for name, tensor in state.items()}
+        merged = {f"blocks.{i}.attn.qkv.weight": p.merged for i, p in enumerate(self.projections)}
+        return state | merged
+
     # --- growing, freezing, pruning -------------------------------------------------------------------------
 
     def grow(self, rank: int) -> None:

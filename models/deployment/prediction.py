@@ -64,7 +64,7 @@ class Predictor:
         scores = (
             "not calibrated" if tested is None else f"calibrated, error {tested:.1f} points on test images"
         )
-        tasks = f"{self.learner.task + 1} tasks"
+        tasks = tasks_told(self.learner.task + 1)
         return f"{self.learner.config.model_name}: {len(self.classes)} classes of {tasks}, scores {scores}"
 
     def predict(self, images: Images, top: int = 1) -> pd.DataFrame:
@@ -110,6 +110,11 @@ class Predictor:
         learner = self.learner
         raw = learner.classify(learner.features(views.to(learner.device)))
         return probabilities(raw.cpu(), self.temperature)
+
+
+def tasks_told(count: int) -> str:
+    """A number of tasks in words."""
+    return "1 task" if count == 1 else f"{count} tasks"
 
 
 def load_run(
@@ -185,7 +190,9 @@ def show_predictions(
     else:
         yield f"wrote {replace_file(out, table.to_csv(index=False).encode())}"
     read = table["image"].nunique()
-    yield f"{read:,} images predicted" + (f", {len(unreadable):,} could not be read" if unreadable else "")
+    yield f"{read:,} image{'s' * (read != 1)} predicted" + (
+        f", {len(unreadable):,} could not be read" if unreadable else ""
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------

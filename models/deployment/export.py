@@ -1,0 +1,239 @@
+"""Export of a run as a model that needs none of this program: timm weights, ONNX or TorchScript.
+
+    python eval.py --run FOLDER --export onnx             # to FOLDER/export/onnx
+    python eval.py --run FOLDER --export timm --out cats  # of a ViT with a linear classifier
+
+Every form takes images (B, 3, S, S), float32, as `preprocessing.json` beside it says, and gives logits
+(B, C), already divided by the run's temperature: their softmax is the calibrated score. It is read back and
+compared with the run's own scores, both in fp32 on the CPU, before the folder appears.
+"""
+
+import copy
+import importlib.util
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import timm
+import torch
+from timm.models import save_for_hf
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from models.deployment.model_card import model_card
+from models.deployment.prediction import Predictor, load_run
+from models.ranpac import RanPACHead
+from models.vit.closed_form import PrototypeHead
+from utils.data.transforms import views_of
+from utils.errors import UserError
+from utils.files import json_bytes
+from utils.inc_net import IncrementalHead
+from utils.training.random import numpy_rng
+
+TOLERANCE = 1e-3  # largest difference between a calibrated score of the export and of the run
+CHECKED, TRACED = 5, 2  # images in the check, and those that the network is traced with
+PREPROCESSING = "preprocessing.json"
+Run = Callable[[Tensor], Tensor]  # inputs (B, 3, S, S) -> logits (B, C)
+
+
+class Deployed(nn.Module):
+    """A network and its classifier in one: inputs (B, 3, S, S) -> logits / temperature, (B, C)."""
+
+    def __init__(self, network: nn.Module, head: nn.Module, temperature: float) -> None:
+        super().__init__()
+        self.network, self.head, self.temperature = network, head, temperature
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.network(images)) / self.temperature
+
+
+class CosineHead(nn.Module):
+    """`PrototypeHead` in float32 on any device."""
+
+    def __init__(self, head: PrototypeHead) -> None:
+        super().__init__()
+        self.register_buffer("means", F.normalize(head.means.float(), dim=1))
+
+    def forward(self, features: Tensor) -> Tensor:
+        return F.linear(F.normalize(features, dim=1), self.means)
+
+
+class RidgeHead(nn.Module):
+    """`RanPACHead` in float32 on any device."""
+
+    def __init__(self, head: RanPACHead) -> None:
+        super().__init__()
+        self.register_buffer("projection", head.projection.float())
+        self.register_buffer("weights", head.weights.float())
+
+    def forward(self, features: Tensor) -> Tensor:
+        return F.relu(features @ self.projection) @ self.weights
+
+
+def linear_head(head: IncrementalHead) -> nn.Linear:
+    """The rows of all tasks as one layer."""
+    rows = nn.Linear(head.width, sum(len(task.weight) for task in head.tasks))
+    with torch.no_grad():
+        rows.weight.copy_(torch.cat([task.weight for task in head.tasks]))
+        rows.bias.copy_(torch.cat([task.bias for task in head.tasks]))
+    return rows
+
+
+HEADS: dict[type, Callable[[nn.Module], nn.Module]] = {
+    IncrementalHead: linear_head,
+    PrototypeHead: CosineHead,
+    RanPACHead: RidgeHead,
+}
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Forms: each writes its files into a folder, and returns what runs them
+
+
+def to_timm(model: Predictor, folder: Path) -> Run:
+    """A plain timm ViT: model.safetensors and the config.json that `timm.create_model` reads."""
+    learner, size = model.learner, model.view.image_size
+    vit = timm.create_model(learner.backbone.architecture, num_classes=len(model.classes), img_size=size)
+    head = linear_head(learner.head)
+    state = learner.network.plain_state() | {
+        "head.weight": head.weight / model.temperature,
+        "head.bias": head.bias / model.temperature,
+    }
+    vit.load_state_dict(state)
+    about = preprocessing(model)
+    save_for_hf(
+        vit,
+        folder,
+        model_config={"label_names": model.classes},
+        model_args={"img_size": size},
+        safe_serialization=True,
+        data_config={
+            "input_size": (3, size, size),
+            "mean": tuple(about["mean"]),
+            "std": tuple(about["std"]),
+            "interpolation": about["interpolation"],
+            "crop_pct": size / about["resize_shorter_side"],
+        },
+    )
+    return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+
+
+def to_torchscript(model: Predictor, folder: Path) -> Run:
+    """A traced module, model.pt."""
+    example = torch.zeros(TRACED, 3, model.view.image_size, model.view.image_size)
+    torch.jit.trace(deployed(model), example).save(folder / "model.pt")
+    return torch.jit.load(folder / "model.pt")
+
+
+def to_onnx(model: Predictor, folder: Path) -> Run:
+    """A graph with any number of images, model.onnx; run with onnxruntime."""
+    import onnxruntime
+
+    path, axis = folder / "model.onnx", {0: "batch"}
+    torch.onnx.export(
+        deployed(model),
+        (torch.zeros(TRACED, 3, model.view.image_size, model.view.image_size),),
+        path,
+        input_names=["images"],
+        output_names=["logits"],
+        dynamic_axes={"images": axis, "logits": axis},
+        dynamo=False,
+    )
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+
+
+FORMS: dict[str, Callable[[Predictor, Path], Run]] = {
+    "timm": to_timm,
+    "onnx": to_onnx,
+    "torchscript": to_torchscript,
+}
+
+
+def deployed(model: Predictor) -> Deployed:
+    """The run's network and classifier as one module; the network's adapters are merged where they can be."""
+    learner = model.learner
+    head = learner.closed_form or learner.head
+    return Deployed(copy.deepcopy(learner.network), HEADS[type(head)](head), model.temperature).eval()
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The export
+
+
+@torch.no_grad()
+def export_run(folder: Path, checkpoint: Path | None, form: str, out: Path | None) -> Iterator[str]:
+    """Lines about an export, which is written when it gives the run's scores.
+
+    Raises:
+        UserError: from `load_run`; the form is impossible for this run, its libraries are absent, its scores
+            are others, or something is in its place.
+    """
+    out = out or folder / "export" / form
+    if out.exists():
+        raise UserError(
+            f"--export {form}: {out} is there already: remove it, or give another folder to --out"
+        )
+    lacking = [name for name in ("onnx", "onnxruntime") if not importlib.util.find_spec(name)]
+    if form == "onnx" and lacking:
+        raise UserError(
+            f"--export onnx needs {' and '.join(lacking)}: python -m pip install -r requirements-export.txt"
+        )
+    model = load_run(folder, "cpu", checkpoint, "fp32")
+    yield repr(model)
+    views, scores = checked_inputs(model)  # merges the adapters that can be
+    if form == "timm" and (
+        model.learner.closed_form is not None or model.learner.network.plain_state() is None
+    ):
+        others = ", ".join(name for name in FORMS if name != form)
+        raise UserError(
+            f"--export timm: this {model.learner.config.model_name} is more than a ViT with a linear "
+            f"classifier; possible: {others}"
+        )
+    near = next(parent for parent in out.absolute().parents if parent.is_dir())
+    with tempfile.TemporaryDirectory(prefix=".export-", dir=near) as place, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of tracers, about shapes that are fixed here
+        made = Path(place) / out.name
+        made.mkdir()
+        exported = FORMS[form](model, made)(views).softmax(dim=1)
+        difference = float((exported - scores).abs().max())
+        if not difference <= TOLERANCE:
+            raise UserError(
+                f"--export {form}: its scores differ from the run's by up to {difference:.2g}, more than "
+                f"{TOLERANCE:g}: nothing was written; try another form"
+            )
+        (made / PREPROCESSING).write_bytes(json_bytes(preprocessing(model)))
+        card = model_card(model, folder, form, preprocessing(model), difference)
+        (made / "README.md").write_text(card, encoding="utf-8")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        made.rename(out)
+    yield f"scores of {CHECKED} images differ from the run's by {difference:.1e} at most"
+    for path in sorted(out.iterdir()):
+        yield f"wrote {path} ({path.stat().st_size / 1e6:,.1f} MB)"
+
+
+def checked_inputs(model: Predictor) -> tuple[Tensor, Tensor]:
+    """Inputs (B, 3, S, S) of drawn images, and the run's scores (B, C) of them."""
+    size = model.view.image_size
+    drawn = numpy_rng("export check").integers(0, 256, (CHECKED, 3, size, size), dtype="uint8")
+    images = torch.from_numpy(drawn)
+    return views_of(images, model.view, None, drawn[:, 0, 0, 0]), model.scores(list(images))
+
+
+def preprocessing(model: Predictor) -> dict[str, object]:
+    """What an image goes through before the network, in order, and what its outputs are; JSON."""
+    size, view = model.view.image_size, model.view
+    return {
+        "colours": "RGB",
+        "resize_shorter_side": 256 * size // 224,
+        "interpolation": "bicubic",
+        "antialias": True,
+        "centre_crop": size,
+        "scale": "from 0..255 to 0..1",
+        "mean": list(view.mean or (0.0, 0.0, 0.0)),
+        "std": list(view.std or (1.0, 1.0, 1.0)),
+        "output": "logits, divided by the temperature already: their softmax is the calibrated score",
+        "temperature": model.temperature,
+        "classes": model.classes,
+    }

@@ -1,0 +1,72 @@
+"""Model card of an exported run: what it was trained on, how well it does, and how it is loaded."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from models.deployment.prediction import Predictor, tasks_told
+from models.vit.calibration import FITTED_ON
+from models.vit.pretrained import weights_origin
+
+LOADING = """\
+import torch
+from PIL import Image
+from torchvision.transforms import v2
+{load}
+prepare = v2.Compose([v2.PILToTensor(), v2.Resize({resize_shorter_side}, interpolation=3, antialias=True),
+    v2.CenterCrop({centre_crop}), v2.ToDtype(torch.float32, scale=True), v2.Normalize({mean}, {std})])
+images = prepare(Image.open("image.png").convert("RGB"))[None]
+scores = model(images).softmax(dim=1)"""
+LOAD = {
+    "timm": """\
+import timm
+model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()""",
+    "torchscript": """\
+model = torch.jit.load("FOLDER/model.pt")""",
+    "onnx": """\
+import onnxruntime
+session = onnxruntime.InferenceSession("FOLDER/model.onnx")
+model = lambda images: torch.tensor(session.run(None, {"images": images.numpy()})[0])""",
+}
+
+
+def model_card(
+    model: Predictor, folder: Path, form: str, preprocessing: Mapping[str, Any], difference: float
+) -> str:
+    """The card of an export as Markdown."""
+    learner, tested = model.learner, model.evaluation
+    config, backbone, calibration = learner.config, learner.backbone, learner.calibration
+    source, licence = weights_origin(config.backbone_type, config.weights)
+    accuracy = 100 * sum(tested["correct"]) / sum(tested["total"])
+    calibrated = "not calibrated"
+    if calibration is not None:
+        calibrated = (
+            f"temperature {calibration.temperature:.4g}, fitted on {calibration.images} training images, "
+            f"{FITTED_ON[calibration.fitted_on]}; expected calibration error {tested['ece']:.2f} points on "
+            "test images"
+        )
+    rows = {
+        "run": folder.name,
+        "method": config.model_name,
+        "data": config.dataset,
+        "classes": f"{len(model.classes)}, learned in {tasks_told(learner.task + 1)}",
+        "accuracy": f"{accuracy:.2f} % of {sum(tested['total']):,} test images of these classes",
+        "scores": calibrated,
+        "backbone": f"{backbone.tag}, {backbone.image_size} px",
+        "its weights": source,
+        "their licence": licence,
+        "export": f"{form}; scores within {difference:.1e} of the run's, in fp32",
+    }
+    loading = LOADING.format(load=LOAD[form], **preprocessing)
+    return "\n".join(
+        [
+            f"# {len(model.classes)} classes of {config.dataset} by {config.model_name}\n",
+            "| | |\n| --- | --- |",
+            *(f"| {name} | {value} |" for name, value in rows.items()),
+            "",
+            *([f"{backbone.note[0].upper()}{backbone.note[1:]}.\n"] if backbone.note else []),
+            f"Loading it:\n\n```python\n{loading}\n```\n",
+            "`preprocessing.json` says the same for other languages, and names the classes in order.\n",
+            f"Classes: {', '.join(model.classes)}\n",
+        ]
+    )

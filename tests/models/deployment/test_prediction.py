@@ -1,0 +1,120 @@
+"""models.deployment.prediction: class names of images from a run folder alone."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+import eval as evaluation
+from models import load_run
+from models.saved_run import load_learner
+from tests.conftest import TINY_GRIDS
+from tests.models.deployment.conftest import Finished
+from utils.errors import UserError
+
+
+def test_a_run_without_its_data_predicts_what_it_was_tested_with(finished: Finished) -> None:
+    """As many test images of every class learned are named right as the run recorded, with its ECE."""
+    folder, images, labels = finished
+    model, result = load_run(folder), json.loads((folder / "result.json").read_text())
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert model.classes == manifest["class_names"][: 8 if "linear_probe" in folder.parts else 4]
+    seen = np.array([label in model.classes for label in labels])
+    limit = json.loads((folder / "config.json").read_text())["max_test_per_class"]
+    table, named = model.predict(images[seen]), np.array(labels)[seen]
+    assert list(table.columns) == ["image", "rank", "class", "score"] and len(table) == seen.sum()
+    if limit is None:
+        right = table["class"].to_numpy() == named
+        assert 100 * right.mean() == pytest.approx(result["curve"][-1])
+        bins = np.minimum((table["score"] * 15).astype(int), 14)
+        gaps = pd.DataFrame({"gap": right - table["score"]}).groupby(bins)["gap"].sum()
+        assert 100 * gaps.abs().sum() / len(right) == pytest.approx(result["metrics"]["ece"], abs=1e-4)
+    assert model.temperature == result["calibration"]["temperature"]
+    with pytest.raises(UserError, match="things.npz"):
+        load_learner(folder / "checkpoints" / "task_00")  # a test needs the data
+
+
+def test_images_are_predicted_alike_however_they_are_given(simplecil: Finished, tmp_path: Path) -> None:
+    model, pixels = load_run(simplecil.folder, device="cpu"), simplecil.images[:3]
+    files = [tmp_path / "photos" / f"{i}.png" for i in range(3)]
+    files[0].parent.mkdir()
+    for path, image in zip(files, pixels, strict=True):
+        Image.fromarray(image).save(path)
+    expected = model.predict(pixels, top=2)
+    assert list(expected["rank"]) == [1, 2] * 3 and expected["score"].between(0, 1).all()
+    for given in (
+        torch.from_numpy(pixels).permute(0, 3, 1, 2),
+        list(pixels),
+        [Image.fromarray(image) for image in pixels],
+        files[0].parent,
+        [str(path) for path in files],
+    ):
+        table = model.predict(given, top=2)
+        assert table["class"].equals(expected["class"]) and table["score"].equals(expected["score"])
+    assert table["image"].tolist() == [str(path) for path in files for _ in range(2)]
+    single = model.predict(pixels[0], top=99)
+    assert len(single) == 4 and single["class"][0] == expected["class"][0]
+    assert single["score"][0] == pytest.approx(expected["score"][0], abs=1e-5)
+    everything = model.predict(pixels, top=4).groupby("image")["score"].sum()
+    assert everything.tolist() == pytest.approx([1, 1, 1])
+
+
+@pytest.mark.parametrize("given", [np.zeros((2, 8, 8, 3)), np.zeros((1, 8, 8, 4), np.uint8), []])
+def test_what_is_no_image_is_refused(given: object, simplecil: Finished) -> None:
+    with pytest.raises(UserError, match="uint8|no image"):
+        load_run(simplecil.folder).predict(given)
+
+
+def test_unreadable_images_are_told_and_skipped(
+    simplecil: Finished, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos, out = tmp_path / "photos", tmp_path / "x.csv"
+    (photos / "below").mkdir(parents=True)
+    Image.fromarray(simplecil.images[0]).resize((40, 50)).save(photos / "below" / "good.jpg")
+    content = (photos / "below" / "good.jpg").read_bytes()
+    (photos / "cut.jpg").write_bytes(content[: len(content) // 2])
+    (photos / "text.png").write_text("no image")
+    arguments = ["--run", str(simplecil.folder), "--predict", str(photos), "--top", "3"]
+    assert evaluation.main([*arguments, "--out", str(out)]) == 0
+    shown = capsys.readouterr().out
+    assert "1 image predicted, 2 could not be read" in shown
+    assert "cut.jpg cannot be read" in shown and "text.png cannot be read" in shown
+    table = pd.read_csv(out)
+    assert table["image"].unique().tolist() == [str(photos / "below" / "good.jpg")] and len(table) == 3
+    assert evaluation.main(arguments) == 0
+    assert f"good.jpg: {table['class'][0]} {100 * table['score'][0]:.1f} %" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "answer"),
+    [
+        (["--predict", "nowhere.jpg"], "nowhere.jpg: it is not there"),
+        (["--predict", ".", "--out", "x.txt"], "--out predictions.csv"),
+    ],
+)
+def test_mistakes_are_a_sentence(
+    arguments: list[str], answer: str, simplecil: Finished, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert evaluation.main(["--run", str(simplecil.folder), *arguments]) == 2
+    shown = capsys.readouterr().err
+    assert answer in shown and len(shown.splitlines()) == 1
+
+
+def test_any_task_and_only_runs_of_images(
+    simplecil: Finished, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = simplecil.folder / "checkpoints" / "task_00"
+    assert load_run(simplecil.folder, checkpoint=first).classes == load_run(simplecil.folder).classes[:2]
+    Image.fromarray(simplecil.images[0]).save(tmp_path / "a.png")
+    assert evaluation.main(["--checkpoint", str(first), "--predict", str(tmp_path / "a.png")]) == 0
+    assert "2 classes of 1 task" in capsys.readouterr().out
+    (tmp_path / "config.json").write_text(json.dumps(TINY_GRIDS))
+    with pytest.raises(UserError, match="runs on images"):
+        load_run(tmp_path)
+    (tmp_path / "config.json").write_text((simplecil.folder / "config.json").read_text())
+    with pytest.raises(UserError, match="no checkpoint of a finished task"):
+        load_run(tmp_path)
