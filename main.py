@@ -5,6 +5,9 @@ python main.py exps/nested_lora_cifar.json                       any other file:
 python main.py --method ranpac --dataset cifar224                the file that is shipped for the two
 python main.py --config X.json --set nested_lora_rank=8 --set seed=[1,2,3]
 python main.py --resume logs/sema/mnist_5k/0/2/quickstart_1993_vit_small_patch14_reg4_dinov2
+python main.py --resume auto --config X.json                     continue X where it was stopped, or start it
+python main.py --extend logs/sema/... --set max_tasks=10         a finished run learns further tasks
+python main.py --extend logs/sema/... --data FOLDER              or classes of another folder
 torchrun --nproc_per_node=2 main.py --config X.json              several devices, one log
 python main.py --sweep exps/sweeps/smoke.json                    a table of experiments; again: continues it
 python main.py --sweep X.json --engine ray --ray-address HOST:PORT   its runs on a Ray cluster
@@ -24,6 +27,7 @@ import itertools
 import json
 import logging
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -34,9 +38,11 @@ from utils.errors import UserError, abrupt_interrupts, exit_code
 from utils.sweeps.executors import EXECUTORS
 
 DEFAULT = "exps/quickstart.json"  # a config or a sweep
+AUTO = "auto"  # instead of a folder to resume
 TAKES = {  # options that each command takes beside its own; the first one given decides, else "run"
     "list": ("method", "format"),
-    "resume": (),
+    "extend": ("set", "data", "overwrite"),
+    "resume": ("config", "set"),
     "report": ("sweep", "set"),
     "sweep": ("set", "overwrite", "jobs", "engine", "ray-address"),
     "benchmark": ("config", "set", "repeats", "profile"),
@@ -64,7 +70,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     lists = ("keys", "methods", "datasets", "backbones", "configs", "metrics")
     add("--config", type=given_path, metavar="FILE", help="run an experiment, as FILE alone does")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="change one key; repeatable")
-    add("--resume", type=given_path, metavar="FOLDER", help="continue the run in this folder")
+    add(
+        "--resume",
+        type=lambda text: text if text == AUTO else given_path(text),
+        metavar="FOLDER",
+        help="continue the run in this folder; auto: that of --config, or start it where there is none",
+    )
+    add("--extend", type=given_path, metavar="FOLDER", help="a finished run, to learn further tasks")
+    add("--data", nargs="+", metavar="FOLDER", help="with --extend: new classes; each folder is one task")
     add("--overwrite", action="store_true", help="replace an existing folder of the same name")
     add("--sweep", type=given_path, metavar="FILE", help="run a table of experiments; skips finished ones")
     add("--jobs", type=at_least_one, metavar="N", help="of a sweep: runs at once (default: as many as fit)")
@@ -107,7 +120,7 @@ def choose_file(options: argparse.Namespace) -> None:
         raise UserError(f"{' and '.join(given)} each name an experiment: give one of them")
     path = shipped_file(options.method, options.dataset, SCHEMAS) if options.method else options.file
     options.method = options.dataset = options.file = None
-    if not given and not options.resume:
+    if not given and not (options.resume or options.extend):
         kind = kind_of(located(Path(DEFAULT)), SCHEMAS)
         path = None if (options.benchmark if kind == "sweep" else options.report) else Path(DEFAULT)
     if path:
@@ -126,6 +139,16 @@ def usage_faults(options: argparse.Namespace) -> list[str]:
     """Sentences about options that do not go together."""
     faults = refused_options(options, TAKES, "run", "a run")
     rules = [
+        (
+            options.resume not in (None, AUTO) and (options.config or options.set),
+            "--config and --set go with --resume auto: a run folder has its own config.json",
+        ),
+        (options.resume == AUTO and not options.config, "--resume auto goes with --config FILE"),
+        (
+            options.extend and not (options.set or options.data),
+            "--extend goes with --set max_tasks=N or --data FOLDER",
+        ),
+        (options.data and not options.extend, "--data goes with --extend RUN"),
         (options.report and not options.sweep, "--report goes with --sweep"),
         (options.benchmark and not options.config, "--benchmark goes with --config"),
         (options.ray_address and options.engine != "ray", "--ray-address goes with --engine ray"),
@@ -229,6 +252,30 @@ def resume_seeds(folder: Path, context: Any) -> None:
         raise UserError(f"{folder} is finished: read its result.json, or run its config.json again")
 
 
+def resume_or_start(loaded: Any, context: Any) -> None:
+    """Finish the runs of a config file that were stopped, start those that are not there; log their mean."""
+    from models.run_files import read_result
+    from models.saved_run import find_run
+    from trainer import resume, train
+    from utils.runs.manifest import is_complete
+    from utils.runs.seeds import log_mean, new_command
+
+    command = new_command([config.seed for config in loaded.configs], overwrite=False)
+    results = []
+    for config in loaded.configs:
+        resolved = config.model_copy(update={"precision": context.precision})
+        found = context.distributed.on_main(lambda resolved=resolved: str(find_run(resolved) or ""))
+        if not found:
+            results.append(train(config, context, notes=loaded.notes, command=command))
+        elif is_complete(Path(found)):
+            logger.info(f"{found} is finished: read its result.json")
+            results.append(read_result(Path(found)))
+        else:
+            results.append(resume(Path(found), context))
+    if context.distributed.is_main:
+        log_mean(results, loaded.config.metrics)
+
+
 def list_lines(options: argparse.Namespace) -> list[str]:
     """The keys, methods, data sets, backbones, metrics or shipped configs, for the console."""
     from models import SCHEMAS
@@ -271,8 +318,10 @@ def load(options: argparse.Namespace) -> Any:
 def main(arguments: list[str] | None = None) -> int:
     """Do what the command line asks for.
 
-    Returns the exit code: 0 done, 1 runs of a sweep failed, 2 a mistake, 130 stopped.
+    Returns the exit code: 0 done, 1 runs of a sweep failed, 2 a mistake, 130 stopped by Ctrl-C, SIGTERM or a
+    lost terminal.
     """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, also where nothing can be saved
     prepare_console()
     first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun started, if it did
     if not first:
@@ -295,13 +344,25 @@ def main(arguments: list[str] | None = None) -> int:
             from models import LEARNERS
             from models.run_files import read_config
 
-            config = read_config(options.resume) if options.resume else (loaded := load(options)).config
-            import trainer  # noqa: F401 - and with it all that is heavy
+            if options.extend:
+                config = read_config(options.extend)
+            elif options.resume not in (None, AUTO):
+                config = read_config(options.resume)
+            else:
+                config = (loaded := load(options)).config
+            import trainer  # with it all that is heavy
+            from models.extension import Extension
             from models.saved_run import run_context
             from utils.training.device import keep_freed_memory
 
             LEARNERS[config.model_name]
             keep_freed_memory()
+        if options.extend:
+            extension = Extension.of(options.extend, options.set, options.data or [])
+            with run_context(extension.config) as context:
+                together = True
+                trainer.extend(extension, context, overwrite=options.overwrite)
+                return 0
         if options.benchmark:
             from models.benchmark import benchmark
 
@@ -311,6 +372,8 @@ def main(arguments: list[str] | None = None) -> int:
         with run_context(config) as context:
             together = True
             if options.resume:
+                if options.resume == AUTO:
+                    return resume_or_start(loaded, context)
                 return resume_seeds(options.resume, context)
             return run_seeds(loaded, options.overwrite, context)
 

@@ -2,6 +2,7 @@
 
     result = train(config)                        # a run in a new folder; the content of its result.json
     result = resume(Path("logs/sema/..."))        # goes on from the last checkpoint of a run folder
+    result = extend(Extension.of(Path("logs/sema/..."), ["max_tasks=4"]))    # further tasks, in a new folder
     learner = make_learner(config)                # data, backbone and modules; nothing is written
 
 The methods are in `models/`. What a run leaves behind is described in `utils/runs/run_log.py`.
@@ -9,18 +10,18 @@ The methods are in `models/`. What a run leaves behind is described in `utils/ru
 
 import logging
 import shutil
-import signal
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 
 from models import LEARNERS
 from models.base import Learner, RunContext
+from models.extension import Extension
 from models.run_files import read_config, read_result
 from models.saved_run import (
     CHECKPOINTS,
@@ -38,6 +39,7 @@ from utils.runs.figures import draw_figures
 from utils.runs.folder import (
     METRICS,
     RESULT,
+    Fill,
     FolderLock,
     folder_of,
     remove_replaced,
@@ -45,6 +47,8 @@ from utils.runs.folder import (
 )
 from utils.runs.manifest import (
     Command,
+    Manifest,
+    Session,
     is_complete,
     read_manifest,
     this_session,
@@ -52,6 +56,7 @@ from utils.runs.manifest import (
 )
 from utils.runs.run_log import RunLog, SilentLog
 from utils.runs.seeds import new_command
+from utils.stop import StopRequest, stop_signals
 from utils.training.device import MEMORY_KEYS, out_of_memory_advice, peak_memory_mb
 
 logger = logging.getLogger("nested_lora")
@@ -79,33 +84,98 @@ def train(
         UserError: data, weights or device cannot be had, before any folder is made.
         Interrupted: stopped by a signal, after saving.
     """
-    learner = make_learner(config, context)
-    with open_log(learner, command or new_command([config.seed], overwrite), beside) as log:
+    if context is None:
+        with run_context(config) as context:
+            return train(config, context, overwrite=overwrite, notes=notes, command=command, beside=beside)
+    learner = make_learner(config, replace(context, trains_from=0))
+    place = folder_of(config, config.seed)
+    place = beside.with_name(place.name) if beside else place
+    with open_log(learner, command or new_command([config.seed], overwrite), place) as log:
         for note in notes:
             logger.info(note)
         return Run(learner, log).to_the_end()
 
 
-def open_log(learner: Learner, command: Command, beside: Path | None = None) -> RunLog:
-    """A new run's record: written by the first rank, the others keep none."""
+def extend(
+    extension: Extension, context: RunContext | None = None, *, overwrite: bool = False
+) -> dict[str, Any]:
+    """Result of a finished run with further tasks, in a new folder; the run itself is only read.
+
+    Args:
+        context: where it runs; by default what the config asks for, in this process.
+        overwrite: replace an earlier extension of the same name.
+
+    Raises:
+        UserError: data, weights or device cannot be had, or are others than the run's, before any folder is
+            made.
+        Interrupted: stopped by a signal, after saving.
+    """
+    if context is None:
+        with run_context(extension.config) as context:
+            return extend(extension, context, overwrite=overwrite)
+    learner = make_learner(extension.config, replace(context, trains_from=extension.tasks))
+    tensors, state = extension.check(learner)
+    with open_log(
+        learner,
+        new_command([learner.seed], overwrite),
+        extension.place,
+        earlier=extension.manifest(),
+        fill=lambda folder: extension.fill(folder, learner, state["metrics_bytes"]),
+    ) as log:
+        for note in extension.notes:
+            logger.info(note)
+        logger.info(f"Extends {extension.folder}: {extension.tasks} of {learner.nb_tasks} tasks are learned")
+        run = Run(learner, log)
+        with fitting(extension.folder):
+            run.load_state(state, tensors)
+        return run.to_the_end()
+
+
+def open_log(
+    learner: Learner,
+    command: Command,
+    place: Path | None = None,
+    earlier: Manifest | None = None,
+    fill: Fill = lambda folder: None,
+) -> RunLog:
+    """A new run's record: written by the first rank, the others keep none.
+
+    Args:
+        place: its folder, or a numbered sibling of that; by default where the config says.
+        earlier: the manifest of a run that it goes on from.
+        fill: puts into the folder what that run has left.
+    """
     config, context = learner.config, learner.context
-    place = folder_of(config, learner.seed)
     logs: list[RunLog] = []
 
     def create() -> str:
         session = this_session(context.device, config.precision, context.distributed.size)
-        manifest = {"command": command.model_dump(), "sessions": [session.model_dump()], "seed": learner.seed}
+        sessions = [*(earlier.sessions if earlier else []), session]
+        manifest = (earlier.model_dump() if earlier else {}) | {
+            "command": command.model_dump(),
+            "sessions": [each.model_dump() for each in sessions],
+            "seed": learner.seed,
+        }
         log = RunLog.create(
-            beside.with_name(place.name) if beside else place,
+            place or folder_of(config, learner.seed),
             config=config.model_dump(mode="json"),
             manifest=manifest | learner.manifest(),
             overwrite=command.overwrite,
+            fill=fill,
         )
+        if earlier:
+            warn_of_differences(session, earlier)
         logs.append(log)
         return str(log.folder)
 
     folder = context.distributed.on_main(create)
     return logs[0] if logs else SilentLog(Path(folder))
+
+
+def warn_of_differences(session: Session, earlier: Manifest) -> None:
+    """Log what is not as in the last session of an earlier manifest."""
+    if differences := session.differences(earlier.sessions[-1]):
+        logger.warning(f"Not as in the session before, which manifest.json records: {', '.join(differences)}")
 
 
 def resume(folder: Path, context: RunContext | None = None) -> dict[str, Any]:
@@ -134,9 +204,10 @@ def resume(folder: Path, context: RunContext | None = None) -> dict[str, Any]:
                 logger.info(f"{folder} has its {RESULT}: what should have followed it is made now")
                 complete_run(log)
             return read_result(folder)
-        learner = make_learner(config, context)
         checkpoint = latest_checkpoint(folder / CHECKPOINTS)
         tensors, state = load_run_checkpoint(checkpoint) if checkpoint else ({}, None)
+        learned = len(state["evaluations"]) if state else 0
+        learner = make_learner(config, replace(context, trains_from=learned))
         edited = check_config(checkpoint, state, learner) if state else []
         if state is not None:
             check_identity(checkpoint, state, learner)
@@ -149,11 +220,7 @@ def resume(folder: Path, context: RunContext | None = None) -> dict[str, Any]:
         for note in [*edited, *waiting_notes(folder)]:
             logger.warning(note)
         session = this_session(learner.device, learner.config.precision, distributed.size)
-        differences = session.differences(manifest.sessions[-1])
-        if differences:
-            logger.warning(
-                f"Not as in the session before, which manifest.json records: {', '.join(differences)}"
-            )
+        warn_of_differences(session, manifest)
         sessions = [*manifest.sessions, session]
         log.manifest(manifest.model_copy(update={"sessions": sessions}).model_dump() | learner.manifest())
         run = Run(learner, log)
@@ -188,7 +255,7 @@ class Run:
         for warning in learner.context.warnings:
             logger.warning(warning)
         logger.info(f"{learner.describe_run()}, on {learner.device}; seed {learner.seed}")
-        with self.stop:
+        with stop_signals(self.stop.receive):
             try:
                 for task in range(len(self.evaluations), learner.nb_tasks):
                     self.run_task(task)
@@ -307,39 +374,3 @@ class Run:
             for folder in (self.log.folder / CHECKPOINTS).glob(pattern):
                 if folder != but:
                     shutil.rmtree(folder)
-
-
-class StopRequest:
-    """Request to stop, made by Ctrl-C, SIGTERM or a lost terminal (SIGHUP).
-
-    Training honours it between two steps. A second one stops at once. Signals less than a second apart are
-    one: torchrun passes on to its processes what the terminal sent them already. SIGHUP that is ignored, as
-    under nohup, stays ignored.
-    """
-
-    SIGNALS = tuple(
-        getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
-    )
-
-    def __init__(self) -> None:
-        self.requested = False
-        self._since = 0.0
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> "StopRequest":
-        for number in self.SIGNALS:
-            if number in (signal.SIGINT, signal.SIGTERM) or signal.getsignal(number) != signal.SIG_IGN:
-                self._previous[number] = signal.signal(number, self._request)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _request(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
-            if time.monotonic() - self._since > 1:
-                raise KeyboardInterrupt
-            return
-        self.requested, self._since = True, time.monotonic()
-        logger.warning("Stopping after this step and saving; once more stops at once without saving")

@@ -58,6 +58,7 @@ class RunContext:
         save: writes a checkpoint, for phases that are saved before their end.
         reads_data: the data set is read; False where a model is rebuilt for predictions, without it.
         warnings: departures from the configuration, for the log.
+        trains_from: first task that is trained; training images of those before it may be gone. None: none.
     """
 
     device: torch.device
@@ -68,6 +69,7 @@ class RunContext:
     save: Callable[[], object] = lambda: None
     reads_data: bool = True
     warnings: list[str] = field(default_factory=list)
+    trains_from: int | None = None
 
     def stop_requested(self) -> bool:
         """Whether this process is to stop."""
@@ -118,6 +120,7 @@ class Learner(ABC):
     Attributes:
         Config: the schema of its configuration.
         figures: draws the figures of a run from its record.
+        task_files: names of files and folders that tasks leave in the run folder beside its record.
         analyses: analyses of finished runs by name, for `eval.py --analyse`; see `analysis_inputs`.
         modules: all modules; their state without `frozen_names` is the checkpoint.
         method_tensors: tensors that a method must remember inside a task, beside `method_state`.
@@ -129,6 +132,7 @@ class Learner(ABC):
 
     Config: ClassVar[type[RunConfig]]
     figures: ClassVar[Figures]
+    task_files: ClassVar[tuple[str, ...]] = ()
     analyses: ClassVar[Mapping[str, Callable[[Any], AnalysisResult]]] = {}
     modules: nn.ModuleDict
 

@@ -12,6 +12,7 @@ from utils.config.schema import RunConfig
 from utils.errors import UserError
 from utils.files import read_json
 from utils.runs.folder import CONFIG, RESULT, waiting_notes
+from utils.runs.metrics import fault_of
 
 
 def read_config(folder: Path) -> RunConfig:
@@ -34,7 +35,6 @@ def read_config(folder: Path) -> RunConfig:
 def read_result(folder: Path) -> dict[str, Any]:
     """The result.json of a finished run. UserError: it is absent or damaged."""
     result = read_json(folder / RESULT)
-    metrics = result.get("metrics")
-    if not isinstance(result.get("seed"), int) or not isinstance(metrics, dict) or not metrics:
-        raise UserError(f"{folder / RESULT} holds no seed and metrics: the file is damaged, restore it")
+    if fault := fault_of(result, read_config(folder).metrics):
+        raise UserError(f"{folder / RESULT} is damaged, {fault}: restore it")
     return result

@@ -5,6 +5,7 @@ learner.evaluate()
 """
 
 import json
+import re
 import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,9 +19,11 @@ from models import LEARNERS
 from models.base import Learner, RunContext
 from models.run_files import read_config
 from utils.config.schema import RunConfig
+from utils.data.tasks import ABSENT
 from utils.errors import UserError, in_one_line
 from utils.runs.checkpoint import checkpoint_name, load_checkpoint
-from utils.runs.folder import CONFIG, RESULT
+from utils.runs.folder import CONFIG, RESULT, folder_of
+from utils.runs.manifest import is_complete
 from utils.runs.run_log import read_metrics
 from utils.training.device import resolve_device, resolve_precision
 from utils.training.distributed import init_distributed
@@ -36,6 +39,23 @@ STATE: dict[str, type] = {  # of a checkpoint: the type of each part
     "seconds": float,
     "peak_memory_mb": float,
 }
+
+
+def find_run(config: RunConfig) -> Path | None:
+    """The run folder of a configuration where its config puts it: the newest unfinished one, else finished.
+
+    Keys that may be edited (`editable_keys`) do not tell runs apart.
+    """
+    place = folder_of(config, config.seed)
+    numbered = re.compile(re.escape(place.name) + r"(?:_(\d+))?")
+    found = []
+    for path in place.parent.glob("*") if place.parent.is_dir() else ():
+        name = numbered.fullmatch(path.name)
+        if name and (path / CONFIG).is_file():
+            theirs = read_config(path)
+            if theirs.seed == config.seed and not theirs.differing(config):
+                found.append((not is_complete(path), int(name[1] or 1), path))
+    return max(found)[-1] if found else None
 
 
 def load_run_checkpoint(checkpoint: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -107,7 +127,12 @@ def check_identity(checkpoint: Path, state: dict[str, Any], learner: Learner) ->
             raise UserError(
                 f"{checkpoint} does not belong to this run: its {source} images are of other tasks"
             )
-        changed = [task for task in range(len(hashes)) if theirs[task] != hashes[task]]
+        changed = [
+            task
+            for task, (before, now) in enumerate(zip(theirs, hashes, strict=True))
+            if now != before != ABSENT
+            if now != ABSENT or source == "test" or task >= finished  # what was learned from may be gone
+        ]
         if changed:
             raise UserError(
                 f"{checkpoint} does not belong to this run: the {source} images of task {changed[0]}, which "

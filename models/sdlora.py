@@ -51,6 +51,7 @@ class SDLoRA(ClassIncrementalLearner):
     """
 
     Config = SDLoRAConfig
+    task_files = ("gate",)
     config: SDLoRAConfig
 
     def build(self, vit: nn.Module) -> nn.ModuleDict:

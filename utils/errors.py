@@ -13,6 +13,8 @@ from contextlib import contextmanager
 
 from utils.console import READER_GONE, discard, tell
 
+STOPPED = 130  # exit code of a command that Ctrl-C, SIGTERM or a lost terminal ended: 128 + SIGINT
+
 
 class UserError(Exception):
     """One clear sentence: what is wrong, what was given, what is allowed, what to do."""
@@ -89,4 +91,4 @@ def exit_code(
             tell(sentence)
         return 2
     except (Interrupted, KeyboardInterrupt):
-        return 130
+        return STOPPED

@@ -450,7 +450,13 @@ def load_data_and_backbone(
         UserError: data or weights cannot be had; both are told together.
     """
     try:
-        dataset = load_dataset(config.dataset, config.data_root, Path(config.cache_root) / IMAGES)
+        dataset = load_dataset(
+            config.dataset,
+            config.data_root,
+            Path(config.cache_root) / IMAGES,
+            added=config.added,
+            partial=context.trains_from != 0,
+        )
     except UserError as error:
         raise UserError("\n".join([str(error), *_missing_weights(config)])) from error
     backbone = load_backbone(config)
@@ -472,6 +478,8 @@ def load_data_and_backbone(
         num_workers=workers,
         distributed=context.distributed,
     )
+    if context.trains_from is not None:
+        data.require_training_images(context.trains_from)
     data.stop_requested = context.stop_requested
     return data, backbone
 

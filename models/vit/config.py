@@ -28,6 +28,7 @@ from utils.config.schema import (
     RunConfig,
     Text,
     UnusedRule,
+    distinct,
     key,
 )
 from utils.data.datasets import class_count, dataset_slug
@@ -58,16 +59,23 @@ class ClassIncrementalConfig(RunConfig):
         "drop_path": "the backbone is frozen and in evaluation mode",
     }
     editable_keys: ClassVar[frozenset[str]] = RunConfig.editable_keys | {
-        "dataset", "data_root", "weights", "weights_root", "num_workers", "checkpoints",
+        "dataset", "data_root", "extra_data", "weights", "weights_root", "num_workers", "checkpoints",
         "cache_root", "cache_gb",
     }  # fmt: skip
 
     dataset: PathText = key("cifar224", "A known data set's name, or the path of an .npz or image folder.")
     data_root: PathText = key("data", "Folder where data sets are looked for and downloaded to.")
+    extra_data: Annotated[list[PathText], Field(min_length=1), AfterValidator(distinct)] | None = key(
+        None,
+        "Data sets of further classes, given like dataset: after its tasks, each is one task.",
+        "null, or a list of different names or paths, at least one",
+    )
     shuffle: bool = key(True, "Draw the class order from the seed; false keeps the data set's order.")
     init_cls: Count = key(10, "Classes of the first task.")
     increment: Count = key(10, "Classes of every later task; the last task may be shorter.")
-    max_tasks: Count | None = key(None, "Stop after this many tasks; null runs all.")
+    max_tasks: Count | None = key(
+        None, "Stop after this many tasks of dataset; null runs all. Those of extra_data follow."
+    )
     max_train_per_class: Count | None = key(None, "Training images per class; null = all.")
     max_test_per_class: Count | None = key(None, "Test images per class; null = all.")
     num_workers: int | None = key(
@@ -137,8 +145,7 @@ class ClassIncrementalConfig(RunConfig):
 
     def warnings(self, nb_seeds: int = 1) -> list[str]:
         """Tasks of one class, which cross-entropy learns nothing from."""
-        found, classes = super().warnings(nb_seeds), self.known_classes()
-        tasks = [] if classes is None else tasks_of(classes, self.init_cls, self.increment, self.max_tasks)
+        found, tasks = super().warnings(nb_seeds), self.known_tasks()
         single = [task for task, labels in enumerate(tasks) if len(labels) == 1]
         if untaught := [task for task in single if self.one_class_advice(task)]:
             shown = ", ".join(map(str, untaught[:3])) + (", ..." if len(untaught) > 3 else "")
@@ -156,6 +163,19 @@ class ClassIncrementalConfig(RunConfig):
         with contextlib.suppress(UserError, OSError):
             return class_count(self.dataset, self.data_root)
         return None
+
+    def known_tasks(self) -> list[range]:
+        """The incremental labels of every task; none where classes are unknown, or not there yet."""
+        with contextlib.suppress(UserError, OSError):
+            first, *added = (class_count(name, self.data_root) for name in [self.dataset, *self.added])
+            if first is not None and None not in added:
+                return tasks_of(first, self.init_cls, self.increment, self.max_tasks, added)
+        return []
+
+    @property
+    def added(self) -> list[str]:
+        """The data sets of `extra_data`."""
+        return self.extra_data or []
 
     def _class_conflicts(self) -> list[Conflict]:
         try:
@@ -300,6 +320,9 @@ class OneTaskRules(ClassIncrementalConfig):
         if classes not in (None, self.init_cls) and not any("dataset" in keys for keys, _ in found):
             sentence = f"{self.model_name} learns all classes at once; allowed: init_cls = {classes}"
             found.append((("init_cls", "dataset"), sentence))
+        if self.added:
+            sentence = f"{self.model_name} learns all classes at once; allowed: null"
+            found.append((("extra_data",), sentence))
         return found
 
     def unused_rules(self) -> list[UnusedRule]:

@@ -18,7 +18,7 @@ import numpy as np
 
 from utils.data.download import fetch_asset
 from utils.data.folders import FolderScan, class_folders, from_folder, from_lists
-from utils.data.image_sets import Dataset, from_arrays
+from utils.data.image_sets import Dataset, from_arrays, joined
 from utils.data.npz import NPZ_KEYS, from_npz, read_npz
 from utils.data.synthetic import CLASS_NAMES, synthetic_arrays
 from utils.errors import UserError
@@ -124,16 +124,29 @@ DATASETS = {
 # ----------------------------------------------------------------------------------------- by name or by path
 
 
-def load_dataset(name: str, data_root: str | Path, cache: Path | None = None) -> Dataset:
+def load_dataset(
+    name: str,
+    data_root: str | Path,
+    cache: Path | None = None,
+    *,
+    added: Sequence[str] = (),
+    partial: bool = False,
+) -> Dataset:
     """A data set by name (a key of `DATASETS`) or path (an .npz or a folder, as given or inside `data_root`).
 
     Args:
         cache: folder where it is kept which image files are good; None keeps nothing.
+        added: names or paths of data sets whose classes follow.
+        partial: classes of image folders may lack training images.
 
     Raises:
         UserError: unknown name, data that is not there (with where it was looked for and how to get it), or a
-            file or folder that does not hold a data set; of image files that are bad, all.
+            file or folder that does not hold a data set; of image files that are bad, all; a class that is
+            added twice.
     """
+    if added:
+        parts = [load_dataset(part, data_root, cache, partial=partial) for part in (name, *added)]
+        return joined(parts[0], parts[1:])
     data_root = Path(data_root)
     if name in DATASETS:
         return DATASETS[name].load(name, data_root, cache)
@@ -141,7 +154,7 @@ def load_dataset(name: str, data_root: str | Path, cache: Path | None = None) ->
     if path is None:
         raise _missing(name, [Path(name).expanduser(), data_root / name], "check the path")
     slug = dataset_slug(name)
-    return from_npz(slug, path) if _is_npz(path) else from_folder(slug, path, cache)
+    return from_npz(slug, path) if _is_npz(path) else from_folder(slug, path, cache, partial)
 
 
 def class_count(name: str, data_root: str | Path) -> int | None:
@@ -151,7 +164,7 @@ def class_count(name: str, data_root: str | Path) -> int | None:
         return DATASETS[name].classes if name in DATASETS else None
     if _is_npz(path):
         return len(read_npz(path, ("class_names",))["class_names"])
-    return len(class_folders(path / "train", FolderScan()))
+    return len(class_folders(path / "train", FolderScan()) | class_folders(path / "test", FolderScan()))
 
 
 def dataset_slug(name: str) -> str:

@@ -111,11 +111,14 @@ def class_folders(split: Path, scan: FolderScan) -> dict[str, list[Path]]:
     return dict(sorted(found.items()))
 
 
-def from_folder(name: str, path: Path, cache: Path | None) -> Dataset:
+def from_folder(name: str, path: Path, cache: Path | None, partial: bool = False) -> Dataset:
     """Image files `train/<class>/*` and `test/<class>/*`; classes are numbered in sorted order.
 
     Hidden files and folders and files with other suffixes are left out, and each real folder of a split is
     read once.
+
+    Args:
+        partial: classes may lack training images.
 
     Raises:
         UserError: train/ and test/ differ in their classes, a class has no image, or image files are bad.
@@ -123,7 +126,7 @@ def from_folder(name: str, path: Path, cache: Path | None) -> Dataset:
     scan = FolderScan()
     folders = {split: class_folders(path / split, scan) for split in ("train", "test")}
     train, test = (set(names) for names in folders.values())
-    if train != test or not train:
+    if train - test or not test or (test - train and not partial):
         only = {"train": train - test, "test": test - train}
         told = [f"only in {split}: {', '.join(sorted(names)[:5])}" for split, names in only.items() if names]
         raise UserError(
@@ -133,11 +136,12 @@ def from_folder(name: str, path: Path, cache: Path | None) -> Dataset:
     for split, classes in folders.items():
         above = [os.stat(folder) for folder in (path, path / "train", path / "test")]  # no link leads back up
         scan.met = {(status.st_dev, status.st_ino) for status in above}
-        roots = [list(filter(scan.is_new, own)) for own in classes.values()]  # all before what they hold
+        owned = [classes.get(name, []) for name in folders["test"]]
+        roots = [list(filter(scan.is_new, own)) for own in owned]  # all before what they hold
         groups = [[file for root in own for file in scan.images(root)] for own in roots]
         labels = np.repeat(np.arange(len(groups)), [len(group) for group in groups])
         files[split] = ([file for group in groups for file in group], labels)
-    return from_files(name, path, list(folders["train"]), files, cache, str(scan))
+    return from_files(name, path, list(folders["test"]), files, cache, str(scan), partial)
 
 
 def from_files(
@@ -147,15 +151,18 @@ def from_files(
     files: dict[str, tuple[list[Path], np.ndarray]],
     cache: Path | None,
     left_out: str = "",
+    partial: bool = False,
 ) -> Dataset:
     """The data set of image files with labels; `files` has those of "train" and of "test", all below `path`.
 
     Every file is decoded once, before anything is learned from one; the cache remembers which were good.
 
     Raises:
-        UserError: a class has no image, or files are not there or bad: all of them in one list.
+        UserError: a class has no image (of "test", if `partial`), or files are not there or bad: all of them
+            in one list.
     """
-    require_images(name, class_names, {split: labels for split, (_, labels) in files.items()}, left_out)
+    needed = {split: labels for split, (_, labels) in files.items() if split == "test" or not partial}
+    require_images(name, class_names, needed, left_out)
     memo = FileMemo(cache, path, DECODER)
     hashes = iter(check_images([file for paths, _ in files.values() for file in paths], memo, name))
     sets, digest = [], hashlib.sha256()

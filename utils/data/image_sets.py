@@ -116,6 +116,37 @@ class FolderImages(ImageSet):
         )
 
 
+class JoinedImages(ImageSet):
+    """Images of several sets, one after the other; the labels are given anew."""
+
+    def __init__(self, parts: Sequence[ImageSet], labels: np.ndarray) -> None:
+        super().__init__(labels)
+        self.parts, self.starts = parts, np.cumsum([0, *map(len, parts)])
+
+    def __getitem__(self, index: int) -> Tensor:
+        ((part, own),) = self._split(np.array([index]))
+        return part[own[0]]
+
+    def batch(self, indices: np.ndarray) -> Tensor | list[Tensor]:
+        split = self._split(indices)
+        return split[0][0].batch(split[0][1]) if len(split) == 1 else super().batch(indices)
+
+    def content_sha256(self, indices: np.ndarray) -> str:
+        """Of images of one part as that part names it: what is added changes no name."""
+        hashes = [part.content_sha256(own) for part, own in self._split(indices)]
+        return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+    def _split(self, indices: np.ndarray) -> list[tuple[ImageSet, np.ndarray]]:
+        """Neighbours of one part together, each part with its own indices."""
+        parts = np.searchsorted(self.starts, indices, side="right") - 1
+        groups = np.split(np.arange(len(indices)), np.flatnonzero(np.diff(parts)) + 1)
+        return [
+            (self.parts[parts[group[0]]], indices[group] - self.starts[parts[group[0]]])
+            for group in groups
+            if len(group)
+        ]
+
+
 @dataclass(frozen=True)
 class Dataset:
     """Training and test images of the same classes.
@@ -124,6 +155,7 @@ class Dataset:
         sha256: names the content: over labels and pixels, or for image files over labels and the files'
             bytes. Names of files and classes are no part of it.
         left_out: what lies beside the images and is not read, counted and named, or "".
+        added: number of classes of each data set that was added; they are the last ones.
     """
 
     name: str
@@ -132,6 +164,35 @@ class Dataset:
     test: ImageSet
     sha256: str
     left_out: str = ""
+    added: tuple[int, ...] = ()
+
+
+def joined(first: Dataset, others: Sequence[Dataset]) -> Dataset:
+    """A data set with others added: stored images and classes of each follow those before it.
+
+    Raises:
+        UserError: a class has the name of an earlier one.
+    """
+    if not others:
+        return first
+    every, names = [first, *others], list(first.class_names)
+    for other in others:
+        if known := sorted({*names} & {*other.class_names}):
+            raise UserError(
+                f"Data set {other.name!r}: {len(known)} of its classes, such as {', '.join(known[:3])}, are "
+                f"classes of what it is added to; only new classes can be added, rename or remove those."
+            )
+        names += other.class_names
+    starts = np.cumsum([0, *(len(one.class_names) for one in every)])
+    sets = []
+    for source in ("train", "test"):
+        parts = [getattr(one, source) for one in every]
+        labels = [part.labels + start for part, start in zip(parts, starts, strict=False)]
+        sets.append(JoinedImages(parts, np.concatenate(labels)))
+    sha256 = hashlib.sha256(" ".join(one.sha256 for one in every).encode()).hexdigest()
+    left_out = ", ".join(one.left_out for one in every if one.left_out)
+    name, added = " + ".join(one.name for one in every), tuple(len(one.class_names) for one in others)
+    return Dataset(name, names, *sets, sha256, left_out, added)
 
 
 def require_images(name: str, class_names: list[str], labels: dict[str, np.ndarray], left_out: str) -> None:

@@ -30,6 +30,7 @@ from utils.training.random import Key, numpy_rng
 logger = logging.getLogger("nested_lora")
 
 SOURCES = ("train", "test")  # of images, and the two kinds of views
+ABSENT = "absent"  # instead of the hash of images that are not there
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class TaskSplit:
         seed: draws the class order and the images kept by `max_*_per_class`.
         shuffle: class order is numpy's `RandomState(seed).permutation(C)`, as published; else 0 .. C-1.
         init_cls, increment: classes of the first and of every further task; the last task may be shorter.
-        max_tasks: cut the sequence after so many tasks.
+        max_tasks: cut the sequence after so many tasks; those of added data sets follow.
         max_train_per_class, max_test_per_class: keep k images of every class: the first k of a permutation
             drawn from (seed, split, class), so a smaller k keeps a subset of a larger one; they stay in
             stored order.
@@ -60,11 +61,11 @@ class TaskSplit:
             return list(range(classes))
         return np.random.RandomState(self.seed).permutation(classes).tolist()
 
-    def incremental_labels(self, original: np.ndarray, source: str, classes: int) -> np.ndarray:
+    def incremental_labels(self, original: np.ndarray, source: str, class_order: list[int]) -> np.ndarray:
         """Incremental label of every stored image, int64 (N,); -1 for images left out by the limit."""
-        labels = np.argsort(self.class_order(classes))[original]
+        labels = np.argsort(class_order)[original]
         limit = self.max_train_per_class if source == "train" else self.max_test_per_class
-        for label in range(classes) if limit is not None else ():
+        for label in range(len(class_order)) if limit is not None else ():
             members = np.flatnonzero(original == label)
             rng = np.random.default_rng([self.seed, SOURCES.index(source), label])
             labels[rng.permutation(members)[limit:]] = -1
@@ -83,9 +84,10 @@ class DataManager:
         distributed: of several processes each gets its shard of every batch.
 
     Attributes:
-        class_order: data set label of every incremental class.
+        class_order: data set label of every incremental class: those of the data set's own tasks, those of
+            each added data set in stored order as one task, then those of no task.
         class_names: name of every incremental class.
-        nb_classes: classes of the data set.
+        nb_classes: classes of the data set and of what was added to it.
         nb_tasks: number of tasks.
         stop_requested: asked while workers are waited for; True raises `Interrupted`.
 
@@ -105,15 +107,17 @@ class DataManager:
     ) -> None:
         self.dataset, self.train_view, self.test_view = dataset, train_view, test_view
         self.nb_classes = len(dataset.class_names)
+        own = self.nb_classes - sum(dataset.added)
         for key, value in (("init_cls", split.init_cls), ("increment", split.increment)):
-            if value > self.nb_classes:
-                raise UserError(f"{key} = {value}: {dataset.name!r} has {self.nb_classes} classes; lower it.")
-        self.class_order = split.class_order(self.nb_classes)
-        self.class_names = [dataset.class_names[label] for label in self.class_order]
-        self._tasks = tasks_of(self.nb_classes, split.init_cls, split.increment, split.max_tasks)
+            if value > own:
+                raise UserError(f"{key} = {value}: {dataset.name!r} has {own} classes; lower it.")
+        self._tasks = tasks_of(own, split.init_cls, split.increment, split.max_tasks, dataset.added)
         self.nb_tasks = len(self._tasks)
+        order, taught = split.class_order(own), self._tasks[-1].stop - sum(dataset.added)
+        self.class_order = [*order[:taught], *range(own, self.nb_classes), *order[taught:]]
+        self.class_names = [dataset.class_names[label] for label in self.class_order]
         self._labels = {
-            source: split.incremental_labels(getattr(dataset, source).labels, source, self.nb_classes)
+            source: split.incremental_labels(getattr(dataset, source).labels, source, self.class_order)
             for source in SOURCES
         }
         self._hashes: dict[tuple[int, str], str] = {}
@@ -142,14 +146,31 @@ class DataManager:
         """Incremental labels of stored images, int64 (n,)."""
         return torch.from_numpy(self._labels[source][indices])
 
+    def require_training_images(self, first_task: int) -> None:
+        """Raise UserError where a class of this task or of a later one has no training image."""
+        classes = range(self._tasks[min(first_task, self.nb_tasks - 1)].start, self._tasks[-1].stop)
+        if absent := [self.class_names[label] for label in classes if not self._has_images(label, "train")]:
+            raise UserError(
+                f"Data set {self.dataset.name!r}: {len(absent)} classes that are still to be learned have no "
+                f"training image, such as {', '.join(absent[:3])}; put their images back."
+            )
+
     def content_sha256(self, task: int, source: str) -> str:
-        """SHA-256 of a task's "train" or "test" images and their labels; other images are no part of it."""
+        """SHA-256 of a task's "train" or "test" images and their labels; other images are no part of it.
+
+        `ABSENT` where a class has none, as the training images of a task that was learned may be gone.
+        """
+        if not all(self._has_images(label, source) for label in self.task_classes(task)):
+            return ABSENT
         if (task, source) not in self._hashes:
             indices = self.indices(self.task_classes(task), source)
             labels = ",".join(map(str, self._labels[source][indices]))
             content = getattr(self.dataset, source).content_sha256(indices)
             self._hashes[task, source] = hashlib.sha256(f"{labels} {content}".encode()).hexdigest()
         return self._hashes[task, source]
+
+    def _has_images(self, label: int, source: str) -> bool:
+        return self.count(range(label, label + 1), source) > 0
 
     def describe(self) -> str:
         """Line for the log: number of images of the tasks' classes, and which files are left out."""

@@ -108,6 +108,24 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, An
         raise _damaged(folder, f"{TENSORS_FILE} is not in the safetensors format ({error})") from error
 
 
+def copy_checkpoint(source: Path, target: Path, changes: Mapping[str, Any]) -> None:
+    """Make a checkpoint of another's tensors, linked where the disk allows, and of its state with changes.
+
+    Raises:
+        UserError: the source is no checkpoint, or its state is damaged.
+        OSError: the disk does not take it.
+    """
+    header = _read_header(source)
+    state = header["state"] | changes
+    hashes = {"state_sha256": _hashes(b"", state)["state_sha256"]}
+    target.mkdir(parents=True)
+    try:
+        os.link(source / TENSORS_FILE, target / TENSORS_FILE)
+    except OSError:  # another disk, or one without links
+        shutil.copyfile(source / TENSORS_FILE, target / TENSORS_FILE)
+    write_synced(target / STATE_FILE, json.dumps(header | hashes | {"state": state}, indent=1).encode())
+
+
 def latest_checkpoint(checkpoints: Path, whole_tasks: bool = False) -> Path | None:
     """The checkpoint that is furthest in the run by task and step, or None where there is none.
 

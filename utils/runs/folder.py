@@ -17,7 +17,7 @@ import re
 import shlex
 import shutil
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -42,6 +42,7 @@ TENSORBOARD = "tb"
 FIGURES = "figures"
 UNBEGUN = {CONFIG, MANIFEST, METRICS, TENSORBOARD, TABLE}  # what a run can hold before its first event
 
+Fill = Callable[[Path], None]
 REPLACED = ".replaced"  # suffix of a folder while its replacement is unfinished
 ORPHANS = 10.0  # seconds that data workers may outlive a killed process, whose lock they hold
 
@@ -157,8 +158,10 @@ class Claim:
                     parent.rmdir()
 
 
-def claim_folder(folder: Path, files: Mapping[str, bytes], overwrite: bool) -> Claim:
-    """Make the folder of a new run with its first files.
+def claim_folder(
+    folder: Path, files: Mapping[str, bytes], overwrite: bool, fill: Fill = lambda prepared: None
+) -> Claim:
+    """Make the folder of a new run with its first files, and with what `fill` puts into it.
 
     An existing folder is left alone: the run goes to `<folder>_2` (or `_3`, ...), and the notes say why. With
     `overwrite` the existing folder and its log are set aside until the new run is finished.
@@ -183,7 +186,7 @@ def claim_folder(folder: Path, files: Mapping[str, bytes], overwrite: bool) -> C
             text_log(folder).unlink(missing_ok=True)  # of a folder that is gone
             notes += waiting_notes(folder)
         failed.callback(claim.abandon)
-        create_folder(claim.folder, files)
+        create_folder(claim.folder, files, fill)
         failed.pop_all()
     return claim
 
@@ -225,17 +228,21 @@ def _lock_first_free(folder: Path, overwrite: bool) -> tuple[FolderLock, list[st
 # Creating, replacing, removing; the caller holds the folder's lock
 
 
-def create_folder(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Make a folder and its files at once: prepared as `.<name>.new`, then renamed. OSError: refused."""
+def create_folder(folder: Path, files: Mapping[str, bytes], fill: Fill = lambda prepared: None) -> None:
+    """Make a folder and its files at once: prepared as `.<name>.new`, then renamed. OSError: refused.
+
+    fill: puts more into the prepared folder.
+    """
     prepared = folder.with_name(f".{folder.name}.new")
     shutil.rmtree(prepared, ignore_errors=True)
     try:
         prepared.mkdir()
         for name, content in files.items():
             write_synced(prepared / name, content)
+        fill(prepared)
         sync_folder(prepared)
         os.replace(prepared, folder)
-    except OSError:
+    except BaseException:
         shutil.rmtree(prepared, ignore_errors=True)
         raise
     sync_folder(folder.parent)

@@ -41,7 +41,7 @@ LIBRARIES = (torch, torchvision, timm, numpy, PIL)  # another version may make o
 CODE = ("*.py", "backbone/**/*.py", "models/**/*.py", "utils/**/*.py")  # what a run can execute
 # kind -> keys of a configuration that say what is hashed: where they differ, other hashes were asked for
 SOURCES = {
-    "data": ("dataset", "data_root"),
+    "data": ("dataset", "data_root", "extra_data"),
     "weights": ("backbone_type", "weights", "weights_root", "image_size"),
 }
 PLUS = " + "  # between what differs from session to session of a run

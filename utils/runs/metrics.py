@@ -99,6 +99,8 @@ def numbers_of(result: Mapping[str, Any]) -> dict[str, float]:
 
 def fault_of(result: Mapping[str, Any], metrics: Sequence[MetricSpec]) -> str | None:
     """Fault that keeps a result out of reports, or None; metrics: of its run's method, the main one first."""
+    if not isinstance(result.get("seed"), int):
+        return 'it has no "seed"'
     for part in PARTS:
         if not isinstance(result.get(part), dict):
             return f'it has no "{part}"'

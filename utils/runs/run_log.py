@@ -40,6 +40,7 @@ from utils.runs.folder import (
     RESULT,
     TABLE,
     TENSORBOARD,
+    Fill,
     FolderLock,
     claim_folder,
     text_log,
@@ -75,14 +76,16 @@ class RunLog:
         config: Mapping[str, Any],
         overwrite: bool,
         manifest: Mapping[str, Any] | None = None,
+        fill: Fill = lambda prepared: None,
     ) -> RunLog:
         """Start the record of a new run in `folder` or a numbered sibling (see `claim_folder`).
 
-        The folder holds `config.json` (and `manifest.json`) from its first moment on.
+        The folder holds `config.json` (and `manifest.json`) from its first moment on, and what `fill` puts
+        into it.
         """
         files = {CONFIG: config} | ({} if manifest is None else {MANIFEST: manifest})
         contents = {name: json_bytes(_plain(values)) for name, values in files.items()}
-        claim = claim_folder(folder, contents, overwrite)
+        claim = claim_folder(folder, contents, overwrite, fill)
         with ExitStack() as failed:
             failed.callback(claim.lock.release)
             failed.callback(claim.abandon)
@@ -91,6 +94,7 @@ class RunLog:
             failed.push(run)
             for note in claim.notes:
                 logger.warning(note)
+            run._view_again()
             failed.pop_all()
         return run
 
@@ -114,8 +118,7 @@ class RunLog:
             shutil.rmtree(folder / TENSORBOARD, ignore_errors=True)
             run = cls(folder, lock)
             failed.push(run)
-            for event in read_metrics(folder):
-                run._views.add(event)
+            run._view_again()
             failed.pop_all()
         return run
 
@@ -185,6 +188,11 @@ class RunLog:
                 self._abandon()
                 for note in waiting_notes(self.folder):
                     logger.warning(note)
+
+    def _view_again(self) -> None:
+        """Give the events that are there already to the views."""
+        for event in read_metrics(self.folder):
+            self._views.add(event)
 
     def _detach(self) -> None:
         for handler in self._handlers:
@@ -288,14 +296,20 @@ def _open_text_log(path: Path) -> list[logging.Handler]:
 
 def _cut_metrics(path: Path, size: int) -> None:
     """Cut `metrics.jsonl` to the first `size` bytes, which must be whole lines."""
+    metrics_until(path, size)
+    if path.exists():
+        os.truncate(path, size)
+
+
+def metrics_until(path: Path, size: int) -> bytes:
+    """The first `size` bytes of a `metrics.jsonl`. UserError: they are not there, or no whole lines."""
     content = path.read_bytes() if path.exists() else b""
     if not 0 <= size <= len(content) or (size and content[size - 1 : size] != b"\n"):
         raise UserError(
             f"{path} has {len(content)} bytes and does not fit the checkpoint, which was made when a line "
             f"of it ended at byte {size}: the file was changed or belongs to another run"
         )
-    if path.exists():
-        os.truncate(path, size)
+    return content[:size]
 
 
 def _plain(value: Any) -> Any:

@@ -31,7 +31,6 @@ from utils.errors import UserError
 CGROUP = Path("/sys/fs/cgroup")  # limits of a container, in Linux
 POLL = 0.2  # seconds between two looks at processes, requests to stop, and signals
 MAX_LINE = 300  # characters of a process's last line that are reported
-STOPPED = 130  # exit code of a run that was stopped, as of `main.py`
 CONNECT_SECONDS = 10  # until a Ray cluster must have answered
 RAY_OBJECT_BYTES = 10**8  # shared memory for a Ray of our own: nothing but exit codes goes through it
 

@@ -20,16 +20,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 
 from utils.console import progress
-from utils.errors import UserError, in_one_line, os_error_sentence
+from utils.errors import STOPPED, UserError, in_one_line, os_error_sentence
 from utils.runs.folder import FolderLock, remove_replaced, restore_replaced
 from utils.runs.manifest import is_complete, present, read_provenance
+from utils.stop import stop_signals
 from utils.sweeps.executors import (
     EXECUTORS,
     POLL,
-    STOPPED,
     Job,
     LocalExecutor,
     RayExecutor,
@@ -238,28 +237,21 @@ def finish(sweep: Sweep, runs: Sequence[Run], failures: Mapping[str, str], stopp
 
 @contextmanager
 def stop_file(path: Path) -> Iterator[None]:
-    """File whose length counts the requests to stop: Ctrl-C, SIGTERM, a lost terminal (SIGHUP).
+    """File whose length counts the requests to stop, for every machine to see.
 
-    Every machine can see it. The first request lets the runs save and end, the second ends them at once.
-    SIGHUP may come from terminal and shell: it asks once, and stays ignored where it is ignored, as under
-    nohup.
+    The first request lets the runs save and end, the second ends them at once. SIGHUP may come from terminal
+    and shell: it asks once.
     """
-    hangup = getattr(signal, "SIGHUP", None)  # Windows has none
 
-    def on_signal(number: int, frame: FrameType | None) -> None:
-        if number == hangup and stop_requests(path):
+    def receive(number: int) -> None:
+        if number == getattr(signal, "SIGHUP", None) and stop_requests(path):
             return
         request_stop(path)
         logger.warning("Stopping: the runs save and end; once more ends them at once without saving")
 
-    numbers = [signal.SIGINT, signal.SIGTERM]
-    if hangup is not None and signal.getsignal(hangup) != signal.SIG_IGN:
-        numbers.append(hangup)
     path.write_bytes(b"")
-    previous = {number: signal.signal(number, on_signal) for number in numbers}
     try:
-        yield
+        with stop_signals(receive):
+            yield
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
         path.unlink(missing_ok=True)

@@ -15,12 +15,12 @@ import pytest
 
 import eval as evaluation
 import main
-import trainer
 from tests.crash import MOMENTS, run, run_together
 from tests.test_main import arguments, folders
 from utils.errors import UserError
 from utils.runs.folder import FolderLock, replaced_folders
 from utils.runs.run_log import read_metrics
+from utils.stop import StopRequest, stop_signals
 
 SMALL = {"max_train_per_class": 3, "max_test_per_class": 2, "func_epoch": 1, "rd_epoch": 0, "batch_size": 3}
 
@@ -216,7 +216,8 @@ def test_what_should_follow_the_result_is_made_by_a_resume(
 def test_a_lost_terminal_that_is_ignored_stops_nothing() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
     try:
-        with trainer.StopRequest() as stop:
+        stop = StopRequest()
+        with stop_signals(stop.receive):
             os.kill(os.getpid(), signal.SIGHUP)
             assert not stop.requested
     finally:
