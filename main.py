@@ -148,7 +148,6 @@ def usage_faults(options: argparse.Namespace) -> list[str]:
             options.extend and not (options.set or options.data),
             "--extend goes with --set max_tasks=N or --data FOLDER",
         ),
-        (options.data and not options.extend, "--data goes with --extend RUN"),
         (options.report and not options.sweep, "--report goes with --sweep"),
         (options.benchmark and not options.config, "--benchmark goes with --config"),
         (options.ray_address and options.engine != "ray", "--ray-address goes with --engine ray"),

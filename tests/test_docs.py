@@ -157,7 +157,9 @@ def test_every_command_of_the_docs_is_understood(document: str) -> None:
 
 def starts_a_run(words: list[str]) -> bool:
     """Whether a command computes more than a report, a listing or figures of a finished run."""
-    return "main.py" in words and not {"--resume", "--report", "--ray-address", "--list"} & set(words)
+    return "main.py" in words and not {"--resume", "--extend", "--report", "--ray-address", "--list"} & set(
+        words
+    )
 
 
 def test_every_run_of_the_docs_is_run_by_ci_or_named_slow() -> None:

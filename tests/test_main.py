@@ -206,7 +206,12 @@ def test_a_file_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[
 @pytest.mark.parametrize(
     ("command", "words"),
     [
-        ("--resume x --set seed=1", "--resume takes no --set"),
+        ("--resume x --set seed=1", "go with --resume auto"),
+        ("--resume auto --set seed=1", "--resume auto goes with --config"),
+        ("--resume auto --config x.json --overwrite", "--resume takes no --overwrite"),
+        ("--extend x", "--extend goes with --set max_tasks=N or --data"),
+        ("--extend x --config y.json --data z", "--extend takes no --config"),
+        ("--data x", "allowed with --extend"),
         ("--sweep x.json --resume y", "--resume takes no --sweep"),
         ("--jobs 2 --engine ray", "takes no --engine, --jobs: allowed with --sweep"),
         ("--report", "--report goes with --sweep"),

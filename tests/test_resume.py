@@ -135,6 +135,20 @@ def test_other_signals_are_honoured_like_ctrl_c(
     assert finish(tmp_path) == expected
 
 
+def test_resume_auto_starts_continues_and_ends(reference: tuple[dict, list[str]], tmp_path: Path) -> None:
+    """The same command again and again, as by SLURM; stopped before its record it leaves nothing."""
+    expected, moments = reference
+    again = ["--resume", "auto", *command("smoke.json", tmp_path, **CHANGES)]
+    assert run(again, die_at=0, how=signal.SIGTERM)[0] == 130
+    assert list(tmp_path.rglob("config.json")) == []
+    assert run(again, die_at=first(moments, "step", skip=2), how=signal.SIGTERM)[0] == 130
+    for _ in range(2):
+        assert run(again)[0] == 0
+        assert outcome(folder_of(tmp_path)) == expected
+    assert run([*again, "--set", "max_tasks=1"])[0] == 0
+    assert len(list(tmp_path.rglob("result.json"))) == 2
+
+
 @pytest.fixture
 def stopped(reference: tuple[dict, list[str]], tmp_path: Path) -> Path:
     """A run folder with one finished task, killed in the second."""

@@ -57,6 +57,16 @@ def test_two_processes_train_what_one_does(tmp_path: Path, changes: dict[str, An
     assert json.loads((two / "manifest.json").read_text())["sessions"][0]["processes"] == 2
 
 
+def test_a_run_is_extended_together(tmp_path: Path) -> None:
+    """Two tasks by one process, the third by two, as the whole by one."""
+    assert run(command("smoke.json", tmp_path / "one", **CHANGES))[0] == 0
+    assert run(command("smoke.json", tmp_path / "two", **CHANGES | {"max_tasks": 2}))[0] == 0
+    half = folder_of(tmp_path / "two")
+    again = ["--extend", str(half), "--set", "max_tasks=3", "--set", f"logs_root={tmp_path / 'three'}"]
+    assert run_together(again, 2) == [0, 0]
+    assert_same_run(folder_of(tmp_path / "three"), folder_of(tmp_path / "one"))
+
+
 def test_stopped_together_and_resumed_together(tmp_path: Path) -> None:
     """A signal to one process saves once and stops both; both go on to the same end."""
     assert run_together(command("smoke.json", tmp_path / "whole", **CHANGES), 2) == [0, 0]
