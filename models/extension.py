@@ -11,6 +11,7 @@ has a folder of its own; the old one is only read.
 
 import os
 import re
+import shlex
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -67,7 +68,8 @@ class Extension:
                 "need them again; start a new run with more data"
             )
         if not is_complete(folder):
-            raise UserError(f"{folder} is unfinished: finish it first, with python main.py --resume {folder}")
+            again = f"python main.py --resume {shlex.quote(str(folder))}"
+            raise UserError(f"{folder} is unfinished: finish it first, with {again}")
         known = {os.path.realpath(path): path for path in [old.dataset, *old.added]}
         for path in data:
             if os.path.realpath(path) in known:
@@ -83,7 +85,7 @@ class Extension:
             new = new.model_copy(update={"prefix": f"{prefix}_{total}tasks"})
         if folder_of(new, new.seed).name == folder.name:
             raise UserError(f"prefix {new.prefix!r} names the folder of the run itself: choose another")
-        return cls(folder, new, loaded.notes, tasks)
+        return cls(folder, new, new.warnings(), tasks)
 
     @property
     def place(self) -> Path:

@@ -29,6 +29,7 @@ from utils.training.device import resolve_device, resolve_precision
 from utils.training.distributed import init_distributed
 
 CHECKPOINTS = "checkpoints"
+NAMED_FILES = ("dataset", "extra_data", "weights")  # keys that may be edited where the files were moved
 STATE: dict[str, type] = {  # of a checkpoint: the type of each part
     "run": dict,
     "data": dict,
@@ -44,7 +45,7 @@ STATE: dict[str, type] = {  # of a checkpoint: the type of each part
 def find_run(config: RunConfig) -> Path | None:
     """The run folder of a configuration where its config puts it: the newest unfinished one, else finished.
 
-    Keys that may be edited (`editable_keys`) do not tell runs apart.
+    Keys that may be edited (`editable_keys`) do not tell runs apart, but those that name data and weights do.
     """
     place = folder_of(config, config.seed)
     numbered = re.compile(re.escape(place.name) + r"(?:_(\d+))?")
@@ -53,7 +54,8 @@ def find_run(config: RunConfig) -> Path | None:
         name = numbered.fullmatch(path.name)
         if name and (path / CONFIG).is_file():
             theirs = read_config(path)
-            if theirs.seed == config.seed and not theirs.differing(config):
+            named = all(getattr(theirs, key, None) == getattr(config, key, None) for key in NAMED_FILES)
+            if named and theirs.seed == config.seed and not theirs.differing(config):
                 found.append((not is_complete(path), int(name[1] or 1), path))
     return max(found)[-1] if found else None
 

@@ -158,15 +158,15 @@ class DataManager:
     def content_sha256(self, task: int, source: str) -> str:
         """SHA-256 of a task's "train" or "test" images and their labels; other images are no part of it.
 
-        `ABSENT` where a class has none, as the training images of a task that was learned may be gone.
+        `ABSENT` where a class has none: the training images of a task that was learned may be gone.
         """
-        if not all(self._has_images(label, source) for label in self.task_classes(task)):
-            return ABSENT
         if (task, source) not in self._hashes:
             indices = self.indices(self.task_classes(task), source)
             labels = ",".join(map(str, self._labels[source][indices]))
             content = getattr(self.dataset, source).content_sha256(indices)
-            self._hashes[task, source] = hashlib.sha256(f"{labels} {content}".encode()).hexdigest()
+            whole = all(self._has_images(label, source) for label in self.task_classes(task))
+            sha256 = hashlib.sha256(f"{labels} {content}".encode()).hexdigest()
+            self._hashes[task, source] = sha256 if whole else ABSENT
         return self._hashes[task, source]
 
     def _has_images(self, label: int, source: str) -> bool:
