@@ -352,6 +352,7 @@ def main(arguments: list[str] | None = None) -> int:
             import trainer  # with it all that is heavy
             from models.extension import Extension
             from models.saved_run import run_context
+            from utils.runs.disk import disk_use
             from utils.training.device import keep_freed_memory
 
             LEARNERS[config.model_name]
@@ -368,6 +369,8 @@ def main(arguments: list[str] | None = None) -> int:
             for line in benchmark(config, options.repeats or 5, options.profile):
                 print(line, flush=True)
             return 0
+        if not options.resume and first:
+            logger.info(disk_use(loaded.configs))
         with run_context(config) as context:
             together = True
             if options.resume:

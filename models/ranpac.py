@@ -14,6 +14,7 @@ Projections and Pre-trained Models for Continual Learning*, NeurIPS 2023.
 
 import itertools
 import logging
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -65,6 +66,10 @@ class RanPACHead(ClosedFormHead):
 
         G -> J^T G J + J^T m b^T + b m^T J + n b b^T,   Q -> J^T Q + b c^T
 
+    A checkpoint holds the lower triangle of each symmetric G, in float64: the sums are no float32 numbers,
+    and a resumed run goes on from exactly these. W is stored beside them, since the search for lambda would
+    take longer than reading it.
+
     Args:
         width: d.
         seed: names the random streams of the projection and of the held-out parts.
@@ -84,6 +89,8 @@ class RanPACHead(ClosedFormHead):
         shapes = {"gram": (2, dim, dim), "cross": (2, dim, 0), "part_counts": (2, 0), "weights": (dim, 0)}
         for name, shape in shapes.items():
             self.register_buffer(name, torch.zeros(shape, dtype=torch.float64))
+        self.register_state_dict_post_hook(_pack_gram)
+        self.register_load_state_dict_pre_hook(_unpack_gram)
         projection = torch.randn(width, dim, generator=rng("projection", seed))
         self.register_buffer("projection", projection.double(), persistent=False)
 
@@ -95,7 +102,7 @@ class RanPACHead(ClosedFormHead):
         held, rest = self._split(len(hidden), classes)
         for part, rows in ((FIT, rest), (HELD, held)):
             one_hot = F.one_hot(targets[rows], classes).double()
-            self.gram[part] += hidden[rows].T @ hidden[rows]
+            self.gram[part] += _symmetric(hidden[rows].T @ hidden[rows])
             self.cross[part] += hidden[rows].T @ one_hot
             self.part_counts[part] += one_hot.sum(dim=0)
         self.ridge, self.weights = self._solution()
@@ -106,9 +113,8 @@ class RanPACHead(ClosedFormHead):
         jacobian, shift, explained = fit_drift(*hidden)
         for gram, cross, counts in zip(self.gram, self.cross, self.part_counts, strict=True):  # views
             mixed = torch.outer(jacobian.T @ cross.sum(dim=1), shift)
-            gram.copy_(
-                jacobian.T @ gram @ jacobian + mixed + mixed.T + counts.sum() * torch.outer(shift, shift)
-            )
+            moved = jacobian.T @ gram @ jacobian + mixed + mixed.T + counts.sum() * torch.outer(shift, shift)
+            gram.copy_(_symmetric(moved))
             cross.copy_(jacobian.T @ cross + torch.outer(shift, counts))
         return explained
 
@@ -168,6 +174,30 @@ def _solve(gram: Tensor, cross: Tensor, ridge: float) -> Tensor | None:
     """(G + ridge I)^-1 Q; None where the sum is not positive definite to working precision."""
     factor, failed = torch.linalg.cholesky_ex(gram + ridge * torch.eye(len(gram), dtype=gram.dtype))
     return None if failed else torch.cholesky_solve(cross, factor)
+
+
+def _symmetric(matrix: Tensor) -> Tensor:
+    """The lower triangle with its mirror image, exactly symmetric where the matrix was but for rounding."""
+    return matrix.tril() + matrix.tril(-1).mT
+
+
+def _pack_gram(head: RanPACHead, tensors: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Hook of `state_dict`: (2, M, M) -> (2, M (M + 1) / 2), the lower triangles row by row."""
+    gram = tensors[f"{prefix}gram"]
+    lower = torch.ones(gram.shape[1:], dtype=torch.bool).tril()
+    tensors[f"{prefix}gram"] = torch.stack([part[lower] for part in gram])
+
+
+def _unpack_gram(head: RanPACHead, tensors: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Hook of `load_state_dict`: the reverse; the whole matrices of older checkpoints stay as they are."""
+    packed, whole = tensors.get(f"{prefix}gram"), torch.zeros_like(head.gram)
+    if packed is None or packed.dim() != 2 or packed.shape[1] != head.dim * (head.dim + 1) // 2:
+        return
+    lower = torch.ones(head.dim, head.dim, dtype=torch.bool).tril()
+    for part, values in zip(whole, packed, strict=True):
+        part[lower] = values
+        part.copy_(_symmetric(part))
+    tensors[f"{prefix}gram"] = whole
 
 
 class RanPAC(ClassIncrementalLearner):

@@ -154,6 +154,12 @@ class SDLoRAConfig(GateKeys):
             (rank for first, rank in reversed(self.lora_rank_schedule) if task >= first), self.lora_rank
         )
 
+    def stored_bytes(self, shape: BackboneShape, task: int, classes: int) -> int:
+        ranks = sum(self.rank_of(earlier) for earlier in range(task + 1))
+        return (
+            super().stored_bytes(shape, task, classes) + 4 * shape.depth * 4 * shape.width * ranks
+        )  # q and v
+
     def conflicts(self) -> list[Conflict]:
         """A schedule that would raise a learning rate."""
         return [*super().conflicts(), *self.min_lr_conflicts(("init_lr", "lrate"))]

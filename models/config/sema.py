@@ -2,6 +2,7 @@
 
 from typing import ClassVar, Literal
 
+from models.vit.backbones import BackboneShape
 from models.vit.config import (
     AdapterKeys,
     ClassIncrementalConfig,
@@ -120,6 +121,12 @@ class SEMAConfig(AdapterKeys, HeadKeys, RidgeKeys, TrainingKeys, StepKeys, Froze
     def freezes(self) -> bool:
         """Whether adapters freeze with their task (SEMA's rule)."""
         return not (self.nested and self.nested_lora_freeze == "never")
+
+    def stored_bytes(self, shape: BackboneShape, task: int, classes: int) -> int:
+        blocks = self.adapt_end_layer - self.adapt_start_layer + 1
+        descriptor = 2 * shape.width * self.rd_dim + 2 * shape.width  # and its router row
+        described = 4 * blocks * (task + 1) * descriptor if self.grows else 0
+        return super().stored_bytes(shape, task, classes) + described
 
     def conflicts(self) -> list[Conflict]:
         """Hidden units that are interpolated though they do not belong together."""

@@ -18,6 +18,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from models.vit.backbones import BackboneShape, known_shape
+from utils.cache.file_memo import IMAGES
 from utils.config.schema import (
     Conflict,
     Count,
@@ -31,7 +32,7 @@ from utils.config.schema import (
     distinct,
     key,
 )
-from utils.data.datasets import class_count, dataset_slug
+from utils.data.datasets import class_count, dataset_slug, require_dataset
 from utils.data.splits import tasks_of
 from utils.errors import UserError, os_error_sentence
 from utils.files import why_no_file
@@ -58,6 +59,9 @@ class ClassIncrementalConfig(RunConfig):
         "drop": "the backbone is frozen and in evaluation mode",
         "drop_path": "the backbone is frozen and in evaluation mode",
     }
+    asset_keys: ClassVar[tuple[str, ...]] = (
+        "dataset", "data_root", "extra_data", "backbone_type", "weights", "weights_root",
+    )  # fmt: skip
     editable_keys: ClassVar[frozenset[str]] = RunConfig.editable_keys | {
         "dataset", "data_root", "extra_data", "weights", "weights_root", "num_workers", "checkpoints",
         "cache_root", "cache_gb",
@@ -177,6 +181,32 @@ class ClassIncrementalConfig(RunConfig):
         """The data sets of `extra_data`."""
         return self.extra_data or []
 
+    def missing_assets(self) -> list[str]:
+        from models.vit.pretrained import find_weights  # here: it imports timm
+
+        weights = {"weights": self.weights, "weights_root": Path(self.weights_root)}
+        missing = []
+        images = Path(self.cache_root) / IMAGES
+        looks = [lambda: find_weights(self.backbone_type, **weights)]
+        for name in (self.dataset, *self.added):
+            looks.append(lambda name=name: require_dataset(name, self.data_root, images))
+        for look in looks:
+            try:
+                look()
+            except UserError as error:
+                missing.append(str(error))
+        return missing
+
+    def checkpoint_bytes(self) -> list[int]:
+        from models.vit.pretrained import backbone_shape  # here: it imports timm
+
+        shape = known_shape(self.backbone_type) or backbone_shape(self.backbone_type, weights="random")
+        return [self.stored_bytes(shape, task, labels.stop) for task, labels in enumerate(self.known_tasks())]
+
+    def stored_bytes(self, shape: BackboneShape, task: int, classes: int) -> int:
+        """Bytes of the tensors that the checkpoint at a task's end holds, at most; classes: those seen."""
+        return 4 * classes * shape.width
+
     def _class_conflicts(self) -> list[Conflict]:
         try:
             classes = class_count(self.dataset, self.data_root)
@@ -216,6 +246,11 @@ class RidgeKeys(ClassIncrementalConfig):
     ranpac_dim: int = key(
         2000, "Random features of RanPAC's ridge regression; published: 10000.", ge=1, le=20_000
     )
+
+    def stored_bytes(self, shape: BackboneShape, task: int, classes: int) -> int:
+        ridge, dim = "ranpac_dim" not in self.without_effect(), self.ranpac_dim
+        sums = 8 * dim * (dim + 1 + 3 * classes) if ridge else 0  # two triangles; their two parts of Q, and W
+        return super().stored_bytes(shape, task, classes) + sums
 
 
 class HeadKeys(ClassIncrementalConfig):
@@ -419,6 +454,14 @@ class AdapterKeys(ClassIncrementalConfig):
             order = "the first growing block is after the last; allowed: adapt_start_layer <= adapt_end_layer"
             found.append((("adapt_start_layer", "adapt_end_layer"), order))
         return found
+
+    def stored_bytes(self, shape: BackboneShape, task: int, classes: int) -> int:
+        units = 2 * self.nested_lora_rank if self.nested else self.ffn_num
+        growing = self.adapt_end_layer - self.adapt_start_layer + 1
+        carrying = shape.depth if self.adapter_blocks == "all" else growing
+        adapters = carrying + (task * growing if self.grows else 0)
+        numbers = adapters * (2 * shape.width * units + shape.width + units)
+        return super().stored_bytes(shape, task, classes) + 4 * numbers * self.trains_adapters
 
     def shape_conflicts(self, shape: BackboneShape) -> list[Conflict]:
         """Blocks and widths beyond those of the backbone."""

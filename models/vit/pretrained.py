@@ -134,7 +134,7 @@ def create_backbone(
 
 
 def find_weights(backbone_type: str, *, weights: str | None, weights_root: Path) -> None:
-    """Check that weights are there or can be reached, fetching nothing; arguments as `create_backbone`.
+    """Check that weights are there or can be reached; arguments as `create_backbone`.
 
     Raises:
         UserError: they cannot be had.

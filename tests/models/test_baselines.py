@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -52,7 +53,7 @@ def training_features(learner: Learner, task: int) -> tuple[np.ndarray, np.ndarr
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_every_baseline_runs_to_its_result(name: str, smoke_config: Config) -> None:
+def test_every_baseline_runs_to_its_result(name: str, smoke_config: Config, tmp_path: Path) -> None:
     """Through the command line's own path: result, accuracies and the numbers of the record."""
     config = smoke_config(**METHODS[name])
     result = train(config)
@@ -60,6 +61,10 @@ def test_every_baseline_runs_to_its_result(name: str, smoke_config: Config) -> N
     assert len(result["accuracy"]) == tasks and 0 <= result["metrics"]["final"] <= 100
     assert result["parameters"]["stored"] == sum(v for k, v in result["parameters"].items() if k != "stored")
     assert (result["metrics"]["forgetting"] is None) == (tasks == 1)
+    written = [path.stat().st_size for path in sorted(tmp_path.rglob("task_*/tensors.safetensors"))]
+    names = 20_000  # bytes of names and random states, which only such small models notice
+    pairs = zip(config.checkpoint_bytes(), written, strict=True)
+    assert all(0.9 * (real - names) <= estimate <= 1.1 * real for estimate, real in pairs)
 
 
 @pytest.mark.parametrize("name", ["ranpac, adapted", "finetune, ranpac", "sema, ranpac", "sema, growing"])

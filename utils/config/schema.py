@@ -111,6 +111,7 @@ class RunConfig(BaseModel):
     Class attributes that a subclass may extend:
         metrics: what its runs are measured by, the main metric first.
         legacy_keys: keys that published files have and that have no effect here, with the reason.
+        asset_keys: keys that say which data and weights a run needs.
         editable_keys: keys that may be edited before a run is resumed: they change its numbers by rounding at
             most, or name files that are identified by their content.
         known_as: other names of keys -> `key` or `key=value`, for the message about an unknown key.
@@ -122,6 +123,7 @@ class RunConfig(BaseModel):
 
     metrics: ClassVar[tuple[MetricSpec, ...]]
     legacy_keys: ClassVar[dict[str, str]] = {}
+    asset_keys: ClassVar[tuple[str, ...]] = ()
     editable_keys: ClassVar[frozenset[str]] = frozenset(
         {"description", "prefix", "logs_root", "device", "grad_accumulation", "eval_batch_size"}
     )
@@ -164,6 +166,16 @@ class RunConfig(BaseModel):
     def folder_names(self, seed: int) -> list[str]:
         """Names of a run's folder and of those above it, from `logs_root` on."""
         return [self.model_name, f"{self.prefix}_{seed}"]
+
+    # --- what a run needs and leaves; a subclass extends those of super() --------------------------------
+
+    def missing_assets(self) -> list[str]:
+        """Sentences about data and weights that are not there and cannot be had; a data set is fetched."""
+        return []
+
+    def checkpoint_bytes(self) -> list[int]:
+        """Estimated size of the checkpoint at the end of each task; empty where it is too small to matter."""
+        return []
 
     # --- rules; a subclass extends those of super() -------------------------------------------------------
 

@@ -157,6 +157,16 @@ def load_dataset(
     return from_npz(slug, path) if _is_npz(path) else from_folder(slug, path, cache, partial)
 
 
+def require_dataset(name: str, data_root: str | Path, cache: Path | None = None) -> None:
+    """Check that a data set is there; one that is not is fetched now where it can be; arguments as before.
+
+    Raises:
+        UserError: it cannot be had, as `load_dataset`.
+    """
+    if _find(name, Path(data_root)) is None:
+        load_dataset(name, data_root, cache)
+
+
 def class_count(name: str, data_root: str | Path) -> int | None:
     """Number of classes without reading images; None when the path does not exist. Raises UserError."""
     path = _find(name, Path(data_root))

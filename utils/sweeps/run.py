@@ -23,6 +23,7 @@ from pathlib import Path
 
 from utils.console import progress
 from utils.errors import STOPPED, UserError, in_one_line, os_error_sentence
+from utils.runs.disk import disk_use
 from utils.runs.folder import FolderLock, remove_replaced, restore_replaced
 from utils.runs.manifest import is_complete, present, read_provenance
 from utils.stop import stop_signals
@@ -94,6 +95,7 @@ def run_sweep(
             waiting = [run for run in runs if overwrite or not is_complete(run.folder)]
             failures, stopped = {}, False
             if waiting:
+                logger.info(space_for(waiting))
                 with EXECUTORS[engine](resources_of(sweep, waiting), jobs, address) as executor:
                     prepare_folder(sweep, runs, overwrite)
                     log_beginning(sweep, runs)
@@ -103,6 +105,20 @@ def run_sweep(
             return finish(sweep, runs, failures, stopped, again)
     except OSError as error:
         raise UserError(os_error_sentence(error, f"go on with {again}")) from error
+
+
+def space_for(runs: Sequence[Run]) -> str:
+    """A sentence about the disk that runs will take, once it is known that nothing they need is missing.
+
+    Raises:
+        UserError: data or weights cannot be had, all told together; or the checkpoints do not fit.
+    """
+    configs = [run.config for run in runs]
+    needs = {tuple(str(getattr(config, name)) for name in config.asset_keys): config for config in configs}
+    missing = dict.fromkeys(sentence for config in needs.values() for sentence in config.missing_assets())
+    if missing:
+        raise UserError("\n  - ".join(["nothing was started, the runs need what is not there:", *missing]))
+    return disk_use(configs)
 
 
 def report_sweep(sweep: Sweep) -> None:

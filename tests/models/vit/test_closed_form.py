@@ -171,6 +171,20 @@ def test_a_head_loaded_from_its_state_is_the_same_and_goes_on_the_same(kind: typ
     assert one(queries).shape == (5, 5)
 
 
+def test_a_checkpoint_of_ranpac_holds_one_triangle_of_its_sums() -> None:
+    """Half of them, and not a bit is lost; a checkpoint with whole matrices is still read."""
+    one = new_head(RanPACHead, 40)
+    one.add(*classes_of_features(range(3), 8))
+    before, _ = classes_of_features(range(3, 5), 8)
+    one.compensate_drift(before, 1.1 * before + 0.3)
+    state = one.state_dict()
+    assert state["gram"].numel() == 40 * 41 and state["gram"].dtype == torch.float64
+    for saved in (state, state | {"gram": one.gram}):
+        other = new_head(RanPACHead, 40)
+        other.load_state_dict(saved)
+        assert torch.equal(other.gram, one.gram)
+
+
 # --- drift --------------------------------------------------------------------------------------------------
 
 

@@ -470,13 +470,13 @@ def test_reasons_of_failures(
     """Of a process without a result, a machine that was lost, a full disk (no last words)."""
 
     def work(job: Job) -> Outcome:
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
         if isinstance(end, Exception):
             raise end
         return end
 
     sweep.write(**SINGLE)
     sweep.executor.work = work
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
     assert sweep() == 1 and sweep.reports == []
     assert f"nested, seed 1: {reason}" in capsys.readouterr().out
 
@@ -617,3 +617,27 @@ def test_ray_gives_what_the_command_line_gives(tmp_path: Path, monkeypatch: pyte
         whole, folder = tmp_path / "whole", sweep.run_folder(slug, 1)
         assert main.main(["--config", str(sweep.config(slug, 1)), "--set", f"logs_root={whole}"]) == 0
         assert outcome(folder) == outcome(whole / folder.relative_to(sweep.folder / "runs"))
+
+
+def test_what_the_runs_need_is_looked_for_before_the_first(
+    sweep: Command, capsys: Capture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """All that is missing is told at once, each thing once; nothing is started and nothing written."""
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")  # nobody answers
+    weights = {"backbone_type": "vit_tiny_patch16_224.augreg_in21k_ft_in1k", "weights": None}
+    places = {"data_root": str(tmp_path / "data"), "weights_root": str(tmp_path / "weights")}
+    cells = {
+        "there": {},
+        "no data": {"dataset": "imagenetr"},
+        "no weights": weights,
+        "neither": weights | {"dataset": "vtab", "batch_size": 4},
+    }
+    for cell in cells.values():
+        cell["image_size"] = 32
+    sweep.write(cells=cells, set=TABLE["set"] | places, baseline=None)
+    assert sweep() == 2
+    told = capsys.readouterr().err
+    missing = ["'imagenetr' was not found", "'vtab' was not found", "nor could be downloaded"]
+    assert [told.count(words) for words in missing] == [1, 1, 1]
+    assert str(tmp_path / "weights") in told and "Traceback" not in told
+    assert sweep.executor.started == [] and not sweep.folder.exists()

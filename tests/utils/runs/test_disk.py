@@ -1,0 +1,57 @@
+"""Disk space is told before it is taken, and runs whose checkpoints do not fit are not begun."""
+
+import shutil
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import pytest
+
+from utils.config.schema import RunConfig
+from utils.errors import UserError
+from utils.runs.disk import disk_use, kept_bytes
+
+Config = Callable[..., RunConfig]
+RANPAC = {"model_name": "ranpac", "ranpac_dim": 2000}
+
+
+@pytest.fixture
+def free(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Sets the free space of every disk, in GB."""
+
+    def set_free(gb: float) -> None:
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=int(gb * 1e9)))
+
+    return set_free
+
+
+def test_checkpoints_of_all_tasks_or_of_the_last_two_are_there_at_once() -> None:
+    assert kept_bytes([1, 2, 3], all_tasks=True) == 6
+    assert kept_bytes([1, 2, 3], all_tasks=False) == 5  # the new one is whole before the old one goes
+    assert kept_bytes([], all_tasks=False) == 0
+
+
+def test_what_fits_is_told_and_what_does_not_is_refused(
+    smoke_config: Config, free: Callable[[float], None]
+) -> None:
+    """Four tasks of 32 MB each: two triangles of 2000 x 2000 sums in float64."""
+    config = smoke_config(**RANPAC)
+    free(1)
+    told = disk_use([config])
+    assert "130 MB" in told and "1.0 GB free" in told and "20 GB" in told
+    free(0.1)
+    with pytest.raises(UserError, match="130 MB .* 100 MB free .*checkpoints=last: 65 MB.*logs_root"):
+        disk_use([config])
+    assert "65 MB" in disk_use([config.model_copy(update={"checkpoints": "last"})])
+    with pytest.raises(UserError, match="checkpoints of 3 runs"):
+        disk_use([config.model_copy(update={"seed": seed}) for seed in range(3)])
+
+
+def test_a_cache_that_may_take_the_room_is_warned_of(
+    smoke_config: Config, free: Callable[[float], None]
+) -> None:
+    config = smoke_config(**RANPAC)
+    runs = [config.model_copy(update={"seed": seed}) for seed in range(40)]  # 5.2 GB
+    free(20)
+    assert "set cache_gb to 15 at most" in disk_use(runs)
+    free(30)
+    assert "set cache_gb" not in disk_use(runs)

@@ -1,0 +1,70 @@
+"""Disk space that runs will take, told and compared with what is free before any of it is taken.
+
+    logger.info(disk_use(configs))      # UserError: the checkpoints do not fit
+
+Checkpoints are estimated (`RunConfig.checkpoint_bytes`). The cache is not: it takes up to `cache_gb`, and
+leaves `RESERVE` on its disk.
+"""
+
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from utils.cache.tensor_cache import RESERVE
+from utils.config.schema import RunConfig
+from utils.errors import UserError
+
+GB = 1e9
+
+
+def disk_use(configs: Sequence[RunConfig]) -> str:
+    """What runs that are not begun will leave on disk, in a sentence, with a warning where it is tight.
+
+    Args:
+        configs: one per run; all write below the same `logs_root`.
+
+    Raises:
+        UserError: the disk has less room than their checkpoints take.
+    """
+    logs, free = Path(configs[0].logs_root), _free(configs[0].logs_root)
+    need = sum(kept_bytes(config.checkpoint_bytes(), _keeps_all(config)) for config in configs)
+    runs = "the run's checkpoints" if len(configs) == 1 else f"the checkpoints of {len(configs)} runs"
+    told = f"{runs} take about {_gb(need)} of {_gb(free)} free in {logs}"
+    if need > free:
+        least = sum(kept_bytes(config.checkpoint_bytes(), all_tasks=False) for config in configs)
+        fewer = f"keep the last task's alone (--set checkpoints=last: {_gb(least)}), " if least < need else ""
+        raise UserError(f"{told}: {fewer}free some space, or choose another disk with logs_root")
+    caches = {config.cache_root: config.cache_gb for config in configs if hasattr(config, "cache_root")}
+    for root, limit in caches.items():
+        told += f"; the cache up to {limit:g} GB in {root}"
+        if _device(root) == _device(logs) and need > RESERVE and need + limit * GB > free:
+            room = max(0, free - need) / GB
+            told += f", which may leave too little for the checkpoints: set cache_gb to {room:.0f} at most"
+    return f"Disk: {told}"
+
+
+def kept_bytes(sizes: Sequence[int], all_tasks: bool) -> int:
+    """Most that a run's checkpoints take at once, from the size of each task's; a new one joins the last."""
+    return sum(sizes if all_tasks else sorted(sizes)[-2:])
+
+
+def _keeps_all(config: RunConfig) -> bool:
+    return getattr(config, "checkpoints", "all") == "all"
+
+
+def _place(path: str | Path) -> Path:
+    """The path, or the nearest folder above it that is there."""
+    return next(folder for folder in (Path(path), *Path(path).absolute().parents) if folder.exists())
+
+
+def _free(path: str | Path) -> int:
+    return shutil.disk_usage(_place(path)).free
+
+
+def _device(path: str | Path) -> int:
+    return os.stat(_place(path)).st_dev
+
+
+def _gb(count: float) -> str:
+    return f"{count / GB:.1f} GB" if count >= GB else f"{max(count, 1e6) / 1e6:.0f} MB"
