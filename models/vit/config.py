@@ -187,7 +187,7 @@ class ClassIncrementalConfig(RunConfig):
         weights = {"weights": self.weights, "weights_root": Path(self.weights_root)}
         missing = []
         images = Path(self.cache_root) / IMAGES
-        looks = [lambda: find_weights(self.backbone_type, **weights)]
+        looks = [lambda: find_weights(self.backbone_type, **weights, fetch=True)]
         for name in (self.dataset, *self.added):
             looks.append(lambda name=name: require_dataset(name, self.data_root, images))
         for look in looks:

@@ -133,14 +133,14 @@ def create_backbone(
     )
 
 
-def find_weights(backbone_type: str, *, weights: str | None, weights_root: Path) -> None:
-    """Check that weights are there or can be reached; arguments as `create_backbone`.
+def find_weights(backbone_type: str, *, weights: str | None, weights_root: Path, fetch: bool = False) -> None:
+    """Check that weights are there or can be reached; arguments as `create_backbone` and `require_named`.
 
     Raises:
         UserError: they cannot be had.
     """
     if weights is None:
-        require_named(*_resolve(backbone_type, weights), weights_root)
+        require_named(*_resolve(backbone_type, weights), weights_root, fetch)
     elif weights != "random":
         require_file(Path(weights))
 

