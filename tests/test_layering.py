@@ -31,7 +31,6 @@ ROOMS = (
     "models.config",
     "models.shared_subspace",
     "models",
-    "models.deployment",
     "trainer",
     "eval",
     "main",
