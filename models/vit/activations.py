@@ -143,10 +143,10 @@ class Activations:
             torch.cat(parts), f"activations at depth {self.depth}, as {self.dtype},", options.precision
         )
 
-    def fill(self, chunks: list[np.ndarray], label: str, only_stored: bool = False) -> None:
+    def fill(self, chunks: list[np.ndarray], label: str) -> None:
         """Computation of the files that are not there, each rank its part.
 
-        Without room for them, or with `only_stored` where any is missing, `take` computes every time instead.
+        Without room for them, `take` computes every time instead.
 
         Raises:
             Interrupted: a stop was requested.
@@ -155,7 +155,7 @@ class Activations:
         missing = [n for n, chunk in enumerate(chunks) if not self.cache.has(self.group, chunk_key(chunk))]
         images = sum(len(chunks[number]) for number in missing)
         room = self.cache.enabled and self.cache.make_room(self.group, images * self._row_bytes())
-        if distributed.any(not room or (only_stored and missing)):
+        if distributed.any(not room):
             return
         self.cache.describe(self.group, self.about)
         self._chunks = chunks
@@ -198,12 +198,13 @@ class ActivationStore:
         view: Key | None,
         below: "Images | Activations | None" = None,
         label: str = "",
-        only_stored: bool = False,
+        chosen: np.ndarray | None = None,
     ) -> "Images | Activations":
         """Activations at a depth of the images of these classes, computed now where they are not stored.
 
         Args:
-            only_stored: compute nothing now; where files are missing, `take` computes what it is asked for.
+            chosen: stored positions of the images that will be asked for, where they are few: files of whole
+                classes are used where they are there, else these images alone get files.
             below: activations of a lesser depth to start from, or None for the images.
             label: what the progress bar says.
         """
@@ -212,11 +213,15 @@ class ActivationStore:
             return below
         about = self._about(depth, source, view)
         opened = Activations(self.network, below, depth, self.options, self.cache, about, self._dtype(depth))
-        opened.fill(list(self._chunks(classes, source)), label, only_stored)
+        chunks = list(self._chunks(classes, source))
+        if chosen is not None and not all(self.cache.has(opened.group, chunk_key(chunk)) for chunk in chunks):
+            parts = (chunk[np.isin(chunk, chosen)] for chunk in chunks)
+            chunks = [part for part in parts if len(part)]
+        opened.fill(chunks, label)
         if opened.stored:
             if about["adapters"] is not None:
                 self._own[opened.group] = source
-        elif self.cache.enabled and not only_stored and not self._warned:
+        elif self.cache.enabled and not self._warned:
             self._warned = True
             logger.warning(
                 f"The cache has no room for {source} activations of block {depth}: they are computed "

@@ -120,10 +120,11 @@ class TaskInputs:
         return distributed.all_gather(features, len(indices))
 
     def features_of_images(self, classes: range, indices: np.ndarray, source: str) -> Tensor:
-        """Features (n, d) of some images of these classes in the test view, on every rank, not kept."""
+        """Features (n, d) of a few images of these classes in the test view, on every rank, not kept."""
         fixed = self.network.fixed_depth() if self.fast else 0
-        below = self.store.at(fixed, classes, source, None, only_stored=True)
-        return self._passing_features(below, indices, f"{len(indices)} {source} features")
+        label = f"{len(indices)} {source} images"
+        below = self.store.at(fixed, classes, source, None, label=label, chosen=indices)
+        return self._passing_features(below, indices, label)
 
     @torch.no_grad()
     def _passing_features(self, below: Source, indices: np.ndarray, label: str) -> Tensor:
