@@ -9,7 +9,7 @@ python eval.py --run FOLDER --analyse cka grassmann probes units samples   a run
 python eval.py --run FOLDER --predict photos/ --top 3    classes of any images, with calibrated scores
 python eval.py --run FOLDER --export onnx            also timm, torchscript: a model without this program
 
-FOLDER is a run's, such as logs/sema/mnist_5k/0/2/quickstart_1993_vit_small_patch14_reg4_dinov2.
+FOLDER is a run's, such as logs/sema/mnist_5k/0/2/sema_growth_demo_1993_vit_small_patch14_reg4_dinov2.
 """
 
 # What needs PyTorch is imported inside functions, so that --help and usage errors answer at once.

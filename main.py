@@ -1,10 +1,10 @@
 """The command line.
 
-python main.py                                                   the quickstart: exps/quickstart.json
+python main.py                                                   four methods compared: exps/quickstart.json
 python main.py exps/nested_lora_cifar.json                       any other file: one experiment, or a sweep
 python main.py --method ranpac --dataset cifar224                the file that is shipped for the two
 python main.py --config X.json --set nested_lora_rank=8 --set seed=[1,2,3]
-python main.py --resume logs/sema/mnist_5k/0/2/quickstart_1993_vit_small_patch14_reg4_dinov2
+python main.py --resume logs/sema/mnist_5k/0/2/sema_growth_demo_1993_vit_small_patch14_reg4_dinov2
 python main.py --resume auto --config X.json                     continue X where it was stopped, or start it
 python main.py --extend logs/sema/... --set max_tasks=10         a finished run learns further tasks
 python main.py --extend logs/sema/... --data FOLDER              or classes of another folder
@@ -37,7 +37,7 @@ from utils.console import attach_console, prepare_console
 from utils.errors import UserError, abrupt_interrupts, exit_code
 from utils.sweeps.executors import EXECUTORS
 
-DEFAULT = "exps/quickstart.json"  # a config or a sweep
+DEFAULT = "exps/quickstart.json"  # a sweep
 AUTO = "auto"  # instead of a folder to resume
 TAKES = {  # options that each command takes beside its own; the first one given decides, else "run"
     "list": ("method", "format"),

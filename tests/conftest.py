@@ -20,7 +20,8 @@ from utils.config.schema import RunConfig
 from utils.runs.run_log import RunLog, SilentLog, read_metrics
 
 ROOT = Path(__file__).parent.parent
-EXPS = sorted(path for path in (ROOT / "exps").rglob("*.json") if path.parent.name != "sweeps")
+SWEEPS = [ROOT / "exps/quickstart.json", *sorted((ROOT / "exps/sweeps").glob("*.json"))]
+EXPS = sorted({*(ROOT / "exps").rglob("*.json")} - {*SWEEPS})
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 if hasattr(

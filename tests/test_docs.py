@@ -134,13 +134,13 @@ PARSERS = {"main.py": main.parse, "eval.py": look.parse}
 
 @EVERY_DOCUMENT
 def test_every_command_of_the_docs_loads(document: str) -> None:
-    """But for placeholders such as `X.json`, `...` and `<folder>`; the quickstart where no file is named."""
+    """But for placeholders such as `X.json`, `...` and `<folder>`; the default where no file is named."""
     for words, _ in commands(DOCUMENTS[document]):
         options = list(zip(words, words[1:], strict=False))
         overrides = [value for option, value in options if option == "--set" and "<" not in value]
         named = [pair for pair in options if pair[0] in LOADERS]
         if not named and "--set" in words:
-            named = [("--config", "exps/quickstart.json")]
+            named = [("--sweep", main.DEFAULT)]
         for option, file in named:
             if file.startswith("exps/"):
                 LOADERS[option](ROOT / file, overrides, SCHEMAS)
@@ -166,7 +166,7 @@ def test_every_run_of_the_docs_is_run_by_ci_or_named_slow() -> None:
     executed = (ROOT / ".ci/run").read_text(encoding="utf-8")
     for words, _ in ALL_COMMANDS:
         if starts_a_run(words) and words not in SLOW:
-            file = next((word for word in words if word.startswith("exps/")), "exps/quickstart.json")
+            file = next((word for word in words if word.startswith("exps/")), main.DEFAULT)
             assert file in executed, shlex.join(words)
 
 

@@ -213,8 +213,8 @@ def test_a_file_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[
         ("--extend x --config y.json --data z", "--extend takes no --config"),
         ("--data x", "allowed with --extend"),
         ("--sweep x.json --resume y", "--resume takes no --sweep"),
-        ("--jobs 2 --engine ray", "takes no --engine, --jobs: allowed with --sweep"),
-        ("--report", "--report goes with --sweep"),
+        ("--config x.json --jobs 2 --engine ray", "takes no --engine, --jobs: allowed with --sweep"),
+        ("--config x.json --report", "--report goes with --sweep"),
         ("--sweep x.json --config y.json", "--sweep takes no --config"),
         ("--sweep x.json --jobs 0", "--jobs: 0: at least 1"),
         ("--sweep x.json --engine slurm", "(choose from 'local', 'ray')"),
@@ -222,6 +222,8 @@ def test_a_file_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[
         ("--sweep x.json --report --jobs 2", "--report takes no --jobs"),
         ("--sweep x.json --report --overwrite", "--report takes no --overwrite"),
         ("RANK=0 --sweep x.json", "without torchrun"),
+        ("RANK=0", "without torchrun"),
+        ("--benchmark", "goes with --config"),
         ("--profile x", "allowed with --benchmark"),
         ("--benchmark --overwrite", "--benchmark takes no --overwrite: it takes --config"),
         ("--benchmark --repeats 0", "at least 1"),
@@ -243,7 +245,10 @@ def test_options_that_do_not_go_together(
 
 
 def test_the_default_is_the_quickstart() -> None:
-    assert main.DEFAULT == "exps/quickstart.json" and (ROOT / main.DEFAULT).is_file()
+    """Also with what a sweep takes."""
+    for given in ([], ["--set", "seed=1"], ["--jobs", "1", "--overwrite"], ["--report"]):
+        assert main.parse(given).sweep == "exps/quickstart.json"
+    assert main.parse(["--config", "x.json"]).sweep is None
 
 
 STAND_INS = {

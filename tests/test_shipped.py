@@ -7,12 +7,11 @@ from typing import Any
 import pytest
 
 from models import SCHEMAS
-from tests.conftest import EXPS, ROOT, shipped_file
+from tests.conftest import EXPS, ROOT, SWEEPS, shipped_file
 from utils.config.loading import load_config
 from utils.config.schema import RunConfig
 from utils.sweeps.spec import load_sweep
 
-SWEEPS = sorted((ROOT / "exps/sweeps").glob("*.json"))
 DATA = ("cifar", "cifar_dinov2s", "inr_10task")
 BASELINES = ("simplecil", "ranpac", "linear_probe", "finetune", "joint", "sema_always", "sema_never")
 DINOV2S = {"backbone_type", "image_size", "input_normalization", "precision"}
@@ -36,7 +35,7 @@ def test_every_promised_config_is_shipped() -> None:
     baselines = {
         f"{kind}_{name}" for kind in BASELINES for name in ("cifar", "cifar_dinov2s", "inr", "ina", "vtab")
     }
-    others = {"quickstart", "smoke", "debug_nested_lora", "shared_subspace", "shared_subspace_small"}
+    others = {"smoke", "sema_growth_demo", "debug_nested_lora", "shared_subspace", "shared_subspace_small"}
     assert ours | sema | baselines | others <= {path.stem for path in EXPS}
 
 

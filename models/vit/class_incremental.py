@@ -349,6 +349,7 @@ class ClassIncrementalLearner(Learner):
             ],
             result={
                 "metrics": metrics,
+                "classes": self.data.task_classes(task).stop,
                 "accuracy": matrix.rows,
                 "curve": matrix.curve,
                 "adapters": adapters,

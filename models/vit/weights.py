@@ -36,7 +36,7 @@ log = logging.getLogger("nested_lora")
 SUFFIXES = (".safetensors", ".pth", ".npz")
 NO_HUB_NEEDED = (  # shipped files whose weights come from the package index
     "run exps/evidence/nested_lora_cifar_dinov2s.json, which needs CIFAR-100 and the package index, or "
-    "exps/quickstart.json, which needs the package index alone"
+    "exps/sema_growth_demo.json, which needs the package index alone"
 )
 
 

@@ -1,6 +1,6 @@
 """Configs from flat JSON files, checked with their method's schema: every problem in one message.
 
-    loaded = load_config("exps/quickstart.json", ["init_lr=0.01"], {"my_method": MyConfig})
+    loaded = load_config("exps/smoke.json", ["init_lr=0.01"], {"my_method": MyConfig})
     loaded.config.init_lr    # typed and frozen
     loaded.configs           # one per seed of the file
     loaded.notes             # lines worth logging: keys without effect, departures from published behaviour

@@ -25,7 +25,10 @@ from utils.errors import UserError
 
 MNIST_5K_TRAIN_PER_DIGIT = 400
 DOMAINS = ("clipart", "infograph", "painting", "quickdraw", "real", "sketch")  # of DomainNet
-NO_DATA_NEEDED = "exps/quickstart.json (package index only) and exps/smoke.json need no data set of your own"
+NO_DATA_NEEDED = (
+    "python main.py alone (exps/quickstart.json, package index only) and exps/smoke.json need no data set of "
+    "your own"
+)
 
 
 # -------------------------------------------------------------------------------------------- named data sets

@@ -74,6 +74,12 @@ class Results:
         """Cells other than the baseline; none without a baseline."""
         return [cell for cell in self.cells if self.baseline not in (None, cell)]
 
+    @property
+    def chance(self) -> float | None:
+        """A_N of guessing (%), where every run says how many classes it has, and all as many."""
+        classes = {result.get("classes") for results in self.cells.values() for result in results.values()}
+        return 100 / classes.pop() if len(classes) == 1 and None not in classes else None
+
     def spec(self, metric: str) -> MetricSpec:
         """Specification of a metric; of one outside the catalogue, its key."""
         return self._specs.get(metric) or MetricSpec(metric, metric, digits=UNLISTED_DIGITS)

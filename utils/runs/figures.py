@@ -1,6 +1,6 @@
 """Figures of a run, drawn from the files in its folder and from nothing else.
 
-    draw_figures(Path("logs/sema/mnist_5k/0/2/quickstart_1993_vit_small_patch14_reg4_dinov2"), SEMA.figures)
+    draw_figures(Path("logs/sema/synthetic/0/2/smoke_1993_test_vit"), SEMA.figures)
 
     figures/accuracy_matrix.png   accuracy on each task after each task, with numbers
     figures/accuracy_curves.png   accuracy over all classes seen, and over each task's, over tasks

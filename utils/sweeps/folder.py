@@ -20,6 +20,7 @@ import json
 import logging
 import os
 import shlex
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ from pydantic import ValidationError
 from utils.config.schema import RunConfig
 from utils.errors import UserError
 from utils.files import json_bytes, read_json, write_json
+from utils.reports.closing import closing_table, finding
 from utils.reports.report import write_report
 from utils.reports.results import Results
 from utils.runs.folder import (
@@ -50,6 +52,7 @@ from utils.sweeps.spec import Cell, Sweep
 logger = logging.getLogger("nested_lora")
 
 TABLE = "sweep.json"
+CONSOLE_WIDTH = 100
 
 
 @dataclass(frozen=True)
@@ -179,7 +182,10 @@ def warn_of_changes(origins: Mapping[str, Provenance]) -> None:
 
 
 def write_summary(sweep: Sweep, runs: Sequence[Run], failures: Mapping[str, str]) -> None:
-    """Write the report of the finished runs; nothing where there are none. failures: label -> reason."""
+    """Write the report of the finished runs and log what it says; nothing where there are none.
+
+    failures: label -> reason.
+    """
     finished = [run for run in runs if run.finished]
     if not finished:
         return
@@ -198,23 +204,37 @@ def write_summary(sweep: Sweep, runs: Sequence[Run], failures: Mapping[str, str]
     seeds = json.dumps(sweep.file.seeds, separators=(",", ":"))
     all_seeds = ("--set", f"seed={seeds}") if len(sweep.file.seeds) > 1 else ()
     again = {run.label: run.command("--overwrite") for run in runs}
+    table = Results(results, sweep.cells[0].config.metrics, sweep.file.baseline, origins)
     paths = write_report(
         sweep.folder,
         sweep.path.stem,
         sweep.file.description,
-        Results(results, sweep.cells[0].config.metrics, sweep.file.baseline, origins),
+        table,
         hypotheses=sweep.hypotheses,
         commands={run.cell.name: run.command(*all_seeds) for run in runs[: len(sweep.cells)]},
         unfinished=unfinished,
         outdated={label: (", ".join(kinds), again[label]) for label, kinds in outdated(by_label).items()},
     )
-    logger.info(f"Summary: {', '.join(map(str, paths))}")
+    shown = {"Curves": "curves.png", "Report": "report.html", "Table": "summary.md"}
+    places = {what: path for what, name in shown.items() for path in paths if path.name == name}
+    sentence = textwrap.wrap(f"Finding: {finding(table, sweep.file.finding)}", CONSOLE_WIDTH)
+    lines = ["", *closing_table(table), "", *sentence, ""]
+    lines += [f"{what:<8}{path}" for what, path in places.items()]
+    if not unfinished and sweep.file.next:
+        commands = {
+            what: text.replace("{folder}", str(sweep.folder)) for what, text in sweep.file.next.items()
+        }
+        lines += ["", "Next", *(f"  {what}:\n    {command}" for what, command in commands.items())]
+    logger.info("\n".join(lines))
 
 
 def _check_config(run: Run) -> None:
     """Refuse a run folder that was made with another config than the cell's. Descriptions may differ."""
     path = run.folder / CONFIG
-    ways_out = f"rename the cell, or remove the folder {run.folder}"
+    ways_out = (
+        "keep both with --set logs_root=FOLDER, replace the whole sweep with --overwrite, or this run by removing "
+        f"the folder {run.folder}"
+    )
     try:
         theirs = type(run.config).model_validate(read_json(path)).model_dump(mode="json")
     except ValidationError as error:

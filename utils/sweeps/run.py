@@ -231,13 +231,15 @@ def result_line(run: Run) -> str:
 def finish(sweep: Sweep, runs: Sequence[Run], failures: Mapping[str, str], stopped: bool, again: str) -> int:
     """Write the report, log how the sweep ended, return its exit code; again: the command that goes on."""
     complete = sum(is_complete(run.folder) for run in runs)
+    outcome, code = f"{complete} of {len(runs)} runs are finished", 0
+    if complete == len(runs):
+        logger.info(f"{outcome}; everything is in {sweep.folder}")
     try:
         write_summary(sweep, runs, failures)
         if complete == len(runs):
             remove_replaced(sweep.folder)
     finally:
         log_replaced(sweep)
-        outcome = f"{complete} of {len(runs)} runs are finished"
         listed = "".join(f"\n  {label}: {reason}" for label, reason in failures.items())
         if stopped and complete < len(runs):
             logger.warning(f"Stopped, {outcome}. Continue with: {again}{listed}")
@@ -245,9 +247,6 @@ def finish(sweep: Sweep, runs: Sequence[Run], failures: Mapping[str, str], stopp
         elif failures:
             logger.warning(f"{len(failures)} failed, {outcome}. To try again: {again}{listed}")
             code = 1
-        else:
-            logger.info(f"{outcome}; everything is in {sweep.folder}")
-            code = 0
     return code
 
 

@@ -53,6 +53,7 @@ NamedKeys = dict[Annotated[str, AfterValidator(_checked_name)], Keys]
 Grid = dict[str, Annotated[list[Any], Field(min_length=1)]]
 KEYS = "an object of keys and values"
 NAMED_KEYS = f"an object of names, each with {KEYS}"
+TEXTS = "an object of texts"
 GRID = "an object of keys, each with a non-empty list of values"
 
 
@@ -68,7 +69,13 @@ class SweepFile(BaseModel):
     cells: NamedKeys = key({}, 'Name -> keys changed in the cell, its own "base" among them.', NAMED_KEYS)
     grid: Grid = key({}, "Key -> values; each combination is a cell, or a variant of each cell.", GRID)
     baseline: Text | None = key(None, "Name of the cell that the others are compared with.")
+    finding: Text | None = key(
+        None, "Cell that the closing sentence compares with the baseline; null = the best of the others."
+    )
     hypotheses: NamedKeys = key({}, "Name -> keys of `Hypothesis`; the report answers each.", NAMED_KEYS)
+    next: dict[str, Text] = key(
+        {}, "What one may want next -> its command, told at the end; {folder} is the sweep's.", TEXTS
+    )
     threads: int = key(1, "Threads of each run, and cores reserved for it.", ge=1, le=1024)
     memory_gb: float = key(3.0, "Memory that a run may need, in GB (10^9 bytes).", gt=0, le=1e6)
 
@@ -221,8 +228,9 @@ def _table_problems(file: SweepFile, names: Sequence[str]) -> Iterator[str]:
     """Mistakes in the table as a whole, whatever the configs of its cells."""
     if not names:
         yield "cells, grid: both are missing; allowed: at least one of them, not empty"
-    elif file.baseline is not None and file.baseline not in names:
-        yield f"baseline = {quoted(file.baseline)}: {no_such('cell', file.baseline, names)}"
+    for role, cell in (("baseline", file.baseline), ("finding", file.finding)):
+        if names and cell is not None and cell not in names:
+            yield f"{role} = {quoted(cell)}: {no_such('cell', cell, names)}"
     yield from ("cells: a name is empty; allowed: any other text" for name in file.cells if not name.strip())
     for slug, same in cells_by_text((name, slug_of(name).casefold()) for name in names).items():
         if len(same) > 1:  # also where a file system does not tell cases apart

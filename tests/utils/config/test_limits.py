@@ -288,7 +288,7 @@ def test_missing_data_and_weights_are_told_together(tmp_path: Path, monkeypatch:
     told = str(caught.value)
     assert "imagenetr" in told and "vit_tiny_patch16_224.augreg_in21k.safetensors" in told
     assert list(tmp_path.iterdir()) == []
-    for name in ("quickstart", "smoke", "nested_lora_cifar_dinov2s"):
+    for name in ("sema_growth_demo", "smoke", "nested_lora_cifar_dinov2s"):
         assert str(shipped_file(name).relative_to(ROOT)) in told
         config = load_config(shipped_file(name), [], SCHEMAS).config
         factory.find_weights(config.backbone_type, weights=config.weights, weights_root=tmp_path)

@@ -4,7 +4,7 @@ import pytest
 
 import main
 from models import LEARNERS, SCHEMAS
-from tests.conftest import EXPS, ROOT
+from tests.conftest import EXPS, ROOT, SWEEPS
 
 
 def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -38,7 +38,7 @@ def test_default_limits_and_meaning_of_a_key_are_printed(capsys: pytest.CaptureF
         ("methods", list(LEARNERS)),
         ("datasets", ["cifar224", "domainnet"]),
         ("backbones", ["vit_base_patch16_224"]),
-        ("configs", [path.relative_to(ROOT).as_posix() for path in EXPS]),
+        ("configs", [path.relative_to(ROOT).as_posix() for path in [*EXPS, *SWEEPS]]),
     ],
 )
 def test_what_there_is_is_listed(what: str, names: list[str], capsys: pytest.CaptureFixture[str]) -> None:

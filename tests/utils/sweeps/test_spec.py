@@ -1,6 +1,7 @@
 """Tests of `utils.sweeps.spec`: the table of a sweep file, its names, and every mistake at once."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 
 import main
 from models import SCHEMAS
-from tests.conftest import ROOT
+from tests.conftest import ROOT, SWEEPS
 from utils.config.loading import ConfigError
 from utils.sweeps.spec import MAX_SLUG, Sweep, load_sweep, slug_of
 
@@ -257,10 +258,21 @@ def test_files_that_are_no_sweep(content: str | None, told: str, tmp_path: Path)
 # Shipped sweeps
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "exps/sweeps").glob("*.json")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
 def test_every_shipped_sweep_loads_and_states_its_command(path: Path) -> None:
     sweep = load_sweep(path, [], SCHEMAS)
-    assert sweep.file.description.startswith(f"python main.py --sweep exps/sweeps/{path.name} ")
+    default = path == ROOT / main.DEFAULT
+    command = "python main.py" if default else f"python main.py --sweep {path.relative_to(ROOT)}"
+    assert sweep.file.description.startswith(f"{command}  (")
     assert "expected" in sweep.file.description
     assert sweep.folder == Path("logs/sweeps") / path.stem
     assert path.stem != "smoke" or (len(sweep.cells), len(sweep.file.seeds)) == (2, 2)
+    configs = [f"cells/{cell.slug}_{seed}.json" for cell in sweep.cells for seed in sweep.file.seeds]
+    for told in sweep.file.next.values():
+        program, script, *words = shlex.split(told)
+        options = main.parse(words)
+        assert (program, script) == ("python", "main.py")
+        files = [option for option in (options.config, options.sweep) if option]
+        assert all(
+            str(file).removeprefix("{folder}/") in configs or (ROOT / file).is_file() for file in files
+        )

@@ -1,0 +1,72 @@
+"""The closing table and sentence of a sweep say what the results say, whichever way they came out."""
+
+import pytest
+
+from models.vit.config import ClassIncrementalConfig
+from utils.reports.closing import closing_table, finding
+from utils.reports.results import Results
+
+
+def results(
+    levels: dict[str, list[tuple[float, float]]], baseline: str | None = "adapter", **more: int
+) -> Results:
+    """Cells with an (A_N, forgetting) for each of their seeds."""
+    runs = {
+        cell: {
+            seed: {
+                "metrics": {"final": final, "average": 60.0, "forgetting": lost, "plasticity": 90.0},
+                "curve": [100.0, final],
+                "parameters": {},
+                "weights": {},
+                "cost": {},
+            }
+            | more
+            for seed, (final, lost) in enumerate(values)
+        }
+        for cell, values in levels.items()
+    }
+    return Results(runs, ClassIncrementalConfig.metrics, baseline)
+
+
+ADAPTER = {"adapter": [(70.0, 20.0)]}
+RIDGE = {"ridge": [(84.0, 5.0)]}
+
+
+@pytest.mark.parametrize(
+    ("levels", "words"),
+    [
+        ({"nested": [(84.2, 8.0)]}, ["nested ends 14.20 points above adapter", "12.00 points less forgetting",
+                                     "one seed", "no other is better"]),
+        ({"nested": [(69.5, 20.5)]}, ["0.50 points below", "0.50 points more forgetting",
+                                      "best A_N is 70.00, of adapter"]),
+        ({"nested": [(70.001, 20.0)]}, ["ends level with adapter", "as much forgetting"]),
+        ({"nested": [(80.0, 8.0)], **RIDGE}, ["10.00 points above", "best A_N is 84.00, of ridge"]),
+        ({"nested": []}, ["best A_N is 70.00, of adapter"]),
+    ],
+)  # fmt: skip
+def test_the_sentence_says_who_won_and_who_is_best(levels: dict, words: list[str]) -> None:
+    sentence = finding(results(ADAPTER | levels), "nested")
+    assert sentence.endswith(".") and all(word in sentence for word in words), sentence
+
+
+def test_several_seeds_have_an_interval_and_may_not_decide() -> None:
+    adapter = [(70.0, 9.0), (72.0, 9.0), (71.0, 9.0)]
+    clear = finding(results({"adapter": adapter, "nested": [(80.0, 9), (82.1, 9), (81.0, 9)]}))
+    assert "95 % interval +" in clear and "do not decide" not in clear
+    mixed = finding(results({"adapter": adapter, "nested": [(60.0, 9), (92.0, 9), (71.0, 9)]}))
+    assert "95 % interval -" in mixed and "do not decide" in mixed
+
+
+def test_without_a_baseline_the_best_is_named() -> None:
+    assert finding(results(ADAPTER | RIDGE, baseline=None)) == "the best A_N is 84.00, of ridge."
+
+
+def test_the_table_has_a_row_per_cell_and_names_chance_where_it_is_known() -> None:
+    header, adapter, ridge, unrun, blank, legend, *_ = closing_table(
+        results(ADAPTER | RIDGE | {"not run": []}, classes=10)
+    )
+    assert header.split() == ["A_N", "average", "forgetting", "plasticity"] and blank == ""
+    assert adapter.split() == ["adapter", "70.00", "60.00", "20.00", "90.00"]
+    assert ridge.split()[1] == "84.00" and unrun.split() == ["not", "run", *"––––"]
+    assert "by chance 10.00" in legend
+    assert "chance" not in "".join(closing_table(results(ADAPTER)))
