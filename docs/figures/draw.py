@@ -1,4 +1,4 @@
-"""Figures of the documents: drawn from the tables of exps/RESULTS.md and docs/experiment_log.md.
+"""Figures of the documents: drawn from tables of exps/RESULTS.md and of pages in docs/.
 
 python docs/figures/draw.py                   redraws every PNG beside this file
 python docs/figures/draw.py --to FOLDER       writes them elsewhere
@@ -21,6 +21,7 @@ from PIL import Image
 
 ROOT = Path(__file__).parents[2]
 RESULTS, LOG = ROOT / "exps/RESULTS.md", ROOT / "docs/experiment_log.md"
+EXPERIMENTS = ROOT / "docs/experiments.md"
 BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#8E5A9F"  # told apart by colour-blind readers
 INK, GREY, LIGHT = "#222222", "#767676", "#E4E4E4"
 STYLE = {
@@ -61,6 +62,31 @@ def finish(figure: Figure, title: str, note: str) -> None:
 def numbers(text: str) -> list[float]:
     """All numbers of a cell: "35.87 ± 0.83" -> [35.87, 0.83]; a dash between digits is not a sign."""
     return [float(number) for number in re.findall(r"(?<![\w.])[+-]?\d+(?:\.\d+)?", text)]
+
+
+# -----------------------------------------------------------------------------------------------------------
+# What `python main.py` runs
+
+
+def draw_quickstart() -> Figure:
+    """Accuracy over all digits seen after each task, a line per cell, and chance."""
+    cells = table(EXPERIMENTS, "cell")
+    digits = [int(column) for column in next(iter(cells.values())) if column != "cell"]
+    colours = dict(zip(cells, (GREY, GREEN, INK, BLUE), strict=True))
+    figure, panel = plt.subplots(figsize=(7.2, 3.6))
+    lines = {cell: [float(row[str(seen)]) for seen in digits] for cell, row in cells.items()}
+    lowest = -100.0  # of the labels so far, kept 6 apart
+    for cell in sorted(lines, key=lambda name: lines[name][-1]):
+        panel.plot(digits, lines[cell], "o-", color=colours[cell], linewidth=2, markersize=4)
+        lowest = max(lines[cell][-1], lowest + 6)
+        panel.text(digits[-1] + 0.2, lowest, cell, color=colours[cell], va="center")
+    panel.plot(digits, [100 / seen for seen in digits], ":", color=GREY)
+    panel.text(digits[-1] + 0.2, 100 / digits[-1], "chance", color=GREY, va="center")
+    panel.set(xlim=(digits[0] - 0.3, digits[-1] + 4), ylim=(0, 100), xticks=digits)
+    panel.set(xlabel="digits learned, two per task", ylabel="accuracy over all of them (%)")
+    panel.grid(axis="y", color=LIGHT)
+    figure.tight_layout()
+    return figure
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -317,6 +343,7 @@ def draw_architecture() -> Figure:
 
 
 FIGURES: dict[str, Callable[[], Figure]] = {
+    "quickstart.png": draw_quickstart,
     "nesting.png": draw_nesting,
     "hypotheses.png": draw_hypotheses,
     "architecture.png": draw_architecture,

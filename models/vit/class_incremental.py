@@ -349,9 +349,9 @@ class ClassIncrementalLearner(Learner):
             ],
             result={
                 "metrics": metrics,
-                "classes": self.data.task_classes(task).stop,
                 "accuracy": matrix.rows,
                 "curve": matrix.curve,
+                "classes_seen": [self.data.task_classes(earlier).stop for earlier in range(task + 1)],
                 "adapters": adapters,
                 "calibration": self.calibration and self.calibration._asdict(),
             },

@@ -31,8 +31,8 @@ def closing_table(results: Results) -> list[str]:
     aligned = [[name.ljust(widths[0]), *map(str.rjust, texts, widths[1:])] for name, *texts in rows]
     longest = max(len(spec.name) for spec in specs)
     legend = [f"{spec.name:<{longest}}   {spec.definition}" for spec in specs]
-    if results.chance is not None:
-        legend[0] += f"; by chance {results.main.text(results.chance)}"
+    if chance := results.chance():
+        legend[0] += f"; by chance {results.main.text(chance[-1])}"
     return [*("   ".join(row).rstrip() for row in aligned), "", *legend]
 
 

@@ -74,12 +74,6 @@ class Results:
         """Cells other than the baseline; none without a baseline."""
         return [cell for cell in self.cells if self.baseline not in (None, cell)]
 
-    @property
-    def chance(self) -> float | None:
-        """A_N of guessing (%), where every run says how many classes it has, and all as many."""
-        classes = {result.get("classes") for results in self.cells.values() for result in results.values()}
-        return 100 / classes.pop() if len(classes) == 1 and None not in classes else None
-
     def spec(self, metric: str) -> MetricSpec:
         """Specification of a metric; of one outside the catalogue, its key."""
         return self._specs.get(metric) or MetricSpec(metric, metric, digits=UNLISTED_DIGITS)
@@ -87,6 +81,13 @@ class Results:
     def tasks(self, cell: str) -> int:
         """Number of tasks of each run of a cell; 0 without a run."""
         return self._tasks[cell]
+
+    def chance(self) -> list[float]:
+        """Accuracy (%) of guessing after each task, with the most tasks of any cell; empty if they differ."""
+        every = [result.get("classes_seen") or [] for runs in self.cells.values() for result in runs.values()]
+        longest = max(every, key=len, default=[])
+        alike = all(seen[-1:] == longest[-1:] and (len(seen) == 1 or seen == longest) for seen in every)
+        return [100 / classes for classes in longest] if alike else []
 
     @cached_property
     def runs(self) -> pd.DataFrame:

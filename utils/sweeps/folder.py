@@ -215,24 +215,27 @@ def write_summary(sweep: Sweep, runs: Sequence[Run], failures: Mapping[str, str]
         unfinished=unfinished,
         outdated={label: (", ".join(kinds), again[label]) for label, kinds in outdated(by_label).items()},
     )
-    shown = {"Curves": "curves.png", "Report": "report.html", "Table": "summary.md"}
-    places = {what: path for what, name in shown.items() for path in paths if path.name == name}
-    sentence = textwrap.wrap(f"Finding: {finding(table, sweep.file.finding)}", CONSOLE_WIDTH)
-    lines = ["", *closing_table(table), "", *sentence, ""]
-    lines += [f"{what:<8}{path}" for what, path in places.items()]
-    if not unfinished and sweep.file.next:
-        commands = {
-            what: text.replace("{folder}", str(sweep.folder)) for what, text in sweep.file.next.items()
-        }
-        lines += ["", "Next", *(f"  {what}:\n    {command}" for what, command in commands.items())]
-    logger.info("\n".join(lines))
+    logger.info("\n".join(["", *closing_lines(sweep, table, paths, complete=not unfinished)]))
+
+
+def closing_lines(sweep: Sweep, results: Results, paths: Sequence[Path], complete: bool) -> list[str]:
+    """Table, finding, places of curves and report, and, when all runs are finished, what one may do next."""
+    sentence = f"Finding: {finding(results, sweep.file.finding)}"
+    lines = [*closing_table(results), "", *textwrap.wrap(sentence, CONSOLE_WIDTH, break_on_hyphens=False), ""]
+    for what in ("curves", "report"):
+        lines += [f"{what.capitalize():<8}{path}" for path in paths if path.stem == what]
+    if complete and sweep.file.next:
+        lines += ["", "Next"]
+        for what, command in sweep.file.next.items():
+            lines += [f"  {what}:", f"    {command.replace('{folder}', str(sweep.folder))}"]
+    return lines
 
 
 def _check_config(run: Run) -> None:
     """Refuse a run folder that was made with another config than the cell's. Descriptions may differ."""
     path = run.folder / CONFIG
     ways_out = (
-        "keep both with --set logs_root=FOLDER, replace the whole sweep with --overwrite, or this run by removing "
+        "keep both with --set logs_root=FOLDER, replace all with --overwrite, or rename the cell, or remove "
         f"the folder {run.folder}"
     )
     try:

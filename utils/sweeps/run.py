@@ -16,7 +16,7 @@ import shlex
 import shutil
 import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
@@ -161,7 +161,7 @@ def run_all(
     with stop_file(stop), ThreadPoolExecutor(executor.jobs) as pool, bar:
         try:
             futures = {pool.submit(executor.run, job_of(sweep, run)): run for run in waiting}
-            for future in as_they_end(list(futures)):
+            for future in as_they_end(list(futures), bar.refresh):
                 run = futures[future]
                 if future.exception() is None and future.result() is None:
                     continue  # a stop was requested before it started
@@ -180,11 +180,15 @@ def run_all(
         return failures, stop_requests(stop) > 0
 
 
-def as_they_end(futures: Sequence[Future]) -> Iterator[Future]:
-    """Futures in the order in which they end; a signal just before a wait is handled after its timeout."""
+def as_they_end(futures: Sequence[Future], tick: Callable[[], object]) -> Iterator[Future]:
+    """Futures in the order in which they end; a signal just before a wait is handled after its timeout.
+
+    tick: called between waits.
+    """
     pending = set(futures)
     while pending:
         done, pending = wait(pending, POLL, FIRST_COMPLETED)
+        tick()
         yield from (future for future in futures if future in done)
 
 

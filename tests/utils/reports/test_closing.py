@@ -8,7 +8,7 @@ from utils.reports.results import Results
 
 
 def results(
-    levels: dict[str, list[tuple[float, float]]], baseline: str | None = "adapter", **more: int
+    levels: dict[str, list[tuple[float, float]]], baseline: str | None = "adapter", **more: list[int]
 ) -> Results:
     """Cells with an (A_N, forgetting) for each of their seeds."""
     runs = {
@@ -63,7 +63,7 @@ def test_without_a_baseline_the_best_is_named() -> None:
 
 def test_the_table_has_a_row_per_cell_and_names_chance_where_it_is_known() -> None:
     header, adapter, ridge, unrun, blank, legend, *_ = closing_table(
-        results(ADAPTER | RIDGE | {"not run": []}, classes=10)
+        results(ADAPTER | RIDGE | {"not run": []}, classes_seen=[5, 10])
     )
     assert header.split() == ["A_N", "average", "forgetting", "plasticity"] and blank == ""
     assert adapter.split() == ["adapter", "70.00", "60.00", "20.00", "90.00"]
