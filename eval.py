@@ -3,6 +3,7 @@
 python eval.py --run FOLDER                          tables, figures, and the last checkpoint tested again
 python eval.py --run FOLDER --recorded               tables and figures of what the run wrote, in seconds
 python eval.py --run FOLDER FOLDER ...               several seeds: mean ± std of those that are finished
+python eval.py --compare FOLDER FOLDER ... --latex   runs that differ in more than their seed, in a table
 python eval.py --checkpoint FOLDER/checkpoints/task_04   the model as that task left it
 python eval.py --run FOLDER --analyse cka grassmann probes   what its representations did, task after task
 python eval.py --run FOLDER --analyse cka grassmann probes units samples   a run on grids, at its end
@@ -29,6 +30,7 @@ TAKES = {  # options that each command takes beside its own; the first one given
     "export": ("run", "checkpoint", "out"),
     "analyse": ("run", "images-per-class"),
     "recorded": ("run",),
+    "compare": ("baseline", "latex", "markdown", "out"),
     "checkpoint": (),
     "run": (),
 }
@@ -56,6 +58,16 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "several: their mean and deviation",
     )
     add("--checkpoint", type=given_path, metavar="FOLDER", help="one checkpoint of a run: test it")
+    add(
+        "--compare",
+        type=given_path,
+        nargs="+",
+        metavar="FOLDER",
+        help="run folders, or folders that hold some: runs that differ in more than their seed, in a table",
+    )
+    add("--baseline", metavar="NAME", help="with --compare: the group, or a run of it, that others differ from")
+    add("--latex", action="store_true", help="with --compare: print a booktabs table and comments")
+    add("--markdown", action="store_true", help="with --compare: print a Markdown table")
     add("--recorded", action="store_true", help="with --run: only what the run recorded, no test")
     add(
         "--analyse",
@@ -78,7 +90,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         type=given_path,
         metavar="PATH",
         help="with --predict: a .csv file for the predictions; with --export: a new folder (default: "
-        "FOLDER/export/FORM)",
+        "FOLDER/export/FORM); with --compare: a folder for the report (default: one in logs/comparisons)",
     )
     options = parse_or_advise(parser, arguments, way_out)
     for fault in usage_faults(options):
@@ -91,7 +103,11 @@ def usage_faults(options: argparse.Namespace) -> list[str]:
     command, runs = chosen_command(options, TAKES, "run"), options.run or []
     least = options.images_per_class
     rules = [
-        (not runs and not options.checkpoint, "one of --run FOLDER and --checkpoint FOLDER is needed"),
+        (
+            not runs and not options.checkpoint and not options.compare,
+            "one of --run FOLDER, --checkpoint FOLDER and --compare FOLDER ... is needed",
+        ),
+        (options.latex and options.markdown, "--latex and --markdown: one of them"),
         (
             command in ONE_RUN and len(runs) + bool(options.checkpoint) != 1,
             f"--{command} looks at one --run FOLDER",
@@ -164,11 +180,20 @@ def show_runs(options: argparse.Namespace) -> Iterable[str]:
     return show_run(options.run[0], test=not options.recorded)
 
 
+def compare(options: argparse.Namespace) -> Iterable[str]:
+    """Runs that differ in more than their seed."""
+    from models.inspection import show_comparison
+
+    form = "latex" if options.latex else "markdown" if options.markdown else "terminal"
+    return show_comparison(options.compare, options.baseline, form, options.out)
+
+
 COMMANDS: dict[str, Callable[[argparse.Namespace], Iterable[str]]] = {
     "predict": predict,
     "export": export,
     "analyse": analyse,
     "recorded": show_runs,
+    "compare": compare,
     "checkpoint": show_checkpoint,
     "run": show_runs,
 }

@@ -1,6 +1,7 @@
 """Inspection of run folders as lines of text: recorded accuracy, figures, tests of checkpoints, analyses."""
 
 import functools
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,12 +16,17 @@ from models.saved_run import (
 )
 from utils.analysis.results import ANALYSIS, write_results
 from utils.errors import UserError
+from utils.metric_catalogue import Shown
+from utils.reports.renderings import latex_table, markdown_table, terminal_table
+from utils.reports.report import markdown_text
+from utils.reports.tables import difference_tables, means_table
 from utils.runs.checkpoint import latest_checkpoint
 from utils.runs.figures import draw_figures
 from utils.runs.folder import ACCURACY, RESULT, FolderInUse, FolderLock
 from utils.runs.run_log import read_accuracy_csv
 from utils.runs.seeds import check_one_experiment
-from utils.runs.tables import seeds_table
+from utils.runs.tables import TABLE_WIDTH, seeds_table
+from utils.sweeps.comparison import compare_runs, default_folder, described, write_comparison
 
 
 def show_run(folder: Path, test: bool) -> Iterator[str]:
@@ -69,6 +75,45 @@ def show_seeds(folders: list[Path]) -> Iterator[str]:
         yield f"note: {note}"
     metrics = read_config(finished[0]).metrics
     yield seeds_table([read_result(folder) for folder in finished], metrics)
+
+
+def show_comparison(
+    folders: list[Path], baseline: str | None = None, form: str = "terminal", out: Path | None = None
+) -> Iterator[str]:
+    """The table of runs that differ in more than their seed; a report is written as well.
+
+    form: "terminal", or "latex" or "markdown" for a document that holds nothing else.
+
+    Raises:
+        UserError: nothing to compare, or runs that cannot be.
+    """
+    comparison = compare_runs(folders, read_config, baseline)
+    results, out = comparison.results, out or default_folder(comparison)
+    files = write_comparison(comparison, out)
+    remarks = [f"left out, {reason}: {folder}" for folder, reason in comparison.unfinished.items()]
+    remarks += [
+        *comparison.notes,
+        f"curves, tests and every run: {next(p for p in files if p.suffix == '.html')}",
+    ]
+    means = means_table(results, Shown.DIFFERENCES)
+    means = means._replace(headings=["experiment", *means.headings[1:]])
+    seeds = ", ".join(map(str, sorted({seed for runs in results.cells.values() for seed in runs})))
+    title = f"Mean ± std over seeds {seeds}"
+    if form == "latex":
+        yield f"% {title}; needs \\usepackage{{booktabs}}"
+        yield latex_table(means)
+        yield from (f"% {remark}" for remark in remarks)
+    elif form == "markdown":
+        yield f"{title}:\n\n{markdown_table(means)}\n"
+        yield from (f"- {markdown_text(remark)}" for remark in remarks)
+    else:
+        yield f"{title}; * best\n{terminal_table(means)}\n"
+        for sentence in described(comparison):
+            yield textwrap.fill(sentence, TABLE_WIDTH, subsequent_indent="    ")
+        for table in difference_tables(results)[:1]:
+            yield f"\nDifference from {results.baseline}, paired by seed: {terminal_table(table)}"
+        yield ""
+        yield from remarks
 
 
 def analyse_run(folder: Path, names: list[str], images_per_class: int | None) -> Iterator[str]:

@@ -151,6 +151,11 @@ class SharedSubspaceConfig(RunConfig):
     def folder_names(self, seed: int) -> list[str]:
         return [self.model_name, "grids", f"{self.prefix}_{seed}_{self.encoder}"]
 
+    def tested_on(self, tasks: int, classes: int) -> dict[str, Any]:
+        """The compositions that are drawn for training and test."""
+        names = {"colours", "primitives", "test_length", "held_out_pairs", "test_compositions"}
+        return self.model_dump(mode="json", include={*names, "test_samples"})
+
     def conflicts(self) -> list[Conflict]:
         own = [*self._split_conflicts(), *self._size_conflicts(), *self.min_lr_conflicts(["init_lr"])]
         return [*super().conflicts(), *own]

@@ -108,6 +108,12 @@ class ClassIncrementalConfig(RunConfig):
         run = f"{self.prefix}_{seed}_{self.backbone_type}"
         return [self.model_name, dataset_slug(self.dataset), str(first), str(self.increment), run]
 
+    def tested_on(self, tasks: int, classes: int) -> dict[str, Any]:
+        """The classes and images that are tested and, with several tasks, how they are split into these."""
+        seen = min(classes, self.init_cls + (tasks - 1) * self.increment)
+        split = {"init_cls": self.init_cls, "increment": self.increment, "shuffle": self.shuffle}
+        return {"classes": seen, "max_test_per_class": self.max_test_per_class} | (split if tasks > 1 else {})
+
     def conflicts(self) -> list[Conflict]:
         found = [*self._class_conflicts(), *super().conflicts()]
         if self.weights not in (None, "random") and (reason := why_no_file(Path(self.weights))):

@@ -237,16 +237,30 @@ class RunConfig(BaseModel):
         sentence = f"the schedule only lowers a rate; allowed: min_lr from 0 to {min(lower.values()):g}"
         return [(("min_lr", *lower), sentence)]
 
-    def differing(self, other: "RunConfig") -> dict[str, tuple[Any, Any]]:
-        """Key -> both values, where two experiments differ, apart from the seed and `editable_keys`.
+    def experiment(self) -> dict[str, Any]:
+        """Key -> value of all that shapes a run's numbers beside the seed.
 
-        Of two methods only the name of the method is told.
+        Without `editable_keys` and keys that have no effect given the others.
         """
+        skipped = {"seed", *self.editable_keys, *self.without_effect()}
+        return self.model_dump(mode="json", exclude=skipped)
+
+    def differing(self, other: "RunConfig") -> dict[str, tuple[Any, Any]]:
+        """Key -> both values, where two experiments differ; of two methods only their names are told."""
         if self.model_name != other.model_name:
             return {"model_name": (self.model_name, other.model_name)}
-        ours, theirs = self.model_dump(mode="json"), other.model_dump(mode="json")
-        names = [name for name in ours if name not in self.editable_keys and name != "seed"]
-        return {name: (ours[name], theirs[name]) for name in names if ours[name] != theirs[name]}
+        ours, theirs = self.experiment(), other.experiment()
+        names = [name for name in ours | theirs if ours.get(name) != theirs.get(name)]
+        shared = [name for name in names if name in ours and name in theirs]  # the others follow from these
+        return {name: (ours.get(name), theirs.get(name)) for name in shared or names}
+
+    def tested_on(self, tasks: int, classes: int) -> dict[str, Any]:
+        """Key -> value of what a run's numbers are about: runs that differ in it cannot be compared.
+
+        tasks: how many the run has learned; classes: of its data set. Those of one task are an upper bound
+        for several, so their order is left out.
+        """
+        return {}
 
     def _device_conflicts(self) -> list[Conflict]:
         return _told("device", lambda: check_device_name(self.device))

@@ -143,10 +143,10 @@ def _render(template: str, page: Mapping[str, Any]) -> bytes:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters["markdown"] = _markdown
+    environment.filters["markdown"] = markdown_text
     return environment.get_template(template).render(page).encode()
 
 
-def _markdown(text: str) -> str:
+def markdown_text(text: str) -> str:
     """Text in one line that Markdown shows as it is, in a table too."""
     return MARKDOWN_SIGNS.sub(r"\\\g<0>", " ".join(text.split()))

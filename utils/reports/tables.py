@@ -34,13 +34,13 @@ class Table(NamedTuple):
     note: str = ""
 
 
-def means_table(results: Results) -> Table:
+def means_table(results: Results, place: Shown = Shown.MEANS) -> Table:
     """A row per cell: n, then mean ± std of each metric over seeds; the best of what is compared is strong.
 
     Where fewer runs than n have a number, it says how many. A metric that no run has is left out.
     """
     measured = results.runs.columns[results.runs.notna().any()]
-    shown = [spec for spec in _shown(results, Shown.MEANS) if spec.key in measured]
+    shown = [spec for spec in _shown(results, place) if spec.key in measured]
     best = {spec.key: results.best(spec.key) for spec in shown if spec.shown >= Shown.DIFFERENCES}
     rows = []
     for cell, runs in results.cells.items():

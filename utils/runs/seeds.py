@@ -8,8 +8,9 @@ log_mean(results, config.metrics, [(folder, config), ...])  # refuses runs of di
 import json
 import logging
 import re
+import shlex
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from utils.config.schema import RunConfig
 from utils.errors import UserError
 from utils.metric_catalogue import MetricSpec
 from utils.runs.folder import CONFIG, MANIFEST, folder_of
-from utils.runs.manifest import Command, changes, is_complete, read_manifest, read_provenance
+from utils.runs.manifest import SOURCES, Command, changes, is_complete, read_manifest, read_provenance
 from utils.runs.tables import seeds_table
 
 logger = logging.getLogger("nested_lora")
@@ -81,8 +82,7 @@ def check_same_config(configs: Sequence[tuple[Path, RunConfig]]) -> None:
     first, expected = configs[0]
     for folder, config in configs:
         if differing := expected.differing(config):
-            keys = (f"{key} ({json.dumps(a)} and {json.dumps(b)})" for key, (a, b) in differing.items())
-            raise _different(first, folder, f"their {CONFIG} differ in {', '.join(keys)}")
+            raise _different(configs, folder, f"their {CONFIG} differ in {both_values(differing)}")
 
 
 def check_one_experiment(configs: Sequence[tuple[Path, RunConfig]]) -> list[str]:
@@ -91,25 +91,38 @@ def check_one_experiment(configs: Sequence[tuple[Path, RunConfig]]) -> list[str]
     Raises:
         UserError: a seed stands twice, or configs, data or weights differ.
     """
+    check_same_config(configs)
     by_seed: dict[int, Path] = {}
     for folder, config in configs:
         if config.seed in by_seed:
             both = f"{by_seed[config.seed]} and {folder}"
-            raise UserError(f"{both} both have seed {config.seed}: give each seed once")
+            raise UserError(
+                f"{both} both have seed {config.seed} and the same configuration: give each seed once"
+            )
         by_seed[config.seed] = folder
-    check_same_config(configs)
     origins = {folder: read_provenance(folder) for folder in by_seed.values()}
-    first, *others = origins
-    for folder in others:
-        if origins[folder].hashes != origins[first].hashes:
-            raise _different(first, folder, "the hashes of their data or weights differ")
+    first, *others = configs
+    for folder, config in others:
+        ours, theirs = origins[first[0]].hashes, origins[folder].hashes
+        if kinds := [kind for kind in ours | theirs if ours.get(kind) != theirs.get(kind)]:
+            names = [key for kind in kinds for key in SOURCES[kind]]
+            values = {key: (getattr(first[1], key), getattr(config, key)) for key in names}
+            named = both_values({key: both for key, both in values.items() if both[0] != both[1]})
+            how = f"the hashes of their {' and '.join(kinds)} differ{named and ', as do '}{named}"
+            raise _different(configs, folder, how)
     return changes({str(folder): origin for folder, origin in origins.items()})
 
 
-def _different(first: Path, second: Path, how: str) -> UserError:
+def both_values(differing: Mapping[str, tuple[Any, Any]]) -> str:
+    """Keys with the values of both sides, in a sentence: `rank (4 and 8), init_lr (0.01 and 0.02)`."""
+    return ", ".join(f"{key} ({json.dumps(a)} and {json.dumps(b)})" for key, (a, b) in differing.items())
+
+
+def _different(configs: Sequence[tuple[Path, RunConfig]], second: Path, how: str) -> UserError:
+    command = shlex.join(["python", "eval.py", "--compare", *(str(folder) for folder, _ in configs)])
     return UserError(
-        f"{first} and {second} are different experiments, {how}: a mean is over runs that differ in their "
-        "seed alone; set back what was edited, or compare them in a sweep"
+        f"{configs[0][0]} and {second} are different experiments, {how}: a mean is over runs that differ in "
+        f"their seed alone; set back what was edited, or compare them: {command}"
     )
 
 

@@ -201,7 +201,7 @@ def _rows(file: SweepFile, path: Path) -> Iterator[Row]:
     for cell, own in (file.cells or unnamed).items():
         for point in points:
             parts = [cell] if file.cells else []
-            name = ", ".join([*parts, *(f"{key}={_bare(value)}" for key, value in point.items())])
+            name = ", ".join([*parts, *(f"{key}={bare(value)}" for key, value in point.items())])
             layers = {"set": file.set, "cell": own, "grid": point}
             allowed = {
                 origin: {key: value for key, value in values.items() if key not in OWNED}
@@ -220,7 +220,7 @@ def _base_path(path: Path, base: Any) -> Path:
     try:
         return base_of(path, base)
     except ValueError as error:
-        problem = f"base = {_bare(base)}: {error}; allowed: the path of a JSON file, relative to the sweep's"
+        problem = f"base = {bare(base)}: {error}; allowed: the path of a JSON file, relative to the sweep's"
         raise ConfigError(str(path), [problem]) from None
 
 
@@ -280,7 +280,7 @@ def _named(names: Sequence[str]) -> str:
     return f"cell{'s' * (len(names) > 1)} {', '.join(map(quoted, names[:MAX_NAMED]))}{more}"
 
 
-def _bare(value: Any) -> str:
+def bare(value: Any) -> str:
     """A grid value in a name: text without quotes; anything else, and text that cannot be shown, as JSON."""
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return text if text.isprintable() else json.dumps(value)

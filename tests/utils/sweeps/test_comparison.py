@@ -1,0 +1,167 @@
+"""`eval.py --compare`: groups, names, pairs, tables and refusals, on invented runs."""
+
+import csv
+import json
+import re
+import shlex
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import eval as evaluation
+from models import SCHEMAS
+from tests.conftest import ROOT
+from tests.test_eval import finished
+from tests.utils.reports.test_report import invented
+from tests.utils.runs.test_manifest import record
+from utils.config.loading import load_config
+from utils.sweeps.comparison import group_names
+
+Capture = pytest.CaptureFixture[str]
+ADAPTER = {"ffn_adapter_type": "adaptmlp", "ffn_num": 8}
+
+
+def with_level(folder: str, seed: int, level: float, tasks: int = 4) -> str:
+    (Path(folder) / "result.json").write_text(json.dumps(invented(seed, level, tasks)))
+    return folder
+
+
+@pytest.fixture
+def logs(tmp_path: Path) -> Path:
+    """Two experiments, nested (seeds 1, 2, 3) and a better adapter (2, 3, 4), one run of it unfinished."""
+    for seed in (1, 2, 3):
+        finished(tmp_path / f"nested_{seed}", seed)
+    for seed in (2, 3, 4, 5):
+        folder = finished(
+            tmp_path / f"zadapter_{seed}", seed, **ADAPTER, nested_lora_rank=seed, prefix=f"p{seed}"
+        )
+        with_level(folder, seed, 50)
+    (tmp_path / "zadapter_5/result.json").unlink()
+    return tmp_path
+
+
+def final(seed: int, level: float) -> float:
+    return invented(seed, level)["metrics"]["final"]
+
+
+def compared(capsys: Capture, *arguments: object) -> str:
+    assert evaluation.main(["--compare", *map(str, arguments)]) == 0
+    return capsys.readouterr().out
+
+
+def refused(capsys: Capture, *arguments: object) -> str:
+    assert evaluation.main(["--compare", *map(str, arguments)]) == 2
+    shown = capsys.readouterr()
+    assert len(shown.err.splitlines()) == 1 and "Traceback" not in shown.err and "±" not in shown.out
+    return shown.err
+
+
+def test_runs_are_grouped_by_what_differs_and_paired_by_seed(logs: Path, capsys: Capture) -> None:
+    """Keys without effect (rank of an adapter that is not nested) and names of folders make no group."""
+    shown = compared(capsys, logs, "--out", logs / "out")
+    mean = statistics.fmean(final(seed, 50) for seed in (2, 3, 4))
+    row = next(line for line in shown.splitlines() if line.startswith("ffn_adapter_type=adaptmlp "))
+    assert f"{mean:.2f} ±" in row and row.split()[1] == "3"
+    assert f"left out, no result.json: {logs / 'zadapter_5'}" in shown
+    assert str(logs / "out/report.html") in shown and (logs / "out/figures/curves.png").is_file()
+    with open(logs / "out/summary.csv", newline="") as file:
+        rows = {(row["cell"], row["metric"]): row for row in csv.DictReader(file)}
+    row = rows["ffn_adapter_type=adaptmlp", "final"]
+    difference = statistics.fmean(final(seed, 50) - final(seed, 40) for seed in (2, 3))
+    assert row["baseline"] == "ffn_adapter_type=nested_lora" and row["paired_n"] == "2"
+    assert float(row["difference"]) == pytest.approx(difference)
+    groups = json.loads((logs / "out/comparison.json").read_text())["groups"]
+    assert groups["ffn_adapter_type=adaptmlp"]["keys"]["ffn_num"] == 8
+    assert groups["ffn_adapter_type=nested_lora"]["runs"]["1"] == str(logs / "nested_1")
+
+
+def test_the_baseline_is_a_name_or_a_run(logs: Path, capsys: Capture) -> None:
+    for baseline in ("ffn_adapter_type=adaptmlp", logs / "zadapter_3"):
+        compared(capsys, logs, "--baseline", baseline, "--out", logs / "out")
+        with open(logs / "out/summary.csv", newline="") as file:
+            assert {row["baseline"] for row in csv.DictReader(file)} == {"ffn_adapter_type=adaptmlp"}
+    assert "ffn_adapter_type=nested_lora" in refused(capsys, logs, "--baseline", "nested")
+
+
+def test_latex_and_markdown_hold_a_table_and_nothing_else(logs: Path, capsys: Capture) -> None:
+    latex = compared(capsys, logs, "--latex", "--out", logs / "out").splitlines()
+    table = [line for line in latex if not line.startswith("%")]
+    assert table[0].startswith("\\begin{tabular}") and table[-1] == "\\end{tabular}"
+    assert {"\\toprule", "\\midrule", "\\bottomrule"} < set(table)
+    (best,) = [line for line in table if "adaptmlp" in line]
+    mean = statistics.fmean(final(seed, 50) for seed in (2, 3, 4))
+    assert re.search(rf"\\textbf{{{mean:.2f} \$\\pm\$ [\d.]+}}", best)
+    assert re.search(r"(?<!\\)[_%±]", "".join(table).replace("$A_N$", "")) is None
+    markdown = compared(capsys, logs, "--markdown", "--out", logs / "out")
+    rows = [line for line in markdown.splitlines() if line.startswith("|")]
+    assert len({row.count(" | ") for row in rows}) == 1 and len(rows) == 4
+    assert f"**{mean:.2f} ±" in markdown
+
+
+def test_a_mean_of_different_experiments_is_refused_with_the_command_that_compares(
+    logs: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where both have the same seed."""
+    monkeypatch.chdir(logs)
+    assert evaluation.main(["--run", "nested_2", "zadapter_2"]) == 2
+    told = capsys.readouterr().err
+    assert 'ffn_adapter_type ("nested_lora" and "adaptmlp")' in told and "seed 2" not in told
+    command = shlex.split(told.partition("compare them: ")[2])
+    assert command == ["python", "eval.py", "--compare", "nested_2", "zadapter_2"]
+    assert "ffn_adapter_type=adaptmlp" in compared(capsys, *command[3:])
+    assert list((logs / "logs/comparisons").glob("*/report.html"))
+
+
+def test_what_cannot_be_compared_is_a_sentence(logs: Path, capsys: Capture) -> None:
+    first = logs / "nested_1"
+    assert "--run" in refused(capsys, first, logs / "nested_2")  # one experiment
+    again = finished(logs / "again", 1)
+    assert again in refused(capsys, first, logs / "zadapter_2", again)
+    assert str(logs / "nothing") in refused(capsys, logs / "nothing")
+    other = finished(logs / "split", 1, increment=5)
+    assert "increment (2 and 5)" in refused(capsys, first, other)
+    data = {"data": {"name": "other", "sha256": "f" * 64}}
+    other = finished(logs / "data", 1, data, **ADAPTER)
+    assert "hash of the data" in refused(capsys, first, other)
+    grids = load_config(ROOT / "exps/shared_subspace_small.json", [], SCHEMAS).config
+    record(logs / "grids")
+    (logs / "grids/config.json").write_text(grids.model_dump_json())
+    result = invented(1, 40)
+    result["metrics"][grids.metrics[0].key] = 1.0
+    (logs / "grids/result.json").write_text(json.dumps(result))
+    assert "main metric" in refused(capsys, first, logs / "grids")
+
+
+def test_all_classes_at_once_may_stand_beside_several_tasks(logs: Path, capsys: Capture) -> None:
+    joint = with_level(finished(logs / "joint", 1, init_cls=8, increment=8), 1, 70, tasks=1)
+    manifest = logs / "nested_1/manifest.json"
+    for folder in (logs / "nested_1", Path(joint)):
+        content = json.loads(manifest.read_text()) | {"class_order": list(range(8))}
+        (folder / "manifest.json").write_text(json.dumps(content))
+    shown = compared(capsys, logs / "nested_1", joint, "--out", logs / "out")
+    assert "init_cls=8" in shown
+
+
+def test_a_folder_of_something_else_is_not_written_over(logs: Path, capsys: Capture) -> None:
+    before = sorted((logs / "nested_1").iterdir())
+    assert "--out" in refused(capsys, logs, "--out", logs / "nested_1")
+    assert sorted((logs / "nested_1").iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("experiments", "names"),
+    [
+        ([{"rank": 4, "lr": 0.1}, {"rank": 8, "lr": 0.1}], ["rank=4", "rank=8"]),
+        (
+            [{"rank": 4, "lr": 0.1}, {"rank": 8, "lr": 0.1}, {"rank": 4, "lr": 0.2}],
+            ["rank=4, lr=0.1", "rank=8", "lr=0.2"],
+        ),
+        ([{"kind": "a"}, {"kind": "b", "rank": 4}, {"kind": "b", "rank": 8}], ["kind=a", "rank=4", "rank=8"]),
+    ],
+)
+def test_a_name_has_the_fewest_keys_that_tell(experiments: list[dict[str, Any]], names: list[str]) -> None:
+    one = [{"model_name": "m"} | experiment for experiment in experiments]
+    assert group_names(one) == names
+    assert group_names([*one, {"model_name": "n"}]) == [*(f"m, {name}" for name in names), "n"]

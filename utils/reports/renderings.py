@@ -1,0 +1,73 @@
+"""A report's table as text: for the terminal, as LaTeX (booktabs), as Markdown.
+
+terminal_table(table)      # aligned columns; what is strong in the report ends in *
+latex_table(table)         # \\begin{tabular} ... \\end{tabular}, strong fields in bold
+markdown_table(table)
+"""
+
+import re
+
+from utils.metric_catalogue import ABSENT
+from utils.reports.report import markdown_text
+from utils.reports.tables import Entry, Table
+
+LATEX_SIGNS = {
+    **{sign: f"\\{sign}" for sign in "&%$#_{}"},
+    "\\": "\\textbackslash{}",
+    "~": "\\textasciitilde{}",
+    "^": "\\textasciicircum{}",
+    "±": "$\\pm$",
+    ABSENT: "--",
+}
+SYMBOL = re.compile(r"\b([A-Z])_([A-Z])\b")  # A_N
+
+
+def terminal_table(table: Table) -> str:
+    """Columns aligned for a terminal, the first to the left, under the caption."""
+    rows = [
+        table.headings,
+        *([f"{entry.text}{' *' if entry.strong else '  '}" for entry in row] for row in table.rows),
+    ]
+    rows = [[row[0].rstrip(), *row[1:]] for row in rows]
+    rows[0] = [rows[0][0], *(f"{heading}  " for heading in rows[0][1:])]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows
+    ]
+    return "\n".join(filter(None, [table.caption, *lines, table.note]))
+
+
+def latex_table(table: Table) -> str:
+    """A `tabular` with the rules of the package booktabs; strong fields in bold."""
+    rows = [[_latex(entry) for entry in row] for row in table.rows]
+    lines = [" & ".join(row) + " \\\\" for row in [list(map(latex_text, table.headings)), *rows]]
+    columns = "l" + "r" * (len(table.headings) - 1)
+    body = [lines[0], "\\midrule", *lines[1:]]
+    return "\n".join(
+        [f"\\begin{{tabular}}{{{columns}}}", "\\toprule", *body, "\\bottomrule", "\\end{tabular}"]
+    )
+
+
+def latex_text(text: str) -> str:
+    """Text that LaTeX sets as it is written; A_N and its like as symbols."""
+    parts = SYMBOL.split(text)
+    plain = ["".join(LATEX_SIGNS.get(sign, sign) for sign in part) for part in parts]
+    return "".join(
+        f"{plain[i]}${parts[i + 1]}_{parts[i + 2]}$" if i + 2 < len(parts) else plain[i]
+        for i in range(0, len(parts), 3)
+    )
+
+
+def markdown_table(table: Table) -> str:
+    """A Markdown table; strong fields in bold."""
+    rows = [
+        [f"**{text}**" if entry.strong else text for entry in row if (text := markdown_text(entry.text))]
+        for row in table.rows
+    ]
+    rule = ["---", *["---:"] * (len(table.headings) - 1)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [table.headings, rule, *rows])
+
+
+def _latex(entry: Entry) -> str:
+    text = latex_text(entry.text)
+    return f"\\textbf{{{text}}}" if entry.strong else text

@@ -1,0 +1,299 @@
+"""Comparison of run folders: the table of a sweep, made from finished runs wherever they lie.
+
+    comparison = compare_runs([Path("logs/sema"), Path("logs/ranpac/mnist_5k/0/2/run_1993_...")], read_config)
+    comparison.results                    # as of a sweep: its cells are the groups
+    write_comparison(comparison, Path("logs/comparisons/sema-ranpac"))
+
+A group is the runs whose configurations differ in nothing but the seed and keys that change no number
+(`RunConfig.experiment`). It is named by the fewest keys that tell it from the others. Groups are paired by
+seed. Code and libraries may differ between runs, which is told; what the numbers are about may not.
+"""
+
+import hashlib
+import json
+import shlex
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from utils.config.messages import no_such
+from utils.config.schema import RunConfig
+from utils.errors import UserError
+from utils.files import read_json, write_json
+from utils.reports.report import write_report
+from utils.reports.results import Results
+from utils.runs.folder import CONFIG, REPLACED, RESULT
+from utils.runs.manifest import Provenance, changes, read_manifest, read_provenance
+from utils.runs.metrics import fault_of
+from utils.runs.seeds import both_values
+from utils.sweeps.spec import bare, slug_of
+
+RECORD = "comparison.json"
+METHOD = "model_name"
+HASH = 8  # characters
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A run with a result: its folder, what it was made with, and what came out."""
+
+    folder: Path
+    config: RunConfig
+    result: Mapping[str, Any]
+    origin: Provenance
+    tested_on: Mapping[str, Any]
+
+    @property
+    def experiment(self) -> dict[str, Any]:
+        """Key -> value of what it may differ in from runs of other groups; weights by name and hash."""
+        sha256 = self.origin.hashes.get("weights", {}).get("sha256", "")[:HASH]
+        weights = {"weights": f"{self.result['weights'].get('tag')} {sha256}"} if sha256 else {}
+        return self.config.experiment() | weights
+
+
+class Comparison(NamedTuple):
+    """Groups of runs and their results.
+
+    Attributes:
+        groups: name -> seed -> run, in the order in which they were given.
+        keys: name -> key -> value, of the keys in which groups differ.
+        results: those of the groups, as of a sweep's cells.
+        unfinished: folder -> why it is left out.
+        notes: sentences about code and libraries that are not the same.
+    """
+
+    groups: Mapping[str, Mapping[int, FinishedRun]]
+    keys: Mapping[str, Mapping[str, Any]]
+    results: Results
+    unfinished: Mapping[str, str]
+    notes: Sequence[str]
+
+
+def compare_runs(
+    folders: Sequence[Path], read_config: Callable[[Path], RunConfig], baseline: str | None = None
+) -> Comparison:
+    """The finished runs in folders, grouped by what they differ in beside their seed.
+
+    Args:
+        folders: run folders, or folders that hold some at any depth, such as a sweep's.
+        read_config: configuration of a run folder.
+        baseline: a group's name, or a run folder of it; without it the group of the first run.
+
+    Raises:
+        UserError: fewer than two groups, a seed twice in a group, runs of different tasks or metrics, or a
+            damaged run.
+    """
+    found = runs_below(folders)
+    finished = [_read(folder, read_config(folder)) for folder in found if (folder / RESULT).is_file()]
+    unfinished = {str(folder): "no result.json" for folder in found if not (folder / RESULT).is_file()}
+    if not finished:
+        raise UserError(f"none of the {len(found)} runs is finished: --compare needs runs with a {RESULT}")
+    _check_comparable(finished)
+    by_experiment: dict[str, dict[int, FinishedRun]] = {}
+    for run in finished:
+        seeds = by_experiment.setdefault(json.dumps(run.experiment, sort_keys=True), {})
+        if run.config.seed in seeds:
+            both = f"{seeds[run.config.seed].folder} and {run.folder}"
+            raise UserError(f"{both} are one experiment with one seed, {run.config.seed}: give one of them")
+        seeds[run.config.seed] = run
+    firsts = [next(iter(seeds.values())) for seeds in by_experiment.values()]
+    if len(firsts) == 1:
+        mean = shlex.join(["python", "eval.py", "--run", *map(str, folders)])
+        raise UserError(
+            f"all {len(finished)} finished runs are one experiment, there is nothing to compare: they differ "
+            f"in their seed alone; for their mean, {mean}"
+        )
+    names = group_names([run.experiment for run in firsts])
+    groups = dict(zip(names, by_experiment.values(), strict=True))
+    results = Results(
+        {name: {seed: run.result for seed, run in runs.items()} for name, runs in groups.items()},
+        finished[0].config.metrics,
+        _baseline(baseline, groups),
+    )
+    notes = changes({str(run.folder): run.origin for run in finished})
+    return Comparison(
+        groups, _keys_of_groups(dict(zip(names, firsts, strict=True))), results, unfinished, notes
+    )
+
+
+def runs_below(folders: Iterable[Path]) -> list[Path]:
+    """The run folders among and below folders, each once; none that a newer run replaces.
+
+    Raises:
+        UserError: a folder is not there, or holds none.
+    """
+    found: dict[Path, Path] = {}
+    for folder in folders:
+        runs = (
+            [folder]
+            if (folder / CONFIG).is_file()
+            else sorted(
+                path.parent
+                for path in folder.rglob(CONFIG)
+                if not any(REPLACED in name for name in path.relative_to(folder).parts)
+            )
+        )
+        if not runs:
+            raise UserError(
+                f"{folder} holds no run: give run folders, or folders that hold some, such as logs/sema or a "
+                "sweep's"
+            )
+        for run in runs:
+            found.setdefault(run.resolve(), run)
+    return list(found.values())
+
+
+def group_names(experiments: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A short name for each of several different experiments: the fewest keys that tell it from the others.
+
+    The method comes first, by its value alone, where there are several: `ranpac`, `sema, init_lr=0.01`.
+    """
+    by_method: dict[str, list[Mapping[str, Any]]] = {}
+    for experiment in experiments:
+        by_method.setdefault(experiment[METHOD], []).append(experiment)
+    names = []
+    for experiment in experiments:
+        alike = by_method[experiment[METHOD]]
+        keys = [key for key in _telling_keys(alike) if key in experiment]
+        for key in list(keys):
+            fewer = [other for other in keys if other != key]
+            if fewer and sum(_shown(experiment, fewer) == _shown(other, fewer) for other in alike) == 1:
+                keys = fewer
+        method = [experiment[METHOD]] if len(by_method) > 1 else []
+        names.append(", ".join([*method, *assignments(experiment, keys)]))
+    return names
+
+
+def assignments(values: Mapping[str, Any], keys: Iterable[str]) -> list[str]:
+    """`key=value` of these keys."""
+    return [f"{key}={bare(values[key])}" for key in keys]
+
+
+def write_comparison(comparison: Comparison, folder: Path) -> list[Path]:
+    """Write a sweep's report of a comparison, and the record of what is compared; returns the files.
+
+    Raises:
+        UserError: the folder holds something else, or cannot be written.
+    """
+    if folder.exists() and not (
+        folder.is_dir() and ((folder / RECORD).is_file() or not any(folder.iterdir()))
+    ):
+        raise UserError(f"--out {folder}: it holds something else than a comparison; give a new folder")
+    results = comparison.results
+    commands = {}
+    for name, runs in comparison.groups.items():
+        seeds = json.dumps(list(runs), separators=(",", ":"))
+        config = next(iter(runs.values())).folder / CONFIG
+        commands[name] = shlex.join(["python", "main.py", "--config", str(config), "--set", f"seed={seeds}"])
+    paths = write_report(
+        folder,
+        f"Comparison with {results.baseline}",
+        "\n".join([*described(comparison), *comparison.notes]),
+        results,
+        commands=commands,
+        unfinished=comparison.unfinished,
+    )
+    record = {
+        name: {
+            "runs": {str(seed): str(run.folder) for seed, run in runs.items()},
+            "keys": comparison.keys[name],
+        }
+        for name, runs in comparison.groups.items()
+    }
+    return [write_json(folder / RECORD, {"baseline": results.baseline, "groups": record}), *paths]
+
+
+def described(comparison: Comparison) -> list[str]:
+    """A sentence for each group: its values of the keys in which groups differ."""
+    return [f"{name}: {', '.join(assignments(keys, keys))}." for name, keys in comparison.keys.items()]
+
+
+def default_folder(comparison: Comparison) -> Path:
+    """`logs/comparisons/<groups>-<hash of the runs>`: the same for the same runs and baseline."""
+    runs = sorted(str(run.folder.resolve()) for runs in comparison.groups.values() for run in runs.values())
+    digest = hashlib.sha256("\n".join([comparison.results.baseline, *runs]).encode()).hexdigest()[:HASH]
+    return Path("logs/comparisons") / f"{slug_of(' '.join(comparison.groups))}-{digest}"
+
+
+def _read(folder: Path, config: RunConfig) -> FinishedRun:
+    result, manifest = read_json(folder / RESULT), read_manifest(folder)
+    if fault := fault_of(result, config.metrics):
+        raise UserError(f"{folder / RESULT} is damaged, {fault}: restore it, or leave the run out")
+    tasks = next((len(result[spec.key]) for spec in config.metrics if spec.per_task), 1)
+    origin = read_provenance(folder)
+    about = config.tested_on(tasks, len((manifest.model_extra or {}).get("class_order", [])))
+    data = origin.hashes.get("data", {}).get("sha256", "")[:HASH]
+    return FinishedRun(folder, config, result, origin, {"hash of the data": data, **about})
+
+
+def _check_comparable(runs: Sequence[FinishedRun]) -> None:
+    """Refuse runs of other metrics, data or tasks; one task of all classes may stand beside several."""
+    most = max(runs, key=lambda run: len(run.tested_on))  # it says how classes are split into tasks
+    for run in runs:
+        ours, theirs = ({"main metric": one.config.metrics[0].name} | one.tested_on for one in (most, run))
+        unlike = {key: (ours.get(key), theirs[key]) for key in theirs if ours.get(key) != theirs[key]}
+        if unlike:
+            names = [getattr(one.config, "dataset", None) for one in (most, run)]
+            named = {"dataset": tuple(names)} if names[0] != names[1] else {}
+            raise UserError(
+                f"{most.folder} and {run.folder} are about different data or tasks and cannot be paired: "
+                f"{both_values(named | unlike)}; compare each kind in a command of its own"
+            )
+
+
+def _baseline(given: str | None, groups: Mapping[str, Mapping[int, FinishedRun]]) -> str:
+    """The group that a name or a run folder stands for."""
+    if given is None:
+        return next(iter(groups))
+    for name, runs in groups.items():
+        if given == name or any(run.folder.resolve() == Path(given).resolve() for run in runs.values()):
+            return name
+    raise UserError(f"--baseline {given}: {no_such('group', given, list(groups))}")
+
+
+def _keys_of_groups(groups: Mapping[str, FinishedRun]) -> dict[str, dict[str, Any]]:
+    """Group -> key -> value, of the keys in which groups differ.
+
+    A key that only some groups of a method have counts where one has it not at its default.
+    """
+    experiments = {name: run.experiment for name, run in groups.items()}
+    keys: dict[str, dict[str, Any]] = {name: {} for name in groups}
+    for key in _varying(list(experiments.values())):
+        holders = {name: one for name, one in experiments.items() if key in one}
+        values = {_shown(one, [key]) for one in holders.values()}
+        methods = {one[METHOD] for one in holders.values()}
+        lacked = any(key not in one and one[METHOD] in methods for one in experiments.values())
+        defaults = [type(groups[name].config).model_fields[key].default for name in holders]
+        default = all(holders[name][key] == value for name, value in zip(holders, defaults, strict=True))
+        if len(values) > 1 or lacked and not default:
+            for name, one in holders.items():
+                keys[name][key] = one[key]
+    return keys
+
+
+def _varying(experiments: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Keys in which experiments differ, in the order of their configs; having none differs from any value."""
+    names = dict.fromkeys(name for experiment in experiments for name in experiment)
+    return [name for name in names if len({_shown(experiment, [name]) for experiment in experiments}) > 1]
+
+
+def _telling_keys(experiments: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The fewest keys that tell experiments apart, chosen one by one, of those that all have if possible."""
+    varying, chosen = _varying(experiments), []
+
+    def told_apart(names: Sequence[str]) -> int:
+        return len({_shown(experiment, names) for experiment in experiments})
+
+    def gain(name: str) -> tuple[bool, int]:
+        more = told_apart([*chosen, name])
+        return more > told_apart(chosen) and all(name in experiment for experiment in experiments), more
+
+    while told_apart(chosen) < len(experiments):
+        chosen.append(max(varying, key=gain))
+    return sorted(chosen, key=varying.index)
+
+
+def _shown(experiment: Mapping[str, Any], names: Iterable[str]) -> str:
+    """The values of some keys as one text, absent ones left out."""
+    return json.dumps({name: experiment[name] for name in names if name in experiment})
