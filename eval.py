@@ -65,7 +65,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         metavar="FOLDER",
         help="run folders, or folders that hold some: runs that differ in more than their seed, in a table",
     )
-    add("--baseline", metavar="NAME", help="with --compare: the group, or a run of it, that others differ from")
+    add(
+        "--baseline",
+        metavar="NAME",
+        help="with --compare: the group, or a run of it, that others differ from",
+    )
     add("--latex", action="store_true", help="with --compare: print a booktabs table and comments")
     add("--markdown", action="store_true", help="with --compare: print a Markdown table")
     add("--recorded", action="store_true", help="with --run: only what the run recorded, no test")

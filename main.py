@@ -11,6 +11,7 @@ python main.py --extend logs/sema/... --data FOLDER              or classes of a
 torchrun --nproc_per_node=2 main.py --config X.json              several devices, one log
 python main.py --sweep exps/sweeps/smoke.json                    a table of experiments; again: continues it
 python main.py --sweep X.json --engine ray --ray-address HOST:PORT   its runs on a Ray cluster
+python main.py --sweep X.json --only CELL --seeds 1 2             some of its runs; --dry-run: their commands
 python main.py --sweep X.json --report                           its summary again, no run
 python main.py --benchmark --config X.json                       what its steps cost, in plain forwards
 python main.py --list keys --method sema                         config keys, what they allow and mean
@@ -22,6 +23,7 @@ FILE is looked for in the current folder, then in that of main.py; all other pat
 # PyTorch and what needs it are imported when the config is known to be sound: mistakes are answered at once.
 
 import argparse
+import contextlib
 import difflib
 import itertools
 import json
@@ -43,8 +45,9 @@ TAKES = {  # options that each command takes beside its own; the first one given
     "list": ("method", "format"),
     "extend": ("set", "data", "overwrite"),
     "resume": ("config", "set"),
-    "report": ("sweep", "set"),
-    "sweep": ("set", "overwrite", "jobs", "engine", "ray-address"),
+    "report": ("sweep", "set", "seeds"),
+    "dry-run": ("sweep", "set", "only", "seeds"),
+    "sweep": ("set", "only", "seeds", "overwrite", "jobs", "engine", "ray-address"),
     "benchmark": ("config", "set", "repeats", "profile"),
     "run": ("config", "set", "overwrite"),
 }
@@ -80,6 +83,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--data", nargs="+", metavar="FOLDER", help="with --extend: new classes; each folder is one task")
     add("--overwrite", action="store_true", help="replace an existing folder of the same name")
     add("--sweep", type=given_path, metavar="FILE", help="run a table of experiments; skips finished ones")
+    add("--only", action="append", default=[], metavar="CELL", help="of a sweep: run this cell; repeatable")
+    add("--seeds", type=int, nargs="+", metavar="N", help="of a sweep: run these seeds, also new ones")
+    add("--dry-run", action="store_true", help="of a sweep: print a shell command for each run still to do")
     add("--jobs", type=at_least_one, metavar="N", help="of a sweep: runs at once (default: as many as fit)")
     add("--engine", choices=list(EXECUTORS), help="of a sweep: what executes its runs (default: local)")
     add("--ray-address", metavar="ADDR", help="with --engine ray: a cluster (default: a Ray of its own)")
@@ -150,6 +156,11 @@ def usage_faults(options: argparse.Namespace) -> list[str]:
         ),
         (options.report and not options.sweep, "--report goes with --sweep"),
         (options.benchmark and not options.config, "--benchmark goes with --config"),
+        (options.dry_run and not options.sweep, "--dry-run goes with --sweep"),
+        (
+            options.overwrite and (options.only or options.seeds),
+            "--overwrite replaces a whole sweep, it goes without --only and --seeds",
+        ),
         (options.ray_address and options.engine != "ray", "--ray-address goes with --engine ray"),
         (options.sweep and "RANK" in os.environ, "--sweep starts its runs itself: call it without torchrun"),
         (options.format and options.list != "keys", "--format goes with --list keys"),
@@ -194,10 +205,16 @@ def run_sweep(options: argparse.Namespace) -> int:
     from models import SCHEMAS
     from utils.sweeps.spec import load_sweep
 
-    table = load_sweep(options.sweep, options.set, SCHEMAS)
+    table = load_sweep(options.sweep, options.set, SCHEMAS, options.only, options.seeds or [])
     with abrupt_interrupts():
-        from utils.sweeps.run import report_sweep, run_sweep
+        from utils.sweeps.run import commands_of, report_sweep, run_sweep
 
+    if options.dry_run:
+        with contextlib.redirect_stdout(sys.stderr):  # messages
+            commands = commands_of(table)
+        for command in commands:
+            print(command)
+        return 0
     if options.report:
         report_sweep(table)
         return 0

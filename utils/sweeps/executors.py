@@ -16,6 +16,7 @@ import logging
 import math
 import os
 import queue
+import shlex
 import signal
 import socket
 import subprocess
@@ -43,6 +44,11 @@ class Resources:
     memory_gb: float
     gpu: bool
 
+    @property
+    def environment(self) -> dict[str, str]:
+        """Variables that hold a process to its threads."""
+        return {name: str(self.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+
 
 @dataclass(frozen=True)
 class Job:
@@ -58,6 +64,12 @@ class Job:
     output: Path
     stop: Path
     resources: Resources
+
+    @property
+    def shell_command(self) -> str:
+        """The same process as a line of a shell script, which can be called from anywhere."""
+        variables = " ".join(f"{name}={value}" for name, value in self.resources.environment.items())
+        return f"cd {shlex.quote(str(self.working_folder))} && {variables} {shlex.join(self.command)}"
 
 
 class Outcome(NamedTuple):
@@ -161,9 +173,7 @@ def run_process(job: Job, gpu: str | None = None) -> Outcome | None:
     """
     if stop_requests(job.stop):
         return None
-    threads = str(job.resources.threads)
-    environment = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
-    environment |= {"TQDM_DISABLE": "1", "PYTHONUNBUFFERED": "1"}
+    environment = {**os.environ, **job.resources.environment, "TQDM_DISABLE": "1", "PYTHONUNBUFFERED": "1"}
     if gpu is not None:
         environment["CUDA_VISIBLE_DEVICES"] = gpu
     with open(job.output, "ab") as output:

@@ -92,7 +92,7 @@ def run_sweep(
             runs = runs_of(sweep)
             if not overwrite:
                 check_runs(runs)
-            waiting = [run for run in runs if overwrite or not is_complete(run.folder)]
+            waiting = to_do(sweep, runs, overwrite)
             failures, stopped = {}, False
             if waiting:
                 logger.info(space_for(waiting))
@@ -119,6 +119,33 @@ def space_for(runs: Sequence[Run]) -> str:
     if missing:
         raise UserError("\n  - ".join(["nothing was started, the runs need what is not there:", *missing]))
     return disk_use(configs)
+
+
+def to_do(sweep: Sweep, runs: Sequence[Run], overwrite: bool = False) -> list[Run]:
+    """The runs that are chosen and not finished."""
+    chosen = [run for run in runs if sweep.chooses(run.cell, run.seed)]
+    return [run for run in chosen if overwrite or not is_complete(run.folder)]
+
+
+def commands_of(sweep: Sweep) -> list[str]:
+    """A complete shell command for each run that is to do, in order; nothing is started.
+
+    Each starts or resumes its run as the sweep itself would. The sweep's folder gets the configs they name.
+
+    Raises:
+        UserError: as `run_sweep`.
+    """
+    sweep.folder.parent.mkdir(parents=True, exist_ok=True)
+    with FolderLock(sweep.folder):
+        refuse_running(sweep)
+        restore_replaced(sweep.folder)
+        runs = runs_of(sweep)
+        check_runs(runs)
+        waiting = to_do(sweep, runs)
+        if waiting:
+            prepare_folder(sweep, runs, overwrite=False)
+        logger.info(f"{len(waiting)} of {len(runs)} runs to do; their configs are in {sweep.folder}")
+        return [job_of(sweep, run).shell_command for run in waiting]
 
 
 def report_sweep(sweep: Sweep) -> None:

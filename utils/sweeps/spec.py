@@ -24,7 +24,7 @@ from typing import Annotated, Any, NamedTuple
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from utils.config.loading import BASE_KEY, ConfigError, base_of, load_config, read_object
-from utils.config.messages import no_such
+from utils.config.messages import field_faults, no_such
 from utils.config.schema import RunConfig, Seeds, Text, check_text, key
 from utils.reports.hypotheses import Hypothesis, quoted, read_hypotheses, unknown_metrics
 
@@ -33,7 +33,7 @@ MAX_CELLS = 10_000
 MAX_NAMED = 4  # cells in a sentence
 MAX_SLUG = 120  # bytes; seed and backbone follow in a file name of at most 255
 OWNED = {
-    "seed": 'the seeds of all cells stand in "seeds"',
+    "seed": 'the seeds of all cells stand in "seeds", and --seeds adds some',
     "prefix": "it is made from the cell's name",
     "logs_root": "it follows from that of the base",
     BASE_KEY: 'it stands in "base" of the sweep or of a cell',
@@ -96,7 +96,10 @@ class Cell:
 
 @dataclass(frozen=True)
 class Sweep:
-    """Checked table; `folder` holds everything the sweep writes, `command` runs it or continues it."""
+    """Checked table; `folder` holds everything the sweep writes, `command` runs it or continues it.
+
+    only, seeds: names and seeds of the runs that are to do; empty for all of the table.
+    """
 
     path: Path
     file: SweepFile
@@ -104,6 +107,12 @@ class Sweep:
     folder: Path
     cells: Sequence[Cell]
     hypotheses: Mapping[str, Hypothesis]
+    only: Sequence[str] = ()
+    seeds: Sequence[int] = ()
+
+    def chooses(self, cell: Cell, seed: int) -> bool:
+        """Whether a run of the table is to do, if it is not finished."""
+        return (not self.only or cell.name in self.only) and (not self.seeds or seed in self.seeds)
 
     def table(self) -> dict[str, Any]:
         """The content of `sweep.json`."""
@@ -125,13 +134,21 @@ class Row(NamedTuple):
     changes: list[tuple[str, dict[str, Any]]]
 
 
-def load_sweep(path: str | Path, overrides: Sequence[str], schemas: Mapping[str, type[RunConfig]]) -> Sweep:
+def load_sweep(
+    path: str | Path,
+    overrides: Sequence[str],
+    schemas: Mapping[str, type[RunConfig]],
+    only: Sequence[str] = (),
+    seeds: Sequence[int] = (),
+) -> Sweep:
     """Read a sweep file and check every cell; nothing is written.
 
     Args:
         path: the JSON file.
         overrides: texts `key=value` as for a config; they apply to all cells.
         schemas: method name -> schema.
+        only: cells to run, by their names or slugs; empty for all.
+        seeds: seeds to run; those that are not in the file join the table. Empty for all of the file.
 
     Raises:
         ConfigError: the file or any of its cells is wrong; it lists every problem, cell by cell.
@@ -141,6 +158,9 @@ def load_sweep(path: str | Path, overrides: Sequence[str], schemas: Mapping[str,
     if checked.faulty & SHAPING:
         raise ConfigError(str(path), checked.problems)
     file = SweepFile(**checked.sound)
+    wrong = field_faults(SweepFile, {"base": file.base, "seeds": list(seeds)}) if seeds else {}
+    if not wrong:
+        file = file.model_copy(update={"seeds": list(dict.fromkeys([*file.seeds, *seeds]))})
     count = max(1, len(file.cells)) * math.prod(map(len, file.grid.values()))
     if count > MAX_CELLS:
         raise ConfigError(str(path), [f"cells, grid: {count} cells; allowed: at most {MAX_CELLS}"])
@@ -148,6 +168,11 @@ def load_sweep(path: str | Path, overrides: Sequence[str], schemas: Mapping[str,
     names = [row.name for row in rows]
     hypotheses, doubts = read_hypotheses(file.hypotheses, names)
     problems = [*checked.problems, *_table_problems(file, names), *_owned_keys(file, overrides), *doubts]
+    problems += [f"--seeds: {fault}" for fault in wrong.values()]
+    known = {*names, *map(slug_of, names)}
+    problems += [
+        f"--only {quoted(name)}: {no_such('cell', name, names)}" for name in only if name not in known
+    ]
 
     cells: list[Cell] = []
     faults: dict[str, ConfigError] = {}
@@ -170,8 +195,11 @@ def load_sweep(path: str | Path, overrides: Sequence[str], schemas: Mapping[str,
     runs = {"logs_root": str(folder / "runs")}
     cells = [replace(cell, config=cell.config.model_copy(update=runs)) for cell in cells]
     changes = [part for override in overrides for part in ("--set", override)]
+    changes += [part for name in only for part in ("--only", name)]
+    changes += ["--seeds", *map(str, seeds)] if seeds else []
     command = shlex.join(["python", "main.py", "--sweep", str(path), *changes])
-    return Sweep(path, file, command, folder, cells, hypotheses)
+    chosen = [cell.name for cell in cells if {cell.name, cell.slug} & set(only)]
+    return Sweep(path, file, command, folder, cells, hypotheses, chosen, seeds)
 
 
 def slug_of(name: str) -> str:

@@ -7,6 +7,7 @@ import errno
 import itertools
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -421,6 +422,50 @@ def test_report_starts_nothing(sweep: Command, capsys: Capture) -> None:
     assert sweep.executor.started == [] and files(sweep.folder) == before
     assert sweep.reports[-1].unfinished == {"nested, seed 1": "not finished", "nested, seed 2": "not started"}
     assert not sweep.reports[-1].results.cells["nested"]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Some of the runs, and their commands
+
+
+def test_chosen_cells_and_seeds_are_run_and_the_table_stays_whole(sweep: Command, capsys: Capture) -> None:
+    assert sweep("--only", "matched-adapter", "--seeds", "2", "3") == 0
+    assert sweep.executor.started == [sweep.anew("matched-adapter", 2), sweep.anew("matched-adapter", 3)]
+    assert len(sweep.reports[-1].unfinished) == 4  # of two cells and seeds 1, 2, 3
+    assert sweep("--only", "nested", "--only", "matched adapter", "--seeds", "1") == 0
+    assert sweep.executor.started == [sweep.anew("nested", 1), sweep.anew("matched-adapter", 1)]
+    assert list(sweep.reports[-1].results.cells["matched adapter"]) == [1, 2]
+    assert sweep("--report", "--seeds", "3") == 0
+    assert list(sweep.reports[-1].results.cells["matched adapter"]) == [1, 2, 3]
+
+
+def test_a_choice_that_is_none_is_told(sweep: Command, capsys: Capture) -> None:
+    assert sweep("--only", "nestd", "--seeds", "-1") == 2
+    told = capsys.readouterr().err
+    assert 'did you mean "nested"' in told and "--seeds" in told and "-1" in told
+    assert not sweep.folder.exists()
+
+
+def test_commands_alone_are_printed_and_nothing_is_started(sweep: Command, capsys: Capture) -> None:
+    assert sweep("--seeds", "1") == 0
+    shutil.rmtree(sweep.run_folder("nested", 1) / FIGURES)  # began, and is to be resumed
+    capsys.readouterr()
+    assert sweep("--dry-run") == 0
+    lines = capsys.readouterr().out.splitlines()
+    ends = [("--resume", str(sweep.run_folder("nested", 1))), *(sweep.anew(*run) for run in RUNS[2:])]
+    assert [tuple(shlex.split(line)[-len(end) :]) for line, end in zip(lines, ends, strict=True)] == ends
+    assert sweep.executor.started == [] and not sweep.run_folder("nested", 2).exists()
+
+
+def test_printed_commands_leave_what_the_sweep_would(sweep: Command, capsys: Capture, tmp_path: Path) -> None:
+    """Real processes, called from elsewhere; the sweep then has nothing to do."""
+    sweep.write(**SINGLE | {"set": {**TABLE["set"], "max_tasks": 1}})
+    assert sweep("--dry-run") == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    subprocess.run(["bash", "-c", line], cwd=tmp_path, check=True, capture_output=True)
+    assert sweep("--dry-run") == 0 and capsys.readouterr().out == ""
+    assert sweep() == 0
+    assert sweep.executor.started == [] and list(sweep.reports[-1].results.cells["nested"]) == [1]
 
 
 # ------------------------------------------------------------------------------------------------------------
