@@ -56,6 +56,7 @@ from utils.runs.manifest import (
 )
 from utils.runs.run_log import RunLog, SilentLog
 from utils.runs.seeds import new_command
+from utils.runs.trackers import require_trackers
 from utils.stop import StopRequest, stop_signals
 from utils.training.device import MEMORY_KEYS, out_of_memory_advice, peak_memory_mb
 
@@ -87,6 +88,7 @@ def train(
     if context is None:
         with run_context(config) as context:
             return train(config, context, overwrite=overwrite, notes=notes, command=command, beside=beside)
+    require_trackers(config.trackers)
     learner = make_learner(config, replace(context, trains_from=0))
     place = folder_of(config, config.seed)
     place = beside.with_name(place.name) if beside else place
@@ -113,6 +115,7 @@ def extend(
     if context is None:
         with run_context(extension.config) as context:
             return extend(extension, context, overwrite=overwrite)
+    require_trackers(extension.config.trackers)
     learner = make_learner(extension.config, replace(context, trains_from=extension.tasks))
     tensors, state = extension.check(learner)
     with open_log(
@@ -195,6 +198,7 @@ def resume(folder: Path, context: RunContext | None = None) -> dict[str, Any]:
             return resume(folder, context)
     distributed = context.distributed
     config, lock = read_config(folder), FolderLock(folder)
+    require_trackers(config.trackers)
     with ExitStack() as held:
         distributed.on_main(lambda: held.enter_context(lock).folder.name)
         manifest = read_manifest(folder)
@@ -232,7 +236,7 @@ def resume(folder: Path, context: RunContext | None = None) -> dict[str, Any]:
 
 def complete_run(log: RunLog) -> None:
     """End of a run that has its result: figures drawn, replaced run removed, end noted in the manifest."""
-    draw_figures(log.folder, LEARNERS[read_config(log.folder).model_name].figures)
+    log.figures(draw_figures(log.folder, LEARNERS[read_config(log.folder).model_name].figures))
     remove_replaced(log.folder)
     log.manifest(read_manifest(log.folder).model_copy(update={"finished": timestamp()}).model_dump())
 

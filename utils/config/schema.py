@@ -125,7 +125,7 @@ class RunConfig(BaseModel):
     legacy_keys: ClassVar[dict[str, str]] = {}
     asset_keys: ClassVar[tuple[str, ...]] = ()
     editable_keys: ClassVar[frozenset[str]] = frozenset(
-        {"description", "prefix", "logs_root", "device", "grad_accumulation", "eval_batch_size"}
+        {"description", "prefix", "logs_root", "trackers", "device", "grad_accumulation", "eval_batch_size"}
     )
     known_as: ClassVar[dict[str, str]] = {"learning_rate": "init_lr", "lr": "init_lr", "gpu": "device"}
 
@@ -138,6 +138,9 @@ class RunConfig(BaseModel):
     )
     model_name: str = Field(description="The method: one of the registered learners.")
     logs_root: PathText = key("logs", "Folder that gets the run folders.")
+    trackers: Annotated[list[Literal["tensorboard", "wandb", "mlflow"]], AfterValidator(distinct)] = key(
+        ["tensorboard"], "Where its numbers and figures go beside its folder's own files; [] for nowhere."
+    )
     seed: Seed = key(
         1993,
         "Seed; of a list in a file, each seed is a run of its own, in a folder of its own.",

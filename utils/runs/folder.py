@@ -40,6 +40,7 @@ TABLE = "metrics.csv"
 ACCURACY = "accuracy.csv"
 TENSORBOARD = "tb"
 FIGURES = "figures"
+SWEEP = "sweep.json"  # in the folder of a sweep
 UNBEGUN = {CONFIG, MANIFEST, METRICS, TENSORBOARD, TABLE}  # what a run can hold before its first event
 
 Fill = Callable[[Path], None]

@@ -39,11 +39,13 @@ def scalars(event: Mapping[str, Any]) -> list[tuple[str, float]]:
 
 
 class MetricViews:
-    """Numbers of events as TensorBoard's file and as a table; the step is a counter per tag."""
+    """Numbers of events as a table and, with a board, as TensorBoard's file; the step counts per tag."""
 
-    def __init__(self, board: Path, table: Path) -> None:
-        board.mkdir(exist_ok=True)
-        self._events_path = board / f"events.out.tfevents.{time.time_ns() // 10**9}.{os.getpid()}"
+    def __init__(self, board: Path | None, table: Path) -> None:
+        self._events_path = Path(os.devnull)
+        if board is not None:
+            board.mkdir(exist_ok=True)
+            self._events_path = board / f"events.out.tfevents.{time.time_ns() // 10**9}.{os.getpid()}"
         self._table_path = table
         self._events = open(self._events_path, "wb")  # noqa: SIM115 - closed by close()
         self._records = RecordWriter(self._events)
@@ -53,7 +55,8 @@ class MetricViews:
         self._rows.writerow(["tag", "step", "value"])
         self._steps: Counter[str] = Counter()
 
-    def add(self, event: Mapping[str, Any]) -> None:
+    def add(self, event: Mapping[str, Any]) -> list[tuple[str, int, float]]:
+        """The numbers of an event, written: (tag, step, value)."""
         rows = [(tag, self._steps[tag], value) for tag, value in scalars(event)]
         self._steps.update(tag for tag, _, _ in rows)
         with naming(self._events_path):
@@ -65,6 +68,7 @@ class MetricViews:
         with naming(self._table_path):
             self._rows.writerows(rows)
             self._table.flush()
+        return rows
 
     def close(self) -> None:
         with ExitStack() as closing:

@@ -8,7 +8,8 @@
 
 `config.json`, `manifest.json`, `result.json` and `accuracy.csv` are replaced as a whole, atomically.
 `metrics.jsonl` takes one line per event. `tb/` and `metrics.csv` (tag, step, value) are views of
-`metrics.jsonl` and nothing else: they are written again when a run is resumed. The text log lies beside the
+`metrics.jsonl` and nothing else: they are written again when a run is resumed. Other trackers that the
+config names get the same numbers (`utils/runs/trackers.py`). The text log lies beside the
 folder as `<folder>.log`. One process at a time writes a run (`utils/runs/folder.py`).
 """
 
@@ -31,7 +32,7 @@ import numpy as np
 
 from utils.console import add_handler, attach_console
 from utils.errors import UserError
-from utils.files import json_bytes, naming, replace_file
+from utils.files import json_bytes, naming, read_json, replace_file
 from utils.runs.folder import (
     ACCURACY,
     CONFIG,
@@ -47,6 +48,7 @@ from utils.runs.folder import (
     waiting_notes,
 )
 from utils.runs.metric_views import MetricViews
+from utils.runs.trackers import BOARD, Trackers
 
 logger = logging.getLogger("nested_lora")
 
@@ -58,14 +60,20 @@ class RunLog:
     anything leaves no folder, and what it was to replace is back in its place.
     """
 
-    def __init__(self, folder: Path, lock: FolderLock, abandon: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self, folder: Path, lock: FolderLock, abandon: Callable[[], None] = lambda: None, events: int = 0
+    ) -> None:
+        """Open the record in a folder. events: how many there were in it when its last session ended."""
         self.folder, self.log_path = folder, text_log(folder)
         self._lock, self._abandon = lock, abandon
         with ExitStack() as opened:
             self._handlers = _open_text_log(self.log_path)
             opened.callback(self._detach)
             self._metrics = opened.enter_context(open(folder / METRICS, "ab", buffering=0))
-            self._views = MetricViews(folder / TENSORBOARD, folder / TABLE)
+            config = read_json(folder / CONFIG)
+            names = config.get("trackers", [BOARD])
+            self._views = MetricViews(folder / TENSORBOARD if BOARD in names else None, folder / TABLE)
+            self._trackers = Trackers(names, folder, config, events)
             opened.pop_all()
 
     @classmethod
@@ -114,9 +122,10 @@ class RunLog:
         lock = lock or FolderLock(folder).acquire()
         with ExitStack() as failed:
             failed.callback(lock.release)
+            events = (folder / METRICS).read_bytes().count(b"\n") if (folder / METRICS).exists() else 0
             _cut_metrics(folder / METRICS, metrics_bytes)
             shutil.rmtree(folder / TENSORBOARD, ignore_errors=True)
-            run = cls(folder, lock)
+            run = cls(folder, lock, events=events)
             failed.push(run)
             run._view_again()
             failed.pop_all()
@@ -145,7 +154,11 @@ class RunLog:
             except OSError:
                 self._metrics.truncate(size)
                 raise
-        self._views.add(record)
+        self._show(record)
+
+    def figures(self, paths: Sequence[Path]) -> None:
+        """Show figures of the run in its trackers."""
+        self._trackers.figures(paths)
 
     def write_json(self, name: str, values: Mapping[str, Any]) -> Path:
         """Write `<folder>/<name>` as a whole or not at all. Non-finite numbers become null."""
@@ -176,6 +189,7 @@ class RunLog:
             closing.callback(self._lock.release)
             closing.callback(self._metrics.close)
             closing.callback(self._views.close)
+            closing.callback(lambda: self._trackers.close(finished=(self.folder / RESULT).exists()))
             closing.callback(self._detach)
 
     def __enter__(self) -> RunLog:
@@ -192,7 +206,10 @@ class RunLog:
     def _view_again(self) -> None:
         """Give the events that are there already to the views."""
         for event in read_metrics(self.folder):
-            self._views.add(event)
+            self._show(event)
+
+    def _show(self, event: Mapping[str, Any]) -> None:
+        self._trackers.add(self._views.add(event))
 
     def _detach(self) -> None:
         for handler in self._handlers:

@@ -37,6 +37,7 @@ from utils.reports.results import Results
 from utils.runs.folder import (
     CONFIG,
     RESULT,
+    SWEEP,
     FolderLock,
     create_folder,
     folder_of,
@@ -53,6 +54,7 @@ logger = logging.getLogger("nested_lora")
 
 TABLE = "sweep.json"
 CONSOLE_WIDTH = 100
+FREE = ("description", "trackers")  # keys that may change between starts of a sweep
 
 
 @dataclass(frozen=True)
@@ -143,8 +145,8 @@ def prepare_folder(sweep: Sweep, runs: Sequence[Run], overwrite: bool) -> None:
     """
     folder = sweep.folder
     if overwrite and os.path.lexists(folder):
-        if not (folder / TABLE).is_file():
-            raise UserError(f"{folder} holds no {TABLE}, it is not overwritten: move it away")
+        if not (folder / SWEEP).is_file():
+            raise UserError(f"{folder} holds no {SWEEP}, it is not overwritten: move it away")
         set_aside(folder)
     new = not os.path.lexists(folder)
     configs = set((folder / "cells").glob("*.json")) - {run.config_path for run in runs}
@@ -153,9 +155,9 @@ def prepare_folder(sweep: Sweep, runs: Sequence[Run], overwrite: bool) -> None:
         logger.warning(f"No longer in the table, their runs stay in {folder}: {names}")
     try:
         if new:
-            create_folder(folder, {TABLE: json_bytes(sweep.table())})
+            create_folder(folder, {SWEEP: json_bytes(sweep.table())})
         else:
-            write_json(folder / TABLE, sweep.table())
+            write_json(folder / SWEEP, sweep.table())
         for part in ("cells", "logs"):
             (folder / part).mkdir(exist_ok=True)
         for run in runs:
@@ -232,7 +234,7 @@ def closing_lines(sweep: Sweep, results: Results, paths: Sequence[Path], complet
 
 
 def _check_config(run: Run) -> None:
-    """Refuse a run folder that was made with another config than the cell's. Descriptions may differ."""
+    """Refuse a run folder that was made with another config than the cell's, apart from `FREE` keys."""
     path = run.folder / CONFIG
     ways_out = (
         "keep both with --set logs_root=FOLDER, replace all with --overwrite, or rename the cell, or remove "
@@ -246,7 +248,7 @@ def _check_config(run: Run) -> None:
     ours = run.config.model_dump(mode="json")
     if theirs["precision"] == "fp32":  # recorded also where bf16 was asked for and the device has none
         ours["precision"] = "fp32"
-    changed = [key for key in ours if ours[key] != theirs[key] and key != "description"]
+    changed = [key for key in ours if ours[key] != theirs[key] and key not in FREE]
     if changed:
         each = (f"{key} = {json.dumps(ours[key])} instead of {json.dumps(theirs[key])}" for key in changed)
         raise UserError(

@@ -26,6 +26,7 @@ from utils.errors import STOPPED, UserError, in_one_line, os_error_sentence
 from utils.runs.disk import disk_use
 from utils.runs.folder import FolderLock, remove_replaced, restore_replaced
 from utils.runs.manifest import is_complete, present, read_provenance
+from utils.runs.trackers import require_trackers
 from utils.stop import stop_signals
 from utils.sweeps.executors import (
     EXECUTORS,
@@ -84,6 +85,7 @@ def run_sweep(
     options = {"--engine": engine if engine != "local" else None, "--jobs": jobs, "--ray-address": address}
     given = [part for option, value in options.items() if value is not None for part in (option, str(value))]
     again = " ".join([sweep.command, *map(shlex.quote, given)])
+    require_trackers([name for cell in sweep.cells for name in cell.config.trackers])
     try:
         sweep.folder.parent.mkdir(parents=True, exist_ok=True)
         with FolderLock(sweep.folder):
@@ -135,6 +137,7 @@ def commands_of(sweep: Sweep) -> list[str]:
     Raises:
         UserError: as `run_sweep`.
     """
+    require_trackers([name for cell in sweep.cells for name in cell.config.trackers])
     sweep.folder.parent.mkdir(parents=True, exist_ok=True)
     with FolderLock(sweep.folder):
         refuse_running(sweep)

@@ -1,0 +1,213 @@
+"""Experiment trackers: Weights & Biases and MLflow as optional sinks of a run's numbers and figures.
+
+    require_trackers(config.trackers)                 # before anything is written
+    trackers = Trackers(["wandb"], folder, config)
+    trackers.add([("task/total", 3, 81.5)])           # the numbers of one event: (name, step, value)
+    trackers.figures([folder / "figures/norms.png"])
+    trackers.close(finished=True)
+
+TensorBoard's files are a view of the record (`utils/runs/metric_views.py`). A tracker is opened at the first
+number; its run's id goes to the folder's `trackers.json`, so that a resumed run continues it. One that fails
+is told in a warning, and the run goes on without it.
+"""
+
+import importlib.util
+import json
+import logging
+import os
+import re
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Protocol
+
+from utils.command_line import as_set
+from utils.errors import UserError, in_one_line
+from utils.files import read_json, write_json
+from utils.runs.folder import SWEEP
+
+TRACKERS = "trackers.json"  # name -> id of the run there
+PROJECT = "nested-lora"  # where WANDB_PROJECT or MLFLOW_EXPERIMENT_NAME says no other
+BOARD = "tensorboard"
+SECONDS = 60  # for a tracker to answer when it is opened
+MLFLOW_BATCH, MLFLOW_TEXT = 100, 6000  # values of a request, characters of a parameter
+Row = tuple[str, int, float]  # name, step, value
+
+logger = logging.getLogger("nested_lora")
+
+
+@dataclass(frozen=True)
+class TrackedRun:
+    """A run as a tracker shows it: its folder and configuration, and the id it has there, None if new."""
+
+    folder: Path
+    config: Mapping[str, Any]
+    id: str | None
+
+    @property
+    def name(self) -> str:
+        """The folder's name: it tells prefix, seed and backbone."""
+        return self.folder.name
+
+    @property
+    def group(self) -> str:
+        """Name that the seeds of an experiment share: its prefix; of a sweep's cell `<sweep>/<cell>`."""
+        sweep, prefix = Path(self.config.get("logs_root", "")).parent, self.config.get("prefix", "run")
+        return f"{sweep.name}/{prefix}" if (sweep / SWEEP).is_file() else prefix
+
+
+class Tracker(Protocol):
+    """A run in a tracker; `id` finds it again. Every method may raise any exception."""
+
+    id: str
+
+    def __init__(self, run: TrackedRun) -> None: ...
+
+    def add(self, rows: Sequence[Row]) -> None: ...
+
+    def figures(self, paths: Sequence[Path]) -> None: ...
+
+    def close(self, finished: bool) -> None: ...
+
+
+class WandbTracker:
+    """A run of Weights & Biases; the axis of its curves is the step of each number."""
+
+    def __init__(self, run: TrackedRun) -> None:
+        import wandb
+
+        self._wandb = wandb
+        settings = wandb.Settings(silent=True, console="off", init_timeout=SECONDS, login_timeout=SECONDS)
+        self._run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", PROJECT),
+            id=run.id,
+            resume="allow",
+            name=run.name,
+            group=run.group,
+            config=dict(run.config),
+            dir=os.environ.get("WANDB_DIR", run.folder),
+            settings=settings,
+        )
+        self.id = self._run.id
+        self._run.define_metric("*", step_metric="at")
+
+    def add(self, rows: Sequence[Row]) -> None:
+        for step, same in groupby(rows, key=lambda row: row[1]):
+            self._run.log({"at": step, **{name: value for name, _, value in same}})
+
+    def figures(self, paths: Sequence[Path]) -> None:
+        self._run.log({f"figures/{path.stem}": self._wandb.Image(str(path)) for path in paths})
+
+    def close(self, finished: bool) -> None:
+        self._run.finish(exit_code=0 if finished else 1)
+
+
+class MlflowTracker:
+    """A run of MLflow, at MLFLOW_TRACKING_URI or, without that, in the files of `<logs_root>/mlruns`."""
+
+    def __init__(self, run: TrackedRun) -> None:
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # nothing is sent anywhere
+        os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
+        from mlflow import MlflowClient, entities
+
+        self._entities = entities
+        files = Path(run.config.get("logs_root", run.folder.parent)).absolute() / "mlruns"
+        self._client = MlflowClient(os.environ.get("MLFLOW_TRACKING_URI") or files.as_uri())
+        if run.id is not None:
+            self.id = run.id
+            self._client.update_run(self.id, status="RUNNING")
+            return
+        tags = {"group": run.group, "folder": str(run.folder)}
+        self.id = self._client.create_run(self._experiment(), run_name=run.name, tags=tags).info.run_id
+        params = [entities.Param(key, str(value)[:MLFLOW_TEXT]) for key, value in run.config.items()]
+        for start in range(0, len(params), MLFLOW_BATCH):
+            self._client.log_batch(self.id, params=params[start : start + MLFLOW_BATCH])
+
+    def _experiment(self) -> str:
+        name = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
+        found = self._client.get_experiment_by_name(name)
+        try:
+            return found.experiment_id if found else self._client.create_experiment(name)
+        except Exception:  # another run has just made it
+            found = self._client.get_experiment_by_name(name)
+            if found is None:
+                raise
+            return found.experiment_id
+
+    def add(self, rows: Sequence[Row]) -> None:
+        now = int(1000 * time.time())
+        metrics = [
+            self._entities.Metric(re.sub(r"[^\w\-./ :]", "_", name), value, now, step)
+            for name, step, value in rows
+        ]
+        for start in range(0, len(metrics), MLFLOW_BATCH):
+            self._client.log_batch(self.id, metrics=metrics[start : start + MLFLOW_BATCH])
+
+    def figures(self, paths: Sequence[Path]) -> None:
+        for path in paths:
+            self._client.log_artifact(self.id, str(path), "figures")
+
+    def close(self, finished: bool) -> None:
+        self._client.set_terminated(self.id, "FINISHED" if finished else "KILLED")
+
+
+CLASSES: dict[str, type[Tracker]] = {"wandb": WandbTracker, "mlflow": MlflowTracker}
+
+
+def require_trackers(names: Sequence[str]) -> None:
+    """Refuse trackers whose package is not installed. UserError: it says which, and what to do."""
+    names = list(dict.fromkeys(names))
+    missing = [name for name in names if name in CLASSES and importlib.util.find_spec(name) is None]
+    if missing:
+        left = json.dumps([name for name in names if name not in missing])
+        raise UserError(
+            f"trackers: {', '.join(missing)} is not installed; python -m pip install -r "
+            f"requirements-trackers.txt, or leave it out with {as_set('trackers', [left])}"
+        )
+
+
+class Trackers:
+    """The trackers of a run other than TensorBoard."""
+
+    def __init__(self, names: Iterable[str], folder: Path, config: Mapping[str, Any], known: int = 0) -> None:
+        """Trackers by name, none opened yet. known: events that earlier sessions of the run gave them."""
+        self._folder, self._config, self._events = folder, config, 0
+        self._ids = read_json(folder / TRACKERS) if (folder / TRACKERS).is_file() else {}
+        self._known = {name: known if name in self._ids else 0 for name in CLASSES}
+        self._open: dict[str, Tracker | None] = {name: None for name in names if name in CLASSES}
+
+    def add(self, rows: Sequence[Row]) -> None:
+        """The numbers of the next event of the run, in the order of its record."""
+        self._events += 1
+        for name in list(self._open):
+            if rows and self._events > self._known[name]:
+                self._do(name, lambda tracker: tracker.add(rows))
+
+    def figures(self, paths: Iterable[Path]) -> None:
+        """PNG files."""
+        pictures = [path for path in paths if path.suffix == ".png"]
+        for name in list(self._open):
+            self._do(name, lambda tracker: tracker.figures(pictures))
+
+    def close(self, finished: bool) -> None:
+        """End what is open. finished: whether the run has its result."""
+        for name, tracker in list(self._open.items()):
+            if tracker is not None:
+                self._do(name, lambda tracker: tracker.close(finished))
+        self._open.clear()
+
+    def _do(self, name: str, act: Callable[[Tracker], None]) -> None:
+        """Let a tracker act, opened where it is not; where that fails, warn and go on without it."""
+        try:
+            tracker = self._open[name]
+            if tracker is None:
+                run = TrackedRun(self._folder, self._config, self._ids.get(name))
+                tracker = self._open[name] = CLASSES[name](run)
+                self._ids = {**self._ids, name: tracker.id}
+                write_json(self._folder / TRACKERS, self._ids)
+            act(tracker)
+        except Exception as error:  # the disk, the network, whatever a tracker raises
+            del self._open[name]
+            logger.warning(f"{name} gets nothing more of this run, which goes on: {in_one_line(error)}")
