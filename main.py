@@ -52,7 +52,17 @@ TAKES = {  # options that each command takes beside its own; the first one given
     "run": ("config", "set", "overwrite"),
 }
 OPTIONS = sorted({*TAKES, *itertools.chain(*TAKES.values())} - {"run"})
-OF_EVAL = {"eval", "evaluate", "test", "run", "checkpoint", "recorded", "analyse", "images-per-class"}
+OF_EVAL = {
+    "eval",
+    "evaluate",
+    "test",
+    "run",
+    "checkpoint",
+    "compare",
+    "recorded",
+    "analyse",
+    "images-per-class",
+}
 
 logger = logging.getLogger("nested_lora")
 
