@@ -16,6 +16,7 @@ import json
 import logging
 import os
 import re
+import textwrap
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,6 +34,12 @@ PROJECT = "nested-lora"  # where WANDB_PROJECT or MLFLOW_EXPERIMENT_NAME says no
 BOARD = "tensorboard"
 SECONDS = 60  # for a tracker to answer when it is opened
 MLFLOW_BATCH, MLFLOW_TEXT = 100, 6000  # values of a request, characters of a parameter
+MLFLOW_SETTINGS = {
+    "MLFLOW_ALLOW_FILE_STORE": "true",
+    "MLFLOW_DISABLE_TELEMETRY": "true",  # nothing is sent anywhere
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",  # a server that is gone holds a run up for half a minute, not four
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": str(SECONDS),
+}
 Row = tuple[str, int, float]  # name, step, value
 
 logger = logging.getLogger("nested_lora")
@@ -108,8 +115,8 @@ class MlflowTracker:
     """A run of MLflow, at MLFLOW_TRACKING_URI or, without that, in the files of `<logs_root>/mlruns`."""
 
     def __init__(self, run: TrackedRun) -> None:
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # nothing is sent anywhere
-        os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
+        for name, value in MLFLOW_SETTINGS.items():
+            os.environ.setdefault(name, value)
         from mlflow import MlflowClient, entities
 
         self._entities = entities
@@ -210,4 +217,5 @@ class Trackers:
             act(tracker)
         except Exception as error:  # the disk, the network, whatever a tracker raises
             del self._open[name]
-            logger.warning(f"{name} gets nothing more of this run, which goes on: {in_one_line(error)}")
+            reason = textwrap.shorten(in_one_line(error), 200, placeholder=" ...")
+            logger.warning(f"{name} gets nothing more of this run, which goes on: {reason}")
