@@ -55,19 +55,20 @@ def in_one_line(error: Exception) -> str:
 
 @contextmanager
 def abrupt_interrupts() -> Iterator[None]:
-    """Context in which Ctrl-C ends the process at once and silently, with exit code 130.
+    """Context in which Ctrl-C and SIGTERM end the process at once and silently, with exit code `STOPPED`.
 
     For imports and other beginnings that write nothing: libraries turn an exception in their middle into
     others.
     """
-    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # ignored, or somebody else's
-        yield
-        return
-    signal.signal(signal.SIGINT, lambda number, frame: os._exit(130))
+    ours = (signal.SIGINT, signal.SIGTERM)  # where they are not ignored, or somebody else's
+    numbers = [number for number in ours if signal.getsignal(number) is signal.default_int_handler]
+    for number in numbers:
+        signal.signal(number, lambda number, frame: os._exit(STOPPED))
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number in numbers:
+            signal.signal(number, signal.default_int_handler)
 
 
 def exit_code(
