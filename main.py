@@ -34,7 +34,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from utils.command_line import as_set, at_least_one, given_path, parse_or_advise, refused_options
+from utils.command_line import (
+    as_set,
+    at_least_one,
+    given_options,
+    given_path,
+    parse_or_advise,
+    refused_options,
+)
 from utils.console import attach_console, prepare_console
 from utils.errors import UserError, abrupt_interrupts, exit_code
 from utils.sweeps.executors import EXECUTORS
@@ -136,9 +143,8 @@ def choose_file(options: argparse.Namespace) -> None:
         raise UserError(f"{' and '.join(given)} each name an experiment: give one of them")
     path = shipped_file(options.method, options.dataset, SCHEMAS) if options.method else options.file
     options.method = options.dataset = options.file = None
-    if not given and not (options.resume or options.extend):
-        kind = kind_of(located(Path(DEFAULT)), SCHEMAS)
-        path = None if (options.benchmark if kind == "sweep" else options.report) else Path(DEFAULT)
+    if not given and given_options(options) <= {*TAKES["sweep"], "report"}:
+        path = Path(DEFAULT)
     if path:
         setattr(options, kind_of(located(path), SCHEMAS) or "config", located(path))
     for option, other, what in (

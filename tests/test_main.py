@@ -214,7 +214,7 @@ def test_a_file_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[
         ("--data x", "allowed with --extend"),
         ("--sweep x.json --resume y", "--resume takes no --sweep"),
         ("--config x.json --jobs 2 --engine ray", "takes no --engine, --jobs: allowed with --sweep"),
-        ("--config x.json --report", "--report goes with --sweep"),
+        ("--config x.json --report", "--report takes no --config"),
         ("--sweep x.json --config y.json", "--sweep takes no --config"),
         ("--sweep x.json --jobs 0", "--jobs: 0: at least 1"),
         ("--sweep x.json --engine slurm", "(choose from 'local', 'ray')"),
@@ -250,7 +250,7 @@ def test_options_that_do_not_go_together(
 def test_the_default_is_the_quickstart() -> None:
     """Also with what a sweep takes."""
     for given in ([], ["--set", "seed=1"], ["--jobs", "1", "--overwrite"], ["--report"]):
-        assert main.parse(given).sweep == "exps/quickstart.json"
+        assert main.parse(given).sweep == Path("exps/quickstart.json")
     assert main.parse(["--config", "x.json"]).sweep is None
 
 
