@@ -70,7 +70,7 @@ def numbers(text: str) -> list[float]:
 
 def draw_quickstart() -> Figure:
     """Accuracy over all digits seen after each task, a line per cell, and chance."""
-    cells = table(EXPERIMENTS, "cell")
+    cells = table(EXPERIMENTS, "cell", "## What `python main.py` runs")
     digits = [int(column) for column in next(iter(cells.values())) if column != "cell"]
     colours = dict(zip(cells, (GREY, GREEN, INK, BLUE), strict=True))
     figure, panel = plt.subplots(figsize=(7.2, 3.6))
