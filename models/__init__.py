@@ -1,63 +1,17 @@
-"""The learning methods and the one dict that names them, by config and learner.
+"""Front door of the methods: what others import from here by name.
 
-A new method is one file and one line here. Its keys may stand in that file, too; in one of their own, in
-`models/config/`, they are checked before PyTorch is imported. Learners are named by import path, and imported
-when one is asked for: `LEARNERS["sema"]`.
-`load_run` (`models/deployment/prediction.py`) makes a classifier of a run:
+    from models import LEARNERS, METHODS, SCHEMAS     # `models/methods.py`, where a new method is one line
+    from models import load_run                       # a run as a classifier (`models/deployment/`)
 
-    from models import load_run
+Files below import from `models.methods` instead.
 """
 
-from collections.abc import Iterator, Mapping
 from importlib import import_module
-from typing import Any, NamedTuple
+from typing import Any
 
-from models.config.finetune import FinetuneConfig
-from models.config.joint import JointConfig
-from models.config.linear_probe import LinearProbeConfig
-from models.config.ranpac import RanPACConfig
-from models.config.sdlora import SDLoRAConfig
-from models.config.sema import SEMAConfig
-from models.config.simplecil import SimpleCILConfig
-from models.shared_subspace.config import SharedSubspaceConfig
-from utils.config.schema import RunConfig
+from models.methods import LEARNERS, METHODS, SCHEMAS
 
-
-class Method(NamedTuple):
-    """A method: the schema of its configuration, and the import path of its `Learner`."""
-
-    config: type[RunConfig]
-    learner: str
-
-
-METHODS = {
-    "sema": Method(SEMAConfig, "models.sema.SEMA"),
-    "finetune": Method(FinetuneConfig, "models.finetune.Finetune"),
-    "ranpac": Method(RanPACConfig, "models.ranpac.RanPAC"),
-    "simplecil": Method(SimpleCILConfig, "models.simplecil.SimpleCIL"),
-    "linear_probe": Method(LinearProbeConfig, "models.linear_probe.LinearProbe"),
-    "joint": Method(JointConfig, "models.joint.Joint"),
-    "sdlora": Method(SDLoRAConfig, "models.sdlora.SDLoRA"),
-    "shared_subspace": Method(SharedSubspaceConfig, "models.shared_subspace.learner.SharedSubspace"),
-}
-
-
-class Learners(Mapping[str, Any]):
-    """Method name -> its subclass of `Learner` (`models/base.py`), imported at the first use."""
-
-    def __getitem__(self, name: str) -> Any:
-        module, _, learner = METHODS[name].learner.rpartition(".")
-        return getattr(import_module(module), learner)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(METHODS)
-
-    def __len__(self) -> int:
-        return len(METHODS)
-
-
-LEARNERS = Learners()
-SCHEMAS = {name: method.config for name, method in METHODS.items()}
+__all__ = ["LEARNERS", "METHODS", "SCHEMAS"]
 
 
 def __getattr__(name: str) -> Any:

@@ -22,7 +22,7 @@ import torch
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
-from models import SCHEMAS
+from models.methods import SCHEMAS
 from models.phase import Phase, PhaseProgress
 from models.saved_run import make_learner
 from models.vit.class_incremental import load_data_and_backbone

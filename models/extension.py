@@ -20,7 +20,7 @@ from typing import Any
 
 from torch import Tensor
 
-from models import LEARNERS, SCHEMAS
+from models.methods import LEARNERS, SCHEMAS
 from models.run_files import read_config
 from models.saved_run import CHECKPOINTS, check_identity, load_run_checkpoint
 from models.vit.class_incremental import ClassIncrementalLearner

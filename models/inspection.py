@@ -5,7 +5,7 @@ import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
-from models import LEARNERS
+from models.methods import LEARNERS
 from models.run_files import read_config, read_result
 from models.saved_run import (
     CHECKPOINTS,

@@ -6,7 +6,7 @@ config = read_config(Path("logs/sema/..."))
 from pathlib import Path
 from typing import Any
 
-from models import SCHEMAS
+from models.methods import SCHEMAS
 from utils.config.loading import config_from_dict
 from utils.config.schema import RunConfig
 from utils.errors import UserError

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from models import LEARNERS
 from models.base import Learner, RunContext
+from models.methods import LEARNERS
 from models.run_files import read_config
 from utils.config.schema import RunConfig
 from utils.data.tasks import ABSENT
