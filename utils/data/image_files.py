@@ -10,18 +10,19 @@ import io
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import PIL
-from PIL import Image, ImageFile, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from utils.cache.file_memo import FileMemo, read_signed
 from utils.console import progress
 from utils.errors import UserError
 from utils.files import why_no_file
 
-FORMAT = 1  # counts changes of this file that change pixels, or which files are good
+FORMAT = 2  # counts changes of this file that change pixels, or which files are good
 DECODER = f"Pillow {PIL.__version__}, format {FORMAT}"
 CONVERTED = ("1", "L", "LA", "P", "PA", "RGB", "RGBX", "RGBA", "CMYK", "YCbCr", "LAB", "HSV")  # by Pillow
 GREY_16 = ("I;16", "I;16L", "I;16B", "I;16N")
@@ -36,19 +37,24 @@ NAMED = 20  # bad files named in the message
 def decode(content: bytes) -> np.ndarray:
     """The pixels of an image file's bytes, uint8 (h, w, 3); of several frames the first.
 
+    The image is turned as its EXIF orientation says: photos that a phone took upright are upright.
+
     Raises:
         ValueError: from `to_rgb`.
         Exception: of many kinds, as decoders raise them for bad bytes.
     """
     ImageFile.LOAD_TRUNCATED_IMAGES = False  # some libraries switch it on; a half grey image must not pass
     with Image.open(io.BytesIO(content)) as image:
+        image.load()
+        with suppress(Exception):  # of damaged EXIF data, which say nothing about the picture
+            ImageOps.exif_transpose(image, in_place=True)
         return to_rgb(image)
 
 
 def to_rgb(image: Image.Image) -> np.ndarray:
     """The pixels of an image of any mode, uint8 (h, w, 3).
 
-    Modes of `CONVERTED` are Pillow's conversion to RGB; transparency is dropped, as by torchvision's loader.
+    Modes of `CONVERTED` are Pillow's conversion to RGB; what is transparent lies on white, as in a browser.
     Grey of 16 bits keeps its upper 8, as Pillow does for 16-bit colour. Other modes have no fixed white.
 
     Raises:
@@ -58,7 +64,9 @@ def to_rgb(image: Image.Image) -> np.ndarray:
         return np.repeat(_upper_bits(image)[..., None], 3, axis=2)
     if image.mode not in CONVERTED:
         raise ValueError(f"its mode {image.mode} has no fixed white: save it with 8 bits, or as 16-bit grey")
-    image.info.pop("transparency", None)  # else Pillow warns that it is dropped
+    if image.has_transparency_data:
+        layer = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
     return np.array(image.convert("RGB"))
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from tests.conftest import ROOT
 from tests.image_folders import folder_images, write_folder
@@ -30,6 +30,11 @@ def levels(*channels: int) -> np.ndarray:
 
 def grey(values: np.ndarray) -> np.ndarray:
     return np.repeat(values[..., None], 3, axis=2)
+
+
+def on_white(pixels: np.ndarray, alpha: np.ndarray) -> np.ndarray:
+    """What shows of pixels (5, 7, 3) with opacities 0 to 255 before white."""
+    return 255 - (255 - pixels.astype(float)) * alpha[..., None] / 255
 
 
 def file_of(image: Image.Image, kind: str, **options: object) -> bytes:
@@ -101,22 +106,37 @@ def modes() -> dict[str, list[tuple[Image.Image | bytes, np.ndarray, int]]]:
         "1": [(Image.fromarray(black_white), grey(black_white * 255), 0)],
         "L": [
             (file_of(Image.fromarray(one), "PNG"), grey(one), 0),
-            (file_of(Image.fromarray(one), "PNG", transparency=int(one[0, 0])), grey(one), 0),
+            (
+                file_of(Image.fromarray(one), "PNG", transparency=int(one[0, 0])),
+                grey(np.where(one == one[0, 0], 255, one)),
+                0,
+            ),
         ],
-        "LA": [(file_of(Image.fromarray(two, "LA"), "PNG"), grey(two[..., 0]), 0)],
+        "LA": [(file_of(Image.fromarray(two, "LA"), "PNG"), on_white(grey(two[..., 0]), two[..., 1]), 1)],
         "P": [
             (file_of(paletted, "PNG"), palette[entries], 0),
-            (file_of(paletted, "PNG", transparency=bytes(range(8))), palette[entries], 0),
+            (
+                file_of(paletted, "PNG", transparency=bytes(range(0, 256, 32))),
+                on_white(palette[entries], 32.0 * entries),
+                1,
+            ),
             (file_of(paletted, "GIF"), palette[entries], 0),
         ],
-        "PA": [(translucent, palette[entries], 0)],
+        "PA": [(translucent, on_white(palette[entries], one), 1)],
         "RGB": [
             (file_of(Image.fromarray(three), "BMP"), three, 0),
-            (file_of(Image.fromarray(three), "PNG", transparency=tuple(three[0, 0].tolist())), three, 0),
+            (
+                file_of(Image.fromarray(three), "PNG", transparency=tuple(three[0, 0].tolist())),
+                np.where((three == three[0, 0]).all(-1, keepdims=True), 255, three),
+                0,
+            ),
             (png(16, 2, wide.astype(">u2")), wide >> 8, 0),
         ],
         "RGBX": [(Image.frombytes("RGBX", (7, 5), four.tobytes()), four[..., :3], 0)],
-        "RGBA": [(file_of(Image.fromarray(four), kind), four[..., :3], 0) for kind in ("PNG", "TIFF")],
+        "RGBA": [
+            (file_of(Image.fromarray(four), kind), on_white(four[..., :3], four[..., 3]), 1)
+            for kind in ("PNG", "TIFF")
+        ],
         "CMYK": [(Image.frombytes("CMYK", (7, 5), four.tobytes()), printed, 1)],
         "YCbCr": [(Image.frombytes("YCbCr", (7, 5), three.tobytes()), jfif, 1.5)],
         "HSV": [(Image.frombytes("HSV", (7, 5), three.tobytes()), hue, 3)],
@@ -166,6 +186,24 @@ def test_the_table_of_the_documents_names_every_mode():
     for row in rows:
         told[row[3].strip() == "refused"] |= set(re.findall("`([^`]+)`", row[1]))
     assert told == {False: set(modes()), True: set(REFUSED)}
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_an_image_is_turned_as_its_exif_data_say(kind, orientation):
+    """As `exif_transpose` of Pillow turns it; 6, a phone held upright, is a quarter to the right."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    content = file_of(Image.fromarray(levels(3)), kind, exif=exif)
+    pixels, shown = decode(content), ImageOps.exif_transpose(Image.open(io.BytesIO(content)))
+    assert np.array_equal(pixels, np.asarray(shown.convert("RGB")))
+    assert pixels.shape == ((7, 5, 3) if orientation > 4 else (5, 7, 3))
+
+
+def test_damaged_exif_data_spoil_no_image():
+    damaged = (b"Exif\0\0garbage", b"Exif\0\0II*\0\x08\0\0\0\x05\0\x12\x01")
+    plain = decode(file_of(PHOTO, "JPEG"))
+    assert all(np.array_equal(decode(file_of(PHOTO, "JPEG", exif=exif)), plain) for exif in damaged)
 
 
 # ------------------------------------------------------------------------------------------------------ JPEGs
