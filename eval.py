@@ -4,6 +4,7 @@ python eval.py --run FOLDER                          tables, figures, and the la
 python eval.py --run FOLDER --recorded               tables and figures of what the run wrote, in seconds
 python eval.py --run FOLDER FOLDER ...               several seeds: mean ± std of those that are finished
 python eval.py --compare FOLDER FOLDER ... --latex   runs that differ in more than their seed, in a table
+python eval.py --run FOLDER ... --test               test images, of runs measured on validation images so far
 python eval.py --checkpoint FOLDER/checkpoints/task_04   the model as that task left it
 python eval.py --run FOLDER --analyse cka grassmann probes   what its representations did, task after task
 python eval.py --run FOLDER --analyse cka grassmann probes units samples   a run on grids, at its end
@@ -31,6 +32,7 @@ TAKES = {  # options that each command takes beside its own; the first one given
     "analyse": ("run", "images-per-class"),
     "recorded": ("run",),
     "compare": ("baseline", "latex", "markdown", "out"),
+    "test": ("run",),
     "checkpoint": (),
     "run": (),
 }
@@ -73,6 +75,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--latex", action="store_true", help="with --compare: print a booktabs table and comments")
     add("--markdown", action="store_true", help="with --compare: print a Markdown table")
     add("--recorded", action="store_true", help="with --run: only what the run recorded, no test")
+    add(
+        "--test",
+        action="store_true",
+        help="with --run: test images, where the run held out others (validation_share); test_result.json",
+    )
     add(
         "--analyse",
         nargs="+",
@@ -192,12 +199,20 @@ def compare(options: argparse.Namespace) -> Iterable[str]:
     return show_comparison(options.compare, options.baseline, form, options.out)
 
 
+def test_runs(options: argparse.Namespace) -> Iterable[str]:
+    """Test images, of runs that were measured on validation images."""
+    from models.inspection import show_test
+
+    return show_test(options.run)
+
+
 COMMANDS: dict[str, Callable[[argparse.Namespace], Iterable[str]]] = {
     "predict": predict,
     "export": export,
     "analyse": analyse,
     "recorded": show_runs,
     "compare": compare,
+    "test": test_runs,
     "checkpoint": show_checkpoint,
     "run": show_runs,
 }

@@ -293,7 +293,7 @@ class Run:
         cost = {"seconds": self.seconds, "peak_memory_mb": self.peak_memory_mb}
         self.log.metric("task", task=task, **report.event, **self.learner.summary(), **cost)
         if report.accuracy is not None:
-            self.log.accuracy_csv(report.accuracy)
+            self.log.accuracy_csv(report.accuracy, report.images)
         for line in report.lines:
             logger.info(line)
         logger.info(f"Task {task}: {self.seconds:.0f} s so far")

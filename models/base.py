@@ -103,6 +103,7 @@ class Report:
         result: results of the whole run for `result.json`: "metrics" by name, and more.
         tables: plain-text tables that close a run.
         accuracy: rows of the accuracy matrix in percent, where there is one.
+        images: what it is measured on, "test" or "validation".
         cost: times beside the run's seconds; they differ from run to run.
     """
 
@@ -111,6 +112,7 @@ class Report:
     result: dict[str, Any]
     tables: list[str]
     accuracy: list[list[float]] | None = None
+    images: str = "test"
     cost: dict[str, float] = field(default_factory=dict)
 
 
@@ -203,7 +205,8 @@ class Learner(ABC):
         return {"model_name": self.config.model_name, "seed": self.seed}
 
     def data_read(self, trained: int, tested: int) -> dict[str, list[str]]:
-        """SHA-256 per task of the images and labels read so far: "train" of so many tasks, "test" of so many.
+        """SHA-256 per task of the images and labels read so far: "train" of so many tasks, then what they are
+        measured on, "test" or "validation", of so many.
 
         A checkpoint belongs to a run with the same; what no task has read may change. Empty where data are
         generated.

@@ -29,7 +29,7 @@ from utils.config.loading import load_config
 from utils.errors import UserError
 from utils.files import replace_file, sha256_file
 from utils.runs.checkpoint import checkpoint_name, copy_checkpoint
-from utils.runs.folder import ACCURACY, CONFIG, METRICS, folder_of
+from utils.runs.folder import CONFIG, METRICS, accuracy_path, folder_of
 from utils.runs.manifest import Manifest, is_complete, read_manifest
 from utils.runs.run_log import metrics_until, read_accuracy_csv
 
@@ -125,7 +125,8 @@ class Extension:
     def fill(self, new: Path, learner: ClassIncrementalLearner, metrics_bytes: int) -> None:
         """Put the record and the checkpoints of the tasks that were learned into the new run's folder."""
         replace_file(new / METRICS, metrics_until(self.folder / METRICS, metrics_bytes))
-        shutil.copyfile(self.folder / ACCURACY, new / ACCURACY)
+        accuracy = accuracy_path(self.folder)
+        shutil.copyfile(accuracy, new / accuracy.name)
         for name in LEARNERS[self.config.model_name].task_files:
             if (self.folder / name).is_dir():
                 shutil.copytree(self.folder / name, new / name)

@@ -16,13 +16,22 @@ from models.saved_run import (
 )
 from utils.analysis.results import ANALYSIS, write_results
 from utils.errors import UserError
-from utils.metric_catalogue import Shown
+from utils.files import write_json
+from utils.metric_catalogue import CLASS_INCREMENTAL, Shown
 from utils.reports.renderings import latex_table, markdown_table, terminal_table
 from utils.reports.report import markdown_text
 from utils.reports.tables import difference_tables, means_table
-from utils.runs.checkpoint import latest_checkpoint
+from utils.runs.checkpoint import checkpoint_name, latest_checkpoint
 from utils.runs.figures import draw_figures
-from utils.runs.folder import ACCURACY, RESULT, FolderInUse, FolderLock
+from utils.runs.folder import (
+    RESULT,
+    TEST_RESULT,
+    VALIDATION_ACCURACY,
+    FolderInUse,
+    FolderLock,
+    accuracy_path,
+)
+from utils.runs.manifest import timestamp
 from utils.runs.run_log import read_accuracy_csv
 from utils.runs.seeds import check_one_experiment
 from utils.runs.tables import TABLE_WIDTH, seeds_table
@@ -32,8 +41,9 @@ from utils.sweeps.comparison import compare_runs, default_folder, described, wri
 def show_run(folder: Path, test: bool) -> Iterator[str]:
     """Recorded accuracy and redrawn figures of a run folder, then its last checkpoint tested."""
     figures = LEARNERS[read_config(folder).model_name].figures
-    if (folder / ACCURACY).is_file():
-        yield "recorded accuracy (%), row: after task, column: on task"
+    if (path := accuracy_path(folder)).is_file():
+        what = "validation accuracy" if path.name == VALIDATION_ACCURACY else "accuracy"
+        yield f"recorded {what} (%), row: after task, column: on task"
         for task, row in enumerate(read_accuracy_csv(folder)):
             yield f"task {task:>3}  " + " ".join(f"{value:6.2f}" for value in row)
         yield ""
@@ -58,6 +68,59 @@ def show_checkpoint(checkpoint: Path) -> Iterator[str]:
     """The model that a checkpoint holds, rebuilt and tested."""
     learner = load_learner(checkpoint)
     yield f"{checkpoint}: {learner.describe_evaluation(learner.evaluate())}"
+
+
+def show_test(folders: list[Path]) -> Iterator[str]:
+    """Accuracy on the test images of finished runs that held out validation images, and its mean over seeds.
+
+    Each run gets a `test_result.json`: the whole matrix where the checkpoints of all tasks are there.
+
+    Raises:
+        UserError: a run was measured on test images anyway, is unfinished, or its test images cannot be read;
+            or several runs differ in more than their seed.
+    """
+    configs = [(folder, read_config(folder)) for folder in folders]
+    for folder, config in configs:
+        if not getattr(config, "validation_share", 0):
+            raise UserError(
+                f"{folder} held out no validation images (validation_share): its {RESULT} is about test "
+                "images, look at it with --run alone"
+            )
+        if not (folder / RESULT).is_file():
+            raise UserError(f"{folder} is unfinished: go on with python main.py --resume {folder}, then test")
+    notes = check_one_experiment(configs) if len(configs) > 1 else []
+    results = []
+    for folder, config in configs:
+        learner = make_learner(config)
+        paths = [folder / CHECKPOINTS / checkpoint_name(task) for task in range(learner.nb_tasks)]
+        whole, evaluations = all(path.is_dir() for path in paths), []
+        for path in paths if whole else paths[-1:]:
+            load_into(learner, path)
+            evaluations.append(learner.evaluate("test"))
+        learner.close_run()
+        yield f"{folder}, on the test images:"
+        if whole:
+            report = learner.report(evaluations)
+            found = {name: report.result[name] for name in ("metrics", "accuracy", "curve")}
+            yield from report.tables
+        else:
+            right, count = (sum(evaluations[0][name]) for name in ("correct", "total"))
+            found = {"metrics": {CLASS_INCREMENTAL[0].key: 100 * right / count}}
+            yield learner.describe_evaluation(evaluations[0])
+        results.append(
+            {
+                "seed": learner.seed,
+                "tested": timestamp(),
+                "data_sha256": learner.data.data_sha256("test"),
+                **found,
+                "weights": learner.weights(),
+            }
+        )
+        with FolderLock(folder):
+            yield f"wrote {write_json(folder / TEST_RESULT, results[-1])}\n"
+    yield from (f"note: {note}" for note in notes)
+    if len(results) > 1:
+        yield seeds_table(results, CLASS_INCREMENTAL)
 
 
 def show_seeds(folders: list[Path]) -> Iterator[str]:

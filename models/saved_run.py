@@ -120,8 +120,9 @@ def check_identity(checkpoint: Path, state: dict[str, Any], learner: Learner) ->
     """Refuse a checkpoint of another run, or of one that has read other images than are there now."""
     check_same(checkpoint, state, learner.identity())
     read = state["data"]
-    ours = learner.data_read(*(len(read.get(source, [])) for source in ("train", "test")))
-    finished = len(read.get("test", []))  # tasks
+    sources = list(learner.data_read(0, 0)) or ["train", "test"]
+    ours = learner.data_read(*(len(read.get(source, [])) for source in sources))
+    finished = len(read.get(sources[-1], []))  # tasks
     way_out = ", or remove this checkpoint to go on from the one before it"
     for source, hashes in ours.items():
         theirs = read.get(source, [])
@@ -133,7 +134,7 @@ def check_identity(checkpoint: Path, state: dict[str, Any], learner: Learner) ->
             task
             for task, (before, now) in enumerate(zip(theirs, hashes, strict=True))
             if now != before != ABSENT
-            if now != ABSENT or source == "test" or task >= finished  # what was learned from may be gone
+            if now != ABSENT or source != "train" or task >= finished  # what was learned from may be gone
         ]
         if changed:
             raise UserError(

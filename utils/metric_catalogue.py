@@ -10,7 +10,7 @@ and figures take names, units and directions from these specs alone.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 
 ABSENT = "–"
@@ -143,6 +143,22 @@ CLASS_INCREMENTAL = (
     ),
     MetricSpec("curve", "accuracy", "%", "accuracy over all classes seen so far", per_task=True),
 )
+UNMEASURED = "expansions"  # whatever the images
+VALIDATION = tuple(  # the same on validation images: never taken for those on test images
+    spec
+    if spec.key == UNMEASURED
+    else replace(
+        spec,
+        key=f"validation_{spec.key}",
+        name=f"validation {spec.name}",
+    )
+    for spec in CLASS_INCREMENTAL
+)
+
+
+def keyed(images: str, key: str) -> str:
+    """Key of a number measured on "test" or "validation" images: `final`, `validation_final`."""
+    return key if images == "test" or key == UNMEASURED else f"{images}_{key}"
 
 
 def by_key(metrics: Sequence[MetricSpec]) -> dict[str, MetricSpec]:

@@ -26,6 +26,7 @@ from torch import Tensor
 from backbone.vit_sema import SEMAVisionTransformer
 from utils.cache.tensor_cache import TensorCache
 from utils.console import progress
+from utils.data.image_files import FORMAT
 from utils.data.tasks import DataManager
 from utils.errors import Interrupted
 from utils.training.device import autocast, require_finite, sha256_of
@@ -44,7 +45,7 @@ class ForwardOptions:
     Attributes:
         device, precision: of the forward passes.
         batch_size: images in one of them.
-        identity: what else shapes the results (backbone, hash of the data, library versions), as JSON.
+        identity: what else shapes the results (backbone, library versions), as JSON.
         distributed: ranks share the work of filling the cache.
         stop_requested: asked on this rank between two files; True raises `Interrupted`, and what is stored
             stays.
@@ -255,6 +256,8 @@ class ActivationStore:
             "precision": self.options.precision,
             "device": self.options.device.type,
             "batch_size": self.options.batch_size,
+            "data": self.data.data_sha256(source),
+            "decoder": FORMAT,
             **self.options.identity,
         }
 

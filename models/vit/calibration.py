@@ -7,11 +7,13 @@
     errors(p, targets)                                   # {"ece": ..., "nll": ...} of the test images
 
 T changes no prediction. It is fitted on training images alone, never on test images, at the end of every
-task; no image is taken from training for it. What these images are to the head that classifies:
+task; no image is taken from training for it, but those that a `validation_share` holds out are used. What
+these images are to the head that classifies:
 
     "held out"        the fifth of every task that chooses the ridge, scored by the ridge of the other four
                       fifths
     "leave one out"   every image, scored by class means without it
+    "validation"      images that the run held out of training (`validation_share`)
     "trained on"      classifiers trained by gradient: scores of images that they were trained on are too
                       good, so T may soften their scores, and never sharpens them (T >= 1)
 
@@ -34,9 +36,11 @@ BINS = 15
 MAX_IMAGES, MAX_PER_CLASS = 500, 10  # images that a temperature is fitted on; at least one of every class
 LIMITS = (1e-4, 1e4)  # of T
 HELD_OUT, LEAVE_ONE_OUT, TRAINED_ON = "held out", "leave one out", "trained on"
+VALIDATION = "validation"
 FITTED_ON = {  # what training images are to the head that classifies, in words
     HELD_OUT: "held out of the ridge regression",
     LEAVE_ONE_OUT: "each left out of its own class mean",
+    VALIDATION: "held out of training",
     TRAINED_ON: "which the classifier was trained on",
 }
 UNSEEN = (HELD_OUT, LEAVE_ONE_OUT)  # scored by a head in closed form as if it had not seen them

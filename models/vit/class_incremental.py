@@ -7,13 +7,14 @@ It holds the data, the features and the accuracy.
     logits = learner.classify(learner.features(images))
     learner.evaluate()            # {"correct": [...], "total": [...]}: test images of each task seen
 
-Test images are read once per task, after its training. No task label is given in tests.
+Test images are read once per task, after its training; with a `validation_share` images held out of training
+are read instead, and test images when `evaluate("test")` asks for them. No task label is given in tests.
 """
 
 import logging
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from utils.data.tasks import DataManager, TaskSplit
 from utils.data.transforms import ViewSpec
 from utils.errors import UserError
 from utils.inc_net import IncrementalHead
+from utils.metric_catalogue import keyed
 from utils.runs.figures import class_incremental_figures, describe
 from utils.runs.manifest import library_versions
 from utils.runs.metrics import AccuracyMatrix
@@ -148,7 +150,6 @@ class ClassIncrementalLearner(Learner):
             identity={
                 **self.backbone.identity(),
                 "options": self.backbone.options_sha256,
-                "data": self.data.dataset.sha256,
                 "versions": library_versions(),
             },
             distributed=self.distributed,
@@ -158,7 +159,7 @@ class ClassIncrementalLearner(Learner):
         return TaskInputs(self.network, self.data, self.cache, options, fast, self.config.cache_views)
 
     def features_of(self, task: int, source: str) -> Tensor:
-        """`features` (n, d) of a task's "train" or "test" images, test view, stored order, on all ranks."""
+        """`features` (n, d) of a task's images of one source, test view, stored order, on all ranks."""
         return self.inputs.features_of(task, source)
 
     # --- steps of a task ------------------------------------------------------------------------------------
@@ -232,7 +233,8 @@ class ClassIncrementalLearner(Learner):
     def calibrate(self) -> None:
         """Fit the temperature of the scores; it stays as it is where a task's training images are gone."""
         tasks = [self.data.task_classes(task) for task in range(self.task + 1)]
-        if not all(self.data.count(classes, "train") for classes in tasks):
+        source = "validation" if self.config.validation_share else "train"
+        if not all(self.data.count(classes, source) for classes in tasks):
             return
         images, source, fitted_on = self.calibration_images(tasks)
         chosen = calibration.chosen_images(images, self.seed)
@@ -251,6 +253,10 @@ class ClassIncrementalLearner(Learner):
             Stored positions for every class, the source they are of, and what they are to the head that
             classifies (`models/vit/calibration.py`).
         """
+        if self.config.validation_share:
+            labels = [label for classes in tasks for label in classes]
+            held = [self.data.indices(range(label, label + 1), "validation") for label in labels]
+            return held, "validation", calibration.VALIDATION
         found: list[np.ndarray] = []
         for classes in tasks:
             indices = self.data.indices(classes, "train")
@@ -265,22 +271,24 @@ class ClassIncrementalLearner(Learner):
         return self.inputs.features_of_images(range(self.classes.stop), indices, source)
 
     def close_run(self) -> None:
-        for source in ("train", "test"):
+        for source in self.data.sources:
             self.inputs.store.drop_own(source)
 
     def analysis_inputs(
         self, checkpoints: Sequence[Path], load: Callable[[Path], None], images_per_class: int | None
     ) -> AnalysisInputs:
-        """Class tokens of the same test images and output spaces of the branches, for every checkpoint.
+        """Class tokens of the same images and output spaces of the branches, for every checkpoint.
 
         Args:
             checkpoints: one per task, in order.
             load: makes this learner the one that a checkpoint holds.
-            images_per_class: test images of each class at most; None for `ANALYSED_IMAGES`.
+            images_per_class: of the images that the run is measured on, of each class at most; None for
+                `ANALYSED_IMAGES`.
 
         Raises:
-            UserError: there are too few test images, or what they give is not finite.
+            UserError: there are too few images, or what they give is not finite.
         """
+        source = self.data.evaluated
         images = chosen_images(self.data, self.seed, images_per_class or ANALYSED_IMAGES)
         size = self.config.eval_batch_size
         batches = [images[i : i + size] for i in range(0, len(images), size)]
@@ -290,40 +298,45 @@ class ClassIncrementalLearner(Learner):
                 load(checkpoint)
                 found = []
                 for batch in batches:
-                    views = self.data.views(batch, "test", "test", None, self.device)
+                    views = self.data.views(batch, source, "test", None, self.device)
                     what = f"the class tokens of {checkpoint.name}"
                     found.append(require_finite(self.class_tokens(views).cpu(), what, self.config.precision))
                     bar.update()
                 tokens.append(torch.cat(found, dim=1))
                 spaces.append(self.branch_spaces())
         about = describe(self.config.model_dump())
-        labels = self.data.targets(images, "test")
+        labels = self.data.targets(images, source)
         return AnalysisInputs(
-            torch.stack(tokens), labels, spaces, self.seed, f"{about} · {len(images)} test images"
+            torch.stack(tokens), labels, spaces, self.seed, f"{about} · {len(images)} {source} images"
         )
 
     # --- evaluation -----------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def evaluate(self) -> dict[str, Any]:
-        """Test images of each task seen: "correct" and "total" numbers, per task; "ece" and "nll" of all.
+    def evaluate(self, images: str | None = None) -> dict[str, Any]:
+        """Images of each task seen: "correct" and "total" numbers, per task; "ece" and "nll" of all.
+
+        Where they are not test images "images" says so.
+
+        Args:
+            images: "test" or "validation"; None for those that the run is measured on.
 
         Raises:
-            UserError: a score is not finite.
+            UserError: a score is not finite, or images cannot be read.
         """
-        correct, total, scored, labels = [], [], [], []
+        correct, total, scored, labels, source = [], [], [], [], images or self.data.evaluated
         for task in range(self.task + 1):
-            targets = self.data.targets(self.data.indices(self.data.task_classes(task), "test"), "test")
+            targets = self.data.targets(self.data.indices(self.data.task_classes(task), source), source)
             with dead_worker_advice():
-                features = self.features_of(task, "test").to(self.device)
-            what = f"the test images of task {task}"
+                features = self.features_of(task, source).to(self.device)
+            what = f"the {source} images of task {task}"
             scores = self.classify(features).cpu()
             predicted = predictions(scores, what, self.config.precision)
             correct.append(int((predicted == targets).sum()))
             total.append(len(targets))
             scored.append(scores)
             labels.append(targets)
-        found = {"correct": correct, "total": total}
+        found = {"correct": correct, "total": total} | ({} if source == "test" else {"images": source})
         if self.calibration is not None:
             p = calibration.probabilities(torch.cat(scored), self.calibration.temperature)
             found |= calibration.errors(p, torch.cat(labels))
@@ -339,35 +352,47 @@ class ClassIncrementalLearner(Learner):
         metrics = matrix.summary() | {"expansions": expansions, **calibrated}
         forgetting = "" if metrics["forgetting"] is None else f", forgetting {metrics['forgetting']:.2f}"
         per_task = ", ".join(f"{value:.2f}" for value in matrix.rows[-1])
+        images = evaluations[-1].get("images", "test")
+        of = "" if images == "test" else f"{images} "
         return Report(
-            event={"accuracy": matrix.rows[-1], "total": matrix.curve[-1], **calibrated},
+            event={
+                keyed(images, "accuracy"): matrix.rows[-1],
+                keyed(images, "total"): matrix.curve[-1],
+                **{keyed(images, key): value for key, value in calibrated.items()},
+            },
             lines=[
-                f"CNN top1 curve: {[round(value, 2) for value in matrix.curve]}",
-                f"Average Accuracy (CNN): {metrics['average']:.2f}",
-                f"Task {task}: accuracy per task [{per_task}], total {matrix.curve[-1]:.2f}{forgetting}",
+                f"CNN top1 {of}curve: {[round(value, 2) for value in matrix.curve]}",
+                f"Average {of.title()}Accuracy (CNN): {metrics['average']:.2f}",
+                f"Task {task}: {of}accuracy per task [{per_task}], total {matrix.curve[-1]:.2f}{forgetting}",
                 f"Task {task}: adapters per block {_compact(adapters)}",
             ],
             result={
-                "metrics": metrics,
-                "accuracy": matrix.rows,
-                "curve": matrix.curve,
+                "metrics": {keyed(images, key): value for key, value in metrics.items()},
+                keyed(images, "accuracy"): matrix.rows,
+                keyed(images, "curve"): matrix.curve,
                 "classes_seen": [self.data.task_classes(earlier).stop for earlier in range(task + 1)],
                 "adapters": adapters,
                 "calibration": self.calibration and self.calibration._asdict(),
             },
-            tables=[accuracy_table(matrix), summary_table(matrix, expansions, self.parameter_counts())],
+            tables=[
+                accuracy_table(matrix, images),
+                summary_table(matrix, expansions, self.parameter_counts(), images),
+            ],
             accuracy=matrix.rows,
+            images=images,
         )
 
     def describe_evaluation(self, evaluation: dict[str, Any]) -> str:
-        lines = ["accuracy (%) on the test images of each task seen, class-incremental"]
+        images = evaluation.get("images", "test")
+        measured = "accuracy" if images == "test" else f"{images} accuracy"
+        lines = [f"{measured} (%) on the {images} images of each task seen, class-incremental"]
         counts = list(zip(evaluation["correct"], evaluation["total"], strict=True))
-        for task, (right, images) in enumerate(counts):
+        for task, (right, count) in enumerate(counts):
             classes = self.data.task_classes(task)
-            share = f"{100 * right / images:6.2f}  ({right} of {images})"
+            share = f"{100 * right / count:6.2f}  ({right} of {count})"
             lines.append(f"task {task:>3}  classes {classes.start:>3}-{classes.stop - 1:<3}  {share}")
-        right, images = map(sum, zip(*counts, strict=True))
-        lines.append(f"total {'':>19}{100 * right / images:6.2f}  ({right} of {images})")
+        right, count = map(sum, zip(*counts, strict=True))
+        lines.append(f"total {'':>19}{100 * right / count:6.2f}  ({right} of {count})")
         if "ece" in evaluation:
             told = f"temperature {self.calibration.temperature:.4g}"
             lines.append(f"calibration error {evaluation['ece']:.2f} points ({told})")
@@ -422,7 +447,7 @@ class ClassIncrementalLearner(Learner):
                 "note": backbone.note,
             },
             "image_size": backbone.image_size,
-            "data": {"name": self.config.dataset, "sha256": self.data.dataset.sha256},
+            "data": {"name": self.config.dataset, "sha256": self.data.data_sha256(self.data.evaluated)},
             "data_of_tasks": self.data_read(self.nb_tasks, self.nb_tasks),
             "class_order": list(self.data.class_order),
             "class_names": self.data.class_names,
@@ -435,10 +460,9 @@ class ClassIncrementalLearner(Learner):
         }
 
     def data_read(self, trained: int, tested: int) -> dict[str, list[str]]:
-        counts = {"train": trained, "test": tested}
         return {
             source: [self.data.content_sha256(task, source) for task in range(min(count, self.nb_tasks))]
-            for source, count in counts.items()
+            for source, count in zip(self.data.sources, (trained, tested), strict=True)
         }
 
 
@@ -450,14 +474,17 @@ def load_data_and_backbone(
     Raises:
         UserError: data or weights cannot be had; both are told together.
     """
+    load = partial(
+        load_dataset,
+        config.dataset,
+        config.data_root,
+        Path(config.cache_root) / IMAGES,
+        test_share=config.test_share,
+        added=config.added,
+        partial=context.trains_from != 0,
+    )
     try:
-        dataset = load_dataset(
-            config.dataset,
-            config.data_root,
-            Path(config.cache_root) / IMAGES,
-            added=config.added,
-            partial=context.trains_from != 0,
-        )
+        dataset = load(splits=("train",)) if config.validation_share else load()
     except UserError as error:
         raise UserError("\n".join([str(error), *_missing_weights(config)])) from error
     backbone = load_backbone(config)
@@ -470,6 +497,7 @@ def load_data_and_backbone(
         max_tasks=config.max_tasks,
         max_train_per_class=config.max_train_per_class,
         max_test_per_class=config.max_test_per_class,
+        validation_share=config.validation_share,
     )
     data = DataManager(
         dataset,
@@ -478,6 +506,7 @@ def load_data_and_backbone(
         test_view=view_spec(config, backbone, "none"),
         num_workers=workers,
         distributed=context.distributed,
+        load_whole=load,
     )
     if context.trains_from is not None:
         data.require_training_images(context.trains_from)

@@ -32,20 +32,27 @@ from utils.config.schema import (
     distinct,
     key,
 )
-from utils.data.datasets import class_count, dataset_slug, require_dataset
+from utils.data.datasets import class_count, dataset_slug, require_dataset, splits_itself
 from utils.data.splits import tasks_of
 from utils.errors import UserError, os_error_sentence
 from utils.files import why_no_file
-from utils.metric_catalogue import CLASS_INCREMENTAL, MetricSpec
+from utils.metric_catalogue import CLASS_INCREMENTAL, VALIDATION, MetricSpec
 
 # ----------------------------------------------------------------------------------------------------------
 # Data and backbone
 
 
+class MeasuredBy:
+    """The metrics of a config: on validation images where some are held out, else on test images."""
+
+    def __get__(self, config: "ClassIncrementalConfig | None", owner: type) -> tuple[MetricSpec, ...]:
+        return VALIDATION if config is not None and config.validation_share else CLASS_INCREMENTAL
+
+
 class ClassIncrementalConfig(RunConfig):
     """Data, tasks, and a pretrained backbone."""
 
-    metrics: ClassVar[tuple[MetricSpec, ...]] = CLASS_INCREMENTAL
+    metrics: ClassVar[tuple[MetricSpec, ...]] = MeasuredBy()
     legacy_keys: ClassVar[dict[str, str]] = {
         "memory_size": "no exemplar memory",
         "memory_per_class": "no exemplar memory",
@@ -82,6 +89,18 @@ class ClassIncrementalConfig(RunConfig):
     )
     max_train_per_class: Count | None = key(None, "Training images per class; null = all.")
     max_test_per_class: Count | None = key(None, "Test images per class; null = all.")
+    validation_share: float = key(
+        0.0,
+        "Share of every class's training images that is held out and takes the place of the test images.",
+        ge=0,
+        lt=0.5,
+    )
+    test_share: float | None = key(
+        None,
+        "Share of every class's images that is for the test, of a folder with one folder per class.",
+        gt=0,
+        lt=1,
+    )
     num_workers: int | None = key(
         None, "Data workers; null = 0 on the CPU, else min(8, cores).", ge=0, le=256
     )
@@ -150,6 +169,11 @@ class ClassIncrementalConfig(RunConfig):
         return [
             (self.weights is not None, "weights says which", ["weights_root"]),
             (self.dataset == "synthetic", 'dataset is "synthetic"', ["data_root"]),
+            (
+                all(splits_itself(name, self.data_root) for name in [self.dataset, *self.added]),
+                "the data set has test images",
+                ["test_share"],
+            ),
             *super().unused_rules(),
         ]
 
@@ -171,13 +195,15 @@ class ClassIncrementalConfig(RunConfig):
     def known_classes(self) -> int | None:
         """Number of classes of the data set; None where it is unknown, or not there yet."""
         with contextlib.suppress(UserError, OSError):
-            return class_count(self.dataset, self.data_root)
+            return class_count(self.dataset, self.data_root, self.test_share)
         return None
 
     def known_tasks(self) -> list[range]:
         """The incremental labels of every task; none where classes are unknown, or not there yet."""
         with contextlib.suppress(UserError, OSError):
-            first, *added = (class_count(name, self.data_root) for name in [self.dataset, *self.added])
+            first, *added = (
+                class_count(name, self.data_root, self.test_share) for name in [self.dataset, *self.added]
+            )
             if first is not None and None not in added:
                 return tasks_of(first, self.init_cls, self.increment, self.max_tasks, added)
         return []
@@ -195,7 +221,7 @@ class ClassIncrementalConfig(RunConfig):
         images = Path(self.cache_root) / IMAGES
         looks = [lambda: find_weights(self.backbone_type, **weights, fetch=True)]
         for name in (self.dataset, *self.added):
-            looks.append(lambda name=name: require_dataset(name, self.data_root, images))
+            looks.append(lambda name=name: require_dataset(name, self.data_root, images, self.test_share))
         for look in looks:
             try:
                 look()
@@ -215,7 +241,7 @@ class ClassIncrementalConfig(RunConfig):
 
     def _class_conflicts(self) -> list[Conflict]:
         try:
-            classes = class_count(self.dataset, self.data_root)
+            classes = class_count(self.dataset, self.data_root, self.test_share)
         except (UserError, OSError) as error:
             sentence = os_error_sentence(error) if isinstance(error, OSError) else str(error)
             return [(("dataset",), sentence)]

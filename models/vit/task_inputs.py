@@ -106,12 +106,13 @@ class TaskInputs:
     def features_of(self, task: int, source: str) -> Tensor:
         """Features of a task's images in the test view, in stored order, (n, d), on every rank.
 
-        Those of test images are kept while nothing learns, so that what is unchanged is not computed again.
+        Those of images to evaluate are kept while nothing learns, so that what is unchanged is not computed
+        again.
         """
         indices = self.data.indices(self.data.task_classes(task), source)
         distributed = self.options.distributed
         mine = indices[distributed.shard(len(indices))]
-        if source == "test" and self.network.learning_depth() == self.network.depth:
+        if source != "train" and self.network.learning_depth() == self.network.depth:
             features = self._at(task, source, None, f"{source} features", self.network.depth).take(mine)
         else:
             features = self._passing_features(
@@ -149,8 +150,8 @@ class TaskInputs:
             return opened
         label = f"Task {task}, {what}, blocks {fixed}-{depth - 1}"
         deeper = self.store.at(depth, classes, source, view, below=opened, label=label)
-        if source == "test":  # features of models that are no more
-            self.store.drop_own("test", keep=[opened, deeper])
+        if source != "train":  # features of models that are no more
+            self.store.drop_own(source, keep=[opened, deeper])
         return deeper
 
     # --- batches --------------------------------------------------------------------------------------------

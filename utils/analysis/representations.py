@@ -71,20 +71,21 @@ class AnalysisInputs:
 
 
 def chosen_images(data: DataManager, seed: int, per_class: int) -> np.ndarray:
-    """Stored positions of at most `per_class` test images of every class, class by class, int64 (n,).
+    """Stored positions of at most `per_class` images of every class that the run is measured on, int64 (n,).
 
     Raises:
         UserError: there are too few to compare representations, or to fit and test probes.
     """
     classes = range(data.task_classes(data.nb_tasks - 1).stop)
     chosen = [
-        np.sort(data.order(range(c, c + 1), "test", ("analysis images", seed))[:per_class]) for c in classes
+        np.sort(data.order(range(c, c + 1), data.evaluated, ("analysis images", seed))[:per_class])
+        for c in classes
     ]
     images = np.concatenate(chosen)
     if len(images) < MIN_SAMPLES or max(map(len, chosen)) < 2:
         raise UserError(
-            f"the run has {len(images)} test images of {len(chosen)} classes to analyse; needed: at least "
-            f"{MIN_SAMPLES}, and 2 of a class; run it again with a larger max_test_per_class"
+            f"the run has {len(images)} {data.evaluated} images of {len(chosen)} classes to analyse; needed: "
+            f"at least {MIN_SAMPLES}, and 2 of a class; run it again with a larger max_test_per_class"
         )
     return images
 

@@ -4,7 +4,8 @@
     image = dataset.train[0]                       # (3, H, W) uint8
 
 A data set of your own is an `.npz` with `x_train, y_train, x_test, y_test, class_names` (images uint8,
-(N, H, W, 3) or (N, H, W)), or image files `train/<class>/*` and `test/<class>/*`.
+(N, H, W, 3) or (N, H, W)), or image files `train/<class>/*` and `test/<class>/*` (or val/), or one folder per
+class and a share of each for the test.
 """
 
 import difflib
@@ -17,8 +18,8 @@ from pathlib import Path
 import numpy as np
 
 from utils.data.download import fetch_asset
-from utils.data.folders import FolderScan, class_folders, from_folder, from_lists
-from utils.data.image_sets import Dataset, from_arrays, joined
+from utils.data.folders import FolderScan, class_folders, from_folder, from_lists, split_folders
+from utils.data.image_sets import SPLITS, Dataset, from_arrays, joined
 from utils.data.npz import NPZ_KEYS, from_npz, read_npz
 from utils.data.synthetic import CLASS_NAMES, synthetic_arrays
 from utils.errors import UserError
@@ -34,11 +35,14 @@ NO_DATA_NEEDED = (
 # -------------------------------------------------------------------------------------------- named data sets
 
 
-def _synthetic(name: str, data_root: Path, cache: Path | None) -> Dataset:
-    return from_arrays(name, *synthetic_arrays())
+Splits = Sequence[str]  # of "train" and "test", which are read
 
 
-def _mnist_5k(name: str, data_root: Path, cache: Path | None) -> Dataset:
+def _synthetic(name: str, data_root: Path, cache: Path | None, splits: Splits) -> Dataset:
+    return from_arrays(name, *synthetic_arrays(), splits)
+
+
+def _mnist_5k(name: str, data_root: Path, cache: Path | None, splits: Splits) -> Dataset:
     """500 images per digit in stored order: the first 400 for training, the last 100 for the test."""
     import pandas as pd  # here: a config is checked before anything heavy is imported
 
@@ -48,42 +52,43 @@ def _mnist_5k(name: str, data_root: Path, cache: Path | None) -> Dataset:
     rank = pd.Series(labels).groupby(labels).cumcount()  # position of an image among those of its digit
     train = (rank < MNIST_5K_TRAIN_PER_DIGIT).to_numpy()
     arrays = {"x_train": images[train], "y_train": labels[train], "x_test": images[~train]}
-    return from_arrays(name, [str(digit) for digit in range(10)], arrays | {"y_test": labels[~train]})
+    arrays["y_test"] = labels[~train]
+    return from_arrays(name, [str(digit) for digit in range(10)], arrays, splits)
 
 
-def _torchvision(kind: str, name: str, data_root: Path, cache: Path | None) -> Dataset:
+def _torchvision(kind: str, name: str, data_root: Path, cache: Path | None, splits: Splits) -> Dataset:
     """torchvision's data set `kind`: the .npz in data_root, else its own files or download."""
     import torchvision  # here, as pandas
 
     npz = data_root / DATASETS[name].places[0]
     if _holds_data(npz):
-        return from_npz(name, npz)
+        return from_npz(name, npz, splits)
     arrays, load = {}, getattr(torchvision.datasets, kind)
     try:
-        for split in ("train", "test"):
+        for split in splits:
             part = load(data_root, train=split == "train", download=True)
             arrays[f"x_{split}"] = np.asarray(part.data)
             arrays[f"y_{split}"] = np.asarray(part.targets, dtype=np.int64)
     except Exception as error:  # network, disk and archive errors of several libraries
         reason = " ".join(str(error).split())
         raise _missing(name, [npz], f"downloading it with torchvision failed: {reason}") from error
-    return from_arrays(name, list(part.classes), arrays)
+    return from_arrays(name, list(part.classes), arrays, splits)
 
 
-def _folders(name: str, data_root: Path, cache: Path | None) -> Dataset:
+def _folders(name: str, data_root: Path, cache: Path | None, splits: Splits) -> Dataset:
     places = [data_root / place for place in DATASETS[name].places]
     for place in filter(_holds_data, places):
-        return from_folder(name, place, cache)
+        return from_folder(name, place, cache, splits)
     how = "the published train/test split is linked from https://github.com/zhoudw-zdw/RevisitingCIL"
     raise _missing(name, places, how)
 
 
-def _domainnet(name: str, data_root: Path, cache: Path | None) -> Dataset:
+def _domainnet(name: str, data_root: Path, cache: Path | None, splits: Splits) -> Dataset:
     """All domains pooled by class, split by the published `<domain>_train.txt` and `<domain>_test.txt`."""
     place = data_root / DATASETS[name].places[0]
     if _holds_data(place):
-        return from_folder(name, place, cache)
-    lists = {split: [place / f"{domain}_{split}.txt" for domain in DOMAINS] for split in ("train", "test")}
+        return from_folder(name, place, cache, splits)
+    lists = {split: [place / f"{domain}_{split}.txt" for domain in DOMAINS] for split in splits}
     absent = [file for group in lists.values() for file in group if not file.is_file()]
     if absent:
         how = "the six domains and their lists are on http://ai.bu.edu/M3SDA"
@@ -96,13 +101,13 @@ class Source:
     """Source of a named data set.
 
     classes: number of classes as published.
-    load: (name, data_root, cache) -> Dataset.
+    load: (name, data_root, cache, splits) -> Dataset.
     places: names under data_root that hold it where it is there already (an .npz, or a folder with train/ and
         test/).
     """
 
     classes: int
-    load: Callable[[str, Path, Path | None], Dataset]
+    load: Callable[[str, Path, Path | None, Splits], Dataset]
     places: tuple[str, ...] = ()
 
 
@@ -132,6 +137,8 @@ def load_dataset(
     data_root: str | Path,
     cache: Path | None = None,
     *,
+    splits: Splits = SPLITS,
+    test_share: float | None = None,
     added: Sequence[str] = (),
     partial: bool = False,
 ) -> Dataset:
@@ -139,6 +146,8 @@ def load_dataset(
 
     Args:
         cache: folder where it is kept which image files are good; None keeps nothing.
+        splits: ("train",) leaves test images unread.
+        test_share: of each class's images, for a folder with one folder per class.
         added: names or paths of data sets whose classes follow.
         partial: classes of image folders may lack training images.
 
@@ -148,36 +157,48 @@ def load_dataset(
             added twice.
     """
     if added:
-        parts = [load_dataset(part, data_root, cache, partial=partial) for part in (name, *added)]
+        how = {"splits": splits, "test_share": test_share, "partial": partial}
+        parts = [load_dataset(part, data_root, cache, **how) for part in (name, *added)]
         return joined(parts[0], parts[1:])
     data_root = Path(data_root)
     if name in DATASETS:
-        return DATASETS[name].load(name, data_root, cache)
-    path = _find(name, data_root)
+        return DATASETS[name].load(name, data_root, cache, splits)
+    path = _find(name, data_root, test_share)
     if path is None:
         raise _missing(name, [Path(name).expanduser(), data_root / name], "check the path")
     slug = dataset_slug(name)
-    return from_npz(slug, path) if _is_npz(path) else from_folder(slug, path, cache, partial)
+    if _is_npz(path):
+        return from_npz(slug, path, splits)
+    return from_folder(slug, path, cache, splits, test_share=test_share, partial=partial)
 
 
-def require_dataset(name: str, data_root: str | Path, cache: Path | None = None) -> None:
+def require_dataset(
+    name: str, data_root: str | Path, cache: Path | None = None, test_share: float | None = None
+) -> None:
     """Check that a data set is there; one that is not is fetched now where it can be; arguments as before.
 
     Raises:
         UserError: it cannot be had, as `load_dataset`.
     """
-    if _find(name, Path(data_root)) is None:
-        load_dataset(name, data_root, cache)
+    if _find(name, Path(data_root), test_share) is None:
+        load_dataset(name, data_root, cache, test_share=test_share)
 
 
-def class_count(name: str, data_root: str | Path) -> int | None:
+def class_count(name: str, data_root: str | Path, test_share: float | None = None) -> int | None:
     """Number of classes without reading images; None when the path does not exist. Raises UserError."""
-    path = _find(name, Path(data_root))
+    path = _find(name, Path(data_root), test_share)
     if path is None:
         return DATASETS[name].classes if name in DATASETS else None
     if _is_npz(path):
         return len(read_npz(path, ("class_names",))["class_names"])
-    return len(class_folders(path / "train", FolderScan()) | class_folders(path / "test", FolderScan()))
+    places = split_folders(path).values()
+    return len({name for place in places for name in class_folders(place, FolderScan())})
+
+
+def splits_itself(name: str, data_root: str | Path) -> bool:
+    """Whether a data set says itself which images are for the test: all but one folder per class do."""
+    places = (Path(name).expanduser(), Path(data_root) / name)
+    return name in DATASETS or _is_npz(Path(name)) or any(map(_holds_data, places))
 
 
 def dataset_slug(name: str) -> str:
@@ -191,10 +212,10 @@ def _is_npz(path: Path) -> bool:
 
 
 def _holds_data(path: Path) -> bool:
-    return os.path.lexists(path) if _is_npz(path) else (path / "train").is_dir() and (path / "test").is_dir()
+    return os.path.lexists(path) if _is_npz(path) else "test" in split_folders(path)
 
 
-def _find(name: str, data_root: Path) -> Path | None:
+def _find(name: str, data_root: Path, test_share: float | None = None) -> Path | None:
     """Place of a data set, or None where it is absent.
 
     Raises:
@@ -206,8 +227,11 @@ def _find(name: str, data_root: Path) -> Path | None:
     if found := next(filter(_holds_data, places), None):
         return found
     if folder := next(filter(os.path.isdir, places), None):
+        if test_share is not None:
+            return folder
         raise UserError(
-            f"dataset {name!r}: the folder {folder} has no train/ and test/; expected <split>/<class>/*."
+            f"dataset {name!r}: the folder {folder} has no train/ and test/ (or val/) with class folders; "
+            "for one folder per class say which share of the images is for the test: --set test_share=0.2"
         )
     if _is_npz(Path(name)) or "/" in name or os.sep in name:
         return None
@@ -216,7 +240,7 @@ def _find(name: str, data_root: Path) -> Path | None:
         f"dataset {name!r} is not known; "
         + (f"nearest: {', '.join(near)}; " if near else "")
         + f"allowed: {', '.join(DATASETS)}, a path ending in .npz, or a folder with train/<class>/* "
-        "and test/<class>/*."
+        "and test/<class>/*, or one folder per class and test_share."
     )
 
 
@@ -225,5 +249,5 @@ def _missing(name: str, places: Sequence[Path], how: str) -> UserError:
     return UserError(
         f"Data set {name!r} was not found: looked at {looked}; {how}. "
         f"A data set is an .npz with {', '.join(NPZ_KEYS)}, or a folder with train/<class>/* and "
-        f"test/<class>/*; put it there, or set data_root or dataset to where it is. {NO_DATA_NEEDED}."
+        f"test/<class>/*, or one folder per class and test_share; put it there, or set data_root or dataset to where it is. {NO_DATA_NEEDED}."
     )

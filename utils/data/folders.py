@@ -1,6 +1,8 @@
-"""Data sets of image files, in folders `train/<class>/*` and `test/<class>/*` or named by published lists.
+"""Data sets of image files, in folders `train/<class>/*` and `test/<class>/*`, in one folder per class, or
+named by published lists.
 
 dataset = from_folder("mine", Path("mine"), Path("cache/images"))       # checked files are remembered there
+dataset = from_folder("photos", Path("photos"), None, test_share=0.2)   # photos/<class>/*
 dataset = from_lists("domainnet", root, {"train": [...], "test": [...]}, None)
 """
 
@@ -8,16 +10,20 @@ import hashlib
 import os
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from utils.cache.file_memo import FileMemo
 from utils.data.image_files import DECODER, check_images, is_utf8, printable, why_bad
-from utils.data.image_sets import Dataset, FolderImages, require_images
+from utils.data.image_sets import SPLITS, Dataset, FolderImages, require_images
 from utils.errors import UserError
+from utils.files import sha256_file, why_no_file
 
+TEST_FOLDERS = ("test", "val", "valid", "validation")  # the first that is there holds the test images
+CONVERT = (".heic", ".heif", ".hif", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".jxl")
 SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".dib", ".gif", ".tif", ".tiff", ".webp", ".avif"),
     *(".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".tga"),
@@ -77,11 +83,25 @@ class FolderScan:
                 if name.lower().endswith(SUFFIXES):
                     found.append(Path(place, name))
                 else:
-                    self.leave_out(f"with the suffix {os.path.splitext(name)[1] or 'none'!r}", name)
+                    suffix = os.path.splitext(name)[1].lower()
+                    advice = " to be converted to JPEG" if suffix in CONVERT else ""
+                    self.leave_out(f"with the suffix {suffix or 'none'!r}{advice}", name)
         return found
 
     def _unreadable(self, error: OSError) -> None:
         self.leave_out(f"unreadable folders, {error.strerror}", error.filename)
+
+
+def split_folders(path: Path) -> dict[str, Path]:
+    """The folders of a data set that hold class folders: "train", and "test" where it is there.
+
+    "test" is test/, else val/, valid/ or validation/; "train" is train/, or the folder itself without one.
+    """
+    train = path / "train"
+    if not train.is_dir():
+        return {"train": path}
+    tests = [path / name for name in TEST_FOLDERS if (path / name).is_dir()]
+    return {"train": train, **({"test": tests[0]} if tests else {})}
 
 
 def class_folders(split: Path, scan: FolderScan) -> dict[str, list[Path]]:
@@ -111,37 +131,108 @@ def class_folders(split: Path, scan: FolderScan) -> dict[str, list[Path]]:
     return dict(sorted(found.items()))
 
 
-def from_folder(name: str, path: Path, cache: Path | None, partial: bool = False) -> Dataset:
-    """Image files `train/<class>/*` and `test/<class>/*`; classes are numbered in sorted order.
+def from_folder(
+    name: str,
+    path: Path,
+    cache: Path | None,
+    splits: Sequence[str] = SPLITS,
+    *,
+    test_share: float | None = None,
+    partial: bool = False,
+) -> Dataset:
+    """Image files in the class folders of `split_folders`; classes are numbered in sorted order.
 
     Hidden files and folders and files with other suffixes are left out, and each real folder of a split is
-    read once.
+    read once. Files of splits that are not asked for are not decoded, and not listed where they have a folder
+    of their own.
 
     Args:
+        test_share: of each class's images, where no folder holds the test images.
         partial: classes may lack training images.
 
     Raises:
         UserError: train/ and test/ differ in their classes, a class has no image, or image files are bad.
     """
-    scan = FolderScan()
-    folders = {split: class_folders(path / split, scan) for split in ("train", "test")}
-    train, test = (set(names) for names in folders.values())
-    if train - test or not test or (test - train and not partial):
-        only = {"train": train - test, "test": test - train}
-        told = [f"only in {split}: {', '.join(sorted(names)[:5])}" for split, names in only.items() if names]
-        raise UserError(
-            f"{path}: train/ and test/ need the same class folders ({'; '.join(told) or 'there are none'})."
-        )
-    files = {}
-    for split, classes in folders.items():
-        above = [os.stat(folder) for folder in (path, path / "train", path / "test")]  # no link leads back up
+    scan, places, origin = FolderScan(), split_folders(path), ""
+    classes = {split: class_folders(place, scan) for split, place in places.items()}
+    _require_same_classes(path, places, classes, partial)
+    names = list(classes.get("test", classes["train"]))
+    groups = {}
+    for split in [split for split in splits if split in places]:
+        above = [os.stat(folder) for folder in (path, *places.values())]  # no link leads back up
         scan.met = {(status.st_dev, status.st_ino) for status in above}
-        owned = [classes.get(name, []) for name in folders["test"]]
+        owned = [classes[split].get(class_name, []) for class_name in names]
         roots = [list(filter(scan.is_new, own)) for own in owned]  # all before what they hold
-        groups = [[file for root in own for file in scan.images(root)] for own in roots]
-        labels = np.repeat(np.arange(len(groups)), [len(group) for group in groups])
-        files[split] = ([file for group in groups for file in group], labels)
-    return from_files(name, path, list(folders["test"]), files, cache, str(scan), partial)
+        groups[split] = [[file for root in own for file in scan.images(root)] for own in roots]
+    if "test" not in places:
+        by_class = dict(zip(names, groups["train"], strict=True))
+        groups = _split_by_content(path, by_class, test_share, FileMemo(cache, path, DECODER))
+        origin = f"test_share = {test_share:g} of each class, chosen by the files' content"
+    elif places["test"].name != "test":
+        origin = f"the images in {places['test'].name}/"
+    files = {
+        split: (
+            [file for group in groups[split] for file in group],
+            np.repeat(np.arange(len(names)), [len(group) for group in groups[split]]),
+        )
+        for split in splits
+    }
+    return replace(from_files(name, path, names, files, cache, str(scan), partial), test_origin=origin)
+
+
+def _require_same_classes(
+    path: Path, places: Mapping[str, Path], classes: Mapping[str, Mapping], partial: bool
+) -> None:
+    """Raise UserError where there is no class, or training and test folders hold different ones.
+
+    partial: training folders may be missing.
+    """
+    train, test = classes["train"].keys(), classes.get("test", classes["train"]).keys()
+    if test and not train - test and (partial or not test - train):
+        return
+    if len(places) == 1:
+        raise UserError(f"{path} holds no class folder; expected <class>/<image files>.")
+    only = {places["train"].name: train - test, places["test"].name: test - train}
+    told = [f"only in {place}: {', '.join(sorted(names)[:5])}" for place, names in only.items() if names]
+    where = " and ".join(f"{place.name}/" for place in places.values())
+    raise UserError(f"{path}: {where} need the same class folders ({'; '.join(told) or 'there are none'}).")
+
+
+def _split_by_content(
+    path: Path, groups: Mapping[str, list[Path]], test_share: float, memo: FileMemo
+) -> dict[str, list[list[Path]]]:
+    """The training and the test images of each class: the test has those with the smallest SHA-256.
+
+    A share of the class's different images, rounded, at least one and not all; copies of an image stay
+    together. Neither names nor other classes matter. Files are read for it, not decoded, and those found good
+    before are not read.
+    """
+    known = memo.known(file for group in groups.values() for file in group)
+    split, few = {"train": [], "test": []}, []
+    for name, group in groups.items():
+        hashes = [known.get(file) or _content_sha256(file) for file in group]
+        different = sorted({*hashes} - {""})
+        if len(different) == 1:
+            few.append(name)
+        count = min(max(1, round(test_share * len(different))), len(different) - 1)
+        chosen = set(different[:count])
+        for side, inside in (("train", False), ("test", True)):
+            pairs = zip(group, hashes, strict=True)
+            split[side].append([file for file, sha256 in pairs if (sha256 in chosen) == inside])
+    if few:
+        raise UserError(
+            f"{path}: test_share needs two different images of each class, one for the test; there is one of "
+            f"{', '.join(few[:5])}; add images, or move the folder away."
+        )
+    return split
+
+
+def _content_sha256(file: Path) -> str:
+    """SHA-256 of a file's bytes; "" where it cannot be read, which `check_images` will tell."""
+    try:
+        return "" if why_no_file(file) else sha256_file(file)
+    except OSError:
+        return ""
 
 
 def from_files(
@@ -153,7 +244,7 @@ def from_files(
     left_out: str = "",
     partial: bool = False,
 ) -> Dataset:
-    """The data set of image files with labels; `files` has those of "train" and of "test", all below `path`.
+    """The data set of image files with labels; `files` has those of each split, all below `path`.
 
     Every file is decoded once, before anything is learned from one; the cache remembers which were good.
 
@@ -165,12 +256,12 @@ def from_files(
     require_images(name, class_names, needed, left_out)
     memo = FileMemo(cache, path, DECODER)
     hashes = iter(check_images([file for paths, _ in files.values() for file in paths], memo, name))
-    sets, digest = [], hashlib.sha256()
+    sets, digest = {}, hashlib.sha256()
     for split, (paths, labels) in files.items():
-        sets.append(FolderImages(paths, labels, [next(hashes) for _ in paths], memo))
-        lines = (f"{label} {sha256}\n" for label, sha256 in zip(labels, sets[-1].hashes, strict=True))
+        sets[split] = FolderImages(paths, labels, [next(hashes) for _ in paths], memo)
+        lines = (f"{label} {sha256}\n" for label, sha256 in zip(labels, sets[split].hashes, strict=True))
         digest.update(f"{split}\n{''.join(lines)}".encode())
-    return Dataset(name, class_names, *sets, digest.hexdigest(), left_out)
+    return Dataset(name, class_names, sets["train"], sets.get("test"), digest.hexdigest(), left_out)
 
 
 def from_lists(name: str, path: Path, lists: dict[str, list[Path]], cache: Path | None) -> Dataset:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor  # imported where tensors are made: a config is checked before PyTorch is there
 
 HASHED = 1024  # images hashed at a time
+SPLITS = ("train", "test")  # of a data set
 
 
 class ImageSet:
@@ -152,19 +153,22 @@ class Dataset:
     """Training and test images of the same classes.
 
     Attributes:
+        test: None where only training images were asked for.
         sha256: names the content: over labels and pixels, or for image files over labels and the files'
-            bytes. Names of files and classes are no part of it.
+            bytes. Names of files and classes are no part of it, nor are test images that were not read.
         left_out: what lies beside the images and is not read, counted and named, or "".
         added: number of classes of each data set that was added; they are the last ones.
+        test_origin: what the test images are, where no folder test/ or file says so, or "".
     """
 
     name: str
     class_names: list[str]
     train: ImageSet
-    test: ImageSet
+    test: ImageSet | None
     sha256: str
     left_out: str = ""
     added: tuple[int, ...] = ()
+    test_origin: str = ""
 
 
 def joined(first: Dataset, others: Sequence[Dataset]) -> Dataset:
@@ -184,15 +188,20 @@ def joined(first: Dataset, others: Sequence[Dataset]) -> Dataset:
             )
         names += other.class_names
     starts = np.cumsum([0, *(len(one.class_names) for one in every)])
-    sets = []
-    for source in ("train", "test"):
+    sets = {"test": None}
+    for source in SPLITS if first.test is not None else SPLITS[:1]:
         parts = [getattr(one, source) for one in every]
         labels = [part.labels + start for part, start in zip(parts, starts, strict=False)]
-        sets.append(JoinedImages(parts, np.concatenate(labels)))
-    sha256 = hashlib.sha256(" ".join(one.sha256 for one in every).encode()).hexdigest()
-    left_out = ", ".join(one.left_out for one in every if one.left_out)
-    name, added = " + ".join(one.name for one in every), tuple(len(one.class_names) for one in others)
-    return Dataset(name, names, *sets, sha256, left_out, added)
+        sets[source] = JoinedImages(parts, np.concatenate(labels))
+    return Dataset(
+        " + ".join(one.name for one in every),
+        names,
+        **sets,
+        sha256=hashlib.sha256(" ".join(one.sha256 for one in every).encode()).hexdigest(),
+        left_out=", ".join(one.left_out for one in every if one.left_out),
+        added=tuple(len(one.class_names) for one in others),
+        test_origin="; ".join(one.test_origin for one in every if one.test_origin),
+    )
 
 
 def require_images(name: str, class_names: list[str], labels: dict[str, np.ndarray], left_out: str) -> None:
@@ -207,13 +216,15 @@ def require_images(name: str, class_names: list[str], labels: dict[str, np.ndarr
             )
 
 
-def from_arrays(name: str, class_names: list[str], arrays: dict[str, np.ndarray]) -> Dataset:
-    """A data set of checked arrays `x_train, y_train, x_test, y_test` that are already in memory."""
-    require_images(name, class_names, {"train": arrays["y_train"], "test": arrays["y_test"]}, "")
+def from_arrays(
+    name: str, class_names: list[str], arrays: dict[str, np.ndarray], splits: Sequence[str] = SPLITS
+) -> Dataset:
+    """A data set of checked arrays `x_train, y_train, x_test, y_test`, those of other splits left aside."""
+    require_images(name, class_names, {split: arrays[f"y_{split}"] for split in splits}, "")
     digest = hashlib.sha256()
-    for key in ("x_train", "y_train", "x_test", "y_test"):
+    for key in (f"{part}_{split}" for split in splits for part in "xy"):
         array = np.ascontiguousarray(arrays[key])
         digest.update(f"{key} {array.dtype} {array.shape}".encode())
         digest.update(array.reshape(-1).view(np.uint8))
-    sets = [ArrayImages(arrays[f"x_{source}"], arrays[f"y_{source}"]) for source in ("train", "test")]
-    return Dataset(name, class_names, *sets, digest.hexdigest())
+    sets = {split: ArrayImages(arrays[f"x_{split}"], arrays[f"y_{split}"]) for split in splits}
+    return Dataset(name, class_names, sets["train"], sets.get("test"), digest.hexdigest())

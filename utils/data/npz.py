@@ -12,21 +12,24 @@ from pathlib import Path
 import numpy as np
 
 from utils.data.image_files import why_bad
-from utils.data.image_sets import Dataset, from_arrays
+from utils.data.image_sets import SPLITS, Dataset, from_arrays
 from utils.errors import UserError
 from utils.files import npz_headers, why_no_file
 
 NPZ_KEYS = ("x_train", "y_train", "x_test", "y_test", "class_names")
 
 
-def from_npz(name: str, path: Path) -> Dataset:
-    """Data set of an .npz. Raises UserError for missing keys, wrong types, shapes or labels."""
-    arrays = read_npz(path, NPZ_KEYS)
+def from_npz(name: str, path: Path, splits: Sequence[str] = SPLITS) -> Dataset:
+    """Data set of an .npz, of which the arrays of other splits are not read.
+
+    Raises UserError for missing keys, wrong types, shapes or labels.
+    """
+    arrays = read_npz(path, [key for key in NPZ_KEYS if key.partition("_")[2] in (*splits, "names")])
     class_names = _names(path, arrays.pop("class_names"))
-    for source in ("train", "test"):
+    for source in splits:
         _check_split(path, source, arrays[f"x_{source}"], arrays[f"y_{source}"], len(class_names))
         arrays[f"y_{source}"] = arrays[f"y_{source}"].astype(np.int64)
-    return from_arrays(name, class_names, arrays)
+    return from_arrays(name, class_names, arrays, splits)
 
 
 def read_npz(path: Path, keys: Sequence[str]) -> dict[str, np.ndarray]:

@@ -7,7 +7,8 @@
         ...
 
 *Incremental labels* number the classes in the order in which tasks bring them: `class_order[i]` is the data
-set's own label of incremental class i.
+set's own label of incremental class i. Images have a source: "train", "test", or with a `validation_share`
+"validation", which are training images held out.
 """
 
 import hashlib
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from utils.data.batches import BatchDataset, load_batches, stored_views, workers_that_fit
-from utils.data.image_sets import Dataset
+from utils.data.image_sets import SPLITS, Dataset, ImageSet
 from utils.data.splits import tasks_of
 from utils.data.transforms import ViewSpec
 from utils.errors import UserError
@@ -29,7 +30,6 @@ from utils.training.random import Key, numpy_rng
 
 logger = logging.getLogger("nested_lora")
 
-SOURCES = ("train", "test")  # of images, and the two kinds of views
 ABSENT = "absent"  # instead of the hash of images that are not there
 
 
@@ -45,6 +45,8 @@ class TaskSplit:
         max_train_per_class, max_test_per_class: keep k images of every class: the first k of a permutation
             drawn from (seed, split, class), so a smaller k keeps a subset of a larger one; they stay in
             stored order.
+        validation_share: of every class's training images, rounded, one at least: held out before
+            `max_train_per_class` counts, the same for every seed. Of them `max_test_per_class` are kept.
     """
 
     seed: int
@@ -54,6 +56,7 @@ class TaskSplit:
     max_tasks: int | None = None
     max_train_per_class: int | None = None
     max_test_per_class: int | None = None
+    validation_share: float = 0.0
 
     def class_order(self, classes: int) -> list[int]:
         """Data set label of every incremental class."""
@@ -62,28 +65,43 @@ class TaskSplit:
         return np.random.RandomState(self.seed).permutation(classes).tolist()
 
     def incremental_labels(self, original: np.ndarray, source: str, class_order: list[int]) -> np.ndarray:
-        """Incremental label of every stored image, int64 (N,); -1 for images left out by the limit."""
-        labels = np.argsort(class_order)[original]
-        limit = self.max_train_per_class if source == "train" else self.max_test_per_class
-        for label in range(len(class_order)) if limit is not None else ():
-            members = np.flatnonzero(original == label)
-            rng = np.random.default_rng([self.seed, SOURCES.index(source), label])
-            labels[rng.permutation(members)[limit:]] = -1
+        """Incremental label of every stored image, int64 (N,); -1 for images that are not of the source."""
+        labels = np.full(len(original), -1)
+        for incremental, label in enumerate(class_order):
+            labels[self._chosen(np.flatnonzero(original == label), source, label)] = incremental
         return labels
+
+    def _chosen(self, members: np.ndarray, source: str, label: int) -> np.ndarray:
+        """Which of a class's stored positions a source has."""
+        if source != "test":
+            drawn = numpy_rng("validation images", label).permutation(members)
+            held = max(1, round(self.validation_share * len(drawn))) if self.validation_share else 0
+            if source == "validation":
+                return drawn[:held][: self.max_test_per_class]
+            members = np.sort(drawn[held:])
+        limit = self.max_train_per_class if source == "train" else self.max_test_per_class
+        if limit is None:
+            return members
+        rng = np.random.default_rng([self.seed, SPLITS.index(source), label])
+        return rng.permutation(members)[:limit]
 
 
 class DataManager:
     """A data set as a sequence of tasks.
 
     Args:
-        dataset: from `utils.data.datasets.load_dataset`.
+        dataset: from `utils.data.datasets.load_dataset`; with a `validation_share` it needs no test images.
         split: the classes of the tasks.
         train_view, test_view: what the network sees of an image.
         num_workers: processes that prepare batches, fewer where shared memory is too small for what they pass
             on; 0 for none. Changes no result.
         distributed: of several processes each gets its shard of every batch.
+        load_whole: loads the data set with its test images, where `dataset` has none, when they are asked
+            for.
 
     Attributes:
+        evaluated: source of the images that a run is measured on: "test", or "validation" where some are
+            held out.
         class_order: data set label of every incremental class: those of the data set's own tasks, those of
             each added data set in stored order as one task, then those of no task.
         class_names: name of every incremental class.
@@ -92,7 +110,8 @@ class DataManager:
         stop_requested: asked while workers are waited for; True raises `Interrupted`.
 
     Raises:
-        UserError: init_cls or increment is larger than the number of classes.
+        UserError: init_cls or increment is larger than the number of classes, or a class has one training
+            image, of which none can be held out.
     """
 
     def __init__(
@@ -104,8 +123,11 @@ class DataManager:
         test_view: ViewSpec,
         num_workers: int = 0,
         distributed: DistributedContext = DistributedContext(),  # noqa: B008 - immutable
+        load_whole: Callable[[], Dataset] | None = None,
     ) -> None:
         self.dataset, self.train_view, self.test_view = dataset, train_view, test_view
+        self._split, self._load_whole, self._whole = split, load_whole, None
+        self.evaluated = "validation" if split.validation_share else "test"
         self.nb_classes = len(dataset.class_names)
         own = self.nb_classes - sum(dataset.added)
         for key, value in (("init_cls", split.init_cls), ("increment", split.increment)):
@@ -116,10 +138,13 @@ class DataManager:
         order, taught = split.class_order(own), self._tasks[-1].stop - sum(dataset.added)
         self.class_order = [*order[:taught], *range(own, self.nb_classes), *order[taught:]]
         self.class_names = [dataset.class_names[label] for label in self.class_order]
-        self._labels = {
-            source: split.incremental_labels(getattr(dataset, source).labels, source, self.class_order)
-            for source in SOURCES
-        }
+        self._labels: dict[str, np.ndarray] = {}
+        held = [label for label in self.seen_classes() if self._has_images(label, "validation")]
+        if single := [self.class_names[label] for label in held if not self._has_images(label, "train")]:
+            raise UserError(
+                f"validation_share = {split.validation_share:g}: {dataset.name!r} has one training image of "
+                f"{', '.join(single[:5])}, and two are needed, one to hold out; add images, or set it to 0."
+            )
         self._hashes: dict[tuple[int, str], str] = {}
         self._num_workers, self._distributed = num_workers, distributed
         self.stop_requested: Callable[[], bool] = lambda: False
@@ -129,13 +154,34 @@ class DataManager:
         """Incremental labels of a task, 0 to nb_tasks - 1."""
         return self._tasks[task]
 
+    @property
+    def sources(self) -> tuple[str, str]:
+        """Sources of the images that a run reads: to learn from, and to be measured on."""
+        return "train", self.evaluated
+
+    def seen_classes(self, tasks: int | None = None) -> range:
+        """Incremental labels of the first tasks, or of all."""
+        return range(self._tasks[-1 if tasks is None else tasks - 1].stop)
+
+    def images(self, source: str) -> ImageSet:
+        """The stored images of "train", "validation" or "test", which the positions of a source number.
+
+        Raises:
+            UserError: test images are asked for that were left unread, and cannot be had.
+        """
+        return self._with(source).test if source == "test" else self.dataset.train
+
+    def data_sha256(self, source: str) -> str:
+        """SHA-256 that names the content of the data set, without test images where the run reads none."""
+        return self._with(source).sha256
+
     def count(self, classes: range, source: str) -> int:
-        """Number of images of these incremental classes in "train" or "test"."""
+        """Number of images of these incremental classes in "train", "validation" or "test"."""
         return len(self.indices(classes, source))
 
     def indices(self, classes: range, source: str) -> np.ndarray:
         """Stored positions of the images of a range of incremental labels, ascending, int64 (n,)."""
-        labels = self._labels[source]
+        labels = self._labels_of(source)
         return np.flatnonzero((labels >= classes.start) & (labels < classes.stop))
 
     def order(self, classes: range, source: str, key: Key) -> np.ndarray:
@@ -144,7 +190,7 @@ class DataManager:
 
     def targets(self, indices: np.ndarray, source: str) -> Tensor:
         """Incremental labels of stored images, int64 (n,)."""
-        return torch.from_numpy(self._labels[source][indices])
+        return torch.from_numpy(self._labels_of(source)[indices])
 
     def require_training_images(self, first_task: int) -> None:
         """Raise UserError where a class of this task or of a later one has no training image."""
@@ -156,14 +202,14 @@ class DataManager:
             )
 
     def content_sha256(self, task: int, source: str) -> str:
-        """SHA-256 of a task's "train" or "test" images and their labels; other images are no part of it.
+        """SHA-256 of a task's images of one source and their labels; other images are no part of it.
 
         `ABSENT` where a class has none: the training images of a task that was learned may be gone.
         """
         if (task, source) not in self._hashes:
             indices = self.indices(self.task_classes(task), source)
-            labels = ",".join(map(str, self._labels[source][indices]))
-            content = getattr(self.dataset, source).content_sha256(indices)
+            labels = ",".join(map(str, self._labels_of(source)[indices]))
+            content = self.images(source).content_sha256(indices)
             whole = all(self._has_images(label, source) for label in self.task_classes(task))
             sha256 = hashlib.sha256(f"{labels} {content}".encode()).hexdigest()
             self._hashes[task, source] = sha256 if whole else ABSENT
@@ -174,11 +220,15 @@ class DataManager:
 
     def describe(self) -> str:
         """Line for the log: number of images of the tasks' classes, and which files are left out."""
-        classes, parts = range(self._tasks[-1].stop), []
-        for source in SOURCES:
+        classes, parts = self.seen_classes(), []
+        for source in self.sources:
             each = [self.count(range(label, label + 1), source) for label in classes]
             span = " to ".join(f"{count:,}" for count in sorted({min(each), max(each)}))
             parts.append(f"{source} {sum(each):,} images, {span} per class")
+        if self.dataset.test is None:
+            parts.append("test images are not read")
+        elif self.dataset.test_origin:
+            parts[-1] += f" ({self.dataset.test_origin})"
         if self.dataset.left_out:
             parts.append(f"left out: {self.dataset.left_out}")
         return f"Data {self.dataset.name}, {len(classes)} classes: {'; '.join(parts)}"
@@ -195,7 +245,7 @@ class DataManager:
 
         Args:
             indices: stored positions, (n,).
-            source: "train" or "test", which images.
+            source: "train", "validation" or "test", which images.
             mode: "train" for the random view that the key `view` draws, "test" for the test view (`view` is
                 None).
 
@@ -203,7 +253,7 @@ class DataManager:
             UserError: an image cannot be read.
         """
         spec = self._spec(mode, view)
-        return stored_views(getattr(self.dataset, source), spec, view, indices).to(device)
+        return stored_views(self.images(source), spec, view, indices).to(device)
 
     def batches(
         self,
@@ -246,11 +296,26 @@ class DataManager:
         if warning and not self._warned:
             self._warned = True
             logger.warning(warning)
-        dataset = BatchDataset(getattr(self.dataset, source), self._labels[source], mine, spec, view)
+        dataset = BatchDataset(self.images(source), self._labels_of(source), mine, spec, view)
         return load_batches(dataset, start, workers, lambda: self.stop_requested())
 
+    def _with(self, source: str) -> Dataset:
+        """The data set that has the images of a source."""
+        if source != "test" or self.dataset.test is not None:
+            return self.dataset
+        if self._whole is None:
+            self._whole = self._load_whole()
+        return self._whole
+
+    def _labels_of(self, source: str) -> np.ndarray:
+        """Incremental label of every stored image of a source, -1 for those it does not have."""
+        if source not in self._labels:
+            labels = self.images(source).labels
+            self._labels[source] = self._split.incremental_labels(labels, source, self.class_order)
+        return self._labels[source]
+
     def _spec(self, mode: str, view: Key | None) -> ViewSpec:
-        if mode not in SOURCES or (mode == "train") == (view is None):
+        if mode not in ("train", "test") or (mode == "train") == (view is None):
             raise ValueError(
                 f'mode={mode!r}, key={view}: mode is "train" or "test", and only "train" has a key'
             )

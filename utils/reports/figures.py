@@ -187,11 +187,12 @@ def trade_off_figure(results: Results, subtitle: str) -> Figure | None:
 
     None where no cell has both.
     """
-    metrics = results.spec("plasticity"), results.spec("forgetting")
+    measured = [spec for spec in results.metrics if spec.name.endswith(("plasticity", "forgetting"))]
+    metrics = sorted(measured, key=lambda spec: spec.name, reverse=True)
     cells = [
         cell for cell in results.finished if all(len(results.values(cell, spec.key)) for spec in metrics)
     ]
-    if not cells:
+    if not metrics or not cells:
         return None
     styles = {cell: style for cell, style in cell_styles(results).items() if cell in cells}
     title = "Learning new tasks (plasticity) against losing old ones (forgetting)"

@@ -46,6 +46,12 @@ def reading_notes(results: Results, answers: pd.DataFrame | None = None) -> list
         "A cell is one configuration, run once with each seed. Numbers are mean ± std over its n finished "
         "runs (std with ddof 1; a single run has none). The best mean of a column is bold.",
     ]
+    if results.main.key.startswith("validation_"):
+        notes.append(
+            "Accuracy was measured on validation images, training images that were held out "
+            "(validation_share), and cells are ranked by it. No test image was read: when the settings are "
+            "chosen, python eval.py --run FOLDER... --test tests the runs of one cell."
+        )
     for spec in results.metrics:
         if spec.meaning and spec.shown >= Shown.MEANS:
             direction = f"; {spec.better} is better" if spec.shown >= Shown.DIFFERENCES else ""

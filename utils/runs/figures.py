@@ -30,6 +30,7 @@ from matplotlib.ticker import MaxNLocator
 
 from utils.errors import UserError, in_one_line
 from utils.files import read_json, replace_file
+from utils.metric_catalogue import keyed
 from utils.plotting import (
     BLUE,
     GREY,
@@ -46,7 +47,7 @@ from utils.plotting import (
     task_axis,
     titled_figure,
 )
-from utils.runs.folder import ACCURACY, CONFIG, FIGURES, METRICS, RESULT
+from utils.runs.folder import CONFIG, FIGURES, METRICS, RESULT, accuracy_path
 from utils.runs.run_log import read_accuracy_csv, read_metrics
 
 Figures = Callable[[Sequence[Mapping[str, Any]], Sequence[Sequence[float]], str], dict[str, Figure]]
@@ -64,7 +65,7 @@ def draw_figures(run_folder: Path, figures: Figures) -> list[Path]:
     """
     about = describe(read_json(run_folder / CONFIG), finished=(run_folder / RESULT).exists())
     events = read_metrics(run_folder)
-    rows = read_accuracy_csv(run_folder) if (run_folder / ACCURACY).exists() else []
+    rows = read_accuracy_csv(run_folder) if accuracy_path(run_folder).exists() else []
     try:
         with mpl.rc_context(STYLE):
             found = figures(events, rows, about)
@@ -86,12 +87,13 @@ def class_incremental_figures(
     tasks = [event for event in events if event["event"] == "task"]
     norms = [event for event in events if event["event"] == "norms"]
     finished = min(len(rows), len(tasks))  # a run killed between the two files has one more in one of them
-    rows, totals = rows[:finished], [event["total"] for event in tasks[:finished]]
+    images = "validation" if any(keyed("validation", "total") in event for event in tasks) else "test"
+    rows, totals = rows[:finished], [event[keyed(images, "total")] for event in tasks[:finished]]
     adapters = [event.get("adapters") or {} for event in tasks]
     figures: dict[str, Figure] = {}
     if rows:
-        figures["accuracy_matrix.png"] = accuracy_matrix_figure(rows, totals, about)
-        figures["accuracy_curves.png"] = accuracy_curves_figure(rows, totals, about)
+        figures["accuracy_matrix.png"] = accuracy_matrix_figure(rows, totals, about, images)
+        figures["accuracy_curves.png"] = accuracy_curves_figure(rows, totals, about, images)
     if norms:
         figures["norms.png"] = norms_figure(norms, about)
     if any(adapters):
@@ -106,18 +108,23 @@ def describe(config: Mapping[str, Any], finished: bool = True) -> str:
     return " · ".join(parts if finished else [*parts, "unfinished"])
 
 
-def accuracy_matrix_figure(rows: Sequence[Sequence[float]], totals: Sequence[float], subtitle: str) -> Figure:
-    """Heat map of a[t][k] (row t, column k, percent); the last column is accuracy over all seen classes."""
+def accuracy_matrix_figure(
+    rows: Sequence[Sequence[float]], totals: Sequence[float], subtitle: str, images: str = "test"
+) -> Figure:
+    """Heat map of a[t][k] (row t, column k, percent); the last column is accuracy over all seen classes.
+
+    images: "test", or "validation" for those held out of training.
+    """
     tasks = len(rows)
     numbered = tasks <= MOST_NUMBERED_TASKS
     cell = 0.56 if tasks <= 12 else 0.44 if numbered else 11.0 / tasks  # inches
     width, height = max(NARROWEST, cell * tasks + 2.6), max(2.6, cell * tasks + 1.6)
-    figure = titled_figure(width, height, "Accuracy after each task (%)", subtitle)
+    figure = titled_figure(width, height, f"{_accuracy_on(images)} after each task (%)", subtitle)
     axes = figure.subplots()
     values = np.full((tasks, tasks + 1), np.nan)
     for t, row in enumerate(rows):
         values[t, : t + 1], values[t, tasks] = row, totals[t]
-    spec = HeatmapSpec("after task", "test images of task", "accuracy (%)", (0.0, 100.0), 1)
+    spec = HeatmapSpec("after task", f"{images} images of task", "accuracy (%)", (0.0, 100.0), 1)
     image = draw_heatmap(axes, values, spec, fontsize=17 * cell if numbered else None)
     axes.axvline(tasks - 0.5, color="white", lw=5)
     every = range(0, tasks, 1 if numbered else math.ceil(tasks / 20))
@@ -129,12 +136,15 @@ def accuracy_matrix_figure(rows: Sequence[Sequence[float]], totals: Sequence[flo
     return figure
 
 
-def accuracy_curves_figure(rows: Sequence[Sequence[float]], totals: Sequence[float], subtitle: str) -> Figure:
-    """A_t over all seen classes (thick) and accuracy on each task's own test images (thin), percent."""
+def accuracy_curves_figure(
+    rows: Sequence[Sequence[float]], totals: Sequence[float], subtitle: str, images: str = "test"
+) -> Figure:
+    """A_t over all seen classes (thick) and accuracy on each task's own images (thin), percent."""
     tasks = len(rows)
     crowded = tasks > 12
     width, height = (9.0, 5.4) if crowded else (7.2, 4.4)
-    figure = titled_figure(width, height, "Accuracy while learning task after task (%)", subtitle)
+    title = f"{_accuracy_on(images)} while learning task after task (%)"
+    figure = titled_figure(width, height, title, subtitle)
     axes = figure.subplots()
     shades = ListedColormap(mpl.colormaps["viridis"](np.linspace(0.0, 0.92, tasks)))
     of_tasks = ScalarMappable(BoundaryNorm(np.arange(tasks + 1) - 0.5, tasks), shades)
@@ -149,7 +159,7 @@ def accuracy_curves_figure(rows: Sequence[Sequence[float]], totals: Sequence[flo
     axes.set_ylim(max(-2, min(80, 10 * math.floor((lowest - 2) / 10))), 102)
     axes.yaxis.set_major_locator(MaxNLocator(steps=[1, 2, 5, 10]))
     task_axis(axes, tasks)
-    axes.set_ylabel("accuracy (%)")
+    axes.set_ylabel(f"{_accuracy_on(images).lower()} (%)")
     axes.grid(axis="y")
     axes.set_axisbelow(True)
     handles = [Line2D([], [], **seen)]
@@ -158,9 +168,13 @@ def accuracy_curves_figure(rows: Sequence[Sequence[float]], totals: Sequence[flo
         handles.append(Line2D([], [], color=shades(tasks // 2), **own))
         labels.append("each task's own classes (colour)")
         ticks = range(0, tasks, math.ceil(tasks / 20))
-        colour_bar(figure, of_tasks, axes, "test images of task", ticks=ticks)
+        colour_bar(figure, of_tasks, axes, f"{images} images of task", ticks=ticks)
     figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
     return figure
+
+
+def _accuracy_on(images: str) -> str:
+    return "Accuracy" if images == "test" else f"{images.capitalize()} accuracy"
 
 
 def norms_figure(events: Sequence[Mapping[str, Any]], subtitle: str) -> Figure:

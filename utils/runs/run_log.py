@@ -41,8 +41,10 @@ from utils.runs.folder import (
     RESULT,
     TABLE,
     TENSORBOARD,
+    VALIDATION_ACCURACY,
     Fill,
     FolderLock,
+    accuracy_path,
     claim_folder,
     text_log,
     waiting_notes,
@@ -172,16 +174,18 @@ class RunLog:
         """Write `result.json`: the final numbers. Its presence says that the run is finished."""
         return self.write_json(RESULT, values)
 
-    def accuracy_csv(self, rows: Sequence[Sequence[float]]) -> Path:
+    def accuracy_csv(self, rows: Sequence[Sequence[float]], images: str = "test") -> Path:
         """Write `accuracy.csv`: the task x task matrix in percent at full precision, without a header.
 
+        Of "validation" images it is `validation_accuracy.csv`.
         Line t is the state after task t; tasks not seen yet are empty cells.
         """
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows(
             [*row, *[""] * (len(rows) - len(row))] for row in rows
         )
-        return self._replace(ACCURACY, text.getvalue().encode())
+        name = ACCURACY if images == "test" else VALIDATION_ACCURACY
+        return self._replace(name, text.getvalue().encode())
 
     def close(self) -> None:
         """Close the files, detach the log handlers, give the lock back. Closing twice is harmless."""
@@ -270,15 +274,15 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def read_accuracy_csv(folder: Path) -> list[list[float]]:
-    """The rows of a run's `accuracy.csv` in percent; row t has t + 1 entries.
+    """The rows of a run's accuracy matrix in percent; row t has t + 1 entries.
 
     Raises:
         UserError: there is no such file, or it is no lower-triangular matrix of percentages.
     """
-    path = folder / ACCURACY
+    path = accuracy_path(folder)
     if not path.is_file() or not path.stat().st_size:
         raise UserError(
-            f"{folder} holds no {ACCURACY} with a row: no task has finished, or it is no run folder"
+            f"{folder} holds no {path.name} with a row: no task has finished, or it is no run folder"
         )
     try:
         values = np.genfromtxt(path, delimiter=",", ndmin=2, encoding="utf-8")

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from utils.metric_catalogue import CLASS_INCREMENTAL, MetricSpec, by_key
+from utils.metric_catalogue import CLASS_INCREMENTAL, VALIDATION, MetricSpec, by_key, keyed
 from utils.runs.metrics import AccuracyMatrix, is_number, mean_std
 
 TABLE_WIDTH = 100  # characters
@@ -29,19 +29,26 @@ def value_table(
     return f"{title}\n{shown}"
 
 
-def accuracy_table(matrix: AccuracyMatrix) -> str:
-    """Rows: after task t. Columns: accuracy (%) on each task seen, then over all their images ("total")."""
+def accuracy_table(matrix: AccuracyMatrix, images: str = "test") -> str:
+    """Rows: after task t. Columns: accuracy (%) on each task seen, then over all their images ("total").
+
+    images: "test", or "validation" for those held out of training.
+    """
     tasks = [f"task {k}" for k in range(len(matrix.rows))]
     by_column = itertools.zip_longest(*matrix.rows, fillvalue=math.nan)
     values = np.column_stack([*by_column, matrix.curve])
-    title = "Accuracy (%) after each task (rows) on the test images of each task (columns)"
+    what = "Accuracy" if images == "test" else f"{images.capitalize()} accuracy"
+    title = f"{what} (%) after each task (rows) on the {images} images of each task (columns)"
     return value_table(title, tasks, [*tasks, "total"], values, 2)
 
 
-def summary_table(matrix: AccuracyMatrix, adapters_added: int, parameters: Mapping[str, int]) -> str:
+def summary_table(
+    matrix: AccuracyMatrix, adapters_added: int, parameters: Mapping[str, int], images: str = "test"
+) -> str:
     """The metrics, the adapters added by growth, and the number of parameters of each part, one per line."""
-    specs, lines = by_key(CLASS_INCREMENTAL), {}
+    specs, lines = by_key((*CLASS_INCREMENTAL, *VALIDATION)), {}
     for key, value in (matrix.summary() | {"expansions": adapters_added}).items():
+        key = keyed(images, key)
         lines[_label(specs[key])] = "n/a (one task)" if value is None else specs[key].text(value)
     lines |= {f"parameters, {part}": f"{count:,}" for part, count in parameters.items()}
     return pd.Series(lines).to_string()

@@ -247,3 +247,84 @@ def test_lists_that_are_not_whole_are_a_sentence(tmp_path, content, message):
     with pytest.raises(UserError, match=message) as caught:
         load_dataset("domainnet", tmp_path)
     assert "\n" not in str(caught.value)
+
+
+# ------------------------------------------------------------------------------ which images are for the test
+
+
+@pytest.fixture
+def photos(tmp_path) -> Path:
+    """One folder per class: ten different images of the one, three of the other, in folders of any name."""
+    for name, each in (("Ä cat", 10), ("dog", 3)):
+        write_folder(tmp_path, "photos", [name], ".JPG", each)
+    nested = tmp_path / "photos" / "Ä cat" / "holiday"
+    nested.mkdir()
+    (tmp_path / "photos" / "Ä cat" / "0.JPG").rename(nested / "0.JPG")
+    return tmp_path / "photos"
+
+
+def share(folder: Path, share: float = 0.2, **more) -> Dataset:
+    return load_dataset(str(folder), folder, folder.parent / "cache", test_share=share, **more)
+
+
+def contents(dataset: Dataset) -> tuple[list[bytes], list[bytes]]:
+    return tuple(sorted(path.read_bytes() for path in part.paths) for part in (dataset.train, dataset.test))
+
+
+def test_a_share_of_each_class_is_for_the_test_chosen_by_content(photos):
+    dataset = share(photos)
+    assert dataset.class_names == ["dog", "Ä cat"] and class_count(str(photos), photos, 0.2) == 2
+    assert np.bincount(dataset.train.labels).tolist() == [2, 8]
+    assert np.bincount(dataset.test.labels).tolist() == [1, 2] and "test_share = 0.2" in dataset.test_origin
+    before = contents(dataset)
+    copies = [path for part in (dataset.train, dataset.test) for path in part.paths[-1:]]
+    for path in copies:  # they stay beside what they are copies of
+        (path.parent / f"copy of {path.name}").write_bytes(path.read_bytes())
+    (photos / "Ä cat" / "1.JPG").rename(photos / "Ä cat" / "zoo.jpeg")
+    write_folder(photos.parent, "photos", ["ape"], ".png", 4)
+    after = contents(share(photos))
+    assert all(set(old) <= set(new) for old, new in zip(before, after, strict=True))
+    assert not set(after[0]) & set(after[1]) and sum(map(len, after)) == 13 + 2 + 4
+    assert all(
+        np.bincount(part.labels).all() for part in (share(photos, 0.99).train, share(photos, 0.01).test)
+    )
+
+
+def test_one_folder_per_class_asks_for_the_share_and_for_two_images(photos):
+    with pytest.raises(UserError, match="no train/ and test/.*--set test_share=0.2"):
+        load(photos)
+    for name in ("1.JPG", "2.JPG"):
+        (photos / "dog" / name).write_bytes((photos / "dog" / "0.JPG").read_bytes())
+    with pytest.raises(UserError, match="two different images of each class.*one of dog"):
+        share(photos)
+    with pytest.raises(UserError, match="no class folder"):
+        share(photos / "dog")
+
+
+def test_val_is_the_test_where_there_is_no_test(folder):
+    before = load(folder)
+    (folder / "test").rename(folder / "val")
+    dataset = load(folder)
+    assert dataset.sha256 == before.sha256 and "val/" in dataset.test_origin and not before.test_origin
+    assert class_count(str(folder), folder) == 2
+
+
+def test_photos_that_are_skipped_are_told_with_what_to_do(photos):
+    for number, name in enumerate(["IMG_1.HEIC", "IMG_2.heic", "clip.mov", ".DS_Store"]):
+        (photos / "dog" / name).write_bytes(bytes([number]))
+    (photos / "list.txt").write_text("")
+    told = share(photos).left_out
+    assert "2 with the suffix '.heic' to be converted to JPEG (IMG_1.HEIC, IMG_2.heic)" in told
+    assert (
+        "'.mov' (clip.mov)" in told and "1 hidden" in told and "outside the class folders (list.txt)" in told
+    )
+
+
+def test_test_images_are_not_decoded_until_they_are_asked_for(folder, photos):
+    (folder / "test" / "bee" / "0.png").write_text("no image")
+    only = load_dataset(str(folder), folder, folder.parent / "cache", splits=("train",))
+    assert only.test is None and len(only.train) == 4
+    with pytest.raises(UserError, match="0.png"):
+        load(folder)
+    whole = share(photos)
+    assert share(photos, splits=("train",)).train.paths == whole.train.paths

@@ -160,3 +160,13 @@ def test_what_is_no_file_in_the_place_of_an_npz_is_named(tmp_path, name, kind):
     for read in (load_dataset, class_count):
         with pytest.raises(UserError, match=f"{path.name} cannot be read.* {kind}"):
             read(name, tmp_path)
+
+
+def test_test_arrays_are_not_read_until_they_are_asked_for(tmp_path):
+    np.savez(tmp_path / "mine.npz", **arrays(x_test=np.zeros(3), y_test=np.zeros(3)))
+    only = load_dataset("mine.npz", tmp_path, splits=("train",))
+    assert only.test is None and len(only.train) == 6
+    with pytest.raises(UserError, match="x_test"):
+        load_dataset("mine.npz", tmp_path)
+    np.savez(tmp_path / "mine.npz", **arrays())
+    assert load_dataset("mine.npz", tmp_path, splits=("train",)).sha256 == only.sha256

@@ -34,7 +34,8 @@ def manager(dataset: Dataset | None = None, **changed) -> DataManager:
     """Test views are not resized: 18 pixels are cut to 16."""
     split = dict(seed=1993, shuffle=True, init_cls=2, increment=2)
     views = dict(train_view=ViewSpec(8, "crop_flip"), test_view=ViewSpec(16, "none"))
-    split |= {key: value for key, value in changed.items() if key not in ("num_workers", "distributed")}
+    of_manager = ("num_workers", "distributed", "load_whole")
+    split |= {key: value for key, value in changed.items() if key not in of_manager}
     others = {key: value for key, value in changed.items() if key not in split}
     return DataManager(dataset or make_dataset(), TaskSplit(**split), **views, **others)
 
@@ -311,3 +312,65 @@ def test_wrong_arguments():
     for mode, view in (("train", None), ("test", (1,)), ("eval", (1,))):
         with pytest.raises(ValueError, match="mode"):
             data.views(np.arange(2), "train", mode, view)
+
+
+# ------------------------------------------------------------------------------------------------- validation
+
+
+def positions(data: DataManager, source: str) -> dict[str, list[int]]:
+    """Class -> stored positions of its images of a source."""
+    classes = range(data.nb_classes)
+    return {data.class_names[c]: data.indices(range(c, c + 1), source).tolist() for c in classes}
+
+
+def test_validation_images_are_held_out_of_training_the_same_for_every_run():
+    data = manager(validation_share=0.3)  # of six: two
+    held, rest, every = positions(data, "validation"), positions(data, "train"), positions(manager(), "train")
+    assert data.sources == ("train", "validation") and manager().sources == ("train", "test")
+    for name, own in every.items():
+        assert len(held[name]) == 2 and sorted(held[name] + rest[name]) == own
+    for changed in ({"seed": 2}, {"max_train_per_class": 2}, {"shuffle": False}, {"init_cls": 3}):
+        other = manager(validation_share=0.3, **changed)
+        assert positions(other, "validation") == held
+        assert all(set(own) <= set(rest[name]) for name, own in positions(other, "train").items())
+    fewer = positions(manager(validation_share=0.3, max_test_per_class=1), "validation")
+    assert all(len(own) == 1 and set(own) < set(held[name]) for name, own in fewer.items())
+    assert {len(own) for own in positions(manager(validation_share=0.01), "validation").values()} == {1}
+    assert not any(positions(manager(), "validation").values())
+    assert len({own[0] // CLASSES for own in held.values()}) > 1  # each class is drawn for itself
+
+
+def test_validation_views_and_hashes_are_of_the_training_images():
+    data, dataset = manager(validation_share=0.3), make_dataset()
+    images, targets = collect(data.batches(range(4), source="validation", mode="test", batch_size=5))
+    assert (corners(images)[:, 2] == 0).all() and len(targets) == 8
+    before = data.content_sha256(0, "validation")
+    dataset.train.images[data.indices(data.task_classes(0), "validation")[0], 0, 0, 0] ^= 1
+    changed = manager(dataset, validation_share=0.3)
+    assert changed.content_sha256(0, "validation") != before
+    assert changed.content_sha256(0, "train") == data.content_sha256(0, "train")
+
+
+def test_test_images_are_loaded_once_and_only_when_asked_for():
+    whole, calls = make_dataset(), []
+    part = Dataset("toy", whole.class_names, whole.train, None, "of train")
+
+    def load_whole() -> Dataset:
+        calls.append(1)
+        return whole
+
+    data = manager(part, validation_share=0.3, load_whole=load_whole)
+    assert "validation 14 images, 2 per class" in data.describe() and "not read" in data.describe()
+    assert data.data_sha256("validation") == "of train" and not calls
+    assert data.count(range(7), "test") == 7 * TEST_EACH and data.count(range(7), "test") and calls == [1]
+    assert data.data_sha256("validation") == "of train" and data.data_sha256("test") == whole.sha256
+
+
+def test_a_class_of_one_training_image_cannot_hold_one_out():
+    dataset = make_dataset()
+    kept = np.flatnonzero((dataset.train.labels != 3) | (np.arange(len(dataset.train)) < CLASSES))
+    train = ArrayImages(dataset.train.images[kept], dataset.train.labels[kept])
+    few = Dataset("toy", dataset.class_names, train, dataset.test, "")
+    manager(few)
+    with pytest.raises(UserError, match="one training image of c3, and two are needed"):
+        manager(few, validation_share=0.1)
