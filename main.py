@@ -42,7 +42,7 @@ from utils.command_line import (
     parse_or_advise,
     refused_options,
 )
-from utils.console import attach_console, prepare_console
+from utils.console import attach_console, prepare_console, show_details
 from utils.errors import UserError, abrupt_interrupts, exit_code
 from utils.sweeps.executors import EXECUTORS
 
@@ -50,13 +50,13 @@ DEFAULT = "exps/quickstart.json"  # a sweep
 AUTO = "auto"  # instead of a folder to resume
 TAKES = {  # options that each command takes beside its own; the first one given decides, else "run"
     "list": ("method", "format"),
-    "extend": ("set", "data", "overwrite"),
-    "resume": ("config", "set"),
+    "extend": ("set", "data", "overwrite", "verbose"),
+    "resume": ("config", "set", "verbose"),
     "report": ("sweep", "set", "seeds"),
     "dry-run": ("sweep", "set", "only", "seeds"),
-    "sweep": ("set", "only", "seeds", "overwrite", "jobs", "engine", "ray-address"),
+    "sweep": ("set", "only", "seeds", "overwrite", "jobs", "engine", "ray-address", "verbose"),
     "benchmark": ("config", "set", "repeats", "profile"),
-    "run": ("config", "set", "overwrite"),
+    "run": ("config", "set", "overwrite", "verbose"),
 }
 OPTIONS = sorted({*TAKES, *itertools.chain(*TAKES.values())} - {"run"})
 OF_EVAL = {
@@ -99,6 +99,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--extend", type=given_path, metavar="FOLDER", help="a finished run, to learn further tasks")
     add("--data", nargs="+", metavar="FOLDER", help="with --extend: new classes; each folder is one task")
     add("--overwrite", action="store_true", help="replace an existing folder of the same name")
+    add("--verbose", action="store_true", help="log every epoch, optimizer group and norm, too")
     add("--sweep", type=given_path, metavar="FILE", help="run a table of experiments; skips finished ones")
     add("--only", action="append", default=[], metavar="CELL", help="of a sweep: run this cell; repeatable")
     add("--seeds", type=int, nargs="+", metavar="N", help="of a sweep: run these seeds, also new ones")
@@ -363,6 +364,7 @@ def main(arguments: list[str] | None = None) -> int:
     def work() -> int | None:
         nonlocal together
         options = parse(arguments)
+        show_details(options.verbose)
         if first:
             attach_console()
         else:

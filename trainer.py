@@ -54,11 +54,12 @@ from utils.runs.manifest import (
     this_session,
     timestamp,
 )
-from utils.runs.run_log import RunLog, SilentLog
+from utils.runs.run_log import RunLog, SilentLog, read_metrics
 from utils.runs.seeds import new_command
 from utils.runs.trackers import require_trackers
 from utils.stop import StopRequest, stop_signals
 from utils.training.device import MEMORY_KEYS, out_of_memory_advice, peak_memory_mb
+from utils.wording import duration
 
 logger = logging.getLogger("nested_lora")
 
@@ -94,7 +95,7 @@ def train(
     place = beside.with_name(place.name) if beside else place
     with open_log(learner, command or new_command([config.seed], overwrite), place) as log:
         for note in notes:
-            logger.info(note)
+            logger.warning(note)
         return Run(learner, log).to_the_end()
 
 
@@ -220,7 +221,7 @@ def resume(folder: Path, context: RunContext | None = None) -> dict[str, Any]:
         log = held.enter_context(
             RunLog.reopen(folder, written, lock) if distributed.is_main else SilentLog(folder)
         )
-        logger.info(f"Resuming {folder} from {checkpoint.name if checkpoint else 'its start'}")
+        logger.info(f"Resuming from {checkpoint.name if checkpoint else 'the start'}")
         for note in [*edited, *waiting_notes(folder)]:
             logger.warning(note)
         session = this_session(learner.device, learner.config.precision, distributed.size)
@@ -251,6 +252,7 @@ class Run:
         self.evaluations: list[dict[str, Any]] = []  # one per finished task
         self.seconds_before = self.peak_before = 0.0  # of earlier processes
         self.started = time.perf_counter()
+        self.before_task = 0.0  # seconds of the tasks that are finished
 
     def to_the_end(self) -> dict[str, Any]:
         """All tasks that are left, then the result; a stop request saves and raises `Interrupted`."""
@@ -258,7 +260,9 @@ class Run:
         logger.info(f"Run folder: {self.log.folder}")
         for warning in learner.context.warnings:
             logger.warning(warning)
-        logger.info(f"{learner.describe_run()}, on {learner.device}; seed {learner.seed}")
+        for line in learner.describe_run():
+            logger.info(line)
+        logger.info(f"On {learner.device}, seed {learner.seed}")
         with stop_signals(self.stop.receive):
             try:
                 for task in range(len(self.evaluations), learner.nb_tasks):
@@ -271,8 +275,10 @@ class Run:
     def run_task(self, task: int) -> None:
         """Train, evaluate, record, save."""
         learner, config = self.learner, self.learner.config
-        if learner.task != task:
-            logger.info(learner.describe_task(task))
+        begun = "continued: " if learner.task == task else ""
+        place = f"Task {task} ({task + 1} of {learner.nb_tasks})"
+        logger.info(f"--- {place}: {begun}{learner.describe_task(task)}")
+        if not begun:
             learner.begin_task(task)
         values = dict(config)
         with out_of_memory_advice({key: values[key] for key in MEMORY_KEYS if key in values}):
@@ -296,7 +302,8 @@ class Run:
             self.log.accuracy_csv(report.accuracy, report.images)
         for line in report.lines:
             logger.info(line)
-        logger.info(f"Task {task}: {self.seconds:.0f} s so far")
+        seconds, self.before_task = self.seconds - self.before_task, self.seconds
+        logger.info(f"Task {task} took {duration(seconds)}, {duration(self.before_task)} so far")
 
     def finish(self) -> dict[str, Any]:
         """Write result.json and figures, and log the closing tables."""
@@ -315,10 +322,10 @@ class Run:
         self.log.result(result)
         complete_run(self.log)
         for table in report.tables:
-            logger.info("\n" + table)
+            logger.info(table)
         if weights["note"]:
             logger.info(f"Weights {weights['tag']}: {weights['note']}")
-        logger.info(f"{self.seconds:.0f} s on {learner.device}; everything is in {self.log.folder}")
+        logger.info(f"{duration(self.seconds)} on {learner.device}; everything is in {self.log.folder}")
         return result
 
     @property
@@ -371,6 +378,9 @@ class Run:
         self.learner.load_state(state["learner"], tensors)
         self.evaluations = list(state["evaluations"])
         self.seconds_before, self.peak_before = state["seconds"], state["peak_memory_mb"]
+        if self.learner.distributed.is_main:
+            ends = [event["seconds"] for event in read_metrics(self.log.folder) if event["event"] == "task"]
+            self.before_task = ends[-1] if ends else 0.0
 
     def remove_checkpoints(self, pattern: str, but: Path | None = None) -> None:
         """Remove the checkpoints whose names match, apart from one."""

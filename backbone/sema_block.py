@@ -206,15 +206,18 @@ class SEMAModules(nn.Module):
         self.added_for_task.fill_(False)
         return reports
 
+    def adapters_of_task(self, every: bool = False) -> list[int]:
+        """Adapters that learned in the open task: the newest where it was added in it; or `every` one."""
+        newest = len(self.adapters) - 1
+        return list(range(newest + 1)) if every else [newest] if self.added_for_task else []
+
     def consolidate_nested_lora(
         self, consolidation: Consolidation, tokens: Tensor, every: bool = False
     ) -> dict[int, ConsolidationReport]:
         """Fold fast into slow in the adapter added in this task, or in `every` one; reports by index."""
-        newest = len(self.adapters) - 1
-        chosen = range(newest + 1) if every else [newest] if self.added_for_task else []
         return {
             k: consolidate(self.adapters[k].functional, tokens, consolidation)
-            for k in chosen
+            for k in self.adapters_of_task(every)
             if isinstance(self.adapters[k].functional, NestedLoRAAdapter)
         }
 

@@ -13,6 +13,7 @@ are skipped, an open phase is restored with its optimizer.
 """
 
 import logging
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -39,8 +40,11 @@ from utils.training.device import (
     unpack_tensors,
 )
 from utils.training.distributed import DistributedContext
+from utils.wording import counted
 
 logger = logging.getLogger("nested_lora")
+
+QUIET_SECONDS = 60  # of a phase, after which the next epoch is logged though it is not the last
 
 Saved = TypeVar("Saved")
 
@@ -144,6 +148,7 @@ class Learner(ABC):
         self.progress = TaskProgress()
         self.method_tensors: dict[str, Tensor] = {}
         self._open_phase: dict[str, Any] | None = None  # progress and optimizer of an interrupted phase
+        self._told = 0.0  # time at which the open phase was last logged
 
     # --- what a method defines ------------------------------------------------------------------------------
 
@@ -173,12 +178,12 @@ class Learner(ABC):
         """One evaluation as text, for `eval.py`."""
 
     @abstractmethod
-    def describe_run(self) -> str:
-        """Data and model in one sentence, for the log."""
+    def describe_run(self) -> list[str]:
+        """Data and model in a sentence each, for the log."""
 
     @abstractmethod
     def describe_task(self, task: int) -> str:
-        """Description of a task's data, for the log."""
+        """Description of a task's data, for the log's line that opens it."""
 
     @abstractmethod
     def weights(self) -> dict[str, str]:
@@ -239,8 +244,9 @@ class Learner(ABC):
         self.task, self.progress = task, TaskProgress(state=self.progress.state)
         self.open_task()
         parameters = list(self.modules.parameters())
-        logger.info(f"All params: {sum(p.numel() for p in parameters)}")
-        logger.info(f"Trainable params: {sum(p.numel() for p in parameters if p.requires_grad)}")
+        learning = sum(p.numel() for p in parameters if p.requires_grad)
+        level = logging.DEBUG if task else logging.INFO
+        logger.log(level, f"All params: {sum(p.numel() for p in parameters)}, Trainable params: {learning}")
 
     def train_task(self) -> None:
         """Learn the open task from where it stands, to its end or until a stop is requested.
@@ -269,9 +275,10 @@ class Learner(ABC):
         """
         at = self._restore_phase(phase)
         name = f"Task {self.task} {phase.name}" + (f" block {phase.block}" if phase.block is not None else "")
-        if phase.announced and at == PhaseProgress():
-            steps = f"{phase.epochs} epochs of {phase.steps_per_epoch} steps"
-            logger.info(f"{name}: {steps}\n{phase.optimizer.table()}")
+        self._told = time.monotonic()
+        if at == PhaseProgress():
+            steps = f"{counted(phase.epochs, 'epoch')} of {counted(phase.steps_per_epoch, 'step')}"
+            logger.debug(f"{name}: {steps}\n{phase.optimizer.table()}")
         total = phase.epochs * phase.steps_per_epoch
         done = at.epoch * phase.steps_per_epoch + at.step
         with progress(total=total, initial=done, desc=name, unit="step") as bar:
@@ -344,7 +351,7 @@ class Learner(ABC):
         return loss, int(samples), int(correct) if phase.classifies else None
 
     def _end_epoch(self, phase: Phase, at: PhaseProgress) -> PhaseProgress:
-        """Log the epoch and step the schedule; the progress at the start of the next epoch."""
+        """Record the epoch and step the schedule; the progress at the start of the next epoch."""
         lrs = phase.optimizer.lrs
         loss = at.loss / max(1, at.step)
         accuracy = None if at.correct is None else 100 * at.correct / at.samples
@@ -352,7 +359,13 @@ class Learner(ABC):
         epoch = at.epoch + 1
         note = phase.after_epoch(loss, at.step)
         shown = note.text + ("" if accuracy is None else f", Train_accy {accuracy:.2f}")
-        logger.info(f"{phase.name} Task {self.task}, Epoch {epoch}/{phase.epochs} => Loss {loss:.3f}{shown}")
+        remarks = [*([] if phase.block is None else [f"block {phase.block}"]), *filter(None, [note.remark])]
+        shown += f" ({'; '.join(remarks)})" if remarks else ""
+        told = phase.tells_epochs or epoch == phase.epochs or time.monotonic() - self._told > QUIET_SECONDS
+        if told:
+            self._told = time.monotonic()
+        line = f"{phase.name} Task {self.task}, Epoch {epoch}/{phase.epochs} => Loss {loss:.3f}{shown}"
+        logger.log(logging.INFO if told else logging.DEBUG, line)
         self.log.metric(
             "epoch",
             task=self.task,

@@ -31,6 +31,7 @@ from utils.config.loading import config_from_dict
 from utils.config.schema import RunConfig
 from utils.errors import UserError
 from utils.runs.run_log import SilentLog
+from utils.wording import counted
 
 STAND_INS = {  # for data and weights
     "dataset": "synthetic",
@@ -102,7 +103,8 @@ class Benchmark:
         threads, version = torch.get_num_threads(), torch.__version__
         size = learner.data.train_view.image_size
         yield f"{config.backbone_type}, {size} px, batch {self.batch_size}, {config.precision}"
-        yield f"{learner.device}, {threads} threads, torch {version}; medians of {self.repeats} repeats"
+        beside = f"{counted(threads, 'thread')}, torch {version}"
+        yield f"{learner.device}, {beside}; medians of {counted(self.repeats, 'repeat')}"
         yield "in plain forwards per image (least - most)"
         yield ""
         for task in range(min(max(TASKS) + 1, learner.nb_tasks)):

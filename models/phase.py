@@ -23,11 +23,12 @@ class StepResult:
 class EpochNote:
     """A method's additions to the record of an epoch.
 
-    `text` follows the loss in the log line of the epoch; the numbers are for its event.
+    `text` follows the loss in the log line of the epoch, `remark` ends it; the numbers are for its event.
     """
 
     text: str = ""
     numbers: dict[str, Any] = field(default_factory=dict)
+    remark: str = ""
 
 
 class Phase(ABC):
@@ -40,7 +41,7 @@ class Phase(ABC):
         replicated: every rank sees whole batches, so gradients are equal already and are not summed over
             ranks.
         classifies: results say how many samples were classified right.
-        announced: its start is logged with its learning rates.
+        tells_epochs: the log has every epoch; otherwise the last one, and one a minute.
 
     Args:
         epochs: passes over the batches.
@@ -53,7 +54,7 @@ class Phase(ABC):
     name: str
     replicated = False
     classifies = True
-    announced = True
+    tells_epochs = False
 
     def __init__(
         self,

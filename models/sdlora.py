@@ -151,7 +151,7 @@ class SDLoRA(ClassIncrementalLearner):
             self._conditional_growth_decision(self.gate)
         magnitudes = self.network.magnitudes.detach()
         values = ", ".join(f"{value:.3f}" for value in magnitudes.tolist())
-        logger.info(f"Task {self.task}: magnitudes of the adapters of tasks {self.adapters}: [{values}]")
+        logger.debug(f"Task {self.task}: magnitudes of the adapters of tasks {self.adapters}: [{values}]")
         self.log.metric("magnitudes", task=self.task, adapters=self.adapters, magnitudes=magnitudes)
 
     def _conditional_growth_decision(self, gate: GumbelGate) -> None:
@@ -175,7 +175,7 @@ class SDLoRA(ClassIncrementalLearner):
         if self.gate is not None and self.distributed.is_main:
             events = [event for event in read_metrics(self.log.folder) if event["event"] == "gate"]
             if len(masks := {event["task"]: event["pruning_mask"] for event in events}) > 1:
-                logger.info("\n" + active_adapters_table(masks))
+                logger.info(f"Adapters that stay, task by task\n{active_adapters_table(masks)}")
 
     # --- evaluation -----------------------------------------------------------------------------------------
 
@@ -267,6 +267,8 @@ class GatedPhase(LoRAPhase):
 
     After every step tau <- max(gumbel_anneal_rate * tau, gumbel_tau_final).
     """
+
+    tells_epochs = True  # the temperature is watched epoch by epoch
 
     def __init__(self, learner: SDLoRA) -> None:
         super().__init__(learner)

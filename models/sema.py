@@ -22,7 +22,8 @@ design.
 
 import functools
 import logging
-from collections.abc import Iterator
+import statistics
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +34,7 @@ from backbone.sema_components import NestedLoRAAdapter
 from backbone.vit_sema import SEMAVisionTransformer
 from models.config.sema import SEMAConfig
 from models.heads import build_heads
-from models.phase import Phase, StepResult
+from models.phase import EpochNote, Phase, StepResult
 from models.vit.class_incremental import ClassIncrementalLearner
 from models.vit.task_inputs import Batch
 from models.vit.training import adapter_spec, functional_groups, train_functional
@@ -41,6 +42,7 @@ from utils.console import progress
 from utils.errors import Interrupted
 from utils.training.optim import GroupedOptimizer, ParameterGroup, trainable
 from utils.training.random import rng
+from utils.wording import spans
 
 logger = logging.getLogger("nested_lora")
 
@@ -209,19 +211,23 @@ class SEMA(ClassIncrementalLearner):
                     errors=len(record), mean=mean, std=std,
                 )  # fmt: skip
         if shown:
-            logger.info(f"Task {self.task} rd: errors recorded on {views} views: {'; '.join(shown)}")
+            logger.debug(f"Task {self.task} rd: errors recorded on {views} views: {'; '.join(shown)}")
 
     # --- close ----------------------------------------------------------------------------------------------
 
     def end_of_task_training(self) -> None:
-        """Consolidate if asked to, freeze, log the two branches' norms."""
+        """Consolidate if asked to, freeze, record the two branches' norms before and after."""
         config = self.config
         consolidation = self.consolidation() if config.consolidates else None
         tokens = self._task_tokens() if consolidation else {}
+        drifts: dict[int, float] = {}  # the largest of each block
+        norms: list[tuple[dict[str, float], dict[str, float]]] = []  # before and after, of what learned
         for block, modules in self.network.modules_by_block.items():
-            reports = modules.end_of_task_training(self.config.freezes, consolidation, tokens.get(block))
+            learned = modules.adapters_of_task(every=not config.freezes)
+            reports = modules.end_of_task_training(config.freezes, consolidation, tokens.get(block))
             for k, report in reports.items():
-                logger.info(
+                drifts[block] = max(report.drift, drifts.get(block, 0.0))
+                logger.debug(
                     f"Consolidated Nested LoRA at layer {block} with alpha={consolidation.alpha:g}: "
                     f"task {self.task}, adapter {k}, {consolidation.rule}, drift {report.drift:.3f}, "
                     f"fast {report.before['fast']:.3f} -> {report.after['fast']:.3f}, "
@@ -234,7 +240,17 @@ class SEMA(ClassIncrementalLearner):
                     "consolidation", task=self.task, block=block, adapter=k, alpha=consolidation.alpha,
                     rule=consolidation.rule, drift=report.drift,
                 )  # fmt: skip
-            self._log_norms(block, modules)
+            after = self._record_norms(block, modules)
+            norms += [(reports[k].before if k in reports else after[k], after[k]) for k in learned if after]
+        if drifts:
+            *others, last = drifts
+            also = f" (also {spans(others)})" if others else ""
+            logger.info(
+                f"Consolidated Nested LoRA at layer {last} with alpha={consolidation.alpha:g}{also}: "
+                f"task {self.task}, {consolidation.rule}, drift {max(drifts.values()):.3f}"
+            )
+        if norms:
+            logger.info(_norms_line(norms))
 
     def consolidation(self) -> Consolidation:
         """Consolidation of fast into slow at the end of the open task."""
@@ -243,8 +259,8 @@ class SEMA(ClassIncrementalLearner):
             alpha /= self.task + 1
         return Consolidation(config.nested_lora_consolidation, alpha, config.nested_lora_reset)
 
-    def _log_norms(self, block: int, modules: SEMAModules) -> None:
-        """`||theta_fast||` and `||theta_slow||` of a block's adapters as the task leaves them."""
+    def _record_norms(self, block: int, modules: SEMAModules) -> list[dict[str, float]]:
+        """`||theta_fast||` and `||theta_slow||` of a block's nested adapters as the task leaves them."""
         nested = [
             a.functional.norms() for a in modules.adapters if isinstance(a.functional, NestedLoRAAdapter)
         ]
@@ -253,10 +269,11 @@ class SEMA(ClassIncrementalLearner):
         if nested:
             norms = ", ".join(f"{n['fast']:.3f} / {n['slow']:.3f}" for n in nested)
             effects = ", ".join(f"{n['fast_effect']:.3f} / {n['slow_effect']:.3f}" for n in nested)
-            logger.info(
+            logger.debug(
                 f"Task {self.task}: block {block} ||theta_fast|| / ||theta_slow|| {norms}; "
                 f"||W_up W_down|| {effects}"
             )
+        return nested
 
     @torch.no_grad()
     def _task_tokens(self) -> dict[int, Tensor]:
@@ -317,3 +334,18 @@ class DescriptorPhase(Phase):
         if self.records:
             self.network.observe(means)
         return StepResult(self.network.descriptor_loss(means), len(next(iter(means.values()))))
+
+    def after_epoch(self, loss: float, steps: int) -> EpochNote:
+        return EpochNote(remark="representation descriptors")
+
+
+def _norms_line(norms: Sequence[tuple[dict[str, float], dict[str, float]]]) -> str:
+    """Means over adapters of the branches' norms before and after the end of a task."""
+
+    def shown(name: str) -> str:
+        sides = zip(*[(before[name], after[name]) for before, after in norms], strict=True)
+        before, after = (f"{statistics.fmean(side):.3f}" for side in sides)
+        return after if before == after else f"{before} -> {after}"
+
+    sizes = f"||theta_fast|| {shown('fast')}, ||theta_slow|| {shown('slow')}"
+    return f"{sizes}, effects {shown('fast_effect')}, {shown('slow_effect')}"

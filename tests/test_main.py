@@ -58,12 +58,29 @@ def test_the_folder_is_where_readers_look_and_tells_the_whole_story(finished: Pa
 def test_the_text_log_has_the_published_lines(finished: Path) -> None:
     log = finished.with_name(finished.name + ".log").read_text()
     for line in (
-        "Learning on 0-2", "func Task 0, Epoch 1/1 => Loss", "CNN top1 curve: [", "Average Accuracy (CNN):",
+        "Learning on 0-1 (", "func Task 0, Epoch 1/1 => Loss", "CNN top1 curve: [", "Average Accuracy (CNN):",
         "All params: ", "Trainable params: ", "[NestedLoRA] optimizer groups => slow: lr=", "slow updated",
         "Consolidated Nested LoRA at layer 5 with alpha=", "||theta_fast||",
     ):  # fmt: skip
         assert line in log, line
     assert f"everything is in {finished}" in log
+
+
+def test_the_text_log_is_a_short_story_and_verbose_tells_the_details(finished: Path, tmp_path: Path) -> None:
+    """A line per phase, a block per task, classes by name, both ends included; no note on the shipped file."""
+    story = finished.with_name(finished.name + ".log").read_text()
+    assert "Task 1 (2 of 2): Learning on 2-3 (gradient_0, blobs_0), 32 images" in story
+    assert "WARNING" not in story and story.count("rd Task 0, Epoch 2/2") == 1
+    phases = {(e["task"], e["phase"], e["block"]) for e in read_metrics(finished) if e["event"] == "epoch"}
+    lines = [line.split("  ", 1)[1] for line in story.splitlines() if line.startswith("20")]
+    told = [line for line in lines if "Epoch" in line]
+    assert len(told) == len(phases) and len(lines) < 10 + 2 * 8 + len(phases) + 5
+    details = ("rd Task 0, Epoch 1/2", "errors recorded on", "block 0 ||theta_fast||", "every  tensors")
+    assert not any(detail in story for detail in details)
+    assert main.main([*arguments(tmp_path), "--verbose"]) == 0
+    (folder,) = folders(tmp_path)
+    verbose = folder.with_name(folder.name + ".log").read_text()
+    assert all(detail in verbose for detail in details)
 
 
 def test_result_and_matrix_agree(finished: Path) -> None:
@@ -231,6 +248,7 @@ def test_a_file_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[
         ("--benchmark --overwrite", "--benchmark takes no --overwrite: it takes --config"),
         ("--benchmark --repeats 0", "at least 1"),
         ("--list keys --set seed=1", "--list takes no --set"),
+        ("--list keys --verbose", "--list takes no --verbose"),
         ("--list methods --method sema", "--method goes with --list keys"),
         ("--list metrics --format markdown", "--format goes with --list keys"),
         ("--list key", "invalid choice"),

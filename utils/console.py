@@ -2,22 +2,26 @@
 
     prepare_console()             # first of all in a command
     attach_console()              # messages of the program go to standard output
+    show_details(True)            # on the console and in text logs also what is logged as DEBUG
     for batch in progress(batches, desc="scan", unit="batch"):     # a bar, where standard error is a terminal
         logger.info("...")
 
-Files and pipes get whole lines only, at once, so that `2>&1 | tee run.txt` and `grep` see them as they come.
+Levels: INFO tells the story of a run, DEBUG its details (epochs, optimizer groups, norms), WARNING what the
+user should look at: it carries its name and, on a terminal without NO_COLOR, a colour. Files and pipes get
+whole lines only, at once, so that `2>&1 | tee run.txt` and `grep` see them as they come.
 """
 
 import io
 import logging
 import os
 import sys
-from typing import Any
+from typing import Any, TextIO
 
-LOG_FORMAT = "%(asctime)s [%(filename)s] => %(message)s"
 READER_GONE = 141  # exit code of a command whose output nobody reads any more: 128 + SIGPIPE
+COLOURS = {logging.DEBUG: "2", logging.WARNING: "33", logging.ERROR: "31"}  # by level, for terminals
 
 logger = logging.getLogger("nested_lora")
+logger.setLevel(logging.INFO)
 
 
 def prepare_console() -> None:
@@ -50,15 +54,26 @@ def attach_console(*, goes_on: bool = True) -> logging.Handler | None:
     """
     if any(isinstance(handler, _Console) for handler in logger.handlers):
         return None
-    return add_handler(_Console(goes_on))
+    return add_handler(_Console(goes_on), "%H:%M:%S", coloured=takes_colour(sys.stdout))
 
 
-def add_handler(handler: logging.Handler) -> logging.Handler:
+def add_handler(
+    handler: logging.Handler, time_format: str = "%Y-%m-%d %H:%M:%S", *, coloured: bool = False
+) -> logging.Handler:
     """Send the program's messages to a handler, in the format of all logs; returns it."""
-    handler.setFormatter(logging.Formatter(LOG_FORMAT))
-    logger.setLevel(logging.INFO)
+    handler.setFormatter(_Line(time_format, coloured))
     logger.addHandler(handler)
     return handler
+
+
+def show_details(shown: bool) -> None:
+    """Whether console and text logs have what is logged as DEBUG."""
+    logger.setLevel(logging.DEBUG if shown else logging.INFO)
+
+
+def takes_colour(stream: TextIO) -> bool:
+    """Whether a stream is a terminal that shows colours, and the user wants them (https://no-color.org)."""
+    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 def tell(text: str) -> None:
@@ -73,6 +88,21 @@ def tell(text: str) -> None:
 def discard(stream: io.TextIOBase) -> None:
     """Discard what is still written to a stream: its reader has gone, or its disk is full."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+class _Line(logging.Formatter):
+    """`time  message`, with the level's name from WARNING on; a message may go on over further lines."""
+
+    def __init__(self, time_format: str, coloured: bool) -> None:
+        super().__init__("%(asctime)s  %(message)s", time_format)
+        self.coloured = coloured
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        if record.levelno >= logging.WARNING:
+            text = text.replace("  ", f"  {record.levelname}: ", 1)
+        colour = COLOURS.get(record.levelno) if self.coloured else None
+        return f"\x1b[{colour}m{text}\x1b[0m" if colour else text
 
 
 class _Console(logging.Handler):

@@ -83,7 +83,6 @@ class FewShotPhase(Phase):
         optimizer = GroupedOptimizer(config.optimizer, [group], **constant)
         super().__init__(epochs=1, steps_per_epoch=config.few_shot_steps, optimizer=optimizer)
         self.evaluator, self.config, self.task, self.history = evaluator, config, task, history
-        self.announced = task.number == 0
         self.step_began, self.seconds = 0.0, history["seconds"][-1]
 
     def batches(self, epoch: int, start: int) -> Iterable[GridSamples]:

@@ -42,6 +42,7 @@ from utils.analysis.results import ANALYSIS, write_results
 from utils.errors import UserError
 from utils.training.optim import GroupedOptimizer, ParameterGroup
 from utils.training.random import rng
+from utils.wording import counted
 
 logger = logging.getLogger("nested_lora")
 
@@ -151,9 +152,10 @@ class SharedSubspace(Learner):
     def describe_evaluation(self, evaluation: dict[str, Any]) -> str:
         return "\n\n".join(["new grids, and a few of unseen compositions", *result_tables(evaluation)])
 
-    def describe_run(self) -> str:
+    def describe_run(self) -> list[str]:
         operations = f"{len(self.tasks.operations)} with all their parameters"
-        return f"Grids of {self.tasks.colours} colours, {len(self.tasks.primitives)} primitives, {operations}"
+        colours, primitives = self.tasks.colours, len(self.tasks.primitives)
+        return [f"Grids of {colours} colours, {counted(primitives, 'primitive')}, {operations}"]
 
     def describe_task(self, task: int) -> str:
         counts = (f"{len(self.tasks.splits[split])} {name}" for split, name in SPLIT_NAMES.items())
@@ -290,7 +292,7 @@ class TrainingPhase(Phase):
         milliseconds = {name: 1000 * value / steps for name, value in seconds.items()}
         shown.append(f"{milliseconds['step']:.0f} ms per step, {milliseconds['data']:.1f} of data")
         if fallbacks:
-            shown.append(f"{fallbacks} groups by random projection")
+            shown.append(f"{counted(fallbacks, 'group')} by random projection")
         return EpochNote(f" ({', '.join(shown)})", numbers)
 
     def _add(self, name: str, value: float) -> None:

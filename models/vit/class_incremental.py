@@ -47,6 +47,7 @@ from utils.runs.metrics import AccuracyMatrix
 from utils.runs.tables import accuracy_table, summary_table
 from utils.training.device import dead_worker_advice, predictions, require_finite
 from utils.training.optim import GroupedOptimizer, ParameterGroup, assert_complete, trainable
+from utils.wording import counted, shortened, spans
 
 logger = logging.getLogger("nested_lora")
 
@@ -351,7 +352,9 @@ class ClassIncrementalLearner(Learner):
         calibrated = {key: evaluations[-1].get(key) for key in ("ece", "nll")}
         metrics = matrix.summary() | {"expansions": expansions, **calibrated}
         forgetting = "" if metrics["forgetting"] is None else f", forgetting {metrics['forgetting']:.2f}"
-        per_task = ", ".join(f"{value:.2f}" for value in matrix.rows[-1])
+        values = ", ".join(f"{value:.2f}" for value in matrix.rows[-1])
+        per_task = f"; per task [{values}]" if task else ""
+        curve = [round(value, 2) for value in matrix.curve]
         images = evaluations[-1].get("images", "test")
         of = "" if images == "test" else f"{images} "
         return Report(
@@ -361,10 +364,9 @@ class ClassIncrementalLearner(Learner):
                 **{keyed(images, key): value for key, value in calibrated.items()},
             },
             lines=[
-                f"CNN top1 {of}curve: {[round(value, 2) for value in matrix.curve]}",
-                f"Average {of.title()}Accuracy (CNN): {metrics['average']:.2f}",
-                f"Task {task}: {of}accuracy per task [{per_task}], total {matrix.curve[-1]:.2f}{forgetting}",
-                f"Task {task}: adapters per block {_compact(adapters)}",
+                f"Task {task}: {of}accuracy {curve[-1]:.2f} %{forgetting}{per_task}",
+                f"CNN top1 {of}curve: {curve}, Average {of.title()}Accuracy (CNN): {metrics['average']:.2f}",
+                *([f"Task {task}: adapters per block {_compact(adapters)}"] if expansions else []),
             ],
             result={
                 "metrics": {keyed(images, key): value for key, value in metrics.items()},
@@ -426,12 +428,15 @@ class ClassIncrementalLearner(Learner):
     def keeps_every_task(self) -> bool:
         return self.config.checkpoints == "all"
 
-    def describe_run(self) -> str:
-        return f"{self.data.describe()}. Backbone {self.backbone.tag}, {self.backbone.image_size} px"
+    def describe_run(self) -> list[str]:
+        backbone, note = self.backbone, f" ({self.backbone.note})" if self.backbone.note else ""
+        return [self.data.describe(), f"Backbone {backbone.tag}, {backbone.image_size} px{note}"]
 
     def describe_task(self, task: int) -> str:
         classes = self.data.task_classes(task)
-        return f"Learning on {classes.start}-{classes.stop} (task {task} of {self.nb_tasks})"
+        names = shortened(self.data.class_names[classes.start : classes.stop])
+        images = counted(self.data.count(classes, "train"), "image")
+        return f"Learning on {spans(classes)} ({names}), {images}"
 
     def weights(self) -> dict[str, str]:
         return {"tag": self.backbone.tag, "note": self.backbone.note}
@@ -543,6 +548,6 @@ def default_workers(device: torch.device) -> int:
 
 
 def _compact(adapters: Mapping[int, int]) -> str:
-    """{0: 1, ..., 9: 2} as "1 in 9 blocks, 2 in block 9"."""
-    single = sum(count == 1 for count in adapters.values())
-    return ", ".join([f"1 in {single} blocks", *(f"{n} in block {b}" for b, n in adapters.items() if n > 1)])
+    """{0: 1, ..., 8: 1, 9: 2} as "1 (0-8), 2 (9)"."""
+    blocks = {n: [block for block, count in adapters.items() if count == n] for n in set(adapters.values())}
+    return ", ".join(f"{number} ({spans(blocks[number])})" for number in sorted(blocks))

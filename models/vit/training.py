@@ -17,13 +17,14 @@ from torch.nn import functional as F
 
 from backbone.sema_block import AdapterSpec
 from backbone.vit_sema import SEMAVisionTransformer
-from models.phase import Phase, StepResult
+from models.phase import EpochNote, Phase, StepResult
 from models.vit.class_incremental import ClassIncrementalLearner
 from models.vit.config import AdapterKeys
 from models.vit.task_inputs import Batch
 from utils.inc_net import IncrementalHead
 from utils.runs.run_log import RunLog
 from utils.training.optim import ParameterGroup, trainable
+from utils.wording import counted
 
 logger = logging.getLogger("nested_lora")
 
@@ -98,7 +99,8 @@ class FunctionalPhase(Phase):
         slow = next((group for group in self.optimizer.groups if group.name == "slow"), None)
         self.trace = None if slow is None else SlowTrace(slow, learner.log, task)
         if self.trace is not None:
-            logger.info(f"[NestedLoRA] optimizer groups => {self.optimizer.summary()}")
+            level = logging.DEBUG if task or learner.progress.phases else logging.INFO
+            logger.log(level, f"[NestedLoRA] optimizer groups => {self.optimizer.summary()}")
 
     def batches(self, epoch: int, start: int) -> Iterator[Batch]:
         key, size = (*self.key, epoch), self.config.batch_size
@@ -133,19 +135,21 @@ class FunctionalPhase(Phase):
         if self.trace is not None:
             self.trace.after_step(step, moved)
 
+    def after_epoch(self, loss: float, steps: int) -> EpochNote:
+        """How often the slow branch was updated so far, where there is one."""
+        return EpochNote(remark=self.trace.summary(self.optimizer.steps) if self.trace else "")
+
 
 def train_functional(learner: ClassIncrementalLearner, block: int | None = None) -> None:
-    """Run a functional phase; with a slow branch, the log says how often it was updated."""
-    phase = FunctionalPhase(learner, block)
-    learner.run_phase(phase)
-    if phase.trace is not None:
-        phase.trace.summary(phase.optimizer.steps)
+    """Run a functional phase."""
+    learner.run_phase(FunctionalPhase(learner, block))
 
 
 class SlowTrace:
     """Trace of the slow branch at low frequency: when it was updated, and how far it moved.
 
-    `nested_lora_update_interval_slow` shows in the log lines and in the `slow_step` events of metrics.jsonl.
+    `nested_lora_update_interval_slow` shows in the line of the phase and in the `slow_step` events of
+    metrics.jsonl.
     It costs a copy of the group on traced steps and nothing on others.
     """
 
@@ -168,12 +172,10 @@ class SlowTrace:
         self.log.metric("slow_step", task=self.task, phase="func", step=step, updated=updated, moved=distance)
         if updated:
             every = f"(every {self.group.update_interval})"
-            logger.info(f"Task {self.task} step {step}: slow updated, moved by {distance:.3e} {every}")
+            logger.debug(f"Task {self.task} step {step}: slow updated, moved by {distance:.3e} {every}")
 
-    def summary(self, steps: int) -> None:
-        """One line at the end of the phase: how many of its steps updated the group."""
-        interval, name = self.group.update_interval, f"Task {self.task}: slow"
+    def summary(self, steps: int) -> str:
+        """How many of the phase's steps have updated the group."""
         if self.group.lr == 0:
-            logger.info(f"{name} stays as it is in all {steps} steps (nested_lora_lr_slow is 0)")
-        else:
-            logger.info(f"{name} updated in {steps // interval} of {steps} steps (interval {interval})")
+            return "slow stays as it is, nested_lora_lr_slow is 0"
+        return f"slow updated in {steps // self.group.update_interval} of {counted(steps, 'step')}"

@@ -49,7 +49,7 @@ def test_groups_are_a_partition_with_the_configured_rates(make_sema: Make) -> No
 def test_the_table_of_groups_is_logged_at_the_start_of_every_phase(
     make_sema: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with caplog.at_level("INFO", logger="nested_lora"):
+    with caplog.at_level("DEBUG", logger="nested_lora"):
         run_tasks(make_sema(**STAY), 2)
     tables = [message for message in caplog.messages if "tensors" in message and "parameters" in message]
     phases = [message for message in caplog.messages if " epochs of " in message]

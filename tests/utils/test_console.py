@@ -65,6 +65,29 @@ def test_what_the_encoding_lacks_is_escaped(monkeypatch: pytest.MonkeyPatch, no_
     assert ascii_only.buffer.getvalue().endswith(b"mean \\xb1 std of class \\u732b\n\\u2192\n")
 
 
+@pytest.mark.parametrize(
+    ("stream", "no_colour", "coloured"),
+    [(Terminal, "", True), (Terminal, "1", False), (io.StringIO, "", False)],
+    ids=["terminal", "NO_COLOR", "pipe"],
+)
+def test_warnings_look_like_warnings(
+    stream: type[io.StringIO],
+    no_colour: str,
+    coloured: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    no_handlers: None,
+) -> None:
+    monkeypatch.setattr(sys, "stdout", stream())
+    monkeypatch.setenv("NO_COLOR", no_colour)
+    monkeypatch.setenv("TERM", "xterm")
+    attach_console()
+    logger.info("the story")
+    logger.warning("look  here")
+    story, warning = sys.stdout.getvalue().splitlines()
+    assert story.endswith("  the story") and "\x1b" not in story
+    assert "  WARNING: look  here" in warning and ("\x1b[" in warning) == coloured
+
+
 def test_a_command_that_nobody_reads_ends_quietly(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     without_reader(monkeypatch)
     assert cache.main(["--root", str(tmp_path)]) == 141

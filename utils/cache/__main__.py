@@ -16,6 +16,7 @@ from utils.cache.tensor_cache import ABOUT, MARKER, groups_in, last_use, remove_
 from utils.command_line import given_path
 from utils.console import prepare_console
 from utils.errors import AGAIN, UserError, exit_code
+from utils.wording import counted
 
 
 def listing(root: Path) -> list[str]:
@@ -37,7 +38,7 @@ def listing(root: Path) -> list[str]:
     if records:
         lines.append(f"{IMAGES:{width}}  {records / 1e6:10.1f}  records of checked image files")
     total = records + sum(sum(files.values()) for files in groups.values())
-    return [*lines, f"total: {total / 1e6:.1f} MB in {len(groups)} groups"]
+    return [*lines, f"total: {total / 1e6:.1f} MB in {counted(len(groups), 'group')}"]
 
 
 def clear(root: Path) -> list[str]:
@@ -54,7 +55,7 @@ def clear(root: Path) -> list[str]:
     freed = sum(remove_group(root / group) for group in groups) + sum(records.values())
     for path in records:
         path.unlink(missing_ok=True)
-    return [f"{len(groups) + bool(records)} groups removed from {root}: {freed} bytes freed"]
+    return [f"{counted(len(groups) + bool(records), 'group')} removed from {root}: {freed} bytes freed"]
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -27,6 +27,7 @@ from utils.data.transforms import ViewSpec
 from utils.errors import UserError
 from utils.training.distributed import DistributedContext
 from utils.training.random import Key, numpy_rng
+from utils.wording import counted
 
 logger = logging.getLogger("nested_lora")
 
@@ -224,14 +225,15 @@ class DataManager:
         for source in self.sources:
             each = [self.count(range(label, label + 1), source) for label in classes]
             span = " to ".join(f"{count:,}" for count in sorted({min(each), max(each)}))
-            parts.append(f"{source} {sum(each):,} images, {span} per class")
+            parts.append(f"{source} {counted(sum(each), 'image')}, {span} per class")
         if self.dataset.test is None:
             parts.append("test images are not read")
         elif self.dataset.test_origin:
             parts[-1] += f" ({self.dataset.test_origin})"
         if self.dataset.left_out:
             parts.append(f"left out: {self.dataset.left_out}")
-        return f"Data {self.dataset.name}, {len(classes)} classes: {'; '.join(parts)}"
+        named = f"Data {self.dataset.name}, {counted(len(classes), 'class', 'classes')}"
+        return f"{named}: {'; '.join(parts)}"
 
     def views(
         self,

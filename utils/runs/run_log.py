@@ -24,14 +24,14 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from utils.console import add_handler, attach_console
-from utils.errors import UserError
+from utils.errors import Interrupted, UserError, os_error_sentence
 from utils.files import json_bytes, naming, read_json, replace_file
 from utils.runs.folder import (
     ACCURACY,
@@ -199,10 +199,11 @@ class RunLog:
     def __enter__(self) -> RunLog:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
         with ExitStack() as closing:
             closing.callback(self.close)
             if kind is not None:
+                self._log_failure(error)
                 self._abandon()
                 for note in waiting_notes(self.folder):
                     logger.warning(note)
@@ -214,6 +215,19 @@ class RunLog:
 
     def _show(self, event: Mapping[str, Any]) -> None:
         self._trackers.add(self._views.add(event))
+
+    def _log_failure(self, error: BaseException) -> None:
+        """End of the text log: what standard error is told otherwise, a mistake's sentence or a traceback."""
+        if isinstance(error, Interrupted) or not isinstance(error, Exception):
+            return
+        text, trace = str(error), None
+        if isinstance(error, OSError):
+            text = os_error_sentence(error)
+        elif not isinstance(error, UserError):
+            text, trace = "the run failed", (type(error), error, error.__traceback__)
+        record = logger.makeRecord(logger.name, logging.ERROR, __file__, 0, text, (), trace)
+        with suppress(OSError):  # the disk may be what failed
+            self._handlers[0].handle(record)
 
     def _detach(self) -> None:
         for handler in self._handlers:

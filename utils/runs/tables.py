@@ -51,7 +51,7 @@ def summary_table(
         key = keyed(images, key)
         lines[_label(specs[key])] = "n/a (one task)" if value is None else specs[key].text(value)
     lines |= {f"parameters, {part}": f"{count:,}" for part, count in parameters.items()}
-    return pd.Series(lines).to_string()
+    return f"Result after task {len(matrix.rows) - 1}\n{pd.Series(lines).to_string()}"
 
 
 def seeds_table(results: Sequence[Mapping[str, Any]], metrics: Sequence[MetricSpec]) -> str:

@@ -49,6 +49,7 @@ from utils.sweeps.folder import (
     write_summary,
 )
 from utils.sweeps.spec import Sweep, cells_by_text
+from utils.wording import duration
 
 logger = logging.getLogger("nested_lora")
 
@@ -175,7 +176,7 @@ def log_beginning(sweep: Sweep, runs: Sequence[Run]) -> None:
     log_replaced(sweep)
     notes = cells_by_text((cell.name, note) for cell in sweep.cells for note in cell.notes)
     for note, names in notes.items():
-        logger.info(f"{'; '.join(names)}: {note}")
+        logger.warning(f"{'; '.join(names)}: {note}")
     origins = {run.label: read_provenance(run.folder) for run in runs if run.finished}
     warn_of_changes({**origins, "what runs now": present()})
 
@@ -226,9 +227,10 @@ def job_of(sweep: Sweep, run: Run) -> Job:
     """Job that starts a run in its place, or resumes it where it broke off."""
     anew = ("--config", str(run.config_path), "--overwrite")
     arguments = ("--resume", str(run.folder)) if run.started else anew
+    details = ("--verbose",) if logger.isEnabledFor(logging.DEBUG) else ()
     here = Path.cwd()
     return Job(
-        command=(sys.executable, str(MAIN), *arguments),
+        command=(sys.executable, str(MAIN), *arguments, *details),
         working_folder=here,
         output=here / run.output_path,
         stop=here / sweep.folder / STOP,
@@ -257,9 +259,9 @@ def failure_reason(run: Run, future: Future) -> str | None:
 
 
 def result_line(run: Run) -> str:
-    """Main number and minutes of a finished run."""
+    """Main number and time of a finished run."""
     result, main = run.result(), run.config.metrics[0]
-    return f"{main.name} {main.text(result['metrics'][main.key])}, {result['cost']['seconds'] / 60:.1f} min"
+    return f"{main.name} {main.text(result['metrics'][main.key])}, {duration(result['cost']['seconds'])}"
 
 
 def finish(sweep: Sweep, runs: Sequence[Run], failures: Mapping[str, str], stopped: bool, again: str) -> int:

@@ -180,9 +180,12 @@ class GroupedOptimizer:
         return {group.name: options["lr"] for group, options in groups}
 
     def summary(self) -> str:
-        """Rate and number of tensors of each group in one line."""
-        lrs = self.lrs
-        return "; ".join(f"{g.name}: lr={lrs[g.name]:g}, params={len(g.parameters)}" for g in self.groups)
+        """Rate, update interval and number of tensors of each group in one line."""
+        lrs, shown = self.lrs, []
+        for group in self.groups:
+            every = f", every={group.update_interval}" if group.update_interval > 1 else ""
+            shown.append(f"{group.name}: lr={lrs[group.name]:g}{every}, params={len(group.parameters)}")
+        return "; ".join(shown)
 
     def table(self) -> str:
         """Group, learning rate, update interval, tensors and parameters: one line each."""

@@ -42,7 +42,7 @@ def test_records_of_image_files_are_listed_and_removed(cache, capsys):
     memo.add({path: ("state", "0" * 64)})
     (cache.root / IMAGES / "photo.png").write_text("not ours")
     assert "checked image files" in run(cache.root, capsys)[1]
-    assert "1 groups removed" in run(cache.root, capsys, "--clear")[0]
+    assert "1 group removed" in run(cache.root, capsys, "--clear")[0]
     assert [path.name for path in (cache.root / IMAGES).iterdir()] == ["photo.png"]
 
 

@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tqdm import tqdm
 
 from utils.console import attach_console
-from utils.errors import UserError
+from utils.errors import Interrupted, UserError
 from utils.runs.metric_views import scalars
 from utils.runs.run_log import RunLog, read_accuracy_csv, read_metrics
 
@@ -46,8 +46,8 @@ def test_create_writes_config_and_a_log_beside_the_folder(tmp_path, capsys):
     assert json.loads((run.folder / "config.json").read_text()) == {"lr": 0.1}
     assert run.log_path == tmp_path / "a" / "run_1.tag.log"
     line = run.log_path.read_text()
-    assert re.fullmatch(r"\d{4}-\d\d-\d\d [\d:,]+ \[test_run_log\.py\] => hello 7\n", line)
-    assert capsys.readouterr().out == line
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d [\d:]+  hello 7\n", line)
+    assert capsys.readouterr().out == line.split(" ", 1)[1]  # the console's clock has no date
     logger.warning("after the run")
     assert run.log_path.read_text() == line
 
@@ -67,6 +67,28 @@ def test_an_existing_run_is_never_overwritten(tmp_path):
     log = third.log_path.read_text()
     assert f"python main.py --resume {tmp_path / 'run_2'}" in log  # unfinished
     assert not re.search(rf"--resume {tmp_path / 'run'}\n", log)  # finished
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (UserError("the loss is not finite"), ["ERROR: the loss is not finite"]),
+        (
+            OSError(28, "No space left on device", "x"),
+            ["ERROR: x: No space left", "free some space"],
+        ),
+        (RuntimeError("a bug"), ["Traceback", "RuntimeError: a bug"]),
+        (Interrupted(), []),
+    ],
+)
+def test_the_text_log_ends_with_what_a_run_failed_of(tmp_path, capsys, error, words):
+    """The console has it from the command, on standard error."""
+    with pytest.raises(type(error)), create(tmp_path / "run") as run:
+        run.metric("epoch", loss=1.0)
+        raise error
+    log = run.log_path.read_text()
+    assert all(word in log for word in words) and ("ERROR" in log) == bool(words)
+    assert "ERROR" not in capsys.readouterr().out
 
 
 def test_a_text_log_without_its_folder_is_not_appended_to(tmp_path):
@@ -126,7 +148,7 @@ def test_console_is_attached_once_and_keeps_progress_bars_whole(tmp_path, capsys
     finally:
         logger.removeHandler(console)
     out, err = capsys.readouterr()
-    assert out.count("=> between\n") == 1 and out.endswith("=> still shown\n") and "1/2" in err
+    assert out.count("  between\n") == 1 and out.endswith("  still shown\n") and "1/2" in err
 
 
 # --- events ---

@@ -194,7 +194,7 @@ def test_the_report_is_given_every_finished_run(sweep: Command, capsys: Capture)
     repeats = f"python main.py --config {sweep.config('nested', 1)} --set 'seed=[1,2]'"
     assert report.commands["nested"] == repeats
     shown = capsys.readouterr().out
-    assert "nested, seed 1: A_N 12.50, 0.5 min (1 of 4)" in shown and "4 of 4 runs are finished" in shown
+    assert "nested, seed 1: A_N 12.50, 30 s (1 of 4)" in shown and "4 of 4 runs are finished" in shown
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,45 @@
+"""Words of logs and tables: counts with their nouns, spans of numbers, shortened lists, durations.
+
+counted(1, "group")                    # "1 group"; counted(3, "class", "classes"): "3 classes"
+spans([0, 1, 2, 3, 9])                 # "0-3, 9": both ends belong to a span, everywhere
+shortened(["bed", "bee", "boy"], 10)   # "bed, bee and 1 more"
+duration(90)                           # "90 s"
+"""
+
+from collections.abc import Iterable, Sequence
+
+
+def counted(count: int, noun: str, plural: str = "") -> str:
+    """A number and its noun, in the singular for one."""
+    return f"{count:,} {noun if count == 1 else plural or noun + 's'}"
+
+
+def spans(numbers: Iterable[int]) -> str:
+    """Ascending integers in words: neighbours as `first-last`, both inclusive, spans joined by commas."""
+    found: list[list[int]] = []
+    for number in numbers:
+        if found and number == found[-1][-1] + 1:
+            found[-1].append(number)
+        else:
+            found.append([number])
+    return ", ".join(f"{span[0]}-{span[-1]}" if len(span) > 1 else f"{span[0]}" for span in found)
+
+
+def shortened(names: Sequence[str], width: int = 48) -> str:
+    """Names joined by commas; of those beyond `width` characters the number."""
+    whole = ", ".join(names)
+    if len(whole) <= width:
+        return whole
+    kept = 1
+    while len(", ".join(names[: kept + 1])) <= width:
+        kept += 1
+    return f"{', '.join(names[:kept])} and {len(names) - kept} more"
+
+
+def duration(seconds: float) -> str:
+    """A time with one unit: seconds up to two minutes, minutes up to two hours, else hours."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
