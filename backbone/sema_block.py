@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from backbone.consolidation import Consolidation, ConsolidationReport, consolidate
-from backbone.sema_components import ADAPTERS, AE, NestedLoRAAdapter, Records
+from backbone.sema_components import ADAPTERS, AE, Factors, NestedLoRAAdapter, Records, common_factors
 
 
 @dataclass(frozen=True)
@@ -108,27 +108,32 @@ class SEMAModules(nn.Module):
         """The same sum from one pair of matrix products over the hidden units of all adapters.
 
         Frozen and learning adapters have a pair each, so that no gradient is computed for frozen ones.
+        Adapters without factors in common take the reference's way.
         """
         if len(self.adapters) == 1:  # its weight is 1
             return self.adapters[0](x)
+        factors = common_factors([adapter.functional for adapter in self.adapters])
+        if factors is None:
+            return self.mix_one_by_one(x, weights)
         kinds = {True: [], False: []}
         for k, adapter in enumerate(self.adapters):
             kinds[is_learning(adapter.functional)].append(k)
-        return sum(self._stack(x, weights, chosen) for chosen in kinds.values() if chosen)
+        return sum(self._stack(x, weights, chosen, factors) for chosen in kinds.values() if chosen)
 
-    def _stack(self, x: Tensor, weights: Tensor, chosen: list[int]) -> Tensor:
-        """sum_k w_k A_k(x) over the chosen k, with R hidden units in all.
+    def _stack(self, x: Tensor, weights: Tensor, chosen: list[int], factors: list[Factors]) -> Tensor:
+        """sum_k w_k A_k(x) over the chosen k of the factors, with R hidden units in all.
 
         The weights multiply the hidden units, (B, 1, R + K), not the outputs. Where adapters have biases,
-        each adapter has one more unit, which is always 1 and carries its output bias.
+        each adapter has one more unit, whose input is always 1 and which carries its output bias.
         """
-        parts = [self.adapters[k].functional.factors() for k in chosen]
+        parts = [factors[k] for k in chosen]
         downs, ups, down_bias = [part.down for part in parts], [part.up for part in parts], None
         owners = [k for k, down in zip(chosen, downs, strict=True) for _ in down]  # adapter of each unit
         if parts[0].up_bias is not None:
             downs.append(x.new_zeros(len(parts), x.shape[-1]))
             down_bias = torch.cat([*(part.down_bias for part in parts), x.new_ones(len(parts))])
-            ups.append(torch.stack([part.up_bias for part in parts], dim=1))
+            unit = parts[0].activation(x.new_ones(()))  # 1 for ReLU
+            ups.append(torch.stack([part.up_bias for part in parts], dim=1) / unit)
             owners += chosen
         hidden = parts[0].activation(F.linear(x, torch.cat(downs), down_bias))  # (B, N, R + K)
         mixed = hidden * weights[:, None, torch.tensor(owners, device=x.device)].to(hidden.dtype)

@@ -8,7 +8,7 @@ Sources: SEMA (Wang et al., CVPR 2025), AdaptFormer (Chen et al., NeurIPS 2022),
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -27,7 +27,7 @@ class Factors(NamedTuple):
     """An adapter as one bottleneck  x -> up phi(down x + down_bias) + up_bias  of R units, scale included.
 
     Shapes: down (R, d), down_bias (R,), up (d, R), up_bias (d,); both biases are None where an adapter has
-    none. phi is the activation.
+    none. phi is the activation, a function of each unit alone with phi(1) != 0.
     """
 
     down: Tensor
@@ -163,6 +163,27 @@ class NestedLinearLoRAAdapter(NestedLoRAAdapter):
     """`NestedLoRAAdapter` with linear branches: rank r has exactly the parameters of one of rank 2r."""
 
     Branch = LoRAAdapter
+
+
+def common_factors(adapters: Sequence[nn.Module]) -> list[Factors] | None:
+    """The factors of adapters that can be computed as one bottleneck; None where they cannot.
+
+    They have one activation and all biases or none. A class that overrides `forward` alone is computed by it,
+    whatever factors it inherits.
+    """
+    if not all(_gives_factors(type(adapter)) for adapter in adapters):
+        return None
+    factors = [adapter.factors() for adapter in adapters]
+    return factors if len({(part.activation, part.up_bias is None) for part in factors}) == 1 else None
+
+
+def _gives_factors(kind: type[nn.Module]) -> bool:
+    """Whether a class has `factors` that go with its `forward`: no subclass has another."""
+    first = {}
+    for place, parent in enumerate(kind.__mro__):
+        for name in vars(parent).keys() & {"factors", "forward"}:
+            first.setdefault(name, place)
+    return "factors" in first and first["factors"] <= first["forward"]
 
 
 ADAPTERS: dict[str, type[nn.Module]] = {

@@ -21,7 +21,6 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from backbone.lora import GumbelGate, LoRAVisionTransformer
 from models.config.sdlora import SDLoRAConfig
@@ -218,7 +217,7 @@ class SDLoRA(ClassIncrementalLearner):
 
 
 class LoRAPhase(Phase):
-    """Cross-entropy over the task's classes on newly augmented images, with every beta 1."""
+    """The learner's `loss` over the task's classes on newly augmented images, with every beta 1."""
 
     name = "func"
 
@@ -250,7 +249,7 @@ class LoRAPhase(Phase):
         with learner.autocast():
             features = learner.network(images, beta).float()
         logits = learner.modules["head"].newest(features)  # (B, C_t)
-        loss = F.cross_entropy(logits, targets) + self.penalty(beta)
+        loss = learner.loss(logits, targets, features) + self.penalty(beta)
         return StepResult(loss, len(targets), (logits.argmax(dim=1) == targets).sum())
 
     def step_beta(self) -> Tensor | None:

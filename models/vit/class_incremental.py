@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from models.base import Learner, Report, RunContext
 from models.vit import calibration
@@ -93,6 +94,16 @@ class ClassIncrementalLearner(Learner):
     def learning_groups(self) -> list[ParameterGroup]:
         """Parameter groups of a functional phase: by default the newest classifier rows."""
         return [ParameterGroup("other", self.head.trainable(), lr=self.config.init_lr)]
+
+    def loss(self, logits: Tensor, targets: Tensor, features: Tensor) -> Tensor:
+        """The method's loss on a micro-batch, a scalar, its mean over samples: by default cross-entropy.
+
+        Args:
+            logits: over the open task's classes, (B, C_t).
+            targets: the classes' positions among them, int64 (B,).
+            features: class tokens that the logits are computed from, (B, d), float32.
+        """
+        return F.cross_entropy(logits, targets)
 
     # --- model ----------------------------------------------------------------------------------------------
 

@@ -3,8 +3,8 @@
     network = adapted_network(vit, config)           # adapters in the blocks that the config names
     learner.run_phase(FunctionalPhase(learner))      # what may learn, on the current task's classes only
 
-The phase trains whatever may learn in the network and the newest classifier rows, with the cross-entropy over
-the current task's classes; older classes take no part.
+The phase trains whatever may learn in the network and the newest classifier rows, with the learner's `loss`
+over the current task's classes; older classes take no part.
 """
 
 import logging
@@ -13,7 +13,6 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from backbone.sema_block import AdapterSpec
 from backbone.vit_sema import SEMAVisionTransformer
@@ -73,7 +72,7 @@ def functional_groups(
 
 
 class FunctionalPhase(Phase):
-    """Cross-entropy over the current task's classes, for `func_epoch` epochs.
+    """The learner's `loss` over the current task's classes, for `func_epoch` epochs.
 
     With K fixed views of an image, epoch e reads view e mod K; views used more than once are run through the
     network up to where learning begins and stored there.
@@ -115,7 +114,8 @@ class FunctionalPhase(Phase):
         with learner.autocast(), self.fastest_attention():
             features = learner.network(batch.inputs.to(learner.device), batch.depth).float()
         logits = learner.head.newest(features)  # (B, C_t)
-        return StepResult(F.cross_entropy(logits, targets), len(targets), (logits.argmax(1) == targets).sum())
+        loss = learner.loss(logits, targets, features)
+        return StepResult(loss, len(targets), (logits.argmax(1) == targets).sum())
 
     def fastest_attention(self) -> AbstractContextManager[None]:
         """Plain attention for bf16 training on CPUs, fused attention elsewhere.
