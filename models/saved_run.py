@@ -23,7 +23,7 @@ from utils.data.tasks import ABSENT
 from utils.errors import UserError, in_one_line
 from utils.runs.checkpoint import checkpoint_name, load_checkpoint
 from utils.runs.folder import CONFIG, RESULT, folder_of
-from utils.runs.manifest import is_complete
+from utils.runs.manifest import is_complete, read_manifest
 from utils.runs.run_log import read_metrics
 from utils.training.device import resolve_device, resolve_precision
 from utils.training.distributed import init_distributed
@@ -67,39 +67,57 @@ def load_run_checkpoint(checkpoint: Path) -> tuple[dict[str, torch.Tensor], dict
         UserError: it is damaged, or not one of this program and version.
     """
     tensors, state = load_checkpoint(checkpoint)
-    missing = [key for key, kind in STATE.items() if not isinstance(state.get(key), kind)]
-    if missing:
-        raise UserError(
-            f"{checkpoint} holds no usable {', '.join(missing)}: it is damaged or of another version of this "
-            "program; go on with the version that made it, or remove it to go on from the checkpoint before "
-            "it"
-        )
+    wrong = [key for key, kind in STATE.items() if not isinstance(state.get(key), kind)]
+    if wrong:
+        raise of_earlier_version(checkpoint, f"it has no usable {', '.join(wrong)}")
     return tensors, state
+
+
+def of_earlier_version(checkpoint: Path, evidence: str) -> UserError:
+    """Error for a checkpoint whose hashes are right, but not its content: other code wrote it."""
+    folder = checkpoint.parent.parent
+    session = read_manifest(folder).sessions[-1]
+    made_by = f" (commit {session.commit[:12]})" if session.commit else ""
+    return UserError(
+        f"{checkpoint} was written by an earlier version of this program, {evidence}: run it again "
+        f"with python main.py --config {shlex.quote(str(folder / CONFIG))}, or go on with the "
+        f"version that made it{made_by}"
+    )
 
 
 @contextmanager
 def fitting(checkpoint: Path) -> Iterator[None]:
-    """Turns what a state raises that does not fit the run into a sentence that names its checkpoint."""
+    """Turns what a state raises that does not fit the run into a sentence that names its checkpoint.
+
+    Its config and data are this run's, so that other code wrote it.
+    """
     try:
         yield
     except UserError as error:
-        raise UserError(f"{checkpoint}: {error}") from error
+        raise of_earlier_version(checkpoint, str(error)) from error
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
-        told = in_one_line(error)
-        raise UserError(
-            f"{checkpoint} does not fit this program ({short(told, 200)}): it is damaged or of another "
-            "version; go on with the version that made it, or remove it to go on from the checkpoint before "
-            "it"
-        ) from error
+        raise of_earlier_version(checkpoint, f"it does not fit ({short(in_one_line(error), 200)})") from error
 
 
 def check_config(checkpoint: Path, state: dict[str, Any], learner: Learner) -> list[str]:
     """Notes about keys that were edited since a checkpoint and change no number.
 
+    A key that came into the program later counts as unchanged while it has its default.
+
     Raises:
-        UserError: another key was edited, so that the run would mix two experiments.
+        UserError: another key was edited, so that the run would mix two experiments; or the keys are those of
+            an earlier version.
     """
     before, now = state["config"], learner.config.model_dump(mode="json")
+    if before.get("model_name") == now["model_name"]:
+        defaults = type(learner.config).model_construct().model_dump(mode="json")
+        later = {key: value for key, value in defaults.items() if key not in before and now[key] == value}
+        before = later | before
+        if keys := (before.keys() ^ now.keys()) - learner.config.editable_keys:
+            named = short(", ".join(sorted(keys)))
+            raise of_earlier_version(checkpoint, f"its config has other keys ({named})")
+        if not isinstance(before["seed"], int):
+            raise of_earlier_version(checkpoint, "its config has a list of seeds")
     edited = {
         key: f"{key} was {short(json.dumps(before.get(key)))}, is {short(json.dumps(now.get(key)))}"
         for key in [*now, *(key for key in before if key not in now)]
@@ -146,6 +164,8 @@ def check_identity(checkpoint: Path, state: dict[str, Any], learner: Learner) ->
 
 def check_same(checkpoint: Path, state: dict[str, Any], identity: Mapping[str, Any]) -> None:
     """Refuse a checkpoint of a run that has other values of an identity's keys."""
+    if missing := identity.keys() - state["run"].keys():
+        raise of_earlier_version(checkpoint, f"it does not say its {', '.join(sorted(missing))}")
     for key, ours in identity.items():
         theirs = state["run"].get(key)
         if theirs != ours:

@@ -3,14 +3,14 @@
 import json
 import random
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import TINY, command, folder_of
 from tests.crash import outcome, run
-from utils.runs.checkpoint import latest_checkpoint
+from utils.runs.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 
 CHANGES = {
     **TINY,
@@ -193,6 +193,39 @@ def test_a_damaged_checkpoint_and_a_newer_format_are_refused(
     tensors.write_bytes(whole)
     state.write_text(json.dumps(json.loads(state.read_text()) | {"version": 99}))
     assert "99" in refused(capsys, "--resume", str(stopped))
+
+
+@pytest.mark.parametrize(
+    "make_older",
+    [
+        lambda state: state.pop("evaluations"),
+        lambda state: state["config"].pop("rd_dim"),
+        lambda state: state["config"].update(seed=[1993]),
+        lambda state: state["run"].pop("class_order"),
+        lambda state: state["learner"]["progress"].pop("phases"),
+    ],
+    ids=["a part", "a key", "several seeds", "an identity", "the state"],
+)
+def test_a_checkpoint_of_an_earlier_version_is_called_old(
+    make_older: Callable[[dict], object], stopped: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its hashes are right: it is neither damaged nor of another run; the answer is to run again."""
+    checkpoint = latest_checkpoint(stopped / "checkpoints")
+    tensors, state = load_checkpoint(checkpoint)
+    make_older(state)
+    save_checkpoint(checkpoint, tensors, state)
+    told = refused(capsys, "--resume", str(stopped))
+    assert "written by an earlier version" in told and checkpoint.name in told
+    assert f"run it again with python main.py --config {stopped / 'config.json'}" in told
+
+
+def test_a_key_that_came_later_is_no_obstacle(stopped: Path) -> None:
+    """While it has its default, as `shuffle` has here."""
+    checkpoint = latest_checkpoint(stopped / "checkpoints")
+    tensors, state = load_checkpoint(checkpoint)
+    del state["config"]["shuffle"]
+    save_checkpoint(checkpoint, tensors, state)
+    assert run(["--resume", str(stopped)])[0] == 0
 
 
 def test_a_finished_run_and_a_folder_that_is_none_are_refused(

@@ -97,10 +97,15 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         return Manifest.model_validate(read_json(path))
     except ValidationError as error:
-        first = error.errors()[0]
-        raise UserError(
-            f"{path} is damaged or of another version: {first['loc']}: {first['msg']}; restore it"
-        ) from error
+        faults = error.errors()
+        absent = [".".join(map(str, fault["loc"])) for fault in faults if fault["type"] == "missing"]
+        if absent:
+            raise UserError(
+                f"{path} has no {', '.join(absent)}: an earlier version of this program wrote it, or it is "
+                f"damaged; restore it, or run it again with python main.py --config {folder / CONFIG}"
+            ) from error
+        fault = faults[0]
+        raise UserError(f"{path} is damaged: {fault['loc']}: {fault['msg']}; restore it") from error
 
 
 def is_complete(folder: Path) -> bool:
