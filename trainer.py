@@ -371,7 +371,9 @@ class Run:
     def save_interrupted(self) -> None:
         """Save between two steps and say how to go on."""
         saved = self.save_progress()
-        logger.warning(f"Stopped and saved {saved}. Continue with: python main.py --resume {self.log.folder}")
+        logger.warning(
+            f"Stopped and saved {saved.name}. Continue with: python main.py --resume {self.log.folder}"
+        )
 
     def load_state(self, state: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
         """Become the run that a checkpoint was taken of."""
