@@ -127,7 +127,7 @@ def extend(
         fill=lambda folder: extension.fill(folder, learner, state["metrics_bytes"]),
     ) as log:
         for note in extension.notes:
-            logger.info(note)
+            logger.warning(note)
         logger.info(f"Extends {extension.folder}: {extension.tasks} of {learner.nb_tasks} tasks are learned")
         run = Run(learner, log)
         with fitting(extension.folder):
