@@ -249,5 +249,6 @@ def _missing(name: str, places: Sequence[Path], how: str) -> UserError:
     return UserError(
         f"Data set {name!r} was not found: looked at {looked}; {how}. "
         f"A data set is an .npz with {', '.join(NPZ_KEYS)}, or a folder with train/<class>/* and "
-        f"test/<class>/*, or one folder per class and test_share; put it there, or set data_root or dataset to where it is. {NO_DATA_NEEDED}."
+        "test/<class>/*, or one folder per class and test_share; put it there, or set data_root or dataset "
+        f"to where it is. {NO_DATA_NEEDED}."
     )

@@ -37,7 +37,7 @@ MLFLOW_BATCH, MLFLOW_TEXT = 100, 6000  # values of a request, characters of a pa
 MLFLOW_SETTINGS = {
     "MLFLOW_ALLOW_FILE_STORE": "true",
     "MLFLOW_DISABLE_TELEMETRY": "true",  # nothing is sent anywhere
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",  # a server that is gone holds a run up for half a minute, not four
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",  # a dead server costs half a minute, not four
     "MLFLOW_HTTP_REQUEST_TIMEOUT": str(SECONDS),
 }
 Row = tuple[str, int, float]  # name, step, value
