@@ -2,6 +2,7 @@
 
 python eval.py --run FOLDER                          tables, figures, and the last checkpoint tested again
 python eval.py --run FOLDER --recorded               tables and figures of what the run wrote, in seconds
+python eval.py --run FOLDER --report                 its page, FOLDER/report.html, written again
 python eval.py --run FOLDER FOLDER ...               several seeds: mean ± std of those that are finished
 python eval.py --compare FOLDER FOLDER ... --latex   runs that differ in more than their seed, in a table
 python eval.py --run FOLDER ... --test               test images, of runs measured on validation images so far
@@ -31,12 +32,13 @@ TAKES = {  # options that each command takes beside its own; the first one given
     "export": ("run", "checkpoint", "out"),
     "analyse": ("run", "images-per-class"),
     "recorded": ("run",),
+    "report": ("run",),
     "compare": ("baseline", "latex", "markdown", "out"),
     "test": ("run",),
     "checkpoint": (),
     "run": (),
 }
-ONE_RUN = ("predict", "export", "analyse", "recorded")  # commands that look at one run
+ONE_RUN = ("predict", "export", "analyse", "recorded", "report")  # commands that look at one run
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -75,6 +77,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--latex", action="store_true", help="with --compare: print a booktabs table and comments")
     add("--markdown", action="store_true", help="with --compare: print a Markdown table")
     add("--recorded", action="store_true", help="with --run: only what the run recorded, no test")
+    add("--report", action="store_true", help="with --run: only draw its figures and write report.html again")
     add(
         "--test",
         action="store_true",
@@ -175,6 +178,13 @@ def analyse(options: argparse.Namespace) -> Iterable[str]:
     return analyse_run(options.run[0], options.analyse, options.images_per_class)
 
 
+def report(options: argparse.Namespace) -> Iterable[str]:
+    """Figures and page of a run, made again."""
+    from models.inspection import draw_again
+
+    return draw_again(options.run[0])
+
+
 def show_checkpoint(options: argparse.Namespace) -> Iterable[str]:
     """One checkpoint, tested."""
     from models.inspection import show_checkpoint
@@ -213,6 +223,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], Iterable[str]]] = {
     "recorded": show_runs,
     "compare": compare,
     "test": test_runs,
+    "report": report,
     "checkpoint": show_checkpoint,
     "run": show_runs,
 }

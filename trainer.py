@@ -34,6 +34,7 @@ from models.saved_run import (
 )
 from utils.config.schema import RunConfig
 from utils.errors import Interrupted, UserError
+from utils.reports.run_report import write_run_report
 from utils.runs.checkpoint import checkpoint_name, latest_checkpoint, save_checkpoint
 from utils.runs.figures import draw_figures
 from utils.runs.folder import (
@@ -163,7 +164,7 @@ def open_log(
         log = RunLog.create(
             place or folder_of(config, learner.seed),
             config=config.model_dump(mode="json"),
-            manifest=manifest | learner.manifest(),
+            manifest=manifest | {"method": learner.method()} | learner.manifest(),
             overwrite=command.overwrite,
             fill=fill,
         )
@@ -236,8 +237,12 @@ def resume(folder: Path, context: RunContext | None = None) -> dict[str, Any]:
 
 
 def complete_run(log: RunLog) -> None:
-    """End of a run that has its result: figures drawn, replaced run removed, end noted in the manifest."""
-    log.figures(draw_figures(log.folder, LEARNERS[read_config(log.folder).model_name].figures))
+    """End of a run that has its result: figures and page, replaced run removed, end noted in the manifest."""
+    config = read_config(log.folder)
+    learner = LEARNERS[config.model_name]
+    pictures = draw_figures(log.folder, learner.figures)
+    write_run_report(log.folder, config, learner.captions)
+    log.show_result(read_result(log.folder)["metrics"], pictures)
     remove_replaced(log.folder)
     log.manifest(read_manifest(log.folder).model_copy(update={"finished": timestamp()}).model_dump())
 
@@ -300,6 +305,8 @@ class Run:
         self.log.metric("task", task=task, **report.event, **self.learner.summary(), **cost)
         if report.accuracy is not None:
             self.log.accuracy_csv(report.accuracy, report.images)
+        for name, table in report.csv.items():
+            self.log.table(name, table)
         for line in report.lines:
             logger.info(line)
         seconds, self.before_task = self.seconds - self.before_task, self.seconds

@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
+import pandas as pd
 import torch
 from torch import Tensor, nn
 
@@ -109,6 +110,7 @@ class Report:
         accuracy: rows of the accuracy matrix in percent, where there is one.
         images: what it is measured on, "test" or "validation".
         cost: times beside the run's seconds; they differ from run to run.
+        csv: tables of the newest task for the run folder, by file name.
     """
 
     event: dict[str, Any]
@@ -118,6 +120,7 @@ class Report:
     accuracy: list[list[float]] | None = None
     images: str = "test"
     cost: dict[str, float] = field(default_factory=dict)
+    csv: dict[str, pd.DataFrame] = field(default_factory=dict)
 
 
 class Learner(ABC):
@@ -127,6 +130,7 @@ class Learner(ABC):
         Config: the schema of its configuration.
         figures: draws the figures of a run from its record.
         task_files: names of files and folders that tasks leave in the run folder beside its record.
+        captions: what one sees in them, by file name, in the order of the run's page.
         analyses: analyses of finished runs by name, for `eval.py --analyse`; see `analysis_inputs`.
         modules: all modules; their state without `frozen_names` is the checkpoint.
         method_tensors: tensors that a method must remember inside a task, beside `method_state`.
@@ -139,6 +143,7 @@ class Learner(ABC):
     Config: ClassVar[type[RunConfig]]
     figures: ClassVar[Figures]
     task_files: ClassVar[tuple[str, ...]] = ()
+    captions: ClassVar[Mapping[str, str]] = {}
     analyses: ClassVar[Mapping[str, Callable[[Any], AnalysisResult]]] = {}
     modules: nn.ModuleDict
 
@@ -217,6 +222,11 @@ class Learner(ABC):
         generated.
         """
         return {}
+
+    @classmethod
+    def method(cls) -> str:
+        """The method in a sentence: the first line of the class's docstring."""
+        return (cls.__doc__ or cls.__name__).split("\n")[0]
 
     def summary(self) -> dict[str, Any]:
         """The model as a task's event describes it."""
@@ -372,6 +382,7 @@ class Learner(ABC):
             phase=phase.name,
             block=phase.block,
             epoch=epoch,
+            steps_in_task=self.progress.steps,
             loss=loss,
             train_accuracy=accuracy,
             lr=lrs,

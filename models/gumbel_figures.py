@@ -13,6 +13,12 @@ from utils.analysis.figures import Heatmap, HeatmapSpec, heatmaps_figure
 from utils.plotting import MOST_NUMBERED_TASKS, VERMILLION, task_axis, titled_figure
 
 Event = Mapping[str, Any]
+CAPTIONS = {
+    "beta_evolution.png": "Weight that the gate gives the adapter of each task (x), a line after every task; "
+    "crosses: pruned.",
+    "beta_heatmap.png": "The same as a map: adapters in columns, tasks in rows.",
+    "beta_layers.png": "Weight of every adapter in each layer after the last task.",
+}
 
 
 def gate_figures(events: Sequence[Event], about: str) -> dict[str, Figure]:

@@ -18,8 +18,9 @@ from utils.analysis.results import ANALYSIS, write_results
 from utils.errors import UserError
 from utils.files import write_json
 from utils.metric_catalogue import CLASS_INCREMENTAL, Shown
+from utils.reports.pages import markdown_text
 from utils.reports.renderings import latex_table, markdown_table, terminal_table
-from utils.reports.report import markdown_text
+from utils.reports.run_report import write_run_report
 from utils.reports.tables import difference_tables, means_table
 from utils.runs.checkpoint import checkpoint_name, latest_checkpoint
 from utils.runs.figures import draw_figures
@@ -39,21 +40,14 @@ from utils.sweeps.comparison import compare_runs, default_folder, described, wri
 
 
 def show_run(folder: Path, test: bool) -> Iterator[str]:
-    """Recorded accuracy and redrawn figures of a run folder, then its last checkpoint tested."""
-    figures = LEARNERS[read_config(folder).model_name].figures
+    """Recorded accuracy, redrawn figures and page of a run folder, then its last checkpoint tested."""
     if (path := accuracy_path(folder)).is_file():
         what = "validation accuracy" if path.name == VALIDATION_ACCURACY else "accuracy"
         yield f"recorded {what} (%), row: after task, column: on task"
         for task, row in enumerate(read_accuracy_csv(folder)):
             yield f"task {task:>3}  " + " ".join(f"{value:6.2f}" for value in row)
         yield ""
-    lock = FolderLock(folder)
-    try:
-        with lock:
-            for path in draw_figures(folder, figures):
-                yield f"drew {path}"
-    except FolderInUse:
-        yield f"drew no figures: {folder} is being written by {lock.holder}"
+    yield from draw_again(folder)
     if test:
         checkpoint = latest_checkpoint(folder / CHECKPOINTS)
         if checkpoint is None:
@@ -62,6 +56,19 @@ def show_run(folder: Path, test: bool) -> Iterator[str]:
             )
         yield ""
         yield from show_checkpoint(checkpoint)
+
+
+def draw_again(folder: Path) -> Iterator[str]:
+    """Figures and page of a run folder, made again from its files, unless a process is writing them."""
+    config, lock = read_config(folder), FolderLock(folder)
+    learner = LEARNERS[config.model_name]
+    try:
+        with lock:
+            for path in draw_figures(folder, learner.figures):
+                yield f"drew {path}"
+            yield f"wrote {write_run_report(folder, config, learner.captions)}"
+    except FolderInUse:
+        yield f"drew no figures: {folder} is being written by {lock.holder}"
 
 
 def show_checkpoint(checkpoint: Path) -> Iterator[str]:

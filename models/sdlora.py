@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from backbone.lora import GumbelGate, LoRAVisionTransformer
 from models.config.sdlora import SDLoRAConfig
-from models.gumbel_figures import gate_figures
+from models.gumbel_figures import CAPTIONS, gate_figures
 from models.gumbel_growth import active_adapters_table, decide, not_finite_advice
 from models.phase import EpochNote, Phase, StepResult
 from models.vit.class_incremental import ClassIncrementalLearner
@@ -32,6 +32,7 @@ from utils.console import progress
 from utils.errors import Interrupted
 from utils.gumbel_utils import gumbel_sparsemax, newcomer_logits, sparsemax, sparsity_loss
 from utils.inc_net import IncrementalHead
+from utils.runs.figures import CAPTIONS as RUN_CAPTIONS
 from utils.runs.figures import class_incremental_figures
 from utils.runs.run_log import read_metrics
 from utils.training.optim import GroupedOptimizer, ParameterGroup, StepDecay, assert_complete, trainable
@@ -60,6 +61,8 @@ class SDLoRA(ClassIncrementalLearner):
         if kind != "off":
             modules["gate"] = GumbelGate(len(vit.blocks) if kind == "layer" else None)
         return nn.ModuleDict(modules)
+
+    captions = RUN_CAPTIONS | CAPTIONS
 
     @staticmethod
     def figures(

@@ -19,10 +19,11 @@ from typing import Any, NamedTuple
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
@@ -71,17 +72,36 @@ def as_written(text: str) -> str:
     return " ".join(text.split()).replace("$", r"\$")
 
 
-def legend_below(figure: Figure, handles: Mapping[str, Line2D]) -> None:
-    """A legend in one row under the axes; handles by their labels."""
+def legend_below(figure: Figure, handles: Mapping[str, Artist], columns: int | None = None) -> None:
+    """A legend under the axes, in one row or so many columns; handles by their labels."""
     named = {"handles": list(handles.values()), "labels": list(handles)}
-    figure.legend(**named, loc="outside lower center", ncols=len(handles), frameon=False)
+    figure.legend(**named, loc="outside lower center", ncols=columns or len(handles), frameon=False)
 
 
 def png(figure: Figure) -> bytes:
     """The picture, as the bytes of a PNG file."""
+    return picture(figure, "png")
+
+
+def picture(figure: Figure, form: str) -> bytes:
+    """The bytes of a "png", "pdf" or "svg" file: the same at every call."""
     stream = io.BytesIO()
-    figure.savefig(stream, format="png", dpi=DPI)
+    undated = {"png": {}, "pdf": {"CreationDate": None}, "svg": {"Date": None}}
+    with mpl.rc_context({"svg.hashsalt": "figure"}):
+        figure.savefig(stream, format=form, dpi=DPI, metadata=undated[form])
     return stream.getvalue()
+
+
+def pictures(figures: Mapping[str, Figure], form: str) -> dict[str, bytes]:
+    """Every figure as PNG, which pages embed, and in another form where one is asked for, by file name.
+
+    figures: by their PNG's names.
+    """
+    drawn = {name: png(figure) for name, figure in figures.items()}
+    if form != "png":
+        more = {f"{name.removesuffix('.png')}.{form}": picture(figures[name], form) for name in figures}
+        drawn |= more
+    return drawn
 
 
 def task_axis(axes: Axes, tasks: int, most_ticks: int = 20, label: str | None = "after task") -> None:
@@ -91,6 +111,20 @@ def task_axis(axes: Axes, tasks: int, most_ticks: int = 20, label: str | None = 
     axes.set_xticks(range(0, tasks, step))
     if label:
         axes.set_xlabel(label)
+
+
+def draw_chance(axes: Axes, chance: Sequence[float]) -> dict[str, Line2D]:
+    """The accuracy (%) of guessing after each task, and its legend entry, which says where none is visible.
+
+    The limits of the axis stay as they are.
+    """
+    limits, line = axes.get_ylim(), {"color": GREY, "ls": ":", "lw": 1.4}
+    tasks = range(len(chance)) if len(chance) > 1 else axes.get_xlim()
+    axes.plot(tasks, np.broadcast_to(chance, len(tasks)), zorder=1, **line)
+    axes.set_ylim(limits)
+    text = f"{chance[0]:.1f}" if len(set(chance)) == 1 else f"{chance[0]:.1f} to {chance[-1]:.1f}"
+    below = ", below this axis" if max(chance) < limits[0] else ""
+    return {f"guessing ({text} %{below})": Line2D([], [], **line)}
 
 
 def adapter_panels(
@@ -145,6 +179,7 @@ class HeatmapSpec(NamedTuple):
         decimals: of the numbers in cells.
         colours: name of a colour map.
         row_names, column_names: None for 0, 1, ...
+        gamma: of the colours; below 1 small values are told apart better.
     """
 
     rows: str
@@ -155,11 +190,12 @@ class HeatmapSpec(NamedTuple):
     colours: str = "viridis"
     row_names: Sequence[str] | None = None
     column_names: Sequence[str] | None = None
+    gamma: float = 1.0
 
 
 def draw_heatmap(axes: Axes, values: np.ndarray, spec: HeatmapSpec, fontsize: float | None) -> AxesImage:
     """Cells in colour, NaN empty, with their number where there is a font size for it; returns the image."""
-    colours, scale = mpl.colormaps[spec.colours], Normalize(*spec.limits)
+    colours, scale = mpl.colormaps[spec.colours], PowerNorm(spec.gamma, *spec.limits)
     image = axes.imshow(values, cmap=colours, norm=scale, interpolation="none", aspect="auto")
     if fontsize is not None:
         for row, column in np.argwhere(~np.isnan(values)):

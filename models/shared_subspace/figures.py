@@ -30,6 +30,11 @@ TERMS = {  # key of an epoch's event: label and colour (Okabe and Ito)
     "auxiliary": ("primitive head", "#009E73"),
     "active_fraction": ("active fraction of units", "#CC79A7"),
 }
+CAPTIONS = {
+    "training.png": "Left: IoU on validation grids over epochs, with the best. Right: the terms of the loss.",
+    "zero_shot.png": "IoU and solved grids on new grids of every split; black: the IoU of the input itself.",
+    "few_shot.png": "IoU of unseen compositions while adapters learn from few samples.",
+}
 SAMPLES_PER_LINE = 8
 CAPTION_WIDTH = 18  # characters per line, over a sample
 GRID_COLOURS = ["#111111", *mpl.color_sequences["petroff10"]]  # of the cells of a grid, by number

@@ -34,7 +34,7 @@ from models.shared_subspace.analysis import ANALYSES, AnalysisInputs, analysis_i
 from models.shared_subspace.config import SharedSubspaceConfig
 from models.shared_subspace.evaluation import SPLIT_NAMES, Evaluator, report, result_tables, zero_shot
 from models.shared_subspace.few_shot import FewShotPhase, few_shot_row, few_shot_task
-from models.shared_subspace.figures import grid_figures
+from models.shared_subspace.figures import CAPTIONS, grid_figures
 from models.shared_subspace.losses import TASK_LOSSES, SharingLoss, sparse_terms, weight_at
 from models.shared_subspace.network import GridModel, GridOutput, GridShape
 from models.shared_subspace.tasks import HELD_OUT, TRAIN, GridSamples, GridTasks, GroupedBatchSampler
@@ -54,6 +54,7 @@ class SharedSubspace(Learner):
 
     Config = SharedSubspaceConfig
     figures = staticmethod(grid_figures)
+    captions = CAPTIONS
     analyses = ANALYSES
     config: SharedSubspaceConfig
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -42,7 +43,8 @@ from utils.data.transforms import ViewSpec
 from utils.errors import UserError
 from utils.inc_net import IncrementalHead
 from utils.metric_catalogue import keyed
-from utils.runs.figures import class_incremental_figures, describe
+from utils.runs.classes import class_tables, confusion_counts
+from utils.runs.figures import CAPTIONS, class_incremental_figures, describe
 from utils.runs.manifest import library_versions
 from utils.runs.metrics import AccuracyMatrix
 from utils.runs.tables import accuracy_table, summary_table
@@ -66,10 +68,12 @@ class ClassIncrementalLearner(Learner):
         data: the task sequence; absent where the context reads no data.
         backbone: provenance of the pretrained weights.
         calibration: temperature of the scores, from the end of the first task on.
+        confusion: test images by true and predicted class in the newest evaluation, (C, C); None before one.
     """
 
     Config = ClassIncrementalConfig
     figures = staticmethod(class_incremental_figures)
+    captions = CAPTIONS
     analyses = ANALYSES
     config: ClassIncrementalConfig
 
@@ -77,6 +81,7 @@ class ClassIncrementalLearner(Learner):
         super().__init__(config, context)
         self.calibration: Calibration | None = None
         self.cache = TensorCache(config.cache_root, config.cache_gb)
+        self.confusion: np.ndarray | None = None
         if context.reads_data:
             self.data, self.backbone = load_data_and_backbone(config, context)
         else:
@@ -326,9 +331,10 @@ class ClassIncrementalLearner(Learner):
 
     @torch.no_grad()
     def evaluate(self, images: str | None = None) -> dict[str, Any]:
-        """Images of each task seen: "correct" and "total" numbers, per task; "ece" and "nll" of all.
+        """Images of each task seen: "correct" and "total" per task, "class_correct" per class.
 
-        Where they are not test images "images" says so.
+        "ece" and "nll" are of all of them; where they are not test images "images" says so. `confusion` then
+        holds them by true and predicted class.
 
         Args:
             images: "test" or "validation"; None for those that the run is measured on.
@@ -336,22 +342,28 @@ class ClassIncrementalLearner(Learner):
         Raises:
             UserError: a score is not finite, or images cannot be read.
         """
-        correct, total, scored, labels, source = [], [], [], [], images or self.data.evaluated
+        scored, labels, predicted, source = [], [], [], images or self.data.evaluated
         for task in range(self.task + 1):
             targets = self.data.targets(self.data.indices(self.data.task_classes(task), source), source)
             with dead_worker_advice():
                 features = self.features_of(task, source).to(self.device)
             what = f"the {source} images of task {task}"
             scores = self.classify(features).cpu()
-            predicted = predictions(scores, what, self.config.precision)
-            correct.append(int((predicted == targets).sum()))
-            total.append(len(targets))
+            predicted.append(predictions(scores, what, self.config.precision))
             scored.append(scores)
             labels.append(targets)
-        found = {"correct": correct, "total": total} | ({} if source == "test" else {"images": source})
+        true = torch.cat(labels)
+        self.confusion = confusion_counts(true.numpy(), torch.cat(predicted).numpy(), self.classes.stop)
+        totals, right = self.confusion.sum(axis=1), self.confusion.diagonal()
+        ranges = [self.data.task_classes(task) for task in range(self.task + 1)]
+        found = {
+            "correct": [int(right[classes].sum()) for classes in ranges],
+            "total": [int(totals[classes].sum()) for classes in ranges],
+            "class_correct": right.tolist(),
+        } | ({} if source == "test" else {"images": source})
         if self.calibration is not None:
             p = calibration.probabilities(torch.cat(scored), self.calibration.temperature)
-            found |= calibration.errors(p, torch.cat(labels))
+            found |= calibration.errors(p, true)
         return found
 
     def report(self, evaluations: Sequence[dict[str, Any]]) -> Report:
@@ -373,6 +385,10 @@ class ClassIncrementalLearner(Learner):
                 keyed(images, "accuracy"): matrix.rows[-1],
                 keyed(images, "total"): matrix.curve[-1],
                 **{keyed(images, key): value for key, value in calibrated.items()},
+                "classes_seen": self.classes.stop,
+                **{
+                    keyed(images, key): metrics[key] for key in ("average", "forgetting", "bwt", "plasticity")
+                },
             },
             lines=[
                 f"Task {task}: {of}accuracy {curve[-1]:.2f} %{forgetting}{per_task}",
@@ -393,7 +409,20 @@ class ClassIncrementalLearner(Learner):
             ],
             accuracy=matrix.rows,
             images=images,
+            csv=self.class_tables(evaluations, images),
         )
+
+    def class_tables(self, evaluations: Sequence[dict[str, Any]], images: str) -> dict[str, pd.DataFrame]:
+        """Tables of the classes seen, by file name; none where this process has tested nothing yet."""
+        if self.confusion is None:
+            return {}
+        classes = range(len(self.confusion))
+        tasks = [task for task in range(self.task + 1) for _ in self.data.task_classes(task)]
+        by_class = [evaluations[task].get("class_correct") for task in tasks]  # earlier versions kept none
+        learned = [right and right[label] for label, right in zip(classes, by_class, strict=True)]
+        names = self.data.class_names[: len(classes)]
+        tables = class_tables(self.confusion, names, tasks, learned)
+        return {keyed(images, name): table for name, table in tables.items()}
 
     def describe_evaluation(self, evaluation: dict[str, Any]) -> str:
         images = evaluation.get("images", "test")
@@ -464,6 +493,7 @@ class ClassIncrementalLearner(Learner):
             },
             "image_size": backbone.image_size,
             "data": {"name": self.config.dataset, "sha256": self.data.data_sha256(self.data.evaluated)},
+            "images_per_class": {source: self.data.images_per_class(source) for source in self.data.sources},
             "data_of_tasks": self.data_read(self.nb_tasks, self.nb_tasks),
             "class_order": list(self.data.class_order),
             "class_names": self.data.class_names,

@@ -125,7 +125,16 @@ class RunConfig(BaseModel):
     legacy_keys: ClassVar[dict[str, str]] = {}
     asset_keys: ClassVar[tuple[str, ...]] = ()
     editable_keys: ClassVar[frozenset[str]] = frozenset(
-        {"description", "prefix", "logs_root", "trackers", "device", "grad_accumulation", "eval_batch_size"}
+        {
+            "description",
+            "prefix",
+            "logs_root",
+            "trackers",
+            "figure_format",
+            "device",
+            "grad_accumulation",
+            "eval_batch_size",
+        }
     )
     known_as: ClassVar[dict[str, str]] = {"learning_rate": "init_lr", "lr": "init_lr", "gpu": "device"}
 
@@ -140,6 +149,9 @@ class RunConfig(BaseModel):
     logs_root: PathText = key("logs", "Folder that gets the run folders.")
     trackers: Annotated[list[Literal["tensorboard", "wandb", "mlflow"]], AfterValidator(distinct)] = key(
         ["tensorboard"], "Where its numbers and figures go beside its folder's own files; [] for nowhere."
+    )
+    figure_format: Literal["png", "pdf", "svg"] = key(
+        "png", "Form in which figures are drawn beside PNG, also those of a sweep's report."
     )
     seed: Seed = key(
         1993,

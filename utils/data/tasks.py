@@ -180,6 +180,10 @@ class DataManager:
         """Number of images of these incremental classes in "train", "validation" or "test"."""
         return len(self.indices(classes, source))
 
+    def images_per_class(self, source: str) -> list[int]:
+        """Number of "train", "validation" or "test" images of each incremental class of the tasks."""
+        return [self.count(range(label, label + 1), source) for task in self._tasks for label in task]
+
     def indices(self, classes: range, source: str) -> np.ndarray:
         """Stored positions of the images of a range of incremental labels, ascending, int64 (n,)."""
         labels = self._labels_of(source)

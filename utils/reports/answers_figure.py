@@ -1,6 +1,6 @@
 """Figure of the answers to a sweep's hypotheses (`utils/reports/answers.py`).
 
-    picture = answers_png(answer(hypotheses, results), "ranks on CIFAR-100")
+    figure = answers_figure(answer(hypotheses, results), results, "ranks on CIFAR-100")
 
 A panel for each hypothesis: a thin line for every seed, from the other side to the cell's; the means are
 thick marks in the verdict's colour. Colours can be told apart by colour-blind readers; text of the user's is
@@ -11,7 +11,6 @@ import textwrap
 from collections.abc import Mapping
 from typing import Any
 
-import matplotlib as mpl
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -23,11 +22,9 @@ from utils.plotting import (
     GREY,
     INK,
     NARROWEST,
-    STYLE,
     VERMILLION,
     as_written,
     legend_below,
-    png,
     titled_figure,
     wrapped,
 )
@@ -47,12 +44,6 @@ TEXT_WIDTH, SIDE_WIDTH = 54, 24  # characters a line: above a panel, below each 
 LONGEST_NAME = 24  # characters of a hypothesis's name
 SMALL, LINE = 8.5, 11.0  # points: size of the text around a panel, and what a line of it takes
 HALF_MARK = 0.13  # of a mean, where the sides lie 1 apart
-
-
-def answers_png(answers: pd.DataFrame, results: Results, subtitle: str) -> bytes:
-    """The figure as a PNG; subtitle: the grey line under its title."""
-    with mpl.rc_context(STYLE):
-        return png(answers_figure(answers, results, as_written(subtitle)))
 
 
 def answers_figure(answers: pd.DataFrame, results: Results, subtitle: str) -> Figure:

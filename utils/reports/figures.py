@@ -6,12 +6,14 @@
     differences.png             difference from the baseline with its 95 % interval
     curves.png                  accuracy over all classes seen after each task, mean and deviation over seeds
     plasticity_forgetting.png   how well new tasks are learned against how much of old ones is lost
+    hypotheses.png              answers to the sweep's hypotheses (`utils/reports/answers_figure.py`)
 
 Figures without numbers are left out. The baseline is black or grey; colours can be told apart by colour-blind
 readers, and cells of the same colour differ in their marker. Text of the user's is drawn as it is written.
 """
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
@@ -31,15 +33,18 @@ from utils.plotting import (
     STYLE,
     VERMILLION,
     as_written,
+    draw_chance,
     legend_below,
-    png,
+    pictures,
     task_axis,
     titled_figure,
     wrapped,
 )
+from utils.reports.answers_figure import CAPTION, answers_figure
 from utils.reports.results import Results
 from utils.reports.stats import ONE_SEED, SAME, UNDECIDED
 
+HYPOTHESES_FIGURE = "hypotheses.png"
 MANY_CELLS = 12  # beyond, curves and points show the best alone in colour
 HIGHLIGHTED = 5
 LABEL_WIDTH = 44  # characters per line
@@ -52,15 +57,25 @@ MARKERS = "oDv^PX<>"
 Style = dict[str, Any]  # "color" and "marker" of a cell
 
 
-def sweep_figures(results: Results, subtitle: str) -> dict[str, tuple[bytes, str]]:
-    """Every figure that has numbers, as PNG with its caption by file name, in the order of `FIGURES`.
+def sweep_figures(
+    results: Results, subtitle: str, answers: pd.DataFrame | None = None, form: str = "png"
+) -> dict[str, tuple[bytes, str]]:
+    """Every figure that has numbers, with its caption by file name, in the order of `FIGURES`.
 
-    subtitle: the grey line under each title.
+    Args:
+        subtitle: the grey line under each title.
+        answers: to the sweep's hypotheses, where it states some.
+        form: "png", or "pdf" or "svg" for files of that form as well.
     """
+    subtitle = as_written(subtitle)
+    captions = {name: caption.format(main=results.main.name) for name, (_, caption) in FIGURES.items()}
+    captions[HYPOTHESES_FIGURE] = CAPTION
     with mpl.rc_context(STYLE):
-        figures = {name: draw(results, as_written(subtitle)) for name, (draw, _) in FIGURES.items()}
-        captions = {name: caption.format(main=results.main.name) for name, (_, caption) in FIGURES.items()}
-        return {name: (png(figure), captions[name]) for name, figure in figures.items() if figure}
+        drawn = {name: draw(results, subtitle) for name, (draw, _) in FIGURES.items()}
+        if answers is not None:
+            drawn[HYPOTHESES_FIGURE] = answers_figure(answers, results, subtitle)
+        files = pictures({name: figure for name, figure in drawn.items() if figure}, form)
+    return {name: (content, captions[Path(name).with_suffix(".png").name]) for name, content in files.items()}
 
 
 def cell_styles(results: Results) -> dict[str, Style]:
@@ -110,6 +125,9 @@ def bars_figure(results: Results, subtitle: str) -> Figure:
         if cell == results.baseline:
             axes.axvline(mean, color=INK, lw=0.9, ls="--", zorder=0)
             handles["the baseline's mean"] = Line2D([], [], color=INK, lw=0.9, ls="--")
+    if chance := results.chance()[-1:]:
+        axes.axvline(chance[0], color=GREY, ls=":", lw=1.4, zorder=0)
+        handles[f"guessing ({chance[0]:.1f} %)"] = Line2D([], [], color=GREY, ls=":", lw=1.4)
     axes.set_xlim(0, max(1.0, *ends) * 1.04)
     axes.set_xlabel(main.heading)
     legend_below(figure, handles)
@@ -178,6 +196,10 @@ def curves_figure(results: Results, subtitle: str) -> Figure | None:
     task_axis(axes, tasks)
     axes.set_ylabel(spec.heading)
     axes.grid(axis="y")
+    if (chance := results.chance()) and len(chance) == tasks:
+        guessing = draw_chance(axes, chance)
+        handles |= guessing
+        labels, shown = [*labels, *guessing], [*shown, *guessing]
     _legend_beside(axes, labels, [handles[cell] for cell in shown], handles.values())
     return figure
 

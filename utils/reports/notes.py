@@ -15,7 +15,7 @@ NOT_EQUAL = '"undecided" does not mean equal, it means that these seeds do not t
 
 
 def facts(results: Results, unfinished: Mapping[str, str]) -> list[tuple[str, str]]:
-    """Cells, runs, seeds, tasks, weights, best cell and outcomes against the baseline: (name, text) pairs."""
+    """Cells, runs, seeds, tasks, best cell and outcomes against the baseline: (name, text) pairs."""
     unrun = len(results.cells) - len(results.finished)
     found = [
         ("Cells", str(len(results.cells)) + (f" ({unrun} without a finished run)" if unrun else "")),
@@ -25,7 +25,6 @@ def facts(results: Results, unfinished: Mapping[str, str]) -> list[tuple[str, st
         ),
         ("Seeds", _seeds(results)),
         ("Tasks", _tasks(results)),
-        *(("Weights", text) for text in _weights(results)),
     ]
     main = results.main
     if best := [cell for cell in results.cells if cell in results.best(main.key)]:
@@ -154,17 +153,3 @@ def _tasks(results: Results) -> str:
     usual = Counter(numbers.values()).most_common(1)[0][0]
     others = [f"{cell}: {number}" for cell, number in numbers.items() if number != usual]
     return str(usual) + (f" ({'; '.join(others)})" if others else "")
-
-
-def _weights(results: Results) -> list[str]:
-    """A text per weight tag with its note, and with its cells where there are several tags."""
-    users: dict[tuple[str, str], dict[str, None]] = {}
-    for cell, runs in results.cells.items():
-        for weights in (result["weights"] for result in runs.values()):
-            key = (str(weights.get("tag") or "not recorded"), str(weights.get("note") or ""))
-            users.setdefault(key, {})[cell] = None
-    texts = []
-    for (tag, note), cells in users.items():
-        about = [*([note] if note else []), *([f"in {', '.join(cells)}"] if len(users) > 1 else [])]
-        texts.append(": ".join([tag, "; ".join(about)]) if about else tag)
-    return texts

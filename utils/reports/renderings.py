@@ -8,7 +8,7 @@ markdown_table(table)
 import re
 
 from utils.metric_catalogue import ABSENT
-from utils.reports.report import markdown_text
+from utils.reports.pages import markdown_text
 from utils.reports.tables import Entry, Table
 
 LATEX_SIGNS = {

@@ -34,6 +34,12 @@ class Table(NamedTuple):
     note: str = ""
 
 
+def plain_table(frame: pd.DataFrame, caption: str = "", note: str = "") -> Table:
+    """A table of texts, the index first; columns and index keep their names."""
+    rows = [[Entry(str(name)), *map(Entry, map(str, row))] for name, *row in frame.itertuples(name=None)]
+    return Table(caption, [frame.index.name or "", *map(str, frame.columns)], rows, note)
+
+
 def means_table(results: Results, place: Shown = Shown.MEANS) -> Table:
     """A row per cell: n, then mean ± std of each metric over seeds; the best of what is compared is strong.
 

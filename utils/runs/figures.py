@@ -6,14 +6,17 @@
     figures/accuracy_curves.png   accuracy over all classes seen, and over each task's, over tasks
     figures/norms.png             size of the fast and the slow branch in each block (where a run logs it)
     figures/growth.png            number of adapters in each block
+    figures/confusion.png         test images by true and predicted class, and the accuracy of each class
 
-A method names its own `Figures`. An unfinished run is drawn as far as it got.
+A method names its own `Figures`. An unfinished run is drawn as far as it got. With `figure_format` "pdf" or
+"svg" each figure is also drawn in that form.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,15 +44,34 @@ from utils.plotting import (
     VERMILLION,
     HeatmapSpec,
     adapter_panels,
+    as_written,
     colour_bar,
+    draw_chance,
     draw_heatmap,
-    png,
+    legend_below,
+    pictures,
     task_axis,
     titled_figure,
 )
+from utils.runs.classes import read_classes
 from utils.runs.folder import CONFIG, FIGURES, METRICS, RESULT, accuracy_path
 from utils.runs.run_log import read_accuracy_csv, read_metrics
 
+MOST_NAMED_CLASSES, MOST_NUMBERED_CLASSES = 60, 16  # beyond, their names or counts would be too small
+LONGEST_NAME = 22  # characters of a class's name
+
+CAPTIONS = {  # what one sees in a class-incremental run's figures, in the order of its page
+    "accuracy_curves.png": "Accuracy over all classes seen so far (thick) and on each task's own images "
+    "(thin, a colour per task) after each task; dotted: guessing.",
+    "accuracy_matrix.png": "Accuracy on the images of each task (columns) after each task (rows): "
+    "a task is forgotten down its column.",
+    "confusion.png": "What the images of each class (rows) were taken for (columns): right answers are "
+    "on the diagonal, lines separate tasks. At the right the accuracy of each class now; dots: when its task "
+    "was learned.",
+    "growth.png": "Number of adapters in each block after each task; frames mark growth.",
+    "norms.png": "Size of the fast and the slow branch of each block's adapters over tasks; hollow: after "
+    "consolidation.",
+}
 Figures = Callable[[Sequence[Mapping[str, Any]], Sequence[Sequence[float]], str], dict[str, Figure]]
 
 
@@ -63,13 +85,16 @@ def draw_figures(run_folder: Path, figures: Figures) -> list[Path]:
     Raises:
         UserError: the folder is no run's, or one of its files is damaged.
     """
-    about = describe(read_json(run_folder / CONFIG), finished=(run_folder / RESULT).exists())
+    config = read_json(run_folder / CONFIG)
+    about = describe(config, finished=(run_folder / RESULT).exists())
     events = read_metrics(run_folder)
     rows = read_accuracy_csv(run_folder) if accuracy_path(run_folder).exists() else []
     try:
         with mpl.rc_context(STYLE):
             found = figures(events, rows, about)
-            drawn = {name: png(figure) for name, figure in found.items()}
+            if classes := read_classes(run_folder):
+                found["confusion.png"] = confusion_figure(*classes, about)
+            drawn = pictures(found, config.get("figure_format", "png"))
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         told = in_one_line(error)
         raise UserError(
@@ -77,7 +102,7 @@ def draw_figures(run_folder: Path, figures: Figures) -> list[Path]:
         ) from error
     folder = run_folder / FIGURES
     folder.mkdir(exist_ok=True)
-    return [replace_file(folder / name, picture) for name, picture in drawn.items()]
+    return [replace_file(folder / name, content) for name, content in drawn.items()]
 
 
 def class_incremental_figures(
@@ -93,7 +118,8 @@ def class_incremental_figures(
     figures: dict[str, Figure] = {}
     if rows:
         figures["accuracy_matrix.png"] = accuracy_matrix_figure(rows, totals, about, images)
-        figures["accuracy_curves.png"] = accuracy_curves_figure(rows, totals, about, images)
+        seen = [event["classes_seen"] for event in tasks[:finished] if "classes_seen" in event]
+        figures["accuracy_curves.png"] = accuracy_curves_figure(rows, totals, about, images, seen)
     if norms:
         figures["norms.png"] = norms_figure(norms, about)
     if any(adapters):
@@ -137,9 +163,16 @@ def accuracy_matrix_figure(
 
 
 def accuracy_curves_figure(
-    rows: Sequence[Sequence[float]], totals: Sequence[float], subtitle: str, images: str = "test"
+    rows: Sequence[Sequence[float]],
+    totals: Sequence[float],
+    subtitle: str,
+    images: str = "test",
+    classes_seen: Sequence[int] = (),
 ) -> Figure:
-    """A_t over all seen classes (thick) and accuracy on each task's own images (thin), percent."""
+    """A_t over all seen classes (thick) and accuracy on each task's own images (thin), percent.
+
+    classes_seen: after each task, for the line of guessing; empty where it is not recorded.
+    """
     tasks = len(rows)
     crowded = tasks > 12
     width, height = (9.0, 5.4) if crowded else (7.2, 4.4)
@@ -162,14 +195,15 @@ def accuracy_curves_figure(
     axes.set_ylabel(f"{_accuracy_on(images).lower()} (%)")
     axes.grid(axis="y")
     axes.set_axisbelow(True)
-    handles = [Line2D([], [], **seen)]
-    labels = [f"all classes seen so far (last {totals[-1]:.2f}, average {statistics.fmean(totals):.2f})"]
+    label = f"all classes seen so far (last {totals[-1]:.2f}, average {statistics.fmean(totals):.2f})"
+    handles = {label: Line2D([], [], **seen)}
     if tasks > 1:
-        handles.append(Line2D([], [], color=shades(tasks // 2), **own))
-        labels.append("each task's own classes (colour)")
+        handles["each task's own classes (colour)"] = Line2D([], [], color=shades(tasks // 2), **own)
         ticks = range(0, tasks, math.ceil(tasks / 20))
         colour_bar(figure, of_tasks, axes, f"{images} images of task", ticks=ticks)
-    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
+    if len(classes_seen) == tasks:
+        handles |= draw_chance(axes, [100 / classes for classes in classes_seen])
+    legend_below(figure, handles, columns=2)
     return figure
 
 
@@ -239,4 +273,54 @@ def growth_figure(adapters: Sequence[Mapping[str, int]], subtitle: str) -> Figur
     if len(grew):
         frame = Patch(label="grew in this task", **framed)
         figure.legend(handles=[frame], loc="outside lower center", frameon=False)
+    return figure
+
+
+def confusion_figure(per_class: pd.DataFrame, counts: np.ndarray, images: str, subtitle: str) -> Figure:
+    """Share of each class's images (row) taken for each class (column), and each class's accuracy.
+
+    per_class, counts, images: of `read_classes`. Classes are ordered by task, with a line between tasks;
+    where names do not fit, ticks are tasks.
+    """
+    classes, tasks = len(counts), per_class["task"].to_numpy()
+    named, numbered = classes <= MOST_NAMED_CLASSES, classes <= MOST_NUMBERED_CLASSES
+    cell = 0.46 if numbered else max(0.155, 8 / classes) if named else 8 / classes  # inches
+    shortened = (textwrap.shorten(name, LONGEST_NAME, placeholder="…") for name in per_class["name"])
+    names = [as_written(name) for name in shortened]
+    side, beside = max(1.9, cell * classes), 0.075 * max(map(len, names)) if named else 0.5
+    title = f"True and predicted classes of all {images} images (%)"
+    figure = titled_figure(max(NARROWEST, side + beside + 3.4), side + beside + 1.5, title, subtitle)
+    axes, right = figure.subplots(1, 2, sharey=True, width_ratios=[side, 1.5])
+    shares = np.where(counts, 100.0 * counts / counts.sum(axis=1, keepdims=True), np.nan)
+    limits, label = (0.0, 100.0), "share of images (%)"
+    spec = HeatmapSpec("true class", "predicted class", label, limits, 0, "Blues", gamma=0.5)
+    image = draw_heatmap(axes, shares, spec, fontsize=7.5 if numbered else None)
+    first = np.flatnonzero(np.diff(tasks, prepend=-1))  # class of each task
+    for border in first[1:] - 0.5:
+        for line in (axes.axhline, axes.axvline, right.axhline):
+            line(border, color=VERMILLION, lw=0.8 if classes <= 100 else 0.5)
+    if named:
+        ticks, labels = range(classes), names
+    else:
+        ticks = (first + np.append(first[1:], classes) - 1) / 2
+        step = math.ceil(len(ticks) / 20)
+        ticks, labels = ticks[::step], [f"task {task}" for task in tasks[first][::step]]
+    axes.set_xticks(ticks, labels, rotation=90, size=8)
+    axes.set_yticks(ticks, labels, size=8)
+    axes.set_xlabel(spec.columns)
+    axes.set_ylabel(spec.rows)
+    places = np.arange(classes)
+    right.barh(places, per_class["accuracy"], height=0.8, color=BLUE, alpha=0.6, lw=0)
+    learned = {"color": INK, "marker": "o", "ls": "", "ms": min(4.0, 36 * cell), "mfc": "white", "mew": 0.8}
+    (dots,) = right.plot(per_class["accuracy_when_learned"], places, clip_on=False, **learned)
+    right.set_xlim(0, 100)
+    right.set_xlabel("accuracy (%)")
+    right.tick_params(axis="y", length=0, labelleft=False)
+    right.grid(axis="x")
+    right.set_axisbelow(True)
+    handles = {"accuracy now": Patch(color=BLUE, alpha=0.6, lw=0), "when its task was learned": dots}
+    if len(first) > 1:
+        handles["a new task"] = Line2D([], [], color=VERMILLION, lw=1)
+    legend_below(figure, handles)
+    colour_bar(figure, image, axes, spec.label, aspect=25)
     return figure

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from utils.console import add_handler, attach_console
 from utils.errors import Interrupted, UserError, os_error_sentence
@@ -76,6 +77,7 @@ class RunLog:
             names = config.get("trackers", [BOARD])
             self._views = MetricViews(folder / TENSORBOARD if BOARD in names else None, folder / TABLE)
             self._trackers = Trackers(names, folder, config, events)
+            self._views.hyperparameters(config)
             opened.pop_all()
 
     @classmethod
@@ -158,10 +160,6 @@ class RunLog:
                 raise
         self._show(record)
 
-    def figures(self, paths: Sequence[Path]) -> None:
-        """Show figures of the run in its trackers."""
-        self._trackers.figures(paths)
-
     def write_json(self, name: str, values: Mapping[str, Any]) -> Path:
         """Write `<folder>/<name>` as a whole or not at all. Non-finite numbers become null."""
         return self._replace(name, json_bytes(_plain(values)))
@@ -173,6 +171,12 @@ class RunLog:
     def result(self, values: Mapping[str, Any]) -> Path:
         """Write `result.json`: the final numbers. Its presence says that the run is finished."""
         return self.write_json(RESULT, values)
+
+    def show_result(self, metrics: Mapping[str, Any], pictures: Sequence[Path]) -> None:
+        """Show the final numbers, and the figures that are PNG files, in TensorBoard and other trackers."""
+        self._trackers.add(self._views.result(metrics))
+        self._views.figures([path for path in pictures if path.suffix == ".png"])
+        self._trackers.figures(pictures)
 
     def accuracy_csv(self, rows: Sequence[Sequence[float]], images: str = "test") -> Path:
         """Write `accuracy.csv`: the task x task matrix in percent at full precision, without a header.
@@ -186,6 +190,10 @@ class RunLog:
         )
         name = ACCURACY if images == "test" else VALIDATION_ACCURACY
         return self._replace(name, text.getvalue().encode())
+
+    def table(self, name: str, table: pd.DataFrame) -> Path:
+        """Write a CSV file with a header, at full precision; a missing value is an empty field."""
+        return self._replace(name, table.to_csv(index=False, lineterminator="\n").encode())
 
     def close(self) -> None:
         """Close the files, detach the log handlers, give the lock back. Closing twice is harmless."""

@@ -21,6 +21,7 @@ from utils.config.messages import no_such
 from utils.config.schema import RunConfig
 from utils.errors import UserError
 from utils.files import read_json, write_json
+from utils.reports.about import differing_keys, what_was_run
 from utils.reports.report import write_report
 from utils.reports.results import Results
 from utils.runs.folder import CONFIG, REPLACED, RESULT
@@ -180,9 +181,9 @@ def write_comparison(comparison: Comparison, folder: Path) -> list[Path]:
         folder.is_dir() and ((folder / RECORD).is_file() or not any(folder.iterdir()))
     ):
         raise UserError(f"--out {folder}: it holds something else than a comparison; give a new folder")
-    results = comparison.results
+    results, groups = comparison.results, comparison.groups
     commands = {}
-    for name, runs in comparison.groups.items():
+    for name, runs in groups.items():
         seeds = json.dumps(list(runs), separators=(",", ":"))
         config = next(iter(runs.values())).folder / CONFIG
         commands[name] = shlex.join(["python", "main.py", "--config", str(config), "--set", f"seed={seeds}"])
@@ -193,13 +194,15 @@ def write_comparison(comparison: Comparison, folder: Path) -> list[Path]:
         results,
         commands=commands,
         unfinished=comparison.unfinished,
+        about=what_was_run({name: [run.folder for run in runs.values()] for name, runs in groups.items()}),
+        keys=differing_keys({name: next(iter(runs.values())).config for name, runs in groups.items()}),
     )
     record = {
         name: {
             "runs": {str(seed): str(run.folder) for seed, run in runs.items()},
             "keys": comparison.keys[name],
         }
-        for name, runs in comparison.groups.items()
+        for name, runs in groups.items()
     }
     return [write_json(folder / RECORD, {"baseline": results.baseline, "groups": record}), *paths]
 

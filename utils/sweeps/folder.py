@@ -31,6 +31,7 @@ from pydantic import ValidationError
 from utils.config.schema import RunConfig
 from utils.errors import UserError
 from utils.files import json_bytes, read_json, write_json
+from utils.reports.about import differing_keys, what_was_run
 from utils.reports.closing import closing_table, finding
 from utils.reports.report import write_report
 from utils.reports.results import Results
@@ -54,7 +55,7 @@ logger = logging.getLogger("nested_lora")
 
 TABLE = "sweep.json"
 CONSOLE_WIDTH = 100
-FREE = ("description", "trackers")  # keys that may change between starts of a sweep
+FREE = ("description", "trackers", "figure_format")  # keys that may change between starts of a sweep
 
 
 @dataclass(frozen=True)
@@ -207,11 +208,16 @@ def write_summary(sweep: Sweep, runs: Sequence[Run], failures: Mapping[str, str]
     all_seeds = ("--set", f"seed={seeds}") if len(sweep.file.seeds) > 1 else ()
     again = {run.label: run.command("--overwrite") for run in runs}
     table = Results(results, sweep.cells[0].config.metrics, sweep.file.baseline, origins)
+    configs = {cell.name: cell.config for cell in sweep.cells}
+    folders = {name: [run.folder for run in finished if run.cell.name == name] for name in configs}
     paths = write_report(
         sweep.folder,
         sweep.path.stem,
         sweep.file.description,
         table,
+        about=what_was_run(folders),
+        keys=differing_keys(configs),
+        form=sweep.cells[0].config.figure_format,
         hypotheses=sweep.hypotheses,
         commands={run.cell.name: run.command(*all_seeds) for run in runs[: len(sweep.cells)]},
         unfinished=unfinished,

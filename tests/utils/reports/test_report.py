@@ -25,6 +25,7 @@ METRICS = ClassIncrementalConfig.metrics
 SEEDS = (1993, 1994, 1995)
 EVIL = 'a|b <script>alert("1")</script> & $x_1$ \\ `c` *d* _e_'
 NOTE = "fine-tuned on MRI, not the original weights"
+ABOUT = [("Weights", f"tiny_vit.mri ({NOTE})")]
 REASONS = {"nested, seed 1995": "exit code 1:\nout of <memory>", "crashed, seed 1993": "not started"}
 FILES = ["bars.png", "curves.png", "differences.png", "plasticity_forgetting.png"]
 
@@ -72,7 +73,7 @@ def results_of(runs, baseline=None, origins=None) -> Results:
 
 def write(folder, runs, baseline="base", origins=None, **more):
     commands = {name: f"python main.py --config cells/{number}.json" for number, name in enumerate(runs)}
-    named = {"commands": commands, "unfinished": {}} | more
+    named = {"commands": commands, "unfinished": {}, "about": ABOUT} | more
     results = results_of(runs, baseline, origins)
     return write_report(folder, "ranks", "Does rank <matter>?", results, **named)
 
@@ -298,7 +299,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         self.tags.append((tag, dict(attrs)))
-        if tag not in ("meta", "img", "br"):
+        if tag not in ("meta", "img", "br", "wbr"):
             self.open.append(tag)
 
     def handle_endtag(self, tag):

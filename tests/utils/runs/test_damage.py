@@ -64,8 +64,9 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "too deep": holding(b"[" * 100_000 + b"\n"),
 }
 CHECKPOINT = ["checkpoints", "state", "tensors"]
-JSON = ["config.json", "manifest.json", "result.json", "metrics.jsonl", "accuracy.csv"]
-VIEWS = ["accuracy.csv", "metrics.csv", "tb"]  # written anew by a resumed run
+TABLES = ["accuracy.csv", "per_class.csv", "confusion.csv"]
+JSON = ["config.json", "manifest.json", "result.json", "metrics.jsonl", *TABLES]
+VIEWS = [*TABLES, "metrics.csv", "tb"]  # written anew by a resumed run
 
 
 def places(folder: Path, name: str) -> Path:
@@ -109,7 +110,7 @@ def answered(capsys: pytest.CaptureFixture[str]) -> Callable[..., None]:
 @pytest.fixture(autouse=True)
 def quick_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Figures are made of what is read; that they can be painted is shown elsewhere."""
-    monkeypatch.setattr("utils.runs.figures.png", lambda figure: b"")
+    monkeypatch.setattr("utils.plotting.png", lambda figure: b"")
 
 
 @pytest.mark.parametrize("name", JSON + CHECKPOINT)

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from tqdm import tqdm
 
 from utils.console import attach_console
 from utils.errors import Interrupted, UserError
+from utils.plotting import titled_figure
 from utils.runs.metric_views import scalars
 from utils.runs.run_log import RunLog, read_accuracy_csv, read_metrics
 
@@ -227,6 +229,36 @@ def test_reopen_refuses_what_does_not_fit(tmp_path):
     assert len(read_metrics(run.folder)) == 1
     with pytest.raises(UserError, match="not a run folder"):
         RunLog.reopen(tmp_path, 0)
+
+
+def test_tensorboard_has_tasks_as_steps_hyper_parameters_and_figures(tmp_path):
+    """Losses stand over the training steps of the whole run; a record that is opened again shows the same."""
+    with create(tmp_path / "run", lr=0.1, head="fc", layers=[1, 2], none=None) as run:
+        for task, steps in enumerate((10, 20)):
+            for done in (steps // 2, steps):
+                run.metric("epoch", task=task, phase="func", epoch=1, steps_in_task=done, loss=float(done))
+            run.metric("norms", task=task, block=1, adapter=0, slow=2.0)
+            run.metric("task", task=task, total=90.0 - task)
+        size = run.metrics_bytes
+    figure = tmp_path / "norms.png"
+    titled_figure(3, 3, "norms", "of a run").savefig(figure)
+    with RunLog.reopen(tmp_path / "run", size) as run:
+        run.show_result({"final": 89.0, "forgetting": None}, [figure])
+    shown = drawn(run.folder)
+    assert shown["epoch/func/loss"] == [(5, 5.0), (10, 10.0), (20, 10.0), (30, 20.0)]
+    assert shown["task/total"] == [(0, 90.0), (1, 89.0)] and [s for s, _ in shown["result/final"]] == [0]
+    assert [step for step, _ in shown["norms/block_01/adapter_00/slow"]] == [0, 1]
+    rows = list(csv.reader((run.folder / "metrics.csv").open()))
+    assert ["task/total", "1", "89.0"] in rows and ["result/final", "0", "89.0"] in rows
+    assert len(list((run.folder / "tb").iterdir())) == 1  # one TensorBoard run
+    board = EventAccumulator(str(run.folder / "tb")).Reload()
+    assert board.Images("figures/norms")[0].encoded_image_string == figure.read_bytes()
+    tables = map(HParamsPluginData.FromString, board.PluginTagToContent("hparams").values())
+    start, experiment = sorted(tables, key=lambda data: data.HasField("experiment"))
+    values = start.session_start_info.hparams
+    assert values["lr"].number_value == 0.1 and values["layers"].string_value == "[1, 2]"
+    assert {info.name for info in experiment.experiment.hparam_infos} == {"lr", "head", "layers"}
+    assert [info.name.tag for info in experiment.experiment.metric_infos][0] == "result/final"
 
 
 # --- files ---

@@ -1,0 +1,136 @@
+"""What was run, in words: method, data, tasks, weights, code, machine and dates of a run or a sweep.
+
+facts_of(config, manifest)                          # {"Method": ..., "Data": ..., ...}
+what_was_run({"nested": [run_folder, ...], ...})    # one text per heading, or one for each group of cells
+differing_keys({"nested": config, ...})             # a table of the keys in which cells differ
+"""
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from utils.config.messages import shown
+from utils.config.schema import RunConfig
+from utils.files import read_json
+from utils.metric_catalogue import ABSENT
+from utils.reports.tables import Table, plain_table
+from utils.runs.folder import CONFIG
+from utils.runs.manifest import SHOWN, Manifest, read_manifest
+
+LISTED_KEYS = 6  # beyond, keys are the rows of their table and cells its columns
+UNSHOWN = {"description", "prefix", "logs_root", "seed", "cache_root", "data_root", "weights_root"}
+
+
+def facts_of(config: Mapping[str, Any], manifest: Manifest) -> dict[str, str]:
+    """What a run was made of, by heading; parts that its manifest does not record are left out."""
+    session, more = manifest.sessions[-1], manifest.model_extra or {}
+    images, weights, method = more.get("images_per_class"), more.get("weights"), more.get("method")
+    name = config["model_name"]
+    facts = {"Method": f"{method.rstrip('.')} ({name})" if method else name}
+    if images:
+        facts["Data"] = f"{config['dataset']}: {_images(images)}"
+        facts["Tasks"] = _tasks(len(images["train"]), config)
+    if weights:
+        note = f" ({weights['note']})" if weights.get("note") else ""
+        sha256 = str(weights.get("sha256"))[:SHOWN]
+        facts["Weights"] = f"{weights.get('tag')}{note}, {more.get('image_size')} px, SHA-256 {sha256}"
+    versions = [f"{name} {session.versions[name]}" for name in ("torch", "timm") if name in session.versions]
+    facts["Code"] = ", ".join([commit_text(session.commit), *versions])
+    threads = f"{session.threads} thread{'s' * (session.threads > 1)}"
+    processes = f", {session.processes} processes" if session.processes > 1 else ""
+    facts["Machine"] = f"{session.device}, {session.precision}, {threads}{processes}"
+    return facts
+
+
+def commit_text(commit: str | None) -> str:
+    """`commit 1a2b3c4d5e6f with uncommitted changes`."""
+    name, *changes = (commit or "").split("+")
+    return f"commit {name[:SHOWN]}{' with uncommitted changes' * bool(changes)}" if name else "no commit"
+
+
+def dates(manifests: Sequence[Manifest]) -> str:
+    """From the first start to the last end: `28 November 2026, 21:17 to 21:52`."""
+    first = min(datetime.fromisoformat(manifest.sessions[0].started) for manifest in manifests)
+    ends = [datetime.fromisoformat(manifest.finished) for manifest in manifests if manifest.finished]
+    began = f"{first.day} {first:%B %Y, %H:%M}"
+    if not ends:
+        return f"{began}, not finished"
+    last = max(ends).astimezone(first.tzinfo)
+    day = "" if first.date() == last.date() else f"{last.day} {last:%B}, "
+    return f"{began} to {day}{last:%H:%M}"
+
+
+def common_facts(facts: Mapping[str, Sequence[Mapping[str, str]]]) -> list[tuple[str, str]]:
+    """Facts of all runs as (heading, text): one text where all agree, else one for each group of cells.
+
+    facts: cell -> those of its runs.
+    """
+    users: dict[tuple[str, str], dict[str, None]] = {}
+    for cell, runs in facts.items():
+        for heading, text in (item for run in runs for item in run.items()):
+            users.setdefault((heading, text), {})[cell] = None
+    headings, with_runs = dict.fromkeys(heading for heading, _ in users), [c for c in facts if facts[c]]
+    ordered = sorted(users.items(), key=lambda item: list(headings).index(item[0][0]))
+    return [
+        (heading, text if list(cells) == with_runs else f"{'; '.join(cells)} – {text}")
+        for (heading, text), cells in ordered
+    ]
+
+
+def what_was_run(folders: Mapping[str, Sequence[Path]]) -> list[tuple[str, str]]:
+    """Methods, data, weights, code, machine and dates of runs, as (heading, text).
+
+    folders: of the runs of each cell.
+    """
+    manifests = {folder: read_manifest(folder) for runs in folders.values() for folder in runs}
+    facts = {
+        cell: [facts_of(read_json(folder / CONFIG), manifests[folder]) for folder in runs]
+        for cell, runs in folders.items()
+    }
+    return [*common_facts(facts), ("Date", dates(list(manifests.values())))]
+
+
+def differing_keys(configs: Mapping[str, RunConfig]) -> Table | None:
+    """The keys in which cells differ: a row per cell, or per key where there are many; None without any.
+
+    Keys that only some methods have are shown where a cell sets another value than the default.
+    """
+    values: dict[str, dict[str, str]] = {}
+    chosen = set()
+    for cell, config in configs.items():
+        hidden = UNSHOWN | config.without_effect().keys()
+        used = {key: value for key, value in config if key not in hidden}
+        values[cell] = {key: shown(value).strip('"') for key, value in used.items()}
+        fields = type(config).model_fields
+        chosen |= {key for key, value in used.items() if value != fields[key].default}
+    table = pd.DataFrame.from_dict(values, orient="index")
+    some = table.isna().any() & table.columns.isin(chosen)
+    table = table.loc[:, (table.nunique() > 1) | some].fillna(ABSENT)
+    if table.empty:
+        return None
+    note = f"{ABSENT}: the cell's method has no such key, or it changes nothing there."
+    few = len(table.columns) <= LISTED_KEYS
+    table = table.rename_axis("cell") if few else table.T.rename_axis("key")
+    return plain_table(table, note=note if (table == ABSENT).any(axis=None) else "")
+
+
+def _images(images: Mapping[str, Sequence[int]]) -> str:
+    """`100 classes; train 2,000 images, 20 per class; test 1,000 images, 10 per class`."""
+    texts = [f"{len(images['train'])} classes"]
+    for source, counts in images.items():
+        fewest, most = min(counts), max(counts)
+        each = f"{fewest:,}" if fewest == most else f"{fewest:,} to {most:,}"
+        texts.append(f"{source} {sum(counts):,} images, {each} per class")
+    return "; ".join(texts)
+
+
+def _tasks(classes: int, config: Mapping[str, Any]) -> str:
+    """`10: 10 classes each`, or `6: 50 classes, then 10 each`."""
+    first, later = config["init_cls"], config["increment"]
+    number = 1 + -(-max(0, classes - first) // later)
+    if number == 1:
+        return f"1, with all {classes} classes"
+    return f"{number}: {f'{first} classes, then {later}' if first != later else f'{later} classes'} each"

@@ -1,0 +1,65 @@
+"""Pages filled from the templates of this folder, which need no other file and no network.
+
+    render("run.html", title="...", pictures=[Picture.of("norms.png", content, "what one sees")])
+
+Text is escaped for HTML, or in Markdown by the filter `markdown`; tables are those of `tables.py`.
+"""
+
+import base64
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
+from markupsafe import Markup
+
+from utils.plotting import DPI
+
+CSS_DPI = 96  # pixels an inch on a page
+MARKDOWN_SIGNS = re.compile(
+    r"[\\`*\[\]|~$]"
+    r"|(?<![^\W_])_|_(?![^\W_])"  # not inside a word
+    r"|<(?=[a-zA-Z/!?])|&(?=#?\w+;)"  # tags and entities
+    r"|^[>#]|^[-+](?=\s)"
+)
+
+
+class Picture(NamedTuple):
+    """A figure on a page; width and height in CSS pixels."""
+
+    name: str
+    caption: str
+    base64: str
+    width: int
+    height: int
+
+    @classmethod
+    def of(cls, name: str, png: bytes, caption: str) -> "Picture":
+        """The picture of a PNG file's content."""
+        sides = (int.from_bytes(png[start : start + 4], "big") for start in (16, 20))  # of its header
+        size = (round(side * CSS_DPI / DPI) for side in sides)
+        return cls(name, caption, base64.b64encode(png).decode(), *size)
+
+
+def render(template: str, page: dict[str, Any]) -> bytes:
+    """A filled template; what it names and the page lacks is an error."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=select_autoescape(["html"]),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"markdown": markdown_text, "words": breakable}
+    return environment.get_template(template).render(page).encode()
+
+
+def breakable(text: str) -> Markup:
+    """Text that a browser may also break after an underscore or a slash, as in names of keys."""
+    return Markup(re.sub(r"([_/])(?=\w)", r"\1<wbr>", str(Markup.escape(text))))
+
+
+def markdown_text(text: str) -> str:
+    """Text in one line that Markdown shows as it is, in a table too."""
+    return MARKDOWN_SIGNS.sub(r"\\\g<0>", " ".join(text.split()))

@@ -1,0 +1,253 @@
+"""A run's own page, `report.html` in its folder: what was run, numbers, figures, tasks, classes, keys, log.
+
+    write_run_report(run_folder, config, captions)
+
+It is made from the files of the run and from nothing else, and shows what they have: a run that is
+unfinished, of another kind or of an earlier version has fewer sections. Figures are those drawn last.
+"""
+
+import math
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from utils.config.messages import shown
+from utils.config.schema import RunConfig
+from utils.errors import UserError, in_one_line
+from utils.files import read_json, replace_file
+from utils.metric_catalogue import ABSENT, MetricSpec, Shown, by_key, keyed
+from utils.reports.about import commit_text, dates, facts_of
+from utils.reports.pages import Picture, render
+from utils.reports.tables import Table, plain_table
+from utils.runs.classes import CONFUSION, PER_CLASS, Classes, read_classes
+from utils.runs.folder import (
+    ACCURACY,
+    CONFIG,
+    FIGURES,
+    MANIFEST,
+    METRICS,
+    RESULT,
+    TABLE,
+    accuracy_path,
+    text_log,
+)
+from utils.runs.manifest import Manifest, read_manifest, timestamp
+from utils.runs.metrics import fault_of, numbers_of
+from utils.runs.run_log import read_accuracy_csv, read_metrics
+
+REPORT = "report.html"
+LISTED = 10  # classes and confusions
+MOST_LINES = 300  # of the log
+ALARMS = ("WARNING", "ERROR")
+DRIFTS = (  # heading, event and field of what drifts at the end of a task
+    ("drift of consolidated adapters (relative)", "consolidation", "drift"),
+    ("drift of features (relative)", "feature_drift", "moved"),
+)
+NAMES_WIDTH = 60  # characters for the classes of a task
+FILES = {
+    RESULT: "final numbers",
+    ACCURACY: "accuracy in percent, row: after task, column: on task",
+    PER_CLASS: "accuracy of every class",
+    CONFUSION: "test images by true and predicted class",
+    METRICS: "every event of the run, one line each",
+    TABLE: "the same as a table of tags, steps and values",
+    CONFIG: "the whole configuration",
+    MANIFEST: "versions, commit, hashes of data and weights",
+}
+
+
+def write_run_report(folder: Path, config: RunConfig, captions: Mapping[str, str]) -> Path:
+    """Write the page of a run; returns its path.
+
+    Args:
+        config: the run's.
+        captions: what one sees in a figure, by file name, in the order of the page.
+
+    Raises:
+        UserError: a file of the run is damaged.
+    """
+    try:
+        page = page_of(folder, config, captions)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        told = f"{folder} holds a file that is damaged ({in_one_line(error)})"
+        raise UserError(f"{told}: restore {', '.join(FILES)}") from error
+    return replace_file(folder / REPORT, render("run.html", page))
+
+
+def page_of(folder: Path, config: RunConfig, captions: Mapping[str, str]) -> dict[str, Any]:
+    """What the template shows of a run."""
+    manifest, events = read_manifest(folder), read_metrics(folder)
+    result = read_json(folder / RESULT) if (folder / RESULT).exists() else None
+    if result is not None and (fault := fault_of(result, config.metrics)):
+        raise UserError(f"{folder / RESULT} is damaged, {fault}: restore it")
+    if result is not None and manifest.finished is None:  # the manifest says so last of all
+        manifest = manifest.model_copy(update={"finished": timestamp()})
+    classes = read_classes(folder)
+    log = text_log(folder)
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
+    facts = facts_of(config.model_dump(), manifest) | {"Seed": str(config.seed), "Date": dates([manifest])}
+    keys, defaults = key_tables(config)
+    return {
+        "title": f"{config.prefix}, seed {config.seed}",
+        "description": config.description,
+        "facts": list(facts.items()),
+        "finished": result is not None,
+        "folder": str(folder),
+        "numbers": numbers_table(result, config.metrics) if result else None,
+        "pictures": list(pictures_of(folder / FIGURES, captions)),
+        "analyses": list(pictures_of(folder / "analysis", {})),
+        "tasks": tasks_table(folder, events, classes and classes.per_class, manifest),
+        "images": classes.images if classes else "test",
+        "hardest": hardest_table(classes) if classes else None,
+        "confused": confusions_table(classes) if classes else None,
+        "keys": keys,
+        "defaults": defaults,
+        "sessions": sessions_table(manifest),
+        "extended": [dict(run) for run in (manifest.model_extra or {}).get("extended_from", [])],
+        "alarms": [line for line in lines if any(f" {alarm}: " in line for alarm in ALARMS)],
+        "log": [line for line in lines if " Epoch " not in line][-MOST_LINES:],
+        "files": [(path.name, text) for name, text in FILES.items() for path in named_files(folder, name)],
+        "log_file": log.name if lines else None,
+    }
+
+
+def named_files(folder: Path, name: str) -> list[Path]:
+    """A file, or the one of validation images in its place, that is there."""
+    return [path for images in ("test", "validation") if (path := folder / keyed(images, name)).is_file()]
+
+
+def numbers_table(result: Mapping[str, Any], metrics: Sequence[MetricSpec]) -> Table:
+    """Final numbers with the names, units and definitions of the metric catalogue."""
+    specs, rows = by_key(metrics), {}
+    for key, value in numbers_of(result).items():
+        spec = specs.get(key) or MetricSpec(key, key.replace("_", " "))
+        direction = f"{spec.better} is better" if spec.shown >= Shown.DIFFERENCES else ""
+        rows[spec.heading] = [spec.text(value), "; ".join(filter(None, [spec.meaning, direction]))]
+        if spec.key == metrics[0].key and result.get("classes_seen"):
+            classes = result["classes_seen"][-1]
+            rows["guessing (%)"] = [f"{100 / classes:.2f}", f"one of {classes} classes at random, to compare"]
+    return plain_table(frame_of(rows, "number", ["value", "meaning"]))
+
+
+def pictures_of(folder: Path, captions: Mapping[str, str]) -> Iterator[Picture]:
+    """The PNG files of a folder, those with a caption first."""
+    there = {path.name: path for path in sorted(folder.glob("*.png"))}
+    for name in [*(name for name in captions if name in there), *(n for n in there if n not in captions)]:
+        text = captions.get(name) or Path(name).stem.replace("_", " ")
+        yield Picture.of(name, there[name].read_bytes(), text)
+
+
+def tasks_table(
+    folder: Path, events: Sequence[Mapping[str, Any]], per_class: pd.DataFrame | None, manifest: Manifest
+) -> Table | None:
+    """A row per finished task: classes, images, accuracy when learned and now, growth, drift, time."""
+    tasks = [event for event in events if event["event"] == "task"]
+    path = accuracy_path(folder)
+    images = "test" if path.name == ACCURACY else "validation"
+    rows = read_accuracy_csv(folder)[: len(tasks)] if path.is_file() else []
+    if not rows:
+        return None
+    now, last = rows[-1], len(rows) - 1
+    lost = [max(row[k] for row in rows[k:last]) - now[k] if k < last else math.nan for k in range(len(rows))]
+    adapters = [sum((event.get("adapters") or {}).values()) for event in tasks[: len(rows)]]
+    ends = [event["seconds"] for event in tasks[: len(rows)]]
+    table = pd.DataFrame(
+        {
+            "accuracy when learned (%)": [f"{row[-1]:.2f}" for row in rows],
+            "accuracy now (%)": [f"{value:.2f}" for value in now],
+            "forgotten (points)": [ABSENT if math.isnan(value) else f"{value:.2f}" for value in lost],
+            "all classes seen (%)": [f"{event[keyed(images, 'total')]:.2f}" for event in tasks[: len(rows)]],
+        }
+    ).rename_axis("task")
+    if any(adapters):
+        table["adapters"] = adapters
+    for heading, kind, field in DRIFTS:
+        found = pd.DataFrame([event for event in events if event["event"] == kind and field in event])
+        if len(found):
+            means = found.groupby("task")[field].mean().reindex(table.index)
+            table[heading] = [ABSENT if math.isnan(mean) else f"{mean:.3f}" for mean in means]
+    table["seconds"] = [f"{seconds:,.0f}" for seconds in np.diff(ends, prepend=0.0)]
+    if per_class is not None and per_class["task"].nunique() == len(rows):
+        train = (manifest.model_extra or {}).get("images_per_class", {}).get("train")
+        by_task = per_class.groupby("task")
+        names = by_task["name"].agg(", ".join)
+        table.insert(0, "classes", [textwrap.shorten(text, NAMES_WIDTH, placeholder=" …") for text in names])
+        table.insert(1, f"{images} images", by_task["images"].sum())
+        if train:
+            images = pd.Series(train[: len(per_class)]).groupby(per_class["task"]).sum()
+            table.insert(1, "training images", images)
+    note = "Forgotten: how far a task fell from its best accuracy."
+    return plain_table(table, note=note)
+
+
+def hardest_table(classes: Classes) -> Table:
+    """The classes with the lowest accuracy, and what each is most often taken for."""
+    per_class, counts, images = classes
+    wrong, rows = counts - np.diag(counts.diagonal()), []
+    for label, row in per_class.sort_values("accuracy", kind="stable").head(LISTED).iterrows():
+        other = int(wrong[label].argmax())
+        taken = f"{per_class['name'][other]} ({wrong[label, other]})" if wrong[label, other] else ABSENT
+        learned = row["accuracy_when_learned"]
+        then = ABSENT if math.isnan(learned) else f"{learned:.1f}"
+        rows.append([row["name"], row["task"], row["images"], f"{row['accuracy']:.1f}", then, taken])
+    columns = [
+        "class",
+        "task",
+        f"{images} images",
+        "accuracy (%)",
+        "when learned (%)",
+        "most taken for (images)",
+    ]
+    return plain_table(pd.DataFrame(rows, columns=columns).set_index("class"))
+
+
+def confusions_table(classes: Classes) -> Table | None:
+    """The most frequent confusions; None where every image is right."""
+    per_class, counts, _ = classes
+    wrong, rows = counts - np.diag(counts.diagonal()), []
+    for cell in np.argsort(-wrong, axis=None, kind="stable")[:LISTED]:
+        true, predicted = divmod(int(cell), len(counts))
+        if images := int(wrong[true, predicted]):
+            of = f"{images} of {per_class['images'][true]}"
+            names, tasks = per_class["name"], per_class["task"]
+            rows.append([names[true], names[predicted], of, f"{tasks[true]}, {tasks[predicted]}"])
+    columns = ["true class", "taken for", "images", "their tasks"]
+    return plain_table(pd.DataFrame(rows, columns=columns).set_index("true class")) if rows else None
+
+
+def key_tables(config: RunConfig) -> tuple[Table, Table]:
+    """Keys that differ from their default, with it and their meaning; and all others."""
+    unused, changed, others = config.without_effect(), {}, {}
+    for name, field in type(config).model_fields.items():
+        value, default = getattr(config, name), "required" if field.is_required() else shown(field.default)
+        meaning = field.description or ""
+        if name in unused:
+            meaning = f"No effect here: {unused[name]}."
+        if shown(value) != default:
+            changed[name] = [shown(value), default, meaning]
+        else:
+            others[name] = [shown(value), meaning]
+    return (
+        plain_table(frame_of(changed, "key", ["value", "default", "meaning"])),
+        plain_table(frame_of(others, "key", ["value", "meaning"])),
+    )
+
+
+def sessions_table(manifest: Manifest) -> Table:
+    """A row per process that worked on the run."""
+    rows = {
+        session.started: [
+            session.device, session.precision, session.threads, session.processes, commit_text(session.commit)
+        ]
+        for session in manifest.sessions
+    }  # fmt: skip
+    return plain_table(frame_of(rows, "started", ["device", "precision", "threads", "processes", "code"]))
+
+
+def frame_of(rows: Mapping[str, Sequence[Any]], name: str, columns: Sequence[str]) -> pd.DataFrame:
+    """Rows by their names."""
+    return pd.DataFrame.from_dict(rows, orient="index", columns=list(columns)).rename_axis(name)
