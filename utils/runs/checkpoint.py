@@ -90,9 +90,9 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, An
     Raises UserError when the folder is missing, foreign, truncated, damaged or of a newer format.
     """
     if not folder.is_dir():
-        raise UserError(
-            f"{folder} is not a checkpoint: there is no such folder; give one like checkpoints/task_00"
-        )
+        kept = sorted(path.name for path in folder.parent.glob("task_*"))
+        which = f"kept are {', '.join(kept[-3:])}" if kept else "give one like checkpoints/task_00"
+        raise UserError(f"{folder} is not a checkpoint: there is no such folder; {which}")
     for name in (STATE_FILE, TENSORS_FILE):
         if not (folder / name).is_file():
             raise UserError(f"{folder} is not a checkpoint: it holds no {name}")
