@@ -9,24 +9,24 @@ from models.vit.calibration import FITTED_ON
 from models.vit.pretrained import weights_origin
 
 LOADING = """\
+import {library}
 import torch
 from PIL import Image
 from torchvision.transforms import v2
+
 {load}
 prepare = v2.Compose([v2.PILToTensor(), v2.Resize({resize_shorter_side}, interpolation=3, antialias=True),
     v2.CenterCrop({centre_crop}), v2.ToDtype(torch.float32, scale=True), v2.Normalize({mean}, {std})])
 images = prepare(Image.open("image.png").convert("RGB"))[None]
 scores = model(images).softmax(dim=1)"""
-LOAD = {
-    "timm": """\
-import timm
-model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()""",
-    "torchscript": """\
-model = torch.jit.load("FOLDER/model.pt")""",
-    "onnx": """\
-import onnxruntime
-session = onnxruntime.InferenceSession("FOLDER/model.onnx")
-model = lambda images: torch.tensor(session.run(None, {"images": images.numpy()})[0])""",
+LOAD = {  # form -> library, and how it loads the model
+    "timm": ("timm", 'model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()'),
+    "torchscript": ("torchvision", 'model = torch.jit.load("FOLDER/model.pt")'),
+    "onnx": (
+        "onnxruntime",
+        'session = onnxruntime.InferenceSession("FOLDER/model.onnx")\n'
+        'model = lambda images: torch.tensor(session.run(None, {"images": images.numpy()})[0])',
+    ),
 }
 
 
@@ -53,11 +53,12 @@ def model_card(
         "accuracy": f"{accuracy:.2f} % of {sum(tested['total']):,} test images of these classes",
         "scores": calibrated,
         "backbone": f"{backbone.tag}, {backbone.image_size} px",
-        "its weights": source,
+        "its weights": f"{source}, by name; SHA-256 of the tensors {backbone.sha256[:16]}",
         "their licence": licence,
         "export": f"{form}; scores within {difference:.1e} of the run's, in fp32",
     }
-    loading = LOADING.format(load=LOAD[form], **preprocessing)
+    library, load = LOAD[form]
+    loading = LOADING.format(library=library, load=load, **preprocessing)
     return "\n".join(
         [
             f"# {len(model.classes)} classes of {config.dataset} by {config.model_name}\n",

@@ -22,6 +22,7 @@ ICML 2017; smoothed targets, Platt, *Probabilistic Outputs for Support Vector Ma
 """
 
 import math
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -54,15 +55,18 @@ class Calibration(NamedTuple):
     fitted_on: str
 
 
-def chosen_images(images_of_class: list[np.ndarray], seed: int) -> np.ndarray:
+def chosen_images(images_of_class: Mapping[int, np.ndarray]) -> np.ndarray:
     """Images that a temperature is fitted on, as many of every class: stored positions, ascending.
 
-    A stream of the class alone draws them, so that further classes choose no others.
+    A stream of the class alone draws them: the same with further classes, and for every seed.
+
+    Args:
+        images_of_class: label of a class in the data set -> stored positions of its images.
     """
     count = max(1, min(MAX_PER_CLASS, MAX_IMAGES // max(1, len(images_of_class))))
     drawn = [
-        numpy_rng("calibration", seed, label).permutation(images)[:count]
-        for label, images in enumerate(images_of_class)
+        numpy_rng("calibration", label).permutation(images)[:count]
+        for label, images in images_of_class.items()
     ]
     return np.sort(np.concatenate(drawn))
 

@@ -249,12 +249,10 @@ class ClassIncrementalLearner(Learner):
     @torch.no_grad()
     def calibrate(self) -> None:
         """Fit the temperature of the scores; it stays as it is where a task's training images are gone."""
-        tasks = [self.data.task_classes(task) for task in range(self.task + 1)]
-        source = "validation" if self.config.validation_share else "train"
-        if not all(self.data.count(classes, source) for classes in tasks):
+        images, source, fitted_on = self.calibration_images()
+        if images is None:
             return
-        images, source, fitted_on = self.calibration_images(tasks)
-        chosen = calibration.chosen_images(images, self.seed)
+        chosen = calibration.chosen_images(images)
         targets, features = self.data.targets(chosen, source), self.features_of_images(chosen, source)
         if fitted_on in calibration.UNSEEN:
             scores = self.closed_form.unseen_scores(features, targets)
@@ -263,25 +261,28 @@ class ClassIncrementalLearner(Learner):
         if scores is not None:
             self.calibration = calibration.fit(scores, targets, fitted_on)
 
-    def calibration_images(self, tasks: Sequence[range]) -> tuple[list[np.ndarray], str, str]:
-        """Images of the classes of some tasks that the temperature may be fitted on.
+    def calibration_images(self) -> tuple[dict[int, np.ndarray] | None, str, str]:
+        """Images of the classes seen that the temperature may be fitted on: of validation where there are any.
 
         Returns:
-            Stored positions for every class, the source they are of, and what they are to the head that
-            classifies (`models/vit/calibration.py`).
+            Stored positions for every class by its label in the data set (None: a task has none), the source
+            they are of, and what they are to the head that classifies (`models/vit/calibration.py`).
         """
+        head, source, fitted_on = self.closed_form, "train", calibration.TRAINED_ON
         if self.config.validation_share:
-            labels = [label for classes in tasks for label in classes]
-            held = [self.data.indices(range(label, label + 1), "validation") for label in labels]
-            return held, "validation", calibration.VALIDATION
-        found: list[np.ndarray] = []
-        for classes in tasks:
-            indices = self.data.indices(classes, "train")
-            if self.closed_form is not None:
-                indices = indices[self.closed_form.unseen_rows(len(indices), classes.stop).numpy()]
-            labels = self.data.targets(indices, "train").numpy()
-            found += [indices[labels == label] for label in classes]
-        return found, "train", self.closed_form.unseen if self.closed_form else calibration.TRAINED_ON
+            head, source, fitted_on = None, "validation", calibration.VALIDATION
+        elif head is not None:
+            fitted_on = head.unseen
+        found: dict[int, np.ndarray] | None = {}
+        for classes in map(self.data.task_classes, range(self.task + 1)):
+            indices = self.data.indices(classes, source)
+            if not len(indices):
+                return None, source, fitted_on
+            if head is not None:
+                indices = indices[head.unseen_rows(len(indices), classes.stop).numpy()]
+            labels = self.data.targets(indices, source).numpy()
+            found |= {self.data.class_order[label]: indices[labels == label] for label in classes}
+        return found, source, fitted_on
 
     def features_of_images(self, indices: np.ndarray, source: str) -> Tensor:
         """Features (n, d) of some images of the classes seen in the test view, on every rank."""

@@ -56,8 +56,8 @@ def test_errors_are_those_of_their_definition() -> None:
 
 
 def test_chosen_images_are_as_many_of_every_class_and_stay_the_same_with_further_classes() -> None:
-    images = [np.arange(100 * c, 100 * c + 50) for c in range(60)]
-    few, many = chosen_images(images[:10], 1), chosen_images(images, 1)
+    images = {c: np.arange(100 * c, 100 * c + 50) for c in range(60)}
+    few, many = chosen_images({c: images[c] for c in range(10)}), chosen_images(images)
     assert len(few) == 100 and len(many) <= MAX_IMAGES and set(np.bincount(many // 100)) == {8}
     assert set(many[many < 1000]) < set(few)
 

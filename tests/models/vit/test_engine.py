@@ -112,7 +112,7 @@ def test_seeds_and_methods_share_what_no_adapter_shapes(
     changes = {"adapter_blocks": "growing", "cache_views": 1, "max_tasks": None, "max_train_per_class": None}
     changes |= {"max_test_per_class": None, "func_epoch": 1, "rd_epoch": 1, "exp_threshold": 1e9}
     run(smoke_config(**changes, seed=[1]))
-    assert computed.count((0, 4)) == 8 * (40 + 20)
+    assert computed.count((0, 4)) == 8 * (40 + 20 + 10)  # 10 of every class in the test view, for calibration
     computed.clear()
     run(smoke_config(**changes, seed=[2]))
     run(smoke_config(**changes, seed=[1], ffn_adapter_type="adaptmlp"))
@@ -136,8 +136,8 @@ def test_what_shapes_the_activations_is_in_their_key(
     computed.clear()
     run(smoke_config(**changes | change))
     depth = change.get("adapt_start_layer", 4)
-    train_images, test_images = 2 * 16, 2 * 8
-    assert computed.count((0, depth)) == train_images + (0 if "augmentation" in change else test_images)
+    train_images, in_test_view = 2 * 16, 2 * (8 + 10)  # tested, and for calibration
+    assert computed.count((0, depth)) == train_images + (0 if "augmentation" in change else in_test_view)
 
 
 def test_a_trained_prefix_is_a_runs_own_and_leaves_nothing(
