@@ -37,20 +37,21 @@ def model_card(
     learner, tested = model.learner, model.evaluation
     config, backbone, calibration = learner.config, learner.backbone, learner.calibration
     source, licence = weights_origin(config.backbone_type, config.weights)
+    images = tested.get("images", "test")
     accuracy = 100 * sum(tested["correct"]) / sum(tested["total"])
     calibrated = "not calibrated"
     if calibration is not None:
         calibrated = (
             f"temperature {calibration.temperature:.4g}, fitted on {calibration.images} training images, "
             f"{FITTED_ON[calibration.fitted_on]}; expected calibration error {tested['ece']:.2f} points on "
-            "test images"
+            f"{images} images"
         )
     rows = {
         "run": folder.name,
         "method": config.model_name,
         "data": config.dataset,
         "classes": f"{len(model.classes)}, learned in {tasks_told(learner.task + 1)}",
-        "accuracy": f"{accuracy:.2f} % of {sum(tested['total']):,} test images of these classes",
+        "accuracy": f"{accuracy:.2f} % of {sum(tested['total']):,} {images} images of these classes",
         "scores": calibrated,
         "backbone": f"{backbone.tag}, {backbone.image_size} px",
         "its weights": f"{source}, by name; SHA-256 of the tensors {backbone.sha256[:16]}",

@@ -60,9 +60,9 @@ class Predictor:
         self.view = view_spec(learner.config, learner.backbone, "none")
 
     def __repr__(self) -> str:
-        tested = self.evaluation.get("ece")
+        error, images = self.evaluation.get("ece"), self.evaluation.get("images", "test")
         scores = (
-            "not calibrated" if tested is None else f"calibrated, error {tested:.1f} points on test images"
+            "not calibrated" if error is None else f"calibrated, error {error:.1f} points on {images} images"
         )
         tasks = tasks_told(self.learner.task + 1)
         return f"{self.learner.config.model_name}: {len(self.classes)} classes of {tasks}, scores {scores}"

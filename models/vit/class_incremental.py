@@ -262,7 +262,7 @@ class ClassIncrementalLearner(Learner):
             self.calibration = calibration.fit(scores, targets, fitted_on)
 
     def calibration_images(self) -> tuple[dict[int, np.ndarray] | None, str, str]:
-        """Images of the classes seen that the temperature may be fitted on: of validation where there are any.
+        """Images of the classes seen that the temperature is fitted on; of validation, where there are any.
 
         Returns:
             Stored positions for every class by its label in the data set (None: a task has none), the source

@@ -10,7 +10,16 @@ from torch.nn import functional as F
 
 from models.base import Learner
 from models.ranpac import RanPACHead
-from models.vit.calibration import HELD_OUT, MAX_IMAGES, TRAINED_ON, chosen_images, errors, fit, probabilities
+from models.vit.calibration import (
+    HELD_OUT,
+    MAX_IMAGES,
+    TRAINED_ON,
+    VALIDATION,
+    chosen_images,
+    errors,
+    fit,
+    probabilities,
+)
 from models.vit.closed_form import PrototypeHead
 from tests.conftest import run_tasks
 from utils.training.random import rng
@@ -81,13 +90,21 @@ def test_scores_of_closed_form_heads_are_those_of_heads_without_the_images() -> 
         assert torch.allclose(head.unseen_scores(features[held], targets[held]).double(), expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("changes", [{"model_name": "ranpac", "ranpac_dim": 50}, {"expansion": "never"}])
+@pytest.mark.parametrize(
+    ("changes", "fitted_on"),
+    [
+        ({"model_name": "ranpac", "ranpac_dim": 50}, HELD_OUT),
+        ({"model_name": "simplecil", "validation_share": 0.25}, VALIDATION),
+        ({"expansion": "never"}, TRAINED_ON),
+    ],
+)
 def test_the_temperature_belongs_to_the_state(
-    changes: dict[str, Any], make_sema: Callable[..., Learner]
+    changes: dict[str, Any], fitted_on: str, make_sema: Callable[..., Learner]
 ) -> None:
     learner = run_tasks(make_sema(max_tasks=2, **changes), 2)
     state, tensors = learner.state()
-    assert state["class_names"] == learner.data.class_names[:4] and learner.calibration.images > 0
+    assert state["class_names"] == learner.data.class_names[:4]
+    assert learner.calibration.images > 0 and learner.calibration.fitted_on == fitted_on
     other = make_sema(max_tasks=2, **changes)
     other.load_state(state, tensors)
     assert other.calibration == learner.calibration and other.evaluate() == learner.evaluate()
