@@ -67,6 +67,12 @@ def finding(results: Results, cell: str | None = None) -> str:
     return f"{', '.join(parts)}; {', '.join(sure)}; {best}."
 
 
+def weights_notes(results: Results) -> list[str]:
+    """What must be known of the pretrained weights beside any number, a sentence for each that needs one."""
+    every = [result["weights"].get("note") for runs in results.cells.values() for result in runs.values()]
+    return [f"{note[0].upper()}{note[1:]}." for note in dict.fromkeys(every) if note]
+
+
 def _by(spec: MetricSpec, difference: float, above: str, below: str, level: str) -> str:
     """A difference in words: `2.00 points above`; what would be shown as zero is level."""
     amount = spec.difference_text(abs(difference)).lstrip("+")

@@ -32,7 +32,7 @@ from utils.config.schema import RunConfig
 from utils.errors import UserError
 from utils.files import json_bytes, read_json, write_json
 from utils.reports.about import differing_keys, what_was_run
-from utils.reports.closing import closing_table, finding
+from utils.reports.closing import closing_table, finding, weights_notes
 from utils.reports.report import write_report
 from utils.reports.results import Results
 from utils.runs.folder import (
@@ -228,8 +228,9 @@ def write_summary(sweep: Sweep, runs: Sequence[Run], failures: Mapping[str, str]
 
 def closing_lines(sweep: Sweep, results: Results, paths: Sequence[Path], complete: bool) -> list[str]:
     """Table, finding, places of curves and report, and, when all runs are finished, what one may do next."""
-    sentence = f"Finding: {finding(results, sweep.file.finding)}"
-    lines = [*closing_table(results), "", *textwrap.wrap(sentence, CONSOLE_WIDTH, break_on_hyphens=False), ""]
+    lines = [*closing_table(results), ""]
+    for text in (*weights_notes(results), f"Finding: {finding(results, sweep.file.finding)}"):
+        lines += [*textwrap.wrap(text, CONSOLE_WIDTH, break_on_hyphens=False), ""]
     for what in ("curves", "report"):
         lines += [f"{what.capitalize():<8}{path}" for path in paths if path.stem == what]
     if complete and sweep.file.next:

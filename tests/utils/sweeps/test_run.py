@@ -42,6 +42,7 @@ TABLE = {
 }
 SINGLE = {"seeds": [1], "cells": {"nested": {}}, "baseline": None}
 RESULTS = {
+    "seed": 1,
     "metrics": {"final": 12.5},
     "curve": [12.5],
     "parameters": {},
