@@ -18,6 +18,7 @@ from utils.analysis.results import ANALYSIS, write_results
 from utils.errors import UserError
 from utils.files import write_json
 from utils.metric_catalogue import CLASS_INCREMENTAL, Shown
+from utils.reports.closing import finding
 from utils.reports.pages import markdown_text
 from utils.reports.renderings import latex_table, markdown_table, terminal_table
 from utils.reports.run_report import write_run_report
@@ -182,7 +183,7 @@ def show_comparison(
             yield textwrap.fill(sentence, TABLE_WIDTH, subsequent_indent="    ")
         for table in difference_tables(results)[:1]:
             yield f"\nDifference from {results.baseline}, paired by seed: {terminal_table(table)}"
-        yield ""
+        yield "\n" + textwrap.fill(finding(results), TABLE_WIDTH, break_on_hyphens=False) + "\n"
         yield from remarks
 
 

@@ -131,7 +131,8 @@ class ClassIncrementalConfig(RunConfig):
         """The classes and images that are tested and, with several tasks, how they are split into these."""
         seen = min(classes, self.init_cls + (tasks - 1) * self.increment)
         split = {"init_cls": self.init_cls, "increment": self.increment, "shuffle": self.shuffle}
-        return {"classes": seen, "max_test_per_class": self.max_test_per_class} | (split if tasks > 1 else {})
+        images = {"max_test_per_class": self.max_test_per_class, "validation_share": self.validation_share}
+        return {"classes": seen, **images} | (split if tasks > 1 else {})
 
     def conflicts(self) -> list[Conflict]:
         found = [*self._class_conflicts(), *super().conflicts()]

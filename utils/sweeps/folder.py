@@ -53,7 +53,6 @@ from utils.sweeps.spec import Cell, Sweep
 
 logger = logging.getLogger("nested_lora")
 
-TABLE = "sweep.json"
 CONSOLE_WIDTH = 100
 FREE = ("description", "trackers", "figure_format")  # keys that may change between starts of a sweep
 

@@ -147,6 +147,7 @@ def commands_of(sweep: Sweep) -> list[str]:
         check_runs(runs)
         waiting = to_do(sweep, runs)
         if waiting:
+            logger.info(space_for(waiting))
             prepare_folder(sweep, runs, overwrite=False)
         logger.info(f"{len(waiting)} of {len(runs)} runs to do; their configs are in {sweep.folder}")
         return [job_of(sweep, run).shell_command for run in waiting]
