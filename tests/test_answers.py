@@ -68,7 +68,12 @@ def test_ctrl_c_at_the_start_is_quiet(module: str, tmp_path: Path) -> None:
     """While the config's modules are imported, and while PyTorch is."""
     command = [sys.executable, "-X", "importtime", str(ROOT / "main.py"), "exps/smoke.json"]
     process = subprocess.Popen(
-        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command,
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # in the background it is ignored
     )
     assert any(line.split("|")[-1].strip() == module for line in process.stdout)  # imported just now
     process.send_signal(signal.SIGINT)
