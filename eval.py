@@ -48,6 +48,7 @@ ONE_RUN = ("predict", "export", "analyse", "recorded", "report")  # commands tha
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line's arguments; exits with a usage error where they do not go together."""
     parser = argparse.ArgumentParser(
+        allow_abbrev=False,
         description="Tables and figures of a run; its model rebuilt from a checkpoint and tested.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=__doc__,

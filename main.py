@@ -81,6 +81,7 @@ logger = logging.getLogger("nested_lora")
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line's arguments; exits with a usage error where they do not go together."""
     parser = argparse.ArgumentParser(
+        allow_abbrev=False,  # --seed is a key of a config, and not short for --seeds
         usage="%(prog)s [FILE] [--set KEY=VALUE] [options]",
         description="Class-incremental learning with adapters on two time scales.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -144,7 +145,7 @@ def choose_file(options: argparse.Namespace) -> None:
         raise UserError(f"{' and '.join(given)} each name an experiment: give one of them")
     path = shipped_file(options.method, options.dataset, SCHEMAS) if options.method else options.file
     options.method = options.dataset = options.file = None
-    if not given and given_options(options) <= {*TAKES["sweep"], "report"}:
+    if not given and given_options(options) <= {*TAKES["sweep"], "report", "dry-run"}:
         path = Path(DEFAULT)
     if path:
         setattr(options, kind_of(located(path), SCHEMAS) or "config", located(path))

@@ -244,7 +244,7 @@ def test_a_file_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[
         ("--benchmark", "goes with --config"),
         ("--sweep x.json --overwrite --only nested", "--overwrite replaces a whole sweep"),
         ("--sweep x.json --dry-run --jobs 2", "--dry-run takes no --jobs"),
-        ("--dry-run", "--dry-run goes with --sweep"),
+        ("--config x.json --dry-run", "--dry-run takes no --config"),
         ("--profile x", "allowed with --benchmark"),
         ("--benchmark --overwrite", "--benchmark takes no --overwrite: it takes --config"),
         ("--benchmark --repeats 0", "at least 1"),
