@@ -110,8 +110,6 @@ def test_the_tree_in_readme_names_every_room() -> None:
 # ---------------------------------------------------------------------------------------------------------
 # Commands
 
-LOADERS = {"--config": load_config, "--sweep": load_sweep}
-
 
 def commands(text: str) -> Iterator[tuple[list[str], str]]:
     """(words, comment) of every command: lines of bash blocks, and code quotes that begin with `python`.
@@ -136,14 +134,12 @@ PARSERS = {"main.py": main.parse, "eval.py": look.parse}
 def test_every_command_of_the_docs_loads(document: str) -> None:
     """But for placeholders such as `X.json`, `...` and `<folder>`; the default where no file is named."""
     for words, _ in commands(DOCUMENTS[document]):
-        options = list(zip(words, words[1:], strict=False))
-        overrides = [value for option, value in options if option == "--set" and "<" not in value]
-        named = [pair for pair in options if pair[0] in LOADERS]
-        if not named and "--set" in words:
-            named = [("--sweep", main.DEFAULT)]
-        for option, file in named:
-            if file.startswith("exps/"):
-                LOADERS[option](ROOT / file, overrides, SCHEMAS)
+        if "main.py" in words:
+            options = main.parse(words[words.index("main.py") + 1 :])
+            overrides = [override for override in options.set if "<" not in override]
+            for load, file in ((load_config, options.config), (load_sweep, options.sweep)):
+                if file and "exps" in Path(file).parts:
+                    load(ROOT / file, overrides, SCHEMAS)
 
 
 @EVERY_DOCUMENT
