@@ -166,8 +166,10 @@ def show_comparison(
         *comparison.notes,
         f"curves, tests and every run: {next(p for p in files if p.suffix == '.html')}",
     ]
-    means = means_table(results, Shown.DIFFERENCES)
-    means = means._replace(headings=["experiment", *means.headings[1:]])
+    means, *differences = (
+        table._replace(headings=["experiment", *table.headings[1:]])
+        for table in (means_table(results, Shown.DIFFERENCES), *difference_tables(results)[:1])
+    )
     seeds = ", ".join(map(str, sorted({seed for runs in results.cells.values() for seed in runs})))
     title = f"Mean ± std over seeds {seeds}"
     if form == "latex":
@@ -181,7 +183,7 @@ def show_comparison(
         yield f"{title}; * best\n{terminal_table(means)}\n"
         for sentence in described(comparison):
             yield textwrap.fill(sentence, TABLE_WIDTH, subsequent_indent="    ")
-        for table in difference_tables(results)[:1]:
+        for table in differences:
             yield f"\nDifference from {results.baseline}, paired by seed: {terminal_table(table)}"
         yield "\n" + textwrap.fill(finding(results), TABLE_WIDTH, break_on_hyphens=False) + "\n"
         yield from remarks
