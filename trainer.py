@@ -9,6 +9,7 @@ The methods are in `models/`. What a run leaves behind is described in `utils/ru
 """
 
 import logging
+import shlex
 import shutil
 import time
 from collections.abc import Sequence
@@ -333,6 +334,9 @@ class Run:
         if weights["note"]:
             logger.info(f"Weights {weights['tag']}: {weights['note']}")
         logger.info(f"{duration(self.seconds)} on {learner.device}; everything is in {self.log.folder}")
+        if report.images == "validation":
+            test = f"python eval.py --run {shlex.quote(str(self.log.folder))} --test"
+            logger.info(f"No test image was read; when the settings are chosen: {test}")
         return result
 
     @property

@@ -202,9 +202,11 @@ def show_predictions(
 def named_images(images: Images) -> Iterator[tuple[str | int, Any]]:
     """(name, image) of everything that `Predictor.predict` is given; images without a path are numbered."""
     if isinstance(images, str | Path):
-        path = Path(images).expanduser()
-        for found in FolderScan().images(path) if path.is_dir() else [path]:
+        path, scan = Path(images).expanduser(), FolderScan()
+        for found in scan.images(path) if path.is_dir() else [path]:
             yield str(found), found
+        if left_out := str(scan):
+            logger.warning(f"Left out of {path}: {left_out}")
     elif isinstance(images, Image.Image):
         yield 0, images
     elif isinstance(images, np.ndarray | Tensor):
