@@ -151,12 +151,13 @@ def load_run(
         config: RunConfig = SCHEMAS[method.Config.model_fields["model_name"].default].model_validate(
             state["config"] | own | asked
         )
-    with run_context(config) as context:
-        learner = make_learner(config, replace(context, reads_data=False))
-    check_same(checkpoint, state, learner.backbone.identity())
-    with fitting(checkpoint):
-        learner.load_state(state["learner"], tensors)
-        learner.modules.eval()
+    with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they were
+        with run_context(config) as context:
+            learner = make_learner(config, replace(context, reads_data=False))
+        check_same(checkpoint, state, learner.backbone.identity())
+        with fitting(checkpoint):
+            learner.load_state(state["learner"], tensors)
+            learner.modules.eval()
     if "class_names" not in state["learner"]:
         raise UserError(
             f"{checkpoint} names no classes, it is of an earlier version: run the experiment again"

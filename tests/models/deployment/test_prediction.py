@@ -39,7 +39,9 @@ def test_a_run_without_its_data_predicts_what_it_was_tested_with(finished: Finis
 
 
 def test_images_are_predicted_alike_however_they_are_given(simplecil: Finished, tmp_path: Path) -> None:
+    random = torch.get_rng_state()
     model, pixels = load_run(simplecil.folder, device="cpu"), simplecil.images[:3]
+    assert torch.equal(torch.get_rng_state(), random)
     files = [tmp_path / "photos" / f"{i}.png" for i in range(3)]
     files[0].parent.mkdir()
     for path, image in zip(files, pixels, strict=True):

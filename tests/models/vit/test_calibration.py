@@ -95,7 +95,7 @@ def test_scores_of_closed_form_heads_are_those_of_heads_without_the_images() -> 
     [
         ({"model_name": "ranpac", "ranpac_dim": 50}, HELD_OUT),
         ({"model_name": "simplecil", "validation_share": 0.25}, VALIDATION),
-        ({"expansion": "never"}, TRAINED_ON),
+        ({"expansion": "never", "head": "fc"}, TRAINED_ON),
     ],
 )
 def test_the_temperature_belongs_to_the_state(
