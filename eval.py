@@ -25,7 +25,7 @@ from pathlib import Path
 
 from utils.command_line import at_least_one, chosen_command, given_path, parse_or_advise, refused_options
 from utils.console import attach_console, prepare_console
-from utils.errors import AGAIN, abrupt_interrupts, exit_code
+from utils.errors import AGAIN, UserError, abrupt_interrupts, exit_code
 
 TAKES = {  # options that each command takes beside its own; the first one given decides
     "predict": ("run", "checkpoint", "out", "top"),
@@ -242,6 +242,9 @@ def main(arguments: list[str] | None = None) -> int:
 
             for folder in options.run or ([options.checkpoint.parent.parent] if options.checkpoint else []):
                 read_config(folder)  # before PyTorch is imported, so that a mistyped path is answered at once
+            for folder in options.compare or []:
+                if not folder.is_dir():
+                    raise UserError(f"{folder} holds no run: there is no such folder; give those of runs")
             from utils.training.device import keep_freed_memory
 
             keep_freed_memory()

@@ -223,7 +223,13 @@ def run_sweep(options: argparse.Namespace) -> int:
     from models import SCHEMAS
     from utils.sweeps.spec import load_sweep
 
-    table = load_sweep(options.sweep, options.set, SCHEMAS, options.only, options.seeds or [])
+    try:
+        table = load_sweep(options.sweep, options.set, SCHEMAS, options.only, options.seeds or [])
+    except UserError as error:
+        if not any(change.partition("=")[0].strip() == "model_name" for change in options.set):
+            raise
+        own = "run one of them with --only CELL, or a method's own file (--list configs --method NAME)"
+        raise UserError(f"--set model_name: the cells of {options.sweep} say their methods; {own}") from error
     with abrupt_interrupts():
         from utils.sweeps.run import commands_of, report_sweep, run_sweep
 
