@@ -1,7 +1,7 @@
 """Front door of the methods: what others import from here by name.
 
-    from models import LEARNERS, METHODS, SCHEMAS     # `models/methods.py`, where a new method is one line
-    from models import load_run                       # a run as a classifier (`models/deployment/`)
+    from models import LEARNERS, METHODS, SCHEMAS, Method     # `models/methods.py`: a new method is one line
+    from models import load_run                               # a run as a classifier: `models/deployment/`
 
 Files below import from `models.methods` instead.
 """
@@ -9,9 +9,9 @@ Files below import from `models.methods` instead.
 from importlib import import_module
 from typing import Any
 
-from models.methods import LEARNERS, METHODS, SCHEMAS
+from models.methods import LEARNERS, METHODS, SCHEMAS, Method
 
-__all__ = ["LEARNERS", "METHODS", "SCHEMAS"]
+__all__ = ["LEARNERS", "METHODS", "SCHEMAS", "Method"]
 
 
 def __getattr__(name: str) -> Any:
