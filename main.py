@@ -45,6 +45,7 @@ from utils.command_line import (
 from utils.console import attach_console, prepare_console, show_details
 from utils.errors import UserError, abrupt_interrupts, exit_code
 from utils.sweeps.executors import EXECUTORS
+from utils.training.cpu_kernels import choose_cpu_kernels
 
 DEFAULT = "exps/quickstart.json"  # a sweep
 AUTO = "auto"  # instead of a folder to resume
@@ -391,6 +392,7 @@ def main(arguments: list[str] | None = None) -> int:
                 config = read_config(options.resume)
             else:
                 config = (loaded := load(options)).config
+            choose_cpu_kernels(config.cpu_kernels)
             import trainer  # with it all that is heavy
             from models.extension import Extension
             from models.saved_run import run_context

@@ -140,10 +140,11 @@ def folder_of(logs: Path) -> Path:
 
 @pytest.fixture
 def smoke_config(tmp_path: Path) -> Callable[..., RunConfig]:
-    """exps/smoke.json made smaller still, with changes, logging below the test's own folder."""
+    """exps/smoke.json made smaller still and with its fc head, with changes, in the test's own folder."""
 
     def make(**changes: Any) -> RunConfig:
         base = load_config(ROOT / "exps" / "smoke.json", [], SCHEMAS).config.model_dump(exclude_unset=True)
+        del base["head"], base["head_drift"]
         values = base | TINY | {"logs_root": str(tmp_path / "logs"), "cache_root": str(tmp_path / "cache")}
         known = SCHEMAS[changes.get("model_name", "sema")].model_fields
         shared = {key: value for key, value in values.items() if key in known}

@@ -167,6 +167,7 @@ class ClassIncrementalLearner(Learner):
             identity={
                 **self.backbone.identity(),
                 "options": self.backbone.options_sha256,
+                "cpu_kernels": self.config.cpu_kernels,
                 "versions": library_versions(),
             },
             distributed=self.distributed,

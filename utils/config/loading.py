@@ -32,6 +32,7 @@ from utils.config.messages import (
 )
 from utils.config.schema import SEEDS_ALLOWED, Conflict, RunConfig, Seeds, check_text, key, with_reasons
 from utils.errors import UserError
+from utils.training.cpu_kernels import choose_cpu_kernels
 
 BASE_KEY = "base"
 DEFAULT_SEED = RunConfig.model_fields["seed"].default
@@ -287,6 +288,7 @@ def _check(draft: Draft, schemas: Schemas, source: str) -> LoadedConfig:
         problems += told(config.conflicts())
     if problems:
         raise ConfigError(source, problems, [name for name in config.unchecked_keys() if name not in judged])
+    choose_cpu_kernels(config.cpu_kernels)  # before the late checks import PyTorch
     if problems := list(told(config.late_conflicts())):
         raise ConfigError(source, problems)
     legacy = {name: schema.legacy_keys[name] for name in values if name in schema.legacy_keys}

@@ -164,6 +164,9 @@ class RunConfig(BaseModel):
         '"auto", "cpu", "mps", "cuda", "cuda:N", or a list such as ["0"] or ["-1"]',
     )
     precision: Literal["fp32", "bf16"] = key("fp32", "fp32, or bf16 autocast where the device has it.")
+    cpu_kernels: Literal["auto", "avx2"] = key(
+        "auto", "auto: the fastest that a CPU has; avx2: the same rounding on every x86 CPU that has it."
+    )
     eval_batch_size: Count = key(64, "Samples in a batch without gradients.")
 
     @field_validator("*")
