@@ -37,7 +37,7 @@ from utils.runs.manifest import timestamp
 from utils.runs.run_log import read_accuracy_csv
 from utils.runs.seeds import check_one_experiment
 from utils.runs.tables import TABLE_WIDTH, seeds_table
-from utils.sweeps.comparison import compare_runs, default_folder, described, write_comparison
+from utils.sweeps.comparison import compare_runs, default_folder, write_comparison
 
 
 def show_run(folder: Path, test: bool) -> Iterator[str]:
@@ -181,11 +181,11 @@ def show_comparison(
         yield from (f"- {markdown_text(remark)}" for remark in remarks)
     else:
         yield f"{title}; * best\n{terminal_table(means)}\n"
-        for sentence in described(comparison):
-            yield textwrap.fill(sentence, TABLE_WIDTH, subsequent_indent="    ")
         for table in differences:
             yield f"\nDifference from {results.baseline}, paired by seed: {terminal_table(table)}"
         yield "\n" + textwrap.fill(finding(results), TABLE_WIDTH, break_on_hyphens=False) + "\n"
+        if comparison.keys:
+            yield f"In what they differ\n{terminal_table(comparison.keys)}\n"
         yield from remarks
 
 

@@ -24,6 +24,7 @@ from utils.files import read_json, write_json
 from utils.reports.about import differing_keys, what_was_run
 from utils.reports.report import write_report
 from utils.reports.results import Results
+from utils.reports.tables import Table
 from utils.runs.folder import CONFIG, REPLACED, RESULT
 from utils.runs.manifest import Provenance, changes, read_manifest, read_provenance
 from utils.runs.metrics import fault_of
@@ -46,6 +47,11 @@ class FinishedRun:
     tested_on: Mapping[str, Any]
 
     @property
+    def data(self) -> str:
+        """Beginning of the hash of its data; empty where they are generated."""
+        return self.origin.hashes.get("data", {}).get("sha256", "")[:HASH]
+
+    @property
     def experiment(self) -> dict[str, Any]:
         """Key -> value of what it may differ in from runs of other groups; weights by name and hash."""
         sha256 = self.origin.hashes.get("weights", {}).get("sha256", "")[:HASH]
@@ -58,14 +64,14 @@ class Comparison(NamedTuple):
 
     Attributes:
         groups: name -> seed -> run, in the order in which they were given.
-        keys: name -> key -> value, of the keys in which groups differ.
+        keys: the table of the keys in which groups differ.
         results: those of the groups, as of a sweep's cells.
         unfinished: folder -> why it is left out.
         notes: sentences about code and libraries that are not the same.
     """
 
     groups: Mapping[str, Mapping[int, FinishedRun]]
-    keys: Mapping[str, Mapping[str, Any]]
+    keys: Table | None
     results: Results
     unfinished: Mapping[str, str]
     notes: Sequence[str]
@@ -113,9 +119,8 @@ def compare_runs(
         _baseline(baseline, groups),
     )
     notes = changes({str(run.folder): run.origin for run in finished})
-    return Comparison(
-        groups, _keys_of_groups(dict(zip(names, firsts, strict=True))), results, unfinished, notes
-    )
+    keys = differing_keys({name: run.config for name, run in zip(names, firsts, strict=True)})
+    return Comparison(groups, keys, results, unfinished, notes)
 
 
 def runs_below(folders: Iterable[Path]) -> list[Path]:
@@ -162,13 +167,8 @@ def group_names(experiments: Sequence[Mapping[str, Any]]) -> list[str]:
             if fewer and sum(_shown(experiment, fewer) == _shown(other, fewer) for other in alike) == 1:
                 keys = fewer
         method = [experiment[METHOD]] if len(by_method) > 1 else []
-        names.append(", ".join([*method, *assignments(experiment, keys)]))
+        names.append(", ".join([*method, *(f"{key}={bare(experiment[key])}" for key in keys)]))
     return names
-
-
-def assignments(values: Mapping[str, Any], keys: Iterable[str]) -> list[str]:
-    """`key=value` of these keys."""
-    return [f"{key}={bare(values[key])}" for key in keys]
 
 
 def write_comparison(comparison: Comparison, folder: Path) -> list[Path]:
@@ -190,26 +190,15 @@ def write_comparison(comparison: Comparison, folder: Path) -> list[Path]:
     paths = write_report(
         folder,
         f"Comparison with {results.baseline}",
-        "\n".join([*described(comparison), *comparison.notes]),
+        "\n".join(comparison.notes),
         results,
         commands=commands,
         unfinished=comparison.unfinished,
         about=what_was_run({name: [run.folder for run in runs.values()] for name, runs in groups.items()}),
-        keys=differing_keys({name: next(iter(runs.values())).config for name, runs in groups.items()}),
+        keys=comparison.keys,
     )
-    record = {
-        name: {
-            "runs": {str(seed): str(run.folder) for seed, run in runs.items()},
-            "keys": comparison.keys[name],
-        }
-        for name, runs in groups.items()
-    }
+    record = {name: {seed: str(run.folder) for seed, run in runs.items()} for name, runs in groups.items()}
     return [write_json(folder / RECORD, {"baseline": results.baseline, "groups": record}), *paths]
-
-
-def described(comparison: Comparison) -> list[str]:
-    """A sentence for each group: its values of the keys in which groups differ."""
-    return [f"{name}: {', '.join(assignments(keys, keys))}." for name, keys in comparison.keys.items()]
 
 
 def default_folder(comparison: Comparison) -> Path:
@@ -226,22 +215,32 @@ def _read(folder: Path, config: RunConfig) -> FinishedRun:
     tasks = next((len(result[spec.key]) for spec in config.metrics if spec.per_task), 1)
     origin = read_provenance(folder)
     about = config.tested_on(tasks, len((manifest.model_extra or {}).get("class_order", [])))
-    data = origin.hashes.get("data", {}).get("sha256", "")[:HASH]
-    return FinishedRun(folder, config, result, origin, {"hash of the data": data, **about})
+    return FinishedRun(folder, config, result, origin, about)
 
 
 def _check_comparable(runs: Sequence[FinishedRun]) -> None:
     """Refuse runs of other metrics, data or tasks; one task of all classes may stand beside several."""
     most = max(runs, key=lambda run: len(run.tested_on))  # it says how classes are split into tasks
     for run in runs:
-        ours, theirs = ({"main metric": one.config.metrics[0].name} | one.tested_on for one in (most, run))
-        unlike = {key: (ours.get(key), theirs[key]) for key in theirs if ours.get(key) != theirs[key]}
+        sides = [
+            {
+                "metric": one.config.metrics[0].name,
+                "dataset": f"{getattr(one.config, 'dataset', '')} {one.data}",
+            }
+            | one.tested_on
+            for one in (most, run)
+        ]
+        same_data = most.data == run.data
+        unlike = {
+            key: (sides[0].get(key), value)
+            for key, value in sides[1].items()
+            if sides[0].get(key) != value and not (key == "dataset" and same_data)
+        }
         if unlike:
-            names = [getattr(one.config, "dataset", None) for one in (most, run)]
-            named = {"dataset": tuple(names)} if names[0] != names[1] else {}
+            told = dict(list(unlike.items())[: 1 if {"metric", "dataset"} & unlike.keys() else None])
             raise UserError(
                 f"{most.folder} and {run.folder} are about different data or tasks and cannot be paired: "
-                f"{both_values(named | unlike)}; compare each kind in a command of its own"
+                f"{both_values(told)}; compare each kind in a command of its own"
             )
 
 
@@ -253,26 +252,6 @@ def _baseline(given: str | None, groups: Mapping[str, Mapping[int, FinishedRun]]
         if given == name or any(run.folder.resolve() == Path(given).resolve() for run in runs.values()):
             return name
     raise UserError(f"--baseline {given}: {no_such('group', given, list(groups))}")
-
-
-def _keys_of_groups(groups: Mapping[str, FinishedRun]) -> dict[str, dict[str, Any]]:
-    """Group -> key -> value, of the keys in which groups differ.
-
-    A key that only some groups of a method have counts where one has it not at its default.
-    """
-    experiments = {name: run.experiment for name, run in groups.items()}
-    keys: dict[str, dict[str, Any]] = {name: {} for name in groups}
-    for key in _varying(list(experiments.values())):
-        holders = {name: one for name, one in experiments.items() if key in one}
-        values = {_shown(one, [key]) for one in holders.values()}
-        methods = {one[METHOD] for one in holders.values()}
-        lacked = any(key not in one and one[METHOD] in methods for one in experiments.values())
-        defaults = [type(groups[name].config).model_fields[key].default for name in holders]
-        default = all(holders[name][key] == value for name, value in zip(holders, defaults, strict=True))
-        if len(values) > 1 or lacked and not default:
-            for name, one in holders.items():
-                keys[name][key] = one[key]
-    return keys
 
 
 def _varying(experiments: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -19,6 +19,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from utils.console import progress
@@ -133,7 +134,7 @@ def to_do(sweep: Sweep, runs: Sequence[Run], overwrite: bool = False) -> list[Ru
 def commands_of(sweep: Sweep) -> list[str]:
     """A complete shell command for each run that is to do, in order; nothing is started.
 
-    Each starts or resumes its run as the sweep itself would. The sweep's folder gets the configs they name.
+    Each starts its run or continues it, and can be given again. The configs they name are written.
 
     Raises:
         UserError: as `run_sweep`.
@@ -150,7 +151,11 @@ def commands_of(sweep: Sweep) -> list[str]:
             logger.info(space_for(waiting))
             prepare_folder(sweep, runs, overwrite=False)
         logger.info(f"{len(waiting)} of {len(runs)} runs to do; their configs are in {sweep.folder}")
-        return [job_of(sweep, run).shell_command for run in waiting]
+        again = (sys.executable, str(MAIN), "--resume", "auto", "--config")
+        return [
+            replace(job_of(sweep, run), command=(*again, str(run.config_path))).shell_command
+            for run in waiting
+        ]
 
 
 def report_sweep(sweep: Sweep) -> None:
