@@ -47,11 +47,6 @@ class FinishedRun:
     tested_on: Mapping[str, Any]
 
     @property
-    def data(self) -> str:
-        """Beginning of the hash of its data; empty where they are generated."""
-        return self.origin.hashes.get("data", {}).get("sha256", "")[:HASH]
-
-    @property
     def experiment(self) -> dict[str, Any]:
         """Key -> value of what it may differ in from runs of other groups; weights by name and hash."""
         sha256 = self.origin.hashes.get("weights", {}).get("sha256", "")[:HASH]
@@ -215,29 +210,22 @@ def _read(folder: Path, config: RunConfig) -> FinishedRun:
     tasks = next((len(result[spec.key]) for spec in config.metrics if spec.per_task), 1)
     origin = read_provenance(folder)
     about = config.tested_on(tasks, len((manifest.model_extra or {}).get("class_order", [])))
-    return FinishedRun(folder, config, result, origin, about)
+    data = origin.hashes.get("data", {}).get("sha256", "")[:HASH]
+    tested_on = {"metric": config.metrics[0].name, "data": data, **about}
+    return FinishedRun(folder, config, result, origin, tested_on)
 
 
 def _check_comparable(runs: Sequence[FinishedRun]) -> None:
     """Refuse runs of other metrics, data or tasks; one task of all classes may stand beside several."""
     most = max(runs, key=lambda run: len(run.tested_on))  # it says how classes are split into tasks
     for run in runs:
-        sides = [
-            {
-                "metric": one.config.metrics[0].name,
-                "dataset": f"{getattr(one.config, 'dataset', '')} {one.data}",
-            }
-            | one.tested_on
-            for one in (most, run)
-        ]
-        same_data = most.data == run.data
-        unlike = {
-            key: (sides[0].get(key), value)
-            for key, value in sides[1].items()
-            if sides[0].get(key) != value and not (key == "dataset" and same_data)
-        }
+        ours, theirs = most.tested_on, run.tested_on
+        unlike = [key for key in theirs if ours.get(key) != theirs[key]]
         if unlike:
-            told = dict(list(unlike.items())[: 1 if {"metric", "dataset"} & unlike.keys() else None])
+            shown = unlike[:1] if unlike[0] in ("metric", "data") else unlike  # the others follow
+            told = {key: (ours.get(key), theirs[key]) for key in shown}
+            if "data" in told:
+                told["dataset"] = tuple(getattr(one.config, "dataset", None) for one in (most, run))
             raise UserError(
                 f"{most.folder} and {run.folder} are about different data or tasks and cannot be paired: "
                 f"{both_values(told)}; compare each kind in a command of its own"
