@@ -48,7 +48,7 @@ METHODS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(autouse=True)
 def quick_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("utils.runs.figures.png", lambda figure: b"picture")
+    monkeypatch.setattr("utils.plotting.png", lambda figure: b"picture")
 
 
 def run(config: RunConfig) -> Path:

@@ -352,7 +352,8 @@ class ClassIncrementalLearner(Learner):
             what = f"the {source} images of task {task}"
             scores = self.classify(features).cpu()
             predicted.append(predictions(scores, what, self.config.precision))
-            scored.append(scores)
+            untaught = self.classes.stop - scores.shape[1]  # a head in closed form inside the open task
+            scored.append(F.pad(scores, (0, untaught), value=-torch.inf))
             labels.append(targets)
         true = torch.cat(labels)
         self.confusion = confusion_counts(true.numpy(), torch.cat(predicted).numpy(), self.classes.stop)

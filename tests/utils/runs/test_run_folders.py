@@ -31,7 +31,7 @@ def command(logs: Path, **changes: Any) -> list[str]:
 
 @pytest.fixture(autouse=True)
 def quick_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("utils.runs.figures.png", lambda figure: b"picture")
+    monkeypatch.setattr("utils.plotting.png", lambda figure: b"picture")
 
 
 @pytest.fixture(scope="module")
