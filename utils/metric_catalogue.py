@@ -151,7 +151,7 @@ VALIDATION = tuple(  # the same on validation images: never taken for those on t
         spec,
         key=f"validation_{spec.key}",
         name=f"validation {spec.name}",
-        meaning=f"validation {spec.meaning}" if spec.meaning.startswith("accuracy") else spec.meaning,
+        meaning=f"validation {spec.meaning}" if spec.per_task else spec.meaning,
     )
     for spec in CLASS_INCREMENTAL
 )

@@ -62,6 +62,7 @@ def test_every_number_of_the_record_says_that_it_is_of_validation_images(run: Pa
     measured = [line for line in log.splitlines() if "accuracy" in line.lower() and "Train_accy" not in line]
     assert len(measured) > 4 and all("validation" in line.lower() for line in measured)
     assert "validation 32 images, 8 per class; test images are not read" in log
+    assert "eval.py --run" in log and "--test" in log  # how it goes on
 
 
 def test_test_images_are_read_when_they_are_asked_for(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

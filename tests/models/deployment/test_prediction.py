@@ -80,11 +80,13 @@ def test_unreadable_images_are_told_and_skipped(
     content = (photos / "below" / "good.jpg").read_bytes()
     (photos / "cut.jpg").write_bytes(content[: len(content) // 2])
     (photos / "text.png").write_text("no image")
+    (photos / "IMG_1.HEIC").write_text("a photo that is not read")
     arguments = ["--run", str(simplecil.folder), "--predict", str(photos), "--top", "3"]
     assert evaluation.main([*arguments, "--out", str(out)]) == 0
     shown = capsys.readouterr().out
     assert "1 image predicted, 2 could not be read" in shown
     assert "cut.jpg cannot be read" in shown and "text.png cannot be read" in shown
+    assert "'.heic' to be converted to JPEG (IMG_1.HEIC)" in shown
     table = pd.read_csv(out)
     assert table["image"].unique().tolist() == [str(photos / "below" / "good.jpg")] and len(table) == 3
     assert evaluation.main(arguments) == 0
