@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import timm
 import torch
 from timm.models import save_for_hf
@@ -215,10 +216,9 @@ def export_run(folder: Path, checkpoint: Path | None, form: str, out: Path | Non
 
 def checked_inputs(model: Predictor) -> tuple[Tensor, Tensor]:
     """Inputs (B, 3, S, S) of drawn images, and the run's scores (B, C) of them."""
-    size = model.view.image_size
-    drawn = numpy_rng("export check").integers(0, 256, (CHECKED, 3, size, size), dtype="uint8")
-    images = torch.from_numpy(drawn)
-    return views_of(images, model.view, None, drawn[:, 0, 0, 0]), model.scores(list(images))
+    shape = (CHECKED, 3, model.view.image_size, model.view.image_size)
+    images = torch.from_numpy(numpy_rng("export check").integers(0, 256, shape, dtype="uint8"))
+    return views_of(images, model.view, None, np.arange(CHECKED)), model.scores(list(images))
 
 
 def preprocessing(model: Predictor) -> dict[str, object]:
