@@ -59,6 +59,8 @@ def run(config: RunConfig) -> Path:
 def assert_same(one: Path, other: Path) -> None:
     """Numbers, events, files of the gate, and the tensors of every checkpoint."""
     assert outcome(one) == outcome(other)
+    for name in ("per_class.csv", "confusion.csv"):
+        assert (one / name).read_bytes() == (other / name).read_bytes()
     for part in ("checkpoints", "gate"):
         names = [sorted(path.name for path in (folder / part).glob("*")) for folder in (one, other)]
         assert names[0] == names[1]
