@@ -208,7 +208,7 @@ def test_what_should_follow_the_result_is_made_by_a_resume(
         (folder,) = folders(logs)
         result = (folder / "result.json").read_bytes()
         assert "what should have followed" in told(0, main.main, "--resume", str(folder))
-        assert len(list((folder / "figures").glob("*.png"))) == 4
+        assert len(list((folder / "figures").glob("*.png"))) == 5
         assert (folder / "result.json").read_bytes() == result
         assert "is finished" in told(2, main.main, "--resume", str(folder))
 
