@@ -64,7 +64,7 @@ def test_every_baseline_runs_to_its_result(name: str, smoke_config: Config, tmp_
     written = [path.stat().st_size for path in sorted(tmp_path.rglob("task_*/tensors.safetensors"))]
     names = 20_000  # bytes of names and random states, which only such small models notice
     pairs = zip(config.checkpoint_bytes(), written, strict=True)
-    assert all(0.9 * (real - names) <= estimate <= 1.1 * real for estimate, real in pairs)
+    assert all(0.8 * (real - names) <= estimate <= 1.1 * real for estimate, real in pairs)
 
 
 @pytest.mark.parametrize("name", ["ranpac, adapted", "finetune, ranpac", "sema, ranpac", "sema, growing"])
