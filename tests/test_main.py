@@ -49,7 +49,7 @@ def test_the_folder_is_where_readers_look_and_tells_the_whole_story(finished: Pa
     files = {"config.json", "manifest.json", "metrics.jsonl", "accuracy.csv", "result.json"}
     assert files <= {path.name for path in finished.iterdir()}
     assert {path.name for path in (finished / "figures").iterdir()} == {
-        "accuracy_matrix.png", "accuracy_curves.png", "norms.png", "growth.png",
+        "accuracy_matrix.png", "accuracy_curves.png", "confusion.png", "norms.png", "growth.png",
     }  # fmt: skip
     assert [path.name for path in sorted((finished / "checkpoints").iterdir())] == ["task_00", "task_01"]
     assert list((finished / "tb").iterdir())

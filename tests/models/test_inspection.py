@@ -161,7 +161,7 @@ def test_an_unknown_analysis_is_a_sentence(copied: Path, capsys: pytest.CaptureF
 @pytest.mark.parametrize(
     "arguments, expected",
     [
-        (["--checkpoint", "x", "--analyse", "cka"], "one --run"),
+        (["--checkpoint", "x", "--analyse", "cka"], "takes no --checkpoint"),
         (["--run", "x", "--analyse", "cka", "--recorded"], "takes no --recorded"),
         (["--run", "x", "y", "--analyse", "cka"], "one --run"),
         (["--run", "x", "--images-per-class", "4"], "takes no --images-per-class"),

@@ -72,7 +72,7 @@ def test_what_a_run_leaves_behind(
     assert folder.parts[-5:] == ("sdlora", "synthetic", "0", "2", "test_1993_test_vit")
     figures = {path.name for path in (folder / "figures").iterdir()}
     beta = {"beta_evolution.png", "beta_heatmap.png", "beta_layers.png"}
-    assert figures == {"accuracy_matrix.png", "accuracy_curves.png", "growth.png"} | beta
+    assert figures == {"accuracy_matrix.png", "accuracy_curves.png", "confusion.png", "growth.png"} | beta
     assert len(list((folder / "gate").iterdir())) == len(list((reference[0] / "files").iterdir())) == 6
     log = folder.with_name(folder.name + ".log").read_text()
     for line in (

@@ -65,7 +65,7 @@ def names(folder: Path) -> set[str]:
 
 
 def test_the_folder_tells_the_whole_story(finished: Path) -> None:
-    files = {"config.json", "manifest.json", "metrics.jsonl", "metrics.csv", "result.json"}
+    files = {"config.json", "manifest.json", "metrics.jsonl", "metrics.csv", "result.json", "report.html"}
     assert names(finished) == files | {"figures", "tb", "checkpoints", "analysis"}
     assert names(finished / "checkpoints") == {"task_00"} and names(finished / "tb")
     assert names(finished / "figures") == {"training.png", "zero_shot.png", "few_shot.png"}

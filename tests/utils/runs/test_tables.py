@@ -36,8 +36,9 @@ def test_values_are_folded_and_what_is_missing_stays_empty() -> None:
 
 
 def test_summary_table() -> None:
-    lines = summary_table(three_tasks(), 3, {"adapters": 1234567, "head": 770}).splitlines()
+    title, *lines = summary_table(three_tasks(), 3, {"adapters": 1234567, "head": 770}).splitlines()
     values = [line.split()[-1] for line in lines]
+    assert title == "Result after task 2"
     assert values == ["80.00", "85.56", "17.50", "-12.50", "90.00", "3", "1,234,567", "770"]
     assert len({len(line) for line in lines}) == 1  # aligned
     assert summary_table(matrix_of(([1], [2])), 0, {}).count("n/a (one task)") == 2
