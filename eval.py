@@ -154,7 +154,7 @@ def way_out(name: str, values: list[str]) -> str:
 
 def predict(options: argparse.Namespace) -> Iterable[str]:
     """Class names of images."""
-    from models.deployment.prediction import show_predictions
+    from models.saved.prediction import show_predictions
 
     options_given = (options.predict, options.top or 1, options.out)
     return show_predictions(run_of(options), options.checkpoint, *options_given)
@@ -162,7 +162,7 @@ def predict(options: argparse.Namespace) -> Iterable[str]:
 
 def export(options: argparse.Namespace) -> Iterable[str]:
     """The model in a form that needs none of this program."""
-    from models.deployment.export import export_run
+    from models.saved.export import export_run
 
     return export_run(run_of(options), options.checkpoint, options.export, options.out)
 
@@ -174,28 +174,28 @@ def run_of(options: argparse.Namespace) -> Path:
 
 def analyse(options: argparse.Namespace) -> Iterable[str]:
     """Analyses of the networks that a run left."""
-    from models.inspection import analyse_run
+    from models.saved.inspection import analyse_run
 
     return analyse_run(options.run[0], options.analyse, options.images_per_class)
 
 
 def report(options: argparse.Namespace) -> Iterable[str]:
     """Figures and page of a run, made again."""
-    from models.inspection import draw_again
+    from models.saved.inspection import draw_again
 
     return draw_again(options.run[0])
 
 
 def show_checkpoint(options: argparse.Namespace) -> Iterable[str]:
     """One checkpoint, tested."""
-    from models.inspection import show_checkpoint
+    from models.saved.inspection import show_checkpoint
 
     return show_checkpoint(options.checkpoint)
 
 
 def show_runs(options: argparse.Namespace) -> Iterable[str]:
     """Tables and figures of a run, its test unless --recorded; of several runs the mean."""
-    from models.inspection import show_run, show_seeds
+    from models.saved.inspection import show_run, show_seeds
 
     if len(options.run) > 1:
         return show_seeds(options.run)
@@ -204,7 +204,7 @@ def show_runs(options: argparse.Namespace) -> Iterable[str]:
 
 def compare(options: argparse.Namespace) -> Iterable[str]:
     """Runs that differ in more than their seed."""
-    from models.inspection import show_comparison
+    from models.saved.inspection import show_comparison
 
     form = "latex" if options.latex else "markdown" if options.markdown else "terminal"
     return show_comparison(options.compare, options.baseline, form, options.out)
@@ -212,7 +212,7 @@ def compare(options: argparse.Namespace) -> Iterable[str]:
 
 def test_runs(options: argparse.Namespace) -> Iterable[str]:
     """Test images, of runs that were measured on validation images."""
-    from models.inspection import show_test
+    from models.saved.inspection import show_test
 
     return show_test(options.run)
 
@@ -238,7 +238,7 @@ def main(arguments: list[str] | None = None) -> int:
         options = parse(arguments)
         attach_console(goes_on=False)
         with abrupt_interrupts():
-            from models.run_files import read_config
+            from models.saved.files import read_config
 
             for folder in options.run or ([options.checkpoint.parent.parent] if options.checkpoint else []):
                 read_config(folder)  # before PyTorch is imported, so that a mistyped path is answered at once

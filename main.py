@@ -264,7 +264,7 @@ def resume_seeds(folder: Path, context: Any) -> None:
     Raises:
         UserError: nothing is left to do, or the folders hold different experiments.
     """
-    from models.run_files import read_config, read_result
+    from models.saved.files import read_config, read_result
     from trainer import resume, train
     from utils.runs.manifest import read_manifest
     from utils.runs.seeds import SeedRun, check_same_config, log_mean, seed_runs
@@ -295,8 +295,8 @@ def resume_seeds(folder: Path, context: Any) -> None:
 
 def resume_or_start(loaded: Any, context: Any) -> None:
     """Finish the runs of a config file that were stopped, start those that are not there; log their mean."""
-    from models.run_files import read_result
-    from models.saved_run import find_run
+    from models.saved.files import read_result
+    from models.saved.learner import find_run
     from trainer import resume, train
     from utils.runs.manifest import is_complete
     from utils.runs.seeds import log_mean, new_command
@@ -384,7 +384,7 @@ def main(arguments: list[str] | None = None) -> int:
             return run_sweep(options)
         with abrupt_interrupts():
             from models import LEARNERS
-            from models.run_files import read_config
+            from models.saved.files import read_config
 
             if options.extend:
                 config = read_config(options.extend)
@@ -394,8 +394,8 @@ def main(arguments: list[str] | None = None) -> int:
                 config = (loaded := load(options)).config
             choose_cpu_kernels(config.cpu_kernels)
             import trainer  # with it all that is heavy
-            from models.extension import Extension
-            from models.saved_run import run_context
+            from models.saved.extension import Extension
+            from models.saved.learner import run_context
             from utils.runs.disk import disk_use
             from utils.training.device import keep_freed_memory
 

@@ -22,9 +22,9 @@ import torch
 
 from models import LEARNERS
 from models.base import Learner, RunContext
-from models.extension import Extension
-from models.run_files import read_config, read_result
-from models.saved_run import (
+from models.saved.extension import Extension
+from models.saved.files import read_config, read_result
+from models.saved.learner import (
     CHECKPOINTS,
     check_config,
     check_identity,

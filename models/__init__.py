@@ -1,7 +1,7 @@
 """Front door of the methods: what others import from here by name.
 
     from models import LEARNERS, METHODS, SCHEMAS, Method     # `models/methods.py`: a new method is one line
-    from models import load_run                               # a run as a classifier: `models/deployment/`
+    from models import load_run                               # a run as a classifier: `models/saved/`
 
 Files below import from `models.methods` instead.
 """
@@ -17,5 +17,5 @@ __all__ = ["LEARNERS", "METHODS", "SCHEMAS", "Method"]
 def __getattr__(name: str) -> Any:
     """`load_run`, imported when it is asked for: it needs PyTorch."""
     if name == "load_run":
-        return import_module("models.deployment.prediction").load_run
+        return import_module("models.saved.prediction").load_run
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

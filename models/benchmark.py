@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from models.methods import SCHEMAS
 from models.phase import Phase, PhaseProgress
-from models.saved_run import make_learner
+from models.saved.learner import make_learner
 from models.vit.class_incremental import load_data_and_backbone
 from models.vit.config import ClassIncrementalConfig, StepKeys
 from utils.config.loading import config_from_dict

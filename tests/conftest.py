@@ -12,7 +12,7 @@ import torch
 
 from models import SCHEMAS
 from models.base import Learner
-from models.saved_run import make_learner
+from models.saved.learner import make_learner
 from models.sdlora import SDLoRA
 from models.vit.class_incremental import ClassIncrementalLearner
 from utils.config.loading import config_from_dict, load_config

@@ -11,7 +11,7 @@ import torch
 import eval as evaluation
 import main
 from models import SCHEMAS
-from models.saved_run import load_learner, task_checkpoints
+from models.saved.learner import load_learner, task_checkpoints
 from tests.conftest import TINY, command, folder_of
 from tests.utils.sweeps.test_spec import problems
 from utils.config.loading import config_from_dict

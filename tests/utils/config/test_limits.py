@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from models import SCHEMAS
-from models.saved_run import make_learner
+from models.saved.learner import make_learner
 from models.vit import pretrained as factory
 from models.vit import weights
 from tests.conftest import ROOT, TINY, TINY_GRIDS, TINY_SDLORA, shipped_file

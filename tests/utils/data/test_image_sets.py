@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import main
-from models.saved_run import make_learner
+from models.saved.learner import make_learner
 from tests.image_folders import folder_images, write_folder
 from trainer import Run, open_log, resume, train
 from utils.cache import file_memo

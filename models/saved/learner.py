@@ -17,7 +17,7 @@ import torch
 
 from models.base import Learner, RunContext
 from models.methods import LEARNERS
-from models.run_files import read_config
+from models.saved.files import read_config
 from utils.config.schema import RunConfig
 from utils.data.tasks import ABSENT
 from utils.errors import UserError, in_one_line

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from models.methods import LEARNERS
-from models.run_files import read_config, read_result
-from models.saved_run import (
+from models.saved.files import read_config, read_result
+from models.saved.learner import (
     CHECKPOINTS,
     load_into,
     load_learner,

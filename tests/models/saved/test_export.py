@@ -1,4 +1,4 @@
-"""models.deployment.export: exported models give the run's scores without this program."""
+"""models.saved.export: exported models give the run's scores without this program."""
 
 import json
 import re
@@ -12,7 +12,7 @@ from PIL import Image
 
 import eval as evaluation
 from models import load_run
-from tests.models.deployment.conftest import Finished
+from tests.models.saved.conftest import Finished
 
 AS_TIMM = ("linear_probe", "sdlora")  # one ViT with a linear classifier
 EXPORTS = {

@@ -13,7 +13,7 @@ from PIL import Image
 
 import eval as evaluation
 import main
-from models.extension import Extension
+from models.saved.extension import Extension
 from tests.conftest import TINY_GRIDS, TINY_SDLORA, folder_of
 from tests.crash import outcome
 from trainer import extend, resume, train

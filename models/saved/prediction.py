@@ -22,7 +22,14 @@ from PIL import Image
 from torch import Tensor
 
 from models.methods import LEARNERS, SCHEMAS
-from models.saved_run import CHECKPOINTS, check_same, fitting, load_run_checkpoint, make_learner, run_context
+from models.saved.learner import (
+    CHECKPOINTS,
+    check_same,
+    fitting,
+    load_run_checkpoint,
+    make_learner,
+    run_context,
+)
 from models.vit.calibration import probabilities
 from models.vit.class_incremental import ClassIncrementalLearner, view_spec
 from utils.config.schema import RunConfig

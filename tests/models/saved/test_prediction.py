@@ -1,4 +1,4 @@
-"""models.deployment.prediction: class names of images from a run folder alone."""
+"""models.saved.prediction: class names of images from a run folder alone."""
 
 import json
 from pathlib import Path
@@ -11,9 +11,9 @@ from PIL import Image
 
 import eval as evaluation
 from models import load_run
-from models.saved_run import load_learner
+from models.saved.learner import load_learner
 from tests.conftest import TINY_GRIDS
-from tests.models.deployment.conftest import Finished
+from tests.models.saved.conftest import Finished
 from utils.errors import UserError
 
 

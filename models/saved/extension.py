@@ -21,8 +21,8 @@ from typing import Any
 from torch import Tensor
 
 from models.methods import LEARNERS, SCHEMAS
-from models.run_files import read_config
-from models.saved_run import CHECKPOINTS, check_identity, load_run_checkpoint
+from models.saved.files import read_config
+from models.saved.learner import CHECKPOINTS, check_identity, load_run_checkpoint
 from models.vit.class_incremental import ClassIncrementalLearner
 from models.vit.config import ClassIncrementalConfig, OneTaskRules
 from utils.config.loading import load_config

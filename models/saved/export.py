@@ -22,9 +22,9 @@ from timm.models import save_for_hf
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.deployment.model_card import model_card
-from models.deployment.prediction import Predictor, load_run
 from models.ranpac import RanPACHead
+from models.saved.model_card import model_card
+from models.saved.prediction import Predictor, load_run
 from models.vit.closed_form import PrototypeHead
 from utils.data.transforms import views_of
 from utils.errors import UserError

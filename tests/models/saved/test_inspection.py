@@ -1,4 +1,4 @@
-"""models.inspection: `eval.py --analyse` on tiny runs of two methods, and on runs that cannot be analysed."""
+"""models.saved.inspection: `eval.py --analyse` on tiny runs of two methods; runs that cannot be analysed."""
 
 import csv
 import hashlib
@@ -12,7 +12,7 @@ import torch
 
 import eval as evaluation
 import main
-from models.saved_run import load_learner, task_checkpoints
+from models.saved.learner import load_learner, task_checkpoints
 from tests.conftest import TINY, TINY_SDLORA, command, folder_of
 from utils.analysis.representations import ANALYSES
 from utils.analysis.similarity import cka_matrix

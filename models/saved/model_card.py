@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from models.deployment.prediction import Predictor, tasks_told
+from models.saved.prediction import Predictor, tasks_told
 from models.vit.calibration import FITTED_ON
 from models.vit.pretrained import weights_origin
 

@@ -1,0 +1,1 @@
+"""Runs in their folders: read, rebuilt from checkpoints, extended, looked at again, used and exported."""
