@@ -37,6 +37,7 @@ from utils.data.splits import tasks_of
 from utils.errors import UserError, os_error_sentence
 from utils.files import why_no_file
 from utils.metric_catalogue import CLASS_INCREMENTAL, VALIDATION, MetricSpec
+from utils.wording import counted
 
 # ----------------------------------------------------------------------------------------------------------
 # Data and backbone
@@ -246,8 +247,12 @@ class ClassIncrementalConfig(RunConfig):
         except (UserError, OSError) as error:
             sentence = os_error_sentence(error) if isinstance(error, OSError) else str(error)
             return [(("dataset",), sentence)]
+        if classes == 0:
+            needed = "a folder needs one folder of images per class, in it or in its train/ and test/"
+            return [(("dataset",), f"the data set has no class; {needed}")]
+        held = counted(classes or 0, "class", "classes")
         return [
-            ((name, "dataset"), f"the data set has {classes} classes; allowed: {name} from 1 to {classes}")
+            ((name, "dataset"), f"the data set has {held}; allowed: {name} from 1 to {classes}")
             for name in ("init_cls", "increment")
             if classes is not None and getattr(self, name) > classes
         ]

@@ -21,6 +21,7 @@ from utils.cache.file_memo import FileMemo, read_signed
 from utils.console import progress
 from utils.errors import UserError
 from utils.files import why_no_file
+from utils.wording import counted
 
 FORMAT = 2  # counts changes of this file that change pixels, or which files are good
 DECODER = f"Pillow {PIL.__version__}, format {FORMAT}"
@@ -134,7 +135,8 @@ def check_images(paths: Sequence[Path], memo: FileMemo, label: str) -> list[str]
     if problems:
         named = [f"{printable(path)} ({reason})" for path, reason in sorted(problems.items())[:NAMED]]
         more = f"; and {len(problems) - NAMED:,} more" if len(problems) > NAMED else ""
-        told = f"{len(problems):,} image files cannot be used; replace or remove them"
+        them = "it" if len(problems) == 1 else "them"
+        told = f"{counted(len(problems), 'image file')} cannot be used; replace or remove {them}"
         raise UserError(f"Data set {label!r}: {told}: {'; '.join(named)}{more}.")
     return [hashes[path] for path in paths]
 

@@ -200,7 +200,7 @@ def joined(first: Dataset, others: Sequence[Dataset]) -> Dataset:
         sha256=hashlib.sha256(" ".join(one.sha256 for one in every).encode()).hexdigest(),
         left_out=", ".join(one.left_out for one in every if one.left_out),
         added=tuple(len(one.class_names) for one in others),
-        test_origin="; ".join(one.test_origin for one in every if one.test_origin),
+        test_origin="; ".join(dict.fromkeys(one.test_origin for one in every if one.test_origin)),
     )
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from models import SCHEMAS
 from tests.conftest import ROOT
+from tests.image_folders import write_folder
 from utils.config.loading import ConfigError, LoadedConfig, config_from_dict, load_config
 from utils.config.schema import RunConfig
 
@@ -130,6 +131,15 @@ def test_all_mistakes_come_in_one_message(tmp_path: Path) -> None:
         assert any(line.startswith(start) and words in line for line in found), (start, found)
     with pytest.raises(ConfigError, match=f"{path}: 12 problems\n  - "):
         load_config(path, ["detect_batch_size=1", "nonsense"], SCHEMAS)
+
+
+def test_few_class_folders_are_told_as_what_they_are(tmp_path):
+    write_folder(tmp_path, "single", ["ant"])
+    (tmp_path / "empty").mkdir()
+    for name, told in (("empty", ["has no class; a folder needs"]), ("single", ["has 1 class;"] * 2)):
+        found = problems(model_name="ranpac", dataset=str(tmp_path / name), test_share=0.2)
+        assert len(found) == len(told)
+        assert all(words in line for line, words in zip(found, told, strict=True)), found
 
 
 @pytest.mark.parametrize(

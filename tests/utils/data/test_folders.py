@@ -301,6 +301,18 @@ def test_one_folder_per_class_asks_for_the_share_and_for_two_images(photos):
         share(photos / "dog")
 
 
+def test_one_damaged_image_is_told_in_the_singular(photos):
+    (photos / "dog" / "0.JPG").write_bytes(b"no picture")
+    with pytest.raises(UserError, match="1 image file cannot be used; replace or remove it: .*0.JPG"):
+        share(photos)
+
+
+def test_added_folders_tell_the_share_of_the_test_once(photos):
+    write_folder(photos.parent, "more", ["ape"], ".png", 4)
+    dataset = share(photos, added=[str(photos.parent / "more")])
+    assert len(dataset.class_names) == 3 and dataset.test_origin.count("test_share") == 1
+
+
 def test_val_is_the_test_where_there_is_no_test(folder):
     before = load(folder)
     (folder / "test").rename(folder / "val")
