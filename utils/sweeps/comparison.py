@@ -225,11 +225,16 @@ def _check_comparable(runs: Sequence[FinishedRun]) -> None:
             shown = unlike[:1] if unlike[0] in ("metric", "data") else unlike  # the others follow
             told = {key: (ours.get(key), theirs[key]) for key in shown}
             if "data" in told:
-                told["dataset"] = tuple(getattr(one.config, "dataset", None) for one in (most, run))
+                told["dataset"] = tuple(_named_data(one.config) for one in (most, run))
             raise UserError(
                 f"{most.folder} and {run.folder} are about different data or tasks and cannot be paired: "
                 f"{both_values(told)}; compare each kind in a command of its own"
             )
+
+
+def _named_data(config: RunConfig) -> str:
+    """The data set of a config and those that follow it; "" for grids."""
+    return " + ".join([getattr(config, "dataset", ""), *(getattr(config, "extra_data", None) or [])])
 
 
 def _baseline(given: str | None, groups: Mapping[str, Mapping[int, FinishedRun]]) -> str:

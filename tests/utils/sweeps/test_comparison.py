@@ -125,6 +125,8 @@ def test_what_cannot_be_compared_is_a_sentence(logs: Path, capsys: Capture) -> N
     data = {"data": {"name": "other", "sha256": "f" * 64}}
     other = finished(logs / "data", 1, data, **ADAPTER)
     assert "dataset (" in refused(capsys, first, other)
+    other = finished(logs / "extended", 1, data, extra_data=["birds"], **ADAPTER)
+    assert "+ birds" in refused(capsys, first, other)
     grids = load_config(ROOT / "exps/shared_subspace_small.json", [], SCHEMAS).config
     record(logs / "grids")
     (logs / "grids/config.json").write_text(grids.model_dump_json())
