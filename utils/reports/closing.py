@@ -6,6 +6,8 @@
 Both are computed from the results, whatever they say.
 """
 
+from collections.abc import Iterable
+
 import pandas as pd
 
 from utils.metric_catalogue import ABSENT, MetricSpec, Shown
@@ -39,22 +41,32 @@ def closing_table(results: Results) -> list[str]:
 def finding(results: Results, cell: str | None = None) -> str:
     """How a cell ended against the baseline, how sure that is, and what is best: one sentence.
 
+    Both means are over the seeds that are paired, which are named where either cell has others. Cells that
+    are shown with the same mean are equally good; a cell of one task is an upper bound and never the best.
+
     cell: by default the best other than the baseline in the main metric.
     """
     main = results.main
     means = results.summary["mean"].xs(main.key, level="metric")[results.finished]
-    ranked = list(means.sort_values(ascending=main.lower_is_better, kind="stable").index)
-    best = f"the best {main.name} is {main.text(means[ranked[0]])}, of {ranked[0]}"
+    ranked = means.sort_values(ascending=main.lower_is_better, kind="stable")
+    several = [name for name in ranked.index if results.tasks(name) > 1] or list(ranked.index)
+    winners = [name for name in several if main.text(means[name]) == main.text(means[several[0]])]
+    best = f"the best {main.name} is {main.text(means[several[0]])}, of {_listed(winners)}"
     if cell is None:
-        cell = next((name for name in ranked if name != results.baseline), None)
-    if results.baseline is None or not {cell, results.baseline} <= set(ranked):
+        others = [name for name in dict.fromkeys([*several, *ranked.index]) if name != results.baseline]
+        cell = next(iter(others), None)
+    if results.baseline is None or not {cell, results.baseline} <= set(ranked.index):
         return f"{best}."
     row = results.summary.loc[(cell, main.key)]
     if pd.isna(row["difference"]):
         return f"{cell} and {results.baseline} have no comparable runs; {best}."
+    pairs = results.pairs(cell, main.key, results.baseline, main.key)
+    ours, theirs = map(main.text, pairs.mean())
+    everything = max(results.summary.loc[(name, main.key), "n"] for name in (cell, results.baseline))
+    over = f" over seeds {_listed(pairs.index)}" if len(pairs) < everything else ""
     parts = [
         f"{cell} ends {_by(main, row['difference'], 'above', 'below', 'level with')} {results.baseline} "
-        f"in {main.name} ({main.text(means[cell])} against {main.text(means[results.baseline])})"
+        f"in {main.name} ({ours} against {theirs}{over})"
     ]
     for other in [spec for spec in results.metrics[1:] if spec.shown == Shown.FIGURES][:1]:
         change = results.summary.loc[(cell, other.key), "difference"]
@@ -63,8 +75,8 @@ def finding(results: Results, cell: str | None = None) -> str:
     interval = main.difference_text(row["difference_low95"], row["difference_high95"])
     sure = [f"95 % interval {interval}"] if interval != ABSENT else []
     sure += [CERTAINTY[row["verdict"]]] if row["verdict"] in CERTAINTY else []
-    best = "no other is better" if ranked[0] == cell else best
-    return f"{', '.join(parts)}; {', '.join(sure)}; {best}."
+    best = "no other is better" if winners == [cell] else best
+    return "; ".join(filter(None, [", ".join(parts), ", ".join(sure), best])) + "."
 
 
 def weights_notes(results: Results) -> list[str]:
@@ -79,3 +91,9 @@ def _by(spec: MetricSpec, difference: float, above: str, below: str, level: str)
     if not float(amount.replace(",", "")):
         return level
     return " ".join(filter(None, [amount, spec.difference_unit, above if difference > 0 else below]))
+
+
+def _listed(names: Iterable[object]) -> str:
+    """Names in words: `a`, `a and b`, `a, b and c`."""
+    *first, last = map(str, names)
+    return f"{', '.join(first)} and {last}" if first else last

@@ -57,6 +57,29 @@ def test_several_seeds_have_an_interval_and_may_not_decide() -> None:
     assert "95 % interval -" in mixed and "do not decide" in mixed
 
 
+def test_means_are_over_the_seeds_that_are_paired() -> None:
+    cells = {"adapter": [(70.0, 9.0), (72.0, 9.0)], "nested": [(75.0, 9.0), (76.0, 9.0), (99.0, 9.0)]}
+    sentence = finding(results(cells))
+    assert "4.50 points above" in sentence and "75.50 against 71.00 over seeds 0 and 1" in sentence, sentence
+    cells["nested"].pop()
+    assert "seeds 0" not in finding(results(cells))
+
+
+def test_all_that_share_the_best_mean_are_named() -> None:
+    tied = finding(results(ADAPTER | RIDGE | {"nested": [(84.001, 7.0)]}), "nested")
+    assert "best A_N is 84.00, of nested and ridge" in tied, tied
+    level = finding(results(ADAPTER | {"nested": [(70.0, 20.0)]}))
+    assert "best A_N is 70.00, of adapter and nested" in level, level
+
+
+def test_an_upper_bound_is_never_the_best() -> None:
+    cells = {"adapter": [(70.0, 20.0)], "nested": [(75.0, 9.0)], "joint": [(90.0, 0.0)]}
+    runs = results(cells).cells
+    runs["joint"][0]["curve"] = [90.0]
+    sentence = finding(Results(runs, ClassIncrementalConfig.metrics, "adapter"))
+    assert sentence.startswith("nested ends") and sentence.endswith("no other is better."), sentence
+
+
 def test_without_a_baseline_the_best_is_named() -> None:
     assert finding(results(ADAPTER | RIDGE, baseline=None)) == "the best A_N is 84.00, of ridge."
 
