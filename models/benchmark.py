@@ -25,8 +25,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from models.methods import SCHEMAS
 from models.phase import Phase, PhaseProgress
 from models.saved.learner import make_learner
-from models.vit.class_incremental import load_data_and_backbone
 from models.vit.config import ClassIncrementalConfig, StepKeys
+from models.vit.sources import load_data_and_backbone
 from utils.config.loading import config_from_dict
 from utils.config.schema import RunConfig
 from utils.errors import UserError

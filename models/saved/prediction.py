@@ -31,7 +31,8 @@ from models.saved.learner import (
     run_context,
 )
 from models.vit.calibration import probabilities
-from models.vit.class_incremental import ClassIncrementalLearner, view_spec
+from models.vit.class_incremental import ClassIncrementalLearner
+from models.vit.sources import view_spec
 from utils.config.schema import RunConfig
 from utils.console import progress
 from utils.data.folders import FolderScan

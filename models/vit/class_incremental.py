@@ -14,7 +14,7 @@ are read instead, and test images when `evaluate("test")` asks for them. No task
 import logging
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -30,17 +30,12 @@ from models.vit.activations import ForwardOptions
 from models.vit.calibration import Calibration
 from models.vit.closed_form import ClosedFormHead
 from models.vit.config import ClassIncrementalConfig
-from models.vit.pretrained import Backbone, create_backbone, find_weights
 from models.vit.representations import branch_spaces, class_tokens
+from models.vit.sources import load_backbone, load_data_and_backbone
 from models.vit.task_inputs import TaskInputs
 from utils.analysis.representations import ANALYSES, AnalysisInputs, chosen_images
-from utils.cache.file_memo import IMAGES
 from utils.cache.tensor_cache import TensorCache
 from utils.console import progress
-from utils.data.datasets import load_dataset
-from utils.data.tasks import DataManager, TaskSplit
-from utils.data.transforms import ViewSpec
-from utils.errors import UserError
 from utils.inc_net import IncrementalHead
 from utils.metric_catalogue import keyed
 from utils.runs.classes import class_tables, confusion_counts
@@ -513,82 +508,6 @@ class ClassIncrementalLearner(Learner):
             source: [self.data.content_sha256(task, source) for task in range(min(count, self.nb_tasks))]
             for source, count in zip(self.data.sources, (trained, tested), strict=True)
         }
-
-
-def load_data_and_backbone(
-    config: ClassIncrementalConfig, context: RunContext
-) -> tuple[DataManager, Backbone]:
-    """The task sequence and the pretrained ViT of a configuration.
-
-    Raises:
-        UserError: data or weights cannot be had; both are told together.
-    """
-    load = partial(
-        load_dataset,
-        config.dataset,
-        config.data_root,
-        Path(config.cache_root) / IMAGES,
-        test_share=config.test_share,
-        added=config.added,
-        partial=context.trains_from != 0,
-    )
-    try:
-        dataset = load(splits=("train",)) if config.validation_share else load()
-    except UserError as error:
-        raise UserError("\n".join([str(error), *_missing_weights(config)])) from error
-    backbone = load_backbone(config)
-    workers = default_workers(context.device) if config.num_workers is None else config.num_workers
-    split = TaskSplit(
-        seed=config.seed,
-        shuffle=config.shuffle,
-        init_cls=config.init_cls,
-        increment=config.increment,
-        max_tasks=config.max_tasks,
-        max_train_per_class=config.max_train_per_class,
-        max_test_per_class=config.max_test_per_class,
-        validation_share=config.validation_share,
-    )
-    data = DataManager(
-        dataset,
-        split,
-        train_view=view_spec(config, backbone, config.augmentation),
-        test_view=view_spec(config, backbone, "none"),
-        num_workers=workers,
-        distributed=context.distributed,
-        load_whole=load,
-    )
-    if context.trains_from is not None:
-        data.require_training_images(context.trains_from)
-    data.stop_requested = context.stop_requested
-    return data, backbone
-
-
-def load_backbone(config: ClassIncrementalConfig) -> Backbone:
-    """The pretrained ViT of a configuration. UserError: its weights cannot be had."""
-    root = Path(config.weights_root)
-    return create_backbone(
-        config.backbone_type, image_size=config.image_size, weights=config.weights, weights_root=root
-    )
-
-
-def view_spec(config: ClassIncrementalConfig, backbone: Backbone, augmentation: str) -> ViewSpec:
-    """Transform from images to inputs of a backbone, with the normalisation that the configuration names."""
-    norm = (backbone.mean, backbone.std) if config.input_normalization == "weights" else (None, None)
-    return ViewSpec(backbone.image_size, augmentation, *norm)
-
-
-def _missing_weights(config: ClassIncrementalConfig) -> list[str]:
-    """Problems with the weights, found without fetching them."""
-    try:
-        find_weights(config.backbone_type, weights=config.weights, weights_root=Path(config.weights_root))
-    except UserError as error:
-        return [str(error)]
-    return []
-
-
-def default_workers(device: torch.device) -> int:
-    """Data workers where the config leaves it open: none beside a computing CPU, else up to 8."""
-    return 0 if device.type == "cpu" else min(8, torch.multiprocessing.cpu_count())
 
 
 def _compact(adapters: Mapping[int, int]) -> str:

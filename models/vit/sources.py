@@ -1,0 +1,94 @@
+"""Data and backbone of a configuration: what a learner on a frozen ViT is made from.
+
+data, backbone = load_data_and_backbone(config, context)
+"""
+
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from models.base import RunContext
+from models.vit.config import ClassIncrementalConfig
+from models.vit.pretrained import Backbone, create_backbone, find_weights
+from utils.cache.file_memo import IMAGES
+from utils.data.datasets import load_dataset
+from utils.data.tasks import DataManager, TaskSplit
+from utils.data.transforms import ViewSpec
+from utils.errors import UserError
+
+
+def load_data_and_backbone(
+    config: ClassIncrementalConfig, context: RunContext
+) -> tuple[DataManager, Backbone]:
+    """The task sequence and the pretrained ViT of a configuration.
+
+    Raises:
+        UserError: data or weights cannot be had; both are told together.
+    """
+    load = partial(
+        load_dataset,
+        config.dataset,
+        config.data_root,
+        Path(config.cache_root) / IMAGES,
+        test_share=config.test_share,
+        added=config.added,
+        partial=context.trains_from != 0,
+    )
+    try:
+        dataset = load(splits=("train",)) if config.validation_share else load()
+    except UserError as error:
+        raise UserError("\n".join([str(error), *_missing_weights(config)])) from error
+    backbone = load_backbone(config)
+    workers = default_workers(context.device) if config.num_workers is None else config.num_workers
+    split = TaskSplit(
+        seed=config.seed,
+        shuffle=config.shuffle,
+        init_cls=config.init_cls,
+        increment=config.increment,
+        max_tasks=config.max_tasks,
+        max_train_per_class=config.max_train_per_class,
+        max_test_per_class=config.max_test_per_class,
+        validation_share=config.validation_share,
+    )
+    data = DataManager(
+        dataset,
+        split,
+        train_view=view_spec(config, backbone, config.augmentation),
+        test_view=view_spec(config, backbone, "none"),
+        num_workers=workers,
+        distributed=context.distributed,
+        load_whole=load,
+    )
+    if context.trains_from is not None:
+        data.require_training_images(context.trains_from)
+    data.stop_requested = context.stop_requested
+    return data, backbone
+
+
+def load_backbone(config: ClassIncrementalConfig) -> Backbone:
+    """The pretrained ViT of a configuration. UserError: its weights cannot be had."""
+    root = Path(config.weights_root)
+    return create_backbone(
+        config.backbone_type, image_size=config.image_size, weights=config.weights, weights_root=root
+    )
+
+
+def view_spec(config: ClassIncrementalConfig, backbone: Backbone, augmentation: str) -> ViewSpec:
+    """Transform from images to inputs of a backbone, with the normalisation that the configuration names."""
+    norm = (backbone.mean, backbone.std) if config.input_normalization == "weights" else (None, None)
+    return ViewSpec(backbone.image_size, augmentation, *norm)
+
+
+def _missing_weights(config: ClassIncrementalConfig) -> list[str]:
+    """Problems with the weights, found without fetching them."""
+    try:
+        find_weights(config.backbone_type, weights=config.weights, weights_root=Path(config.weights_root))
+    except UserError as error:
+        return [str(error)]
+    return []
+
+
+def default_workers(device: torch.device) -> int:
+    """Data workers where the config leaves it open: none beside a computing CPU, else up to 8."""
+    return 0 if device.type == "cpu" else min(8, torch.multiprocessing.cpu_count())
