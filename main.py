@@ -41,6 +41,7 @@ from utils.command_line import (
     given_path,
     parse_or_advise,
     refused_options,
+    whole_number,
 )
 from utils.console import attach_console, prepare_console, show_details
 from utils.errors import UserError, abrupt_interrupts, exit_code
@@ -104,7 +105,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--verbose", action="store_true", help="log every epoch, optimizer group and norm, too")
     add("--sweep", type=given_path, metavar="FILE", help="run a table of experiments; skips finished ones")
     add("--only", action="append", default=[], metavar="CELL", help="of a sweep: run this cell; repeatable")
-    add("--seeds", type=int, nargs="+", metavar="N", help="of a sweep: run these seeds, also new ones")
+    add(
+        "--seeds",
+        type=whole_number,
+        nargs="+",
+        metavar="N",
+        help="of a sweep: run these seeds, also new ones",
+    )
     add("--dry-run", action="store_true", help="of a sweep: print a shell command for each run still to do")
     add("--jobs", type=at_least_one, metavar="N", help="of a sweep: runs at once (default: as many as fit)")
     add("--engine", choices=list(EXECUTORS), help="of a sweep: what executes its runs (default: local)")

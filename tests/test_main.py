@@ -235,6 +235,8 @@ def test_a_file_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[
         ("--config x.json --report", "--report takes no --config"),
         ("--sweep x.json --config y.json", "--sweep takes no --config"),
         ("--sweep x.json --jobs 0", "--jobs: 0: at least 1"),
+        ("--sweep x.json --jobs many", '"many" is not an integer'),
+        ("--sweep x.json --seeds 1993,1994", "with spaces between"),
         ("--sweep x.json --engine slurm", "(choose from 'local', 'ray')"),
         ("--sweep x.json --ray-address auto", "--ray-address goes with --engine ray"),
         ("--sweep x.json --report --jobs 2", "--report takes no --jobs"),

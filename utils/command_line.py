@@ -27,9 +27,18 @@ def given_path(text: str) -> Path:
 
 def at_least_one(text: str) -> int:
     """A number of things as typed on a command line; argparse tells the error."""
-    if int(text) < 1:
+    if (number := whole_number(text)) < 1:
         raise argparse.ArgumentTypeError(f"{text}: at least 1")
-    return int(text)
+    return number
+
+
+def whole_number(text: str) -> int:
+    """One integer as typed on a command line; argparse tells the error, and how several are written."""
+    try:
+        return int(text)
+    except ValueError:
+        several = "several stand with spaces between, such as 1993 1994"
+        raise argparse.ArgumentTypeError(f'"{text}" is not an integer; {several}') from None
 
 
 def given_options(options: argparse.Namespace) -> set[str]:
