@@ -232,6 +232,9 @@ def trade_off_figure(results: Results, subtitle: str) -> Figure | None:
     axes.margins(0.12)
     for spec, set_label in zip(metrics, (axes.set_xlabel, axes.set_ylabel), strict=True):
         set_label(f"{spec.heading}, {spec.better} is better")
+    if metrics[0].unit == "%":  # room for points at 100, and no number beyond it
+        least, _ = axes.get_xlim()
+        axes.set_xticks([tick for tick in axes.get_xticks() if least <= tick <= 100])
     axes.grid()
     axes.set_axisbelow(True)
     _legend_beside(axes, list(styles), [handles[cell] for cell in styles], handles.values())

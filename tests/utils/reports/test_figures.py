@@ -50,6 +50,14 @@ def test_no_text_overlaps_another_or_leaves_the_picture(name, number):
     assert_readable(FIGURES[name][0](results_of(runs, first), "a long name of a sweep " * 8))
 
 
+def test_no_accuracy_beyond_100_is_written_on_an_axis():
+    runs = {cell: {s: invented(s, 40) for s in (1, 2)} for cell in ("a", "b")}
+    for result in (result for seeds in runs.values() for result in seeds.values()):
+        result["metrics"]["plasticity"] = 100.0
+    axes = FIGURES["plasticity_forgetting.png"][0](results_of(runs, "a"), "run").axes[0]
+    assert max(axes.get_xticks()) <= 100 < axes.get_xlim()[1]
+
+
 def test_bars_and_differences_show_the_numbers():
     results = results_of(metric_runs("final", [44.0, 45.0, 46.0], [40.0, 41.5, 43.0]), "base")
     bars, differences = (draw(results, "run").axes[0] for draw in (bars_figure, differences_figure))
