@@ -475,6 +475,11 @@ class AdapterKeys(ClassIncrementalConfig):
         return False
 
     @property
+    def chooses_blocks(self) -> bool:
+        """Whether some blocks only have adapters, or may gain some."""
+        return self.grows or self.adapter_blocks == "growing"
+
+    @property
     def trains_adapters(self) -> bool:
         """Whether adapters are there to be trained."""
         return True
@@ -507,12 +512,12 @@ class AdapterKeys(ClassIncrementalConfig):
         # Two branches of the largest rank have as many units as one adapter of twice that width.
         rank, largest = ("nested_lora_rank", shape.width) if self.nested else ("ffn_num", 2 * shape.width)
         blocks, width = f"the backbone has {shape.depth} blocks", f"tokens have width {shape.width}"
-        for name, low, high, fault in (
-            ("adapt_start_layer", 0, shape.depth - 1, blocks),
-            ("adapt_end_layer", 0, shape.depth - 1, blocks),
-            (rank, 1, largest, width),
+        for name, low, high, fault, matters in (
+            ("adapt_start_layer", 0, shape.depth - 1, blocks, self.chooses_blocks),
+            ("adapt_end_layer", 0, shape.depth - 1, blocks, self.chooses_blocks),
+            (rank, 1, largest, width, True),
         ):
-            if self.trains_adapters and getattr(self, name) > high:
+            if self.trains_adapters and matters and getattr(self, name) > high:
                 sentence = f"{fault}; allowed: {name} from {low} to {high}"
                 found.append(((name, "backbone_type"), sentence))
         return found
@@ -522,7 +527,6 @@ class AdapterKeys(ClassIncrementalConfig):
         nested = [name for name in type(self).model_fields if name.startswith("nested_lora_")]
         interval = ("nested_lora_update_interval_slow", "nested_lora_slow_grad")
         every_step = self.nested_lora_update_interval_slow <= 1
-        everywhere = not self.grows and self.adapter_blocks == "all"
         blocks = ("adapt_start_layer", "adapt_end_layer")
         return [
             (not self.nested, kind, nested),
@@ -531,7 +535,7 @@ class AdapterKeys(ClassIncrementalConfig):
             (self.func_epoch == 0, "func_epoch is 0", (*AdapterKeys.lr_keys, *interval)),
             (self.nested_lora_lr_slow == 0, "nested_lora_lr_slow is 0", interval),
             (every_step, "slow branches step every step", ("nested_lora_slow_grad",)),
-            (everywhere, "all blocks have an adapter and none grows", blocks),
+            (not self.chooses_blocks, "all blocks have an adapter and none grows", blocks),
             *super().unused_rules(),
         ]
 

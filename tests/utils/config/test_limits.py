@@ -210,8 +210,12 @@ def test_what_a_method_does_not_use_is_not_refused() -> None:
     unused = {**blocks, "nested_lora_rank": 4096, "ffn_num": 8192, "min_lr": 1, "grad_accumulation": 100}
     assert check("ranpac", first_session=False, **unused)
     with pytest.raises(ConfigError) as caught:
-        check("ranpac", first_session=True, backbone_type="vit_base_patch16_224", **unused)
+        whole = {"first_session": True, "adapter_blocks": "growing", "backbone_type": "vit_base_patch16_224"}
+        check("ranpac", **whole, **unused)
     assert len(caught.value.problems) >= 4
+    shallow = {"backbone_type": "test_vit", "adapt_end_layer": 11}  # of 6 blocks
+    assert check("finetune", **shallow)
+    assert "the backbone has 6 blocks" in problem("finetune", adapter_blocks="growing", **shallow)
     assert check("simplecil", grad_accumulation=100)
     assert check("sdlora", scheduler="constant", min_lr=10)
     assert check("sdlora", epochs=0, lrate=0.001, min_lr=0.01)
