@@ -76,6 +76,13 @@ def test_a_seed_counts_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         assert "seed 1" in message and twice in message
 
 
+def test_contradictory_options_are_answered_in_two_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        evaluation.main(["--compare", "a", "--latex", "--markdown"])
+    usage, sentence = capsys.readouterr().err.splitlines()
+    assert caught.value.code == 2 and "--compare" in usage and "--markdown" in sentence
+
+
 @pytest.mark.parametrize(("kind", "changed"), CHANGES)
 def test_other_data_and_weights_are_refused_and_other_code_is_told(
     kind: str, changed: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
