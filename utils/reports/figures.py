@@ -233,8 +233,9 @@ def trade_off_figure(results: Results, subtitle: str) -> Figure | None:
     for spec, set_label in zip(metrics, (axes.set_xlabel, axes.set_ylabel), strict=True):
         set_label(f"{spec.heading}, {spec.better} is better")
     if metrics[0].unit == "%":  # room for points at 100, and no number beyond it
-        least, _ = axes.get_xlim()
+        least, most = axes.get_xlim()
         axes.set_xticks([tick for tick in axes.get_xticks() if least <= tick <= 100])
+        axes.set_xlim(least, min(most, 100 + 0.06 * (100 - least)))
     axes.grid()
     axes.set_axisbelow(True)
     _legend_beside(axes, list(styles), [handles[cell] for cell in styles], handles.values())
