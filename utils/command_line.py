@@ -37,8 +37,8 @@ def whole_number(text: str) -> int:
     try:
         return int(text)
     except ValueError:
-        several = "several stand with spaces between, such as 1993 1994"
-        raise argparse.ArgumentTypeError(f'"{text}" is not an integer; {several}') from None
+        several = "; several are written with spaces between" if "," in text else ""
+        raise argparse.ArgumentTypeError(f'"{text}" is not an integer{several}') from None
 
 
 def given_options(options: argparse.Namespace) -> set[str]:
