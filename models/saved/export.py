@@ -211,7 +211,8 @@ def export_run(folder: Path, checkpoint: Path | None, form: str, out: Path | Non
         made.rename(out)
     yield f"scores of {CHECKED} images differ from the run's by {difference:.1e} at most"
     for path in sorted(out.iterdir()):
-        yield f"wrote {path} ({path.stat().st_size / 1e6:,.1f} MB)"
+        size = path.stat().st_size
+        yield f"wrote {path} ({f'{size / 1e6:,.1f} MB' if size >= 1e5 else f'{size / 1e3:.1f} kB'})"
 
 
 def checked_inputs(model: Predictor) -> tuple[Tensor, Tensor]:

@@ -11,13 +11,14 @@ from models.vit.pretrained import weights_origin
 LOADING = """\
 import {library}
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torchvision.transforms import v2
 
 {load}
 prepare = v2.Compose([v2.PILToTensor(), v2.Resize({resize_shorter_side}, interpolation=3, antialias=True),
     v2.CenterCrop({centre_crop}), v2.ToDtype(torch.float32, scale=True), v2.Normalize({mean}, {std})])
-images = prepare(Image.open("image.png").convert("RGB"))[None]
+upright = ImageOps.exif_transpose(Image.open("image.png"))
+images = prepare(upright.convert("RGB"))[None]
 scores = model(images).softmax(dim=1)"""
 LOAD = {  # form -> library, and how it loads the model
     "timm": ("timm", 'model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()'),
