@@ -30,6 +30,7 @@ from utils.runs.manifest import Provenance, changes, read_manifest, read_provena
 from utils.runs.metrics import fault_of
 from utils.runs.seeds import both_values
 from utils.sweeps.spec import bare, slug_of
+from utils.wording import counted
 
 RECORD = "comparison.json"
 METHOD = "model_name"
@@ -103,8 +104,8 @@ def compare_runs(
     if len(firsts) == 1:
         mean = shlex.join(["python", "eval.py", "--run", *map(str, folders)])
         raise UserError(
-            f"all {len(finished)} finished runs are one experiment, there is nothing to compare: they differ "
-            f"in their seed alone; for their mean, {mean}"
+            f"there is nothing to compare: {counted(len(finished), 'finished run')} of one experiment, which "
+            f"differ in no more than their seed; for their mean, {mean}"
         )
     names = group_names([run.experiment for run in firsts])
     groups = dict(zip(names, by_experiment.values(), strict=True))
