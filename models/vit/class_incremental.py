@@ -432,7 +432,7 @@ class ClassIncrementalLearner(Learner):
             share = f"{100 * right / count:6.2f}  ({right} of {count})"
             lines.append(f"task {task:>3}  classes {classes.start:>3}-{classes.stop - 1:<3}  {share}")
         right, count = map(sum, zip(*counts, strict=True))
-        lines.append(f"total {'':>19}{100 * right / count:6.2f}  ({right} of {count})")
+        lines.append(f"{'total':<27}{100 * right / count:6.2f}  ({right} of {count})")
         if "ece" in evaluation:
             told = f"temperature {self.calibration.temperature:.4g}"
             lines.append(f"calibration error {evaluation['ece']:.2f} points ({told})")

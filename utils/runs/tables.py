@@ -39,7 +39,7 @@ def accuracy_table(matrix: AccuracyMatrix, images: str = "test") -> str:
     values = np.column_stack([*by_column, matrix.curve])
     what = "Accuracy" if images == "test" else f"{images.capitalize()} accuracy"
     title = f"{what} (%) after each task (rows) on the {images} images of each task (columns)"
-    return value_table(title, tasks, [*tasks, "total"], values, 2)
+    return value_table(title, tasks, [*tasks, " total"], values, 2)  # as wide as a number
 
 
 def summary_table(

@@ -11,12 +11,14 @@ from utils.runs.tables import accuracy_table, seeds_table, summary_table, value_
 
 
 def test_accuracy_table_shows_every_number_in_its_place() -> None:
-    assert [line.split() for line in accuracy_table(three_tasks()).splitlines()[1:]] == [
+    table = accuracy_table(three_tasks())
+    assert [line.split() for line in table.splitlines()[1:]] == [
         ["task", "0", "task", "1", "task", "2", "total"],
         ["task", "0", "90.00", "90.00"],
         ["task", "1", "100.00", "80.00", "86.67"],
         ["task", "2", "70.00", "75.00", "100.00", "80.00"],
     ]
+    assert all(line[-8:-6] == "  " for line in table.splitlines()[2:])  # columns are equally far apart
 
 
 @pytest.mark.parametrize("tasks", [1, 10, 21])
