@@ -49,7 +49,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line's arguments; exits with a usage error where they do not go together."""
     parser = argparse.ArgumentParser(
         allow_abbrev=False,
-        usage="%(prog)s (--run | --compare) FOLDER [FOLDER ...] [options]",
+        usage="%(prog)s (--run | --checkpoint | --compare) FOLDER ... [options]",
         description="Tables and figures of a run; its model rebuilt from a checkpoint and tested.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=__doc__,

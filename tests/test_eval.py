@@ -14,6 +14,13 @@ from tests.utils.runs.test_manifest import CHANGES, record
 from utils.config.loading import load_config
 
 
+def test_a_mistake_of_the_command_line_is_two_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        evaluation.main(["--predict", "photos"])
+    usage, error = capsys.readouterr().err.splitlines()
+    assert usage.startswith("usage: ") and "--run FOLDER" in error
+
+
 def finished(folder: Path, seed: int, made_with: dict[str, Any] | None = None, **changes: Any) -> str:
     """The folder of a finished run of exps/smoke.json with these changes."""
     config = load_config(ROOT / "exps/smoke.json", [], SCHEMAS, [("test", {"seed": seed, **changes})]).config
