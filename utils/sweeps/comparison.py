@@ -102,10 +102,11 @@ def compare_runs(
         seeds[run.config.seed] = run
     firsts = [next(iter(seeds.values())) for seeds in by_experiment.values()]
     if len(firsts) == 1:
-        mean = shlex.join(["python", "eval.py", "--run", *map(str, folders)])
+        mean = shlex.join(["python", "eval.py", "--run", *(str(run.folder) for run in finished)])
+        left_out = f" (left out as unfinished: {', '.join(unfinished)})" if unfinished else ""
         raise UserError(
-            f"there is nothing to compare: {counted(len(finished), 'finished run')} of one experiment, which "
-            f"differ in no more than their seed; for their mean, {mean}"
+            f"there is nothing to compare: {counted(len(finished), 'finished run')}, of one experiment but "
+            f"for the seed{left_out}; for the mean over seeds, {mean}"
         )
     names = group_names([run.experiment for run in firsts])
     groups = dict(zip(names, by_experiment.values(), strict=True))

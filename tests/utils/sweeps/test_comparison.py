@@ -117,7 +117,8 @@ def test_a_mean_of_different_experiments_is_refused_with_the_command_that_compar
 def test_what_cannot_be_compared_is_a_sentence(logs: Path, capsys: Capture) -> None:
     first = logs / "nested_1"
     assert "--run" in refused(capsys, first, logs / "nested_2")  # one experiment
-    assert "1 finished run of" in refused(capsys, first)
+    told = refused(capsys, first, logs / "zadapter_5")
+    assert "1 finished run," in told and f"unfinished: {logs / 'zadapter_5'}" in told
     again = finished(logs / "again", 1)
     assert again in refused(capsys, first, logs / "zadapter_2", again)
     assert str(logs / "nothing") in refused(capsys, logs / "nothing")
