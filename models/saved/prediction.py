@@ -197,6 +197,7 @@ def show_predictions(
             named = (f"{row['class']} {100 * row['score']:.1f} %" for _, row in rows.iterrows())
             yield f"{image}: {', '.join(named)}"
     else:
+        out.parent.mkdir(parents=True, exist_ok=True)
         yield f"wrote {replace_file(out, table.to_csv(index=False).encode())}"
     read = table["image"].nunique()
     yield f"{read:,} image{'s' * (read != 1)} predicted" + (

@@ -74,7 +74,7 @@ def test_what_is_no_image_is_refused(given: object, simplecil: Finished) -> None
 def test_unreadable_images_are_told_and_skipped(
     simplecil: Finished, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    photos, out = tmp_path / "photos", tmp_path / "x.csv"
+    photos, out = tmp_path / "photos", tmp_path / "new" / "x.csv"
     (photos / "below").mkdir(parents=True)
     Image.fromarray(simplecil.images[0]).resize((40, 50)).save(photos / "below" / "good.jpg")
     content = (photos / "below" / "good.jpg").read_bytes()
