@@ -15,7 +15,7 @@ import torch
 
 import trainer
 from backbone.vit_sema import SEMAVisionTransformer
-from models import saved_run
+from models.saved import learner as saved_learner
 from models.vit.activations import Activations
 from tests.conftest import learner_of
 from trainer import train
@@ -130,7 +130,7 @@ def test_what_shapes_the_activations_is_in_their_key(
     change: dict[str, Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(saved_run, "resolve_precision", lambda precision, device: (precision, None))
+    monkeypatch.setattr(saved_learner, "resolve_precision", lambda precision, device: (precision, None))
     changes = {"adapter_blocks": "growing", "cache_views": 1, "max_tasks": 1}
     run(smoke_config(**changes))
     computed.clear()
@@ -185,7 +185,7 @@ def test_activations_beyond_what_holds_them_are_a_sentence_that_helps(
     original = SEMAVisionTransformer.forward
     huge = lambda self, x, start=0, stop=None: original(self, x, start, stop) + (size if stop == 4 else 0)  # noqa: E731
     monkeypatch.setattr(SEMAVisionTransformer, "forward", huge)
-    monkeypatch.setattr(saved_run, "resolve_precision", lambda precision, device: (precision, None))
+    monkeypatch.setattr(saved_learner, "resolve_precision", lambda precision, device: (precision, None))
     for gb in (1, 0):
         with pytest.raises(UserError, match=f"depth 4, as torch.{dtype}, are not finite") as caught:
             train(smoke_config(cache_views=1, adapter_blocks="growing", precision=precision, cache_gb=gb))
