@@ -61,17 +61,6 @@ TAKES = {  # options that each command takes beside its own; the first one given
     "run": ("config", "set", "overwrite", "verbose"),
 }
 OPTIONS = sorted({*TAKES, *itertools.chain(*TAKES.values())} - {"run"})
-OF_EVAL = {
-    "eval",
-    "evaluate",
-    "test",
-    "run",
-    "checkpoint",
-    "compare",
-    "recorded",
-    "analyse",
-    "images-per-class",
-}
 
 logger = logging.getLogger("nested_lora")
 
@@ -200,6 +189,7 @@ def usage_faults(options: argparse.Namespace) -> list[str]:
 
 def way_out(name: str, values: list[str]) -> str:
     """Advice for an argument that does not exist."""
+    from eval import TAKES as EVAL_TAKES
     from models import SCHEMAS
     from utils.config.messages import nearest_key
 
@@ -211,7 +201,7 @@ def way_out(name: str, values: list[str]) -> str:
         values = [value]
     if name in keys:
         return f"keys of a config are changed with --set: write {as_set(name, values)}"
-    if name in OF_EVAL:
+    if name in {"eval", "evaluate", *EVAL_TAKES, *itertools.chain(*EVAL_TAKES.values())}:
         return "a run is tested and looked at with: python eval.py --run FOLDER"
     if near := difflib.get_close_matches(name, OPTIONS, n=1, cutoff=0.8):
         return f"did you mean --{near[0]}?"

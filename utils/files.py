@@ -21,7 +21,6 @@ import numpy as np
 
 from utils.errors import UserError
 
-CHUNK_BYTES = 2**20
 DEFLATE_LIMIT = 1100  # bytes that a byte of a compressed file can stand for, and a few more
 IRREGULAR = {
     stat.S_IFDIR: "a folder",

@@ -32,6 +32,7 @@ def refused(capsys: pytest.CaptureFixture[str], command: object, *arguments: str
         (["exps/smoke.json", "exps/smoke.json"], "one file"),
         (["--confg", "exps/smoke.json"], "--config"),
         (["--eval", "True"], "eval.py --run FOLDER"),
+        (["--predict", "photos"], "eval.py --run FOLDER"),
         (["--qqqq", "1"], "--set KEY=VALUE"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
