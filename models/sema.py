@@ -94,6 +94,7 @@ class SEMA(ClassIncrementalLearner):
             if not self.method_state["grown"]:
                 self.once("functional", lambda: train_functional(self))
         self.once("close", self.end_of_task_training)
+        self.once("views", lambda: self.inputs.drop_drawn(self.task, self.config.task_views))
         self.once("head", self.fit_head)
 
     def grow_where_novel(self) -> None:
@@ -106,6 +107,18 @@ class SEMA(ClassIncrementalLearner):
             modules.freeze_functional(adapters=self.config.freezes)
             modules.freeze_rd()
             self.method_state["block"] = None
+
+    def shared_views(self) -> int:
+        """Those that descriptors read after training, or a scan before it; all where more blocks may grow."""
+        config, growing = self.config, len(self.network.growing)
+        described = min(config.func_epoch, config.described_views)
+        if not growing or config.augmentation == "none":
+            return 0
+        if self.task == 0:
+            return described
+        if not self.method_state["grown"]:
+            return 1
+        return config.task_views if growing > 1 else max(1, described)
 
     # --- scan -----------------------------------------------------------------------------------------------
 
@@ -121,7 +134,7 @@ class SEMA(ClassIncrementalLearner):
             return state["block"]
         while len(state["grown"]) < len(self.network.growing):
             key = ("scan", self.seed, self.task, state["scan"])
-            source = self.inputs.view(self.task, state["scan"], key)
+            source = self.inputs.view(self.task, state["scan"])
             batches = self.inputs.read(self.task, source, key, size, start=state["batch"])
             left = self.inputs.batch_count(self.task, size) - state["batch"]
             for batch in progress(batches, total=left, desc=f"Task {self.task} scan", unit="batch"):
@@ -194,7 +207,8 @@ class SEMA(ClassIncrementalLearner):
         if config.repeats_rd_views:
             key = ("records", self.seed, self.task, self.progress.phases)
             errors = min(config.buffer_size, config.rd_epoch * self.data.count(self.classes, "train"))
-            self.network.observe(self.inputs.new_means(self.task, key, blocks, errors))
+            seen = config.distinct_rd_views
+            self.network.observe(self.inputs.new_means(self.task, key, blocks, after=seen, count=errors))
         self._log_records(blocks)
 
     def _log_records(self, blocks: list[int]) -> None:

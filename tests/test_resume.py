@@ -26,6 +26,7 @@ CHANGES = {
 }
 
 
+DRAWN = {"nested_lora_freeze": "task", "adapter_blocks": "growing", "exp_threshold": 0.0, "func_epoch": 3}
 STORED = {"nested_lora_freeze": "task", "adapter_blocks": "growing", "cache_views": 2, "func_epoch": 3}
 
 
@@ -88,9 +89,16 @@ def test_killed_twice(reference: tuple[dict, list[str]], tmp_path: Path) -> None
     assert finish(tmp_path) == expected
 
 
-def test_stopped_while_activations_are_stored(tmp_path: Path) -> None:
-    """Stopped while the cached frozen prefix is written and read: what is there is used, the end equal."""
-    changes = CHANGES | STORED
+@pytest.mark.parametrize(
+    "stored", [STORED, DRAWN, DRAWN | {"cache_gb": 0.0004}], ids=["fixed", "drawn", "tight"]
+)
+def test_stopped_while_activations_are_stored(tmp_path: Path, stored: dict) -> None:
+    """Stopped while the cached frozen prefix is written and read: what is there is used, the end equal.
+
+    Of fixed views, and of views drawn for a task in which two blocks grow, also where some of them have no
+    room.
+    """
+    changes = CHANGES | stored
     code, moments = run(command("smoke.json", tmp_path / "whole", **changes))
     assert code == 0
     expected = outcome(folder_of(tmp_path / "whole"))

@@ -108,8 +108,7 @@ class Activations:
     ) -> None:
         self.network, self.below, self.depth, self.options = network, below, depth, options
         self.cache, self.about, self.dtype = cache, about, dtype
-        digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
-        self.group = f"{about['source']}-{depth}-{digest[:24]}"
+        self.group = group_name(about)
         self._chunks: list[np.ndarray] = []  # stored indices of the images of each file
         self._place_of: dict[int, tuple[int, int]] = {}  # stored index -> its file and row
 
@@ -242,6 +241,12 @@ class ActivationStore:
             if self.options.distributed.local_rank == 0:
                 self.cache.drop(group)
 
+    def drop(self, depth: int, source: str, view: Key) -> None:
+        """Remove the files of one view, also those that an interrupted process of this run has left."""
+        self.options.distributed.barrier()
+        if self.options.distributed.local_rank == 0:
+            self.cache.drop(group_name(self._about(depth, source, view)))
+
     def _about(self, depth: int, source: str, view: Key | None) -> dict[str, Any]:
         """Everything that shapes the activations."""
         adapters = self.network.tensors_below(depth)
@@ -274,6 +279,12 @@ class ActivationStore:
         for label in classes:
             indices = self.data.indices(range(label, label + 1), source)
             yield from (indices[start : start + CHUNK] for start in range(0, len(indices), CHUNK))
+
+
+def group_name(about: Mapping[str, Any]) -> str:
+    """Name of the files of activations that this shapes: source, depth, and a hash of everything."""
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+    return f"{about['source']}-{about['depth']}-{digest[:24]}"
 
 
 def chunk_key(indices: np.ndarray) -> str:

@@ -168,8 +168,14 @@ class ClassIncrementalLearner(Learner):
             distributed=self.distributed,
             stop_requested=self.context.stop_requested,
         )
-        fast = self.config.engine == "fast"
-        return TaskInputs(self.network, self.data, self.cache, options, fast, self.config.cache_views)
+        fast, views = self.config.engine == "fast", self.config.cache_views
+        return TaskInputs(
+            self.network, self.data, self.cache, options, fast, views, self.seed, self.shared_views
+        )
+
+    def shared_views(self) -> int:
+        """How many of the open task's first views several of its phases read, as far as is known."""
+        return 0
 
     def features_of(self, task: int, source: str) -> Tensor:
         """`features` (n, d) of a task's images of one source, test view, stored order, on all ranks."""

@@ -1,13 +1,14 @@
 """Batches of a task's images, from the activation cache or recomputed.
 
-    inputs = TaskInputs(network, data, cache, options, fast=True, views=2)
-    source = inputs.view(task, 0, key)               # one augmented view of the task's training images
+    inputs = TaskInputs(network, data, cache, options, fast=True, views=2, seed=1, shared_views=lambda: 0)
+    source = inputs.view(task, 0)                    # one augmented view of the task's training images
     for batch in inputs.read(task, source, key, size=32):
         features = network(batch.inputs, batch.depth)
 
 The fast engine reads stored activations of the frozen blocks (`models/vit/activations.py`); the reference
-reads images. With K `views` every training image has K fixed augmented views; with 0 every pass draws new
-ones, as published.
+reads images. With K `views` every training image has K fixed augmented views. With 0 it has a new one for
+every (task, epoch): all phases of a task read the same, and on the CPU those that several of them read are
+stored while the task is open. A GPU computes them again in less time than a file takes.
 """
 
 import itertools
@@ -56,6 +57,9 @@ class TaskInputs:
         options: how activations are computed.
         fast: read stored activations; False reads images.
         views: K, fixed augmented views of a training image.
+        seed: of the views that are drawn for a task.
+        shared_views: asked how many of the open task's first drawn views several phases read; the answer
+            depends on the run's state alone, so that a resumed run computes the same.
     """
 
     def __init__(
@@ -66,14 +70,17 @@ class TaskInputs:
         options: ForwardOptions,
         fast: bool,
         views: int,
+        seed: int,
+        shared_views: Callable[[], int],
     ) -> None:
         self.network, self.data, self.options, self.fast, self.views = network, data, options, fast, views
+        self.seed, self.shared_views = seed, shared_views
         self.store = ActivationStore(network, data, cache, options)
 
     # --- sources --------------------------------------------------------------------------------------------
 
-    def view(self, task: int, number: int, key: Key, depth: int | None = None) -> Source:
-        """A task's training inputs in one view: a fixed one, or without any the one that (key, number) draws.
+    def view(self, task: int, number: int, depth: int | None = None) -> Source:
+        """A task's training inputs in one view: a fixed one, or without any the one drawn for (task, number).
 
         Args:
             depth: how far the network is run already, where nothing learns below it while the result is in
@@ -81,26 +88,40 @@ class TaskInputs:
         """
         views = self.views
         if not views:
-            return self.fresh((*key, number))
+            key, shared = self._drawn(task, number), number < self.shared_views()
+            if shared and self.options.device.type == "cpu":
+                return self._at(task, "train", key, f"view {number + 1}", None)
+            return self.fresh(key)
         # Without the seed: all runs share the activations of fixed views.
         return self._at(
             task, "train", ("view", number % views), f"view {number % views + 1} of {views}", depth
         )
 
+    def new_view(self, task: int, number: int, key: Key) -> Source:
+        """A view that is no fixed one: where there are any the one the key draws, else that of the task."""
+        return self.fresh(key) if self.views else self.view(task, number)
+
+    def drop_drawn(self, task: int, views: int) -> None:
+        """Remove what is stored of the first views drawn for a task."""
+        for number in range(0 if self.views else views):
+            self.store.drop(self.network.fixed_depth(), "train", self._drawn(task, number))
+
+    def _drawn(self, task: int, number: int) -> Key:
+        """Key of a view drawn for a task, that of epoch `number` of the task's first functional phase."""
+        return "functional", self.seed, task, 0, number
+
     def fresh(self, key: Key) -> Images:
         """Training images in views that the key draws."""
         return Images(self.data, "train", key, self.options.device)
 
-    def by_epoch(self, task: int, key: Key, epochs: int) -> Callable[[int], Source]:
+    def by_epoch(self, task: int, epochs: int) -> Callable[[int], Source]:
         """Source of the inputs of each epoch of a functional phase.
 
-        Views used more than once are run to where learning begins.
+        Views that the phase uses more than once are run to where learning begins.
         """
-        views = self.views
-        if not views:
-            return lambda epoch: self.view(task, epoch, key)
+        views = min(self.views or epochs, epochs)
         depth = self.network.learning_depth() if self.fast and views < epochs else None
-        opened = [self.view(task, number, key, depth) for number in range(min(views, epochs))]
+        opened = [self.view(task, number, depth) for number in range(views)]
         return lambda epoch: opened[epoch % len(opened)]
 
     def features_of(self, task: int, source: str) -> Tensor:
@@ -198,13 +219,16 @@ class TaskInputs:
         They are of `views` views; 0: of new ones every epoch. While descriptors learn nothing below them
         does, so the fast engine runs the network once a view, not once an epoch.
         """
-
-        def computed(epoch: int, start: int) -> Iterator[dict[int, Tensor]]:
-            source = self.view(task, epoch % views, key) if views else self.fresh((*key, epoch))
-            for batch in self.read(task, source, (*key, epoch), size, start):
-                yield self.token_means(batch, blocks)
-
         if not (self.fast and views):
+            sources = [
+                self.view(task, epoch % views) if views else self.new_view(task, epoch, (*key, epoch))
+                for epoch in range(epochs)
+            ]
+
+            def computed(epoch: int, start: int) -> Iterator[dict[int, Tensor]]:
+                for batch in self.read(task, sources[epoch], (*key, epoch), size, start):
+                    yield self.token_means(batch, blocks)
+
             return computed
         stored = [self.all_means(task, number, key, blocks) for number in range(min(views, epochs))]
         classes = self.data.task_classes(task)
@@ -225,7 +249,7 @@ class TaskInputs:
     def all_means(self, task: int, view: int, key: Key, blocks: list[int]) -> dict[int, Tensor]:
         """Token means of one view of a task's training images in stored order: {block: (images, d)}."""
         order_key, size, parts = (*key, view), self.options.batch_size, []
-        batches = self.read(task, self.view(task, view, key), order_key, size)
+        batches = self.read(task, self.view(task, view), order_key, size)
         label, count = f"Task {task} rd view {view + 1}", self.batch_count(task, size)
         for batch in progress(batches, total=count, desc=label, unit="batch"):
             self.options.check_stop()
@@ -234,12 +258,15 @@ class TaskInputs:
         stored = torch.from_numpy(np.argsort(order)).to(self.options.device)
         return {block: torch.cat([part[block] for part in parts])[stored] for block in blocks}
 
-    def new_means(self, task: int, key: Key, blocks: list[int], count: int) -> dict[int, Tensor]:
-        """Token means of newly drawn views of a task's training images: {block: (count, d)}.
+    def new_means(
+        self, task: int, key: Key, blocks: list[int], *, after: int, count: int
+    ) -> dict[int, Tensor]:
+        """Token means of a task's training images in views other than the first `after`: {block: (count, d)}.
 
         View after view of all images, each in an order of its own, until there are `count` of at least 1.
         """
-        views = (((*key, number), self.fresh((*key, number))) for number in itertools.count())
+        names = ((*key, number) for number in itertools.count())
+        views = ((name, self.new_view(task, after + name[-1], name)) for name in names)
         batches = (
             batch for name, view in views for batch in self.read(task, view, name, self.options.batch_size)
         )

@@ -74,8 +74,8 @@ def functional_groups(
 class FunctionalPhase(Phase):
     """The learner's `loss` over the current task's classes, for `func_epoch` epochs.
 
-    With K fixed views of an image, epoch e reads view e mod K; views used more than once are run through the
-    network up to where learning begins and stored there.
+    Epoch e reads the task's view e, or with K fixed views of an image view e mod K; those used more than once
+    are run through the network up to where learning begins and stored there.
 
     Args:
         learner: whose network and newest classifier rows are trained.
@@ -94,7 +94,7 @@ class FunctionalPhase(Phase):
         )
         self.learner, self.inputs, self.config = learner, inputs, config
         self.key = ("functional", learner.seed, task, learner.progress.phases)
-        self.source_of_epoch = inputs.by_epoch(task, self.key, config.func_epoch)
+        self.source_of_epoch = inputs.by_epoch(task, config.func_epoch)
         slow = next((group for group in self.optimizer.groups if group.name == "slow"), None)
         self.trace = None if slow is None else SlowTrace(slow, learner.log, task)
         if self.trace is not None:

@@ -17,7 +17,8 @@ import trainer
 from backbone.vit_sema import SEMAVisionTransformer
 from models.saved import learner as saved_learner
 from models.vit.activations import Activations
-from tests.conftest import learner_of
+from models.vit.training import train_functional
+from tests.conftest import learner_of, run_tasks
 from trainer import train
 from utils.config.schema import RunConfig
 from utils.errors import UserError
@@ -147,6 +148,80 @@ def test_a_trained_prefix_is_a_runs_own_and_leaves_nothing(
     run(config)
     assert computed.count((0, 4)) > 0
     assert list(Path(config.cache_root).rglob("*.safetensors")) == []
+
+
+@pytest.fixture
+def passed() -> Callable[[Any], list[int]]:
+    """Function of a learner: a list of which the first item counts the images that pass its first block."""
+
+    def count(learner: Any) -> list[int]:
+        seen = [0]
+
+        def add(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            seen[0] += len(inputs[0])
+
+        learner.network.vit.blocks[0].register_forward_pre_hook(add)
+        return seen
+
+    return count
+
+
+def views_stored(learner: Any) -> int:
+    """Augmented views of training images that have files."""
+    about = [json.loads(path.read_text()) for path in learner.cache.root.rglob("about.json")]
+    return sum(each["view"] is not None for each in about)
+
+
+@pytest.mark.parametrize(
+    ("threshold", "growths", "changes"),
+    [
+        (0.0, 2, {}),
+        (0.0, 2, {"adapter_blocks": "growing", "rd_views": 0}),
+        (0.0, 2, {"rd_views": 1, "rd_epoch": 3}),  # errors are recorded on views 1 and 2
+        (1e9, 0, {}),
+    ],
+    ids=["growths", "descriptors on new views", "errors recorded", "no growth"],
+)
+def test_growths_of_a_task_share_the_frozen_prefix_of_new_views(
+    make_sema: Make,
+    passed: Callable[[Any], list[int]],
+    threshold: float,
+    growths: int,
+    changes: dict[str, Any],
+) -> None:
+    """Scans, growths and descriptors: an image passes the frozen blocks once an epoch; nothing is left."""
+    learner = make_sema(exp_threshold=threshold, func_epoch=3, **changes)
+    learner.begin_task(0)
+    learner.train_task()
+    learner.begin_task(1)
+    seen, images = passed(learner), learner.data.count(learner.classes, "train")
+    learner.grow_where_novel()
+    if not growths:
+        assert seen == [images]
+        train_functional(learner)
+    assert len(learner.method_state["grown"]) == growths
+    assert seen == [3 * images]
+    assert views_stored(learner) == (3 if growths else 1)  # what one phase alone reads is not written
+    learner.once("growth", lambda: None)
+    learner.once("functional", lambda: None)
+    learner.train_task()
+    assert views_stored(learner) == 0
+
+
+def test_what_a_killed_process_has_stored_of_a_task_goes_at_its_end(make_sema: Make) -> None:
+    """Also the views that the resumed process does not open."""
+    changes = {"exp_threshold": 0.0, "func_epoch": 3, "adapter_blocks": "growing"}
+    learner = make_sema(**changes)
+    run_tasks(learner, 1)
+    learner.begin_task(1)
+    learner.grow_where_novel()
+    learner.once("growth", lambda: None)
+    state = learner.state()
+    resumed = make_sema(**changes)
+    resumed.load_state(*state)
+    assert views_stored(resumed) == 3
+    resumed.train_task()
+    assert views_stored(resumed) == 0
 
 
 def test_an_altered_cache_changes_nothing(smoke_config: Make) -> None:
