@@ -26,6 +26,7 @@ from pathlib import Path
 from utils.command_line import at_least_one, chosen_command, given_path, parse_or_advise, refused_options
 from utils.console import attach_console, prepare_console
 from utils.errors import AGAIN, UserError, abrupt_interrupts, exit_code
+from utils.training.late_compiler import import_networks
 
 TAKES = {  # options that each command takes beside its own; the first one given decides
     "predict": ("run", "checkpoint", "out", "top"),
@@ -246,6 +247,7 @@ def main(arguments: list[str] | None = None) -> int:
             for folder in options.compare or []:
                 if not folder.is_dir():
                     raise UserError(f"{folder} holds no run: there is no such folder; give those of runs")
+            import_networks()
             from utils.training.device import keep_freed_memory
 
             keep_freed_memory()

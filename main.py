@@ -47,6 +47,7 @@ from utils.console import attach_console, prepare_console, show_details
 from utils.errors import UserError, abrupt_interrupts, exit_code
 from utils.sweeps.executors import EXECUTORS
 from utils.training.cpu_kernels import choose_cpu_kernels
+from utils.training.late_compiler import import_networks
 
 DEFAULT = "exps/quickstart.json"  # a sweep
 AUTO = "auto"  # instead of a folder to resume
@@ -390,6 +391,7 @@ def main(arguments: list[str] | None = None) -> int:
             else:
                 config = (loaded := load(options)).config
             choose_cpu_kernels(config.cpu_kernels)
+            import_networks()
             import trainer  # with it all that is heavy
             from models.saved.extension import Extension
             from models.saved.learner import run_context

@@ -27,15 +27,14 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from scipy.optimize import minimize_scalar
 from torch import Tensor
-from torch.nn import functional as F
 
 from utils.training.random import numpy_rng
 
 BINS = 15
 MAX_IMAGES, MAX_PER_CLASS = 500, 10  # images that a temperature is fitted on; at least one of every class
 LIMITS = (1e-4, 1e4)  # of T
+PRECISION = 1e-9  # of log T
 HELD_OUT, LEAVE_ONE_OUT, TRAINED_ON = "held out", "leave one out", "trained on"
 VALIDATION = "validation"
 FITTED_ON = {  # what training images are to the head that classifies, in words
@@ -78,14 +77,18 @@ def fit(scores: Tensor, targets: Tensor, fitted_on: str) -> Calibration:
     image is classified right, T stays away from zero.
     """
     wide, smoothing = scores.double(), 1 / (len(scores) + 2)
+    wide = wide - wide.mean(dim=1, keepdim=True)  # which changes no probability
+    wanted = (1 - smoothing) * wide.gather(1, targets[:, None]).mean()  # mean score under the targets
 
-    def loss(log_t: float) -> float:
-        return float(F.cross_entropy(wide / math.exp(log_t), targets, label_smoothing=smoothing))
+    def too_sharp(log_t: float) -> bool:
+        """Whether T has to rise: the loss is convex in 1 / T, its slope the mean score less the wanted."""
+        return bool((probabilities(wide, math.exp(log_t)) * wide).sum(dim=1).mean() > wanted)
 
-    lowest = 1.0 if fitted_on == TRAINED_ON else LIMITS[0]
-    bounds = math.log(lowest), math.log(LIMITS[1])
-    inside = minimize_scalar(loss, bounds=bounds, method="bounded").x
-    return Calibration(math.exp(min(inside, bounds[0], key=loss)), len(scores), fitted_on)
+    low, high = math.log(1.0 if fitted_on == TRAINED_ON else LIMITS[0]), math.log(LIMITS[1])
+    while high - low > PRECISION:
+        middle = (low + high) / 2
+        low, high = (middle, high) if too_sharp(middle) else (low, middle)
+    return Calibration(math.exp(low), len(scores), fitted_on)
 
 
 def probabilities(scores: Tensor, temperature: float) -> Tensor:

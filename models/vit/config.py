@@ -37,6 +37,7 @@ from utils.data.splits import tasks_of
 from utils.errors import UserError, os_error_sentence
 from utils.files import why_no_file
 from utils.metric_catalogue import CLASS_INCREMENTAL, VALIDATION, MetricSpec
+from utils.training.late_compiler import import_networks
 from utils.wording import counted
 
 # ----------------------------------------------------------------------------------------------------------
@@ -151,6 +152,7 @@ class ClassIncrementalConfig(RunConfig):
         found = super().late_conflicts()
         if known_shape(self.backbone_type):
             return found
+        import_networks()
         from models.vit.pretrained import backbone_shape  # here: it imports timm
 
         try:
@@ -232,6 +234,7 @@ class ClassIncrementalConfig(RunConfig):
         return missing
 
     def checkpoint_bytes(self) -> list[int]:
+        import_networks()
         from models.vit.pretrained import backbone_shape  # here: it imports timm
 
         shape = known_shape(self.backbone_type) or backbone_shape(self.backbone_type, weights="random")

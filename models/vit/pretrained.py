@@ -18,7 +18,7 @@ from pathlib import Path
 
 import timm
 import torch
-from timm.models import split_model_name_tag
+from timm.models import is_model_in_modules, split_model_name_tag
 from timm.models.vision_transformer import Block, VisionTransformer
 
 from models.vit.backbones import BACKBONES, PACKAGE_BACKBONE, PACKAGE_TAG, BackboneShape
@@ -71,8 +71,9 @@ def backbone_shape(backbone_type: str, *, weights: str | None = "random") -> Bac
             kind that is not supported.
     """
     arch, tag = _resolve(backbone_type, weights)
+    options = {"weight_init": "skip"} if is_model_in_modules(arch, ["vision_transformer"]) else {}
     with torch.device("meta"):
-        vit = timm.create_model(arch, num_classes=0)
+        vit = timm.create_model(arch, num_classes=0, **options)
     if problem := _unsupported(vit):
         raise UserError(
             f"backbone_type {arch!r} cannot be used: {problem}; allowed: timm's VisionTransformers with a "

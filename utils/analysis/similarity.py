@@ -16,7 +16,6 @@ import math
 from collections.abc import Sequence
 
 import torch
-from scipy.linalg import subspace_angles
 from torch import Tensor
 
 MIN_SAMPLES = 4  # that the unbiased estimator needs
@@ -92,6 +91,8 @@ def principal_angles(a: Tensor, b: Tensor) -> Tensor:
     """
     if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[0] or not a.numel() or not b.numel():
         raise ValueError(f"no angles between column spaces of shapes {tuple(a.shape)} and {tuple(b.shape)}")
+    from scipy.linalg import subspace_angles  # here: a run without analysis does without
+
     angles = subspace_angles(*(basis.detach().cpu().double().numpy() for basis in (a, b)))
     return torch.from_numpy(angles[::-1].copy())
 

@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
-from torchvision.transforms.v2.functional import center_crop
 
 from utils.training.random import Key, stream_seed
 
@@ -84,11 +83,17 @@ def _test_view(images: Tensor, size: int) -> Tensor:
     """Shorter side resized to 256/224 of `size`, then the centre: uint8 (B, 3, S, S)."""
     side = min(images.shape[-2:])
     if max(images.shape[-2:]) > ELONGATED * side:  # resized as a whole they could be huge
-        images = center_crop(images, [min(length, ELONGATED * side) for length in images.shape[-2:]])
+        images = _centre(images, *(min(length, ELONGATED * side) for length in images.shape[-2:]))
     resized = [int(256 * size // 224 * length / side) for length in images.shape[-2:]]
     if resized != list(images.shape[-2:]):
         images = interpolate(images, resized, mode="bicubic", antialias=True)
-    return center_crop(images, [size, size])
+    return _centre(images, size, size)
+
+
+def _centre(images: Tensor, height: int, width: int) -> Tensor:
+    """The middle of images that are at least as large; half pixels as torchvision rounds them."""
+    top, left = round((images.shape[-2] - height) / 2), round((images.shape[-1] - width) / 2)
+    return images[..., top : top + height, left : left + width]
 
 
 def _crop(images: Tensor, size: int, boxes: np.ndarray, mirrored: np.ndarray) -> Tensor:

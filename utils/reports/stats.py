@@ -16,7 +16,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
 from utils.runs.metrics import mean_std
 
@@ -72,6 +71,8 @@ def paired_difference(pairs: pd.DataFrame) -> Estimate:
     estimate = _estimate(differences, rounding)
     if math.isnan(estimate.p_t):
         return estimate
+    from scipy import stats  # here: the report of a run, which has one seed, does without
+
     differences = np.round(differences / rounding) * rounding
     return replace(estimate, p_wilcoxon=float(stats.wilcoxon(differences[differences != 0]).pvalue))
 
@@ -97,6 +98,8 @@ def _estimate(values: np.ndarray, rounding: float) -> Estimate:
         return Estimate(1, mean)
     if np.ptp(values) <= rounding:
         return Estimate(len(values), mean, 0.0)
+    from scipy import stats  # here, as above
+
     test = stats.ttest_1samp(values, 0.0)
     low, high = test.confidence_interval(CONFIDENCE)
     return Estimate(len(values), mean, std, float(low), float(high), float(test.pvalue))

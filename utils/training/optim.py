@@ -17,15 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from utils.training.late_compiler import late
+
 MOMENTUM = 0.9  # of SGD, as published
 
 
 def _sgd(groups: list[dict[str, Any]], weight_decay: float) -> torch.optim.Optimizer:
-    return torch.optim.SGD(groups, lr=0.0, momentum=MOMENTUM, weight_decay=weight_decay)
+    return late(torch.optim.SGD)(groups, lr=0.0, momentum=MOMENTUM, weight_decay=weight_decay)
 
 
 def _adamw(groups: list[dict[str, Any]], weight_decay: float, fused: bool = False) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(groups, lr=0.0, weight_decay=weight_decay, fused=fused)
+    return late(torch.optim.AdamW)(groups, lr=0.0, weight_decay=weight_decay, fused=fused)
 
 
 OPTIMIZERS = {

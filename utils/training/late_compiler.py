@@ -1,0 +1,52 @@
+"""PyTorch's compiler (`torch._dynamo`), imported where something is compiled and not at every start.
+
+    import_networks()                                # timm and torchvision
+    optimizer = late(torch.optim.SGD)(parameters, lr=0.1)
+
+torchvision asks the compiler for one function that only RoI pooling calls, timm marks functions that it is
+not to compile, PyTorch's optimizers tell it where graphs end: 1.3 CPU seconds of imports for nothing.
+"""
+
+import functools
+import importlib
+import sys
+from types import ModuleType
+from typing import Any
+
+ASKED_BY_TORCHVISION = "torch._dynamo.utils"
+
+
+class _Later(ModuleType):
+    """Stand-in for a module until something of it is asked for; then the module itself takes its place."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        if sys.modules.get(self.__name__) is self:
+            del sys.modules[self.__name__]
+        if name == "is_compile_supported":  # a function: what it needs is imported when it is called
+            return lambda device: getattr(importlib.import_module(self.__name__), name)(device)
+        return getattr(importlib.import_module(self.__name__), name)
+
+
+def import_networks() -> None:
+    """Import timm, and torchvision with it; the compiler follows at the first call that needs it."""
+    import torch
+
+    disable = torch.compiler.disable
+    sys.modules.setdefault(ASKED_BY_TORCHVISION, _Later(ASKED_BY_TORCHVISION))
+    torch.compiler.disable = lambda fn=None, recursive=True, **_: torch._disable_dynamo(fn, recursive)
+    try:
+        importlib.import_module("timm")
+    finally:
+        torch.compiler.disable = disable
+
+
+@functools.cache
+def late(optimizer: type) -> type:
+    """An optimizer of PyTorch whose steps, computed as always, do not import the compiler."""
+    import torch
+
+    names = ("add_param_group", "zero_grad", "state_dict", "load_state_dict", "step")
+    plain = {name: getattr(method := getattr(optimizer, name), "__wrapped__", method) for name in names}
+    return type(optimizer.__name__, (optimizer,), plain | {"step": torch.no_grad()(plain["step"])})
