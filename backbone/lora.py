@@ -122,7 +122,7 @@ class LoRALinear(nn.Module):
         if self.down.shape[1]:
             y = _FrozenSum.apply(x, weight, bias, self.down, self.up, self.term_weights)
         else:
-            y = F.linear(x, weight, bias)
+            y = self.qkv(x)
         if self.new is None:
             return y
         up_q, up_v = self.newest_weight * self.new.up

@@ -87,11 +87,23 @@ class SEMAModules(nn.Module):
 
     # --- mixture --------------------------------------------------------------------------------------------
 
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.growable:
-            return self.adapters[0](x)
+    def forward(self, x: Tensor, kept: int | None = None) -> Tensor:
+        """The mixture for the first `kept` of the tokens x (B, N, d); by default for all."""
+        if not self.is_mixed:
+            return self.adapters[0](x[:, :kept])
         weights = self.mixing_weights(x.mean(dim=1)).to(x.dtype)
-        return self.mix_stacked(x, weights) if self.spec.stacked else self.mix_one_by_one(x, weights)
+        mix = self.mix_stacked if self.spec.stacked else self.mix_one_by_one
+        return mix(x[:, :kept], weights)
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether the router's weights are needed; that of a single adapter is 1."""
+        return self.growable and not (self.spec.stacked and len(self.adapters) == 1)
+
+    @property
+    def reads_all_tokens(self) -> bool:
+        """Whether anything but the adapters themselves reads the input: the router, or a hook."""
+        return self.is_mixed or bool(self._forward_pre_hooks)
 
     def mixing_weights(self, token_mean: Tensor) -> Tensor:
         """Softmax of the router's logits over the adapters, (B, d) -> (B, K)."""
@@ -110,8 +122,6 @@ class SEMAModules(nn.Module):
         Frozen and learning adapters have a pair each, so that no gradient is computed for frozen ones.
         Adapters without factors in common take the reference's way.
         """
-        if len(self.adapters) == 1:  # its weight is 1
-            return self.adapters[0](x)
         factors = common_factors([adapter.functional for adapter in self.adapters])
         if factors is None:
             return self.mix_one_by_one(x, weights)

@@ -20,6 +20,7 @@ import torch
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
+from backbone.frozen_block import attend, mlp_branch
 from backbone.sema_block import AdapterSpec, SEMAModules, freeze
 
 
@@ -31,12 +32,13 @@ class SEMABlock(nn.Module):
         self.block, self.adapter_module = block, adapter_module
 
     def forward(self, x: Tensor) -> Tensor:
-        block = self.block
-        x = x + block.drop_path1(block.ls1(block.attn(block.norm1(x))))
-        y = block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
-        if self.adapter_module is not None:
-            y = y + self.adapter_module(x)
-        return x + y
+        block, adapters, kept = self.block, self.adapter_module, getattr(self.block, "kept", None)
+        if adapters is None:
+            x = attend(block, x, kept)
+            return x + mlp_branch(block, x)
+        x = attend(block, x, None if adapters.reads_all_tokens else kept)
+        delta, x = adapters(x, kept), x[:, :kept]
+        return x + (mlp_branch(block, x) + delta)
 
 
 class SEMAVisionTransformer(nn.Module):

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from backbone.frozen_block import speed_up
 from models.base import Learner, Report, RunContext
 from models.vit import calibration
 from models.vit.activations import ForwardOptions
@@ -83,6 +84,8 @@ class ClassIncrementalLearner(Learner):
             self.backbone = load_backbone(config)
         torch.manual_seed(self.seed)
         torch.backends.cudnn.benchmark = False
+        if getattr(config, "engine", "fast") == "fast":
+            speed_up(self.backbone.vit)
         self.modules = self.build(self.backbone.vit).to(self.device)
 
     # --- what a method defines ------------------------------------------------------------------------------

@@ -1,0 +1,178 @@
+"""Blocks of a timm ViT whose weights are frozen: the same function and names, in less time.
+
+    speed_up(vit)            # before adapters are added
+    features = vit(images)   # timm's output to rounding
+
+What is left out: casts, scalings and layouts of weights in every forward, and in the last block whatever the
+class token does not need, which is all that leaves the network.
+"""
+
+import functools
+from typing import Any
+
+import torch
+from timm.layers import Attention, LayerScale
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+
+def speed_up(vit: VisionTransformer) -> None:
+    """Replace the blocks by `FrozenBlock`s, whose tensors are the same under the same names.
+
+    Nothing in the blocks may learn from then on, and the network's feature is the class token.
+    """
+    last = len(vit.blocks) - 1
+    for i, block in enumerate(vit.blocks):
+        vit.blocks[i] = FrozenBlock(block, kept=1 if i == last else None)
+
+
+class FrozenBlock(Block):
+    """timm's block in evaluation mode, made of one whose modules it takes over.
+
+    Args:
+        kept: the number of leading tokens that leave the block; None for all.
+    """
+
+    def __init__(self, block: Block, kept: int | None = None) -> None:
+        nn.Module.__init__(self)
+        self.kept = kept
+        for name, module in block.named_children():
+            setattr(self, name, module)
+        self.eval()
+        for scale, branch, last in (("ls1", self.attn, "proj"), ("ls2", self.mlp, "fc2")):
+            folded = None
+            if isinstance(getattr(self, scale), LayerScale) and hasattr(branch, last):
+                folded = FoldedScale(getattr(self, scale).gamma)
+                setattr(self, scale, folded)
+            for name, module in branch.named_children():
+                if type(module) is nn.Linear:
+                    setattr(branch, name, FrozenLinear(module, folded if name == last else None))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = attend(self, x, self.kept)
+        return x + mlp_branch(self, x)
+
+
+def attend(block: Block, x: Tensor, kept: int | None = None) -> Tensor:
+    """x + attn(norm1(x)) of a block in evaluation mode, for the first `kept` tokens; by default for all."""
+    y = block.norm1(x)
+    y = block.attn(y) if kept is None else _attention_of_first(block.attn, y, kept)
+    return x[:, :kept] + block.ls1(y)
+
+
+def mlp_branch(block: Block, x: Tensor) -> Tensor:
+    """mlp(norm2(x)) of a block in evaluation mode."""
+    return block.ls2(block.mlp(block.norm2(x)))
+
+
+def _attention_of_first(attention: nn.Module, x: Tensor, count: int) -> Tensor:
+    """The first tokens of an attention's output, (B, N, d) -> (B, count, d)."""
+    if type(attention) is not Attention or getattr(attention, "gate", None) is not None:
+        return attention(x)[:, :count]
+    qkv = attention.qkv(x).unflatten(-1, (3, attention.num_heads, -1))  # (B, N, 3, heads, d / heads)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    q, k = attention.q_norm(q[:, :, :count]), attention.k_norm(k)
+    if attention.fused_attn:
+        y = F.scaled_dot_product_attention(q, k, v)
+    else:
+        y = (q * attention.scale @ k.mT).softmax(dim=-1) @ v
+    return attention.proj(attention.norm(y.transpose(1, 2).flatten(2)))
+
+
+class FoldedScale(nn.Module):
+    """A layer scale that the product before it contains already."""
+
+    def __init__(self, gamma: nn.Parameter) -> None:
+        super().__init__()
+        self.gamma = gamma
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+class FrozenLinear(nn.Linear):
+    """y = s (W x + b)  with weights that do not learn; s is a scale of each output, or 1.
+
+    Under autocast it computes in the lower precision, as every Linear does. Weights are prepared once for
+    every dtype, and again when they have changed: cast, scaled, and on CPUs with AVX512 laid out for oneDNN,
+    whose products of laid-out matrices take less time than those of other libraries.
+
+    Args:
+        linear: whose parameters it takes over.
+        scale: holds s.
+    """
+
+    def __init__(self, linear: nn.Linear, scale: FoldedScale | None = None) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+        self._scale = (scale,)  # a tuple: the scale is the block's, not a part of this module
+        self._prepared: dict[tuple[torch.dtype, bool], tuple[Tensor, Tensor | None]] = {}
+        self._prepared_for: list[tuple[int, int]] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_prepared": {}}  # a layout of oneDNN can be neither copied nor saved
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.weight.requires_grad or torch.jit.is_tracing() or torch.compiler.is_compiling():
+            return F.linear(x, *self._scaled())
+        device = x.device.type
+        if torch.is_autocast_enabled(device):
+            x = x.to(torch.get_autocast_dtype(device))
+        return _FrozenProduct.apply(x, self) if x.requires_grad else self.product(x)
+
+    def product(self, x: Tensor, transposed: bool = False) -> Tensor:
+        """The output for x, or with `transposed` the gradient of x for that of the output; no autograd."""
+        weight, bias = self._weights(x.dtype, transposed)
+        if weight.is_mkldnn:
+            return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        return F.linear(x, weight, bias)
+
+    def _weights(self, dtype: torch.dtype, transposed: bool) -> tuple[Tensor, Tensor | None]:
+        tensors = [t for t in (self.weight, self.bias, *(s.gamma for s in self._scale if s)) if t is not None]
+        state = [(tensor.data_ptr(), tensor._version) for tensor in tensors]
+        if state != self._prepared_for:
+            self._prepared, self._prepared_for = {}, state
+        key = dtype, transposed
+        if key not in self._prepared:
+            with torch.no_grad(), torch.autocast(self.weight.device.type, enabled=False):
+                self._prepared[key] = self._prepare(dtype, transposed)
+        return self._prepared[key]
+
+    def _prepare(self, dtype: torch.dtype, transposed: bool) -> tuple[Tensor, Tensor | None]:
+        weight, bias = (None if tensor is None else tensor.to(dtype) for tensor in self._scaled())
+        if transposed:
+            weight, bias = weight.T, None
+        if weight.device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) and _lays_out():
+            weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
+        return weight, bias
+
+    def _scaled(self) -> tuple[Tensor, Tensor | None]:
+        """s W and s b."""
+        (scale,) = self._scale
+        if scale is None:
+            return self.weight, self.bias
+        bias = None if self.bias is None else self.bias * scale.gamma
+        return self.weight * scale.gamma[:, None], bias
+
+
+class _FrozenProduct(torch.autograd.Function):
+    """`FrozenLinear.product`, differentiable in x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, linear: FrozenLinear) -> Tensor:
+        ctx.linear = linear
+        return linear.product(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return ctx.linear.product(gradient, transposed=True), None
+
+
+@functools.cache
+def _lays_out() -> bool:
+    """Whether oneDNN's layouts pay: with AVX512; with AVX2 (also where a config chose it) they do not."""
+    return torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
