@@ -5,6 +5,7 @@ from torch import nn
 from models.ranpac import RanPACHead
 from models.vit.closed_form import ClosedFormHead, PrototypeHead
 from models.vit.config import HeadKeys
+from models.vit.gaussians import AlignedHead, FeCAMHead
 from utils.inc_net import IncrementalHead
 
 
@@ -14,10 +15,20 @@ def build_heads(config: HeadKeys, width: int) -> dict[str, nn.Module]:
     Returns:
         "head" and, but for "fc", "closed_form".
     """
-    heads: dict[str, nn.Module] = {"head": IncrementalHead(width)}
+    rows = IncrementalHead(width)
     closed_form: ClosedFormHead | None = {
         "fc": lambda: None,
+        "aligned": lambda: AlignedHead(
+            width,
+            rows,
+            seed=config.seed,
+            samples=config.ca_samples,
+            epochs=config.ca_epochs,
+            lr=config.ca_lr,
+            restart=config.ca_restart,
+        ),
         "cosine": lambda: PrototypeHead(width),
+        "fecam": lambda: FeCAMHead(width),
         "ranpac": lambda: RanPACHead(width, config.seed, config.ranpac_dim),
     }[config.head]()
-    return heads if closed_form is None else heads | {"closed_form": closed_form}
+    return {"head": rows} if closed_form is None else {"head": rows, "closed_form": closed_form}

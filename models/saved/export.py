@@ -26,6 +26,7 @@ from models.ranpac import RanPACHead
 from models.saved.model_card import model_card
 from models.saved.prediction import Predictor, load_run
 from models.vit.closed_form import PrototypeHead
+from models.vit.gaussians import AlignedHead, FeCAMHead
 from utils.data.transforms import views_of
 from utils.errors import UserError
 from utils.files import json_bytes
@@ -72,17 +73,38 @@ class RidgeHead(nn.Module):
         return F.relu(features @ self.projection) @ self.weights
 
 
+class DistanceHead(nn.Module):
+    """`FeCAMHead` in float32 on any device: |L^-1 x|^2 of all classes by two matrix products."""
+
+    def __init__(self, head: FeCAMHead) -> None:
+        super().__init__()
+        whitening = torch.stack([factor.inverse() for factor in head.factors()])  # (C, d, d)
+        means = F.normalize(head.means, dim=1).float()
+        self.register_buffer("whitening", whitening)
+        self.register_buffer("means", torch.einsum("cij,cj->ci", whitening, means))
+
+    def forward(self, features: Tensor) -> Tensor:
+        whitened = torch.einsum("cij,bj->bci", self.whitening, F.normalize(features, dim=1))
+        return -(whitened - self.means).square().sum(dim=2)
+
+
 def linear_head(head: IncrementalHead) -> nn.Linear:
     """The rows of all tasks as one layer."""
-    rows = nn.Linear(head.width, sum(len(task.weight) for task in head.tasks))
-    with torch.no_grad():
-        rows.weight.copy_(torch.cat([task.weight for task in head.tasks]))
-        rows.bias.copy_(torch.cat([task.bias for task in head.tasks]))
+    weight, bias = (torch.cat([getattr(task, name) for task in head.tasks]) for name in ("weight", "bias"))
+    return linear(weight, bias)
+
+
+def linear(weight: Tensor, bias: Tensor) -> nn.Linear:
+    """A layer with these weights (C, d) and biases (C,), in float32."""
+    rows = nn.Linear(weight.shape[1], len(weight))
+    rows.load_state_dict({"weight": weight, "bias": bias})
     return rows
 
 
 HEADS: dict[type, Callable[[nn.Module], nn.Module]] = {
     IncrementalHead: linear_head,
+    AlignedHead: lambda head: linear(head.weight, head.bias),
+    FeCAMHead: DistanceHead,
     PrototypeHead: CosineHead,
     RanPACHead: RidgeHead,
 }

@@ -104,8 +104,9 @@ def _take_shapes(
     """Load hook: give the head's buffers the shapes of the tensors that are loaded into them."""
     for name in head.state_dict():
         loaded = tensors.get(f"{prefix}{name}")
-        if loaded is not None and loaded.dim() == getattr(head, name).dim():
-            setattr(head, name, torch.zeros(loaded.shape, dtype=torch.float64))
+        buffer = getattr(head, name)
+        if loaded is not None and loaded.dim() == buffer.dim():
+            setattr(head, name, buffer.new_zeros(loaded.shape))
 
 
 class PrototypeHead(ClosedFormHead):

@@ -300,18 +300,39 @@ class HeadKeys(ClassIncrementalConfig):
     Goes with `RidgeKeys`.
     """
 
-    head: Literal["fc", "cosine", "ranpac"] = key(
-        "fc", "What classifies: the trained classifier, class means by cosine, or RanPAC's ridge regression."
+    head: Literal["fc", "aligned", "cosine", "fecam", "ranpac"] = key(
+        "fc",
+        "What classifies: the trained classifier, as it is or aligned on Gaussians of all classes (SLCA); "
+        "class means by cosine, or by Mahalanobis distance (FeCAM); or RanPAC's ridge regression.",
     )
     head_drift: Literal["none", "linear"] = key(
         "none", 'Class statistics of earlier tasks when features move: kept, or compensated ("linear").'
     )
+    ca_samples: Count = key(256, 'Features drawn per class and epoch for the head "aligned".')
+    ca_epochs: Count = key(5, 'Epochs of the alignment of the head "aligned".')
+    ca_lr: Rate = key(0.01, 'Learning rate of the head "aligned", cosine to 0.')
+    ca_restart: bool = key(
+        False,
+        'Align older rows of the head "aligned" from their trained values after every task, as published.',
+    )
+
+    @property
+    def gaussian(self) -> bool:
+        """Whether a Gaussian of every class is stored."""
+        return self.head in ("aligned", "fecam")
+
+    def stored_bytes(self, shape: BackboneShape, task: int, classes: int) -> int:
+        width = shape.width
+        numbers = classes * width * (width + 1) // 2 if self.gaussian else 0
+        return super().stored_bytes(shape, task, classes) + 4 * numbers
 
     def unused_rules(self) -> list[UnusedRule]:
         head = f'head is "{self.head}"'
+        alignment = [name for name in HeadKeys.own_keys() if name.startswith("ca_")]
         return [
-            (self.head == "fc", head, ("head_drift", "ranpac_dim")),
-            (self.head == "cosine", head, ("ranpac_dim",)),
+            (self.head == "fc", head, ("head_drift",)),
+            (self.head != "ranpac", head, ("ranpac_dim",)),
+            (self.head != "aligned", head, alignment),
             *super().unused_rules(),
         ]
 

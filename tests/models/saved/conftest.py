@@ -24,12 +24,15 @@ COMMON = {
     "device": "cpu",
 }
 ADAPTERS = TINY | {"adapt_start_layer": 4, "adapt_end_layer": 5, "ffn_adapter_type": "nested_lora"}
+FINETUNE = {name: value for name, value in ADAPTERS.items() if name in SCHEMAS["finetune"].model_fields}
 RUNS: dict[str, dict[str, Any]] = {
     "sema": ADAPTERS | {"model_name": "sema", "expansion": "always", "detect_batch_size": 8},
     "simplecil": {"model_name": "simplecil", "max_train_per_class": 16},
     "ranpac": {"model_name": "ranpac", "ranpac_dim": 50, "max_train_per_class": 16, "cache_gb": 0},
     "linear_probe": {"model_name": "linear_probe", "init_cls": 8, "increment": 8, "max_tasks": 1}
     | {"func_epoch": 2, "max_train_per_class": 16},
+    "fecam": FINETUNE | {"model_name": "finetune", "head": "fecam"},
+    "aligned": FINETUNE | {"model_name": "finetune", "head": "aligned", "head_drift": "linear"},
     "sdlora": TINY_SDLORA | {"model_name": "sdlora"},
 }
 

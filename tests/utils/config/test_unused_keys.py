@@ -20,11 +20,13 @@ Config = Callable[..., RunConfig]
 Make = Callable[..., SEMA]
 
 SMALL = {"max_train_per_class": 8, "max_test_per_class": 4, "func_epoch": 2, "rd_epoch": 1, "ranpac_dim": 20}
+ALIGNMENT = "ca_samples ca_epochs ca_lr ca_restart"
 ONE_TASK = {"init_cls": 8, "increment": 8, "max_train_per_class": 4}
 OTHER: dict[str, Any] = {  # values that change a run where the key counts
     "func_epoch": 3, "init_lr": 0.5, "weight_decay": 0.1, "optimizer": "adam", "cache_views": 2,
     "batch_size": 3, "grad_accumulation": 2, "augmentation": "none", "max_tasks": 3, "checkpoints": "last",
     "head_drift": "linear", "ranpac_dim": 7,
+    "ca_samples": 9, "ca_epochs": 2, "ca_lr": 0.3, "ca_restart": True,
     "ffn_num": 5, "adapter_lr": 0.3, "adapter_blocks": "growing",
     "adapt_start_layer": 1, "adapt_end_layer": 2,
     "nested_lora_rank": 3, "nested_lora_lr_fast": 0.3, "nested_lora_lr_slow": 0.5,
@@ -82,7 +84,8 @@ CASES: list[tuple[dict[str, Any], str, str]] = [
         "rd_views",
         'augmentation is "none"',
     ),
-    ({"head": "fc"}, "head_drift ranpac_dim", 'head is "fc"'),
+    ({"head": "fc"}, f"head_drift ranpac_dim {ALIGNMENT}", 'head is "fc"'),
+    (FINETUNE | {"head": "fecam"}, f"ranpac_dim {ALIGNMENT}", 'head is "fecam"'),
     (FINETUNE | {"head": "cosine"}, "ranpac_dim", 'head is "cosine"'),
     (FINETUNE | {"augmentation": "none", "cache_gb": 0}, "cache_views", 'augmentation is "none"'),
     (FINETUNE, "adapt_start_layer", "none grows"),
