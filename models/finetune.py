@@ -4,11 +4,13 @@
 
 The adapters (any `ffn_adapter_type`) and the newest classifier rows are trained with the cross-entropy over
 the current task's classes; nothing protects what was learned before. It is what Nested LoRA with
-`nested_lora_freeze` "never" must be compared with: the same freedom on one time scale.
+`nested_lora_freeze` "never" must be compared with: the same freedom on one time scale. With `merge` the
+weights reached task by task are merged, and the merged ones are tested (`backbone/merging.py`).
 """
 
 from torch import nn
 
+from backbone.merging import Merging
 from models.config.finetune import FinetuneConfig
 from models.heads import build_heads
 from models.vit.class_incremental import ClassIncrementalLearner
@@ -23,13 +25,33 @@ class Finetune(ClassIncrementalLearner):
     config: FinetuneConfig
 
     def build(self, vit: nn.Module) -> nn.ModuleDict:
-        network = adapted_network(vit, self.config)
-        return nn.ModuleDict({"backbone": network, **build_heads(self.config, vit.num_features)})
+        config, network = self.config, adapted_network(vit, self.config)
+        modules = {"backbone": network, **build_heads(config, vit.num_features)}
+        if config.merge != "none":
+            parameters = [p for group in network.parameter_groups().values() for p in group]
+            modules["merging"] = Merging(parameters, config.merge, config.merge_start, config.merge_alpha)
+        return nn.ModuleDict(modules)
 
     def learning_groups(self) -> list[ParameterGroup]:
         return functional_groups(self.network, self.head, self.config)
 
+    @property
+    def merging(self) -> Merging | None:
+        return dict(self.modules.items()).get("merging")
+
     def learn_task(self) -> None:
         self.once("remember features", self.remember_features)
+        if self.merging is not None:
+            self.once("start weights", self.merging.begin)
         self.once("functional", lambda: train_functional(self))
+        if self.merging is not None:
+            self.once("merge", self.merging.end)
         self.once("head", self.fit_head)
+
+    def parameter_counts(self) -> dict[str, int]:
+        """Those of every method, and with `merge` what it keeps beside the deployed weights."""
+        counts = super().parameter_counts()
+        if self.merging is None:
+            return counts
+        merging, stored = self.merging.stored_numbers(), counts.pop("stored")
+        return counts | {"merging": merging, "stored": stored + merging}

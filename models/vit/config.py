@@ -409,6 +409,38 @@ class TrainingKeys(ClassIncrementalConfig):
         ]
 
 
+class MergeKeys(ClassIncrementalConfig):
+    """Merging of the weights that adapters reach task by task.
+
+    Goes with `AdapterKeys`.
+    """
+
+    merge: Literal["none", "mean", "ema", "max_magnitude", "orthogonal"] = key(
+        "none",
+        "Weights of the adapters that are deployed: those that the newest task reached; the mean over tasks "
+        "(ACMap); a moving average over tasks; of each number the largest change (MagMax); or the sum of "
+        "changes orthogonal to earlier ones (OPCM).",
+    )
+    merge_alpha: float = key(0.15, 'Share of the newest task\'s weights with merge "ema".', ge=0, le=1)
+    merge_start: Literal["carried", "merged", "first", "initial"] | None = key(
+        None,
+        "Where a task trains on from: the weights that the task before it reached, the merged ones, those "
+        "after the first task, or the initial ones; null for what the rule's paper does.",
+    )
+
+    def stored_bytes(self, shape: BackboneShape, task: int, classes: int) -> int:
+        vectors = 3 if self.merge != "none" else 0
+        return super().stored_bytes(shape, task, classes) + vectors * self.adapter_bytes(shape, task)
+
+    def unused_rules(self) -> list[UnusedRule]:
+        return [
+            (self.merge == "none", 'merge is "none"', ("merge_start",)),
+            (self.merge != "ema", f'merge is "{self.merge}"', ("merge_alpha",)),
+            (self.func_epoch == 0, "func_epoch is 0", ("merge", "merge_alpha", "merge_start")),
+            *super().unused_rules(),
+        ]
+
+
 class OneTaskRules(ClassIncrementalConfig):
     """No keys: the rules of methods that learn all classes at once."""
 
@@ -523,12 +555,16 @@ class AdapterKeys(ClassIncrementalConfig):
         return found
 
     def stored_bytes(self, shape: BackboneShape, task: int, classes: int) -> int:
+        return super().stored_bytes(shape, task, classes) + self.adapter_bytes(shape, task)
+
+    def adapter_bytes(self, shape: BackboneShape, task: int) -> int:
+        """Bytes of all adapters at a task's end, at most."""
         units = 2 * self.nested_lora_rank if self.nested else self.ffn_num
         growing = self.adapt_end_layer - self.adapt_start_layer + 1
         carrying = shape.depth if self.adapter_blocks == "all" else growing
         adapters = carrying + (task * growing if self.grows else 0)
         numbers = adapters * (2 * shape.width * units + shape.width + units)
-        return super().stored_bytes(shape, task, classes) + 4 * numbers * self.trains_adapters
+        return 4 * numbers * self.trains_adapters
 
     def shape_conflicts(self, shape: BackboneShape) -> list[Conflict]:
         """Blocks and widths beyond those of the backbone."""

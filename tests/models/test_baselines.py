@@ -37,6 +37,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "ranpac_dim": 50,
     },
     "finetune, cosine": {"model_name": "finetune", "head": "cosine", "head_drift": "linear"},
+    "finetune, merged": {"model_name": "finetune", "head": "cosine", "head_drift": "linear", "merge": "ema"},
     "finetune, fecam": {"model_name": "finetune", "head": "fecam", "head_drift": "linear"},
     "finetune, aligned": {"model_name": "finetune", "head": "aligned"},
     "sema, ranpac": {"model_name": "sema", "head": "ranpac", "head_drift": "linear", "ranpac_dim": 50},

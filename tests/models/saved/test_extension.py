@@ -38,7 +38,12 @@ METHODS: dict[str, dict[str, Any]] = {
         "cache_views": 2,
     },
     "finetune": {"model_name": "finetune", "head": "ranpac", "ranpac_dim": 50, "head_drift": "linear"},
-    "finetune, aligned": {"model_name": "finetune", "head": "aligned", "head_drift": "linear"},
+    "finetune, aligned": {
+        "model_name": "finetune",
+        "head": "aligned",
+        "head_drift": "linear",
+        "merge": "orthogonal",
+    },
     "ranpac": {"model_name": "ranpac", "ranpac_dim": 50, "first_session": True},
     "simplecil": {"model_name": "simplecil"},
     "sdlora": TINY_SDLORA,

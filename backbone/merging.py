@@ -1,0 +1,144 @@
+"""Merging of the weights that adapters reach task by task into the weights that are deployed.
+
+    merging = Merging(adapter_parameters, rule="ema", start="carried", alpha=0.15)
+    merging.begin()      # a later task begins: the parameters become those that it trains on from
+    ...                  # training
+    merging.end()        # the task's weights are merged; the parameters become the merged ones
+
+Sources: running mean, ACMap (Fukuda et al., *Adapter Merging with Centroid Prototype Mapping for Scalable
+Class-Incremental Learning*, CVPR 2025); largest magnitude, MagMax (Marczak et al., ECCV 2024); orthogonal
+projection, OPCM (Tang et al., *Merging Models on the Fly Without Retraining*, 2025).
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+STARTS = {"mean": "first", "ema": "carried", "max_magnitude": "carried", "orthogonal": "initial"}
+
+
+class Merging(nn.Module):
+    """Merged weights m_t of the weights w_t that training has reached in tasks 0 to t.
+
+    With d_t = w_t - w_init and M_t the merged difference, m_t = w_init + M_t and M_0 = d_0; for t > 0
+
+        "mean"            M_t = (t M_(t-1) + d_t) / (t + 1)
+        "ema"             M_t = M_(t-1) + alpha (d_t - M_(t-1))
+        "max_magnitude"   each number of M_t is that of d_0 ... d_t with the largest magnitude, of equals the
+                          latest
+        "orthogonal"      M_t = (l_(t-1) M_(t-1) + P(d_t)) / l_t with P as in `orthogonal_part`. l_0 = 1, and
+                          l_t is such that ||M_t|| over all parameters is the mean of ||d_0|| ... ||d_t||.
+
+    A task trains on from "carried": w_(t-1), "merged": m_(t-1), "first": w_0 or "initial": w_init.
+
+    Args:
+        parameters: they are read and written in place; their values now are w_init.
+        rule, alpha: as above.
+        start: where a task trains on from; None for what the rule's paper does (`STARTS`).
+    """
+
+    initial: Tensor  # (P,)
+    merged: Tensor  # (P,): M_t
+    start_weights: Tensor  # (P,): where the next task trains on from
+    tasks: Tensor  # tasks so far
+    scale: Tensor  # l_t, float64
+    norms: Tensor  # sum of ||d_t||, float64
+
+    def __init__(
+        self, parameters: Sequence[nn.Parameter], rule: str, start: str | None = None, alpha: float = 1.0
+    ) -> None:
+        super().__init__()
+        self._parameters_merged = tuple(parameters)  # a tuple: their state is not this module's
+        self.rule, self.start, self.alpha = rule, start or STARTS[rule], alpha
+        self.register_buffer("initial", self.weights())
+        self.register_buffer("merged", torch.zeros_like(self.initial))
+        self.register_buffer("start_weights", self.initial.clone())
+        self.register_buffer("tasks", torch.tensor(0))
+        self.register_buffer("scale", torch.tensor(1.0, dtype=torch.float64))
+        self.register_buffer("norms", torch.tensor(0.0, dtype=torch.float64))
+
+    def weights(self) -> Tensor:
+        """The parameters as one vector (P,)."""
+        return torch.cat([parameter.detach().flatten() for parameter in self._parameters_merged])
+
+    @torch.no_grad()
+    def write(self, weights: Tensor) -> None:
+        """Set the parameters to a vector (P,)."""
+        for parameter, values in zip(self._parameters_merged, self.split(weights), strict=True):
+            parameter.copy_(values)
+
+    def begin(self) -> None:
+        """Set the parameters to where a task trains on from; those of the first are there already."""
+        self.write(self.start_weights)
+
+    def end(self) -> None:
+        """Merge the weights that the task has reached, and deploy the result."""
+        trained, tasks = self.weights(), int(self.tasks)
+        difference = trained - self.initial
+        self.norms += difference.double().norm()
+        self.merged = RULES[self.rule](self, difference, tasks) if tasks else difference
+        self.tasks += 1
+        self.write(self.initial + self.merged)
+        if self.start == "merged":
+            self.start_weights = self.weights()
+        elif self.start == "carried" or (self.start == "first" and not tasks):
+            self.start_weights = trained
+
+    def stored_numbers(self) -> int:
+        """Numbers that a checkpoint keeps of it."""
+        return sum(tensor.numel() for tensor in self.state_dict().values())
+
+    def split(self, vector: Tensor) -> list[Tensor]:
+        """A vector (P,) as tensors of the parameters' shapes."""
+        parts = vector.split([parameter.numel() for parameter in self._parameters_merged])
+        return [part.view_as(p) for part, p in zip(parts, self._parameters_merged, strict=True)]
+
+
+def _mean(merging: Merging, difference: Tensor, tasks: int) -> Tensor:
+    return (tasks * merging.merged + difference) / (tasks + 1)
+
+
+def _ema(merging: Merging, difference: Tensor, tasks: int) -> Tensor:
+    return merging.merged + merging.alpha * (difference - merging.merged)
+
+
+def _max_magnitude(merging: Merging, difference: Tensor, tasks: int) -> Tensor:
+    return torch.where(difference.abs() >= merging.merged.abs(), difference, merging.merged)
+
+
+def _orthogonal(merging: Merging, difference: Tensor, tasks: int) -> Tensor:
+    pairs = zip(merging.split(merging.merged), merging.split(difference), strict=True)
+    added = torch.cat([orthogonal_part(new, old).flatten() for old, new in pairs])
+    total = merging.scale * merging.merged.double() + added
+    merging.scale = total.norm() / (merging.norms / (tasks + 1))
+    return (total / merging.scale).to(difference) if merging.scale else torch.zeros_like(difference)
+
+
+RULES: dict[str, Callable[[Merging, Tensor, int], Tensor]] = {
+    "mean": _mean,
+    "ema": _ema,
+    "max_magnitude": _max_magnitude,
+    "orthogonal": _orthogonal,
+}
+
+
+def orthogonal_part(new: Tensor, merged: Tensor) -> Tensor:
+    """P(D) of a new difference D (m, n): its part apart from the main directions of the merged one M.
+
+    With M = U S V^T (U and V square) and k the first index at which the singular values up to it make up more
+    than half of their sum,
+
+        P(D) = U Z V^T,   Z = U^T D V without its diagonal and the block of its first k rows and columns.
+
+    A vector (n,), and what is merged with zero, is returned as it is. Computed in float64.
+    """
+    new, merged = new.double(), merged.double()
+    if new.dim() < 2 or not merged.any():
+        return new
+    left, values, right = torch.linalg.svd(merged, full_matrices=True)
+    rank = int((values.cumsum(0) <= values.sum() / 2).sum()) + 1
+    coefficients = left.T @ new @ right.T
+    coefficients.fill_diagonal_(0)
+    coefficients[:rank, :rank] = 0
+    return left @ coefficients @ right
