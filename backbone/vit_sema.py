@@ -148,6 +148,11 @@ class SEMAVisionTransformer(nn.Module):
         """Number of blocks."""
         return len(self.vit.blocks)
 
+    @property
+    def feature_width(self) -> int:
+        """Length of a feature vector."""
+        return self.vit.num_features
+
     def fixed_depth(self) -> int:
         """Depth up to which nothing changes any more: the first block that may grow or learns, or `depth`."""
         blocks = self.modules_by_block.items()

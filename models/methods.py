@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping
 from importlib import import_module
 from typing import Any, NamedTuple
 
+from models.config.aper import APERConfig
+from models.config.ease import EASEConfig
 from models.config.finetune import FinetuneConfig
 from models.config.joint import JointConfig
 from models.config.linear_probe import LinearProbeConfig
@@ -32,6 +34,8 @@ METHODS = {
     "finetune": Method(FinetuneConfig, "models.finetune.Finetune"),
     "ranpac": Method(RanPACConfig, "models.ranpac.RanPAC"),
     "simplecil": Method(SimpleCILConfig, "models.simplecil.SimpleCIL"),
+    "aper": Method(APERConfig, "models.aper.APER"),
+    "ease": Method(EASEConfig, "models.ease.EASE"),
     "linear_probe": Method(LinearProbeConfig, "models.linear_probe.LinearProbe"),
     "joint": Method(JointConfig, "models.joint.Joint"),
     "sdlora": Method(SDLoRAConfig, "models.sdlora.SDLoRA"),

@@ -22,6 +22,7 @@ from timm.models import save_for_hf
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models.ease import EASEHead
 from models.ranpac import RanPACHead
 from models.saved.model_card import model_card
 from models.saved.prediction import Predictor, load_run
@@ -101,12 +102,27 @@ def linear(weight: Tensor, bias: Tensor) -> nn.Linear:
     return rows
 
 
+class SubspaceHead(nn.Module):
+    """`EASEHead` in float32 on any device: one product with the prototypes, weighted by subspace."""
+
+    def __init__(self, head: EASEHead) -> None:
+        super().__init__()
+        self.width = head.width
+        weighted = F.normalize(head.prototypes.float(), dim=2) * head.shares()[:, :, None]
+        self.register_buffer("prototypes", weighted.transpose(0, 1).flatten(1))  # (C, subspaces * d)
+
+    def forward(self, features: Tensor) -> Tensor:
+        subspaces = F.normalize(features.unflatten(1, (-1, self.width)), dim=2)
+        return F.linear(subspaces.flatten(1), self.prototypes)
+
+
 HEADS: dict[type, Callable[[nn.Module], nn.Module]] = {
     IncrementalHead: linear_head,
     AlignedHead: lambda head: linear(head.weight, head.bias),
     FeCAMHead: DistanceHead,
     PrototypeHead: CosineHead,
     RanPACHead: RidgeHead,
+    EASEHead: SubspaceHead,
 }
 
 

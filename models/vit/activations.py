@@ -174,10 +174,9 @@ class Activations:
     def _row_bytes(self) -> int:
         """Size of one image's activations in a file."""
         vit = self.network.vit
-        tokens = (
-            1 if self.depth == self.network.depth else vit.patch_embed.num_patches + vit.num_prefix_tokens
-        )
-        return tokens * vit.embed_dim * self.dtype.itemsize
+        tokens = vit.patch_embed.num_patches + vit.num_prefix_tokens
+        numbers = self.network.feature_width if self.depth == self.network.depth else tokens * vit.embed_dim
+        return numbers * self.dtype.itemsize
 
 
 class ActivationStore:

@@ -151,7 +151,7 @@ class TaskInputs:
     @torch.no_grad()
     def _passing_features(self, below: Source, indices: np.ndarray, label: str) -> Tensor:
         """Features (n, d) of stored images as the network gives them now, not kept."""
-        options, parts = self.options, [torch.empty(0, self.network.vit.num_features)]
+        options, parts = self.options, [torch.empty(0, self.network.feature_width)]
         starts = range(0, len(indices), options.batch_size)
         for start in progress(starts, desc=label, unit="batch"):
             if options.stop_requested():

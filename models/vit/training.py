@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from backbone.sema_block import AdapterSpec
+from backbone.task_adapters import TaskAdapterViT
 from backbone.vit_sema import SEMAVisionTransformer
 from models.phase import EpochNote, Phase, StepResult
 from models.vit.class_incremental import ClassIncrementalLearner
@@ -45,9 +46,21 @@ def adapter_spec(config: AdapterKeys, width: int, **described: int | bool) -> Ad
 
 def adapted_network(vit: nn.Module, config: AdapterKeys) -> SEMAVisionTransformer:
     """The ViT with one adapter in every block, or in those that may grow; none of them grows."""
-    chosen = range(config.adapt_start_layer, config.adapt_end_layer + 1)
-    adapted = range(len(vit.blocks)) if config.adapter_blocks == "all" else chosen
-    return SEMAVisionTransformer(vit, adapter_spec(config, vit.embed_dim), growing=(), adapted=adapted)
+    return SEMAVisionTransformer(
+        vit, adapter_spec(config, vit.embed_dim), adapted=adapted_blocks(vit, config)
+    )
+
+
+def task_adapter_network(vit: nn.Module, config: AdapterKeys, plain: bool = False) -> TaskAdapterViT:
+    """The ViT with adapters of each task in those blocks, `plain` as in `TaskAdapterViT`."""
+    return TaskAdapterViT(vit, adapter_spec(config, vit.embed_dim), adapted_blocks(vit, config), plain)
+
+
+def adapted_blocks(vit: nn.Module, config: AdapterKeys) -> range:
+    """The blocks that carry adapters."""
+    if config.adapter_blocks == "all":
+        return range(len(vit.blocks))
+    return range(config.adapt_start_layer, config.adapt_end_layer + 1)
 
 
 def functional_groups(

@@ -27,6 +27,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "simplecil": {"model_name": "simplecil"},
     "ranpac": {"model_name": "ranpac", "ranpac_dim": 50},
     "ranpac, adapted": {"model_name": "ranpac", "ranpac_dim": 50, "first_session": True},
+    "aper": {"model_name": "aper"},
+    "ease": {"model_name": "ease", "adapter_blocks": "growing"},
     "linear probe": {"model_name": "linear_probe", **ALL_CLASSES},
     "joint": {"model_name": "joint", **ALL_CLASSES},
     "finetune": {"model_name": "finetune"},
@@ -70,7 +72,9 @@ def test_every_baseline_runs_to_its_result(name: str, smoke_config: Config, tmp_
     assert all(0.8 * (real - names) <= estimate <= 1.1 * real for estimate, real in pairs)
 
 
-@pytest.mark.parametrize("name", ["ranpac, adapted", "finetune, ranpac", "sema, ranpac", "sema, growing"])
+@pytest.mark.parametrize(
+    "name", ["ranpac, adapted", "ease", "finetune, ranpac", "sema, ranpac", "sema, growing"]
+)
 def test_a_baseline_resumed_is_the_one_never_stopped(name: str, make_sema: Make) -> None:
     """Stopped at several moments, between steps and between batches of features, it ends bit-identical."""
     changes = METHODS[name] | {"max_tasks": 3}

@@ -33,6 +33,7 @@ RUNS: dict[str, dict[str, Any]] = {
     | {"func_epoch": 2, "max_train_per_class": 16},
     "fecam": FINETUNE | {"model_name": "finetune", "head": "fecam"},
     "aligned": FINETUNE | {"model_name": "finetune", "head": "aligned", "head_drift": "linear"},
+    "ease": FINETUNE | {"model_name": "ease"},
     "sdlora": TINY_SDLORA | {"model_name": "sdlora"},
 }
 

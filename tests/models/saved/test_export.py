@@ -18,7 +18,7 @@ AS_TIMM = ("linear_probe", "sdlora")  # one ViT with a linear classifier
 EXPORTS = {
     "timm": (*AS_TIMM, "sema"),
     "onnx": ("sema", "simplecil", "ranpac", "sdlora"),
-    "torchscript": ("sema", "fecam", "aligned"),
+    "torchscript": ("sema", "fecam", "aligned", "ease"),
 }
 
 

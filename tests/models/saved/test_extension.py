@@ -46,6 +46,8 @@ METHODS: dict[str, dict[str, Any]] = {
     },
     "ranpac": {"model_name": "ranpac", "ranpac_dim": 50, "first_session": True},
     "simplecil": {"model_name": "simplecil"},
+    "aper": {"model_name": "aper"},
+    "ease": {"model_name": "ease"},
     "sdlora": TINY_SDLORA,
     "gate": TINY_SDLORA
     | {"lambda_sparsity": 0.1, "gumbel_gate": "layer", "growth": "top_k", "growth_top_k": 2},

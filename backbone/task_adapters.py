@@ -1,0 +1,136 @@
+"""A frozen timm ViT with an adapter per task in its blocks, whose features are those of several subspaces.
+
+    net = TaskAdapterViT(timm_vit, spec, adapted=range(12), plain=True)
+    net.grow()                       # adapter 0 learns: features are those of the ViT with it, (B, d)
+    net.freeze()
+    features = net(images)           # (B, 2 d): without adapters, and with adapter 0
+
+Blocks before the first adapted one run once for all subspaces.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from backbone.sema_block import AdapterModule, AdapterSpec, freeze, is_learning
+from backbone.vit_sema import SEMAVisionTransformer
+
+
+class TaskAdapters(nn.Module):
+    """The adapters of one block, one per task, of which one is applied: A_k(x), (B, N, d) -> (B, N, d).
+
+    Without a chosen one the output is zero. Their number is state: a fresh module takes it from the tensors
+    that it loads.
+    """
+
+    growable = True
+
+    def __init__(self, spec: AdapterSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.adapters = nn.ModuleList()
+        self.chosen: int | None = None
+        self.register_load_state_dict_pre_hook(_take_saved_number)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.zeros_like(x) if self.chosen is None else self.adapters[self.chosen](x)
+
+    def grow(self, device: torch.device) -> None:
+        """Add an adapter with zero output."""
+        self.adapters.append(AdapterModule(self.spec, described=False).to(device))
+
+    def is_learning(self) -> bool:
+        """Whether any parameter learns now."""
+        return is_learning(self)
+
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """The parameters of all adapters by time scale."""
+        groups: dict[str, list[nn.Parameter]] = {}
+        for adapter in self.adapters:
+            for name, parameters in adapter.functional.parameter_groups().items():
+                groups.setdefault(name, []).extend(parameters)
+        return groups
+
+    def router_parameters(self) -> list[nn.Parameter]:
+        """None: one adapter is applied."""
+        return []
+
+    def descriptor_parameters(self) -> list[nn.Parameter]:
+        """None."""
+        return []
+
+
+class TaskAdapterViT(SEMAVisionTransformer):
+    """The ViT with `TaskAdapters` in some blocks: features in the subspaces of all of them.
+
+    While an adapter learns, features are those with it alone.
+
+    Args:
+        spec: kind and sizes of an adapter.
+        adapted: the blocks that hold adapters, one at least.
+        plain: the first subspace is that of the ViT without adapters.
+    """
+
+    def __init__(
+        self, vit: VisionTransformer, spec: AdapterSpec, adapted: Iterable[int], plain: bool = False
+    ) -> None:
+        super().__init__(vit)
+        self.spec, self.plain = spec, plain
+        for block in adapted:
+            self.vit.blocks[block].adapter_module = TaskAdapters(spec)
+        self.first = min(self.modules_by_block)
+        self._only_newest = False
+
+    def forward(self, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
+        """As in `SEMAVisionTransformer`, but features are those of all subspaces, (B, subspaces * d)."""
+        if stop is not None and stop <= self.first:
+            return super().forward(x, start, stop)
+        if start < self.first:
+            x, start = super().forward(x, start, self.first), self.first
+        features = []
+        for adapter in self.subspaces():
+            for modules in self.modules_by_block.values():
+                modules.chosen = adapter
+            features.append(super().forward(x, start, stop))
+        return torch.cat(features, dim=-1)
+
+    def subspaces(self) -> list[int | None]:
+        """The adapters whose features are given, in order; None for the ViT without."""
+        modules = self.modules_by_block[self.first]
+        found = [*([None] if self.plain else []), *range(len(modules.adapters))]
+        return found[-1:] if self._only_newest or modules.is_learning() else found
+
+    @contextmanager
+    def only_newest(self) -> Iterator[None]:
+        """Features of the newest subspace alone, while open."""
+        self._only_newest = True
+        try:
+            yield
+        finally:
+            self._only_newest = False
+
+    @property
+    def feature_width(self) -> int:
+        return self.vit.num_features * len(self.subspaces())
+
+    def grow(self) -> None:
+        """Add an adapter to every adapted block, which learns."""
+        device = next(self.vit.parameters()).device
+        for modules in self.modules_by_block.values():
+            modules.grow(device)
+
+    def freeze(self) -> None:
+        """Exclude all adapters from learning."""
+        for modules in self.modules_by_block.values():
+            freeze(modules)
+
+
+def _take_saved_number(
+    modules: TaskAdapters, state: dict[str, Tensor], prefix: str, *hook_args: object
+) -> None:
+    """Load-state-dict pre-hook: as many adapters as were saved."""
+    while any(name.startswith(f"{prefix}adapters.{len(modules.adapters)}.") for name in state):
+        modules.adapters.append(AdapterModule(modules.spec, described=False))

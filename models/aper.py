@@ -1,0 +1,58 @@
+"""APER: class means of frozen and once adapted features side by side, compared by cosine.
+
+    python main.py --config exps/methods/aper_cifar.json
+
+f(x) = [class token of the frozen ViT, class token of the ViT with adapters], of 2 d numbers. The adapters are
+trained on the first task with cross-entropy over its classes, and frozen; score_c(x) = cos(f(x), m_c), where
+m_c is the mean of f over the training images of class c in the test view. Source: Zhou et al., *Revisiting
+Class-Incremental Learning with Pre-Trained Models: Generalizability and Adaptivity are All You Need*, IJCV
+2024.
+"""
+
+from torch import Tensor, nn
+
+from models.config.aper import APERConfig
+from models.vit.class_incremental import ClassIncrementalLearner
+from models.vit.closed_form import PrototypeHead
+from models.vit.training import functional_groups, task_adapter_network, train_functional
+from utils.inc_net import IncrementalHead
+from utils.training.optim import ParameterGroup
+
+
+class APER(ClassIncrementalLearner):
+    """Nearest class mean by cosine on frozen and once adapted features."""
+
+    Config = APERConfig
+    config: APERConfig
+
+    def build(self, vit: nn.Module) -> nn.ModuleDict:
+        head = PrototypeHead(2 * vit.num_features)
+        network = task_adapter_network(vit, self.config, plain=True)
+        return nn.ModuleDict(
+            {"backbone": network, "head": IncrementalHead(vit.num_features), "closed_form": head}
+        )
+
+    def learning_groups(self) -> list[ParameterGroup]:
+        return functional_groups(self.network, self.head, self.config)
+
+    def open_task(self) -> None:
+        """The first task alone has an adapter, and classifier rows to train it with."""
+        if self.task == 0:
+            super().open_task()
+            self.network.grow()
+
+    def learn_task(self) -> None:
+        if self.task == 0:
+            self.once("functional", self.train_first_session)
+        self.once("head", self.fit_head)
+
+    def train_first_session(self) -> None:
+        """Train the adapters on the first task, and freeze them for good."""
+        train_functional(self)
+        self.network.freeze()
+        self.head.requires_grad_(False)
+
+    def class_tokens(self, images: Tensor) -> Tensor:
+        """Those of the ViT with the newest adapter."""
+        with self.network.only_newest():
+            return super().class_tokens(images)

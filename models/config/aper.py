@@ -1,0 +1,20 @@
+"""Config of APER (`models/aper.py`)."""
+
+from typing import ClassVar, Literal
+
+from models.vit.config import AdapterKeys, ClassIncrementalConfig, FrozenViTKeys, StepKeys, TrainingKeys
+from utils.config.schema import key
+
+
+class APERConfig(AdapterKeys, TrainingKeys, StepKeys, FrozenViTKeys):
+    """Adapters and their training in the first task."""
+
+    known_as: ClassVar[dict[str, str]] = AdapterKeys.known_as | {"tuned_epoch": "func_epoch"}
+    legacy_keys: ClassVar[dict[str, str]] = {
+        **ClassIncrementalConfig.legacy_keys,
+        "scheduler": "the schedule is a cosine",
+    }
+
+    model_name: Literal["aper"] = key(
+        "aper", "APER: class means of frozen features and those adapted in the first task, side by side."
+    )

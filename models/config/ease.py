@@ -1,0 +1,43 @@
+"""Config of EASE (`models/ease.py`)."""
+
+from typing import ClassVar, Literal
+
+from models.vit.backbones import BackboneShape
+from models.vit.config import AdapterKeys, ClassIncrementalConfig, FrozenViTKeys, StepKeys, TrainingKeys
+from utils.config.schema import Rate, key
+
+
+class EASEConfig(AdapterKeys, TrainingKeys, StepKeys, FrozenViTKeys):
+    """Adapters, their training, and the reweighted prototypes."""
+
+    known_as: ClassVar[dict[str, str]] = AdapterKeys.known_as | {
+        "init_epochs": "func_epoch",
+        "later_epochs": "func_epoch",
+        "later_lr": "init_lr",
+    }
+    legacy_keys: ClassVar[dict[str, str]] = {
+        **ClassIncrementalConfig.legacy_keys,
+        "scheduler": "the schedule is a cosine",
+        "adapter_num": "an adapter per task",
+        "recalc_sim": "similarities are those of own subspaces",
+        "use_reweight": "subspaces of other tasks have the weight alpha",
+        "use_diagonal": "all subspaces are used",
+        "use_old_data": "no exemplar memory",
+        "use_init_ptm": "the ViT without adapters is no subspace",
+        "beta": "the ViT without adapters is no subspace",
+        "moni_adam": "nothing is logged in the middle of training",
+    }
+
+    model_name: Literal["ease"] = key(
+        "ease", "EASE: an adapter per task, and prototypes in the subspaces of all adapters."
+    )
+    alpha: float = key(0.1, "Weight of the other tasks' subspaces, divided by their number.", ge=0, le=1e3)
+    ease_temperature: Rate = key(
+        1.0, "Temperature of the similarities that reconstruct prototypes; published: none, which is 1."
+    )
+
+    def adapter_bytes(self, shape: BackboneShape, task: int) -> int:
+        return (task + 1) * super().adapter_bytes(shape, task)
+
+    def stored_bytes(self, shape: BackboneShape, task: int, classes: int) -> int:
+        return super().stored_bytes(shape, task, classes) + 8 * (task + 1) * classes * shape.width

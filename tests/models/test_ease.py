@@ -1,0 +1,90 @@
+"""EASE's prototypes and scores, as double sums, and its learner in a run."""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from models.base import Learner
+from models.ease import EASEHead
+from tests.conftest import run_tasks
+
+WIDTH, PER_CLASS = 4, 5
+
+
+def cosine(a: np.ndarray, b: np.ndarray) -> float:
+    return float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
+
+
+def features(tasks: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Features of two new classes in the subspaces of all tasks so far."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(2).repeat(PER_CLASS) + 2 * (tasks - 1)
+    return torch.randn(len(labels), tasks * WIDTH, generator=generator), labels
+
+
+def test_prototypes_and_scores_are_the_double_sums_of_the_formula() -> None:
+    head, alpha, temperature = EASEHead(WIDTH, 0.3, 0.5), 0.3, 0.5
+    prototypes: dict[tuple[int, int], np.ndarray] = {}  # (subspace, class)
+    task_of: dict[int, int] = {}
+    for t in range(3):
+        x, y = features(t + 1, seed=t)
+        head.add(x, y)
+        new = [2 * t, 2 * t + 1]
+        for c in new:
+            task_of[c] = t
+            for j in range(t + 1):
+                rows = x[y == c, j * WIDTH : (j + 1) * WIDTH].double().numpy()
+                prototypes[j, c] = rows.mean(axis=0)
+        for c in range(2 * t):
+            i = task_of[c]
+            weights = np.exp([cosine(prototypes[i, c], prototypes[i, b]) / temperature for b in new])
+            weights /= weights.sum()
+            prototypes[t, c] = sum(w * prototypes[t, b] for w, b in zip(weights, new, strict=True))
+    queries = torch.randn(4, 3 * WIDTH)
+    parts = queries.double().numpy().reshape(4, 3, WIDTH)
+    for n in range(4):
+        for c in range(6):
+            i = task_of[c]
+            others = sum(cosine(parts[n, j], prototypes[j, c]) for j in range(3) if j != i)
+            expected = cosine(parts[n, i], prototypes[i, c]) + alpha / 2 * others
+            np.testing.assert_allclose(head(queries)[n, c], expected, atol=1e-5)
+
+
+def test_without_a_temperature_reconstructed_prototypes_lie_near_the_mean_of_the_new_ones() -> None:
+    spread = {}
+    for temperature in (1.0, 0.05):
+        head = EASEHead(WIDTH, 0.1, temperature)
+        for t in range(2):
+            head.add(*features(t + 1, seed=t))
+        new = head.prototypes[1, 2:]
+        spread[temperature] = float((head.prototypes[1, :2] - new.mean(dim=0)).norm())
+    assert spread[1.0] < 0.7 * spread[0.05]
+
+
+def test_a_task_trains_its_own_adapter_and_leaves_the_others(make_sema: Callable[..., Learner]) -> None:
+    learner = make_sema(model_name="ease", adapter_blocks="growing")
+    run_tasks(learner, 1)
+    before = {name: tensor.clone() for name, tensor in learner.network.state_dict().items()}
+    learner.begin_task(1)
+    learner.train_task()
+    after = learner.network.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    grown = [name for name in after if name not in before]
+    assert grown and all(".adapters.1." in name for name in grown)
+    assert learner.network.feature_width == 2 * learner.network.vit.num_features
+
+
+def test_untrained_adapters_give_the_frozen_network_s_class_means(make_sema: Callable[..., Learner]) -> None:
+    learner = make_sema(model_name="ease", func_epoch=0)
+    run_tasks(learner, 2)
+    plain = make_sema(model_name="simplecil")
+    run_tasks(plain, 2)
+    width = plain.network.vit.num_features
+    means = F.normalize(learner.closed_form.prototypes, dim=2)
+    for task, classes in enumerate((slice(0, 2), slice(2, 4))):
+        expected = F.normalize(plain.closed_form.means, dim=1)[classes]
+        torch.testing.assert_close(means[task, classes], expected)
+    assert learner.network.feature_width == 2 * width
