@@ -79,11 +79,10 @@ class TensorCache:
     def make_room(self, group: str, bytes_needed: int) -> bool:
         """Whether so many more bytes fit within the limit and within the free disk less `RESERVE`.
 
-        Groups that this instance has neither used nor asked this of are removed for them, the least recently
-        used first; none where even all would not do.
+        Groups that this instance has not used are removed for them, the least recently used first; none where
+        even all would not do.
         """
         self._path(group)
-        self._open.setdefault(group, {})
         if not self.enabled or bytes_needed <= 0:
             return self.enabled
         sizes = {name: sum(files.values()) for name, files in groups_in(self.root).items()}

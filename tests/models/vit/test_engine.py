@@ -21,7 +21,7 @@ from models.vit.training import train_functional
 from tests.conftest import learner_of, run_tasks
 from trainer import train
 from utils.config.schema import RunConfig
-from utils.errors import UserError
+from utils.errors import Interrupted, UserError
 
 Make = Callable[..., RunConfig]
 SEVERAL_TASKS = {"max_tasks": 3, "func_epoch": 2, "exp_threshold": 0.5, "augmentation": "none", "min_lr": 0.0}
@@ -208,20 +208,31 @@ def test_growths_of_a_task_share_the_frozen_prefix_of_new_views(
     assert views_stored(learner) == 0
 
 
-def test_what_a_killed_process_has_stored_of_a_task_goes_at_its_end(make_sema: Make) -> None:
-    """Also the views that the resumed process does not open."""
+def test_stopped_in_the_second_growth_of_a_task_ends_the_same(
+    make_sema: Make, tmp_path: Path, computed: list[tuple[int, int]]
+) -> None:
+    """What is stored is read again; at the task's end it is gone."""
     changes = {"exp_threshold": 0.0, "func_epoch": 3, "adapter_blocks": "growing"}
-    learner = make_sema(**changes)
-    run_tasks(learner, 1)
-    learner.begin_task(1)
-    learner.grow_where_novel()
-    learner.once("growth", lambda: None)
+    asked: list[int] = []
+
+    def in_the_second_growth() -> bool:
+        if learner.task == 1 and len(learner.method_state["grown"]) == 2:
+            asked.append(learner.progress.steps)
+        return len(asked) == 8
+
+    whole = run_tasks(make_sema(**changes, cache_root=str(tmp_path / "whole")), 2)
+    learner = make_sema(in_the_second_growth, **changes)
+    with pytest.raises(Interrupted):
+        run_tasks(learner, 2)
     state = learner.state()
     resumed = make_sema(**changes)
     resumed.load_state(*state)
     assert views_stored(resumed) == 3
+    computed.clear()
     resumed.train_task()
+    assert computed.count((0, 4)) == 2 * 10  # of every class in the test view, for calibration
     assert views_stored(resumed) == 0
+    assert resumed.fingerprint() == whole.fingerprint()
 
 
 def test_an_altered_cache_changes_nothing(smoke_config: Make) -> None:
