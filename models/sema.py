@@ -13,8 +13,8 @@ freezing.
 
 What a batch is compared with are a descriptor's errors on views of its task's images that it has not trained
 on. With new views in every epoch they are recorded while it trains, as published. Where views come again
-(`rd_views`), its training errors would be too small: then errors on newly drawn views are recorded when it
-has been trained.
+(`rd_views`), its training errors would be too small: then errors on further views are recorded when it has
+been trained.
 
 Source: SEMA (Wang et al., CVPR 2025) as its published code computes it; Nested LoRA as in the project's
 design.
@@ -201,7 +201,7 @@ class SEMA(ClassIncrementalLearner):
         """Record the errors of trained descriptors, unless training has.
 
         As many as training would have recorded: min(`buffer_size`, images of the task * `rd_epoch`), each on
-        a newly drawn view, of one image after the other in a drawn order.
+        a view that is new to the descriptors, of one image after the other in a drawn order.
         """
         config, blocks = self.config, self.described_blocks()
         if config.repeats_rd_views:

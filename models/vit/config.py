@@ -385,7 +385,8 @@ class TrainingKeys(ClassIncrementalConfig):
     )
     cache_views: int = key(
         0,
-        "Fixed augmented views per training image; 0 = new ones every epoch, as published.",
+        "Fixed augmented views per training image; 0 = new ones every epoch, as published, the same in all "
+        "phases of a task.",
         ge=0,
         le=1000,
     )
