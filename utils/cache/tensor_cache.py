@@ -52,6 +52,7 @@ class TensorCache:
         self.root, self.limit_gb = Path(root), limit_gb
         self._open: dict[str, dict[str, Tensor]] = {}  # used group -> file name -> memory map of a large file
         self._verified: dict[Path, tuple[int, int, int]] = {}  # file -> its state when its checksum was right
+        self._room = ("", 0)  # group and bytes that `make_room` found room for, not written yet
         self._warned: set[str] = set()
 
     @property
@@ -80,16 +81,15 @@ class TensorCache:
         """Whether so many more bytes fit within the limit and within the free disk less `RESERVE`.
 
         Groups that this instance has not used are removed for them, the least recently used first; none where
-        even all would not do.
+        even all would not do. The files of all groups are looked at once for all that is stored in this room.
         """
         self._path(group)
         if not self.enabled or bytes_needed <= 0:
             return self.enabled
         sizes = {name: sum(files.values()) for name, files in groups_in(self.root).items()}
-        disk = next(folder for folder in (self.root, *self.root.absolute().parents) if folder.exists())
         self._open = {name: maps for name, maps in self._open.items() if name in sizes}
         over_limit = sum(sizes.values()) + bytes_needed - self.limit_gb * 1e9
-        excess = max(over_limit, bytes_needed + RESERVE - shutil.disk_usage(disk).free)
+        excess = max(over_limit, bytes_needed + RESERVE - self._free_bytes())
         unused = sorted(
             sizes.keys() - self._open.keys() - {group}, key=lambda name: last_use(self.root / name)
         )
@@ -98,6 +98,7 @@ class TensorCache:
         for name in unused:
             if excess > 0:
                 excess -= remove_group(self.root / name)
+        self._room = group, bytes_needed if excess <= 0 else 0
         return excess <= 0
 
     def describe(self, group: str, about: Mapping[str, Any]) -> None:
@@ -151,9 +152,22 @@ class TensorCache:
             maps[path.name] = tensor
         return tensor
 
+    def _free_bytes(self) -> int:
+        """Free bytes of the disk."""
+        disk = next(folder for folder in (self.root, *self.root.absolute().parents) if folder.exists())
+        return shutil.disk_usage(disk).free
+
+    def _has_room(self, group: str, size: int) -> bool:
+        """Whether so many bytes fit, in the room that was made for the group or else made now."""
+        made = self._room[1] if self._room[0] == group else 0
+        if (made < size or self._free_bytes() < size + RESERVE) and not self.make_room(group, size):
+            return False
+        self._room = group, self._room[1] - size
+        return True
+
     def _store(self, path: Path, tensor: Tensor) -> Tensor:
         """The tensor as `get` returns it, written if there is room for it."""
-        if not self.make_room(path.parent.name, tensor.nbytes):
+        if not self._has_room(path.parent.name, tensor.nbytes):
             self._warn_once(
                 f"No room in the cache {self.root} for {tensor.nbytes / 1e6:.1f} MB within {self.limit_gb:g} "
                 f"GB and with {RESERVE / 1e9:g} GB of the disk left free: what is not kept is computed at "

@@ -16,6 +16,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from utils.cache import tensor_cache
 from utils.cache.tensor_cache import RESERVE, TensorCache
 
 BYTES = 40_000  # of a tensor of `numbers`
@@ -378,3 +379,21 @@ def test_threads_and_processes_share_a_folder(cache, fresh):
 
     with ThreadPoolExecutor(4) as threads:
         assert not any(threads.map(wrong, range(4))) and len(list((cache.root / "group").iterdir())) == 20
+
+
+def test_room_that_was_made_is_written_to_without_looking_again(tmp_path, monkeypatch):
+    """The files of the folder are looked at once for all tensors of a group, and again beyond the room."""
+    looked = []
+    original = tensor_cache.groups_in
+    monkeypatch.setattr(tensor_cache, "groups_in", lambda root: looked.append(root) or original(root))
+    root = tmp_path / "cache"
+    cache = limited(root, 5.5)
+    assert cache.make_room("group", 5 * BYTES) and len(looked) == 1
+    for key in range(5):
+        cache.get("group", str(key), numbers)
+    assert len(looked) == 1
+    cache.get("group", "5", numbers)
+    assert len(looked) == 2 and not cache.has("group", "5")
+    assert not cache.make_room("other", 5 * BYTES)
+    cache.get("other", "0", numbers)
+    assert not cache.has("other", "0")
