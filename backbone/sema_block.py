@@ -8,14 +8,17 @@
 Source: SEMA (Wang et al., CVPR 2025), as its published code computes it.
 """
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from backbone.consolidation import Consolidation, ConsolidationReport, consolidate
-from backbone.sema_components import ADAPTERS, AE, Factors, NestedLoRAAdapter, Records, common_factors
+from backbone.sema_components import ADAPTERS, AE, Activation, NestedLoRAAdapter, Records, common_factors
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,31 @@ class AdapterModule(nn.Module):
         return self.functional(x)
 
 
+class Stack(NamedTuple):
+    """Several adapters of a block as one bottleneck of R hidden units, each weighted as its adapter is.
+
+    Shapes: down (R, d), down_bias (R,) or None, up (d, R), owners (R,), the adapter of each unit. Where
+    adapters have biases, each has one more unit, whose input is always 1 and which carries its output bias.
+    """
+
+    down: Tensor
+    down_bias: Tensor | None
+    up: Tensor
+    owners: Tensor
+    activation: Activation
+
+    def to(self, dtype: torch.dtype) -> "Stack":
+        """The same in another dtype."""
+        bias = None if self.down_bias is None else self.down_bias.to(dtype)
+        return self._replace(down=self.down.to(dtype), down_bias=bias, up=self.up.to(dtype))
+
+    def mix(self, x: Tensor, weights: Tensor) -> Tensor:
+        """sum_k w_k A_k(x) over its adapters, x (B, N, d), weights (B, K): they multiply the hidden units."""
+        hidden = self.activation(F.linear(x, self.down, self.down_bias))  # (B, N, R)
+        mixed = hidden * weights[:, None, self.owners].to(hidden.dtype)
+        return F.linear(mixed, self.up)
+
+
 class SEMAModules(nn.Module):
     """Mixture of the adapters of one block.
 
@@ -82,6 +110,7 @@ class SEMAModules(nn.Module):
         self.adapters = nn.ModuleList([AdapterModule(spec, described=growable)])
         self.router = nn.Linear(spec.width, 1) if growable else None
         self.new_router = None
+        self._frozen: tuple[Any, list[Tensor], Stack | None] = (None, [], None)  # state, its tensors, stack
         self.register_buffer("added_for_task", torch.tensor(True))
         self.register_load_state_dict_pre_hook(_take_saved_shape)
 
@@ -112,9 +141,10 @@ class SEMAModules(nn.Module):
             logits = torch.cat([logits, self.new_router(token_mean)], dim=1)
         return logits.softmax(dim=1)
 
-    def mix_one_by_one(self, x: Tensor, weights: Tensor) -> Tensor:
+    def mix_one_by_one(self, x: Tensor, weights: Tensor, chosen: Sequence[int] | None = None) -> Tensor:
         """The reference: sum_k w_k A_k(x), one adapter at a time; x (B, N, d), weights (B, K)."""
-        return sum(weights[:, k, None, None] * adapter(x) for k, adapter in enumerate(self.adapters))
+        chosen = range(len(self.adapters)) if chosen is None else chosen
+        return sum(weights[:, k, None, None] * self.adapters[k](x) for k in chosen)
 
     def mix_stacked(self, x: Tensor, weights: Tensor) -> Tensor:
         """The same sum from one pair of matrix products over the hidden units of all adapters.
@@ -122,32 +152,49 @@ class SEMAModules(nn.Module):
         Frozen and learning adapters have a pair each, so that no gradient is computed for frozen ones.
         Adapters without factors in common take the reference's way.
         """
-        factors = common_factors([adapter.functional for adapter in self.adapters])
-        if factors is None:
-            return self.mix_one_by_one(x, weights)
-        kinds = {True: [], False: []}
-        for k, adapter in enumerate(self.adapters):
-            kinds[is_learning(adapter.functional)].append(k)
-        return sum(self._stack(x, weights, chosen, factors) for chosen in kinds.values() if chosen)
+        tensors = [list(adapter.functional.parameters()) for adapter in self.adapters]
+        kinds: dict[bool, list[int]] = {False: [], True: []}
+        for k, own in enumerate(tensors):
+            kinds[any(tensor.requires_grad for tensor in own)].append(k)
+        parts = []
+        for learning, chosen in kinds.items():
+            if chosen:
+                own = itertools.chain.from_iterable(tensors[k] for k in chosen)
+                stack = self._stack(chosen, x) if learning else self._frozen_stack(chosen, x, list(own))
+                parts.append(stack.mix(x, weights) if stack else self.mix_one_by_one(x, weights, chosen))
+        return sum(parts)
 
-    def _stack(self, x: Tensor, weights: Tensor, chosen: list[int], factors: list[Factors]) -> Tensor:
-        """sum_k w_k A_k(x) over the chosen k of the factors, with R hidden units in all.
+    def _frozen_stack(self, chosen: list[int], x: Tensor, tensors: list[Tensor]) -> Stack | None:
+        """`_stack` in the dtype of matrix products, put together again only when one of its tensors changes.
 
-        The weights multiply the hidden units, (B, 1, R + K), not the outputs. Where adapters have biases,
-        each adapter has one more unit, whose input is always 1 and which carries its output bias.
+        The tensors are kept with it: no other can then lie where one of them lies.
         """
-        parts = [factors[k] for k in chosen]
+        if torch.compiler.is_compiling():
+            return self._stack(chosen, x)
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        state = chosen, dtype, [(tensor.data_ptr(), tensor._version) for tensor in tensors]
+        if self._frozen[0] != state:
+            with torch.no_grad():
+                stack = self._stack(chosen, x)
+            self._frozen = state, tensors, stack and stack.to(dtype)
+        return self._frozen[2]
+
+    def _stack(self, chosen: list[int], x: Tensor) -> Stack | None:
+        """The chosen adapters as one bottleneck for tokens x; None where they have no factors in common."""
+        parts = common_factors([self.adapters[k].functional for k in chosen])
+        if parts is None:
+            return None
         downs, ups, down_bias = [part.down for part in parts], [part.up for part in parts], None
-        owners = [k for k, down in zip(chosen, downs, strict=True) for _ in down]  # adapter of each unit
+        owners = [k for k, down in zip(chosen, downs, strict=True) for _ in down]
         if parts[0].up_bias is not None:
             downs.append(x.new_zeros(len(parts), x.shape[-1]))
             down_bias = torch.cat([*(part.down_bias for part in parts), x.new_ones(len(parts))])
             unit = parts[0].activation(x.new_ones(()))  # 1 for ReLU
             ups.append(torch.stack([part.up_bias for part in parts], dim=1) / unit)
             owners += chosen
-        hidden = parts[0].activation(F.linear(x, torch.cat(downs), down_bias))  # (B, N, R + K)
-        mixed = hidden * weights[:, None, torch.tensor(owners, device=x.device)].to(hidden.dtype)
-        return F.linear(mixed, torch.cat(ups, dim=1))
+        up, owner = torch.cat(ups, dim=1), torch.tensor(owners, device=x.device)
+        return Stack(torch.cat(downs), down_bias, up, owner, parts[0].activation)
 
     # --- representation descriptors -------------------------------------------------------------------------
 

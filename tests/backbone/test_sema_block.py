@@ -193,3 +193,29 @@ def test_novelty_is_the_smallest_mean_z_and_records_stop_with_their_descriptor()
     block.freeze_rd()
     block.observe(mean)
     assert [len(adapter.rd_loss_record) for adapter in block.adapters] == [10, 10]
+
+
+@pytest.mark.parametrize("kind", ["adaptmlp", "nested_lora"])
+def test_frozen_adapters_are_stacked_once_until_one_changes(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ten forwards read the factors of four frozen adapters once, those of the learning one ten times."""
+    torch.manual_seed(3)
+    block = SEMAModules(AdapterSpec(width=12, kind=kind, bottleneck=3), block=3, growable=True)
+    for _ in range(4):
+        block.freeze_functional()
+        block.grow()
+    disturb(block)
+    counts, factors = [0], ADAPTERS[kind].factors
+    monkeypatch.setattr(
+        ADAPTERS[kind], "factors", lambda self: counts.__setitem__(0, counts[0] + 1) or factors(self)
+    )
+    x = tokens()
+    weights = block.mixing_weights(x.mean(dim=1))
+    for _ in range(10):
+        block.mix_stacked(x, weights)
+    assert counts == [4 + 10]
+    for change in (lambda: disturb(block), block.freeze_functional, lambda: block.double() and None):
+        change()
+        x, weights = x.to(next(block.parameters())), weights.to(next(block.parameters()))
+        torch.testing.assert_close(block.mix_stacked(x, weights), block.mix_one_by_one(x, weights))
