@@ -37,6 +37,7 @@ from utils.runs.figures import class_incremental_figures
 from utils.runs.run_log import read_metrics
 from utils.training.optim import GroupedOptimizer, ParameterGroup, StepDecay, assert_complete, trainable
 from utils.training.random import rng
+from utils.wording import counted
 
 logger = logging.getLogger("nested_lora")
 
@@ -192,13 +193,26 @@ class SDLoRA(ClassIncrementalLearner):
         with self.autocast():
             return self.network(images).float()
 
-    @torch.no_grad()
     def features_of(self, task: int, source: str) -> Tensor:
-        """Features of a task's images in the test view, (n, d); not stored, since every block learns."""
-        classes, size = self.data.task_classes(task), self.config.eval_batch_size
+        return self._features_of(self.data.task_classes(task), source)
+
+    def seen_features(self, source: str) -> Tensor:
+        classes, data = range(self.classes.stop), self.data
+        order = np.concatenate(
+            [data.indices(data.task_classes(task), source) for task in range(self.task + 1)]
+        )
+        return self._features_of(classes, source)[np.searchsorted(data.indices(classes, source), order)]
+
+    @torch.no_grad()
+    def _features_of(self, classes: range, source: str) -> Tensor:
+        """Features of these classes' images in the test view, (n, d), in stored order.
+
+        They are not stored, since every block learns.
+        """
+        size = self.config.eval_batch_size
         left, parts = self.data.count(classes, source), []
         batches = self.data.batches(classes, source=source, mode="test", batch_size=size)
-        told = f"Features of {source} images of task {task}"
+        told = f"Features of {source} images of {counted(len(classes), 'class', 'classes')}"
         for images, _ in progress(batches, total=-(-left // size), desc=told, unit="batch"):
             if self.stopping():
                 raise Interrupted

@@ -29,7 +29,7 @@ CONTEXT.set_forkserver_preload(["tests.crash"])
 MOMENTS: dict[str, tuple[Any, str]] = {
     "step": (utils.training.optim.GroupedOptimizer, "step"),
     "scan": (backbone.sema_block.SEMAModules, "novelty"),
-    "test": (models.vit.task_inputs.TaskInputs, "features_of"),
+    "test": (models.vit.task_inputs.TaskInputs, "seen_features"),
     "store": (models.vit.activations.Activations, "compute"),
     "write": (utils.runs.checkpoint, "write_synced"),
     "rename": (os, "rename"),

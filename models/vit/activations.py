@@ -15,7 +15,7 @@ they belong to one run, which removes them when it no longer needs them. A depth
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -36,6 +36,7 @@ from utils.training.random import Key
 logger = logging.getLogger("nested_lora")
 
 CHUNK = 256  # images in a file, all of one class
+ABSENT = (-1, -1)  # file and row of an image that is in none
 
 
 @dataclass(frozen=True)
@@ -114,18 +115,21 @@ class Activations:
 
     @property
     def stored(self) -> bool:
-        """Whether the cache had room for them."""
+        """Whether some of them are files."""
         return bool(self._chunks)
 
     def take(self, indices: np.ndarray) -> Tensor:
         """Activations of stored images (n,) on the CPU, float32: (n, N, d) tokens or (n, d) features."""
         if not self.stored or not len(indices):
             return self.compute(indices).float()
-        places = np.array([self._place_of[int(index)] for index in indices]).reshape(-1, 2)
+        places = np.array([self._place_of.get(int(index), ABSENT) for index in indices])
         parts = []
         for number in np.unique(places[:, 0]):
             inside = np.flatnonzero(places[:, 0] == number)
-            parts.append((inside, self._file(number)[torch.from_numpy(places[inside, 1])]))
+            if number == ABSENT[0]:
+                parts.append((inside, self.compute(indices[inside])))
+            else:
+                parts.append((inside, self._file(number)[torch.from_numpy(places[inside, 1])]))
         taken = torch.empty(len(indices), *parts[0][1].shape[1:])
         for inside, rows in parts:
             taken[torch.from_numpy(inside)] = rows.float()
@@ -143,10 +147,10 @@ class Activations:
             torch.cat(parts), f"activations at depth {self.depth}, as {self.dtype},", options.precision
         )
 
-    def fill(self, chunks: list[np.ndarray], label: str) -> None:
-        """Computation of the files that are not there, each rank its part.
+    def fill(self, chunks: list[np.ndarray], label: str) -> bool:
+        """Computation of the files that are not there, in full batches across them, each rank its part.
 
-        Without room for them, `take` computes every time instead.
+        Returns whether there was room for them; without it `take` computes those images every time instead.
 
         Raises:
             Interrupted: a stop was requested.
@@ -155,17 +159,36 @@ class Activations:
         missing = [n for n, chunk in enumerate(chunks) if not self.cache.has(self.group, chunk_key(chunk))]
         images = sum(len(chunks[number]) for number in missing)
         room = self.cache.enabled and self.cache.make_room(self.group, images * self._row_bytes())
-        if distributed.any(not room):
-            return
+        room = not distributed.any(not room)
+        self._chunks = chunks if room else [c for n, c in enumerate(chunks) if n not in set(missing)]
+        self._place_of = {int(i): (c, r) for c, chunk in enumerate(self._chunks) for r, i in enumerate(chunk)}
+        if not room:
+            return False
         self.cache.describe(self.group, self.about)
-        self._chunks = chunks
-        self._place_of = {int(i): (c, r) for c, chunk in enumerate(chunks) for r, i in enumerate(chunk)}
         todo = [number for number in missing if number % distributed.size == distributed.rank]
-        for number in progress(todo, desc=label, unit="class"):
-            if self.options.stop_requested():
-                break
-            self._file(number)
+        with progress(total=len(todo), desc=label, unit="class") as bar:
+            for together in self._batches([chunks[number] for number in todo]):
+                if self.options.stop_requested():
+                    break
+                rows = self.compute(np.concatenate(together)).split([len(chunk) for chunk in together])
+                for chunk, own in zip(together, rows, strict=True):
+                    self.cache.get(self.group, chunk_key(chunk), lambda own=own: own)
+                bar.update(len(together))
         self.options.check_stop()
+        return True
+
+    def _batches(self, chunks: list[np.ndarray]) -> Iterator[list[np.ndarray]]:
+        """Files to compute together: as many neighbours as a batch holds, or one; without those now there."""
+        together: list[np.ndarray] = []
+        for chunk in chunks:
+            if self.cache.has(self.group, chunk_key(chunk)):  # another process has stored it meanwhile
+                continue
+            if together and sum(map(len, together)) + len(chunk) > self.options.batch_size:
+                yield together
+                together = []
+            together.append(chunk)
+        if together:
+            yield together
 
     def _file(self, number: int) -> Tensor:
         chunk = self._chunks[number]
@@ -216,11 +239,10 @@ class ActivationStore:
         if chosen is not None and not all(self.cache.has(opened.group, chunk_key(chunk)) for chunk in chunks):
             parts = (chunk[np.isin(chunk, chosen)] for chunk in chunks)
             chunks = [part for part in parts if len(part)]
-        opened.fill(chunks, label)
-        if opened.stored:
-            if about["adapters"] is not None:
-                self._own[opened.group] = source
-        elif self.cache.enabled and not self._warned:
+        room = opened.fill(chunks, label)
+        if opened.stored and about["adapters"] is not None:
+            self._own[opened.group] = source
+        if not room and self.cache.enabled and not self._warned:
             self._warned = True
             logger.warning(
                 f"The cache has no room for {source} activations of block {depth}: they are computed "
@@ -229,10 +251,9 @@ class ActivationStore:
             )
         return opened
 
-    def drop_own(self, source: str, keep: Sequence[Images | Activations] = ()) -> None:
-        """Remove the files of one source that are this run's own and that none of `keep` reads."""
-        kept = {opened.group for opened in keep if isinstance(opened, Activations)}
-        groups = [group for group, of in self._own.items() if of == source and group not in kept]
+    def drop_own(self, source: str) -> None:
+        """Remove the files of one source that are this run's own."""
+        groups = [group for group, of in self._own.items() if of == source]
         if groups:
             self.options.distributed.barrier()
         for group in groups:

@@ -184,6 +184,10 @@ class ClassIncrementalLearner(Learner):
         """`features` (n, d) of a task's images of one source, test view, stored order, on all ranks."""
         return self.inputs.features_of(task, source)
 
+    def seen_features(self, source: str) -> Tensor:
+        """The same (n, d) of the images of all tasks seen, task after task, in batches across them."""
+        return self.inputs.seen_features(self.task + 1, source)
+
     # --- steps of a task ------------------------------------------------------------------------------------
 
     def open_task(self) -> None:
@@ -349,12 +353,13 @@ class ClassIncrementalLearner(Learner):
             UserError: a score is not finite, or images cannot be read.
         """
         scored, labels, predicted, source = [], [], [], images or self.data.evaluated
-        for task in range(self.task + 1):
+        with dead_worker_advice():
+            seen = self.seen_features(source)
+        counts = [self.data.count(self.data.task_classes(task), source) for task in range(self.task + 1)]
+        for task, features in enumerate(seen.split(counts)):
             targets = self.data.targets(self.data.indices(self.data.task_classes(task), source), source)
-            with dead_worker_advice():
-                features = self.features_of(task, source).to(self.device)
             what = f"the {source} images of task {task}"
-            scores = self.classify(features).cpu()
+            scores = self.classify(features.to(self.device)).cpu()
             predicted.append(predictions(scores, what, self.config.precision))
             untaught = self.classes.stop - scores.shape[1]  # a head in closed form inside the open task
             scored.append(F.pad(scores, (0, untaught), value=-torch.inf))

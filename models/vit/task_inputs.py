@@ -25,7 +25,7 @@ from models.vit.activations import Activations, ActivationStore, ForwardOptions,
 from utils.cache.tensor_cache import TensorCache
 from utils.console import progress
 from utils.data.tasks import DataManager
-from utils.training.device import autocast, one_ahead
+from utils.training.device import autocast, one_ahead, sha256_of
 from utils.training.random import Key
 
 Source = Images | Activations
@@ -77,6 +77,7 @@ class TaskInputs:
         self.network, self.data, self.options, self.fast, self.views = network, data, options, fast, views
         self.seed, self.shared_views = seed, shared_views
         self.store = ActivationStore(network, data, cache, options)
+        self._kept: tuple[tuple[str, str], Tensor] | None = None  # features of full batches, and whose
 
     # --- sources --------------------------------------------------------------------------------------------
 
@@ -126,21 +127,37 @@ class TaskInputs:
         return lambda epoch: opened[epoch % len(opened)]
 
     def features_of(self, task: int, source: str) -> Tensor:
-        """Features of a task's images in the test view, in stored order, (n, d), on every rank.
-
-        Those of images to evaluate are kept while nothing learns, so that what is unchanged is not computed
-        again.
-        """
+        """Features of a task's images in the test view, in stored order, (n, d), on every rank."""
         indices = self.data.indices(self.data.task_classes(task), source)
         distributed = self.options.distributed
         mine = indices[distributed.shard(len(indices))]
-        if source != "train" and self.network.learning_depth() == self.network.depth:
-            features = self._at(task, source, None, f"{source} features", self.network.depth).take(mine)
-        else:
-            features = self._passing_features(
-                self._at(task, source, None, source, None), mine, f"{source} features"
-            )
-        return distributed.all_gather(features, len(indices))
+        below = self._at(task, source, None, source, None)
+        return distributed.all_gather(self._passing_features(below, mine, f"{source} features"), len(indices))
+
+    @torch.no_grad()
+    def seen_features(self, tasks: int, source: str) -> Tensor:
+        """Features (n, d) in the test view of the images of the first tasks, task after task, on every rank.
+
+        Batches lie at fixed places in this sequence, whatever was computed before. Those that were full are
+        not computed again while the network computes the same.
+        """
+        data, network, distributed = self.data, self.network, self.options.distributed
+        order = np.concatenate([data.indices(data.task_classes(task), source) for task in range(tasks)])
+        step = self.options.batch_size * distributed.size
+        full = len(order) // step * step
+        whose = source, sha256_of(network.tensors_below(network.depth))
+        kept = self._kept[1][:full] if self._kept is not None and self._kept[0] == whose else None
+        parts, label = [kept] if kept is not None else [], f"Task {tasks - 1}, {source} features"
+        fixed = network.fixed_depth() if self.fast else 0
+        below = self.store.at(fixed, data.seen_classes(tasks), source, None, label=label)
+        for start in progress(range(sum(map(len, parts)), len(order), step), desc=label, unit="batch"):
+            self.options.check_stop()
+            batch = order[start : start + step]
+            mine = self._features(below, batch[distributed.shard(len(batch))])
+            parts.append(distributed.all_gather(mine, len(batch)))
+        features = torch.cat(parts)
+        self._kept = whose, features[:full]
+        return features
 
     def features_of_images(self, classes: range, indices: np.ndarray, source: str) -> Tensor:
         """Features (n, d) of a few images of these classes in the test view, on every rank, not kept."""
@@ -149,7 +166,6 @@ class TaskInputs:
         below = self.store.at(fixed, classes, source, None, label=label, chosen=indices)
         return self._passing_features(below, indices, label)
 
-    @torch.no_grad()
     def _passing_features(self, below: Source, indices: np.ndarray, label: str) -> Tensor:
         """Features (n, d) of stored images as the network gives them now, not kept."""
         options, parts = self.options, [torch.empty(0, self.network.feature_width)]
@@ -157,11 +173,17 @@ class TaskInputs:
         for start in progress(starts, desc=label, unit="batch"):
             if options.stop_requested():
                 break
-            x = below.take(indices[start : start + options.batch_size]).to(options.device)
-            with autocast(options.device, options.precision):
-                parts.append(self.network(x, below.depth).float().cpu())
+            parts.append(self._features(below, indices[start : start + options.batch_size]))
         options.check_stop()
         return torch.cat(parts)
+
+    @torch.no_grad()
+    def _features(self, below: Source, indices: np.ndarray) -> Tensor:
+        """Features (n, d) of a batch, float32 on the CPU."""
+        options = self.options
+        x = below.take(indices).to(options.device)
+        with autocast(options.device, options.precision):
+            return self.network(x, below.depth).float().cpu()
 
     def _at(self, task: int, source: str, view: Key | None, what: str, depth: int | None) -> Source:
         """One view at the depth below which nothing changes, or at a greater `depth`, reached from there."""
@@ -171,10 +193,7 @@ class TaskInputs:
         if depth is None or depth == fixed:
             return opened
         label = f"Task {task}, {what}, blocks {fixed}-{depth - 1}"
-        deeper = self.store.at(depth, classes, source, view, below=opened, label=label)
-        if source != "train":  # features of models that are no more
-            self.store.drop_own(source, keep=[opened, deeper])
-        return deeper
+        return self.store.at(depth, classes, source, view, below=opened, label=label)
 
     # --- batches --------------------------------------------------------------------------------------------
 

@@ -117,7 +117,7 @@ def test_seeds_and_methods_share_what_no_adapter_shapes(
     computed.clear()
     run(smoke_config(**changes, seed=[2]))
     run(smoke_config(**changes, seed=[1], ffn_adapter_type="adaptmlp"))
-    assert computed.count((0, 4)) == 0 and computed.count((4, 6)) > 0
+    assert computed.count((0, 4)) == 0
 
 
 @pytest.mark.parametrize(

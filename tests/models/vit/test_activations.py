@@ -1,0 +1,110 @@
+"""Test images and stores in full batches across classes; what did not change is not computed again."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from backbone.vit_sema import SEMAVisionTransformer
+from models.base import Learner
+from tests.conftest import run_tasks
+
+Make = Callable[..., Learner]
+Forwards = list[tuple[int, int, int]]
+GROWING = {"cache_views": 1, "adapter_blocks": "growing", "expansion": "always", "rd_epoch": 1}
+
+
+@pytest.fixture
+def forwards(monkeypatch: pytest.MonkeyPatch) -> Forwards:
+    """(images, from depth, to depth) of every forward pass while the test runs."""
+    seen: Forwards = []
+    original = SEMAVisionTransformer.forward
+
+    def forward(
+        self: SEMAVisionTransformer, x: torch.Tensor, start: int = 0, stop: int | None = None
+    ) -> torch.Tensor:
+        seen.append((len(x), start, self.depth if stop is None else stop))
+        return original(self, x, start, stop)
+
+    monkeypatch.setattr(SEMAVisionTransformer, "forward", forward)
+    return seen
+
+
+def feature_files(learner: Learner) -> list[Path]:
+    """Stored features, of whatever images."""
+    return list(learner.cache.root.glob(f"*-{learner.network.depth}-*/*.safetensors"))
+
+
+def test_images_of_several_classes_are_one_batch(make_sema: Make, forwards: Forwards) -> None:
+    """Four tasks of two classes with 8 test images each, 20 images to a batch; every class has its file."""
+    learner = make_sema(cache_views=1, adapter_blocks="growing", eval_batch_size=20)
+    learner.begin_task(0)
+    features = learner.inputs.seen_features(4, "test")
+    assert forwards == 4 * [(16, 0, 4)] + 3 * [(20, 4, 6)] + [(4, 4, 6)]
+    assert len(list(learner.cache.root.rglob("*.safetensors"))) == 8 and not feature_files(learner)
+    of_tasks = torch.cat([learner.features_of(task, "test") for task in range(4)])
+    torch.testing.assert_close(features, of_tasks)
+
+
+def test_full_batches_are_kept_until_the_network_changes(make_sema: Make, forwards: Forwards) -> None:
+    """A batch that was not full comes again, and all of them once an adapter is another."""
+    learner = make_sema(cache_views=1, adapter_blocks="growing", eval_batch_size=20)
+    learner.begin_task(0)
+    for tasks, batches in ((2, [20, 12]), (3, [20, 8]), (3, [8]), (1, [16])):
+        forwards.clear()
+        kept = learner.inputs.seen_features(tasks, "test")
+        assert [images for images, start, _ in forwards if start == 4] == batches
+        assert torch.equal(kept, make_again(learner).seen_features(tasks, "test"))
+    with torch.no_grad():
+        next(learner.network.modules_by_block[4].adapters[0].functional.parameters()).add_(1)
+    forwards.clear()
+    changed = learner.inputs.seen_features(2, "test")
+    assert [images for images, _, _ in forwards] == [20, 12]
+    assert torch.equal(changed, make_again(learner).seen_features(2, "test"))
+
+
+def make_again(learner: Learner) -> object:
+    """Inputs of the same learner as a resumed run has them: nothing is kept."""
+    del learner.inputs
+    return learner.inputs
+
+
+def test_a_growing_run_stores_no_features_that_the_next_task_drops(make_sema: Make) -> None:
+    learner = make_sema(**GROWING)
+    for task in range(3):
+        learner.begin_task(task)
+        learner.train_task()
+        learner.evaluate()
+        assert not [path for path in feature_files(learner) if path.parent.name.startswith("test")]
+    assert learner.network.adapters_per_block() == {4: 3, 5: 3}
+
+
+def test_evaluation_costs_as_many_batches_as_the_images_fill(make_sema: Make, forwards: Forwards) -> None:
+    """After a growth all test images pass the growing blocks again, whichever tasks they belong to."""
+    learner = run_tasks(make_sema(**GROWING, eval_batch_size=32), 4)
+    learner.evaluate()
+    forwards.clear()
+    evaluation = learner.evaluate()
+    assert forwards == []
+    assert evaluation["total"] == 4 * [16] and sum(evaluation["class_correct"]) == sum(evaluation["correct"])
+    with torch.no_grad():
+        learner.network.modules_by_block[5].router.bias.add_(1)
+    learner.evaluate()
+    assert forwards == 2 * [(32, 4, 6)]
+
+
+def test_files_are_used_though_there_is_no_room_for_more(make_sema: Make, forwards: Forwards) -> None:
+    """Those of the first tasks are read, only images without a file are computed whenever they are needed."""
+    settings = {"cache_views": 1, "adapter_blocks": "growing", "eval_batch_size": 64}
+    learner = make_sema(**settings)
+    learner.begin_task(0)
+    first = learner.inputs.seen_features(2, "test")
+    size = sum(path.stat().st_size for path in learner.cache.root.rglob("*.safetensors"))
+    tight = make_sema(**settings, cache_gb=1.1 * size / 1e9)
+    tight.begin_task(0)
+    forwards.clear()
+    features = tight.inputs.seen_features(4, "test")
+    assert forwards == [(32, 0, 4), (64, 4, 6)]
+    np.testing.assert_allclose(features[:32], first, rtol=1e-4, atol=1e-5)
