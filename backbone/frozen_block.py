@@ -121,16 +121,10 @@ class FrozenLinear(nn.Linear):
         device = x.device.type
         if torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))
-        return _FrozenProduct.apply(x, self) if x.requires_grad else self.product(x)
+        return _FrozenProduct.apply(x, self) if x.requires_grad else product(self, x)
 
-    def product(self, x: Tensor, transposed: bool = False) -> Tensor:
-        """The output for x, or with `transposed` the gradient of x for that of the output; no autograd."""
-        weight, bias = self._weights(x.dtype, transposed)
-        if weight.is_mkldnn:
-            return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-        return F.linear(x, weight, bias)
-
-    def _weights(self, dtype: torch.dtype, transposed: bool) -> tuple[Tensor, Tensor | None]:
+    def weights(self, dtype: torch.dtype, transposed: bool) -> tuple[Tensor, Tensor | None]:
+        """s W and s b, or (s W)^T and None, in a dtype; those of a layout have `is_mkldnn`."""
         tensors = [t for t in (self.weight, self.bias, *(s.gamma for s in self._scale if s)) if t is not None]
         state = [(tensor.data_ptr(), tensor._version) for tensor in tensors]
         if state != self._prepared_for:
@@ -158,18 +152,35 @@ class FrozenLinear(nn.Linear):
         return self.weight * scale.gamma[:, None], bias
 
 
+def product(linear: nn.Linear, x: Tensor, transposed: bool = False) -> Tensor:
+    """The output of a Linear for x, or with `transposed` the gradient of x for that of the output.
+
+    Without autograd, in the dtype of x.
+    """
+    if isinstance(linear, FrozenLinear):
+        weight, bias = linear.weights(x.dtype, transposed)
+        if weight.is_mkldnn:
+            return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    else:
+        weight, bias = (
+            None if tensor is None else tensor.to(x.dtype) for tensor in (linear.weight, linear.bias)
+        )
+        weight, bias = (weight.T, None) if transposed else (weight, bias)
+    return F.linear(x, weight, bias)
+
+
 class _FrozenProduct(torch.autograd.Function):
-    """`FrozenLinear.product`, differentiable in x."""
+    """`product`, differentiable in x."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, linear: FrozenLinear) -> Tensor:
         ctx.linear = linear
-        return linear.product(x)
+        return product(linear, x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return ctx.linear.product(gradient, transposed=True), None
+        return product(ctx.linear, gradient, transposed=True), None
 
 
 @functools.cache

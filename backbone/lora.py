@@ -29,6 +29,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from backbone.frozen_block import product
+
 INIT_MAGNITUDE = 0.8  # of a new adapter, as published
 
 
@@ -116,19 +118,17 @@ class LoRALinear(nn.Module):
         self.term_weights = self.newest_weight = None
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, bias = self.qkv.weight, self.qkv.bias
         if self.merged is not None:
-            return F.linear(x, self.merged, bias)
-        if self.down.shape[1]:
-            y = _FrozenSum.apply(x, weight, bias, self.down, self.up, self.term_weights)
-        else:
-            y = self.qkv(x)
-        if self.new is None:
-            return y
-        up_q, up_v = self.newest_weight * self.new.up
-        zero = torch.zeros_like(up_q)
-        q, k, v = (torch.cat(pair, dim=1) for pair in ((up_q, zero), (zero, zero), (zero, up_v)))
-        return y + F.linear(F.linear(x, self.new.down.flatten(0, 1)), torch.cat([q, k, v]))  # up: (3d, 2r)
+            return F.linear(x, self.merged, self.qkv.bias)
+        terms = (self.down, self.up, self.term_weights) if self.down.shape[1] else (None, None, None)
+        if self.new is None and terms[0] is None:
+            return self.qkv(x)
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        new = (None, None)
+        if self.new is not None:
+            new = self.new.down.to(x.dtype), (self.newest_weight * self.new.up).to(x.dtype)
+        return _AdaptedProduct.apply(x, self.qkv, *terms, *new)
 
     def resize(self, terms: int, new_rank: int | None) -> None:
         """Take a saved shape: the number of frozen terms, and the rank of `new` if there is one."""
@@ -380,10 +380,11 @@ def _with_terms(weight: Tensor, down: Tensor, up: Tensor, weights: Tensor) -> Te
     return result
 
 
-class _FrozenSum(torch.autograd.Function):
-    """y = (W + [E_q; 0; E_v]) x + b as in `_with_terms`, differentiable in x and the terms' weights only.
+class _AdaptedProduct(torch.autograd.Function):
+    """y = W' x + b + [B_q A_q; 0; B_v A_v] x  with W' = W + [E_q; 0; E_v] as in `_with_terms`.
 
-    With g the gradient of y, a term of row a and column u in projection s has
+    Differentiable in x, in the weights w of the frozen terms, and in A (2, r, d) and B (2, d, r); terms or
+    A and B may be None. With g the gradient of y, a term of row a and column u in projection s has
         dL/dw = sum over tokens of (a x) (u g_s) = u (sum over tokens of g_s x^T) a.
     For R terms the first form takes 4 R d operations per token and the second 2 d^2: the cheaper one is
     taken.
@@ -391,26 +392,59 @@ class _FrozenSum(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, down: Tensor, up: Tensor, weights: Tensor
+        ctx: Any,
+        x: Tensor,
+        linear: nn.Linear,
+        down: Tensor | None,
+        up: Tensor | None,
+        weights: Tensor | None,
+        new_down: Tensor | None,
+        new_up: Tensor | None,
     ) -> Tensor:
-        merged = _with_terms(weight, down, up, weights)
-        ctx.save_for_backward(x, merged, down, up)
-        return F.linear(x, merged, bias)
+        merged, hidden = None, []
+        if down is None:
+            y = product(linear, x)
+        else:
+            merged = _with_terms(linear.weight, down, up, weights).to(x.dtype)
+            y = F.linear(x, merged, None if linear.bias is None else linear.bias.to(x.dtype))
+        if new_down is not None:
+            tokens = x.flatten(0, -2)
+            for a, b, part in zip(new_down, new_up, _of_q_and_v(y), strict=True):
+                hidden.append(tokens @ a.T)
+                part.addmm_(hidden[-1], b.T)
+        ctx.linear = linear
+        ctx.save_for_backward(x, merged, down, up, new_down, new_up, *hidden)
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, merged, down, up = (tensor.to(gradient.dtype) for tensor in ctx.saved_tensors)
-        for_x = gradient @ merged if ctx.needs_input_grad[0] else None
-        tokens, width = x.flatten(0, -2), x.shape[-1]
-        of_qkv = gradient.flatten(0, -2)
-        for_weights: Any = 0
-        for a, u, g in ((down[0], up[0], of_qkv[:, :width]), (down[1], up[1], of_qkv[:, -width:])):
-            if 2 * len(a) < width:
-                for_weights = for_weights + _sum_of_products(tokens @ a.T, g @ u, dim=0)
-            else:
-                for_weights = for_weights + _sum_of_products(a, u.T @ (g.T @ tokens), dim=1)
-        return for_x, None, None, None, None, for_weights
+        x, merged, down, up, new_down, new_up, *hidden = ctx.saved_tensors
+        gradient = gradient.contiguous()
+        tokens, parts = x.flatten(0, -2), _of_q_and_v(gradient)
+        for_x = for_weights = for_down = for_up = None
+        if ctx.needs_input_grad[0]:
+            for_x = product(ctx.linear, gradient, transposed=True) if merged is None else gradient @ merged
+        if new_down is not None:
+            for_hidden = [g @ b for g, b in zip(parts, new_up, strict=True)]
+            for_down = torch.stack([h.T @ tokens for h in for_hidden])
+            for_up = torch.stack([g.T @ h for g, h in zip(parts, hidden, strict=True)])
+            if for_x is not None:
+                for_x.flatten(0, -2).addmm_(torch.cat(for_hidden, dim=1), new_down.flatten(0, 1))
+        if ctx.needs_input_grad[4]:
+            for_weights = 0
+            for a, u, g in zip(down.to(x.dtype), up.to(x.dtype), parts, strict=True):
+                if 2 * len(a) < x.shape[-1]:
+                    for_weights = for_weights + _sum_of_products(tokens @ a.T, g @ u, dim=0)
+                else:
+                    for_weights = for_weights + _sum_of_products(a, u.T @ (g.T @ tokens), dim=1)
+        return for_x, None, None, None, for_weights, for_down, for_up
+
+
+def _of_q_and_v(qkv: Tensor) -> tuple[Tensor, Tensor]:
+    """The parts of q and v, (tokens, d) each, of a contiguous (..., 3d); views."""
+    q, _, v = qkv.flatten(0, -2).chunk(3, dim=1)
+    return q, v
 
 
 def _sum_of_products(left: Tensor, right: Tensor, dim: int) -> Tensor:
