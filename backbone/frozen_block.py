@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+FEW_TOKENS = 64
+
 
 def speed_up(vit: VisionTransformer) -> None:
     """Replace the blocks by `FrozenBlock`s, whose tensors are the same under the same names.
@@ -57,8 +59,10 @@ class FrozenBlock(Block):
 
 def attend(block: Block, x: Tensor, kept: int | None = None) -> Tensor:
     """x + attn(norm1(x)) of a block in evaluation mode, for the first `kept` tokens; by default for all."""
-    y = block.norm1(x)
-    y = block.attn(y) if kept is None else _attention_of_first(block.attn, y, kept)
+    if isinstance(block, FrozenBlock):
+        y = _attention(block.attn, block.norm1(x), kept)
+    else:
+        y = block.attn(block.norm1(x))[:, :kept]
     return x[:, :kept] + block.ls1(y)
 
 
@@ -67,18 +71,57 @@ def mlp_branch(block: Block, x: Tensor) -> Tensor:
     return block.ls2(block.mlp(block.norm2(x)))
 
 
-def _attention_of_first(attention: nn.Module, x: Tensor, count: int) -> Tensor:
-    """The first tokens of an attention's output, (B, N, d) -> (B, count, d)."""
-    if type(attention) is not Attention or getattr(attention, "gate", None) is not None:
-        return attention(x)[:, :count]
-    qkv = attention.qkv(x).unflatten(-1, (3, attention.num_heads, -1))  # (B, N, 3, heads, d / heads)
-    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-    q, k = attention.q_norm(q[:, :, :count]), attention.k_norm(k)
-    if attention.fused_attn:
-        y = F.scaled_dot_product_attention(q, k, v)
+def _attention(attention: nn.Module, x: Tensor, kept: int | None) -> Tensor:
+    """The first `kept` tokens of an attention's output, (B, N, d) -> (B, kept, d).
+
+    On CPUs the fused kernel is slow in bf16, and its backward pass with few tokens.
+    """
+    special = getattr(attention, "gate", None), getattr(attention, "q_norm", None)
+    if type(attention) is not Attention or not isinstance(special[1], nn.Identity) or special[0] is not None:
+        return attention(x)[:, :kept]
+    qkv = attention.qkv(x)
+    small = qkv.requires_grad and qkv.shape[1] <= FEW_TOKENS
+    on_cpu = qkv.device.type == "cpu" and not torch.jit.is_tracing()
+    if on_cpu and (qkv.dtype == torch.bfloat16 or small or not attention.fused_attn):
+        y = _PlainAttention.apply(qkv, attention.num_heads, kept)
     else:
-        y = (q * attention.scale @ k.mT).softmax(dim=-1) @ v
-    return attention.proj(attention.norm(y.transpose(1, 2).flatten(2)))
+        q, k, v = qkv.unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        y = F.scaled_dot_product_attention(q[:, :, :kept], k, v).transpose(1, 2).flatten(2)
+    return attention.proj(attention.norm(y))
+
+
+class _PlainAttention(torch.autograd.Function):
+    """Attention as matrix products and a softmax, which is kept for the backward pass.
+
+    From q, k and v (B, N, 3d) to the first `kept` tokens of the output (B, kept, d).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, heads: int, kept: int | None) -> Tensor:
+        batch, tokens, width = qkv.shape
+        parts = qkv.view(batch, tokens, 3, heads, -1).permute(2, 0, 3, 1, 4)
+        parts = parts.reshape(3, batch * heads, tokens, -1)
+        q, k, v = parts[0, :, :kept], parts[1], parts[2]
+        ctx.scale = q.shape[-1] ** -0.5
+        weights = torch.baddbmm(q.new_empty(()), q, k.mT, beta=0, alpha=ctx.scale).softmax(dim=-1)
+        ctx.save_for_backward(parts, weights)
+        return (weights @ v).view(batch, heads, -1, q.shape[-1]).transpose(1, 2).flatten(2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        parts, weights = ctx.saved_tensors
+        kept, (_, _, tokens, size) = weights.shape[1], parts.shape
+        q, k, v = parts[0, :, :kept], parts[1], parts[2]
+        batch, heads = len(gradient), gradient.shape[-1] // size
+        gradient = gradient.unflatten(-1, (heads, size)).transpose(1, 2).reshape(batch * heads, kept, size)
+        result = torch.empty_like(parts) if kept == tokens else torch.zeros_like(parts)
+        torch.bmm(weights.mT, gradient, out=result[2])
+        scores = torch._softmax_backward_data(gradient @ v.mT, weights, -1, weights.dtype).mul_(ctx.scale)
+        torch.bmm(scores, k, out=result[0, :, :kept])
+        torch.bmm(scores.mT, q, out=result[1])
+        result = result.view(3, batch, heads, tokens, size).permute(1, 3, 0, 2, 4)
+        return result.reshape(batch, tokens, -1), None, None
 
 
 class FoldedScale(nn.Module):

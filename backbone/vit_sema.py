@@ -125,22 +125,6 @@ class SEMAVisionTransformer(nn.Module):
             for handle in handles:
                 handle.remove()
 
-    @contextmanager
-    def plain_attention(self) -> Iterator[None]:
-        """Attention as matrix products and a softmax instead of one fused kernel; equal to rounding.
-
-        On CPUs the fused kernel's backward pass is the slower one in bf16.
-        """
-        attentions = [block.block.attn for block in self.vit.blocks]
-        fused = [attention.fused_attn for attention in attentions]
-        try:
-            for attention in attentions:
-                attention.fused_attn = False
-            yield
-        finally:
-            for attention, before in zip(attentions, fused, strict=True):
-                attention.fused_attn = before
-
     # --- depths ---------------------------------------------------------------------------------------------
 
     @property

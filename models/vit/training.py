@@ -9,7 +9,6 @@ over the current task's classes; older classes take no part.
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -124,21 +123,11 @@ class FunctionalPhase(Phase):
     def loss(self, batch: Batch) -> StepResult:
         learner = self.learner
         targets = batch.targets.to(learner.device) - learner.classes.start
-        with learner.autocast(), self.fastest_attention():
+        with learner.autocast():
             features = learner.network(batch.inputs.to(learner.device), batch.depth).float()
         logits = learner.head.newest(features)  # (B, C_t)
         loss = learner.loss(logits, targets, features)
         return StepResult(loss, len(targets), (logits.argmax(1) == targets).sum())
-
-    def fastest_attention(self) -> AbstractContextManager[None]:
-        """Plain attention for bf16 training on CPUs, fused attention elsewhere.
-
-        There the fused kernel's backward pass takes 35 to 40 % of a step: a step of the last three blocks
-        took 109 ms fused and 69 ms plain for ViT-S at 112 px, 350 and 266 ms at 224 px (batch 16, one thread
-        with AMX); forward passes alone, and fp32, are as fast or faster fused.
-        """
-        plain = self.learner.device.type == "cpu" and self.config.precision == "bf16"
-        return self.learner.network.plain_attention() if plain else nullcontext()
 
     def before_step(self, step: int) -> None:
         if self.trace is not None:
