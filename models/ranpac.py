@@ -27,6 +27,7 @@ from models.vit import calibration
 from models.vit.class_incremental import ClassIncrementalLearner
 from models.vit.closed_form import ClosedFormHead, fit_drift
 from models.vit.training import adapted_network, functional_groups, train_functional
+from utils.analysis.ridge_path import RidgePath, add_gram_, symmetric_
 from utils.inc_net import IncrementalHead
 from utils.training.optim import ParameterGroup
 from utils.training.random import rng
@@ -37,6 +38,8 @@ RIDGES = [10.0**k for k in range(-8, 10)]  # candidates for lambda, as published
 FINER = [10.0**-0.5, 10.0**0.5]  # and, relative to the best of them, its neighbours on a grid twice as fine
 HELD_OUT = 0.2  # share of a task's training features that chooses lambda, as published
 FIT, HELD = range(2)  # the two parts that the sums are kept in
+IMAGES = 2048  # whose random features are held at once
+SOLUTIONS = 2**25  # numbers in the solutions W that are compared at once: 0.27 GB
 
 
 class RanPACHead(ClosedFormHead):
@@ -54,11 +57,12 @@ class RanPACHead(ClosedFormHead):
 
         ||H_held W - Y_held||^2 = tr(W^T G_held W) - 2 tr(W^T Q_held) + n_held,
 
-    and the classifier is then solved from both. Published, the newest task's fifth alone chooses: few images
-    of few classes, with which lambda jumps by a factor of ten from task to task. A lambda with which a sum is
-    not positive definite to working precision (images repeated, fewer than random features) is passed over
-    for the next best, of equal errors for the smaller power of ten; where all are, lambda goes on growing by
-    tens until one will do.
+    and the classifier is then solved from both. The W of all candidates come from one factorization
+    (`utils/analysis/ridge_path.py`). Published, the newest task's fifth alone chooses: few images of few
+    classes, with which lambda jumps by a factor of ten from task to task. A lambda with which a sum is not
+    positive definite to working precision (images repeated, fewer than random features) is passed over for
+    the next best, of equal errors for the smaller power of ten; where all are, lambda goes on growing by tens
+    until one will do.
 
     When the backbone moves, the random features of the newest task's images are known before and after, which
     gives an affine map h -> J^T h + b (`fit_drift`). Sums over images that are no longer there follow it
@@ -86,6 +90,7 @@ class RanPACHead(ClosedFormHead):
         super().__init__(width)
         self.seed, self.dim = seed, dim
         self.ridge: float | None = None  # lambda; unknown until `refit`, as in a head that was loaded
+        self.fit_weights: Tensor | None = None  # (M, C), with the same lambda from the part that fits alone
         shapes = {"gram": (2, dim, dim), "cross": (2, dim, 0), "part_counts": (2, 0), "weights": (dim, 0)}
         for name, shape in shapes.items():
             self.register_buffer(name, torch.zeros(shape, dtype=torch.float64))
@@ -98,14 +103,16 @@ class RanPACHead(ClosedFormHead):
         classes = len(self.counts)
         missing = classes - self.cross.shape[-1]
         self.cross, self.part_counts = F.pad(self.cross, (0, missing)), F.pad(self.part_counts, (0, missing))
-        hidden = self.random_features(features)
-        held, rest = self._split(len(hidden), classes)
+        held, rest = self._split(len(features), classes)
         for part, rows in ((FIT, rest), (HELD, held)):
-            one_hot = F.one_hot(targets[rows], classes).double()
-            self.gram[part] += _symmetric(hidden[rows].T @ hidden[rows])
-            self.cross[part] += hidden[rows].T @ one_hot
-            self.part_counts[part] += one_hot.sum(dim=0)
-        self.ridge, self.weights = self._solution()
+            for some in rows.split(IMAGES):
+                hidden = self.random_features(features[some])
+                one_hot = F.one_hot(targets[some], classes).double()
+                add_gram_(self.gram[part], hidden)
+                self.cross[part] += hidden.T @ one_hot
+                self.part_counts[part] += one_hot.sum(dim=0)
+            symmetric_(self.gram[part])
+        self._solve_all()
         logger.info(f"Ridge head: lambda {self.ridge:g} for {classes} classes, {self.dim} random features")
 
     def compensate_drift(self, before: Tensor, after: Tensor) -> float:
@@ -114,7 +121,7 @@ class RanPACHead(ClosedFormHead):
         for gram, cross, counts in zip(self.gram, self.cross, self.part_counts, strict=True):  # views
             mixed = torch.outer(jacobian.T @ cross.sum(dim=1), shift)
             moved = jacobian.T @ gram @ jacobian + mixed + mixed.T + counts.sum() * torch.outer(shift, shift)
-            gram.copy_(_symmetric(moved))
+            symmetric_(gram.copy_(moved))
             cross.copy_(jacobian.T @ cross + torch.outer(shift, counts))
         return explained
 
@@ -127,8 +134,11 @@ class RanPACHead(ClosedFormHead):
 
     def unseen_scores(self, features: Tensor, targets: Tensor) -> Tensor | None:
         """Scores by the ridge regression of the part that fits, with the lambda of both."""
-        weights = _solve(self.gram[FIT], self.cross[FIT], self.ridge or self._solution()[0])
-        return None if weights is None else (self.random_features(features.cpu().double()) @ weights).float()
+        if self.ridge is None:
+            self._solve_all()
+        if self.fit_weights is None:
+            return None
+        return (self.random_features(features.cpu().double()) @ self.fit_weights).float()
 
     def _split(self, images: int, classes: int) -> tuple[Tensor, Tensor]:
         """Positions among a task's images: those held out, and the others."""
@@ -140,45 +150,58 @@ class RanPACHead(ClosedFormHead):
         """h(f) = relu(f P): (n, d) -> (n, M), float64."""
         return F.relu(features @ self.projection)
 
-    def _solution(self) -> tuple[float, Tensor]:
-        """lambda, and the weights (M, C) solved with it from both parts."""
-        gram, cross = self.gram.sum(dim=0), self.cross.sum(dim=0)
+    def _solve_all(self) -> None:
+        """Choice of lambda, and the weights with it: from both parts, and from the part that fits."""
+        ranked, fitted = self.ranked_ridges()
         larger = (RIDGES[-1] * 10.0**k for k in itertools.count(1))
-        for ridge in itertools.chain(self.ranked_ridges(), larger):
-            if (weights := _solve(gram, cross, ridge)) is not None:
-                return ridge, weights
-        raise RuntimeError("no lambda makes the sums positive definite")
+        for ridge in itertools.chain(ranked, larger):
+            weights = _solve(self.gram, self.cross, ridge)
+            if weights is not None:
+                break
+        if fitted is None or ridge != ranked[0]:
+            fitted = _solve(self.gram[FIT, None], self.cross[FIT, None], ridge)
+        self.ridge, self.weights, self.fit_weights = ridge, weights, fitted
 
-    def ranked_ridges(self) -> list[float]:
-        """Candidates for lambda by held-out squared error: powers of ten, and neighbours of the best."""
-        errors = self._held_out_errors(RIDGES)
+    def ranked_ridges(self) -> tuple[list[float], Tensor | None]:
+        """Candidates for lambda by held-out squared error: powers of ten, and neighbours of the best.
+
+        Beside them the weights (M, C) of the best, from the part that fits; None where no candidate has any.
+        """
+        path = RidgePath(self.gram[FIT])
+        errors = self._held_out_errors(path, RIDGES)
         best = min(errors, key=errors.get, default=None)
-        errors |= self._held_out_errors([best * factor for factor in FINER] if best else [])
-        return sorted(errors, key=errors.get)
+        errors |= self._held_out_errors(path, [best * factor for factor in FINER] if best else [])
+        ranked = sorted(errors, key=errors.get)
+        return ranked, path.solve(self.cross[FIT], ranked[:1])[0][0] if ranked else None
 
-    def _held_out_errors(self, ridges: list[float]) -> dict[float, float]:
+    def _held_out_errors(self, path: RidgePath, ridges: list[float]) -> dict[float, float]:
         """Squared error on the held-out part, up to a constant, by lambda.
 
         A lambda with which the system cannot be solved is left out.
         """
-        errors = {}
-        for ridge in ridges:
-            weights = _solve(self.gram[FIT], self.cross[FIT], ridge)
-            if weights is not None:
-                fitted = self.gram[HELD] @ weights - 2 * self.cross[HELD]
-                errors[ridge] = float((weights * fitted).sum())
+        errors, at_once = {}, max(1, SOLUTIONS // self.cross[FIT].numel())
+        for start in range(0, len(ridges), at_once):
+            some = ridges[start : start + at_once]
+            weights, solved = path.solve(self.cross[FIT], some)  # (R, M, C)
+            fitted = (self.gram[HELD] @ weights.movedim(0, 1).flatten(1)).view(self.dim, len(some), -1)
+            terms = weights * (fitted.movedim(1, 0) - 2 * self.cross[HELD])
+            found = zip(some, terms.sum(dim=(1, 2)).tolist(), solved.tolist(), strict=True)
+            errors |= {ridge: error for ridge, error, is_solved in found if is_solved}
         return errors
 
 
-def _solve(gram: Tensor, cross: Tensor, ridge: float) -> Tensor | None:
-    """(G + ridge I)^-1 Q; None where the sum is not positive definite to working precision."""
-    factor, failed = torch.linalg.cholesky_ex(gram + ridge * torch.eye(len(gram), dtype=gram.dtype))
-    return None if failed else torch.cholesky_solve(cross, factor)
+def _solve(grams: Tensor, crosses: Tensor, ridge: float) -> Tensor | None:
+    """(G + ridge I)^-1 Q of parts (n, M, M) and (n, M, C), summed.
 
-
-def _symmetric(matrix: Tensor) -> Tensor:
-    """The lower triangle with its mirror image, exactly symmetric where the matrix was but for rounding."""
-    return matrix.tril() + matrix.tril(-1).mT
+    None where the sum is not positive definite to working precision.
+    """
+    gram = grams.sum(dim=0)
+    gram.diagonal().add_(ridge)
+    factor, failed = torch.linalg.cholesky_ex(gram)
+    if failed:
+        return None
+    half = torch.linalg.solve_triangular(factor, crosses.sum(dim=0), upper=False)
+    return torch.linalg.solve_triangular(factor.mT, half, upper=True)
 
 
 def _pack_gram(head: RanPACHead, tensors: dict[str, Any], prefix: str, *_: Any) -> None:
@@ -190,13 +213,14 @@ def _pack_gram(head: RanPACHead, tensors: dict[str, Any], prefix: str, *_: Any) 
 
 def _unpack_gram(head: RanPACHead, tensors: dict[str, Any], prefix: str, *_: Any) -> None:
     """Hook of `load_state_dict`: the reverse; the whole matrices of older checkpoints stay as they are."""
+    head.ridge = head.fit_weights = None
     packed, whole = tensors.get(f"{prefix}gram"), torch.zeros_like(head.gram)
     if packed is None or packed.dim() != 2 or packed.shape[1] != head.dim * (head.dim + 1) // 2:
         return
     lower = torch.ones(head.dim, head.dim, dtype=torch.bool).tril()
     for part, values in zip(whole, packed, strict=True):
         part[lower] = values
-        part.copy_(_symmetric(part))
+        symmetric_(part)
     tensors[f"{prefix}gram"] = whole
 
 

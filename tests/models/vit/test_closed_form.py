@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from models.ranpac import FINER, FIT, HELD, RIDGES, RanPACHead
 from models.vit import closed_form
@@ -78,8 +80,88 @@ def test_lambda_is_the_one_that_predicts_held_out_images_best() -> None:
     for name, wanted in (("clean", labels), ("noise", noise)):
         head = RanPACHead(WIDTH, seed=3, dim=100)
         head.add(features, wanted)
-        chosen[name] = head.ranked_ridges()[0]
+        chosen[name] = head.ranked_ridges()[0][0]
     assert chosen["noise"] > 100 * chosen["clean"]
+
+
+def brute_force(head: RanPACHead, hidden: list[Tensor], labels: list[Tensor]) -> tuple[float, Tensor, Tensor]:
+    """lambda, and W of both parts and of the one that fits, by singular values of the random features."""
+    one_hot = [F.one_hot(part, len(head.counts)).double() for part in labels]
+
+    def weights(x: Tensor, y: Tensor, ridge: float) -> Tensor:
+        u, s, vt = torch.linalg.svd(x, full_matrices=False)
+        return vt.T @ ((s / (s.square() + ridge))[:, None] * (u.T @ y))
+
+    def error(ridge: float) -> float:
+        fitted = weights(hidden[FIT], one_hot[FIT], ridge)
+        return float((hidden[HELD] @ fitted - one_hot[HELD]).square().sum())
+
+    best = min(RIDGES, key=error)
+    best = min([best, *(best * factor for factor in FINER)], key=error)
+    both = weights(torch.cat(hidden), torch.cat(one_hot), best)
+    return best, both, weights(hidden[FIT], one_hot[FIT], best)
+
+
+# Problem: random features, images of each class, share of wrong labels, factor of the features.
+CHOICES = {
+    "more images than random features": (40, [30, 30, 30], 0.3, 1.0),
+    "more random features than images, in blocks of unequal size": (150, [30, 30, 30], 0.3, 1.0),
+    "classes of unequal size": (100, [60, 20, 7, 3], 0.3, 1.0),
+    "labels that mean nothing: the largest lambda": (100, [30, 30], 1.0, 300.0),
+    "large numbers": (100, [30, 30, 30], 0.3, 1e4),
+    "small numbers": (100, [30, 30, 30], 0.3, 1e-3),
+}
+
+
+@pytest.mark.parametrize("problem", CHOICES)
+def test_lambda_and_weights_are_those_of_brute_force(problem: str) -> None:
+    """In both of two tasks, also for the part that fits alone, by which calibration scores."""
+    dim, sizes, wrong, factor = CHOICES[problem]
+    head, known = RanPACHead(WIDTH, seed=3, dim=dim), 0
+    hidden, labels = [[], []], [[], []]
+    for task in range(2):
+        features, targets = classes_of_features(range(known, known + len(sizes)), max(sizes), seed=task)
+        kept = torch.cat([(targets == known + c).nonzero()[:n, 0] for c, n in enumerate(sizes)])
+        features, targets, known = factor * features[kept], targets[kept], known + len(sizes)
+        mixed = torch.rand(len(targets), generator=rng("test wrong", task)) < wrong
+        targets[mixed] = targets[mixed][torch.randperm(int(mixed.sum()), generator=rng("test mixed", task))]
+        head.add(features, targets)
+        held = head.unseen_rows(len(features), known)
+        rest = torch.from_numpy(np.setdiff1d(np.arange(len(features)), held.numpy()))
+        for part, rows in ((FIT, rest), (HELD, held)):
+            hidden[part].append(head.random_features(features[rows].double()))
+            labels[part].append(targets[rows])
+        ridge, both, fitted = brute_force(head, [*map(torch.cat, hidden)], [*map(torch.cat, labels)])
+        assert head.ridge == ridge
+        torch.testing.assert_close(head.weights, both, rtol=1e-6, atol=1e-6 * float(both.abs().max()))
+        expected = head.random_features(features[held].double()) @ fitted
+        torch.testing.assert_close(head.unseen_scores(features[held], targets[held]), expected.float())
+
+
+def test_where_no_candidate_can_be_solved_lambda_grows_on() -> None:
+    features = torch.full((20, WIDTH), 1e14)
+    head = RanPACHead(WIDTH, seed=3, dim=30)
+    head.add(features, torch.arange(20) % 4)
+    assert max(RIDGES) < head.ridge < 1e20 and torch.isfinite(head(features)).all()
+    assert torch.isfinite(head.unseen_scores(features, torch.arange(20) % 4)).all()
+
+
+def test_choosing_lambda_takes_one_factorization_whatever_the_number_of_candidates() -> None:
+    """Of matrices as large as the sums, a task factorizes one for its classifier, and calibration none."""
+    dim, found = 200, []
+
+    class Counted(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            if function in (torch.linalg.cholesky_ex, torch.linalg.eigh) and args[0].shape[-1] == dim:
+                found.append(function.__name__)
+            return function(*args, **(kwargs or {}))
+
+    features, labels = classes_of_features(range(4), 40)
+    head = RanPACHead(WIDTH, seed=3, dim=dim)
+    with Counted():
+        head.add(features, labels)
+        head.unseen_scores(features, labels)
+    assert len(found) == 1
 
 
 REPEATED = {
@@ -145,7 +227,7 @@ def test_lambda_is_chosen_on_what_was_held_out_of_all_tasks() -> None:
         weights = torch.linalg.solve(gram, hidden[~held].T @ wanted[~held])
         errors[ridge] = float((hidden[held] @ weights - wanted[held]).square().sum())
     best = min(errors, key=errors.get)
-    assert head.ranked_ridges()[0] in [best, *(best * factor for factor in FINER)]
+    assert head.ranked_ridges()[0][0] in [best, *(best * factor for factor in FINER)]
     assert head.part_counts.tolist()[HELD] == torch.bincount(labels[held], minlength=4).tolist()
 
 
@@ -169,6 +251,10 @@ def test_a_head_loaded_from_its_state_is_the_same_and_goes_on_the_same(kind: typ
     queries = torch.randn(5, WIDTH)
     assert torch.equal(one(queries), other(queries))
     assert one(queries).shape == (5, 5)
+    loaded = new_head(kind, 16)
+    loaded.load_state_dict(one.state_dict())  # stopped before its calibration
+    images = classes_of_features(range(3, 5), 8)
+    assert torch.equal(loaded.unseen_scores(*images), one.unseen_scores(*images))
 
 
 def test_a_checkpoint_of_ranpac_holds_one_triangle_of_its_sums() -> None:
