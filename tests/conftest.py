@@ -35,6 +35,7 @@ TINY = {
     "batch_size": 8,
     "func_epoch": 1,
     "rd_epoch": 2,
+    "figure_format": "none",  # half of such a run
 }
 
 TINY_SDLORA = {
@@ -54,6 +55,7 @@ TINY_SDLORA = {
     "init_lr": 0.05,
     "lrate": 0.05,
     "lora_rank": 2,
+    "figure_format": "none",
 }
 
 
@@ -82,6 +84,7 @@ TINY_GRIDS = {
     "few_shot_queries": 8,
     "few_shot_steps": 4,
     "few_shot_every": 2,
+    "figure_format": "none",
 }
 
 

@@ -40,7 +40,7 @@ def folders(logs: Path) -> list[Path]:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of one finished run."""
     logs = tmp_path_factory.mktemp("logs")
-    assert main.main(arguments(logs)) == 0
+    assert main.main(arguments(logs, figure_format="png")) == 0
     return folders(logs)[0]
 
 
@@ -179,18 +179,13 @@ def test_eval_tests_any_checkpoint(finished: Path, capsys: pytest.CaptureFixture
     assert f"{accuracy:6.2f}" in shown and "task   1" not in shown
 
 
-def test_eval_recorded_tests_nothing(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert evaluation.main(["--run", str(finished), "--recorded"]) == 0
-    shown = capsys.readouterr().out
-    assert "recorded accuracy" in shown and "class-incremental" not in shown
-
-
-def test_a_run_folder_may_be_where_we_are(
+def test_eval_recorded_tests_nothing_and_the_folder_may_be_where_we_are(
     finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(finished)
     assert evaluation.main(["--run", ".", "--recorded"]) == 0
-    assert "recorded accuracy" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "recorded accuracy" in shown and "class-incremental" not in shown
     assert main.main(["--resume", "."]) == 2
     assert f"{finished} is finished" in capsys.readouterr().err
 
@@ -281,16 +276,13 @@ STAND_INS = {
     "adapt_start_layer": 4, "adapt_end_layer": 5, "init_cls": 2, "increment": 2, "max_tasks": 2,
     "max_train_per_class": 2, "max_test_per_class": 1, "func_epoch": 1, "rd_epoch": 1, "init_epoch": 1,
     "epochs": 1,
-    "seed": 1, "device": "cpu", "precision": "fp32", "ranpac_dim": 20,
+    "seed": 1, "device": "cpu", "precision": "fp32", "ranpac_dim": 20, "figure_format": "none",
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("path", EXPS, ids=lambda path: path.stem)
-def test_every_shipped_config_builds_its_learner(
-    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_shipped_config_builds_its_learner(path: Path, tmp_path: Path) -> None:
     """End to end on generated images and an untrained tiny backbone: only data, weights and sizes differ."""
-    monkeypatch.setattr("trainer.draw_figures", lambda folder, figures: [])  # most of the time
     changes = STAND_INS | {"filepath": str(tmp_path / "files"), "logs_root": str(tmp_path)}
     changes |= {"cache_root": str(tmp_path / "cache")}
     schema = type(load_config(path, [], SCHEMAS).config)

@@ -96,9 +96,10 @@ def pictures(figures: Mapping[str, Figure], form: str) -> dict[str, bytes]:
     """Every figure as PNG, which pages embed, and in another form where one is asked for, by file name.
 
     figures: by their PNG's names.
+    form: "none" asks for none beside PNG, as "png" does.
     """
     drawn = {name: png(figure) for name, figure in figures.items()}
-    if form != "png":
+    if form not in ("png", "none"):
         more = {f"{name.removesuffix('.png')}.{form}": picture(figures[name], form) for name in figures}
         drawn |= more
     return drawn

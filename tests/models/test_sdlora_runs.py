@@ -60,7 +60,7 @@ def whole(logs: Path) -> tuple[dict[str, Any], dict[str, str], dict[str, str]]:
 def reference(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     """A finished run: where it is, and the moments it went through."""
     logs = tmp_path_factory.mktemp("reference")
-    code, moments = run(command(logs))
+    code, moments = run(command(logs, figure_format="png"))
     assert code == 0
     return logs, moments
 

@@ -40,8 +40,8 @@ class AnalysisResult:
     text: str
 
 
-def write_results(folder: Path, results: Mapping[str, AnalysisResult]) -> list[Path]:
-    """Write `<name>.json`, tables and figures of every analysis into the folder; returns the files.
+def write_results(folder: Path, results: Mapping[str, AnalysisResult], *, figures: bool = True) -> list[Path]:
+    """Write `<name>.json`, tables and, unless told otherwise, figures of every analysis; returns the files.
 
     Older ones are replaced. A table without a row is left out.
     """
@@ -55,7 +55,7 @@ def write_results(folder: Path, results: Mapping[str, AnalysisResult]) -> list[P
         for file, text in texts.items():
             paths.append(replace_file(folder / file, text.encode()))
         with mpl.rc_context(STYLE):
-            for stem, draw in result.figures.items():
+            for stem, draw in result.figures.items() if figures else ():
                 paths.append(replace_file(folder / f"{stem}.png", png(draw())))
     return paths
 

@@ -78,6 +78,8 @@ Figures = Callable[[Sequence[Mapping[str, Any]], Sequence[Sequence[float]], str]
 def draw_figures(run_folder: Path, figures: Figures) -> list[Path]:
     """Draw every figure the run has numbers for into `<run_folder>/figures`; returns the files written.
 
+    Where the run's `figure_format` is "none" the folder is made and stays as it is.
+
     Args:
         figures: a learner's, (events, rows of the accuracy matrix, line under the titles) -> figures by file
             name.
@@ -85,7 +87,10 @@ def draw_figures(run_folder: Path, figures: Figures) -> list[Path]:
     Raises:
         UserError: the folder is no run's, or one of its files is damaged.
     """
-    config = read_json(run_folder / CONFIG)
+    config, folder = read_json(run_folder / CONFIG), run_folder / FIGURES
+    if config.get("figure_format") == "none":
+        folder.mkdir(exist_ok=True)
+        return []
     about = describe(config, finished=(run_folder / RESULT).exists())
     events = read_metrics(run_folder)
     rows = read_accuracy_csv(run_folder) if accuracy_path(run_folder).exists() else []
@@ -100,7 +105,6 @@ def draw_figures(run_folder: Path, figures: Figures) -> list[Path]:
         raise UserError(
             f"{run_folder / METRICS} holds events that cannot be drawn ({told}): it is damaged, restore it"
         ) from error
-    folder = run_folder / FIGURES
     folder.mkdir(exist_ok=True)
     return [replace_file(folder / name, content) for name, content in drawn.items()]
 

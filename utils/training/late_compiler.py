@@ -31,15 +31,19 @@ class _Later(ModuleType):
 
 def import_networks() -> None:
     """Import timm, and torchvision with it; the compiler follows at the first call that needs it."""
+    if "timm" in sys.modules:
+        return
     import torch
 
     disable = torch.compiler.disable
     sys.modules.setdefault(ASKED_BY_TORCHVISION, _Later(ASKED_BY_TORCHVISION))
-    torch.compiler.disable = lambda fn=None, recursive=True, **_: torch._disable_dynamo(fn, recursive)
+    torch.compiler.disable = getattr(torch, "_disable_dynamo", disable)
     try:
         importlib.import_module("timm")
     finally:
         torch.compiler.disable = disable
+        if isinstance(sys.modules.get(ASKED_BY_TORCHVISION), _Later):  # nobody asked
+            del sys.modules[ASKED_BY_TORCHVISION]
 
 
 @functools.cache

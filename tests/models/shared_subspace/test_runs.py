@@ -48,7 +48,8 @@ def outcome(folder: Path) -> dict[str, Any]:
     result = {key: value for key, value in result_of(folder).items() if key != "cost"}
     times = ("seconds", "peak_memory_mb")
     events = [{k: v for k, v in event.items() if k not in times} for event in read_metrics(folder)]
-    analysis = {path.name: path.read_bytes() for path in (folder / "analysis").iterdir()}
+    files = [path for path in (folder / "analysis").iterdir() if path.suffix != ".png"]
+    analysis = {path.name: path.read_bytes() for path in files}
     return {"result": result, "events": events, "analysis": analysis}
 
 
@@ -56,7 +57,7 @@ def outcome(folder: Path) -> dict[str, Any]:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of one finished run."""
     logs = tmp_path_factory.mktemp("finished")
-    assert main.main(arguments(logs)) == 0
+    assert main.main(arguments(logs, figure_format="png")) == 0
     return folder_of(logs)
 
 

@@ -23,6 +23,7 @@ from utils.runs.run_log import read_metrics
 from utils.stop import StopRequest, stop_signals
 
 SMALL = {"max_train_per_class": 3, "max_test_per_class": 2, "func_epoch": 1, "rd_epoch": 0, "batch_size": 3}
+SMALL["figure_format"] = "png"
 
 
 def command(logs: Path, **changes: Any) -> list[str]:

@@ -99,6 +99,7 @@ def test_a_run_is_shown_whole_with_its_name_group_and_figures(tmp_path: Path) ->
     """Trained on the tiny data, by both trackers and without TensorBoard."""
     pytest.importorskip("wandb", reason="needs requirements-trackers.txt")
     small = {**TINY, "max_tasks": 2, "rd_epoch": 1, "max_train_per_class": 8, "seed": 7}
+    small["figure_format"] = "png"
     assert main.main(command("smoke.json", tmp_path, **small, trackers=["wandb", "mlflow"])) == 0
     folder = folder_of(tmp_path)
     rows = recorded(folder)
