@@ -83,6 +83,14 @@ def test_every_figure_of_a_run_is_drawn_where_it_belongs_and_again_alike(tmp_pat
     assert {path: path.read_bytes() for path in draw_figures(run, class_incremental_figures)} == first
 
 
+def test_none_are_drawn_where_none_are_asked_for(tmp_path: Path) -> None:
+    """The folder is there all the same: without it a run is not finished."""
+    run = write_run(tmp_path / "run")
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | {"figure_format": "none"}))
+    assert draw_figures(run, class_incremental_figures) == [] == list((run / "figures").iterdir())
+
+
 @pytest.mark.parametrize(
     ("run", "expected"),
     [({"norms": False, "growth": False}, ALL[:2]), ({"tasks": 0, "result": False}, [])],
