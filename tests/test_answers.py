@@ -13,18 +13,48 @@ from tests.conftest import ROOT
 from utils.metric_catalogue import CLASS_INCREMENTAL
 
 HEAVY = {"torch", "timm", "torchvision", "pandas", "matplotlib", "scipy", "tensorboard"}
-COMMAND = """
-import sys
-sys.path.insert(0, {root!r})
-sys.argv[0] = "main.py"
-import {command} as command
-code = 0
-try:
-    code = command.main(sys.argv[1:])
-except SystemExit as ended:
-    code = ended.code
-print("\\nLOADED", code, *({heavy} & sys.modules.keys()))
+SCRIPT = (
+    f"HEAVY = {HEAVY!r}"
+    + """
+import json, os, sys, tempfile
+
+sys.path.insert(0, sys.argv[1])
+import eval, main, models
+
+for command, arguments in json.loads(sys.argv[2]):
+    with tempfile.TemporaryFile("w+") as printed:
+        if os.fork() == 0:
+            answer = os.dup(1)
+            os.dup2(printed.fileno(), 1)
+            os.dup2(printed.fileno(), 2)
+            sys.argv = ["main.py", *arguments]
+            try:
+                code = {"main": main, "eval": eval}[command].main(arguments)
+            except SystemExit as ended:
+                code = ended.code
+            sys.stdout.flush()
+            printed.seek(0)
+            loaded = sorted(HEAVY & sys.modules.keys())
+            os.write(answer, (json.dumps([code, loaded, printed.read()]) + "\\n").encode())
+            os._exit(0)
+        os.wait()
 """
+)
+ASKED = [  # command, arguments, exit code, words of the answer
+    ("main", ["--help"], 0, "--method"),
+    ("main", ["exps/smok.json"], 2, "did you mean"),
+    ("main", ["exps/quickstart.json", "--set", "nested_lora_rnk=4"], 2, "nested_lora_rank"),
+    ("main", ["exps/sweeps/smoke.json", "--set", "batch_size=0"], 2, "too small"),
+    ("main", ["--method", "ranpac", "--dataset", "cifar224", "--set", "ranpac_dim=0"], 2, "too small"),
+    ("main", ["--resume", "logs/nonsense"], 2, "no config.json"),
+    ("main", ["--list", "methods"], 0, "simplecil"),
+    ("main", ["--list", "datasets"], 0, "mnist_5k"),
+    ("main", ["--list", "backbones"], 0, "vit_base_patch16_224"),
+    ("main", ["--list", "keys", "--method", "sdlora"], 0, "lora_rank"),
+    ("eval", ["--help"], 0, "--checkpoint"),
+    ("eval", ["--run", "logs/nonsense"], 2, "no config.json"),
+    ("eval", ["--compare", "logs/a", "logs/b"], 2, "no such folder"),
+]
 
 
 def answer(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -32,35 +62,20 @@ def answer(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("command", "arguments", "code", "words"),
-    [
-        ("main", ["--help"], 0, "--method"),
-        ("main", ["exps/smok.json"], 2, "did you mean"),
-        ("main", ["exps/quickstart.json", "--set", "nested_lora_rnk=4"], 2, "nested_lora_rank"),
-        ("main", ["exps/sweeps/smoke.json", "--set", "batch_size=0"], 2, "too small"),
-        ("main", ["--method", "ranpac", "--dataset", "cifar224", "--set", "ranpac_dim=0"], 2, "too small"),
-        ("main", ["--resume", "logs/nonsense"], 2, "no config.json"),
-        ("main", ["--list", "methods"], 0, "simplecil"),
-        ("main", ["--list", "datasets"], 0, "mnist_5k"),
-        ("main", ["--list", "backbones"], 0, "vit_base_patch16_224"),
-        ("main", ["--list", "keys", "--method", "sdlora"], 0, "lora_rank"),
-        ("eval", ["--help"], 0, "--checkpoint"),
-        ("eval", ["--run", "logs/nonsense"], 2, "no config.json"),
-        ("eval", ["--compare", "logs/a", "logs/b"], 2, "no such folder"),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
-)
-def test_answers_import_nothing_heavy_and_need_no_folder(
-    command: str, arguments: list[str], code: int, words: str, tmp_path: Path
-) -> None:
-    """Asked from another folder: files of the project are found there, and nothing is written."""
-    script = COMMAND.format(root=str(ROOT), command=command, heavy=HEAVY)
+def test_answers_import_nothing_heavy_and_need_no_folder(tmp_path: Path) -> None:
+    """Asked from another folder: files of the project are found there, and nothing is written.
+
+    Each is asked in a fork of its own of a process that has imported the two command lines alone.
+    """
+    asked = json.dumps([line[:2] for line in ASKED])
     done = subprocess.run(
-        [sys.executable, "-c", script, *arguments], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
-    assert done.stdout.splitlines()[-1] == f"LOADED {code}", done.stderr
-    assert words in done.stdout + done.stderr and "Traceback" not in done.stderr
+        [sys.executable, "-c", SCRIPT, str(ROOT), asked],
+        cwd=tmp_path, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    for (_, arguments, code, words), (ended, loaded, printed) in zip(ASKED, answers, strict=True):
+        assert (ended, loaded) == (code, []), (arguments, printed)
+        assert words in printed and "Traceback" not in printed, arguments
     assert list(tmp_path.iterdir()) == []
 
 
