@@ -1,7 +1,8 @@
 """Runs that die where a test says: a child process runs the command line and sends itself a signal at a
 chosen moment.
 
-Children are forked from a server that has imported everything, so that one costs about a second.
+Children are forked from a server that has imported everything and computed nothing: one costs what its run
+computes.
 """
 
 import json
@@ -19,9 +20,11 @@ import backbone.sema_block
 import main
 import models.vit.activations
 import models.vit.task_inputs
+import trainer  # noqa: F401  with it what every run imports
 import utils.runs.checkpoint
 import utils.training.optim
 
+METHODS = [models.LEARNERS[name] for name in models.LEARNERS]  # imported, too
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.crash"])
 
