@@ -6,6 +6,7 @@ Text is escaped for HTML, or in Markdown by the filter `markdown`; tables are th
 """
 
 import base64
+import functools
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,6 +44,12 @@ class Picture(NamedTuple):
 
 def render(template: str, page: dict[str, Any]) -> bytes:
     """A filled template; what it names and the page lacks is an error."""
+    return _environment().get_template(template).render(page).encode()
+
+
+@functools.cache
+def _environment() -> Environment:
+    """The templates, each compiled once a process."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=select_autoescape(["html"]),
@@ -52,7 +59,7 @@ def render(template: str, page: dict[str, Any]) -> bytes:
         keep_trailing_newline=True,
     )
     environment.filters |= {"markdown": markdown_text, "words": breakable}
-    return environment.get_template(template).render(page).encode()
+    return environment
 
 
 def breakable(text: str) -> Markup:

@@ -52,9 +52,8 @@ def assert_same_run(ours: Path, theirs: Path) -> None:
 )
 def test_two_processes_train_what_one_does(tmp_path: Path, changes: dict[str, Any]) -> None:
     assert run(command("smoke.json", tmp_path / "one", **CHANGES | changes))[0] == 0
-    assert run_together(
-        command("smoke.json", tmp_path / "two", **CHANGES | changes, figure_format="png"), 2
-    ) == [0, 0]
+    drawn = CHANGES | changes | {"figure_format": "png"}
+    assert run_together(command("smoke.json", tmp_path / "two", **drawn), 2) == [0, 0]
     one, two = folder_of(tmp_path / "one"), folder_of(tmp_path / "two")
     assert sum(json.loads((one / "result.json").read_text())["adapters"].values()) > 2
     assert_same_run(two, one)
