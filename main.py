@@ -219,7 +219,7 @@ def way_out(name: str, values: list[str]) -> str:
 
 def run_sweep(options: argparse.Namespace) -> int:
     """Run a table of experiments, or report on it; the exit code."""
-    from models import SCHEMAS
+    from models import METHODS, SCHEMAS
     from utils.sweeps.spec import load_sweep
 
     try:
@@ -241,8 +241,15 @@ def run_sweep(options: argparse.Namespace) -> int:
     if options.report:
         report_sweep(table)
         return 0
-    engine, address = options.engine or "local", options.ray_address
-    return run_sweep(table, engine, jobs=options.jobs, address=address, overwrite=options.overwrite)
+    learners = {METHODS[cell.config.model_name].learner.rpartition(".")[0] for cell in table.cells}
+    return run_sweep(
+        table,
+        options.engine or "local",
+        jobs=options.jobs,
+        address=options.ray_address,
+        overwrite=options.overwrite,
+        imports=["main", "trainer", *sorted(learners), "utils.runs.manifest:code_sha256"],
+    )
 
 
 def run_seeds(loaded: Any, overwrite: bool, context: Any) -> None:

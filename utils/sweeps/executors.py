@@ -4,7 +4,8 @@
         executor.jobs             # runs that fit side by side
         executor.run(Job(...))    # Outcome(code=0, last_line="..."), when the process has ended
 
-A run is a process of its own. Both executors start it with `run_process`, so files and results are the same.
+A run is a process of its own. Both executors start it with `run_process`, so files and results are the same;
+the local one forks it from a process that has imported everything, where that is safe (Linux, no GPU).
 With Ray on several machines all must see the working folder, the code and the Python environment under the
 same paths.
 
@@ -20,6 +21,7 @@ import shlex
 import signal
 import socket
 import subprocess
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +30,7 @@ from typing import NamedTuple
 import psutil
 
 from utils.errors import UserError
+from utils.sweeps.forking import FORKS, Starter
 
 CGROUP = Path("/sys/fs/cgroup")  # limits of a container, in Linux
 POLL = 0.2  # seconds between two looks at processes, requests to stop, and signals
@@ -48,6 +51,11 @@ class Resources:
     def environment(self) -> dict[str, str]:
         """Variables that hold a process to its threads."""
         return {name: str(self.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+
+    @property
+    def whole_environment(self) -> dict[str, str]:
+        """All variables of a process: those of this one, its threads, no bars, output at once."""
+        return {**os.environ, **self.environment, "TQDM_DISABLE": "1", "PYTHONUNBUFFERED": "1"}
 
 
 @dataclass(frozen=True)
@@ -83,10 +91,21 @@ class LocalExecutor(AbstractContextManager):
     """Processes on this machine, within its cores and memory.
 
     Where there are GPUs, a job that wants one sees a single one; more jobs than GPUs share them in turn.
+
+    imports: what the jobs' scripts import (`Starter`), all with the threads of `resources`; they are forked
+        then, on Linux without GPUs. With none, and elsewhere, each is started anew.
     """
 
-    def __init__(self, resources: Resources, jobs: int | None = None, address: None = None) -> None:
+    def __init__(
+        self,
+        resources: Resources,
+        jobs: int | None = None,
+        address: None = None,
+        imports: Sequence[str] = (),
+    ) -> None:
         gpus = visible_gpus() if resources.gpu else []
+        forks = FORKS and imports and not gpus
+        self._starter = Starter(imports, resources.whole_environment) if forks else None
         self.jobs = jobs or jobs_at_once(resources, available_cores(), available_memory_gb(), len(gpus))
         self._gpus: queue.Queue[str | None] = queue.Queue()
         for gpu in itertools.islice(itertools.cycle(gpus or [None]), self.jobs):
@@ -95,27 +114,35 @@ class LocalExecutor(AbstractContextManager):
     def run(self, job: Job) -> Outcome | None:
         """Outcome of a job when it has ended; None if a stop was requested before it started."""
         if not job.resources.gpu:
-            return run_process(job)
+            return run_process(job, starter=self._starter)
         gpu = self._gpus.get()
         try:
-            return run_process(job, gpu)
+            return run_process(job, gpu, self._starter)
         finally:
             self._gpus.put(gpu)
 
     def __exit__(self, *_: object) -> None:
-        pass
+        if self._starter:
+            self._starter.close()
 
 
 class RayExecutor(AbstractContextManager):
     """Ray tasks, one per run: on the cluster at `address`, or on a Ray started here and shut down afterwards.
 
-    A task takes `threads` CPUs and, where the cluster has any and the run wants one, a GPU.
+    A task takes `threads` CPUs and, where the cluster has any and the run wants one, a GPU. `imports` are not
+    used: each job is started anew.
 
     Raises:
         UserError: Ray is not installed, no cluster answers, or none of its machines has `threads` CPUs.
     """
 
-    def __init__(self, resources: Resources, jobs: int | None = None, address: str | None = None) -> None:
+    def __init__(
+        self,
+        resources: Resources,
+        jobs: int | None = None,
+        address: str | None = None,
+        imports: Sequence[str] = (),
+    ) -> None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent anywhere
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # a CPU run keeps its environment
         try:
@@ -165,28 +192,31 @@ class RayExecutor(AbstractContextManager):
 EXECUTORS: dict[str, type[LocalExecutor] | type[RayExecutor]] = {"local": LocalExecutor, "ray": RayExecutor}
 
 
-def run_process(job: Job, gpu: str | None = None) -> Outcome | None:
+def run_process(job: Job, gpu: str | None = None, starter: Starter | None = None) -> Outcome | None:
     """Run a job's process to its end, passing on every request to stop; None if one came before it started.
+
+    gpu: the only one it sees. starter: what forks it, a Python script then, with the starter's variables.
 
     The process leads a group of its own, so a Ctrl-C in the terminal does not reach it. It is stopped by
     SIGTERM, to which runs react as to Ctrl-C: Ray's workers block SIGINT, and their processes inherit that.
     """
     if stop_requests(job.stop):
         return None
-    environment = {**os.environ, **job.resources.environment, "TQDM_DISABLE": "1", "PYTHONUNBUFFERED": "1"}
-    if gpu is not None:
-        environment["CUDA_VISIBLE_DEVICES"] = gpu
     with open(job.output, "ab") as output:
         start = output.tell()
-        process = subprocess.Popen(
-            job.command,
-            cwd=job.working_folder,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            process_group=0,
-        )
+        if starter:
+            process = starter.start(job.command[1:], job.working_folder, output)
+        else:
+            chosen = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
+            process = subprocess.Popen(
+                job.command,
+                cwd=job.working_folder,
+                env=job.resources.whole_environment | chosen,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                process_group=0,
+            )
         passed_on = 0
         while process.poll() is None:
             requested = stop_requests(job.stop)

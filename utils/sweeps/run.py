@@ -67,6 +67,7 @@ def run_sweep(
     jobs: int | None = None,
     address: str | None = None,
     overwrite: bool = False,
+    imports: Sequence[str] = (),
 ) -> int:
     """Run what the sweep has not finished yet, then write its report.
 
@@ -76,6 +77,7 @@ def run_sweep(
         jobs: runs at once; None for as many as fit.
         address: of a Ray cluster; None starts a Ray of our own.
         overwrite: run everything anew; earlier results are set aside until that is finished.
+        imports: what `main.py` imports for these runs, for executors that import it once (`Starter`).
 
     Returns:
         The exit code: 0 everything is finished, 1 some runs failed, 130 stopped before the end.
@@ -99,8 +101,11 @@ def run_sweep(
             waiting = to_do(sweep, runs, overwrite)
             failures, stopped = {}, False
             if waiting:
-                logger.info(space_for(waiting))
-                with EXECUTORS[engine](resources_of(sweep, waiting), jobs, address) as executor:
+                resources = resources_of(sweep, waiting)
+                on_cpu = all(str(run.config.device).lower() in ("auto", "cpu") for run in waiting)
+                once = imports if on_cpu else ()
+                with EXECUTORS[engine](resources, jobs, address, once) as executor:
+                    logger.info(space_for(waiting))
                     prepare_folder(sweep, runs, overwrite)
                     log_beginning(sweep, runs)
                     counts = f"{len(waiting)} of {len(runs)} runs to do, {executor.jobs} at once"

@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,14 +23,22 @@ import pytest
 
 import main
 import utils.sweeps.folder
-from tests.conftest import ROOT, TINY
+from tests.conftest import ROOT, TINY, TINY_SDLORA
 from tests.crash import outcome
 from tests.utils.runs.test_manifest import record
 from utils.errors import UserError
 from utils.reports.results import Results
 from utils.runs.folder import CONFIG, FIGURES, RESULT, FolderLock
 from utils.runs.manifest import MANIFEST
-from utils.sweeps.executors import EXECUTORS, Job, Outcome, Resources, run_process, stop_requests
+from utils.sweeps.executors import (
+    EXECUTORS,
+    Job,
+    LocalExecutor,
+    Outcome,
+    Resources,
+    run_process,
+    stop_requests,
+)
 
 TABLE = {
     "description": "what it is for",
@@ -101,8 +109,10 @@ class FakeExecutor(AbstractContextManager):
         self.started: list[tuple[str, ...]] = []
         self.given: list[Any] = []
 
-    def __call__(self, resources: Resources, jobs: int | None, address: str | None) -> "FakeExecutor":
-        self.given = [resources, jobs, address]
+    def __call__(
+        self, resources: Resources, jobs: int | None, address: str | None, imports: Sequence[str]
+    ) -> "FakeExecutor":
+        self.given = [resources, jobs, address, bool(imports)]
         return self
 
     def run(self, job: Job) -> Outcome | None:
@@ -172,15 +182,17 @@ def test_runs_go_seed_by_seed_from_configs_that_stand_alone(sweep: Command, caps
     assert "matched adapter: " in note and "nested_lora_rank" in note
 
 
-@pytest.mark.parametrize(("device", "gpu"), [("auto", True), ("cpu", False), (["0"], False)])
-def test_resources_and_places_of_a_job(device: Any, gpu: bool, sweep: Command) -> None:
-    """A GPU is asked for where any will do."""
+@pytest.mark.parametrize(
+    ("device", "gpu", "forks"), [("auto", True, True), ("cpu", False, True), (["0"], False, False)]
+)
+def test_resources_and_places_of_a_job(device: Any, gpu: bool, forks: bool, sweep: Command) -> None:
+    """A GPU is asked for where any will do; runs that name one are not forked."""
     jobs: list[Job] = []
     sweep.executor.work = lambda job: jobs.append(job) or pretend(job)
     sweep.write(threads=3, memory_gb=7, set={**TABLE["set"], "device": device})
     assert sweep("--jobs", "5") == 0
     resources = Resources(threads=3, memory_gb=7.0, gpu=gpu)
-    assert sweep.executor.given == [resources, 5, None]
+    assert sweep.executor.given == [resources, 5, None, forks]
     assert (jobs[0].resources, jobs[0].working_folder) == (resources, Path.cwd())
     assert (jobs[0].output, jobs[0].stop) == (sweep.folder / "logs/nested_1.txt", sweep.folder / "stop")
 
@@ -458,18 +470,43 @@ def test_commands_alone_are_printed_and_nothing_is_started(sweep: Command, capsy
     assert sweep.executor.started == [] and not sweep.run_folder("nested", 2).exists()
 
 
-def test_printed_commands_leave_what_the_sweep_would(sweep: Command, capsys: Capture, tmp_path: Path) -> None:
-    """Real processes, called from elsewhere; the sweep then has nothing to do."""
-    sweep.write(**SINGLE | {"set": {**TABLE["set"], "max_tasks": 1}})
-    assert sweep("--dry-run") == 0
-    (line,) = capsys.readouterr().out.splitlines()
-    for _ in range(2):  # a job that is put back in line repeats it
+def test_printed_commands_leave_what_the_sweep_would(
+    sweep: Command, capsys: Capture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Real processes of two methods: called from elsewhere, and in a sweep, which forks one after the other.
+
+    Bit for bit, also where the CPU kernels change from run to run. The first sweep then has nothing to do.
+    """
+    base = tmp_path / "sdlora.json"
+    base.write_text(json.dumps(TINY_SDLORA))
+    nested = TABLE["set"] | {"max_tasks": 1, "cpu_kernels": "avx2"}
+    cells = {"nested": nested, "sd-lora": {"base": str(base), "max_tasks": 1}}
+    table = {"set": {}, "cells": cells, "baseline": None}
+    sweep.write(**table)
+    assert sweep("--dry-run", "--seeds", "2") == 0
+    lines = capsys.readouterr().out.splitlines()
+    for line in lines:
         subprocess.run(["bash", "-c", line], cwd=tmp_path, check=True, capture_output=True)
-    folder = sweep.run_folder("nested", 1)
-    assert [path.name for path in folder.parent.iterdir() if path.is_dir()] == [folder.name]
-    assert sweep("--dry-run") == 0 and capsys.readouterr().out == ""
-    assert sweep() == 0
-    assert sweep.executor.started == [] and list(sweep.reports[-1].results.cells["nested"]) == [1]
+        assert main.main(shlex.split(line)[-4:]) == 0  # a job that is put back in line repeats it
+    capsys.readouterr()
+    assert sweep("--dry-run", "--seeds", "2") == 0 and capsys.readouterr().out == ""
+
+    monkeypatch.setitem(EXECUTORS, "local", LocalExecutor)
+    (tmp_path / "forked").mkdir()
+    forked = Command(tmp_path / "forked")
+    forked.write(**table)
+    assert forked("--jobs", "1") == 0
+    own = sorted(path.parent for path in (sweep.folder / "runs").rglob(RESULT))
+    assert [folder.name for folder in own] == ["sd-lora_2_test_vit", "nested_2_test_vit"]
+    for folder in own:
+        other = forked.folder / folder.relative_to(sweep.folder)
+        assert outcome(folder) == outcome(other)
+        for path in (folder / "checkpoints").rglob("*.safetensors"):
+            assert path.read_bytes() == (other / path.relative_to(folder)).read_bytes()
+
+    monkeypatch.setitem(EXECUTORS, "local", sweep.executor)
+    assert sweep("--seeds", "2") == 0
+    assert sweep.executor.started == [] and list(sweep.reports[-1].results.cells["nested"]) == [2]
 
 
 # ------------------------------------------------------------------------------------------------------------
