@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from models.config.aper import APERConfig
 from models.config.ease import EASEConfig
 from models.config.finetune import FinetuneConfig
+from models.config.inflora import InfLoRAConfig
 from models.config.joint import JointConfig
 from models.config.linear_probe import LinearProbeConfig
 from models.config.ranpac import RanPACConfig
@@ -36,6 +37,7 @@ METHODS = {
     "simplecil": Method(SimpleCILConfig, "models.simplecil.SimpleCIL"),
     "aper": Method(APERConfig, "models.aper.APER"),
     "ease": Method(EASEConfig, "models.ease.EASE"),
+    "inflora": Method(InfLoRAConfig, "models.inflora.InfLoRA"),
     "linear_probe": Method(LinearProbeConfig, "models.linear_probe.LinearProbe"),
     "joint": Method(JointConfig, "models.joint.Joint"),
     "sdlora": Method(SDLoRAConfig, "models.sdlora.SDLoRA"),

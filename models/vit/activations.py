@@ -276,7 +276,7 @@ class ActivationStore:
             "source": source,
             "view": view,
             "adapters": sha256_of(adapters) if adapters else None,
-            "adapter_spec": asdict(self.network.spec) if adapters else None,
+            "adapter_spec": asdict(self.network.spec) if adapters and self.network.spec else None,
             "transform": spec.to_json(),
             "precision": self.options.precision,
             "device": self.options.device.type,

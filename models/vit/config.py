@@ -4,7 +4,8 @@
     FrozenViTKeys            how features of the frozen ViT are computed
     RidgeKeys, HeadKeys      RanPAC's ridge regression; a choice of classifier
     StepKeys, TrainingKeys   a step of training; phases of training
-    AdapterKeys              adapters in the blocks, of one branch or of a fast and a slow one
+    BlockKeys, AdapterKeys   blocks that carry adapters; adapters of one branch, or of a fast and a slow one
+    MergeKeys                merging of what adapters learn task by task
 
 class FinetuneConfig(AdapterKeys, HeadKeys, RidgeKeys, TrainingKeys, StepKeys, FrozenViTKeys): ...
 
@@ -478,7 +479,65 @@ def _not_zero(scale: float) -> float:
     return scale
 
 
-class AdapterKeys(ClassIncrementalConfig):
+class BlockKeys(ClassIncrementalConfig):
+    """Blocks that adapters are in."""
+
+    adapter_blocks: Literal["all", "growing"] = key(
+        "all", "Blocks that carry adapters: all, as published, or only those that may grow."
+    )
+    adapt_start_layer: int = key(9, "First block that may grow, counted from 0.", ge=0, le=1000)
+    adapt_end_layer: int = key(11, "Last block that may grow, inclusive.", ge=0, le=1000)
+
+    @property
+    def grows(self) -> bool:
+        """Whether blocks may gain adapters."""
+        return False
+
+    @property
+    def chooses_blocks(self) -> bool:
+        """Whether some blocks only have adapters, or may gain some."""
+        return self.grows or self.adapter_blocks == "growing"
+
+    @property
+    def trains_adapters(self) -> bool:
+        """Whether adapters are there to be trained."""
+        return True
+
+    def conflicts(self) -> list[Conflict]:
+        found = super().conflicts()
+        if self.trains_adapters and self.adapt_start_layer > self.adapt_end_layer:
+            order = "the first growing block is after the last; allowed: adapt_start_layer <= adapt_end_layer"
+            found.append((("adapt_start_layer", "adapt_end_layer"), order))
+        return found
+
+    def shape_conflicts(self, shape: BackboneShape) -> list[Conflict]:
+        """Blocks beyond those of the backbone."""
+        found = super().shape_conflicts(shape)
+        for name in ("adapt_start_layer", "adapt_end_layer"):
+            if self.trains_adapters and self.chooses_blocks and getattr(self, name) >= shape.depth:
+                sentence = (
+                    f"the backbone has {shape.depth} blocks; allowed: {name} from 0 to {shape.depth - 1}"
+                )
+                found.append(((name, "backbone_type"), sentence))
+        return found
+
+    def adapted_blocks(self, depth: int) -> range:
+        """The blocks that carry adapters, of a backbone with `depth` blocks."""
+        return (
+            range(depth)
+            if self.adapter_blocks == "all"
+            else range(self.adapt_start_layer, self.adapt_end_layer + 1)
+        )
+
+    def unused_rules(self) -> list[UnusedRule]:
+        blocks = ("adapt_start_layer", "adapt_end_layer")
+        return [
+            (not self.chooses_blocks, "all blocks have an adapter and none grows", blocks),
+            *super().unused_rules(),
+        ]
+
+
+class AdapterKeys(BlockKeys):
     """Adapters in the blocks, of one branch, or of a fast and a slow one (Nested LoRA).
 
     Go with `TrainingKeys`.
@@ -503,12 +562,6 @@ class AdapterKeys(ClassIncrementalConfig):
     ffn_adapter_scalar: Annotated[
         float, Field(ge=-1e3, le=1e3), AfterValidator(_not_zero), BeforeValidator(_number_in_quotes)
     ] = key(1.0, "Factor on an adapter's output; the published code names 0.1 and applies 1.")
-    adapter_blocks: Literal["all", "growing"] = key(
-        "all", "Blocks that carry adapters: all, as published, or only those that may grow."
-    )
-    adapt_start_layer: int = key(9, "First block that may grow, counted from 0.", ge=0, le=1000)
-    adapt_end_layer: int = key(11, "Last block that may grow, inclusive.", ge=0, le=1000)
-
     nested_lora_rank: int = key(16, "Rank of each of the two branches.", ge=1, le=4096)
     nested_lora_lr_fast: RateOrZero = key(0.01, "Learning rate of fast branches; 0: they are not trained.")
     nested_lora_lr_slow: RateOrZero = key(
@@ -526,21 +579,6 @@ class AdapterKeys(ClassIncrementalConfig):
         """Whether an adapter has a fast and a slow branch."""
         return self.ffn_adapter_type.startswith("nested_lora")
 
-    @property
-    def grows(self) -> bool:
-        """Whether blocks may gain adapters."""
-        return False
-
-    @property
-    def chooses_blocks(self) -> bool:
-        """Whether some blocks only have adapters, or may gain some."""
-        return self.grows or self.adapter_blocks == "growing"
-
-    @property
-    def trains_adapters(self) -> bool:
-        """Whether adapters are there to be trained."""
-        return True
-
     def conflicts(self) -> list[Conflict]:
         found = super().conflicts()
         if not self.trains_adapters:
@@ -550,9 +588,6 @@ class AdapterKeys(ClassIncrementalConfig):
             rates, way_out = ("nested_lora_lr_fast", "nested_lora_lr_slow"), " for one branch at least"
         if all(getattr(self, name) == 0 for name in rates):
             found.append((rates, f"adapters would learn nothing; allowed: a rate above 0{way_out}"))
-        if self.adapt_start_layer > self.adapt_end_layer:
-            order = "the first growing block is after the last; allowed: adapt_start_layer <= adapt_end_layer"
-            found.append((("adapt_start_layer", "adapt_end_layer"), order))
         return found
 
     def stored_bytes(self, shape: BackboneShape, task: int, classes: int) -> int:
@@ -562,25 +597,18 @@ class AdapterKeys(ClassIncrementalConfig):
         """Bytes of all adapters at a task's end, at most."""
         units = 2 * self.nested_lora_rank if self.nested else self.ffn_num
         growing = self.adapt_end_layer - self.adapt_start_layer + 1
-        carrying = shape.depth if self.adapter_blocks == "all" else growing
-        adapters = carrying + (task * growing if self.grows else 0)
+        adapters = len(self.adapted_blocks(shape.depth)) + (task * growing if self.grows else 0)
         numbers = adapters * (2 * shape.width * units + shape.width + units)
         return 4 * numbers * self.trains_adapters
 
     def shape_conflicts(self, shape: BackboneShape) -> list[Conflict]:
-        """Blocks and widths beyond those of the backbone."""
+        """Widths beyond that of the backbone."""
         found = super().shape_conflicts(shape)
         # Two branches of the largest rank have as many units as one adapter of twice that width.
         rank, largest = ("nested_lora_rank", shape.width) if self.nested else ("ffn_num", 2 * shape.width)
-        blocks, width = f"the backbone has {shape.depth} blocks", f"tokens have width {shape.width}"
-        for name, low, high, fault, matters in (
-            ("adapt_start_layer", 0, shape.depth - 1, blocks, self.chooses_blocks),
-            ("adapt_end_layer", 0, shape.depth - 1, blocks, self.chooses_blocks),
-            (rank, 1, largest, width, True),
-        ):
-            if self.trains_adapters and matters and getattr(self, name) > high:
-                sentence = f"{fault}; allowed: {name} from {low} to {high}"
-                found.append(((name, "backbone_type"), sentence))
+        if self.trains_adapters and getattr(self, rank) > largest:
+            sentence = f"tokens have width {shape.width}; allowed: {rank} from 1 to {largest}"
+            found.append(((rank, "backbone_type"), sentence))
         return found
 
     def unused_rules(self) -> list[UnusedRule]:
@@ -588,7 +616,6 @@ class AdapterKeys(ClassIncrementalConfig):
         nested = [name for name in type(self).model_fields if name.startswith("nested_lora_")]
         interval = ("nested_lora_update_interval_slow", "nested_lora_slow_grad")
         every_step = self.nested_lora_update_interval_slow <= 1
-        blocks = ("adapt_start_layer", "adapt_end_layer")
         return [
             (not self.nested, kind, nested),
             (self.nested, "nested_lora_rank is the width", ("ffn_num",)),
@@ -596,7 +623,6 @@ class AdapterKeys(ClassIncrementalConfig):
             (self.func_epoch == 0, "func_epoch is 0", (*AdapterKeys.lr_keys, *interval)),
             (self.nested_lora_lr_slow == 0, "nested_lora_lr_slow is 0", interval),
             (every_step, "slow branches step every step", ("nested_lora_slow_grad",)),
-            (not self.chooses_blocks, "all blocks have an adapter and none grows", blocks),
             *super().unused_rules(),
         ]
 

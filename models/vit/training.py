@@ -45,21 +45,14 @@ def adapter_spec(config: AdapterKeys, width: int, **described: int | bool) -> Ad
 
 def adapted_network(vit: nn.Module, config: AdapterKeys) -> SEMAVisionTransformer:
     """The ViT with one adapter in every block, or in those that may grow; none of them grows."""
-    return SEMAVisionTransformer(
-        vit, adapter_spec(config, vit.embed_dim), adapted=adapted_blocks(vit, config)
-    )
+    spec, adapted = adapter_spec(config, vit.embed_dim), config.adapted_blocks(len(vit.blocks))
+    return SEMAVisionTransformer(vit, spec, adapted=adapted)
 
 
 def task_adapter_network(vit: nn.Module, config: AdapterKeys, plain: bool = False) -> TaskAdapterViT:
     """The ViT with adapters of each task in those blocks, `plain` as in `TaskAdapterViT`."""
-    return TaskAdapterViT(vit, adapter_spec(config, vit.embed_dim), adapted_blocks(vit, config), plain)
-
-
-def adapted_blocks(vit: nn.Module, config: AdapterKeys) -> range:
-    """The blocks that carry adapters."""
-    if config.adapter_blocks == "all":
-        return range(len(vit.blocks))
-    return range(config.adapt_start_layer, config.adapt_end_layer + 1)
+    spec, adapted = adapter_spec(config, vit.embed_dim), config.adapted_blocks(len(vit.blocks))
+    return TaskAdapterViT(vit, spec, adapted, plain)
 
 
 def functional_groups(

@@ -29,6 +29,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "ranpac, adapted": {"model_name": "ranpac", "ranpac_dim": 50, "first_session": True},
     "aper": {"model_name": "aper"},
     "ease": {"model_name": "ease", "adapter_blocks": "growing"},
+    "inflora": {"model_name": "inflora", "adapter_blocks": "growing", "lora_rank": 4},
     "linear probe": {"model_name": "linear_probe", **ALL_CLASSES},
     "joint": {"model_name": "joint", **ALL_CLASSES},
     "finetune": {"model_name": "finetune"},
@@ -69,11 +70,12 @@ def test_every_baseline_runs_to_its_result(name: str, smoke_config: Config, tmp_
     written = [path.stat().st_size for path in sorted(tmp_path.rglob("task_*/tensors.safetensors"))]
     names = 20_000  # bytes of names and random states, which only such small models notice
     pairs = zip(config.checkpoint_bytes(), written, strict=True)
-    assert all(0.8 * (real - names) <= estimate <= 1.1 * real for estimate, real in pairs)
+    most = 1.1 if name != "inflora" else np.inf  # how much its basis holds depends on the images
+    assert all(0.8 * (real - names) <= estimate <= most * real for estimate, real in pairs)
 
 
 @pytest.mark.parametrize(
-    "name", ["ranpac, adapted", "ease", "finetune, ranpac", "sema, ranpac", "sema, growing"]
+    "name", ["ranpac, adapted", "ease", "inflora", "finetune, ranpac", "sema, ranpac", "sema, growing"]
 )
 def test_a_baseline_resumed_is_the_one_never_stopped(name: str, make_sema: Make) -> None:
     """Stopped at several moments, between steps and between batches of features, it ends bit-identical."""

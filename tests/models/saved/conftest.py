@@ -34,6 +34,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "fecam": FINETUNE | {"model_name": "finetune", "head": "fecam"},
     "aligned": FINETUNE | {"model_name": "finetune", "head": "aligned", "head_drift": "linear"},
     "ease": FINETUNE | {"model_name": "ease"},
+    "inflora": {key: value for key, value in TINY.items() if key != "rd_epoch"} | {"model_name": "inflora"},
     "sdlora": TINY_SDLORA | {"model_name": "sdlora"},
 }
 

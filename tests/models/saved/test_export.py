@@ -14,7 +14,7 @@ import eval as evaluation
 from models import load_run
 from tests.models.saved.conftest import Finished
 
-AS_TIMM = ("linear_probe", "sdlora")  # one ViT with a linear classifier
+AS_TIMM = ("linear_probe", "sdlora", "inflora")  # one ViT with a linear classifier
 EXPORTS = {
     "timm": (*AS_TIMM, "sema"),
     "onnx": ("sema", "simplecil", "ranpac", "sdlora"),

@@ -48,6 +48,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "simplecil": {"model_name": "simplecil"},
     "aper": {"model_name": "aper"},
     "ease": {"model_name": "ease"},
+    "inflora": {"model_name": "inflora", "lora_rank": 4},
     "sdlora": TINY_SDLORA,
     "gate": TINY_SDLORA
     | {"lambda_sparsity": 0.1, "gumbel_gate": "layer", "growth": "top_k", "growth_top_k": 2},

@@ -1,0 +1,254 @@
+"""InfLoRA on a frozen timm Vision Transformer: low-rank terms of k and v that leave old inputs alone.
+
+    net = InfLoRAViT(timm_vit, rank=10, adapted=range(12))
+    with net.second_moments() as moments:        # of the inputs of every adapted projection
+        net(images_of_the_new_task)
+    net.grow(moments)                            # directions orthogonal to old inputs; zero output
+    features = net(images)                       # (B, 3, S, S) -> (B, d); what they write into k and v learns
+    net.freeze()                                 # merged into the weights: a forward costs what timm's does
+    net.remember(moments_after, threshold=0.95)  # the task's inputs join those to be left alone
+
+Source: Liang and Li, *InfLoRA: Interference-Free Low-Rank Adaptation for Continual Learning*, CVPR 2024.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from backbone.frozen_block import FrozenLinear
+from backbone.vit_sema import SEMAVisionTransformer
+
+ROUNDING = 1e-6  # singular values below this share of the largest of float32 moments
+
+
+class InfLoRALinear(nn.Module):
+    """timm's fused qkv projection with a low-rank term of k and v per task,
+
+        y = W x + b,   y_k += sum_t B_kt A_t x,   y_v += sum_t B_vt A_t x,
+
+    A_t (r, d) fixed before the task, orthogonal to the inputs of older tasks, B (d, r) learned from zero.
+    Terms of earlier tasks are merged into a copy of W. Everything but W and b is state: a fresh module takes
+    the shapes of the tensors that it loads.
+    """
+
+    down: Tensor  # (T, r, d): A of the earlier tasks
+    up: Tensor  # (T, 2, d, r): B of k and v of the earlier tasks
+    new_down: Tensor  # (r, d) while a task learns, else (0, d)
+    new_up: nn.Parameter  # (2, d, r) while a task learns, else (2, d, 0)
+    basis: Tensor  # (d, m), float64: orthonormal, spans the inputs of older tasks
+
+    def __init__(self, qkv: nn.Linear, rank: int) -> None:
+        super().__init__()
+        self.qkv, self.rank, self.width = qkv, rank, qkv.in_features
+        width, like = self.width, qkv.weight
+        self.register_buffer("down", like.new_zeros(0, rank, width))
+        self.register_buffer("up", like.new_zeros(0, 2, width, rank))
+        self.register_buffer("new_down", like.new_zeros(0, width))
+        self.new_up = nn.Parameter(like.new_zeros(2, width, 0), requires_grad=False)
+        self.register_buffer("basis", like.new_zeros(width, 0, dtype=torch.float64))
+        self.register_load_state_dict_pre_hook(_take_saved_shapes)
+        self._merged: dict[torch.device, FrozenLinear] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.frozen(x)
+        if not self.is_open:
+            return y
+        up = torch.cat([self.new_up.new_zeros(self.width, self.rank), self.new_up.flatten(0, 1)])  # (3 d, r)
+        return y + F.linear(F.linear(x, self.new_down), up)
+
+    def frozen(self, x: Tensor) -> Tensor:
+        """The projection with the terms of earlier tasks."""
+        if not len(self.down):
+            return self.qkv(x)
+        if x.device not in self._merged:
+            linear = nn.Linear(self.width, 3 * self.width, device="meta")
+            linear.weight = nn.Parameter(self.merged_weight(), requires_grad=False)
+            linear.bias = self.qkv.bias
+            self._merged = {x.device: FrozenLinear(linear)}
+        return self._merged[x.device](x)
+
+    @torch.no_grad()
+    def merged_weight(self) -> Tensor:
+        """W with the terms of earlier tasks, (3 d, d)."""
+        weight = self.qkv.weight.detach().clone()
+        weight[self.width :] += torch.einsum("tsor,tri->soi", self.up, self.down).flatten(0, 1)
+        return weight
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a task's term is learning."""
+        return len(self.new_down) > 0
+
+    def grow(self, moments: Tensor) -> int:
+        """Add a learning term with zero output for a task whose inputs have these second moments (d, d).
+
+        With M the basis and C the moments, A holds the r largest left singular vectors of C - M M^T C, over
+        sqrt(3); rows without a direction left are zero.
+
+        Returns:
+            The number of directions that were left.
+        """
+        rest = moments - self.basis @ (self.basis.T @ moments)
+        left, values, _ = torch.linalg.svd(rest)
+        kept = int((values[: self.rank] > ROUNDING * torch.linalg.matrix_norm(moments, 2)).sum())
+        directions = torch.zeros(self.rank, self.width, dtype=torch.float64, device=moments.device)
+        directions[:kept] = left[:, :kept].T / 3**0.5
+        self.new_down = directions.to(self.down)
+        self.new_up = nn.Parameter(self.down.new_zeros(2, self.width, self.rank))
+        return kept
+
+    @torch.no_grad()
+    def freeze(self) -> None:
+        """Move the learning term to the frozen ones."""
+        self.down = torch.cat([self.down, self.new_down[None]])
+        self.up = torch.cat([self.up, self.new_up.detach()[None]])
+        self.new_down, self._merged = self.new_down[:0], {}
+        self.new_up = nn.Parameter(self.new_up.detach()[..., :0], requires_grad=False)
+
+    def remember(self, moments: Tensor, threshold: float, power: int) -> None:
+        """Add to the basis what inputs with these second moments C (d, d) need for a share of their energy.
+
+        With s(X) the singular values of a matrix, p the power and R = (I - M M^T) C, the basis gains the k
+        largest left singular vectors of R, k as small as gives
+
+            sum s(C)^p - sum s(R)^p + sum_(i <= k) s_i(R)^p  >=  threshold * sum s(C)^p
+
+        With p = 1 these are energies of inputs along directions, as in the paper; published code has p = 2.
+        """
+        rest = moments - self.basis @ (self.basis.T @ moments)
+        left, values, _ = torch.linalg.svd(rest)
+        of_all = torch.linalg.svdvals(moments)
+        total = of_all.pow(power).sum()
+        energies = values.pow(power)
+        covered = (total - energies.sum()) + torch.cat([energies.new_zeros(1), energies.cumsum(0)])
+        needed = int((covered < threshold * total).sum())
+        found = int((values > ROUNDING * of_all.max()).sum())
+        self.basis, _ = torch.linalg.qr(torch.cat([self.basis, left[:, : min(needed, found)]], dim=1))
+
+    def own_tensors(self) -> dict[str, Tensor]:
+        """The state dict without the frozen projection."""
+        return {name: t for name, t in self.state_dict().items() if not name.startswith("qkv.")}
+
+
+class InfLoRAViT(SEMAVisionTransformer):
+    """A frozen timm ViT with `InfLoRALinear` projections in some blocks.
+
+    Args:
+        vit: a timm VisionTransformer without classifier (`num_classes=0`); it becomes part of this module.
+        rank: r.
+        adapted: the blocks whose k and v learn, one at least.
+    """
+
+    def __init__(self, vit: VisionTransformer, rank: int, adapted: Iterable[int]) -> None:
+        super().__init__(vit)
+        for i in adapted:
+            attention = self.vit.blocks[i].block.attn
+            attention.qkv = InfLoRALinear(attention.qkv, rank)
+
+    @property
+    def by_block(self) -> dict[int, InfLoRALinear]:
+        """The adapted projections in depth order."""
+        projections = ((i, block.block.attn.qkv) for i, block in enumerate(self.vit.blocks))
+        return {i: projection for i, projection in projections if isinstance(projection, InfLoRALinear)}
+
+    @contextmanager
+    def second_moments(self) -> Iterator[dict[int, Tensor]]:
+        """Sums of x x^T over inputs x of every adapted projection, while open: {block: (d, d)}, float64."""
+        moments: dict[int, Tensor] = {}
+
+        def add(block: int, x: Tensor) -> None:
+            tokens = x.detach().float().flatten(0, -2)
+            moments[block] = moments.get(block, 0) + (tokens.T @ tokens).double()
+
+        handles = [
+            projection.register_forward_pre_hook(lambda _, inputs, block=block: add(block, inputs[0]))
+            for block, projection in self.by_block.items()
+        ]
+        try:
+            yield moments
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def grow(self, moments: Mapping[int, Tensor]) -> dict[int, int]:
+        """Add a learning term to every projection; the number of its directions by block."""
+        return {block: projection.grow(moments[block]) for block, projection in self.by_block.items()}
+
+    def freeze(self) -> None:
+        """End the learning of the newest terms."""
+        for projection in self.by_block.values():
+            projection.freeze()
+
+    def remember(self, moments: Mapping[int, Tensor], threshold: float, power: int = 1) -> None:
+        """Leave inputs like these alone from now on, see `InfLoRALinear.remember`."""
+        for block, projection in self.by_block.items():
+            projection.remember(moments[block], threshold, power)
+
+    # --- depths ---------------------------------------------------------------------------------------------
+
+    def fixed_depth(self) -> int:
+        return min(self.by_block)
+
+    def learning_depth(self) -> int:
+        return next((block for block, projection in self.by_block.items() if projection.is_open), self.depth)
+
+    def tensors_below(self, depth: int) -> dict[str, Tensor]:
+        return {
+            f"{block}.{name}": tensor
+            for block, projection in self.by_block.items()
+            if block < depth
+            for name, tensor in projection.own_tensors().items()
+            if name != "basis"
+        }
+
+    # --- parameters -----------------------------------------------------------------------------------------
+
+    def adapters_per_block(self) -> dict[int, int]:
+        return {block: len(p.down) + p.is_open for block, p in self.by_block.items()}
+
+    def parameter_counts(self) -> dict[str, int]:
+        """Numbers of parameters in low-rank terms, and in the bases of old inputs."""
+        tensors = [p.own_tensors() for p in self.by_block.values()]
+        bases = sum(own["basis"].numel() for own in tensors)
+        return {"adapters": sum(t.numel() for own in tensors for t in own.values()) - bases, "bases": bases}
+
+    def plain_state(self) -> dict[str, Tensor]:
+        """State dict of the timm ViT that computes the same."""
+        own = {
+            f"vit.blocks.{i}.block.attn.qkv.{name}"
+            for i, p in self.by_block.items()
+            for name in p.own_tensors()
+        }
+        state = {
+            name.removeprefix("vit.").replace(".block.", ".", 1).replace(".qkv.qkv.", ".qkv."): tensor
+            for name, tensor in self.state_dict().items()
+            if name not in own
+        }
+        merged = {f"blocks.{i}.attn.qkv.weight": p.merged_weight() for i, p in self.by_block.items()}
+        return state | merged
+
+    def frozen_names(self) -> set[str]:
+        own = {
+            f"vit.blocks.{i}.block.attn.qkv.{name}"
+            for i, p in self.by_block.items()
+            for name in p.own_tensors()
+        }
+        return self.state_dict().keys() - own
+
+
+def _take_saved_shapes(
+    projection: InfLoRALinear, state: dict[str, Tensor], prefix: str, *hook_args: object
+) -> None:
+    """Load-state-dict pre-hook: tensors of the saved shapes."""
+    for name in ("down", "up", "new_down", "basis"):
+        saved, buffer = state.get(f"{prefix}{name}"), getattr(projection, name)
+        if saved is not None and saved.dim() == buffer.dim():
+            setattr(projection, name, buffer.new_zeros(saved.shape))
+    saved = state.get(f"{prefix}new_up")
+    if saved is not None and saved.dim() == 3:
+        projection.new_up = nn.Parameter(projection.new_up.detach().new_zeros(saved.shape))
+    projection._merged = {}

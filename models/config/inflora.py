@@ -1,0 +1,50 @@
+"""Config of InfLoRA (`models/inflora.py`)."""
+
+from typing import ClassVar, Literal
+
+from models.vit.backbones import BackboneShape
+from models.vit.config import BlockKeys, ClassIncrementalConfig, FrozenViTKeys, StepKeys, TrainingKeys
+from utils.config.schema import Conflict, key
+
+
+class InfLoRAConfig(BlockKeys, TrainingKeys, StepKeys, FrozenViTKeys):
+    """Low-rank terms of k and v, and what they leave alone."""
+
+    known_as: ClassVar[dict[str, str]] = ClassIncrementalConfig.known_as | {
+        "rank": "lora_rank",
+        "init_epoch": "func_epoch",
+        "epochs": "func_epoch",
+        "lrate": "init_lr",
+        "optim": "optimizer",
+    }
+    legacy_keys: ClassVar[dict[str, str]] = {
+        **ClassIncrementalConfig.legacy_keys,
+        "scheduler": "the schedule is a cosine",
+        "EPSILON": "nothing is divided by it",
+        "total_sessions": "counted in the data",
+    }
+
+    model_name: Literal["inflora"] = key(
+        "inflora", "InfLoRA: low-rank terms of k and v in directions that older tasks' inputs lack."
+    )
+    lora_rank: int = key(10, "Rank of a task's terms.", ge=1, le=4096)
+    lamb: float = key(0.95, "Share of the inputs' energy that the first task's basis holds.", ge=0, le=1)
+    lame: float = key(
+        1.0, "That share once all tasks of the data set are learned; it grows linearly.", ge=0, le=1
+    )
+    threshold_on: Literal["energy", "squared_energy"] = key(
+        "energy",
+        "What the share is of: energies along directions, or their squares, as published code has it.",
+    )
+
+    def shape_conflicts(self, shape: BackboneShape) -> list[Conflict]:
+        found = super().shape_conflicts(shape)
+        if self.lora_rank > shape.width:
+            sentence = f"tokens have width {shape.width}; allowed: lora_rank from 1 to {shape.width}"
+            found.append((("lora_rank", "backbone_type"), sentence))
+        return found
+
+    def stored_bytes(self, shape: BackboneShape, task: int, classes: int) -> int:
+        width, blocks = shape.width, len(self.adapted_blocks(shape.depth))
+        terms = 4 * (task + 1) * 3 * width * self.lora_rank
+        return super().stored_bytes(shape, task, classes) + blocks * (terms + 8 * width * width)

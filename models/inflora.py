@@ -1,0 +1,84 @@
+"""InfLoRA: low-rank terms of k and v that older tasks' inputs do not reach.
+
+    python main.py --config exps/methods/inflora_cifar.json
+
+Before a task its images pass through the network once. In every adapted block the second moments of the
+inputs of q, k and v give the directions A that the task may read: those of its own inputs which the basis M
+of older tasks' inputs lacks. What they write into k and v, and the task's classifier rows, learn with
+cross-entropy over the task's classes; then they are merged into the weights, the images pass once more, and M
+grows by their inputs' main directions. What M holds of an old input is not changed by any later task. Source:
+Liang and Li, *InfLoRA: Interference-Free Low-Rank Adaptation for Continual Learning*, CVPR 2024.
+"""
+
+import logging
+
+import torch
+from torch import Tensor, nn
+
+from backbone.inflora import InfLoRAViT
+from models.config.inflora import InfLoRAConfig
+from models.vit.class_incremental import ClassIncrementalLearner
+from models.vit.training import train_functional
+from utils.inc_net import IncrementalHead
+from utils.training.optim import ParameterGroup, trainable
+
+logger = logging.getLogger("nested_lora")
+
+
+class InfLoRA(ClassIncrementalLearner):
+    """Low-rank terms of k and v in directions that older tasks' inputs lack."""
+
+    Config = InfLoRAConfig
+    config: InfLoRAConfig
+
+    def build(self, vit: nn.Module) -> nn.ModuleDict:
+        network = InfLoRAViT(vit, self.config.lora_rank, self.config.adapted_blocks(len(vit.blocks)))
+        return nn.ModuleDict({"backbone": network, "head": IncrementalHead(vit.num_features)})
+
+    def learning_groups(self) -> list[ParameterGroup]:
+        lr = self.config.init_lr
+        return [
+            ParameterGroup("lora", trainable(self.network.parameters()), lr=lr),
+            ParameterGroup("other", self.head.trainable(), lr=lr),
+        ]
+
+    def learn_task(self) -> None:
+        self.once("directions", self.choose_directions)
+        self.once("functional", lambda: train_functional(self))
+        self.once("freeze", self.network.freeze)
+        self.once("memory", self.remember_inputs)
+        self.inputs.store.drop_own("train")
+
+    def choose_directions(self) -> None:
+        """Add the task's terms, whose directions older inputs lack."""
+        left = self.network.grow(self.second_moments())
+        fewest = min(left.values())
+        if fewest < self.config.lora_rank:
+            block = min(left, key=left.get)
+            logger.warning(
+                f"Task {self.task}: block {block} has {fewest} directions left for rank "
+                f"{self.config.lora_rank}; lower lamb and lame leave more"
+            )
+
+    def remember_inputs(self) -> None:
+        """Let the basis of every block grow by the task's inputs."""
+        config = self.config
+        share = config.lamb + (config.lame - config.lamb) * self.task / max(1, self.all_tasks)
+        self.network.remember(self.second_moments(), share, 1 if config.threshold_on == "energy" else 2)
+        sizes = {block: p.basis.shape[1] for block, p in self.network.by_block.items()}
+        logger.debug(f"Task {self.task}: directions of old inputs by block {sizes}")
+        self.log.metric("basis", task=self.task, share=share, directions=sizes)
+
+    @property
+    def all_tasks(self) -> int:
+        """Tasks of the data set, whether or not the run learns all of them."""
+        later = (self.config.known_classes() or len(self.data.class_order)) - self.config.init_cls
+        return 1 - (-later // self.config.increment)
+
+    @torch.no_grad()
+    def second_moments(self) -> dict[int, Tensor]:
+        """Sums of x x^T over the inputs of q, k and v on the task's training images, (d, d) by block."""
+        with self.network.second_moments() as moments:
+            self.features_of(self.task, "train")
+        self.distributed.all_reduce(list(moments.values()))
+        return moments
