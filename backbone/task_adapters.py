@@ -35,8 +35,15 @@ class TaskAdapters(nn.Module):
         self.chosen: int | None = None
         self.register_load_state_dict_pre_hook(_take_saved_number)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, kept: int | None = None) -> Tensor:
+        """The output for the first `kept` of the tokens; by default for all."""
+        x = x[:, :kept]
         return torch.zeros_like(x) if self.chosen is None else self.adapters[self.chosen](x)
+
+    @property
+    def reads_all_tokens(self) -> bool:
+        """Whether anything but the adapters reads the input: a hook."""
+        return bool(self._forward_pre_hooks)
 
     def grow(self, device: torch.device) -> None:
         """Add an adapter with zero output."""

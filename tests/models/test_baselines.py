@@ -218,7 +218,6 @@ def test_the_mean_schedule_divides_alpha_by_the_number_of_tasks(make_sema: Make)
 def test_scores_that_are_not_numbers_are_no_accuracy(name: str, make_sema: Make) -> None:
     """Whatever classifies, a network that gives NaN is not tested; the advice fits the run's precision."""
     learner = run_tasks(make_sema(**METHODS[name]), 1)
-    assert sum(learner.evaluate()["total"])
     learner.network.vit.norm.bias.data[0] = torch.nan
     learner.cache.limit_gb = 0  # what is stored belongs to the network before
     with pytest.raises(UserError, match="not finite") as caught:
