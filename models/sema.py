@@ -94,7 +94,7 @@ class SEMA(ClassIncrementalLearner):
             if not self.method_state["grown"]:
                 self.once("functional", lambda: train_functional(self))
         self.once("close", self.end_of_task_training)
-        self.once("views", lambda: self.inputs.drop_drawn(self.task, self.config.task_views))
+        self.once("views", lambda: self.inputs.drop_drawn(self.task))
         self.once("head", self.fit_head)
 
     def grow_where_novel(self) -> None:
@@ -111,14 +111,15 @@ class SEMA(ClassIncrementalLearner):
     def shared_views(self) -> int:
         """Those that descriptors read after training, or a scan before it; all where more blocks may grow."""
         config, growing = self.config, len(self.network.growing)
-        described = min(config.func_epoch, config.described_views)
+        trained = config.func_epoch
+        described = min(config.distinct_rd_views or config.rd_epoch, config.rd_epoch)
         if not growing or config.augmentation == "none":
             return 0
         if self.task == 0:
-            return described
+            return min(trained, described)
         if not self.method_state["grown"]:
             return 1
-        return config.task_views if growing > 1 else max(1, described)
+        return max(trained, described) if growing > 1 else max(1, min(trained, described))
 
     # --- scan -----------------------------------------------------------------------------------------------
 

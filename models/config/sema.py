@@ -95,16 +95,6 @@ class SEMAConfig(AdapterKeys, HeadKeys, RidgeKeys, TrainingKeys, StepKeys, Froze
         return min(self.rd_views, self.cache_views) if self.cache_views else self.rd_views
 
     @property
-    def described_views(self) -> int:
-        """Views of an image that a descriptor phase reads."""
-        return min(self.distinct_rd_views or self.rd_epoch, self.rd_epoch)
-
-    @property
-    def task_views(self) -> int:
-        """Views of an image that the phases of a task share."""
-        return max(self.func_epoch, self.described_views)
-
-    @property
     def repeats_rd_views(self) -> bool:
         """Whether descriptors train on a view more than once though an image has others."""
         return 0 < self.distinct_rd_views < self.rd_epoch and self.augmentation != "none"

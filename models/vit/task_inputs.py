@@ -76,6 +76,7 @@ class TaskInputs:
     ) -> None:
         self.network, self.data, self.options, self.fast, self.views = network, data, options, fast, views
         self.seed, self.shared_views = seed, shared_views
+        self._stores_drawn = fast and not views and options.device.type == "cpu"
         self.store = ActivationStore(network, data, cache, options)
         self._kept: tuple[tuple[str, str], Tensor] | None = None  # features of full batches, and whose
 
@@ -90,10 +91,10 @@ class TaskInputs:
         """
         views = self.views
         if not views:
-            key, shared = self._drawn(task, number), number < self.shared_views()
-            if shared and self.options.device.type == "cpu":
-                return self._at(task, "train", key, f"view {number + 1}", None)
-            return self.fresh(key)
+            key = self._drawn(task, number)
+            if not self._stores_drawn or number >= self.shared_views():
+                return self.fresh(key)
+            return self._at(task, "train", key, f"view {number + 1}", None)
         # Without the seed: all runs share the activations of fixed views.
         return self._at(
             task, "train", ("view", number % views), f"view {number % views + 1} of {views}", depth
@@ -103,9 +104,9 @@ class TaskInputs:
         """A view that is no fixed one: where there are any the one the key draws, else that of the task."""
         return self.fresh(key) if self.views else self.view(task, number)
 
-    def drop_drawn(self, task: int, views: int) -> None:
-        """Remove what is stored of the first views drawn for a task."""
-        for number in range(0 if self.views else views):
+    def drop_drawn(self, task: int) -> None:
+        """Remove what is stored of the views drawn for the open task."""
+        for number in range(self.shared_views() if self._stores_drawn else 0):
             self.store.drop(self.network.fixed_depth(), "train", self._drawn(task, number))
 
     def _drawn(self, task: int, number: int) -> Key:
