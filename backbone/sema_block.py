@@ -205,10 +205,9 @@ class SEMAModules(nn.Module):
 
     @torch.no_grad()
     def observe(self, token_mean: Tensor) -> None:
-        """Record the errors on token means (B, d) of every descriptor that is still learning."""
-        for adapter in self.adapters:
-            if is_learning(adapter.rd):
-                adapter.rd_loss_record.push(adapter.rd(token_mean))
+        """Record the errors on token means (B, d) of every descriptor that is still learning: the newest."""
+        for adapter in itertools.takewhile(lambda each: is_learning(each.rd), reversed(self.adapters)):
+            adapter.rd_loss_record.push(adapter.rd(token_mean))
 
     @torch.no_grad()
     def novelty(self, token_mean: Tensor) -> float:
