@@ -221,7 +221,7 @@ class SDLoRA(ClassIncrementalLearner):
         return torch.cat(parts)
 
     @torch.no_grad()
-    def features_of_images(self, indices: np.ndarray, source: str) -> Tensor:
+    def features_of_images(self, indices: np.ndarray, source: str, among: np.ndarray) -> Tensor:
         size = self.config.eval_batch_size
         batches = (indices[first : first + size] for first in range(0, len(indices), size))
         views = (self.data.views(batch, source, "test", None, self.device) for batch in batches)

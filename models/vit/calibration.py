@@ -62,7 +62,15 @@ def chosen_images(images_of_class: Mapping[int, np.ndarray]) -> np.ndarray:
     Args:
         images_of_class: label of a class in the data set -> stored positions of its images.
     """
-    count = max(1, min(MAX_PER_CLASS, MAX_IMAGES // max(1, len(images_of_class))))
+    return _first(images_of_class, max(1, min(MAX_PER_CLASS, MAX_IMAGES // max(1, len(images_of_class)))))
+
+
+def ever_chosen(images_of_class: Mapping[int, np.ndarray]) -> np.ndarray:
+    """Images of these classes that may be chosen, with fewer classes or more: stored positions, ascending."""
+    return _first(images_of_class, MAX_PER_CLASS)
+
+
+def _first(images_of_class: Mapping[int, np.ndarray], count: int) -> np.ndarray:
     drawn = [
         numpy_rng("calibration", label).permutation(images)[:count]
         for label, images in images_of_class.items()

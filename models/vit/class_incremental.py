@@ -262,7 +262,8 @@ class ClassIncrementalLearner(Learner):
         if images is None:
             return
         chosen = calibration.chosen_images(images)
-        targets, features = self.data.targets(chosen, source), self.features_of_images(chosen, source)
+        ever = calibration.ever_chosen(images)
+        targets, features = self.data.targets(chosen, source), self.features_of_images(chosen, source, ever)
         if fitted_on in calibration.UNSEEN:
             scores = self.closed_form.unseen_scores(features, targets)
         else:
@@ -293,9 +294,13 @@ class ClassIncrementalLearner(Learner):
             found |= {self.data.class_order[label]: indices[labels == label] for label in classes}
         return found, source, fitted_on
 
-    def features_of_images(self, indices: np.ndarray, source: str) -> Tensor:
-        """Features (n, d) of some images of the classes seen in the test view, on every rank."""
-        return self.inputs.features_of_images(range(self.classes.stop), indices, source)
+    def features_of_images(self, indices: np.ndarray, source: str, among: np.ndarray) -> Tensor:
+        """Features (n, d) of some images of the classes seen in the test view, on every rank.
+
+        Args:
+            among: the images of these classes that are ever asked for.
+        """
+        return self.inputs.features_of_images(range(self.classes.stop), indices, source, among)
 
     def close_run(self) -> None:
         for source in self.data.sources:

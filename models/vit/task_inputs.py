@@ -78,7 +78,7 @@ class TaskInputs:
         self.seed, self.shared_views = seed, shared_views
         self._stores_drawn = fast and not views and options.device.type == "cpu"
         self.store = ActivationStore(network, data, cache, options)
-        self._kept: tuple[tuple[str, str], Tensor] | None = None  # features of full batches, and whose
+        self._kept: tuple[tuple[str, int, str], Tensor] | None = None  # features of full batches, and whose
 
     # --- sources --------------------------------------------------------------------------------------------
 
@@ -146,7 +146,7 @@ class TaskInputs:
         order = np.concatenate([data.indices(data.task_classes(task), source) for task in range(tasks)])
         step = self.options.batch_size * distributed.size
         full = len(order) // step * step
-        whose = source, sha256_of(network.tensors_below(network.depth))
+        whose = source, network.feature_width, sha256_of(network.tensors_below(network.depth))
         kept = self._kept[1][:full] if self._kept is not None and self._kept[0] == whose else None
         parts, label = [kept] if kept is not None else [], f"Task {tasks - 1}, {source} features"
         fixed = network.fixed_depth() if self.fast else 0
@@ -160,11 +160,17 @@ class TaskInputs:
         self._kept = whose, features[:full]
         return features
 
-    def features_of_images(self, classes: range, indices: np.ndarray, source: str) -> Tensor:
-        """Features (n, d) of a few images of these classes in the test view, on every rank, not kept."""
+    def features_of_images(
+        self, classes: range, indices: np.ndarray, source: str, among: np.ndarray
+    ) -> Tensor:
+        """Features (n, d) of a few images of these classes in the test view, on every rank, not kept.
+
+        Args:
+            among: the images of these classes that are ever asked for; their tokens are stored.
+        """
         fixed = self.network.fixed_depth() if self.fast else 0
         label = f"{len(indices)} {source} images"
-        below = self.store.at(fixed, classes, source, None, label=label, chosen=indices)
+        below = self.store.at(fixed, classes, source, None, label=label, chosen=among)
         return self._passing_features(below, indices, label)
 
     def _passing_features(self, below: Source, indices: np.ndarray, label: str) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 
 from backbone.vit_sema import SEMAVisionTransformer
 from models.base import Learner
+from models.vit import calibration
 from tests.conftest import run_tasks
 
 Make = Callable[..., Learner]
@@ -108,3 +109,17 @@ def test_files_are_used_though_there_is_no_room_for_more(make_sema: Make, forwar
     features = tight.inputs.seen_features(4, "test")
     assert forwards == [(32, 0, 4), (64, 4, 6)]
     np.testing.assert_allclose(features[:32], first, rtol=1e-4, atol=1e-5)
+
+
+def test_fewer_images_per_class_for_the_temperature_are_among_those_stored(
+    make_sema: Make, forwards: Forwards, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of four classes ten images each, of six only six: no old image passes the frozen blocks again."""
+    monkeypatch.setattr(calibration, "MAX_IMAGES", 40)
+    learner = run_tasks(make_sema(cache_views=1, adapter_blocks="growing"), 2)
+    assert learner.calibration.images == 40
+    learner.begin_task(2)
+    forwards.clear()
+    learner.calibrate()
+    assert sum(images for images, start, _ in forwards if start == 0) == 2 * 10
+    assert sum(images for images, start, _ in forwards if start == 4) == learner.calibration.images == 36
