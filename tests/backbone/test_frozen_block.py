@@ -7,6 +7,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from backbone import frozen_block
 from backbone.frozen_block import speed_up
 from backbone.lora import LoRAVisionTransformer
 from backbone.sema_block import AdapterSpec
@@ -99,6 +100,31 @@ def test_adapters_get_the_same_gradients(name: str, adapters: int) -> None:
         close(gradients[1][name], expected, 2e-4)
     for block, expected in means[0].items():
         close(means[1][block], expected)
+
+
+def test_bf16_gradients_are_near_those_of_fp32() -> None:
+    spec = AdapterSpec(width=plain_vit().embed_dim, kind="adaptmlp", bottleneck=4)
+    network = SEMAVisionTransformer(sped_up(plain_vit()), spec, adapted=range(3))
+    parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    for parameter in parameters:
+        nn.init.normal_(parameter, std=0.1)
+    gradients = []
+    for lower in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=lower):
+            features = network(images())
+        found = torch.autograd.grad(features.float().square().sum(), parameters)
+        gradients.append(torch.cat([gradient.flatten() for gradient in found]))
+    exact, near = gradients
+    assert near.dtype == torch.float32
+    assert 0 < (near - exact).norm() < 0.03 * exact.norm()
+
+
+def test_attention_of_many_images_is_computed_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    vit = sped_up(plain_vit())
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = vit(images())
+        monkeypatch.setattr(frozen_block, "MAX_SCORES", 1)
+        assert torch.equal(vit(images()), expected)
 
 
 def test_lora_gets_the_same_gradients() -> None:

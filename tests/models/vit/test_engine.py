@@ -83,6 +83,21 @@ def test_fixed_views_are_the_same_stored_or_made_again(smoke_config: Make) -> No
     assert other[1] != stored[1]
 
 
+def test_bf16_is_near_fp32_whether_stored_or_computed(
+    smoke_config: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the CPU has no bf16 and it is emulated."""
+    monkeypatch.setattr(saved_learner, "resolve_precision", lambda precision, device: (precision, None))
+    changes = {**SEVERAL_TASKS, "adapter_blocks": "growing", "cache_views": 1}
+    exact, stored, computed = (
+        torch.tensor(run(smoke_config(**changes, precision=precision, cache_gb=gb))[1])
+        for precision, gb in (("fp32", 1), ("bf16", 1), ("bf16", 0))
+    )
+    torch.testing.assert_close(stored, exact, rtol=0.03, atol=0.03)
+    torch.testing.assert_close(computed, stored, rtol=1e-3, atol=1e-3)
+    assert not torch.equal(stored, exact)
+
+
 def test_a_step_in_parts_is_the_same_step(smoke_config: Make) -> None:
     whole, parts = (run(smoke_config(**SEVERAL_TASKS, grad_accumulation=n)) for n in (1, 3))
     assert whole[0]["accuracy"] == parts[0]["accuracy"]
