@@ -37,6 +37,7 @@ logger = logging.getLogger("nested_lora")
 
 CHUNK = 256  # images in a file, all of one class
 ABSENT = (-1, -1)  # file and row of an image that is in none
+CHOSEN = "chosen"  # in place of a source: files of few images of every class, which later tasks read again
 
 
 @dataclass(frozen=True)
@@ -225,15 +226,18 @@ class ActivationStore:
         """Activations at a depth of the images of these classes, computed now where they are not stored.
 
         Args:
-            chosen: stored positions of the images that will be asked for, where they are few: files of whole
-                classes are used where they are there, else these images alone get files.
+            chosen: stored positions of the images that will be asked for, where they are few: these alone get
+                files, which stay when the source's others are removed. Where runs share files, those of whole
+                classes are used if they are there.
             below: activations of a lesser depth to start from, or None for the images.
             label: what the progress bar says.
         """
         below = Images(self.data, source, view, self.options.device) if below is None else below
         if depth == below.depth:
             return below
-        about = self._about(depth, source, view)
+        about, files_of = self._about(depth, source, view), source
+        if chosen is not None and about["adapters"] is not None:
+            about, files_of = about | {"images": CHOSEN}, CHOSEN
         opened = Activations(self.network, below, depth, self.options, self.cache, about, self._dtype(depth))
         chunks = list(self._chunks(classes, source))
         if chosen is not None and not all(self.cache.has(opened.group, chunk_key(chunk)) for chunk in chunks):
@@ -241,7 +245,7 @@ class ActivationStore:
             chunks = [part for part in parts if len(part)]
         room = opened.fill(chunks, label)
         if opened.stored and about["adapters"] is not None:
-            self._own[opened.group] = source
+            self._own[opened.group] = files_of
         if not room and self.cache.enabled and not self._warned:
             self._warned = True
             logger.warning(
@@ -252,7 +256,7 @@ class ActivationStore:
         return opened
 
     def drop_own(self, source: str) -> None:
-        """Remove the files of one source that are this run's own."""
+        """Remove the run's own files of a source, or `CHOSEN`."""
         groups = [group for group, of in self._own.items() if of == source]
         if groups:
             self.options.distributed.barrier()

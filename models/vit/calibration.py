@@ -57,8 +57,6 @@ class Calibration(NamedTuple):
 def chosen_images(images_of_class: Mapping[int, np.ndarray]) -> np.ndarray:
     """Images that a temperature is fitted on, as many of every class: stored positions, ascending.
 
-    A stream of the class alone draws them: the same with further classes, and for every seed.
-
     Args:
         images_of_class: label of a class in the data set -> stored positions of its images.
     """

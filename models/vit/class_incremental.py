@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from backbone.frozen_block import speed_up
 from models.base import Learner, Report, RunContext
 from models.vit import calibration
-from models.vit.activations import ForwardOptions
+from models.vit.activations import CHOSEN, ForwardOptions
 from models.vit.calibration import Calibration
 from models.vit.closed_form import ClosedFormHead
 from models.vit.config import ClassIncrementalConfig
@@ -303,7 +303,7 @@ class ClassIncrementalLearner(Learner):
         return self.inputs.features_of_images(range(self.classes.stop), indices, source, among)
 
     def close_run(self) -> None:
-        for source in self.data.sources:
+        for source in (*self.data.sources, CHOSEN):
             self.inputs.store.drop_own(source)
 
     def analysis_inputs(

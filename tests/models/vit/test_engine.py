@@ -15,7 +15,9 @@ import torch
 
 import trainer
 from backbone.vit_sema import SEMAVisionTransformer
+from models.base import Learner
 from models.saved import learner as saved_learner
+from models.vit import calibration
 from models.vit.activations import Activations
 from models.vit.training import train_functional
 from tests.conftest import learner_of, run_tasks
@@ -248,6 +250,25 @@ def test_stopped_in_the_second_growth_of_a_task_ends_the_same(
     assert computed.count((0, 4)) == 2 * 10  # of every class in the test view, for calibration
     assert views_stored(resumed) == 0
     assert resumed.fingerprint() == whole.fingerprint()
+
+
+@pytest.mark.parametrize("limit", [500, 6], ids=["of as many images", "of fewer with more classes"])
+def test_calibration_computes_images_of_earlier_tasks_once(
+    make_sema: Callable[..., Learner],
+    computed: list[tuple[int, int]],
+    limit: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Adapters that task 0 trained, frozen since: what they give belongs to the run, and goes with it."""
+    monkeypatch.setattr(calibration, "MAX_IMAGES", limit)
+    learner = make_sema(
+        model_name="ranpac", ranpac_dim=20, first_session=True, func_epoch=1, max_train_per_class=16
+    )
+    run_tasks(learner, 3)
+    held_out = 6  # images of a task, which calibrate
+    assert computed.count((0, 6)) == 3 * (2 * 16 + held_out)
+    learner.close_run()
+    assert list(Path(learner.config.cache_root).rglob("*.safetensors")) == []
 
 
 def test_an_altered_cache_changes_nothing(smoke_config: Make) -> None:
