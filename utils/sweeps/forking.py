@@ -190,7 +190,9 @@ if __name__ == "__main__":
         leave, codes
     )  # the first to be registered is called last: after all that scripts register
     request = serve(socket.socket(fileno=int(sys.argv[1])), sys.argv[2:])
-    if request is not None:
+    if request is None:
+        codes.append(0)
+    else:
         *sys.argv, folder = request
         os.chdir(folder)
         sys.path[0] = str(Path(sys.argv[0]).resolve().parent)
