@@ -18,7 +18,38 @@ from torch import Tensor, nn
 STARTS = {"mean": "first", "ema": "carried", "max_magnitude": "carried", "orthogonal": "initial"}
 
 
-class Merging(nn.Module):
+class WeightVector(nn.Module):
+    """Parameters of other modules as one vector (P,), read and written in place.
+
+    Args:
+        parameters: in the order of the vector.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        super().__init__()
+        self._parameters_read = tuple(parameters)  # a tuple: their state is not this module's
+
+    def weights(self) -> Tensor:
+        """The parameters as one vector (P,)."""
+        return torch.cat([parameter.detach().flatten() for parameter in self._parameters_read])
+
+    @torch.no_grad()
+    def write(self, weights: Tensor) -> None:
+        """Set the parameters to a vector (P,)."""
+        for parameter, values in zip(self._parameters_read, self.split(weights), strict=True):
+            parameter.copy_(values)
+
+    def split(self, vector: Tensor) -> list[Tensor]:
+        """A vector (P,) as tensors of the parameters' shapes."""
+        parts = vector.split([parameter.numel() for parameter in self._parameters_read])
+        return [part.view_as(p) for part, p in zip(parts, self._parameters_read, strict=True)]
+
+    def stored_numbers(self) -> int:
+        """Numbers that a checkpoint keeps of it."""
+        return sum(tensor.numel() for tensor in self.state_dict().values())
+
+
+class Merging(WeightVector):
     """Merged weights m_t of the weights w_t that training has reached in tasks 0 to t.
 
     With d_t = w_t - w_init and M_t the merged difference, m_t = w_init + M_t and M_0 = d_0; for t > 0
@@ -48,8 +79,7 @@ class Merging(nn.Module):
     def __init__(
         self, parameters: Sequence[nn.Parameter], rule: str, start: str | None = None, alpha: float = 1.0
     ) -> None:
-        super().__init__()
-        self._parameters_merged = tuple(parameters)  # a tuple: their state is not this module's
+        super().__init__(parameters)
         self.rule, self.start, self.alpha = rule, start or STARTS[rule], alpha
         self.register_buffer("initial", self.weights())
         self.register_buffer("merged", torch.zeros_like(self.initial))
@@ -57,16 +87,6 @@ class Merging(nn.Module):
         self.register_buffer("tasks", torch.tensor(0))
         self.register_buffer("scale", torch.tensor(1.0, dtype=torch.float64))
         self.register_buffer("norms", torch.tensor(0.0, dtype=torch.float64))
-
-    def weights(self) -> Tensor:
-        """The parameters as one vector (P,)."""
-        return torch.cat([parameter.detach().flatten() for parameter in self._parameters_merged])
-
-    @torch.no_grad()
-    def write(self, weights: Tensor) -> None:
-        """Set the parameters to a vector (P,)."""
-        for parameter, values in zip(self._parameters_merged, self.split(weights), strict=True):
-            parameter.copy_(values)
 
     def begin(self) -> None:
         """Set the parameters to where a task trains on from; those of the first are there already."""
@@ -85,14 +105,36 @@ class Merging(nn.Module):
         elif self.start == "carried" or (self.start == "first" and not tasks):
             self.start_weights = trained
 
-    def stored_numbers(self) -> int:
-        """Numbers that a checkpoint keeps of it."""
-        return sum(tensor.numel() for tensor in self.state_dict().values())
 
-    def split(self, vector: Tensor) -> list[Tensor]:
-        """A vector (P,) as tensors of the parameters' shapes."""
-        parts = vector.split([parameter.numel() for parameter in self._parameters_merged])
-        return [part.view_as(p) for part, p in zip(parts, self._parameters_merged, strict=True)]
+class MovingAverage(WeightVector):
+    """Moving average a <- decay a + (1 - decay) w of the weights w while they learn, which is deployed.
+
+    The weights of the first task are deployed as they are, and begin the average. Training of a later task
+    goes on from the weights, not from the average.
+    """
+
+    average: Tensor  # (P,)
+    trained: Tensor  # (P,): where training goes on from
+
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        super().__init__(parameters)
+        self.register_buffer("average", self.weights())
+        self.register_buffer("trained", self.weights())
+
+    def begin(self) -> None:
+        """Set the parameters to the weights that training goes on from."""
+        self.write(self.trained)
+
+    def update(self, decay: float) -> None:
+        """Move the average towards the weights as they are now."""
+        self.average = decay * self.average + (1 - decay) * self.weights()
+
+    def end(self, first: bool) -> None:
+        """Deploy the average, or after the first task the weights themselves."""
+        self.trained = self.weights()
+        if first:
+            self.average = self.trained
+        self.write(self.average)
 
 
 def _mean(merging: Merging, difference: Tensor, tasks: int) -> Tensor:

@@ -15,6 +15,7 @@ from models.config.finetune import FinetuneConfig
 from models.config.inflora import InfLoRAConfig
 from models.config.joint import JointConfig
 from models.config.linear_probe import LinearProbeConfig
+from models.config.moal import MoALConfig
 from models.config.ranpac import RanPACConfig
 from models.config.sdlora import SDLoRAConfig
 from models.config.sema import SEMAConfig
@@ -38,6 +39,7 @@ METHODS = {
     "aper": Method(APERConfig, "models.aper.APER"),
     "ease": Method(EASEConfig, "models.ease.EASE"),
     "inflora": Method(InfLoRAConfig, "models.inflora.InfLoRA"),
+    "moal": Method(MoALConfig, "models.moal.MoAL"),
     "linear_probe": Method(LinearProbeConfig, "models.linear_probe.LinearProbe"),
     "joint": Method(JointConfig, "models.joint.Joint"),
     "sdlora": Method(SDLoRAConfig, "models.sdlora.SDLoRA"),

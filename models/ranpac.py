@@ -105,15 +105,19 @@ class RanPACHead(ClosedFormHead):
         self.cross, self.part_counts = F.pad(self.cross, (0, missing)), F.pad(self.part_counts, (0, missing))
         held, rest = self._split(len(features), classes)
         for part, rows in ((FIT, rest), (HELD, held)):
-            for some in rows.split(IMAGES):
-                hidden = self.random_features(features[some])
-                one_hot = F.one_hot(targets[some], classes).double()
-                add_gram_(self.gram[part], hidden)
-                self.cross[part] += hidden.T @ one_hot
-                self.part_counts[part] += one_hot.sum(dim=0)
-            symmetric_(self.gram[part])
-        self._solve_all()
+            self.take_in(part, features[rows], targets[rows])
+        self.solve()
         logger.info(f"Ridge head: lambda {self.ridge:g} for {classes} classes, {self.dim} random features")
+
+    def take_in(self, part: int, features: Tensor, targets: Tensor) -> None:
+        """Add features (n, d), of any classes so far, to the sums of a part, `FIT` or `HELD`."""
+        for some, labels in zip(features.split(IMAGES), targets.split(IMAGES), strict=True):
+            hidden = self.random_features(some)
+            one_hot = F.one_hot(labels, len(self.counts)).double()
+            add_gram_(self.gram[part], hidden)
+            self.cross[part] += hidden.T @ one_hot
+            self.part_counts[part] += one_hot.sum(dim=0)
+        symmetric_(self.gram[part])
 
     def compensate_drift(self, before: Tensor, after: Tensor) -> float:
         hidden = (self.random_features(features.cpu().double()) for features in (before, after))
@@ -135,7 +139,7 @@ class RanPACHead(ClosedFormHead):
     def unseen_scores(self, features: Tensor, targets: Tensor) -> Tensor | None:
         """Scores by the ridge regression of the part that fits, with the lambda of both."""
         if self.ridge is None:
-            self._solve_all()
+            self.solve()
         if self.fit_weights is None:
             return None
         return (self.random_features(features.cpu().double()) @ self.fit_weights).float()
@@ -150,7 +154,7 @@ class RanPACHead(ClosedFormHead):
         """h(f) = relu(f P): (n, d) -> (n, M), float64."""
         return F.relu(features @ self.projection)
 
-    def _solve_all(self) -> None:
+    def solve(self) -> None:
         """Choice of lambda, and the weights with it: from both parts, and from the part that fits."""
         ranked, fitted = self.ranked_ridges()
         larger = (RIDGES[-1] * 10.0**k for k in itertools.count(1))

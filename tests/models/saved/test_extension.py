@@ -48,6 +48,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "simplecil": {"model_name": "simplecil"},
     "aper": {"model_name": "aper"},
     "ease": {"model_name": "ease"},
+    "moal": {"model_name": "moal", "ranpac_dim": 50},
     "inflora": {"model_name": "inflora", "lora_rank": 4},
     "sdlora": TINY_SDLORA,
     "gate": TINY_SDLORA
