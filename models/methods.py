@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import Any, NamedTuple
 
 from models.config.aper import APERConfig
+from models.config.coda_prompt import CODAPromptConfig
 from models.config.ease import EASEConfig
 from models.config.finetune import FinetuneConfig
 from models.config.inflora import InfLoRAConfig
@@ -40,6 +41,7 @@ METHODS = {
     "ease": Method(EASEConfig, "models.ease.EASE"),
     "inflora": Method(InfLoRAConfig, "models.inflora.InfLoRA"),
     "moal": Method(MoALConfig, "models.moal.MoAL"),
+    "coda_prompt": Method(CODAPromptConfig, "models.coda_prompt.CODAPrompt"),
     "linear_probe": Method(LinearProbeConfig, "models.linear_probe.LinearProbe"),
     "joint": Method(JointConfig, "models.joint.Joint"),
     "sdlora": Method(SDLoRAConfig, "models.sdlora.SDLoRA"),

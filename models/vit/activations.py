@@ -75,6 +75,7 @@ class Images:
     """
 
     depth = 0
+    queries: "Activations | None" = None  # beside the images, where a method stores such
 
     def __init__(self, data: DataManager, source: str, view: Key | None, device: torch.device) -> None:
         self.data, self.source, self.view, self.device = data, source, view, device
@@ -97,6 +98,8 @@ class Activations:
         about: everything that shapes the activations; its hash is in the name of their files' group.
         dtype: as which they are stored.
     """
+
+    queries: "Activations | None" = None
 
     def __init__(
         self,

@@ -68,6 +68,7 @@ class ClassIncrementalLearner(Learner):
     """
 
     Config = ClassIncrementalConfig
+    Inputs = TaskInputs
     figures = staticmethod(class_incremental_figures)
     captions = CAPTIONS
     analyses = ANALYSES
@@ -172,7 +173,7 @@ class ClassIncrementalLearner(Learner):
             stop_requested=self.context.stop_requested,
         )
         fast, views = self.config.engine == "fast", self.config.cache_views
-        return TaskInputs(
+        return self.Inputs(
             self.network, self.data, self.cache, options, fast, views, self.seed, self.shared_views
         )
 

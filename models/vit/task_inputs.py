@@ -14,7 +14,7 @@ open; elsewhere each phase computes them.
 
 import itertools
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -63,6 +63,8 @@ class TaskInputs:
             depends on the run's state alone, so that a resumed run computes the same.
     """
 
+    Store: ClassVar[type[ActivationStore]] = ActivationStore
+
     def __init__(
         self,
         network: SEMAVisionTransformer,
@@ -77,7 +79,7 @@ class TaskInputs:
         self.network, self.data, self.options, self.fast, self.views = network, data, options, fast, views
         self.seed, self.shared_views = seed, shared_views
         self._stores_drawn = fast and not views and options.device.type == "cpu"
-        self.store = ActivationStore(network, data, cache, options)
+        self.store = self.Store(network, data, cache, options)
         self._kept: tuple[tuple[str, int, str], Tensor] | None = None  # features of full batches, and whose
 
     # --- sources --------------------------------------------------------------------------------------------
@@ -154,7 +156,7 @@ class TaskInputs:
         for start in progress(range(sum(map(len, parts)), len(order), step), desc=label, unit="batch"):
             self.options.check_stop()
             batch = order[start : start + step]
-            mine = self._features(below, batch[distributed.shard(len(batch))])
+            mine = self.batch_features(below, batch[distributed.shard(len(batch))])
             parts.append(distributed.all_gather(mine, len(batch)))
         features = torch.cat(parts)
         self._kept = whose, features[:full]
@@ -180,12 +182,12 @@ class TaskInputs:
         for start in progress(starts, desc=label, unit="batch"):
             if options.stop_requested():
                 break
-            parts.append(self._features(below, indices[start : start + options.batch_size]))
+            parts.append(self.batch_features(below, indices[start : start + options.batch_size]))
         options.check_stop()
         return torch.cat(parts)
 
     @torch.no_grad()
-    def _features(self, below: Source, indices: np.ndarray) -> Tensor:
+    def batch_features(self, below: Source, indices: np.ndarray) -> Tensor:
         """Features (n, d) of a batch, float32 on the CPU."""
         options = self.options
         x = below.take(indices).to(options.device)

@@ -115,9 +115,14 @@ class FunctionalPhase(Phase):
 
     def loss(self, batch: Batch) -> StepResult:
         learner = self.learner
-        targets = batch.targets.to(learner.device) - learner.classes.start
         with learner.autocast():
             features = learner.network(batch.inputs.to(learner.device), batch.depth).float()
+        return self.result(batch, features)
+
+    def result(self, batch: Batch, features: Tensor) -> StepResult:
+        """The learner's loss for features (B, d) of a batch, and how many of it are classified right."""
+        learner = self.learner
+        targets = batch.targets.to(learner.device) - learner.classes.start
         logits = learner.head.newest(features)  # (B, C_t)
         loss = learner.loss(logits, targets, features)
         return StepResult(loss, len(targets), (logits.argmax(1) == targets).sum())

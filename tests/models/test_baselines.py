@@ -31,6 +31,12 @@ METHODS: dict[str, dict[str, Any]] = {
     "ease": {"model_name": "ease", "adapter_blocks": "growing"},
     "inflora": {"model_name": "inflora", "adapter_blocks": "growing", "lora_rank": 4},
     "moal": {"model_name": "moal", "ranpac_dim": 50},
+    "coda_prompt": {
+        "model_name": "coda_prompt",
+        "prompt_blocks": [1, 2],
+        "prompt_components": 3,
+        "cache_views": 1,
+    },
     "linear probe": {"model_name": "linear_probe", **ALL_CLASSES},
     "joint": {"model_name": "joint", **ALL_CLASSES},
     "finetune": {"model_name": "finetune"},
@@ -77,7 +83,16 @@ def test_every_baseline_runs_to_its_result(name: str, smoke_config: Config, tmp_
 
 @pytest.mark.parametrize(
     "name",
-    ["ranpac, adapted", "ease", "inflora", "moal", "finetune, ranpac", "sema, ranpac", "sema, growing"],
+    [
+        "ranpac, adapted",
+        "ease",
+        "inflora",
+        "moal",
+        "coda_prompt",
+        "finetune, ranpac",
+        "sema, ranpac",
+        "sema, growing",
+    ],
 )
 def test_a_baseline_resumed_is_the_one_never_stopped(name: str, make_sema: Make) -> None:
     """Stopped at several moments, between steps and between batches of features, it ends bit-identical."""

@@ -36,6 +36,8 @@ RUNS: dict[str, dict[str, Any]] = {
     "aligned": FINETUNE | {"model_name": "finetune", "head": "aligned", "head_drift": "linear"},
     "ease": FINETUNE | {"model_name": "ease"},
     "inflora": {key: value for key, value in TINY.items() if key != "rd_epoch"} | {"model_name": "inflora"},
+    "coda_prompt": {key: value for key, value in TINY.items() if key != "rd_epoch"}
+    | {"model_name": "coda_prompt", "prompt_components": 3},
     "sdlora": TINY_SDLORA | {"model_name": "sdlora"},
 }
 

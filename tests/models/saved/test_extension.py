@@ -49,6 +49,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "aper": {"model_name": "aper"},
     "ease": {"model_name": "ease"},
     "moal": {"model_name": "moal", "ranpac_dim": 50},
+    "coda_prompt": {"model_name": "coda_prompt", "prompt_components": 3},
     "inflora": {"model_name": "inflora", "lora_rank": 4},
     "sdlora": TINY_SDLORA,
     "gate": TINY_SDLORA

@@ -1,0 +1,234 @@
+"""Prompts of CODA-Prompt on a frozen timm Vision Transformer: prefixes of keys and values in chosen blocks.
+
+    net = PromptedViT(timm_vit, blocks=range(5), length=8)
+    net.grow(10)                       # ten components of the open task in every block
+    features = net(images)             # (B, 3, S, S) -> (B, d); its query is the class token without prompts
+    loss = ... + net.penalty("sum")
+    net.freeze()
+
+Source: Smith et al., *CODA-Prompt: COntinual Decomposed Attention-based Prompting for Rehearsal-Free
+Continual Learning*, CVPR 2023.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from timm.layers import Attention
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from backbone.vit_sema import SEMAVisionTransformer
+
+STATE = ("keys", "attention", "prompts")
+
+
+class PrefixAttention(nn.Module):
+    """timm's attention with a prefix of keys and of values, (B, L / 2, d) each, when it is given one."""
+
+    def __init__(self, attention: Attention) -> None:
+        super().__init__()
+        if type(attention) is not Attention or getattr(attention, "gate", None) is not None:
+            raise ValueError(f"prompts need timm's plain attention, not {type(attention).__name__}")
+        self.attention = attention
+        self.prefix: tuple[Tensor, Tensor] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        attention = self.attention
+        if self.prefix is None:
+            return attention(x)
+        qkv = attention.qkv(x).unflatten(-1, (3, attention.num_heads, -1))  # (B, N, 3, heads, d / heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        q, k = attention.q_norm(q), attention.k_norm(k)
+        before = (part.to(k).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for part in self.prefix)
+        k, v = (torch.cat([prefix, own], dim=2) for prefix, own in zip(before, (k, v), strict=True))
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return attention.proj(attention.norm(y))
+
+
+class PromptPool(nn.Module):
+    """The prompt of one block, composed of M components by what the query attends to.
+
+        p(q) = sum_m cos(q * A_m, K_m) P_m,   q (B, d) -> p (B, L, d), its halves prefixes of keys and values
+
+    A_m, K_m (d,) and P_m (L, d); components of earlier tasks are frozen. New ones start orthonormal to all
+    others, as far as there is room. Their numbers are state: a fresh pool takes them from what it loads.
+
+    Args:
+        width: d.
+        length: L, even.
+    """
+
+    keys: Tensor  # (M, d) of earlier tasks
+    attention: Tensor  # (M, d)
+    prompts: Tensor  # (M, L d)
+
+    def __init__(self, width: int, length: int) -> None:
+        super().__init__()
+        self.width, self.length = width, length
+        self.sizes = {"keys": width, "attention": width, "prompts": length * width}
+        for name, size in self.sizes.items():
+            self.register_buffer(name, torch.zeros(0, size))
+            setattr(self, f"new_{name}", nn.Parameter(torch.zeros(0, size), requires_grad=False))
+        self.register_load_state_dict_pre_hook(_take_saved_numbers)
+
+    def all(self, name: str) -> Tensor:
+        """A part of all components, those of earlier tasks first."""
+        return torch.cat([getattr(self, name), getattr(self, f"new_{name}")])
+
+    def forward(self, query: Tensor) -> Tensor:
+        attended = F.normalize(query[:, None] * self.all("attention"), dim=2)  # (B, M, d)
+        shares = torch.einsum("bmd,md->bm", attended, F.normalize(self.all("keys"), dim=1))
+        return (shares @ self.all("prompts")).unflatten(1, (self.length, self.width))
+
+    def penalty(self, reduction: str) -> Tensor:
+        """||X X^T - I||^2 summed over X = K, A and P, as a sum or a mean over entries; a scalar."""
+        total: Tensor = self.keys.new_zeros(())
+        for name in STATE:
+            part = self.all(name)
+            squares = (part @ part.T - torch.eye(len(part), device=part.device)).square()
+            total = total + (squares.sum() if reduction == "sum" else squares.mean())
+        return total
+
+    @torch.no_grad()
+    def grow(self, count: int) -> None:
+        """Add components, which learn."""
+        for name, size in self.sizes.items():
+            old = getattr(self, name)
+            new = torch.rand(count, size).to(old)
+            if len(old) + count <= size:
+                basis = torch.linalg.qr(old.T).Q
+                new = torch.linalg.qr((new - new @ basis @ basis.T).T).Q.T
+            else:
+                new = F.normalize(new, dim=1)
+            setattr(self, f"new_{name}", nn.Parameter(new.contiguous()))
+
+    @torch.no_grad()
+    def freeze(self) -> None:
+        """Freeze the components that learn."""
+        for name in STATE:
+            every = self.all(name)
+            setattr(self, name, every)
+            setattr(self, f"new_{name}", nn.Parameter(every[:0].clone(), requires_grad=False))
+
+
+class PromptedViT(SEMAVisionTransformer):
+    """A frozen timm ViT with prompts in some blocks.
+
+    Args:
+        vit: a timm VisionTransformer without classifier (`num_classes=0`); it becomes part of this module.
+        blocks: those with prompts, one at least.
+        length: L of `PromptPool`.
+    """
+
+    def __init__(self, vit: VisionTransformer, blocks: Iterable[int], length: int) -> None:
+        super().__init__(vit)
+        blocks = sorted(blocks)
+        for i in blocks:
+            block = self.vit.blocks[i].block
+            block.attn = PrefixAttention(block.attn)
+        self.pools = nn.ModuleDict({str(i): PromptPool(self.vit.embed_dim, length) for i in blocks})
+
+    def forward(
+        self, x: Tensor, start: int = 0, stop: int | None = None, query: Tensor | None = None
+    ) -> Tensor:
+        """As in `SEMAVisionTransformer`.
+
+        Args:
+            query: features (B, d) without prompts; by default they are computed from x.
+        """
+        pools = {i: pool for i, pool in self.by_block.items() if i >= start and (stop is None or i < stop)}
+        if not pools:
+            return super().forward(x, start, stop)
+        query = self.plain(x, start) if query is None else query
+        attentions = {i: self.vit.blocks[i].block.attn for i in pools}
+        try:
+            for i, attention in attentions.items():
+                attention.prefix = pools[i](query.float()).chunk(2, dim=1)
+            return super().forward(x, start, stop)
+        finally:
+            for attention in attentions.values():
+                attention.prefix = None
+
+    @torch.no_grad()
+    def plain(self, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
+        """The output without prompts."""
+        return super().forward(x, start, stop)
+
+    @property
+    def by_block(self) -> dict[int, PromptPool]:
+        """The pools in depth order."""
+        return {int(name): pool for name, pool in self.pools.items()}
+
+    def penalty(self, reduction: str) -> Tensor:
+        """Sum over blocks of `PromptPool.penalty`, a scalar."""
+        return sum(pool.penalty(reduction) for pool in self.by_block.values())
+
+    def grow(self, count: int) -> None:
+        """Add components to every pool, which learn."""
+        for pool in self.by_block.values():
+            pool.grow(count)
+
+    def freeze(self) -> None:
+        """Freeze the components that learn."""
+        for pool in self.by_block.values():
+            pool.freeze()
+
+    # --- depths ---------------------------------------------------------------------------------------------
+
+    def fixed_depth(self) -> int:
+        return min(self.by_block)
+
+    def learning_depth(self) -> int:
+        return next((i for i, pool in self.by_block.items() if len(pool.new_keys)), self.depth)
+
+    def tensors_below(self, depth: int) -> dict[str, Tensor]:
+        return {
+            f"{i}.{name}": tensor
+            for i, pool in self.by_block.items()
+            if i < depth
+            for name, tensor in pool.state_dict().items()
+        }
+
+    # --- parameters -----------------------------------------------------------------------------------------
+
+    def adapters_per_block(self) -> dict[int, int]:
+        """Components by block."""
+        return {i: len(pool.keys) + len(pool.new_keys) for i, pool in self.by_block.items()}
+
+    def parameter_counts(self) -> dict[str, int]:
+        """Numbers of parameters in prompts, with their keys and attention."""
+        return {"prompts": sum(tensor.numel() for tensor in self.pools.state_dict().values())}
+
+    def plain_state(self) -> None:
+        """None: prompts depend on the image."""
+
+    def frozen_names(self) -> set[str]:
+        return {name for name in self.state_dict() if not name.startswith("pools.")}
+
+
+class WithoutPrompts:
+    """A `PromptedViT` as the plain ViT that it is built on: its features are the queries."""
+
+    spec = None
+
+    def __init__(self, network: PromptedViT) -> None:
+        self.network, self.vit = network, network.vit
+        self.depth, self.feature_width = network.depth, network.feature_width
+
+    def __call__(self, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
+        return self.network.plain(x, start, stop)
+
+    def tensors_below(self, depth: int) -> dict[str, Tensor]:
+        """None."""
+        return {}
+
+
+def _take_saved_numbers(pool: PromptPool, state: dict[str, Tensor], prefix: str, *hook_args: object) -> None:
+    """Load-state-dict pre-hook: as many components as were saved."""
+    for name, size in pool.sizes.items():
+        saved, new = state.get(f"{prefix}{name}"), state.get(f"{prefix}new_{name}")
+        if saved is not None and new is not None:
+            like = getattr(pool, name)
+            setattr(pool, name, like.new_zeros(len(saved), size))
+            setattr(pool, f"new_{name}", nn.Parameter(like.new_zeros(len(new), size)))

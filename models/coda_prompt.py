@@ -1,0 +1,138 @@
+"""CODA-Prompt: prefixes of keys and values, composed by what the image's query attends to.
+
+    python main.py --config exps/methods/coda_prompt_cifar.json
+
+The query q is the class token of the frozen ViT. In every prompted block p = sum_m cos(q * A_m, K_m) P_m is
+prepended to keys and values. A task adds components, which learn with the task's classifier rows by
+cross-entropy over its classes and `ortho_mu` times a penalty that keeps all components near orthonormal;
+those of earlier tasks are frozen. Queries of views that come again, and of images to evaluate, are stored.
+Source: Smith et al., *CODA-Prompt*, CVPR 2023. Published code takes the mean of the penalty's squares, and
+its scripts have `ortho_mu` 0.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from backbone.prompts import PromptedViT, WithoutPrompts
+from models.config.coda_prompt import CODAPromptConfig
+from models.phase import StepResult
+from models.vit.activations import ActivationStore, ForwardOptions
+from models.vit.class_incremental import ClassIncrementalLearner
+from models.vit.task_inputs import Batch, Source, TaskInputs
+from models.vit.training import FunctionalPhase
+from utils.cache.tensor_cache import TensorCache
+from utils.data.tasks import DataManager
+from utils.inc_net import IncrementalHead
+from utils.training.device import autocast
+from utils.training.optim import ParameterGroup, trainable
+from utils.training.random import Key
+
+
+class QueryStore(ActivationStore):
+    """Activations with the queries of their images beside them, in `queries`.
+
+    Queries depend on no prompt: runs with these weights and views share their files.
+    """
+
+    def __init__(
+        self, network: PromptedViT, data: DataManager, cache: TensorCache, options: ForwardOptions
+    ) -> None:
+        super().__init__(network, data, cache, options)
+        self.plain = ActivationStore(WithoutPrompts(network), data, cache, options)
+        self.keeps_queries = True
+
+    def at(
+        self, depth: int, classes: range, source: str, view: Key | None, label: str = "", **options: Any
+    ) -> Source:
+        opened = super().at(depth, classes, source, view, label=label, **options)
+        if not self.keeps_queries:
+            return opened
+        told, chosen = f"{label}, queries", options.get("chosen")
+        opened.queries = self.plain.at(self.network.depth, classes, source, view, label=told, chosen=chosen)
+        return opened
+
+
+class QueriedInputs(TaskInputs):
+    """`TaskInputs` whose features are those of stored queries."""
+
+    Store = QueryStore
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.store.keeps_queries = self.fast
+
+    @torch.no_grad()
+    def batch_features(self, below: Source, indices: np.ndarray) -> Tensor:
+        device = self.options.device
+        x = below.take(indices).to(device)
+        query = None if below.queries is None else below.queries.take(indices).to(device)
+        with autocast(device, self.options.precision):
+            return self.network(x, below.depth, query=query).float().cpu()
+
+
+class CODAPrompt(ClassIncrementalLearner):
+    """Prefixes of keys and values, composed by what the image's query attends to."""
+
+    Config = CODAPromptConfig
+    Inputs = QueriedInputs
+    config: CODAPromptConfig
+
+    def build(self, vit: nn.Module) -> nn.ModuleDict:
+        network = PromptedViT(vit, self.config.prompt_blocks, self.config.prompt_length)
+        return nn.ModuleDict({"backbone": network, "head": IncrementalHead(vit.num_features)})
+
+    def learning_groups(self) -> list[ParameterGroup]:
+        lr = self.config.init_lr
+        return [
+            ParameterGroup("prompts", trainable(self.network.parameters()), lr=lr),
+            ParameterGroup("other", self.head.trainable(), lr=lr),
+        ]
+
+    def open_task(self) -> None:
+        super().open_task()
+        self.network.grow(self.config.prompt_components)
+
+    def learn_task(self) -> None:
+        self.once("functional", lambda: self.run_phase(PromptPhase(self)))
+        self.once("freeze", self.network.freeze)
+        self.inputs.store.drop_own("train")
+
+
+class QueriedBatch(NamedTuple):
+    """A batch, and the queries (B, d) of its images where they are stored."""
+
+    batch: Batch
+    queries: Tensor | None
+
+
+class PromptPhase(FunctionalPhase):
+    """`FunctionalPhase` with the penalty on prompts, and stored queries where views come again."""
+
+    def batches(self, epoch: int, start: int) -> Iterator[QueriedBatch]:
+        learner, source, size = self.learner, self.source_of_epoch(epoch), self.config.batch_size
+        order = learner.data.order(learner.classes, "train", (*self.key, epoch))
+        for number, batch in enumerate(super().batches(epoch, start), start):
+            group = order[number * size : (number + 1) * size]
+            mine = group[learner.distributed.shard(len(group))]
+            yield QueriedBatch(batch, source.queries.take(mine) if source.queries else None)
+
+    def micro_batches(self, batch: QueriedBatch) -> list[QueriedBatch]:
+        parts = batch.batch.micro_batches(self.config.grad_accumulation)
+        if batch.queries is None:
+            return [QueriedBatch(part, None) for part in parts]
+        queries = batch.queries.split([len(part.targets) for part in parts])
+        return [QueriedBatch(part, query) for part, query in zip(parts, queries, strict=True)]
+
+    def loss(self, batch: QueriedBatch) -> StepResult:
+        inputs, queries = batch.batch, batch.queries
+        network, device = self.learner.network, self.learner.device
+        with self.learner.autocast():
+            query = None if queries is None else queries.to(device)
+            features = network(inputs.inputs.to(device), inputs.depth, query=query).float()
+        result = self.result(inputs, features)
+        penalty = self.config.ortho_mu * network.penalty(self.config.ortho_reduction)
+        return StepResult(result.loss + penalty, result.samples, result.correct)
