@@ -169,7 +169,7 @@ class SEMAModules(nn.Module):
 
         The tensors are kept with it: no other can then lie where one of them lies.
         """
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return self._stack(chosen, x)
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype

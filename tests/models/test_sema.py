@@ -12,6 +12,7 @@ from torch import Tensor
 from backbone.sema_block import is_learning
 from models.sema import SEMA
 from models.vit.activations import Activations, Images
+from models.vit.task_inputs import Source, TaskInputs
 from models.vit.training import FunctionalPhase
 from tests.conftest import events, run_tasks, tensors
 from utils.config.schema import RunConfig
@@ -327,16 +328,24 @@ def test_evaluation_computes_again_only_what_has_changed(
 ) -> None:
     """Without growth old test images keep their features; with growth only the growing blocks run again."""
     ran: list[tuple[int, int, int]] = []
-    compute = Activations.compute
+    compute, batch_features = Activations.compute, TaskInputs.batch_features
 
-    def counted(self: Activations, indices: np.ndarray) -> Tensor:
+    def computed(self: Activations, indices: np.ndarray) -> Tensor:
         ran.append((self.below.depth, self.depth, len(indices)))
         return compute(self, indices)
 
-    monkeypatch.setattr(Activations, "compute", counted)
+    def passed(self: TaskInputs, below: Source, indices: np.ndarray) -> Tensor:
+        ran.append((below.depth, self.network.depth, len(indices)))
+        return batch_features(self, below, indices)
+
+    monkeypatch.setattr(Activations, "compute", computed)
+    monkeypatch.setattr(TaskInputs, "batch_features", passed)
     for threshold, again in ((STAY, 1), (GROW, 2)):
         learner = make_sema(
-            nested_lora_use_consolidation=False, cache_root=str(tmp_path / str(again)), **threshold
+            nested_lora_use_consolidation=False,
+            cache_root=str(tmp_path / str(again)),
+            eval_batch_size=16,
+            **threshold,
         )
         evaluated = []
         for task in range(2):
