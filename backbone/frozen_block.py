@@ -159,10 +159,11 @@ class FrozenLinear(nn.Linear):
         self.weight, self.bias = linear.weight, linear.bias
         self._scale = (scale,)  # a tuple: the scale is the block's, not a part of this module
         self._prepared: dict[tuple[torch.dtype, bool], tuple[Tensor, Tensor | None]] = {}
-        self._prepared_for: list[tuple[int, int]] = []
+        self._prepared_from: list[tuple[Tensor, int]] = []  # kept: no other tensor can then lie there
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_prepared": {}}  # a layout of oneDNN can be neither copied nor saved
+        """Without what is prepared: a layout of oneDNN can be neither copied nor saved."""
+        return self.__dict__ | {"_prepared": {}, "_prepared_from": []}
 
     def forward(self, x: Tensor) -> Tensor:
         if self.weight.requires_grad or torch.jit.is_tracing() or torch.compiler.is_compiling():
@@ -176,8 +177,9 @@ class FrozenLinear(nn.Linear):
         """s W and s b, or (s W)^T and None, in a dtype; those of a layout have `is_mkldnn`."""
         tensors = [t for t in (self.weight, self.bias, *(s.gamma for s in self._scale if s)) if t is not None]
         state = [(tensor.data_ptr(), tensor._version) for tensor in tensors]
-        if state != self._prepared_for:
-            self._prepared, self._prepared_for = {}, state
+        if state != [(tensor.data_ptr(), version) for tensor, version in self._prepared_from]:
+            self._prepared = {}
+            self._prepared_from = [(tensor.detach(), tensor._version) for tensor in tensors]
         key = dtype, transposed
         if key not in self._prepared:
             with torch.no_grad(), torch.autocast(self.weight.device.type, enabled=False):
@@ -235,4 +237,6 @@ class _FrozenProduct(torch.autograd.Function):
 @functools.cache
 def _lays_out() -> bool:
     """Whether oneDNN's layouts pay: with AVX512; with AVX2 (also where a config chose it) they do not."""
-    return torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    if not torch.backends.mkldnn.is_available() or torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return False
+    return all(hasattr(torch.ops.mkldnn, name) for name in ("_reorder_linear_weight", "_linear_pointwise"))

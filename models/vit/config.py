@@ -266,7 +266,8 @@ class FrozenViTKeys(ClassIncrementalConfig):
     """Computation of features of the frozen ViT."""
 
     engine: Literal["fast", "reference"] = key(
-        "fast", '"reference" stores no activations and stacks no adapters: slow and plain, fp32 only.'
+        "fast",
+        '"reference" stores no activations, stacks no adapters and runs timm\'s own blocks: slow, fp32 only.',
     )
 
     def conflicts(self) -> list[Conflict]:
