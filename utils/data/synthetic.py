@@ -6,6 +6,7 @@ bright pixel noise): in stored class order with two classes per task, each task 
 distribution.
 """
 
+import functools
 from collections.abc import Callable
 
 import numpy as np
@@ -22,12 +23,18 @@ Drawer = Callable[
 
 def synthetic_arrays() -> tuple[list[str], dict[str, np.ndarray]]:
     """Class names, and arrays: uint8 images `x_*` (N, 32, 32, 3) and int64 labels `y_*` (N,)."""
+    return list(CLASS_NAMES), {name: array.copy() for name, array in _arrays().items()}
+
+
+@functools.cache
+def _arrays() -> dict[str, np.ndarray]:
+    """The arrays, drawn once a process."""
     arrays = {}
     for split, (source, count) in enumerate((("train", TRAIN_PER_CLASS), ("test", TEST_PER_CLASS))):
         images = [_image(label, split, index) for label in range(len(CLASS_NAMES)) for index in range(count)]
         arrays[f"x_{source}"] = np.stack(images)
         arrays[f"y_{source}"] = np.repeat(np.arange(len(CLASS_NAMES), dtype=np.int64), count)
-    return list(CLASS_NAMES), arrays
+    return arrays
 
 
 def _image(label: int, split: int, index: int) -> np.ndarray:
