@@ -475,7 +475,8 @@ def test_printed_commands_leave_what_the_sweep_would(
 ) -> None:
     """Real processes of two methods: called from elsewhere, and in a sweep, which forks one after the other.
 
-    Bit for bit, also where the CPU kernels change from run to run. The first sweep then has nothing to do.
+    Bit for bit, also where the CPU kernels change from run to run; what is forked has nearly all it imports.
+    The first sweep then has nothing to do.
     """
     base = tmp_path / "sdlora.json"
     base.write_text(json.dumps(TINY_SDLORA))
@@ -492,10 +493,13 @@ def test_printed_commands_leave_what_the_sweep_would(
     assert sweep("--dry-run", "--seeds", "2") == 0 and capsys.readouterr().out == ""
 
     monkeypatch.setitem(EXECUTORS, "local", LocalExecutor)
+    monkeypatch.setenv("PYTHONPROFILEIMPORTTIME", "1")  # a line for every module that a process imports
     (tmp_path / "forked").mkdir()
     forked = Command(tmp_path / "forked")
     forked.write(**table)
     assert forked("--jobs", "1") == 0
+    printed = [path.read_text() for path in (forked.folder / "logs").iterdir()]
+    assert len(printed) == 4 and max(text.count("import time:") for text in printed) < 100
     own = sorted(path.parent for path in (sweep.folder / "runs").rglob(RESULT))
     assert [folder.name for folder in own] == ["sd-lora_2_test_vit", "nested_2_test_vit"]
     for folder in own:
