@@ -230,6 +230,7 @@ def run_sweep(options: argparse.Namespace) -> int:
         own = "run one of them with --only CELL, or a method's own file (--list configs --method NAME)"
         raise UserError(f"--set model_name: the cells of {options.sweep} say their methods; {own}") from error
     with abrupt_interrupts():
+        import_networks()
         from utils.sweeps.run import commands_of, report_sweep, run_sweep
 
     if options.dry_run:
