@@ -253,6 +253,7 @@ class Learner(ABC):
         """Open a task: its classes become known."""
         self.task, self.progress = task, TaskProgress(state=self.progress.state)
         self.open_task()
+        self.modules.to(self.device)  # what has been added
         parameters = list(self.modules.parameters())
         learning = sum(p.numel() for p in parameters if p.requires_grad)
         level = logging.DEBUG if task else logging.INFO

@@ -158,6 +158,15 @@ def test_ranpac_adapts_in_the_first_task_only(make_sema: Make) -> None:
     assert not [p for p in learner.modules.parameters() if p.requires_grad]
 
 
+def test_what_a_task_adds_lies_on_the_learners_device(make_sema: Make) -> None:
+    """Shown with the device that holds no values, in place of a GPU."""
+    for method in ("sema", "finetune"):
+        learner = make_sema(model_name=method)
+        learner.context.device = torch.device("meta")
+        learner.begin_task(0)
+        assert {parameter.device.type for parameter in learner.modules.parameters()} == {"meta"}
+
+
 def test_finetune_never_freezes_and_sema_does(make_sema: Make) -> None:
     for name, changes in {
         "finetune": {},
