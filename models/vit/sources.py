@@ -57,6 +57,7 @@ def load_data_and_backbone(
         train_view=view_spec(config, backbone, config.augmentation),
         test_view=view_spec(config, backbone, "none"),
         num_workers=workers,
+        pinned=context.device.type == "cuda",
         distributed=context.distributed,
         load_whole=load,
     )

@@ -58,9 +58,15 @@ class BatchDataset(TorchDataset):
 
 
 def load_batches(
-    dataset: BatchDataset, start: int, num_workers: int, stop_requested: Callable[[], bool]
+    dataset: BatchDataset,
+    start: int,
+    num_workers: int,
+    stop_requested: Callable[[], bool],
+    pinned: bool = False,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches from number `start` on, made ahead by workers.
+
+    pinned: in memory that a GPU copies from by itself.
 
     Raises:
         UserError: an image cannot be read, or workers were killed or hang.
@@ -75,6 +81,7 @@ def load_batches(
             num_workers=num_workers,
             prefetch_factor=PREFETCHED if num_workers else None,
             timeout=LOOK_EVERY if num_workers else 0,
+            pin_memory=pinned,
             worker_init_fn=_leave_signals_to_the_main_process,
             generator=torch.Generator(),  # otherwise the loader draws a seed from the global state
         )

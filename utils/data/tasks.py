@@ -96,6 +96,7 @@ class DataManager:
         train_view, test_view: what the network sees of an image.
         num_workers: processes that prepare batches, fewer where shared memory is too small for what they pass
             on; 0 for none. Changes no result.
+        pinned: batches lie in memory that a GPU copies from by itself.
         distributed: of several processes each gets its shard of every batch.
         load_whole: loads the data set with its test images, where `dataset` has none, when they are asked
             for.
@@ -123,6 +124,7 @@ class DataManager:
         train_view: ViewSpec,
         test_view: ViewSpec,
         num_workers: int = 0,
+        pinned: bool = False,
         distributed: DistributedContext = DistributedContext(),  # noqa: B008 - immutable
         load_whole: Callable[[], Dataset] | None = None,
     ) -> None:
@@ -147,7 +149,7 @@ class DataManager:
                 f"{', '.join(single[:5])}, and two are needed, one to hold out; add images, or set it to 0."
             )
         self._hashes: dict[tuple[int, str], str] = {}
-        self._num_workers, self._distributed = num_workers, distributed
+        self._num_workers, self._pinned, self._distributed = num_workers, pinned, distributed
         self.stop_requested: Callable[[], bool] = lambda: False
         self._warned = False
 
@@ -303,7 +305,7 @@ class DataManager:
             self._warned = True
             logger.warning(warning)
         dataset = BatchDataset(self.images(source), self._labels_of(source), mine, spec, view)
-        return load_batches(dataset, start, workers, lambda: self.stop_requested())
+        return load_batches(dataset, start, workers, lambda: self.stop_requested(), self._pinned)
 
     def _with(self, source: str) -> Dataset:
         """The data set that has the images of a source."""
