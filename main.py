@@ -14,6 +14,7 @@ python main.py --sweep X.json --engine ray --ray-address HOST:PORT   its runs on
 python main.py --sweep X.json --only CELL --seeds 1 2             some of its runs; --dry-run: their commands
 python main.py --sweep X.json --report                           its summary again, no run
 python main.py --benchmark --config X.json                       what its steps cost, in plain forwards
+python main.py --benchmark --sweep exps/sweeps/costs.json        what whole runs cost, in CPU seconds
 python main.py --list keys --method sema                         config keys, what they allow and mean
 python main.py --list configs                                    also: methods, datasets, backbones, metrics
 
@@ -57,8 +58,8 @@ TAKES = {  # options that each command takes beside its own; the first one given
     "resume": ("config", "set", "verbose"),
     "report": ("sweep", "set", "seeds"),
     "dry-run": ("sweep", "set", "only", "seeds"),
+    "benchmark": ("config", "sweep", "set", "only", "repeats", "profile"),
     "sweep": ("set", "only", "seeds", "overwrite", "jobs", "engine", "ray-address", "verbose"),
-    "benchmark": ("config", "set", "repeats", "profile"),
     "run": ("config", "set", "overwrite", "verbose"),
 }
 OPTIONS = sorted({*TAKES, *itertools.chain(*TAKES.values())} - {"run"})
@@ -107,8 +108,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--engine", choices=list(EXECUTORS), help="of a sweep: what executes its runs (default: local)")
     add("--ray-address", metavar="ADDR", help="with --engine ray: a cluster (default: a Ray of its own)")
     add("--report", action="store_true", help="of a sweep: only write the summary again")
-    add("--benchmark", action="store_true", help="measure what the configuration costs here; no run")
-    add("--repeats", type=at_least_one, metavar="N", help="with --benchmark: measurements of each step (5)")
+    add(
+        "--benchmark",
+        action="store_true",
+        help="measure what a configuration's steps, or a sweep's runs, cost",
+    )
+    add("--repeats", type=at_least_one, metavar="N", help="with --benchmark: of each step (5) or run (1)")
     add("--profile", type=given_path, metavar="FOLDER", help="with --benchmark: a trace of a training step")
     add("--list", choices=lists, help="print this list, and exit")
     add("--method", metavar="NAME", help="run this method's shipped file; with --list: of this method only")
@@ -171,7 +176,9 @@ def usage_faults(options: argparse.Namespace) -> list[str]:
             "--extend goes with --set max_tasks=N or --data FOLDER",
         ),
         (options.report and not options.sweep, "--report goes with --sweep"),
-        (options.benchmark and not options.config, "--benchmark goes with --config"),
+        (options.benchmark and not (options.config or options.sweep), "--benchmark goes with --config"),
+        (options.benchmark and options.config and options.only, "--only goes with --benchmark --sweep"),
+        (options.profile and options.sweep, "--profile goes with --benchmark --config"),
         (options.dry_run and not options.sweep, "--dry-run goes with --sweep"),
         (
             options.overwrite and (options.only or options.seeds),
@@ -252,6 +259,16 @@ def run_sweep(options: argparse.Namespace) -> int:
         overwrite=options.overwrite,
         imports=[*before, *sorted(learners), "utils.runs.manifest:code_sha256"],
     )
+
+
+def benchmark_runs(options: argparse.Namespace) -> int:
+    """Measure the runs of a sweep; the exit code."""
+    from models import SCHEMAS
+    from utils.sweeps.costs import run_costs
+
+    for line in run_costs(options.sweep, options.set, SCHEMAS, options.only, options.repeats or 1):
+        print(line, flush=True)
+    return 0
 
 
 def run_seeds(loaded: Any, overwrite: bool, context: Any) -> None:
@@ -388,7 +405,7 @@ def main(arguments: list[str] | None = None) -> int:
             print("\n".join(list_lines(options)))
             return 0
         if options.sweep:
-            return run_sweep(options)
+            return benchmark_runs(options) if options.benchmark else run_sweep(options)
         with abrupt_interrupts():
             from models import LEARNERS
             from models.saved.files import read_config

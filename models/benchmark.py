@@ -1,54 +1,61 @@
-"""Benchmark of a configuration: training steps and tests, in forward passes of the plain timm network.
+"""Benchmark of a configuration: steps, scans, stores and tests beside a forward of the plain timm network.
 
     python main.py --benchmark --config exps/nested_lora_cifar.json
     python main.py --benchmark --config X.json --set precision=bf16 --repeats 7 --profile trace/
 
-The unit is one forward pass of the unchanged timm network over the same images in the same dtype, timed next
-to every measurement; a figure is the median over repeats. The learner goes through its tasks as in a run,
-with some steps of each phase instead of all; growing methods grow in every task. Weights are random and
+The unit is one forward pass of the unchanged timm network over the same images in the same precision, timed
+just before every measurement; a figure is the median over repeats. The learner goes through its tasks as in a
+run, with one step of each phase instead of all; growing methods grow in every task. Weights are random and
 images generated, since neither changes a time, so nothing is downloaded. A benchmark is for people: no test
-depends on a time.
+depends on a time. Whole runs are measured by `utils/sweeps/costs.py`.
 """
 
 import itertools
 import logging
 import statistics
 import tempfile
+import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from torch.utils.benchmark import Timer
-from torch.utils.flop_counter import FlopCounterMode
+from torch import nn
+from torch.nn import functional as F
 
+from backbone.frozen_block import FrozenLinear
+from backbone.vit_sema import SEMAVisionTransformer
 from models.methods import SCHEMAS
 from models.phase import Phase, PhaseProgress
 from models.saved.learner import make_learner
-from models.vit.config import ClassIncrementalConfig, StepKeys
-from models.vit.sources import load_data_and_backbone
+from models.vit.closed_form import ClosedFormHead
+from models.vit.config import ClassIncrementalConfig, OneTaskRules, StepKeys
+from models.vit.sources import load_backbone
+from models.vit.training import train_functional
 from utils.config.loading import config_from_dict
 from utils.config.schema import RunConfig
+from utils.data.synthetic import write_noise
 from utils.errors import UserError
 from utils.runs.run_log import SilentLog
+from utils.training.device import resolve_device
 from utils.wording import counted
 
-STAND_INS = {  # for data and weights
-    "dataset": "synthetic",
-    "init_cls": 1,
-    "increment": 1,
-    "max_train_per_class": None,
-    "max_test_per_class": None,
-    "max_tasks": None,
-    "weights": "random",
-}
-TASKS = (0, 1, 5)  # that are measured; a growing block has 1, 2 and 6 adapters after them
-CEILING_SIDE = (
-    2048  # of the square matrices whose product shows what a CPU can do; a GPU gets four times that
-)
+ADAPTERS = (1, 2, 6)  # in a block when steps and tests are measured; a task brings one
+ADAPTERS_OF = {"sdlora": (1, 19)}  # by method
+BATCHES, DEVICE_BATCHES = 2, 16  # in a task on a CPU, and elsewhere, where data workers make some ahead
+HEAD_IMAGES, HEAD_CLASSES = 500, 10  # of a task that a head in closed form takes in
 Work = Callable[[], object]
 
 logger = logging.getLogger("nested_lora")
+
+
+class Cost(NamedTuple):
+    """CPU seconds (user and system) of this process, and seconds on the clock."""
+
+    cpu: float
+    clock: float
 
 
 def benchmark(config: RunConfig, repeats: int, profile: Path | None = None) -> Iterator[str]:
@@ -65,107 +72,235 @@ def benchmark(config: RunConfig, repeats: int, profile: Path | None = None) -> I
     if not isinstance(config, ClassIncrementalConfig):
         fault = f"model_name = {config.model_name!r} has no pretrained network to measure against"
         raise UserError(f"--benchmark: {fault}; allowed: a class-incremental method")
-    with tempfile.TemporaryDirectory() as scratch, only_warnings():
-        values = config.model_dump() | STAND_INS | {"cache_root": scratch}
-        if "filepath" in values:  # nothing is left behind
-            values["filepath"] = None
-        if "cache_views" in values:  # stored activations are measured as stored
-            values["cache_views"] = max(1, values["cache_views"])
-        if values.get("expansion") == "novelty":
-            values["expansion"] = "always"
-        yield from Benchmark(config_from_dict(values, SCHEMAS, "benchmark").config, repeats, profile).lines(
-            Path(scratch)
-        )
+    with tempfile.TemporaryDirectory() as scratch, only_errors():
+        yield from Benchmark(config, Path(scratch), repeats, profile).lines()
+
+
+def stand_in(config: ClassIncrementalConfig, folder: Path, batches: int) -> ClassIncrementalConfig:
+    """The configuration with tasks of one generated class, random weights, stored views, growth always."""
+    tasks = 1 if isinstance(config, OneTaskRules) else max(ADAPTERS_OF.get(config.model_name, ADAPTERS))
+    dataset, given = folder / "noise.npz", config.model_dump()
+    write_noise(dataset, classes=tasks, train=batches * batch_size(config), test=2)
+    values = {
+        "dataset": str(dataset), "extra_data": None, "init_cls": 1, "increment": 1, "max_tasks": None,
+        "max_train_per_class": None, "max_test_per_class": None, "validation_share": 0.0, "test_share": None,
+        "weights": "random", "cache_root": str(folder), "filepath": None, "buffer_size": 3,
+        "cache_views": max(1, given.get("cache_views", 1)),
+    }  # fmt: skip
+    if given.get("expansion") == "novelty":
+        values["expansion"] = "always"
+    values = {name: value for name, value in values.items() if name in given}
+    return config_from_dict(given | values, SCHEMAS, "benchmark").config
+
+
+def batch_size(config: ClassIncrementalConfig) -> int:
+    """Images of a measurement: a training batch, or where nothing is trained a test batch."""
+    return config.batch_size if isinstance(config, StepKeys) else config.eval_batch_size
 
 
 class Benchmark:
     """Measurements of one learner next to the plain network it stands on.
 
     Args:
-        config: with generated data and random weights.
+        config: of a class-incremental method, as in a run.
+        folder: for images and stored activations.
         repeats, profile: as for `benchmark`.
     """
 
-    def __init__(self, config: ClassIncrementalConfig, repeats: int, profile: Path | None) -> None:
-        self.learner, self.repeats, self.profile = make_learner(config), repeats, profile
-        self.config, data = self.learner.config, self.learner.data
-        self.plain = load_data_and_backbone(self.config, self.learner.context)[1].vit
-        self.plain.to(self.learner.device).eval()
-        self.batch_size = config.batch_size if isinstance(config, StepKeys) else config.eval_batch_size
-        chosen = data.indices(range(1), "train")[: self.batch_size]
-        self.images = data.views(chosen, "train", "train", ("benchmark",), self.learner.device)
-        self.unit_seconds: list[float] = []  # per image
+    def __init__(
+        self, config: ClassIncrementalConfig, folder: Path, repeats: int, profile: Path | None
+    ) -> None:
+        batches = BATCHES if resolve_device(config.device)[0].type == "cpu" else DEVICE_BATCHES
+        learner = self.learner = make_learner(stand_in(config, folder, batches))
+        learner.context.log, learner.calibrate = SilentLog(folder), lambda: None
+        learner.run_phase = self.measure_phase
+        self.method, self.device = config.model_name, learner.device
+        self.repeats, self.profile = repeats, profile
+        self.plain = load_backbone(learner.config).vit.to(self.device).eval()
+        chosen = learner.data.indices(range(1), "train")[: batch_size(config)]
+        self.images = learner.data.views(chosen, "train", "train", ("benchmark",), self.device)
+        self.forwards: dict[str, float] = {}  # per image, by the name of a row
+        self.rows: list[str] = []  # of the open task
+        self.nothing_grows = False
 
-    def lines(self, folder: Path) -> Iterator[str]:
-        """Measure tasks 0, 1 and 5, and say what share of the device's rate they reach."""
-        learner, config = self.learner, self.config
-        learner.context.log = SilentLog(folder)
-        threads, version = torch.get_num_threads(), torch.__version__
-        size = learner.data.train_view.image_size
-        yield f"{config.backbone_type}, {size} px, batch {self.batch_size}, {config.precision}"
-        beside = f"{counted(threads, 'thread')}, torch {version}"
-        yield f"{learner.device}, {beside}; medians of {counted(self.repeats, 'repeat')}"
-        yield "in plain forwards per image (least - most)"
+    def lines(self) -> Iterator[str]:
+        """The table: costs per image, shares of the rate of matrix products, cost of a closed-form head."""
+        learner, threads = self.learner, counted(torch.get_num_threads(), "thread")
+        config, size = learner.config, learner.data.train_view.image_size
+        yield f"{config.backbone_type}, {size} px, batch {len(self.images)}, {config.precision}"
+        yield f"{self.device}, {threads}, torch {torch.__version__}; medians of {self.repeats}"
         yield ""
-        for task in range(min(max(TASKS) + 1, learner.nb_tasks)):
-            rows: list[str] = []
-            learner.run_phase = lambda phase, rows=rows: self.measure_phase(phase, rows)
+        yield f"{'per image':<52}{'forwards':>9}{'least - most':>19}{'CPU ms':>10}{'ms':>10}"
+        yield self.per_image("plain forward", self.forward, len(self.images))
+        for task in range(learner.nb_tasks):
             learner.begin_task(task)
             learner.train_task()
-            if task in TASKS:
-                yield from rows
-                adapters = max(learner.network.adapters_per_block().values(), default=0)
-                yield self.measure(
-                    f"task {task}: test, up to {adapters} adapters per block", self.evaluate, len(self.images)
-                )
-        rate = self.ceiling()
-        with FlopCounterMode(display=False) as counter:
-            self.forward()
-        flops = counter.get_total_flops() / statistics.median(self.unit_seconds) / len(self.images)
+            yield from self.rows
+            self.rows.clear()
+            name = f"{self.method}: evaluation{self.adapters}"
+            if self.is_measured and name not in self.forwards:
+                yield self.per_image(name, self.evaluate, len(self.images))
+        if isinstance(learner.network, SEMAVisionTransformer):
+            yield from self.stored(learner.network)
         yield ""
-        yield f"plain forward: {1 / statistics.median(self.unit_seconds):.1f} images/s"
-        yield (
-            f"  {flops / 1e9:.0f} GFLOP/s, {100 * flops / rate:.0f} % "
-            f"of a large matrix product's {rate / 1e9:.0f}"
-        )
+        yield from self.shares()
+        if learner.closed_form is not None:
+            yield ""
+            yield from self.head(learner.closed_form)
 
-    def measure_phase(self, phase: Phase, rows: list[str]) -> None:
-        """Some steps of a phase in place of all."""
-        learner = self.learner
-        full = range(max(1, phase.steps_per_epoch - 1))  # the last batch of an epoch may be smaller
-        batches = (
-            batch
-            for epoch in itertools.count()
-            for _, batch in zip(full, phase.batches(epoch % max(1, phase.epochs), 0), strict=False)
-        )
+    # --- names ----------------------------------------------------------------------------------------------
+
+    @property
+    def is_measured(self) -> bool:
+        return self.learner.task + 1 in ADAPTERS_OF.get(self.method, ADAPTERS)
+
+    @property
+    def adapters(self) -> str:
+        """Adapters in the block that has most, as a name's end."""
+        count = max(self.learner.network.adapters_per_block().values(), default=0)
+        return f", {counted(count, 'adapter')}" if count else ""
+
+    def name_of(self, phase: Phase) -> str:
+        """The row of a step of a phase."""
+        if phase.name == "rd":
+            return f"{self.method}: step of the descriptors"
+        if self.nothing_grows:
+            return f"{self.method}: step of a task that grows nothing"
+        return f"{self.method}: step of {'a later task' if self.learner.task else 'task 0'}{self.adapters}"
+
+    # --- rows -----------------------------------------------------------------------------------------------
+
+    def measure_phase(self, phase: Phase) -> None:
+        """A step in place of a whole phase, with a row the first time that there is one of its name."""
+        learner, name = self.learner, self.name_of(phase)
+        batch, count = next(iter(phase.batches(0, 0))), learner.data.count(learner.classes, "train")
 
         def step() -> None:
-            learner.take_step(phase, PhaseProgress(), next(batches))
+            learner.take_step(phase, PhaseProgress(), batch)
 
         if self.profile is not None:
-            self.profile.mkdir(parents=True, exist_ok=True)
-            with torch.profiler.profile(record_shapes=True, acc_events=True) as profiler:
-                step()
-            profiler.export_chrome_trace(str(self.profile / "trace.json"))
+            write_trace(step, self.profile)
             self.profile = None
-        if learner.task in TASKS:
-            block = "" if phase.block is None else f", block {phase.block}"
-            count = learner.data.count(learner.classes, "train")
-            images = min(self.batch_size, count)
-            rows.append(self.measure(f"task {learner.task}: step of phase {phase.name}{block}", step, images))
+        if self.is_measured and name not in self.forwards:
+            self.rows.append(self.per_image(name, step, min(len(self.images), count)))
+            batches = f"batches of {'stored tokens' if getattr(batch, 'depth', 0) else 'new views'}"
+            if phase.name != "rd" and batches not in self.forwards:
+                self.rows.append(self.per_image(batches, lambda: deque(phase.batches(0, 0), maxlen=0), count))
         else:
             step()
         learner.progress.phases += 1
 
-    def measure(self, name: str, work: Work, images: int) -> str:
-        """One row: the work, on so many images, next to the plain forward."""
-        work()  # warm up
-        ratios = []
+    def stored(self, network: SEMAVisionTransformer) -> Iterator[str]:
+        """Rows of what reads and fills stores, in the state after the last task."""
+        learner, number, depth = self.learner, itertools.count(), network.fixed_depth()
+        count = learner.data.count(learner.classes, "train")
+        if self.method == "sema" and network.growing:
+            yield self.per_image("sema: scan of a later task", self.scan, count)
+            self.nothing_grows = True
+            train_functional(learner)
+            yield from self.rows
+
+        def fill() -> None:
+            learner.inputs.store.at(depth, learner.classes, "train", ("benchmark", next(number)))
+
+        if depth:
+            what = "features" if depth == network.depth else "tokens"
+            yield self.per_image(f"filling a store with {what}", fill, count)
+
+    def scan(self) -> None:
+        """A whole scan of the open task's images that finds nothing new."""
+        learner, always = self.learner, self.learner.config
+        learner.config = always.model_copy(update={"expansion": "novelty", "exp_threshold": float("inf")})
+        learner.method_state.update(block=None, grown=[], scan=0, batch=0, grown_in_scan=False)
+        learner.scan()
+        learner.config = always
+
+    def shares(self) -> Iterator[str]:
+        """Rows of the share of the rate of matrix products that passes reach, by the products they need.
+
+        The rate is that of the network's own products, in whichever layout of weights is faster. A forward of
+        the learner needs of the last block keys and values alone, but for the class token; a step of task 0
+        needs two forwards: a backward without gradients of weights has as many products.
+        """
+        vit, images = self.plain, len(self.images)
+        patches, depth, d = vit.patch_embed.num_patches, len(vit.blocks), vit.embed_dim
+        tokens = patches + vit.num_prefix_tokens
+        layers = [FrozenLinear(layer) for layer in vit.blocks.modules() if isinstance(layer, nn.Linear)]
+        linear = 2 * images * tokens * sum(layer.weight.numel() for layer in layers)
+        attention = 4 * images * tokens**2 * d * depth
+        whole = linear + attention + 2 * images * patches * vit.patch_embed.proj.weight.numel()
+        needed = whole - (linear + attention) / depth + 4 * images * tokens * d**2
+        dtype = torch.bfloat16 if self.learner.config.precision == "bf16" else torch.float32
+        rows = {layer.in_features for layer in layers}
+        rows = {width: torch.randn(images * tokens, width, device=self.device, dtype=dtype) for width in rows}
+        pairs = [(rows[layer.in_features], layer, layer.weight.detach().to(dtype)) for layer in layers]
+
+        def plain() -> None:
+            for x, _, weight in pairs:
+                F.linear(x, weight)
+
+        def prepared() -> None:
+            for x, layer, _ in pairs:
+                layer.product(x)
+
+        prepared()
+        works, costs = (self.forward, plain, prepared), []
         for _ in range(self.repeats):
-            unit = seconds(self.forward) / len(self.images)
-            self.unit_seconds.append(unit)
-            ratios.append(seconds(work) / images / unit)
-        return f"{name:<52}{statistics.median(ratios):>9.4f}  ({min(ratios):.4f} - {max(ratios):.4f})"
+            forward, *products = map(self.cost, works)
+            costs.append((forward, min(products, key=self.main)))
+        rate = statistics.median(linear / product.clock for _, product in costs)
+        times = statistics.median(self.main(forward) / self.main(product) for forward, product in costs)
+        yield f"{'share of the rate of matrix products':<52}{'%':>9}{f'of {rate / 1e9:,.0f} GFLOP/s':>19}"
+        for kind, flops in {
+            "plain forward": whole,
+            "evaluation": needed,
+            "step of task 0": 2 * needed,
+        }.items():
+            for name in [name for name in self.forwards if kind_of(name) == kind][:1]:
+                share = flops / linear / times / self.forwards[name]
+                yield f"{f'{name}, share':<52}{100 * share:>9.1f}"
+
+    def head(self, head: ClosedFormHead) -> Iterator[str]:
+        """Row of what it costs to take a task into a head in closed form."""
+        features, labels = torch.randn(HEAD_IMAGES, head.width), torch.arange(HEAD_IMAGES) % HEAD_CLASSES
+        costs = [
+            self.cost(lambda: head.add(features, len(head.counts) + labels)) for _ in range(self.repeats)
+        ]
+        cpu, clock = (statistics.median(values) for values in zip(*costs, strict=True))
+        yield f"{'per task':<52}{'CPU s':>9}{'s':>9}"
+        name = f"{self.method}: head, {HEAD_IMAGES} images of {HEAD_CLASSES} classes"
+        yield f"{name:<52}{cpu:>9.2f}{clock:>9.2f}"
+
+    # --- measuring ------------------------------------------------------------------------------------------
+
+    def per_image(self, name: str, work: Work, images: int) -> str:
+        """The row of some work on so many images, next to the plain forward."""
+        work()  # warm up
+        costs, ratios = [], []
+        for _ in range(self.repeats):
+            unit, cost = self.cost(self.forward), self.cost(work)
+            ratios.append(self.main(cost) / images / (self.main(unit) / len(self.images)))
+            costs.append(cost)
+        self.forwards[name] = statistics.median(ratios)
+        cpu, clock = (1000 * statistics.median(values) / images for values in zip(*costs, strict=True))
+        span = f"{min(ratios):.4f} - {max(ratios):.4f}"
+        return f"{name:<52}{self.forwards[name]:>9.4f}{span:>19}{cpu:>10.2f}{clock:>10.2f}"
+
+    def cost(self, work: Work) -> Cost:
+        """The cost of one call, until the device has finished."""
+        self.wait()
+        cpu, clock = time.process_time(), time.perf_counter()
+        work()
+        self.wait()
+        return Cost(time.process_time() - cpu, time.perf_counter() - clock)
+
+    def wait(self) -> None:
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
+
+    def main(self, cost: Cost) -> float:
+        """What is compared: CPU seconds, or where another device computes seconds on the clock."""
+        return cost.cpu if self.device.type == "cpu" else cost.clock
 
     @torch.no_grad()
     def forward(self) -> None:
@@ -178,27 +313,26 @@ class Benchmark:
         """Images through network and classifier, nothing stored."""
         self.learner.classify(self.learner.features(self.images))
 
-    def ceiling(self) -> float:
-        """Floating point operations per second of a large square matrix product, the best of the repeats."""
-        device = self.learner.device
-        side = CEILING_SIDE if device.type == "cpu" else 4 * CEILING_SIDE
-        dtype = torch.bfloat16 if self.config.precision == "bf16" else torch.float32
-        left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-        return 2 * side**3 / min(seconds(lambda: left @ right) for _ in range(max(3, self.repeats)))
+
+def kind_of(name: str) -> str:
+    """A row's name without method and number of adapters."""
+    return name.rpartition(": ")[2].partition(",")[0]
+
+
+def write_trace(step: Work, folder: Path) -> None:
+    """Write a trace of a step, `trace.json`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with torch.profiler.profile(record_shapes=True, acc_events=True) as profiler:
+        step()
+    profiler.export_chrome_trace(str(folder / "trace.json"))
 
 
 @contextmanager
-def only_warnings() -> Iterator[None]:
+def only_errors() -> Iterator[None]:
     """The learner's log lines are left out, so that the table stays in one piece."""
     level = logger.level
-    logger.setLevel(logging.WARNING)
+    logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
         logger.setLevel(level)
-
-
-def seconds(work: Work) -> float:
-    """Wall-clock seconds of one call, until the device has finished."""
-    timer = Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads())
-    return timer.timeit(1).mean

@@ -8,6 +8,7 @@ distribution.
 
 import functools
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 
@@ -35,6 +36,18 @@ def _arrays() -> dict[str, np.ndarray]:
         arrays[f"x_{source}"] = np.stack(images)
         arrays[f"y_{source}"] = np.repeat(np.arange(len(CLASS_NAMES), dtype=np.int64), count)
     return arrays
+
+
+def write_noise(path: Path, classes: int, train: int, test: int) -> None:
+    """Write an .npz data set of noise, for measurements of time: so many images of each class.
+
+    They are of CIFAR's size.
+    """
+    rng, arrays = np.random.default_rng(0), {"class_names": np.array([f"noise_{k}" for k in range(classes)])}
+    for source, count in (("train", train), ("test", test)):
+        arrays[f"x_{source}"] = rng.integers(0, 256, (classes * count, SIDE, SIDE, 3), dtype=np.uint8)
+        arrays[f"y_{source}"] = np.repeat(np.arange(classes), count)
+    np.savez(path, **arrays)
 
 
 def _image(label: int, split: int, index: int) -> np.ndarray:
