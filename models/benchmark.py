@@ -241,7 +241,7 @@ class Benchmark:
 
         def prepared() -> None:
             for x, layer, _ in pairs:
-                layer.product(x)
+                layer(x)
 
         prepared()
         works, costs = (self.forward, plain, prepared), []

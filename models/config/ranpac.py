@@ -4,6 +4,7 @@ from typing import ClassVar, Literal
 
 from models.vit.config import (
     AdapterKeys,
+    BlockKeys,
     ClassIncrementalConfig,
     FrozenViTKeys,
     RidgeKeys,
@@ -32,7 +33,7 @@ class RanPACConfig(AdapterKeys, RidgeKeys, TrainingKeys, StepKeys, FrozenViTKeys
         return self.first_session
 
     def unused_rules(self) -> list[UnusedRule]:
-        training = [name for group in (AdapterKeys, TrainingKeys, StepKeys) for name in group.own_keys()]
+        training = [name for group in (BlockKeys, AdapterKeys, TrainingKeys, StepKeys) for name in group.own_keys()]
         return [(not self.first_session, "first_session is false", training), *super().unused_rules()]
 
     def one_class_advice(self, task: int) -> str:

@@ -73,6 +73,7 @@ def test_every_number_has_limits_on_both_sides_finite_in_single_precision(schema
     lower, upper = {"minimum", "exclusiveMinimum"}, {"maximum", "exclusiveMaximum"}
     open_ended = {key for key, number in found if not lower & number.keys() or not upper & number.keys()}
     weights = {"alpha", "beta", "gamma"} & schema.model_fields.keys()  # their rule is not in the JSON schema
+    weights = weights if len(weights) == 3 else set()
     assert len(found) > 1 and open_ended == weights
     limits = [number[limit] for _, number in found for limit in (lower | upper) & number.keys()]
     assert all(abs(limit) < 2**127 for limit in limits)

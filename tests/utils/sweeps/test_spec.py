@@ -263,6 +263,7 @@ def test_every_shipped_sweep_loads_and_states_its_command(path: Path) -> None:
     sweep = load_sweep(path, [], SCHEMAS)
     default = path == ROOT / main.DEFAULT
     command = "python main.py" if default else f"python main.py --sweep {path.relative_to(ROOT)}"
+    command = command.replace("--sweep", "--benchmark --sweep") if path.stem == "costs" else command
     assert sweep.file.description.startswith(f"{command}  (")
     assert "expected" in sweep.file.description
     assert sweep.folder == Path("logs/sweeps") / path.stem
