@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-FEW_TOKENS = 64
 MAX_SCORES = 2**26  # attention scores of one product where no backward pass needs them: 128 MiB in bf16
 
 
@@ -75,23 +74,22 @@ def mlp_branch(block: Block, x: Tensor) -> Tensor:
 def _attention(attention: nn.Module, x: Tensor, kept: int | None) -> Tensor:
     """The first `kept` tokens of an attention's output, (B, N, d) -> (B, kept, d).
 
-    On CPUs the fused kernel is slow in bf16, but for forward passes with AMX, and its backward pass with few
-    tokens.
+    On CPUs the fused kernel is slow in bf16, but for forward passes with AMX. It is given q, k and v in the
+    order in which one copy makes their gradients that of the projection.
     """
-    special = getattr(attention, "gate", None), getattr(attention, "q_norm", None)
-    if type(attention) is not Attention or not isinstance(special[1], nn.Identity) or special[0] is not None:
+    special = getattr(attention, "gate", None) or getattr(attention, "q_norm", None)
+    if type(attention) is not Attention or not isinstance(special, nn.Identity):
         return attention(x)[:, :kept]
-    qkv = attention.qkv(x)
-    small = qkv.requires_grad and qkv.shape[1] <= FEW_TOKENS
+    qkv, heads = attention.qkv(x), attention.num_heads
     slow = qkv.requires_grad or not torch.cpu.get_capabilities().get("amx_bf16", False)
     on_cpu = qkv.device.type == "cpu" and not torch.jit.is_tracing()
-    if on_cpu and (qkv.dtype == torch.bfloat16 and slow or small or not attention.fused_attn):
-        scores = attention.num_heads * qkv.shape[1] ** 2
+    if on_cpu and (qkv.dtype == torch.bfloat16 and slow or not attention.fused_attn):
+        scores = heads * qkv.shape[1] ** 2
         parts = [qkv] if qkv.requires_grad else qkv.split(max(1, MAX_SCORES // scores))
-        found = [_PlainAttention.apply(part, attention.num_heads, kept) for part in parts]
+        found = [_PlainAttention.apply(part, heads, kept) for part in parts]
         y = found[0] if len(found) == 1 else torch.cat(found)
     else:
-        q, k, v = qkv.unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = (part.transpose(1, 2) for part in qkv.unflatten(-1, (3, heads, -1)).unbind(2))
         y = F.scaled_dot_product_attention(q[:, :, :kept], k, v).transpose(1, 2).flatten(2)
     return attention.proj(attention.norm(y))
 

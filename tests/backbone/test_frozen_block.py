@@ -80,14 +80,16 @@ def test_changed_weights_count() -> None:
 
 
 @pytest.mark.parametrize("adapters", [1, 2])
-@pytest.mark.parametrize("name", [NAME, "vit_small_patch16_224"])
-def test_adapters_get_the_same_gradients(name: str, adapters: int) -> None:
+@pytest.mark.parametrize(("name", "fused"), [(NAME, True), (NAME, False), ("vit_small_patch16_224", True)])
+def test_adapters_get_the_same_gradients(name: str, fused: bool, adapters: int) -> None:
     """Also in the last block, whose router reads all tokens where it weighs several adapters."""
     spec = AdapterSpec(width=plain_vit(name).embed_dim, kind="nested_lora", bottleneck=4, rd_dim=8)
     slow, fast = (
         SEMAVisionTransformer(vit, spec, growing=(1, 2), adapted=range(3))
         for vit in (plain_vit(name), sped_up(plain_vit(name)))
     )
+    for block in fast.vit.blocks:
+        block.block.attn.fused_attn = fused
     for _ in range(adapters - 1):
         slow.modules_by_block[2].grow()
     for parameter in slow.parameters():
