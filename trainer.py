@@ -330,7 +330,7 @@ class Run:
             return result
         self.log.result(result)
         complete_run(self.log)
-        for table in report.tables:
+        for table in report.tables():
             logger.info(table)
         if weights["note"]:
             logger.info(f"Weights {weights['tag']}: {weights['note']}")

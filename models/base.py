@@ -106,7 +106,7 @@ class Report:
         event: results of the newest task, for `metrics.jsonl`.
         lines: about the newest task, for the log.
         result: results of the whole run for `result.json`: "metrics" by name, and more.
-        tables: plain-text tables that close a run.
+        tables: makes the plain-text tables that close a run.
         accuracy: rows of the accuracy matrix in percent, where there is one.
         images: what it is measured on, "test" or "validation".
         cost: times beside the run's seconds; they differ from run to run.
@@ -116,7 +116,7 @@ class Report:
     event: dict[str, Any]
     lines: list[str]
     result: dict[str, Any]
-    tables: list[str]
+    tables: Callable[[], list[str]]
     accuracy: list[list[float]] | None = None
     images: str = "test"
     cost: dict[str, float] = field(default_factory=dict)

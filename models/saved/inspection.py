@@ -110,7 +110,7 @@ def show_test(folders: list[Path]) -> Iterator[str]:
         if whole:
             report = learner.report(evaluations)
             found = {name: report.result[name] for name in ("metrics", "accuracy", "curve")}
-            yield from report.tables
+            yield from report.tables()
         else:
             right, count = (sum(evaluations[0][name]) for name in ("correct", "total"))
             found = {"metrics": {CLASS_INCREMENTAL[0].key: 100 * right / count}}

@@ -110,7 +110,7 @@ def report(evaluation: Mapping[str, Any]) -> Report:
         event={key: evaluation[key] for key in ("zero_shot", "analysis")},
         lines=log_lines(evaluation),
         result=result,
-        tables=result_tables(evaluation),
+        tables=lambda: result_tables(evaluation),
         cost={"few_shot_seconds": statistics.fmean(seconds)} if seconds else {},
     )
 

@@ -421,7 +421,7 @@ class ClassIncrementalLearner(Learner):
                 "adapters": adapters,
                 "calibration": self.calibration and self.calibration._asdict(),
             },
-            tables=[
+            tables=lambda: [
                 accuracy_table(matrix, images),
                 summary_table(matrix, expansions, self.parameter_counts(), images),
             ],
