@@ -56,11 +56,11 @@ class RidgePath:
         shifts = torch.tensor(ridges, dtype=cross.dtype)[:, None, None]
         rotated = cross.clone()
         for below, v, t in self._parts(rotated):
-            below -= v @ (t.T @ (v.T @ below))
+            below.addmm_(v, t.T @ (v.T @ below), alpha=-1)
         banded, solved = self._solve_band(rotated, shifts)
         solutions = banded.movedim(0, 1).flatten(1)  # (M, R C)
         for below, v, t in reversed(self._parts(solutions)):
-            below -= v @ (t @ (v.T @ below))
+            below.addmm_(v, t @ (v.T @ below), alpha=-1)
         return solutions.view(len(cross), len(ridges), -1).movedim(1, 0), solved
 
     def _parts(self, rows: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
