@@ -186,9 +186,7 @@ def leave(codes: Sequence[int]) -> None:
 
 if __name__ == "__main__":
     codes: list[int] = []
-    atexit.register(
-        leave, codes
-    )  # the first to be registered is called last: after all that scripts register
+    atexit.register(leave, codes)  # registered first, called last: after what scripts register
     request = serve(socket.socket(fileno=int(sys.argv[1])), sys.argv[2:])
     if request is None:
         codes.append(0)
