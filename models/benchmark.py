@@ -29,8 +29,8 @@ from backbone.frozen_block import FrozenLinear
 from backbone.vit_sema import SEMAVisionTransformer
 from models.methods import SCHEMAS
 from models.phase import Phase, PhaseProgress
+from models.ranpac import RanPACHead
 from models.saved.learner import make_learner
-from models.vit.closed_form import ClosedFormHead
 from models.vit.config import ClassIncrementalConfig, OneTaskRules, StepKeys
 from models.vit.sources import load_backbone
 from models.vit.training import train_functional
@@ -45,7 +45,7 @@ from utils.wording import counted
 ADAPTERS = (1, 2, 6)  # in a block when steps and tests are measured; a task brings one
 ADAPTERS_OF = {"sdlora": (1, 19)}  # by method
 BATCHES, DEVICE_BATCHES = 2, 16  # in a task on a CPU, and elsewhere, where data workers make some ahead
-HEAD_IMAGES, HEAD_CLASSES = 500, 10  # of a task that a head in closed form takes in
+HEAD_IMAGES, HEAD_CLASSES = 500, 10  # of a task that a ridge head takes in
 Work = Callable[[], object]
 
 logger = logging.getLogger("nested_lora")
@@ -116,7 +116,7 @@ class Benchmark:
         learner.run_phase = self.measure_phase
         self.method, self.device = config.model_name, learner.device
         self.repeats, self.profile = repeats, profile
-        self.plain = load_backbone(learner.config).vit.to(self.device).eval()
+        self.plain = load_backbone(learner.config).vit.to(self.device).eval().requires_grad_(False)
         chosen = learner.data.indices(range(1), "train")[: batch_size(config)]
         self.images = learner.data.views(chosen, "train", "train", ("benchmark",), self.device)
         self.forwards: dict[str, float] = {}  # per image, by the name of a row
@@ -124,7 +124,7 @@ class Benchmark:
         self.nothing_grows = False
 
     def lines(self) -> Iterator[str]:
-        """The table: costs per image, shares of the rate of matrix products, cost of a closed-form head."""
+        """The table: costs per image, shares of the rate of matrix products, cost of a ridge head."""
         learner, threads = self.learner, counted(torch.get_num_threads(), "thread")
         config, size = learner.config, learner.data.train_view.image_size
         yield f"{config.backbone_type}, {size} px, batch {len(self.images)}, {config.precision}"
@@ -144,7 +144,7 @@ class Benchmark:
             yield from self.stored(learner.network)
         yield ""
         yield from self.shares()
-        if learner.closed_form is not None:
+        if isinstance(learner.closed_form, RanPACHead):
             yield ""
             yield from self.head(learner.closed_form)
 
@@ -233,7 +233,7 @@ class Benchmark:
         dtype = torch.bfloat16 if self.learner.config.precision == "bf16" else torch.float32
         rows = {layer.in_features for layer in layers}
         rows = {width: torch.randn(images * tokens, width, device=self.device, dtype=dtype) for width in rows}
-        pairs = [(rows[layer.in_features], layer, layer.weight.detach().to(dtype)) for layer in layers]
+        pairs = [(rows[layer.in_features], layer, layer.weight.to(dtype)) for layer in layers]
 
         def plain() -> None:
             for x, _, weight in pairs:
@@ -260,8 +260,8 @@ class Benchmark:
                 share = flops / linear / times / self.forwards[name]
                 yield f"{f'{name}, share':<52}{100 * share:>9.1f}"
 
-    def head(self, head: ClosedFormHead) -> Iterator[str]:
-        """Row of what it costs to take a task into a head in closed form."""
+    def head(self, head: RanPACHead) -> Iterator[str]:
+        """Row of what it costs to take a task into ridge regression on random features."""
         features, labels = torch.randn(HEAD_IMAGES, head.width), torch.arange(HEAD_IMAGES) % HEAD_CLASSES
         costs = [
             self.cost(lambda: head.add(features, len(head.counts) + labels)) for _ in range(self.repeats)
