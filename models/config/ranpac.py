@@ -33,7 +33,8 @@ class RanPACConfig(AdapterKeys, RidgeKeys, TrainingKeys, StepKeys, FrozenViTKeys
         return self.first_session
 
     def unused_rules(self) -> list[UnusedRule]:
-        training = [name for group in (BlockKeys, AdapterKeys, TrainingKeys, StepKeys) for name in group.own_keys()]
+        groups = (BlockKeys, AdapterKeys, TrainingKeys, StepKeys)
+        training = [name for group in groups for name in group.own_keys()]
         return [(not self.first_session, "first_session is false", training), *super().unused_rules()]
 
     def one_class_advice(self, task: int) -> str:

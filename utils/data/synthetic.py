@@ -50,18 +50,6 @@ def write_noise(path: Path, classes: int, train: int, test: int) -> None:
     np.savez(path, **arrays)
 
 
-def write_noise(path: Path, classes: int, train: int, test: int) -> None:
-    """Write an .npz data set of noise, for measurements of time: so many images of each class.
-
-    They are of CIFAR's size.
-    """
-    rng, arrays = np.random.default_rng(0), {"class_names": np.array([f"noise_{k}" for k in range(classes)])}
-    for source, count in (("train", train), ("test", test)):
-        arrays[f"x_{source}"] = rng.integers(0, 256, (classes * count, SIDE, SIDE, 3), dtype=np.uint8)
-        arrays[f"y_{source}"] = np.repeat(np.arange(classes), count)
-    np.savez(path, **arrays)
-
-
 def _image(label: int, split: int, index: int) -> np.ndarray:
     rng = np.random.default_rng([label, split, index])
     picture = PAIRS[label // 2](rng, label % 2) + rng.normal(0.0, NOISE, (SIDE, SIDE, 3))
