@@ -47,11 +47,3 @@ class Finetune(ClassIncrementalLearner):
         if self.merging is not None:
             self.once("merge", self.merging.end)
         self.once("head", self.fit_head)
-
-    def parameter_counts(self) -> dict[str, int]:
-        """Those of every method, and with `merge` what it keeps beside the deployed weights."""
-        counts = super().parameter_counts()
-        if self.merging is None:
-            return counts
-        merging, stored = self.merging.stored_numbers(), counts.pop("stored")
-        return counts | {"merging": merging, "stored": stored + merging}

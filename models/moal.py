@@ -106,12 +106,6 @@ class MoAL(ClassIncrementalLearner):
         self.once("average", lambda: self.average.end(first=self.task == 0))
         self.once("head", self.fit_head)
 
-    def parameter_counts(self) -> dict[str, int]:
-        """Those of every method, and the average with the weights that training goes on from."""
-        counts = super().parameter_counts()
-        average, stored = self.average.stored_numbers(), counts.pop("stored")
-        return counts | {"average": average, "stored": stored + average}
-
 
 class AveragedPhase(FunctionalPhase):
     """`FunctionalPhase` that moves the average of the weights."""

@@ -476,8 +476,11 @@ class ClassIncrementalLearner(Learner):
 
     def parameter_counts(self) -> dict[str, int]:
         counts = self.network.parameter_counts() if self.network.adapters_per_block() else {}
-        if self.closed_form is not None:
-            counts["closed_form"] = self.closed_form.stored_numbers()
+        counts |= {
+            name: module.stored_numbers()
+            for name, module in self.modules.items()
+            if hasattr(module, "stored_numbers")
+        }
         if "head" in self.modules:
             counts["head"] = sum(parameter.numel() for parameter in self.modules["head"].parameters())
         return counts | {"stored": sum(counts.values())}
