@@ -268,7 +268,7 @@ class Run:
             logger.warning(warning)
         for line in learner.describe_run():
             logger.info(line)
-        logger.info(f"On {learner.device}, seed {learner.seed}")
+        logger.info(f"On {learner.device} in {learner.config.precision}, seed {learner.seed}")
         with stop_signals(self.stop.receive):
             try:
                 for task in range(len(self.evaluations), learner.nb_tasks):

@@ -136,7 +136,7 @@ def load_run(
     Args:
         device: "auto" takes a GPU where there is one; else "cpu", "cuda", "cuda:1", "mps".
         checkpoint: another checkpoint of the run, such as `FOLDER/checkpoints/task_02`.
-        precision: "fp32" or "bf16"; by default the run's.
+        precision: "auto", "fp32" or "bf16"; by default the run's.
 
     Raises:
         UserError: no run of images, no finished task, a damaged checkpoint, or no weights.

@@ -165,7 +165,10 @@ class RunConfig(BaseModel):
         'Where to compute; a published list such as ["0"] falls back to the CPU where there is no GPU.',
         '"auto", "cpu", "mps", "cuda", "cuda:N", or a list such as ["0"] or ["-1"]',
     )
-    precision: Literal["fp32", "bf16"] = key("fp32", "fp32, or bf16 autocast where the device has it.")
+    precision: Literal["auto", "fp32", "bf16"] = key(
+        "fp32",
+        "fp32, or bf16 autocast where the device has it; auto: bf16 where that is the faster, else fp32.",
+    )
     cpu_kernels: Literal["auto", "avx2"] = key(
         "auto", "auto: the fastest that a CPU has; avx2: the same rounding on every x86 CPU that has it."
     )

@@ -252,8 +252,8 @@ def _check_config(run: Run) -> None:
         fault = f"{path} is not of this method and version"
         raise UserError(f"cell {run.cell.name!r}: {fault}; {ways_out}") from error
     ours = run.config.model_dump(mode="json")
-    if theirs["precision"] == "fp32":  # recorded also where bf16 was asked for and the device has none
-        ours["precision"] = "fp32"
+    if theirs["precision"] == "fp32" or ours["precision"] == "auto":  # recorded is what the device has
+        ours["precision"] = theirs["precision"]
     changed = [key for key in ours if ours[key] != theirs[key] and key not in FREE]
     if changed:
         each = (f"{key} = {json.dumps(ours[key])} instead of {json.dumps(theirs[key])}" for key in changed)

@@ -285,10 +285,18 @@ def test_a_sweep_that_goes_on_with_other_code_says_so(sweep: Command, capsys: Ca
     assert sweep.reports[-1].results.left_out("nested", "matched adapter") == {1: ["code"]}
 
 
-@pytest.mark.parametrize("recorded", [{"description": "other words"}, {"precision": "fp32"}], ids=str)
-def test_differences_that_are_none(sweep: Command, recorded: dict[str, str]) -> None:
-    """A description; the precision of a device that has no bf16."""
-    sweep.write(set={**TABLE["set"], "precision": "bf16"})
+@pytest.mark.parametrize(
+    ("asked", "recorded"),
+    [
+        ("bf16", {"description": "other words"}),
+        ("bf16", {"precision": "fp32"}),
+        ("auto", {"precision": "bf16"}),
+    ],
+    ids=str,
+)
+def test_differences_that_are_none(sweep: Command, asked: str, recorded: dict[str, str]) -> None:
+    """A description; the precision of a device that has no bf16, or that "auto" chose."""
+    sweep.write(set={**TABLE["set"], "precision": asked})
     assert sweep() == 0
     path = sweep.run_folder("nested", 1) / CONFIG
     path.write_text(json.dumps(json.loads(path.read_text()) | recorded))

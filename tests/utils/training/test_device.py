@@ -88,6 +88,19 @@ def test_bf16_is_taken_where_the_device_has_it(monkeypatch: pytest.MonkeyPatch) 
     assert "no bf16 instructions" in warning
 
 
+@pytest.mark.parametrize("instruction", ["avx512_bf16", "amx_bf16", "avx512_f", None])
+def test_auto_is_bf16_where_that_is_the_faster(
+    monkeypatch: pytest.MonkeyPatch, instruction: str | None
+) -> None:
+    """Never where the libraries have it but the CPU multiplies in fp32, and never with a warning."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {instruction: True})
+    for has in (True, False):
+        monkeypatch.setattr(toolkit, "has_bf16", lambda device, has=has: has)
+        expected = "bf16" if has and instruction in ("avx512_bf16", "amx_bf16") else "fp32"
+        assert toolkit.resolve_precision("auto", CPU) == (expected, None)
+    assert toolkit.resolve_precision("auto", torch.device("mps")) == ("fp32", None)
+
+
 def test_sha256_of_tensors_sees_names_values_shapes_and_not_the_order() -> None:
     a, b = torch.arange(4.0), torch.ones(2)
     expected = toolkit.sha256_of({"a": a, "b": b})
