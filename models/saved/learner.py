@@ -183,7 +183,8 @@ def run_context(config: RunConfig) -> Iterator[RunContext]:
         UserError: the device is absent, or there are fewer GPUs than processes.
     """
     device, device_warning = resolve_device(config.device)
-    precision, precision_warning = resolve_precision(config.precision, device)
+    asked = "fp32" if getattr(config, "engine", None) == "reference" else config.precision
+    precision, precision_warning = resolve_precision(asked, device)
     warnings = [warning for warning in (device_warning, precision_warning) if warning]
     with init_distributed(device) as distributed:
         yield RunContext(distributed.device, precision, distributed, warnings=warnings)

@@ -272,10 +272,9 @@ class FrozenViTKeys(ClassIncrementalConfig):
 
     def conflicts(self) -> list[Conflict]:
         found = super().conflicts()
-        if self.engine == "reference" and self.precision != "fp32":
-            found.append(
-                (("engine", "precision"), 'the reference computes in fp32; allowed: precision "fp32"')
-            )
+        if self.engine == "reference" and self.precision == "bf16":
+            sentence = 'the reference computes in fp32; allowed: precision "fp32" or "auto"'
+            found.append((("engine", "precision"), sentence))
         return found
 
 
