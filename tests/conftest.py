@@ -49,6 +49,7 @@ TINY_SDLORA = {
     "weights": "random",
     "image_size": 32,
     "device": "cpu",
+    "precision": "fp32",
     "batch_size": 8,
     "init_epoch": 2,
     "epochs": 2,

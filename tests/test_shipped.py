@@ -107,6 +107,12 @@ def test_files_that_carry_a_name_carry_its_values(name: str) -> None:
     assert {key: config[key] for key in expected} == expected
 
 
+@pytest.mark.parametrize("path", EXPS, ids=lambda path: path.stem)
+def test_a_file_with_published_or_measured_numbers_says_its_precision(path: Path) -> None:
+    """The same numbers come out on other hardware; your own photos are learned as fast as can be."""
+    assert (load_config(path, [], SCHEMAS).config.precision == "auto") == (path.stem == "own_photos")
+
+
 @pytest.mark.parametrize("data", ["ina", "vtab"])
 @pytest.mark.parametrize("method", BASELINES)
 def test_baselines_learn_the_classes_of_the_published_file_in_its_order(method: str, data: str) -> None:

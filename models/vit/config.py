@@ -107,6 +107,10 @@ class ClassIncrementalConfig(RunConfig):
     num_workers: int | None = key(
         None, "Data workers; null = 0 on the CPU, else min(8, cores).", ge=0, le=256
     )
+    precision: Literal["auto", "fp32", "bf16"] = key(
+        "auto",
+        "auto: bf16 autocast where the device multiplies bf16 faster, else fp32, as published files mean.",
+    )
     checkpoints: Literal["all", "last"] = key("all", "Keep the checkpoint of every task, or the last.")
     cache_root: PathText = key(
         "cache", "Folder for what is computed once: activations, checks of image files."

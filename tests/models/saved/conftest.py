@@ -22,6 +22,7 @@ COMMON = {
     "weights": "random",
     "image_size": 32,
     "device": "cpu",
+    "precision": "fp32",
     "figure_format": "none",
 }
 ADAPTERS = TINY | {"adapt_start_layer": 4, "adapt_end_layer": 5, "ffn_adapter_type": "nested_lora"}
