@@ -82,7 +82,7 @@ def test_the_guides_file_loads_as_printed_and_every_key_counts() -> None:
     loaded = config_from_dict(GUIDE, SCHEMAS, "guide")
     assert loaded.notes == [] and loaded.config.gate == "global"
     ours = json.loads((ROOT / "exps/sdlora_c100_test.json").read_text())
-    assert ours | GUIDE == ours and ours.keys() - GUIDE.keys() == {"description", "max_tasks"}
+    assert ours | GUIDE == ours and ours.keys() - GUIDE.keys() == {"description", "max_tasks", "precision"}
     config = shipped("sdlora_c100")
     assert {key: getattr(config, key) for key in GUIDE_WAS} == GUIDE_WAS
 

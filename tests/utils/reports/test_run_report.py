@@ -73,8 +73,8 @@ def test_a_page_says_what_was_run_and_what_came_out(name, pages):
     assert links and all(link in places or (folder / link).exists() for link in links)
     changed, defaults = source.split('id="keys"')[1].split("<details>")[:2]
     defaults = defaults.split("</details>")[0]
-    assert ">device<" in changed and ">precision<" not in changed
-    assert ">precision<" in defaults and ">device<" not in defaults
+    assert ">device<" in changed and ">trackers<" not in changed
+    assert ">trackers<" in defaults and ">device<" not in defaults
 
 
 def test_the_pages_of_class_incremental_runs_show_tasks_and_confusions(pages):
