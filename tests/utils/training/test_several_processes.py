@@ -61,6 +61,31 @@ def test_two_processes_train_what_one_does(tmp_path: Path, changes: dict[str, An
     assert json.loads((two / "manifest.json").read_text())["sessions"][0]["processes"] == 2
 
 
+SMALL: dict[str, Any] = {
+    "dataset": "synthetic", "init_cls": 2, "increment": 2, "max_tasks": 2, "max_train_per_class": 9,
+    "backbone_type": "test_vit", "weights": "random", "image_size": 32, "device": "cpu", "func_epoch": 2,
+    "batch_size": 7, "figure_format": "none",
+}  # fmt: skip
+GROWING = {"adapter_blocks": "growing", "adapt_start_layer": 4, "adapt_end_layer": 5, "cache_views": 1}
+METHODS: dict[str, dict[str, Any]] = {
+    "aper": {},
+    "ease": GROWING,
+    "inflora": GROWING | {"lora_rank": 4},
+    "moal": {"ranpac_dim": 50, "ema_decay": 0.9},
+    "coda_prompt": {"prompt_components": 3, "cache_views": 1},
+    "merge_ema": {"ranpac_dim": 50},
+    "slca": GROWING,
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_methods_to_compare_with_learn_the_same_in_two_processes(method: str, tmp_path: Path) -> None:
+    for place, processes in (("one", 1), ("two", 2)):
+        arguments = command(f"methods/{method}_cifar.json", tmp_path / place, **SMALL | METHODS[method])
+        assert run_together(arguments, processes) == [0] * processes
+    assert_same_run(folder_of(tmp_path / "two"), folder_of(tmp_path / "one"))
+
+
 def test_a_run_is_extended_together(tmp_path: Path) -> None:
     """Two tasks by one process, the third by two, as the whole by one."""
     assert run(command("smoke.json", tmp_path / "one", **CHANGES))[0] == 0
