@@ -8,8 +8,7 @@
 Blocks before the first adapted one run once for all subspaces.
 """
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -89,7 +88,6 @@ class TaskAdapterViT(SEMAVisionTransformer):
         for block in adapted:
             self.vit.blocks[block].adapter_module = TaskAdapters(spec)
         self.first = min(self.modules_by_block)
-        self._only_newest = False
 
     def forward(self, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
         """As in `SEMAVisionTransformer`, but features are those of all subspaces, (B, subspaces * d)."""
@@ -105,19 +103,10 @@ class TaskAdapterViT(SEMAVisionTransformer):
         return torch.cat(features, dim=-1)
 
     def subspaces(self) -> list[int | None]:
-        """The adapters whose features are given, in order; None for the ViT without."""
+        """The adapters whose features are given, in order, the newest last; None for the ViT without."""
         modules = self.modules_by_block[self.first]
         found = [*([None] if self.plain else []), *range(len(modules.adapters))]
-        return found[-1:] if self._only_newest or modules.is_learning() else found
-
-    @contextmanager
-    def only_newest(self) -> Iterator[None]:
-        """Features of the newest subspace alone, while open."""
-        self._only_newest = True
-        try:
-            yield
-        finally:
-            self._only_newest = False
+        return found[-1:] if modules.is_learning() else found
 
     @property
     def feature_width(self) -> int:

@@ -9,7 +9,7 @@ Class-Incremental Learning with Pre-Trained Models: Generalizability and Adaptiv
 2024.
 """
 
-from torch import Tensor, nn
+from torch import nn
 
 from models.config.aper import APERConfig
 from models.vit.class_incremental import ClassIncrementalLearner
@@ -51,8 +51,3 @@ class APER(ClassIncrementalLearner):
         train_functional(self)
         self.network.freeze()
         self.head.requires_grad_(False)
-
-    def class_tokens(self, images: Tensor) -> Tensor:
-        """Those of the ViT with the newest adapter."""
-        with self.network.only_newest():
-            return super().class_tokens(images)

@@ -54,8 +54,7 @@ class EASEHead(ClosedFormHead):
     def refit(self, features: Tensor, targets: Tensor) -> None:
         """As in `ClosedFormHead`, with features of all subspaces (n, (t + 1) d)."""
         known, newest = len(self.task_of_class), len(self.prototypes)
-        one_hot = F.one_hot(targets - known).double()  # (n, new)
-        means = one_hot.T @ features / self.counts[known:, None]
+        means = self.new_means(features, targets, known)  # (new, (t + 1) d)
         new = means.unflatten(1, (newest + 1, self.width)).transpose(0, 1)  # (t + 1, new, d)
         old = torch.cat([self.prototypes, self._reconstructed(new)]) if known else new[:, :0]
         self.prototypes = torch.cat([old, new], dim=1)
@@ -115,8 +114,3 @@ class EASE(ClassIncrementalLearner):
         train_functional(self)
         self.network.freeze()
         self.head.requires_grad_(False)
-
-    def class_tokens(self, images: Tensor) -> Tensor:
-        """Those of the ViT with the newest adapter."""
-        with self.network.only_newest():
-            return super().class_tokens(images)

@@ -51,8 +51,7 @@ class RuminatingHead(RanPACHead):
 
     def refit(self, features: Tensor, targets: Tensor) -> None:
         old = len(self.means)
-        one_hot = F.one_hot(targets - old).double()
-        self.means = torch.cat([self.means, one_hot.T @ features / self.counts[old:, None]])
+        self.means = torch.cat([self.means, self.new_means(features, targets, old)])
         super().refit(features, targets)
         if not (self.rumination and old):
             return

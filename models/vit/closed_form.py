@@ -53,6 +53,11 @@ class ClosedFormHead(nn.Module, ABC):
         self.counts = torch.cat([self.counts, torch.bincount(targets - known).double()])
         self.refit(features, targets)
 
+    def new_means(self, features: Tensor, targets: Tensor, known: int) -> Tensor:
+        """Mean feature of each class from `known` on, (new, d), of the features given to `refit`."""
+        one_hot = F.one_hot(targets - known).double()  # (n, new)
+        return one_hot.T @ features / self.counts[known:, None]
+
     @abstractmethod
     def refit(self, features: Tensor, targets: Tensor) -> None:
         """Take in features (n, d) float64 of the classes that `counts` has just gained, and solve."""
@@ -123,9 +128,7 @@ class PrototypeHead(ClosedFormHead):
         self.register_buffer("means", torch.zeros(0, width, dtype=torch.float64))
 
     def refit(self, features: Tensor, targets: Tensor) -> None:
-        known = len(self.means)
-        one_hot = F.one_hot(targets - known).double()  # (n, new)
-        self.means = torch.cat([self.means, one_hot.T @ features / self.counts[known:, None]])
+        self.means = torch.cat([self.means, self.new_means(features, targets, len(self.means))])
 
     def compensate_drift(self, before: Tensor, after: Tensor) -> float:
         drift = fit_drift(before, after)

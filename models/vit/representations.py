@@ -15,18 +15,22 @@ from utils.analysis.similarity import column_space
 
 @torch.no_grad()
 def class_tokens(blocks: Sequence[nn.Module], run: Callable[[], object]) -> Tensor:
-    """First tokens (L, B, d), float32, after each of L blocks in depth order that `run` runs once."""
-    found: list[Tensor] = []
+    """First tokens (L, B, d), float32, after each of L blocks in depth order, when `run` last runs it."""
+    found: dict[int, Tensor] = {}
+
+    def keep(number: int, x: Tensor) -> None:
+        found[number] = x[:, 0].float()
+
     handles = [
-        block.register_forward_hook(lambda module, inputs, x: found.append(x[:, 0].float()))
-        for block in blocks
+        block.register_forward_hook(lambda module, inputs, x, number=number: keep(number, x))
+        for number, block in enumerate(blocks)
     ]
     try:
         run()
     finally:
         for handle in handles:
             handle.remove()
-    return torch.stack(found)
+    return torch.stack([found[number] for number in range(len(blocks))])
 
 
 def branch_spaces(modules_by_block: Mapping[int, SEMAModules]) -> dict[tuple[int, int], dict[str, Tensor]]:

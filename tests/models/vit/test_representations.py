@@ -1,7 +1,9 @@
 """models.vit.representations: class tokens and output spaces of branches, as analyses get them."""
 
+import pytest
 import torch
 
+from tests.conftest import run_tasks
 from utils.training.random import rng
 
 IMAGES = torch.rand(3, 3, 32, 32, generator=rng("test", 0))
@@ -16,6 +18,17 @@ def test_class_tokens_are_what_enters_the_next_block_and_become_the_features(mak
         for block in range(5):
             torch.testing.assert_close(tokens[block], network(IMAGES, 0, block + 1)[:, 0])
         torch.testing.assert_close(network.vit.norm(tokens[5]), learner.features(IMAGES))
+
+
+@pytest.mark.parametrize("method", ["aper", "ease", "coda_prompt"])
+def test_blocks_that_run_several_times_give_the_tokens_of_the_newest_features(method: str, make_sema) -> None:
+    """Of the newest adapter's subspace; with the prompts, not of the pass for the query."""
+    learner = run_tasks(make_sema(model_name=method), 2)
+    tokens, width = learner.class_tokens(IMAGES), learner.network.vit.embed_dim
+    with torch.no_grad():
+        features = learner.features(IMAGES)
+        torch.testing.assert_close(learner.network.vit.norm(tokens[5]), features[:, -width:])
+    assert tokens.shape == (6, 3, width)
 
 
 def test_class_tokens_of_merged_directions_become_the_features(make_sdlora) -> None:
