@@ -218,18 +218,14 @@ class InfLoRAViT(SEMAVisionTransformer):
 
     def plain_state(self) -> dict[str, Tensor]:
         """State dict of the timm ViT that computes the same."""
-        own = {
-            f"vit.blocks.{i}.block.attn.qkv.{name}"
-            for i, p in self.by_block.items()
-            for name in p.own_tensors()
-        }
-        state = {
-            name.removeprefix("vit.").replace(".block.", ".", 1).replace(".qkv.qkv.", ".qkv."): tensor
-            for name, tensor in self.state_dict().items()
-            if name not in own
+        state, frozen = self.state_dict(), self.frozen_names()
+        plain = {
+            name.removeprefix("vit.").replace(".block.", ".", 1).replace(".qkv.qkv.", ".qkv."): state[name]
+            for name in state
+            if name in frozen
         }
         merged = {f"blocks.{i}.attn.qkv.weight": p.merged_weight() for i, p in self.by_block.items()}
-        return state | merged
+        return plain | merged
 
     def frozen_names(self) -> set[str]:
         own = {

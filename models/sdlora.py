@@ -198,9 +198,7 @@ class SDLoRA(ClassIncrementalLearner):
 
     def seen_features(self, source: str) -> Tensor:
         classes, data = range(self.classes.stop), self.data
-        order = np.concatenate(
-            [data.indices(data.task_classes(task), source) for task in range(self.task + 1)]
-        )
+        order = data.seen_indices(self.task + 1, source)
         return self._features_of(classes, source)[np.searchsorted(data.indices(classes, source), order)]
 
     @torch.no_grad()

@@ -145,7 +145,7 @@ class TaskInputs:
         not computed again while the network computes the same.
         """
         data, network, distributed = self.data, self.network, self.options.distributed
-        order = np.concatenate([data.indices(data.task_classes(task), source) for task in range(tasks)])
+        order = data.seen_indices(tasks, source)
         step = self.options.batch_size * distributed.size
         full = len(order) // step * step
         whose = source, network.feature_width, sha256_of(network.tensors_below(network.depth))

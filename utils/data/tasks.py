@@ -166,6 +166,10 @@ class DataManager:
         """Incremental labels of the first tasks, or of all."""
         return range(self._tasks[-1 if tasks is None else tasks - 1].stop)
 
+    def seen_indices(self, tasks: int, source: str) -> np.ndarray:
+        """Stored positions of the images of the first tasks, task after task."""
+        return np.concatenate([self.indices(self.task_classes(task), source) for task in range(tasks)])
+
     def images(self, source: str) -> ImageSet:
         """The stored images of "train", "validation" or "test", which the positions of a source number.
 
