@@ -28,9 +28,8 @@ class APER(ClassIncrementalLearner):
     def build(self, vit: nn.Module) -> nn.ModuleDict:
         head = PrototypeHead(2 * vit.num_features)
         network = task_adapter_network(vit, self.config, plain=True)
-        return nn.ModuleDict(
-            {"backbone": network, "head": IncrementalHead(vit.num_features), "closed_form": head}
-        )
+        rows = IncrementalHead(vit.num_features, kind=self.config.training_classifier)
+        return nn.ModuleDict({"backbone": network, "head": rows, "closed_form": head})
 
     def learning_groups(self) -> list[ParameterGroup]:
         return functional_groups(self.network, self.head, self.config)

@@ -96,7 +96,8 @@ class EASE(ClassIncrementalLearner):
         config, width = self.config, vit.num_features
         head = EASEHead(width, config.alpha, config.ease_temperature)
         network = task_adapter_network(vit, config)
-        return nn.ModuleDict({"backbone": network, "head": IncrementalHead(width), "closed_form": head})
+        rows = IncrementalHead(width, kind=config.training_classifier)
+        return nn.ModuleDict({"backbone": network, "head": rows, "closed_form": head})
 
     def learning_groups(self) -> list[ParameterGroup]:
         return functional_groups(self.network, self.head, self.config)

@@ -238,8 +238,9 @@ class RanPAC(ClassIncrementalLearner):
         head = RanPACHead(vit.num_features, self.seed, self.config.ranpac_dim)
         if not self.config.first_session:
             return nn.ModuleDict({"backbone": SEMAVisionTransformer(vit), "closed_form": head})
-        modules = {"backbone": adapted_network(vit, self.config), "head": IncrementalHead(vit.num_features)}
-        return nn.ModuleDict({**modules, "closed_form": head})
+        rows = IncrementalHead(vit.num_features, kind=self.config.training_classifier)
+        network = adapted_network(vit, self.config)
+        return nn.ModuleDict({"backbone": network, "head": rows, "closed_form": head})
 
     def learning_groups(self) -> list[ParameterGroup]:
         return functional_groups(self.network, self.head, self.config)

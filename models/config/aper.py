@@ -2,11 +2,18 @@
 
 from typing import ClassVar, Literal
 
-from models.vit.config import AdapterKeys, ClassIncrementalConfig, FrozenViTKeys, StepKeys, TrainingKeys
+from models.vit.config import (
+    AdapterKeys,
+    ClassIncrementalConfig,
+    FrozenViTKeys,
+    ProxyKeys,
+    StepKeys,
+    TrainingKeys,
+)
 from utils.config.schema import key
 
 
-class APERConfig(AdapterKeys, TrainingKeys, StepKeys, FrozenViTKeys):
+class APERConfig(ProxyKeys, AdapterKeys, TrainingKeys, StepKeys, FrozenViTKeys):
     """Adapters and their training in the first task."""
 
     known_as: ClassVar[dict[str, str]] = AdapterKeys.known_as | {"tuned_epoch": "func_epoch"}

@@ -3,11 +3,18 @@
 from typing import ClassVar, Literal
 
 from models.vit.backbones import BackboneShape
-from models.vit.config import AdapterKeys, ClassIncrementalConfig, FrozenViTKeys, StepKeys, TrainingKeys
+from models.vit.config import (
+    AdapterKeys,
+    ClassIncrementalConfig,
+    FrozenViTKeys,
+    ProxyKeys,
+    StepKeys,
+    TrainingKeys,
+)
 from utils.config.schema import Rate, key
 
 
-class EASEConfig(AdapterKeys, TrainingKeys, StepKeys, FrozenViTKeys):
+class EASEConfig(ProxyKeys, AdapterKeys, TrainingKeys, StepKeys, FrozenViTKeys):
     """Adapters, their training, and the reweighted prototypes."""
 
     known_as: ClassVar[dict[str, str]] = AdapterKeys.known_as | {

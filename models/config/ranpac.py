@@ -7,6 +7,7 @@ from models.vit.config import (
     BlockKeys,
     ClassIncrementalConfig,
     FrozenViTKeys,
+    ProxyKeys,
     RidgeKeys,
     StepKeys,
     TrainingKeys,
@@ -14,7 +15,7 @@ from models.vit.config import (
 from utils.config.schema import UnusedRule, key
 
 
-class RanPACConfig(AdapterKeys, RidgeKeys, TrainingKeys, StepKeys, FrozenViTKeys):
+class RanPACConfig(ProxyKeys, AdapterKeys, RidgeKeys, TrainingKeys, StepKeys, FrozenViTKeys):
     """Ridge regression; keys of adapters and their training count only with `first_session`."""
 
     legacy_keys: ClassVar[dict[str, str]] = {
@@ -33,7 +34,7 @@ class RanPACConfig(AdapterKeys, RidgeKeys, TrainingKeys, StepKeys, FrozenViTKeys
         return self.first_session
 
     def unused_rules(self) -> list[UnusedRule]:
-        groups = (BlockKeys, AdapterKeys, TrainingKeys, StepKeys)
+        groups = (ProxyKeys, BlockKeys, AdapterKeys, TrainingKeys, StepKeys)
         training = [name for group in groups for name in group.own_keys()]
         return [(not self.first_session, "first_session is false", training), *super().unused_rules()]
 

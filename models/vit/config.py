@@ -286,6 +286,16 @@ class FrozenViTKeys(ClassIncrementalConfig):
 # Classifiers
 
 
+class ProxyKeys(ClassIncrementalConfig):
+    """The classifier that adapters are trained with where another one classifies."""
+
+    training_classifier: Literal["linear", "cosine"] = key(
+        "linear",
+        "What adapters are trained with: linear, as the papers write it, or cosine with a scale that starts "
+        "at 1 and learns, as published code has it.",
+    )
+
+
 class RidgeKeys(ClassIncrementalConfig):
     """RanPAC's ridge regression on random features."""
 
