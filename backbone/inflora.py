@@ -207,6 +207,9 @@ class InfLoRAViT(SEMAVisionTransformer):
 
     # --- parameters -----------------------------------------------------------------------------------------
 
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        return {"lora": [projection.new_up for projection in self.by_block.values()]}
+
     def adapters_per_block(self) -> dict[int, int]:
         return {block: len(p.down) + p.is_open for block, p in self.by_block.items()}
 

@@ -192,6 +192,9 @@ class PromptedViT(SEMAVisionTransformer):
 
     # --- parameters -----------------------------------------------------------------------------------------
 
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        return {"prompts": list(self.pools.parameters())}
+
     def adapters_per_block(self) -> dict[int, int]:
         """Components by block."""
         return {i: len(pool.keys) + len(pool.new_keys) for i, pool in self.by_block.items()}

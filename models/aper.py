@@ -14,9 +14,8 @@ from torch import nn
 from models.config.aper import APERConfig
 from models.vit.class_incremental import ClassIncrementalLearner
 from models.vit.closed_form import PrototypeHead
-from models.vit.training import functional_groups, task_adapter_network, train_functional
+from models.vit.training import task_adapter_network, train_functional
 from utils.inc_net import IncrementalHead
-from utils.training.optim import ParameterGroup
 
 
 class APER(ClassIncrementalLearner):
@@ -30,9 +29,6 @@ class APER(ClassIncrementalLearner):
         network = task_adapter_network(vit, self.config, plain=True)
         rows = IncrementalHead(vit.num_features, kind=self.config.training_classifier)
         return nn.ModuleDict({"backbone": network, "head": rows, "closed_form": head})
-
-    def learning_groups(self) -> list[ParameterGroup]:
-        return functional_groups(self.network, self.head, self.config)
 
     def open_task(self) -> None:
         """The first task alone has an adapter, and classifier rows to train it with."""

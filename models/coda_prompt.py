@@ -28,7 +28,6 @@ from utils.cache.tensor_cache import TensorCache
 from utils.data.tasks import DataManager
 from utils.inc_net import IncrementalHead
 from utils.training.device import autocast
-from utils.training.optim import ParameterGroup, trainable
 from utils.training.random import Key
 
 
@@ -84,13 +83,6 @@ class CODAPrompt(ClassIncrementalLearner):
     def build(self, vit: nn.Module) -> nn.ModuleDict:
         network = PromptedViT(vit, self.config.prompt_blocks, self.config.prompt_length)
         return nn.ModuleDict({"backbone": network, "head": IncrementalHead(vit.num_features)})
-
-    def learning_groups(self) -> list[ParameterGroup]:
-        lr = self.config.init_lr
-        return [
-            ParameterGroup("prompts", trainable(self.network.parameters()), lr=lr),
-            ParameterGroup("other", self.head.trainable(), lr=lr),
-        ]
 
     def open_task(self) -> None:
         super().open_task()

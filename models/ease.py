@@ -16,9 +16,8 @@ from models.config.ease import EASEConfig
 from models.vit import calibration
 from models.vit.class_incremental import ClassIncrementalLearner
 from models.vit.closed_form import ClosedFormHead
-from models.vit.training import functional_groups, task_adapter_network, train_functional
+from models.vit.training import task_adapter_network, train_functional
 from utils.inc_net import IncrementalHead
-from utils.training.optim import ParameterGroup
 
 
 class EASEHead(ClosedFormHead):
@@ -98,9 +97,6 @@ class EASE(ClassIncrementalLearner):
         network = task_adapter_network(vit, config)
         rows = IncrementalHead(width, kind=config.training_classifier)
         return nn.ModuleDict({"backbone": network, "head": rows, "closed_form": head})
-
-    def learning_groups(self) -> list[ParameterGroup]:
-        return functional_groups(self.network, self.head, self.config)
 
     def open_task(self) -> None:
         super().open_task()

@@ -14,8 +14,7 @@ from backbone.merging import Merging
 from models.config.finetune import FinetuneConfig
 from models.heads import build_heads
 from models.vit.class_incremental import ClassIncrementalLearner
-from models.vit.training import adapted_network, functional_groups, train_functional
-from utils.training.optim import ParameterGroup
+from models.vit.training import adapted_network, train_functional
 
 
 class Finetune(ClassIncrementalLearner):
@@ -31,9 +30,6 @@ class Finetune(ClassIncrementalLearner):
             parameters = [p for group in network.parameter_groups().values() for p in group]
             modules["merging"] = Merging(parameters, config.merge, config.merge_start, config.merge_alpha)
         return nn.ModuleDict(modules)
-
-    def learning_groups(self) -> list[ParameterGroup]:
-        return functional_groups(self.network, self.head, self.config)
 
     @property
     def merging(self) -> Merging | None:

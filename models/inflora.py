@@ -20,7 +20,6 @@ from models.config.inflora import InfLoRAConfig
 from models.vit.class_incremental import ClassIncrementalLearner
 from models.vit.training import train_functional
 from utils.inc_net import IncrementalHead
-from utils.training.optim import ParameterGroup, trainable
 
 logger = logging.getLogger("nested_lora")
 
@@ -34,13 +33,6 @@ class InfLoRA(ClassIncrementalLearner):
     def build(self, vit: nn.Module) -> nn.ModuleDict:
         network = InfLoRAViT(vit, self.config.lora_rank, self.config.adapted_blocks(len(vit.blocks)))
         return nn.ModuleDict({"backbone": network, "head": IncrementalHead(vit.num_features)})
-
-    def learning_groups(self) -> list[ParameterGroup]:
-        lr = self.config.init_lr
-        return [
-            ParameterGroup("lora", trainable(self.network.parameters()), lr=lr),
-            ParameterGroup("other", self.head.trainable(), lr=lr),
-        ]
 
     def learn_task(self) -> None:
         self.once("directions", self.choose_directions)

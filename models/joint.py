@@ -11,8 +11,7 @@ from torch import nn
 from models.config.joint import JointConfig
 from models.heads import build_heads
 from models.vit.class_incremental import ClassIncrementalLearner
-from models.vit.training import adapted_network, functional_groups, train_functional
-from utils.training.optim import ParameterGroup
+from models.vit.training import adapted_network, train_functional
 
 
 class Joint(ClassIncrementalLearner):
@@ -24,9 +23,6 @@ class Joint(ClassIncrementalLearner):
     def build(self, vit: nn.Module) -> nn.ModuleDict:
         network = adapted_network(vit, self.config)
         return nn.ModuleDict({"backbone": network, **build_heads(self.config, vit.num_features)})
-
-    def learning_groups(self) -> list[ParameterGroup]:
-        return functional_groups(self.network, self.head, self.config)
 
     def learn_task(self) -> None:
         self.once("functional", lambda: train_functional(self))

@@ -22,9 +22,8 @@ from models.config.moal import MoALConfig
 from models.phase import EpochNote
 from models.ranpac import FIT, RanPACHead
 from models.vit.class_incremental import ClassIncrementalLearner
-from models.vit.training import FunctionalPhase, adapted_network, functional_groups
+from models.vit.training import FunctionalPhase, adapted_network
 from utils.inc_net import IncrementalHead
-from utils.training.optim import ParameterGroup
 from utils.wording import counted
 
 logger = logging.getLogger("nested_lora")
@@ -95,9 +94,6 @@ class MoAL(ClassIncrementalLearner):
     @property
     def average(self) -> MovingAverage:
         return self.modules["average"]
-
-    def learning_groups(self) -> list[ParameterGroup]:
-        return functional_groups(self.network, self.head, self.config)
 
     def learn_task(self) -> None:
         self.once("start weights", self.average.begin)

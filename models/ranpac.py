@@ -26,10 +26,9 @@ from models.config.ranpac import RanPACConfig
 from models.vit import calibration
 from models.vit.class_incremental import ClassIncrementalLearner
 from models.vit.closed_form import ClosedFormHead, fit_drift
-from models.vit.training import adapted_network, functional_groups, train_functional
+from models.vit.training import adapted_network, train_functional
 from utils.analysis.ridge_path import RidgePath, add_gram_, symmetric_
 from utils.inc_net import IncrementalHead
-from utils.training.optim import ParameterGroup
 from utils.training.random import rng
 
 logger = logging.getLogger("nested_lora")
@@ -241,9 +240,6 @@ class RanPAC(ClassIncrementalLearner):
         rows = IncrementalHead(vit.num_features, kind=self.config.training_classifier)
         network = adapted_network(vit, self.config)
         return nn.ModuleDict({"backbone": network, "head": rows, "closed_form": head})
-
-    def learning_groups(self) -> list[ParameterGroup]:
-        return functional_groups(self.network, self.head, self.config)
 
     def open_task(self) -> None:
         """Only a first task that trains needs the classifier rows it trains with."""

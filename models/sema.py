@@ -37,7 +37,7 @@ from models.heads import build_heads
 from models.phase import EpochNote, Phase, StepResult
 from models.vit.class_incremental import ClassIncrementalLearner
 from models.vit.task_inputs import Batch
-from models.vit.training import adapter_spec, functional_groups, train_functional
+from models.vit.training import adapter_spec, train_functional
 from utils.console import progress
 from utils.errors import Interrupted
 from utils.training.optim import GroupedOptimizer, ParameterGroup, trainable
@@ -65,9 +65,6 @@ class SEMA(ClassIncrementalLearner):
         spec = adapter_spec(config, vit.embed_dim, **described)
         network = SEMAVisionTransformer(vit, spec, growing=growing, adapted=adapted)
         return nn.ModuleDict({"backbone": network, **build_heads(config, vit.num_features)})
-
-    def learning_groups(self) -> list[ParameterGroup]:
-        return functional_groups(self.network, self.head, self.config)
 
     def open_task(self) -> None:
         super().open_task()

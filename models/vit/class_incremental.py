@@ -96,8 +96,16 @@ class ClassIncrementalLearner(Learner):
         """The method's modules on a pretrained timm ViT."""
 
     def learning_groups(self) -> list[ParameterGroup]:
-        """Parameter groups of a functional phase: by default the newest classifier rows."""
-        return [ParameterGroup("other", self.head.trainable(), lr=self.config.init_lr)]
+        """Parameter groups of a functional phase, with the rates that the config has for their names.
+
+        By default those that the network names; the newest classifier rows join the last one, "other".
+        """
+        groups = self.network.parameter_groups()
+        groups["other"] = [*groups.pop("other", []), *self.head.trainable()]
+        return [
+            ParameterGroup(name, trainable(parameters), **self.config.group_options(name))
+            for name, parameters in groups.items()
+        ]
 
     def loss(self, logits: Tensor, targets: Tensor, features: Tensor) -> Tensor:
         """The method's loss on a micro-batch, a scalar, its mean over samples: by default cross-entropy.

@@ -411,6 +411,10 @@ class TrainingKeys(ClassIncrementalConfig):
         """Whether there is any epoch of training."""
         return self.func_epoch > 0
 
+    def group_options(self, name: str) -> dict[str, Any]:
+        """Learning rate of a parameter group, and what else its `ParameterGroup` is made with."""
+        return {"lr": self.init_lr}
+
     def conflicts(self) -> list[Conflict]:
         return [*super().conflicts(), *self.min_lr_conflicts(self.lr_keys)]
 
@@ -592,6 +596,16 @@ class AdapterKeys(BlockKeys):
     def nested(self) -> bool:
         """Whether an adapter has a fast and a slow branch."""
         return self.ffn_adapter_type.startswith("nested_lora")
+
+    def group_options(self, name: str) -> dict[str, Any]:
+        adapter_lr = self.init_lr if self.adapter_lr is None else self.adapter_lr
+        slow = {
+            "lr": self.nested_lora_lr_slow,
+            "update_interval": self.nested_lora_update_interval_slow,
+            "between": self.nested_lora_slow_grad,
+        }
+        of_adapters = {"slow": slow, "fast": {"lr": self.nested_lora_lr_fast}, "adapter": {"lr": adapter_lr}}
+        return of_adapters.get(name) or super().group_options(name)
 
     def conflicts(self) -> list[Conflict]:
         found = super().conflicts()

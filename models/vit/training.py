@@ -20,9 +20,8 @@ from models.phase import EpochNote, Phase, StepResult
 from models.vit.class_incremental import ClassIncrementalLearner
 from models.vit.config import AdapterKeys
 from models.vit.task_inputs import Batch
-from utils.inc_net import IncrementalHead
 from utils.runs.run_log import RunLog
-from utils.training.optim import ParameterGroup, trainable
+from utils.training.optim import ParameterGroup
 from utils.wording import counted
 
 logger = logging.getLogger("nested_lora")
@@ -53,27 +52,6 @@ def task_adapter_network(vit: nn.Module, config: AdapterKeys, plain: bool = Fals
     """The ViT with adapters of each task in those blocks, `plain` as in `TaskAdapterViT`."""
     spec, adapted = adapter_spec(config, vit.embed_dim), config.adapted_blocks(len(vit.blocks))
     return TaskAdapterViT(vit, spec, adapted, plain)
-
-
-def functional_groups(
-    network: SEMAVisionTransformer, head: IncrementalHead, config: AdapterKeys
-) -> list[ParameterGroup]:
-    """Groups slow, fast and adapter, as the adapters name them, and other: routers and classifier rows."""
-    groups = {name: trainable(parameters) for name, parameters in network.parameter_groups().items()}
-    slow = ParameterGroup(
-        "slow",
-        groups.get("slow", []),
-        lr=config.nested_lora_lr_slow,
-        update_interval=config.nested_lora_update_interval_slow,
-        between=config.nested_lora_slow_grad,
-    )
-    adapter_lr = config.init_lr if config.adapter_lr is None else config.adapter_lr
-    return [
-        slow,
-        ParameterGroup("fast", groups.get("fast", []), lr=config.nested_lora_lr_fast),
-        ParameterGroup("adapter", groups.get("adapter", []), lr=adapter_lr),
-        ParameterGroup("other", [*groups.get("other", []), *head.trainable()], lr=config.init_lr),
-    ]
 
 
 class FunctionalPhase(Phase):
