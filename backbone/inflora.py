@@ -214,10 +214,16 @@ class InfLoRAViT(SEMAVisionTransformer):
         return {block: len(p.down) + p.is_open for block, p in self.by_block.items()}
 
     def parameter_counts(self) -> dict[str, int]:
-        """Numbers of parameters in low-rank terms, and in the bases of old inputs."""
+        """Numbers in what terms write (B), in their directions (A), and in the bases of old inputs."""
+        parts = {
+            "adapters": ("up", "new_up"),
+            "directions": ("down", "new_down"),
+            "bases": ("basis",),
+        }
         tensors = [p.own_tensors() for p in self.by_block.values()]
-        bases = sum(own["basis"].numel() for own in tensors)
-        return {"adapters": sum(t.numel() for own in tensors for t in own.values()) - bases, "bases": bases}
+        return {
+            part: sum(own[name].numel() for own in tensors for name in names) for part, names in parts.items()
+        }
 
     def plain_state(self) -> dict[str, Tensor]:
         """State dict of the timm ViT that computes the same."""

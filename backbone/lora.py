@@ -83,6 +83,15 @@ class GumbelGate(nn.Module):
         """Add one adapter with logits (1,) or (L, 1)."""
         self.logits = nn.Parameter(torch.cat([self.logits, logits.to(self.logits)], dim=-1))
 
+    @property
+    def numbers_per_adapter(self) -> int:
+        """1, or L."""
+        return self.logits.shape[:-1].numel()
+
+    def stored_numbers(self) -> int:
+        """Number of logits."""
+        return self.logits.numel()
+
     def keep(self, chosen: Sequence[int]) -> None:
         """Remove all but the chosen adapters."""
         self.logits = nn.Parameter(self.logits.detach()[..., list(chosen)].clone())
@@ -341,6 +350,10 @@ class LoRAVisionTransformer(nn.Module):
         """Numbers of parameters in directions and magnitudes."""
         directions = sum(t.numel() for p in self.projections for t in p.own_tensors().values())
         return {"adapters": directions, "magnitudes": self.magnitudes.numel()}
+
+    def directions_of_rank(self, rank: int) -> int:
+        """Number of parameters in the directions of an adapter."""
+        return 4 * rank * sum(projection.width for projection in self.projections)
 
     def frozen_names(self) -> set[str]:
         """Names in the state dict of the pretrained transformer's own tensors, which no checkpoint holds."""

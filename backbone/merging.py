@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 STARTS = {"mean": "first", "ema": "carried", "max_magnitude": "carried", "orthogonal": "initial"}
+FROM_INITIAL = {"max_magnitude", "orthogonal"}  # rules that need w_init; a mean is one of weights, too
 
 
 class WeightVector(nn.Module):
@@ -43,10 +44,6 @@ class WeightVector(nn.Module):
         """A vector (P,) as tensors of the parameters' shapes."""
         parts = vector.split([parameter.numel() for parameter in self._parameters_read])
         return [part.view_as(p) for part, p in zip(parts, self._parameters_read, strict=True)]
-
-    def stored_numbers(self) -> int:
-        """Numbers that a checkpoint keeps of it."""
-        return sum(tensor.numel() for tensor in self.state_dict().values())
 
 
 class Merging(WeightVector):
@@ -105,6 +102,11 @@ class Merging(WeightVector):
         elif self.start == "carried" or (self.start == "first" and not tasks):
             self.start_weights = trained
 
+    def stored_numbers(self) -> int:
+        """Numbers needed beside the deployed weights m_t: where a task starts, and w_init for some rules."""
+        needed = {self.start} - {"merged"} | ({"initial"} if self.rule in FROM_INITIAL else set())
+        return len(needed) * len(self.initial)
+
 
 class MovingAverage(WeightVector):
     """Moving average a <- decay a + (1 - decay) w of the weights w while they learn, which is deployed.
@@ -135,6 +137,10 @@ class MovingAverage(WeightVector):
         if first:
             self.average = self.trained
         self.write(self.average)
+
+    def stored_numbers(self) -> int:
+        """Numbers needed beside the deployed average: the weights that training goes on from."""
+        return len(self.trained)
 
 
 def _mean(merging: Merging, difference: Tensor, tasks: int) -> Tensor:

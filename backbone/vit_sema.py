@@ -190,14 +190,16 @@ class SEMAVisionTransformer(nn.Module):
         return [p for modules in self.modules_by_block.values() for p in modules.descriptor_parameters()]
 
     def parameter_counts(self) -> dict[str, int]:
-        """Numbers of parameters in adapters, descriptors and routers."""
+        """Numbers in adapters, descriptors and routers, and of recorded errors."""
         blocks = self.modules_by_block.values()
+        adapters = [adapter for modules in blocks for adapter in modules.adapters]
         parts = {
-            "adapters": [p for m in blocks for a in m.adapters for p in a.functional.parameters()],
+            "adapters": [p for adapter in adapters for p in adapter.functional.parameters()],
             "descriptors": self.descriptor_parameters(),
-            "routers": [p for m in blocks for p in m.router_parameters()],
+            "routers": [p for modules in blocks for p in modules.router_parameters()],
+            "records": [a.rd_loss_record.errors for a in adapters if a.rd_loss_record is not None],
         }
-        return {part: sum(p.numel() for p in parameters) for part, parameters in parts.items()}
+        return {part: sum(tensor.numel() for tensor in tensors) for part, tensors in parts.items()}
 
     def plain_state(self) -> dict[str, Tensor] | None:
         """State dict of the timm ViT that computes the same; None where adapters make it another network."""

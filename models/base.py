@@ -200,7 +200,12 @@ class Learner(ABC):
 
     @abstractmethod
     def parameter_counts(self) -> dict[str, int]:
-        """Numbers of stored values by part, beside the frozen backbone; "stored" is their sum."""
+        """Numbers beside the frozen backbone, by part.
+
+        The parts are what is kept to predict and to learn on, each number once, and "stored" is their sum.
+        "trained" are those that a gradient has ever updated: also what is not kept, such as rows that a
+        classifier is trained with and another head takes the place of.
+        """
 
     # --- what a method may define ---------------------------------------------------------------------------
 

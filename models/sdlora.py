@@ -225,10 +225,12 @@ class SDLoRA(ClassIncrementalLearner):
         views = (self.data.views(batch, source, "test", None, self.device) for batch in batches)
         return torch.cat([self.features(images).cpu() for images in views])
 
-    def parameter_counts(self) -> dict[str, int]:
-        counts = super().parameter_counts() | {"gate": 0 if self.gate is None else self.gate.logits.numel()}
-        counts["stored"] = sum(number for part, number in counts.items() if part != "stored")
-        return counts
+    def trained_numbers(self) -> int:
+        """Those of all adapters that were ever grown, pruned ones too: directions, magnitudes, gate."""
+        ranks = [self.config.rank_of(task) for task in range(self.task + 1)]
+        each = 1 if self.gate is None else 1 + self.gate.numbers_per_adapter
+        directions = sum(map(self.network.directions_of_rank, ranks))
+        return directions + len(ranks) * each + self.trained_rows()
 
 
 class LoRAPhase(Phase):

@@ -99,7 +99,8 @@ def test_result_and_matrix_agree(finished: Path) -> None:
     assert [event["accuracy"] for event in tasks] == rows
     assert all(event["peak_memory_mb"] > 0 and event["seconds"] > 0 for event in tasks)
     parameters = result["parameters"]
-    assert parameters["stored"] == sum(count for part, count in parameters.items() if part != "stored")
+    stored = sum(count for part, count in parameters.items() if part not in ("trained", "stored"))
+    assert parameters["stored"] == stored and parameters["trained"] > parameters["adapters"] > 0
 
 
 def test_the_manifest_says_what_the_run_was_made_with(finished: Path) -> None:

@@ -178,7 +178,7 @@ class SharedSubspace(Learner):
 
     def parameter_counts(self) -> dict[str, int]:
         counts = self.model.parameter_counts()
-        return counts | {"stored": sum(counts.values())}
+        return counts | {"trained": sum(counts.values()), "stored": sum(counts.values())}
 
 
 class TrainingPhase(Phase):

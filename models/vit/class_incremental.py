@@ -51,6 +51,7 @@ from utils.wording import counted, shortened, spans
 logger = logging.getLogger("nested_lora")
 
 ANALYSED_IMAGES = 20  # per class, by default
+COMPUTED = {"bases", "directions", "records"}  # parts of networks that no gradient updates
 
 
 class ClassIncrementalLearner(Learner):
@@ -489,9 +490,22 @@ class ClassIncrementalLearner(Learner):
             for name, module in self.modules.items()
             if hasattr(module, "stored_numbers")
         }
-        if "head" in self.modules:
-            counts["head"] = sum(parameter.numel() for parameter in self.modules["head"].parameters())
-        return counts | {"stored": sum(counts.values())}
+        if self.closed_form is None or self.closed_form.needs_rows:
+            counts["head"] = self.trained_rows()
+        return counts | {"trained": self.trained_numbers(), "stored": sum(counts.values())}
+
+    def trained_numbers(self) -> int:
+        """Numbers that a gradient has updated, in the network and in classifier rows."""
+        learned = sum(n for part, n in self.network.parameter_counts().items() if part not in COMPUTED)
+        for name, parameters in self.network.parameter_groups().items():
+            if getattr(self.config, f"nested_lora_lr_{name}", None) == 0:  # of slow or fast branches
+                learned -= sum(parameter.numel() for parameter in parameters)
+        return learned + self.trained_rows()
+
+    def trained_rows(self) -> int:
+        """Numbers in the classifier's rows."""
+        rows = self.modules["head"].parameters() if "head" in self.modules else []
+        return sum(parameter.numel() for parameter in rows)
 
     @property
     def keeps_every_task(self) -> bool:

@@ -38,6 +38,7 @@ class ClosedFormHead(nn.Module, ABC):
         width: d, length of a feature vector.
     """
 
+    needs_rows = False  # whether trained classifier rows of earlier tasks are read again
     unseen: ClassVar[str]  # how `unseen_scores` come about, as in `models/vit/calibration.py`
     counts: Tensor  # (C,) training images of each class
 
@@ -99,7 +100,7 @@ class ClosedFormHead(nn.Module, ABC):
         return self
 
     def stored_numbers(self) -> int:
-        """Numbers that a checkpoint keeps of it."""
+        """Numbers in its statistics and in the classifier."""
         return sum(tensor.numel() for tensor in self.state_dict().values())
 
 

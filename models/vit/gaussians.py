@@ -144,6 +144,7 @@ class AlignedHead(GaussianHead):
         super().__init__(width)
         self._rows = (rows,)  # a tuple: its state is not this module's
         self.seed, self.samples, self.epochs, self.lr, self.restart = seed, samples, epochs, lr, restart
+        self.needs_rows = restart
         for name, shape in {"weight": (0, width), "bias": (0,), "task_of_class": (0,)}.items():
             self.register_buffer(name, torch.zeros(shape, dtype=torch.float64))
 

@@ -130,4 +130,5 @@ def test_parameter_counts_are_those_of_the_formula() -> None:
         "adapters": 4 * (2 * (2 * d * r + r + d)),
         "descriptors": 3 * (2 * d * rd + rd + d),
         "routers": 3 * (d + 1),
+        "records": 0,
     }
