@@ -2,7 +2,7 @@
 
     catalogue = by_key(config.metrics)      # the metrics of a method, then the costs of every run
     catalogue["final"].heading              # "A_N (%)"
-    catalogue["seconds"].text(90.0)         # "1.5", of "minutes per run"
+    catalogue["seconds"].text(90.0)         # "1.5", of "wall-clock minutes"
 
 A method's config class names its metrics (`RunConfig.metrics`), the main one first. Logs, CSV files, reports
 and figures take names, units and directions from these specs alone.
@@ -21,8 +21,9 @@ class Shown(IntEnum):
 
     RUNS = 0  # the table of all runs
     MEANS = 1  # the table of means over seeds
-    DIFFERENCES = 2  # a table of differences from the baseline
-    FIGURES = 3  # a panel in the figure of differences
+    CONSOLE = 2  # the same on the console, and for a paper
+    DIFFERENCES = 3  # a table of differences from the baseline
+    FIGURES = 4  # a panel in the figure of differences
 
 
 @dataclass(frozen=True)
@@ -93,9 +94,36 @@ class MetricSpec:
 
 
 COSTS = (  # of every run, beside the metrics of its method
-    MetricSpec("parameters_adapters", "adapter parameters", digits=0, shown=Shown.MEANS, count=True),
-    MetricSpec("parameters_stored", "stored parameters", digits=0, shown=Shown.MEANS, count=True),
-    MetricSpec("seconds", "minutes per run", digits=1, shown=Shown.MEANS, scale=60.0),
+    MetricSpec(
+        "parameters_trained",
+        "trained parameters",
+        "k",
+        "numbers that a gradient ever updated, in thousands",
+        digits=1,
+        shown=Shown.CONSOLE,
+        count=True,
+        scale=1000.0,
+    ),
+    MetricSpec(
+        "parameters_stored",
+        "stored parameters",
+        "k",
+        "numbers kept beside the backbone to predict and to learn on, in thousands",
+        digits=1,
+        shown=Shown.CONSOLE,
+        count=True,
+        scale=1000.0,
+    ),
+    MetricSpec("parameters_adapters", "adapter parameters", "k", digits=1, count=True, scale=1000.0),
+    MetricSpec(
+        "seconds",
+        "wall-clock minutes",
+        "",
+        "time that a run took; runs at work at the same time share the machine, which lengthens each",
+        digits=1,
+        shown=Shown.MEANS,
+        scale=60.0,
+    ),
     MetricSpec("peak_memory_mb", "peak memory", "MB", digits=0),
 )
 CLASS_INCREMENTAL = (

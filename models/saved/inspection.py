@@ -168,7 +168,7 @@ def show_comparison(
     ]
     means, *differences = (
         table._replace(headings=["experiment", *table.headings[1:]])
-        for table in (means_table(results, Shown.DIFFERENCES), *difference_tables(results)[:1])
+        for table in (means_table(results, Shown.CONSOLE), *difference_tables(results)[:1])
     )
     seeds = ", ".join(map(str, sorted({seed for runs in results.cells.values() for seed in runs})))
     title = f"Mean ± std over seeds {seeds}"

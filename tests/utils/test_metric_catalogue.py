@@ -27,7 +27,8 @@ def test_the_metrics_of_every_method_are_told_apart_and_its_main_one_is_drawn(me
         ("expansions", 3.0, 0.0, "3"),
         ("expansions", 3.5, math.nan, "3.5"),
         ("expansions", 3.0, 1.0, "3.0 ± 1.0"),
-        ("parameters_stored", 1234567, 0.0, "1,234,567"),
+        ("parameters_stored", 1234567, 0.0, "1,234.6"),
+        ("parameters_trained", 0, 0.0, "0"),
     ],
 )
 def test_values_are_shown_in_their_unit_and_digits(key: str, mean: float, std: float, text: str) -> None:

@@ -11,8 +11,10 @@ from collections.abc import Iterable
 import pandas as pd
 
 from utils.metric_catalogue import ABSENT, MetricSpec, Shown
+from utils.reports.renderings import aligned
 from utils.reports.results import Results
 from utils.reports.stats import ONE_SEED, SAME, UNDECIDED
+from utils.reports.tables import measured
 
 CERTAINTY = {
     ONE_SEED: "one seed cannot tell whether others agree",
@@ -23,19 +25,17 @@ CERTAINTY = {
 
 def closing_table(results: Results) -> list[str]:
     """A row per cell with the means of what is compared, then a line on what each column is."""
-    specs = [spec for spec in results.metrics if spec.shown >= Shown.DIFFERENCES]
-    rows = [["", *(spec.name for spec in specs)]]
+    specs, rows = measured(results, Shown.CONSOLE), []
     for cell in results.cells:
         found = [results.summary.loc[(cell, spec.key)] for spec in specs]
         means = (spec.text(row["mean"], row["std"]) for spec, row in zip(specs, found, strict=True))
         rows.append([cell, *means])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    aligned = [[name.ljust(widths[0]), *map(str.rjust, texts, widths[1:])] for name, *texts in rows]
+    table = aligned(["", *(spec.name for spec in specs)], rows, gap=3)
     longest = max(len(spec.name) for spec in specs)
     legend = [f"{spec.name:<{longest}}   {spec.definition}" for spec in specs]
     if chance := results.chance():
         legend[0] += f"; by chance {results.main.text(chance[-1])}"
-    return [*("   ".join(row).rstrip() for row in aligned), "", *legend]
+    return [*table, "", *legend]
 
 
 def finding(results: Results, cell: str | None = None) -> str:

@@ -8,6 +8,7 @@ import pandas as pd
 from utils.metric_catalogue import Shown
 from utils.reports.results import Results
 from utils.reports.stats import SAME, UNDECIDED
+from utils.reports.tables import measured
 
 ALPHA = 0.05  # p values below it are counted as differences
 EXCLUDES_ZERO = "the 95 % interval of the mean difference (Student's t) excludes zero"
@@ -51,8 +52,8 @@ def reading_notes(results: Results, answers: pd.DataFrame | None = None) -> list
             "(validation_share), and cells are ranked by it. No test image was read: when the settings are "
             "chosen, python eval.py --run FOLDER... --test tests the runs of one cell."
         )
-    for spec in results.metrics:
-        if spec.meaning and spec.shown >= Shown.MEANS:
+    for spec in measured(results, Shown.MEANS):
+        if spec.meaning:
             direction = f"; {spec.better} is better" if spec.shown >= Shown.DIFFERENCES else ""
             notes.append(f"{spec.name}: {spec.meaning}{direction}.")
     single = [cell for cell in results.finished if results.tasks(cell) == 1]

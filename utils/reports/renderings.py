@@ -6,6 +6,8 @@ markdown_table(table)
 """
 
 import re
+import textwrap
+from collections.abc import Sequence
 
 from utils.metric_catalogue import ABSENT
 from utils.reports.pages import markdown_text
@@ -19,22 +21,33 @@ LATEX_SIGNS = {
     "±": "$\\pm$",
     ABSENT: "--",
 }
+HEADING = 12  # characters in a line of a heading on a terminal
 SYMBOL = re.compile(r"\b([A-Z])_([A-Z])\b")  # A_N
 
 
 def terminal_table(table: Table) -> str:
     """Columns aligned for a terminal, the first to the left, under the caption."""
-    rows = [
-        table.headings,
-        *([f"{entry.text}{' *' if entry.strong else '  '}" for entry in row] for row in table.rows),
-    ]
+    rows = [[f"{entry.text}{' *' if entry.strong else '  '}" for entry in row] for row in table.rows]
     rows = [[row[0].rstrip(), *row[1:]] for row in rows]
-    rows[0] = [rows[0][0], *(f"{heading}  " for heading in rows[0][1:])]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows
-    ]
+    lines = aligned(table.headings, rows, gap=2, margin=2)
     return "\n".join(filter(None, [table.caption, *lines, table.note]))
+
+
+def aligned(headings: Sequence[str], rows: Sequence[Sequence[str]], gap: int, margin: int = 0) -> list[str]:
+    """Lines of a table, its first column to the left; headings longer than `HEADING` fill several.
+
+    margin: what a heading leaves free to its right.
+    """
+    stacks = [textwrap.wrap(heading, HEADING, break_long_words=False) or [""] for heading in headings]
+    depth = max(map(len, stacks))
+    names, *others = ([""] * (depth - len(stack)) + stack for stack in stacks)
+    others = [[line + margin * " " for line in stack] for stack in others]
+    table = [*map(list, zip(names, *others, strict=True)), *rows]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return [
+        (gap * " ").join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
+        for row in table
+    ]
 
 
 def latex_table(table: Table) -> str:

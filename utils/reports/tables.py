@@ -45,8 +45,7 @@ def means_table(results: Results, place: Shown = Shown.MEANS) -> Table:
 
     Where fewer runs than n have a number, it says how many. A metric that no run has is left out.
     """
-    measured = results.runs.columns[results.runs.notna().any()]
-    shown = [spec for spec in _shown(results, place) if spec.key in measured]
+    shown = measured(results, place)
     best = {spec.key: results.best(spec.key) for spec in shown if spec.shown >= Shown.DIFFERENCES}
     rows = []
     for cell, runs in results.cells.items():
@@ -116,6 +115,12 @@ def runs_table(results: Results) -> Table:
         for (cell, seed), numbers in results.runs.to_dict("index").items()
     ]
     return Table("", ["cell", "seed", *(spec.heading for spec in shown)], rows)
+
+
+def measured(results: Results, place: Shown) -> list[MetricSpec]:
+    """The catalogue's metrics that are shown in a place, those that no run has left out."""
+    found = results.runs.columns[results.runs.notna().any()]
+    return [spec for spec in _shown(results, place) if spec.key in found]
 
 
 def _shown(results: Results, place: Shown) -> list[MetricSpec]:

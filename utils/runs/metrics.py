@@ -89,8 +89,9 @@ def numbers_of(result: Mapping[str, Any]) -> dict[str, float]:
     parameters, cost = result["parameters"], result["cost"]
     values = {
         **result["metrics"],
-        "parameters_adapters": parameters.get("adapters"),
+        "parameters_trained": parameters.get("trained"),
         "parameters_stored": parameters.get("stored"),
+        "parameters_adapters": parameters.get("adapters"),
         "seconds": cost.get("seconds"),
         "peak_memory_mb": cost.get("peak_memory_mb"),
     }

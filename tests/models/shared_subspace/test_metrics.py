@@ -58,7 +58,7 @@ def test_differences_know_which_direction_is_better() -> None:
     distance = tables["distance of sharing tasks"]
     assert "lower is better" in distance.caption and distance.rows[0][2].text == "-0.302"
     headings = means_table(results).headings
-    assert "few-shot steps" in headings and not {"peak memory (MB)", "adapter parameters"} & set(headings)
+    assert "few-shot steps" in headings and not {"peak memory (MB)", "adapter parameters (k)"} & set(headings)
 
 
 def test_a_hypothesis_about_a_distance_is_shown_in_its_digits() -> None:

@@ -93,3 +93,11 @@ def test_the_table_has_a_row_per_cell_and_names_chance_where_it_is_known() -> No
     assert ridge.split()[1] == "84.00" and unrun.split() == ["not", "run", *"––––"]
     assert "by chance 10.00" in legend
     assert "chance" not in "".join(closing_table(results(ADAPTER)))
+
+
+def test_the_table_has_both_numbers_of_parameters_under_headings_of_two_lines() -> None:
+    parameters = {"trained": 1500, "stored": 98000}
+    first, second, adapter, *_, trained, stored = closing_table(results(ADAPTER, parameters=parameters))
+    assert first.split() == ["trained", "stored"] and adapter.split()[-2:] == ["1.5", "98"]
+    assert second.split()[-2:] == ["parameters", "parameters"] and len(first) == len(second) == len(adapter)
+    assert "gradient" in trained and "thousands (k)" in stored

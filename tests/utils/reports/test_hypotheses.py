@@ -292,7 +292,7 @@ def test_numbers_are_shown_in_the_unit_of_their_heading() -> None:
     for seed, result in runs["ours"].items():
         result["cost"]["seconds"] += 60 * (seed + 1)
     assert entries_of(runs, H1={**NEAR, "metric": "seconds"})[1:] == [
-        "undecided", "+2.00", "-0.48 to +4.48", "3", "0.074", "minutes per run, ours against theirs",
+        "undecided", "+2.00", "-0.48 to +4.48", "3", "0.074", "wall-clock minutes, ours against theirs",
         "12.0 ± 1.0", "10.0 ± 0.0",
     ]  # fmt: skip
 
@@ -372,7 +372,7 @@ def test_a_panel_shows_every_seed_both_means_and_the_difference() -> None:
 def test_sides_of_one_cell_are_called_by_their_metrics_in_their_unit() -> None:
     given = without("against") | {"metric": "seconds", "against_metric": "score"}
     (axes,) = figure_of(runs_of(ours=[3.0, 5.5]), H1=given).axes
-    assert [label.get_text() for label in axes.get_xticklabels()] == ["score", "minutes per run"]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["score", "wall-clock minutes"]
     assert axes.lines[0].get_ydata()[1] == pytest.approx(10.0)
 
 
