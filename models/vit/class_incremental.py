@@ -498,7 +498,7 @@ class ClassIncrementalLearner(Learner):
         """Numbers that a gradient has updated, in the network and in classifier rows."""
         learned = sum(n for part, n in self.network.parameter_counts().items() if part not in COMPUTED)
         for name, parameters in self.network.parameter_groups().items():
-            if getattr(self.config, f"nested_lora_lr_{name}", None) == 0:  # of slow or fast branches
+            if parameters and not self.config.group_options(name)["lr"]:
                 learned -= sum(parameter.numel() for parameter in parameters)
         return learned + self.trained_rows()
 
