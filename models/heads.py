@@ -28,7 +28,7 @@ def build_heads(config: HeadKeys, width: int) -> dict[str, nn.Module]:
             restart=config.ca_restart,
         ),
         "cosine": lambda: PrototypeHead(width),
-        "fecam": lambda: FeCAMHead(width),
+        "fecam": lambda: FeCAMHead(width, config.alpha1, config.alpha2),
         "ranpac": lambda: RanPACHead(width, config.seed, config.ranpac_dim),
     }[config.head]()
     return {"head": rows} if closed_form is None else {"head": rows, "closed_form": closed_form}

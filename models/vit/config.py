@@ -330,6 +330,15 @@ class HeadKeys(ClassIncrementalConfig):
         False,
         'Align older rows of the head "aligned" from their trained values after every task, as published.',
     )
+    alpha1: float = key(
+        1.0, 'Weight of the mean variance in the shrinkage of the head "fecam".', ge=0, le=1e6
+    )
+    alpha2: float = key(
+        1.0,
+        "Weight of the mean covariance there; at most alpha1, or distances can be negative.",
+        ge=0,
+        le=1e6,
+    )
 
     @property
     def gaussian(self) -> bool:
@@ -348,8 +357,16 @@ class HeadKeys(ClassIncrementalConfig):
             (self.head == "fc", head, ("head_drift",)),
             (self.head != "ranpac", head, ("ranpac_dim",)),
             (self.head != "aligned", head, alignment),
+            (self.head != "fecam", head, ("alpha1", "alpha2")),
             *super().unused_rules(),
         ]
+
+    def conflicts(self) -> list[Conflict]:
+        found = super().conflicts()
+        if self.head == "fecam" and self.alpha2 > self.alpha1:
+            sentence = f"the covariance could be indefinite; allowed: alpha2 from 0 to {self.alpha1:g}"
+            found.append((("alpha2", "alpha1"), sentence))
+        return found
 
     def one_class_advice(self, task: int) -> str:
         if self.head == "fc":

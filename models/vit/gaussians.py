@@ -77,17 +77,28 @@ class GaussianHead(ClosedFormHead):
 class FeCAMHead(GaussianHead):
     """Mahalanobis distance to class means, with a shrunk and normalised covariance of each class.
 
-    S' = S + v I + u (1 1^T - I)               v, u: mean entry of S on and off its diagonal
-    R  = D^-1/2 S' D^-1/2 + 10^-6 I            D: diagonal of S', so R is a correlation matrix
-    score(f) = -(f/|f| - m/|m|)^T R^-1 (f/|f| - m/|m|)
+    m, S: mean and covariance of a class's unit features f/|f|, as published for pretrained ViTs
+    S' = S + alpha1 v I + alpha2 u (1 1^T - I)     v, u: mean entry of S on and off its diagonal
+    R  = D^-1/2 S' D^-1/2 + 10^-6 I                D: diagonal of S', so R is a correlation matrix
+    score(f) = -(f/|f| - m)^T R^-1 (f/|f| - m)
 
-    S' is never indefinite, as |u| <= v and -u (d - 1) <= v. A class whose features are all alike, or with one
-    image, has R = I. Both weights of the shrinkage are 1, as published.
+    S' is never indefinite, as u <= v, -u (d - 1) <= v and alpha2 <= alpha1. A class whose features are all
+    alike, or with one image, has R = I.
+
+    Args:
+        alpha1, alpha2: weights of the shrinkage, 0 <= alpha2 <= alpha1.
     """
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, alpha1: float = 1.0, alpha2: float = 1.0) -> None:
         super().__init__(width)
+        self.alpha1, self.alpha2 = alpha1, alpha2
         self._factors: list[Tensor] = []
+
+    def refit(self, features: Tensor, targets: Tensor) -> None:
+        super().refit(F.normalize(features, dim=1), targets)
+
+    def compensate_drift(self, before: Tensor, after: Tensor) -> float:
+        return super().compensate_drift(F.normalize(before, dim=1), F.normalize(after, dim=1))
 
     def solve(self) -> None:
         self._factors = []
@@ -95,12 +106,12 @@ class FeCAMHead(GaussianHead):
     def factors(self) -> list[Tensor]:
         """Lower Cholesky factor L of R of each class, (d, d), float32."""
         for label in range(len(self._factors), len(self.means)):
-            correlation = correlations(shrunk(self.covariance(label)))
+            correlation = correlations(shrunk(self.covariance(label), self.alpha1, self.alpha2))
             self._factors.append(cholesky(correlation).float())
         return self._factors
 
     def forward(self, features: Tensor) -> Tensor:
-        queries, means = F.normalize(features.cpu().float(), dim=1), F.normalize(self.means, dim=1).float()
+        queries, means = F.normalize(features.cpu().float(), dim=1), self.means.float()
         whitened = (
             torch.linalg.solve_triangular(factor, (queries - mean).T, upper=False)
             for factor, mean in zip(self.factors(), means, strict=True)
@@ -195,13 +206,13 @@ def normalised(logits: Tensor, task_of_class: Tensor) -> Tensor:
     return logits / (torch.stack(norms).mean(dim=0) + 1e-7) / 0.1
 
 
-def shrunk(covariance: Tensor) -> Tensor:
-    """S + v I + u (1 1^T - I) of a covariance (d, d), with its mean variance v and mean covariance u."""
+def shrunk(covariance: Tensor, alpha1: float, alpha2: float) -> Tensor:
+    """S + alpha1 v I + alpha2 u (1 1^T - I) of S (d, d), with its mean variance v and mean covariance u."""
     width = len(covariance)
     variance = covariance.diagonal().mean()
     off = (covariance.sum() - width * variance) / max(1, width * (width - 1))
     identity = torch.eye(width, dtype=covariance.dtype)
-    return covariance + variance * identity + off * (1 - identity)
+    return covariance + alpha1 * variance * identity + alpha2 * off * (1 - identity)
 
 
 def correlations(covariance: Tensor) -> Tensor:

@@ -37,26 +37,27 @@ def aligned(rows: IncrementalHead, epochs: int = 3, restart: bool = False, sampl
     return AlignedHead(WIDTH, rows, seed=3, samples=samples, epochs=epochs, lr=0.05, restart=restart)
 
 
-def test_fecam_is_the_mahalanobis_distance_of_shrunk_correlations() -> None:
+@pytest.mark.parametrize(("alpha1", "alpha2"), [(1, 1), (1, 0), (10, 5)])
+def test_fecam_is_the_mahalanobis_distance_of_shrunk_correlations(alpha1: float, alpha2: float) -> None:
     """One class after the other by numpy and scipy, with loops over the entries of a covariance."""
     features, labels = features_of(range(4), 9)
-    head = FeCAMHead(WIDTH)
+    head = FeCAMHead(WIDTH, alpha1, alpha2)
     for task in (0, 2):
         chosen = (labels >= task) & (labels < task + 2)
         head.add(features[chosen], labels[chosen])
     queries = np.random.default_rng(1).normal(size=(6, WIDTH)).astype(np.float32)
     for c in range(4):
         rows = features[labels == c].double().numpy()
+        rows = rows / np.linalg.norm(rows, axis=1, keepdims=True)
         covariance = np.cov(rows.T)
         off = [covariance[i, j] for i in range(WIDTH) for j in range(WIDTH) if i != j]
         wanted = covariance.copy()
         for i in range(WIDTH):
             for j in range(WIDTH):
-                wanted[i, j] += np.trace(covariance) / WIDTH if i == j else np.mean(off)
+                wanted[i, j] += alpha1 * np.trace(covariance) / WIDTH if i == j else alpha2 * np.mean(off)
         deviations = np.sqrt(np.diag(wanted))
         inverse = np.linalg.inv(wanted / deviations[:, None] / deviations[None, :])
-        mean = rows.mean(axis=0) / np.linalg.norm(rows.mean(axis=0))
-        distances = [mahalanobis(x / np.linalg.norm(x), mean, inverse) ** 2 for x in queries]
+        distances = [mahalanobis(x / np.linalg.norm(x), rows.mean(axis=0), inverse) ** 2 for x in queries]
         scores = head(torch.from_numpy(queries))[:, c].numpy()
         np.testing.assert_allclose(-scores, distances, rtol=1e-3)
 
@@ -160,11 +161,14 @@ def test_statistics_follow_an_affine_movement(kind: str, monkeypatch: pytest.Mon
     features, labels = features_of(range(3), 20)
     head.add(features, labels)
     generator = torch.Generator().manual_seed(1)
-    turn = torch.eye(WIDTH) + 0.2 * torch.randn(WIDTH, WIDTH, generator=generator)
+    turn, shift = torch.eye(WIDTH) + 0.2 * torch.randn(WIDTH, WIDTH, generator=generator), 1.5
+    if kind == "fecam":  # it looks at directions: those move linearly when features are rotated
+        turn, shift = torch.linalg.qr(turn).Q, 0.0
     new = torch.randn(60, WIDTH, generator=generator)
-    head.compensate_drift(new, new @ turn + 1.5)
+    head.compensate_drift(new, new @ turn + shift)
     for label in range(3):
-        moved = features[labels == label] @ turn + 1.5
+        moved = features[labels == label] @ turn + shift
+        moved = F.normalize(moved, dim=1) if kind == "fecam" else moved
         torch.testing.assert_close(head.means[label].float(), moved.mean(dim=0), rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(head.covariance(label).float(), torch.cov(moved.T), rtol=1e-3, atol=1e-3)
 

@@ -182,6 +182,7 @@ def test_a_spoiled_configuration_is_accepted_or_answered(method: str, tmp_path: 
     ("method", "values", "told"),
     [
         ("finetune", {"grad_accumulation": 9}, "allowed: from 1 to 8"),
+        ("finetune", {"head": "fecam", "alpha1": 0.5}, "allowed: alpha2 from 0 to 0.5"),
         ("finetune", {"min_lr": 0.5}, "allowed: min_lr from 0 to 0.001"),
         ("sema", {"nested_lora_lr_slow": 0, "min_lr": 0.006}, "allowed: min_lr from 0 to 0.005"),
         ("sdlora", {"min_lr": 0.06}, "allowed: min_lr from 0 to 0.05"),

@@ -21,13 +21,14 @@ Make = Callable[..., SEMA]
 
 SMALL = {"max_train_per_class": 8, "max_test_per_class": 4, "func_epoch": 2, "rd_epoch": 1, "ranpac_dim": 20}
 ALIGNMENT = "ca_samples ca_epochs ca_lr ca_restart"
+SHRINKAGE = "alpha1 alpha2"
 ONE_TASK = {"init_cls": 8, "increment": 8, "max_train_per_class": 4}
 OTHER: dict[str, Any] = {  # values that change a run where the key counts
     "func_epoch": 3, "init_lr": 0.5, "weight_decay": 0.1, "optimizer": "adam", "cache_views": 2,
     "batch_size": 3, "grad_accumulation": 2, "augmentation": "none", "max_tasks": 3, "checkpoints": "last",
     "head_drift": "linear", "ranpac_dim": 7,
     "merge": "mean", "merge_alpha": 0.7, "merge_start": "merged",
-    "ca_samples": 9, "ca_epochs": 2, "ca_lr": 0.3, "ca_restart": True,
+    "ca_samples": 9, "ca_epochs": 2, "ca_lr": 0.3, "ca_restart": True, "alpha1": 2.0, "alpha2": 0.5,
     "ffn_num": 5, "adapter_lr": 0.3, "adapter_blocks": "growing",
     "adapt_start_layer": 1, "adapt_end_layer": 2,
     "nested_lora_rank": 3, "nested_lora_lr_fast": 0.3, "nested_lora_lr_slow": 0.5,
@@ -85,7 +86,7 @@ CASES: list[tuple[dict[str, Any], str, str]] = [
         "rd_views",
         'augmentation is "none"',
     ),
-    ({"head": "fc"}, f"head_drift ranpac_dim {ALIGNMENT}", 'head is "fc"'),
+    ({"head": "fc"}, f"head_drift ranpac_dim {ALIGNMENT} {SHRINKAGE}", 'head is "fc"'),
     (FINETUNE | {"head": "cosine"}, "merge_alpha merge_start", 'merge is "none"'),
     (FINETUNE | {"head": "cosine", "merge": "mean"}, "merge_alpha", 'merge is "mean"'),
     (FINETUNE | {"head": "fecam"}, f"ranpac_dim {ALIGNMENT}", 'head is "fecam"'),
