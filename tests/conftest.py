@@ -15,13 +15,15 @@ from models.base import Learner
 from models.saved.learner import make_learner
 from models.sdlora import SDLoRA
 from models.vit.class_incremental import ClassIncrementalLearner
+from utils.config.experiments import kind_of
 from utils.config.loading import config_from_dict, load_config
 from utils.config.schema import RunConfig
 from utils.runs.run_log import RunLog, SilentLog, read_metrics
 
 ROOT = Path(__file__).parent.parent
-SWEEPS = [ROOT / "exps/quickstart.json", *sorted((ROOT / "exps/sweeps").glob("*.json"))]
-EXPS = sorted({*(ROOT / "exps").rglob("*.json")} - {*SWEEPS})
+SHIPPED = sorted((ROOT / "exps").rglob("*.json"))
+SWEEPS = [path for path in SHIPPED if kind_of(path, SCHEMAS) == "sweep"]
+EXPS = [path for path in SHIPPED if path not in SWEEPS]
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 if hasattr(

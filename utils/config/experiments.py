@@ -16,7 +16,7 @@ from utils.errors import UserError
 from utils.files import read_json
 
 PROJECT = Path(__file__).resolve().parents[2]
-TABLE_KEYS = {"cells", "grid"}  # of which a sweep has one at least, and no config any
+TABLE_KEYS = {"cells", "grid", "set"}  # of which a sweep has one at least, and no config any
 
 
 class Shipped(NamedTuple):

@@ -7,6 +7,8 @@
 The file is JSON beside the configs; `SweepFile` lists its keys. The table has one row per named cell
 (`cells`), per point of the cross product of `grid`, or per cell and point where both are given. A row's
 config is its base with `set`, the cell's own keys, those of the grid and `--set` over it, in this order.
+Where the base is a sweep itself, its cells, seeds and other keys are those of the file, which states what
+differs.
 """
 
 import hashlib
@@ -23,7 +25,8 @@ from typing import Annotated, Any, NamedTuple
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from utils.config.loading import BASE_KEY, ConfigError, base_of, load_config, read_object
+from utils.config.experiments import kind_of
+from utils.config.loading import BASE_KEY, CheckedObject, ConfigError, base_of, load_config, read_object
 from utils.config.messages import field_faults, no_such
 from utils.config.schema import RunConfig, Seeds, Text, check_text, key
 from utils.reports.hypotheses import Hypothesis, quoted, read_hypotheses, unknown_metrics
@@ -63,7 +66,7 @@ class SweepFile(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     description: str = key("", "Command that runs this file, and its expected result.")
-    base: Text = key(..., "Config that every cell starts from: a path, relative to the sweep file.")
+    base: Text = key(..., "Config that every cell starts from, or a sweep to repeat: a path from this file.")
     seeds: Seeds = key([1993], "Seeds; every cell is run with each.")
     set: Keys = key({}, "Keys changed in every cell.", KEYS)
     cells: NamedKeys = key({}, 'Name -> keys changed in the cell, its own "base" among them.', NAMED_KEYS)
@@ -154,7 +157,7 @@ def load_sweep(
         ConfigError: the file or any of its cells is wrong; it lists every problem, cell by cell.
     """
     path = Path(os.path.expanduser(path))
-    checked = read_object(path, SweepFile)
+    checked = _read_chain(path, schemas)
     if checked.faulty & SHAPING:
         raise ConfigError(str(path), checked.problems)
     file = SweepFile(**checked.sound)
@@ -220,6 +223,46 @@ def cells_by_text(pairs: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
     for name, text in pairs:
         found.setdefault(text, []).append(name)
     return found
+
+
+def _read_chain(
+    path: Path, schemas: Mapping[str, type[RunConfig]], inheriting: tuple[str, ...] = ()
+) -> CheckedObject:
+    """The keys of a sweep file, over those of its base where that is a sweep; bases become absolute paths.
+
+    The base's description and what it says is next are its own. `set`, `cells` and each cell are joined key
+    by key.
+
+    inheriting: real paths of the files that name this one as their base.
+    """
+    sound, faulty, problems = read_object(path, SweepFile)
+    chain = (*inheriting, os.path.realpath(path))
+    sound |= {"cells": {name: _absolute(path, own) for name, own in sound.get("cells", {}).items()}}
+    sound = _absolute(path, sound)
+    target = Path(str(sound.get(BASE_KEY, "")))
+    if kind_of(target, schemas) != "sweep":
+        return CheckedObject(sound, faulty, problems)
+    label = f"{BASE_KEY} = {bare(str(target))}"
+    if os.path.realpath(target) in chain:
+        fault = f"{label}: it is this sweep or repeats it; allowed: a config, or a sweep of other files"
+        return CheckedObject(sound, faulty | {BASE_KEY}, [*problems, fault])
+    below = _read_chain(target, schemas, chain)
+    theirs = {key: value for key, value in below.sound.items() if key not in ("description", "next")}
+    joined = {key: theirs.get(key, {}) | sound.get(key, {}) for key in ("set", "hypotheses")}
+    names = dict.fromkeys([*theirs["cells"], *sound["cells"]])
+    joined["cells"] = {name: theirs["cells"].get(name, {}) | sound["cells"].get(name, {}) for name in names}
+    problems = [*problems, *(f"{label}: {problem}" for problem in below.problems)]
+    return CheckedObject(
+        theirs | sound | joined | {BASE_KEY: theirs.get(BASE_KEY)}, faulty | below.faulty, problems
+    )
+
+
+def _absolute(path: Path, keys: Mapping[str, Any]) -> dict[str, Any]:
+    """Keys with the file that they name as their base, from the folder of a path, by an absolute path."""
+    try:
+        return {**keys, BASE_KEY: str(base_of(path.absolute(), keys[BASE_KEY]))}
+    except (KeyError, ValueError):  # there is none, or no path: the loader says what is wrong
+        return dict(keys)
 
 
 def _rows(file: SweepFile, path: Path) -> Iterator[Row]:

@@ -85,6 +85,28 @@ def test_a_cell_may_have_a_base_of_its_own_relative_to_the_sweep(tmp_path: Path)
     assert sweep.folder == Path("logs/sweeps/table")
 
 
+def test_a_sweep_repeats_another_on_other_data(tmp_path: Path) -> None:
+    """All cells of the base, in their order, with what is changed over it; a folder of its own."""
+    (tmp_path / "other.json").write_text(json.dumps({"base": SMOKE, "rd_dim": 5}))
+    own = {"base": "other.json", "rd_epoch": 7, "increment": 1}
+    table = {"set": {"func_epoch": 2, "init_cls": 3}, "cells": {"a": own, "b": {}}, "seeds": [1, 2]}
+    path = write(tmp_path, **table, baseline="b", description="theirs", next={"more": "python main.py"})
+    (tmp_path / "below").mkdir()
+    repeated = tmp_path / "below/again.json"
+    changed = {"set": {"init_cls": 4, "increment": 4}, "cells": {"a": {"increment": 2}}}
+    repeated.write_text(json.dumps({"base": "../table.json", **changed}))
+    sweep = load_sweep(repeated, [], SCHEMAS)
+    keys = ("rd_dim", "rd_epoch", "func_epoch", "init_cls", "increment")
+    assert cells(sweep, *keys) == {"a": (5, 7, 2, 4, 2), "b": (16, 3, 2, 4, 4)}
+    assert (sweep.file.seeds, sweep.file.baseline, sweep.file.next) == ([1, 2], "b", {})
+    assert (sweep.folder, sweep.file.description) == (Path("logs/sweeps/again"), "")
+    path.write_text(json.dumps({"base": str(repeated), **table, "sed": 1}))  # a circle, and a mistake
+    with pytest.raises(ConfigError) as caught:
+        load_sweep(repeated, [], SCHEMAS)
+    told = " ".join(caught.value.problems)
+    assert "repeats it" in told and "sed = 1: unknown key" in told
+
+
 def test_seeds_and_the_rest_of_the_file(tmp_path: Path) -> None:
     rest = {"seeds": [3, 1], "baseline": "a", "threads": 2, "memory_gb": 4}
     sweep = load(
