@@ -1,9 +1,10 @@
-"""Trained and stored numbers of every method, by hand: a tiny ViT after two tasks of two classes."""
+"""Costs of every method by hand, on a tiny ViT after two tasks: trained and stored numbers, passes."""
 
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 
 from models import SCHEMAS
 from models.base import Learner
@@ -89,6 +90,18 @@ def test_parameters_are_those_counted_by_hand(name: str, make_sema: Make) -> Non
     run_tasks(learner, min(T, learner.nb_tasks))
     counts = learner.parameter_counts()
     assert (counts["trained"], counts["stored"]) == (trained, stored), counts
+
+
+@pytest.mark.parametrize(
+    ("name", "passes"), [("aper", 2), ("ease", T), ("moal", 1), ("inflora", 1), ("coda_prompt", 2)]
+)
+def test_passes_of_a_test_image_are_those_of_the_table(name: str, passes: int, make_sema: Make) -> None:
+    """Through the last block, T adapters in all blocks; a prompt's query that is not stored is a pass."""
+    changes = CASES[name][0] if name in CASES else {"model_name": name, "lora_rank": R}
+    learner, calls = run_tasks(make_sema(**changes, max_train_per_class=5), T), []
+    learner.network.vit.blocks[-1].register_forward_hook(lambda *_: calls.append(1))
+    learner.features(torch.rand(2, 3, 32, 32))
+    assert len(calls) == passes
 
 
 def test_inflora_stores_fixed_directions_and_the_basis_of_old_inputs(make_sema: Make) -> None:
