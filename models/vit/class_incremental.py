@@ -52,6 +52,7 @@ logger = logging.getLogger("nested_lora")
 
 ANALYSED_IMAGES = 20  # per class, by default
 COMPUTED = {"bases", "directions", "records"}  # parts of networks that no gradient updates
+FUNCTIONAL = {"adapters", "routers"}  # parts that functional training updates
 
 
 class ClassIncrementalLearner(Learner):
@@ -485,6 +486,8 @@ class ClassIncrementalLearner(Learner):
 
     def parameter_counts(self) -> dict[str, int]:
         counts = self.network.parameter_counts() if self.network.adapters_per_block() else {}
+        if not self.trains_functional:  # as initialized, where they change nothing
+            counts = {part: numbers for part, numbers in counts.items() if part not in FUNCTIONAL}
         counts |= {
             name: module.stored_numbers()
             for name, module in self.modules.items()
@@ -498,9 +501,14 @@ class ClassIncrementalLearner(Learner):
         """Numbers that a gradient has updated, in the network and in classifier rows."""
         learned = sum(n for part, n in self.network.parameter_counts().items() if part not in COMPUTED)
         for name, parameters in self.network.parameter_groups().items():
-            if parameters and not self.config.group_options(name)["lr"]:
+            if parameters and not (self.trains_functional and self.config.group_options(name)["lr"]):
                 learned -= sum(parameter.numel() for parameter in parameters)
-        return learned + self.trained_rows()
+        return learned + (self.trained_rows() if self.trains_functional else 0)
+
+    @property
+    def trains_functional(self) -> bool:
+        """Whether any epoch trains adapters, routers and classifier rows."""
+        return getattr(self.config, "func_epoch", 1) > 0
 
     def trained_rows(self) -> int:
         """Numbers in the classifier's rows."""

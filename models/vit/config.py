@@ -492,7 +492,7 @@ class OneTaskRules(ClassIncrementalConfig):
         return found
 
     def unused_rules(self) -> list[UnusedRule]:
-        unused = ("max_tasks", "checkpoints", "head_drift")
+        unused = ("max_tasks", "head_drift")
         return [(True, "there is one task", unused), *super().unused_rules()]
 
 

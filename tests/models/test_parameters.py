@@ -72,6 +72,7 @@ CASES: dict[str, tuple[dict[str, Any], int, int]] = {  # changes, trained, store
     "merge orthogonal": (merged("orthogonal"), P + rows(), 2 * P + means()),
     "head ranpac": (headed("ranpac", ranpac_dim=M), P + rows(), P + RIDGE),
     "head fecam": (headed("fecam"), P + rows(), P + GAUSSIANS),
+    "head fecam, frozen": (headed("fecam", func_epoch=0), 0, GAUSSIANS),
     "head aligned": (headed("aligned"), P + rows(), P + GAUSSIANS + rows() + C),
     "head aligned, restarted": (
         headed("aligned", ca_restart=True), P + rows(), P + GAUSSIANS + 2 * rows() + C

@@ -100,10 +100,10 @@ CASES: list[tuple[dict[str, Any], str, str]] = [
     ),
     (
         {"model_name": "joint", "head": "ranpac", **ONE_TASK},
-        "head_drift max_tasks checkpoints",
+        "head_drift max_tasks",
         "there is one task",
     ),
-    ({"model_name": "linear_probe", **ONE_TASK}, "max_tasks checkpoints", "there is one task"),
+    ({"model_name": "linear_probe", **ONE_TASK}, "max_tasks", "there is one task"),
     (
         {"model_name": "ranpac"},
         f"{TRAINING} func_epoch ffn_num cache_views adapter_blocks",
