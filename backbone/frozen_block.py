@@ -57,6 +57,18 @@ class FrozenBlock(Block):
         return x + mlp_branch(self, x)
 
 
+def freeze(module: nn.Module) -> None:
+    """Exclude the module's parameters from learning."""
+    for parameter in module.parameters():
+        parameter.requires_grad_(False)
+        parameter.grad = None
+
+
+def is_learning(module: nn.Module) -> bool:
+    """Whether any parameter of the module receives gradients."""
+    return any(parameter.requires_grad for parameter in module.parameters())
+
+
 def attend(block: Block, x: Tensor, kept: int | None = None) -> Tensor:
     """x + attn(norm1(x)) of a block in evaluation mode, for the first `kept` tokens; by default for all."""
     if isinstance(block, FrozenBlock):

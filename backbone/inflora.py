@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from backbone.frozen_block import FrozenLinear
-from backbone.vit_sema import SEMAVisionTransformer
+from backbone.frozen_vit import FrozenViT
 
 ROUNDING = 1e-6  # singular values below this share of the largest of float32 moments
 
@@ -134,7 +134,7 @@ class InfLoRALinear(nn.Module):
         return {name: t for name, t in self.state_dict().items() if not name.startswith("qkv.")}
 
 
-class InfLoRAViT(SEMAVisionTransformer):
+class InfLoRAViT(FrozenViT):
     """A frozen timm ViT with `InfLoRALinear` projections in some blocks.
 
     Args:
@@ -146,13 +146,13 @@ class InfLoRAViT(SEMAVisionTransformer):
     def __init__(self, vit: VisionTransformer, rank: int, adapted: Iterable[int]) -> None:
         super().__init__(vit)
         for i in adapted:
-            attention = self.vit.blocks[i].block.attn
+            attention = self.vit.blocks[i].attn
             attention.qkv = InfLoRALinear(attention.qkv, rank)
 
     @property
     def by_block(self) -> dict[int, InfLoRALinear]:
         """The adapted projections in depth order."""
-        projections = ((i, block.block.attn.qkv) for i, block in enumerate(self.vit.blocks))
+        projections = ((i, block.attn.qkv) for i, block in enumerate(self.vit.blocks))
         return {i: projection for i, projection in projections if isinstance(projection, InfLoRALinear)}
 
     @contextmanager
@@ -229,7 +229,7 @@ class InfLoRAViT(SEMAVisionTransformer):
         """State dict of the timm ViT that computes the same."""
         state, frozen = self.state_dict(), self.frozen_names()
         plain = {
-            name.removeprefix("vit.").replace(".block.", ".", 1).replace(".qkv.qkv.", ".qkv."): state[name]
+            name.removeprefix("vit.").replace(".qkv.qkv.", ".qkv."): state[name]
             for name in state
             if name in frozen
         }
@@ -238,9 +238,7 @@ class InfLoRAViT(SEMAVisionTransformer):
 
     def frozen_names(self) -> set[str]:
         own = {
-            f"vit.blocks.{i}.block.attn.qkv.{name}"
-            for i, p in self.by_block.items()
-            for name in p.own_tensors()
+            f"vit.blocks.{i}.attn.qkv.{name}" for i, p in self.by_block.items() for name in p.own_tensors()
         }
         return self.state_dict().keys() - own
 

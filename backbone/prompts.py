@@ -18,7 +18,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from backbone.vit_sema import SEMAVisionTransformer
+from backbone.frozen_vit import FrozenViT
 
 STATE = ("keys", "attention", "prompts")
 
@@ -33,7 +33,8 @@ class PrefixAttention(nn.Module):
         self.attention = attention
         self.prefix: tuple[Tensor, Tensor] | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, **masks: None) -> Tensor:
+        """timm's blocks name the masks of other networks, which are None in these."""
         attention = self.attention
         if self.prefix is None:
             return attention(x)
@@ -112,7 +113,7 @@ class PromptPool(nn.Module):
             setattr(self, f"new_{name}", nn.Parameter(every[:0].clone(), requires_grad=False))
 
 
-class PromptedViT(SEMAVisionTransformer):
+class PromptedViT(FrozenViT):
     """A frozen timm ViT with prompts in some blocks.
 
     Args:
@@ -125,14 +126,14 @@ class PromptedViT(SEMAVisionTransformer):
         super().__init__(vit)
         blocks = sorted(blocks)
         for i in blocks:
-            block = self.vit.blocks[i].block
+            block = self.vit.blocks[i]
             block.attn = PrefixAttention(block.attn)
         self.pools = nn.ModuleDict({str(i): PromptPool(self.vit.embed_dim, length) for i in blocks})
 
     def forward(
         self, x: Tensor, start: int = 0, stop: int | None = None, query: Tensor | None = None
     ) -> Tensor:
-        """As in `SEMAVisionTransformer`.
+        """As in `FrozenViT`.
 
         Args:
             query: features (B, d) without prompts; by default they are computed from x.
@@ -141,7 +142,7 @@ class PromptedViT(SEMAVisionTransformer):
         if not pools:
             return super().forward(x, start, stop)
         query = self.plain(x, start) if query is None else query
-        attentions = {i: self.vit.blocks[i].block.attn for i in pools}
+        attentions = {i: self.vit.blocks[i].attn for i in pools}
         try:
             for i, attention in attentions.items():
                 attention.prefix = pools[i](query.float()).chunk(2, dim=1)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from backbone.consolidation import Consolidation, ConsolidationReport, consolidate
+from backbone.frozen_block import freeze, is_learning
 from backbone.sema_components import ADAPTERS, AE, Activation, NestedLoRAAdapter, Records, common_factors
 
 
@@ -327,15 +328,3 @@ def _take_saved_shape(
     new_row = f"{prefix}new_router.weight" in state
     modules.router = nn.Linear(spec.width, len(modules.adapters) - new_row).to(device)
     modules.new_router = nn.Linear(spec.width, 1).to(device) if new_row else None
-
-
-def freeze(module: nn.Module) -> None:
-    """Exclude the module's parameters from learning."""
-    for parameter in module.parameters():
-        parameter.requires_grad_(False)
-        parameter.grad = None
-
-
-def is_learning(module: nn.Module) -> bool:
-    """Whether any parameter of the module receives gradients."""
-    return any(parameter.requires_grad for parameter in module.parameters())

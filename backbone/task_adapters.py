@@ -14,8 +14,9 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from backbone.sema_block import AdapterModule, AdapterSpec, freeze, is_learning
-from backbone.vit_sema import SEMAVisionTransformer
+from backbone.frozen_block import freeze, is_learning
+from backbone.frozen_vit import FrozenViT
+from backbone.sema_block import AdapterModule, AdapterSpec
 
 
 class TaskAdapters(nn.Module):
@@ -60,16 +61,8 @@ class TaskAdapters(nn.Module):
                 groups.setdefault(name, []).extend(parameters)
         return groups
 
-    def router_parameters(self) -> list[nn.Parameter]:
-        """None: one adapter is applied."""
-        return []
 
-    def descriptor_parameters(self) -> list[nn.Parameter]:
-        """None."""
-        return []
-
-
-class TaskAdapterViT(SEMAVisionTransformer):
+class TaskAdapterViT(FrozenViT):
     """The ViT with `TaskAdapters` in some blocks: features in the subspaces of all of them.
 
     While an adapter learns, features are those with it alone.
@@ -83,14 +76,12 @@ class TaskAdapterViT(SEMAVisionTransformer):
     def __init__(
         self, vit: VisionTransformer, spec: AdapterSpec, adapted: Iterable[int], plain: bool = False
     ) -> None:
-        super().__init__(vit)
+        super().__init__(vit, {block: TaskAdapters(spec) for block in sorted(adapted)})
         self.spec, self.plain = spec, plain
-        for block in adapted:
-            self.vit.blocks[block].adapter_module = TaskAdapters(spec)
         self.first = min(self.modules_by_block)
 
     def forward(self, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
-        """As in `SEMAVisionTransformer`, but features are those of all subspaces, (B, subspaces * d)."""
+        """As in `FrozenViT`, but features are those of all subspaces, (B, subspaces * d)."""
         if stop is not None and stop <= self.first:
             return super().forward(x, start, stop)
         if start < self.first:

@@ -26,7 +26,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from backbone.frozen_block import FrozenLinear
-from backbone.vit_sema import SEMAVisionTransformer
+from backbone.frozen_vit import FrozenViT
 from models.methods import SCHEMAS
 from models.phase import Phase, PhaseProgress
 from models.ranpac import RanPACHead
@@ -140,7 +140,7 @@ class Benchmark:
             name = f"{self.method}: evaluation{self.adapters}"
             if self.is_measured and name not in self.forwards:
                 yield self.per_image(name, self.evaluate, len(self.images))
-        if isinstance(learner.network, SEMAVisionTransformer):
+        if isinstance(learner.network, FrozenViT):
             yield from self.stored(learner.network)
         yield ""
         yield from self.shares()
@@ -190,7 +190,7 @@ class Benchmark:
             step()
         learner.progress.phases += 1
 
-    def stored(self, network: SEMAVisionTransformer) -> Iterator[str]:
+    def stored(self, network: FrozenViT) -> Iterator[str]:
         """Rows of what reads and fills stores, in the state after the last task."""
         learner, number, depth = self.learner, itertools.count(), network.fixed_depth()
         count = learner.data.count(learner.classes, "train")

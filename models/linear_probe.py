@@ -9,7 +9,7 @@ There is one task that holds all classes, as for `joint`. The augmented views ar
 
 from torch import nn
 
-from backbone.vit_sema import SEMAVisionTransformer
+from backbone.frozen_vit import FrozenViT
 from models.config.linear_probe import LinearProbeConfig
 from models.vit.class_incremental import ClassIncrementalLearner
 from models.vit.training import train_functional
@@ -24,7 +24,7 @@ class LinearProbe(ClassIncrementalLearner):
 
     def build(self, vit: nn.Module) -> nn.ModuleDict:
         head = IncrementalHead(vit.num_features)
-        return nn.ModuleDict({"backbone": SEMAVisionTransformer(vit), "head": head})
+        return nn.ModuleDict({"backbone": FrozenViT(vit), "head": head})
 
     def learn_task(self) -> None:
         self.once("functional", lambda: train_functional(self))

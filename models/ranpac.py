@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from backbone.sema_block import freeze
-from backbone.vit_sema import SEMAVisionTransformer
+from backbone.frozen_block import freeze
+from backbone.frozen_vit import FrozenViT
 from models.config.ranpac import RanPACConfig
 from models.vit import calibration
 from models.vit.class_incremental import ClassIncrementalLearner
@@ -236,7 +236,7 @@ class RanPAC(ClassIncrementalLearner):
     def build(self, vit: nn.Module) -> nn.ModuleDict:
         head = RanPACHead(vit.num_features, self.seed, self.config.ranpac_dim)
         if not self.config.first_session:
-            return nn.ModuleDict({"backbone": SEMAVisionTransformer(vit), "closed_form": head})
+            return nn.ModuleDict({"backbone": FrozenViT(vit), "closed_form": head})
         rows = IncrementalHead(vit.num_features, kind=self.config.training_classifier)
         network = adapted_network(vit, self.config)
         return nn.ModuleDict({"backbone": network, "head": rows, "closed_form": head})

@@ -29,7 +29,8 @@ import torch
 from torch import Tensor, nn
 
 from backbone.consolidation import Consolidation
-from backbone.sema_block import SEMAModules, is_learning
+from backbone.frozen_block import is_learning
+from backbone.sema_block import SEMAModules
 from backbone.sema_components import NestedLoRAAdapter
 from backbone.vit_sema import SEMAVisionTransformer
 from models.config.sema import SEMAConfig

@@ -9,7 +9,7 @@ Pre-Trained Models: Generalizability and Adaptivity are All You Need*, IJCV 2024
 
 from torch import nn
 
-from backbone.vit_sema import SEMAVisionTransformer
+from backbone.frozen_vit import FrozenViT
 from models.config.simplecil import SimpleCILConfig
 from models.vit.class_incremental import ClassIncrementalLearner
 from models.vit.closed_form import PrototypeHead
@@ -23,7 +23,7 @@ class SimpleCIL(ClassIncrementalLearner):
 
     def build(self, vit: nn.Module) -> nn.ModuleDict:
         head = PrototypeHead(vit.num_features)
-        return nn.ModuleDict({"backbone": SEMAVisionTransformer(vit), "closed_form": head})
+        return nn.ModuleDict({"backbone": FrozenViT(vit), "closed_form": head})
 
     def learn_task(self) -> None:
         self.once("head", self.fit_head)

@@ -9,7 +9,7 @@ Activations are kept as files of one class each (`utils/cache/tensor_cache.py`),
 that shapes them: weights, architecture with its options, the adapters below the depth, data, view, precision,
 library versions. Where no adapter lies below, all runs with these weights and views share them; otherwise
 they belong to one run, which removes them when it no longer needs them. A depth counts as in
-`SEMAVisionTransformer.forward`: 0 images, k tokens that enter block k, `network.depth` features.
+`FrozenViT.forward`: 0 images, k tokens that enter block k, `network.depth` features.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from backbone.vit_sema import SEMAVisionTransformer
+from backbone.frozen_vit import FrozenViT
 from utils.cache.tensor_cache import TensorCache
 from utils.console import progress
 from utils.data.image_files import FORMAT
@@ -103,7 +103,7 @@ class Activations:
 
     def __init__(
         self,
-        network: SEMAVisionTransformer,
+        network: FrozenViT,
         below: "Images | Activations",
         depth: int,
         options: ForwardOptions,
@@ -210,7 +210,7 @@ class ActivationStore:
     """Opens activations at any depth and knows which of their files are this run's own."""
 
     def __init__(
-        self, network: SEMAVisionTransformer, data: DataManager, cache: TensorCache, options: ForwardOptions
+        self, network: FrozenViT, data: DataManager, cache: TensorCache, options: ForwardOptions
     ) -> None:
         self.network, self.data, self.cache, self.options = network, data, cache, options
         self._own: dict[str, str] = {}  # group of files that only this run can use -> their source

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from backbone.vit_sema import SEMAVisionTransformer
+from backbone.frozen_vit import FrozenViT
 from models.vit.activations import Activations, ActivationStore, ForwardOptions, Images
 from utils.cache.tensor_cache import TensorCache
 from utils.console import progress
@@ -67,7 +67,7 @@ class TaskInputs:
 
     def __init__(
         self,
-        network: SEMAVisionTransformer,
+        network: FrozenViT,
         data: DataManager,
         cache: TensorCache,
         options: ForwardOptions,

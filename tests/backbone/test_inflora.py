@@ -121,7 +121,7 @@ def test_untrained_terms_leave_the_network_as_it_is(name: str) -> None:
     network.grow(moments)
     torch.testing.assert_close(network(x), features)
     assert [n for n, p in network.named_parameters() if p.requires_grad] == [
-        f"vit.blocks.{i}.block.attn.qkv.new_up" for i in (1, 2)
+        f"vit.blocks.{i}.attn.qkv.new_up" for i in (1, 2)
     ]
 
 

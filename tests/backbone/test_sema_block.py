@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from backbone.consolidation import Consolidation
-from backbone.sema_block import AdapterSpec, SEMAModules, is_learning
+from backbone.frozen_block import is_learning
+from backbone.sema_block import AdapterSpec, SEMAModules
 from backbone.sema_components import ADAPTERS, Records
 
 SPEC = AdapterSpec(width=12, kind="nested_lora", bottleneck=2, rd_dim=4, buffer_size=10)

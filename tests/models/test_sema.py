@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from backbone.sema_block import is_learning
+from backbone.frozen_block import is_learning
 from models.sema import SEMA
 from models.vit.activations import Activations, Images
 from models.vit.task_inputs import Source, TaskInputs

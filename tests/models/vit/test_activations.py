@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from backbone.vit_sema import SEMAVisionTransformer
+from backbone.frozen_vit import FrozenViT
 from models.base import Learner
 from models.vit import calibration
 from tests.conftest import run_tasks
@@ -21,15 +21,13 @@ GROWING = {"cache_views": 1, "adapter_blocks": "growing", "expansion": "always",
 def forwards(monkeypatch: pytest.MonkeyPatch) -> Forwards:
     """(images, from depth, to depth) of every forward pass while the test runs."""
     seen: Forwards = []
-    original = SEMAVisionTransformer.forward
+    original = FrozenViT.forward
 
-    def forward(
-        self: SEMAVisionTransformer, x: torch.Tensor, start: int = 0, stop: int | None = None
-    ) -> torch.Tensor:
+    def forward(self: FrozenViT, x: torch.Tensor, start: int = 0, stop: int | None = None) -> torch.Tensor:
         seen.append((len(x), start, self.depth if stop is None else stop))
         return original(self, x, start, stop)
 
-    monkeypatch.setattr(SEMAVisionTransformer, "forward", forward)
+    monkeypatch.setattr(FrozenViT, "forward", forward)
     return seen
 
 

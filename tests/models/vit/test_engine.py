@@ -14,7 +14,7 @@ import timm
 import torch
 
 import trainer
-from backbone.vit_sema import SEMAVisionTransformer
+from backbone.frozen_vit import FrozenViT
 from models.base import Learner
 from models.saved import learner as saved_learner
 from models.vit import calibration
@@ -304,9 +304,9 @@ def test_activations_beyond_what_holds_them_are_a_sentence_that_helps(
     smoke_config: Make, monkeypatch: pytest.MonkeyPatch, precision: str, dtype: str, size: float
 ) -> None:
     """Whether they would be stored or not; fp32 is what holds more, where it is not used already."""
-    original = SEMAVisionTransformer.forward
+    original = FrozenViT.forward
     huge = lambda self, x, start=0, stop=None: original(self, x, start, stop) + (size if stop == 4 else 0)  # noqa: E731
-    monkeypatch.setattr(SEMAVisionTransformer, "forward", huge)
+    monkeypatch.setattr(FrozenViT, "forward", huge)
     monkeypatch.setattr(saved_learner, "resolve_precision", lambda precision, device: (precision, None))
     for gb in (1, 0):
         with pytest.raises(UserError, match=f"depth 4, as torch.{dtype}, are not finite") as caught:

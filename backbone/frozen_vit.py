@@ -1,0 +1,153 @@
+"""A frozen timm Vision Transformer that runs from any depth to any other, with modules added to its blocks.
+
+    net = FrozenViT(timm_vit)
+    tokens = net(images, stop=9)     # (B, 3, S, S) -> (B, N, d): what enters block 9
+    features = net(tokens, 9)        # -> (B, d)
+
+The transformer is timm's own. Networks of methods are subclasses of `FrozenViT`.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+
+from backbone.frozen_block import attend, freeze, mlp_branch
+
+
+class AdaptedBlock(nn.Module):
+    """timm's block with adapters beside its MLP, which read the un-normalised residual stream:
+
+        x = x + attn(norm1(x));   y = mlp(norm2(x)) + adapters(x);   x = x + y
+
+    Layer scale, where a model has it, applies to attn and mlp only.
+    """
+
+    def __init__(self, block: Block, adapter_module: nn.Module) -> None:
+        super().__init__()
+        self.block, self.adapter_module = block, adapter_module
+
+    def forward(self, x: Tensor) -> Tensor:
+        block, adapters, kept = self.block, self.adapter_module, getattr(self.block, "kept", None)
+        x = attend(block, x, None if adapters.reads_all_tokens else kept)
+        delta, x = adapters(x, kept), x[:, :kept]
+        return x + (mlp_branch(block, x) + delta)
+
+
+class FrozenViT(nn.Module):
+    """A frozen timm ViT; modules beside the MLPs of some blocks, untrained, leave its output bit for bit.
+
+    Args:
+        vit: a timm VisionTransformer with a class token and no classifier (`num_classes=0`); it becomes part
+            of this module.
+        beside_mlp: the adapters of a block (`SEMAModules` or `TaskAdapters`), by block.
+    """
+
+    spec: Any = None  # kind and sizes of an adapter, where blocks hold such
+
+    def __init__(self, vit: VisionTransformer, beside_mlp: Mapping[int, nn.Module] | None = None) -> None:
+        super().__init__()
+        freeze(vit)
+        for i, adapters in (beside_mlp or {}).items():
+            vit.blocks[i] = AdaptedBlock(vit.blocks[i], adapters)
+        self.vit = vit.eval()
+
+    def train(self, mode: bool = True) -> "FrozenViT":
+        """Set the mode of everything but the frozen transformer, which stays in evaluation mode."""
+        super().train(mode)
+        self.vit.eval()
+        return self
+
+    def forward(self, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
+        """The output of blocks start .. stop - 1; by default of all, from images to features.
+
+        A depth names a tensor: 0 is images (B, 3, S, S), k the tokens that enter block k (B, N, d), and
+        `self.depth` the features (B, d), class token after the final norm. x has depth `start`, the result
+        has depth `stop`.
+        """
+        stop = self.depth if stop is None else stop
+        if not 0 <= start <= stop <= self.depth:
+            raise ValueError(f"blocks {start} to {stop}: depths lie in order between 0 and {self.depth}")
+        if start == stop:
+            return x
+        if start == 0:
+            x = self.embed(x)
+        for block in self.vit.blocks[start:stop]:
+            x = block(x)
+        return self.vit.forward_head(self.vit.norm(x)) if stop == self.depth else x
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Tokens with positions, (B, 3, S, S) -> (B, N, d): the input of block 0."""
+        vit = self.vit
+        return vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(images))))
+
+    # --- depths ---------------------------------------------------------------------------------------------
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks."""
+        return len(self.vit.blocks)
+
+    @property
+    def feature_width(self) -> int:
+        """Length of a feature vector."""
+        return self.vit.num_features
+
+    def fixed_depth(self) -> int:
+        """Depth up to which nothing changes any more: the first block that may grow or learns, or `depth`."""
+        blocks = self.modules_by_block.items()
+        return next((b for b, modules in blocks if modules.growable or modules.is_learning()), self.depth)
+
+    def learning_depth(self) -> int:
+        """Depth up to which nothing learns now: the first block in which something does, or `depth`."""
+        return next((b for b, modules in self.modules_by_block.items() if modules.is_learning()), self.depth)
+
+    def tensors_below(self, depth: int) -> dict[str, Tensor]:
+        """Functional parameters of all adapters in blocks before `depth`, by name."""
+        return {
+            f"{block}.{name}.{i}": tensor
+            for block, modules in self.modules_by_block.items()
+            if block < depth
+            for name, tensors in modules.parameter_groups().items()
+            for i, tensor in enumerate(tensors)
+        }
+
+    # --- what is added to blocks ----------------------------------------------------------------------------
+
+    @property
+    def modules_by_block(self) -> dict[int, nn.Module]:
+        """The adapters of every adapted block, in depth order."""
+        blocks = enumerate(self.vit.blocks)
+        return {i: block.adapter_module for i, block in blocks if isinstance(block, AdaptedBlock)}
+
+    def adapters_per_block(self) -> dict[int, int]:
+        """Number of adapters in each adapted block."""
+        return {block: len(modules.adapters) for block, modules in self.modules_by_block.items()}
+
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """All functional parameters by the name of their group, frozen ones included."""
+        groups: dict[str, list[nn.Parameter]] = {}
+        for modules in self.modules_by_block.values():
+            for name, parameters in modules.parameter_groups().items():
+                groups.setdefault(name, []).extend(parameters)
+        return groups
+
+    def descriptor_parameters(self) -> list[nn.Parameter]:
+        """Parameters that learn in phases of their own; none but in SEMA."""
+        return []
+
+    def parameter_counts(self) -> dict[str, int]:
+        """Stored numbers by part, beside the frozen transformer: those of adapters."""
+        adapters = [adapter for modules in self.modules_by_block.values() for adapter in modules.adapters]
+        return {"adapters": sum(p.numel() for a in adapters for p in a.functional.parameters())}
+
+    def plain_state(self) -> dict[str, Tensor] | None:
+        """State dict of the timm ViT that computes the same; None where adapters make it another network."""
+        return None if self.modules_by_block else self.vit.state_dict()
+
+    def frozen_names(self) -> set[str]:
+        """Names in the state dict of the pretrained transformer's own tensors, which no checkpoint holds."""
+        blocks = self.modules_by_block.items()
+        own = {f"vit.blocks.{i}.adapter_module.{name}" for i, m in blocks for name in m.state_dict()}
+        return self.state_dict().keys() - own
