@@ -80,9 +80,8 @@ class DistanceHead(nn.Module):
     def __init__(self, head: FeCAMHead) -> None:
         super().__init__()
         whitening = torch.stack([factor.inverse() for factor in head.factors()])  # (C, d, d)
-        means = F.normalize(head.means, dim=1).float()
         self.register_buffer("whitening", whitening)
-        self.register_buffer("means", torch.einsum("cij,cj->ci", whitening, means))
+        self.register_buffer("means", torch.einsum("cij,cj->ci", whitening, head.means.float()))
 
     def forward(self, features: Tensor) -> Tensor:
         whitened = torch.einsum("cij,bj->bci", self.whitening, F.normalize(features, dim=1))
