@@ -8,6 +8,7 @@ class token does not need, which is all that leaves the network.
 """
 
 import functools
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -67,6 +68,15 @@ def freeze(module: nn.Module) -> None:
 def is_learning(module: nn.Module) -> bool:
     """Whether any parameter of the module receives gradients."""
     return any(parameter.requires_grad for parameter in module.parameters())
+
+
+def joined_groups(modules: Iterable[Any]) -> dict[str, list[nn.Parameter]]:
+    """The `parameter_groups()` of several modules as one, in their order."""
+    groups: dict[str, list[nn.Parameter]] = {}
+    for module in modules:
+        for name, parameters in module.parameter_groups().items():
+            groups.setdefault(name, []).extend(parameters)
+    return groups
 
 
 def attend(block: Block, x: Tensor, kept: int | None = None) -> Tensor:

@@ -4,7 +4,7 @@
     tokens = net(images, stop=9)     # (B, 3, S, S) -> (B, N, d): what enters block 9
     features = net(tokens, 9)        # -> (B, d)
 
-The transformer is timm's own. Networks of methods are subclasses of `FrozenViT`.
+The transformer is timm's own. The networks of all methods but SD-LoRA are of this kind.
 """
 
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from typing import Any
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from backbone.frozen_block import attend, freeze, mlp_branch
+from backbone.frozen_block import attend, freeze, joined_groups, mlp_branch
 
 
 class AdaptedBlock(nn.Module):
@@ -127,11 +127,7 @@ class FrozenViT(nn.Module):
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """All functional parameters by the name of their group, frozen ones included."""
-        groups: dict[str, list[nn.Parameter]] = {}
-        for modules in self.modules_by_block.values():
-            for name, parameters in modules.parameter_groups().items():
-                groups.setdefault(name, []).extend(parameters)
-        return groups
+        return joined_groups(self.modules_by_block.values())
 
     def descriptor_parameters(self) -> list[nn.Parameter]:
         """Parameters that learn in phases of their own; none but in SEMA."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from backbone.consolidation import Consolidation, ConsolidationReport, consolidate
-from backbone.frozen_block import freeze, is_learning
+from backbone.frozen_block import freeze, is_learning, joined_groups
 from backbone.sema_components import ADAPTERS, AE, Activation, NestedLoRAAdapter, Records, common_factors
 
 
@@ -295,10 +295,7 @@ class SEMAModules(nn.Module):
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """Functional parameters by time scale: those of the adapters, and "other" of the routers."""
-        groups: dict[str, list[nn.Parameter]] = {"other": []}
-        for adapter in self.adapters:
-            for name, parameters in adapter.functional.parameter_groups().items():
-                groups.setdefault(name, []).extend(parameters)
+        groups = {"other": []} | joined_groups(adapter.functional for adapter in self.adapters)
         groups["other"] += self.router_parameters()
         return groups
 

@@ -14,7 +14,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from backbone.frozen_block import freeze, is_learning
+from backbone.frozen_block import freeze, is_learning, joined_groups
 from backbone.frozen_vit import FrozenViT
 from backbone.sema_block import AdapterModule, AdapterSpec
 
@@ -55,11 +55,7 @@ class TaskAdapters(nn.Module):
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """The parameters of all adapters by time scale."""
-        groups: dict[str, list[nn.Parameter]] = {}
-        for adapter in self.adapters:
-            for name, parameters in adapter.functional.parameter_groups().items():
-                groups.setdefault(name, []).extend(parameters)
-        return groups
+        return joined_groups(adapter.functional for adapter in self.adapters)
 
 
 class TaskAdapterViT(FrozenViT):
