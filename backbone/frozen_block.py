@@ -12,13 +12,13 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from timm.layers import Attention, LayerScale
+from timm.layers import Attention, LayerScale, Mlp
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-MAX_SCORES = 2**26  # attention scores of one product where no backward pass needs them: 128 MiB in bf16
+MAX_SCORES = 2**20  # attention scores of one product where no backward pass needs them: 2 MiB in bf16
 
 
 def speed_up(vit: VisionTransformer) -> None:
@@ -52,10 +52,13 @@ class FrozenBlock(Block):
             for name, module in branch.named_children():
                 if type(module) is nn.Linear:
                     setattr(branch, name, FrozenLinear(module, folded if name == last else None))
+        if type(self.mlp) is Mlp and type(self.mlp.act) is nn.GELU:
+            self.mlp.act = InPlaceGELU(self.mlp.act.approximate)
 
     def forward(self, x: Tensor) -> Tensor:
         x = attend(self, x, self.kept)
-        return x + mlp_branch(self, x)
+        y = mlp_branch(self, x)
+        return x + y if x.requires_grad else x.add_(y)
 
 
 def freeze(module: nn.Module) -> None:
@@ -106,32 +109,40 @@ def _attention(attention: nn.Module, x: Tensor, kept: int | None) -> Tensor:
     slow = qkv.requires_grad or not torch.cpu.get_capabilities().get("amx_bf16", False)
     on_cpu = qkv.device.type == "cpu" and not torch.jit.is_tracing()
     if on_cpu and (qkv.dtype == torch.bfloat16 and slow or not attention.fused_attn):
-        scores = heads * qkv.shape[1] ** 2
-        parts = [qkv] if qkv.requires_grad else qkv.split(max(1, MAX_SCORES // scores))
-        found = [_PlainAttention.apply(part, heads, kept) for part in parts]
-        y = found[0] if len(found) == 1 else torch.cat(found)
+        if qkv.requires_grad:
+            y = _PlainAttention.apply(qkv, heads, kept)
+        else:
+            parts = qkv.split(max(1, MAX_SCORES // (heads * qkv.shape[1] ** 2)))
+            y = torch.cat([_attend_plainly(part, heads, kept)[0] for part in parts]).flatten(2)
     else:
         q, k, v = (part.transpose(1, 2) for part in qkv.unflatten(-1, (3, heads, -1)).unbind(2))
         y = F.scaled_dot_product_attention(q[:, :, :kept], k, v).transpose(1, 2).flatten(2)
     return attention.proj(attention.norm(y))
 
 
-class _PlainAttention(torch.autograd.Function):
-    """Attention as matrix products and a softmax, which is kept for the backward pass.
+def _attend_plainly(qkv: Tensor, heads: int, kept: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Attention as matrix products and a softmax: its output, what it is made of and its weights.
 
-    From q, k and v (B, N, 3d) to the first `kept` tokens of the output (B, kept, d).
+    From q, k and v (B, N, 3d): the first `kept` tokens (B, kept, heads, d / heads), q, k and v by head
+    (3, B heads, N, d / heads) and the weights (B heads, kept, N).
     """
+    batch, tokens, _ = qkv.shape
+    parts = qkv.view(batch, tokens, 3, heads, -1).permute(2, 0, 3, 1, 4)
+    parts = parts.reshape(3, batch * heads, tokens, -1)
+    q, k, v = parts[0, :, :kept], parts[1], parts[2]
+    weights = torch.baddbmm(q.new_empty(()), q, k.mT, beta=0, alpha=q.shape[-1] ** -0.5)
+    torch.softmax(weights, dim=-1, out=weights)
+    return torch.bmm(weights, v).view(batch, heads, -1, q.shape[-1]).transpose(1, 2), parts, weights
+
+
+class _PlainAttention(torch.autograd.Function):
+    """`_attend_plainly`, differentiable: (B, N, 3d) -> (B, kept, d). The weights are kept for it."""
 
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, heads: int, kept: int | None) -> Tensor:
-        batch, tokens, width = qkv.shape
-        parts = qkv.view(batch, tokens, 3, heads, -1).permute(2, 0, 3, 1, 4)
-        parts = parts.reshape(3, batch * heads, tokens, -1)
-        q, k, v = parts[0, :, :kept], parts[1], parts[2]
-        ctx.scale = q.shape[-1] ** -0.5
-        weights = torch.baddbmm(q.new_empty(()), q, k.mT, beta=0, alpha=ctx.scale).softmax(dim=-1)
+        y, parts, weights = _attend_plainly(qkv, heads, kept)
         ctx.save_for_backward(parts, weights)
-        return (weights @ v).view(batch, heads, -1, q.shape[-1]).transpose(1, 2).flatten(2)
+        return y.flatten(2)
 
     @staticmethod
     @once_differentiable
@@ -143,11 +154,20 @@ class _PlainAttention(torch.autograd.Function):
         gradient = gradient.unflatten(-1, (heads, size)).transpose(1, 2).reshape(batch * heads, kept, size)
         result = torch.empty_like(parts) if kept == tokens else torch.zeros_like(parts)
         torch.bmm(weights.mT, gradient, out=result[2])
-        scores = torch._softmax_backward_data(gradient @ v.mT, weights, -1, weights.dtype).mul_(ctx.scale)
+        scores = torch._softmax_backward_data(gradient @ v.mT, weights, -1, weights.dtype).mul_(size**-0.5)
         torch.bmm(scores, k, out=result[0, :, :kept])
         torch.bmm(scores.mT, q, out=result[1])
         result = result.view(3, batch, heads, tokens, size).permute(1, 3, 0, 2, 4)
         return result.reshape(batch, tokens, -1), None, None
+
+
+class InPlaceGELU(nn.GELU):
+    """GELU that overwrites its input where no backward pass needs it: one tensor less to write."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (
+            super().forward(x) if x.requires_grad else torch.ops.aten.gelu_(x, approximate=self.approximate)
+        )
 
 
 class FoldedScale(nn.Module):

@@ -134,6 +134,19 @@ def test_attention_of_many_images_is_computed_in_parts(monkeypatch: pytest.Monke
         assert torch.equal(vit(images()), expected)
 
 
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_no_forward_changes_its_input(dtype: torch.dtype) -> None:
+    """Blocks compute in place what they made themselves; tokens given to them may be a store's."""
+    fast = sped_up(plain_vit())
+    x = torch.randn(2, 9, fast.embed_dim)
+    for block in fast.blocks:
+        given = x.clone()
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            y = block(given)
+        assert torch.equal(given, x)
+        assert y.data_ptr() != given.data_ptr()
+
+
 def test_lora_gets_the_same_gradients() -> None:
     slow, fast = LoRAVisionTransformer(plain_vit()), LoRAVisionTransformer(sped_up(plain_vit()))
     for network in (slow, fast):
