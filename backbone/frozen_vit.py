@@ -7,7 +7,7 @@
 The transformer is timm's own. The networks of all methods but SD-LoRA are of this kind.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from timm.models.vision_transformer import Block, VisionTransformer
@@ -93,6 +93,10 @@ class FrozenViT(nn.Module):
     def feature_width(self) -> int:
         """Length of a feature vector."""
         return self.vit.num_features
+
+    def each_subspace(self) -> Iterator[None]:
+        """A round for each part of the features that has tensors of its own: forward then gives it alone."""
+        yield
 
     def fixed_depth(self) -> int:
         """Depth up to which nothing changes any more: the first block that may grow or learns, or `depth`."""

@@ -8,7 +8,7 @@
 Blocks before the first adapted one run once for all subspaces.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -75,6 +75,7 @@ class TaskAdapterViT(FrozenViT):
         super().__init__(vit, {block: TaskAdapters(spec) for block in sorted(adapted)})
         self.spec, self.plain = spec, plain
         self.first = min(self.modules_by_block)
+        self._open: list[int | None] = []  # the subspace of an open round, if any
 
     def forward(self, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
         """As in `FrozenViT`, but features are those of all subspaces, (B, subspaces * d)."""
@@ -93,7 +94,26 @@ class TaskAdapterViT(FrozenViT):
         """The adapters whose features are given, in order, the newest last; None for the ViT without."""
         modules = self.modules_by_block[self.first]
         found = [*([None] if self.plain else []), *range(len(modules.adapters))]
-        return found[-1:] if modules.is_learning() else found
+        return self._open or (found[-1:] if modules.is_learning() else found)
+
+    def each_subspace(self) -> Iterator[None]:
+        try:
+            for adapter in self.subspaces():
+                self._open = [adapter]
+                yield
+        finally:
+            self._open = []
+
+    def tensors_below(self, depth: int) -> dict[str, Tensor]:
+        """Parameters in blocks before `depth` of the adapters whose features are given, by name."""
+        chosen = [adapter for adapter in self.subspaces() if adapter is not None]
+        return {
+            f"{block}.{adapter}.{name}": tensor
+            for block, modules in self.modules_by_block.items()
+            for adapter in chosen
+            if block < depth
+            for name, tensor in modules.adapters[adapter].named_parameters()
+        }
 
     @property
     def feature_width(self) -> int:

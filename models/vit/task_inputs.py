@@ -14,6 +14,7 @@ open; elsewhere each phase computes them.
 
 import itertools
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from typing import ClassVar, NamedTuple
 
 import numpy as np
@@ -80,7 +81,7 @@ class TaskInputs:
         self.seed, self.shared_views = seed, shared_views
         self._stores_drawn = fast and not views and options.device.type == "cpu"
         self.store = self.Store(network, data, cache, options)
-        self._kept: tuple[tuple[str, int, str], Tensor] | None = None  # features of full batches, and whose
+        self._kept: dict[tuple[str, int, str], Tensor] = {}  # features of full batches, by whose they are
 
     # --- sources --------------------------------------------------------------------------------------------
 
@@ -142,25 +143,30 @@ class TaskInputs:
         """Features (n, d) in the test view of the images of the first tasks, task after task, on every rank.
 
         Batches lie at fixed places in this sequence, whatever was computed before. Those that were full are
-        not computed again while the network computes the same.
+        not computed again while what the network computes, or a subspace of its features, is the same.
         """
         data, network, distributed = self.data, self.network, self.options.distributed
         order = data.seen_indices(tasks, source)
         step = self.options.batch_size * distributed.size
         full = len(order) // step * step
-        whose = source, network.feature_width, sha256_of(network.tensors_below(network.depth))
-        kept = self._kept[1][:full] if self._kept is not None and self._kept[0] == whose else None
-        parts, label = [kept] if kept is not None else [], f"Task {tasks - 1}, {source} features"
-        fixed = network.fixed_depth() if self.fast else 0
+        fixed, label = network.fixed_depth() if self.fast else 0, f"Task {tasks - 1}, {source} features"
         below = self.store.at(fixed, data.seen_classes(tasks), source, None, label=label)
-        for start in progress(range(sum(map(len, parts)), len(order), step), desc=label, unit="batch"):
-            self.options.check_stop()
-            batch = order[start : start + step]
-            mine = self.batch_features(below, batch[distributed.shard(len(batch))])
-            parts.append(distributed.all_gather(mine, len(batch)))
-        features = torch.cat(parts)
-        self._kept = whose, features[:full]
-        return features
+        found, known = [], self._kept
+        self._kept = {}
+        with closing(network.each_subspace()) as rounds:
+            for _ in rounds:
+                whose = source, network.feature_width, sha256_of(network.tensors_below(network.depth))
+                parts = [known[whose][:full]] if whose in known else []
+                for start in progress(
+                    range(sum(map(len, parts)), len(order), step), desc=label, unit="batch"
+                ):
+                    self.options.check_stop()
+                    batch = order[start : start + step]
+                    mine = self.batch_features(below, batch[distributed.shard(len(batch))])
+                    parts.append(distributed.all_gather(mine, len(batch)))
+                found.append(torch.cat(parts))
+                self._kept[whose] = found[-1][:full]
+        return torch.cat(found, dim=1)
 
     def features_of_images(
         self, classes: range, indices: np.ndarray, source: str, among: np.ndarray

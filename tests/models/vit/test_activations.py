@@ -64,6 +64,20 @@ def test_full_batches_are_kept_until_the_network_changes(make_sema: Make, forwar
     assert torch.equal(changed, make_again(learner).seen_features(2, "test"))
 
 
+def test_features_in_old_subspaces_are_kept(make_sema: Make, forwards: Forwards) -> None:
+    """Of two tasks of 16 test images the first has been through the first adapter already."""
+    learner = make_sema(model_name="ease", cache_views=1, adapter_blocks="growing", eval_batch_size=16)
+    for task in range(2):
+        learner.begin_task(task)
+        learner.train_task()
+        forwards.clear()
+        features = learner.inputs.seen_features(task + 1, "test")
+        tails = [images for images, start, _ in forwards if start == 4]
+        assert tails == (1 + 2 * task) * [16]
+    assert learner.network.feature_width == features.shape[1]
+    assert torch.equal(features, make_again(learner).seen_features(2, "test"))
+
+
 def make_again(learner: Learner) -> object:
     """Inputs of the same learner as a resumed run has them: nothing is kept."""
     del learner.inputs
