@@ -111,6 +111,7 @@ class SEMAModules(nn.Module):
         self.adapters = nn.ModuleList([AdapterModule(spec, described=growable)])
         self.router = nn.Linear(spec.width, 1) if growable else None
         self.new_router = None
+        self._tensors: list[list[nn.Parameter]] = []  # of each adapter's functional
         self._frozen: tuple[Any, list[Tensor], Stack | None] = (None, [], None)  # state, its tensors, stack
         self.register_buffer("added_for_task", torch.tensor(True))
         self.register_load_state_dict_pre_hook(_take_saved_shape)
@@ -153,7 +154,9 @@ class SEMAModules(nn.Module):
         Frozen and learning adapters have a pair each, so that no gradient is computed for frozen ones.
         Adapters without factors in common take the reference's way.
         """
-        tensors = [list(adapter.functional.parameters()) for adapter in self.adapters]
+        if len(self._tensors) != len(self.adapters):  # no adapter's parameters are ever replaced
+            self._tensors = [list(adapter.functional.parameters()) for adapter in self.adapters]
+        tensors = self._tensors
         kinds: dict[bool, list[int]] = {False: [], True: []}
         for k, own in enumerate(tensors):
             kinds[any(tensor.requires_grad for tensor in own)].append(k)
