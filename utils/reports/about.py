@@ -21,7 +21,6 @@ from utils.runs.folder import CONFIG
 from utils.runs.manifest import SHOWN, Manifest, read_manifest
 
 LISTED_KEYS = 6  # beyond, keys are the rows of their table and cells its columns
-UNSHOWN = {"description", "prefix", "logs_root", "seed", "cache_root", "data_root", "weights_root"}
 
 
 def facts_of(config: Mapping[str, Any], manifest: Manifest) -> dict[str, str]:
@@ -96,13 +95,14 @@ def what_was_run(folders: Mapping[str, Sequence[Path]]) -> list[tuple[str, str]]
 def differing_keys(configs: Mapping[str, RunConfig]) -> Table | None:
     """The keys in which cells differ: a row per cell, or per key where there are many; None without any.
 
-    Keys that only some methods have are shown where a cell sets another value than the default.
+    Keys that shape no number, as `device`, are left out; those that only some methods have are shown where a
+    cell sets another value than the default.
     """
     values: dict[str, dict[str, str]] = {}
     chosen = set()
     for cell, config in configs.items():
-        hidden = UNSHOWN | config.without_effect().keys()
-        used = {key: value for key, value in config if key not in hidden}
+        shaping = {*config.experiment(), *config.asset_keys}
+        used = {key: value for key, value in config if key in shaping}
         values[cell] = {key: shown(value).strip('"') for key, value in used.items()}
         fields = type(config).model_fields
         chosen |= {key for key, value in used.items() if value != fields[key].default}

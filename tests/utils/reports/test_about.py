@@ -66,7 +66,8 @@ def test_the_table_of_keys_has_what_differs_and_has_an_effect():
         ["a", "adaptmlp", "–"],
         ["b", "nested_lora", "3"],
     ]
-    assert differing_keys({"a": config(), "b": config(seed=3)}) is None
+    elsewhere = config(seed=3, device="cpu", eval_batch_size=7, figure_format="none")  # the same numbers
+    assert differing_keys({"a": config(), "b": elsewhere}) is None
     many = config(**nested, func_epoch=3, init_lr=0.5, batch_size=7, rd_epoch=1, ffn_adapter_scalar=0.5)
     table = differing_keys({"a": config(), "b": many})  # a row per key
     assert table.headings == ["key", "a", "b"]
