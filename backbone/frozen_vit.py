@@ -108,13 +108,23 @@ class FrozenViT(nn.Module):
         return next((b for b, modules in self.modules_by_block.items() if modules.is_learning()), self.depth)
 
     def tensors_below(self, depth: int) -> dict[str, Tensor]:
-        """Functional parameters of all adapters in blocks before `depth`, by name."""
+        """What is added to the blocks before `depth` and shapes their output, by name."""
         return {
-            f"{block}.{name}.{i}": tensor
-            for block, modules in self.modules_by_block.items()
+            f"{block}.{name}": tensor
+            for block, tensors in self.added_tensors().items()
             if block < depth
-            for name, tensors in modules.parameter_groups().items()
-            for i, tensor in enumerate(tensors)
+            for name, tensor in tensors.items()
+        }
+
+    def added_tensors(self) -> dict[int, dict[str, Tensor]]:
+        """What shapes the output beside the frozen transformer, by block and name: adapters' parameters."""
+        return {
+            block: {
+                f"{name}.{i}": tensor
+                for name, tensors in modules.parameter_groups().items()
+                for i, tensor in enumerate(tensors)
+            }
+            for block, modules in self.modules_by_block.items()
         }
 
     # --- what is added to blocks ----------------------------------------------------------------------------

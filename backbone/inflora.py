@@ -196,14 +196,9 @@ class InfLoRAViT(FrozenViT):
     def learning_depth(self) -> int:
         return next((block for block, projection in self.by_block.items() if projection.is_open), self.depth)
 
-    def tensors_below(self, depth: int) -> dict[str, Tensor]:
-        return {
-            f"{block}.{name}": tensor
-            for block, projection in self.by_block.items()
-            if block < depth
-            for name, tensor in projection.own_tensors().items()
-            if name != "basis"
-        }
+    def added_tensors(self) -> dict[int, dict[str, Tensor]]:
+        own = {block: projection.own_tensors() for block, projection in self.by_block.items()}
+        return {block: {name: own[block][name] for name in own[block] if name != "basis"} for block in own}
 
     # --- parameters -----------------------------------------------------------------------------------------
 

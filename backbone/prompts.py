@@ -183,13 +183,8 @@ class PromptedViT(FrozenViT):
     def learning_depth(self) -> int:
         return next((i for i, pool in self.by_block.items() if len(pool.new_keys)), self.depth)
 
-    def tensors_below(self, depth: int) -> dict[str, Tensor]:
-        return {
-            f"{i}.{name}": tensor
-            for i, pool in self.by_block.items()
-            if i < depth
-            for name, tensor in pool.state_dict().items()
-        }
+    def added_tensors(self) -> dict[int, dict[str, Tensor]]:
+        return {block: pool.state_dict() for block, pool in self.by_block.items()}
 
     # --- parameters -----------------------------------------------------------------------------------------
 

@@ -104,15 +104,16 @@ class TaskAdapterViT(FrozenViT):
         finally:
             self._open = []
 
-    def tensors_below(self, depth: int) -> dict[str, Tensor]:
-        """Parameters in blocks before `depth` of the adapters whose features are given, by name."""
+    def added_tensors(self) -> dict[int, dict[str, Tensor]]:
+        """As in `FrozenViT`, of the adapters whose features are given."""
         chosen = [adapter for adapter in self.subspaces() if adapter is not None]
         return {
-            f"{block}.{adapter}.{name}": tensor
+            block: {
+                f"{adapter}.{name}": tensor
+                for adapter in chosen
+                for name, tensor in modules.adapters[adapter].named_parameters()
+            }
             for block, modules in self.modules_by_block.items()
-            for adapter in chosen
-            if block < depth
-            for name, tensor in modules.adapters[adapter].named_parameters()
         }
 
     @property

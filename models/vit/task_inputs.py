@@ -156,17 +156,20 @@ class TaskInputs:
         with closing(network.each_subspace()) as rounds:
             for _ in rounds:
                 whose = source, network.feature_width, sha256_of(network.tensors_below(network.depth))
-                parts = [known[whose][:full]] if whose in known else []
-                for start in progress(
-                    range(sum(map(len, parts)), len(order), step), desc=label, unit="batch"
-                ):
-                    self.options.check_stop()
-                    batch = order[start : start + step]
-                    mine = self.batch_features(below, batch[distributed.shard(len(batch))])
-                    parts.append(distributed.all_gather(mine, len(batch)))
-                found.append(torch.cat(parts))
+                kept = known.get(whose, torch.empty(0, network.feature_width))[:full]
+                found.append(self._extended(kept, below, order, step, label))
                 self._kept[whose] = found[-1][:full]
         return torch.cat(found, dim=1)
+
+    def _extended(self, kept: Tensor, below: Source, order: np.ndarray, step: int, label: str) -> Tensor:
+        """Features (n, d) of the images in `order`, of which the first are kept, in batches of `step`."""
+        distributed, parts = self.options.distributed, [kept]
+        for start in progress(range(len(kept), len(order), step), desc=label, unit="batch"):
+            self.options.check_stop()
+            batch = order[start : start + step]
+            mine = self.batch_features(below, batch[distributed.shard(len(batch))])
+            parts.append(distributed.all_gather(mine, len(batch)))
+        return torch.cat(parts)
 
     def features_of_images(
         self, classes: range, indices: np.ndarray, source: str, among: np.ndarray
