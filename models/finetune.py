@@ -28,7 +28,8 @@ class Finetune(ClassIncrementalLearner):
         modules = {"backbone": network, **build_heads(config, vit.num_features)}
         if config.merge != "none":
             parameters = [p for group in network.parameter_groups().values() for p in group]
-            modules["merging"] = Merging(parameters, config.merge, config.merge_start, config.merge_alpha)
+            rule = config.merge, config.merge_start, config.merge_alpha, config.merge_schedule
+            modules["merging"] = Merging(parameters, *rule)
         return nn.ModuleDict(modules)
 
     @property

@@ -459,6 +459,11 @@ class MergeKeys(ClassIncrementalConfig):
         "changes orthogonal to earlier ones (OPCM).",
     )
     merge_alpha: float = key(0.15, 'Share of the newest task\'s weights with merge "ema".', ge=0, le=1)
+    merge_schedule: Literal["constant", "mean_first"] = key(
+        "constant",
+        "That share in task t = 0, 1, ...: always merge_alpha; or max(1 / (t + 1), merge_alpha), at first "
+        "the mean over tasks.",
+    )
     merge_start: Literal["carried", "merged", "first", "initial"] | None = key(
         None,
         "Where a task trains on from: the weights that the task before it reached, the merged ones, those "
@@ -472,8 +477,9 @@ class MergeKeys(ClassIncrementalConfig):
     def unused_rules(self) -> list[UnusedRule]:
         return [
             (self.merge == "none", 'merge is "none"', ("merge_start",)),
-            (self.merge != "ema", f'merge is "{self.merge}"', ("merge_alpha",)),
-            (self.func_epoch == 0, "func_epoch is 0", ("merge", "merge_alpha", "merge_start")),
+            (self.merge != "ema", f'merge is "{self.merge}"', ("merge_alpha", "merge_schedule")),
+            (self.merge_alpha == 1, "merge_alpha is 1", ("merge_schedule",)),
+            (self.func_epoch == 0, "func_epoch is 0", MergeKeys.own_keys()),
             *super().unused_rules(),
         ]
 
