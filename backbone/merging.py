@@ -45,6 +45,12 @@ class WeightVector(nn.Module):
         parts = vector.split([parameter.numel() for parameter in self._parameters_read])
         return [part.view_as(p) for part, p in zip(parts, self._parameters_read, strict=True)]
 
+    def scale_gradients(self, factor: float) -> None:
+        """Multiply the gradients of the parameters that have one."""
+        for parameter in self._parameters_read:
+            if parameter.grad is not None:
+                parameter.grad *= factor
+
 
 class Merging(WeightVector):
     """Merged weights m_t of the weights w_t that training has reached in tasks 0 to t.
@@ -99,6 +105,10 @@ class Merging(WeightVector):
         mean = 1 / (int(self.tasks) + 1)
         return max(mean, self.alpha) if self.schedule == "mean_first" else self.alpha
 
+    def deployed(self) -> Tensor:
+        """m_t after the newest task (P,)."""
+        return self.initial + self.merged
+
     def begin(self) -> None:
         """Set the parameters to where a task trains on from; those of the first are there already."""
         self.write(self.start_weights)
@@ -110,7 +120,7 @@ class Merging(WeightVector):
         self.norms += difference.double().norm()
         self.merged = RULES[self.rule](self, difference, tasks) if tasks else difference
         self.tasks += 1
-        self.write(self.initial + self.merged)
+        self.write(self.deployed())
         if self.start == "merged":
             self.start_weights = self.weights()
         elif self.start == "carried" or (self.start == "first" and not tasks):

@@ -8,13 +8,16 @@ the current task's classes; nothing protects what was learned before. It is what
 weights reached task by task are merged, and the merged ones are tested (`backbone/merging.py`).
 """
 
+import torch
 from torch import nn
 
 from backbone.merging import Merging
 from models.config.finetune import FinetuneConfig
 from models.heads import build_heads
 from models.vit.class_incremental import ClassIncrementalLearner
-from models.vit.training import adapted_network, train_functional
+from models.vit.task_inputs import Batch
+from models.vit.training import FunctionalPhase, adapted_network
+from utils.training.random import rng
 
 
 class Finetune(ClassIncrementalLearner):
@@ -40,7 +43,44 @@ class Finetune(ClassIncrementalLearner):
         self.once("remember features", self.remember_features)
         if self.merging is not None:
             self.once("start weights", self.merging.begin)
-        self.once("functional", lambda: train_functional(self))
+        self.once("functional", self.train)
         if self.merging is not None:
             self.once("merge", self.merging.end)
         self.once("head", self.fit_head)
+
+    def train(self) -> None:
+        """Run the task's functional phase; the first task has nothing deployed to scale towards."""
+        scaled = self.task > 0 and "merge_train_scale" not in self.config.without_effect()
+        self.run_phase(ScaledPhase(self) if scaled else FunctionalPhase(self))
+
+
+class ScaledPhase(FunctionalPhase):
+    """`FunctionalPhase` of a later task with forwards at m + s (w - m): m is deployed, w learns.
+
+    The gradient of w is s times that of the interpolated weights. These are in the parameters between the two
+    hooks of a step alone; before and after it the parameters are w. Classifier rows are not scaled.
+    """
+
+    def __init__(self, learner: Finetune) -> None:
+        super().__init__(learner)
+        self.merging, self.share = learner.merging, learner.merging.share
+        self.deployed = learner.merging.deployed()
+
+    def scale(self, step: int) -> float:
+        """s of a step, counted from 1: drawn from U[alpha_t, 1]; or 1, and alpha_t in the last epoch."""
+        if self.config.merge_train_scale == "drawn":
+            stream = rng("merge train scale", self.learner.seed, self.learner.task, step)
+            return self.share + (1 - self.share) * float(torch.rand((), generator=stream))
+        return self.share if step > (self.epochs - 1) * self.steps_per_epoch else 1.0
+
+    def micro_batches(self, batch: Batch) -> list[Batch]:
+        scale = self.scale(self.optimizer.steps + 1)
+        self.learning = self.merging.weights()
+        if scale != 1:
+            self.merging.write(self.deployed + scale * (self.learning - self.deployed))
+        return super().micro_batches(batch)
+
+    def before_step(self, step: int) -> None:
+        self.merging.write(self.learning)
+        self.merging.scale_gradients(self.scale(step))
+        super().before_step(step)

@@ -470,15 +470,22 @@ class MergeKeys(ClassIncrementalConfig):
         "after the first task, or the initial ones; null for what the rule's paper does.",
     )
 
+    merge_train_scale: Literal["full", "drawn", "last_epoch"] = key(
+        "full",
+        'With merge "ema" a later task trains at m + s (w - m), m deployed and w learning: s = 1; s drawn in '
+        "every step between the share that w is merged with and 1; or 1, and that share in the last epoch.",
+    )
+
     def stored_bytes(self, shape: BackboneShape, task: int, classes: int) -> int:
         vectors = 3 if self.merge != "none" else 0
         return super().stored_bytes(shape, task, classes) + vectors * self.adapter_bytes(shape, task)
 
     def unused_rules(self) -> list[UnusedRule]:
+        moving_average = ("merge_alpha", "merge_schedule", "merge_train_scale")
         return [
             (self.merge == "none", 'merge is "none"', ("merge_start",)),
-            (self.merge != "ema", f'merge is "{self.merge}"', ("merge_alpha", "merge_schedule")),
-            (self.merge_alpha == 1, "merge_alpha is 1", ("merge_schedule",)),
+            (self.merge != "ema", f'merge is "{self.merge}"', moving_average),
+            (self.merge_alpha == 1, "merge_alpha is 1", ("merge_schedule", "merge_train_scale")),
             (self.func_epoch == 0, "func_epoch is 0", MergeKeys.own_keys()),
             *super().unused_rules(),
         ]
