@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.ease import EASEHead
-from models.ranpac import RanPACHead
+from models.ranpac import GaussianRanPACHead, RanPACHead
 from models.saved.model_card import model_card
 from models.saved.prediction import Predictor, load_run
 from models.vit.closed_form import PrototypeHead
@@ -121,6 +121,7 @@ HEADS: dict[type, Callable[[nn.Module], nn.Module]] = {
     FeCAMHead: DistanceHead,
     PrototypeHead: CosineHead,
     RanPACHead: RidgeHead,
+    GaussianRanPACHead: RidgeHead,
     EASEHead: SubspaceHead,
 }
 

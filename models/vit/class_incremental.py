@@ -230,7 +230,7 @@ class ClassIncrementalLearner(Learner):
 
     def remember_features(self) -> None:
         """Storage of the task's features before training, where the head's statistics follow their drift."""
-        if self.closed_form is not None and self.task and self.config.head_drift == "linear":
+        if self.closed_form is not None and self.task and self.config.head_drift != "none":
             self.method_tensors["features_before"] = self.training_features().cpu()
 
     @torch.no_grad()

@@ -320,8 +320,10 @@ class HeadKeys(ClassIncrementalConfig):
         "What classifies: the trained classifier, as it is or aligned on Gaussians of all classes (SLCA); "
         "class means by cosine, or by Mahalanobis distance (FeCAM); or RanPAC's ridge regression.",
     )
-    head_drift: Literal["none", "linear"] = key(
-        "none", 'Class statistics of earlier tasks when features move: kept, or compensated ("linear").'
+    head_drift: Literal["none", "linear", "gaussian"] = key(
+        "none",
+        'Class statistics of earlier tasks when features move: kept; compensated ("linear"); or, of the head '
+        '"ranpac", made anew from a Gaussian of each class that follows the features ("gaussian").',
     )
     ca_samples: Count = key(256, 'Features drawn per class and epoch for the head "aligned".')
     ca_epochs: Count = key(5, 'Epochs of the alignment of the head "aligned".')
@@ -343,7 +345,14 @@ class HeadKeys(ClassIncrementalConfig):
     @property
     def gaussian(self) -> bool:
         """Whether a Gaussian of every class is stored."""
-        return self.head in ("aligned", "fecam")
+        return self.head in ("aligned", "fecam") or (self.head, self.head_drift) == ("ranpac", "gaussian")
+
+    def conflicts(self) -> list[Conflict]:
+        found = super().conflicts()
+        if self.head_drift == "gaussian" and self.head not in ("ranpac", "fc"):
+            sentence = f'the head "{self.head}" has no sums to make anew; allowed: "none" or "linear"'
+            found.append((("head_drift", "head"), sentence))
+        return found
 
     def stored_bytes(self, shape: BackboneShape, task: int, classes: int) -> int:
         width = shape.width

@@ -46,6 +46,12 @@ METHODS: dict[str, dict[str, Any]] = {
         "head_drift": "linear",
         "ranpac_dim": 50,
     },
+    "finetune, ranpac, gaussian": {
+        "model_name": "finetune",
+        "head": "ranpac",
+        "head_drift": "gaussian",
+        "ranpac_dim": 50,
+    },
     "finetune, cosine": {"model_name": "finetune", "head": "cosine", "head_drift": "linear"},
     "finetune, merged": {"model_name": "finetune", "head": "cosine", "head_drift": "linear", "merge": "ema"},
     "finetune, scaled": {

@@ -71,6 +71,9 @@ CASES: dict[str, tuple[dict[str, Any], int, int]] = {  # changes, trained, store
     "merge max_magnitude": (merged("max_magnitude"), P + rows(), 3 * P + means()),
     "merge orthogonal": (merged("orthogonal"), P + rows(), 2 * P + means()),
     "head ranpac": (headed("ranpac", ranpac_dim=M), P + rows(), P + RIDGE),
+    "head ranpac, gaussian": (
+        headed("ranpac", ranpac_dim=M, head_drift="gaussian"), P + rows(), P + RIDGE + GAUSSIANS - C
+    ),
     "head fecam": (headed("fecam"), P + rows(), P + GAUSSIANS),
     "head fecam, frozen": (headed("fecam", func_epoch=0), 0, GAUSSIANS),
     "head aligned": (headed("aligned"), P + rows(), P + GAUSSIANS + rows() + C),
