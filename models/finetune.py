@@ -5,16 +5,19 @@
 The adapters (any `ffn_adapter_type`) and the newest classifier rows are trained with the cross-entropy over
 the current task's classes; nothing protects what was learned before. It is what Nested LoRA with
 `nested_lora_freeze` "never" must be compared with: the same freedom on one time scale. With `merge` the
-weights reached task by task are merged, and the merged ones are tested (`backbone/merging.py`).
+weights reached task by task are merged, and the merged ones are tested (`backbone/merging.py`); with
+`merge_ensemble` these and the ones that training goes on from classify together (`models/vit/ensemble.py`).
 """
 
 import torch
 from torch import nn
 
 from backbone.merging import Merging
+from backbone.paired import PairedViT
 from models.config.finetune import FinetuneConfig
 from models.heads import build_heads
 from models.vit.class_incremental import ClassIncrementalLearner
+from models.vit.ensemble import EntropyEnsemble
 from models.vit.task_inputs import Batch
 from models.vit.training import FunctionalPhase, adapted_network
 from utils.training.random import rng
@@ -27,12 +30,17 @@ class Finetune(ClassIncrementalLearner):
     config: FinetuneConfig
 
     def build(self, vit: nn.Module) -> nn.ModuleDict:
-        config, network = self.config, adapted_network(vit, self.config)
-        modules = {"backbone": network, **build_heads(config, vit.num_features)}
+        config, width = self.config, vit.num_features
+        network = adapted_network(vit, config, kind=PairedViT)
+        modules = {"backbone": network, **build_heads(config, width)}
         if config.merge != "none":
             parameters = [p for group in network.parameter_groups().values() for p in group]
             rule = config.merge, config.merge_start, config.merge_alpha, config.merge_schedule
             modules["merging"] = Merging(parameters, *rule)
+        if config.ensembles:
+            network.pair(modules["merging"])
+            heads = [modules["closed_form"], build_heads(config, width)["closed_form"]]
+            modules["closed_form"] = EntropyEnsemble(2 * width, heads)
         return nn.ModuleDict(modules)
 
     @property
@@ -43,7 +51,8 @@ class Finetune(ClassIncrementalLearner):
         self.once("remember features", self.remember_features)
         if self.merging is not None:
             self.once("start weights", self.merging.begin)
-        self.once("functional", self.train)
+        with self.network.unpaired():
+            self.once("functional", self.train)
         if self.merging is not None:
             self.once("merge", self.merging.end)
         self.once("head", self.fit_head)

@@ -108,9 +108,8 @@ def _take_shapes(
     head: ClosedFormHead, tensors: Mapping[str, Tensor], prefix: str, metadata: Any, *_: Any
 ) -> None:
     """Load hook: give the head's buffers the shapes of the tensors that are loaded into them."""
-    for name in head.state_dict():
+    for name, buffer in list(head.named_buffers(recurse=False)):
         loaded = tensors.get(f"{prefix}{name}")
-        buffer = getattr(head, name)
         if loaded is not None and loaded.dim() == buffer.dim():
             setattr(head, name, buffer.new_zeros(loaded.shape))
 

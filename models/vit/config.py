@@ -304,9 +304,12 @@ class RidgeKeys(ClassIncrementalConfig):
     )
 
     def stored_bytes(self, shape: BackboneShape, task: int, classes: int) -> int:
+        return super().stored_bytes(shape, task, classes) + self.ridge_bytes(classes)
+
+    def ridge_bytes(self, classes: int) -> int:
+        """Bytes of a ridge regression: two triangles, their two parts of Q, and W; 0 where there is none."""
         ridge, dim = "ranpac_dim" not in self.without_effect(), self.ranpac_dim
-        sums = 8 * dim * (dim + 1 + 3 * classes) if ridge else 0  # two triangles; their two parts of Q, and W
-        return super().stored_bytes(shape, task, classes) + sums
+        return 8 * dim * (dim + 1 + 3 * classes) if ridge else 0
 
 
 class HeadKeys(ClassIncrementalConfig):
@@ -347,17 +350,12 @@ class HeadKeys(ClassIncrementalConfig):
         """Whether a Gaussian of every class is stored."""
         return self.head in ("aligned", "fecam") or (self.head, self.head_drift) == ("ranpac", "gaussian")
 
-    def conflicts(self) -> list[Conflict]:
-        found = super().conflicts()
-        if self.head_drift == "gaussian" and self.head not in ("ranpac", "fc"):
-            sentence = f'the head "{self.head}" has no sums to make anew; allowed: "none" or "linear"'
-            found.append((("head_drift", "head"), sentence))
-        return found
-
     def stored_bytes(self, shape: BackboneShape, task: int, classes: int) -> int:
-        width = shape.width
-        numbers = classes * width * (width + 1) // 2 if self.gaussian else 0
-        return super().stored_bytes(shape, task, classes) + 4 * numbers
+        return super().stored_bytes(shape, task, classes) + self.gaussian_bytes(shape, classes)
+
+    def gaussian_bytes(self, shape: BackboneShape, classes: int) -> int:
+        """Bytes of the covariances of all classes; 0 where none are stored."""
+        return 2 * classes * shape.width * (shape.width + 1) if self.gaussian else 0
 
     def unused_rules(self) -> list[UnusedRule]:
         head = f'head is "{self.head}"'
@@ -375,6 +373,9 @@ class HeadKeys(ClassIncrementalConfig):
         if self.head == "fecam" and self.alpha2 > self.alpha1:
             sentence = f"the covariance could be indefinite; allowed: alpha2 from 0 to {self.alpha1:g}"
             found.append((("alpha2", "alpha1"), sentence))
+        if self.head_drift == "gaussian" and self.head not in ("ranpac", "fc"):
+            sentence = f'the head "{self.head}" has no sums to make anew; allowed: "none" or "linear"'
+            found.append((("head_drift", "head"), sentence))
         return found
 
     def one_class_advice(self, task: int) -> str:
@@ -458,7 +459,7 @@ class TrainingKeys(ClassIncrementalConfig):
 class MergeKeys(ClassIncrementalConfig):
     """Merging of the weights that adapters reach task by task.
 
-    Goes with `AdapterKeys`.
+    Goes with `AdapterKeys`, `HeadKeys` and `RidgeKeys`.
     """
 
     merge: Literal["none", "mean", "ema", "max_magnitude", "orthogonal"] = key(
@@ -478,21 +479,43 @@ class MergeKeys(ClassIncrementalConfig):
         "Where a task trains on from: the weights that the task before it reached, the merged ones, those "
         "after the first task, or the initial ones; null for what the rule's paper does.",
     )
-
     merge_train_scale: Literal["full", "drawn", "last_epoch"] = key(
         "full",
         'With merge "ema" a later task trains at m + s (w - m), m deployed and w learning: s = 1; s drawn in '
         "every step between the share that w is merged with and 1; or 1, and that share in the last epoch.",
     )
+    merge_ensemble: bool = key(
+        False,
+        'With merge "ema" and head "ranpac": the merged weights and those that training goes on from '
+        "classify together, each with a head of its own, the more certain one counting more.",
+    )
+
+    @property
+    def ensembles(self) -> bool:
+        """Whether two sets of weights classify together."""
+        return self.merge_ensemble and self.merge != "none" and self.func_epoch > 0
+
+    def conflicts(self) -> list[Conflict]:
+        found = super().conflicts()
+        if self.ensembles and (self.merge != "ema" or self.merge_start not in (None, "carried")):
+            fault = "training goes on from no weights of its own, or they mean nothing beside the merged ones"
+            sentence = f'{fault}; allowed: merge "ema" with merge_start null or "carried"'
+            found.append((("merge_ensemble", "merge", "merge_start"), sentence))
+        if self.ensembles and self.head != "ranpac":
+            sentence = f'the head "{self.head}" is not ensembled; allowed: head "ranpac"'
+            found.append((("merge_ensemble", "head"), sentence))
+        return found
 
     def stored_bytes(self, shape: BackboneShape, task: int, classes: int) -> int:
-        vectors = 3 if self.merge != "none" else 0
-        return super().stored_bytes(shape, task, classes) + vectors * self.adapter_bytes(shape, task)
+        stored = super().stored_bytes(shape, task, classes)
+        if self.ensembles:
+            stored += self.ridge_bytes(classes) + self.gaussian_bytes(shape, classes)
+        return stored + (3 * self.adapter_bytes(shape, task) if self.merge != "none" else 0)
 
     def unused_rules(self) -> list[UnusedRule]:
         moving_average = ("merge_alpha", "merge_schedule", "merge_train_scale")
         return [
-            (self.merge == "none", 'merge is "none"', ("merge_start",)),
+            (self.merge == "none", 'merge is "none"', ("merge_start", "merge_ensemble")),
             (self.merge != "ema", f'merge is "{self.merge}"', moving_average),
             (self.merge_alpha == 1, "merge_alpha is 1", ("merge_schedule", "merge_train_scale")),
             (self.func_epoch == 0, "func_epoch is 0", MergeKeys.own_keys()),

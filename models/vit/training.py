@@ -42,10 +42,12 @@ def adapter_spec(config: AdapterKeys, width: int, **described: int | bool) -> Ad
     )
 
 
-def adapted_network(vit: nn.Module, config: AdapterKeys) -> SEMAVisionTransformer:
+def adapted_network(
+    vit: nn.Module, config: AdapterKeys, kind: type[SEMAVisionTransformer] = SEMAVisionTransformer
+) -> SEMAVisionTransformer:
     """The ViT with one adapter in every block, or in those that may grow; none of them grows."""
     spec, adapted = adapter_spec(config, vit.embed_dim), config.adapted_blocks(len(vit.blocks))
-    return SEMAVisionTransformer(vit, spec, adapted=adapted)
+    return kind(vit, spec, adapted=adapted)
 
 
 def task_adapter_network(vit: nn.Module, config: AdapterKeys, plain: bool = False) -> TaskAdapterViT:

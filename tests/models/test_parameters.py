@@ -68,6 +68,10 @@ CASES: dict[str, tuple[dict[str, Any], int, int]] = {  # changes, trained, store
     "merge mean": (merged("mean"), P + rows(), 2 * P + means()),
     "merge ema": (merged("ema"), P + rows(), 2 * P + means()),
     "merge ema, restarted": (merged("ema", merge_start="merged"), P + rows(), P + means()),
+    "merge ema, ensemble": (
+        merged("ema", merge_ensemble=True) | {"head": "ranpac", "ranpac_dim": M}, P + rows(),
+        2 * P + 2 * RIDGE + C + 2,
+    ),
     "merge max_magnitude": (merged("max_magnitude"), P + rows(), 3 * P + means()),
     "merge orthogonal": (merged("orthogonal"), P + rows(), 2 * P + means()),
     "head ranpac": (headed("ranpac", ranpac_dim=M), P + rows(), P + RIDGE),

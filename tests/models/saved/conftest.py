@@ -35,6 +35,8 @@ RUNS: dict[str, dict[str, Any]] = {
     | {"func_epoch": 2, "max_train_per_class": 16},
     "fecam": FINETUNE | {"model_name": "finetune", "head": "fecam"},
     "aligned": FINETUNE | {"model_name": "finetune", "head": "aligned", "head_drift": "linear"},
+    "ensemble": FINETUNE
+    | {"model_name": "finetune", "head": "ranpac", "ranpac_dim": 50, "merge": "ema", "merge_ensemble": True},
     "ease": FINETUNE | {"model_name": "ease"},
     "inflora": {key: value for key, value in TINY.items() if key != "rd_epoch"} | {"model_name": "inflora"},
     "coda_prompt": {key: value for key, value in TINY.items() if key != "rd_epoch"}
