@@ -7,10 +7,11 @@ the current task's classes; nothing protects what was learned before. It is what
 `nested_lora_freeze` "never" must be compared with: the same freedom on one time scale. With `merge` the
 weights reached task by task are merged, and the merged ones are tested (`backbone/merging.py`); with
 `merge_ensemble` these and the ones that training goes on from classify together (`models/vit/ensemble.py`).
+With `loss` "ridge_residual" cross-entropy is over all classes seen, and knows the head that will classify.
 """
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from backbone.merging import Merging
 from backbone.paired import PairedViT
@@ -20,6 +21,7 @@ from models.vit.class_incremental import ClassIncrementalLearner
 from models.vit.ensemble import EntropyEnsemble
 from models.vit.task_inputs import Batch
 from models.vit.training import FunctionalPhase, adapted_network
+from utils.inc_net import ResidualRows
 from utils.training.random import rng
 
 
@@ -41,6 +43,8 @@ class Finetune(ClassIncrementalLearner):
             network.pair(modules["merging"])
             heads = [modules["closed_form"], build_heads(config, width)["closed_form"]]
             modules["closed_form"] = EntropyEnsemble(2 * width, heads)
+        if config.learns_residual:
+            modules["head"] = ResidualRows(width)
         return nn.ModuleDict(modules)
 
     @property
@@ -49,6 +53,8 @@ class Finetune(ClassIncrementalLearner):
 
     def learn_task(self) -> None:
         self.once("remember features", self.remember_features)
+        if self.config.learns_residual:
+            self.once("ridge of the loss", self.anticipate_head)
         if self.merging is not None:
             self.once("start weights", self.merging.begin)
         with self.network.unpaired():
@@ -61,6 +67,27 @@ class Finetune(ClassIncrementalLearner):
         """Run the task's functional phase; the first task has nothing deployed to scale towards."""
         scaled = self.task > 0 and "merge_train_scale" not in self.config.without_effect()
         self.run_phase(ScaledPhase(self) if scaled else FunctionalPhase(self))
+        self.method_tensors.pop("ridge", None)
+
+    @torch.no_grad()
+    def anticipate_head(self) -> None:
+        """Storage of the ridge regression of all classes seen, as the features are before training."""
+        features = self.method_tensors.get("features_before", None)
+        if features is None:
+            features = self.training_features().cpu()
+        targets = self.data.targets(self.data.indices(self.classes, "train"), "train")
+        self.method_tensors["ridge"] = self.closed_form.anticipated(features, targets)
+
+    def training_logits(self, features: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """As `ClassIncrementalLearner` has them; of the residual h(f) W / T + f V over all classes, (B, C).
+
+        W and T are fixed in a task and no gradient passes h; V is zero when it begins.
+        """
+        if not self.config.learns_residual:
+            return super().training_logits(features, targets)
+        hidden = self.closed_form.random_features(features.detach().cpu().double())
+        scores = (hidden @ self.method_tensors["ridge"]).to(features)
+        return scores + self.head(features), targets
 
 
 class ScaledPhase(FunctionalPhase):

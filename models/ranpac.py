@@ -12,6 +12,7 @@ features are read, so that all sums belong to one network. Source: McDonnell et 
 Projections and Pre-trained Models for Continual Learning*, NeurIPS 2023.
 """
 
+import copy
 import itertools
 import logging
 import math
@@ -154,6 +155,22 @@ class RanPACHead(ClosedFormHead):
         if self.fit_weights is None:
             return None
         return (self.random_features(features.cpu().double()) @ self.fit_weights).float()
+
+    def anticipated(self, features: Tensor, targets: Tensor) -> Tensor:
+        """W / T (M, C) of the ridge regression once it has taken in a task (n, d), which it has not yet.
+
+        T is the temperature of its scores of the task's held-out images. The head stays as it is; its sums
+        are held twice meanwhile.
+        """
+        head = copy.deepcopy(self)
+        head.add(features, targets)
+        rows = head.unseen_rows(len(features), len(head.counts))
+        scores = head.unseen_scores(features[rows], targets[rows])
+        if scores is None:
+            return head.weights
+        temperature = calibration.fit(scores, targets[rows], self.unseen).temperature
+        logger.info(f"Ridge head before training: temperature {temperature:.3g}")
+        return head.weights / temperature
 
     def _split(self, images: int, classes: int) -> tuple[Tensor, Tensor]:
         """Positions among a task's images: those held out, and the others."""

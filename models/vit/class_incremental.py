@@ -109,12 +109,18 @@ class ClassIncrementalLearner(Learner):
             for name, parameters in groups.items()
         ]
 
+    def training_logits(self, features: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits that functional training is done with, and the positions of the targets (B,) among them.
+
+        By default those of the open task's classes alone, (B, C_t).
+        """
+        return self.head.newest(features), targets - self.classes.start
+
     def loss(self, logits: Tensor, targets: Tensor, features: Tensor) -> Tensor:
         """The method's loss on a micro-batch, a scalar, its mean over samples: by default cross-entropy.
 
         Args:
-            logits: over the open task's classes, (B, C_t).
-            targets: the classes' positions among them, int64 (B,).
+            logits, targets: as `training_logits` gives them, by default (B, C_t) and int64 (B,).
             features: class tokens that the logits are computed from, (B, d), float32.
         """
         return F.cross_entropy(logits, targets)

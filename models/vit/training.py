@@ -102,8 +102,7 @@ class FunctionalPhase(Phase):
     def result(self, batch: Batch, features: Tensor) -> StepResult:
         """The learner's loss for features (B, d) of a batch, and how many of it are classified right."""
         learner = self.learner
-        targets = batch.targets.to(learner.device) - learner.classes.start
-        logits = learner.head.newest(features)  # (B, C_t)
+        logits, targets = learner.training_logits(features, batch.targets.to(learner.device))
         loss = learner.loss(logits, targets, features)
         return StepResult(loss, len(targets), (logits.argmax(1) == targets).sum())
 

@@ -61,6 +61,13 @@ METHODS: dict[str, dict[str, Any]] = {
         "merge_train_scale": "drawn",
         "grad_accumulation": 2,
     },
+    "finetune, residual": {
+        "model_name": "finetune",
+        "head": "ranpac",
+        "ranpac_dim": 50,
+        "merge": "ema",
+        "loss": "ridge_residual",
+    },
     "finetune, ensemble": {
         "model_name": "finetune",
         "head": "ranpac",
@@ -113,6 +120,7 @@ def test_every_baseline_runs_to_its_result(name: str, smoke_config: Config, tmp_
         "coda_prompt",
         "finetune, ranpac",
         "finetune, scaled",
+        "finetune, residual",
         "finetune, ensemble",
         "sema, ranpac",
         "sema, growing",

@@ -78,6 +78,9 @@ CASES: dict[str, tuple[dict[str, Any], int, int]] = {  # changes, trained, store
     "head ranpac, gaussian": (
         headed("ranpac", ranpac_dim=M, head_drift="gaussian"), P + rows(), P + RIDGE + GAUSSIANS - C
     ),
+    "loss ridge_residual": (  # rows of all classes without biases
+        headed("ranpac", ranpac_dim=M, loss="ridge_residual"), P + C * D, P + RIDGE
+    ),
     "head fecam": (headed("fecam"), P + rows(), P + GAUSSIANS),
     "head fecam, frozen": (headed("fecam", func_epoch=0), 0, GAUSSIANS),
     "head aligned": (headed("aligned"), P + rows(), P + GAUSSIANS + rows() + C),

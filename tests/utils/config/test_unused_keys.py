@@ -28,7 +28,7 @@ OTHER: dict[str, Any] = {  # values that change a run where the key counts
     "batch_size": 3, "grad_accumulation": 2, "augmentation": "none", "max_tasks": 3, "checkpoints": "last",
     "head_drift": "linear", "ranpac_dim": 7,
     "merge": "mean", "merge_alpha": 0.7, "merge_start": "merged", "merge_schedule": "mean_first",
-    "merge_train_scale": "drawn",
+    "merge_train_scale": "drawn", "loss": "ridge_residual",
     "ca_samples": 9, "ca_epochs": 2, "ca_lr": 0.3, "ca_restart": True, "alpha1": 2.0, "alpha2": 0.5,
     "ffn_num": 5, "adapter_lr": 0.3, "adapter_blocks": "growing",
     "adapt_start_layer": 1, "adapt_end_layer": 2,
@@ -109,7 +109,7 @@ CASES: list[tuple[dict[str, Any], str, str]] = [
     (FINETUNE, "adapt_start_layer", "none grows"),
     (
         FINETUNE | {"func_epoch": 0, "head": "cosine"},
-        f"{TRAINING} weight_decay optimizer nested_lora_lr_fast head_drift",
+        f"{TRAINING} weight_decay optimizer nested_lora_lr_fast head_drift loss",
         "func_epoch is 0",
     ),
     (
