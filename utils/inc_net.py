@@ -75,7 +75,7 @@ class IncrementalHead(nn.Module):
 
 
 class ResidualRows(nn.Module):
-    """rows over all classes seen, V^T (C, d), that are zero when a task begins: what is learned beside scores.
+    """Rows over all classes seen, V^T (C, d), zero when a task begins: what is learned beside fixed scores.
 
     They have no bias. Rows of all classes learn; a fresh instance takes its shape from the tensors it loads.
 
