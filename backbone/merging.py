@@ -51,6 +51,17 @@ class WeightVector(nn.Module):
             if parameter.grad is not None:
                 parameter.grad *= factor
 
+    def gradients(self) -> Tensor:
+        """Their gradients as one vector (P,), zero where the loss did not reach."""
+        pairs = ((p, p.grad) for p in self._parameters_read)
+        return torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for p, g in pairs])
+
+    def add_gradients(self, vector: Tensor) -> None:
+        """Add a vector (P,) to the gradients that are there."""
+        for parameter, values in zip(self._parameters_read, self.split(vector), strict=True):
+            if parameter.grad is not None:
+                parameter.grad += values
+
 
 class Merging(WeightVector):
     """Merged weights m_t of the weights w_t that training has reached in tasks 0 to t.

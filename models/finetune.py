@@ -10,9 +10,12 @@ weights reached task by task are merged, and the merged ones are tested (`backbo
 With `loss` "ridge_residual" cross-entropy is over all classes seen, and knows the head that will classify.
 """
 
+import logging
+
 import torch
 from torch import Tensor, nn
 
+from backbone.importance import SlowImportance
 from backbone.merging import Merging
 from backbone.paired import PairedViT
 from models.config.finetune import FinetuneConfig
@@ -23,6 +26,8 @@ from models.vit.task_inputs import Batch
 from models.vit.training import FunctionalPhase, adapted_network
 from utils.inc_net import ResidualRows
 from utils.training.random import rng
+
+logger = logging.getLogger("nested_lora")
 
 
 class Finetune(ClassIncrementalLearner):
@@ -45,6 +50,9 @@ class Finetune(ClassIncrementalLearner):
             modules["closed_form"] = EntropyEnsemble(2 * width, heads)
         if config.learns_residual:
             modules["head"] = ResidualRows(width)
+        if config.holds_slow:
+            slow = network.parameter_groups()["slow"]
+            modules["slow_importance"] = SlowImportance(slow, config.nested_lora_slow_importance)
         return nn.ModuleDict(modules)
 
     @property
@@ -57,8 +65,12 @@ class Finetune(ClassIncrementalLearner):
             self.once("ridge of the loss", self.anticipate_head)
         if self.merging is not None:
             self.once("start weights", self.merging.begin)
+        if self.config.holds_slow:
+            self.once("slow anchor", self.modules["slow_importance"].begin_task)
         with self.network.unpaired():
             self.once("functional", self.train)
+        if self.config.holds_slow:
+            self.once("slow importance", self.end_slow_importance)
         if self.merging is not None:
             self.once("merge", self.merging.end)
         self.once("head", self.fit_head)
@@ -68,6 +80,14 @@ class Finetune(ClassIncrementalLearner):
         scaled = self.task > 0 and "merge_train_scale" not in self.config.without_effect()
         self.run_phase(ScaledPhase(self) if scaled else FunctionalPhase(self))
         self.method_tensors.pop("ridge", None)
+
+    def end_slow_importance(self) -> None:
+        """Take the open task's importance in, and log how large it has become."""
+        importance = self.modules["slow_importance"]
+        importance.end_task()
+        mean, largest = float(importance.omega.mean()), float(importance.omega.max())
+        shown = f"{mean:.3g} on average, {largest:.3g} at most"
+        logger.info(f"Task {self.task}: importance of slow weights {shown}")
 
     @torch.no_grad()
     def anticipate_head(self) -> None:

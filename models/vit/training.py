@@ -80,6 +80,7 @@ class FunctionalPhase(Phase):
         self.learner, self.inputs, self.config = learner, inputs, config
         self.key = ("functional", learner.seed, task, learner.progress.phases)
         self.source_of_epoch = inputs.by_epoch(task, config.func_epoch)
+        self.importance = dict(learner.modules.items()).get("slow_importance")
         slow = next((group for group in self.optimizer.groups if group.name == "slow"), None)
         self.trace = None if slow is None else SlowTrace(slow, learner.log, task)
         if self.trace is not None:
@@ -107,6 +108,8 @@ class FunctionalPhase(Phase):
         return StepResult(loss, len(targets), (logits.argmax(1) == targets).sum())
 
     def before_step(self, step: int) -> None:
+        if self.importance is not None:
+            self.importance.before_step(measured=step > (self.epochs - 1) * self.steps_per_epoch)
         if self.trace is not None:
             self.trace.before_step(step)
 

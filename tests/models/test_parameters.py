@@ -65,6 +65,10 @@ CASES: dict[str, tuple[dict[str, Any], int, int]] = {  # changes, trained, store
         {"model_name": "finetune", **NESTED, "nested_lora_lr_slow": 0, "head": "cosine"},
         P + rows(), 2 * P + means(),
     ),
+    "slow is held": (  # how important each of its numbers is
+        {"model_name": "finetune", **NESTED, "nested_lora_slow_importance": 1.0, "head": "cosine"},
+        2 * P + rows(), 3 * P + means(),
+    ),
     "merge mean": (merged("mean"), P + rows(), 2 * P + means()),
     "merge ema": (merged("ema"), P + rows(), 2 * P + means()),
     "merge ema, restarted": (merged("ema", merge_start="merged"), P + rows(), P + means()),

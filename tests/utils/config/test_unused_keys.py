@@ -29,6 +29,7 @@ OTHER: dict[str, Any] = {  # values that change a run where the key counts
     "head_drift": "linear", "ranpac_dim": 7,
     "merge": "mean", "merge_alpha": 0.7, "merge_start": "merged", "merge_schedule": "mean_first",
     "merge_train_scale": "drawn", "loss": "ridge_residual",
+    "nested_lora_slow_importance": 3.0,
     "ca_samples": 9, "ca_epochs": 2, "ca_lr": 0.3, "ca_restart": True, "alpha1": 2.0, "alpha2": 0.5,
     "ffn_num": 5, "adapter_lr": 0.3, "adapter_blocks": "growing",
     "adapt_start_layer": 1, "adapt_end_layer": 2,
@@ -107,9 +108,10 @@ CASES: list[tuple[dict[str, Any], str, str]] = [
     (FINETUNE | {"head": "cosine"}, "ranpac_dim", 'head is "cosine"'),
     (FINETUNE | {"augmentation": "none", "cache_gb": 0}, "cache_views", 'augmentation is "none"'),
     (FINETUNE, "adapt_start_layer", "none grows"),
+    (FINETUNE | {"nested_lora_lr_slow": 0}, "nested_lora_slow_importance", "nested_lora_lr_slow is 0"),
     (
         FINETUNE | {"func_epoch": 0, "head": "cosine"},
-        f"{TRAINING} weight_decay optimizer nested_lora_lr_fast head_drift loss",
+        f"{TRAINING} weight_decay optimizer nested_lora_lr_fast head_drift loss nested_lora_slow_importance",
         "func_epoch is 0",
     ),
     (
