@@ -7,7 +7,8 @@ the current task's classes; nothing protects what was learned before. It is what
 `nested_lora_freeze` "never" must be compared with: the same freedom on one time scale. With `merge` the
 weights reached task by task are merged, and the merged ones are tested (`backbone/merging.py`); with
 `merge_ensemble` these and the ones that training goes on from classify together (`models/vit/ensemble.py`).
-With `loss` "ridge_residual" cross-entropy is over all classes seen, and knows the head that will classify.
+With `loss` "ridge_residual" cross-entropy is over all classes seen, and knows the head that will classify;
+with `nested_lora_slow_importance` slow branches are held near their past (`backbone/importance.py`).
 """
 
 import logging

@@ -16,7 +16,7 @@ from utils.config.schema import Conflict, UnusedRule, key
 
 
 class FinetuneConfig(MergeKeys, AdapterKeys, HeadKeys, RidgeKeys, TrainingKeys, StepKeys, FrozenViTKeys):
-    """Adapters, their training and merging, a choice of classifier; of its own, what holds to the past."""
+    """Adapters, their training and merging, and a choice of classifier; of its own, terms of the loss."""
 
     model_name: Literal["finetune"] = key(
         "finetune", "Adapters that go on learning in every task: the matched adapter of Nested LoRA."
