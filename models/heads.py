@@ -16,7 +16,7 @@ def build_heads(config: HeadKeys, width: int) -> dict[str, nn.Module]:
         "head" and, but for "fc", "closed_form".
     """
     rows = IncrementalHead(width)
-    ridge = GaussianRanPACHead if config.head_drift == "gaussian" else RanPACHead
+    ridge = GaussianRanPACHead if config.follows_by_gaussians else RanPACHead
     closed_form: ClosedFormHead | None = {
         "fc": lambda: None,
         "aligned": lambda: AlignedHead(

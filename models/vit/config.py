@@ -346,9 +346,14 @@ class HeadKeys(ClassIncrementalConfig):
     )
 
     @property
+    def follows_by_gaussians(self) -> bool:
+        """Whether Gaussians of the classes carry a head's other statistics along."""
+        return self.head_drift == "gaussian" and "head_drift" not in self.without_effect()
+
+    @property
     def gaussian(self) -> bool:
         """Whether a Gaussian of every class is stored."""
-        return self.head in ("aligned", "fecam") or (self.head, self.head_drift) == ("ranpac", "gaussian")
+        return self.head in ("aligned", "fecam") or self.follows_by_gaussians
 
     def stored_bytes(self, shape: BackboneShape, task: int, classes: int) -> int:
         return super().stored_bytes(shape, task, classes) + self.gaussian_bytes(shape, classes)
@@ -373,7 +378,7 @@ class HeadKeys(ClassIncrementalConfig):
         if self.head == "fecam" and self.alpha2 > self.alpha1:
             sentence = f"the covariance could be indefinite; allowed: alpha2 from 0 to {self.alpha1:g}"
             found.append((("alpha2", "alpha1"), sentence))
-        if self.head_drift == "gaussian" and self.head not in ("ranpac", "fc"):
+        if self.follows_by_gaussians and self.head != "ranpac":
             sentence = f'the head "{self.head}" has no sums to make anew; allowed: "none" or "linear"'
             found.append((("head_drift", "head"), sentence))
         return found

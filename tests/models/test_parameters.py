@@ -85,6 +85,9 @@ CASES: dict[str, tuple[dict[str, Any], int, int]] = {  # changes, trained, store
     "loss ridge_residual": (  # rows of all classes without biases
         headed("ranpac", ranpac_dim=M, loss="ridge_residual"), P + C * D, P + RIDGE
     ),
+    "head ranpac, no epoch": (
+        headed("ranpac", ranpac_dim=M, head_drift="gaussian", func_epoch=0), 0, RIDGE
+    ),
     "head fecam": (headed("fecam"), P + rows(), P + GAUSSIANS),
     "head fecam, frozen": (headed("fecam", func_epoch=0), 0, GAUSSIANS),
     "head aligned": (headed("aligned"), P + rows(), P + GAUSSIANS + rows() + C),

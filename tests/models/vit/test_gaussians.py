@@ -1,5 +1,7 @@
 """Heads on a Gaussian of each class, against scipy and numpy."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,8 @@ from torch.nn import functional as F
 from models.ranpac import DRAWN, FIT, HELD, GaussianRanPACHead, RanPACHead
 from models.vit.closed_form import STRENGTHS
 from models.vit.gaussians import AlignedHead, FeCAMHead, GaussianHead, normalised
+from utils.config.loading import ConfigError
+from utils.config.schema import RunConfig
 from utils.inc_net import IncrementalHead
 
 WIDTH = 5
@@ -292,3 +296,11 @@ def test_a_ridge_head_with_gaussians_loaded_from_its_state_goes_on_the_same() ->
         head.compensate_drift(features, 1.2 * features + 1)
         head.add(1.2 * features + 1, labels)
     assert torch.equal(one.weights, other.weights) and torch.equal(one.gram, other.gram)
+
+
+@pytest.mark.parametrize("head", ["cosine", "fecam"])
+def test_heads_without_sums_are_not_followed_by_gaussians(
+    head: str, smoke_config: Callable[..., RunConfig]
+) -> None:
+    with pytest.raises(ConfigError, match=f"head_drift.*{head}"):
+        smoke_config(model_name="finetune", head=head, head_drift="gaussian")
