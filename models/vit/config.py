@@ -498,7 +498,7 @@ class MergeKeys(ClassIncrementalConfig):
     @property
     def ensembles(self) -> bool:
         """Whether two sets of weights classify together."""
-        return self.merge_ensemble and self.merge != "none" and self.func_epoch > 0
+        return self.merge_ensemble and "merge_ensemble" not in self.without_effect()
 
     def conflicts(self) -> list[Conflict]:
         found = super().conflicts()
@@ -519,10 +519,11 @@ class MergeKeys(ClassIncrementalConfig):
 
     def unused_rules(self) -> list[UnusedRule]:
         moving_average = ("merge_alpha", "merge_schedule", "merge_train_scale")
+        at_once = self.merge == "ema" and self.merge_alpha == 1
         return [
             (self.merge == "none", 'merge is "none"', ("merge_start", "merge_ensemble")),
             (self.merge != "ema", f'merge is "{self.merge}"', moving_average),
-            (self.merge_alpha == 1, "merge_alpha is 1", ("merge_schedule", "merge_train_scale")),
+            (at_once, "merge_alpha is 1", (*moving_average[1:], "merge_ensemble")),
             (self.func_epoch == 0, "func_epoch is 0", MergeKeys.own_keys()),
             *super().unused_rules(),
         ]

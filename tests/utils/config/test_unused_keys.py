@@ -28,7 +28,7 @@ OTHER: dict[str, Any] = {  # values that change a run where the key counts
     "batch_size": 3, "grad_accumulation": 2, "augmentation": "none", "max_tasks": 3, "checkpoints": "last",
     "head_drift": "linear", "ranpac_dim": 7,
     "merge": "mean", "merge_alpha": 0.7, "merge_start": "merged", "merge_schedule": "mean_first",
-    "merge_train_scale": "drawn", "loss": "ridge_residual",
+    "merge_train_scale": "drawn", "merge_ensemble": True, "loss": "ridge_residual",
     "nested_lora_slow_importance": 3.0,
     "ca_samples": 9, "ca_epochs": 2, "ca_lr": 0.3, "ca_restart": True, "alpha1": 2.0, "alpha2": 0.5,
     "ffn_num": 5, "adapter_lr": 0.3, "adapter_blocks": "growing",
@@ -101,7 +101,7 @@ CASES: list[tuple[dict[str, Any], str, str]] = [
     ),
     (
         FINETUNE | {"head": "cosine", "merge": "ema", "merge_alpha": 1},
-        "merge_schedule merge_train_scale",
+        "merge_schedule merge_train_scale merge_ensemble",
         "merge_alpha is 1",
     ),
     (FINETUNE | {"head": "fecam"}, f"ranpac_dim {ALIGNMENT}", 'head is "fecam"'),
