@@ -91,7 +91,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         nargs="+",
         metavar="NAME",
         help="with --run: rebuild the network after every task; cka, grassmann, probes go to "
-        "FOLDER/analysis; of a run on grids also units, samples",
+        "FOLDER/analysis; of a run with a gate also gate, of one on grids units, samples",
     )
     add(
         "--images-per-class",

@@ -28,6 +28,7 @@ from models.gumbel_figures import CAPTIONS, gate_figures
 from models.gumbel_growth import active_adapters_table, decide, not_finite_advice
 from models.phase import EpochNote, Phase, StepResult
 from models.vit.class_incremental import ClassIncrementalLearner
+from utils.analysis.representations import GATE_ANALYSES
 from utils.console import progress
 from utils.errors import Interrupted
 from utils.gumbel_utils import gumbel_sparsemax, newcomer_logits, sparsemax, sparsity_loss
@@ -53,6 +54,7 @@ class SDLoRA(ClassIncrementalLearner):
 
     Config = SDLoRAConfig
     task_files = ("gate",)
+    analyses = GATE_ANALYSES
     config: SDLoRAConfig
 
     def build(self, vit: nn.Module) -> nn.ModuleDict:
@@ -70,6 +72,12 @@ class SDLoRA(ClassIncrementalLearner):
         events: Sequence[Mapping[str, Any]], rows: Sequence[Sequence[float]], about: str
     ) -> dict[str, Figure]:
         return class_incremental_figures(events, rows, about) | gate_figures(events, about)
+
+    def adapter_weights(self) -> dict[int, float]:
+        beta = self.beta()
+        if beta is None:
+            return {}
+        return dict(zip(self.adapters, beta.reshape(-1, len(self.adapters)).mean(0).tolist(), strict=True))
 
     @property
     def gate(self) -> GumbelGate | None:

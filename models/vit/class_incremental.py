@@ -154,6 +154,10 @@ class ClassIncrementalLearner(Learner):
         """Class token after each of the L blocks, (B, 3, S, S) -> (L, B, d), float32."""
         return class_tokens(self.network.vit.blocks, lambda: self.features(images))
 
+    def adapter_weights(self) -> dict[int, float]:
+        """Weight in evaluation of the adapter that each task grew; empty where no gate gives them weights."""
+        return {}
+
     def branch_spaces(self) -> dict[tuple[int, int], dict[str, Tensor]]:
         """Output spaces of nested adapters' branches: (block, adapter) -> "fast" and "slow", bases (d, k)."""
         return branch_spaces(getattr(self.network, "modules_by_block", {}))
@@ -341,7 +345,7 @@ class ClassIncrementalLearner(Learner):
         images = chosen_images(self.data, self.seed, images_per_class or ANALYSED_IMAGES)
         size = self.config.eval_batch_size
         batches = [images[i : i + size] for i in range(0, len(images), size)]
-        tokens, spaces = [], []
+        tokens, spaces, weights = [], [], []
         with progress(total=len(checkpoints) * len(batches), desc="Class tokens", unit="batch") as bar:
             for checkpoint in checkpoints:
                 load(checkpoint)
@@ -353,10 +357,17 @@ class ClassIncrementalLearner(Learner):
                     bar.update()
                 tokens.append(torch.cat(found, dim=1))
                 spaces.append(self.branch_spaces())
-        about = describe(self.config.model_dump())
+                weights.append(self.adapter_weights())
         labels = self.data.targets(images, source)
+        ends = torch.tensor([self.data.task_classes(task).stop for task in range(len(checkpoints))])
         return AnalysisInputs(
-            torch.stack(tokens), labels, spaces, self.seed, f"{about} · {len(images)} {source} images"
+            torch.stack(tokens),
+            labels,
+            spaces,
+            self.seed,
+            f"{describe(self.config.model_dump())} · {len(images)} {source} images",
+            torch.searchsorted(ends, labels, right=True),
+            weights,
         )
 
     # --- evaluation -----------------------------------------------------------------------------------------

@@ -88,6 +88,25 @@ def branch_angles_figure(rows: Sequence[Mapping[str, Any]], subtitle: str) -> Fi
     return figure
 
 
+def weights_figure(rows: Sequence[Mapping[str, Any]], subtitle: str) -> Figure:
+    """A point for each pair of a task and an earlier one's adapter: similarity of both (x), weight (y).
+
+    rows: task, adapter, similarity, and share, the weight as a multiple of the mean one. Later tasks are
+    darker.
+    """
+    title = "Gate weights of earlier tasks and similarity of tasks"
+    figure = titled_figure(NARROWEST, 4.2, title, subtitle)
+    axes = figure.subplots()
+    similarity, share, task = ([row[key] for row in rows] for key in ("similarity", "share", "task"))
+    points = axes.scatter(similarity, share, c=task, cmap="viridis_r", s=26, edgecolors="none")
+    axes.axhline(1, color=GREY, lw=0.9, ls=(0, (4, 2)))
+    axes.set_ylim(bottom=min(0.0, *share) - 0.05)
+    axes.set_xlabel("similarity of the tasks (cosine of mean class tokens, centred)")
+    axes.set_ylabel("weight (1: as all adapters on average)")
+    colour_bar(figure, points, axes, "after task")
+    return figure
+
+
 def unit_label_figure(
     correlation: np.ndarray, labels: Sequence[str], threshold: Sequence[float], title: str, subtitle: str
 ) -> Figure:

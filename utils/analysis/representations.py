@@ -9,6 +9,7 @@ class tokens of the same test images after each block of the network, once for t
     cka         linear CKA with the network after task 0, and with the one before
     grassmann   angle between the principal subspaces of the same, and between fast and slow branches
     probes      accuracy of a linear probe, on the network it was fitted on and on those after other tasks
+    gate        weight of earlier tasks' adapters beside the similarity of the tasks; of methods with a gate
 """
 
 import math
@@ -18,9 +19,16 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pandas as pd
 import torch
+from scipy.stats import spearmanr
 from torch import Tensor
 
-from utils.analysis.figures import Heatmap, HeatmapSpec, branch_angles_figure, heatmaps_figure
+from utils.analysis.figures import (
+    Heatmap,
+    HeatmapSpec,
+    branch_angles_figure,
+    heatmaps_figure,
+    weights_figure,
+)
 from utils.analysis.probes import chance_score, transfer_scores
 from utils.analysis.results import AnalysisResult, Row, listed, number
 from utils.analysis.similarity import (
@@ -54,6 +62,9 @@ class AnalysisInputs:
             space, without a column where its output is zero. Empty where adapters have no such branches.
         seed: of the run; draws halves of images and random subspaces.
         about: the run, for figures.
+        tasks: (n,) task of each image's class.
+        weights: after each task, the weight in evaluation of the adapter that every task grew, where a gate
+            gives them weights.
     """
 
     tokens: Tensor
@@ -61,6 +72,8 @@ class AnalysisInputs:
     spaces: Sequence[Spaces]
     seed: int
     about: str
+    tasks: Tensor
+    weights: Sequence[Mapping[int, float]]
 
     @property
     def facts(self) -> Row:
@@ -163,11 +176,46 @@ def probes(inputs: AnalysisInputs) -> AnalysisResult:
     )
 
 
+def gate(inputs: AnalysisInputs) -> AnalysisResult:
+    """Weight of the adapters of earlier tasks beside the similarity of these tasks to the newest one.
+
+    Similarity of two tasks is the cosine of their mean class tokens after the last block of the network after
+    task 0, with the mean over tasks taken off. A weight is told as a multiple of 1 / K, that of K adapters
+    which share alike. The rank correlation is Spearman's over all pairs.
+    """
+    similarity, rows = task_similarity(inputs.tokens[0, -1], inputs.tasks), []
+    for newest, weights in enumerate(inputs.weights):
+        for earlier, weight in weights.items():
+            if earlier != newest:
+                row = {"task": newest, "adapter": earlier, "weight": weight, "share": weight * len(weights)}
+                rows.append(row | {"similarity": float(similarity[newest, earlier])})
+    pairs = pd.DataFrame(rows, columns=["task", "adapter", "weight", "share", "similarity"])
+    varies = len(pairs) > 2 and pairs["share"].nunique() > 1 and pairs["similarity"].nunique() > 1
+    rank = float(spearmanr(pairs["similarity"], pairs["share"]).statistic) if varies else math.nan
+    told = f"rank correlation {rank:.2f} over {len(pairs)} pairs" if varies else "no rank correlation"
+    return AnalysisResult(
+        numbers=inputs.facts | {"rank_correlation": number(rank), "pairs": rows},
+        tables={"gate": rows},
+        figures={"gate": lambda: weights_figure(rows, f"{inputs.about} · {told}")} if rows else {},
+        text=f"weight of earlier tasks' adapters and similarity of the tasks: {told}"
+        if rows
+        else "This run has no gate over adapters of several tasks: there are no weights to compare.",
+    )
+
+
+def task_similarity(tokens: Tensor, tasks: Tensor) -> np.ndarray:
+    """Cosines of tasks' mean tokens, the mean over tasks taken off: (n, d) and (n,) -> (T, T)."""
+    means = torch.stack([tokens[tasks == task].double().mean(0) for task in tasks.unique()])
+    centred = torch.nn.functional.normalize(means - means.mean(0), dim=1)
+    return (centred @ centred.T).numpy()
+
+
 ANALYSES: dict[str, Callable[[AnalysisInputs], AnalysisResult]] = {
     "cka": cka,
     "grassmann": grassmann,
     "probes": probes,
 }
+GATE_ANALYSES = ANALYSES | {"gate": gate}
 
 
 # ------------------------------------------------------------------------------------------------------------

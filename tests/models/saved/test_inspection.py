@@ -117,10 +117,14 @@ def test_a_run_of_another_method_has_no_branches(
     directions: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = contents(directions)
-    assert analyse(directions, *ALL) == 0
+    assert analyse(directions, *ALL, "gate") == 0
     assert contents(directions) == before
     folder = directions / "analysis"
-    assert {path.stem for path in folder.glob("*.png")} == {"cka", "grassmann", "probes", "probe_transfer"}
+    drawn = {"cka", "grassmann", "probes", "probe_transfer", "gate"}
+    assert {path.stem for path in folder.glob("*.png")} == drawn
+    (pair,) = json.loads((folder / "gate.json").read_text())["pairs"]
+    weights = json.loads((directions / "gate/beta_values_task_1.json").read_text())["beta_values"]
+    assert pair["task"] == 1 and pair["adapter"] == 0 and pair["weight"] == pytest.approx(weights[0])
     numbers = json.loads((folder / "grassmann.json").read_text())
     assert numbers["branches"] == [] and np.array(numbers["principal"]["rms_degrees"])[:, 0, 1].min() > 0
     assert "This run has no nested adapters" in capsys.readouterr().out

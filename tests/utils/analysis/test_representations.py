@@ -1,6 +1,7 @@
 """utils.analysis.representations: known drift, known angles, and probes that lose what moves."""
 
 import math
+from dataclasses import replace
 
 import matplotlib as mpl
 import numpy as np
@@ -11,6 +12,7 @@ from torch import Tensor
 from tests.drawn import assert_readable
 from utils.analysis.representations import (
     ANALYSES,
+    GATE_ANALYSES,
     AnalysisInputs,
     branch_rows,
     chance_angle,
@@ -40,7 +42,7 @@ def known(tasks: int = 3, blocks: int = 2, n: int = 40) -> AnalysisInputs:
     tokens = torch.stack([torch.stack([start, *[moves[t % 3]] * (blocks - 1)]) for t in range(tasks)])
     turns = [(basis(0, 1), basis(2, 3)), (basis(0, 1), basis(0, 3)), (basis(), basis(0, 3))]
     spaces = [{(1, 0): dict(zip(("fast", "slow"), turns[t % 3], strict=True))} for t in range(tasks)]
-    return AnalysisInputs(tokens, labels, spaces, 1993, "run · seed 1993")
+    return AnalysisInputs(tokens, labels, spaces, 1993, "run · seed 1993", labels // 2, [{}] * tasks)
 
 
 def test_cka_sees_a_replaced_block_and_no_rotation() -> None:
@@ -70,9 +72,8 @@ def test_angles_of_known_branches() -> None:
 
 
 def test_a_branch_whose_output_is_always_zero_is_a_sentence() -> None:
-    whole = known()
     spaces = [{(1, 0): {"fast": basis(), "slow": basis(2)}}] * 3
-    found = ANALYSES["grassmann"](AnalysisInputs(whole.tokens, whole.labels, spaces, 1, "run"))
+    found = ANALYSES["grassmann"](replace(known(), spaces=spaces))
     assert "zero whenever a task ends" in found.text
     assert found.numbers["branches"][0]["between"] is None
 
@@ -109,6 +110,38 @@ def test_a_smaller_choice_of_images_is_part_of_a_larger_one(make_sema) -> None:
         chosen_images(make_sema(max_tasks=2, max_test_per_class=1).data, 1, 6)
 
 
+def related(weights: list[dict[int, float]]) -> AnalysisInputs:
+    """Tasks 0, 1 and 2 of ten images; the images of 0 and 2 are alike, those of 1 are their opposites."""
+    tasks = torch.arange(30) // 10
+    tokens = torch.tensor([[1.0, 0.2], [-1.0, 0.0], [1.0, -0.2]])[tasks] + 0.01 * normal(30, 2)
+    return replace(known(), tokens=tokens.expand(3, 1, 30, 2), labels=tasks, tasks=tasks, weights=weights)
+
+
+@pytest.mark.parametrize(
+    ("like", "unlike", "rank"), [(0.6, 0.1, 1.0), (0.1, 0.6, -0.5)], ids=["follow", "oppose"]
+)
+def test_weights_of_a_gate_are_ranked_beside_the_similarity_of_tasks(
+    like: float, unlike: float, rank: float
+) -> None:
+    """Ranks of similarity (0 and 2 before 0 and 1, 1 and 2 before that) and of weights, by hand."""
+    weights = [{0: 1.0}, {0: 0.2, 1: 0.8}, {0: like, 1: unlike, 2: 0.3}]
+    found = GATE_ANALYSES["gate"](related(weights))
+    pairs = {(row["task"], row["adapter"]): row for row in found.numbers["pairs"]}
+    assert set(pairs) == {(1, 0), (2, 0), (2, 1)} and pairs[2, 0]["share"] == pytest.approx(3 * like)
+    assert pairs[2, 0]["similarity"] > 0.5 > -0.5 > pairs[1, 0]["similarity"]
+    ranks = [np.argsort(np.argsort([pairs[p][key] for p in pairs])) for key in ("similarity", "share")]
+    by_hand = 1 - 6 * np.square(np.subtract(*ranks)).sum() / (3 * 8)
+    assert found.numbers["rank_correlation"] == pytest.approx(by_hand)
+    assert np.sign(by_hand) == np.sign(rank)
+
+
+def test_without_a_gate_or_with_equal_weights_there_is_no_correlation() -> None:
+    found = GATE_ANALYSES["gate"](known())
+    assert found.numbers["rank_correlation"] is None and not found.figures and "no gate" in found.text
+    equal = GATE_ANALYSES["gate"](related([{0: 1.0}, {0: 0.5, 1: 0.5}, {0: 1 / 3, 1: 1 / 3, 2: 1 / 3}]))
+    assert equal.numbers["rank_correlation"] is None and equal.figures and "no rank" in equal.text
+
+
 def test_no_text_of_a_figure_overlaps_another_or_leaves_the_picture() -> None:
     """One task: the narrowest figures."""
     whole = known(tasks=1)
@@ -116,3 +149,5 @@ def test_no_text_of_a_figure_overlaps_another_or_leaves_the_picture() -> None:
         for analyse in ANALYSES.values():
             for draw in analyse(whole).figures.values():
                 assert_readable(draw())
+        found = GATE_ANALYSES["gate"](related([{0: 1.0}, {0: 0.5, 1: 0.5}, {0: 0.2, 1: 0.3, 2: 0.5}]))
+        assert_readable(found.figures["gate"]())
