@@ -73,9 +73,10 @@ class InfLoRALinear(nn.Module):
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
-        """W with the terms of earlier tasks, (3 d, d)."""
+        """W with the terms of earlier tasks, (3 d, d), in full precision also under autocast."""
         weight = self.qkv.weight.detach().clone()
-        weight[self.width :] += torch.einsum("tsor,tri->soi", self.up, self.down).flatten(0, 1)
+        with torch.autocast(weight.device.type, enabled=False):
+            weight[self.width :] += torch.einsum("tsor,tri->soi", self.up, self.down).flatten(0, 1)
         return weight
 
     @property
@@ -157,12 +158,16 @@ class InfLoRAViT(FrozenViT):
 
     @contextmanager
     def second_moments(self) -> Iterator[dict[int, Tensor]]:
-        """Sums of x x^T over inputs x of every adapted projection, while open: {block: (d, d)}, float64."""
+        """Sums of x x^T over inputs x of every adapted projection, while open: {block: (d, d)}, float64.
+
+        Products are those of float32 numbers, also under autocast.
+        """
         moments: dict[int, Tensor] = {}
 
         def add(block: int, x: Tensor) -> None:
             tokens = x.detach().float().flatten(0, -2)
-            moments[block] = moments.get(block, 0) + (tokens.T @ tokens).double()
+            with torch.autocast(x.device.type, enabled=False):
+                moments[block] = moments.get(block, 0) + (tokens.T @ tokens).double()
 
         handles = [
             projection.register_forward_pre_hook(lambda _, inputs, block=block: add(block, inputs[0]))

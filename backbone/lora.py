@@ -225,9 +225,7 @@ class LoRAVisionTransformer(nn.Module):
         """Sets w_k = beta_k m_k in every projection while open."""
         weights = self.magnitudes if beta is None else beta * self.magnitudes
         by_block = weights.expand(len(self.projections), len(self.magnitudes))  # (L, K)
-        frozen = torch.arange(self._frozen_adapters, device=self.owner.device)
-        of_terms = by_block[:, : len(frozen)] @ (frozen[:, None] == self.owner).to(weights)  # (L, R)
-        for projection, terms, own in zip(self.projections, of_terms, by_block, strict=True):
+        for projection, terms, own in zip(self.projections, by_block[:, self.owner], by_block, strict=True):
             projection.term_weights, projection.newest_weight = terms, own[-1] if self.is_open else None
         try:
             yield

@@ -125,6 +125,22 @@ def test_untrained_terms_leave_the_network_as_it_is(name: str) -> None:
     ]
 
 
+def test_in_bf16_moments_and_merged_terms_keep_their_precision() -> None:
+    """Directions are told apart down to 1e-6 of the largest."""
+    network, seen, bf16 = InfLoRAViT(plain_vit(), RANK, [1]), [], torch.autocast("cpu", torch.bfloat16)
+    projection = network.by_block[1]
+    projection.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].float().flatten(0, 1)))
+    with torch.no_grad(), bf16, network.second_moments() as moments:
+        network(images())
+    torch.testing.assert_close(moments[1], moments_of(seen[0]), rtol=1e-5, atol=1e-4)
+    network.grow(moments)
+    torch.nn.init.normal_(projection.new_up)
+    network.freeze()
+    with bf16:
+        merged = projection.merged_weight()
+    assert torch.equal(merged, projection.merged_weight())
+
+
 def test_a_trained_network_is_one_timm_network_and_loads_its_own_state() -> None:
     network = InfLoRAViT(plain_vit(), RANK, range(1, DEPTH))
     with network.second_moments() as moments:

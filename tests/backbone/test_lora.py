@@ -121,6 +121,16 @@ def test_bf16_gradients_are_near_those_of_fp32() -> None:
     )
 
 
+def test_bf16_sees_magnitudes_as_they_are() -> None:
+    """0.8013 is no bf16 number: the nearest one gives another output."""
+    network, outputs = learned(is_open=False), []
+    for value in (0.8013, float(torch.tensor(0.8013).bfloat16())):
+        nn.init.constant_(network.magnitudes, value)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            outputs.append(network(images()))
+    assert not torch.equal(*outputs)
+
+
 def test_merging_is_apart_from_forward_and_comes_back_whole() -> None:
     network, beta = learned(), torch.tensor([0.5, 0.2, 0.3])
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
