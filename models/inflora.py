@@ -19,6 +19,7 @@ from backbone.inflora import InfLoRAViT
 from models.config.inflora import InfLoRAConfig
 from models.vit.class_incremental import ClassIncrementalLearner
 from models.vit.training import train_functional
+from utils.data.splits import tasks_of
 from utils.inc_net import IncrementalHead
 
 logger = logging.getLogger("nested_lora")
@@ -54,18 +55,22 @@ class InfLoRA(ClassIncrementalLearner):
 
     def remember_inputs(self) -> None:
         """Let the basis of every block grow by the task's inputs."""
-        config = self.config
-        share = config.lamb + (config.lame - config.lamb) * self.task / max(1, self.all_tasks)
-        self.network.remember(self.second_moments(), share, 1 if config.threshold_on == "energy" else 2)
+        power = 1 if self.config.threshold_on == "energy" else 2
+        self.network.remember(self.second_moments(), self.share, power)
         sizes = {block: p.basis.shape[1] for block, p in self.network.by_block.items()}
         logger.debug(f"Task {self.task}: directions of old inputs by block {sizes}")
-        self.log.metric("basis", task=self.task, share=share, directions=sizes)
+        self.log.metric("basis", task=self.task, share=self.share, directions=sizes)
 
     @property
-    def all_tasks(self) -> int:
-        """Tasks of the data set, whether or not the run learns all of them."""
-        later = (self.config.known_classes() or len(self.data.class_order)) - self.config.init_cls
-        return 1 - (-later // self.config.increment)
+    def share(self) -> float:
+        """Share of the energy of the open task's inputs that the basis is to hold.
+
+        It grows over the tasks of the data set, whether or not the run learns all of them, and no further for
+        those of `extra_data`.
+        """
+        config, classes = self.config, self.data.nb_classes - sum(self.data.dataset.added)
+        tasks = len(tasks_of(classes, config.init_cls, config.increment, None))
+        return config.lamb + (config.lame - config.lamb) * min(1.0, self.task / tasks)
 
     @torch.no_grad()
     def second_moments(self) -> dict[int, Tensor]:
