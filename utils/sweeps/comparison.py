@@ -11,8 +11,9 @@ seed. Code and libraries may differ between runs, which is told; what the number
 
 import hashlib
 import json
+import os
 import shlex
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -128,15 +129,7 @@ def runs_below(folders: Iterable[Path]) -> list[Path]:
     """
     found: dict[Path, Path] = {}
     for folder in folders:
-        runs = (
-            [folder]
-            if (folder / CONFIG).is_file()
-            else sorted(
-                path.parent
-                for path in folder.rglob(CONFIG)
-                if not any(REPLACED in name for name in path.relative_to(folder).parts)
-            )
-        )
+        runs = list(_runs_in(folder))
         if not runs:
             raise UserError(
                 f"{folder} holds no run: give run folders, or folders that hold some, such as logs/sema or a "
@@ -145,6 +138,15 @@ def runs_below(folders: Iterable[Path]) -> list[Path]:
         for run in runs:
             found.setdefault(run.resolve(), run)
     return list(found.values())
+
+
+def _runs_in(folder: Path) -> Iterator[Path]:
+    """The folder itself if it is a run's, else those in it; what lies in a run, as its exports, is none."""
+    for place, names, files in os.walk(folder):
+        names[:] = sorted(name for name in names if REPLACED not in name and not name.startswith("."))
+        if CONFIG in files:
+            yield Path(place)
+            names.clear()
 
 
 def group_names(experiments: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -184,7 +186,12 @@ def write_comparison(comparison: Comparison, folder: Path) -> list[Path]:
         seeds = json.dumps(list(runs), separators=(",", ":"))
         config = next(iter(runs.values())).folder / CONFIG
         commands[name] = shlex.join(["python", "main.py", "--config", str(config), "--set", f"seed={seeds}"])
-    paths = write_report(
+    record = {name: {seed: str(run.folder) for seed, run in runs.items()} for name, runs in groups.items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    marker = write_json(
+        folder / RECORD, {"baseline": results.baseline, "groups": record}
+    )  # the folder is ours
+    report = write_report(
         folder,
         f"Comparison with {results.baseline}",
         "\n".join(comparison.notes),
@@ -194,8 +201,7 @@ def write_comparison(comparison: Comparison, folder: Path) -> list[Path]:
         about=what_was_run({name: [run.folder for run in runs.values()] for name, runs in groups.items()}),
         keys=comparison.keys,
     )
-    record = {name: {seed: str(run.folder) for seed, run in runs.items()} for name, runs in groups.items()}
-    return [write_json(folder / RECORD, {"baseline": results.baseline, "groups": record}), *paths]
+    return [marker, *report]
 
 
 def default_folder(comparison: Comparison) -> Path:

@@ -1,7 +1,9 @@
 """`eval.py --compare`: groups, names, pairs, tables and refusals, on invented runs."""
 
 import csv
+import itertools
 import json
+import os
 import re
 import shlex
 import statistics
@@ -35,7 +37,10 @@ def with_level(folder: str, seed: int, level: float, tasks: int = 4) -> str:
 
 @pytest.fixture
 def logs(tmp_path: Path) -> Path:
-    """Two experiments, nested (seeds 1, 2, 3) and a better adapter (2, 3, 4), one run of it unfinished."""
+    """Two experiments, nested (seeds 1, 2, 3) and a better adapter (2, 3, 4), one run of it unfinished.
+
+    A run was exported, and the folder of another was never finished: their config.json are no runs.
+    """
     for seed in (1, 2, 3):
         finished(tmp_path / f"nested_{seed}", seed)
     for seed in (2, 3, 4, 5):
@@ -44,6 +49,9 @@ def logs(tmp_path: Path) -> Path:
         )
         with_level(folder, seed, 50)
     (tmp_path / "zadapter_5/result.json").unlink()
+    for none in (tmp_path / "nested_1/export/timm", tmp_path / ".nested_4.new"):
+        none.mkdir(parents=True)
+        (none / "config.json").write_text("{}")
     return tmp_path
 
 
@@ -69,7 +77,7 @@ def test_runs_are_grouped_by_what_differs_and_paired_by_seed(logs: Path, capsys:
     mean = statistics.fmean(final(seed, 50) for seed in (2, 3, 4))
     row = next(line for line in shown.splitlines() if line.startswith("ffn_adapter_type=adaptmlp "))
     assert f"{mean:.2f} ±" in row and row.split()[1] == "3"
-    assert f"left out, no result.json: {logs / 'zadapter_5'}" in shown
+    assert f"left out, no result.json: {logs / 'zadapter_5'}" in shown and shown.count("left out") == 1
     assert str(logs / "out/report.html") in shown and (logs / "out/figures/curves.png").is_file()
     with open(logs / "out/summary.csv", newline="") as file:
         rows = {(row["cell"], row["metric"]): row for row in csv.DictReader(file)}
@@ -157,6 +165,22 @@ def test_a_folder_of_something_else_is_not_written_over(logs: Path, capsys: Capt
     before = sorted((logs / "nested_1").iterdir())
     assert "--out" in refused(capsys, logs, "--out", logs / "nested_1")
     assert sorted((logs / "nested_1").iterdir()) == before
+
+
+def test_a_comparison_that_was_killed_is_written_again(
+    logs: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace, calls = os.replace, itertools.count()
+
+    def dies(*paths: Path) -> None:
+        if next(calls):  # the first file is there
+            raise KeyboardInterrupt
+        replace(*paths)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", dies)
+        assert evaluation.main(["--compare", str(logs), "--out", str(logs / "out")]) == 130
+    compared(capsys, logs, "--out", logs / "out")
 
 
 @pytest.mark.parametrize(
