@@ -27,7 +27,6 @@ import argparse
 import contextlib
 import difflib
 import itertools
-import json
 import logging
 import os
 import signal
@@ -49,6 +48,7 @@ from utils.errors import UserError, abrupt_interrupts, exit_code
 from utils.sweeps.executors import EXECUTORS
 from utils.training.cpu_kernels import choose_cpu_kernels
 from utils.training.late_compiler import import_networks
+from utils.wording import as_typed
 
 DEFAULT = "exps/quickstart.json"  # a sweep
 AUTO = "auto"  # instead of a folder to resume
@@ -159,7 +159,7 @@ def choose_file(options: argparse.Namespace) -> None:
         if path := getattr(options, option):
             setattr(options, option, located(path))
             if kind_of(located(path), SCHEMAS) == other:
-                raise UserError(f"{path} is {what}: run it with python main.py --{other} {path}")
+                raise UserError(f"{path} is {what}: run it with {as_typed('main.py', f'--{other}', path)}")
 
 
 def usage_faults(options: argparse.Namespace) -> list[str]:
@@ -271,76 +271,6 @@ def benchmark_runs(options: argparse.Namespace) -> int:
     return 0
 
 
-def run_seeds(loaded: Any, overwrite: bool, context: Any) -> None:
-    """Run the experiment of a config file with each of its seeds, then log their mean."""
-    from trainer import train
-    from utils.runs.seeds import log_mean, new_command
-
-    command = new_command([config.seed for config in loaded.configs], overwrite)
-    results = [train(config, context, notes=loaded.notes, command=command) for config in loaded.configs]
-    if context.distributed.is_main:
-        log_mean(results, loaded.config.metrics)
-
-
-def resume_seeds(folder: Path, context: Any) -> None:
-    """Finish the run in a folder, then the other seeds of the command that started it; log the mean of all.
-
-    Raises:
-        UserError: nothing is left to do, or the folders hold different experiments.
-    """
-    from models.saved.files import read_config, read_result
-    from trainer import resume, train
-    from utils.runs.manifest import read_manifest
-    from utils.runs.seeds import SeedRun, check_same_config, log_mean, seed_runs
-
-    config, command = read_config(folder), read_manifest(folder).command
-    rows = json.loads(context.distributed.on_main(lambda: json.dumps(seed_runs(folder, config, command))))
-    runs = [SeedRun(*row) for row in rows]
-    check_same_config([(Path(run.folder), read_config(Path(run.folder))) for run in runs if run.folder])
-    if len(runs) > 1:
-        states = ", ".join(f"{run.seed} {run.state}" for run in runs)
-        logger.info(f"Seeds of the command that started this run: {states}")
-    results = {}
-    for run in runs:
-        if run.complete:
-            results[run.seed] = read_result(Path(run.folder))
-        elif run.folder:
-            results[run.seed] = resume(Path(run.folder), context)
-        else:
-            other = config.model_copy(update={"seed": run.seed})
-            results[run.seed] = train(other, context, command=command, beside=folder)
-    if context.distributed.is_main:
-        folders = [Path(run.folder) for run in seed_runs(folder, config, command)]
-        in_order = [results[seed] for seed in command.seeds]
-        log_mean(in_order, config.metrics, [(path, read_config(path)) for path in folders])
-    if all(run.complete for run in runs):
-        raise UserError(f"{folder} is finished: read its result.json, or run its config.json again")
-
-
-def resume_or_start(loaded: Any, context: Any) -> None:
-    """Finish the runs of a config file that were stopped, start those that are not there; log their mean."""
-    from models.saved.files import read_result
-    from models.saved.learner import find_run
-    from trainer import resume, train
-    from utils.runs.manifest import is_complete
-    from utils.runs.seeds import log_mean, new_command
-
-    command = new_command([config.seed for config in loaded.configs], overwrite=False)
-    results = []
-    for config in loaded.configs:
-        resolved = config.model_copy(update={"precision": context.precision})
-        found = context.distributed.on_main(lambda resolved=resolved: str(find_run(resolved) or ""))
-        if not found:
-            results.append(train(config, context, notes=loaded.notes, command=command))
-        elif is_complete(Path(found)):
-            logger.info(f"{found} is finished: read its result.json")
-            results.append(read_result(Path(found)))
-        else:
-            results.append(resume(Path(found), context))
-    if context.distributed.is_main:
-        log_mean(results, loaded.config.metrics)
-
-
 def list_lines(options: argparse.Namespace) -> list[str]:
     """The keys, methods, data sets, backbones, metrics or shipped configs, for the console."""
     from models import SCHEMAS
@@ -421,7 +351,6 @@ def main(arguments: list[str] | None = None) -> int:
             import trainer  # with it all that is heavy
             from models.saved.extension import Extension
             from models.saved.learner import run_context
-            from utils.runs.disk import disk_use
             from utils.training.device import keep_freed_memory
 
             LEARNERS[config.model_name]
@@ -438,15 +367,11 @@ def main(arguments: list[str] | None = None) -> int:
             for line in benchmark(config, options.repeats or 5, options.profile):
                 print(line, flush=True)
             return 0
-        if not options.resume and first:
-            logger.info(disk_use(loaded.configs))
         with run_context(config) as context:
             together = True
-            if options.resume:
-                if options.resume == AUTO:
-                    return resume_or_start(loaded, context)
-                return resume_seeds(options.resume, context)
-            return run_seeds(loaded, options.overwrite, context)
+            if options.resume not in (None, AUTO):
+                return trainer.resume_seeds(options.resume, context)
+            return trainer.train_seeds(loaded, context, options.overwrite, go_on=options.resume == AUTO)
 
     return exit_code(work, tells=lambda: first or together)  # a mistake that all processes meet is told once
 

@@ -4,17 +4,19 @@
     result = resume(Path("logs/sema/..."))        # goes on from the last checkpoint of a run folder
     result = extend(Extension.of(Path("logs/sema/..."), ["max_tasks=4"]))    # further tasks, in a new folder
     learner = make_learner(config)                # data, backbone and modules; nothing is written
+    train_seeds(loaded, context)                  # as `main.py --config`: every seed, then the mean
 
 The methods are in `models/`. What a run leaves behind is described in `utils/runs/run_log.py`.
 """
 
+import json
 import logging
-import shlex
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +30,18 @@ from models.saved.learner import (
     CHECKPOINTS,
     check_config,
     check_identity,
+    find_run,
     fitting,
     load_run_checkpoint,
     make_learner,
     run_context,
 )
+from utils.config.loading import LoadedConfig
 from utils.config.schema import RunConfig
 from utils.errors import Interrupted, UserError
 from utils.reports.run_report import write_run_report
 from utils.runs.checkpoint import checkpoint_name, latest_checkpoint, save_checkpoint
+from utils.runs.disk import disk_use
 from utils.runs.figures import draw_figures
 from utils.runs.folder import (
     METRICS,
@@ -57,11 +62,11 @@ from utils.runs.manifest import (
     timestamp,
 )
 from utils.runs.run_log import RunLog, SilentLog, read_metrics
-from utils.runs.seeds import new_command
+from utils.runs.seeds import SeedRun, check_same_config, log_mean, new_command, seed_runs
 from utils.runs.trackers import require_trackers
 from utils.stop import StopRequest, stop_signals
 from utils.training.device import MEMORY_KEYS, out_of_memory_advice, peak_memory_mb
-from utils.wording import duration
+from utils.wording import as_typed, duration
 
 logger = logging.getLogger("nested_lora")
 
@@ -336,7 +341,7 @@ class Run:
             logger.info(f"Weights {weights['tag']}: {weights['note']}")
         logger.info(f"{duration(self.seconds)} on {learner.device}; everything is in {self.log.folder}")
         if report.images == "validation":
-            test = f"python eval.py --run {shlex.quote(str(self.log.folder))} --test"
+            test = as_typed("eval.py", "--run", self.log.folder, "--test")
             logger.info(f"No test image was read; when the settings are chosen: {test}")
         return result
 
@@ -383,9 +388,8 @@ class Run:
     def save_interrupted(self) -> None:
         """Save between two steps and say how to go on."""
         saved = self.save_progress()
-        logger.warning(
-            f"Stopped and saved {saved.name}. Continue with: python main.py --resume {self.log.folder}"
-        )
+        go_on = as_typed("main.py", "--resume", self.log.folder)
+        logger.warning(f"Stopped and saved {saved.name}. Continue with: {go_on}")
 
     def load_state(self, state: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
         """Become the run that a checkpoint was taken of."""
@@ -402,3 +406,75 @@ class Run:
             for folder in (self.log.folder / CHECKPOINTS).glob(pattern):
                 if folder != but:
                     shutil.rmtree(folder)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The runs of a command, one per seed
+
+
+def train_seeds(
+    loaded: LoadedConfig, context: RunContext, overwrite: bool = False, go_on: bool = False
+) -> None:
+    """Run the experiment of a config file with each of its seeds, then log their mean.
+
+    go_on: finish runs that were stopped, pass over those that are finished, and start the others.
+
+    Raises:
+        UserError: the disk has no room for the checkpoints of what is to start; or as `train`.
+    """
+
+    def begun(config: RunConfig) -> SeedRun:
+        found = find_run(config.model_copy(update={"precision": context.precision})) if go_on else None
+        return SeedRun(config.seed, str(found or ""), found is not None and is_complete(found))
+
+    configs = {config.seed: config for config in loaded.configs}
+    command = new_command(list(configs), overwrite)
+    runs = seen_by_all(context, lambda: [begun(config) for config in loaded.configs])
+    if starting := [configs[run.seed] for run in runs if not run.folder]:
+        logger.info(context.distributed.on_main(lambda: disk_use(starting)))
+    start = partial(train, context=context, notes=loaded.notes, command=command)
+    results = results_of(runs, context, lambda seed: start(configs[seed]))
+    if context.distributed.is_main:
+        log_mean(list(results.values()), loaded.config.metrics)
+
+
+def resume_seeds(folder: Path, context: RunContext) -> None:
+    """Finish the run in a folder, then the other seeds of the command that started it; log the mean of all.
+
+    Raises:
+        UserError: nothing is left to do, or the folders hold different experiments.
+    """
+    config, command = read_config(folder), read_manifest(folder).command
+    runs = seen_by_all(context, lambda: seed_runs(folder, config, command))
+    check_same_config([(Path(run.folder), read_config(Path(run.folder))) for run in runs if run.folder])
+    if len(runs) > 1:
+        states = ", ".join(f"{run.seed} {run.state}" for run in runs)
+        logger.info(f"Seeds of the command that started this run: {states}")
+    start = partial(train, context=context, command=command, beside=folder)
+    results = results_of(runs, context, lambda seed: start(config.model_copy(update={"seed": seed})))
+    if context.distributed.is_main:
+        folders = [Path(run.folder) for run in seed_runs(folder, config, command)]
+        in_order = [results[seed] for seed in command.seeds]
+        log_mean(in_order, config.metrics, [(path, read_config(path)) for path in folders])
+    if all(run.complete for run in runs):
+        raise UserError(f"{folder} is finished: read its {RESULT}, or run its config.json again")
+
+
+def seen_by_all(context: RunContext, look: Callable[[], list[SeedRun]]) -> list[SeedRun]:
+    """The runs of a command as the first process sees them, before any process changes them."""
+    rows = context.distributed.on_main(lambda: json.dumps(look()))
+    return [SeedRun(*row) for row in json.loads(rows)]
+
+
+def results_of(
+    runs: Sequence[SeedRun], context: RunContext, start: Callable[[int], dict[str, Any]]
+) -> dict[int, dict[str, Any]]:
+    """Seed -> result: of a finished run read from its folder, else of the run resumed or started."""
+    results = {}
+    for seed, folder, complete in runs:
+        if complete:
+            logger.info(f"{folder} is finished: read its {RESULT}")
+            results[seed] = read_result(Path(folder))
+        else:
+            results[seed] = resume(Path(folder), context) if folder else start(seed)
+    return results

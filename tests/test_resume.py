@@ -134,14 +134,15 @@ def test_ctrl_c_saves_and_resumes_where_it_stopped(
 ) -> None:
     """In a later task: exit code 130, a checkpoint inside the task, the command in the log, the same end."""
     expected, moments = reference
+    logs = tmp_path / "my logs"
     later = first(moments, "rename") + 1
     moment = later + moments[later:].index(where) + (3 if where == "step" else 0)
-    code, _ = run(command("smoke.json", tmp_path, **CHANGES), die_at=moment, how=signal.SIGINT)
-    folder = folder_of(tmp_path)
+    code, _ = run(command("smoke.json", logs, **CHANGES), die_at=moment, how=signal.SIGINT)
+    folder = folder_of(logs)
     assert code == 130
     assert latest_checkpoint(folder / "checkpoints").name.startswith("task_01_step_")
-    assert f"python main.py --resume {folder}" in folder.with_name(folder.name + ".log").read_text()
-    assert finish(tmp_path) == expected
+    assert f"python main.py --resume '{folder}'" in folder.with_name(folder.name + ".log").read_text()
+    assert finish(logs) == expected
     assert [path.name for path in sorted((folder / "checkpoints").iterdir())] == [
         "task_00",
         "task_01",

@@ -1,11 +1,13 @@
-"""Words of logs and tables: counts with their nouns, spans of numbers, shortened lists, durations.
+"""Words of logs and tables: counts with their nouns, spans of numbers, shortened lists, durations, commands.
 
 counted(1, "group")                    # "1 group"; counted(3, "class", "classes"): "3 classes"
 spans([0, 1, 2, 3, 9])                 # "0-3, 9": both ends belong to a span, everywhere
 shortened(["bed", "bee", "boy"], 10)   # "bed, bee and 1 more"
 duration(90)                           # "90 s"
+as_typed("main.py", "--resume", "a b") # "python main.py --resume 'a b'"
 """
 
+import shlex
 from collections.abc import Iterable, Sequence
 
 
@@ -43,3 +45,8 @@ def duration(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def as_typed(script: str, *arguments: object) -> str:
+    """A command of this program as one types it in a shell."""
+    return shlex.join(["python", script, *map(str, arguments)])

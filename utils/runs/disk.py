@@ -39,8 +39,8 @@ def disk_use(configs: Sequence[RunConfig]) -> str:
     for root, limit in caches.items():
         told += f"; the cache up to {limit:g} GB in {root}"
         if _device(root) == _device(logs) and need > RESERVE and need + limit * GB > free:
-            room = max(0, free - need) / GB
-            told += f", which may leave too little for the checkpoints: set cache_gb to {room:.0f} at most"
+            room = int(max(0, free - need) / GB)
+            told += f", which may leave too little for the checkpoints: set cache_gb to {room} at most"
     return f"Disk: {told}"
 
 

@@ -14,7 +14,6 @@ import itertools
 import logging
 import os
 import re
-import shlex
 import shutil
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,6 +28,7 @@ from filelock import FileLock, Timeout
 from utils.config.schema import RunConfig
 from utils.errors import AGAIN, UserError, os_error_sentence
 from utils.files import read_json, sync_folder, write_json, write_synced
+from utils.wording import as_typed
 
 logger = logging.getLogger("nested_lora")
 
@@ -225,8 +225,8 @@ def _lock_first_free(folder: Path, overwrite: bool) -> tuple[FolderLock, list[st
             return lock, [*notes, f"this run goes to {candidate}"] if notes else []
         lock.release()
         if (candidate / CONFIG).exists() and not (candidate / RESULT).exists():
-            command = f"python main.py --resume {shlex.quote(str(candidate))}"
-            notes.append(f"{candidate} has no {RESULT}: unfinished. To continue it: {command}")
+            go_on = as_typed("main.py", "--resume", candidate)
+            notes.append(f"{candidate} has no {RESULT}: unfinished. To continue it: {go_on}")
         else:
             notes.append(f"{candidate} is there already (--overwrite replaces it)")
         notes += waiting_notes(candidate)

@@ -35,6 +35,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from utils.errors import UserError
 from utils.files import read_json
 from utils.runs.folder import CONFIG, FIGURES, MANIFEST, RESULT, replaced_folders
+from utils.wording import as_typed
 
 ROOT = Path(__file__).resolve().parents[2]
 LIBRARIES = (torch, torchvision, timm, numpy, PIL)  # another version may make other numbers of the same files
@@ -100,9 +101,10 @@ def read_manifest(folder: Path) -> Manifest:
         faults = error.errors()
         absent = [".".join(map(str, fault["loc"])) for fault in faults if fault["type"] == "missing"]
         if absent:
+            again = as_typed("main.py", "--config", folder / CONFIG)
             raise UserError(
                 f"{path} has no {', '.join(absent)}: an earlier version of this program wrote it, or it is "
-                f"damaged; restore it, or run it again with python main.py --config {folder / CONFIG}"
+                f"damaged; restore it, or run it again with {again}"
             ) from error
         fault = faults[0]
         raise UserError(f"{path} is damaged: {fault['loc']}: {fault['msg']}; restore it") from error
@@ -226,7 +228,8 @@ def read_provenance(folder: Path) -> Provenance:
         raise UserError(
             f"{folder / MANIFEST} lacks the hash of the run's data or weights: it is damaged, restore it"
         ) from error
-    return Provenance(values, _joined(str(session.commit)[:SHOWN] for session in sessions))
+    commits = [session.commit[:SHOWN] for session in sessions if session.commit]
+    return Provenance(values, _joined(commits) or None)
 
 
 def present() -> Provenance:

@@ -8,7 +8,6 @@ log_mean(results, config.metrics, [(folder, config), ...])  # refuses runs of di
 import json
 import logging
 import re
-import shlex
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from utils.metric_catalogue import MetricSpec
 from utils.runs.folder import CONFIG, MANIFEST, folder_of
 from utils.runs.manifest import SOURCES, Command, changes, is_complete, read_manifest, read_provenance
 from utils.runs.tables import seeds_table
+from utils.wording import as_typed
 
 logger = logging.getLogger("nested_lora")
 
@@ -119,7 +119,7 @@ def both_values(differing: Mapping[str, tuple[Any, Any]]) -> str:
 
 
 def _different(configs: Sequence[tuple[Path, RunConfig]], second: Path, how: str) -> UserError:
-    command = shlex.join(["python", "eval.py", "--compare", *(str(folder) for folder, _ in configs)])
+    command = as_typed("eval.py", "--compare", *(folder for folder, _ in configs))
     return UserError(
         f"{configs[0][0]} and {second} are different experiments, {how}: a mean is over runs that differ in "
         f"their seed alone; set back what was edited, or compare them: {command}"

@@ -12,7 +12,6 @@ seed. Code and libraries may differ between runs, which is told; what the number
 import hashlib
 import json
 import os
-import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +30,7 @@ from utils.runs.manifest import Provenance, changes, read_manifest, read_provena
 from utils.runs.metrics import fault_of
 from utils.runs.seeds import both_values
 from utils.sweeps.spec import bare, slug_of
-from utils.wording import counted
+from utils.wording import as_typed, counted
 
 RECORD = "comparison.json"
 METHOD = "model_name"
@@ -103,7 +102,7 @@ def compare_runs(
         seeds[run.config.seed] = run
     firsts = [next(iter(seeds.values())) for seeds in by_experiment.values()]
     if len(firsts) == 1:
-        mean = shlex.join(["python", "eval.py", "--run", *(str(run.folder) for run in finished)])
+        mean = as_typed("eval.py", "--run", *(run.folder for run in finished))
         left_out = f" (left out as unfinished: {', '.join(unfinished)})" if unfinished else ""
         raise UserError(
             f"there is nothing to compare: {counted(len(finished), 'finished run')}, of one experiment but "
@@ -185,7 +184,7 @@ def write_comparison(comparison: Comparison, folder: Path) -> list[Path]:
     for name, runs in groups.items():
         seeds = json.dumps(list(runs), separators=(",", ":"))
         config = next(iter(runs.values())).folder / CONFIG
-        commands[name] = shlex.join(["python", "main.py", "--config", str(config), "--set", f"seed={seeds}"])
+        commands[name] = as_typed("main.py", "--config", config, "--set", f"seed={seeds}")
     record = {name: {seed: str(run.folder) for seed, run in runs.items()} for name, runs in groups.items()}
     folder.mkdir(parents=True, exist_ok=True)
     marker = write_json(

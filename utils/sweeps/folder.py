@@ -19,7 +19,6 @@ One process at a time runs a sweep. `<name>.replaced` beside it holds what it re
 import json
 import logging
 import os
-import shlex
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -50,6 +49,7 @@ from utils.runs.folder import (
 from utils.runs.manifest import Provenance, changes, outdated, read_provenance
 from utils.runs.metrics import fault_of
 from utils.sweeps.spec import Cell, Sweep
+from utils.wording import as_typed
 
 logger = logging.getLogger("nested_lora")
 
@@ -93,7 +93,7 @@ class Run:
 
     def command(self, *options: str) -> str:
         """Command that runs its config, apart from the sweep."""
-        return shlex.join(["python", "main.py", "--config", str(self.config_path), *options])
+        return as_typed("main.py", "--config", self.config_path, *options)
 
 
 def runs_of(sweep: Sweep) -> list[Run]:

@@ -17,7 +17,6 @@ import json
 import math
 import os
 import re
-import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,6 +29,7 @@ from utils.config.loading import BASE_KEY, CheckedObject, ConfigError, base_of, 
 from utils.config.messages import field_faults, no_such
 from utils.config.schema import RunConfig, Seeds, Text, check_text, key
 from utils.reports.hypotheses import Hypothesis, quoted, read_hypotheses, unknown_metrics
+from utils.wording import as_typed
 
 SHAPING = {"base", "set", "cells", "grid"}  # keys without which the cells are unknown
 MAX_CELLS = 10_000
@@ -200,7 +200,7 @@ def load_sweep(
     changes = [part for override in overrides for part in ("--set", override)]
     changes += [part for name in only for part in ("--only", name)]
     changes += ["--seeds", *map(str, seeds)] if seeds else []
-    command = shlex.join(["python", "main.py", "--sweep", str(path), *changes])
+    command = as_typed("main.py", "--sweep", path, *changes)
     chosen = [cell.name for cell in cells if {cell.name, cell.slug} & set(only)]
     return Sweep(path, file, command, folder, cells, hypotheses, chosen, seeds)
 

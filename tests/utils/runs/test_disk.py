@@ -2,10 +2,13 @@
 
 import shutil
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+import main
+from tests.conftest import command
 from utils.config.schema import RunConfig
 from utils.errors import UserError
 from utils.runs.disk import disk_use, kept_bytes
@@ -52,6 +55,16 @@ def test_a_cache_that_may_take_the_room_is_warned_of(
     config = smoke_config(**RANPAC)
     runs = [config.model_copy(update={"seed": seed}) for seed in range(40)]  # 5.2 GB
     free(20)
-    assert "set cache_gb to 15 at most" in disk_use(runs)
+    assert "set cache_gb to 14 at most" in disk_use(runs)
+    assert "set cache_gb" not in disk_use([run.model_copy(update={"cache_gb": 14.0}) for run in runs])
     free(30)
     assert "set cache_gb" not in disk_use(runs)
+
+
+@pytest.mark.parametrize("option", [[], ["--resume", "auto"]], ids=" ".join)
+def test_nothing_is_started_on_a_disk_without_room(
+    option: list[str], free: Callable[[float], None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    free(0)
+    assert main.main([*option, *command("smoke.json", tmp_path)]) == 2
+    assert "free some space" in capsys.readouterr().err and not list(tmp_path.rglob("config.json"))

@@ -55,7 +55,7 @@ def origins(folder: Path, *runs: dict[str, Any]) -> dict[str, Provenance]:
 
 
 CHANGES = [
-    ("code", {"code_sha256": "f" * 64}),
+    ("code", {"code_sha256": "f" * 64, "commit": None}),
     ("libraries", {"versions": SESSION["versions"] | {"numpy": "2.5.0"}}),
     ("libraries", {"versions": {"python": "3.12.1"}}),
     ("data", {"data": {"name": "cifar224", "sha256": "f" * 64}}),
@@ -72,7 +72,7 @@ def test_every_kind_of_change_is_seen_and_told_in_a_line(
     assert first.unlike(same) == [] and first.unlike(other) == other.unlike(first) == [kind]
     (sentence,) = changes(found)
     assert sentence.startswith(f"The {kind} changed between runs: ") and sentence.endswith(" in run 2")
-    assert "in run 0; run 1," in sentence
+    assert "in run 0; run 1," in sentence and "None" not in sentence
     assert outdated(found) == {"run 0": [kind], "run 1": [kind]}
 
 
