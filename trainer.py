@@ -93,14 +93,13 @@ def train(
         UserError: data, weights or device cannot be had, before any folder is made.
         Interrupted: stopped by a signal, after saving.
     """
-    if context is None:
-        with run_context(config) as context:
-            return train(config, context, overwrite=overwrite, notes=notes, command=command, beside=beside)
     require_trackers(config.trackers)
-    learner = make_learner(config, replace(context, trains_from=0))
-    place = folder_of(config, config.seed)
+    command, place = command or new_command([config.seed], overwrite), folder_of(config, config.seed)
     place = beside.with_name(place.name) if beside else place
-    with open_log(learner, command or new_command([config.seed], overwrite), place) as log:
+    with ExitStack() as held:
+        context = context or held.enter_context(run_context(config))
+        learner = make_learner(config, replace(context, trains_from=0))
+        log = held.enter_context(open_log(learner, command, place))
         for note in notes:
             logger.warning(note)
         return Run(learner, log).to_the_end()
@@ -120,19 +119,14 @@ def extend(
             made.
         Interrupted: stopped by a signal, after saving.
     """
-    if context is None:
-        with run_context(extension.config) as context:
-            return extend(extension, context, overwrite=overwrite)
     require_trackers(extension.config.trackers)
-    learner = make_learner(extension.config, replace(context, trains_from=extension.tasks))
-    tensors, state = extension.check(learner)
-    with open_log(
-        learner,
-        new_command([learner.seed], overwrite),
-        extension.place,
-        earlier=extension.manifest(),
-        fill=lambda folder: extension.fill(folder, learner, state["metrics_bytes"]),
-    ) as log:
+    with ExitStack() as held:
+        context = context or held.enter_context(run_context(extension.config))
+        learner = make_learner(extension.config, replace(context, trains_from=extension.tasks))
+        tensors, state = extension.check(learner)
+        command, earlier = new_command([learner.seed], overwrite), extension.manifest()
+        fill = partial(extension.fill, learner=learner, metrics_bytes=state["metrics_bytes"])
+        log = held.enter_context(open_log(learner, command, extension.place, earlier, fill))
         for note in extension.notes:
             logger.warning(note)
         logger.info(f"Extends {extension.folder}: {extension.tasks} of {learner.nb_tasks} tasks are learned")
@@ -145,14 +139,14 @@ def extend(
 def open_log(
     learner: Learner,
     command: Command,
-    place: Path | None = None,
+    place: Path,
     earlier: Manifest | None = None,
     fill: Fill = lambda folder: None,
 ) -> RunLog:
     """A new run's record: written by the first rank, the others keep none.
 
     Args:
-        place: its folder, or a numbered sibling of that; by default where the config says.
+        place: its folder, or a numbered sibling of that.
         earlier: the manifest of a run that it goes on from.
         fill: puts into the folder what that run has left.
     """
@@ -168,7 +162,7 @@ def open_log(
             "seed": learner.seed,
         }
         log = RunLog.create(
-            place or folder_of(config, learner.seed),
+            place,
             config=config.model_dump(mode="json"),
             manifest=manifest | {"method": learner.method()} | learner.manifest(),
             overwrite=command.overwrite,
@@ -201,13 +195,11 @@ def resume(folder: Path, context: RunContext | None = None) -> dict[str, Any]:
     """
     if is_complete(folder):
         raise UserError(f"{folder} is finished: its {RESULT} is there; read it, or run its config.json again")
-    if context is None:
-        with run_context(read_config(folder)) as context:
-            return resume(folder, context)
-    distributed = context.distributed
     config, lock = read_config(folder), FolderLock(folder)
     require_trackers(config.trackers)
     with ExitStack() as held:
+        context = context or held.enter_context(run_context(config))
+        distributed = context.distributed
         distributed.on_main(lambda: held.enter_context(lock).folder.name)
         manifest = read_manifest(folder)
         if (folder / RESULT).exists():

@@ -11,8 +11,8 @@ from utils.config.loading import config_from_dict
 from utils.config.schema import RunConfig
 from utils.errors import UserError
 from utils.files import read_json
-from utils.runs.folder import CONFIG, RESULT, waiting_notes
-from utils.runs.metrics import fault_of
+from utils.runs.folder import CONFIG, waiting_notes
+from utils.runs.metrics import checked_result
 
 
 def read_config(folder: Path) -> RunConfig:
@@ -34,7 +34,4 @@ def read_config(folder: Path) -> RunConfig:
 
 def read_result(folder: Path) -> dict[str, Any]:
     """The result.json of a finished run. UserError: it is absent or damaged."""
-    result = read_json(folder / RESULT)
-    if fault := fault_of(result, read_config(folder).metrics):
-        raise UserError(f"{folder / RESULT} is damaged, {fault}: restore it")
-    return result
+    return checked_result(folder, read_config(folder).metrics)

@@ -18,7 +18,7 @@ import pandas as pd
 from utils.config.messages import shown
 from utils.config.schema import RunConfig
 from utils.errors import UserError, in_one_line
-from utils.files import read_json, replace_file
+from utils.files import replace_file
 from utils.metric_catalogue import ABSENT, MetricSpec, Shown, by_key, keyed
 from utils.reports.about import commit_text, dates, facts_of
 from utils.reports.pages import Picture, render
@@ -36,7 +36,7 @@ from utils.runs.folder import (
     text_log,
 )
 from utils.runs.manifest import Manifest, read_manifest, timestamp
-from utils.runs.metrics import fault_of, numbers_of
+from utils.runs.metrics import checked_result, numbers_of
 from utils.runs.run_log import read_accuracy_csv, read_metrics
 
 REPORT = "report.html"
@@ -81,9 +81,7 @@ def write_run_report(folder: Path, config: RunConfig, captions: Mapping[str, str
 def page_of(folder: Path, config: RunConfig, captions: Mapping[str, str]) -> dict[str, Any]:
     """What the template shows of a run."""
     manifest, events = read_manifest(folder), read_metrics(folder)
-    result = read_json(folder / RESULT) if (folder / RESULT).exists() else None
-    if result is not None and (fault := fault_of(result, config.metrics)):
-        raise UserError(f"{folder / RESULT} is damaged, {fault}: restore it")
+    result = checked_result(folder, config.metrics) if (folder / RESULT).exists() else None
     if result is not None and manifest.finished is None:  # the manifest says so last of all
         manifest = manifest.model_copy(update={"finished": timestamp()})
     classes = read_classes(folder)

@@ -239,18 +239,15 @@ def norms_figure(events: Sequence[Mapping[str, Any]], subtitle: str) -> Figure:
             consolidated |= changed.any()
     first = lines[0][0]
     first.set_ylim(0, 1.08 * first.get_ylim()[1])
-    handles = [
-        Line2D([], [], color=VERMILLION, marker="o", ms=4, lw=1.4, label="fast"),
-        Line2D([], [], color=BLUE, marker="s", ms=4, lw=1.4, label="slow"),
-    ]
+    handles = {
+        "fast": Line2D([], [], color=VERMILLION, marker="o", ms=4, lw=1.4),
+        "slow": Line2D([], [], color=BLUE, marker="s", ms=4, lw=1.4),
+    }
     if consolidated:
-        hollow = {"marker": "o", "ms": 4, "mfc": "white", "lw": 0}
-        handles.append(Line2D([], [], color=GREY, label="after consolidation", **hollow))
+        handles["after consolidation"] = Line2D([], [], color=GREY, marker="o", ms=4, mfc="white", lw=0)
     if any(opacity < 1 for _, opacity, _ in lines):
-        handles.append(
-            Line2D([], [], color=GREY, alpha=0.5, lw=1.4, label="one per adapter, later ones darker")
-        )
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
+        handles["one per adapter, later ones darker"] = Line2D([], [], color=GREY, alpha=0.5, lw=1.4)
+    legend_below(figure, handles)
     return figure
 
 
@@ -275,8 +272,7 @@ def growth_figure(adapters: Sequence[Mapping[str, int]], subtitle: str) -> Figur
     for row, before in grew:
         axes.add_patch(Rectangle((before + 0.56, row - 0.42), 0.88, 0.84, **framed))
     if len(grew):
-        frame = Patch(label="grew in this task", **framed)
-        figure.legend(handles=[frame], loc="outside lower center", frameon=False)
+        legend_below(figure, {"grew in this task": Patch(**framed)})
     return figure
 
 

@@ -201,9 +201,9 @@ def claim_folder(
 
 
 def waiting_notes(folder: Path) -> list[str]:
-    """A note that names the runs that an unfinished run replaces; empty where it replaces none."""
+    """A note that names what an unfinished run or sweep replaces; empty where it replaces nothing."""
     where = ", ".join(map(str, replaced_folders(folder)))
-    return [f"{where}: the run that {folder.name} replaces, removed when that is finished"] if where else []
+    return [f"{where}: what {folder.name} replaces, removed when that is finished"] if where else []
 
 
 def _lock_first_free(folder: Path, overwrite: bool) -> tuple[FolderLock, list[str]]:

@@ -5,7 +5,7 @@
     matrix.add(correct=[90, 95], total=[100, 100])    # after task 1: one entry for each task seen so far
     matrix.summary()   # {"final": 92.5, "average": 94.75, "forgetting": 7.0, "bwt": -7.0, "plasticity": 96.0}
 
-    fault_of(result, config.metrics)                  # "it has no A_N", or None
+    result = checked_result(run_folder, config.metrics)     # UserError: damaged
     numbers_of(result)["seconds"]
 
 Notation: a[t][k] is the accuracy (percent) on the test images of task k after training on task t; N is the
@@ -15,9 +15,13 @@ last task. Names and units of the metrics stand in `utils/metric_catalogue.py`.
 import math
 import statistics
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from utils.errors import UserError
+from utils.files import read_json
 from utils.metric_catalogue import MetricSpec
+from utils.runs.folder import RESULT
 
 PARTS = ("metrics", "parameters", "weights", "cost")  # JSON objects that every result has
 
@@ -96,6 +100,21 @@ def numbers_of(result: Mapping[str, Any]) -> dict[str, float]:
         "peak_memory_mb": cost.get("peak_memory_mb"),
     }
     return {key: value for key, value in values.items() if is_number(value)}
+
+
+def checked_result(
+    folder: Path, metrics: Sequence[MetricSpec], way_out: str = "restore it"
+) -> dict[str, Any]:
+    """The `result.json` of a run folder.
+
+    Raises:
+        UserError: it is absent or damaged; way_out: what to do then.
+    """
+    path = folder / RESULT
+    result = read_json(path)
+    if fault := fault_of(result, metrics):
+        raise UserError(f"{path} is damaged, {fault}: {way_out}")
+    return result
 
 
 def fault_of(result: Mapping[str, Any], metrics: Sequence[MetricSpec]) -> str | None:

@@ -126,10 +126,12 @@ class RunLog:
         lock = lock or FolderLock(folder).acquire()
         with ExitStack() as failed:
             failed.callback(lock.release)
-            events = (folder / METRICS).read_bytes().count(b"\n") if (folder / METRICS).exists() else 0
-            _cut_metrics(folder / METRICS, metrics_bytes)
+            path = folder / METRICS
+            before = path.read_bytes() if path.exists() else b""
+            if before or metrics_bytes:
+                os.truncate(path, len(metrics_until(path, metrics_bytes)))
             shutil.rmtree(folder / TENSORBOARD, ignore_errors=True)
-            run = cls(folder, lock, events=events)
+            run = cls(folder, lock, events=before.count(b"\n"))
             failed.push(run)
             run._view_again()
             failed.pop_all()
@@ -160,17 +162,13 @@ class RunLog:
                 raise
         self._show(record)
 
-    def write_json(self, name: str, values: Mapping[str, Any]) -> Path:
-        """Write `<folder>/<name>` as a whole or not at all. Non-finite numbers become null."""
-        return self._replace(name, json_bytes(_plain(values)))
-
     def manifest(self, values: Mapping[str, Any]) -> Path:
         """Write `manifest.json`: what the run was made with, and in which sessions."""
-        return self.write_json(MANIFEST, values)
+        return self._replace(MANIFEST, json_bytes(_plain(values)))
 
     def result(self, values: Mapping[str, Any]) -> Path:
         """Write `result.json`: the final numbers. Its presence says that the run is finished."""
-        return self.write_json(RESULT, values)
+        return self._replace(RESULT, json_bytes(_plain(values)))
 
     def show_result(self, metrics: Mapping[str, Any], pictures: Sequence[Path]) -> None:
         """Show the final numbers, and the figures that are PNG files, in TensorBoard and other trackers."""
@@ -335,13 +333,6 @@ def _open_text_log(path: Path) -> list[logging.Handler]:
     console = attach_console()
     text_log = add_handler(_TextLog(path, encoding="utf-8", errors="backslashreplace"))
     return [text_log] if console is None else [text_log, console]
-
-
-def _cut_metrics(path: Path, size: int) -> None:
-    """Cut `metrics.jsonl` to the first `size` bytes, which must be whole lines."""
-    metrics_until(path, size)
-    if path.exists():
-        os.truncate(path, size)
 
 
 def metrics_until(path: Path, size: int) -> bytes:

@@ -20,14 +20,14 @@ from typing import Any, NamedTuple
 from utils.config.messages import no_such
 from utils.config.schema import RunConfig
 from utils.errors import UserError
-from utils.files import read_json, write_json
+from utils.files import write_json
 from utils.reports.about import differing_keys, what_was_run
 from utils.reports.report import write_report
 from utils.reports.results import Results
 from utils.reports.tables import Table
 from utils.runs.folder import CONFIG, REPLACED, RESULT
 from utils.runs.manifest import Provenance, changes, read_manifest, read_provenance
-from utils.runs.metrics import fault_of
+from utils.runs.metrics import checked_result
 from utils.runs.seeds import both_values
 from utils.sweeps.spec import bare, slug_of
 from utils.wording import as_typed, counted
@@ -211,11 +211,9 @@ def default_folder(comparison: Comparison) -> Path:
 
 
 def _read(folder: Path, config: RunConfig) -> FinishedRun:
-    result, manifest = read_json(folder / RESULT), read_manifest(folder)
-    if fault := fault_of(result, config.metrics):
-        raise UserError(f"{folder / RESULT} is damaged, {fault}: restore it, or leave the run out")
+    result = checked_result(folder, config.metrics, "restore it, or leave the run out")
+    manifest, origin = read_manifest(folder), read_provenance(folder)
     tasks = next((len(result[spec.key]) for spec in config.metrics if spec.per_task), 1)
-    origin = read_provenance(folder)
     about = config.tested_on(tasks, len((manifest.model_extra or {}).get("class_order", [])))
     data = origin.hashes.get("data", {}).get("sha256", "")[:HASH]
     tested_on = {"metric": config.metrics[0].name, "data": data, **about}

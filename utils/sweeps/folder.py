@@ -42,12 +42,11 @@ from utils.runs.folder import (
     create_folder,
     folder_of,
     remove_folder,
-    replaced_folders,
     restore_replaced,
     set_aside,
 )
 from utils.runs.manifest import Provenance, changes, outdated, read_provenance
-from utils.runs.metrics import fault_of
+from utils.runs.metrics import checked_result
 from utils.sweeps.spec import Cell, Sweep
 from utils.wording import as_typed
 
@@ -85,11 +84,8 @@ class Run:
 
     def result(self) -> dict[str, Any]:
         """The content of its `result.json`. Raises UserError when it is damaged."""
-        path = self.folder / RESULT
-        result = read_json(path)
-        if fault := fault_of(result, self.config.metrics):
-            raise UserError(f"{path} is damaged, {fault}: run it again with {self.command('--overwrite')}")
-        return result
+        again = f"run it again with {self.command('--overwrite')}"
+        return checked_result(self.folder, self.config.metrics, again)
 
     def command(self, *options: str) -> str:
         """Command that runs its config, apart from the sweep."""
@@ -167,14 +163,6 @@ def prepare_folder(sweep: Sweep, runs: Sequence[Run], overwrite: bool) -> None:
             remove_folder(folder)
             restore_replaced(folder)
         raise
-
-
-def log_replaced(sweep: Sweep) -> None:
-    """Log where the results are that the sweep replaces, until all its runs are finished."""
-    for path in replaced_folders(sweep.folder):
-        logger.warning(
-            f"{path}: the results that this sweep replaces, removed when all its runs are finished"
-        )
 
 
 def warn_of_changes(origins: Mapping[str, Provenance]) -> None:

@@ -25,7 +25,7 @@ from pathlib import Path
 from utils.console import progress
 from utils.errors import STOPPED, UserError, in_one_line, os_error_sentence
 from utils.runs.disk import disk_use
-from utils.runs.folder import FolderLock, remove_replaced, restore_replaced
+from utils.runs.folder import FolderLock, remove_replaced, restore_replaced, waiting_notes
 from utils.runs.manifest import is_complete, present, read_provenance
 from utils.runs.trackers import require_trackers
 from utils.stop import stop_signals
@@ -42,7 +42,6 @@ from utils.sweeps.executors import (
 from utils.sweeps.folder import (
     Run,
     check_runs,
-    log_replaced,
     prepare_folder,
     refuse_running,
     runs_of,
@@ -89,16 +88,8 @@ def run_sweep(
     options = {"--engine": engine if engine != "local" else None, "--jobs": jobs, "--ray-address": address}
     given = [part for option, value in options.items() if value is not None for part in (option, str(value))]
     again = " ".join([sweep.command, *map(shlex.quote, given)])
-    require_trackers([name for cell in sweep.cells for name in cell.config.trackers])
     try:
-        sweep.folder.parent.mkdir(parents=True, exist_ok=True)
-        with FolderLock(sweep.folder):
-            refuse_running(sweep)
-            restore_replaced(sweep.folder)
-            runs = runs_of(sweep)
-            if not overwrite:
-                check_runs(runs)
-            waiting = to_do(sweep, runs, overwrite)
+        with opened(sweep, overwrite) as (runs, waiting):
             failures, stopped = {}, False
             if waiting:
                 resources = resources_of(sweep, waiting)
@@ -116,6 +107,25 @@ def run_sweep(
         raise UserError(os_error_sentence(error, f"go on with {again}")) from error
 
 
+@contextmanager
+def opened(sweep: Sweep, overwrite: bool = False) -> Iterator[tuple[list[Run], list[Run]]]:
+    """All runs of a sweep and those to do, in a context in which no other process writes its folder.
+
+    Raises:
+        UserError: a run does not fit the table, or the sweep or a run of it is at work.
+    """
+    require_trackers([name for cell in sweep.cells for name in cell.config.trackers])
+    sweep.folder.parent.mkdir(parents=True, exist_ok=True)
+    with FolderLock(sweep.folder):
+        refuse_running(sweep)
+        restore_replaced(sweep.folder)
+        runs = runs_of(sweep)
+        if not overwrite:
+            check_runs(runs)
+        chosen = [run for run in runs if sweep.chooses(run.cell, run.seed)]
+        yield runs, [run for run in chosen if overwrite or not is_complete(run.folder)]
+
+
 def space_for(runs: Sequence[Run]) -> str:
     """A sentence about the disk that runs will take, once it is known that nothing they need is missing.
 
@@ -130,12 +140,6 @@ def space_for(runs: Sequence[Run]) -> str:
     return disk_use(configs)
 
 
-def to_do(sweep: Sweep, runs: Sequence[Run], overwrite: bool = False) -> list[Run]:
-    """The runs that are chosen and not finished."""
-    chosen = [run for run in runs if sweep.chooses(run.cell, run.seed)]
-    return [run for run in chosen if overwrite or not is_complete(run.folder)]
-
-
 def commands_of(sweep: Sweep) -> list[str]:
     """A complete shell command for each run that is to do, in order; nothing is started.
 
@@ -144,14 +148,7 @@ def commands_of(sweep: Sweep) -> list[str]:
     Raises:
         UserError: as `run_sweep`.
     """
-    require_trackers([name for cell in sweep.cells for name in cell.config.trackers])
-    sweep.folder.parent.mkdir(parents=True, exist_ok=True)
-    with FolderLock(sweep.folder):
-        refuse_running(sweep)
-        restore_replaced(sweep.folder)
-        runs = runs_of(sweep)
-        check_runs(runs)
-        waiting = to_do(sweep, runs)
+    with opened(sweep) as (runs, waiting):
         if waiting:
             logger.info(space_for(waiting))
             prepare_folder(sweep, runs, overwrite=False)
@@ -184,10 +181,10 @@ def resources_of(sweep: Sweep, runs: Sequence[Run]) -> Resources:
 
 def log_beginning(sweep: Sweep, runs: Sequence[Run]) -> None:
     """Log what is replaced, keys without effect, and changes of code or libraries since the finished runs."""
-    log_replaced(sweep)
     notes = cells_by_text((cell.name, note) for cell in sweep.cells for note in cell.notes)
-    for note, names in notes.items():
-        logger.warning(f"{'; '.join(names)}: {note}")
+    told = [f"{'; '.join(names)}: {note}" for note, names in notes.items()]
+    for text in [*waiting_notes(sweep.folder), *told]:
+        logger.warning(text)
     origins = {run.label: read_provenance(run.folder) for run in runs if run.finished}
     warn_of_changes({**origins, "what runs now": present()})
 
@@ -286,7 +283,8 @@ def finish(sweep: Sweep, runs: Sequence[Run], failures: Mapping[str, str], stopp
         if complete == len(runs):
             remove_replaced(sweep.folder)
     finally:
-        log_replaced(sweep)
+        for note in waiting_notes(sweep.folder):
+            logger.warning(note)
         listed = "".join(f"\n  {label}: {reason}" for label, reason in failures.items())
         if stopped and complete < len(runs):
             logger.warning(f"Stopped, {outcome}. Continue with: {again}{listed}")

@@ -331,15 +331,12 @@ def _mixed_metrics(cells: Sequence[Cell]) -> Iterator[str]:
 
 def _equal_configs(cells: Sequence[Cell]) -> Iterator[str]:
     """Cells whose configs differ in nothing but names and keys without effect."""
-    unused = {cell.name: cell.config.unused_keys() for cell in cells}
-    values = {}
+    texts = {}
     for cell in cells:
-        defaults = {key: type(cell.config).model_fields[key].default for key in unused[cell.name]}
-        set_by_sweep = {"prefix", "description", "logs_root"}
-        used = cell.config.model_dump(mode="json", exclude=set_by_sweep) | defaults
-        values[cell.name] = json.dumps(used, sort_keys=True)
-    for same in cells_by_text(values.items()).values():
-        keys = sorted({key for name in same for key in unused[name]})
+        skipped = {"prefix", "description", "logs_root", *cell.config.without_effect()}
+        texts[cell.name] = json.dumps(cell.config.model_dump(mode="json", exclude=skipped), sort_keys=True)
+    for same in cells_by_text(texts.items()).values():
+        keys = sorted({key for cell in cells if cell.name in same for key in cell.config.unused_keys()})
         but = f", but for keys that change nothing here ({', '.join(keys)})" if keys else ""
         if len(same) > 1:
             yield f"{_named(same)}: the same configuration{but}; leave all but one out"
