@@ -340,12 +340,9 @@ def main(arguments: list[str] | None = None) -> int:
             from models import LEARNERS
             from models.saved.files import read_config
 
-            if options.extend:
-                config = read_config(options.extend)
-            elif options.resume not in (None, AUTO):
-                config = read_config(options.resume)
-            else:
-                config = (loaded := load(options)).config
+            folder = options.extend or (options.resume if options.resume != AUTO else None)
+            loaded = None if folder else load(options)
+            config = read_config(folder) if folder else loaded.config
             choose_cpu_kernels(config.cpu_kernels)
             import_networks()
             import trainer  # with it all that is heavy
@@ -355,23 +352,22 @@ def main(arguments: list[str] | None = None) -> int:
 
             LEARNERS[config.model_name]
             keep_freed_memory()
-        if options.extend:
-            extension = Extension.of(options.extend, options.set, options.data or [])
-            with run_context(extension.config) as context:
-                together = True
-                trainer.extend(extension, context, overwrite=options.overwrite)
-                return 0
         if options.benchmark:
             from models.benchmark import benchmark
 
             for line in benchmark(config, options.repeats or 5, options.profile):
                 print(line, flush=True)
             return 0
-        with run_context(config) as context:
+        extension = Extension.of(folder, options.set, options.data or []) if options.extend else None
+        with run_context(extension.config if extension else config) as context:
             together = True
-            if options.resume not in (None, AUTO):
-                return trainer.resume_seeds(options.resume, context)
-            return trainer.train_seeds(loaded, context, options.overwrite, go_on=options.resume == AUTO)
+            if extension:
+                trainer.extend(extension, context, overwrite=options.overwrite)
+            elif folder:
+                trainer.resume_seeds(folder, context)
+            else:
+                trainer.train_seeds(loaded, context, options.overwrite, go_on=options.resume == AUTO)
+        return 0
 
     return exit_code(work, tells=lambda: first or together)  # a mistake that all processes meet is told once
 

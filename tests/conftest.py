@@ -3,7 +3,7 @@
 import json
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -134,14 +134,38 @@ def tensors(learner: Learner) -> dict[str, torch.Tensor]:
 def command(config: str, logs: Path, **changes: Any) -> list[str]:
     """Arguments of main.py: a config below exps/ with changes, everything written below `logs`."""
     values = {"logs_root": str(logs), "cache_root": str(logs / "cache"), **changes}
-    settings = [f"{key}={json.dumps(value)}" for key, value in values.items()]
-    return ["--config", str(ROOT / "exps" / config), *(part for text in settings for part in ("--set", text))]
+    return ["--config", str(ROOT / "exps" / config), *settings(values)]
+
+
+def settings(values: Mapping[str, Any]) -> list[str]:
+    """Arguments of main.py that change keys of a config."""
+    return [part for key, value in values.items() for part in ("--set", f"{key}={json.dumps(value)}")]
 
 
 def folder_of(logs: Path) -> Path:
     """The only run folder below a folder."""
     (folder,) = (path.parent for path in logs.rglob("config.json"))
     return folder
+
+
+@pytest.fixture
+def told(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Runs a command that ends with this code, and returns what it prints, no traceback among it."""
+
+    def tell(code: int, program: Callable[[list[str]], int], *words: object) -> str:
+        capsys.readouterr()
+        assert program([str(word) for word in words]) == code
+        out, error = capsys.readouterr()
+        assert "Traceback" not in error
+        return out + error
+
+    return tell
+
+
+@pytest.fixture
+def quick_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are made of what is read; that they can be painted is shown elsewhere."""
+    monkeypatch.setattr("utils.plotting.png", lambda figure: b"picture")
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Killed and resumed = uninterrupted, bit for bit; Ctrl-C saves between steps; foreign state is refused."""
+"""Killed and resumed = uninterrupted, bit for bit; Ctrl-C saves between steps; older state is refused."""
 
 import json
 import random
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import main
 from tests.conftest import TINY, command, folder_of
 from tests.crash import outcome, run
 from utils.runs.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
@@ -182,42 +183,11 @@ def stopped(reference: tuple[dict, list[str]], tmp_path: Path) -> Path:
     return folder_of(tmp_path)
 
 
-def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """Exit code 2, one sentence, no traceback."""
-    import main
-
-    assert main.main(list(arguments)) == 2
-    message = capsys.readouterr().err
-    assert "Traceback" not in message and len(message.strip().splitlines()) == 1
-    return message
-
-
-@pytest.mark.parametrize(
-    ("edit", "words"),
-    [
-        ({"seed": 7}, "its seed is 7"),
-        ({"seed": [1993, 7]}, "several seeds"),
-        ({"nested_lora_rank": 3}, "nested_lora_rank was 4, is 3"),
-    ],
-)
-def test_an_edited_config_is_refused(
-    edit: dict, words: str, stopped: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.parametrize(("seed", "words"), [(7, "its seed is 7"), ([1993, 7], "several seeds")])
+def test_an_edited_seed_is_refused(seed: object, words: str, stopped: Path, told: Callable[..., str]) -> None:
     config = json.loads((stopped / "config.json").read_text())
-    (stopped / "config.json").write_text(json.dumps(config | edit))
-    assert words in refused(capsys, "--resume", str(stopped))
-
-
-def test_a_damaged_checkpoint_and_a_newer_format_are_refused(
-    stopped: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    tensors, state = (next(stopped.rglob(name)) for name in ("tensors.safetensors", "state.json"))
-    whole = tensors.read_bytes()
-    tensors.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    assert str(tensors.parent) in refused(capsys, "--resume", str(stopped))
-    tensors.write_bytes(whole)
-    state.write_text(json.dumps(json.loads(state.read_text()) | {"version": 99}))
-    assert "99" in refused(capsys, "--resume", str(stopped))
+    (stopped / "config.json").write_text(json.dumps(config | {"seed": seed}))
+    assert words in told(2, main.main, "--resume", stopped)
 
 
 @pytest.mark.parametrize(
@@ -232,16 +202,16 @@ def test_a_damaged_checkpoint_and_a_newer_format_are_refused(
     ids=["a part", "a key", "several seeds", "an identity", "the state"],
 )
 def test_a_checkpoint_of_an_earlier_version_is_called_old(
-    make_older: Callable[[dict], object], stopped: Path, capsys: pytest.CaptureFixture[str]
+    make_older: Callable[[dict], object], stopped: Path, told: Callable[..., str]
 ) -> None:
     """Its hashes are right: it is neither damaged nor of another run; the answer is to run again."""
     checkpoint = latest_checkpoint(stopped / "checkpoints")
     tensors, state = load_checkpoint(checkpoint)
     make_older(state)
     save_checkpoint(checkpoint, tensors, state)
-    told = refused(capsys, "--resume", str(stopped))
-    assert "written by an earlier version" in told and checkpoint.name in told
-    assert f"run it again with python main.py --config {stopped / 'config.json'}" in told
+    shown = told(2, main.main, "--resume", stopped)
+    assert "written by an earlier version" in shown and checkpoint.name in shown
+    assert f"run it again with python main.py --config {stopped / 'config.json'}" in shown
 
 
 def test_a_key_that_came_later_is_no_obstacle(stopped: Path) -> None:
@@ -251,11 +221,3 @@ def test_a_key_that_came_later_is_no_obstacle(stopped: Path) -> None:
     del state["config"]["shuffle"]
     save_checkpoint(checkpoint, tensors, state)
     assert run(["--resume", str(stopped)])[0] == 0
-
-
-def test_a_finished_run_and_a_folder_that_is_none_are_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert "is not a run folder" in refused(capsys, "--resume", str(tmp_path / "nowhere"))
-    assert run(command("smoke.json", tmp_path / "logs", **CHANGES))[0] == 0
-    assert "is finished" in refused(capsys, "--resume", str(folder_of(tmp_path / "logs")))

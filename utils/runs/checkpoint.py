@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -62,7 +63,7 @@ def save_checkpoint(folder: Path, tensors: Mapping[str, torch.Tensor], state: Ma
         for name, tensor in tensors.items()
     }
     payload = safetensors_torch.save(copies)
-    header = {"format": FORMAT, "version": VERSION, **_hashes(payload, state), "state": state}
+    content = _state_file(state, hashlib.sha256(payload).hexdigest())
     folder.parent.mkdir(parents=True, exist_ok=True)
     _tidy(folder.parent)
     temporary = folder.with_name(TEMPORARY + folder.name)
@@ -70,7 +71,7 @@ def save_checkpoint(folder: Path, tensors: Mapping[str, torch.Tensor], state: Ma
     try:
         temporary.mkdir()
         write_synced(temporary / TENSORS_FILE, payload)
-        write_synced(temporary / STATE_FILE, json.dumps(header, indent=1).encode())
+        write_synced(temporary / STATE_FILE, content)
         sync_folder(temporary)
         if folder.exists():
             os.rename(folder, aside)
@@ -98,10 +99,10 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, An
             raise UserError(f"{folder} is not a checkpoint: it holds no {name}")
     header = _read_header(folder)
     payload = (folder / TENSORS_FILE).read_bytes()
-    hashes = _hashes(payload, header["state"])
-    for key, name in (("tensors_sha256", TENSORS_FILE), ("state_sha256", STATE_FILE)):
-        if hashes[key] != header[key]:
-            raise _damaged(folder, f"{name} does not have the recorded SHA-256")
+    if hashlib.sha256(payload).hexdigest() != header["tensors_sha256"]:
+        raise _damaged(folder, f"{TENSORS_FILE} does not have the recorded SHA-256")
+    if _state_sha256(header["state"]) != header["state_sha256"]:
+        raise _damaged(folder, f"{STATE_FILE} does not have the recorded SHA-256")
     try:
         return safetensors_torch.load(payload), header["state"]
     except SafetensorError as error:
@@ -116,23 +117,20 @@ def copy_checkpoint(source: Path, target: Path, changes: Mapping[str, Any]) -> N
         OSError: the disk does not take it.
     """
     header = _read_header(source)
-    state = header["state"] | changes
-    hashes = {"state_sha256": _hashes(b"", state)["state_sha256"]}
+    content = _state_file(header["state"] | changes, header["tensors_sha256"])
     target.mkdir(parents=True)
     try:
         os.link(source / TENSORS_FILE, target / TENSORS_FILE)
     except OSError:  # another disk, or one without links
         shutil.copyfile(source / TENSORS_FILE, target / TENSORS_FILE)
-    write_synced(target / STATE_FILE, json.dumps(header | hashes | {"state": state}, indent=1).encode())
+    write_synced(target / STATE_FILE, content)
 
 
 def latest_checkpoint(checkpoints: Path, whole_tasks: bool = False) -> Path | None:
     """The checkpoint that is furthest in the run by task and step, or None where there is none.
 
-    With `whole_tasks` those inside a task are passed over.
-
-    The end of a task comes after its steps. Unfinished checkpoints are passed over; a damaged one is not, so
-    that `load_checkpoint` refuses it rather than a run going on silently from an older one.
+    The end of a task comes after its steps, which `whole_tasks` passes over. So are unfinished checkpoints; a
+    damaged one is not: `load_checkpoint` refuses it, where a run would go on silently from an older one.
 
     Raises:
         UserError: a file stands in the folder's place.
@@ -149,9 +147,8 @@ def latest_checkpoint(checkpoints: Path, whole_tasks: bool = False) -> Path | No
         complete = (folder / STATE_FILE).is_file() and (folder / TENSORS_FILE).is_file()
         if position and complete and not superseded:
             task, step = position.groups()
-            if whole_tasks and step is not None:
-                continue
-            found[int(task), float("inf") if step is None else int(step)] = folder
+            if step is None or not whole_tasks:
+                found[int(task), math.inf if step is None else int(step)] = folder
     return found[max(found)] if found else None
 
 
@@ -201,13 +198,15 @@ def _damaged(folder: Path, what: str) -> UserError:
     )
 
 
-def _hashes(payload: bytes, state: Mapping[str, Any]) -> dict[str, str]:
-    """SHA-256 of both parts; of the state as canonical JSON, whatever its layout in the file."""
-    canonical = json.dumps(state, sort_keys=True, separators=(",", ":"))
-    return {
-        "tensors_sha256": hashlib.sha256(payload).hexdigest(),
-        "state_sha256": hashlib.sha256(canonical.encode()).hexdigest(),
-    }
+def _state_file(state: Mapping[str, Any], tensors_sha256: str) -> bytes:
+    hashes = {"tensors_sha256": tensors_sha256, "state_sha256": _state_sha256(state)}
+    header = {"format": FORMAT, "version": VERSION, **hashes, "state": state}
+    return json.dumps(header, indent=1).encode()
+
+
+def _state_sha256(state: Mapping[str, Any]) -> str:
+    """SHA-256 of the state as canonical JSON, whatever its layout in the file."""
+    return hashlib.sha256(json.dumps(state, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def _require_text_keys(value: Any) -> None:

@@ -64,21 +64,39 @@ class RunLog:
     """
 
     def __init__(
-        self, folder: Path, lock: FolderLock, abandon: Callable[[], None] = lambda: None, events: int = 0
+        self,
+        folder: Path,
+        lock: FolderLock,
+        abandon: Callable[[], None] = lambda: None,
+        notes: Sequence[str] = (),
+        events: int = 0,
     ) -> None:
-        """Open the record in a folder. events: how many there were in it when its last session ended."""
+        """Open the record in a folder; where that fails it is abandoned, and its lock given back.
+
+        Args:
+            notes: lines to log first.
+            events: how many there were in it when its last session ended.
+        """
         self.folder, self.log_path = folder, text_log(folder)
         self._lock, self._abandon = lock, abandon
-        with ExitStack() as opened:
+        with ExitStack() as failed:
+            failed.callback(lock.release)
+            failed.callback(abandon)
             self._handlers = _open_text_log(self.log_path)
-            opened.callback(self._detach)
-            self._metrics = opened.enter_context(open(folder / METRICS, "ab", buffering=0))
+            failed.callback(self._detach)
+            self._metrics = failed.enter_context(open(folder / METRICS, "ab", buffering=0))
             config = read_json(folder / CONFIG)
             names = config.get("trackers", [BOARD])
-            self._views = MetricViews(folder / TENSORBOARD if BOARD in names else None, folder / TABLE)
             self._trackers = Trackers(names, folder, config, events)
+            self._views = MetricViews(folder / TENSORBOARD if BOARD in names else None, folder / TABLE)
+            failed.pop_all()
+            failed.push(self)
+            for note in notes:
+                logger.warning(note)
             self._views.hyperparameters(config)
-            opened.pop_all()
+            for event in read_metrics(folder):
+                self._show(event)
+            failed.pop_all()
 
     @classmethod
     def create(
@@ -98,17 +116,7 @@ class RunLog:
         files = {CONFIG: config} | ({} if manifest is None else {MANIFEST: manifest})
         contents = {name: json_bytes(_plain(values)) for name, values in files.items()}
         claim = claim_folder(folder, contents, overwrite, fill)
-        with ExitStack() as failed:
-            failed.callback(claim.lock.release)
-            failed.callback(claim.abandon)
-            run = cls(claim.folder, claim.lock, claim.abandon)
-            failed.pop_all()
-            failed.push(run)
-            for note in claim.notes:
-                logger.warning(note)
-            run._view_again()
-            failed.pop_all()
-        return run
+        return cls(claim.folder, claim.lock, claim.abandon, claim.notes)
 
     @classmethod
     def reopen(cls, folder: Path, metrics_bytes: int, lock: FolderLock | None = None) -> RunLog:
@@ -131,11 +139,8 @@ class RunLog:
             if before or metrics_bytes:
                 os.truncate(path, len(metrics_until(path, metrics_bytes)))
             shutil.rmtree(folder / TENSORBOARD, ignore_errors=True)
-            run = cls(folder, lock, events=before.count(b"\n"))
-            failed.push(run)
-            run._view_again()
             failed.pop_all()
-        return run
+        return cls(folder, lock, events=before.count(b"\n"))
 
     @property
     def metrics_bytes(self) -> int:
@@ -213,11 +218,6 @@ class RunLog:
                 self._abandon()
                 for note in waiting_notes(self.folder):
                     logger.warning(note)
-
-    def _view_again(self) -> None:
-        """Give the events that are there already to the views."""
-        for event in read_metrics(self.folder):
-            self._show(event)
 
     def _show(self, event: Mapping[str, Any]) -> None:
         self._trackers.add(self._views.add(event))

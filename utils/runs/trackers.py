@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from utils.command_line import as_set
 from utils.errors import UserError, in_one_line
@@ -65,22 +65,11 @@ class TrackedRun:
         return f"{sweep.name}/{prefix}" if (sweep / SWEEP).is_file() else prefix
 
 
-class Tracker(Protocol):
-    """A run in a tracker; `id` finds it again. Every method may raise any exception."""
-
-    id: str
-
-    def __init__(self, run: TrackedRun) -> None: ...
-
-    def add(self, rows: Sequence[Row]) -> None: ...
-
-    def figures(self, paths: Sequence[Path]) -> None: ...
-
-    def close(self, finished: bool) -> None: ...
-
-
 class WandbTracker:
-    """A run of Weights & Biases; the axis of its curves is the step of each number."""
+    """A run of Weights & Biases, found again by its `id`; the axis of its curves is the step of each number.
+
+    Every tracker has these methods, which may raise any exception.
+    """
 
     def __init__(self, run: TrackedRun) -> None:
         import wandb
@@ -160,6 +149,7 @@ class MlflowTracker:
         self._client.set_terminated(self.id, "FINISHED" if finished else "KILLED")
 
 
+Tracker = WandbTracker | MlflowTracker
 CLASSES: dict[str, type[Tracker]] = {"wandb": WandbTracker, "mlflow": MlflowTracker}
 
 

@@ -11,21 +11,18 @@ import torch
 
 import eval as evaluation
 import main
+from tests.conftest import command, folder_of
 from tests.crash import run
-from tests.test_main import arguments
 from utils.runs.checkpoint import load_checkpoint, save_checkpoint
 
-SMALL = {"max_train_per_class": 3, "max_test_per_class": 2, "func_epoch": 1, "rd_epoch": 1, "batch_size": 3}
-
-
-def folder_of(logs: Path) -> Path:
-    return next(path.parent for path in logs.rglob("config.json"))
+SMALL = {"max_tasks": 2, "max_train_per_class": 3, "max_test_per_class": 2, "func_epoch": 1, "rd_epoch": 1}
+SMALL |= {"batch_size": 3, "figure_format": "none"}
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     logs = tmp_path_factory.mktemp("finished")
-    assert main.main(arguments(logs, **SMALL)) == 0
+    assert main.main(command("smoke.json", logs, **SMALL)) == 0
     return folder_of(logs)
 
 
@@ -33,7 +30,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def of_another_seed(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A sound run that the finished one can be averaged with."""
     logs = tmp_path_factory.mktemp("other")
-    assert main.main(arguments(logs, **SMALL, seed=[2])) == 0
+    assert main.main(command("smoke.json", logs, **SMALL, seed=[2])) == 0
     return folder_of(logs)
 
 
@@ -41,9 +38,9 @@ def of_another_seed(finished: Path, tmp_path_factory: pytest.TempPathFactory) ->
 def unfinished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Stopped in the second of two tasks: the newest checkpoint is inside it."""
     logs = tmp_path_factory.mktemp("unfinished")
-    _, moments = run(arguments(logs / "whole", **SMALL))
+    _, moments = run(command("smoke.json", logs / "whole", **SMALL))
     second = moments.index("step", moments.index("rename"))
-    assert run(arguments(logs / "cut", **SMALL), die_at=second, how=signal.SIGINT)[0] == 130
+    assert run(command("smoke.json", logs / "cut", **SMALL), die_at=second, how=signal.SIGINT)[0] == 130
     return folder_of(logs / "cut")
 
 
@@ -105,12 +102,6 @@ def answered(capsys: pytest.CaptureFixture[str]) -> Callable[..., None]:
         assert code == 0 or named in told or ("--resume" in command and "is finished" in told), told
 
     return check
-
-
-@pytest.fixture(autouse=True)
-def quick_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Figures are made of what is read; that they can be painted is shown elsewhere."""
-    monkeypatch.setattr("utils.plotting.png", lambda figure: b"")
 
 
 @pytest.mark.parametrize("name", JSON + CHECKPOINT)

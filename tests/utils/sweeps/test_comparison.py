@@ -25,9 +25,7 @@ Capture = pytest.CaptureFixture[str]
 ADAPTER = {"ffn_adapter_type": "adaptmlp", "ffn_num": 8}
 
 
-@pytest.fixture(autouse=True)
-def quick_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("utils.plotting.png", lambda figure: b"picture")
+pytestmark = pytest.mark.usefixtures("quick_pictures")
 
 
 def with_level(folder: str, seed: int, level: float, tasks: int = 4) -> str:
