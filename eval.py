@@ -25,7 +25,8 @@ from pathlib import Path
 
 from utils.command_line import at_least_one, chosen_command, given_path, parse_or_advise, refused_options
 from utils.console import attach_console, prepare_console
-from utils.errors import AGAIN, UserError, abrupt_interrupts, exit_code
+from utils.errors import AGAIN, UserError, exit_code
+from utils.stop import abrupt_interrupts
 from utils.training.late_compiler import import_networks
 
 TAKES = {  # options that each command takes beside its own; the first one given decides

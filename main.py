@@ -44,7 +44,8 @@ from utils.command_line import (
     whole_number,
 )
 from utils.console import attach_console, prepare_console, show_details
-from utils.errors import UserError, abrupt_interrupts, exit_code
+from utils.errors import UserError, exit_code
+from utils.stop import abrupt_interrupts
 from utils.sweeps.executors import EXECUTORS
 from utils.training.cpu_kernels import choose_cpu_kernels
 from utils.training.late_compiler import import_networks

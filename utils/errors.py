@@ -5,11 +5,8 @@ sys.exit(exit_code(lambda: work()))          # 2 after a UserError or OSError, t
 """
 
 import errno
-import os
-import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 from utils.console import READER_GONE, discard, tell
 
@@ -51,24 +48,6 @@ def os_error_sentence(error: OSError, go_on: str = RESUME) -> str:
 def in_one_line(error: Exception) -> str:
     """An error's class and text without line breaks, for a sentence."""
     return " ".join(f"{type(error).__name__}: {error}".split())
-
-
-@contextmanager
-def abrupt_interrupts() -> Iterator[None]:
-    """Context in which Ctrl-C and SIGTERM end the process at once and silently, with exit code `STOPPED`.
-
-    For imports and other beginnings that write nothing: libraries turn an exception in their middle into
-    others.
-    """
-    ours = (signal.SIGINT, signal.SIGTERM)  # where they are not ignored, or somebody else's
-    numbers = [number for number in ours if signal.getsignal(number) is signal.default_int_handler]
-    for number in numbers:
-        signal.signal(number, lambda number, frame: os._exit(STOPPED))
-    try:
-        yield
-    finally:
-        for number in numbers:
-            signal.signal(number, signal.default_int_handler)
 
 
 def exit_code(

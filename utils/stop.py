@@ -9,11 +9,14 @@ A command that such a signal ended has the exit code `utils.errors.STOPPED`.
 """
 
 import logging
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from types import FrameType
+
+from utils.errors import STOPPED
 
 logger = logging.getLogger("nested_lora")
 
@@ -38,6 +41,15 @@ def stop_signals(receive: Callable[[int], None]) -> Iterator[None]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def abrupt_interrupts() -> AbstractContextManager[None]:
+    """Context in which those signals end the process at once and silently.
+
+    For imports and other beginnings that write nothing: libraries turn an exception in their middle into
+    others.
+    """
+    return stop_signals(lambda number: os._exit(STOPPED))
 
 
 class StopRequest:

@@ -3,6 +3,7 @@
 counted(1, "group")                    # "1 group"; counted(3, "class", "classes"): "3 classes"
 spans([0, 1, 2, 3, 9])                 # "0-3, 9": both ends belong to a span, everywhere
 shortened(["bed", "bee", "boy"], 10)   # "bed, bee and 1 more"
+some(["a", "b", "c", "d", "e"])        # "a, b, c, d and 1 more"
 duration(90)                           # "90 s"
 as_typed("main.py", "--resume", "a b") # "python main.py --resume 'a b'"
 """
@@ -36,6 +37,12 @@ def shortened(names: Sequence[str], width: int = 48) -> str:
     while len(", ".join(names[: kept + 1])) <= width:
         kept += 1
     return f"{', '.join(names[:kept])} and {len(names) - kept} more"
+
+
+def some(names: Sequence[str], separator: str = ", ", most: int = 4) -> str:
+    """The first of several names, and the number of the others."""
+    more = [f"{len(names) - most} more"] if len(names) > most else []
+    return " and ".join([separator.join(names[:most]), *more])
 
 
 def duration(seconds: float) -> str:

@@ -56,6 +56,7 @@ from utils.plotting import (
 from utils.runs.classes import read_classes
 from utils.runs.folder import CONFIG, FIGURES, METRICS, RESULT, accuracy_path
 from utils.runs.run_log import read_accuracy_csv, read_metrics
+from utils.runs.tables import accuracy_on
 
 MOST_NAMED_CLASSES, MOST_NUMBERED_CLASSES = 60, 16  # beyond, their names or counts would be too small
 LONGEST_NAME = 22  # characters of a class's name
@@ -149,7 +150,7 @@ def accuracy_matrix_figure(
     numbered = tasks <= MOST_NUMBERED_TASKS
     cell = 0.56 if tasks <= 12 else 0.44 if numbered else 11.0 / tasks  # inches
     width, height = max(NARROWEST, cell * tasks + 2.6), max(2.6, cell * tasks + 1.6)
-    figure = titled_figure(width, height, f"{_accuracy_on(images)} after each task (%)", subtitle)
+    figure = titled_figure(width, height, f"{accuracy_on(images)} after each task (%)", subtitle)
     axes = figure.subplots()
     values = np.full((tasks, tasks + 1), np.nan)
     for t, row in enumerate(rows):
@@ -180,7 +181,7 @@ def accuracy_curves_figure(
     tasks = len(rows)
     crowded = tasks > 12
     width, height = (9.0, 5.4) if crowded else (7.2, 4.4)
-    title = f"{_accuracy_on(images)} while learning task after task (%)"
+    title = f"{accuracy_on(images)} while learning task after task (%)"
     figure = titled_figure(width, height, title, subtitle)
     axes = figure.subplots()
     shades = ListedColormap(mpl.colormaps["viridis"](np.linspace(0.0, 0.92, tasks)))
@@ -196,7 +197,7 @@ def accuracy_curves_figure(
     axes.set_ylim(max(-2, min(80, 10 * math.floor((lowest - 2) / 10))), 102)
     axes.yaxis.set_major_locator(MaxNLocator(steps=[1, 2, 5, 10]))
     task_axis(axes, tasks)
-    axes.set_ylabel(f"{_accuracy_on(images).lower()} (%)")
+    axes.set_ylabel(f"{accuracy_on(images).lower()} (%)")
     axes.grid(axis="y")
     axes.set_axisbelow(True)
     label = f"all classes seen so far (last {totals[-1]:.2f}, average {statistics.fmean(totals):.2f})"
@@ -209,10 +210,6 @@ def accuracy_curves_figure(
         handles |= draw_chance(axes, [100 / classes for classes in classes_seen])
     legend_below(figure, handles, columns=2)
     return figure
-
-
-def _accuracy_on(images: str) -> str:
-    return "Accuracy" if images == "test" else f"{images.capitalize()} accuracy"
 
 
 def norms_figure(events: Sequence[Mapping[str, Any]], subtitle: str) -> Figure:

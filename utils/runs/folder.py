@@ -188,10 +188,8 @@ def claim_folder(
     with ExitStack() as failed:
         failed.callback(lock.release)
         if overwrite:
-            if (folder / CONFIG).is_file():
-                set_aside(folder)
-            elif os.path.lexists(folder):
-                raise UserError(f"{folder} holds no {CONFIG}, so it is not a run folder: move it away")
+            if os.path.lexists(folder):
+                set_aside(folder, CONFIG)
             text_log(folder).unlink(missing_ok=True)  # of a folder that is gone
             notes += waiting_notes(folder)
         failed.callback(claim.abandon)
@@ -265,8 +263,13 @@ def replaced_folders(folder: Path) -> list[Path]:
     return [found[number] for number in sorted(found)]
 
 
-def set_aside(folder: Path) -> Path:
-    """Move a folder and its text log to `<folder>.replaced` (or `_2`, ...), and return that."""
+def set_aside(folder: Path, marker: str) -> Path:
+    """Move a folder and its text log to `<folder>.replaced` (or `_2`, ...), and return that.
+
+    UserError: it does not hold the file that marks folders of its kind.
+    """
+    if not (folder / marker).is_file():
+        raise UserError(f"{folder} holds no {marker}, so it is not overwritten: move it away")
     free = _numbered(folder.with_name(folder.name + REPLACED))
     aside = next(path for path in free if not os.path.lexists(path) and not os.path.lexists(text_log(path)))
     _move(folder, aside)

@@ -17,7 +17,7 @@ import hashlib
 import platform
 import subprocess
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cache
@@ -35,7 +35,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from utils.errors import UserError
 from utils.files import read_json
 from utils.runs.folder import CONFIG, FIGURES, MANIFEST, RESULT, replaced_folders
-from utils.wording import as_typed
+from utils.wording import as_typed, some
 
 ROOT = Path(__file__).resolve().parents[2]
 LIBRARIES = (torch, torchvision, timm, numpy, PIL)  # another version may make other numbers of the same files
@@ -47,7 +47,6 @@ SOURCES = {
 }
 PLUS = " + "  # between what differs from session to session of a run
 SHOWN = 12  # characters of a hash
-MAX_NAMED = 4  # runs in a sentence
 
 
 class Strict(BaseModel):
@@ -248,7 +247,7 @@ def changes(origins: Mapping[str, Provenance]) -> list[str]:
         common = set.intersection(*map(set, group))  # of versions: those that did not change
         for value, labels in group.items() if len(group) > 1 else ():
             name = source[0] if source else origins[labels[0]].commit if kind == "code" else None
-            parts[kind].append(f"{_shown(dict(value), common, name)} in {_named(labels)}")
+            parts[kind].append(f"{_shown(dict(value), common, name)} in {some(labels, '; ')}")
     return [f"The {kind} changed between runs: {', '.join(texts)}" for kind, texts in parts.items()]
 
 
@@ -271,8 +270,3 @@ def _shown(value: Mapping[str, str], common: set[tuple[str, str]], name: str | N
 
 def _joined(texts: Iterable[Any]) -> str:
     return PLUS.join(dict.fromkeys(map(str, texts)))
-
-
-def _named(labels: Sequence[str]) -> str:
-    more = len(labels) - MAX_NAMED
-    return " and ".join(["; ".join(labels[:MAX_NAMED]), *([f"{more} more runs"] if more > 0 else [])])

@@ -127,10 +127,8 @@ class RunLog:
             lock: the folder's, where the caller has taken it; it is released when the record is closed.
 
         Raises:
-            UserError: no run folder, or it is being written, or `metrics.jsonl` cannot have had that size.
+            UserError: the folder is being written, or `metrics.jsonl` cannot have had that size.
         """
-        if not (folder / CONFIG).is_file():
-            raise UserError(f"{folder} is not a run folder: it holds no {CONFIG}")
         lock = lock or FolderLock(folder).acquire()
         with ExitStack() as failed:
             failed.callback(lock.release)

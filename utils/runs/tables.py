@@ -37,9 +37,13 @@ def accuracy_table(matrix: AccuracyMatrix, images: str = "test") -> str:
     tasks = [f"task {k}" for k in range(len(matrix.rows))]
     by_column = itertools.zip_longest(*matrix.rows, fillvalue=math.nan)
     values = np.column_stack([*by_column, matrix.curve])
-    what = "Accuracy" if images == "test" else f"{images.capitalize()} accuracy"
-    title = f"{what} (%) after each task (rows) on the {images} images of each task (columns)"
+    title = f"{accuracy_on(images)} (%) after each task (rows) on the {images} images of each task (columns)"
     return value_table(title, tasks, [*tasks, " total"], values, 2)  # as wide as a number
+
+
+def accuracy_on(images: str) -> str:
+    """Name of an accuracy: that on "test" images has no other."""
+    return "Accuracy" if images == "test" else f"{images.capitalize()} accuracy"
 
 
 def summary_table(

@@ -141,9 +141,7 @@ def prepare_folder(sweep: Sweep, runs: Sequence[Run], overwrite: bool) -> None:
     """
     folder = sweep.folder
     if overwrite and os.path.lexists(folder):
-        if not (folder / SWEEP).is_file():
-            raise UserError(f"{folder} holds no {SWEEP}, it is not overwritten: move it away")
-        set_aside(folder)
+        set_aside(folder, SWEEP)
     new = not os.path.lexists(folder)
     configs = set((folder / "cells").glob("*.json")) - {run.config_path for run in runs}
     if configs:
@@ -179,12 +177,11 @@ def write_summary(sweep: Sweep, runs: Sequence[Run], failures: Mapping[str, str]
     finished = [run for run in runs if run.finished]
     if not finished:
         return
-    results: dict[str, dict[int, dict[str, Any]]] = {cell.name: {} for cell in sweep.cells}
-    origins: dict[str, dict[int, Provenance]] = {cell.name: {} for cell in sweep.cells}
-    by_label = {}
-    for run in sorted(finished, key=lambda run: (run.folder / RESULT).stat().st_mtime_ns):
-        results[run.cell.name][run.seed] = run.result()
-        origins[run.cell.name][run.seed] = by_label[run.label] = read_provenance(run.folder)
+    finished.sort(key=lambda run: (run.folder / RESULT).stat().st_mtime_ns)
+    of_cell = {cell.name: [run for run in finished if run.cell is cell] for cell in sweep.cells}
+    results = {name: {run.seed: run.result() for run in own} for name, own in of_cell.items()}
+    by_label = {run.label: read_provenance(run.folder) for run in finished}
+    origins = {name: {run.seed: by_label[run.label] for run in own} for name, own in of_cell.items()}
     warn_of_changes(by_label)
     unfinished = {
         run.label: failures.get(run.label, "not finished" if run.started else "not started")
@@ -195,15 +192,13 @@ def write_summary(sweep: Sweep, runs: Sequence[Run], failures: Mapping[str, str]
     all_seeds = ("--set", f"seed={seeds}") if len(sweep.file.seeds) > 1 else ()
     again = {run.label: run.command("--overwrite") for run in runs}
     table = Results(results, sweep.cells[0].config.metrics, sweep.file.baseline, origins)
-    configs = {cell.name: cell.config for cell in sweep.cells}
-    folders = {name: [run.folder for run in finished if run.cell.name == name] for name in configs}
     paths = write_report(
         sweep.folder,
         sweep.path.stem,
         sweep.file.description,
         table,
-        about=what_was_run(folders),
-        keys=differing_keys(configs),
+        about=what_was_run({name: [run.folder for run in own] for name, own in of_cell.items()}),
+        keys=differing_keys({cell.name: cell.config for cell in sweep.cells}),
         form=sweep.cells[0].config.figure_format,
         hypotheses=sweep.hypotheses,
         commands={run.cell.name: run.command(*all_seeds) for run in runs[: len(sweep.cells)]},

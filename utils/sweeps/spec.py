@@ -29,11 +29,10 @@ from utils.config.loading import BASE_KEY, CheckedObject, ConfigError, base_of, 
 from utils.config.messages import field_faults, no_such
 from utils.config.schema import RunConfig, Seeds, Text, check_text, key
 from utils.reports.hypotheses import Hypothesis, quoted, read_hypotheses, unknown_metrics
-from utils.wording import as_typed
+from utils.wording import as_typed, some
 
 SHAPING = {"base", "set", "cells", "grid"}  # keys without which the cells are unknown
 MAX_CELLS = 10_000
-MAX_NAMED = 4  # cells in a sentence
 MAX_SLUG = 120  # bytes; seed and backbone follow in a file name of at most 255
 OWNED = {
     "seed": 'the seeds of all cells stand in "seeds", and --seeds adds some',
@@ -344,8 +343,7 @@ def _equal_configs(cells: Sequence[Cell]) -> Iterator[str]:
 
 def _named(names: Sequence[str]) -> str:
     """Cells in a sentence: `cells "a", "b", "c", "d" and 3 more`."""
-    more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
-    return f"cell{'s' * (len(names) > 1)} {', '.join(map(quoted, names[:MAX_NAMED]))}{more}"
+    return f"cell{'s' * (len(names) > 1)} {some([quoted(name) for name in names])}"
 
 
 def bare(value: Any) -> str:

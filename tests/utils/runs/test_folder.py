@@ -107,11 +107,11 @@ def test_a_folder_holds_its_files_from_the_first_moment(call: str, tmp_path: Pat
 
 def test_what_is_replaced_waits_until_the_end(tmp_path: Path) -> None:
     folder = made(tmp_path / "run", "first")
-    assert set_aside(folder) == tmp_path / "run.replaced"
+    assert set_aside(folder, "config.json") == tmp_path / "run.replaced"
     assert not folder.exists()
     made(folder, "second")
     assert restore_replaced(folder) is None  # its replacement stands
-    assert set_aside(folder) == tmp_path / "run.replaced_2"
+    assert set_aside(folder, "config.json") == tmp_path / "run.replaced_2"
     made(folder, "third")
     assert [content(path)[0] for path in replaced_folders(folder)] == ["first", "second"]
     assert content(folder) == ("third", "third")
@@ -126,10 +126,10 @@ def test_what_was_moved_and_not_replaced_comes_back(tmp_path: Path, monkeypatch)
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", dies)
         with pytest.raises(KeyboardInterrupt):
-            set_aside(folder)
+            set_aside(folder, "config.json")
     assert restore_replaced(folder) == tmp_path / "run.replaced"
     assert content(folder) == ("first", "first")
-    set_aside(folder)
+    set_aside(folder, "config.json")
     claim = claim_folder(folder, {"config.json": b"{}"}, overwrite=False)
     assert claim.folder.name == "run_2" and content(folder) == ("first", "first")
     claim.abandon()
@@ -139,7 +139,7 @@ def test_what_was_moved_and_not_replaced_comes_back(tmp_path: Path, monkeypatch)
 
 def test_a_replaced_folder_that_is_written_stays(tmp_path: Path, caplog) -> None:
     folder = made(tmp_path / "run", "first")
-    aside = set_aside(folder)
+    aside = set_aside(folder, "config.json")
     with FolderLock(aside):
         remove_replaced(folder)
     assert content(aside) == ("first", "first") and "stays" in caplog.text
