@@ -30,13 +30,10 @@ def spans(numbers: Iterable[int]) -> str:
 
 def shortened(names: Sequence[str], width: int = 48) -> str:
     """Names joined by commas; of those beyond `width` characters the number."""
-    whole = ", ".join(names)
-    if len(whole) <= width:
-        return whole
-    kept = 1
-    while len(", ".join(names[: kept + 1])) <= width:
-        kept += 1
-    return f"{', '.join(names[:kept])} and {len(names) - kept} more"
+    kept = len(names)
+    while kept > 1 and len(", ".join(names[:kept])) > width:
+        kept -= 1
+    return some(names, most=kept)
 
 
 def some(names: Sequence[str], separator: str = ", ", most: int = 4) -> str:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from utils.wording import as_typed, counted, duration, shortened, spans
+from utils.wording import as_typed, counted, duration, shortened, some, spans
 
 
 def test_one_is_singular() -> None:
@@ -25,7 +25,8 @@ def test_long_lists_are_shortened_to_whole_names() -> None:
     names = [f"class_{number}" for number in range(20)]
     assert shortened(names[:3]) == "class_0, class_1, class_2"
     assert shortened(names, width=20) == "class_0, class_1 and 18 more"
-    assert shortened(["a" * 60, "b"]) == "a" * 60 + " and 1 more"
+    assert shortened(["a" * 60, "b"]) == "a" * 60 + " and 1 more" and shortened([]) == ""
+    assert some(["a", "b"], "; ") == "a; b" and some(list("abcdef")) == "a, b, c, d and 2 more"
 
 
 def test_durations_have_one_unit() -> None:

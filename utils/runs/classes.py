@@ -64,11 +64,7 @@ class Classes(NamedTuple):
 
 
 def read_classes(folder: Path) -> Classes | None:
-    """The classes of a run; None where a run has none, or is between the two files.
-
-    Raises:
-        UserError: a file is damaged.
-    """
+    """The classes of a run; None where it has none, or is between the two files. UserError: damaged."""
     images = "validation" if (folder / keyed("validation", PER_CLASS)).is_file() else "test"
     path, other = (folder / keyed(images, name) for name in (PER_CLASS, CONFUSION))
     if not path.is_file() or not other.is_file():

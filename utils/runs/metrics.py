@@ -105,11 +105,7 @@ def numbers_of(result: Mapping[str, Any]) -> dict[str, float]:
 def checked_result(
     folder: Path, metrics: Sequence[MetricSpec], way_out: str = "restore it"
 ) -> dict[str, Any]:
-    """The `result.json` of a run folder.
-
-    Raises:
-        UserError: it is absent or damaged; way_out: what to do then.
-    """
+    """The `result.json` of a run. UserError: it is absent or damaged; way_out: what to do then."""
     path = folder / RESULT
     result = read_json(path)
     if fault := fault_of(result, metrics):

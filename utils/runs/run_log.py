@@ -267,11 +267,7 @@ class SilentLog(RunLog):
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The events in a run's `metrics.jsonl`, in order, without a last line that was never finished.
-
-    Raises:
-        UserError: there is no such file, or a finished line is no event.
-    """
+    """The events in a run's `metrics.jsonl`, but for a torn last line. UserError: it is absent or damaged."""
     path = folder / METRICS
     if not path.is_file():
         raise UserError(f"{folder} holds no {METRICS}: it is not a run folder")
@@ -292,11 +288,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def read_accuracy_csv(folder: Path) -> list[list[float]]:
-    """The rows of a run's accuracy matrix in percent; row t has t + 1 entries.
-
-    Raises:
-        UserError: there is no such file, or it is no lower-triangular matrix of percentages.
-    """
+    """The rows of a run's accuracy matrix (%), t + 1 entries in row t. UserError: absent, or damaged."""
     path = accuracy_path(folder)
     if not path.is_file() or not path.stat().st_size:
         raise UserError(

@@ -121,11 +121,7 @@ def compare_runs(
 
 
 def runs_below(folders: Iterable[Path]) -> list[Path]:
-    """The run folders among and below folders, each once; none that a newer run replaces.
-
-    Raises:
-        UserError: a folder is not there, or holds none.
-    """
+    """The run folders among and below folders, each once. UserError: a folder is not there, or holds none."""
     found: dict[Path, Path] = {}
     for folder in folders:
         runs = list(_runs_in(folder))
@@ -140,7 +136,10 @@ def runs_below(folders: Iterable[Path]) -> list[Path]:
 
 
 def _runs_in(folder: Path) -> Iterator[Path]:
-    """The folder itself if it is a run's, else those in it; what lies in a run, as its exports, is none."""
+    """The folder itself if it is a run's, else those in it.
+
+    None of them lies in a run, as an export does, or waits for a newer one that replaces it.
+    """
     for place, names, files in os.walk(folder):
         names[:] = sorted(name for name in names if REPLACED not in name and not name.startswith("."))
         if CONFIG in files:

@@ -105,11 +105,7 @@ def runs_of(sweep: Sweep) -> list[Run]:
 
 
 def check_runs(runs: Sequence[Run]) -> None:
-    """Refuse to go on with runs that do not fit the table.
-
-    Raises:
-        UserError: a run was started with another config than its cell now has, or a file of it is damaged.
-    """
+    """UserError where a run was started with another config than its cell has now, or is damaged."""
     for run in runs:
         if run.started:
             _check_config(run)
@@ -119,11 +115,7 @@ def check_runs(runs: Sequence[Run]) -> None:
 
 
 def refuse_running(sweep: Sweep) -> None:
-    """Refuse to touch the folder while any of its runs is at work, also one whose sweep was killed.
-
-    Raises:
-        UserError: a process holds the lock of a run's folder.
-    """
+    """UserError where a run of the sweep is at work, also one whose sweep was killed."""
     for path in sorted((sweep.folder / "runs").rglob(".*.lock")):
         with FolderLock(path.with_name(path.name[1 : -len(".lock")])):
             pass
@@ -223,7 +215,7 @@ def closing_lines(sweep: Sweep, results: Results, paths: Sequence[Path], complet
 
 
 def _check_config(run: Run) -> None:
-    """Refuse a run folder that was made with another config than the cell's, apart from `FREE` keys."""
+    """UserError where a run folder was made with another config than the cell's, apart from `FREE` keys."""
     path = run.folder / CONFIG
     ways_out = (
         "keep both with --set logs_root=FOLDER, replace all with --overwrite, or rename the cell, or remove "

@@ -57,8 +57,7 @@ class Starter(AbstractContextManager):
     def start(self, arguments: Sequence[str], working_folder: Path, output: IO[bytes]) -> "ForkedProcess":
         """Process of a script with its arguments, leading a group of its own; `output` takes what it prints.
 
-        Raises:
-            RuntimeError: the starter has ended.
+        RuntimeError: the starter has ended.
         """
         connection, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         request = json.dumps([*arguments, str(working_folder)]).encode()

@@ -127,11 +127,7 @@ def opened(sweep: Sweep, overwrite: bool = False) -> Iterator[tuple[list[Run], l
 
 
 def space_for(runs: Sequence[Run]) -> str:
-    """A sentence about the disk that runs will take, once it is known that nothing they need is missing.
-
-    Raises:
-        UserError: data or weights cannot be had, all told together; or the checkpoints do not fit.
-    """
+    """A sentence about the disk that runs will take. UserError: it is too small, or data or weights lack."""
     configs = [run.config for run in runs]
     needs = {tuple(str(getattr(config, name)) for name in config.asset_keys): config for config in configs}
     missing = dict.fromkeys(sentence for config in needs.values() for sentence in config.missing_assets())
@@ -143,10 +139,8 @@ def space_for(runs: Sequence[Run]) -> str:
 def commands_of(sweep: Sweep) -> list[str]:
     """A complete shell command for each run that is to do, in order; nothing is started.
 
-    Each starts its run or continues it, and can be given again. The configs they name are written.
-
-    Raises:
-        UserError: as `run_sweep`.
+    Each starts its run or continues it, and can be given again. The configs they name are written. Errors are
+    those of `run_sweep`.
     """
     with opened(sweep) as (runs, waiting):
         if waiting:
@@ -161,11 +155,7 @@ def commands_of(sweep: Sweep) -> list[str]:
 
 
 def report_sweep(sweep: Sweep) -> None:
-    """Write the report of what is finished again; no run is started.
-
-    Raises:
-        UserError: no run is finished, or a cell is not what its run folder was made with.
-    """
+    """Write the report of what is finished again. UserError: nothing is, or a run does not fit the table."""
     runs = runs_of(sweep)
     check_runs(runs)
     if not any(run.finished for run in runs):
