@@ -212,11 +212,11 @@ def resume(folder: Path, context: RunContext | None = None) -> dict[str, Any]:
         tensors, state = load_run_checkpoint(checkpoint) if checkpoint else ({}, None)
         learned = len(state["evaluations"]) if state else 0
         learner = make_learner(config, replace(context, trains_from=learned))
-        edited = check_config(checkpoint, state, learner) if state else []
-        if state is not None:
+        edited, written = [], 0
+        if state:
+            edited, written = check_config(checkpoint, state, learner), state["metrics_bytes"]
             check_identity(checkpoint, state, learner)
         distributed.barrier()  # everyone has read what the record says before it is cut
-        written = state["metrics_bytes"] if state else 0
         log = held.enter_context(
             RunLog.reopen(folder, written, lock) if distributed.is_main else SilentLog(folder)
         )
@@ -228,7 +228,7 @@ def resume(folder: Path, context: RunContext | None = None) -> dict[str, Any]:
         sessions = [*manifest.sessions, session]
         log.manifest(manifest.model_copy(update={"sessions": sessions}).model_dump() | learner.manifest())
         run = Run(learner, log)
-        if state is not None:
+        if state:
             with fitting(checkpoint):
                 run.load_state(state, tensors)
         return run.to_the_end()

@@ -27,12 +27,13 @@ def disk_use(configs: Sequence[RunConfig]) -> str:
     Raises:
         UserError: the disk has less room than their checkpoints take.
     """
-    logs, free = Path(configs[0].logs_root), _free(configs[0].logs_root)
-    need = sum(kept_bytes(config.checkpoint_bytes(), _keeps_all(config)) for config in configs)
+    logs = Path(configs[0].logs_root)
+    free = shutil.disk_usage(_place(logs)).free
+    need = sum(kept_bytes(one.checkpoint_bytes(), getattr(one, "checkpoints", "all")) for one in configs)
     runs = "the run's checkpoints" if len(configs) == 1 else f"the checkpoints of {len(configs)} runs"
     told = f"{runs} take about {_gb(need)} of {_gb(free)} free in {logs}"
     if need > free:
-        least = sum(kept_bytes(config.checkpoint_bytes(), all_tasks=False) for config in configs)
+        least = sum(kept_bytes(config.checkpoint_bytes(), "last") for config in configs)
         fewer = f"keep the last task's alone (--set checkpoints=last: {_gb(least)}), " if least < need else ""
         raise UserError(f"{told}: {fewer}free some space, or choose another disk with logs_root")
     caches = {config.cache_root: config.cache_gb for config in configs if hasattr(config, "cache_root")}
@@ -44,22 +45,14 @@ def disk_use(configs: Sequence[RunConfig]) -> str:
     return f"Disk: {told}"
 
 
-def kept_bytes(sizes: Sequence[int], all_tasks: bool) -> int:
+def kept_bytes(sizes: Sequence[int], checkpoints: str) -> int:
     """Most that a run's checkpoints take at once, from the size of each task's; a new one joins the last."""
-    return sum(sizes if all_tasks else sorted(sizes)[-2:])
-
-
-def _keeps_all(config: RunConfig) -> bool:
-    return getattr(config, "checkpoints", "all") == "all"
+    return sum(sizes if checkpoints == "all" else sorted(sizes)[-2:])
 
 
 def _place(path: str | Path) -> Path:
     """The path, or the nearest folder above it that is there."""
     return next(folder for folder in (Path(path), *Path(path).absolute().parents) if folder.exists())
-
-
-def _free(path: str | Path) -> int:
-    return shutil.disk_usage(_place(path)).free
 
 
 def _device(path: str | Path) -> int:

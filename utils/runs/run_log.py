@@ -15,8 +15,6 @@ folder as `<folder>.log`. One process at a time writes a run (`utils/runs/folder
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import logging
 import math
@@ -185,12 +183,9 @@ class RunLog:
         Of "validation" images it is `validation_accuracy.csv`.
         Line t is the state after task t; tasks not seen yet are empty cells.
         """
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows(
-            [*row, *[""] * (len(rows) - len(row))] for row in rows
-        )
         name = ACCURACY if images == "test" else VALIDATION_ACCURACY
-        return self._replace(name, text.getvalue().encode())
+        text = pd.DataFrame(list(rows)).to_csv(header=False, index=False, lineterminator="\n")
+        return self._replace(name, text.encode())
 
     def table(self, name: str, table: pd.DataFrame) -> Path:
         """Write a CSV file with a header, at full precision; a missing value is an empty field."""
@@ -318,8 +313,6 @@ class _TextLog(logging.FileHandler):
 
 def _open_text_log(path: Path) -> list[logging.Handler]:
     """Send the program's messages to the run's text log and to the console; returns the handlers added."""
-    if any(isinstance(handler, _TextLog) for handler in logger.handlers):
-        raise RuntimeError("another run's log is still open; close it first: one seed, one log")
     console = attach_console()
     text_log = add_handler(_TextLog(path, encoding="utf-8", errors="backslashreplace"))
     return [text_log] if console is None else [text_log, console]

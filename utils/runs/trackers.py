@@ -54,11 +54,6 @@ class TrackedRun:
     id: str | None
 
     @property
-    def name(self) -> str:
-        """The folder's name: it tells prefix, seed and backbone."""
-        return self.folder.name
-
-    @property
     def group(self) -> str:
         """Name that the seeds of an experiment share: its prefix; of a sweep's cell `<sweep>/<cell>`."""
         sweep, prefix = Path(self.config.get("logs_root", "")).parent, self.config.get("prefix", "run")
@@ -80,7 +75,7 @@ class WandbTracker:
             project=os.environ.get("WANDB_PROJECT", PROJECT),
             id=run.id,
             resume="allow",
-            name=run.name,
+            name=run.folder.name,
             group=run.group,
             config=dict(run.config),
             dir=os.environ.get("WANDB_DIR", run.folder),
@@ -116,7 +111,7 @@ class MlflowTracker:
             self._client.update_run(self.id, status="RUNNING")
             return
         tags = {"group": run.group, "folder": str(run.folder)}
-        self.id = self._client.create_run(self._experiment(), run_name=run.name, tags=tags).info.run_id
+        self.id = self._client.create_run(self._experiment(), run_name=run.folder.name, tags=tags).info.run_id
         params = [entities.Param(key, str(value)[:MLFLOW_TEXT]) for key, value in run.config.items()]
         for start in range(0, len(params), MLFLOW_BATCH):
             self._client.log_batch(self.id, params=params[start : start + MLFLOW_BATCH])

@@ -28,9 +28,9 @@ def free(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
 
 
 def test_checkpoints_of_all_tasks_or_of_the_last_two_are_there_at_once() -> None:
-    assert kept_bytes([1, 2, 3], all_tasks=True) == 6
-    assert kept_bytes([1, 2, 3], all_tasks=False) == 5  # the new one is whole before the old one goes
-    assert kept_bytes([], all_tasks=False) == 0
+    assert kept_bytes([1, 2, 3], "all") == 6
+    assert kept_bytes([1, 2, 3], "last") == 5  # the new one is whole before the old one goes
+    assert kept_bytes([], "last") == 0
 
 
 def test_what_fits_is_told_and_what_does_not_is_refused(

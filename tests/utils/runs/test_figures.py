@@ -12,7 +12,6 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from tests.drawn import assert_readable
-from utils.errors import UserError
 from utils.plotting import STYLE
 from utils.runs.figures import (
     accuracy_curves_figure,
@@ -119,15 +118,6 @@ def test_a_run_killed_while_recording_a_task_is_drawn_as_far_as_it_got(tmp_path:
         text.get_text() for text in matrix.texts
     ]
     assert describe(CONFIG) == "nested_lora · sema · cifar224 · vit · seed 7"
-
-
-def test_what_is_no_run_is_a_sentence(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="holds no config.json"):
-        draw_figures(tmp_path, class_incremental_figures)
-    run = write_run(tmp_path / "run")
-    (run / "config.json").write_text("{")
-    with pytest.raises(UserError, match="config.json is not valid JSON"):
-        draw_figures(run, class_incremental_figures)
 
 
 @pytest.mark.parametrize("tasks", [1, 4, 10, 20, 40])

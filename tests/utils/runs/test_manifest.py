@@ -105,9 +105,6 @@ def test_other_data_and_weights_are_no_change_where_they_were_asked_for(tmp_path
 
 
 DAMAGED = [
-    "",
-    "[]",
-    "{}",
     json.dumps({"versions": SESSION["versions"], "commit": "1" * 40}),  # of an early version of the program
     json.dumps(MANIFEST | {"sessions": []}),
     json.dumps(MANIFEST | {"data": "cifar224"}),

@@ -101,19 +101,6 @@ def test_a_text_log_without_its_folder_is_not_appended_to(tmp_path):
     assert (tmp_path / "run.log").read_text() == "old\n"
 
 
-def test_overwrite_replaces_folder_and_log_and_nothing_else(tmp_path):
-    with create(tmp_path / "run") as run:
-        logger.info("first words")
-        run.metric("epoch", loss=1.0)
-        run.result({})
-    (tmp_path / "run_2").mkdir()
-    with create(tmp_path / "run", overwrite=True, lr=2) as run:
-        logger.info("second words")
-    assert run.folder.name == "run" and (tmp_path / "run_2").exists()
-    assert "first" not in run.log_path.read_text() and "second" in run.log_path.read_text()
-    assert read_metrics(run.folder) == [] and not (run.folder / "result.json").exists()
-
-
 def test_overwrite_refuses_a_folder_that_is_no_run(tmp_path):
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.txt").write_text("years of work")
@@ -126,17 +113,6 @@ def test_a_place_that_cannot_be_written_is_a_sentence(tmp_path):
     (tmp_path / "logs").write_text("a file")
     with pytest.raises(UserError, match="cannot create .*a file stands where a folder is needed"):
         create(tmp_path / "logs" / "run")
-
-
-def test_one_seed_one_log(tmp_path):
-    with create(tmp_path / "seed_1") as one:
-        logger.info("first seed")
-        with pytest.raises(RuntimeError, match="still open"):
-            create(tmp_path / "seed_x")
-    with create(tmp_path / "seed_2") as two:
-        logger.info("second seed")
-    one.close()  # again: harmless
-    assert "second" not in one.log_path.read_text() and "first" not in two.log_path.read_text()
 
 
 def test_console_is_attached_once_and_keeps_progress_bars_whole(tmp_path, capsys):
@@ -179,21 +155,6 @@ def test_every_torn_last_line_is_left_out(tmp_path):
         path.write_bytes(whole[:size])
         finished = whole[:size].count(b"\n")
         assert [event["epoch"] for event in read_metrics(run.folder)] == list(range(finished))
-
-
-@pytest.mark.parametrize(
-    ("text", "told"),
-    [
-        (None, "holds no metrics.jsonl"),
-        ('{"event": "a"}\n{"eve\n{"event": "b"}\n', "line 2 is not valid JSON"),
-        ("[1]\n", "line 1 is not an event"),
-    ],
-)
-def test_damage_inside_the_events_is_a_sentence(tmp_path, text, told):
-    if text is not None:
-        (tmp_path / "metrics.jsonl").write_text(text)
-    with pytest.raises(UserError, match=told):
-        read_metrics(tmp_path)
 
 
 def test_reopen_continues_exactly_where_the_checkpoint_was(tmp_path):
