@@ -19,6 +19,7 @@ One process at a time runs a sweep. `<name>.replaced` beside it holds what it re
 import json
 import logging
 import os
+import shlex
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -210,7 +211,7 @@ def closing_lines(sweep: Sweep, results: Results, paths: Sequence[Path], complet
     if complete and sweep.file.next:
         lines += ["", "Next"]
         for what, command in sweep.file.next.items():
-            lines += [f"  {what}:", f"    {command.replace('{folder}', str(sweep.folder))}"]
+            lines += [f"  {what}:", f"    {command.replace('{folder}', shlex.quote(str(sweep.folder)))}"]
     return lines
 
 

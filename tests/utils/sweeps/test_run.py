@@ -210,6 +210,15 @@ def test_the_report_is_given_every_finished_run(sweep: Command, capsys: Capture)
     assert "nested, seed 1: A_N 12.50, 30 s (1 of 4)" in shown and "4 of 4 runs are finished" in shown
 
 
+def test_what_is_next_can_be_typed_whatever_the_folder(
+    sweep: Command, tmp_path: Path, capsys: Capture
+) -> None:
+    sweep.write(**SINGLE, next={"more": "python main.py --config {folder}/cells/nested_1.json"})
+    assert sweep("--set", f"logs_root={tmp_path / 'my logs'}") == 0
+    path = shlex.split(capsys.readouterr().out.splitlines()[-1])[-1]
+    assert path == f"{tmp_path}/my logs/sweeps/table/cells/nested_1.json"
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Going on
 
