@@ -142,10 +142,7 @@ def describe(config: Mapping[str, Any], finished: bool = True) -> str:
 def accuracy_matrix_figure(
     rows: Sequence[Sequence[float]], totals: Sequence[float], subtitle: str, images: str = "test"
 ) -> Figure:
-    """Heat map of a[t][k] (row t, column k, percent); the last column is accuracy over all seen classes.
-
-    images: "test", or "validation" for those held out of training.
-    """
+    """Heat map of a[t][k] (row t, column k, percent); the last column is accuracy over all seen classes."""
     tasks = len(rows)
     numbered = tasks <= MOST_NUMBERED_TASKS
     cell = 0.56 if tasks <= 12 else 0.44 if numbered else 11.0 / tasks  # inches

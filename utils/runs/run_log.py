@@ -184,8 +184,8 @@ class RunLog:
         Line t is the state after task t; tasks not seen yet are empty cells.
         """
         name = ACCURACY if images == "test" else VALIDATION_ACCURACY
-        text = pd.DataFrame(list(rows)).to_csv(header=False, index=False, lineterminator="\n")
-        return self._replace(name, text.encode())
+        padded = pd.DataFrame([[*row, *[None] * (len(rows) - len(row))] for row in rows])
+        return self._replace(name, padded.to_csv(header=False, index=False, lineterminator="\n").encode())
 
     def table(self, name: str, table: pd.DataFrame) -> Path:
         """Write a CSV file with a header, at full precision; a missing value is an empty field."""

@@ -30,10 +30,7 @@ def value_table(
 
 
 def accuracy_table(matrix: AccuracyMatrix, images: str = "test") -> str:
-    """Rows: after task t. Columns: accuracy (%) on each task seen, then over all their images ("total").
-
-    images: "test", or "validation" for those held out of training.
-    """
+    """Rows: after task t. Columns: accuracy (%) on each task seen, then over all their images ("total")."""
     tasks = [f"task {k}" for k in range(len(matrix.rows))]
     by_column = itertools.zip_longest(*matrix.rows, fillvalue=math.nan)
     values = np.column_stack([*by_column, matrix.curve])
@@ -42,7 +39,7 @@ def accuracy_table(matrix: AccuracyMatrix, images: str = "test") -> str:
 
 
 def accuracy_on(images: str) -> str:
-    """Name of an accuracy: that on "test" images has no other."""
+    """Name of accuracy on "test" images, or on "validation" images, which were held out of training."""
     return "Accuracy" if images == "test" else f"{images.capitalize()} accuracy"
 
 

@@ -17,7 +17,6 @@ import logging
 import math
 import os
 import queue
-import shlex
 import signal
 import socket
 import subprocess
@@ -72,12 +71,6 @@ class Job:
     output: Path
     stop: Path
     resources: Resources
-
-    @property
-    def shell_command(self) -> str:
-        """The same process as a line of a shell script, which can be called from anywhere."""
-        variables = " ".join(f"{name}={value}" for name, value in self.resources.environment.items())
-        return f"cd {shlex.quote(str(self.working_folder))} && {variables} {shlex.join(self.command)}"
 
 
 class Outcome(NamedTuple):

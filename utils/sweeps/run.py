@@ -19,7 +19,6 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 from utils.console import progress
@@ -71,7 +70,6 @@ def run_sweep(
     """Run what the sweep has not finished yet, then write its report.
 
     Args:
-        sweep: the checked table.
         engine: a name in `EXECUTORS`.
         jobs: runs at once; None for as many as fit.
         address: of a Ray cluster; None starts a Ray of our own.
@@ -147,11 +145,10 @@ def commands_of(sweep: Sweep) -> list[str]:
             logger.info(space_for(waiting))
             prepare_folder(sweep, runs, overwrite=False)
         logger.info(f"{len(waiting)} of {len(runs)} runs to do; their configs are in {sweep.folder}")
+        threads = " ".join(f"{name}={n}" for name, n in resources_of(sweep, waiting).environment.items())
+        start = f"cd {shlex.quote(str(Path.cwd()))} && {threads}"
         again = (sys.executable, str(MAIN), "--resume", "auto", "--config")
-        return [
-            replace(job_of(sweep, run), command=(*again, str(run.config_path))).shell_command
-            for run in waiting
-        ]
+        return [f"{start} {shlex.join([*again, str(run.config_path)])}" for run in waiting]
 
 
 def report_sweep(sweep: Sweep) -> None:

@@ -146,9 +146,7 @@ def load_sweep(
     """Read a sweep file and check every cell; nothing is written.
 
     Args:
-        path: the JSON file.
         overrides: texts `key=value` as for a config; they apply to all cells.
-        schemas: method name -> schema.
         only: cells to run, by their names or slugs; empty for all.
         seeds: seeds to run; those that are not in the file join the table. Empty for all of the file.
 

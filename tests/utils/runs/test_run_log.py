@@ -60,10 +60,12 @@ def test_an_existing_run_is_never_overwritten(tmp_path):
         first.result({"seed": 1})
     with create(tmp_path / "run", lr=2) as second:
         pass
+    (tmp_path / "run_3.log").write_text("a text log without its folder")
     with create(tmp_path / "run", lr=3) as third:
         pass
-    assert [run.folder.name for run in (first, second, third)] == ["run", "run_2", "run_3"]
-    assert [run.log_path.name for run in (first, second, third)] == ["run.log", "run_2.log", "run_3.log"]
+    assert [run.folder.name for run in (first, second, third)] == ["run", "run_2", "run_4"]
+    assert [run.log_path.name for run in (first, second, third)] == ["run.log", "run_2.log", "run_4.log"]
+    assert (tmp_path / "run_3.log").read_text() == "a text log without its folder"
     assert json.loads((tmp_path / "run" / "config.json").read_text()) == {"lr": 1}
     assert len(read_metrics(tmp_path / "run")) == 1
     log = third.log_path.read_text()
@@ -91,14 +93,6 @@ def test_the_text_log_ends_with_what_a_run_failed_of(tmp_path, capsys, error, wo
     log = run.log_path.read_text()
     assert all(word in log for word in words) and ("ERROR" in log) == bool(words)
     assert "ERROR" not in capsys.readouterr().out
-
-
-def test_a_text_log_without_its_folder_is_not_appended_to(tmp_path):
-    (tmp_path / "run.log").write_text("old\n")
-    with create(tmp_path / "run") as run:
-        logger.info("new")
-    assert run.folder.name == "run_2"
-    assert (tmp_path / "run.log").read_text() == "old\n"
 
 
 def test_overwrite_refuses_a_folder_that_is_no_run(tmp_path):
@@ -132,17 +126,21 @@ def test_console_is_attached_once_and_keeps_progress_bars_whole(tmp_path, capsys
 # --- events ---
 
 
-def test_metric_lines_are_plain_json(tmp_path):
+def test_lines_and_files_are_plain_json(tmp_path):
     lr = {"fast": np.float32(0.5), 9: -np.inf}
     accuracy, total = np.array([1.0, np.inf]), torch.tensor(0.25)
     with create(tmp_path / "run") as run:
         run.metric("epoch", loss=float("nan"), lr=lr, block=None, ok=np.bool_(True))
         run.metric("task", accuracy=accuracy, total=total, n=np.int64(3), classes=range(2))
+        run.manifest({"device": "cpu", "path": tmp_path})
+        run.result({"final": 1.0, "bad": float("inf")})
         lines = (run.folder / "metrics.jsonl").read_text().splitlines()  # readable while the run is open
     epoch, task = map(json.loads, lines)
     lrs = {"fast": 0.5, "9": None}
     assert epoch == {"event": "epoch", "loss": None, "lr": lrs, "block": None, "ok": True}
     assert task == {"event": "task", "accuracy": [1.0, None], "total": 0.25, "n": 3, "classes": [0, 1]}
+    assert json.loads((run.folder / "result.json").read_text()) == {"final": 1.0, "bad": None}
+    assert json.loads((run.folder / "manifest.json").read_text()) == {"device": "cpu", "path": str(tmp_path)}
 
 
 def test_every_torn_last_line_is_left_out(tmp_path):
@@ -221,14 +219,6 @@ def test_tensorboard_has_tasks_as_steps_hyper_parameters_and_figures(tmp_path):
 
 
 # --- files ---
-
-
-def test_json_files_are_plain(tmp_path):
-    with create(tmp_path / "run") as run:
-        run.manifest({"device": "cpu", "path": tmp_path})
-        run.result({"final": 1.0, "bad": float("inf")})
-    assert json.loads((run.folder / "result.json").read_text()) == {"final": 1.0, "bad": None}
-    assert json.loads((run.folder / "manifest.json").read_text()) == {"device": "cpu", "path": str(tmp_path)}
 
 
 def test_accuracy_csv_is_numeric_and_exact(tmp_path):
