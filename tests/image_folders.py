@@ -23,4 +23,6 @@ def write_folder(root: Path, split: str, names: list[str], suffix: str = ".png",
 def folder_images(paths: list[Path], labels: np.ndarray | None = None) -> FolderImages:
     """Image files that nobody has checked."""
     labels = np.zeros(len(paths)) if labels is None else labels
-    return FolderImages(paths, labels, [sha256_file(path) for path in paths], FileMemo(None, Path(), ""))
+    return FolderImages(
+        paths, labels, {path: sha256_file(path) for path in paths}, FileMemo(None, Path(), "")
+    )

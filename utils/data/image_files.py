@@ -101,8 +101,8 @@ def lacks_data(jpeg: bytes, pixels: np.ndarray) -> bool:
     return not np.array_equal(pixels, decode(jpeg[:end] + FILLER + jpeg[end:]))
 
 
-def check_images(paths: Sequence[Path], memo: FileMemo, label: str) -> list[str]:
-    """SHA-256 of the content of every image file, each decoded once to see that it is whole.
+def check_images(paths: Sequence[Path], memo: FileMemo, label: str) -> dict[Path, str]:
+    """Path -> SHA-256 of the content of every image file, each decoded once to see that it is whole.
 
     At most `THREADS` images are in memory.
 
@@ -138,7 +138,7 @@ def check_images(paths: Sequence[Path], memo: FileMemo, label: str) -> list[str]
         them = "it" if len(problems) == 1 else "them"
         told = f"{counted(len(problems), 'image file')} cannot be used; replace or remove {them}"
         raise UserError(f"Data set {label!r}: {told}: {'; '.join(named)}{more}.")
-    return [hashes[path] for path in paths]
+    return hashes
 
 
 def _checked(path: Path) -> tuple[str, str] | str:

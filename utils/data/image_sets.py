@@ -9,7 +9,7 @@ dataset.train.content_sha256(indices)                   # names the content of t
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,7 +28,7 @@ SPLITS = ("train", "test")  # of a data set
 
 
 class ImageSet:
-    """Images with labels: `labels` is int64 (N,), `self[i]` a new uint8 tensor (3, H, W)."""
+    """Images with labels, int64 (N,); `self[i]` is a new uint8 tensor (3, H, W)."""
 
     def __init__(self, labels: np.ndarray) -> None:
         self.labels = np.asarray(labels, dtype=np.int64)
@@ -37,18 +37,21 @@ class ImageSet:
         return len(self.labels)
 
     def __getitem__(self, index: int) -> Tensor:
-        raise NotImplementedError
+        return self.batch(np.array([index]))[0]
 
     def batch(self, indices: np.ndarray) -> Tensor | list[Tensor]:
         """Several images: uint8 (B, 3, H, W), or a list of (3, H, W) where sizes differ or there are none."""
-        import torch
-
-        images = [self[index] for index in indices]
-        return torch.stack(images) if len({image.shape for image in images}) == 1 else images
+        raise NotImplementedError
 
     def content_sha256(self, indices: np.ndarray) -> str:
         """SHA-256 that names the content of these images, in this order."""
         raise NotImplementedError
+
+
+def _stacked(images: list[Tensor]) -> Tensor | list[Tensor]:
+    import torch
+
+    return torch.stack(images) if len({image.shape for image in images}) == 1 else images
 
 
 class ArrayImages(ImageSet):
@@ -58,11 +61,7 @@ class ArrayImages(ImageSet):
         super().__init__(labels)
         self.images = images if images.ndim == 4 else images[..., None]
 
-    def __getitem__(self, index: int) -> Tensor:
-        return self.batch(np.array([index]))[0]
-
     def batch(self, indices: np.ndarray) -> Tensor:
-        """Several images, uint8 (B, 3, H, W)."""
         import torch
 
         images = self.images[indices]
@@ -82,29 +81,33 @@ class FolderImages(ImageSet):
     Args:
         paths: the files.
         labels: one each.
-        hashes: SHA-256 of the content of each, from `check_images`.
+        hashes: SHA-256 of the content of each, and perhaps of others, from `check_images`.
         memo: where the hashes are remembered; forgets that of a file whose bytes are others when it is read.
 
     Raises:
-        UserError: from `self[i]` and `batch`, naming a file that cannot be read or is no longer the same.
+        UserError: from `batch`, naming a file that cannot be read or is no longer the same.
     """
 
     def __init__(
-        self, paths: Sequence[Path], labels: np.ndarray, hashes: Sequence[str], memo: FileMemo
+        self, paths: Sequence[Path], labels: np.ndarray, hashes: Mapping[Path, str], memo: FileMemo
     ) -> None:
         super().__init__(labels)
         self.paths, self.hashes, self.memo = paths, hashes, memo
 
     def content_sha256(self, indices: np.ndarray) -> str:
-        return hashlib.sha256("".join(self.hashes[index] for index in indices).encode()).hexdigest()
+        hashes = (self.hashes[self.paths[index]] for index in indices)
+        return hashlib.sha256("".join(hashes).encode()).hexdigest()
 
-    def __getitem__(self, index: int) -> Tensor:
+    def batch(self, indices: np.ndarray) -> Tensor | list[Tensor]:
+        return _stacked([self._read(index) for index in indices])
+
+    def _read(self, index: int) -> Tensor:
         import torch
 
         path = self.paths[index]
         try:
             content = path.read_bytes()
-            if hashlib.sha256(content).hexdigest() == self.hashes[index]:
+            if hashlib.sha256(content).hexdigest() == self.hashes[path]:
                 return torch.from_numpy(decode(content)).permute(2, 0, 1)
         except Exception as error:  # decoders raise errors of many kinds on bad bytes
             raise UserError(
@@ -124,13 +127,9 @@ class JoinedImages(ImageSet):
         super().__init__(labels)
         self.parts, self.starts = parts, np.cumsum([0, *map(len, parts)])
 
-    def __getitem__(self, index: int) -> Tensor:
-        ((part, own),) = self._split(np.array([index]))
-        return part[own[0]]
-
     def batch(self, indices: np.ndarray) -> Tensor | list[Tensor]:
-        split = self._split(indices)
-        return split[0][0].batch(split[0][1]) if len(split) == 1 else super().batch(indices)
+        batches = [part.batch(own) for part, own in self._split(indices)]
+        return batches[0] if len(batches) == 1 else _stacked([image for batch in batches for image in batch])
 
     def content_sha256(self, indices: np.ndarray) -> str:
         """Of images of one part as that part names it: what is added changes no name."""
@@ -171,36 +170,34 @@ class Dataset:
     test_origin: str = ""
 
 
-def joined(first: Dataset, others: Sequence[Dataset]) -> Dataset:
-    """A data set with others added: stored images and classes of each follow those before it.
+def joined(parts: Sequence[Dataset]) -> Dataset:
+    """Data sets as one: stored images and classes of each follow those before it.
 
     Raises:
         UserError: a class has the name of an earlier one.
     """
-    if not others:
-        return first
-    every, names = [first, *others], list(first.class_names)
-    for other in others:
-        if known := sorted({*names} & {*other.class_names}):
+    names: list[str] = []
+    for part in parts:
+        if known := sorted({*names} & {*part.class_names}):
             raise UserError(
-                f"Data set {other.name!r}: {len(known)} of its classes, such as {', '.join(known[:3])}, are "
+                f"Data set {part.name!r}: {len(known)} of its classes, such as {', '.join(known[:3])}, are "
                 f"classes of what it is added to; only new classes can be added, rename or remove those."
             )
-        names += other.class_names
-    starts = np.cumsum([0, *(len(one.class_names) for one in every)])
+        names += part.class_names
+    starts = np.cumsum([0, *(len(part.class_names) for part in parts)])
     sets = {"test": None}
-    for source in SPLITS if first.test is not None else SPLITS[:1]:
-        parts = [getattr(one, source) for one in every]
-        labels = [part.labels + start for part, start in zip(parts, starts, strict=False)]
-        sets[source] = JoinedImages(parts, np.concatenate(labels))
+    for source in SPLITS if parts[0].test is not None else SPLITS[:1]:
+        own = [getattr(part, source) for part in parts]
+        labels = [images.labels + start for images, start in zip(own, starts, strict=False)]
+        sets[source] = JoinedImages(own, np.concatenate(labels))
     return Dataset(
-        " + ".join(one.name for one in every),
+        " + ".join(part.name for part in parts),
         names,
         **sets,
-        sha256=hashlib.sha256(" ".join(one.sha256 for one in every).encode()).hexdigest(),
-        left_out=", ".join(one.left_out for one in every if one.left_out),
-        added=tuple(len(one.class_names) for one in others),
-        test_origin="; ".join(dict.fromkeys(one.test_origin for one in every if one.test_origin)),
+        sha256=hashlib.sha256(" ".join(part.sha256 for part in parts).encode()).hexdigest(),
+        left_out=", ".join(part.left_out for part in parts if part.left_out),
+        added=tuple(len(part.class_names) for part in parts[1:]),
+        test_origin="; ".join(dict.fromkeys(part.test_origin for part in parts if part.test_origin)),
     )
 
 
@@ -220,11 +217,12 @@ def from_arrays(
     name: str, class_names: list[str], arrays: dict[str, np.ndarray], splits: Sequence[str] = SPLITS
 ) -> Dataset:
     """A data set of checked arrays `x_train, y_train, x_test, y_test`, those of other splits left aside."""
-    require_images(name, class_names, {split: arrays[f"y_{split}"] for split in splits}, "")
-    digest = hashlib.sha256()
-    for key in (f"{part}_{split}" for split in splits for part in "xy"):
-        array = np.ascontiguousarray(arrays[key])
-        digest.update(f"{key} {array.dtype} {array.shape}".encode())
-        digest.update(array.reshape(-1).view(np.uint8))
-    sets = {split: ArrayImages(arrays[f"x_{split}"], arrays[f"y_{split}"]) for split in splits}
+    labels = {split: arrays[f"y_{split}"].astype(np.int64) for split in splits}
+    require_images(name, class_names, labels, "")
+    digest, sets = hashlib.sha256(), {}
+    for split in splits:
+        sets[split] = ArrayImages(arrays[f"x_{split}"], labels[split])
+        for key, array in ((f"x_{split}", arrays[f"x_{split}"]), (f"y_{split}", labels[split])):
+            digest.update(f"{key} {array.dtype} {array.shape}".encode())
+            digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
     return Dataset(name, class_names, sets["train"], sets.get("test"), digest.hexdigest())

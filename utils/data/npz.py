@@ -28,7 +28,6 @@ def from_npz(name: str, path: Path, splits: Sequence[str] = SPLITS) -> Dataset:
     class_names = _names(path, arrays.pop("class_names"))
     for source in splits:
         _check_split(path, source, arrays[f"x_{source}"], arrays[f"y_{source}"], len(class_names))
-        arrays[f"y_{source}"] = arrays[f"y_{source}"].astype(np.int64)
     return from_arrays(name, class_names, arrays, splits)
 
 

@@ -172,6 +172,11 @@ def test_named_folder_data_sets(tmp_path, place, name):
     dataset = load_dataset(name, tmp_path)
     assert dataset.name == name and len(dataset.class_names) == 3
     assert class_count(name, tmp_path) == 3  # what is there, not what was published
+    for file in (tmp_path / place / "train" / "a").iterdir():
+        file.unlink()
+    with pytest.raises(UserError, match="no train image, such as a"):
+        load_dataset(name, tmp_path)
+    assert len(load_dataset(name, tmp_path, partial=True).train) == 4  # of a task that was learned
 
 
 def test_train_and_test_need_images_of_the_same_classes(folder):
