@@ -118,7 +118,7 @@ class Benchmark:
         self.repeats, self.profile = repeats, profile
         self.plain = load_backbone(learner.config).vit.to(self.device).eval().requires_grad_(False)
         chosen = learner.data.indices(range(1), "train")[: batch_size(config)]
-        self.images = learner.data.views(chosen, "train", "train", ("benchmark",), self.device)
+        self.images = learner.data.views(chosen, "train", ("benchmark",), self.device)
         self.forwards: dict[str, float] = {}  # per image, by the name of a row
         self.rows: list[str] = []  # of the open task
         self.nothing_grows = False

@@ -217,7 +217,7 @@ class SDLoRA(ClassIncrementalLearner):
         """
         size = self.config.eval_batch_size
         left, parts = self.data.count(classes, source), []
-        batches = self.data.batches(classes, source=source, mode="test", batch_size=size)
+        batches = self.data.batches(classes, source=source, batch_size=size)
         told = f"Features of {source} images of {counted(len(classes), 'class', 'classes')}"
         for images, _ in progress(batches, total=-(-left // size), desc=told, unit="batch"):
             if self.stopping():
@@ -230,7 +230,7 @@ class SDLoRA(ClassIncrementalLearner):
     def features_of_images(self, indices: np.ndarray, source: str, among: np.ndarray) -> Tensor:
         size = self.config.eval_batch_size
         batches = (indices[first : first + size] for first in range(0, len(indices), size))
-        views = (self.data.views(batch, source, "test", None, self.device) for batch in batches)
+        views = (self.data.views(batch, source, None, self.device) for batch in batches)
         return torch.cat([self.features(images).cpu() for images in views])
 
     def trained_numbers(self) -> int:
@@ -260,7 +260,7 @@ class LoRAPhase(Phase):
         learner, size = self.learner, self.config.batch_size
         key = ("training", learner.seed, learner.task, epoch)
         return learner.data.batches(
-            learner.classes, source="train", mode="train", batch_size=size, key=key, start=start
+            learner.classes, source="train", batch_size=size, key=key, start=start, view=key
         )
 
     def micro_batches(self, batch: Batch) -> list[Batch]:

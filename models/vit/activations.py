@@ -82,9 +82,7 @@ class Images:
 
     def take(self, indices: np.ndarray) -> Tensor:
         """Views of stored images (n,) -> (n, 3, S, S), float32."""
-        return self.data.views(
-            indices, self.source, "test" if self.view is None else "train", self.view, self.device
-        )
+        return self.data.views(indices, self.source, self.view, self.device)
 
 
 class Activations:

@@ -351,7 +351,7 @@ class ClassIncrementalLearner(Learner):
                 load(checkpoint)
                 found = []
                 for batch in batches:
-                    views = self.data.views(batch, source, "test", None, self.device)
+                    views = self.data.views(batch, source, None, self.device)
                     what = f"the class tokens of {checkpoint.name}"
                     found.append(require_finite(self.class_tokens(views).cpu(), what, self.config.precision))
                     bar.update()

@@ -222,7 +222,7 @@ class TaskInputs:
         groups = [order[first : first + size] for first in range(start * size, len(order), size)]
         if isinstance(source, Images):
             loaded = self.data.batches(
-                classes, source="train", mode="train", batch_size=size, key=key, start=start, view=source.view
+                classes, source="train", batch_size=size, key=key, start=start, view=source.view
             )
             for (images, targets), group in zip(loaded, groups, strict=True):
                 yield Batch(images, targets, 0, len(group))

@@ -94,7 +94,7 @@ def training_features(learner: Learner, task: int) -> tuple[np.ndarray, np.ndarr
     data = learner.data
     indices = data.indices(data.task_classes(task), "train")
     with torch.no_grad():
-        features = learner.features(data.views(indices, "train", "test", None))
+        features = learner.features(data.views(indices, "train", None))
     return features.double().numpy(), data.targets(indices, "train").numpy()
 
 

@@ -59,7 +59,7 @@ def test_the_more_certain_head_counts_more() -> None:
 def features_of(learner: Finetune, task: int, source: str, weights: Tensor) -> Tensor:
     """Features of a task's images with these adapter weights written into an ordinary network."""
     data = learner.data
-    images = data.views(data.indices(data.task_classes(task), source), source, "test", None)
+    images = data.views(data.indices(data.task_classes(task), source), source, None)
     reached = learner.merging.weights()
     learner.merging.write(weights)
     with torch.no_grad():

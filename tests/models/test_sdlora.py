@@ -267,7 +267,7 @@ def test_evaluation_is_merged_and_its_weights_have_no_noise(make_sdlora: Make) -
     learner = run_tasks(make_sdlora(**GATE, **KEEP), 2)
     beta = sparsemax(learner.gate.logits / 0.5)
     assert learner.evaluate() == learner.evaluate() and learner.network.is_merged
-    images = learner.data.views(learner.data.indices(range(2), "test"), "test", "test", None)
+    images = learner.data.views(learner.data.indices(range(2), "test"), "test", None)
     merged = features(learner)
     learner.network.unmerge()
     with torch.no_grad():

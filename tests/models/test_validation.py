@@ -76,7 +76,7 @@ def test_test_images_are_read_when_they_are_asked_for(run: Path, capsys: pytest.
     learner, rows = load_learner(task_checkpoints(run)[-1]), tested["accuracy"]
     for task, percent in enumerate(rows[-1]):
         classes = learner.data.task_classes(task)
-        images, targets = next(learner.data.batches(classes, source="test", mode="test", batch_size=99))
+        images, targets = next(learner.data.batches(classes, source="test", batch_size=99))
         with torch.no_grad():
             found = learner.classify(learner.features(images)).argmax(1)
         assert percent == pytest.approx(100 * float((found == targets).float().mean()))

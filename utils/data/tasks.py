@@ -2,8 +2,8 @@
 
     split = TaskSplit(seed=1993, shuffle=True, init_cls=10, increment=10)
     data = DataManager(dataset, split, train_view=..., test_view=...)
-    how = {"source": "train", "mode": "train", "batch_size": 32, "key": ("functional", 1993, 0)}
-    for images, targets in data.batches(data.task_classes(0), **how):
+    key = ("functional", 1993, 0)
+    for images, targets in data.batches(range(10), source="train", batch_size=32, key=key, view=key):
         ...
 
 *Incremental labels* number the classes in the order in which tasks bring them: `class_order[i]` is the data
@@ -188,7 +188,7 @@ class DataManager:
 
     def images_per_class(self, source: str) -> list[int]:
         """Number of "train", "validation" or "test" images of each incremental class of the tasks."""
-        return [self.count(range(label, label + 1), source) for task in self._tasks for label in task]
+        return [self.count(range(label, label + 1), source) for label in self.seen_classes()]
 
     def indices(self, classes: range, source: str) -> np.ndarray:
         """Stored positions of the images of a range of incremental labels, ascending, int64 (n,)."""
@@ -233,7 +233,7 @@ class DataManager:
         """Line for the log: number of images of the tasks' classes, and which files are left out."""
         classes, parts = self.seen_classes(), []
         for source in self.sources:
-            each = [self.count(range(label, label + 1), source) for label in classes]
+            each = self.images_per_class(source)
             span = " to ".join(f"{count:,}" for count in sorted({min(each), max(each)}))
             parts.append(f"{source} {counted(sum(each), 'image')}, {span} per class")
         if self.dataset.test is None:
@@ -246,33 +246,25 @@ class DataManager:
         return f"{named}: {'; '.join(parts)}"
 
     def views(
-        self,
-        indices: np.ndarray,
-        source: str,
-        mode: str,
-        view: Key | None,
-        device: torch.device | str = "cpu",
+        self, indices: np.ndarray, source: str, view: Key | None, device: torch.device | str = "cpu"
     ) -> Tensor:
         """Network inputs of stored images, float32 (n, 3, S, S), on the device.
 
         Args:
             indices: stored positions, (n,).
             source: "train", "validation" or "test", which images.
-            mode: "train" for the random view that the key `view` draws, "test" for the test view (`view` is
-                None).
+            view: key that draws a random view of each; None for the test view.
 
         Raises:
             UserError: an image cannot be read.
         """
-        spec = self._spec(mode, view)
-        return stored_views(self.images(source), spec, view, indices).to(device)
+        return stored_views(self.images(source), self._spec(view), view, indices).to(device)
 
     def batches(
         self,
         classes: range,
         *,
         source: str,
-        mode: str,
         batch_size: int,
         key: Key | None = None,
         start: int = 0,
@@ -283,20 +275,18 @@ class DataManager:
         Of several processes each gets its shard of every batch, which may be empty.
 
         Args:
-            classes, source, mode: as in `indices` and `views`.
+            classes, source, view: as in `indices` and `views`; each random view depends on its key and on the
+                image's stored position alone.
             batch_size: B, over all processes; the last batch may be smaller.
             key: None for stored order; else it alone decides the order, whatever the number of workers and
                 processes. The global random states are neither read nor changed.
             start: number of batches to skip without computing them.
-            view: key of the random views, of which each depends on it and on the image's stored position
-                alone; None takes `key`.
 
         Raises:
-            ValueError: mode "train" without a key, or an argument out of range. See `load_batches` for what
-                is raised while iterating.
+            ValueError: there are fewer than `start` batches. See `load_batches` for what is raised while
+                iterating.
         """
-        view = None if mode == "test" else key if view is None else view
-        spec = self._spec(mode, view)
+        spec = self._spec(view)
         order = self.indices(classes, source) if key is None else self.order(classes, source, key)
         whole = [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
         if not 0 <= start <= len(whole):
@@ -304,7 +294,7 @@ class DataManager:
         mine = [batch[self._distributed.shard(len(batch))] for batch in whole]
         largest = max(1, -(-min(batch_size, len(order)) // self._distributed.size))
         batch_bytes = largest * (3 * spec.image_size**2 * torch.float32.itemsize + 8)
-        workers, warning = workers_that_fit(self._num_workers, batch_bytes, self._distributed.size)
+        workers, warning = workers_that_fit(self._num_workers, batch_bytes, self._distributed.local_size)
         if warning and not self._warned:
             self._warned = True
             logger.warning(warning)
@@ -326,9 +316,5 @@ class DataManager:
             self._labels[source] = self._split.incremental_labels(labels, source, self.class_order)
         return self._labels[source]
 
-    def _spec(self, mode: str, view: Key | None) -> ViewSpec:
-        if mode not in ("train", "test") or (mode == "train") == (view is None):
-            raise ValueError(
-                f'mode={mode!r}, key={view}: mode is "train" or "test", and only "train" has a key'
-            )
-        return self.train_view if mode == "train" else self.test_view
+    def _spec(self, view: Key | None) -> ViewSpec:
+        return self.test_view if view is None else self.train_view

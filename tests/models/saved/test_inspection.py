@@ -106,7 +106,7 @@ def test_the_numbers_are_those_of_the_networks_that_the_checkpoints_hold(nested:
     tokens = []
     for checkpoint in task_checkpoints(nested):
         learner = load_learner(checkpoint)
-        images, labels = next(iter(learner.data.batches(range(4), source="test", mode="test", batch_size=16)))
+        images, labels = next(iter(learner.data.batches(range(4), source="test", batch_size=16)))
         with torch.no_grad():
             tokens.append(learner.network(images, 0, 3)[:, 0][labels.argsort(stable=True)])
     cka = json.loads((nested / "analysis" / "cka.json").read_text())["cka"]

@@ -34,7 +34,8 @@ def test_workers_are_as_many_as_shared_memory_has_room_for(monkeypatch, caplog, 
     with_shared_memory(monkeypatch, free)
     data, seen = manager(num_workers=2), []
     for _ in range(2):
-        batches = data.batches(range(4), source="train", mode="train", batch_size=5, key=(1993, 0, 1))
+        how = {"source": "train", "batch_size": 5, "key": (1993, 0, 1), "view": (1993, 0, 1)}
+        batches = data.batches(range(4), **how)
         for number, (batch, wanted) in enumerate(zip(batches, expected_batches, strict=True)):
             assert same([batch], [wanted])
             if number == 0:
@@ -49,7 +50,9 @@ def test_processes_of_one_machine_share_its_shared_memory(monkeypatch, caplog):
     with_shared_memory(monkeypatch, 6 * 4000)
     train_batches(manager(num_workers=2))
     assert not caplog.messages
-    train_batches(manager(num_workers=2, distributed=DistributedContext(0, 4)))
+    train_batches(manager(num_workers=2, distributed=DistributedContext(0, 4)))  # on four machines
+    assert not caplog.messages
+    train_batches(manager(num_workers=2, distributed=DistributedContext(0, 4, local_size=4)))
     assert "num_workers = 2: 0 used" in caplog.text
 
 
@@ -66,7 +69,7 @@ def sleeping_batches(**changed):
     images = np.zeros((6, 8, 8, 3), np.uint8)
     sets = [SleepingImages(images, np.zeros(6, int)) for _ in range(2)]
     data = manager(Dataset("slow", ["a"], *sets, ""), init_cls=1, increment=1, num_workers=2, **changed)
-    return data, iter(data.batches(range(1), source="test", mode="test", batch_size=2))
+    return data, iter(data.batches(range(1), source="test", batch_size=2))
 
 
 def test_a_killed_worker_is_one_sentence():
@@ -106,7 +109,7 @@ def test_a_stop_request_ends_the_wait_for_workers(monkeypatch):
 @pytest.mark.parametrize("name", ["SIGINT", "SIGHUP", "SIGTERM"])
 def test_workers_leave_a_request_to_stop_to_the_process_that_started_them(name):
     """A terminal sends it to all: the batches that were asked for still come."""
-    batches = iter(manager(num_workers=2).batches(range(4), source="train", mode="test", batch_size=2))
+    batches = iter(manager(num_workers=2).batches(range(4), source="train", batch_size=2))
     for _ in range(2):  # one of each worker
         next(batches)
     for worker in multiprocessing.active_children():
@@ -122,5 +125,5 @@ def test_unreadable_image_is_one_sentence_with_any_number_of_workers(tmp_path, w
     dataset = Dataset("files", ["a", "b"], images, images, "")
     data = manager(dataset, init_cls=1, increment=1, num_workers=workers)
     with pytest.raises(UserError) as caught:
-        list(data.batches(range(2), source="test", mode="test", batch_size=2))
+        list(data.batches(range(2), source="test", batch_size=2))
     assert str(tmp_path / "broken.png") in str(caught.value) and "\n" not in str(caught.value)

@@ -50,8 +50,10 @@ def corners(images: torch.Tensor) -> torch.Tensor:
     return (images[:, :, 0, 0] * 255).round().long()
 
 
-def train_batches(data: DataManager, key=(1993, 0, 1), **kwargs):
-    return list(data.batches(range(4), source="train", mode="train", batch_size=5, key=key, **kwargs))
+def train_batches(data: DataManager, key=(1993, 0, 1), **more):
+    return list(
+        data.batches(range(4), **{"source": "train", "batch_size": 5, "key": key, "view": key} | more)
+    )
 
 
 def same(left, right) -> bool:
@@ -97,7 +99,7 @@ def test_targets_are_incremental_labels_of_the_right_images():
     data = manager()
     for task in range(data.nb_tasks):
         classes = data.task_classes(task)
-        images, targets = collect(data.batches(classes, source="test", mode="test", batch_size=4))
+        images, targets = collect(data.batches(classes, source="test", batch_size=4))
         assert images.dtype == torch.float32 and targets.dtype == torch.int64
         assert sorted(targets.tolist()) == sorted([*classes] * TEST_EACH)
         assert [data.class_order[t] for t in targets] == corners(images)[:, 0].tolist()
@@ -108,7 +110,7 @@ def test_targets_are_incremental_labels_of_the_right_images():
 
 def test_stored_order_without_key():
     data = manager(shuffle=False)
-    images, targets = collect(data.batches(range(3), source="train", mode="test", batch_size=4))
+    images, targets = collect(data.batches(range(3), source="train", batch_size=4))
     assert targets.tolist() == [0, 1, 2] * TRAIN_EACH
     assert corners(images)[:, 1].tolist() == np.repeat(np.arange(TRAIN_EACH), 3).tolist()
 
@@ -151,7 +153,7 @@ def test_the_log_says_how_many_images_there_are():
 def test_max_per_class_is_a_seeded_nested_subset_in_stored_order():
     def kept(**changed) -> list[tuple[int, int]]:
         data = manager(shuffle=False, **changed)
-        images, _ = collect(data.batches(range(CLASSES), source="train", mode="test", batch_size=50))
+        images, _ = collect(data.batches(range(CLASSES), source="train", batch_size=50))
         return [(c, i) for c, i, _ in corners(images).tolist()]
 
     two, four = kept(max_train_per_class=2), kept(max_train_per_class=4)
@@ -175,32 +177,22 @@ def test_key_decides_order_and_augmentation():
     assert [len(targets) for _, targets in train_batches(data, key=(-1, 2**70))] == [5, 5, 5, 5, 4]
 
 
-def test_images_of_a_batch_and_batches_of_an_epoch_get_different_views():
-    dataset = make_dataset()
-    dataset.train.images[:] = dataset.train.images[0]  # equal images: only the augmentation differs
-    images, _ = collect(train_batches(manager(dataset)))
-    assert len({image.numpy().tobytes() for image in images}) == len(images)
+def test_start_gives_the_tail_and_reads_nothing_else():
+    class Counted(ArrayImages):
+        def batch(self, indices):
+            read.extend(indices)
+            return super().batch(indices)
 
-
-@pytest.mark.parametrize("start", range(6))
-def test_start_gives_the_tail(start):
-    data = manager()
-    assert same(train_batches(data, start=start), train_batches(data)[start:])
-
-
-def test_start_does_not_compute_what_it_skips(monkeypatch):
-    read, batch = [], ArrayImages.batch
-    monkeypatch.setattr(
-        ArrayImages, "batch", lambda self, indices: read.extend(indices) or batch(self, indices)
-    )
-    data = manager()
-    assert len(train_batches(data, start=4)) == 1
-    assert read == data.order(range(4), "train", (1993, 0, 1))[20:].tolist()
-
-
-@pytest.mark.parametrize("workers", [1, 2])
-def test_number_of_workers_changes_nothing(workers):
-    assert same(train_batches(manager()), train_batches(manager(num_workers=workers)))
+    dataset, read = make_dataset(), []
+    train = Counted(dataset.train.images, dataset.train.labels)
+    data = manager(Dataset("toy", dataset.class_names, train, dataset.test, ""))
+    whole, order = train_batches(data), data.order(range(4), "train", (1993, 0, 1)).tolist()
+    for start in range(6):
+        read.clear()
+        assert same(train_batches(data, start=start), whole[start:]) and read == order[5 * start :]
+    for start in (-1, 99):
+        with pytest.raises(ValueError):
+            train_batches(data, start=start)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -210,17 +202,9 @@ def test_global_random_states_are_neither_read_nor_changed(workers):
     torch.manual_seed(5), np.random.seed(5), random.seed(5)
     before = torch.random.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
     assert same(train_batches(data), expected)
-    list(data.batches(range(4), source="test", mode="test", batch_size=5))
+    list(data.batches(range(4), source="test", batch_size=5))
     assert torch.equal(torch.random.get_rng_state(), before[0])
     assert (np.random.get_state()[1] == before[1]).all() and random.getstate() == before[2]
-
-
-def test_key_with_test_view_shuffles_only():
-    data = manager()
-    options = dict(source="train", mode="test", batch_size=50)
-    (stored,), (mixed,) = data.batches(range(4), **options), data.batches(range(4), **options, key=(3,))
-    order = np.argsort(data.order(range(4), "train", (3,)))
-    assert torch.equal(mixed[0][order], stored[0]) and not torch.equal(stored[1], mixed[1])
 
 
 @pytest.mark.parametrize("batch_size", [1, 5, 7, 24])
@@ -228,28 +212,25 @@ def test_key_with_test_view_shuffles_only():
 def test_a_view_depends_on_its_key_and_image_alone(batch_size, workers):
     data, view = manager(), (4, 1)
     indices = data.indices(range(4), "train")
-    expected = dict(zip(indices.tolist(), data.views(indices, "train", "train", view), strict=True))
+    expected = dict(zip(indices.tolist(), data.views(indices, "train", view), strict=True))
     other = manager(num_workers=workers, max_train_per_class=5)
     key = (1, batch_size)
     images, targets = collect(
-        other.batches(range(2, 4), source="train", mode="train", batch_size=batch_size, key=key, view=view)
+        other.batches(range(2, 4), source="train", batch_size=batch_size, key=key, view=view)
     )
     order = other.order(range(2, 4), "train", key)
     assert len(order) == 10 and torch.equal(targets, other.targets(order, "train"))
     assert torch.equal(images, torch.stack([expected[index] for index in order.tolist()]))
 
 
-def test_order_and_views_are_named_apart():
+@pytest.mark.parametrize("view", [None, (1,), (2,)], ids=["test view", "view of the order's key", "view"])
+def test_the_key_of_the_order_and_that_of_the_views_are_apart(view):
     data = manager()
-    common = dict(source="train", mode="train", batch_size=50)
-    (by_key,) = data.batches(range(4), **common, key=(1,))
-    (by_both,) = data.batches(range(4), **common, key=(1,), view=(1,))
-    (other_view,) = data.batches(range(4), **common, key=(1,), view=(2,))
-    (stored,) = data.batches(range(4), **common, view=(2,))
-    assert same([by_key], [by_both]) and not torch.equal(by_key[0], other_view[0])
+    (stored,) = train_batches(data, batch_size=50, key=None, view=view)
+    (mixed,) = train_batches(data, batch_size=50, key=(1,), view=view)
     order = np.argsort(data.order(range(4), "train", (1,)))
-    assert torch.equal(other_view[0][order], stored[0]) and torch.equal(other_view[1], by_key[1])
-    assert data.order(range(4), "train", (1,)).tolist() != data.indices(range(4), "train").tolist()
+    assert torch.equal(mixed[0][order], stored[0]) and torch.equal(mixed[1][order], stored[1])
+    assert not torch.equal(stored[1], mixed[1])
 
 
 # ------------------------------------------------------------------------------------------ several processes
@@ -291,27 +272,13 @@ def folder_manager(tmp_path, sizes: list[tuple[int, int]], **changed) -> DataMan
 def test_images_of_different_sizes_get_the_views_that_each_gets_alone(tmp_path, workers):
     sizes = [(20, 30), (31, 12), (20, 30), (9, 9), (40, 20)]
     data = folder_manager(tmp_path, sizes, num_workers=workers)
-    for mode, view in (("train", (7,)), ("test", None)):
-        alone = torch.cat([data.views(np.array([i]), "train", mode, view) for i in range(10)])
-        images, _ = collect(data.batches(range(2), source="train", mode=mode, batch_size=4, view=view))
+    for view in ((7,), None):
+        alone = torch.cat([data.views(np.array([i]), "train", view) for i in range(10)])
+        images, _ = collect(data.batches(range(2), source="train", batch_size=4, view=view))
         by_class = torch.from_numpy(data.indices(range(2), "train"))
         assert torch.equal(images, alone[by_class])
-        assert torch.equal(data.views(np.array([0, 2]), "train", mode, view), alone[[0, 2]])  # of one size
-        assert data.views(np.arange(0), "train", mode, view).shape[:2] == (0, 3)  # as of an empty shard
-
-
-# ----------------------------------------------------------------------------------------------------- misuse
-
-
-def test_wrong_arguments():
-    data = manager()
-    good = dict(source="train", mode="train", batch_size=4, key=(1,))
-    for wrong in ({"key": None}, {"mode": "eval"}, {"start": 99}, {"start": -1}):
-        with pytest.raises(ValueError):
-            data.batches(range(4), **(good | wrong))
-    for mode, view in (("train", None), ("test", (1,)), ("eval", (1,))):
-        with pytest.raises(ValueError, match="mode"):
-            data.views(np.arange(2), "train", mode, view)
+        assert torch.equal(data.views(np.array([0, 2]), "train", view), alone[[0, 2]])  # of one size
+        assert data.views(np.arange(0), "train", view).shape[:2] == (0, 3)  # as of an empty shard
 
 
 # ------------------------------------------------------------------------------------------------- validation
@@ -342,7 +309,7 @@ def test_validation_images_are_held_out_of_training_the_same_for_every_run():
 
 def test_validation_views_and_hashes_are_of_the_training_images():
     data, dataset = manager(validation_share=0.3), make_dataset()
-    images, targets = collect(data.batches(range(4), source="validation", mode="test", batch_size=5))
+    images, targets = collect(data.batches(range(4), source="validation", batch_size=5))
     assert (corners(images)[:, 2] == 0).all() and len(targets) == 8
     before = data.content_sha256(0, "validation")
     dataset.train.images[data.indices(data.task_classes(0), "validation")[0], 0, 0, 0] ^= 1
