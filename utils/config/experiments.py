@@ -10,17 +10,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from utils.config.loading import Schemas, read_values
+from utils.config.loading import Schemas, known_method, read_values
 from utils.config.messages import no_such, parsed
 from utils.errors import UserError
-from utils.files import read_json
 
 PROJECT = Path(__file__).resolve().parents[2]
 TABLE_KEYS = {"cells", "grid", "set"}  # of which a sweep has one at least, and no config any
 
 
 class Shipped(NamedTuple):
-    """A shipped file; of a sweep neither method nor data set are known, "" where a method has no data set."""
+    """A shipped file; method and data set are "" where it is no config, or its method has no data set."""
 
     path: str  # from the project's folder
     sweep: bool
@@ -38,6 +37,8 @@ def located(path: Path) -> Path:
 
 def kind_of(path: Path, schemas: Schemas) -> str:
     """Whether a file is a "sweep" or a "config"; "" where it does not tell, of which its loader says why."""
+    if not path.is_file():  # a pipe gives its content once, to its loader
+        return ""
     try:
         keys = json.loads(path.read_text(encoding="utf-8-sig")).keys()
     except (OSError, ValueError, AttributeError, RecursionError):
@@ -52,14 +53,12 @@ def shipped_files(schemas: Schemas) -> list[Shipped]:
     """All files below `exps/`, in the order of their paths."""
     found = []
     for path in sorted(PROJECT.glob("exps/**/*.json")):
-        method = dataset = ""
-        if not (sweep := kind_of(path, schemas) == "sweep"):
-            values = read_values(path)
-            method = values.get("model_name", next(iter(schemas)))
-            field = schemas[method].model_fields.get("dataset")
-            dataset = values.get("dataset", field.default) if field else ""
-        description = read_json(path).get("description", "")
-        found.append(Shipped(path.relative_to(PROJECT).as_posix(), sweep, method, dataset, description))
+        sweep, values = kind_of(path, schemas) == "sweep", read_values(path)
+        method = known_method(values, schemas) if values and not sweep else None
+        field = schemas[method].model_fields.get("dataset") if method else None
+        dataset = values.get("dataset", field.default) if field else ""
+        name, description = path.relative_to(PROJECT).as_posix(), values.get("description", "")
+        found.append(Shipped(name, sweep, method or "", str(dataset), str(description)))
     return found
 
 
@@ -86,10 +85,13 @@ def advice_on_method(path: Path, overrides: Sequence[str], schemas: Schemas) -> 
 
     None where it was not, or where the other method has all keys of the file.
     """
-    values = read_values(path)
     settings = dict(override.partition("=")[::2] for override in overrides)
-    own, asked = values.get("model_name", next(iter(schemas))), parsed(settings.pop("model_name", "null"))
-    if own not in schemas or asked not in schemas or asked == own:
+    if "model_name" not in settings:
+        return None
+    values = read_values(path)
+    own = known_method(values, schemas)
+    asked = known_method({"model_name": parsed(settings["model_name"])}, schemas)
+    if own is None or asked in (None, own):
         return None
     if not values.keys() - schemas[asked].model_fields.keys() - schemas[asked].legacy_keys.keys():
         return None

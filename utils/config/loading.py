@@ -157,6 +157,12 @@ def read_values(path: Path) -> dict[str, Any]:
     return _read_chain(path).values
 
 
+def known_method(values: Mapping[str, Any], schemas: Schemas) -> str | None:
+    """The method that a config names, the first where it names none; None for one that does not exist."""
+    name = values.get("model_name", next(iter(schemas)))
+    return name if isinstance(name, str) and name in schemas else None
+
+
 def read_object(path: Path, schema: type[BaseModel]) -> CheckedObject:
     """Read a JSON file that is not a run's config, such as a sweep, and check every key; nothing is raised.
 
@@ -254,7 +260,8 @@ def _missing(path: Path) -> str:
 
 def _check(draft: Draft, schemas: Schemas, source: str) -> LoadedConfig:
     values, origins = draft.values, draft.origins
-    method, schema, faults = _pick_schema(values, schemas)
+    named = {name: value for name, value in values.items() if name not in draft.taken_back}
+    method, schema, faults = _pick_schema(named, schemas)
     fields = schema.model_fields
     no_nulls = field_faults(schema, {name: None for name in draft.taken_back if name in fields})
     for name in draft.taken_back:  # back to the default, but where null is a value of its own
@@ -300,11 +307,11 @@ def _check(draft: Draft, schemas: Schemas, source: str) -> LoadedConfig:
 
 def _pick_schema(values: Mapping[str, Any], schemas: Schemas) -> tuple[str, type[RunConfig], dict[str, str]]:
     """The method and its schema; for an unknown method the nearest's, else the first's, and the fault."""
-    name = values.get("model_name", next(iter(schemas)))
-    if isinstance(name, str) and name in schemas:
-        return name, schemas[name], {}
-    judged = nearest(str(name), schemas) or next(iter(schemas))
-    return judged, schemas[judged], {"model_name": no_such("method", str(name), list(schemas))}
+    if method := known_method(values, schemas):
+        return method, schemas[method], {}
+    name = str(values["model_name"])
+    judged = nearest(name, schemas) or next(iter(schemas))
+    return judged, schemas[judged], {"model_name": no_such("method", name, list(schemas))}
 
 
 def _unknown_keys(

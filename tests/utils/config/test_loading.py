@@ -312,6 +312,8 @@ def test_null_takes_back_a_key_that_the_method_of_the_child_has_not(tmp_path: Pa
     write(tmp_path, {"model_name": "sema", "rd_dim": 8}, "base.json")
     top = write(tmp_path, {"base": "base.json", "model_name": "finetune", "rd_dim": None})
     assert load_config(top, [], SCHEMAS).config.model_name == "finetune"
+    first = write(tmp_path, {"base": "config.json", "model_name": None}, "first.json")
+    assert load_config(first, [], SCHEMAS).config.model_name == next(iter(SCHEMAS))
     (line,) = problems_of(write(tmp_path, {"base": "base.json", "buffer_size": None}))
     assert "buffer_size = null: a wrong type" in line  # not inherited
 
