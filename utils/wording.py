@@ -6,6 +6,7 @@ shortened(["bed", "bee", "boy"], 10)   # "bed, bee and 1 more"
 some(["a", "b", "c", "d", "e"])        # "a, b, c, d and 1 more"
 duration(90)                           # "90 s"
 as_typed("main.py", "--resume", "a b") # "python main.py --resume 'a b'"
+escaped("\\udcff.png")                 # r"\udcff.png": bytes of a name that are no text
 """
 
 import shlex
@@ -54,3 +55,13 @@ def duration(seconds: float) -> str:
 def as_typed(script: str, *arguments: object) -> str:
     """A command of this program as one types it in a shell."""
     return shlex.join(["python", script, *map(str, arguments)])
+
+
+def is_utf8(text: str) -> bool:
+    """Whether all of it is characters; bytes of a file's name that are none appear as lone surrogates."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def escaped(text: str) -> str:
+    """The text with what is no character as an escape: every console and file takes it."""
+    return text.encode("utf-8", "backslashreplace").decode()

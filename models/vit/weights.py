@@ -26,10 +26,10 @@ from torch import Tensor
 
 from models.vit.backbones import PACKAGE_TAG
 from utils.data.download import fetch_asset
-from utils.data.image_files import is_utf8
 from utils.errors import UserError
 from utils.files import npz_headers, why_no_file
 from utils.training.device import first_line
+from utils.wording import is_utf8
 
 log = logging.getLogger("nested_lora")
 

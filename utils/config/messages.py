@@ -12,6 +12,8 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from utils.wording import escaped
+
 MAX_WIDTH = 80  # characters of a value that are shown
 MAX_CHOICES = 8  # names that are listed where one is wrong
 FAULTS = {  # words for pydantic's error types; other types keep pydantic's own message
@@ -174,5 +176,5 @@ def shown(value: Any) -> str:
 
 def printable(text: str) -> str:
     """A text that every console and file takes, cut when long."""
-    text = text.encode("utf-8", "backslashreplace").decode()
+    text = escaped(text)
     return text if len(text) <= MAX_WIDTH else text[: MAX_WIDTH - 1] + "…"

@@ -18,6 +18,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from utils.errors import UserError
 from utils.metric_catalogue import MetricSpec
 from utils.training.device_names import check_device_name, may_be_absent
+from utils.wording import is_utf8
 
 MAX_COUNT = 10**6  # of batches, epochs, images, ...: a larger number is a typing mistake
 MAX_PATH_BYTES, MAX_NAME_BYTES = 4096, 255  # limits of file systems: a whole path, each name in it
@@ -42,7 +43,7 @@ def check_text(text: str) -> None:
     """Raises ValueError for text that no file and no path can hold."""
     if "\0" in text:
         raise ValueError("holds a NUL character")
-    if any("\ud800" <= character <= "\udfff" for character in text):
+    if not is_utf8(text):
         raise ValueError("holds half a surrogate pair, which is no character")
 
 

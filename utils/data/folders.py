@@ -17,10 +17,11 @@ from pathlib import Path
 import numpy as np
 
 from utils.cache.file_memo import FileMemo
-from utils.data.image_files import DECODER, check_images, is_utf8, printable, why_bad
+from utils.data.image_files import DECODER, check_images, why_bad
 from utils.data.image_sets import SPLITS, Dataset, FolderImages, require_images
 from utils.errors import UserError
 from utils.files import sha256_file, why_no_file
+from utils.wording import escaped, is_utf8
 
 TEST_FOLDERS = ("test", "val", "valid", "validation")  # the first that is there holds the test images
 CONVERT = (".heic", ".heif", ".hif", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".jxl")
@@ -48,7 +49,7 @@ class FolderScan:
 
     def leave_out(self, reason: str, path: str | Path) -> None:
         """Count a path as not read."""
-        self._left_out[reason].append(printable(os.path.basename(path)))
+        self._left_out[reason].append(escaped(os.path.basename(path)))
 
     def visible(self, names: list[str]) -> list[str]:
         """Names that are not hidden, in sorted order."""
@@ -123,9 +124,7 @@ def class_folders(split: Path, scan: FolderScan) -> dict[str, list[Path]]:
         if not os.path.isdir(split / name):
             scan.leave_out("outside the class folders", name)
         elif not is_utf8(name):
-            raise UserError(
-                f"{split}: the name of the class folder {printable(name)} is not UTF-8; rename it."
-            )
+            raise UserError(f"{split}: the name of the class folder {escaped(name)} is not UTF-8; rename it.")
         else:
             found[unicodedata.normalize("NFC", name)].append(split / name)
     return dict(sorted(found.items()))

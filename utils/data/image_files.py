@@ -21,7 +21,7 @@ from utils.cache.file_memo import FileMemo, read_signed
 from utils.console import progress
 from utils.errors import UserError
 from utils.files import why_no_file
-from utils.wording import counted
+from utils.wording import counted, escaped, is_utf8
 
 FORMAT = 2  # counts changes of this file that change pixels, or which files are good
 DECODER = f"Pillow {PIL.__version__}, format {FORMAT}"
@@ -133,7 +133,7 @@ def check_images(paths: Sequence[Path], memo: FileMemo, label: str) -> dict[Path
                 memo.add(good)
             hashes |= {path: sha256 for path, (_, sha256) in good.items()}
     if problems:
-        named = [f"{printable(path)} ({reason})" for path, reason in sorted(problems.items())[:NAMED]]
+        named = [f"{escaped(str(path))} ({reason})" for path, reason in sorted(problems.items())[:NAMED]]
         more = f"; and {len(problems) - NAMED:,} more" if len(problems) > NAMED else ""
         them = "it" if len(problems) == 1 else "them"
         told = f"{counted(len(problems), 'image file')} cannot be used; replace or remove {them}"
@@ -156,13 +156,3 @@ def why_bad(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
         return "it is in no format that Pillow reads"
     return " ".join(str(getattr(error, "strerror", None) or error or type(error).__name__).split())
-
-
-def is_utf8(name: str) -> bool:
-    """Whether a name that the system gave is text; bytes that are not appear as lone surrogates."""
-    return not any("\ud800" <= character <= "\udfff" for character in name)
-
-
-def printable(name: str | Path) -> str:
-    """A name with bytes that are not UTF-8 as escapes."""
-    return str(name).encode("utf-8", "backslashreplace").decode("utf-8")
