@@ -35,37 +35,25 @@ def resolve_device(spec: str | int | list[str | int]) -> tuple[torch.device, str
         UserError: the name is unknown, or the device was asked for by name and is absent.
     """
     check_device_name(spec)
-    if isinstance(spec, (list, tuple)):
-        return _resolve_list(spec)
-    name = str(spec).lower()
+    names = [str(item).lower() for item in (spec if isinstance(spec, list) else [spec])]
+    name = names[0]
     if name == "auto":
-        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu"), None
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     if name in ("cpu", "-1"):
         return torch.device("cpu"), None
     if name == "mps":
-        if not torch.backends.mps.is_available():
-            raise UserError(
-                'device = "mps" was asked for, but this PyTorch sees no MPS device; use "auto" or "cpu"'
-            )
-        return torch.device("mps"), None
-    if not name.startswith("cuda"):
-        return _resolve_list([name])
-    index, seen = int(name.partition(":")[2] or 0), torch.cuda.device_count()
-    if index >= seen:
-        raise UserError(
-            f'device = "{spec}" was asked for, but this PyTorch sees {seen} CUDA devices; use "auto" or "cpu"'
-        )
-    return torch.device("cuda", index), None
-
-
-def _resolve_list(spec: list[str | int]) -> tuple[torch.device, str | None]:
-    names = [str(item) for item in spec]
-    if names[0] == "-1":
-        return torch.device("cpu"), None
-    if int(names[0]) < torch.cuda.device_count():
-        several = f"device = {spec!r}: only GPU {names[0]} is used" if len(names) > 1 else None
-        return torch.device("cuda", int(names[0])), several
-    return torch.device("cpu"), f"device = {spec!r}: no such GPU here, running on the CPU"
+        if torch.backends.mps.is_available():
+            return torch.device("mps"), None
+        seen = "no MPS device"
+    else:
+        index, gpus = int(name.removeprefix("cuda").removeprefix(":") or 0), torch.cuda.device_count()
+        if index < gpus:
+            several = f"device = {spec!r}: only GPU {index} is used" if len(names) > 1 else None
+            return torch.device("cuda", index), several
+        if name.isdecimal():
+            return torch.device("cpu"), f"device = {spec!r}: no such GPU here, running on the CPU"
+        seen = f"{gpus} CUDA devices"
+    raise UserError(f'device = "{spec}" was asked for, but this PyTorch sees {seen}; use "auto" or "cpu"')
 
 
 def resolve_precision(precision: str, device: torch.device) -> tuple[str, str | None]:
@@ -79,10 +67,8 @@ def resolve_precision(precision: str, device: torch.device) -> tuple[str, str | 
         return "bf16" if has_bf16(device) and has_bf16_products(device) else "fp32", None
     if precision != "bf16" or has_bf16(device):
         return precision, None
-    return (
-        "fp32",
-        f'precision = "bf16": {device.type} has no bf16 instructions here, where it would crawl; using fp32',
-    )
+    fault = f"{device.type} has no bf16 instructions here, where it would crawl"
+    return "fp32", f'precision = "bf16": {fault}; using fp32'
 
 
 def has_bf16(device: torch.device) -> bool:

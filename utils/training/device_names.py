@@ -7,8 +7,8 @@ import re
 
 from utils.errors import UserError
 
-GPU_NUMBER = re.compile("[0-9]{1,4}")
-NAME = re.compile("auto|cpu|mps|cuda(:[0-9]{1,4})?|-1|[0-9]{1,4}", re.IGNORECASE)
+LISTED = re.compile("-1|[0-9]{1,4}")
+NAME = re.compile(f"auto|cpu|mps|cuda(:[0-9]{{1,4}})?|{LISTED.pattern}", re.IGNORECASE)
 DEVICES = 'allowed: "auto", "cpu", "mps", "cuda", "cuda:N", or a published list such as ["0"] or ["-1"]'
 
 
@@ -19,10 +19,7 @@ def may_be_absent(spec: str | int | list[str | int]) -> bool:
 
 def check_device_name(spec: str | int | list[str | int]) -> None:
     """Raises UserError for what no device is called, wherever the run is to be."""
-    listed = isinstance(spec, (list, tuple))
-    names = [str(item) for item in spec] if listed else [str(spec)]
-    known = all(
-        name == "-1" or GPU_NUMBER.fullmatch(name) if listed else NAME.fullmatch(name) for name in names
-    )
-    if not names or not known:
+    known = LISTED if isinstance(spec, list) else NAME
+    names = [str(item) for item in (spec if isinstance(spec, list) else [spec])]
+    if not names or not all(map(known.fullmatch, names)):
         raise UserError(f"device = {spec!r} is unknown; {DEVICES}")

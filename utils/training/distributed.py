@@ -100,33 +100,24 @@ class DistributedContext:
                 f"{what} differs on rank {differing} from rank 0: run the same code on devices of one kind"
             )
 
-    def broadcast_text(self, text: str | None) -> str:
-        """Rank 0's text on every rank, such as the run folder's path; what other ranks pass is ignored."""
-        box = [text]
-        if self.size > 1:
-            dist.broadcast_object_list(box, src=0, device=self._carrier)
-        return box[0]
-
     def on_main(self, call: Callable[[], str]) -> str:
-        """Result of a call made on rank 0 only, on every rank.
+        """Text that a call returns on rank 0, the only one to make it, on every rank.
 
         A UserError or OSError that it raises there is raised there, and a UserError of the same words on the
         others.
         """
-        text, refused = "", None
+        told, refused = ["", None], None  # the text, or why there is none
         if self.is_main:
             try:
-                text = call()
+                told[0] = call()
             except (UserError, OSError) as error:
                 refused = error
-        problem = self.broadcast_text(
-            os_error_sentence(refused) if isinstance(refused, OSError) else str(refused or "")
-        )
-        if refused is not None:
-            raise refused
-        if problem:
-            raise UserError(problem)
-        return self.broadcast_text(text)
+                told[1] = os_error_sentence(error) if isinstance(error, OSError) else str(error)
+        if self.size > 1:
+            dist.broadcast_object_list(told, src=0, device=self._carrier)
+        if told[1] is not None:
+            raise refused or UserError(told[1])
+        return told[0]
 
 
 def context_from_environment() -> DistributedContext:

@@ -107,7 +107,7 @@ class GroupedOptimizer:
 
     Args:
         kind: a key of `OPTIMIZERS`.
-        groups: empty ones are dropped; a tensor in two of them is an error.
+        groups: empty ones are dropped; ValueError for a tensor in two of them, and for a frozen one.
         weight_decay: for every group.
         epochs: the length of the cosine; `end_epoch` moves along it.
         min_lr: where the cosine ends.
@@ -122,10 +122,14 @@ class GroupedOptimizer:
         weight_decay: float,
         epochs: int,
         min_lr: float,
-        step_decay: "StepDecay | None" = None,
+        step_decay: StepDecay | None = None,
     ) -> None:
         self.groups = [group for group in groups if group.parameters]
-        assert_partition([group.parameters for group in self.groups])
+        self.parameters = [parameter for group in self.groups for parameter in group.parameters]
+        if len(set(map(id, self.parameters))) < len(self.parameters):
+            raise ValueError("a parameter is in two optimizer groups")
+        if not all(parameter.requires_grad for parameter in self.parameters):
+            raise ValueError("a frozen parameter is in an optimizer group")
         self.steps = 0
         self._optimizer = OPTIMIZERS[kind](
             [{"params": g.parameters, "lr": g.lr} for g in self.groups], weight_decay
@@ -142,18 +146,16 @@ class GroupedOptimizer:
 
     def gradients(self) -> list[Tensor]:
         """The gradient of every parameter, a zero one where the loss did not reach it."""
-        parameters = [parameter for group in self.groups for parameter in group.parameters]
-        for parameter in parameters:
+        for parameter in self.parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        return [parameter.grad for parameter in parameters]
+        return [parameter.grad for parameter in self.parameters]
 
     def divide_gradients(self, divisor: float) -> None:
         """Turn gradients of a sum into those of a mean."""
-        for group in self.groups:
-            for parameter in group.parameters:
-                if parameter.grad is not None:
-                    parameter.grad /= divisor
+        for parameter in self.parameters:
+            if parameter.grad is not None:
+                parameter.grad /= divisor
 
     def moves_next(self, group: ParameterGroup) -> bool:
         """Whether the group is updated by the coming step."""
@@ -218,22 +220,6 @@ class GroupedOptimizer:
         self.steps = int(state["steps"])
         for group, saved in zip(self.groups, state["accumulated_grads"], strict=True):
             group.accumulated_grads = list(saved)
-
-
-def assert_partition(groups: Sequence[Sequence[nn.Parameter]]) -> None:
-    """Every tensor is in one group only and learns.
-
-    Raises:
-        ValueError: a tensor is in two groups, or is frozen.
-    """
-    seen: set[int] = set()
-    for parameters in groups:
-        for parameter in parameters:
-            if id(parameter) in seen:
-                raise ValueError("a parameter is in two optimizer groups")
-            if not parameter.requires_grad:
-                raise ValueError("a frozen parameter is in an optimizer group")
-            seen.add(id(parameter))
 
 
 def assert_complete(groups: Sequence[ParameterGroup], learning: Iterable[nn.Parameter]) -> None:
