@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from utils.cache.file_memo import IMAGES, memo_files
-from utils.cache.tensor_cache import ABOUT, MARKER, groups_in, last_use, remove_group
+from utils.cache.groups import ABOUT, MARKER, groups_in, last_use, remove_group
 from utils.command_line import given_path
 from utils.console import prepare_console
 from utils.errors import AGAIN, UserError, exit_code

@@ -5,8 +5,8 @@
 
 A tensor lies in `<root>/<group>/<key>.cached.safetensors` with a SHA-256 over its bytes, dtype, shape, group
 and key, which a process compares when it opens the file: a damaged or misplaced file is removed, its tensor
-built again. Files appear whole, by a rename. Groups are removed as a whole, by `drop` or for room; the
-modification time of a group's folder is its last use. Nothing but files named like these is ever removed.
+built again. Files appear whole, by a rename. Groups (`utils.cache.groups`) are removed as a whole, by `drop`
+or for room.
 """
 
 import hashlib
@@ -26,15 +26,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from utils.cache.groups import ABOUT, MARKER, SUFFIX, groups_in, last_use, remove_group
+
 logger = logging.getLogger("nested_lora")
 
 LARGE = 8 * 2**20  # bytes above which a tensor stays open
 RESERVE = 2 * 10**9  # bytes of the disk that are left free
-MARKER = "CACHE"  # file that says that a folder is a cache
 LOCK = ".lock"  # held by the process that writes
 UNFINISHED = ".writing"  # what that process writes, before its rename
-ABOUT = "about.json"
-SUFFIX = ".cached.safetensors"
 NAME = re.compile(r"[A-Za-z0-9_-]+")
 
 
@@ -206,41 +205,3 @@ def _checksum(path: Path, tensor: Tensor) -> str:
     digest = hashlib.sha256(f"{path.parent.name}/{path.name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
     digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def last_use(group: Path) -> float:
-    """Seconds since 1970; 0 for what is not there."""
-    with suppress(OSError):
-        return group.stat().st_mtime
-    return 0.0
-
-
-def groups_in(root: Path) -> dict[str, dict[str, int]]:
-    """Group -> name -> bytes of the cache's own files; a folder that has none is no group."""
-    folders = sorted(root.iterdir()) if root.is_dir() else []
-    found = {path.name: _files(path) for path in folders if not path.is_symlink()}
-    return {group: files for group, files in found.items() if files}
-
-
-def _files(group: Path) -> dict[str, int]:
-    """Name -> bytes of the cache's own files in a group's folder."""
-    found = {}
-    with suppress(OSError), os.scandir(group) as entries:
-        for entry in entries:
-            ours = entry.name == ABOUT or entry.name.endswith(SUFFIX)
-            with suppress(FileNotFoundError):
-                if ours and entry.is_file(follow_symlinks=False):
-                    found[entry.name] = entry.stat().st_size
-    return found
-
-
-def remove_group(group: Path) -> int:
-    """Remove the cache's own files of a group, and its folder when that leaves it empty; the bytes freed."""
-    freed = 0
-    for name, size in _files(group).items():
-        with suppress(OSError):
-            (group / name).unlink()
-            freed += size
-    with suppress(OSError):
-        group.rmdir()
-    return freed

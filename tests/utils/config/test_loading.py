@@ -394,13 +394,17 @@ def test_what_pytorch_or_timm_must_be_asked_comes_when_the_rest_is_right(tmp_pat
 
 
 def test_a_config_is_checked_without_anything_heavy(tmp_path: Path) -> None:
-    """Every shipped file with a mistake: what takes seconds to import is there only for a sound one."""
+    """Every shipped file with a mistake: what takes seconds to import is there only for a sound one.
+
+    The command that lists the cache needs it never.
+    """
     script = """
 import sys
 from pathlib import Path
 from models import SCHEMAS
 from utils.config.loading import ConfigError, load_config
 from utils.sweeps.spec import load_sweep
+import utils.cache.__main__
 for path in sorted(Path("exps").rglob("*.json")):
     load = load_sweep if "sweeps" in path.parts else load_config
     try:
