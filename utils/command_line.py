@@ -16,8 +16,7 @@ from pathlib import Path
 def given_path(text: str) -> Path:
     """A path as typed on a command line: `~` expanded, and a folder such as `.` under its own name.
 
-    Raises:
-        argparse.ArgumentTypeError: the text is empty, or no path.
+    Raises ArgumentTypeError: the text is empty, or no path.
     """
     if not text or "\0" in text:
         raise argparse.ArgumentTypeError("empty, or with a NUL character; allowed: a path")

@@ -65,8 +65,7 @@ def shipped_files(schemas: Schemas) -> list[Shipped]:
 def shipped_file(method: str, dataset: str | None, schemas: Schemas) -> Path:
     """The shipped config of a method and a data set: of several the one that is named after both alone.
 
-    Raises:
-        UserError: there is no such method, none for the data set, or several data sets and none is given.
+    Raises UserError: there is no such method, none for the data set, or several data sets and none is given.
     """
     if method not in schemas:
         raise UserError(f"--method {method}: {no_such('method', method, list(schemas))}")

@@ -126,8 +126,7 @@ def load_config(
         schemas: method name -> schema; the first is used where a file names no method.
         changes: (origin, values) over the file and below the overrides; errors name the origin.
 
-    Raises:
-        ConfigError: anything is wrong; it lists every problem, and nothing has been created yet.
+    Raises ConfigError: anything is wrong; it lists every problem, and nothing has been created yet.
     """
     draft = _read_chain(Path(os.path.expanduser(path)))
     for origin, values in changes:
@@ -146,8 +145,7 @@ def load_config(
 def config_from_dict(values: Mapping[str, Any], schemas: Schemas, source: str) -> LoadedConfig:
     """Check a config such as a run folder's `config.json`; `source` is named in the error.
 
-    Raises:
-        ConfigError: anything is wrong; it lists every problem.
+    Raises ConfigError: anything is wrong; it lists every problem.
     """
     return _check(Draft(dict(values)), schemas, source)
 

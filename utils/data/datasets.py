@@ -210,8 +210,7 @@ def _holds_data(path: Path) -> bool:
 def _find(name: str, data_root: Path, test_share: float | None = None) -> Path | None:
     """Place of a data set, or None where it is absent.
 
-    Raises:
-        UserError: what is given is neither a name nor a path.
+    Raises UserError: what is given is neither a name nor a path.
     """
     places = _places(name, data_root)
     if (found := next(filter(_holds_data, places), None)) or name in DATASETS:

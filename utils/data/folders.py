@@ -110,8 +110,7 @@ def class_folders(split: Path, scan: FolderScan) -> dict[str, list[Path]]:
 
     Names are normalised to NFC: folders whose names differ in the form of their accents are one class.
 
-    Raises:
-        UserError: the folder cannot be listed, or a name is not UTF-8.
+    Raises UserError: the folder cannot be listed, or a name is not UTF-8.
     """
     try:
         names = scan.visible(os.listdir(split))
@@ -149,10 +148,9 @@ def from_folder(
         test_share: of each class's images, where no folder holds the test images.
         partial: classes may lack training images.
 
-    Raises:
-        UserError: train/ and test/ differ in their classes, a class has no image, or image files are bad.
+    Raises UserError: train/ and test/ differ in their classes, a class has no image, or image files are bad.
     """
-    scan, places, origin = FolderScan(), split_folders(path), ""
+    scan, places, origin, memo = FolderScan(), split_folders(path), "", FileMemo(cache, path, DECODER)
     classes = {split: class_folders(place, scan) for split, place in places.items()}
     _require_same_classes(path, places, classes, partial)
     names = list(classes.get("test", classes["train"]))
@@ -165,7 +163,7 @@ def from_folder(
         groups[split] = [[file for root in own for file in scan.images(root)] for own in roots]
     if "test" not in places:
         by_class = dict(zip(names, groups["train"], strict=True))
-        groups = _split_by_content(path, by_class, test_share, FileMemo(cache, path, DECODER))
+        groups = _split_by_content(path, by_class, test_share, memo)
         origin = f"test_share = {test_share:g} of each class, chosen by the files' content"
     elif places["test"].name != "test":
         origin = f"the images in {places['test'].name}/"
@@ -173,7 +171,7 @@ def from_folder(
         split: [(file, label) for label, group in enumerate(groups[split]) for file in group]
         for split in splits
     }
-    return replace(from_files(name, path, names, files, cache, str(scan), partial), test_origin=origin)
+    return replace(from_files(name, names, files, memo, str(scan), partial), test_origin=origin)
 
 
 def _require_same_classes(
@@ -233,16 +231,15 @@ def _content_sha256(file: Path) -> str:
 
 def from_files(
     name: str,
-    path: Path,
     class_names: list[str],
     files: dict[str, list[tuple[Path, int]]],
-    cache: Path | None,
+    memo: FileMemo,
     left_out: str = "",
     partial: bool = False,
 ) -> Dataset:
-    """The data set of image files with labels: (file, label) of each split, all below `path`.
+    """The data set of image files with labels: (file, label) of each split, all below the memo's root.
 
-    Every file is decoded once, before anything is learned from one; the cache remembers which were good.
+    Every file is decoded once, before anything is learned from one; the memo knows which were good.
 
     Raises:
         UserError: a class has no image (of "test", if `partial`), or files are not there or bad: all of them
@@ -251,7 +248,6 @@ def from_files(
     labels = {split: np.array([label for _, label in own], np.int64) for split, own in files.items()}
     needed = {split: own for split, own in labels.items() if split == "test" or not partial}
     require_images(name, class_names, needed, left_out)
-    memo = FileMemo(cache, path, DECODER)
     hashes = check_images([file for own in files.values() for file, _ in own], memo, name)
     sets, digest = {}, hashlib.sha256()
     for split, own in files.items():
@@ -284,7 +280,7 @@ def from_lists(name: str, path: Path, lists: dict[str, list[Path]], cache: Path 
             f"({', '.join(wrong[:5]) or 'they are empty'}); get the published ones."
         )
     files = {split: [(path / file, number) for file, _, number in own] for split, own in rows.items()}
-    return from_files(name, path, [name for _, name in pairs], files, cache)
+    return from_files(name, [name for _, name in pairs], files, FileMemo(cache, path, DECODER))
 
 
 def _listed(file: Path) -> Iterator[tuple[str, str, int]]:

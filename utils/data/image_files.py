@@ -58,8 +58,7 @@ def to_rgb(image: Image.Image) -> np.ndarray:
     Modes of `CONVERTED` are Pillow's conversion to RGB; what is transparent lies on white, as in a browser.
     Grey of 16 bits keeps its upper 8, as Pillow does for 16-bit colour. Other modes have no fixed white.
 
-    Raises:
-        ValueError: such a mode.
+    Raises ValueError: such a mode.
     """
     if image.mode in GREY_16 or (image.mode == "I" and image.format in ("PNG", "PPM")):
         return np.repeat(_upper_bits(image)[..., None], 3, axis=2)
@@ -82,8 +81,7 @@ def _upper_bits(image: Image.Image) -> np.ndarray:
 def decode_whole(content: bytes) -> np.ndarray:
     """The pixels of an image file that is whole, uint8 (h, w, 3).
 
-    Raises:
-        ValueError: a JPEG whose picture is cut off, and what `decode` raises.
+    Raises ValueError: a JPEG whose picture is cut off, and what `decode` raises.
     """
     pixels = decode(content)
     if content.startswith(START_OF_JPEG) and lacks_data(content, pixels):
@@ -110,8 +108,7 @@ def check_images(paths: Sequence[Path], memo: FileMemo, label: str) -> dict[Path
         memo: files found good before by this version of the decoder; gains those found now.
         label: name of the data set, for the progress bar and the message.
 
-    Raises:
-        UserError: files that are no images, are damaged or of a refused mode: up to `NAMED` in one list.
+    Raises UserError: files that are no images, are damaged or of a refused mode: up to `NAMED` in one list.
     """
     problems = {path: reason for path in paths if (reason := why_no_file(path))}
     problems |= {path: "its path is not UTF-8" for path in paths if not is_utf8(str(path))}

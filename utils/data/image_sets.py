@@ -84,8 +84,7 @@ class FolderImages(ImageSet):
         hashes: SHA-256 of the content of each, and perhaps of others, from `check_images`.
         memo: where the hashes are remembered; forgets that of a file whose bytes are others when it is read.
 
-    Raises:
-        UserError: from `batch`, naming a file that cannot be read or is no longer the same.
+    Raises UserError: from `batch`, naming a file that cannot be read or is no longer the same.
     """
 
     def __init__(
@@ -173,8 +172,7 @@ class Dataset:
 def joined(parts: Sequence[Dataset]) -> Dataset:
     """Data sets as one: stored images and classes of each follow those before it.
 
-    Raises:
-        UserError: a class has the name of an earlier one.
+    Raises UserError: a class has the name of an earlier one.
     """
     names: list[str] = []
     for part in parts:

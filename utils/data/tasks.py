@@ -173,8 +173,7 @@ class DataManager:
     def images(self, source: str) -> ImageSet:
         """The stored images of "train", "validation" or "test", which the positions of a source number.
 
-        Raises:
-            UserError: test images are asked for that were left unread, and cannot be had.
+        Raises UserError: test images are asked for that were left unread, and cannot be had.
         """
         return self._with(source).test if source == "test" else self.dataset.train
 
@@ -255,8 +254,7 @@ class DataManager:
             source: "train", "validation" or "test", which images.
             view: key that draws a random view of each; None for the test view.
 
-        Raises:
-            UserError: an image cannot be read.
+        Raises UserError: an image cannot be read.
         """
         return stored_views(self.images(source), self._spec(view), view, indices).to(device)
 

@@ -31,8 +31,7 @@ def resolve_device(spec: str | int | list[str | int]) -> tuple[torch.device, str
     "auto" takes CUDA when there is one. A published list (`["0"]`) takes that GPU, or the CPU with a warning
     where it is absent; `["-1"]` is the CPU.
 
-    Raises:
-        UserError: the name is unknown, or the device was asked for by name and is absent.
+    Raises UserError: the name is unknown, or the device was asked for by name and is absent.
     """
     check_device_name(spec)
     names = [str(item).lower() for item in (spec if isinstance(spec, list) else [spec])]
@@ -101,8 +100,7 @@ def not_finite_advice(precision: str) -> str:
 def require_finite(values: Tensor, what: str, precision: str) -> Tensor:
     """The values themselves, once it is known that they are numbers.
 
-    Raises:
-        UserError: one is NaN or infinite; `what`, a plural, names them.
+    Raises UserError: one is NaN or infinite; `what`, a plural, names them.
     """
     if not torch.isfinite(values).all():
         raise UserError(f"{what} are not finite (NaN or infinity): {not_finite_advice(precision)}")
@@ -112,8 +110,7 @@ def require_finite(values: Tensor, what: str, precision: str) -> Tensor:
 def predictions(scores: Tensor, what: str, precision: str) -> Tensor:
     """The class of the highest score, (B, C, ...) -> (B, ...); every tested prediction is made here.
 
-    Raises:
-        UserError: a score is NaN or infinite; `what` says of what the scores are.
+    Raises UserError: a score is NaN or infinite; `what` says of what the scores are.
     """
     return require_finite(scores, f"the scores of {what}", precision).argmax(dim=1)
 

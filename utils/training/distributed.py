@@ -90,8 +90,7 @@ class DistributedContext:
     def check_same(self, what: str, text: str) -> None:
         """Check that a text, such as a hash, is the same on all ranks.
 
-        Raises:
-            UserError: on every rank, naming `what` and the ranks whose text differs from rank 0's.
+        Raises UserError: on every rank, naming `what` and the ranks whose text differs from rank 0's.
         """
         digests = self.all_gather(torch.tensor([list(hashlib.sha256(text.encode()).digest())]), self.size)
         differing = ", ".join(str(rank) for rank in range(self.size) if not digests[rank].equal(digests[0]))
@@ -123,8 +122,7 @@ class DistributedContext:
 def context_from_environment() -> DistributedContext:
     """This process as torchrun describes it, alone where WORLD_SIZE is absent or 1.
 
-    Raises:
-        UserError: numbers of torchrun are missing or do not fit together.
+    Raises UserError: numbers of torchrun are missing or do not fit together.
     """
     given = {name: os.environ[name] for name in VARIABLES if name in os.environ}
     try:
@@ -146,8 +144,7 @@ def context_from_environment() -> DistributedContext:
 def local_device(device: torch.device, context: DistributedContext) -> torch.device:
     """Device of this rank: each of several processes takes the GPU of its local rank.
 
-    Raises:
-        UserError: there are too few GPUs.
+    Raises UserError: there are too few GPUs.
     """
     if context.size == 1 or device.type != "cuda":
         return device
@@ -168,8 +165,7 @@ def init_distributed(device: torch.device) -> Iterator[DistributedContext]:
     Args:
         device: what the configuration asks for; several processes take the GPU of their local rank each.
 
-    Raises:
-        UserError: the machine has fewer GPUs than processes, or torchrun's environment is not whole.
+    Raises UserError: the machine has fewer GPUs than processes, or torchrun's environment is not whole.
     """
     context = context_from_environment()
     context = replace(context, device=local_device(device, context))
