@@ -6,7 +6,8 @@ import numpy as np
 from PIL import Image
 
 from utils.cache.file_memo import FileMemo
-from utils.data.image_sets import FolderImages
+from utils.data.datasets import load_dataset
+from utils.data.image_sets import Dataset, FolderImages
 from utils.files import sha256_file
 
 
@@ -26,3 +27,8 @@ def folder_images(paths: list[Path], labels: np.ndarray | None = None) -> Folder
     return FolderImages(
         paths, labels, {path: sha256_file(path) for path in paths}, FileMemo(None, Path(), "")
     )
+
+
+def load(folder: Path, **more: object) -> Dataset:
+    """The data set in a folder, with a memory of checked files beside it."""
+    return load_dataset(str(folder), folder, folder.parent / "cache", **more)

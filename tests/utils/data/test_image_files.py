@@ -13,8 +13,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from tests.conftest import ROOT
-from tests.image_folders import folder_images, write_folder
-from utils.data.datasets import load_dataset
+from tests.image_folders import folder_images, load, write_folder
 from utils.data.image_files import decode, to_rgb
 from utils.errors import UserError
 
@@ -102,34 +101,25 @@ def modes() -> dict[str, list[tuple[Image.Image | bytes, np.ndarray, int]]]:
     twelve = RNG.integers(0, 2**12, (5, 8), dtype=np.uint16)
     bits = "".join(f"{value:012b}" for value in twelve.ravel())
     packed = bytes(int(bits[i : i + 8], 2) for i in range(0, len(bits), 8))
+    one_clear = file_of(Image.fromarray(one), "PNG", transparency=int(one[0, 0]))
+    three_clear = file_of(Image.fromarray(three), "PNG", transparency=tuple(three[0, 0].tolist()))
+    fading = file_of(paletted, "PNG", transparency=bytes(range(0, 256, 32)))
     return {
         "1": [(Image.fromarray(black_white), grey(black_white * 255), 0)],
         "L": [
             (file_of(Image.fromarray(one), "PNG"), grey(one), 0),
-            (
-                file_of(Image.fromarray(one), "PNG", transparency=int(one[0, 0])),
-                grey(np.where(one == one[0, 0], 255, one)),
-                0,
-            ),
+            (one_clear, grey(np.where(one == one[0, 0], 255, one)), 0),
         ],
         "LA": [(file_of(Image.fromarray(two, "LA"), "PNG"), on_white(grey(two[..., 0]), two[..., 1]), 1)],
         "P": [
             (file_of(paletted, "PNG"), palette[entries], 0),
-            (
-                file_of(paletted, "PNG", transparency=bytes(range(0, 256, 32))),
-                on_white(palette[entries], 32.0 * entries),
-                1,
-            ),
+            (fading, on_white(palette[entries], 32.0 * entries), 1),
             (file_of(paletted, "GIF"), palette[entries], 0),
         ],
         "PA": [(translucent, on_white(palette[entries], one), 1)],
         "RGB": [
             (file_of(Image.fromarray(three), "BMP"), three, 0),
-            (
-                file_of(Image.fromarray(three), "PNG", transparency=tuple(three[0, 0].tolist())),
-                np.where((three == three[0, 0]).all(-1, keepdims=True), 255, three),
-                0,
-            ),
+            (three_clear, np.where((three == three[0, 0]).all(-1, keepdims=True), 255, three), 0),
             (png(16, 2, wide.astype(">u2")), wide >> 8, 0),
         ],
         "RGBX": [(Image.frombytes("RGBX", (7, 5), four.tobytes()), four[..., :3], 0)],
@@ -229,7 +219,7 @@ def test_a_jpeg_whose_picture_ends_early_is_refused_though_it_has_an_end(tmp_pat
     cut = whole[: start + int(kept * (len(whole) - start))] + b"\xff\xd9"
     decode(cut)  # Pillow says nothing
     with pytest.raises(UserError, match="photo.jpg .its JPEG data end before the picture"):
-        load_dataset(str(write_one(tmp_path / "set", cut)), tmp_path)
+        load(write_one(tmp_path / "set", cut))
 
 
 def test_whole_jpegs_of_all_kinds_pass(tmp_path):
@@ -244,7 +234,7 @@ def test_whole_jpegs_of_all_kinds_pass(tmp_path):
     thumbnail[0x010E] = "\xff\xd9 in the header"
     PHOTO.save(folder / "thumbnail.jfif", "JPEG", exif=thumbnail)
     PHOTO.save(folder / "two.jpg", "MPO", save_all=True, append_images=[PHOTO])
-    assert len(load_dataset(str(tmp_path / "set"), tmp_path).train) == 2 + 36 + 2
+    assert len(load(tmp_path / "set").train) == 2 + 36 + 2
 
 
 @pytest.mark.parametrize("suffix", [".jpg", ".png"])

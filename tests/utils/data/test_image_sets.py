@@ -14,14 +14,13 @@ from PIL import Image
 
 import main
 from models.saved.learner import make_learner
-from tests.image_folders import folder_images, write_folder
+from tests.image_folders import folder_images, load, write_folder
 from trainer import Run, open_log, resume, train
 from utils.cache import file_memo
 from utils.cache.file_memo import FileMemo
 from utils.data import image_files
-from utils.data.datasets import load_dataset
 from utils.data.image_files import DECODER
-from utils.data.image_sets import ArrayImages, Dataset
+from utils.data.image_sets import ArrayImages
 from utils.errors import UserError
 from utils.runs.checkpoint import load_checkpoint, save_checkpoint
 from utils.runs.manifest import Command
@@ -43,18 +42,6 @@ def test_batch_is_one_tensor_or_a_list_where_sizes_differ(tmp_path):
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """Two classes of two images."""
-    for split in ("train", "test"):
-        write_folder(tmp_path / "set", split, ["ant", "bee"])
-    return tmp_path / "set"
-
-
-def load(folder: Path) -> Dataset:
-    return load_dataset(str(folder), folder, folder.parent / "cache")
-
-
-@pytest.fixture
 def checks(monkeypatch) -> collections.Counter:
     """How often images were decoded to check them; files count as settled at once."""
     monkeypatch.setattr(file_memo, "SETTLED", -(10**18))
@@ -69,23 +56,6 @@ def test_files_are_checked_once_by_all_runs(folder, checks):
     Image.new("RGB", (9, 9)).save(folder / "train" / "ant" / "2.png")
     load(folder)
     assert checks["all"] == 9
-
-
-@pytest.mark.parametrize("suffix", [".bmp", ".ppm", ".tif"])
-def test_an_image_edited_in_place_is_seen_though_size_and_time_stay(tmp_path, checks, suffix):
-    for split in ("train", "test"):
-        write_folder(tmp_path / "set", split, ["a"], suffix)
-    path = tmp_path / "set" / "train" / "a" / f"0{suffix}"
-    before, status, content = load(tmp_path / "set"), path.stat(), bytearray(path.read_bytes())
-    pixels = before.train[0]
-    time.sleep(0.02)  # the system's clock for files ticks in milliseconds
-    content[-5] ^= 255
-    with open(path, "r+b") as file:
-        file.write(content)
-    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
-    after = load(tmp_path / "set")
-    assert after.sha256 != before.sha256 and checks["all"] == 5
-    assert not torch.equal(after.train[0], pixels)
 
 
 def test_another_decoder_checks_again(folder, checks, monkeypatch):
