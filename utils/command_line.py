@@ -9,7 +9,7 @@ import argparse
 import json
 import os
 import shlex
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 
@@ -92,10 +92,10 @@ def parse_or_advise(
     options.file = None
     if takes_file and unknown and not unknown[0].startswith("-") and "=" not in unknown[0]:
         options.file = given_path(unknown.pop(0))
-    told = []
-    for name, values in _settings(unknown):
-        given = shlex.join(([f"--{name}"] if name else []) + values)
-        told.append(f"{given}: no such argument; {advice(name, values)}")
+    told = [
+        f"{shlex.join(([f'--{name}'] if name else []) + values)}: no such argument; {advice(name, values)}"
+        for name, values in _settings(unknown)
+    ]
     if told:
         parser.error("\n".join(told))
     return options
@@ -117,16 +117,13 @@ def _json(text: str) -> str:
     return text
 
 
-def _settings(unknown: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
+def _settings(unknown: Sequence[str]) -> list[tuple[str, list[str]]]:
     """(name, values) of arguments `--name value ...` and `--name=value`; "" where there is no name."""
-    name, values = "", []
+    found: list[tuple[str, list[str]]] = [("", [])]
     for argument in unknown:
         if argument.startswith("--"):
-            if name or values:
-                yield name, values
             name, equals, value = argument[2:].partition("=")
-            values = [value] if equals else []
+            found.append((name, [value] if equals else []))
         else:
-            values.append(argument)
-    if name or values:
-        yield name, values
+            found[-1][1].append(argument)
+    return [(name, values) for name, values in found if name or values]

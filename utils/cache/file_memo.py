@@ -41,8 +41,8 @@ class FileMemo:
     """
 
     def __init__(self, folder: Path | None, root: Path, rule: str) -> None:
-        self.folder, self.rule = folder, rule
-        self.name = hashlib.sha256(os.path.abspath(root).encode(errors="surrogateescape")).hexdigest()[:24]
+        name = hashlib.sha256(os.path.abspath(root).encode(errors="surrogateescape")).hexdigest()[:24]
+        self.path, self.rule = folder and folder / f"{name}.json", rule
 
     def known(self, paths: Iterable[Path]) -> dict[Path, str]:
         """SHA-256 of those files that were found good and have not changed since."""
@@ -72,37 +72,33 @@ class FileMemo:
         """While open, other processes wait here, where the disk has locks."""
         with ExitStack() as stack:
             with suppress(OSError, NotImplementedError):
-                if self.folder is not None:
-                    self.folder.mkdir(parents=True, exist_ok=True)
-                    stack.enter_context(FileLock(self.folder / f"{self.name}.lock"))
+                if self.path is not None:
+                    self.path.parent.mkdir(parents=True, exist_ok=True)
+                    stack.enter_context(FileLock(self.path.with_suffix(".lock")))
             yield
 
     def _read(self) -> dict[str, tuple[str, str]]:
-        if self.folder is None:
+        if self.path is None:
             return {}
-        path = self.folder / f"{self.name}.json"
         with suppress(OSError):
-            digest, _, body = path.read_bytes().partition(b"\n")
-            if digest.decode(errors="replace") != hashlib.sha256(body).hexdigest():
-                logger.warning(f"{path} is damaged: its files are read again")
+            digest, _, body = self.path.read_bytes().partition(b"\n")
+            if digest != _digest(body):
+                logger.warning(f"{self.path} is damaged: its files are read again")
                 return {}
             content = json.loads(body)
             return content["files"] if content["rule"] == self.rule else {}
         return {}
 
     def _write(self, files: Mapping[str, tuple[str, str]]) -> None:
-        if self.folder is None:
+        if self.path is None:
             return
         body = json.dumps({"rule": self.rule, "files": files}).encode()
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            replace_file(
-                self.folder / f"{self.name}.json", hashlib.sha256(body).hexdigest().encode() + b"\n" + body
-            )
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            replace_file(self.path, _digest(body) + b"\n" + body)
         except OSError as error:
-            logger.warning(
-                f"The record of checked files cannot be written ({error}): they are read every run"
-            )
+            told = f"The record of checked files cannot be written ({error}): they are read every run"
+            logger.warning(told)
 
 
 def read_signed(path: Path) -> tuple[bytes, str, str]:
@@ -125,3 +121,7 @@ def memo_files(folder: Path) -> dict[Path, int]:
 
 def _state(status: os.stat_result) -> str:
     return f"{status.st_size} bytes, {status.st_mtime_ns}, {status.st_ctime_ns}, inode {status.st_ino}"
+
+
+def _digest(body: bytes) -> bytes:
+    return hashlib.sha256(body).hexdigest().encode()

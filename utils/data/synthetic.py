@@ -17,9 +17,10 @@ TRAIN_PER_CLASS = 40
 TEST_PER_CLASS = 20
 NOISE = 8.0  # standard deviation of the added pixel noise, in grey levels of 0..255
 
-Drawer = Callable[
-    [np.random.Generator, int], np.ndarray
-]  # (rng, 0 or 1 within the pair) -> (SIDE, SIDE, 3) of 0..255
+ROWS, COLUMNS = np.mgrid[0:SIDE, 0:SIDE] / (SIDE - 1)  # of the pixels, each (SIDE, SIDE) in 0..1
+
+# (rng, 0 or 1 within the pair) -> (SIDE, SIDE, 3) of 0..255
+Drawer = Callable[[np.random.Generator, int], np.ndarray]
 
 
 def synthetic_arrays() -> tuple[list[str], dict[str, np.ndarray]]:
@@ -56,34 +57,26 @@ def _image(label: int, split: int, index: int) -> np.ndarray:
     return np.clip(np.rint(picture), 0, 255).astype(np.uint8)
 
 
-def _coordinates() -> tuple[np.ndarray, np.ndarray]:
-    """Rows and columns of the pixels, each (SIDE, SIDE) in 0..1."""
-    rows, columns = np.mgrid[0:SIDE, 0:SIDE] / (SIDE - 1)
-    return rows, columns
-
-
 def _gradient(rng: np.random.Generator, which: int) -> np.ndarray:
     """A soft ramp between two mid-tone colours, across or down."""
-    ramp = _coordinates()[which][..., None]
+    ramp = (ROWS, COLUMNS)[which][..., None]
     low, high = ((110, 130, 150), (150, 130, 110)) if which == 0 else ((130, 110, 130), (130, 160, 120))
     return np.array(low) * (1 - ramp) + np.array(high) * ramp + rng.uniform(-15, 15, 3)
 
 
 def _stripes(rng: np.random.Generator, which: int) -> np.ndarray:
     """Saturated diagonal stripes, broad and red-blue or fine and green-magenta."""
-    rows, columns = _coordinates()
-    wave = np.sin(2 * np.pi * ((3, 8)[which] * (rows + columns) + rng.uniform()))[..., None] > 0
+    wave = np.sin(2 * np.pi * ((3, 8)[which] * (ROWS + COLUMNS) + rng.uniform()))[..., None] > 0
     bright, dark = (((240, 30, 30), (20, 30, 230)), ((20, 230, 40), (230, 20, 220)))[which]
     return np.where(wave, bright, dark).astype(float)
 
 
 def _blobs(rng: np.random.Generator, which: int) -> np.ndarray:
     """A few soft lights on black: one large warm one or five small cold ones."""
-    rows, columns = _coordinates()
     picture = np.zeros((SIDE, SIDE, 3))
     for _ in range((1, 5)[which]):
         row, column = rng.uniform(0.2, 0.8, 2)
-        light = np.exp(-((rows - row) ** 2 + (columns - column) ** 2) / (0.05, 0.006)[which])
+        light = np.exp(-((ROWS - row) ** 2 + (COLUMNS - column) ** 2) / (0.05, 0.006)[which])
         picture += light[..., None] * np.array(((220, 160, 60), (90, 160, 230))[which])
     return picture
 
@@ -93,9 +86,8 @@ def _grain(rng: np.random.Generator, which: int) -> np.ndarray:
     if which == 0:
         return np.repeat(rng.choice([150.0, 255.0], (SIDE, SIDE, 1)), 3, axis=2)
     rows, columns = np.indices((SIDE, SIDE)) + rng.integers(0, 2, (2, 1, 1))
-    return np.where(
-        ((rows // 2 + columns // 2) % 2 == 0)[..., None], (255, 255, 200), (170, 200, 255)
-    ).astype(float)
+    bright = (rows // 2 + columns // 2) % 2 == 0
+    return np.where(bright[..., None], (255, 255, 200), (170, 200, 255)).astype(float)
 
 
 PAIRS: tuple[Drawer, ...] = (_gradient, _stripes, _blobs, _grain)

@@ -19,21 +19,10 @@ from torch import Tensor, nn
 
 from utils.training.late_compiler import late
 
-MOMENTUM = 0.9  # of SGD, as published
-
-
-def _sgd(groups: list[dict[str, Any]], weight_decay: float) -> torch.optim.Optimizer:
-    return late(torch.optim.SGD)(groups, lr=0.0, momentum=MOMENTUM, weight_decay=weight_decay)
-
-
-def _adamw(groups: list[dict[str, Any]], weight_decay: float, fused: bool = False) -> torch.optim.Optimizer:
-    return late(torch.optim.AdamW)(groups, lr=0.0, weight_decay=weight_decay, fused=fused)
-
-
 OPTIMIZERS = {
-    "sgd": _sgd,
-    "adam": _adamw,
-    "fused_adam": functools.partial(_adamw, fused=True),  # the same update in one kernel, other roundings
+    "sgd": functools.partial(late(torch.optim.SGD), momentum=0.9),  # as published
+    "adam": functools.partial(late(torch.optim.AdamW), fused=False),
+    "fused_adam": functools.partial(late(torch.optim.AdamW), fused=True),  # one kernel, other roundings
 }
 
 
@@ -57,7 +46,7 @@ class ParameterGroup:
     lr: float
     update_interval: int = 1
     between: str = "discard"
-    accumulated_grads: list[Tensor | None] = field(default_factory=list)
+    accumulated_grads: list[Tensor | None] = field(init=False)
 
     def __post_init__(self) -> None:
         self.update_interval = max(1, self.update_interval)
@@ -131,9 +120,8 @@ class GroupedOptimizer:
         if not all(parameter.requires_grad for parameter in self.parameters):
             raise ValueError("a frozen parameter is in an optimizer group")
         self.steps = 0
-        self._optimizer = OPTIMIZERS[kind](
-            [{"params": g.parameters, "lr": g.lr} for g in self.groups], weight_decay
-        )
+        with_lrs = [{"params": group.parameters, "lr": group.lr} for group in self.groups]
+        self._optimizer = OPTIMIZERS[kind](with_lrs, lr=0.0, weight_decay=weight_decay)
         schedulers = torch.optim.lr_scheduler
         self._scheduler = (
             schedulers.CosineAnnealingLR(self._optimizer, T_max=max(1, epochs), eta_min=min_lr)
