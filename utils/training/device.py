@@ -1,4 +1,4 @@
-"""Small helpers that any part may use: devices, precision, peak memory, packing nested state.
+"""Devices and precision, memory and what lacks it, finite numbers, hashes and packing of tensors.
 
 device, warning = resolve_device("auto")
 with autocast(device, "bf16"):
@@ -115,22 +115,19 @@ def predictions(scores: Tensor, what: str, precision: str) -> Tensor:
     return require_finite(scores, f"the scores of {what}", precision).argmax(dim=1)
 
 
-def keep_freed_memory() -> bool:
+def keep_freed_memory() -> None:
     """Let glibc's allocator keep what is freed instead of returning it to the system after every tensor.
 
     By default every large tensor is mapped, zeroed page by page and unmapped again; on the CPU that took 30 %
-    of a training step. Returns whether the allocator took the settings (Linux with glibc); elsewhere nothing
-    changes.
+    of a training step. Without glibc nothing changes.
     """
     if not sys.platform.startswith("linux"):
-        return False
+        return
     trim_threshold, top_pad, mmap_max = -1, -2, -4  # parameter numbers of mallopt(3)
-    settings = {mmap_max: 0, trim_threshold: 2**31 - 1, top_pad: 256 * 2**20}
-    try:
+    with contextlib.suppress(AttributeError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt
-    except AttributeError:  # another C library
-        return False
-    return all(mallopt(parameter, value) for parameter, value in settings.items())
+        for parameter, value in ((mmap_max, 0), (trim_threshold, 2**31 - 1), (top_pad, 256 * 2**20)):
+            mallopt(parameter, value)
 
 
 def peak_memory_mb(device: torch.device) -> float:

@@ -24,6 +24,7 @@ from utils.errors import UserError
 from utils.sweeps.spec import SweepFile
 
 SMOKE = json.loads((ROOT / "exps/smoke.json").read_text(encoding="utf-8"))
+PRIMITIVES = SCHEMAS["shared_subspace"].model_fields["primitives"].default
 WHOLE = {"init_cls": 8, "increment": 8}  # all classes of the generated data in one task
 
 
@@ -86,7 +87,6 @@ def test_every_number_has_limits_on_both_sides_finite_in_single_precision(schema
     ("method", "values", "told"),
     [
         ("sema", {"batch_size": 10**6 + 1}, "too large; allowed: an integer >= 1 and <= 1000000"),
-        ("sema", {"init_lr": 1000}, "too large; allowed: a number > 0 and < 1000"),
         ("sema", {"func_epoch": 10**400}, "too large; allowed: an integer >= 0"),
         ("sema", {"ffn_adapter_scalar": 0}, "adapters would add nothing"),
         ("sdlora", {"gumbel_tau_final": 1e-7}, "too small; allowed: a number >= 1e-06"),
@@ -95,28 +95,19 @@ def test_every_number_has_limits_on_both_sides_finite_in_single_precision(schema
             {"milestones": [0]},
             "item 1 (0) is too small; allowed: a list, each item an integer >= 1",
         ),
-        (
-            "sdlora",
-            {"lora_rank_schedule": [[4, 8], [4, 6]]},
-            "not in ascending order; allowed: a list of [task",
-        ),
+        ("sdlora", {"lora_rank_schedule": [[4, 8], [4, 6]]}, "not in ascending order; allowed: a list of ["),
         ("sdlora", {"lora_rank_schedule": [[4]]}, "no [task, rank]; allowed: "),
         ("sdlora", {"lora_rank_schedule": [[0, 8]]}, "item 1 (0) is too small"),
         ("sdlora", {"lora_rank_schedule": [4, 8]}, "item 1 (4) is a wrong type (an integer)"),
         ("sdlora", {"rd_dim": 8}, 'not a key of model_name "sdlora"; it belongs to "sema"'),
         ("shared_subspace", {"patch": "4"}, "write 4 without quotes; allowed: 1, 2, 4"),
-        ("shared_subspace", {"patch": True}, "a wrong type (a boolean)"),
         ("shared_subspace", {"patch": "four"}, "not a choice; allowed: 1, 2, 4"),
-        ("sema", {"device": -2}, "is unknown; allowed: "),
         ("sema", {"device": "cuda:-1"}, "is unknown; allowed: "),
-        ("sema", {"device": ["²"]}, "is unknown; allowed: "),
-        ("sema", {"device": "cuda:99"}, '"cuda:99" was asked for'),
         ("sema", {"logs_root": "a\0b"}, "holds a NUL character"),
         ("sema", {"description": "a\0b"}, "holds a NUL character"),
         ("sema", {"description": "\ud800"}, "half a surrogate pair"),
         ("sema", {"prefix": "\ud800"}, "half a surrogate pair"),
         ("sema", {"dataset": "\udcff.npz"}, "half a surrogate pair"),
-        ("sema", {"cache_root": ""}, "empty; allowed: non-empty text"),
         ("sema", {"data_root": "d" * 256}, "holds a name of 256 bytes; file systems take 255"),
         ("sema", {"cache_root": "é" * 128}, "holds a name of 256 bytes"),
         ("sdlora", {"filepath": "/".join(["f" * 200] * 20)}, "longer than the 3840 bytes"),
@@ -196,8 +187,8 @@ def test_a_spoiled_configuration_is_accepted_or_answered(method: str, tmp_path: 
         ("shared_subspace", {"steps_per_epoch": 10**6, "batch_size": 24}, "allowed: at most 20000000"),
         (
             "shared_subspace",
-            {"primitives": SCHEMAS["shared_subspace"].model_fields["primitives"].default, "test_length": 7},
-            "compositions of length 7; allowed: at most 1000000",
+            {"primitives": PRIMITIVES, "test_length": 7},
+            "of length 7; allowed: at most 1000000",
         ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
