@@ -5,17 +5,8 @@ import torch
 
 from utils.training.random import numpy_rng, rng
 
-KEYS = [
-    ("a", 1, 2),
-    ("a", 2, 1),
-    ("a", 12),
-    ("a1", 2),
-    ("a", 1),
-    ("a",),
-    ("a", "1", 2),
-    ("a", 1, 2, 0),
-    ("a", -1),
-]
+KEYS = [("a",), ("a1", 2), *(("a", *numbers) for numbers in [(1,), (12,), (1, 2), (2, 1), (1, 2, 0), (-1,)])]
+KEYS += [("a", "1", 2)]
 
 
 def torch_draw(*key: str | int) -> float:

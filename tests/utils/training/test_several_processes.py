@@ -9,6 +9,7 @@ import pytest
 
 from tests.conftest import TINY, command, folder_of
 from tests.crash import run, run_together
+from utils.runs.run_log import read_metrics
 
 CHANGES: dict[str, Any] = {
     **TINY,
@@ -22,12 +23,8 @@ CHANGES: dict[str, Any] = {
 }
 
 
-def events(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
 def losses(folder: Path) -> list[float]:
-    return [event["loss"] for event in events(folder) if event["event"] == "epoch"]
+    return [event["loss"] for event in read_metrics(folder) if event["event"] == "epoch"]
 
 
 def assert_same_run(ours: Path, theirs: Path) -> None:
@@ -35,12 +32,9 @@ def assert_same_run(ours: Path, theirs: Path) -> None:
     result, expected = (json.loads((folder / "result.json").read_text()) for folder in (ours, theirs))
     for key in ("accuracy", "adapters", "parameters"):
         assert result[key] == expected[key]
-    assert result["metrics"] == pytest.approx(
-        expected["metrics"], rel=1e-4
-    )  # of scores: calibration, likelihood
-    kinds = [
-        [(e["event"], e.get("task"), e.get("block")) for e in events(folder)] for folder in (ours, theirs)
-    ]
+    assert result["metrics"] == pytest.approx(expected["metrics"], rel=1e-4)  # calibration, likelihood
+    records = [read_metrics(folder) for folder in (ours, theirs)]
+    kinds = [[(e["event"], e.get("task"), e.get("block")) for e in record] for record in records]
     assert kinds[0] == kinds[1]
     assert losses(ours) == pytest.approx(losses(theirs), rel=1e-3, abs=1e-4)
 
@@ -99,9 +93,8 @@ def test_a_run_is_extended_together(tmp_path: Path) -> None:
 def test_stopped_together_and_resumed_together(tmp_path: Path) -> None:
     """A signal to one process saves once and stops both; both go on to the same end."""
     assert run_together(command("smoke.json", tmp_path / "whole", **CHANGES), 2) == [0, 0]
-    assert run_together(
-        command("smoke.json", tmp_path / "cut", **CHANGES), 2, die_at=40, how=signal.SIGINT
-    ) == [130, 130]
+    cut = command("smoke.json", tmp_path / "cut", **CHANGES)
+    assert run_together(cut, 2, die_at=40, how=signal.SIGINT) == [130, 130]
     folder = folder_of(tmp_path / "cut")
     assert not (folder / "result.json").exists() and list((folder / "checkpoints").iterdir())
     assert run_together(["--resume", str(folder)], 2) == [0, 0]
