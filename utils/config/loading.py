@@ -33,6 +33,7 @@ from utils.config.messages import (
 from utils.config.schema import SEEDS_ALLOWED, Conflict, RunConfig, Seeds, check_text, key, with_reasons
 from utils.errors import UserError
 from utils.training.cpu_kernels import choose_cpu_kernels
+from utils.wording import counted
 
 BASE_KEY = "base"
 DEFAULT_SEED = RunConfig.model_fields["seed"].default
@@ -47,7 +48,7 @@ class ConfigError(UserError):
 
     def __init__(self, source: str, problems: Sequence[str], unchecked: Sequence[str] = ()) -> None:
         self.problems = list(problems)
-        heading = f"{source}: {len(problems)} problem{'s' if len(problems) > 1 else ''}"
+        heading = f"{source}: {counted(len(problems), 'problem')}"
         if unchecked:
             heading += f" ({' and '.join(unchecked)} not looked at yet)"
         super().__init__("\n  - ".join([heading, *problems]))
@@ -121,7 +122,6 @@ def load_config(
     """Read a JSON config with its bases, apply changes and overrides, check it with its method's schema.
 
     Args:
-        path: the JSON file.
         overrides: texts `key=value`, the value as JSON where it is JSON, else as text; later ones win.
         schemas: method name -> schema; the first is used where a file names no method.
         changes: (origin, values) over the file and below the overrides; errors name the origin.
@@ -143,10 +143,7 @@ def load_config(
 
 
 def config_from_dict(values: Mapping[str, Any], schemas: Schemas, source: str) -> LoadedConfig:
-    """Check a config such as a run folder's `config.json`; `source` is named in the error.
-
-    Raises ConfigError: anything is wrong; it lists every problem.
-    """
+    """Check a config such as a run folder's `config.json`; `source` is named in the ConfigError."""
     return _check(Draft(dict(values)), schemas, source)
 
 

@@ -30,19 +30,13 @@ PATIENCE = 300.0  # seconds without a batch after which workers are taken to han
 
 @dataclass(frozen=True)
 class BatchDataset(TorchDataset):
-    """Map-style data set whose items are whole batches: (views (B, 3, S, S), labels (B,) int64).
-
-    Attributes:
-        images, labels: of all stored positions.
-        batches: stored positions of each batch.
-        spec, view: as in `views_of`.
-    """
+    """Map-style data set whose items are whole batches: (views (B, 3, S, S), labels (B,) int64)."""
 
     images: ImageSet
-    labels: np.ndarray
-    batches: list[np.ndarray]
+    labels: np.ndarray  # of all stored images
+    batches: list[np.ndarray]  # stored positions of the images of each
     spec: ViewSpec
-    view: Key | None
+    view: Key | None  # as in `views_of`
 
     def __len__(self) -> int:
         return len(self.batches)

@@ -56,9 +56,8 @@ def to_rgb(image: Image.Image) -> np.ndarray:
     """The pixels of an image of any mode, uint8 (h, w, 3).
 
     Modes of `CONVERTED` are Pillow's conversion to RGB; what is transparent lies on white, as in a browser.
-    Grey of 16 bits keeps its upper 8, as Pillow does for 16-bit colour. Other modes have no fixed white.
-
-    Raises ValueError: such a mode.
+    Grey of 16 bits keeps its upper 8, as Pillow does for 16-bit colour. Raises ValueError for other modes,
+    which have no fixed white.
     """
     if image.mode in GREY_16 or (image.mode == "I" and image.format in ("PNG", "PPM")):
         return np.repeat(_upper_bits(image)[..., None], 3, axis=2)

@@ -92,8 +92,6 @@ class DataManager:
 
     Args:
         dataset: from `utils.data.datasets.load_dataset`; with a `validation_share` it needs no test images.
-        split: the classes of the tasks.
-        train_view, test_view: what the network sees of an image.
         num_workers: processes that prepare batches, fewer where shared memory is too small for what they pass
             on; 0 for none. Changes no result.
         pinned: batches lie in memory that a GPU copies from by itself.
@@ -106,9 +104,7 @@ class DataManager:
             held out.
         class_order: data set label of every incremental class: those of the data set's own tasks, those of
             each added data set in stored order as one task, then those of no task.
-        class_names: name of every incremental class.
         nb_classes: classes of the data set and of what was added to it.
-        nb_tasks: number of tasks.
         stop_requested: asked while workers are waited for; True raises `Interrupted`.
 
     Raises:

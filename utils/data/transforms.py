@@ -60,7 +60,6 @@ def views_of(images: Tensor, spec: ViewSpec, key: Key | None, indices: np.ndarra
 
     Args:
         images: of one size.
-        spec: what a view is.
         key: any names and integers that name the random views; None is the test view.
         indices: stored index of every image, (B,): with the key all that its view depends on.
     """

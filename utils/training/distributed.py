@@ -66,10 +66,7 @@ class DistributedContext:
 
     @torch.no_grad()
     def all_reduce(self, tensors: Sequence[Tensor]) -> None:
-        """Sum of each tensor over ranks, in place, the same bits on all.
-
-        There is one exchange for all tensors of a dtype.
-        """
+        """Sum of each tensor over ranks, in place, the same bits on all; one exchange for each dtype."""
         if self.size == 1:
             return
         for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):

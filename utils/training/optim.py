@@ -31,8 +31,7 @@ class ParameterGroup:
     """Parameters that share a learning rate and an update interval.
 
     Attributes:
-        name: the group's name in tables and logs.
-        parameters: its tensors, each in one group only.
+        name: of the group in tables and logs.
         lr: initial learning rate, lowered epoch by epoch by the optimizer's schedule; a group with 0 is never
             updated.
         update_interval: k; the group is updated on steps k, 2k, 3k, ... (0 and 1: on every step).
@@ -90,14 +89,11 @@ class StepDecay:
 
 
 class GroupedOptimizer:
-    """SGD with momentum 0.9 or AdamW over parameter groups, with weight decay and a learning-rate schedule.
-
-    The decay is on all groups; the schedule runs over epochs.
+    """SGD with momentum 0.9 or AdamW over parameter groups, with weight decay and a schedule over epochs.
 
     Args:
         kind: a key of `OPTIMIZERS`.
         groups: empty ones are dropped; ValueError for a tensor in two of them, and for a frozen one.
-        weight_decay: for every group.
         epochs: the length of the cosine; `end_epoch` moves along it.
         min_lr: where the cosine ends.
         step_decay: takes the cosine's place.
