@@ -45,86 +45,54 @@ OTHER: dict[str, Any] = {  # values that change a run where the key counts
     "growth_top_k": 1, "growth_threshold": 0.2,
 }  # fmt: skip
 RHYTHM = "nested_lora_update_interval_slow nested_lora_slow_grad"
-SHARES = "nested_lora_consolidation_alpha nested_lora_consolidation_schedule"
+SCHEDULE = "nested_lora_consolidation_schedule"
+SHARES = f"nested_lora_consolidation_alpha {SCHEDULE}"
+BRANCHES = "nested_lora_rank nested_lora_lr_fast nested_lora_lr_slow nested_lora_freeze"
 GROWTH = "rd_epoch rd_lr rd_dim rd_views buffer_size exp_threshold detect_batch_size"
 GATE = "gumbel_tau_init gumbel_anneal_rate growth growth_top_k"
 TRAINING = "init_lr batch_size grad_accumulation augmentation"
+ADAPTERS = "weight_decay optimizer nested_lora_lr_fast head_drift loss nested_lora_slow_importance"
+MERGES = "merge_alpha merge_schedule merge_train_scale"
 FINETUNE = {"model_name": "finetune"}
+COSINE = FINETUNE | {"head": "cosine"}
+REPLACED = COSINE | {"merge": "ema", "merge_alpha": 1}
+RANPAC = {"model_name": "ranpac"}
+JOINT = {"model_name": "joint", "head": "ranpac", **ONE_TASK}
+NO_CONSOLIDATION = {"nested_lora_use_consolidation": False}
+ALPHA_0 = {"nested_lora_consolidation": "weights", "nested_lora_consolidation_alpha": 0}
+PLAIN_VIEWS = {"augmentation": "none", "rd_epoch": 3, "rd_lr": 0.5, "exp_threshold": 1.0}
 GATED = TINY_SDLORA | {"gumbel_gate": "global"}
+COLD = GATED | {"gumbel_tau_init": 1.0, "gumbel_tau_final": 1.0}
 
 # What decides, the keys that change nothing then, and the reason they are named with.
 CASES: list[tuple[dict[str, Any], str, str]] = [
     ({"nested_lora_lr_slow": 0}, RHYTHM, "nested_lora_lr_slow is 0"),
     ({"nested_lora_lr_slow": 0, "min_lr": 0.001}, RHYTHM, "lr_slow is 0"),
     ({"nested_lora_update_interval_slow": 1}, "nested_lora_slow_grad", "every step"),
-    (
-        {"nested_lora_use_consolidation": False},
-        f"nested_lora_consolidation nested_lora_reset {SHARES}",
-        "nested_lora_use_consolidation is false",
-    ),
-    (
-        {"nested_lora_consolidation": "weights", "nested_lora_consolidation_alpha": 0},
-        "nested_lora_consolidation_schedule",
-        "alpha is 0",
-    ),
+    (NO_CONSOLIDATION, f"nested_lora_consolidation nested_lora_reset {SHARES}", "use_consolidation is false"),
+    (ALPHA_0, SCHEDULE, "alpha is 0"),
     ({"nested_lora_lr_fast": 0, "nested_lora_lr_slow": 0.05}, SHARES, "lr_fast is 0"),
     ({}, "ffn_num adapter_lr", "nested_lora_"),
-    (
-        {"ffn_adapter_type": "adaptmlp"},
-        "nested_lora_rank nested_lora_lr_fast nested_lora_lr_slow nested_lora_freeze",
-        'ffn_adapter_type is "adaptmlp"',
-    ),
+    ({"ffn_adapter_type": "adaptmlp"}, BRANCHES, 'ffn_adapter_type is "adaptmlp"'),
     ({"expansion": "never"}, GROWTH, 'expansion is "never"'),
     ({"expansion": "never"}, "adapt_start_layer adapt_end_layer", "none grows"),
-    (
-        {"expansion": "never", "head": "ranpac"},
-        "head_drift nested_lora_consolidation_schedule",
-        "first task only",
-    ),
+    ({"expansion": "never", "head": "ranpac"}, f"head_drift {SCHEDULE}", "first task only"),
     ({"expansion": "always"}, "exp_threshold", 'expansion is "always"'),
     ({"rd_epoch": 0}, "rd_lr exp_threshold", "rd_epoch is 0"),
-    (
-        {"augmentation": "none", "rd_epoch": 3, "rd_lr": 0.5, "exp_threshold": 1.0},
-        "rd_views",
-        'augmentation is "none"',
-    ),
+    (PLAIN_VIEWS, "rd_views", 'augmentation is "none"'),
     ({"head": "fc"}, f"head_drift ranpac_dim {ALIGNMENT} {SHRINKAGE}", 'head is "fc"'),
-    (
-        FINETUNE | {"head": "cosine"},
-        "merge_alpha merge_start merge_schedule merge_train_scale",
-        'merge is "none"',
-    ),
-    (
-        FINETUNE | {"head": "cosine", "merge": "mean"},
-        "merge_alpha merge_schedule merge_train_scale",
-        'merge is "mean"',
-    ),
-    (
-        FINETUNE | {"head": "cosine", "merge": "ema", "merge_alpha": 1},
-        "merge_schedule merge_train_scale merge_ensemble",
-        "merge_alpha is 1",
-    ),
+    (COSINE, f"merge_start {MERGES}", 'merge is "none"'),
+    (COSINE | {"merge": "mean"}, MERGES, 'merge is "mean"'),
+    (REPLACED, "merge_schedule merge_train_scale merge_ensemble", "merge_alpha is 1"),
     (FINETUNE | {"head": "fecam"}, f"ranpac_dim {ALIGNMENT}", 'head is "fecam"'),
-    (FINETUNE | {"head": "cosine"}, "ranpac_dim", 'head is "cosine"'),
+    (COSINE, "ranpac_dim", 'head is "cosine"'),
     (FINETUNE | {"augmentation": "none", "cache_gb": 0}, "cache_views", 'augmentation is "none"'),
     (FINETUNE, "adapt_start_layer", "none grows"),
     (FINETUNE | {"nested_lora_lr_slow": 0}, "nested_lora_slow_importance", "nested_lora_lr_slow is 0"),
-    (
-        FINETUNE | {"func_epoch": 0, "head": "cosine"},
-        f"{TRAINING} weight_decay optimizer nested_lora_lr_fast head_drift loss nested_lora_slow_importance",
-        "func_epoch is 0",
-    ),
-    (
-        {"model_name": "joint", "head": "ranpac", **ONE_TASK},
-        "head_drift max_tasks",
-        "there is one task",
-    ),
+    (COSINE | {"func_epoch": 0}, f"{TRAINING} {ADAPTERS}", "func_epoch is 0"),
+    (JOINT, "head_drift max_tasks", "there is one task"),
     ({"model_name": "linear_probe", **ONE_TASK}, "max_tasks", "there is one task"),
-    (
-        {"model_name": "ranpac"},
-        f"{TRAINING} func_epoch ffn_num cache_views adapter_blocks",
-        "first_session is false",
-    ),
+    (RANPAC, f"{TRAINING} func_epoch ffn_num cache_views adapter_blocks", "first_session is false"),
     (TINY_SDLORA, "lrate_decay milestones init_lr_decay", 'scheduler is "cosine"'),
     (TINY_SDLORA | {"scheduler": "constant"}, "min_lr", 'scheduler is "constant"'),
     (TINY_SDLORA | {"scheduler": "steplr"}, "init_lr_decay", "no init_milestones"),
@@ -132,11 +100,7 @@ CASES: list[tuple[dict[str, Any], str, str]] = [
     (TINY_SDLORA | {"gumbel_gate": "off"}, f"lambda_sparsity {GATE}", 'gumbel_gate is "off"'),
     (GATED, "growth_top_k", 'growth is "threshold"'),
     (GATED | {"growth": "top_k"}, "growth_threshold", 'growth is "top_k"'),
-    (
-        GATED | {"gumbel_tau_init": 1.0, "gumbel_tau_final": 1.0},
-        "gumbel_anneal_rate",
-        "gumbel_tau_init is gumbel_tau_final",
-    ),
+    (COLD, "gumbel_anneal_rate", "gumbel_tau_init is gumbel_tau_final"),
     (TINY_SDLORA | {"epochs": 0}, "lrate weight_decay", "epochs is 0"),
 ]
 
@@ -159,17 +123,10 @@ def test_a_key_without_effect_is_named_and_has_none(
 
 def test_keys_of_grids_without_effect_are_named_and_have_none(tmp_path: Path) -> None:
     deciding = {"encoder": "gru", "alpha": 0, "beta": 0, "few_shot_tasks": 0, "epochs": 1}
-    unused = {
-        "heads": 1,
-        "sharing_ema": 0.5,
-        "sharing_detach": True,
-        "sparse_activity": 0.4,
-        "few_shot_rank": 1,
-    }
+    unused = {"heads": 1, "sharing_ema": 0.5, "sharing_detach": True, "sparse_activity": 0.4}
+    unused["few_shot_rank"] = 1
     base = TINY_GRIDS | deciding | {"logs_root": str(tmp_path)}
-    plain, with_unused = (
-        config_from_dict(base | changes, SCHEMAS, "test").config for changes in ({}, unused)
-    )
+    plain, with_unused = (config_from_dict(base | more, SCHEMAS, "test").config for more in ({}, unused))
     assert unused.keys() <= with_unused.unused_keys().keys()
 
     def predictions(config: RunConfig) -> torch.Tensor:
@@ -225,9 +182,7 @@ def test_slow_at_rate_zero_stays_and_nothing_says_it_was_updated(
     make_sema: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Not even where the schedule ends above its rate: slow keeps every bit, no trace, one line says why."""
-    learner = make_sema(
-        nested_lora_lr_slow=0, nested_lora_use_consolidation=False, func_epoch=3, min_lr=0.005
-    )
+    learner = make_sema(**NO_CONSOLIDATION, nested_lora_lr_slow=0, func_epoch=3, min_lr=0.005)
     learner.begin_task(0)
     blocks = learner.network.modules_by_block.values()
     slow = [p for modules in blocks for p in modules.parameter_groups()["slow"]]
