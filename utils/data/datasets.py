@@ -9,10 +9,10 @@ class and a share of each for the test.
 """
 
 import difflib
+import functools
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -102,11 +102,11 @@ class Source:
 DATASETS = {
     "synthetic": Source(len(CLASS_NAMES), _synthetic),
     "mnist_5k": Source(10, _mnist_5k),
-    "mnist": Source(10, partial(_torchvision, "MNIST"), ("mnist.npz",)),
-    "fashion_mnist": Source(10, partial(_torchvision, "FashionMNIST"), ("fashion_mnist.npz",)),
-    "cifar10": Source(10, partial(_torchvision, "CIFAR10"), ("cifar10.npz",)),
-    "cifar100": Source(100, partial(_torchvision, "CIFAR100"), ("cifar100.npz",)),
-    "cifar224": Source(100, partial(_torchvision, "CIFAR100"), ("cifar100.npz",)),
+    "mnist": Source(10, functools.partial(_torchvision, "MNIST"), ("mnist.npz",)),
+    "fashion_mnist": Source(10, functools.partial(_torchvision, "FashionMNIST"), ("fashion_mnist.npz",)),
+    "cifar10": Source(10, functools.partial(_torchvision, "CIFAR10"), ("cifar10.npz",)),
+    "cifar100": Source(100, functools.partial(_torchvision, "CIFAR100"), ("cifar100.npz",)),
+    "cifar224": Source(100, functools.partial(_torchvision, "CIFAR100"), ("cifar100.npz",)),
     "imagenetr": Source(200, places=("imagenet-r", "imagenetr")),
     "imageneta": Source(200, places=("imagenet-a", "imageneta")),
     "vtab": Source(50, places=("vtab",)),
