@@ -64,6 +64,8 @@ def _fault(detail: Mapping[str, Any], prop: Mapping[str, Any]) -> str:
     error, value, place = detail["type"], detail["input"], detail["loc"][1:]
     wrong_type = error.endswith("_type")
     words = FAULTS.get(error, detail["msg"].removeprefix("Value error, "))
+    if error == "too_short" and value:
+        words = "too few items"
     if wrong_type:
         words = f"a wrong type ({type_name(value)})"
     if place and isinstance(place[0], int):
