@@ -143,7 +143,7 @@ class LoRALinear(nn.Module):
         """Take a saved shape: the number of frozen terms, and the rank of `new` if there is one."""
         self.down = self.down.new_zeros(2, terms, self.width)
         self.up = self.up.new_zeros(2, self.width, terms)
-        self.new = None
+        self.new = self.merged = None
         if new_rank is not None:
             self.grow(new_rank)
 

@@ -106,6 +106,7 @@ class FeCAMHead(GaussianHead):
         super().__init__(width)
         self.alpha1, self.alpha2 = alpha1, alpha2
         self._factors: list[Tensor] = []
+        self.register_load_state_dict_post_hook(lambda head, _: head.solve())
 
     def refit(self, features: Tensor, targets: Tensor) -> None:
         super().refit(F.normalize(features, dim=1), targets)
@@ -114,6 +115,7 @@ class FeCAMHead(GaussianHead):
         return super().compensate_drift(F.normalize(before, dim=1), F.normalize(after, dim=1))
 
     def solve(self) -> None:
+        """Forget the factors, which `factors` computes where they are needed."""
         self._factors = []
 
     def factors(self) -> list[Tensor]:

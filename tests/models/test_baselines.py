@@ -155,6 +155,39 @@ def test_a_baseline_resumed_is_the_one_never_stopped(name: str, make_sema: Make)
         assert again.fingerprint() == expected
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "ease",
+        "inflora",
+        "coda_prompt",
+        "finetune, ranpac",
+        "finetune, fecam",
+        "sema, growing",
+    ],
+)
+def test_a_learner_that_takes_one_checkpoint_after_the_other_is_each_of_them(
+    name: str, make_sema: Make
+) -> None:
+    """As analyses and `eval.py --test` do: nothing that follows from the tensors outlives them."""
+    learner, saved = make_sema(**METHODS[name]), []
+    for task in range(2):
+        learner.begin_task(task)
+        learner.train_task()
+        state, kept = learner.state()
+        saved.append((state, {name: tensor.clone() for name, tensor in kept.items()}, scores(learner)))
+    other = make_sema(**METHODS[name])
+    for state, kept, expected in saved:
+        other.load_state(json.loads(json.dumps(state)), kept)
+        torch.testing.assert_close(scores(other), expected)
+
+
+def scores(learner: Learner) -> Tensor:
+    """Scores of the first task's test images, (n, C)."""
+    with torch.no_grad():
+        return learner.classify(learner.features_of(0, "test"))
+
+
 def test_simplecil_scores_are_cosines_with_class_means(make_sema: Make) -> None:
     learner = run_tasks(make_sema(model_name="simplecil"), 2)
     gathered = [training_features(learner, task) for task in range(2)]

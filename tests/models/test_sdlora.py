@@ -298,6 +298,19 @@ def test_state_comes_back_in_a_fresh_learner(make_sdlora: Make, kind: str, open_
     assert go_on(other) == expected
 
 
+def test_a_learner_that_takes_one_checkpoint_after_the_other_is_each_of_them(make_sdlora: Make) -> None:
+    """As analyses and `eval.py --test` do, with features looked at in between."""
+    learner, saved = make_sdlora(), []
+    for task in range(2):
+        learner.begin_task(task)
+        learner.train_task()
+        saved.append((json_state(learner), features(learner)))
+    other = make_sdlora()
+    for state, expected in saved:
+        other.load_state(*state)
+        assert torch.equal(features(other), expected)
+
+
 def test_a_checkpoint_of_another_shape_is_refused(make_sdlora: Make) -> None:
     saved = json_state(run_tasks(make_sdlora(), 1))
     with pytest.raises(UserError, match="does not fit this configuration: gate.logits is missing"):
