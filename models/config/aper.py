@@ -2,18 +2,11 @@
 
 from typing import ClassVar, Literal
 
-from models.vit.config import (
-    AdapterKeys,
-    ClassIncrementalConfig,
-    FrozenViTKeys,
-    ProxyKeys,
-    StepKeys,
-    TrainingKeys,
-)
+from models.vit.config import AdapterKeys, ClassIncrementalConfig, ProxyKeys, TrainingKeys
 from utils.config.schema import key
 
 
-class APERConfig(ProxyKeys, AdapterKeys, TrainingKeys, StepKeys, FrozenViTKeys):
+class APERConfig(ProxyKeys, AdapterKeys, TrainingKeys):
     """Adapters and their training in the first task."""
 
     known_as: ClassVar[dict[str, str]] = AdapterKeys.known_as | {"tuned_epoch": "func_epoch"}

@@ -3,18 +3,11 @@
 from typing import ClassVar, Literal
 
 from models.vit.backbones import BackboneShape
-from models.vit.config import (
-    AdapterKeys,
-    ClassIncrementalConfig,
-    FrozenViTKeys,
-    ProxyKeys,
-    StepKeys,
-    TrainingKeys,
-)
+from models.vit.config import AdapterKeys, ClassIncrementalConfig, ProxyKeys, TrainingKeys
 from utils.config.schema import Rate, key
 
 
-class EASEConfig(ProxyKeys, AdapterKeys, TrainingKeys, StepKeys, FrozenViTKeys):
+class EASEConfig(ProxyKeys, AdapterKeys, TrainingKeys):
     """Adapters, their training, and the reweighted prototypes."""
 
     known_as: ClassVar[dict[str, str]] = AdapterKeys.known_as | {

@@ -3,19 +3,11 @@
 from typing import Literal
 
 from models.vit.backbones import BackboneShape
-from models.vit.config import (
-    AdapterKeys,
-    FrozenViTKeys,
-    HeadKeys,
-    MergeKeys,
-    RidgeKeys,
-    StepKeys,
-    TrainingKeys,
-)
+from models.vit.config import AdapterKeys, HeadKeys, MergeKeys, TrainingKeys
 from utils.config.schema import Conflict, UnusedRule, key
 
 
-class FinetuneConfig(MergeKeys, AdapterKeys, HeadKeys, RidgeKeys, TrainingKeys, StepKeys, FrozenViTKeys):
+class FinetuneConfig(MergeKeys, AdapterKeys, HeadKeys, TrainingKeys):
     """Adapters, their training and merging, and a choice of classifier; of its own, terms of the loss."""
 
     model_name: Literal["finetune"] = key(

@@ -3,11 +3,11 @@
 from typing import ClassVar, Literal
 
 from models.vit.backbones import BackboneShape
-from models.vit.config import BlockKeys, ClassIncrementalConfig, FrozenViTKeys, StepKeys, TrainingKeys
+from models.vit.config import BlockKeys, ClassIncrementalConfig, TrainingKeys
 from utils.config.schema import Conflict, key
 
 
-class InfLoRAConfig(BlockKeys, TrainingKeys, StepKeys, FrozenViTKeys):
+class InfLoRAConfig(BlockKeys, TrainingKeys):
     """Low-rank terms of k and v, and what they leave alone."""
 
     known_as: ClassVar[dict[str, str]] = ClassIncrementalConfig.known_as | {

@@ -3,18 +3,11 @@
 from typing import ClassVar, Literal
 
 from models.vit.backbones import BackboneShape
-from models.vit.config import (
-    AdapterKeys,
-    ClassIncrementalConfig,
-    FrozenViTKeys,
-    RidgeKeys,
-    StepKeys,
-    TrainingKeys,
-)
+from models.vit.config import AdapterKeys, ClassIncrementalConfig, RidgeKeys, TrainingKeys
 from utils.config.schema import UnusedRule, key
 
 
-class MoALConfig(AdapterKeys, RidgeKeys, TrainingKeys, StepKeys, FrozenViTKeys):
+class MoALConfig(AdapterKeys, RidgeKeys, TrainingKeys):
     """Adapters, their moving average, and ridge regression with rumination."""
 
     legacy_keys: ClassVar[dict[str, str]] = {

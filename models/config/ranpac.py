@@ -6,7 +6,6 @@ from models.vit.config import (
     AdapterKeys,
     BlockKeys,
     ClassIncrementalConfig,
-    FrozenViTKeys,
     ProxyKeys,
     RidgeKeys,
     StepKeys,
@@ -15,7 +14,7 @@ from models.vit.config import (
 from utils.config.schema import UnusedRule, key
 
 
-class RanPACConfig(ProxyKeys, AdapterKeys, RidgeKeys, TrainingKeys, StepKeys, FrozenViTKeys):
+class RanPACConfig(ProxyKeys, AdapterKeys, RidgeKeys, TrainingKeys):
     """Ridge regression; keys of adapters and their training count only with `first_session`."""
 
     legacy_keys: ClassVar[dict[str, str]] = {

@@ -3,19 +3,11 @@
 from typing import ClassVar, Literal
 
 from models.vit.backbones import BackboneShape
-from models.vit.config import (
-    AdapterKeys,
-    ClassIncrementalConfig,
-    FrozenViTKeys,
-    HeadKeys,
-    RidgeKeys,
-    StepKeys,
-    TrainingKeys,
-)
+from models.vit.config import AdapterKeys, ClassIncrementalConfig, HeadKeys, TrainingKeys
 from utils.config.schema import Conflict, CountOrZero, Rate, UnusedRule, key
 
 
-class SEMAConfig(AdapterKeys, HeadKeys, RidgeKeys, TrainingKeys, StepKeys, FrozenViTKeys):
+class SEMAConfig(AdapterKeys, HeadKeys, TrainingKeys):
     """Config of SEMA and of Nested LoRA on it; defaults are the published values, or the specification's."""
 
     legacy_keys: ClassVar[dict[str, str]] = {

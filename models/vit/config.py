@@ -2,12 +2,12 @@
 
     ClassIncrementalConfig   data, tasks, and a pretrained backbone: the base of all groups
     FrozenViTKeys            how features of the frozen ViT are computed
-    RidgeKeys, HeadKeys      RanPAC's ridge regression; a choice of classifier
-    StepKeys, TrainingKeys   a step of training; phases of training
+    RidgeKeys, HeadKeys      RanPAC's ridge regression; with it, a choice of classifier
+    StepKeys, TrainingKeys   a step of training; with it, phases of training on the frozen ViT
     BlockKeys, AdapterKeys   blocks that carry adapters; adapters of one branch, or of a fast and a slow one
     MergeKeys                merging of what adapters learn task by task
 
-class FinetuneConfig(AdapterKeys, HeadKeys, RidgeKeys, TrainingKeys, StepKeys, FrozenViTKeys): ...
+class JointConfig(OneTaskRules, AdapterKeys, HeadKeys, TrainingKeys): ...
 
 The rules of a group may name keys of the groups that it is combined with.
 """
@@ -312,11 +312,8 @@ class RidgeKeys(ClassIncrementalConfig):
         return 8 * dim * (dim + 1 + 3 * classes) if ridge else 0
 
 
-class HeadKeys(ClassIncrementalConfig):
-    """A choice of classifier.
-
-    Goes with `RidgeKeys`.
-    """
+class HeadKeys(RidgeKeys):
+    """A choice of classifier."""
 
     head: Literal["fc", "aligned", "cosine", "fecam", "ranpac"] = key(
         "fc",
@@ -414,10 +411,10 @@ class StepKeys(ClassIncrementalConfig):
         return found
 
 
-class TrainingKeys(ClassIncrementalConfig):
+class TrainingKeys(StepKeys, FrozenViTKeys):
     """Phases of training.
 
-    Go with `StepKeys` and `FrozenViTKeys`. `lr_keys`: the keys of learning rates.
+    `lr_keys`: the keys of learning rates.
     """
 
     lr_keys: ClassVar[tuple[str, ...]] = ("init_lr",)
@@ -464,7 +461,7 @@ class TrainingKeys(ClassIncrementalConfig):
 class MergeKeys(ClassIncrementalConfig):
     """Merging of the weights that adapters reach task by task.
 
-    Goes with `AdapterKeys`, `HeadKeys` and `RidgeKeys`.
+    Goes with `AdapterKeys` and `HeadKeys`.
     """
 
     merge: Literal["none", "mean", "ema", "max_magnitude", "orthogonal"] = key(
