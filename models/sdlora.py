@@ -139,7 +139,7 @@ class SDLoRA(ClassIncrementalLearner):
             "lora": self.network.directions(),
             "alpha": [self.network.magnitudes],
             "gate": [] if self.gate is None else [self.gate.logits],
-            "head": self.modules["head"].trainable(),
+            "head": self.head.trainable(),
         }
         lr = config.init_lr if first else config.lrate
         groups = [ParameterGroup(name, parameters, lr=lr) for name, parameters in parts.items()]
@@ -234,11 +234,11 @@ class SDLoRA(ClassIncrementalLearner):
         return torch.cat([self.features(images).cpu() for images in views])
 
     def trained_numbers(self) -> int:
-        """Those of all adapters that were ever grown, pruned ones too: directions, magnitudes, gate."""
-        ranks = [self.config.rank_of(task) for task in range(self.task + 1)]
-        each = 1 if self.gate is None else 1 + self.gate.numbers_per_adapter
-        directions = sum(map(self.network.directions_of_rank, ranks))
-        return directions + len(ranks) * each + self.trained_rows()
+        """Those of all adapters that learned, pruned ones too: directions, magnitudes, gate; and their rows."""
+        config, each = self.config, 1 if self.gate is None else 1 + self.gate.numbers_per_adapter
+        trained = [task for task in range(self.task + 1) if config.epochs_of(task)]
+        adapters = sum(self.network.directions_of_rank(config.rank_of(task)) + each for task in trained)
+        return adapters + sum(p.numel() for task in trained for p in self.head.tasks[task].parameters())
 
 
 class LoRAPhase(Phase):
@@ -247,8 +247,7 @@ class LoRAPhase(Phase):
     name = "func"
 
     def __init__(self, learner: SDLoRA) -> None:
-        config = learner.config
-        epochs = config.init_epoch if learner.task == 0 else config.epochs
+        config, epochs = learner.config, learner.config.epochs_of(learner.task)
         super().__init__(
             epochs=epochs,
             steps_per_epoch=-(-learner.data.count(learner.classes, "train") // config.batch_size),
@@ -273,7 +272,7 @@ class LoRAPhase(Phase):
         targets = targets - learner.classes.start
         with learner.autocast():
             features = learner.network(images, beta).float()
-        logits = learner.modules["head"].newest(features)  # (B, C_t)
+        logits = learner.head.newest(features)  # (B, C_t)
         loss = learner.loss(logits, targets, features) + self.penalty(beta)
         return StepResult(loss, len(targets), (logits.argmax(dim=1) == targets).sum())
 

@@ -59,9 +59,8 @@ class SEMA(ClassIncrementalLearner):
 
     def build(self, vit: nn.Module) -> nn.ModuleDict:
         config = self.config
-        chosen = range(config.adapt_start_layer, config.adapt_end_layer + 1)
-        adapted = range(len(vit.blocks)) if config.adapter_blocks == "all" else chosen
-        growing = () if config.expansion == "never" else chosen
+        adapted = config.adapted_blocks(len(vit.blocks))
+        growing = range(config.adapt_start_layer, config.adapt_end_layer + 1) if config.grows else ()
         described = {"rd_dim": config.rd_dim, "buffer_size": config.buffer_size, "aligned": config.aligned}
         spec = adapter_spec(config, vit.embed_dim, **described)
         network = SEMAVisionTransformer(vit, spec, growing=growing, adapted=adapted)
@@ -309,6 +308,10 @@ class SEMA(ClassIncrementalLearner):
             for block, tokens in inputs.items():
                 parts[block].append(tokens)
         return {block: torch.cat(tokens) for block, tokens in parts.items()}
+
+    def trained_numbers(self) -> int:
+        untrained = 0 if self.config.rd_epoch else self.network.parameter_counts()["descriptors"]
+        return super().trained_numbers() - untrained
 
 
 class DescriptorPhase(Phase):

@@ -148,6 +148,10 @@ class SDLoRAConfig(GateKeys):
             return self.classifier_init
         return "kaiming_linear" if self.sdlora_scaling == "reset" else "torch_default"
 
+    def epochs_of(self, task: int) -> int:
+        """Epochs of a task."""
+        return self.epochs if task else self.init_epoch
+
     def rank_of(self, task: int) -> int:
         """Rank of the adapter that a task adds."""
         return next(
@@ -156,9 +160,8 @@ class SDLoRAConfig(GateKeys):
 
     def stored_bytes(self, shape: BackboneShape, task: int, classes: int) -> int:
         ranks = sum(self.rank_of(earlier) for earlier in range(task + 1))
-        return (
-            super().stored_bytes(shape, task, classes) + 4 * shape.depth * 4 * shape.width * ranks
-        )  # q and v
+        directions = 4 * shape.depth * shape.width * ranks  # A and B of q and of v
+        return super().stored_bytes(shape, task, classes) + 4 * directions
 
     def conflicts(self) -> list[Conflict]:
         """A schedule that would raise a learning rate."""

@@ -98,6 +98,10 @@ CASES: dict[str, tuple[dict[str, Any], int, int]] = {  # changes, trained, store
         {"model_name": "sema", **ADAPTER, "expansion": "always", "rd_dim": 8, "buffer_size": 10},
         GROWN + rows(), GROWN + 4 * 10 + rows(),
     ),
+    "sema, descriptors are not trained": (
+        {"model_name": "sema", **ADAPTER, "expansion": "always", "rd_dim": 8, "rd_epoch": 0},
+        GROWN - 4 * DESCRIBED + rows(), GROWN + rows(),
+    ),
 }  # fmt: skip
 
 
@@ -122,6 +126,14 @@ def test_passes_of_a_test_image_are_those_of_the_table(name: str, passes: int, m
     assert len(calls) == passes
 
 
+def test_inflora_s_share_grows_over_the_tasks_of_the_data_set_and_stays(make_sema: Make) -> None:
+    """Of its four tasks, though two are learned; further ones are those of added data."""
+    learner, shares = make_sema(model_name="inflora", lamb=0.9, lame=0.98, max_tasks=2), []
+    for learner.task in (0, 1, 3, 4, 5):
+        shares.append(learner.share)
+    assert shares == pytest.approx([0.9, 0.92, 0.96, 0.98, 0.98])
+
+
 def test_inflora_stores_fixed_directions_and_the_basis_of_old_inputs(make_sema: Make) -> None:
     learner = run_tasks(make_sema(model_name="inflora", lora_rank=R), T)
     counts, written = learner.parameter_counts(), T * L * 2 * D * R  # B of keys and values
@@ -138,6 +150,8 @@ def test_sdlora_stores_what_it_trains_unless_it_prunes(make_sdlora: Make) -> Non
     pruned = run_tasks(make_sdlora(**gated, lora_rank=2), T).parameter_counts()
     assert pruned["trained"] == L * 4 * D * 2 * T + T * (1 + L) + rows()
     assert pruned["stored"] == L * 4 * D * 2 + (1 + L) + rows()
+    first = run_tasks(make_sdlora(lora_rank=2, epochs=0), T).parameter_counts()
+    assert first["trained"] == L * 4 * D * 2 + 1 + rows(2)
 
 
 def test_a_network_on_grids_is_trained_whole(tmp_path: Any) -> None:
