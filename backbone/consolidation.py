@@ -16,9 +16,8 @@ from torch.nn import functional as F
 
 from backbone.sema_components import LoRAAdapter, NestedLoRAAdapter
 
-RIDGE = (
-    1e-6  # relative to the mean diagonal of the Gram matrix; keeps the solve finite with zero or equal units
-)
+# Relative to the mean diagonal of the Gram matrix; keeps the solve finite with zero or equal units.
+RIDGE = 1e-6
 
 
 @dataclass(frozen=True)

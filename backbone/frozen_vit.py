@@ -143,6 +143,11 @@ class FrozenViT(nn.Module):
         """All functional parameters by the name of their group, frozen ones included."""
         return joined_groups(self.modules_by_block.values())
 
+    def freeze(self) -> None:
+        """Exclude the adapters of all blocks from learning."""
+        for modules in self.modules_by_block.values():
+            freeze(modules)
+
     def descriptor_parameters(self) -> list[nn.Parameter]:
         """Parameters that learn in phases of their own; none but in SEMA."""
         return []

@@ -14,7 +14,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from backbone.frozen_block import freeze, is_learning, joined_groups
+from backbone.frozen_block import is_learning, joined_groups
 from backbone.frozen_vit import FrozenViT
 from backbone.sema_block import AdapterModule, AdapterSpec
 
@@ -125,11 +125,6 @@ class TaskAdapterViT(FrozenViT):
         device = next(self.vit.parameters()).device
         for modules in self.modules_by_block.values():
             modules.grow(device)
-
-    def freeze(self) -> None:
-        """Exclude all adapters from learning."""
-        for modules in self.modules_by_block.values():
-            freeze(modules)
 
 
 def _take_saved_number(

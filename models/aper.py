@@ -14,7 +14,7 @@ from torch import nn
 from models.config.aper import APERConfig
 from models.vit.class_incremental import ClassIncrementalLearner
 from models.vit.closed_form import PrototypeHead
-from models.vit.training import task_adapter_network, train_functional
+from models.vit.training import task_adapter_network, train_and_freeze
 from utils.inc_net import IncrementalHead
 
 
@@ -38,11 +38,5 @@ class APER(ClassIncrementalLearner):
 
     def learn_task(self) -> None:
         if self.task == 0:
-            self.once("functional", self.train_first_session)
+            self.once("functional", lambda: train_and_freeze(self))
         self.once("head", self.fit_head)
-
-    def train_first_session(self) -> None:
-        """Train the adapters on the first task, and freeze them for good."""
-        train_functional(self)
-        self.network.freeze()
-        self.head.requires_grad_(False)

@@ -13,6 +13,7 @@ are skipped, an open phase is restored with its optimizer.
 """
 
 import logging
+import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -344,7 +345,7 @@ class Learner(ABC):
         at.samples += samples
         if correct is not None:
             at.correct = (at.correct or 0) + correct
-        if at.loss != at.loss or abs(at.loss) == float("inf"):
+        if not math.isfinite(at.loss):
             raise UserError(
                 f"the loss of task {self.task}, phase {phase.name}, epoch {at.epoch + 1} is not finite; "
                 f"learning rates are {phase.optimizer.lrs}: {not_finite_advice(self.config.precision)}"

@@ -16,7 +16,7 @@ from models.config.ease import EASEConfig
 from models.vit import calibration
 from models.vit.class_incremental import ClassIncrementalLearner
 from models.vit.closed_form import ClosedFormHead
-from models.vit.training import task_adapter_network, train_functional
+from models.vit.training import task_adapter_network, train_and_freeze
 from utils.inc_net import IncrementalHead
 
 
@@ -103,11 +103,5 @@ class EASE(ClassIncrementalLearner):
         self.network.grow()
 
     def learn_task(self) -> None:
-        self.once("functional", self.train_functional)
+        self.once("functional", lambda: train_and_freeze(self))
         self.once("head", self.fit_head)
-
-    def train_functional(self) -> None:
-        """Train the task's adapter and classifier rows, and freeze them."""
-        train_functional(self)
-        self.network.freeze()
-        self.head.requires_grad_(False)

@@ -28,4 +28,3 @@ class LinearProbe(ClassIncrementalLearner):
 
     def learn_task(self) -> None:
         self.once("functional", lambda: train_functional(self))
-        self.once("head", self.fit_head)

@@ -22,14 +22,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from backbone.frozen_block import freeze
 from backbone.frozen_vit import FrozenViT
 from models.config.ranpac import RanPACConfig
 from models.vit import calibration
 from models.vit.class_incremental import ClassIncrementalLearner
 from models.vit.closed_form import ClosedFormHead, fit_drift
 from models.vit.gaussians import GaussianHead
-from models.vit.training import adapted_network, train_functional
+from models.vit.training import adapted_network, train_and_freeze
 from utils.analysis.ridge_path import RidgePath, add_gram_, symmetric_
 from utils.inc_net import IncrementalHead
 from utils.training.random import rng
@@ -316,12 +315,5 @@ class RanPAC(ClassIncrementalLearner):
 
     def learn_task(self) -> None:
         if self.config.first_session and self.task == 0:
-            self.once("functional", self.train_first_session)
+            self.once("functional", lambda: train_and_freeze(self))
         self.once("head", self.fit_head)
-
-    def train_first_session(self) -> None:
-        """Train adapters on the first task, and freeze them for good."""
-        train_functional(self)
-        for modules in self.network.modules_by_block.values():
-            modules.freeze_functional()
-        freeze(self.modules["head"])

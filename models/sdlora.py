@@ -24,8 +24,7 @@ from torch import Tensor, nn
 
 from backbone.lora import GumbelGate, LoRAVisionTransformer
 from models.config.sdlora import SDLoRAConfig
-from models.gumbel_figures import CAPTIONS, gate_figures
-from models.gumbel_growth import active_adapters_table, decide, not_finite_advice
+from models.gumbel_growth import CAPTIONS, active_adapters_table, decide, gate_figures, not_finite_advice
 from models.phase import EpochNote, Phase, StepResult
 from models.vit.class_incremental import ClassIncrementalLearner
 from utils.analysis.representations import GATE_ANALYSES
@@ -234,7 +233,7 @@ class SDLoRA(ClassIncrementalLearner):
         return torch.cat([self.features(images).cpu() for images in views])
 
     def trained_numbers(self) -> int:
-        """Those of all adapters that learned, pruned ones too: directions, magnitudes, gate; and their rows."""
+        """Those of adapters that learned, pruned ones too, with their magnitudes and logits, and of rows."""
         config, each = self.config, 1 if self.gate is None else 1 + self.gate.numbers_per_adapter
         trained = [task for task in range(self.task + 1) if config.epochs_of(task)]
         adapters = sum(self.network.directions_of_rank(config.rank_of(task)) + each for task in trained)

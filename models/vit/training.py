@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from backbone.frozen_block import freeze
 from backbone.sema_block import AdapterSpec
 from backbone.task_adapters import TaskAdapterViT
 from backbone.vit_sema import SEMAVisionTransformer
@@ -125,6 +126,13 @@ class FunctionalPhase(Phase):
 def train_functional(learner: ClassIncrementalLearner, block: int | None = None) -> None:
     """Run a functional phase."""
     learner.run_phase(FunctionalPhase(learner, block))
+
+
+def train_and_freeze(learner: ClassIncrementalLearner) -> None:
+    """Run a functional phase, and freeze what it has trained for good: adapters and classifier rows."""
+    train_functional(learner)
+    learner.network.freeze()
+    freeze(learner.head)
 
 
 class SlowTrace:

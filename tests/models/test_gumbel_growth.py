@@ -13,8 +13,7 @@ import torch
 from matplotlib.figure import Figure
 
 from models import SCHEMAS
-from models.gumbel_figures import beta_evolution_figure, beta_heatmap_figure, beta_layers_figure, gate_figures
-from models.gumbel_growth import GateDecision, active_adapters_table, decide
+from models.gumbel_growth import GateDecision, active_adapters_table, decide, gate_figures
 from models.sdlora import SDLoRA, SDLoRAConfig
 from tests.conftest import TINY_SDLORA, events, run_tasks
 from tests.drawn import assert_readable
@@ -223,6 +222,11 @@ def synthetic_events(tasks: int, layers: int = 12) -> list[dict[str, Any]]:
     return found
 
 
+def figures_of(gates: list[dict[str, Any]], about: str = "run") -> dict[str, Figure]:
+    with mpl.rc_context(STYLE):
+        return gate_figures([{"event": "gate", **event} for event in gates], about)
+
+
 def drawn(figure: Figure) -> tuple[dict[tuple[int, int], str], set[tuple[int, int]]]:
     """The numbers of a heat map by (column, row), and the cells that are crossed out."""
     axes = figure.axes[0]
@@ -232,9 +236,9 @@ def drawn(figure: Figure) -> tuple[dict[tuple[int, int], str], set[tuple[int, in
 
 def test_heat_maps_show_present_adapters_and_cross_out_pruned_ones() -> None:
     """Adapter 1 was pruned after task 1, so its cell in row 2 is empty; adapter 0 is pruned after task 2."""
-    with mpl.rc_context(STYLE):
-        numbers, crosses = drawn(beta_heatmap_figure(EVENTS, "run"))
-        by_layer, crosses_by_layer = drawn(beta_layers_figure(EVENTS, "run"))
+    figures = figures_of(EVENTS)
+    numbers, crosses = drawn(figures["beta_heatmap.png"])
+    by_layer, crosses_by_layer = drawn(figures["beta_layers.png"])
     assert numbers == {(0, 0): "1.00", (0, 1): "0.95", (1, 1): "0.05", (0, 2): "0.40", (2, 2): "0.60"}
     assert crosses == {(1, 1), (0, 2)}
     assert by_layer[0, 0] == "0.20" and by_layer[2, 1] == "0.40" and len(by_layer) == 6
@@ -242,8 +246,7 @@ def test_heat_maps_show_present_adapters_and_cross_out_pruned_ones() -> None:
 
 
 def test_evolution_has_one_line_per_task_and_one_mark_per_pruned_adapter() -> None:
-    with mpl.rc_context(STYLE):
-        figure = beta_evolution_figure(EVENTS, "run")
+    figure = figures_of(EVENTS)["beta_evolution.png"]
     lines = [line for line in figure.axes[0].lines if line.get_marker() == "o"]
     assert [list(line.get_ydata()) for line in lines] == [event["beta_values"] for event in EVENTS]
     marks = [line.get_xydata().tolist() for line in figure.axes[0].lines if line.get_marker() == "x"]
@@ -255,10 +258,8 @@ def test_evolution_has_one_line_per_task_and_one_mark_per_pruned_adapter() -> No
 @pytest.mark.parametrize("tasks", [1, 10, 20, 40])
 def test_no_text_overlaps_another_or_leaves_the_picture(tasks: int) -> None:
     subtitle = "a_rather_long_prefix · sdlora · omnibenchmark · pretrained_vit_b16_224_in21k_adapter · seed 1"
-    gates = [{"event": "gate", **event} for event in synthetic_events(tasks)]
-    with mpl.rc_context(STYLE):
-        figures = gate_figures(gates, subtitle)
-        for figure in figures.values():
-            assert_readable(figure)
+    figures = figures_of(synthetic_events(tasks), subtitle)
+    for figure in figures.values():
+        assert_readable(figure)
     assert figures.keys() == {"beta_evolution.png", "beta_heatmap.png", "beta_layers.png"}
     assert gate_figures([], subtitle) == {}
