@@ -12,7 +12,8 @@ Source: Liang and Li, *InfLoRA: Interference-Free Low-Rank Adaptation for Contin
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -164,20 +165,15 @@ class InfLoRAViT(FrozenViT):
         """
         moments: dict[int, Tensor] = {}
 
-        def add(block: int, x: Tensor) -> None:
-            tokens = x.detach().float().flatten(0, -2)
-            with torch.autocast(x.device.type, enabled=False):
+        def add(block: int, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            tokens = inputs[0].detach().float().flatten(0, -2)
+            with torch.autocast(tokens.device.type, enabled=False):
                 moments[block] = moments.get(block, 0) + (tokens.T @ tokens).double()
 
-        handles = [
-            projection.register_forward_pre_hook(lambda _, inputs, block=block: add(block, inputs[0]))
-            for block, projection in self.by_block.items()
-        ]
-        try:
+        with ExitStack() as hooks:
+            for block, projection in self.by_block.items():
+                hooks.enter_context(projection.register_forward_pre_hook(partial(add, block)))
             yield moments
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def grow(self, moments: Mapping[int, Tensor]) -> dict[int, int]:
         """Add a learning term to every projection; the number of its directions by block."""

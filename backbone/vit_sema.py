@@ -9,7 +9,8 @@ Adapters alone, without routers and descriptors, are the case without growing bl
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -58,15 +59,14 @@ class SEMAVisionTransformer(FrozenViT):
         """A dict that forwards fill, while open, with `reduce(x)` of the adapters' inputs x (B, N, d)."""
         captured: dict[int, Tensor] = {}
 
-        def hook(block: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-            return lambda module, inputs: captured.__setitem__(block, reduce(inputs[0]))
+        def keep(block: int, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            captured[block] = reduce(inputs[0])
 
-        handles = [self.modules_by_block[block].register_forward_pre_hook(hook(block)) for block in blocks]
-        try:
+        with ExitStack() as hooks:
+            for block in blocks:
+                modules = self.modules_by_block[block]
+                hooks.enter_context(modules.register_forward_pre_hook(partial(keep, block)))
             yield captured
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def descriptor_loss(self, token_means: dict[int, Tensor]) -> Tensor:
         """Sum over blocks of the newest descriptor's mean error on its token means (B, d); a scalar."""

@@ -114,8 +114,8 @@ def run_scores(config: RunConfig) -> torch.Tensor:
 
 
 def run_tasks(learner: Learner, tasks: int) -> Learner:
-    """The learner after its first tasks."""
-    for task in range(tasks):
+    """The learner after its first tasks; one that has finished some goes on with the next."""
+    for task in range(learner.task + 1, tasks):
         learner.begin_task(task)
         learner.train_task()
     return learner
@@ -129,6 +129,12 @@ def events(learner: Learner, name: str) -> list[dict[str, Any]]:
 def tensors(learner: Learner) -> dict[str, torch.Tensor]:
     """A copy of everything that was learned."""
     return {name: tensor.clone() for name, tensor in learner.learned_tensors().items()}
+
+
+def saved_state(learner: Learner) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """The state of a learner as a checkpoint brings it back."""
+    state, saved = learner.state()
+    return json.loads(json.dumps(state)), {name: tensor.clone() for name, tensor in saved.items()}
 
 
 def command(config: str, logs: Path, **changes: Any) -> list[str]:

@@ -385,25 +385,22 @@ class ClassIncrementalLearner(Learner):
         Raises:
             UserError: a score is not finite, or images cannot be read.
         """
-        scored, labels, predicted, source = [], [], [], images or self.data.evaluated
+        scored, predicted, source = [], [], images or self.data.evaluated
         with dead_worker_advice():
             seen = self.seen_features(source)
-        counts = [self.data.count(self.data.task_classes(task), source) for task in range(self.task + 1)]
-        for task, features in enumerate(seen.split(counts)):
-            targets = self.data.targets(self.data.indices(self.data.task_classes(task), source), source)
-            what = f"the {source} images of task {task}"
+        tasks = [self.data.task_classes(task) for task in range(self.task + 1)]
+        for task, features in enumerate(seen.split([self.data.count(classes, source) for classes in tasks])):
             scores = self.classify(features.to(self.device)).cpu()
+            what = f"the {source} images of task {task}"
             predicted.append(predictions(scores, what, self.config.precision))
             untaught = self.classes.stop - scores.shape[1]  # a head in closed form inside the open task
             scored.append(F.pad(scores, (0, untaught), value=-torch.inf))
-            labels.append(targets)
-        true = torch.cat(labels)
+        true = self.data.targets(self.data.seen_indices(len(tasks), source), source)
         self.confusion = confusion_counts(true.numpy(), torch.cat(predicted).numpy(), self.classes.stop)
         totals, right = self.confusion.sum(axis=1), self.confusion.diagonal()
-        ranges = [self.data.task_classes(task) for task in range(self.task + 1)]
         found = {
-            "correct": [int(right[classes].sum()) for classes in ranges],
-            "total": [int(totals[classes].sum()) for classes in ranges],
+            "correct": [int(right[classes].sum()) for classes in tasks],
+            "total": [int(totals[classes].sum()) for classes in tasks],
             "class_correct": right.tolist(),
         } | ({} if source == "test" else {"images": source})
         if self.calibration is not None:

@@ -4,6 +4,8 @@ Learners give them to `eval.py --analyse` through `ClassIncrementalLearner.class
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -18,18 +20,13 @@ def class_tokens(blocks: Sequence[nn.Module], run: Callable[[], object]) -> Tens
     """First tokens (L, B, d), float32, after each of L blocks in depth order, when `run` last runs it."""
     found: dict[int, Tensor] = {}
 
-    def keep(number: int, x: Tensor) -> None:
+    def keep(number: int, module: nn.Module, inputs: tuple[Tensor, ...], x: Tensor) -> None:
         found[number] = x[:, 0].float()
 
-    handles = [
-        block.register_forward_hook(lambda module, inputs, x, number=number: keep(number, x))
-        for number, block in enumerate(blocks)
-    ]
-    try:
+    with ExitStack() as hooks:
+        for number, block in enumerate(blocks):
+            hooks.enter_context(block.register_forward_hook(partial(keep, number)))
         run()
-    finally:
-        for handle in handles:
-            handle.remove()
     return torch.stack([found[number] for number in range(len(blocks))])
 
 
@@ -38,16 +35,12 @@ def branch_spaces(modules_by_block: Mapping[int, SEMAModules]) -> dict[tuple[int
 
     They are of both branches, "fast" and "slow", of every nested adapter.
     """
-    nested = {
-        (block, k): adapter.functional
+    return {
+        (block, k): {
+            name: column_space(branch.up_proj.weight, branch.down_proj.weight)
+            for name, branch in adapter.functional.named_children()
+        }
         for block, modules in modules_by_block.items()
         for k, adapter in enumerate(modules.adapters)
         if isinstance(adapter.functional, NestedLoRAAdapter)
-    }
-    return {
-        place: {
-            name: column_space(branch.up_proj.weight, branch.down_proj.weight)
-            for name, branch in (("fast", functional.fast), ("slow", functional.slow))
-        }
-        for place, functional in nested.items()
     }

@@ -82,15 +82,6 @@ def test_the_basis_holds_the_share_asked_for_and_no_more(power: int) -> None:
     assert module.basis.shape[1] == held
 
 
-def test_squares_of_energies_ask_for_fewer_directions() -> None:
-    sizes = []
-    for power in (1, 2):
-        module = projection()
-        module.remember(moments_of(inputs(8, seed=3)), 0.9, power)
-        sizes.append(module.basis.shape[1])
-    assert sizes[1] < sizes[0]
-
-
 def test_where_no_direction_is_left_rows_are_zero_and_nothing_changes() -> None:
     module, x = projection(), inputs(8, seed=3)
     module.remember(moments_of(x), 1.0, 1)

@@ -1,6 +1,5 @@
 """The learners that Nested LoRA is compared with, and the heads, on tiny generated data."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from torch import Tensor
 from models import LEARNERS
 from models.base import Interrupted, Learner
 from models.vit.training import FunctionalPhase
-from tests.conftest import events, run_tasks
+from tests.conftest import events, run_tasks, saved_state
 from trainer import train
 from utils.config.loading import ConfigError
 from utils.config.schema import RunConfig
@@ -33,7 +32,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "moal": {"model_name": "moal", "ranpac_dim": 50},
     "coda_prompt": {
         "model_name": "coda_prompt",
-        "prompt_blocks": [1, 2],
+        "prompt_blocks": [1],
         "prompt_components": 3,
         "cache_views": 1,
     },
@@ -135,24 +134,16 @@ def test_every_baseline_runs_to_its_result(name: str, smoke_config: Config, tmp_
 def test_a_baseline_resumed_is_the_one_never_stopped(name: str, make_sema: Make) -> None:
     """Stopped at several moments, between steps and between batches of features, it ends bit-identical."""
     changes = METHODS[name] | {"max_tasks": 3}
-    whole = make_sema(**changes)
-    run_tasks(whole, 3)
-    expected = whole.fingerprint()
+    expected = run_tasks(make_sema(**changes), 3).fingerprint()
     for stop_at in (2, 5, 9):
         asked = iter(range(10**9))
         stopped = make_sema(lambda asked=asked, at=stop_at: next(asked) >= at, **changes)
         with pytest.raises(Interrupted):
             run_tasks(stopped, 3)
-        state, tensors = stopped.state()
-        again = make_sema(**changes)
-        again.load_state(
-            json.loads(json.dumps(state)), {name: tensor.clone() for name, tensor in tensors.items()}
-        )
+        again, saved = make_sema(**changes), saved_state(stopped)
+        again.load_state(*saved)
         again.train_task()
-        for task in range(again.task + 1, 3):
-            again.begin_task(task)
-            again.train_task()
-        assert again.fingerprint() == expected
+        assert run_tasks(again, 3).fingerprint() == expected
 
 
 @pytest.mark.parametrize(
@@ -171,14 +162,12 @@ def test_a_learner_that_takes_one_checkpoint_after_the_other_is_each_of_them(
 ) -> None:
     """As analyses and `eval.py --test` do: nothing that follows from the tensors outlives them."""
     learner, saved = make_sema(**METHODS[name]), []
-    for task in range(2):
-        learner.begin_task(task)
-        learner.train_task()
-        state, kept = learner.state()
-        saved.append((state, {name: tensor.clone() for name, tensor in kept.items()}, scores(learner)))
+    for tasks in (1, 2):
+        run_tasks(learner, tasks)
+        saved.append((saved_state(learner), scores(learner)))
     other = make_sema(**METHODS[name])
-    for state, kept, expected in saved:
-        other.load_state(json.loads(json.dumps(state)), kept)
+    for state, expected in saved:
+        other.load_state(*state)
         torch.testing.assert_close(scores(other), expected)
 
 
@@ -220,12 +209,9 @@ def same(before: dict[str, Tensor], after: dict[str, Tensor]) -> bool:
 def test_ranpac_adapts_in_the_first_task_only(make_sema: Make) -> None:
     learner = make_sema(**METHODS["ranpac, adapted"])
     start = moving(learner)
-    run_tasks(learner, 1)
-    adapted = moving(learner)
+    adapted = moving(run_tasks(learner, 1))
     assert not same(start, adapted)
-    learner.begin_task(1)
-    learner.train_task()
-    assert same(adapted, moving(learner))
+    assert same(adapted, moving(run_tasks(learner, 2)))
     assert not [p for p in learner.modules.parameters() if p.requires_grad]
 
 
@@ -243,19 +229,15 @@ def test_finetune_never_freezes_and_sema_does(make_sema: Make) -> None:
         "finetune": {},
         "sema": {"expansion": "never", "ffn_adapter_type": "adaptmlp"},
     }.items():
-        learner = make_sema(model_name=name, **changes)
-        run_tasks(learner, 1)
+        learner = run_tasks(make_sema(model_name=name, **changes), 1)
         before = moving(learner)
-        learner.begin_task(1)
-        learner.train_task()
-        assert same(before, moving(learner)) == (name == "sema")
+        assert same(before, moving(run_tasks(learner, 2))) == (name == "sema")
 
 
 def test_always_growing_grows_every_block_once_a_task_and_never_growing_none(make_sema: Make) -> None:
     counts = {}
     for expansion in ("always", "never"):
-        learner = make_sema(expansion=expansion, exp_threshold=1e9)
-        run_tasks(learner, 3)
+        learner = run_tasks(make_sema(expansion=expansion, exp_threshold=1e9), 3)
         counts[expansion] = [learner.network.adapters_per_block()[block] for block in (4, 5)]
     assert counts == {"always": [3, 3], "never": [1, 1]}
     assert learner.summary()["parameters"]["descriptors"] == 0  # nothing to detect with where nothing grows
@@ -297,8 +279,7 @@ def test_heads_do_not_change_what_is_trained(make_sema: Make) -> None:
     adapters = []
     for head in ("fc", "cosine", "ranpac"):
         learner = make_sema(model_name="finetune", head=head, ranpac_dim=50)
-        run_tasks(learner, 2)
-        adapters.append(moving(learner))
+        adapters.append(moving(run_tasks(learner, 2)))
     assert same(adapters[0], adapters[1]) and same(adapters[0], adapters[2])
 
 

@@ -93,8 +93,7 @@ def test_the_average_moves_when_it_is_told_to(every: str, make_sema: Make) -> No
     run_tasks(learner, 1)
     updates, update = [], learner.average.update
     learner.average.update = lambda decay: (updates.append(decay), update(decay))
-    learner.begin_task(1)
-    learner.train_task()
+    run_tasks(learner, 2)
     steps = learner.inputs.batch_count(1, learner.config.batch_size)
     assert len(updates) == (2 * steps if every == "step" else 2)
     assert torch.equal(learner.average.weights(), learner.average.average)
@@ -105,8 +104,7 @@ def test_nothing_but_adapters_and_newest_rows_learns(make_sema: Make) -> None:
     learner = make_sema(model_name="moal", ranpac_dim=40)
     run_tasks(learner, 1)
     before = {k: v.clone() for k, v in learner.network.state_dict().items()}
-    learner.begin_task(1)
-    learner.train_task()
+    run_tasks(learner, 2)
     after = learner.network.state_dict()
     changed = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
     assert changed and all(".adapters." in name for name in changed)

@@ -2,7 +2,6 @@
 
 import copy
 import itertools
-import json
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,19 +12,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from models.sdlora import GatedPhase, LoRAPhase, SDLoRA
-from tests.conftest import events, run_tasks, tensors
+from tests.conftest import events, run_tasks, saved_state, tensors
 from utils.errors import Interrupted, UserError
 from utils.gumbel_utils import sparsemax
 
 GATE = {"lambda_sparsity": 0.01, "gumbel_anneal_rate": 0.8}
 KEEP = {"growth_threshold": 0.0}
 Make = Callable[..., SDLoRA]
-
-
-def json_state(learner: SDLoRA) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The state as a checkpoint brings it back."""
-    state, saved = learner.state()
-    return json.loads(json.dumps(state)), {name: tensor.clone() for name, tensor in saved.items()}
 
 
 @torch.no_grad()
@@ -282,7 +275,7 @@ def test_state_comes_back_in_a_fresh_learner(make_sdlora: Make, kind: str, open_
     learner = run_tasks(make_sdlora(**changes), 2)
     if open_task:
         learner.begin_task(2)
-    saved = json_state(learner)
+    saved = saved_state(learner)
 
     def go_on(one: SDLoRA) -> tuple[str, list[int], list[float], str]:
         """What it is, and what it becomes."""
@@ -301,10 +294,9 @@ def test_state_comes_back_in_a_fresh_learner(make_sdlora: Make, kind: str, open_
 def test_a_learner_that_takes_one_checkpoint_after_the_other_is_each_of_them(make_sdlora: Make) -> None:
     """As analyses and `eval.py --test` do, with features looked at in between."""
     learner, saved = make_sdlora(), []
-    for task in range(2):
-        learner.begin_task(task)
-        learner.train_task()
-        saved.append((json_state(learner), features(learner)))
+    for tasks in (1, 2):
+        run_tasks(learner, tasks)
+        saved.append((saved_state(learner), features(learner)))
     other = make_sdlora()
     for state, expected in saved:
         other.load_state(*state)
@@ -312,7 +304,7 @@ def test_a_learner_that_takes_one_checkpoint_after_the_other_is_each_of_them(mak
 
 
 def test_a_checkpoint_of_another_shape_is_refused(make_sdlora: Make) -> None:
-    saved = json_state(run_tasks(make_sdlora(), 1))
+    saved = saved_state(run_tasks(make_sdlora(), 1))
     with pytest.raises(UserError, match="does not fit this configuration: gate.logits is missing"):
         make_sdlora(gumbel_gate="global").load_state(*saved)
 
@@ -330,7 +322,7 @@ def test_a_stop_while_batches_are_waited_for_is_one_between_two_steps(make_sdlor
     stopped.begin_task(0)
     with pytest.raises(Interrupted):
         stopped.train_task()
-    again.load_state(*json_state(stopped))
+    again.load_state(*saved_state(stopped))
     assert again.progress.steps == 2
     again.train_task()
     assert again.fingerprint() == whole

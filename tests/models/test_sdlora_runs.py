@@ -166,22 +166,3 @@ def test_seeds_have_a_folder_and_files_each(tmp_path: Path, capsys: pytest.Captu
     assert own[0] != own[1] == gate_files(tmp_path / "files")
     assert "filepath = " in first.with_name(first.name + ".log").read_text()
     assert "Mean ± std (n) over seeds 1, 2" in capsys.readouterr().out
-
-
-BAD = {
-    "unknown key": ({"gumbel_tau": 1}, "gumbel_tau_init"),
-    "another method's key": ({"nested_lora_rank": 4}, 'it belongs to "sema"'),
-    "rising temperature": ({"gumbel_tau_final": 9.0}, "the temperature only falls"),
-    "a file in the way": ({"filepath": __file__}, "no folder that can be written to"),
-}
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_bad_input_is_a_message_and_exit_code_2_before_any_folder(
-    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    changes, expected = BAD[name]
-    assert main.main(command(tmp_path, data_root=str(tmp_path / "nothing"), **changes)) == 2
-    message = capsys.readouterr().err
-    assert expected in message and "Traceback" not in message
-    assert list(tmp_path.iterdir()) == []

@@ -63,8 +63,7 @@ def test_nothing_grown_trains_only_the_new_classes(make_sema: Make) -> None:
     """freeze "task": without growth a later task moves only the newest classifier rows, no older bit."""
     learner = run_tasks(make_sema(nested_lora_use_consolidation=False, weight_decay=0.1, **STAY), 1)
     before = tensors(learner)
-    learner.begin_task(1)
-    learner.train_task()
+    run_tasks(learner, 2)
     assert changed(before, tensors(learner)) == set()
     assert learner.head.tasks[1].weight.shape[0] == 2
     assert learner.network.adapters_per_block() == dict.fromkeys(range(6), 1)
@@ -72,10 +71,8 @@ def test_nothing_grown_trains_only_the_new_classes(make_sema: Make) -> None:
 
 def test_growth_is_once_a_block_and_task_shallowest_first(make_sema: Make) -> None:
     learner = run_tasks(make_sema(**GROW), 2)
-    assert [(event["task"], event["block"], event["adapters"]) for event in events(learner, "growth")] == [
-        (1, 4, 2),
-        (1, 5, 2),
-    ]
+    growths = [(event["task"], event["block"], event["adapters"]) for event in events(learner, "growth")]
+    assert growths == [(1, 4, 2), (1, 5, 2)]
     phases = [(e["phase"], e["block"]) for e in events(learner, "epoch") if e["task"] == 1]
     assert list(dict.fromkeys(phases)) == [("func", 4), ("rd", 4), ("func", 5), ("rd", 5)]
     assert not any(is_learning(modules) for modules in learner.network.modules_by_block.values())
@@ -92,9 +89,7 @@ def test_a_grown_block_leaves_older_adapters_and_rows_untouched(make_sema: Make)
     """freeze "task": growth in blocks 4 and 5 leaves task 0's parts bit-identical but for a longer router."""
     learner = run_tasks(make_sema(nested_lora_use_consolidation=False, weight_decay=0.1, **GROW), 1)
     before = tensors(learner)
-    learner.begin_task(1)
-    learner.train_task()
-    after = tensors(learner)
+    after = tensors(run_tasks(learner, 2))
     routers = {
         f"backbone.vit.blocks.{block}.adapter_module.router.{kind}"
         for block in (4, 5)
@@ -110,19 +105,11 @@ def test_freeze_never_lets_both_branches_of_all_adapters_go_on(make_sema: Make) 
     """With and without growth, while descriptors and router rows of earlier tasks stay."""
     for threshold in (GROW, STAY):
         changes = {"nested_lora_use_consolidation": False, "nested_lora_update_interval_slow": 1, **threshold}
-        learner = make_sema(nested_lora_freeze="never", **changes)
-        run_tasks(learner, 1)
+        learner = run_tasks(make_sema(nested_lora_freeze="never", **changes), 1)
         before = tensors(learner)
-        learner.begin_task(1)
-        learner.train_task()
-        after = tensors(learner)
-        moved = changed(
-            before,
-            {
-                name: after[name][: len(before[name])] if before[name].dim() else after[name]
-                for name in before
-            },
-        )
+        after = tensors(run_tasks(learner, 2))
+        same_rows = {name: after[name][: len(t)] if t.dim() else after[name] for name, t in before.items()}
+        moved = changed(before, same_rows)
         functional = {name for name in before if ".functional." in name}
         assert moved == functional
 
@@ -255,20 +242,12 @@ def test_what_z_scores_compare_with_is_in_the_record(make_sema: Make) -> None:
     """One line for each trained descriptor: how many errors, of which views, their mean and deviation."""
     learner = run_tasks(make_sema(**REPEATED, **GROW), 2)
     found = events(learner, "records")
-    assert [(e["task"], e["block"], e["adapter"]) for e in found] == [
-        (0, 4, 0),
-        (0, 5, 0),
-        (1, 4, 1),
-        (1, 5, 1),
-    ]
+    places = [(0, 4, 0), (0, 5, 0), (1, 4, 1), (1, 5, 1)]
+    assert [(e["task"], e["block"], e["adapter"]) for e in found] == places
     for event in found:
         record = learner.network.modules_by_block[event["block"]].adapters[event["adapter"]].rd_loss_record
-        assert (event["errors"], event["mean"], event["std"]) == (
-            64,
-            float(record.mean),
-            float(record.stddev),
-        )
-        assert event["views"] == "new"
+        numbers = 64, float(record.mean), float(record.stddev)
+        assert (event["errors"], event["mean"], event["std"]) == numbers and event["views"] == "new"
     learner = run_tasks(make_sema(rd_views=0, **STAY), 1)
     assert [event["views"] for event in events(learner, "records")] == ["training"] * 2
 
@@ -276,8 +255,7 @@ def test_what_z_scores_compare_with_is_in_the_record(make_sema: Make) -> None:
 def test_both_engines_record_the_same_errors(make_sema: Make) -> None:
     records = []
     for engine in ("fast", "reference"):
-        learner = make_sema(engine=engine, **REPEATED, **STAY)
-        run_tasks(learner, 1)
+        learner = run_tasks(make_sema(engine=engine, **REPEATED, **STAY), 1)
         records.append(learner.network.modules_by_block[5].adapters[0].rd_loss_record.errors.clone())
     torch.testing.assert_close(*records, rtol=1e-3, atol=1e-5)
 
@@ -286,8 +264,7 @@ def test_both_engines_record_the_same_errors(make_sema: Make) -> None:
 def test_stopped_while_errors_are_recorded_ends_the_same(make_sema: Make, task: int) -> None:
     """In task 0 and after a growth: nothing is recorded twice or lost."""
     changes = {**REPEATED, "eval_batch_size": 16, **GROW}  # four batches of new views
-    whole = make_sema(**changes)
-    run_tasks(whole, 2)
+    whole = run_tasks(make_sema(**changes), 2)
     asked: list[int] = []
 
     def at_the_third_batch() -> bool:
@@ -303,10 +280,7 @@ def test_stopped_while_errors_are_recorded_ends_the_same(make_sema: Make, task: 
     resumed = make_sema(**changes)
     resumed.load_state(*state)
     resumed.train_task()
-    for later in range(task + 1, 2):
-        resumed.begin_task(later)
-        resumed.train_task()
-    assert resumed.fingerprint() == whole.fingerprint()
+    assert run_tasks(resumed, 2).fingerprint() == whole.fingerprint()
 
 
 def test_stored_token_means_are_those_of_a_forward(make_sema: Make) -> None:
@@ -341,16 +315,11 @@ def test_evaluation_computes_again_only_what_has_changed(
     monkeypatch.setattr(Activations, "compute", computed)
     monkeypatch.setattr(TaskInputs, "batch_features", passed)
     for threshold, again in ((STAY, 1), (GROW, 2)):
-        learner = make_sema(
-            nested_lora_use_consolidation=False,
-            cache_root=str(tmp_path / str(again)),
-            eval_batch_size=16,
-            **threshold,
-        )
+        changes = {"nested_lora_use_consolidation": False, "eval_batch_size": 16, **threshold}
+        learner = make_sema(cache_root=str(tmp_path / str(again)), **changes)
         evaluated = []
-        for task in range(2):
-            learner.begin_task(task)
-            learner.train_task()
+        for tasks in (1, 2):
+            run_tasks(learner, tasks)
             ran.clear()
             outcome = learner.evaluate()
             evaluated += ran

@@ -67,13 +67,11 @@ def test_full_batches_are_kept_until_the_network_changes(make_sema: Make, forwar
 def test_features_in_old_subspaces_are_kept(make_sema: Make, forwards: Forwards) -> None:
     """Of two tasks of 16 test images the first has been through the first adapter already."""
     learner = make_sema(model_name="ease", cache_views=1, adapter_blocks="growing", eval_batch_size=16)
-    for task in range(2):
-        learner.begin_task(task)
-        learner.train_task()
+    for tasks, tails in ((1, 1), (2, 3)):
+        run_tasks(learner, tasks)
         forwards.clear()
-        features = learner.inputs.seen_features(task + 1, "test")
-        tails = [images for images, start, _ in forwards if start == 4]
-        assert tails == (1 + 2 * task) * [16]
+        features = learner.inputs.seen_features(tasks, "test")
+        assert [images for images, start, _ in forwards if start == 4] == tails * [16]
     assert learner.network.feature_width == features.shape[1]
     assert torch.equal(features, make_again(learner).seen_features(2, "test"))
 
@@ -86,10 +84,8 @@ def make_again(learner: Learner) -> object:
 
 def test_a_growing_run_stores_no_features_that_the_next_task_drops(make_sema: Make) -> None:
     learner = make_sema(**GROWING)
-    for task in range(3):
-        learner.begin_task(task)
-        learner.train_task()
-        learner.evaluate()
+    for tasks in (1, 2, 3):
+        run_tasks(learner, tasks).evaluate()
         assert not [path for path in feature_files(learner) if path.parent.name.startswith("test")]
     assert learner.network.adapters_per_block() == {4: 3, 5: 3}
 
