@@ -134,11 +134,6 @@ def test_a_folder_that_several_seeds_write_to_is_noted(seeds: list[int], notes: 
     assert len(found) == notes
 
 
-def test_a_temperature_that_rises_is_refused() -> None:
-    with pytest.raises(ConfigError, match="the temperature only falls; allowed: gumbel_tau_init"):
-        check(lambda_sparsity=0.1, gumbel_tau_final=9.0)
-
-
 def test_a_folder_that_cannot_be_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file", tmp_path / "file" / "below"):

@@ -4,15 +4,13 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from backbone.frozen_block import is_learning
 from models.sema import SEMA
-from models.vit.activations import Activations, Images
-from models.vit.task_inputs import Source, TaskInputs
+from models.vit.activations import Images
 from models.vit.training import FunctionalPhase
 from tests.conftest import events, run_tasks, tensors
 from utils.config.schema import RunConfig
@@ -161,15 +159,6 @@ def test_one_branch_of_twice_the_rank_has_the_parameters_of_two(
     assert counts[0] - counts[1] == more
 
 
-@pytest.mark.parametrize("views", [0, 1, 2])
-def test_descriptor_training_takes_the_same_steps_cached_or_fresh(make_sema: Make, views: int) -> None:
-    """However token means are obtained: the same number of steps, errors recorded, a falling loss."""
-    learner = run_tasks(make_sema(rd_views=views, rd_epoch=6, rd_lr=0.05, **STAY), 1)
-    losses = [event["loss"] for event in events(learner, "epoch") if event["phase"] == "rd"]
-    assert len(losses) == 6 and losses[-1] < losses[0]
-    assert len(learner.network.modules_by_block[4].adapters[0].rd_loss_record) == 64
-
-
 REPEATED = {"rd_views": 1, "rd_epoch": 6, "rd_lr": 0.05}  # training views come again
 ONCE = {  # no view comes again, or there is no other
     "new": {"rd_views": 0, "rd_epoch": 6},
@@ -281,55 +270,6 @@ def test_stopped_while_errors_are_recorded_ends_the_same(make_sema: Make, task: 
     resumed.load_state(*state)
     resumed.train_task()
     assert run_tasks(resumed, 2).fingerprint() == whole.fingerprint()
-
-
-def test_stored_token_means_are_those_of_a_forward(make_sema: Make) -> None:
-    """The fast engine looks up what the reference computes in every epoch, in the same order."""
-    batches = {}
-    for engine in ("fast", "reference"):
-        learner = make_sema(rd_views=1, engine=engine)
-        learner.begin_task(0)
-        batches[engine] = learner.inputs.means_by_epoch(0, (1, 2, 3), [4, 5], views=1, epochs=2, size=8)
-    for epoch in (0, 1):
-        looked_up, computed = (list(batches[engine](epoch, 1)) for engine in ("fast", "reference"))
-        assert [len(batch[5]) for batch in looked_up] == [8, 8, 8]
-        for ours, theirs in zip(looked_up, computed, strict=True):
-            torch.testing.assert_close(ours, theirs)
-
-
-def test_evaluation_computes_again_only_what_has_changed(
-    make_sema: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """Without growth old test images keep their features; with growth only the growing blocks run again."""
-    ran: list[tuple[int, int, int]] = []
-    compute, batch_features = Activations.compute, TaskInputs.batch_features
-
-    def computed(self: Activations, indices: np.ndarray) -> Tensor:
-        ran.append((self.below.depth, self.depth, len(indices)))
-        return compute(self, indices)
-
-    def passed(self: TaskInputs, below: Source, indices: np.ndarray) -> Tensor:
-        ran.append((below.depth, self.network.depth, len(indices)))
-        return batch_features(self, below, indices)
-
-    monkeypatch.setattr(Activations, "compute", computed)
-    monkeypatch.setattr(TaskInputs, "batch_features", passed)
-    for threshold, again in ((STAY, 1), (GROW, 2)):
-        changes = {"nested_lora_use_consolidation": False, "eval_batch_size": 16, **threshold}
-        learner = make_sema(cache_root=str(tmp_path / str(again)), **changes)
-        evaluated = []
-        for tasks in (1, 2):
-            run_tasks(learner, tasks)
-            ran.clear()
-            outcome = learner.evaluate()
-            evaluated += ran
-        images = {
-            depth: sum(n for start, stop, n in evaluated if (start, stop) == depth)
-            for depth in ((0, 4), (4, 6))
-        }
-        assert images == {(0, 4): 4 * 8, (4, 6): (again + 1) * 2 * 8}
-        learner.close_run()  # nothing is kept any more
-        assert outcome == learner.evaluate()
 
 
 def test_old_classes_take_no_part_in_the_loss(make_sema: Make) -> None:
