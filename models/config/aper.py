@@ -18,3 +18,6 @@ class APERConfig(ProxyKeys, AdapterKeys, TrainingKeys):
     model_name: Literal["aper"] = key(
         "aper", "APER: class means of frozen features and those adapted in the first task, side by side."
     )
+
+    def one_class_advice(self, task: int) -> str:
+        return super().one_class_advice(task) if task == 0 else ""

@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import AfterValidator, Field
 
 from models.vit.backbones import BackboneShape
-from models.vit.config import ClassIncrementalConfig, TrainingKeys
+from models.vit.config import ClassIncrementalConfig, RowsRules, TrainingKeys
 from utils.config.schema import Conflict, Count, CountOrZero, RateOrZero, UnusedRule, distinct, key
 
 
@@ -15,7 +15,7 @@ def _even(length: int) -> int:
     return length
 
 
-class CODAPromptConfig(TrainingKeys):
+class CODAPromptConfig(RowsRules, TrainingKeys):
     """Prompts and their training."""
 
     legacy_keys: ClassVar[dict[str, str]] = {

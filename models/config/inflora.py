@@ -3,11 +3,11 @@
 from typing import ClassVar, Literal
 
 from models.vit.backbones import BackboneShape
-from models.vit.config import BlockKeys, ClassIncrementalConfig, TrainingKeys
+from models.vit.config import BlockKeys, ClassIncrementalConfig, RowsRules, TrainingKeys
 from utils.config.schema import Conflict, key
 
 
-class InfLoRAConfig(BlockKeys, TrainingKeys):
+class InfLoRAConfig(RowsRules, BlockKeys, TrainingKeys):
     """Low-rank terms of k and v, and what they leave alone."""
 
     known_as: ClassVar[dict[str, str]] = ClassIncrementalConfig.known_as | {

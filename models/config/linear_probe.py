@@ -2,11 +2,11 @@
 
 from typing import ClassVar, Literal
 
-from models.vit.config import ClassIncrementalConfig, OneTaskRules, TrainingKeys
+from models.vit.config import ClassIncrementalConfig, OneTaskRules, RowsRules, TrainingKeys
 from utils.config.schema import key
 
 
-class LinearProbeConfig(OneTaskRules, TrainingKeys):
+class LinearProbeConfig(OneTaskRules, RowsRules, TrainingKeys):
     """Training of a classifier, for one task."""
 
     legacy_keys: ClassVar[dict[str, str]] = {

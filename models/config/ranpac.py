@@ -38,7 +38,4 @@ class RanPACConfig(ProxyKeys, AdapterKeys, RidgeKeys, TrainingKeys):
         return [(not self.first_session, "first_session is false", training), *super().unused_rules()]
 
     def one_class_advice(self, task: int) -> str:
-        if not self.first_session or task > 0:
-            return ""
-        same = "tells such classes apart all the same, by features that adapters leave as they are"
-        return f'head "ranpac" {same}'
+        return super().one_class_advice(task) if self.first_session and task == 0 else ""

@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import AfterValidator
 
 from models.vit.backbones import BackboneShape
-from models.vit.config import ClassIncrementalConfig, StepKeys
+from models.vit.config import ClassIncrementalConfig, RowsRules, StepKeys
 from utils.config.schema import Conflict, Count, CountOrZero, PathText, Rate, RateOrZero, UnusedRule, key
 
 GATE_KEYS = (
@@ -96,7 +96,7 @@ def _ascending(pairs: list[list[int]]) -> list[list[int]]:
 RankSchedule = Annotated[list[list[Count]], AfterValidator(_ascending)]
 
 
-class SDLoRAConfig(GateKeys):
+class SDLoRAConfig(RowsRules, GateKeys):
     """Config of SD-LoRA, and with a gate of Gumbel CL-LoRA.
 
     `init_*` keys are those of the first task, the others those of later tasks, as in the published files.
@@ -189,10 +189,6 @@ class SDLoRAConfig(GateKeys):
             (self.init_epoch == self.epochs == 0, "no epoch trains anything", TRAINING_KEYS),
             *super().unused_rules(),
         ]
-
-    def one_class_advice(self, task: int) -> str:
-        other = 'use larger tasks, or model_name "finetune" with head "cosine" or "ranpac"'
-        return f"the classifier cannot tell such classes apart: {other}"
 
     def warnings(self, nb_seeds: int = 1) -> list[str]:
         """An optimizer that the published code does not use."""

@@ -444,6 +444,10 @@ class TrainingKeys(StepKeys, FrozenViTKeys):
         """Learning rate of a parameter group, and what else its `ParameterGroup` is made with."""
         return {"lr": self.init_lr}
 
+    def one_class_advice(self, task: int) -> str:
+        same = "tells such classes apart all the same, by features that training leaves as they are"
+        return f"{self.model_name} {same}"
+
     def conflicts(self) -> list[Conflict]:
         return [*super().conflicts(), *self.min_lr_conflicts(self.lr_keys)]
 
@@ -456,6 +460,14 @@ class TrainingKeys(StepKeys, FrozenViTKeys):
             (one_view, 'augmentation is "none" and nothing is stored', ("cache_views",)),
             *super().unused_rules(),
         ]
+
+
+class RowsRules(ClassIncrementalConfig):
+    """No keys: the rules of methods that classify by rows trained on their task's classes alone."""
+
+    def one_class_advice(self, task: int) -> str:
+        other = 'use larger tasks, or model_name "finetune" with head "cosine" or "ranpac"'
+        return f"the classifier cannot tell such classes apart: {other}"
 
 
 class MergeKeys(ClassIncrementalConfig):
