@@ -35,6 +35,20 @@ class AdaptedBlock(nn.Module):
         return x + (mlp_branch(block, x) + delta)
 
 
+def merged_state(network: nn.Module, weights: Mapping[int, Tensor]) -> dict[str, Tensor]:
+    """State dict of the timm ViT whose projections to q, k and v have these weights, by block.
+
+    Args:
+        network: with the ViT as `vit`, whose tensors `frozen_names` names, and its projections as `qkv.qkv`.
+    """
+    state, frozen = network.state_dict(), network.frozen_names()
+    timms = {
+        name: name.removeprefix("vit.").replace(".qkv.qkv.", ".qkv.") for name in state if name in frozen
+    }
+    plain = {theirs: state[name] for name, theirs in timms.items()}
+    return plain | {f"blocks.{block}.attn.qkv.weight": weight for block, weight in weights.items()}
+
+
 class FrozenViT(nn.Module):
     """A frozen timm ViT; modules beside the MLPs of some blocks, untrained, leave its output bit for bit.
 

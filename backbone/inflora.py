@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from backbone.frozen_block import FrozenLinear
-from backbone.frozen_vit import FrozenViT
+from backbone.frozen_vit import FrozenViT, merged_state
 
 ROUNDING = 1e-6  # singular values below this share of the largest of float32 moments
 
@@ -223,14 +223,7 @@ class InfLoRAViT(FrozenViT):
 
     def plain_state(self) -> dict[str, Tensor]:
         """State dict of the timm ViT that computes the same."""
-        state, frozen = self.state_dict(), self.frozen_names()
-        plain = {
-            name.removeprefix("vit.").replace(".qkv.qkv.", ".qkv."): state[name]
-            for name in state
-            if name in frozen
-        }
-        merged = {f"blocks.{i}.attn.qkv.weight": p.merged_weight() for i, p in self.by_block.items()}
-        return plain | merged
+        return merged_state(self, {block: p.merged_weight() for block, p in self.by_block.items()})
 
     def frozen_names(self) -> set[str]:
         own = {

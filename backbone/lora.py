@@ -30,6 +30,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from backbone.frozen_block import product
+from backbone.frozen_vit import merged_state
 
 INIT_MAGNITUDE = 0.8  # of a new adapter, as published
 
@@ -281,13 +282,7 @@ class LoRAVisionTransformer(nn.Module):
 
     def plain_state(self) -> dict[str, Tensor]:
         """State dict of the timm ViT that computes the same; adapters must be merged."""
-        own = {
-            f"blocks.{i}.attn.qkv.{name}" for i, p in enumerate(self.projections) for name in p.own_tensors()
-        }
-        state = {name: t for name, t in self.vit.state_dict().items() if name not in own}
-        state = {name.replace(".qkv.qkv.", ".qkv."): tensor for name, tensor in state.items()}
-        merged = {f"blocks.{i}.attn.qkv.weight": p.merged for i, p in enumerate(self.projections)}
-        return state | merged
+        return merged_state(self, {block: p.merged for block, p in enumerate(self.projections)})
 
     # --- growing, freezing, pruning -------------------------------------------------------------------------
 
