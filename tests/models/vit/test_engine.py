@@ -167,23 +167,18 @@ def test_a_trained_prefix_is_a_runs_own_and_leaves_nothing(
     assert list(Path(config.cache_root).rglob("*.safetensors")) == []
 
 
-@pytest.fixture
-def passed() -> Callable[[Any], list[int]]:
-    """Function of a learner: a list of which the first item counts the images that pass its first block."""
+def passing(learner: Learner) -> list[int]:
+    """A list whose item counts the images that pass the learner's first block from now on."""
+    seen = [0]
 
-    def count(learner: Any) -> list[int]:
-        seen = [0]
+    def add(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        seen[0] += len(inputs[0])
 
-        def add(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-            seen[0] += len(inputs[0])
-
-        learner.network.vit.blocks[0].register_forward_pre_hook(add)
-        return seen
-
-    return count
+    learner.network.vit.blocks[0].register_forward_pre_hook(add)
+    return seen
 
 
-def views_stored(learner: Any) -> int:
+def views_stored(learner: Learner) -> int:
     """Augmented views of training images that have files."""
     about = [json.loads(path.read_text()) for path in learner.cache.root.rglob("about.json")]
     return sum(each["view"] is not None for each in about)
@@ -200,18 +195,12 @@ def views_stored(learner: Any) -> int:
     ids=["growths", "descriptors on new views", "errors recorded", "no growth"],
 )
 def test_growths_of_a_task_share_the_frozen_prefix_of_new_views(
-    make_sema: Make,
-    passed: Callable[[Any], list[int]],
-    threshold: float,
-    growths: int,
-    changes: dict[str, Any],
+    make_sema: Make, threshold: float, growths: int, changes: dict[str, Any]
 ) -> None:
     """Scans, growths and descriptors: an image passes the frozen blocks once an epoch; nothing is left."""
-    learner = make_sema(exp_threshold=threshold, func_epoch=3, **changes)
-    learner.begin_task(0)
-    learner.train_task()
+    learner = run_tasks(make_sema(exp_threshold=threshold, func_epoch=3, **changes), 1)
     learner.begin_task(1)
-    seen, images = passed(learner), learner.data.count(learner.classes, "train")
+    seen, images = passing(learner), learner.data.count(learner.classes, "train")
     learner.grow_where_novel()
     if not growths:
         assert seen == [images]
@@ -241,8 +230,7 @@ def test_stopped_in_the_second_growth_of_a_task_ends_the_same(
     learner = make_sema(in_the_second_growth, **changes)
     with pytest.raises(Interrupted):
         run_tasks(learner, 2)
-    state = learner.state()
-    resumed = make_sema(**changes)
+    state, resumed = learner.state(), make_sema(**changes)
     resumed.load_state(*state)
     assert views_stored(resumed) == 3
     computed.clear()
@@ -261,10 +249,7 @@ def test_calibration_computes_images_of_earlier_tasks_once(
 ) -> None:
     """Adapters that task 0 trained, frozen since: what they give belongs to the run, and goes with it."""
     monkeypatch.setattr(calibration, "MAX_IMAGES", limit)
-    learner = make_sema(
-        model_name="ranpac", ranpac_dim=20, first_session=True, func_epoch=1, max_train_per_class=16
-    )
-    run_tasks(learner, 3)
+    learner = run_tasks(make_sema(model_name="ranpac", ranpac_dim=20, first_session=True), 3)
     held_out = 6  # images of a task, which calibrate
     assert computed.count((0, 6)) == 3 * (2 * 16 + held_out)
     learner.close_run()
