@@ -162,10 +162,6 @@ class FrozenViT(nn.Module):
         for modules in self.modules_by_block.values():
             freeze(modules)
 
-    def descriptor_parameters(self) -> list[nn.Parameter]:
-        """Parameters that learn in phases of their own; none but in SEMA."""
-        return []
-
     def parameter_counts(self) -> dict[str, int]:
         """Stored numbers by part, beside the frozen transformer: those of adapters."""
         adapters = [adapter for modules in self.modules_by_block.values() for adapter in modules.adapters]

@@ -35,7 +35,7 @@ from utils.inc_net import IncrementalHead
 from utils.runs.figures import CAPTIONS as RUN_CAPTIONS
 from utils.runs.figures import class_incremental_figures
 from utils.runs.run_log import read_metrics
-from utils.training.optim import GroupedOptimizer, ParameterGroup, StepDecay, assert_complete, trainable
+from utils.training.optim import GroupedOptimizer, ParameterGroup, StepDecay
 from utils.training.random import rng
 from utils.wording import counted
 
@@ -127,22 +127,20 @@ class SDLoRA(ClassIncrementalLearner):
         self.network.unmerge()
         self.run_phase(LoRAPhase(self) if self.gate is None else GatedPhase(self))
 
-    def update_optimizer_and_scheduler(self, num_epoch: int) -> GroupedOptimizer:
-        """The task's optimizer: groups lora (newest direction), alpha (magnitudes), gate, head; one rate.
-
-        Raises:
-            RuntimeError: the groups are not exactly the parameters that learn.
-        """
-        config, first = self.config, self.task == 0
+    def learning_groups(self) -> list[ParameterGroup]:
+        """Groups lora (newest direction), alpha (magnitudes), gate and head, with the task's one rate."""
         parts = {
             "lora": self.network.directions(),
             "alpha": [self.network.magnitudes],
             "gate": [] if self.gate is None else [self.gate.logits],
             "head": self.head.trainable(),
         }
-        lr = config.init_lr if first else config.lrate
-        groups = [ParameterGroup(name, parameters, lr=lr) for name, parameters in parts.items()]
-        assert_complete(groups, trainable(self.modules.parameters()))
+        lr = self.config.lrate if self.task else self.config.init_lr
+        return [ParameterGroup(name, parameters, lr=lr) for name, parameters in parts.items()]
+
+    def optimizer_over(self, groups: Sequence[ParameterGroup], num_epoch: int) -> GroupedOptimizer:
+        """The configured optimizer of the first task or of a later one."""
+        config, first = self.config, self.task == 0
         milestones = config.init_milestones if first else config.milestones
         decay = StepDecay(milestones, config.init_lr_decay if first else config.lrate_decay)
         return GroupedOptimizer(

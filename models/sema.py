@@ -190,6 +190,11 @@ class SEMA(ClassIncrementalLearner):
         newest = {block: self.network.modules_by_block[block].adapters[-1] for block in self.network.growing}
         return [block for block, adapter in newest.items() if is_learning(adapter.rd)]
 
+    def functional_parameters(self) -> list[nn.Parameter]:
+        """All that learn now but the descriptors, which have a phase of their own."""
+        described = {id(parameter) for parameter in self.network.descriptor_parameters()}
+        return [parameter for parameter in super().functional_parameters() if id(parameter) not in described]
+
     def update_rd_optimizer_and_scheduler(self, num_epoch: int) -> GroupedOptimizer:
         """The optimizer of the descriptors that learn."""
         parameters = trainable(self.network.descriptor_parameters())

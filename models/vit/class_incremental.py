@@ -222,10 +222,12 @@ class ClassIncrementalLearner(Learner):
             RuntimeError: the groups are not exactly the parameters that learn.
         """
         groups = self.learning_groups()
-        descriptors = {id(parameter) for parameter in self.network.descriptor_parameters()}
-        learning = trainable(self.modules.parameters())
-        assert_complete(groups, [parameter for parameter in learning if id(parameter) not in descriptors])
+        assert_complete(groups, self.functional_parameters())
         return self.optimizer_over(groups, num_epoch)
+
+    def functional_parameters(self) -> list[nn.Parameter]:
+        """The parameters that learn now in a functional phase: by default all that learn."""
+        return trainable(self.modules.parameters())
 
     def optimizer_over(self, groups: Sequence[ParameterGroup], num_epoch: int) -> GroupedOptimizer:
         """The configured optimizer over some groups."""
