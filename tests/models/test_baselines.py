@@ -140,7 +140,7 @@ def test_a_baseline_resumed_is_the_one_never_stopped(name: str, make_sema: Make)
         stopped = make_sema(lambda asked=asked, at=stop_at: next(asked) >= at, **changes)
         with pytest.raises(Interrupted):
             run_tasks(stopped, 3)
-        again, saved = make_sema(**changes), saved_state(stopped)
+        saved, again = saved_state(stopped), make_sema(**changes)  # which draws from the global generator
         again.load_state(*saved)
         again.train_task()
         assert run_tasks(again, 3).fingerprint() == expected
