@@ -20,7 +20,7 @@ FOLDER is a run's, such as logs/sema/mnist_5k/0/2/sema_growth_demo_1993_vit_smal
 import argparse
 import shlex
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 from utils.command_line import at_least_one, chosen_command, given_path, parse_or_advise, refused_options
@@ -111,126 +111,75 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "FOLDER/export/FORM); with --compare: a folder for the report (default: one in logs/comparisons)",
     )
     options = parse_or_advise(parser, arguments, way_out)
-    for fault in usage_faults(options):
+    if fault := usage_fault(options):
         parser.error(fault)
     return options
 
 
-def usage_faults(options: argparse.Namespace) -> list[str]:
-    """Sentences about options that do not go together."""
-    command, runs = chosen_command(options, TAKES, "run"), options.run or []
-    least = options.images_per_class
-    rules = [
-        (
-            not runs and not options.checkpoint and not options.compare,
-            "one of --run FOLDER, --checkpoint FOLDER and --compare FOLDER ... is needed",
-        ),
-        (options.latex and options.markdown, "--latex and --markdown: one of them"),
-        (
-            command in ONE_RUN and len(runs) + bool(options.checkpoint) != 1,
-            f"--{command} looks at one --run FOLDER",
-        ),
-        (
-            least is not None and least < 2,
-            f"--images-per-class {least}: at least 2, half of them test the probes",
-        ),
-    ]
-    refused = refused_options(options, TAKES, "run", "--run")
-    return [sentence for applies, sentence in rules if applies] + refused
+def usage_fault(options: argparse.Namespace) -> str:
+    """A sentence about options that do not go together; empty where they do."""
+    command, runs, least = chosen_command(options, TAKES, "run"), options.run or [], options.images_per_class
+    if not (runs or options.checkpoint or options.compare):
+        return "one of --run FOLDER, --checkpoint FOLDER and --compare FOLDER ... is needed"
+    if options.latex and options.markdown:
+        return "--latex and --markdown: one of them"
+    if command in ONE_RUN and len(runs) + bool(options.checkpoint) != 1:
+        return f"--{command} looks at one --run FOLDER"
+    if least is not None and least < 2:
+        return f"--images-per-class {least}: at least 2, half of them test the probes"
+    return "".join(refused_options(options, TAKES, "run", "--run"))
 
 
 def way_out(name: str, values: list[str]) -> str:
     """Advice for an argument that does not exist, with the folder to test where it is known."""
     folder = next((shlex.quote(value) for value in values if Path(value).is_dir()), "FOLDER")
-    forms = (
-        "python eval.py --run FOLDER, "
-        "a task's model with python eval.py --checkpoint FOLDER/checkpoints/task_00"
-    )
     return (
-        f"a run is tested with {forms.replace('FOLDER', folder)}; what it is made with is in its config.json"
+        f"a run is tested with python eval.py --run {folder}, a task's model with python eval.py "
+        f"--checkpoint {folder}/checkpoints/task_00; what it is made with is in its config.json"
     )
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Commands: functions from the options to lines of text
+# Answers
 
 
-def predict(options: argparse.Namespace) -> Iterable[str]:
-    """Class names of images."""
-    from models.saved.prediction import show_predictions
+def answer(options: argparse.Namespace) -> Iterable[str]:
+    """What the chosen command shows, as lines of text."""
+    from models.saved import inspection
 
-    options_given = (options.predict, options.top or 1, options.out)
-    return show_predictions(run_of(options), options.checkpoint, *options_given)
+    command, folder = chosen_command(options, TAKES, "run"), next(iter(run_folders(options)), None)
+    match command:
+        case "predict":
+            from models.saved.prediction import show_predictions
 
+            return show_predictions(
+                folder, options.checkpoint, options.predict, options.top or 1, options.out
+            )
+        case "export":
+            from models.saved.export import export_run
 
-def export(options: argparse.Namespace) -> Iterable[str]:
-    """The model in a form that needs none of this program."""
-    from models.saved.export import export_run
-
-    return export_run(run_of(options), options.checkpoint, options.export, options.out)
-
-
-def run_of(options: argparse.Namespace) -> Path:
-    """The run folder of --run or --checkpoint."""
-    return options.checkpoint.parent.parent if options.checkpoint else options.run[0]
-
-
-def analyse(options: argparse.Namespace) -> Iterable[str]:
-    """Analyses of the networks that a run left."""
-    from models.saved.inspection import analyse_run
-
-    return analyse_run(options.run[0], options.analyse, options.images_per_class)
-
-
-def report(options: argparse.Namespace) -> Iterable[str]:
-    """Figures and page of a run, made again."""
-    from models.saved.inspection import draw_again
-
-    return draw_again(options.run[0])
-
-
-def show_checkpoint(options: argparse.Namespace) -> Iterable[str]:
-    """One checkpoint, tested."""
-    from models.saved.inspection import show_checkpoint
-
-    return show_checkpoint(options.checkpoint)
-
-
-def show_runs(options: argparse.Namespace) -> Iterable[str]:
-    """Tables and figures of a run, its test unless --recorded; of several runs the mean."""
-    from models.saved.inspection import show_run, show_seeds
-
+            return export_run(folder, options.checkpoint, options.export, options.out)
+        case "analyse":
+            return inspection.analyse_run(folder, options.analyse, options.images_per_class)
+        case "report":
+            return inspection.draw_again(folder)
+        case "compare":
+            form = "latex" if options.latex else "markdown" if options.markdown else "terminal"
+            return inspection.show_comparison(options.compare, options.baseline, form, options.out)
+        case "test":
+            return inspection.show_test(options.run)
+        case "checkpoint":
+            return inspection.show_checkpoint(options.checkpoint)
     if len(options.run) > 1:
-        return show_seeds(options.run)
-    return show_run(options.run[0], test=not options.recorded)
+        return inspection.show_seeds(options.run)
+    return inspection.show_run(folder, test=not options.recorded)
 
 
-def compare(options: argparse.Namespace) -> Iterable[str]:
-    """Runs that differ in more than their seed."""
-    from models.saved.inspection import show_comparison
+def run_folders(options: argparse.Namespace) -> list[Path]:
+    """The run folders that --run or --checkpoint names."""
+    from models.saved.files import run_folder_of
 
-    form = "latex" if options.latex else "markdown" if options.markdown else "terminal"
-    return show_comparison(options.compare, options.baseline, form, options.out)
-
-
-def test_runs(options: argparse.Namespace) -> Iterable[str]:
-    """Test images, of runs that were measured on validation images."""
-    from models.saved.inspection import show_test
-
-    return show_test(options.run)
-
-
-COMMANDS: dict[str, Callable[[argparse.Namespace], Iterable[str]]] = {
-    "predict": predict,
-    "export": export,
-    "analyse": analyse,
-    "recorded": show_runs,
-    "compare": compare,
-    "test": test_runs,
-    "report": report,
-    "checkpoint": show_checkpoint,
-    "run": show_runs,
-}
+    return [run_folder_of(options.checkpoint)] if options.checkpoint else options.run or []
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -243,7 +192,7 @@ def main(arguments: list[str] | None = None) -> int:
         with abrupt_interrupts():
             from models.saved.files import read_config
 
-            for folder in options.run or ([options.checkpoint.parent.parent] if options.checkpoint else []):
+            for folder in run_folders(options):
                 read_config(folder)  # before PyTorch is imported, so that a mistyped path is answered at once
             for folder in options.compare or []:
                 if not folder.is_dir():
@@ -252,7 +201,7 @@ def main(arguments: list[str] | None = None) -> int:
             from utils.training.device import keep_freed_memory
 
             keep_freed_memory()
-        for line in COMMANDS[chosen_command(options, TAKES, "run")](options):
+        for line in answer(options):
             print(line)
 
     return exit_code(show, go_on=AGAIN)

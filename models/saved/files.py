@@ -3,6 +3,7 @@
 config = read_config(Path("logs/sema/..."))
 """
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,12 @@ def read_config(folder: Path) -> RunConfig:
     if len(loaded.configs) > 1:
         raise UserError(f"{path} names several seeds, and a run has one: set back what was edited")
     return loaded.config
+
+
+def run_folder_of(checkpoint: Path) -> Path:
+    """The run folder that a checkpoint lies in, also where its path begins below that folder."""
+    folder = checkpoint.parent.parent
+    return folder if folder.name not in ("", "..") else Path(os.path.abspath(checkpoint)).parents[1]
 
 
 def read_result(folder: Path) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import torch
 
 from models.base import Learner, RunContext
 from models.methods import LEARNERS
-from models.saved.files import read_config
+from models.saved.files import read_config, run_folder_of
 from utils.config.schema import RunConfig
 from utils.data.tasks import ABSENT
 from utils.errors import UserError, in_one_line
@@ -75,7 +75,7 @@ def load_run_checkpoint(checkpoint: Path) -> tuple[dict[str, torch.Tensor], dict
 
 def of_earlier_version(checkpoint: Path, evidence: str) -> UserError:
     """Error for a checkpoint whose hashes are right, but not its content: other code wrote it."""
-    folder = checkpoint.parent.parent
+    folder = run_folder_of(checkpoint)
     session = read_manifest(folder).sessions[-1]
     made_by = f" (commit {session.commit[:12]})" if session.commit else ""
     return UserError(
@@ -125,7 +125,7 @@ def check_config(checkpoint: Path, state: dict[str, Any], learner: Learner) -> l
     }
     mixing = [words for key, words in edited.items() if key not in learner.config.editable_keys]
     if mixing:
-        path = checkpoint.parent.parent / CONFIG
+        path = run_folder_of(checkpoint) / CONFIG
         raise UserError(
             f"{path} does not belong to this run any more, {checkpoint.name} was made with another: "
             f"{'; '.join(mixing)}; set back what was edited, or start a run of its own with "
@@ -221,7 +221,7 @@ def load_into(learner: Learner, checkpoint: Path) -> None:
 
 def load_learner(checkpoint: Path) -> Learner:
     """The learner that a checkpoint in a run folder holds."""
-    learner = make_learner(read_config(checkpoint.parent.parent))
+    learner = make_learner(read_config(run_folder_of(checkpoint)))
     load_into(learner, checkpoint)
     return learner
 
