@@ -9,6 +9,7 @@ compared with the run's own scores, both in fp32 on the CPU, before the folder a
 """
 
 import copy
+import functools
 import importlib.util
 import tempfile
 import warnings
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.ease import EASEHead
-from models.ranpac import GaussianRanPACHead, RanPACHead
+from models.ranpac import RanPACHead
 from models.saved.model_card import model_card
 from models.saved.prediction import Predictor, load_run
 from models.vit.closed_form import PrototypeHead
@@ -37,7 +38,6 @@ from utils.training.random import numpy_rng
 
 TOLERANCE = 1e-3  # largest difference between a calibrated score of the export and of the run
 CHECKED, TRACED = 5, 2  # images in the check, and those that the network is traced with
-PREPROCESSING = "preprocessing.json"
 Run = Callable[[Tensor], Tensor]  # inputs (B, 3, S, S) -> logits (B, C)
 
 
@@ -52,95 +52,88 @@ class Deployed(nn.Module):
         return self.head(self.network(images)) / self.temperature
 
 
-class CosineHead(nn.Module):
-    """`PrototypeHead` in float32 on any device."""
+class Classifier(nn.Module):
+    """A function of features (B, d) and of tensors that move with the module: logits (B, C), float32."""
 
-    def __init__(self, head: PrototypeHead) -> None:
+    def __init__(self, score: Callable[..., Tensor], **tensors: Tensor) -> None:
         super().__init__()
-        self.register_buffer("means", F.normalize(head.means.float(), dim=1))
+        self.score = score
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor.float())
 
     def forward(self, features: Tensor) -> Tensor:
-        return F.linear(F.normalize(features, dim=1), self.means)
+        return self.score(features, **dict(self.named_buffers()))
 
 
-class RidgeHead(nn.Module):
-    """`RanPACHead` in float32 on any device."""
-
-    def __init__(self, head: RanPACHead) -> None:
-        super().__init__()
-        self.register_buffer("projection", head.projection.float())
-        self.register_buffer("weights", head.weights.float())
-
-    def forward(self, features: Tensor) -> Tensor:
-        return F.relu(features @ self.projection) @ self.weights
+@functools.singledispatch
+def classifier_of(head: nn.Module) -> nn.Module:
+    """The head of a run, or of one of its base classes, in float32 on any device."""
+    raise NotImplementedError(f"no export of {type(head).__name__}")
 
 
-class DistanceHead(nn.Module):
-    """`FeCAMHead` in float32 on any device: |L^-1 x|^2 of all classes by two matrix products."""
-
-    def __init__(self, head: FeCAMHead) -> None:
-        super().__init__()
-        whitening = torch.stack([factor.inverse() for factor in head.factors()])  # (C, d, d)
-        self.register_buffer("whitening", whitening)
-        self.register_buffer("means", torch.einsum("cij,cj->ci", whitening, head.means.float()))
-
-    def forward(self, features: Tensor) -> Tensor:
-        whitened = torch.einsum("cij,bj->bci", self.whitening, F.normalize(features, dim=1))
-        return -(whitened - self.means).square().sum(dim=2)
-
-
-def linear_head(head: IncrementalHead) -> nn.Linear:
-    """The rows of all tasks as one layer."""
+@classifier_of.register
+def linear(head: IncrementalHead) -> nn.Module:
     weight, bias = (torch.cat([getattr(task, name) for task in head.tasks]) for name in ("weight", "bias"))
-    return linear(weight, bias)
+    return Classifier(F.linear, weight=weight, bias=bias)
 
 
-def linear(weight: Tensor, bias: Tensor) -> nn.Linear:
-    """A layer with these weights (C, d) and biases (C,), in float32."""
-    rows = nn.Linear(weight.shape[1], len(weight))
-    rows.load_state_dict({"weight": weight, "bias": bias})
-    return rows
+@classifier_of.register
+def aligned(head: AlignedHead) -> nn.Module:
+    return Classifier(F.linear, weight=head.weight, bias=head.bias)
 
 
-class SubspaceHead(nn.Module):
-    """`EASEHead` in float32 on any device: one product with the prototypes, weighted by subspace."""
+@classifier_of.register
+def cosine(head: PrototypeHead) -> nn.Module:
+    def score(features: Tensor, means: Tensor) -> Tensor:
+        return F.linear(F.normalize(features, dim=1), means)
 
-    def __init__(self, head: EASEHead) -> None:
-        super().__init__()
-        self.width = head.width
-        weighted = F.normalize(head.prototypes.float(), dim=2) * head.shares()[:, :, None]
-        self.register_buffer("prototypes", weighted.transpose(0, 1).flatten(1))  # (C, subspaces * d)
-
-    def forward(self, features: Tensor) -> Tensor:
-        subspaces = F.normalize(features.unflatten(1, (-1, self.width)), dim=2)
-        return F.linear(subspaces.flatten(1), self.prototypes)
+    return Classifier(score, means=F.normalize(head.means.float(), dim=1))
 
 
-HEADS: dict[type, Callable[[nn.Module], nn.Module]] = {
-    IncrementalHead: linear_head,
-    AlignedHead: lambda head: linear(head.weight, head.bias),
-    FeCAMHead: DistanceHead,
-    PrototypeHead: CosineHead,
-    RanPACHead: RidgeHead,
-    GaussianRanPACHead: RidgeHead,
-    EASEHead: SubspaceHead,
-}
+@classifier_of.register
+def ridge(head: RanPACHead) -> nn.Module:
+    def score(features: Tensor, projection: Tensor, weights: Tensor) -> Tensor:
+        return F.relu(features @ projection) @ weights
+
+    return Classifier(score, projection=head.projection, weights=head.weights)
+
+
+@classifier_of.register
+def distance(head: FeCAMHead) -> nn.Module:
+    """-|L^-1 x|^2 of all classes by two matrix products."""
+
+    def score(features: Tensor, whitening: Tensor, means: Tensor) -> Tensor:
+        whitened = torch.einsum("cij,bj->bci", whitening, F.normalize(features, dim=1))
+        return -(whitened - means).square().sum(dim=2)
+
+    whitening = torch.stack([factor.inverse() for factor in head.factors()])  # (C, d, d)
+    means = torch.einsum("cij,cj->ci", whitening, head.means.float())
+    return Classifier(score, whitening=whitening, means=means)
+
+
+@classifier_of.register
+def subspaces(head: EASEHead) -> nn.Module:
+    """One product with the prototypes, weighted by subspace."""
+
+    def score(features: Tensor, prototypes: Tensor) -> Tensor:
+        parts = F.normalize(features.unflatten(1, (-1, head.width)), dim=2)
+        return F.linear(parts.flatten(1), prototypes)
+
+    weighted = F.normalize(head.prototypes.float(), dim=2) * head.shares()[:, :, None]
+    return Classifier(score, prototypes=weighted.transpose(0, 1).flatten(1))  # (C, subspaces * d)
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Forms: each writes its files into a folder, and returns what runs them
+# Forms: each writes its files into a folder, and returns what runs them; views (B, 3, S, S) are traced
 
 
-def to_timm(model: Predictor, folder: Path) -> Run:
+def to_timm(model: Predictor, views: Tensor, folder: Path) -> Run:
     """A plain timm ViT: model.safetensors and the config.json that `timm.create_model` reads."""
     learner, size = model.learner, model.view.image_size
     vit = timm.create_model(learner.backbone.architecture, num_classes=len(model.classes), img_size=size)
-    head = linear_head(learner.head)
-    state = learner.network.plain_state() | {
-        "head.weight": head.weight / model.temperature,
-        "head.bias": head.bias / model.temperature,
-    }
-    vit.load_state_dict(state)
+    head = classifier_of(learner.head).state_dict()
+    state = {f"head.{name}": tensor / model.temperature for name, tensor in head.items()}
+    vit.load_state_dict(learner.network.plain_state() | state)
     about = preprocessing(model)
     save_for_hf(
         vit,
@@ -159,21 +152,20 @@ def to_timm(model: Predictor, folder: Path) -> Run:
     return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
 
 
-def to_torchscript(model: Predictor, folder: Path) -> Run:
+def to_torchscript(model: Predictor, views: Tensor, folder: Path) -> Run:
     """A traced module, model.pt."""
-    example = torch.zeros(TRACED, 3, model.view.image_size, model.view.image_size)
-    torch.jit.trace(deployed(model), example).save(folder / "model.pt")
+    torch.jit.trace(deployed(model), views).save(folder / "model.pt")
     return torch.jit.load(folder / "model.pt")
 
 
-def to_onnx(model: Predictor, folder: Path) -> Run:
+def to_onnx(model: Predictor, views: Tensor, folder: Path) -> Run:
     """A graph with any number of images, model.onnx; run with onnxruntime."""
     import onnxruntime
 
     path, axis = folder / "model.onnx", {0: "batch"}
     torch.onnx.export(
         deployed(model),
-        (torch.zeros(TRACED, 3, model.view.image_size, model.view.image_size),),
+        (views,),
         path,
         input_names=["images"],
         output_names=["logits"],
@@ -184,7 +176,7 @@ def to_onnx(model: Predictor, folder: Path) -> Run:
     return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
 
 
-FORMS: dict[str, Callable[[Predictor, Path], Run]] = {
+FORMS: dict[str, Callable[[Predictor, Tensor, Path], Run]] = {
     "timm": to_timm,
     "onnx": to_onnx,
     "torchscript": to_torchscript,
@@ -194,8 +186,8 @@ FORMS: dict[str, Callable[[Predictor, Path], Run]] = {
 def deployed(model: Predictor) -> Deployed:
     """The run's network and classifier as one module; the network's adapters are merged where they can be."""
     learner = model.learner
-    head = learner.closed_form or learner.head
-    return Deployed(copy.deepcopy(learner.network), HEADS[type(head)](head), model.temperature).eval()
+    head = classifier_of(learner.closed_form or learner.head)
+    return Deployed(copy.deepcopy(learner.network), head, model.temperature).eval()
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -241,15 +233,16 @@ def export_run(folder: Path, checkpoint: Path | None, form: str, out: Path | Non
         warnings.simplefilter("ignore")  # of tracers, about shapes that are fixed here
         made = Path(place) / out.name
         made.mkdir()
-        exported = FORMS[form](model, made)(views).softmax(dim=1)
+        exported = FORMS[form](model, views[:TRACED], made)(views).softmax(dim=1)
         difference = float((exported - scores).abs().max())
         if not difference <= TOLERANCE:
             raise UserError(
                 f"--export {form}: its scores differ from the run's by up to {difference:.2g}, more than "
                 f"{TOLERANCE:g}: nothing was written; try another form"
             )
-        (made / PREPROCESSING).write_bytes(json_bytes(preprocessing(model)))
-        card = model_card(model, folder, form, preprocessing(model), difference)
+        about = preprocessing(model)
+        (made / "preprocessing.json").write_bytes(json_bytes(about))
+        card = model_card(model, folder, form, about, difference)
         (made / "README.md").write_text(card, encoding="utf-8")
         out.parent.mkdir(parents=True, exist_ok=True)
         made.rename(out)

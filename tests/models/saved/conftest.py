@@ -14,34 +14,35 @@ from trainer import train
 from utils.config.loading import config_from_dict
 from utils.data.synthetic import synthetic_arrays
 
-COMMON = {
+COMMON = TINY | {  # of these, each method takes the keys that it has
     "init_cls": 2,
     "increment": 2,
     "max_tasks": 2,
+    "max_test_per_class": None,
     "backbone_type": "test_vit",
     "weights": "random",
     "image_size": 32,
     "device": "cpu",
     "precision": "fp32",
-    "figure_format": "none",
+    "input_normalization": "weights",
+    "adapt_start_layer": 4,
+    "adapt_end_layer": 5,
+    "ffn_adapter_type": "nested_lora",
+    "ranpac_dim": 50,
 }
-ADAPTERS = TINY | {"adapt_start_layer": 4, "adapt_end_layer": 5, "ffn_adapter_type": "nested_lora"}
-FINETUNE = {name: value for name, value in ADAPTERS.items() if name in SCHEMAS["finetune"].model_fields}
-RUNS: dict[str, dict[str, Any]] = {
-    "sema": ADAPTERS | {"model_name": "sema", "expansion": "always", "detect_batch_size": 8},
-    "simplecil": {"model_name": "simplecil", "max_train_per_class": 16},
-    "ranpac": {"model_name": "ranpac", "ranpac_dim": 50, "max_train_per_class": 16, "cache_gb": 0},
-    "linear_probe": {"model_name": "linear_probe", "init_cls": 8, "increment": 8, "max_tasks": 1}
-    | {"func_epoch": 2, "max_train_per_class": 16},
-    "fecam": FINETUNE | {"model_name": "finetune", "head": "fecam"},
-    "aligned": FINETUNE | {"model_name": "finetune", "head": "aligned", "head_drift": "linear"},
-    "ensemble": FINETUNE
-    | {"model_name": "finetune", "head": "ranpac", "ranpac_dim": 50, "merge": "ema", "merge_ensemble": True},
-    "ease": FINETUNE | {"model_name": "ease"},
-    "inflora": {key: value for key, value in TINY.items() if key != "rd_epoch"} | {"model_name": "inflora"},
-    "coda_prompt": {key: value for key, value in TINY.items() if key != "rd_epoch"}
-    | {"model_name": "coda_prompt", "prompt_components": 3},
-    "sdlora": TINY_SDLORA | {"model_name": "sdlora"},
+RUNS: dict[str, dict[str, Any]] = {  # what each changes; its name is that of its method, unless it says so
+    "sema": {"expansion": "always", "detect_batch_size": 8},
+    "simplecil": {},
+    "ranpac": {"cache_gb": 0},
+    "linear_probe": {"init_cls": 8, "increment": 8, "max_tasks": 1, "func_epoch": 2},
+    "fecam": {"model_name": "finetune", "head": "fecam"},
+    "aligned": {"model_name": "finetune", "head": "aligned", "head_drift": "linear"},
+    "ensemble": {"model_name": "finetune", "head": "ranpac", "merge": "ema", "merge_ensemble": True},
+    "ease": {},
+    "moal": {},
+    "inflora": {},
+    "coda_prompt": {"prompt_components": 3},
+    "sdlora": TINY_SDLORA | {"max_test_per_class": None},
 }
 
 
@@ -58,9 +59,10 @@ def make_run(name: str, place: Path) -> Finished:
     names, arrays = synthetic_arrays()
     data = place / "things.npz"
     np.savez(data, class_names=names, **arrays)
-    values = COMMON | RUNS[name] | {"dataset": str(data), "logs_root": str(place / "logs")}
-    values |= {"cache_root": str(place / "cache"), "input_normalization": "weights"}
-    train(config_from_dict(values, SCHEMAS, "test").config)
+    own = {"model_name": name} | RUNS[name] | {"dataset": str(data), "logs_root": str(place / "logs")}
+    known = SCHEMAS[own["model_name"]].model_fields
+    shared = {key: value for key, value in COMMON.items() if key in known}
+    train(config_from_dict(shared | own | {"cache_root": str(place / "cache")}, SCHEMAS, "test").config)
     data.unlink()
     return Finished(folder_of(place / "logs"), arrays["x_test"], [names[i] for i in arrays["y_test"]])
 

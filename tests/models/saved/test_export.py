@@ -18,7 +18,7 @@ AS_TIMM = ("linear_probe", "sdlora", "inflora")  # one ViT with a linear classif
 EXPORTS = {
     "timm": (*AS_TIMM, "sema"),
     "onnx": ("sema", "simplecil", "ranpac", "sdlora"),
-    "torchscript": ("sema", "fecam", "aligned", "ease", "coda_prompt"),
+    "torchscript": ("sema", "fecam", "aligned", "ease", "moal", "coda_prompt"),
 }
 
 
