@@ -4,9 +4,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from models.saved.prediction import Predictor, tasks_told
+from models.saved.prediction import Predictor
 from models.vit.calibration import FITTED_ON
 from models.vit.pretrained import weights_origin
+from utils.wording import counted
 
 LOADING = """\
 import {library}
@@ -51,7 +52,7 @@ def model_card(
         "run": folder.name,
         "method": config.model_name,
         "data": config.dataset,
-        "classes": f"{len(model.classes)}, learned in {tasks_told(learner.task + 1)}",
+        "classes": f"{len(model.classes)}, learned in {counted(learner.task + 1, 'task')}",
         "accuracy": f"{accuracy:.2f} % of {sum(tested['total']):,} {images} images of these classes",
         "scores": calibrated,
         "backbone": f"{backbone.tag}, {backbone.image_size} px",

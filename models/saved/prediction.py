@@ -42,6 +42,7 @@ from utils.errors import UserError
 from utils.files import read_json, replace_file, why_no_file
 from utils.runs.checkpoint import latest_checkpoint
 from utils.runs.folder import CONFIG
+from utils.wording import counted
 
 logger = logging.getLogger("nested_lora")
 
@@ -72,7 +73,7 @@ class Predictor:
         scores = (
             "not calibrated" if error is None else f"calibrated, error {error:.1f} points on {images} images"
         )
-        tasks = tasks_told(self.learner.task + 1)
+        tasks = counted(self.learner.task + 1, "task")
         return f"{self.learner.config.model_name}: {len(self.classes)} classes of {tasks}, scores {scores}"
 
     def predict(self, images: Images, top: int = 1) -> pd.DataFrame:
@@ -90,7 +91,9 @@ class Predictor:
         """
         given, size = list(named_images(images)), self.learner.config.eval_batch_size
         if not given:
-            raise UserError(f"no image to predict in {images!r}: give paths of image files or their folders")
+            paths = [images] if isinstance(images, str | Path) else list(images)
+            places = ", ".join(map(str, paths)) or "what was given"
+            raise UserError(f"no image to predict in {places}: give paths of image files or their folders")
         rows, unreadable = [], {}
         with ThreadPoolExecutor(THREADS) as threads, progress(total=len(given), unit="image") as bar:
             for batch in (given[first : first + size] for first in range(0, len(given), size)):
@@ -118,11 +121,6 @@ class Predictor:
         learner = self.learner
         raw = learner.classify(learner.features(views.to(learner.device)))
         return probabilities(raw.cpu(), self.temperature)
-
-
-def tasks_told(count: int) -> str:
-    """A number of tasks in words."""
-    return "1 task" if count == 1 else f"{count} tasks"
 
 
 def load_run(
@@ -192,17 +190,16 @@ def show_predictions(
     yield repr(model)
     table = model.predict(images, top)
     unreadable = table.attrs["unreadable"]
+    number = (table["rank"] == 1).cumsum()  # of the image: it may be given twice
     if out is None:
-        for image, rows in table.groupby("image", sort=False):
+        for _, rows in table.groupby(number):
             named = (f"{row['class']} {100 * row['score']:.1f} %" for _, row in rows.iterrows())
-            yield f"{image}: {', '.join(named)}"
+            yield f"{rows['image'].iloc[0]}: {', '.join(named)}"
     else:
         out.parent.mkdir(parents=True, exist_ok=True)
         yield f"wrote {replace_file(out, table.to_csv(index=False).encode())}"
-    read = table["image"].nunique()
-    yield f"{read:,} image{'s' * (read != 1)} predicted" + (
-        f", {len(unreadable):,} could not be read" if unreadable else ""
-    )
+    left_out = f", {len(unreadable):,} could not be read" if unreadable else ""
+    yield f"{counted(number.nunique(), 'image')} predicted{left_out}"
 
 
 # ----------------------------------------------------------------------------------------------------------

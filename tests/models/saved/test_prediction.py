@@ -24,15 +24,13 @@ def test_a_run_without_its_data_predicts_what_it_was_tested_with(finished: Finis
     manifest = json.loads((folder / "manifest.json").read_text())
     assert model.classes == manifest["class_names"][: 8 if "linear_probe" in folder.parts else 4]
     seen = np.array([label in model.classes for label in labels])
-    limit = json.loads((folder / "config.json").read_text())["max_test_per_class"]
     table, named = model.predict(images[seen]), np.array(labels)[seen]
     assert list(table.columns) == ["image", "rank", "class", "score"] and len(table) == seen.sum()
-    if limit is None:
-        right = table["class"].to_numpy() == named
-        assert 100 * right.mean() == pytest.approx(result["curve"][-1])
-        bins = np.minimum((table["score"] * 15).astype(int), 14)
-        gaps = pd.DataFrame({"gap": right - table["score"]}).groupby(bins)["gap"].sum()
-        assert 100 * gaps.abs().sum() / len(right) == pytest.approx(result["metrics"]["ece"], abs=1e-4)
+    right = table["class"].to_numpy() == named
+    assert 100 * right.mean() == pytest.approx(result["curve"][-1])
+    bins = np.minimum((table["score"] * 15).astype(int), 14)
+    gaps = pd.DataFrame({"gap": right - table["score"]}).groupby(bins)["gap"].sum()
+    assert 100 * gaps.abs().sum() / len(right) == pytest.approx(result["metrics"]["ece"], abs=1e-4)
     assert model.temperature == result["calibration"]["temperature"]
     with pytest.raises(UserError, match="things.npz"):
         load_learner(folder / "checkpoints" / "task_00")  # a test needs the data
@@ -98,24 +96,37 @@ def test_unreadable_images_are_told_and_skipped(
     [
         (["--predict", "nowhere.jpg"], "nowhere.jpg: it is not there"),
         (["--predict", ".", "--out", "x.txt"], "--out predictions.csv"),
+        (["--predict", "empty"], "no image to predict in empty:"),
     ],
 )
 def test_mistakes_are_a_sentence(
-    arguments: list[str], answer: str, simplecil: Finished, capsys: pytest.CaptureFixture[str]
+    arguments: list[str],
+    answer: str,
+    simplecil: Finished,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path)
     assert evaluation.main(["--run", str(simplecil.folder), *arguments]) == 2
     shown = capsys.readouterr().err
     assert answer in shown and len(shown.splitlines()) == 1
 
 
 def test_any_task_and_only_runs_of_images(
-    simplecil: Finished, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    simplecil: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    first = simplecil.folder / "checkpoints" / "task_00"
+    """A checkpoint may be named from any folder, and an image twice."""
+    first, image = simplecil.folder / "checkpoints" / "task_00", str(tmp_path / "a.png")
     assert load_run(simplecil.folder, checkpoint=first).classes == load_run(simplecil.folder).classes[:2]
-    Image.fromarray(simplecil.images[0]).save(tmp_path / "a.png")
-    assert evaluation.main(["--checkpoint", str(first), "--predict", str(tmp_path / "a.png")]) == 0
-    assert "2 classes of 1 task" in capsys.readouterr().out
+    Image.fromarray(simplecil.images[0]).save(image)
+    for place, name in ((simplecil.folder, "checkpoints/task_00"), (first.parent, "task_00"), (first, ".")):
+        monkeypatch.chdir(place)
+        assert evaluation.main(["--checkpoint", name, "--predict", image, image]) == 0
+        shown = capsys.readouterr().out
+        assert "2 classes of 1 task" in shown and "2 images predicted" in shown
+        assert [line.count("%") for line in shown.splitlines() if line.startswith(image)] == [1, 1]
     (tmp_path / "config.json").write_text(json.dumps(TINY_GRIDS))
     with pytest.raises(UserError, match="runs on images"):
         load_run(tmp_path)
