@@ -12,6 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
+from typing import Any
 
 ABSENT = "–"
 
@@ -93,33 +94,27 @@ class MetricSpec:
         return " to ".join(f"{end / self.scale:+.{digits}f}" for end in ends)
 
 
+THOUSANDS: dict[str, Any] = {"unit": "k", "digits": 1, "count": True, "scale": 1000.0}
 COSTS = (  # of every run, beside the metrics of its method
     MetricSpec(
         "parameters_trained",
         "trained parameters",
-        "k",
-        "numbers that a gradient ever updated, in thousands",
-        digits=1,
+        meaning="numbers that a gradient ever updated, in thousands",
         shown=Shown.CONSOLE,
-        count=True,
-        scale=1000.0,
+        **THOUSANDS,
     ),
     MetricSpec(
         "parameters_stored",
         "stored parameters",
-        "k",
-        "numbers kept beside the backbone to predict and to learn on, in thousands",
-        digits=1,
+        meaning="numbers kept beside the backbone to predict and to learn on, in thousands",
         shown=Shown.CONSOLE,
-        count=True,
-        scale=1000.0,
+        **THOUSANDS,
     ),
-    MetricSpec("parameters_adapters", "adapter parameters", "k", digits=1, count=True, scale=1000.0),
+    MetricSpec("parameters_adapters", "adapter parameters", **THOUSANDS),
     MetricSpec(
         "seconds",
         "wall-clock minutes",
-        "",
-        "time that a run took; runs at work at the same time share the machine, which lengthens each",
+        meaning="time that a run took; runs at work at the same time share the machine, which lengthens each",
         digits=1,
         shown=Shown.MEANS,
         scale=60.0,

@@ -18,7 +18,8 @@ from collections.abc import Mapping
 
 import pandas as pd
 
-from utils.reports.hypotheses import Hypothesis, quoted
+from utils.config.messages import shown
+from utils.reports.hypotheses import Hypothesis
 from utils.reports.results import Results, difference_columns
 from utils.reports.stats import holm, mean_over_seeds, paired_difference
 
@@ -75,10 +76,10 @@ def why_no_number(answer: Mapping[str, str], results: Results) -> str:
     lacking: dict[str, list[str]] = {}
     for name, key in dict.fromkeys([(cell, metric), (other, other_metric)]):
         if not results.cells[name]:
-            lacking.setdefault("has finished", []).append(quoted(name))
+            lacking.setdefault("has finished", []).append(shown(name))
         elif results.values(name, key).empty:
             there = ", ".join(known for known in results.metric_keys if len(results.values(name, known)))
-            lacking.setdefault(f'has a number "{key}", there are {there}', []).append(quoted(name))
+            lacking.setdefault(f'has a number "{key}", there are {there}', []).append(shown(name))
     reasons = [f"no run of {' or '.join(names)} {lack}" for lack, names in lacking.items()]
     if not reasons and results.left_out(cell, other):
         return "no seed has both sides from runs of the same provenance"

@@ -9,14 +9,13 @@ A hypothesis is about a difference: the metric of `cell` minus that of `against`
 paired by seed. `utils/reports/answers.py` answers it with what ran.
 """
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from utils.config.loading import check_object
-from utils.config.messages import no_such
+from utils.config.messages import no_such, shown
 from utils.config.schema import Text
 from utils.metric_catalogue import MetricSpec, by_key
 
@@ -59,7 +58,7 @@ def read_hypotheses(
     for name, values in given.items():
         checked = check_object(values, Hypothesis)
         found = [*checked.problems, *_conflicts(checked.sound, checked.faulty, cells)]
-        problems += [f"hypothesis {quoted(name)}: {problem}" for problem in found]
+        problems += [f"hypothesis {shown(name)}: {problem}" for problem in found]
         if not name.strip():
             problems.append("hypotheses: a name is empty; allowed: any other text")
         if not found:
@@ -76,14 +75,14 @@ def unknown_metrics(
             known = list(by_key(metrics.get(cell, ())))
             if getattr(hypothesis, key) and cell in metrics and metric not in known:
                 problem = no_such("metric", metric, known)
-                yield f"hypothesis {quoted(name)}: {key} = {quoted(metric)}: {problem}"
+                yield f"hypothesis {shown(name)}: {key} = {shown(metric)}: {problem}"
 
 
 def _conflicts(sound: Mapping[str, Any], faulty: set[str], cells: Sequence[str]) -> Iterator[str]:
     """Mistakes between values that are right one by one; keys already reported are left out."""
     for key in ("cell", "against"):
         if sound.get(key) is not None and cells and sound[key] not in cells:
-            yield f"{key} = {quoted(sound[key])}: {no_such('cell', sound[key], cells)}"
+            yield f"{key} = {shown(sound[key])}: {no_such('cell', sound[key], cells)}"
     if faulty.isdisjoint(("against", "against_metric")):
         if sound.get("against") is None and sound.get("against_metric") is None:
             yield "against, against_metric: both are missing; allowed: at least one of them"
@@ -92,8 +91,3 @@ def _conflicts(sound: Mapping[str, Any], faulty: set[str], cells: Sequence[str])
             if (cell, metric) == other:
                 both = f"{metric} of {cell} on both sides; allowed: another cell or metric"
                 yield f"against, against_metric: {both}"
-
-
-def quoted(text: str) -> str:
-    """A name in a sentence, in double quotes."""
-    return json.dumps(text, ensure_ascii=False)

@@ -26,9 +26,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from utils.config.experiments import kind_of
 from utils.config.loading import BASE_KEY, CheckedObject, ConfigError, base_of, load_config, read_object
-from utils.config.messages import field_faults, no_such
+from utils.config.messages import field_faults, no_such, shown
 from utils.config.schema import RunConfig, Seeds, Text, check_text, key
-from utils.reports.hypotheses import Hypothesis, quoted, read_hypotheses, unknown_metrics
+from utils.reports.hypotheses import Hypothesis, read_hypotheses, unknown_metrics
 from utils.wording import as_typed, some
 
 SHAPING = {"base", "set", "cells", "grid"}  # keys without which the cells are unknown
@@ -171,7 +171,7 @@ def load_sweep(
     problems += [f"--seeds: {fault}" for fault in wrong.values()]
     known = {*names, *map(slug_of, names)}
     problems += [
-        f"--only {quoted(name)}: {no_such('cell', name, names)}" for name in only if name not in known
+        f"--only {shown(name)}: {no_such('cell', name, names)}" for name in only if name not in known
     ]
 
     cells: list[Cell] = []
@@ -276,7 +276,7 @@ def _rows(file: SweepFile, path: Path) -> Iterator[Row]:
                 for origin, values in layers.items()
             }
             changes = [
-                ("sweep", {"description": f"cell {quoted(name)} of the sweep {path.name}"}),
+                ("sweep", {"description": f"cell {shown(name)} of the sweep {path.name}"}),
                 *allowed.items(),
                 ("sweep", {"prefix": slug_of(name), "seed": file.seeds}),
             ]
@@ -298,7 +298,7 @@ def _table_problems(file: SweepFile, names: Sequence[str]) -> Iterator[str]:
         yield "cells, grid: both are missing; allowed: at least one of them, not empty"
     for role, cell in (("baseline", file.baseline), ("finding", file.finding)):
         if names and cell is not None and cell not in names:
-            yield f"{role} = {quoted(cell)}: {no_such('cell', cell, names)}"
+            yield f"{role} = {shown(cell)}: {no_such('cell', cell, names)}"
     yield from ("cells: a name is empty; allowed: any other text" for name in file.cells if not name.strip())
     for slug, same in cells_by_text((name, slug_of(name).casefold()) for name in names).items():
         if len(same) > 1:  # also where a file system does not tell cases apart
@@ -341,7 +341,7 @@ def _equal_configs(cells: Sequence[Cell]) -> Iterator[str]:
 
 def _named(names: Sequence[str]) -> str:
     """Cells in a sentence: `cells "a", "b", "c", "d" and 3 more`."""
-    return f"cell{'s' * (len(names) > 1)} {some([quoted(name) for name in names])}"
+    return f"cell{'s' * (len(names) > 1)} {some([shown(name) for name in names])}"
 
 
 def bare(value: Any) -> str:
