@@ -19,8 +19,7 @@ from utils.errors import UserError
 from utils.files import write_json
 from utils.metric_catalogue import CLASS_INCREMENTAL, Shown
 from utils.reports.closing import finding
-from utils.reports.pages import markdown_text
-from utils.reports.renderings import latex_table, markdown_table, terminal_table
+from utils.reports.renderings import latex_table, markdown_table, markdown_text, terminal_table
 from utils.reports.run_report import write_run_report
 from utils.reports.tables import difference_tables, means_table
 from utils.runs.checkpoint import checkpoint_name, latest_checkpoint
@@ -195,18 +194,20 @@ def analyse_run(folder: Path, names: list[str], images_per_class: int | None) ->
     Raises:
         UserError: an unknown analysis, an unfinished run, a damaged checkpoint, or too little to analyse.
     """
-    analyses = LEARNERS[read_config(folder).model_name].analyses
+    config = read_config(folder)
+    analyses = LEARNERS[config.model_name].analyses
     unknown = [name for name in names if name not in analyses]
     if unknown:
         allowed = ", ".join(analyses)
         raise UserError(f"--analyse {' '.join(unknown)}: no such analysis of this run; allowed: {allowed}")
-    checkpoints, learner = task_checkpoints(folder), make_learner(read_config(folder))
+    checkpoints, learner = task_checkpoints(folder), make_learner(config)
     load = functools.partial(load_into, learner)
     inputs = learner.analysis_inputs(checkpoints, load, images_per_class)
     results = {name: analyses[name](inputs) for name in dict.fromkeys(names)}
     for result in results.values():
         yield f"\n{result.text}"
     yield ""
+    form = "png" if config.figure_format == "none" else config.figure_format  # figures were asked for now
     with FolderLock(folder):
-        for path in write_results(folder / ANALYSIS, results):
+        for path in write_results(folder / ANALYSIS, results, form):
             yield f"wrote {path}"

@@ -121,8 +121,7 @@ class SharedSubspace(Learner):
         """Write every analysis of the network into the run folder and keep its metrics."""
         inputs = self.current_inputs()
         found = {name: analyse(inputs) for name, analyse in ANALYSES.items()}
-        drawn = self.config.figure_format != "none"
-        write_results(self.log.folder / ANALYSIS, found, figures=drawn)
+        write_results(self.log.folder / ANALYSIS, found, self.config.figure_format)
         self.method_state["analysis"] = metrics_of(found)
 
     def analysis_inputs(

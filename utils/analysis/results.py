@@ -17,7 +17,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from utils.files import replace_file
-from utils.plotting import STYLE, png
+from utils.plotting import STYLE, pictures
 
 ANALYSIS = "analysis"  # folder of a run
 Row = dict[str, Any]
@@ -40,23 +40,22 @@ class AnalysisResult:
     text: str
 
 
-def write_results(folder: Path, results: Mapping[str, AnalysisResult], *, figures: bool = True) -> list[Path]:
-    """Write `<name>.json`, tables and, unless told otherwise, figures of every analysis; returns the files.
+def write_results(folder: Path, results: Mapping[str, AnalysisResult], form: str = "png") -> list[Path]:
+    """Write `<name>.json`, tables and figures of every analysis over older ones; returns the files.
 
-    Older ones are replaced. A table without a row is left out.
+    A table without a row is left out. form: of the figures beside PNG, "pdf" or "svg"; "none" draws none.
     """
     folder.mkdir(exist_ok=True)
     paths = []
     for name, result in results.items():
-        texts = {f"{name}.json": json.dumps(result.numbers, allow_nan=False) + "\n"}
+        files = {f"{name}.json": f"{json.dumps(result.numbers, allow_nan=False)}\n".encode()}
         for stem, rows in result.tables.items():
             if rows:
-                texts[f"{stem}.csv"] = pd.DataFrame(rows).to_csv(index=False, lineterminator="\n")
-        for file, text in texts.items():
-            paths.append(replace_file(folder / file, text.encode()))
+                files[f"{stem}.csv"] = pd.DataFrame(rows).to_csv(index=False, lineterminator="\n").encode()
         with mpl.rc_context(STYLE):
-            for stem, draw in result.figures.items() if figures else ():
-                paths.append(replace_file(folder / f"{stem}.png", png(draw())))
+            drawn = {} if form == "none" else {f"{stem}.png": draw() for stem, draw in result.figures.items()}
+            files |= pictures(drawn, form)
+        paths += [replace_file(folder / file, content) for file, content in files.items()]
     return paths
 
 

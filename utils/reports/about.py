@@ -16,9 +16,10 @@ from utils.config.messages import shown
 from utils.config.schema import RunConfig
 from utils.files import read_json
 from utils.metric_catalogue import ABSENT
-from utils.reports.tables import Table, plain_table
+from utils.reports.tables import Table, frame_table
 from utils.runs.folder import CONFIG
 from utils.runs.manifest import SHOWN, Manifest, read_manifest
+from utils.wording import counted
 
 LISTED_KEYS = 6  # beyond, keys are the rows of their table and cells its columns
 
@@ -31,15 +32,16 @@ def facts_of(config: Mapping[str, Any], manifest: Manifest) -> dict[str, str]:
     facts = {"Method": f"{method.rstrip('.')} ({name})" if method else name}
     if images:
         facts["Data"] = f"{config['dataset']}: {_images(images)}"
-        facts["Tasks"] = _tasks(len(images["train"]), config)
+    if images and "data_of_tasks" in more:
+        facts["Tasks"] = _tasks(config, len(images["train"]), len(more["data_of_tasks"]["train"]))
     if weights:
         note = f" ({weights['note']})" if weights.get("note") else ""
         sha256 = str(weights.get("sha256"))[:SHOWN]
         facts["Weights"] = f"{weights.get('tag')}{note}, {more.get('image_size')} px, SHA-256 {sha256}"
     versions = [f"{name} {session.versions[name]}" for name in ("torch", "timm") if name in session.versions]
     facts["Code"] = ", ".join([commit_text(session.commit), *versions])
-    threads = f"{session.threads} thread{'s' * (session.threads > 1)}"
     processes = f", {session.processes} processes" if session.processes > 1 else ""
+    threads = counted(session.threads, "thread")
     facts["Machine"] = f"{session.device}, {session.precision}, {threads}{processes}"
     return facts
 
@@ -114,7 +116,7 @@ def differing_keys(configs: Mapping[str, RunConfig]) -> Table | None:
     note = f"{ABSENT}: the cell's method has no such key, or it changes nothing there."
     few = len(table.columns) <= LISTED_KEYS
     table = table.rename_axis("cell") if few else table.T.rename_axis("key")
-    return plain_table(table, note=note if (table == ABSENT).any(axis=None) else "")
+    return frame_table(table, note if (table == ABSENT).any(axis=None) else "")
 
 
 def _images(images: Mapping[str, Sequence[int]]) -> str:
@@ -127,10 +129,13 @@ def _images(images: Mapping[str, Sequence[int]]) -> str:
     return "; ".join(texts)
 
 
-def _tasks(classes: int, config: Mapping[str, Any]) -> str:
-    """`10: 10 classes each`, or `6: 50 classes, then 10 each`."""
-    first, later = config["init_cls"], config["increment"]
-    number = 1 + -(-max(0, classes - first) // later)
+def _tasks(config: Mapping[str, Any], classes: int, number: int) -> str:
+    """`10: 10 classes each`, `6: 50 classes, then 10 each`, `4: 30 classes each, 10 in the last`."""
     if number == 1:
         return f"1, with all {classes} classes"
-    return f"{number}: {f'{first} classes, then {later}' if first != later else f'{later} classes'} each"
+    first, later, added = config["init_cls"], config["increment"], config.get("extra_data") or []
+    text = f"{number}: {f'{first} classes, then {later}' if first != later else f'{later} classes'} each"
+    if added:
+        return f"{text}, the last {len(added)} of extra_data, {classes} classes in all"
+    shorter = (classes - first) % later
+    return f"{text}, {shorter} in the last" if shorter else text

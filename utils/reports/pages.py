@@ -2,7 +2,7 @@
 
     render("run.html", title="...", pictures=[Picture.of("norms.png", content, "what one sees")])
 
-Text is escaped for HTML, or in Markdown by the filter `markdown`; tables are those of `tables.py`.
+Text is escaped for HTML, or in Markdown by the filters `markdown` and `markdown_table`.
 """
 
 import base64
@@ -15,14 +15,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoes
 from markupsafe import Markup
 
 from utils.plotting import DPI
+from utils.reports.renderings import markdown_table, markdown_text
 
 CSS_DPI = 96  # pixels an inch on a page
-MARKDOWN_SIGNS = re.compile(
-    r"[\\`*\[\]|~$]"
-    r"|(?<![^\W_])_|_(?![^\W_])"  # not inside a word
-    r"|<(?=[a-zA-Z/!?])|&(?=#?\w+;)"  # tags and entities
-    r"|^[>#]|^[-+](?=\s)"
-)
 
 
 class Picture(NamedTuple):
@@ -58,15 +53,14 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"markdown": markdown_text, "words": breakable}
+    environment.filters |= {
+        "markdown": markdown_text,
+        "markdown_table": markdown_table,
+        "words": breakable,
+    }
     return environment
 
 
 def breakable(text: str) -> Markup:
     """Text that a browser may also break after an underscore or a slash, as in names of keys."""
     return Markup(re.sub(r"([_/])(?=\w)", r"\1<wbr>", str(Markup.escape(text))))
-
-
-def markdown_text(text: str) -> str:
-    """Text in one line that Markdown shows as it is, in a table too."""
-    return MARKDOWN_SIGNS.sub(r"\\\g<0>", " ".join(text.split()))

@@ -10,7 +10,6 @@ import textwrap
 from collections.abc import Sequence
 
 from utils.metric_catalogue import ABSENT
-from utils.reports.pages import markdown_text
 from utils.reports.tables import Entry, Table
 
 LATEX_SIGNS = {
@@ -22,6 +21,12 @@ LATEX_SIGNS = {
     ABSENT: "--",
 }
 HEADING = 12  # characters in a line of a heading on a terminal
+MARKDOWN_SIGNS = re.compile(
+    r"[\\`*\[\]|~$]"
+    r"|(?<![^\W_])_|_(?![^\W_])"  # not inside a word
+    r"|<(?=[a-zA-Z/!?])|&(?=#?\w+;)"  # tags and entities
+    r"|^[>#]|^[-+](?=\s)"
+)
 SYMBOL = re.compile(r"\b([A-Z])_([A-Z])\b")  # A_N
 
 
@@ -72,13 +77,21 @@ def latex_text(text: str) -> str:
 
 
 def markdown_table(table: Table) -> str:
-    """A Markdown table; strong fields in bold."""
-    rows = [
-        [f"**{text}**" if entry.strong else text for entry in row if (text := markdown_text(entry.text))]
-        for row in table.rows
-    ]
+    """A Markdown table, and its note; strong fields in bold."""
+    rows = [[_markdown(entry) for entry in row] for row in table.rows]
     rule = ["---", *["---:"] * (len(table.headings) - 1)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in [table.headings, rule, *rows])
+    lines = [f"| {' | '.join(row)} |" for row in [list(map(markdown_text, table.headings)), rule, *rows]]
+    return "\n".join([*lines, *(["", markdown_text(table.note)] if table.note else [])])
+
+
+def markdown_text(text: str) -> str:
+    """Text in one line that Markdown shows as it is, in a table too."""
+    return MARKDOWN_SIGNS.sub(r"\\\g<0>", " ".join(text.split()))
+
+
+def _markdown(entry: Entry) -> str:
+    text = markdown_text(entry.text)
+    return f"**{text}**" if entry.strong else text
 
 
 def _latex(entry: Entry) -> str:

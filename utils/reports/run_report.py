@@ -22,7 +22,7 @@ from utils.files import replace_file
 from utils.metric_catalogue import ABSENT, MetricSpec, Shown, by_key, keyed
 from utils.reports.about import commit_text, dates, facts_of
 from utils.reports.pages import Picture, render
-from utils.reports.tables import Table, plain_table
+from utils.reports.tables import Table, frame_table, plain_table
 from utils.runs.classes import CONFUSION, PER_CLASS, Classes, read_classes
 from utils.runs.folder import (
     ACCURACY,
@@ -120,15 +120,17 @@ def named_files(folder: Path, name: str) -> list[Path]:
 
 def numbers_table(result: Mapping[str, Any], metrics: Sequence[MetricSpec]) -> Table:
     """Final numbers with the names, units and definitions of the metric catalogue."""
-    specs, rows = by_key(metrics), {}
+    specs, rows = by_key(metrics), []
     for key, value in numbers_of(result).items():
         spec = specs.get(key) or MetricSpec(key, key.replace("_", " "))
         direction = f"{spec.better} is better" if spec.shown >= Shown.DIFFERENCES else ""
-        rows[spec.heading] = [spec.text(value), "; ".join(filter(None, [spec.meaning, direction]))]
+        meaning = "; ".join(filter(None, [spec.meaning, direction]))
+        rows.append([spec.heading, spec.text(value), meaning])
         if spec.key == metrics[0].key and result.get("classes_seen"):
             classes = result["classes_seen"][-1]
-            rows["guessing (%)"] = [f"{100 / classes:.2f}", f"one of {classes} classes at random, to compare"]
-    return plain_table(frame_of(rows, "number", ["value", "meaning"]))
+            meaning = f"one of {classes} classes at random, to compare"
+            rows.append(["guessing (%)", f"{100 / classes:.2f}", meaning])
+    return plain_table(["number", "value", "meaning"], rows)
 
 
 def pictures_of(folder: Path, captions: Mapping[str, str]) -> Iterator[Picture]:
@@ -178,8 +180,7 @@ def tasks_table(
         if train:
             images = pd.Series(train[: len(per_class)]).groupby(per_class["task"]).sum()
             table.insert(1, "training images", images)
-    note = "Forgotten: how far a task fell from its best accuracy."
-    return plain_table(table, note=note)
+    return frame_table(table, "Forgotten: how far a task fell from its best accuracy.")
 
 
 def hardest_table(classes: Classes) -> Table:
@@ -192,15 +193,8 @@ def hardest_table(classes: Classes) -> Table:
         learned = row["accuracy_when_learned"]
         then = ABSENT if math.isnan(learned) else f"{learned:.1f}"
         rows.append([row["name"], row["task"], row["images"], f"{row['accuracy']:.1f}", then, taken])
-    columns = [
-        "class",
-        "task",
-        f"{images} images",
-        "accuracy (%)",
-        "when learned (%)",
-        "most taken for (images)",
-    ]
-    return plain_table(pd.DataFrame(rows, columns=columns).set_index("class"))
+    headings = ["class", "task", f"{images} images", "accuracy (%)", "when learned (%)"]
+    return plain_table([*headings, "most taken for (images)"], rows)
 
 
 def confusions_table(classes: Classes) -> Table | None:
@@ -213,39 +207,32 @@ def confusions_table(classes: Classes) -> Table | None:
             of = f"{images} of {per_class['images'][true]}"
             names, tasks = per_class["name"], per_class["task"]
             rows.append([names[true], names[predicted], of, f"{tasks[true]}, {tasks[predicted]}"])
-    columns = ["true class", "taken for", "images", "their tasks"]
-    return plain_table(pd.DataFrame(rows, columns=columns).set_index("true class")) if rows else None
+    return plain_table(["true class", "taken for", "images", "their tasks"], rows) if rows else None
 
 
 def key_tables(config: RunConfig) -> tuple[Table, Table]:
     """Keys that differ from their default, with it and their meaning; and all others."""
-    unused, changed, others = config.without_effect(), {}, {}
+    unused, changed, others = config.without_effect(), [], []
     for name, field in type(config).model_fields.items():
         value, default = getattr(config, name), "required" if field.is_required() else shown(field.default)
         meaning = field.description or ""
         if name in unused:
             meaning = f"No effect here: {unused[name]}."
         if shown(value) != default:
-            changed[name] = [shown(value), default, meaning]
+            changed.append([name, shown(value), default, meaning])
         else:
-            others[name] = [shown(value), meaning]
+            others.append([name, shown(value), meaning])
     return (
-        plain_table(frame_of(changed, "key", ["value", "default", "meaning"])),
-        plain_table(frame_of(others, "key", ["value", "meaning"])),
+        plain_table(["key", "value", "default", "meaning"], changed),
+        plain_table(["key", "value", "meaning"], others),
     )
 
 
 def sessions_table(manifest: Manifest) -> Table:
     """A row per process that worked on the run."""
-    rows = {
-        session.started: [
-            session.device, session.precision, session.threads, session.processes, commit_text(session.commit)
-        ]
+    keys = ["started", "device", "precision", "threads", "processes"]
+    rows = (
+        [*(getattr(session, key) for key in keys), commit_text(session.commit)]
         for session in manifest.sessions
-    }  # fmt: skip
-    return plain_table(frame_of(rows, "started", ["device", "precision", "threads", "processes", "code"]))
-
-
-def frame_of(rows: Mapping[str, Sequence[Any]], name: str, columns: Sequence[str]) -> pd.DataFrame:
-    """Rows by their names."""
-    return pd.DataFrame.from_dict(rows, orient="index", columns=list(columns)).rename_axis(name)
+    )
+    return plain_table([*keys, "code"], rows)

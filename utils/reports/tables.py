@@ -5,8 +5,8 @@ table.rows[0][2]               # Entry("44.39 ± 1.20", strong=True): the best m
 """
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import pandas as pd
 
@@ -34,10 +34,14 @@ class Table(NamedTuple):
     note: str = ""
 
 
-def plain_table(frame: pd.DataFrame, caption: str = "", note: str = "") -> Table:
-    """A table of texts, the index first; columns and index keep their names."""
-    rows = [[Entry(str(name)), *map(Entry, map(str, row))] for name, *row in frame.itertuples(name=None)]
-    return Table(caption, [frame.index.name or "", *map(str, frame.columns)], rows, note)
+def plain_table(headings: Sequence[str], rows: Iterable[Iterable[Any]], note: str = "") -> Table:
+    """A table of plain texts, its first column the names of the rows."""
+    return Table("", list(headings), [[Entry(str(value)) for value in row] for row in rows], note)
+
+
+def frame_table(frame: pd.DataFrame, note: str = "") -> Table:
+    """A table of a frame with a named index, which comes first."""
+    return plain_table([frame.index.name, *map(str, frame.columns)], frame.itertuples(name=None), note)
 
 
 def means_table(results: Results, place: Shown = Shown.MEANS) -> Table:
@@ -109,12 +113,9 @@ def hypotheses_table(answers: pd.DataFrame, results: Results) -> Table:
 
 def runs_table(results: Results) -> Table:
     """A row per finished run."""
-    shown = _shown(results, Shown.RUNS)
-    rows = [
-        [Entry(cell), Entry(str(seed)), *(Entry(spec.text(numbers[spec.key])) for spec in shown)]
-        for (cell, seed), numbers in results.runs.to_dict("index").items()
-    ]
-    return Table("", ["cell", "seed", *(spec.heading for spec in shown)], rows)
+    shown, runs = _shown(results, Shown.RUNS), results.runs.to_dict("index")
+    rows = ([*run, *(spec.text(numbers[spec.key]) for spec in shown)] for run, numbers in runs.items())
+    return plain_table(["cell", "seed", *(spec.heading for spec in shown)], rows)
 
 
 def measured(results: Results, place: Shown) -> list[MetricSpec]:

@@ -116,12 +116,16 @@ def test_the_numbers_are_those_of_the_networks_that_the_checkpoints_hold(nested:
 def test_a_run_of_another_method_has_no_branches(
     directions: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Figures are also drawn in the form that its config names."""
+    config = json.loads((directions / "config.json").read_text())
+    (directions / "config.json").write_text(json.dumps(config | {"figure_format": "svg"}))
     before = contents(directions)
     assert analyse(directions, *ALL, "gate") == 0
     assert contents(directions) == before
     folder = directions / "analysis"
-    drawn = {"cka", "grassmann", "probes", "probe_transfer", "gate"}
-    assert {path.stem for path in folder.glob("*.png")} == drawn
+    for form in ("png", "svg"):
+        stems = {path.stem for path in folder.glob(f"*.{form}")}
+        assert stems == {"cka", "grassmann", "probes", "probe_transfer", "gate"}
     (pair,) = json.loads((folder / "gate.json").read_text())["pairs"]
     weights = json.loads((directions / "gate/beta_values_task_1.json").read_text())["beta_values"]
     assert pair["task"] == 1 and pair["adapter"] == 0 and pair["weight"] == pytest.approx(weights[0])

@@ -1,5 +1,9 @@
 """What was run, in words: of one run, of all runs of a sweep, and the keys in which its cells differ."""
 
+import re
+
+import pytest
+
 from models import SCHEMAS
 from utils.config.loading import config_from_dict
 from utils.reports.about import common_facts, dates, differing_keys, facts_of
@@ -27,6 +31,7 @@ def test_facts_are_what_the_manifest_records():
     images = {"train": [20] * 99 + [13], "test": [10] * 100}
     weights = {"tag": "vit.in21k", "note": "", "sha256": "0123456789abcdef"}
     about = {"method": "Adapters.", "images_per_class": images, "weights": weights, "image_size": 224}
+    about["data_of_tasks"] = {"train": ["hash"] * 6}
     data = "cifar224: 100 classes; train 1,993 images, 13 to 20 per class; test 1,000 images, 10 per class"
     assert facts_of(config, manifest(**about)) == {
         "Method": "Adapters (sema)",
@@ -37,6 +42,21 @@ def test_facts_are_what_the_manifest_records():
         "Machine": "cpu (x86_64), bf16, 2 threads, 4 processes",
     }
     assert list(facts_of(config, manifest())) == ["Method", "Code", "Machine"]  # of an earlier version
+
+
+@pytest.mark.parametrize(
+    ("config", "classes", "tasks", "told"),
+    [
+        ({"init_cls": 10, "increment": 10}, 100, 10, "10: 10 classes each"),
+        ({"init_cls": 30, "increment": 30}, 100, 4, "4: 30 classes each, 10 in the last"),
+        ({"init_cls": 100, "increment": 100}, 100, 1, "1, with all 100 classes"),
+        ({"init_cls": 2, "increment": 2, "extra_data": ["birds"]}, 7, 3, "3: .* last 1 .* 7 classes in all"),
+    ],
+)
+def test_tasks_are_told_as_they_were(config: dict, classes: int, tasks: int, told: str):
+    more = {"images_per_class": {"train": [5] * classes}, "data_of_tasks": {"train": ["hash"] * tasks}}
+    config = {"model_name": "sema", "dataset": "x", "extra_data": None} | config
+    assert re.fullmatch(told, facts_of(config, manifest(**more))["Tasks"])
 
 
 def test_dates_span_all_runs():

@@ -18,7 +18,7 @@ from utils.reports.notes import facts, reading_notes
 from utils.reports.report import write_report
 from utils.reports.results import Results
 from utils.reports.stats import paired_difference
-from utils.reports.tables import difference_tables, means_table
+from utils.reports.tables import difference_tables, means_table, plain_table
 from utils.runs.metrics import fault_of
 
 METRICS = ClassIncrementalConfig.metrics
@@ -342,9 +342,13 @@ def test_markdown_tables_are_whole_whatever_a_cell_is_called(written, tmp_path):
     assert r"| a\|b \<script>alert(" in blocks[0][-1]
     names = {"rank=nested_lora_8, R&D <3": "rank=nested_lora_8, R&D <3", "_a_ &lt; <b>": r"\_a\_ \&lt; \<b>"}
     names |= {"# x\n- y": r"\# x - y"}
-    write(tmp_path, {name: {1: invented(1, 40)} for name in names}, None)
-    table = (tmp_path / "summary.md").read_text().split("## Means over seeds")[1]
-    assert [f"\n| {shown} | 1 |" in table for shown in names.values()] == [True] * 3
+    names["a|b"] = r"a\|b"
+    keys = plain_table(["key", *names], [["seed", "", "1", "2", "3"]])
+    write(tmp_path, {name: {1: invented(1, 40)} for name in names}, None, keys=keys)
+    above, table = (tmp_path / "summary.md").read_text().split("## Means over seeds")
+    assert [f"\n| {shown} | 1 |" in table for shown in names.values()] == [True] * 4
+    heading = f"| key | {' | '.join(names.values())} |"
+    assert f"{heading}\n| --- | ---: | ---: | ---: | ---: |\n| seed |  | 1 | 2 | 3 |\n\n" in above
 
 
 def test_the_same_input_gives_the_same_bytes_and_old_figures_go(tmp_path, written):
