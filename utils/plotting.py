@@ -48,8 +48,8 @@ NARROWEST = 6.4  # inches: room for the titles
 
 
 def titled_figure(width: float, height: float, title: str, subtitle: str) -> Figure:
-    """An empty figure (inches) with a title, a grey line under it, and the rest of it for the axes."""
-    lines = textwrap.fill(subtitle, width=int(width * 14))
+    """An empty figure (inches) with a title, a grey line of the user's words, and room for the axes."""
+    lines = textwrap.fill(as_written(subtitle), width=int(width * 14))
     header = 0.42 + 0.17 * (1 + lines.count("\n"))  # inches
     height += header - 0.6
     figure = Figure(figsize=(width, height), layout="constrained")

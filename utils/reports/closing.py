@@ -46,16 +46,14 @@ def finding(results: Results, cell: str | None = None) -> str:
 
     cell: by default the best other than the baseline in the main metric.
     """
-    main = results.main
-    means = results.summary["mean"].xs(main.key, level="metric")[results.finished]
-    ranked = means.sort_values(ascending=main.lower_is_better, kind="stable")
-    several = [name for name in ranked.index if results.tasks(name) > 1] or list(ranked.index)
-    winners = [name for name in several if main.text(means[name]) == main.text(means[several[0]])]
-    best = f"the best {main.name} is {main.text(means[several[0]])}, of {_listed(winners)}"
+    main, shown = results.main, results.ranked.map(results.main.text)
+    several = [name for name in shown.index if results.tasks(name) > 1] or list(shown.index)
+    winners = [name for name in several if shown[name] == shown[several[0]]]
+    best = f"the best {main.name} is {shown[several[0]]}, of {_listed(winners)}"
     if cell is None:
-        others = [name for name in dict.fromkeys([*several, *ranked.index]) if name != results.baseline]
+        others = [name for name in dict.fromkeys([*several, *shown.index]) if name != results.baseline]
         cell = next(iter(others), None)
-    if results.baseline is None or not {cell, results.baseline} <= set(ranked.index):
+    if results.baseline is None or not {cell, results.baseline} <= set(shown.index):
         return f"{best}."
     row = results.summary.loc[(cell, main.key)]
     if pd.isna(row["difference"]):

@@ -32,7 +32,6 @@ from utils.plotting import (
     NARROWEST,
     STYLE,
     VERMILLION,
-    as_written,
     draw_chance,
     legend_below,
     pictures,
@@ -67,7 +66,6 @@ def sweep_figures(
         answers: to the sweep's hypotheses, where it states some.
         form: "png", or "pdf" or "svg" for files of that form as well.
     """
-    subtitle = as_written(subtitle)
     captions = {name: caption.format(main=results.main.name) for name, (_, caption) in FIGURES.items()}
     captions[HYPOTHESES_FIGURE] = CAPTION
     with mpl.rc_context(STYLE):
@@ -86,7 +84,7 @@ def cell_styles(results: Results) -> dict[str, Style]:
     """
     cells = results.finished
     if len(cells) > MANY_CELLS:
-        ranked = _ranked(results).index
+        ranked = results.ranked.index
         best = [cell for cell in ranked if results.tasks(cell) > 1][:HIGHLIGHTED]
         best += [cell for cell in ranked if results.tasks(cell) == 1][:1]
         cells = [cell for cell in cells if cell in best or cell == results.baseline]
@@ -150,7 +148,7 @@ def differences_figure(results: Results, subtitle: str) -> Figure | None:
     most = numbers[cells].max()
     labels = [cell if numbers[cell] == most else f"{cell} (n = {numbers[cell]})" for cell in cells]
     labels = [wrapped(label, LABEL_WIDTH) for label in labels]
-    subtitle = f"{subtitle} · baseline: {as_written(results.baseline)} · paired by seed, n = {most}"
+    subtitle = f"{subtitle} · baseline: {results.baseline} · paired by seed, n = {most}"
     title = "Difference from the baseline with 95 % interval"
     figure, axes_of_panels = _figure_with_rows(labels, title, subtitle, panels=len(panels))
     for axes, spec in zip(axes_of_panels, panels, strict=True):
@@ -183,9 +181,8 @@ def curves_figure(results: Results, subtitle: str) -> Figure | None:
     if tasks == 1:
         return None
     spec, styles = next(spec for spec in results.metrics if spec.per_task), cell_styles(results)
-    means = _ranked(results)
-    shown = [cell for cell in means.index if cell in styles]
-    labels = [f"{cell} ({means[cell]:.1f})" for cell in shown]
+    shown = [cell for cell in results.ranked.index if cell in styles]
+    labels = [f"{cell} ({results.ranked[cell]:.1f})" for cell in shown]
     subtitle = f"{subtitle} · mean ± std over seeds (in brackets: {results.main.name})"
     figure, axes = _figure_with_legend(labels, _sentence(spec.definition), subtitle)
     handles = {}
@@ -263,12 +260,6 @@ FIGURES = {  # file name -> what draws it, caption
         "Better is right and down.",
     ),
 }
-
-
-def _ranked(results: Results) -> pd.Series:
-    """The finished cells' means of the main metric, the best first."""
-    means = results.summary["mean"].xs(results.main.key, level="metric")[results.finished]
-    return means.sort_values(ascending=results.main.lower_is_better, kind="stable")
 
 
 def _draw_curve(axes: Axes, curves: np.ndarray, style: Style | None, tasks: int, width: float) -> Line2D:

@@ -166,6 +166,12 @@ class Results:
         best = means.min() if self.spec(metric).lower_is_better else means.max()
         return {cell for cell, mean in means.items() if math.isclose(mean, best, rel_tol=1e-12)}
 
+    @cached_property
+    def ranked(self) -> pd.Series:
+        """The finished cells' means of the main metric, the best first."""
+        means = self.summary["mean"].xs(self.main.key, level="metric")[self.finished]
+        return means.sort_values(ascending=self.main.lower_is_better, kind="stable")
+
     def _summary_row(self, cell: str, metric: str) -> dict[str, Any]:
         mean, difference = mean_over_seeds(self.values(cell, metric).to_list()), Estimate()
         comparable = metric in [spec.key for spec in self.metrics] and cell in self.compared

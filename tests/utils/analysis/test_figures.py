@@ -18,9 +18,7 @@ from utils.analysis.figures import (
 )
 from utils.plotting import STYLE
 
-ABOUT = (
-    "a_rather_long_prefix · sema · omnibenchmark · pretrained_vit_b16_224_in21k_adapter · seed 1 · 200 images"
-)
+ABOUT = "prefix_$5^a^b$ · sema · omnibenchmark · pretrained_vit_b16_224_in21k_adapter · seed 1 · 200 images"
 DRIFT = HeatmapSpec("block", "after task", "linear CKA", (0.5, 1.0), 3)
 TRANSFER = HeatmapSpec("fitted after task", "tested after task", "accuracy (%)", (0.0, 1.0), 1)
 
