@@ -97,24 +97,21 @@ def draw_nesting() -> Figure:
     """Differences of A_N and forgetting from the matched adapter, with 95 % intervals, one row per method."""
     cells = table(RESULTS, "cell", "## Does nesting help?")
     rows = sorted(cells, key=lambda name: numbers(cells[name]["A_N"])[0])
-    colours = {
-        "nested mean": BLUE,
-        "nested mean, interpolated": BLUE,
-        "nested": ORANGE,
-        "matched adapter": INK,
-    }
+    colours = {name: GREEN if name.startswith("joint") else GREY for name in rows}
+    colours |= {"nested mean": BLUE, "nested mean, interpolated": BLUE, "nested": ORANGE}
+    colours |= {"matched adapter": INK}
     figure, panels = plt.subplots(1, 2, figsize=(9.6, 5.2), sharey=True, width_ratios=(1.2, 1))
     titles = {"A_N": "A_N: right is better", "forgetting": "Forgetting: left is better"}
     for panel, (column, title) in zip(panels, titles.items(), strict=True):
         for place, name in enumerate(rows):
-            colour = colours.get(name, GREEN if name.startswith("joint") else GREY)
             difference = numbers(cells[name][f"{column} against matched"])
             if name == "matched adapter":
                 panel.plot(0, place, "D", color=INK, markersize=6)
             elif difference:
                 mean, low, high = difference
-                panel.plot([low, high], [place, place], color=colour, linewidth=2.2, solid_capstyle="round")
-                panel.plot(mean, place, "o", color=colour, markersize=6)
+                line = {"color": colours[name], "linewidth": 2.2, "solid_capstyle": "round"}
+                panel.plot([low, high], [place, place], **line)
+                panel.plot(mean, place, "o", color=colours[name], markersize=6)
         panel.axvline(0, color=INK, linewidth=0.8)
         panel.set_title(title)
         panel.set_xlabel("points against the matched adapter")
@@ -122,15 +119,12 @@ def draw_nesting() -> Figure:
         panel.set_axisbelow(True)
         panel.tick_params(axis="y", length=0)
         panel.spines["left"].set_visible(False)
-    finals = [f"{numbers(cells[name]['A_N'])[0] + 1e-9:.1f}" for name in rows]
-    panels[0].set_yticks(
-        range(len(rows)), [f"{name}   {final}" for name, final in zip(rows, finals, strict=True)]
-    )
+    labels = [f"{name}   {numbers(cells[name]['A_N'])[0] + 1e-9:.1f}" for name in rows]
+    panels[0].set_yticks(range(len(rows)), labels)
     for label, name in zip(panels[0].get_yticklabels(), rows, strict=True):
-        label.set_color(colours.get(name, GREEN if name.startswith("joint") else INK))
-    panels[0].annotate(
-        "A_N (%)", (-0.015, 1.02), xycoords="axes fraction", ha="right", va="bottom", color=GREY, fontsize=9
-    )
+        label.set_color(INK if colours[name] == GREY else colours[name])
+    above = {"xycoords": "axes fraction", "ha": "right", "va": "bottom", "color": GREY, "fontsize": 9}
+    panels[0].annotate("A_N (%)", (-0.015, 1.02), **above)
     note = "Points: means of differences paired by seed; lines: 95 % intervals; 5 seeds. CIFAR-100 10x10, "
     note += "20 images per class, MRI-tuned DINOv2-S, 84 px.\nBlue, orange: nested. "
     note += "Green: trained on all classes at once, so nothing is forgotten."
@@ -209,40 +203,46 @@ def draw_hypotheses() -> Figure:
 # -----------------------------------------------------------------------------------------------------------
 # Architecture
 
-FROZEN, GROWN, FAST, SLOW, JUDGE = "#EDEDED", "#DCEBF5", "#FBE3D2", "#D3EDE4", "#EBE0EF"
+Point = tuple[float, float]
+Style = tuple[str, str]  # colours of a box: inside, edge
+PLAIN, FROZEN = ("white", GREY), ("#EDEDED", GREY)
+GROWN, NEW = ("#DCEBF5", BLUE), ("white", BLUE)
+FAST, SLOW, JUDGE = ("#FBE3D2", ORANGE), ("#D3EDE4", GREEN), ("#EBE0EF", PURPLE)
 
 
-def box(
-    panel: Axes,
-    corner: tuple[float, float],
-    size: tuple[float, float],
-    text: str,
-    fill: str = "white",
-    edge: str = GREY,
-    **font: Any,
-) -> None:
-    """A rounded box with centred text."""
-    (x, y), (width, height) = corner, size
-    shape = FancyBboxPatch(
-        corner, *size, boxstyle="round,pad=0,rounding_size=0.09", facecolor=fill, edgecolor=edge
-    )
-    panel.add_patch(shape)
-    panel.text(x + width / 2, y + height / 2, text, ha="center", va="center", **{"fontsize": 9.5, **font})
+class Drawing:
+    """Boxes, arrows and sums on a panel without axes, in its coordinates."""
 
+    def __init__(self, panel: Axes) -> None:
+        self.panel = panel
 
-def arrow(panel: Axes, *points: tuple[float, float], **line: Any) -> None:
-    """An arrow along straight pieces."""
-    style = {"color": INK, "linewidth": 1.3, **line}
-    xs, ys = zip(*points[:-1], strict=True)
-    panel.plot(xs, ys, **style)
-    head = {"arrowstyle": "-|>", "shrinkA": 0, "shrinkB": 0, "mutation_scale": 11, **style}
-    panel.annotate("", points[-1], points[-2], arrowprops=head)
+    def box(self, corner: Point, size: Point, text: str, style: Style = PLAIN, **font: Any) -> None:
+        """A rounded box with centred text."""
+        rounded = "round,pad=0,rounding_size=0.09"
+        self.panel.add_patch(FancyBboxPatch(corner, *size, rounded, facecolor=style[0], edgecolor=style[1]))
+        self.text((corner[0] + size[0] / 2, corner[1] + size[1] / 2), text, **font)
 
+    def text(self, place: Point, text: str, **font: Any) -> None:
+        """Text, centred unless told otherwise."""
+        self.panel.text(*place, text, **{"fontsize": 9.5, "ha": "center", "va": "center", **font})
 
-def plus(panel: Axes, x: float, y: float) -> None:
-    """A sum."""
-    panel.add_patch(Circle((x, y), 0.16, facecolor="white", edgecolor=INK, linewidth=1.3, zorder=3))
-    panel.text(x, y - 0.01, "+", fontsize=14, ha="center", va="center_baseline", zorder=4)
+    def arrow(self, *points: Point, **line: Any) -> None:
+        """An arrow along straight pieces."""
+        style = {"color": INK, "linewidth": 1.3, **line}
+        self.panel.plot(*zip(*points[:-1], strict=True), **style)
+        head = {"arrowstyle": "-|>", "shrinkA": 0, "shrinkB": 0, "mutation_scale": 11, **style}
+        self.panel.annotate("", points[-1], points[-2], arrowprops=head)
+
+    def enlargement(self, *sides: tuple[Point, Point]) -> None:
+        """Thin lines from a box to what is inside it."""
+        for side in sides:
+            self.panel.plot(*zip(*side, strict=True), color=BLUE, linewidth=0.8, alpha=0.6)
+
+    def plus(self, place: Point) -> None:
+        """A sum."""
+        circle = Circle(place, 0.16, facecolor="white", edgecolor=INK, linewidth=1.3, zorder=3)
+        self.panel.add_patch(circle)
+        self.text((place[0], place[1] - 0.01), "+", fontsize=14, va="center_baseline", zorder=4)
 
 
 def draw_architecture() -> Figure:
@@ -250,94 +250,63 @@ def draw_architecture() -> Figure:
     figure, panel = plt.subplots(figsize=(10.6, 5.0))
     panel.set(xlim=(0, 10.6), ylim=(0, 5.0))
     panel.axis("off")
+    on = Drawing(panel)
     for x, title in ((0.3, "Frozen ViT"), (2.95, "A growing block (SEMA)"), (7.3, "A nested adapter")):
-        panel.text(x, 4.78, title, fontsize=11.5, fontweight="bold", ha="left", va="center")
-    box(panel, (2.95, 0.12), (4.1, 4.4), "", "#F6FAFD", BLUE)
-    box(panel, (7.3, 0.12), (3.2, 4.4), "", "#FDFDFD", BLUE)
+        on.text((x, 4.78), title, fontsize=11.5, fontweight="bold", ha="left")
+    on.box((2.95, 0.12), (4.1, 4.4), "", ("#F6FAFD", BLUE))
+    on.box((7.3, 0.12), (3.2, 4.4), "", ("#FDFDFD", BLUE))
 
     # The network, from the image up.
-    box(panel, (0.3, 0.15), (1.9, 0.4), "image")
-    box(panel, (0.3, 0.9), (1.9, 0.95), "blocks 0 – 8", FROZEN)
-    box(panel, (0.3, 2.4), (1.9, 0.95), "blocks 9 – 11\ngrow adapters", GROWN, BLUE)
-    box(panel, (0.3, 3.75), (1.9, 0.77), "classifier: fc, class means\nor ridge regression", fontsize=8.5)
+    on.box((0.3, 0.15), (1.9, 0.4), "image")
+    on.box((0.3, 0.9), (1.9, 0.95), "blocks 0 – 8", FROZEN)
+    on.box((0.3, 2.4), (1.9, 0.95), "blocks 9 – 11\ngrow adapters", GROWN)
+    on.box((0.3, 3.75), (1.9, 0.77), "classifier: fc, class means\nor ridge regression", fontsize=8.5)
     for low, high in ((0.55, 0.9), (1.85, 2.4), (3.35, 3.75)):
-        arrow(panel, (1.25, low), (1.25, high))
+        on.arrow((1.25, low), (1.25, high))
     panel.plot([0.3, 2.2], [2.12, 2.12], color=GREY, linestyle=":", linewidth=1.3)
-    panel.text(1.32, 2.0, "tokens stored", fontsize=8.5, color=GREY, ha="left", va="center")
-    for y, target in ((2.4, 0.17), (3.35, 4.47)):
-        panel.plot([2.2, 2.95], [y, target], color=BLUE, linewidth=0.8, alpha=0.6)
+    on.text((1.32, 2.0), "tokens stored", fontsize=8.5, color=GREY, ha="left")
+    on.enlargement(((2.2, 2.4), (2.95, 0.17)), ((2.2, 3.35), (2.95, 4.47)))
 
     # One growing block.
-    box(panel, (3.3, 0.3), (1.3, 0.45), "attention", FROZEN)
-    box(panel, (3.3, 1.55), (1.3, 0.6), "MLP", FROZEN)
-    for place, name in enumerate(("adapter\n1", "adapter\n2", "+ new")):
-        new, x = place == 2, 4.82 + 0.68 * place
-        box(
-            panel,
-            (x, 1.55),
-            (0.58, 0.6),
-            name,
-            "white" if new else GROWN,
-            BLUE,
-            fontsize=8.5,
-            color=BLUE if new else INK,
-        )
-        arrow(panel, (3.95, 1.12), (x + 0.29, 1.12), (x + 0.29, 1.55))
-        arrow(panel, (x + 0.29, 2.15), (x + 0.29, 2.5))
-    box(panel, (4.82, 2.5), (1.94, 0.45), "sum weighted by router", fontsize=9)
-    plus(panel, 3.95, 3.4)
-    arrow(panel, (3.95, 0.75), (3.95, 1.55))
-    arrow(panel, (3.95, 2.15), (3.95, 3.24))
-    arrow(panel, (5.79, 2.95), (5.79, 3.4), (4.11, 3.4))
-    arrow(panel, (3.95, 0.93), (3.1, 0.93), (3.1, 3.4), (3.79, 3.4))
-    arrow(panel, (3.95, 3.56), (3.95, 4.5))
-    box(
-        panel,
-        (4.3, 3.72),
-        (2.46, 0.66),
-        "a descriptor per adapter: is this\ntask new (high z-score)? then grow",
-        JUDGE,
-        PURPLE,
-        fontsize=8.5,
-    )
-    arrow(
-        panel,
-        (6.66, 3.72),
-        (6.66, 3.3),
-        (6.94, 3.3),
-        (6.94, 1.85),
-        (6.76, 1.85),
-        color=PURPLE,
-        linestyle="--",
-    )
-    for y, target in ((1.58, 0.17), (2.12, 4.47)):
-        panel.plot([6.76, 7.3], [y, target], color=BLUE, linewidth=0.8, alpha=0.6)
+    on.box((3.3, 0.3), (1.3, 0.45), "attention", FROZEN)
+    on.box((3.3, 1.55), (1.3, 0.6), "MLP", FROZEN)
+    adapters = (("adapter\n1", GROWN, INK), ("adapter\n2", GROWN, INK), ("+ new", NEW, BLUE))
+    for place, (name, style, colour) in enumerate(adapters):
+        x = 4.82 + 0.68 * place
+        on.box((x, 1.55), (0.58, 0.6), name, style, fontsize=8.5, color=colour)
+        on.arrow((3.95, 1.12), (x + 0.29, 1.12), (x + 0.29, 1.55))
+        on.arrow((x + 0.29, 2.15), (x + 0.29, 2.5))
+    on.box((4.82, 2.5), (1.94, 0.45), "sum weighted by router", fontsize=9)
+    on.plus((3.95, 3.4))
+    on.arrow((3.95, 0.75), (3.95, 1.55))
+    on.arrow((3.95, 2.15), (3.95, 3.24))
+    on.arrow((5.79, 2.95), (5.79, 3.4), (4.11, 3.4))
+    on.arrow((3.95, 0.93), (3.1, 0.93), (3.1, 3.4), (3.79, 3.4))
+    on.arrow((3.95, 3.56), (3.95, 4.5))
+    judge = "a descriptor per adapter: is this\ntask new (high z-score)? then grow"
+    on.box((4.3, 3.72), (2.46, 0.66), judge, JUDGE, fontsize=8.5)
+    around = ((6.66, 3.72), (6.66, 3.3), (6.94, 3.3), (6.94, 1.85), (6.76, 1.85))
+    on.arrow(*around, color=PURPLE, linestyle="--")
+    on.enlargement(((6.76, 1.58), (7.3, 0.17)), ((6.76, 2.12), (7.3, 4.47)))
 
     # One nested adapter.
-    panel.text(8.9, 0.33, "x", fontsize=11, ha="center", va="center", style="italic")
-    plus(panel, 8.9, 3.1)
-    for x, name, fill, edge, rhythm in (
-        (7.5, "fast", FAST, ORANGE, "learns in\nevery step"),
-        (9.2, "slow", SLOW, GREEN, "learns rarely\nor never"),
+    on.text((8.9, 0.33), "x", fontsize=11, style="italic")
+    on.plus((8.9, 3.1))
+    for x, name, style, rhythm, aside in (
+        (7.5, "fast", FAST, "learns in\nevery step", -0.16),
+        (9.2, "slow", SLOW, "learns rarely\nor never", 0.16),
     ):
         centre = x + 0.55
-        box(panel, (x, 1.0), (1.1, 1.5), "", fill, edge)
-        panel.text(centre, 2.27, name, fontsize=10.5, fontweight="bold", color=edge, ha="center", va="center")
-        panel.text(centre, 1.85, "down, ReLU, up", fontsize=8.5, ha="center", va="center")
-        panel.text(centre, 1.35, rhythm, fontsize=8.5, color=GREY, ha="center", va="center")
-        arrow(panel, (8.9, 0.5), (8.9, 0.75), (centre, 0.75), (centre, 1.0))
-        arrow(panel, (centre, 2.5), (centre, 3.1), (8.9 + (0.16 if x > 8.9 else -0.16), 3.1))
-    arrow(panel, (8.9, 3.26), (8.9, 3.62))
-    arrow(panel, (8.6, 1.85), (9.2, 1.85), color=ORANGE, linewidth=2, linestyle="--")
-    panel.text(
-        8.9,
-        4.05,
-        "end of a task: slow takes over\na share of fast, fast starts again",
-        fontsize=9,
-        color=ORANGE,
-        ha="center",
-        va="center",
-    )
+        on.box((x, 1.0), (1.1, 1.5), "", style)
+        on.text((centre, 2.27), name, fontsize=10.5, fontweight="bold", color=style[1])
+        on.text((centre, 1.85), "down, ReLU, up", fontsize=8.5)
+        on.text((centre, 1.35), rhythm, fontsize=8.5, color=GREY)
+        on.arrow((8.9, 0.5), (8.9, 0.75), (centre, 0.75), (centre, 1.0))
+        on.arrow((centre, 2.5), (centre, 3.1), (8.9 + aside, 3.1))
+    on.arrow((8.9, 3.26), (8.9, 3.62))
+    on.arrow((8.6, 1.85), (9.2, 1.85), color=ORANGE, linewidth=2, linestyle="--")
+    taken_over = "end of a task: slow takes over\na share of fast, fast starts again"
+    on.text((8.9, 4.05), taken_over, fontsize=9, color=ORANGE)
     figure.subplots_adjust(0, 0, 1, 1)
     return figure
 
