@@ -14,11 +14,24 @@ from tests.utils.runs.test_manifest import CHANGES, record
 from utils.config.loading import load_config
 
 
-def test_a_mistake_of_the_command_line_is_two_lines(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("--predict photos", "--run FOLDER"),
+        ("--compare a --latex --markdown", "--latex and --markdown"),
+        ("--checkpoint x --analyse cka", "takes no --checkpoint"),
+        ("--run x y --analyse cka", "one --run"),
+        ("--run x --images-per-class 4", "takes no --images-per-class"),
+        ("--run x --analyse cka --images-per-class 1", "at least 2"),
+    ],
+)
+def test_options_that_do_not_go_together_are_answered_in_two_lines(
+    arguments: str, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit, match="2"):
-        evaluation.main(["--predict", "photos"])
+        evaluation.main(arguments.split())
     usage, error = capsys.readouterr().err.splitlines()
-    assert usage.startswith("usage: ") and "--run FOLDER" in error
+    assert usage.startswith("usage: ") and words in error
 
 
 def finished(folder: Path, seed: int, made_with: dict[str, Any] | None = None, **changes: Any) -> str:
@@ -37,16 +50,9 @@ def refused(capsys: pytest.CaptureFixture[str], *folders: str) -> str:
 
 
 def test_keys_that_change_no_number_may_differ(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    first = finished(tmp_path / "a", 1)
-    places = {
-        "prefix": "other",
-        "eval_batch_size": 3,
-        "description": "other",
-        "cache_root": "x",
-        "cache_gb": 1.0,
-        "num_workers": 0,
-    }
-    second = finished(tmp_path / "b", 2, logs_root="elsewhere", checkpoints="last", data_root="y", **places)
+    first, other = finished(tmp_path / "a", 1), {"prefix": "other", "description": "other", "cache_root": "x"}
+    other |= {"eval_batch_size": 3, "cache_gb": 1.0, "num_workers": 0, "checkpoints": "last"}
+    second = finished(tmp_path / "b", 2, logs_root="elsewhere", data_root="y", **other)
     assert evaluation.main(["--run", first, second]) == 0
     shown = capsys.readouterr().out
     assert "over seeds 1, 2" in shown and "note" not in shown
@@ -81,13 +87,6 @@ def test_a_seed_counts_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     for twice in (second, first):
         message = refused(capsys, first, finished(tmp_path / "b", 2), twice)
         assert "seed 1" in message and twice in message
-
-
-def test_contradictory_options_are_answered_in_two_lines(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as caught:
-        evaluation.main(["--compare", "a", "--latex", "--markdown"])
-    usage, sentence = capsys.readouterr().err.splitlines()
-    assert caught.value.code == 2 and "--compare" in usage and "--markdown" in sentence
 
 
 @pytest.mark.parametrize(("kind", "changed"), CHANGES)

@@ -44,9 +44,9 @@ def hypotheses_of(cells: list[str], **given: dict[str, Any]) -> dict[str, Hypoth
 
 def runs_of(**scores: list[float | None]) -> dict[str, dict[int, dict]]:
     """Cell -> seed 0, 1, ... -> a run with that score; a seed without one has no run."""
-    given = {name: {s: v for s, v in enumerate(values) if v is not None} for name, values in scores.items()}
     return {
-        n: {s: invented(s, 40, score=score) for s, score in values.items()} for n, values in given.items()
+        name: {s: invented(s, 40, score=score) for s, score in enumerate(values) if score is not None}
+        for name, values in scores.items()
     }
 
 
@@ -94,21 +94,11 @@ SMALL_P = p_of(2.5 * math.sqrt(3) / 0.5)
         ([-1.0, 0.5, 2.0], "lower", "supported"),
         ([-1.0, 0.5, 2.0], "higher", "contradicted"),
         ([3.0, 6.0, 6.0], "higher", "undecided"),  # differences 2, 3, 1: 2 ± 2.48
-        ([1.0, 3.0, 5.0], "higher", "same in every seed"),
-        ([2.0, 4.0, 6.0], "higher", "same in every seed"),  # 1 more, without any spread
-        ([3.0], "higher", "one seed"),
-        ([None, None, None, 3.0], "higher", "no number"),
     ],
 )
-def test_every_verdict(ours: list[float | None], expected: str, verdict: str) -> None:
+def test_the_verdict_knows_what_was_expected(ours: list[float], expected: str, verdict: str) -> None:
     (found,) = answers_of(runs_of(ours=ours, theirs=[1.0, 3.0, 5.0]), H1={**NEAR, "expected": expected})
     assert found["verdict"] == verdict
-    assert (found["n"] == 0) == (verdict == "no number") == math.isnan(found["difference"])
-
-
-def test_only_seeds_that_both_have_count() -> None:
-    (found,) = answers_of(runs_of(ours=[3.0, 5.5, 8.0, 100.0], theirs=[1.0, None, 5.0]), H1=NEAR)
-    assert (found["n"], found["mean"], found["against_mean"], found["difference"]) == (2, 5.5, 3.0, 2.5)
 
 
 @pytest.mark.parametrize(
@@ -151,7 +141,7 @@ def test_a_number_that_is_missing_is_explained() -> None:
         "H4": ({"against": "late"}, ["no seed has both sides"]),
     }
     table = shown(runs, **{name: NEAR | values for name, (values, _) in given.items()})
-    assert {row[1].text for row in table.rows} == {"no number"}
+    assert [[entry.text for entry in row[1:5]] for row in table.rows] == [["no number", "–", "–", "0"]] * 4
     for each, parts in zip(table.note.split("); "), (parts for _, parts in given.values()), strict=True):
         assert [part for part in parts if part not in each] == []
 
@@ -164,6 +154,7 @@ def test_only_runs_of_the_same_provenance_are_paired(tmp_path: Path) -> None:
     more = {"H2": NEAR | {"against": "other"}, "H3": without("against") | {"against_metric": "final"}}
     answers = answer(hypotheses_of(list(runs), H1=NEAR, **more), results)
     assert list(answers["n"]) == [2, 0, 3] and answers["difference"][0] == 2.75
+    assert answers.loc[0, ["mean", "against_mean"]].to_list() == [6.75, 4.0]  # over the seeds of both
     assert "provenance" in hypotheses_table(answers, results).note
 
 
@@ -179,10 +170,7 @@ def without(*keys: str) -> dict[str, Any]:
     ("values", "told"),
     [
         ({**NEAR, "cell": "our"}, 'cell = "our": .* did you mean "ours".* allowed: "ours", "theirs"'),
-        ({**NEAR, "against": "x"}, 'against = "x": .* allowed: "ours", "theirs"'),
-        ({**NEAR, "expected": "highr"}, 'expected = "highr": .* did you mean "higher"'),
         ({**NEAR, "metrics": "a"}, 'metrics = "a": .* did you mean metric'),
-        ({**NEAR, "against": None}, "against, against_metric: .* missing"),
         ({**NEAR, "against": "ours"}, "against, against_metric: score of ours on both sides"),
         (without("metric"), "metric: missing"),
         ({**NEAR, "says": ""}, 'says = "": '),
@@ -297,11 +285,6 @@ def test_numbers_are_shown_in_the_unit_of_their_heading() -> None:
     ]  # fmt: skip
 
 
-def test_without_spread_there_is_no_interval_and_no_p() -> None:
-    entries = entries_of(runs_of(ours=[3.0, 4.5, 6.0], theirs=[1.0, 2.5, 4.0]), H1=NEAR)
-    assert entries[1:6] == ["same in every seed", "+2.000", "–", "3", "–"]
-
-
 def test_without_hypotheses_the_rest_of_the_report_is_the_same(
     written: tuple[Path, list[Path]], tmp_path: Path
 ) -> None:
@@ -376,7 +359,7 @@ def test_sides_of_one_cell_are_called_by_their_metrics_in_their_unit() -> None:
     assert axes.lines[0].get_ydata()[1] == pytest.approx(10.0)
 
 
-@pytest.mark.parametrize("number", [1, 2, 5])
+@pytest.mark.parametrize("number", [1, 5])
 def test_no_text_of_the_figure_overlaps_another_or_leaves_the_picture(number: int) -> None:
     long = [f"a cell $5 of a long name, nested_lora_rank={i}, nested_lora_freeze=never" for i in range(2)]
     runs = runs_of(**{name: [1e6 + s + i for s in range(5)] for i, name in enumerate(long)})
