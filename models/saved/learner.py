@@ -4,9 +4,9 @@ learner = load_learner(Path("logs/sema/.../checkpoints/task_04"))
 learner.evaluate()
 """
 
-import json
 import re
 import shlex
+import textwrap
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,6 +18,7 @@ import torch
 from models.base import Learner, RunContext
 from models.methods import LEARNERS
 from models.saved.files import read_config, run_folder_of
+from utils.config.messages import shown
 from utils.config.schema import RunConfig
 from utils.data.tasks import ABSENT
 from utils.errors import UserError, in_one_line
@@ -27,8 +28,10 @@ from utils.runs.manifest import is_complete, read_manifest
 from utils.runs.run_log import read_metrics
 from utils.training.device import resolve_device, resolve_precision
 from utils.training.distributed import init_distributed
+from utils.wording import shortened
 
 CHECKPOINTS = "checkpoints"
+LONGEST = 200  # characters of an error in a sentence
 NAMED_FILES = ("dataset", "extra_data", "weights")  # keys that may be edited where the files were moved
 STATE: dict[str, type] = {  # of a checkpoint: the type of each part
     "run": dict,
@@ -96,7 +99,8 @@ def fitting(checkpoint: Path) -> Iterator[None]:
     except UserError as error:
         raise of_earlier_version(checkpoint, str(error)) from error
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
-        raise of_earlier_version(checkpoint, f"it does not fit ({short(in_one_line(error), 200)})") from error
+        told = textwrap.shorten(in_one_line(error), LONGEST, placeholder=" …")
+        raise of_earlier_version(checkpoint, f"it does not fit ({told})") from error
 
 
 def check_config(checkpoint: Path, state: dict[str, Any], learner: Learner) -> list[str]:
@@ -114,12 +118,11 @@ def check_config(checkpoint: Path, state: dict[str, Any], learner: Learner) -> l
         later = {key: value for key, value in defaults.items() if key not in before and now[key] == value}
         before = later | before
         if keys := (before.keys() ^ now.keys()) - learner.config.editable_keys:
-            named = short(", ".join(sorted(keys)))
-            raise of_earlier_version(checkpoint, f"its config has other keys ({named})")
+            raise of_earlier_version(checkpoint, f"its config has other keys ({shortened(sorted(keys))})")
         if not isinstance(before["seed"], int):
             raise of_earlier_version(checkpoint, "its config has a list of seeds")
     edited = {
-        key: f"{key} was {short(json.dumps(before.get(key)))}, is {short(json.dumps(now.get(key)))}"
+        key: f"{key} was {shown(before.get(key))}, is {shown(now.get(key))}"
         for key in [*now, *(key for key in before if key not in now)]
         if before.get(key) != now.get(key)
     }
@@ -170,8 +173,8 @@ def check_same(checkpoint: Path, state: dict[str, Any], identity: Mapping[str, A
         theirs = state["run"].get(key)
         if theirs != ours:
             raise UserError(
-                f"{checkpoint} does not belong to this run: its {key} is {short(theirs)}, this run's is "
-                f"{short(ours)}; go on with the data, weights and config it was made with"
+                f"{checkpoint} does not belong to this run: its {key} is {shown(theirs)}, this run's is "
+                f"{shown(ours)}; go on with the data, weights and config it was made with"
             )
 
 
@@ -255,9 +258,3 @@ def task_checkpoints(folder: Path) -> list[Path]:
             f"the network after every task; run it again with {again}"
         )
     return paths
-
-
-def short(text: Any, width: int = 40) -> str:
-    """A value for a sentence, not longer than it needs to be."""
-    text = str(text)
-    return text if len(text) <= width else text[: width - 3] + "..."
