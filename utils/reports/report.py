@@ -26,7 +26,14 @@ from utils.reports.hypotheses import Hypothesis
 from utils.reports.notes import facts, reading_notes
 from utils.reports.pages import Picture, render
 from utils.reports.results import Results
-from utils.reports.tables import Table, difference_tables, hypotheses_table, means_table, runs_table
+from utils.reports.tables import (
+    Table,
+    difference_tables,
+    hypotheses_table,
+    means_table,
+    plain_table,
+    runs_table,
+)
 
 FIGURES_FOLDER = "figures"
 HYPOTHESES = "hypotheses.csv"
@@ -78,7 +85,7 @@ def write_report(
         "runs": runs_table(results),
         "pictures": [Picture.of(name, *figure) for name, figure in figures.items() if name.endswith(".png")],
         "commands": commands,
-        "unfinished": unfinished,
+        "unfinished": plain_table(["run", "why"], unfinished.items()),
         "outdated": outdated or {},
     }
     files = {

@@ -5,7 +5,7 @@ table.rows[0][2]               # Entry("44.39 ± 1.20", strong=True): the best m
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -70,22 +70,21 @@ def difference_tables(results: Results) -> list[Table]:
     for spec in _shown(results, Shown.DIFFERENCES):
         found = results.summary.xs(spec.key, level="metric").loc[results.compared]
         compared = found.dropna(subset="paired_n")
-        if len(compared):
-            rows = []
-            for cell, row in compared.to_dict("index").items():
-                tone = TONES.get(row["verdict"], "")
-                interval = spec.difference_text(row["difference_low95"], row["difference_high95"])
-                p_values = [_p(row[key]) for key in ("p_t", "p_holm", "p_wilcoxon")]
-                difference = Entry(spec.difference_text(row["difference"]), bool(tone), tone)
-                verdict = Entry(row["verdict"], bool(tone), tone)
-                plain = map(Entry, [interval, *p_values])
-                rows.append([Entry(cell), Entry(str(row["paired_n"])), difference, *plain, verdict])
-            level = results.summary.loc[results.baseline, spec.key]
-            baseline = spec.text(level["mean"], level["std"])
-            caption = f"{spec.name}, {spec.better} is better; baseline: {baseline}"
-            others = found.index.difference(compared.index, sort=False)
-            left_out = [f"{cell} ({_why_not_compared(results, cell)})" for cell in others]
-            tables.append(Table(caption, headings, rows, _note("Not compared", left_out)))
+        if compared.empty:
+            continue
+        rows = []
+        for cell, row in compared.to_dict("index").items():
+            difference, verdict = _toned([spec.difference_text(row["difference"]), row["verdict"]], row)
+            interval = spec.difference_text(row["difference_low95"], row["difference_high95"])
+            p_values = [_p(row[key]) for key in ("p_t", "p_holm", "p_wilcoxon")]
+            plain = map(Entry, [interval, *p_values])
+            rows.append([Entry(cell), Entry(str(row["paired_n"])), difference, *plain, verdict])
+        level = results.summary.loc[results.baseline, spec.key]
+        baseline = spec.text(level["mean"], level["std"])
+        caption = f"{spec.name}, {spec.better} is better; baseline: {baseline}"
+        others = found.index.difference(compared.index, sort=False)
+        left_out = [f"{cell} ({_why_not_compared(results, cell)})" for cell in others]
+        tables.append(Table(caption, headings, rows, _note("Not compared", left_out)))
     return tables
 
 
@@ -94,7 +93,7 @@ def hypotheses_table(answers: pd.DataFrame, results: Results) -> Table:
     headings = ["hypothesis", "verdict", "difference", "95 % interval", "n", "p (Holm)", "compared"]
     rows, missing = [], []
     for answer in answers.to_dict("records"):
-        tone, spec = TONES.get(answer["verdict"], ""), results.spec(answer["metric"])
+        spec = results.spec(answer["metric"])
         texts = [
             spec.difference_text(answer["difference_low95"], answer["difference_high95"]),
             str(answer["n"]),
@@ -103,9 +102,8 @@ def hypotheses_table(answers: pd.DataFrame, results: Results) -> Table:
             spec.text(answer["mean"], answer["std"]),
             spec.text(answer["against_mean"], answer["against_std"]),
         ]
-        strong = [answer["verdict"], spec.difference_text(answer["difference"])]
-        name = Entry(f"{answer['hypothesis']}: {answer['says']}")
-        rows.append([name, *(Entry(text, bool(tone), tone) for text in strong), *map(Entry, texts)])
+        strong = _toned([answer["verdict"], spec.difference_text(answer["difference"])], answer)
+        rows.append([Entry(f"{answer['hypothesis']}: {answer['says']}"), *strong, *map(Entry, texts)])
         if not answer["n"]:
             missing.append(f"{answer['hypothesis']} ({why_no_number(answer, results)})")
     return Table("", [*headings, "cell", "against"], rows, _note("No number", missing))
@@ -138,7 +136,15 @@ def _why_not_compared(results: Results, cell: str) -> str:
         return "no seed in common"
     if common <= results.left_out(cell, results.baseline).keys():
         return "no two runs of the same provenance"
-    return "another number of tasks"
+    if results.tasks(cell) != results.tasks(results.baseline):
+        return "another number of tasks"
+    return "no seed with a number of both"
+
+
+def _toned(texts: Sequence[str], compared: Mapping[str, Any]) -> list[Entry]:
+    """Fields about a comparison, in the tone of its verdict."""
+    tone = TONES.get(compared["verdict"], "")
+    return [Entry(text, bool(tone), tone) for text in texts]
 
 
 def _note(what: str, of: Sequence[str]) -> str:

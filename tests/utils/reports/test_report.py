@@ -206,13 +206,16 @@ def test_numbers_that_are_missing_or_not_finite_count_as_absent():
     runs = metric_runs("plasticity", [50.0, None, math.nan], [50.0, 51.0, 52.0])
     for result in runs["ours"].values():
         result["parameters"] = {"head": 10}
+    runs["none"] = {1: invented(1, 40, plasticity=None)}
     results = results_of(runs, "base")
     ours = results.summary.loc["ours", "plasticity"]
     assert (ours["n"], ours["verdict"]) == (1, "one seed")
     assert results.values("ours", "parameters_adapters").empty
     table = means_table(results)
     shown = {row[0].text: row[table.headings.index("plasticity (%)")].text for row in table.rows}
-    assert shown == {"ours": "50.00 (n = 1)", "base": "51.00 ± 1.00"}
+    assert shown == {"ours": "50.00 (n = 1)", "base": "51.00 ± 1.00", "none": "–"}
+    note = next(table.note for table in difference_tables(results) if table.caption.startswith("plasticity"))
+    assert note == "Not compared: none (no seed with a number of both)."
 
 
 def test_runs_of_another_provenance_are_told_and_not_paired(tmp_path):
