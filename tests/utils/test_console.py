@@ -48,12 +48,6 @@ def test_bars_are_for_terminals(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sys.stderr.getvalue() == ""
 
 
-def test_every_bar_is_made_in_one_place() -> None:
-    sources = [path for path in ROOT.rglob("*.py") if "tests" not in path.parts]
-    makers = {path.name for path in sources if "import tqdm" in path.read_text(encoding="utf-8")}
-    assert makers == {"console.py"}
-
-
 def test_what_the_encoding_lacks_is_escaped(monkeypatch: pytest.MonkeyPatch, no_handlers: None) -> None:
     monkeypatch.setenv("TQDM_DISABLE", "1")
     ascii_only = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
