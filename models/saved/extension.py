@@ -11,7 +11,6 @@ has a folder of its own; the old one is only read.
 
 import os
 import re
-import shlex
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from typing import Any
 from torch import Tensor
 
 from models.methods import LEARNERS, SCHEMAS
-from models.saved.files import read_config
+from models.saved.files import read_config, resume_command
 from models.saved.learner import CHECKPOINTS, check_identity, load_run_checkpoint
 from models.vit.class_incremental import ClassIncrementalLearner
 from models.vit.config import ClassIncrementalConfig, OneTaskRules
@@ -68,8 +67,7 @@ class Extension:
                 "need them again; start a new run with more data"
             )
         if not is_complete(folder):
-            again = f"python main.py --resume {shlex.quote(str(folder))}"
-            raise UserError(f"{folder} is unfinished: finish it first, with {again}")
+            raise UserError(f"{folder} is unfinished: finish it first, with {resume_command(folder)}")
         known = {os.path.realpath(path): path for path in [old.dataset, *old.added]}
         for path in data:
             if os.path.realpath(path) in known:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from models.methods import LEARNERS
-from models.saved.files import read_config, read_result
+from models.saved.files import read_config, read_result, resume_command, run_folder_of
 from models.saved.learner import CHECKPOINTS, load_into, load_learner, make_learner, task_checkpoints
 from utils.analysis.results import ANALYSIS, write_results
 from utils.errors import UserError
@@ -59,8 +59,16 @@ def draw_again(folder: Path) -> Iterator[str]:
 
 
 def show_checkpoint(checkpoint: Path) -> Iterator[str]:
-    """The model that a checkpoint holds, rebuilt and tested."""
+    """The model that a checkpoint holds, rebuilt and tested.
+
+    Raises:
+        UserError: it knows no class: it stopped inside its first task, and its head is solved at task ends.
+    """
     learner = load_learner(checkpoint)
+    head = getattr(learner, "closed_form", None)
+    if head is not None and not len(head.counts):
+        again = resume_command(run_folder_of(checkpoint))
+        raise UserError(f"{checkpoint} lies inside the first task and knows no class yet: go on with {again}")
     yield f"{checkpoint}: {learner.describe_evaluation(learner.evaluate())}"
 
 
@@ -81,7 +89,7 @@ def show_test(folders: list[Path]) -> Iterator[str]:
                 "images, look at it with --run alone"
             )
         if not (folder / RESULT).is_file():
-            raise UserError(f"{folder} is unfinished: go on with python main.py --resume {folder}, then test")
+            raise UserError(f"{folder} is unfinished: go on with {resume_command(folder)}, then test")
     notes = check_one_experiment(configs) if len(configs) > 1 else []
     results = []
     for folder, config in configs:
@@ -148,10 +156,8 @@ def show_comparison(
     results, out = comparison.results, out or default_folder(comparison)
     files = write_comparison(comparison, out)
     remarks = [f"left out, {reason}: {folder}" for folder, reason in comparison.unfinished.items()]
-    remarks += [
-        *comparison.notes,
-        f"curves, tests and every run: {next(p for p in files if p.suffix == '.html')}",
-    ]
+    page = next(path for path in files if path.suffix == ".html")
+    remarks += [*comparison.notes, f"curves, tests and every run: {page}"]
     means, *differences = (
         table._replace(headings=["experiment", *table.headings[1:]])
         for table in (means_table(results, Shown.CONSOLE), *difference_tables(results)[:1])

@@ -17,7 +17,7 @@ import torch
 
 from models.base import Learner, RunContext
 from models.methods import LEARNERS
-from models.saved.files import read_config, run_folder_of
+from models.saved.files import read_config, resume_command, run_folder_of
 from utils.config.messages import shown
 from utils.config.schema import RunConfig
 from utils.data.tasks import ABSENT
@@ -235,10 +235,10 @@ def task_checkpoints(folder: Path) -> list[Path]:
     Raises:
         UserError: the run is unfinished, or a checkpoint is not there.
     """
-    config, quoted = read_config(folder), shlex.quote(str(folder))
+    config = read_config(folder)
     if not (folder / RESULT).is_file():
         raise UserError(
-            f"{folder} is unfinished and cannot be analysed yet: go on with python main.py --resume {quoted}"
+            f"{folder} is unfinished and cannot be analysed yet: go on with {resume_command(folder)}"
         )
     tasks = [event["task"] for event in read_metrics(folder) if event["event"] == "task"]
     if not tasks:
@@ -248,13 +248,12 @@ def task_checkpoints(folder: Path) -> list[Path]:
     paths = [folder / CHECKPOINTS / checkpoint_name(task) for task in tasks]
     missing = [path.name for path in paths if not path.is_dir()]
     if missing:
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         kept, again = "all are needed", f"python main.py --config {shlex.quote(str(folder / CONFIG))}"
         if "checkpoints" in type(config).model_fields:
             kept = kept if config.checkpoints == "all" else 'its config says checkpoints = "last"'
             again += " --set checkpoints=all"
         raise UserError(
-            f"{folder} has no checkpoint of {', '.join(missing[:3])}{more} ({kept}): an analysis rebuilds "
+            f"{folder} has no checkpoint of {shortened(missing)} ({kept}): an analysis rebuilds "
             f"the network after every task; run it again with {again}"
         )
     return paths

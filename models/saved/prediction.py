@@ -22,6 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from models.methods import LEARNERS, SCHEMAS
+from models.saved.files import resume_command
 from models.saved.learner import (
     CHECKPOINTS,
     check_same,
@@ -164,6 +165,11 @@ def load_run(
         with fitting(checkpoint):
             learner.load_state(state["learner"], tensors)
             learner.modules.eval()
+    if len(state["evaluations"]) <= learner.task:
+        raise UserError(
+            f"{checkpoint} lies inside task {learner.task}: predictions and exports are of finished tasks; "
+            f"give another checkpoint, or go on with {resume_command(folder)}"
+        )
     if "class_names" not in state["learner"]:
         raise UserError(
             f"{checkpoint} names no classes, it is of an earlier version: run the experiment again"

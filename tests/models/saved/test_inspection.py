@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,12 @@ import torch
 import eval as evaluation
 import main
 from models.saved.learner import load_learner, task_checkpoints
-from tests.conftest import TINY, TINY_SDLORA, command, folder_of
+from tests.conftest import TINY, TINY_SDLORA, command, folder_of, learner_of
+from trainer import train as train_run
 from utils.analysis.representations import ANALYSES
 from utils.analysis.similarity import cka_matrix
+from utils.config.schema import RunConfig
+from utils.runs.checkpoint import load_checkpoint, save_checkpoint
 
 ALL = list(ANALYSES)
 NESTED = {
@@ -150,6 +154,25 @@ def test_an_unfinished_run_is_not_analysed(copied: Path, capsys: pytest.CaptureF
     assert analyse(copied, "cka") == 2
     assert f"python main.py --resume {copied}" in capsys.readouterr().err
     assert not (copied / "analysis").exists()
+
+
+def test_a_checkpoint_inside_the_first_task_is_a_sentence(
+    smoke_config: Callable[..., RunConfig], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A head that is solved at task ends knows no class there, and predictions are of finished tasks."""
+    config = smoke_config(model_name="simplecil", max_tasks=1)
+    train_run(config)
+    learner = learner_of(config, seed=config.seed)
+    learner.begin_task(0)
+    part, tensors = learner.state()
+    checkpoint = folder_of(tmp_path / "logs") / "checkpoints" / "task_00"
+    inside = checkpoint.with_name("task_00_step_000001")
+    _, state = load_checkpoint(checkpoint)
+    save_checkpoint(inside, tensors, state | {"learner": part, "evaluations": []})
+    for more in ([], ["--predict", str(tmp_path)]):
+        assert evaluation.main(["--checkpoint", str(inside), *more]) == 2
+        told = capsys.readouterr().err
+        assert "inside" in told and "--resume" in told and len(told.splitlines()) == 1
 
 
 def test_an_unknown_analysis_is_a_sentence(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
