@@ -145,20 +145,18 @@ def way_out(name: str, values: list[str]) -> str:
 
 def answer(options: argparse.Namespace) -> Iterable[str]:
     """What the chosen command shows, as lines of text."""
-    from models.saved import inspection
-
     command, folder = chosen_command(options, TAKES, "run"), next(iter(run_folders(options)), None)
+    if command == "predict":
+        from models.saved.prediction import show_predictions
+
+        return show_predictions(folder, options.checkpoint, options.predict, options.top or 1, options.out)
+    if command == "export":
+        from models.saved.export import export_run
+
+        return export_run(folder, options.checkpoint, options.export, options.out)
+    from models.saved import inspection  # which imports what draws figures
+
     match command:
-        case "predict":
-            from models.saved.prediction import show_predictions
-
-            return show_predictions(
-                folder, options.checkpoint, options.predict, options.top or 1, options.out
-            )
-        case "export":
-            from models.saved.export import export_run
-
-            return export_run(folder, options.checkpoint, options.export, options.out)
         case "analyse":
             return inspection.analyse_run(folder, options.analyse, options.images_per_class)
         case "report":
