@@ -143,8 +143,9 @@ def differences_figure(results: Results, subtitle: str) -> Figure | None:
         return None
     numbers = drawn["paired_n"].xs(results.main.key, level="metric")
     cells = list(numbers.index)
-    drawn_metrics = set(drawn.index.get_level_values("metric"))
-    panels = [spec for spec in results.metrics if spec.shown == Shown.FIGURES and spec.key in drawn_metrics]
+    compared = set(drawn.index.get_level_values("metric"))
+    panels = [spec for spec in results.metrics if spec.shown == Shown.FIGURES and spec.key in compared]
+    drawn = drawn[drawn.index.isin([spec.key for spec in panels], level="metric")]
     most = numbers[cells].max()
     labels = [cell if numbers[cell] == most else f"{cell} (n = {numbers[cell]})" for cell in cells]
     labels = [wrapped(label, LABEL_WIDTH) for label in labels]

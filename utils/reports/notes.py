@@ -88,15 +88,15 @@ def _notes_on_sameness(results: Results, answers: pd.DataFrame | None) -> list[s
     notes, fixed = [], []
     names = {spec.key: spec.name for spec in results.metrics if spec.shown >= Shown.DIFFERENCES}
     summary = results.summary.reset_index()
-    same = summary[(summary["std"] == 0) & summary["metric"].isin(list(names))]
-    for cell, metrics in same.groupby("cell", sort=False)["metric"]:
+    summary = summary[summary["metric"].isin(list(names))]
+    for cell, metrics in summary[summary["std"] == 0].groupby("cell", sort=False)["metric"]:
         fixed.append(f"{cell} ({', '.join(map(names.get, metrics))})")
     if fixed:
         notes.append(
             f"The same number with every seed: {'; '.join(fixed)}. There ± 0 is no certainty: the seed does "
             "not change that number, so several runs say no more than one, and its mean has no interval."
         )
-    if SAME in (*results.summary["verdict"], *(() if answers is None else answers["verdict"])):
+    if SAME in (*summary["verdict"], *(() if answers is None else answers["verdict"])):
         notes.append(
             f'"{SAME}" says that a difference is one number, to rounding, whatever the seed: nothing in it '
             "varies by chance, so there is nothing to test, no interval and no p, and Holm's adjustment "

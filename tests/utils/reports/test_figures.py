@@ -6,7 +6,7 @@ import pytest
 from matplotlib.colors import to_rgb
 
 from tests.drawn import assert_readable
-from tests.utils.reports.test_report import invented, metric_runs, results_of
+from tests.utils.reports.test_report import invented, metric_runs, results_of, table_of_runs
 from utils.plotting import STYLE
 from utils.reports.figures import FIGURES, bars_figure, cell_styles, curves_figure, differences_figure
 
@@ -66,6 +66,14 @@ def test_bars_and_differences_show_the_numbers():
     row = results.summary.loc["ours", "final"]
     drawn = [list(line.get_xdata()) for line in differences.lines]
     assert drawn == [[0, 0], [row["difference_low95"], row["difference_high95"]], [row["difference"]]]
+
+
+def test_the_legend_of_differences_names_what_is_drawn():
+    """Numbers of adapters are the same in every seed, and have no panel."""
+    results = results_of(table_of_runs(), "base")
+    assert "same in every seed" in set(results.summary["verdict"])
+    labels = [text.get_text() for text in differences_figure(results, "run").legends[0].get_texts()]
+    assert [label.split(":")[0] for label in labels] == ["worse", "undecided"]
 
 
 def test_a_name_is_drawn_as_it_is_written():
