@@ -61,7 +61,7 @@ def _no_boolean(value: Any) -> Any:
 Weight = Annotated[list[list[float]], AfterValidator(_rising_shares), BeforeValidator(_as_points)]
 Names = Annotated[list[str], Field(min_length=2), AfterValidator(distinct)]
 Length = Annotated[int, Field(ge=1, le=len(PRIMITIVES))]
-Lengths = Annotated[list[Length], Field(min_length=1)]
+Lengths = Annotated[list[Length], Field(min_length=1), AfterValidator(distinct)]
 
 
 class SharedSubspaceConfig(RunConfig):
@@ -178,12 +178,11 @@ class SharedSubspaceConfig(RunConfig):
         if self.test_length in self.train_lengths:
             fault = "it would not be unseen; allowed: a length not in training"
             yield ("test_length", "train_lengths"), fault
-        most = math.comb(number, 2) - (set(self.train_lengths) == {2})
+        most = _most_held_out_pairs(number, min(self.train_lengths))
         if self.held_out_pairs > most:
-            fault = (
-                f"{number} primitives make few pairs, and neither training nor the held-out set may be empty"
-            )
-            yield ("held_out_pairs", "primitives"), f"{fault}; allowed: from 1 to {most}"
+            fault = f"of {number} primitives training might be left no composition without such a pair"
+            allowed = f"from 1 to {most}" if most > 0 else "more primitives, or a shorter length in training"
+            yield ("held_out_pairs", "primitives", "train_lengths"), f"{fault}; allowed: {allowed}"
 
     def _size_conflicts(self) -> Iterator[Conflict]:
         """Groups too small for a subspace, and sizes that do not divide or exceed another."""
@@ -229,3 +228,14 @@ class SharedSubspaceConfig(RunConfig):
             (self.few_shot_tasks == 0, "few_shot_tasks is 0", few_shot - {"few_shot_tasks"}),
             *super().unused_rules(),
         ]
+
+
+def _most_held_out_pairs(primitives: int, length: int) -> int:
+    """Largest number of pairs after which some composition of a length combines none, whichever they are.
+
+    The fewest pairs that leave none are all pairs within length - 1 groups of nearly equal size (Turán, 1941).
+    """
+    if length == 1:
+        return math.comb(primitives, 2)
+    sizes = [(primitives + group) // (length - 1) for group in range(length - 1)]
+    return sum(math.comb(size, 2) for size in sizes) - 1

@@ -94,9 +94,8 @@ class GridTasks:
         primitives: names; a composition holds indices of this list.
         operations: every primitive with every value of its parameters; number i of a program is entry i - 1.
         slots: length S of a program.
-        splits: "train": the compositions of the training lengths without the held-out pairs; "held_out":
-            pairs of primitives that training never combines, in both orders; "unseen": compositions of the
-            test length.
+        splits: "held_out": pairs of primitives, in both orders; "train": the compositions of the training
+            lengths that combine no such pair; "unseen": compositions of the test length.
 
     Args:
         config: gives primitives, colours and the sizes of the splits.
@@ -115,11 +114,11 @@ class GridTasks:
         generator, every = rng("grid splits", seed), range(len(variants))
         held_out = set(_choose(list(combinations(every, 2)), config.held_out_pairs, generator))
         trained = [c for length in config.train_lengths for c in permutations(every, length)]
-        longer = list(permutations(every, config.test_length))
+        unseen = list(permutations(every, config.test_length))
         compositions = {
-            TRAIN: [c for c in trained if tuple(sorted(c)) not in held_out],
+            TRAIN: [c for c in trained if held_out.isdisjoint(combinations(sorted(c), 2))],
             HELD_OUT: [c for c in permutations(every, 2) if tuple(sorted(c)) in held_out],
-            UNSEEN: _choose(longer, config.test_compositions, generator),
+            UNSEEN: _choose(unseen, config.test_compositions, generator),
         }
         self.splits = {name: Split(own, len(variants), self.slots) for name, own in compositions.items()}
 

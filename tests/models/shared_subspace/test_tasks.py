@@ -43,13 +43,16 @@ def applied(program: Tensor, grid: Tensor) -> tuple[Tensor, list[str]]:
 # --- splits -------------------------------------------------------------------------------------------------
 
 
-def test_no_composition_leaks_from_training_into_tests() -> None:
-    train, held_out, unseen = (set(compositions(TASKS, split)) for split in SPLITS)
-    assert len(train) + len(held_out) + len(unseen) == sum(len(TASKS.splits[split]) for split in SPLITS)
-    assert not train & held_out and not train & unseen and not held_out & unseen
+@pytest.mark.parametrize(("trained", "longer"), [((1, 2), 3), ((1, 3), 4), ((3,), 1)], ids=str)
+def test_no_composition_leaks_from_training_into_tests(trained: tuple[int, ...], longer: int) -> None:
+    """In no order, and no held-out pair as a part of a longer composition."""
+    tasks = make(train_lengths=list(trained), test_length=longer)
+    train, held_out, unseen = (set(compositions(tasks, split)) for split in SPLITS)
+    assert len(train) + len(held_out) + len(unseen) == sum(len(tasks.splits[split]) for split in SPLITS)
     lengths = [{len(composition) for composition in split} for split in (train, held_out, unseen)]
-    assert lengths == [{1, 2}, {2}, {3}]
-    assert not set(map(frozenset, train)) & set(map(frozenset, held_out | unseen))  # in no order
+    assert lengths == [set(trained), {2}, {longer}]
+    assert not any(set(pair) <= set(composition) for pair in held_out for composition in train)
+    assert not set(map(frozenset, train)) & set(map(frozenset, unseen))
 
 
 def test_every_composition_that_is_not_held_out_is_trained() -> None:
