@@ -226,9 +226,9 @@ class TrainingPhase(Phase):
             output = self.model(batch.input, batch.program)
         share = len(batch) / self.config.batch_size
         loss = TASK_LOSSES[self.config.task_loss](output.logits.float(), batch.target)
-        self._add("prediction", share * loss.item())
+        self._add("prediction", loss.item(), share)
         for weight, name, term in self._regularisers(output, batch, share):
-            self._add(name, share * term.item())
+            self._add(name, term.item(), share)
             loss = loss + weight * term
         solved = (output.logits.detach().argmax(dim=1) == batch.target).flatten(1).all(dim=1).sum()
         return StepResult(loss, len(batch), solved)
@@ -249,7 +249,7 @@ class TrainingPhase(Phase):
             sparse = sparse_terms(*(tensor.float() for tensor in vectors))
             self.active_fractions.append(share * sparse.active_fraction.item())
             for name in ("active_fraction", "dead_fraction", "explained"):
-                self._add(name, share * getattr(sparse, name).item())
+                self._add(name, getattr(sparse, name).item(), share)
             found.append((beta, "reconstruction", sparse.reconstruction))
             found.append((beta * self.model.autoencoder.l1_weight.item(), "l1", sparse.l1))
         if gamma:
@@ -278,9 +278,9 @@ class TrainingPhase(Phase):
         """Validate, keep the best weights, and report the epoch's mean terms."""
         learner, state = self.learner, self.learner.method_state
         sums, state["sums"] = state["sums"], {}
-        seconds = {"step": sums.pop("step_seconds"), "data": sums.pop("data_seconds")}
-        fallbacks = int(sums.pop("fallbacks", 0))
-        means = {name: value / steps for name, value in sums.items()}
+        seconds = {name: sums.pop(f"{name}_seconds")[0] for name in ("step", "data")}
+        fallbacks = int(sums.pop("fallbacks", [0])[0])
+        means = {name: value / share for name, (value, share) in sums.items()}
         validation = learner.evaluator.accuracy(learner.validation)
         is_best = state["best_iou"] is None or validation["iou"] > state["best_iou"]
         if is_best:
@@ -296,6 +296,7 @@ class TrainingPhase(Phase):
             shown.append(f"{counted(fallbacks, 'group')} by random projection")
         return EpochNote(f" ({', '.join(shown)})", numbers)
 
-    def _add(self, name: str, value: float) -> None:
-        sums = self.learner.method_state["sums"]
-        sums[name] = sums.get(name, 0.0) + value
+    def _add(self, name: str, value: float, share: float = 1.0) -> None:
+        """Add a value of a step, or of a share of its samples, to the epoch's sum and to what it is over."""
+        total, shares = self.learner.method_state["sums"].get(name, (0.0, 0.0))
+        self.learner.method_state["sums"][name] = [total + share * value, shares + share]

@@ -75,7 +75,19 @@ def test_the_loss_is_the_weighted_sum_of_its_terms(make: Make) -> None:
     )
     torch.testing.assert_close(result.loss, expected)
     assert result.samples == 12
-    assert learner.method_state["sums"]["sharing"] == pytest.approx(sharing.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_the_record_has_the_mean_of_a_term_over_the_steps_that_had_it(parts: int, make: Make) -> None:
+    """Two of the epoch's five steps have a sharing loss; parts of a step count by their samples."""
+    learner, seen = make(epochs=1, alpha=[[0.5, 0], [0.55, 1]], batch_size=16, grad_accumulation=parts), []
+    learner.sharing.register_forward_hook(
+        lambda module, given, terms: seen.append((terms.loss.item(), len(given[0])))
+    )
+    event = train(learner)
+    assert sum(samples for _, samples in seen) == 2 * 16
+    mean = sum(loss * samples for loss, samples in seen) / (2 * 16)
+    assert event["sharing"] == pytest.approx(mean, rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +129,7 @@ def test_long_gradients_are_shortened(make: Make) -> None:
     norm = torch.stack([parameter.grad.norm() for parameter in parameters]).norm().item()
     assert norm == pytest.approx(0.001, rel=1e-3)
     count = sum(parameter.numel() for parameter in parameters)
-    assert learner.method_state["sums"]["gradient"] == pytest.approx(math.sqrt(count), rel=1e-4)
+    assert learner.method_state["sums"]["gradient"][0] == pytest.approx(math.sqrt(count), rel=1e-4)
 
 
 def test_batches_are_groups_and_the_same_from_any_start(make: Make) -> None:
