@@ -37,7 +37,7 @@ from utils.runs.tables import value_table
 from utils.training.random import rng
 
 SHARED, OTHER = "tasks that share the primitive", "tasks without it and with nothing in common"
-TASK_SAMPLES = 64  # per task
+TASK_SAMPLES = 64  # per task; more where a subspace of `rank` dimensions needs more
 PROBE_SAMPLES = 2048  # to fit probes and to correlate units; half as many of each split test the probes
 SAMPLES_PER_SPLIT, SAMPLES_PER_UNIT = 8, 4  # in figures
 Layers = Mapping[str, Tensor]
@@ -73,9 +73,11 @@ def analysis_inputs(
 ) -> AnalysisInputs:
     """Inputs of every analysis, drawn from the seed; samples differ from those of training and tests."""
 
+    per_task = max(TASK_SAMPLES, 2 * rank)
+
     def by_task(samples: GridSamples) -> Layers:
         layers = evaluator.representations(samples)
-        return {layer: vectors.unflatten(0, (-1, TASK_SAMPLES)) for layer, vectors in layers.items()}
+        return {layer: vectors.unflatten(0, (-1, per_task)) for layer, vectors in layers.items()}
 
     def outputs(samples: GridSamples) -> ModelOutputs:
         programs = [tasks.describe_program(program) for program in samples.program]
@@ -84,8 +86,8 @@ def analysis_inputs(
     return AnalysisInputs(
         primitives=tasks.primitives,
         tasks=tasks.splits[TRAIN].labels,
-        by_task=by_task(tasks.draw_every_label(TRAIN, TASK_SAMPLES, rng("analysis tasks", seed))),
-        same_grids=by_task(tasks.draw_same_grids(TRAIN, TASK_SAMPLES, rng("analysis same grids", seed))),
+        by_task=by_task(tasks.draw_every_label(TRAIN, per_task, rng("analysis tasks", seed))),
+        same_grids=by_task(tasks.draw_same_grids(TRAIN, per_task, rng("analysis same grids", seed))),
         fitted=outputs(tasks.draw(TRAIN, PROBE_SAMPLES, rng("analysis fit", seed))),
         splits={
             split: outputs(tasks.draw(split, PROBE_SAMPLES // 2, rng("analysis split", seed, split)))

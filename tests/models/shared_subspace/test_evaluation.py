@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from models.shared_subspace.analysis import AnalysisInputs, analysis_inputs
+from models.shared_subspace.analysis import ANALYSES, AnalysisInputs, analysis_inputs
 from models.shared_subspace.evaluation import SPLIT_NAMES, Evaluator, log_lines, metrics_of, zero_shot
 from models.shared_subspace.learner import SharedSubspace, TrainingPhase
 from models.shared_subspace.tasks import GridSamples
@@ -87,9 +87,9 @@ def test_the_log_has_a_dash_where_no_pair_of_tasks_is_of_a_kind() -> None:
 # --- inputs of the analyses ---------------------------------------------------------------------------------
 
 
-def fixed_inputs(learner: SharedSubspace) -> AnalysisInputs:
+def fixed_inputs(learner: SharedSubspace, rank: int = 2) -> AnalysisInputs:
     evaluator = FixedEvaluator(learner.model, 512, "fp32")
-    return analysis_inputs(evaluator, learner.tasks, rank=2, seed=1, title="title")
+    return analysis_inputs(evaluator, learner.tasks, rank=rank, seed=1, title="title")
 
 
 def test_rows_of_layers_are_those_of_their_task_and_grid(make: Make) -> None:
@@ -103,6 +103,11 @@ def test_rows_of_layers_are_those_of_their_task_and_grid(make: Make) -> None:
         assert torch.equal(layer[:, :, :5].bool(), inputs.tasks[:, None].expand(-1, 64, -1))
     assert torch.equal(same[:, :, 5:], same[:1, :, 5:].expand(len(inputs.tasks), -1, -1))
     assert not torch.equal(own[0, :, 5:], own[1, :, 5:]) and len(same[0].unique(dim=0)) > 32
+
+
+def test_tasks_have_enough_samples_for_subspaces_of_any_dimension(make: Make) -> None:
+    metrics = ANALYSES["grassmann"](fixed_inputs(make(), rank=64)).numbers["metrics"]
+    assert metrics["grassmann_shared"] is not None
 
 
 def grids_of(grids: torch.Tensor) -> set[bytes]:
