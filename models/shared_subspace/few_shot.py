@@ -27,7 +27,7 @@ from utils.training.device import autocast
 from utils.training.optim import GroupedOptimizer, ParameterGroup, StepDecay, trainable
 from utils.training.random import rng
 
-History = dict[str, list[float]]  # "iou" (percent), "seconds": at the start and after `few_shot_every` steps
+History = dict[str, list[float]]  # "iou" (percent), "seconds": at the start and at every test
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def few_shot_row(task: FewShotTask, history: History, config: SharedSubspaceConf
         "composition": task.composition,
         "before": values[0],
         "after": values[-1],
-        "steps": None if reached is None else reached * config.few_shot_every,
+        "steps": None if reached is None else min(reached * config.few_shot_every, config.few_shot_steps),
         "all_steps": config.few_shot_steps,
         "every": config.few_shot_every,
         "target": config.few_shot_target,
@@ -98,7 +98,7 @@ class FewShotPhase(Phase):
 
     def after_step(self, step: int, moved: Mapping[str, bool]) -> None:
         self.seconds += time.perf_counter() - self.step_began
-        if step % self.config.few_shot_every == 0:
+        if step % self.config.few_shot_every == 0 or step == self.config.few_shot_steps:
             self.history["iou"].append(self.evaluator.accuracy(self.task.query)["iou"])
             self.history["seconds"].append(self.seconds)
 

@@ -107,7 +107,7 @@ def few_shot_figure(rows: Sequence[Event], subtitle: str) -> Figure:
     figure = titled_figure(6.8, 4.0, "Adapters learn unseen compositions: IoU (%)", subtitle)
     axes = figure.subplots()
     values = np.array([row["looks"] for row in rows])  # (tasks, tests)
-    steps = rows[0]["every"] * np.arange(values.shape[1])
+    steps = np.minimum(rows[0]["every"] * np.arange(values.shape[1]), rows[0]["all_steps"])
     lines = axes.plot(steps, values.T, color=BLUE, lw=0.9, alpha=0.45)
     lines[0].set_label("one composition")
     axes.plot(steps, values.mean(axis=0), color=INK, lw=2.4, label="mean")

@@ -38,17 +38,30 @@ def test_adapters_learn_a_task_from_its_samples(method: str, make: Make) -> None
 
 @pytest.mark.parametrize(
     ("values", "steps", "seconds"),
-    [([95.0, 0.0], 0, 0.0), ([10.0, 20.0, 91.0, 95.0], 4, 2.0), ([10.0, 20.0, 30.0], None, 2.0)],
+    [
+        ([95.0, 0.0], 0, 0.0),
+        ([10.0, 20.0, 91.0, 95.0], 4, 2.0),
+        ([10.0, 20.0, 30.0, 90.0], 5, 3.0),
+        ([10.0, 20.0, 30.0], None, 2.0),
+    ],
 )
 def test_steps_and_seconds_to_the_target(
     values: list[float], steps: int | None, seconds: float, make: Make
 ) -> None:
-    learner = make()
+    learner = make(few_shot_steps=5, few_shot_every=2)
     task = replace(few_shot_task(learner.tasks, learner.config, 1, 0), composition="shift, fall, rotate")
     history = {"iou": values, "seconds": [float(i) for i in range(len(values))]}
     row = few_shot_row(task, history, learner.config)
     assert (row["composition"], row["steps"], row["seconds"]) == ("shift, fall, rotate", steps, seconds)
     assert (row["before"], row["after"], row["looks"]) == (values[0], values[-1], values)
+
+
+@pytest.mark.parametrize(("every", "tests"), [(2, 4), (3, 3), (9, 2)])
+def test_the_last_step_is_tested(every: int, tests: int, make: Make) -> None:
+    learner = make(few_shot_steps=5, few_shot_every=every, few_shot_tasks=1)
+    learner.adapt()
+    (row,) = learner.method_state["few_shot"]
+    assert len(row["looks"]) == tests
 
 
 def test_the_log_names_every_composition(make: Make, caplog: pytest.LogCaptureFixture) -> None:
