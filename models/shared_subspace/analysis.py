@@ -129,7 +129,7 @@ def grassmann(inputs: AnalysisInputs) -> AnalysisResult:
 
 def pair_means(values: np.ndarray, tasks: Tensor) -> tuple[float, float]:
     """Means of values (G, G) over pairs of tasks (G, P) that share a primitive, and over other pairs."""
-    common = (tasks.double() @ tasks.double().T).numpy() > 0
+    common = _share_a_primitive(tasks)
     upper = np.triu(np.ones_like(common), k=1)
     return _mean(values[upper & common]), _mean(values[upper & ~common])
 
@@ -140,11 +140,16 @@ def primitive_means(values: np.ndarray, tasks: Tensor) -> tuple[np.ndarray, np.n
     The first over pairs that both have it, the second over pairs of which one has it and that share nothing;
     NaN where there is no such pair.
     """
-    has, common = tasks.numpy().astype(bool), (tasks.double() @ tasks.double().T).numpy() > 0
+    has, common = tasks.numpy().astype(bool), _share_a_primitive(tasks)
     off_diagonal = ~np.eye(len(has), dtype=bool)
     shared = [_mean(values[np.outer(own, own) & off_diagonal]) for own in has.T]
     other = [_mean(values[own[:, None] & ~common]) for own in has.T]
     return np.array(shared), np.array(other)
+
+
+def _share_a_primitive(tasks: Tensor) -> np.ndarray:
+    """Whether two of the tasks (G, P) have a primitive in common, (G, G)."""
+    return (tasks.double() @ tasks.double().T).numpy() > 0
 
 
 def _between_tasks(

@@ -29,7 +29,6 @@ from utils.config.schema import (
 )
 from utils.metric_catalogue import MetricSpec
 
-MIN_GROUP_SIZE = 2  # a single sample spans no subspace
 MAX_SAMPLES = 2 * 10**7  # of an epoch: 4 GB
 WEIGHT_ALLOWED = (
     f"a number from 0 to {MAX_COUNT}, or points [[share, weight], ...], "
@@ -113,7 +112,7 @@ class SharedSubspaceConfig(RunConfig):
 
     batch_size: Count = key(128, "Samples in a training step: a multiple of group_size.")
     grad_accumulation: Count = key(1, "Parts a training step is cut into to save memory.")
-    group_size: int = key(16, "Samples of a group: of the same primitives.", ge=MIN_GROUP_SIZE, le=MAX_COUNT)
+    group_size: int = key(16, "Samples of a group: of the same primitives.", ge=2, le=MAX_COUNT)
     eval_batch_size: Count = key(512, "Samples in a batch without gradients.")
     epochs: Count = key(60, "Epochs; each draws new samples, and is validated.")
     steps_per_epoch: Count = key(100, "Training steps of an epoch.")
@@ -230,7 +229,7 @@ class SharedSubspaceConfig(RunConfig):
 def _most_held_out_pairs(primitives: int, length: int) -> int:
     """Largest number of pairs after which some composition of a length combines none, whichever they are.
 
-    The fewest pairs that leave none are all pairs within length - 1 groups of nearly equal size (Turán, 1941).
+    The fewest that leave none are all pairs within length - 1 groups of nearly equal size (Turán, 1941).
     """
     if length == 1:
         return math.comb(primitives, 2)

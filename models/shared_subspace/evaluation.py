@@ -3,7 +3,7 @@
     evaluator = Evaluator(model, batch_size=512, precision="fp32")
     evaluator.accuracy(samples)                       # {"iou": ..., "cells": ..., "solved": ...}, percent
     evaluation = {"zero_shot": zero_shot(evaluator, tasks, 1024, seed), "few_shot": rows, "analysis": metrics}
-    metrics_of(evaluation)["unseen_iou"]
+    run_metrics(evaluation)["unseen_iou"]
 
 IoU is defined in `losses.py`; a grid is solved when all its cells are right.
 """
@@ -81,7 +81,7 @@ def zero_shot(evaluator: Evaluator, tasks: GridTasks, count: int, seed: int) -> 
     return found
 
 
-def metrics_of(evaluation: Mapping[str, Any]) -> dict[str, float | None]:
+def run_metrics(evaluation: Mapping[str, Any]) -> dict[str, float | None]:
     """The metrics of a run; a few-shot task that does not reach the target counts all its steps."""
     metrics: dict[str, float | None] = {}
     for split, values in evaluation["zero_shot"].items():
@@ -101,7 +101,7 @@ def report(evaluation: Mapping[str, Any]) -> Report:
     """The run's report: event, log lines, result and tables; times are in its cost alone."""
     rows = evaluation["few_shot"]
     result = {
-        "metrics": metrics_of(evaluation),
+        "metrics": run_metrics(evaluation),
         "zero_shot": evaluation["zero_shot"],
         "few_shot": [{key: value for key, value in row.items() if key != "seconds"} for row in rows],
     }

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from models.shared_subspace.config import MIN_GROUP_SIZE
 from models.shared_subspace.primitives import EMPTY
 
 MIN_GAP = 1e-3  # between the eigenvalues beside the cut, relative to the largest; below it PCA is unstable
@@ -164,20 +163,9 @@ class SharingLoss(nn.Module):
         self.register_buffer("seen", torch.zeros(averaged, dtype=torch.bool))
 
     def forward(self, hidden: Tensor, labels: Tensor) -> SharingTerms:
-        """Loss of hidden (B, d) with the multi-hot labels (B, P); groups of one sample are left out.
-
-        Raises:
-            ValueError: a label is not among those that the loss was made for.
-        """
-        agree = (labels[:, None].bool() == self.labels).all(dim=2)
-        if not bool(agree.any(dim=1).all()):
-            raise ValueError("a sample has a label that the sharing loss was not made for")
-        group_of = agree.float().argmax(dim=1)
-        groups, counts = group_of.unique(return_counts=True)
-        groups = groups[counts >= MIN_GROUP_SIZE]
-        if not len(groups):
-            empty = hidden.new_zeros(0, hidden.shape[1], hidden.shape[1])
-            return SharingTerms(hidden.new_zeros(()), 0, 0, empty, groups)
+        """Loss of hidden (B, d) whose multi-hot labels (B, P) are among those that the loss was made for."""
+        group_of = (labels[:, None].bool() == self.labels).all(dim=2).float().argmax(dim=1)
+        groups = group_of.unique()
         found = [group_projector(hidden[group_of == group], self.rank, self.probe) for group in groups]
         projectors = torch.stack([projector for projector, _ in found])
         own = self.labels[groups].float()
@@ -192,7 +180,7 @@ class SharingLoss(nn.Module):
     @torch.no_grad()
     def update(self, terms: SharingTerms) -> None:
         """Move the running means: A_j <- m A_j + (1 - m) P_j for the groups of a batch."""
-        if self.ema and len(terms.groups):
+        if self.ema:
             self.averages[terms.groups] = self._averaged(terms.projectors, terms.groups)
             self.seen[terms.groups] = True
 

@@ -23,7 +23,6 @@ from torch.utils.data import Dataset, Sampler
 
 from models.shared_subspace.config import SharedSubspaceConfig
 from models.shared_subspace.primitives import EMPTY, SIDE, Operation, operations
-from utils.errors import UserError
 from utils.training.random import rng
 
 Composition = tuple[int, ...]  # indices of different primitives in the order of application
@@ -201,9 +200,6 @@ class GroupedBatchSampler(Sampler[list[int]]):
         groups: pieces in a batch.
         group_size: samples of one label in a piece.
         generator: shuffles.
-
-    Raises:
-        UserError: there are not enough samples for a batch.
     """
 
     def __init__(self, labels: Tensor, *, groups: int, group_size: int, generator: torch.Generator) -> None:
@@ -211,11 +207,6 @@ class GroupedBatchSampler(Sampler[list[int]]):
         numbers = (labels.long() << torch.arange(labels.shape[1])).sum(dim=1)  # multi-hot bits
         self._label_of = numbers.unique(return_inverse=True)[1]
         self._pieces = int((self._label_of.bincount() // group_size).sum())
-        if not len(self):
-            fault = f"{len(labels)} samples have {self._pieces} groups of {group_size} with one label"
-            raise UserError(
-                f"{fault}, and a batch needs {groups}; draw more samples, or smaller or fewer groups"
-            )
 
     def __len__(self) -> int:
         """Number of batches."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from models.shared_subspace.analysis import ANALYSES, AnalysisInputs, analysis_inputs
-from models.shared_subspace.evaluation import SPLIT_NAMES, Evaluator, log_lines, metrics_of, zero_shot
+from models.shared_subspace.evaluation import SPLIT_NAMES, Evaluator, log_lines, run_metrics, zero_shot
 from models.shared_subspace.learner import SharedSubspace, TrainingPhase
 from models.shared_subspace.tasks import GridSamples
 from tests.models.shared_subspace.conftest import Make
@@ -70,12 +70,12 @@ def test_metrics_are_means_of_the_rows() -> None:
         "few_shot": rows,
         "analysis": {"grassmann_shared": 0.5, "grassmann_other": None},
     }
-    metrics = metrics_of(evaluation)
+    metrics = run_metrics(evaluation)
     assert metrics["few_shot_before"] == 20 and metrics["few_shot_after"] == 72.5
     assert metrics["few_shot_steps"] == 60 and metrics["few_shot_reached"] == 50
     assert metrics["unseen_iou"] == 1 and metrics["held_out_solved"] == 2
     assert metrics["grassmann_shared"] == 0.5 and metrics["grassmann_other"] is None
-    assert "few_shot_steps" not in metrics_of(evaluation | {"few_shot": []})
+    assert "few_shot_steps" not in run_metrics(evaluation | {"few_shot": []})
 
 
 def test_the_log_has_a_dash_where_no_pair_of_tasks_is_of_a_kind() -> None:

@@ -62,13 +62,3 @@ def test_the_last_step_is_tested(every: int, tests: int, make: Make) -> None:
     learner.adapt()
     (row,) = learner.method_state["few_shot"]
     assert len(row["looks"]) == tests
-
-
-def test_the_log_names_every_composition(make: Make, caplog: pytest.LogCaptureFixture) -> None:
-    learner = make()
-    with caplog.at_level("INFO", logger="nested_lora"):
-        learner.adapt()
-    lines = [message for message in caplog.messages if message.startswith("few_shot Task 0, Epoch 1/1")]
-    for number, (line, row) in enumerate(zip(lines, learner.method_state["few_shot"], strict=True), start=1):
-        words = f"{number} of 2: {row['composition']}: IoU {row['before']:.2f} -> {row['after']:.2f}"
-        assert f"({words})" in line

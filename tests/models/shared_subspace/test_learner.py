@@ -101,14 +101,15 @@ def test_a_term_without_weight_leaves_no_trace(key: str, term: str, make: Make) 
     assert (term in learner.method_state["sums"]) == (key == "beta")  # the code is measured all the same
 
 
-def test_weights_follow_their_points(make: Make) -> None:
-    learner = make(alpha=[[0, 0], [0.4, 1]], gamma=[[0, 0.5], [1, 0]])
+def test_weights_are_straight_lines_between_points(make: Make) -> None:
+    learner = make(alpha=[[0.2, 0], [0.4, 1]], beta=0.3, gamma=[[0, 0.5], [1, 0]])
     seen = []
-    for steps in (0, 3, 6, 15):
+    for steps in (0, 3, 4.5, 6, 15):
         learner.progress.steps = steps
         seen.append(TrainingPhase(learner).term_weights())
-    assert [weights["alpha"] for weights in seen] == pytest.approx([0, 0.5, 1, 1])
-    assert [weights["gamma"] for weights in seen] == pytest.approx([0.5, 0.4, 0.3, 0])
+    assert [weights["alpha"] for weights in seen] == pytest.approx([0, 0, 0.5, 1, 1])
+    assert [weights["beta"] for weights in seen] == [0.3] * 5
+    assert [weights["gamma"] for weights in seen] == pytest.approx([0.5, 0.4, 0.35, 0.3, 0])
 
 
 def test_a_step_in_parts_is_the_same_step(make: Make) -> None:

@@ -10,7 +10,6 @@ from torch.utils.data import DataLoader
 from models.shared_subspace.config import SharedSubspaceConfig
 from models.shared_subspace.primitives import PRIMITIVES
 from models.shared_subspace.tasks import GridSamples, GridTasks, GroupedBatchSampler, random_grids
-from utils.errors import UserError
 
 SPLITS = ("train", "held_out", "unseen")
 
@@ -167,8 +166,3 @@ def test_the_sampler_shuffles_anew_and_reproducibly() -> None:
     samplers = (sampler(samples, 6, 4, seed) for seed in (1, 1, 2))
     first, again, other = ([list(batches), list(batches)] for batches in samplers)
     assert first == again and first != other and first[0] != first[1]
-
-
-def test_too_few_samples_for_a_batch_are_refused() -> None:
-    with pytest.raises(UserError, match="a batch needs 500"):
-        sampler(TASKS.draw("train", 20, generator()), 500, 2)

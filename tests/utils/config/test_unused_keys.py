@@ -121,10 +121,13 @@ def test_a_key_without_effect_is_named_and_has_none(
     torch.testing.assert_close(run_scores(with_unused), run_scores(plain), rtol=0, atol=0)
 
 
-def test_keys_of_grids_without_effect_are_named_and_have_none(tmp_path: Path) -> None:
-    deciding = {"encoder": "gru", "alpha": 0, "beta": 0, "few_shot_tasks": 0, "epochs": 1}
-    unused = {"heads": 1, "sharing_ema": 0.5, "sharing_detach": True, "sparse_activity": 0.4}
-    unused["few_shot_rank"] = 1
+@pytest.mark.parametrize(("code", "unused_of_code"), [({"beta": 0}, {}), ({"sparse_units": 0}, {"beta": 1})])
+def test_keys_of_grids_without_effect_are_named_and_have_none(
+    code: dict[str, Any], unused_of_code: dict[str, Any], tmp_path: Path
+) -> None:
+    deciding = {"encoder": "gru", "alpha": 0, "few_shot_tasks": 0, "epochs": 1} | code
+    unused = {"heads": 1, "sharing_ema": 0.5, "sharing_detach": True, "few_shot_rank": 1}
+    unused |= {"sparse_activity": 0.4} | unused_of_code
     base = TINY_GRIDS | deciding | {"logs_root": str(tmp_path)}
     plain, with_unused = (config_from_dict(base | more, SCHEMAS, "test").config for more in ({}, unused))
     assert unused.keys() <= with_unused.unused_keys().keys()
