@@ -26,9 +26,7 @@ SWEEPS = [path for path in SHIPPED if kind_of(path, SCHEMAS) == "sweep"]
 EXPS = [path for path in SHIPPED if path not in SWEEPS]
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
-if hasattr(
-    signal, "SIGHUP"
-):  # ignored where the tests run under nohup, and what they start would ignore it, too
+if hasattr(signal, "SIGHUP"):  # nohup ignores it, and so would all that the tests start
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 TINY = {
@@ -60,7 +58,6 @@ TINY_SDLORA = {
     "lora_rank": 2,
     "figure_format": "none",
 }
-
 
 TINY_GRIDS = {
     "model_name": "shared_subspace",

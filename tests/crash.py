@@ -23,6 +23,7 @@ import models.vit.task_inputs
 import trainer  # noqa: F401  with it what every run imports
 import utils.runs.checkpoint
 import utils.training.optim
+from utils.runs.run_log import read_metrics
 
 METHODS = [models.LEARNERS[name] for name in models.LEARNERS]  # imported, too
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -110,8 +111,9 @@ def outcome(folder: Path) -> dict[str, Any]:
     """What a run leaves behind that must not depend on interruptions: everything but seconds and memory."""
     result = json.loads((folder / "result.json").read_text())
     result.pop("cost")
-    events = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    events = read_metrics(folder)
     for event in events:
         event.pop("seconds", None)
         event.pop("peak_memory_mb", None)
-    return {"result": result, "events": events, "accuracy": (folder / "accuracy.csv").read_text()}
+    tables = [*folder.glob("accuracy.csv"), *folder.glob("analysis/*.csv"), *folder.glob("analysis/*.json")]
+    return {"result": result, "events": events, "tables": {path.name: path.read_text() for path in tables}}

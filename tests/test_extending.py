@@ -17,7 +17,7 @@ import trainer
 from backbone.sema_components import ADAPTERS
 from models import SCHEMAS, Method
 from models.sdlora import SDLoRA
-from tests.conftest import ROOT
+from tests.conftest import ROOT, folder_of
 from utils.config.schema import RunConfig
 from utils.runs.run_log import read_metrics
 
@@ -38,8 +38,8 @@ def module(name: str, source: str, monkeypatch: pytest.MonkeyPatch) -> ModuleTyp
 def losses(config: RunConfig) -> list[float]:
     """Losses of every epoch of a configuration's only run."""
     trainer.train(config)
-    (folder,) = (path.parent for path in Path(config.logs_root).rglob("config.json"))
-    return [event["loss"] for event in read_metrics(folder) if event["event"] == "epoch"]
+    events = read_metrics(folder_of(Path(config.logs_root)))
+    return [event["loss"] for event in events if event["event"] == "epoch"]
 
 
 # --- a method -----------------------------------------------------------------------------------------------

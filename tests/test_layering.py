@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from models import LEARNERS
+from tests.conftest import ROOT
 
-ROOT = Path(__file__).parent.parent
 PACKAGES = ("backbone", "models", "utils")
 FILES = sorted([*ROOT.glob("*.py"), *(path for name in PACKAGES for path in ROOT.glob(f"{name}/**/*.py"))])
 COMMANDS = ("main.py", "eval.py", "utils/cache/__main__.py")

@@ -15,7 +15,7 @@ import main
 from models.base import Learner
 from models.shared_subspace.config import SharedSubspaceConfig
 from tests.conftest import TINY_GRIDS
-from tests.crash import run
+from tests.crash import outcome, run
 from utils.runs.run_log import read_metrics
 
 STEMS = ("cka", "grassmann", "probes", "units_h", "units_z")
@@ -39,16 +39,6 @@ def folder_of(logs: Path, seed: int = 1, encoder: str = "transformer") -> Path:
 
 def result_of(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "result.json").read_text())
-
-
-def outcome(folder: Path) -> dict[str, Any]:
-    """What must not depend on interruptions and on time."""
-    result = {key: value for key, value in result_of(folder).items() if key != "cost"}
-    times = ("seconds", "peak_memory_mb")
-    events = [{k: v for k, v in event.items() if k not in times} for event in read_metrics(folder)]
-    files = [path for path in (folder / "analysis").iterdir() if path.suffix != ".png"]
-    analysis = {path.name: path.read_bytes() for path in files}
-    return {"result": result, "events": events, "analysis": analysis}
 
 
 @pytest.fixture(scope="module")
