@@ -198,7 +198,8 @@ def write_summary(sweep: Sweep, runs: Sequence[Run], failures: Mapping[str, str]
         unfinished=unfinished,
         outdated={label: (", ".join(kinds), again[label]) for label, kinds in outdated(by_label).items()},
     )
-    logger.info("\n".join(["", *closing_lines(sweep, table, paths, complete=not unfinished)]))
+    lines = closing_lines(sweep, table, paths, complete=not unfinished)
+    logger.info("\n".join([f"Results of {sweep.path.stem}", "", *lines]))
 
 
 def closing_lines(sweep: Sweep, results: Results, paths: Sequence[Path], complete: bool) -> list[str]:
