@@ -258,7 +258,7 @@ def run_sweep(options: argparse.Namespace) -> int:
         jobs=options.jobs,
         address=options.ray_address,
         overwrite=options.overwrite,
-        imports=[*before, *sorted(learners), "utils.runs.manifest:code_sha256"],
+        imports=[*before, *sorted(learners), "utils.runs.manifest:code_sha256", "utils.runs.manifest:commit"],
     )
 
 

@@ -163,8 +163,9 @@ def timestamp() -> str:
     return datetime.now().astimezone().isoformat(timespec="seconds")
 
 
+@cache
 def commit() -> str | None:
-    """Commit of the code, with "+changes" where the working tree differs; None outside a git checkout."""
+    """Commit of the code at the first call, "+changes" where the working tree differs; None outside git."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(ROOT), *arguments]

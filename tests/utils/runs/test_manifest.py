@@ -12,6 +12,7 @@ from utils.runs.manifest import (
     Provenance,
     changes,
     code_sha256,
+    commit,
     outdated,
     present,
     read_provenance,
@@ -126,6 +127,13 @@ def test_a_damaged_manifest_is_a_sentence_with_its_path(tmp_path: Path, content:
 def test_a_run_records_what_is_present(tmp_path: Path) -> None:
     session = this_session(torch.device("cpu"), "fp32", 1).model_dump()
     assert read_provenance(record(tmp_path / "run", sessions=[session])).unlike(present()) == []
+
+
+def test_the_commit_is_that_of_the_first_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the hash of the code: a run that is forked an hour later computes with the code of the start."""
+    first = commit()
+    monkeypatch.setenv("PATH", "")  # no git any more
+    assert commit() == first
 
 
 def test_the_code_is_what_its_files_hold(tmp_path: Path) -> None:
