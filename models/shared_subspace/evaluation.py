@@ -20,12 +20,13 @@ from torch import Tensor
 
 from models.base import Report
 from models.shared_subspace.losses import iou
+from models.shared_subspace.metrics import GRIDS
 from models.shared_subspace.network import GridModel, GridOutput
 from models.shared_subspace.tasks import HELD_OUT, TRAIN, UNSEEN, GridSamples, GridTasks
 from utils.training.device import autocast, predictions
 from utils.training.random import rng
 
-SPLIT_NAMES = {TRAIN: "met in training", HELD_OUT: "held-out pairs", UNSEEN: "unseen length"}
+SPLIT_NAMES = {TRAIN: "met in training", HELD_OUT: "held-out pairs", UNSEEN: "of unseen length"}
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def zero_shot(evaluator: Evaluator, tasks: GridTasks, count: int, seed: int) -> 
 
 
 def run_metrics(evaluation: Mapping[str, Any]) -> dict[str, float | None]:
-    """The metrics of a run; a few-shot task that does not reach the target counts all its steps."""
+    """The metrics of a run, in the order of `GRIDS`; few-shot tasks short of the target count all steps."""
     metrics: dict[str, float | None] = {}
     for split, values in evaluation["zero_shot"].items():
         metrics |= {f"{split}_iou": values["iou"], f"{split}_solved": values["solved"]}
@@ -94,7 +95,7 @@ def run_metrics(evaluation: Mapping[str, Any]) -> dict[str, float | None]:
         numbers = rows[["before", "after", "steps", "reached"]]
         metrics |= {f"few_shot_{name}": statistics.fmean(values) for name, values in numbers.items()}
         metrics["few_shot_reached"] *= 100
-    return metrics
+    return {spec.key: metrics[spec.key] for spec in GRIDS if spec.key in metrics}
 
 
 def report(evaluation: Mapping[str, Any]) -> Report:

@@ -34,6 +34,13 @@ CAPTIONS = {
     "training.png": "Left: IoU on validation grids over epochs, with the best. Right: the terms of the loss.",
     "zero_shot.png": "IoU and solved grids on new grids of every split; black: the IoU of the input itself.",
     "few_shot.png": "IoU of unseen compositions while adapters learn from few samples.",
+    "cka.png": "How alike the network represents two tasks on the same grids: 1 alike, 0 unrelated.",
+    "grassmann.png": "How far the principal subspaces of two tasks lie apart; 0: the same subspace.",
+    "probes.png": "How well the primitives can be read linearly from each layer; last row: by chance.",
+    "units_z.png": "Which units of the sparse code go with which primitive.",
+    "units_h.png": "The same for units of the bottleneck h.",
+    "unit_samples.png": "For each primitive the samples that most activate its unit.",
+    "samples.png": "New grids with the network's predictions; crosses: wrong cells.",
 }
 SAMPLES_PER_LINE = 8
 CAPTION_WIDTH = 18  # characters per line, over a sample
@@ -74,9 +81,11 @@ def training_figure(epochs: Sequence[Event], subtitle: str) -> Figure:
         if not np.isnan(values).all():
             right.plot(numbers, values, color=colour, lw=1.6, label=label)
     right.set_yscale("log")
-    right.legend(frameon=False)
+    handles, _ = right.get_legend_handles_labels()
+    figure.legend(handles=handles, loc="outside lower right", ncols=len(handles), frameon=False)
     for axes in (left, right):
         axes.set_xlabel("epoch")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(True)
     return figure
 

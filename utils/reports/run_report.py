@@ -97,7 +97,7 @@ def page_of(folder: Path, config: RunConfig, captions: Mapping[str, str]) -> dic
         "folder": str(folder),
         "numbers": numbers_table(result, config.metrics) if result else None,
         "pictures": list(pictures_of(folder / FIGURES, captions)),
-        "analyses": list(pictures_of(folder / "analysis", {})),
+        "analyses": list(pictures_of(folder / "analysis", captions)),
         "tasks": tasks_table(folder, events, classes and classes.per_class, manifest),
         "images": classes.images if classes else "test",
         "hardest": hardest_table(classes) if classes else None,

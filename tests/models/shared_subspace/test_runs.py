@@ -22,7 +22,7 @@ STEMS = ("cka", "grassmann", "probes", "units_h", "units_z")
 ANALYSIS_FILES = {f"{stem}.{kind}" for stem in STEMS for kind in ("csv", "png")}
 ANALYSIS_FILES |= {f"{name}.json" for name in ("cka", "grassmann", "probes", "units", "samples")}
 ANALYSIS_FILES |= {"unit_samples.png", "samples.png"}
-SPLITS = {"train": "met in training", "held_out": "held-out pairs", "unseen": "unseen length"}
+SPLITS = {"train": "met in training", "held_out": "held-out pairs", "unseen": "of unseen length"}
 
 
 def arguments(logs: Path, **changes: object) -> list[str]:
@@ -77,7 +77,7 @@ def test_the_result_agrees_with_the_record(finished: Path) -> None:
     for name in ("cka", "grassmann", "probes", "units"):
         numbers = json.loads((finished / "analysis" / f"{name}.json").read_text())["metrics"]
         assert numbers and numbers.items() <= task["analysis"].items() <= result["metrics"].items()
-    assert {spec.key for spec in SharedSubspaceConfig.metrics} == set(result["metrics"])
+    assert [spec.key for spec in SharedSubspaceConfig.metrics] == list(result["metrics"])
     assert result["metrics"]["unseen_iou"] == result["zero_shot"]["unseen"]["iou"]
     rows = [event for event in events if event["event"] == "few_shot"]
     assert [row["composition"] for row in rows] == [row["composition"] for row in result["few_shot"]]
