@@ -19,8 +19,8 @@ from tests.conftest import ROOT, run_scores, shipped_file
 from utils.config.loading import load_config
 from utils.sweeps.spec import load_sweep
 
-PATHS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "exps/RESULTS.md")]
-PATHS += sorted((ROOT / "docs").glob("*.md"))
+PATHS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+PATHS += sorted([*(ROOT / "docs").glob("*.md"), *(ROOT / "exps").rglob("*.md")])
 DOCUMENTS = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in PATHS}
 EVERY_DOCUMENT = pytest.mark.parametrize("document", DOCUMENTS)
 GENERATED = {"docs/configs.md"}
