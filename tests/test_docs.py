@@ -88,6 +88,19 @@ def test_named_files_exist(document: str) -> None:
             assert list((ROOT / "exps").glob(name)), name
 
 
+def test_the_tables_that_readme_asks_to_extend_are_where_it_says() -> None:
+    """Each `TABLE` of a bullet stands in one of the files that the bullet names."""
+    section = DOCUMENTS["README.md"].split("## Add something")[1].split("\n## ")[0]
+    named = 0
+    for bullet in section.split("\n- ")[1:]:
+        files = [ROOT / name for name in re.findall(r"`(\w+/[\w/]+\.py)`", bullet)]
+        code = "\n".join(path.read_text() for path in files)
+        for table in re.findall(r"`([A-Z]{4,})`", bullet):
+            assert re.search(rf"^{table}\b", code, re.MULTILINE), table
+            named += 1
+    assert named >= 6
+
+
 def test_where_published_names_went_exists() -> None:
     """Every dotted name of the table can be imported."""
     table = DOCUMENTS["docs/differences.md"].split("## Where published names went")[1]

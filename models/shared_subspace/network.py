@@ -7,7 +7,7 @@
 
 The encoder reads the program's operations and the grid's patches as one sequence; the tokens of the patches
 make h, which is normalised so that neither a subspace nor a sparse code can profit from its size. The decoder
-reads h alone. A new encoder is a layer and a line in `LAYERS`.
+reads h alone. A new encoder is a layer, a line in `LAYERS`, and its name among the choices in `config.py`.
 
 Sources: sparse autoencoder, Bricken et al., *Towards Monosemanticity*, 2023; LoRA, Hu et al., ICLR 2022;
 bottleneck adapters, Houlsby et al., ICML 2019.
