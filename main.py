@@ -1,4 +1,4 @@
-"""The command line.
+"""The command line, by examples:
 
 python main.py                                                   four methods compared: exps/quickstart.json
 python main.py exps/nested_lora_cifar.json                       any other file: one experiment, or a sweep
@@ -11,7 +11,7 @@ python main.py --extend logs/sema/... --data FOLDER              or classes of a
 torchrun --nproc_per_node=2 main.py --config X.json              several devices, one log
 python main.py --sweep exps/sweeps/smoke.json                    a table of experiments; again: continues it
 python main.py --sweep X.json --engine ray --ray-address HOST:PORT   its runs on a Ray cluster
-python main.py --sweep X.json --only CELL --seeds 1 2             some of its runs; --dry-run: their commands
+python main.py --sweep X.json --only CELL --seeds 1 2            some of its runs; --dry-run: their commands
 python main.py --sweep X.json --report                           its summary again, no run
 python main.py --benchmark --config X.json                       what its steps cost, in plain forwards
 python main.py --benchmark --sweep exps/sweeps/costs.json        what whole runs cost, in CPU seconds
