@@ -19,7 +19,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pandas as pd
 import torch
-from scipy.stats import spearmanr
 from torch import Tensor
 
 from utils.analysis.figures import (
@@ -191,7 +190,7 @@ def gate(inputs: AnalysisInputs) -> AnalysisResult:
                 rows.append(row | {"similarity": float(similarity[newest, earlier])})
     pairs = pd.DataFrame(rows, columns=["task", "adapter", "weight", "share", "similarity"])
     varies = len(pairs) > 2 and pairs["share"].nunique() > 1 and pairs["similarity"].nunique() > 1
-    rank = float(spearmanr(pairs["similarity"], pairs["share"]).statistic) if varies else math.nan
+    rank = float(pairs[["similarity", "share"]].rank().corr().iloc[0, 1]) if varies else math.nan
     told = f"rank correlation {rank:.2f} over {len(pairs)} pairs" if varies else "no rank correlation"
     return AnalysisResult(
         numbers=inputs.facts | {"rank_correlation": number(rank), "pairs": rows},

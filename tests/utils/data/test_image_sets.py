@@ -23,6 +23,7 @@ from utils.data.image_files import DECODER
 from utils.data.image_sets import ArrayImages
 from utils.errors import UserError
 from utils.runs.checkpoint import load_checkpoint, save_checkpoint
+from utils.runs.folder import folder_of
 from utils.runs.manifest import Command
 
 
@@ -140,7 +141,8 @@ def test_what_no_finished_task_has_read_may_change(tmp_path, smoke_config):
         write_folder(tmp_path / "set", split, ["ant", "bee", "cat"])
     config = smoke_config(**simplecil(tmp_path / "set"))
     learner = make_learner(config)
-    with open_log(learner, Command(id="one", seeds=[learner.seed], overwrite=False)) as log:
+    command = Command(id="one", seeds=[learner.seed], overwrite=False)
+    with open_log(learner, command, folder_of(config, config.seed)) as log:
         Run(learner, log).run_task(0)
     (tmp_path / "set" / "train" / "cat" / "0.png").unlink()
     Image.new("RGB", (8, 8), "red").save(tmp_path / "set" / "test" / "bee" / "1.png")
