@@ -50,6 +50,7 @@ from utils.runs.folder import (
     FolderLock,
     folder_of,
     remove_replaced,
+    resume_command,
     waiting_notes,
 )
 from utils.runs.manifest import (
@@ -380,7 +381,7 @@ class Run:
     def save_interrupted(self) -> None:
         """Save between two steps and say how to go on."""
         saved = self.save_progress()
-        go_on = as_typed("main.py", "--resume", self.log.folder)
+        go_on = resume_command(self.log.folder)
         logger.warning(f"Stopped and saved {saved.name}. Continue with: {go_on}")
 
     def load_state(self, state: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:

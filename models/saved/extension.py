@@ -20,7 +20,7 @@ from typing import Any
 from torch import Tensor
 
 from models.methods import LEARNERS, SCHEMAS
-from models.saved.files import read_config, resume_command
+from models.saved.files import read_config
 from models.saved.learner import CHECKPOINTS, check_identity, load_run_checkpoint
 from models.vit.class_incremental import ClassIncrementalLearner
 from models.vit.config import ClassIncrementalConfig, OneTaskRules
@@ -28,7 +28,7 @@ from utils.config.loading import load_config
 from utils.errors import UserError
 from utils.files import replace_file, sha256_file
 from utils.runs.checkpoint import checkpoint_name, copy_checkpoint
-from utils.runs.folder import CONFIG, METRICS, accuracy_path, folder_of
+from utils.runs.folder import CONFIG, METRICS, accuracy_path, folder_of, resume_command
 from utils.runs.manifest import Manifest, is_complete, read_manifest
 from utils.runs.run_log import metrics_until, read_accuracy_csv
 

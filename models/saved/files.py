@@ -4,7 +4,6 @@ config = read_config(Path("logs/sema/..."))
 """
 
 import os
-import shlex
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +37,6 @@ def run_folder_of(checkpoint: Path) -> Path:
     """The run folder that a checkpoint lies in, also where its path begins below that folder."""
     folder = checkpoint.parent.parent
     return folder if folder.name not in ("", "..") else Path(os.path.abspath(checkpoint)).parents[1]
-
-
-def resume_command(folder: Path) -> str:
-    """The command that goes on with the run in a folder."""
-    return shlex.join(["python", "main.py", "--resume", str(folder)])
 
 
 def read_result(folder: Path) -> dict[str, Any]:

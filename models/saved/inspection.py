@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from models.methods import LEARNERS
-from models.saved.files import read_config, read_result, resume_command, run_folder_of
+from models.saved.files import read_config, read_result, run_folder_of
 from models.saved.learner import CHECKPOINTS, load_into, load_learner, make_learner, task_checkpoints
 from utils.analysis.results import ANALYSIS, write_results
 from utils.errors import UserError
@@ -18,7 +18,15 @@ from utils.reports.run_report import write_run_report
 from utils.reports.tables import difference_tables, means_table
 from utils.runs.checkpoint import checkpoint_name, latest_checkpoint
 from utils.runs.figures import draw_figures
-from utils.runs.folder import RESULT, TEST_RESULT, VALIDATION_ACCURACY, FolderInUse, FolderLock, accuracy_path
+from utils.runs.folder import (
+    RESULT,
+    TEST_RESULT,
+    VALIDATION_ACCURACY,
+    FolderInUse,
+    FolderLock,
+    accuracy_path,
+    resume_command,
+)
 from utils.runs.manifest import timestamp
 from utils.runs.run_log import read_accuracy_csv
 from utils.runs.seeds import check_one_experiment

@@ -5,7 +5,6 @@ learner.evaluate()
 """
 
 import re
-import shlex
 import textwrap
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,18 +16,18 @@ import torch
 
 from models.base import Learner, RunContext
 from models.methods import LEARNERS
-from models.saved.files import read_config, resume_command, run_folder_of
+from models.saved.files import read_config, run_folder_of
 from utils.config.messages import shown
 from utils.config.schema import RunConfig
 from utils.data.tasks import ABSENT
 from utils.errors import UserError, in_one_line
 from utils.runs.checkpoint import checkpoint_name, load_checkpoint
-from utils.runs.folder import CONFIG, RESULT, folder_of
+from utils.runs.folder import CONFIG, RESULT, folder_of, resume_command
 from utils.runs.manifest import is_complete, read_manifest
 from utils.runs.run_log import read_metrics
 from utils.training.device import resolve_device, resolve_precision
 from utils.training.distributed import init_distributed
-from utils.wording import shortened
+from utils.wording import as_typed, shortened
 
 CHECKPOINTS = "checkpoints"
 LONGEST = 200  # characters of an error in a sentence
@@ -83,7 +82,7 @@ def of_earlier_version(checkpoint: Path, evidence: str) -> UserError:
     made_by = f" (commit {session.commit[:12]})" if session.commit else ""
     return UserError(
         f"{checkpoint} was written by an earlier version of this program, {evidence}: run it again "
-        f"with python main.py --config {shlex.quote(str(folder / CONFIG))}, or go on with the "
+        f"with {as_typed('main.py', '--config', folder / CONFIG)}, or go on with the "
         f"version that made it{made_by}"
     )
 
@@ -132,7 +131,7 @@ def check_config(checkpoint: Path, state: dict[str, Any], learner: Learner) -> l
         raise UserError(
             f"{path} does not belong to this run any more, {checkpoint.name} was made with another: "
             f"{'; '.join(mixing)}; set back what was edited, or start a run of its own with "
-            f"python main.py --config {shlex.quote(str(path))}"
+            + as_typed("main.py", "--config", path)
         )
     return [f"Edited since {checkpoint.name} was saved: {'; '.join(edited.values())}"] if edited else []
 
@@ -248,7 +247,7 @@ def task_checkpoints(folder: Path) -> list[Path]:
     paths = [folder / CHECKPOINTS / checkpoint_name(task) for task in tasks]
     missing = [path.name for path in paths if not path.is_dir()]
     if missing:
-        kept, again = "all are needed", f"python main.py --config {shlex.quote(str(folder / CONFIG))}"
+        kept, again = "all are needed", as_typed("main.py", "--config", folder / CONFIG)
         if "checkpoints" in type(config).model_fields:
             kept = kept if config.checkpoints == "all" else 'its config says checkpoints = "last"'
             again += " --set checkpoints=all"

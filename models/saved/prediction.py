@@ -22,7 +22,6 @@ from PIL import Image
 from torch import Tensor
 
 from models.methods import LEARNERS, SCHEMAS
-from models.saved.files import resume_command
 from models.saved.learner import (
     CHECKPOINTS,
     check_same,
@@ -42,7 +41,7 @@ from utils.data.transforms import views_of
 from utils.errors import UserError
 from utils.files import read_json, replace_file, why_no_file
 from utils.runs.checkpoint import latest_checkpoint
-from utils.runs.folder import CONFIG
+from utils.runs.folder import CONFIG, resume_command
 from utils.wording import counted
 
 logger = logging.getLogger("nested_lora")

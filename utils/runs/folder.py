@@ -50,6 +50,11 @@ REPLACED = ".replaced"  # suffix of a folder while its replacement is unfinished
 ORPHANS = 10.0  # seconds that data workers may outlive a killed process, whose lock they hold
 
 
+def resume_command(folder: Path) -> str:
+    """The command that goes on with the run in a folder, as one types it."""
+    return as_typed("main.py", "--resume", folder)
+
+
 def folder_of(config: RunConfig, seed: int) -> Path:
     """Folder of one seed of a configuration: its `folder_names` below `logs_root`.
 
@@ -223,8 +228,9 @@ def _lock_first_free(folder: Path, overwrite: bool) -> tuple[FolderLock, list[st
             return lock, [*notes, f"this run goes to {candidate}"] if notes else []
         lock.release()
         if (candidate / CONFIG).exists() and not (candidate / RESULT).exists():
-            go_on = as_typed("main.py", "--resume", candidate)
-            notes.append(f"{candidate} has no {RESULT}: unfinished. To continue it: {go_on}")
+            notes.append(
+                f"{candidate} has no {RESULT}: unfinished. To continue it: {resume_command(candidate)}"
+            )
         else:
             notes.append(f"{candidate} is there already (--overwrite replaces it)")
         notes += waiting_notes(candidate)
