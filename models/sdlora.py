@@ -266,10 +266,9 @@ class LoRAPhase(Phase):
     def loss(self, micro_batch: Batch) -> StepResult:
         learner, beta = self.learner, self.step_beta()
         images, targets = (tensor.to(learner.device) for tensor in micro_batch)
-        targets = targets - learner.classes.start
         with learner.autocast():
             features = learner.network(images, beta).float()
-        logits = learner.head.newest(features)  # (B, C_t)
+        logits, targets = learner.training_logits(features, targets)
         loss = learner.loss(logits, targets, features) + self.penalty(beta)
         return StepResult(loss, len(targets), (logits.argmax(dim=1) == targets).sum())
 

@@ -31,9 +31,9 @@ def spans(numbers: Iterable[int]) -> str:
 
 def shortened(names: Sequence[str], width: int = 48) -> str:
     """Names joined by commas; of those beyond `width` characters the number."""
-    kept = len(names)
-    while kept > 1 and len(", ".join(names[:kept])) > width:
-        kept -= 1
+    kept = 1
+    while kept < len(names) and len(", ".join(names[: kept + 1])) <= width:
+        kept += 1
     return some(names, most=kept)
 
 
