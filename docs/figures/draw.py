@@ -95,7 +95,7 @@ def draw_quickstart() -> Figure:
 
 def draw_nesting() -> Figure:
     """Differences of A_N and forgetting from the matched adapter, with 95 % intervals, one row per method."""
-    cells = table(RESULTS, "cell", "## Does nesting help?")
+    cells = table(LOG, "cell", "does nesting help, on MRI-tuned weights\n")
     rows = sorted(cells, key=lambda name: numbers(cells[name]["A_N"])[0])
     colours = {name: GREEN if name.startswith("joint") else GREY for name in rows}
     colours |= {"nested mean": BLUE, "nested mean, interpolated": BLUE, "nested": ORANGE}
@@ -141,8 +141,8 @@ WEIGHTS = {"no sharing": "0", "weak sharing": "0.003", "sharing": "0.01", "stron
 
 def draw_hypotheses() -> Figure:
     """One panel per hypothesis: means and standard deviations by the weight alpha of the sharing loss."""
-    cells = table(LOG, "cell", "shared subspaces on grids")
-    answers = table(RESULTS, "hypothesis", "## Do tasks that share primitives")
+    cells = table(LOG, "cell", "### All cells")
+    answers = table(LOG, "hypothesis", "H1-H4 on grids\n")
 
     def title(hypothesis: str, says: str, unit: str) -> str:
         answer = next(row for name, row in answers.items() if name.split()[0].rstrip(",") == hypothesis)

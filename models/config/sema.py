@@ -48,7 +48,7 @@ class SEMAConfig(AdapterKeys, HeadKeys, TrainingKeys):
         2,
         "Augmented views per image that descriptors train on in turn; 0 = new ones every epoch, as "
         "published. z-scores compare with errors on other views, so thresholds keep their meaning; with 2 "
-        "they agreed better with 0 than with 1 (exps/RESULTS.md).",
+        "they agreed better with 0 than with 1 (docs/experiment_log.md).",
         ge=0,
         le=1000,
     )
