@@ -45,23 +45,6 @@ class WeightVector(nn.Module):
         parts = vector.split([parameter.numel() for parameter in self._parameters_read])
         return [part.view_as(p) for part, p in zip(parts, self._parameters_read, strict=True)]
 
-    def scale_gradients(self, factor: float) -> None:
-        """Multiply the gradients of the parameters that have one."""
-        for parameter in self._parameters_read:
-            if parameter.grad is not None:
-                parameter.grad *= factor
-
-    def gradients(self) -> Tensor:
-        """Their gradients as one vector (P,), zero where the loss did not reach."""
-        pairs = ((p, p.grad) for p in self._parameters_read)
-        return torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for p, g in pairs])
-
-    def add_gradients(self, vector: Tensor) -> None:
-        """Add a vector (P,) to the gradients that are there."""
-        for parameter, values in zip(self._parameters_read, self.split(vector), strict=True):
-            if parameter.grad is not None:
-                parameter.grad += values
-
 
 class Merging(WeightVector):
     """Merged weights m_t of the weights w_t that training has reached in tasks 0 to t.
@@ -69,20 +52,17 @@ class Merging(WeightVector):
     With d_t = w_t - w_init and M_t the merged difference, m_t = w_init + M_t and M_0 = d_0; for t > 0
 
         "mean"            M_t = (t M_(t-1) + d_t) / (t + 1)
-        "ema"             M_t = M_(t-1) + alpha_t (d_t - M_(t-1))
+        "ema"             M_t = M_(t-1) + alpha (d_t - M_(t-1))
         "max_magnitude"   each number of M_t is that of d_0 ... d_t with the largest magnitude, of equals the
                           latest
         "orthogonal"      M_t = (l_(t-1) M_(t-1) + P(d_t)) / l_t with P as in `orthogonal_part`. l_0 = 1, and
                           l_t is such that ||M_t|| over all parameters is the mean of ||d_0|| ... ||d_t||.
 
-    alpha_t is alpha with the schedule "constant", and max(1 / (t + 1), alpha) with "mean_first": the mean
-    over tasks, until a task's share in it is below alpha.
-
     A task trains on from "carried": w_(t-1), "merged": m_(t-1), "first": w_0 or "initial": w_init.
 
     Args:
         parameters: they are read and written in place; their values now are w_init.
-        rule, alpha, schedule: as above.
+        rule, alpha: as above.
         start: where a task trains on from; None for what the rule's paper does (`STARTS`).
     """
 
@@ -94,31 +74,16 @@ class Merging(WeightVector):
     norms: Tensor  # sum of ||d_t||, float64
 
     def __init__(
-        self,
-        parameters: Sequence[nn.Parameter],
-        rule: str,
-        start: str | None = None,
-        alpha: float = 1.0,
-        schedule: str = "constant",
+        self, parameters: Sequence[nn.Parameter], rule: str, start: str | None = None, alpha: float = 1.0
     ) -> None:
         super().__init__(parameters)
-        self.rule, self.start, self.alpha, self.schedule = rule, start or STARTS[rule], alpha, schedule
+        self.rule, self.start, self.alpha = rule, start or STARTS[rule], alpha
         self.register_buffer("initial", self.weights())
         self.register_buffer("merged", torch.zeros_like(self.initial))
         self.register_buffer("start_weights", self.initial.clone())
         self.register_buffer("tasks", torch.tensor(0))
         self.register_buffer("scale", torch.tensor(1.0, dtype=torch.float64))
         self.register_buffer("norms", torch.tensor(0.0, dtype=torch.float64))
-
-    @property
-    def share(self) -> float:
-        """alpha_t of the task t > 0 that is merged next."""
-        mean = 1 / (int(self.tasks) + 1)
-        return max(mean, self.alpha) if self.schedule == "mean_first" else self.alpha
-
-    def deployed(self) -> Tensor:
-        """m_t after the newest task (P,)."""
-        return self.initial + self.merged
 
     def begin(self) -> None:
         """Set the parameters to where a task trains on from; those of the first are there already."""
@@ -131,7 +96,7 @@ class Merging(WeightVector):
         self.norms += difference.double().norm()
         self.merged = RULES[self.rule](self, difference, tasks) if tasks else difference
         self.tasks += 1
-        self.write(self.deployed())
+        self.write(self.initial + self.merged)
         if self.start == "merged":
             self.start_weights = self.weights()
         elif self.start == "carried" or (self.start == "first" and not tasks):
@@ -183,7 +148,7 @@ def _mean(merging: Merging, difference: Tensor, tasks: int) -> Tensor:
 
 
 def _ema(merging: Merging, difference: Tensor, tasks: int) -> Tensor:
-    return merging.merged + merging.share * (difference - merging.merged)
+    return merging.merged + merging.alpha * (difference - merging.merged)
 
 
 def _max_magnitude(merging: Merging, difference: Tensor, tasks: int) -> Tensor:

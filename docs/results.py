@@ -56,7 +56,7 @@ def keep(sweep: Path) -> Path:
 
 
 def table(sweep: str, against: str) -> str:
-    """Markdown table of a sweep's kept runs, best cell first: mean ± std, paired differences with intervals."""
+    """Markdown table of a sweep's kept runs, best cell first: means ± std, paired differences, intervals."""
     runs = pd.read_csv(KEPT / f"{sweep}.csv").set_index(["cell", "seed"])
     held_out = "validation " if "held-out" in set(runs["images"]) else ""
     head = ["cell", "n", f"{held_out}A_N", *list(METRICS.values())[1:], f"A_N against {against}"]
@@ -93,10 +93,14 @@ def shown(values: Estimate) -> str:
 
 def main() -> None:
     """Keep runs, or print tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("sweep", nargs="?", choices=BASELINES, help="the sweep whose table is printed")
     parser.add_argument("--against", metavar="CELL", help="the cell that the others are compared with")
-    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="of a sweep, whose finished runs are kept")
+    parser.add_argument(
+        "--keep", type=Path, metavar="FOLDER", help="of a sweep, whose finished runs are kept"
+    )
     options = parser.parse_args()
     if options.keep:
         print(keep(options.keep))

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from models.ranpac import GaussianRanPACHead, RanPACHead
+from models.ranpac import RanPACHead
 from models.vit.closed_form import ClosedFormHead, PrototypeHead
 from models.vit.config import HeadKeys
 from models.vit.gaussians import AlignedHead, FeCAMHead
@@ -16,7 +16,6 @@ def build_heads(config: HeadKeys, width: int) -> dict[str, nn.Module]:
         "head" and, but for "fc", "closed_form".
     """
     rows = IncrementalHead(width)
-    ridge = GaussianRanPACHead if config.follows_by_gaussians else RanPACHead
     closed_form: ClosedFormHead | None = {
         "fc": lambda: None,
         "aligned": lambda: AlignedHead(
@@ -30,6 +29,6 @@ def build_heads(config: HeadKeys, width: int) -> dict[str, nn.Module]:
         ),
         "cosine": lambda: PrototypeHead(width),
         "fecam": lambda: FeCAMHead(width, config.alpha1, config.alpha2),
-        "ranpac": lambda: ridge(width, config.seed, config.ranpac_dim),
+        "ranpac": lambda: RanPACHead(width, config.seed, config.ranpac_dim),
     }[config.head]()
     return {"head": rows} if closed_form is None else {"head": rows, "closed_form": closed_form}

@@ -12,10 +12,8 @@ features are read, so that all sums belong to one network. Source: McDonnell et 
 Projections and Pre-trained Models for Continual Learning*, NeurIPS 2023.
 """
 
-import copy
 import itertools
 import logging
-import math
 from typing import Any
 
 import torch
@@ -27,7 +25,6 @@ from models.config.ranpac import RanPACConfig
 from models.vit import calibration
 from models.vit.class_incremental import ClassIncrementalLearner
 from models.vit.closed_form import ClosedFormHead, fit_drift
-from models.vit.gaussians import GaussianHead
 from models.vit.training import adapted_network, train_and_freeze
 from utils.analysis.ridge_path import RidgePath, add_gram_, symmetric_
 from utils.inc_net import IncrementalHead
@@ -40,8 +37,6 @@ FINER = [10.0**-0.5, 10.0**0.5]  # and, relative to the best of them, its neighb
 HELD_OUT = 0.2  # share of a task's training features that chooses lambda, as published
 FIT, HELD = range(2)  # the two parts that the sums are kept in
 IMAGES = 2048  # whose random features are held at once
-DRAWN = (160, 40)  # features drawn of a class at most, for either part
-TAU = 1.0  # images per number of a feature at which a share 1 - 1/e of the map of a movement is kept
 SOLUTIONS = 2**25  # numbers in the solutions W that are compared at once: 0.27 GB
 
 
@@ -112,20 +107,12 @@ class RanPACHead(ClosedFormHead):
         self.solve()
         logger.info(f"Ridge head: lambda {self.ridge:g} for {classes} classes, {self.dim} random features")
 
-    def take_in(self, part: int, features: Tensor, targets: Tensor, weights: Tensor | None = None) -> None:
-        """Add features (n, d), of any classes so far, to the sums of a part, `FIT` or `HELD`.
-
-        Args:
-            weights: how many images each stands for, (n,); None for one.
-        """
-        for rows in torch.arange(len(features)).split(IMAGES):
-            hidden = self.random_features(features[rows])
-            one_hot = F.one_hot(targets[rows], len(self.counts)).double()
-            weighted = hidden
-            if weights is not None:
-                one_hot *= weights[rows, None]
-                weighted = weights[rows, None].sqrt() * hidden
-            add_gram_(self.gram[part], weighted)
+    def take_in(self, part: int, features: Tensor, targets: Tensor) -> None:
+        """Add features (n, d), of any classes so far, to the sums of a part, `FIT` or `HELD`."""
+        for some, labels in zip(features.split(IMAGES), targets.split(IMAGES), strict=True):
+            hidden = self.random_features(some)
+            one_hot = F.one_hot(labels, len(self.counts)).double()
+            add_gram_(self.gram[part], hidden)
             self.cross[part] += hidden.T @ one_hot
             self.part_counts[part] += one_hot.sum(dim=0)
         symmetric_(self.gram[part])
@@ -154,22 +141,6 @@ class RanPACHead(ClosedFormHead):
         if self.fit_weights is None:
             return None
         return (self.random_features(features.cpu().double()) @ self.fit_weights).float()
-
-    def anticipated(self, features: Tensor, targets: Tensor) -> Tensor:
-        """W / T (M, C) of the ridge regression once it has taken in a task (n, d), which it has not yet.
-
-        T is the temperature of its scores of the task's held-out images. The head stays as it is; its sums
-        are held twice meanwhile.
-        """
-        head = copy.deepcopy(self)
-        head.add(features, targets)
-        rows = head.unseen_rows(len(features), len(head.counts))
-        scores = head.unseen_scores(features[rows], targets[rows])
-        if scores is None:
-            return head.weights
-        temperature = calibration.fit(scores, targets[rows], self.unseen).temperature
-        logger.info(f"Ridge head before training: temperature {temperature:.3g}")
-        return head.weights / temperature
 
     def _split(self, images: int, classes: int) -> tuple[Tensor, Tensor]:
         """Positions among a task's images: those held out, and the others."""
@@ -219,45 +190,6 @@ class RanPACHead(ClosedFormHead):
             found = zip(some, terms.sum(dim=(1, 2)).tolist(), solved.tolist(), strict=True)
             errors |= {ridge: error for ridge, error, is_solved in found if is_solved}
         return errors
-
-
-class GaussianRanPACHead(RanPACHead, GaussianHead):
-    """`RanPACHead` whose sums follow a moving backbone through a Gaussian of every class's features.
-
-    Beside the sums it holds mean m_c and covariance S_c of the features f (d,) of every class. The affine map
-    f -> J^T f + b of the newest task's n images (`fit_drift`) is shrunk towards their common movement,
-
-        J <- I + (1 - exp(-n / (tau d))) (J - I),   tau = 1,
-
-    and carries m_c -> J^T m_c + b and S_c -> J^T S_c J. The sums are then made anew, in both parts, from
-    features drawn from N(m_c, S_c): as many as a class had images, but 200 at most, each of which stands for
-    the same share of them. A class is drawn with the same random numbers in every task.
-    """
-
-    def refit(self, features: Tensor, targets: Tensor) -> None:
-        self.fit_gaussians(features, targets)
-        super().refit(features, targets)
-
-    def compensate_drift(self, before: Tensor, after: Tensor) -> float:
-        drift = fit_drift(before, after, kept=1 - math.exp(-len(before) / (TAU * self.width)))
-        self.move_gaussians(drift)
-        for part in (FIT, HELD):
-            drawn = self.drawn(part)
-            for sums in (self.gram, self.cross, self.part_counts):
-                sums[part] = 0
-            self.take_in(part, *drawn)
-        return drift.explained
-
-    def drawn(self, part: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Features drawn for all classes in a part (n, d), their classes, and how many images each is."""
-        counts = self.part_counts[part]
-        kept = counts.clamp(max=DRAWN[part]).long()
-        features = [
-            self.means[label] + self.deviations(label, count, rng("drift", self.seed, label, part))
-            for label, count in enumerate(kept.tolist())
-        ]
-        labels = torch.arange(len(kept)).repeat_interleave(kept)
-        return torch.cat(features), labels, (counts / kept)[labels]
 
 
 def _solve(grams: Tensor, crosses: Tensor, ridge: float) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""Classifiers that gain rows with every task.
+"""Classifier that gains rows with every task.
 
 head = IncrementalHead(width=768)
 head.grow(10)                 # ten classes of task 0
@@ -72,39 +72,6 @@ class IncrementalHead(nn.Module):
     def trainable(self) -> list[nn.Parameter]:
         """The parameters that learn: the newest rows."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
-
-
-class ResidualRows(nn.Module):
-    """Rows over all classes seen, V^T (C, d), zero when a task begins: what is learned beside fixed scores.
-
-    They have no bias. Rows of all classes learn; a fresh instance takes its shape from the tensors it loads.
-
-    Args:
-        width: d, length of a feature vector.
-    """
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(0, width))
-        self.register_load_state_dict_pre_hook(_take_saved_rows)
-
-    def grow(self, classes: int) -> None:
-        """Begin a task that brings so many classes."""
-        self.weight = nn.Parameter(self.weight.new_zeros(len(self.weight) + classes, self.weight.shape[1]))
-
-    def forward(self, features: Tensor) -> Tensor:
-        """f V, (B, d) -> (B, C)."""
-        return F.linear(features, self.weight)
-
-    def trainable(self) -> list[nn.Parameter]:
-        """The parameters that learn: all."""
-        return [self.weight]
-
-
-def _take_saved_rows(rows: ResidualRows, state: dict[str, Tensor], prefix: str, *hook_args: object) -> None:
-    """Load-state-dict pre-hook: as many rows as are saved."""
-    if (saved := state.get(f"{prefix}weight")) is not None:
-        rows.grow(len(saved) - len(rows.weight))
 
 
 def _take_saved_shape(

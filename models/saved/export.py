@@ -28,7 +28,6 @@ from models.ranpac import RanPACHead
 from models.saved.model_card import model_card
 from models.saved.prediction import Predictor, load_run
 from models.vit.closed_form import PrototypeHead
-from models.vit.ensemble import EntropyEnsemble
 from models.vit.gaussians import AlignedHead, FeCAMHead
 from utils.data.transforms import views_of
 from utils.errors import UserError
@@ -214,11 +213,6 @@ def export_run(folder: Path, checkpoint: Path | None, form: str, out: Path | Non
         )
     model = load_run(folder, "cpu", checkpoint, "fp32")
     yield repr(model)
-    if isinstance(model.learner.closed_form, EntropyEnsemble):
-        raise UserError(
-            f"--export {form}: two sets of adapter weights classify together (merge_ensemble), which no form "
-            "holds; a run with merge_ensemble false can be exported"
-        )
     views, scores = checked_inputs(model)  # merges the adapters that can be
     if form == "timm" and (
         model.learner.closed_form is not None or model.learner.network.plain_state() is None

@@ -110,17 +110,14 @@ class ClassIncrementalLearner(Learner):
         ]
 
     def training_logits(self, features: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits that functional training is done with, and the positions of the targets (B,) among them.
-
-        By default those of the open task's classes alone, (B, C_t).
-        """
+        """Logits over the open task's classes (B, C_t), and the positions of the targets (B,) among them."""
         return self.head.newest(features), targets - self.classes.start
 
     def loss(self, logits: Tensor, targets: Tensor, features: Tensor) -> Tensor:
         """The method's loss on a micro-batch, a scalar, its mean over samples: by default cross-entropy.
 
         Args:
-            logits, targets: as `training_logits` gives them, by default (B, C_t) and int64 (B,).
+            logits, targets: as `training_logits` gives them, (B, C_t) and int64 (B,).
             features: class tokens that the logits are computed from, (B, d), float32.
         """
         return F.cross_entropy(logits, targets)
@@ -242,7 +239,7 @@ class ClassIncrementalLearner(Learner):
 
     def remember_features(self) -> None:
         """Storage of the task's features before training, where the head's statistics follow their drift."""
-        if self.closed_form is not None and self.task and self.config.head_drift != "none":
+        if self.closed_form is not None and self.task and self.config.head_drift == "linear":
             self.method_tensors["features_before"] = self.training_features().cpu()
 
     @torch.no_grad()

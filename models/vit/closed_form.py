@@ -170,7 +170,7 @@ class Drift(NamedTuple):
         return features @ self.jacobian + self.shift
 
 
-def fit_drift(before: Tensor, after: Tensor, kept: float = 1.0) -> Drift:
+def fit_drift(before: Tensor, after: Tensor) -> Drift:
     """The affine map from old to new features of the same images (n, d); computed and returned in float64.
 
     It knows the newest task's images alone: where features of older classes move otherwise, it misleads.
@@ -179,9 +179,6 @@ def fit_drift(before: Tensor, after: Tensor, kept: float = 1.0) -> Drift:
     evidence (s large against the data) all images are taken to have moved alike. s is the candidate of
     `STRENGTHS` with the smallest leave-one-out error. Images that are all alike give J = I; of one image
     alone nothing is explained, as nothing is left to predict it.
-
-    Args:
-        kept: share of J - I that is kept, the rest going to the common movement; `explained` is of the whole.
     """
     before, after = before.double(), after.double()
     movement, identity = after - before, torch.eye(before.shape[1], dtype=torch.float64)
@@ -190,5 +187,5 @@ def fit_drift(before: Tensor, after: Tensor, kept: float = 1.0) -> Drift:
         return Drift(identity, movement.mean(dim=0), float(total == 0))
     centre, common = before.mean(dim=0), movement.mean(dim=0)
     fit = fit_ridge(before - centre, movement - common, STRENGTHS)
-    weights = kept * fit.weights
-    return Drift(identity + weights, common - centre @ weights, 1 - fit.error / total)
+    shift = common - centre @ fit.weights
+    return Drift(identity + fit.weights, shift, 1 - fit.error / total)

@@ -304,12 +304,9 @@ class RidgeKeys(ClassIncrementalConfig):
     )
 
     def stored_bytes(self, shape: BackboneShape, task: int, classes: int) -> int:
-        return super().stored_bytes(shape, task, classes) + self.ridge_bytes(classes)
-
-    def ridge_bytes(self, classes: int) -> int:
-        """Bytes of a ridge regression: two triangles, their two parts of Q, and W; 0 where there is none."""
         ridge, dim = "ranpac_dim" not in self.without_effect(), self.ranpac_dim
-        return 8 * dim * (dim + 1 + 3 * classes) if ridge else 0
+        sums = 8 * dim * (dim + 1 + 3 * classes) if ridge else 0  # two triangles; their two parts of Q, and W
+        return super().stored_bytes(shape, task, classes) + sums
 
 
 class HeadKeys(RidgeKeys):
@@ -320,10 +317,8 @@ class HeadKeys(RidgeKeys):
         "What classifies: the trained classifier, as it is or aligned on Gaussians of all classes (SLCA); "
         "class means by cosine, or by Mahalanobis distance (FeCAM); or RanPAC's ridge regression.",
     )
-    head_drift: Literal["none", "linear", "gaussian"] = key(
-        "none",
-        'Class statistics of earlier tasks when features move: kept; compensated ("linear"); or, of the head '
-        '"ranpac", made anew from a Gaussian of each class that follows the features ("gaussian").',
+    head_drift: Literal["none", "linear"] = key(
+        "none", 'Class statistics of earlier tasks when features move: kept, or compensated ("linear").'
     )
     ca_samples: Count = key(256, 'Features drawn per class and epoch for the head "aligned".')
     ca_epochs: Count = key(5, 'Epochs of the alignment of the head "aligned".')
@@ -343,21 +338,14 @@ class HeadKeys(RidgeKeys):
     )
 
     @property
-    def follows_by_gaussians(self) -> bool:
-        """Whether Gaussians of the classes carry a head's other statistics along."""
-        return self.head_drift == "gaussian" and "head_drift" not in self.without_effect()
-
-    @property
     def gaussian(self) -> bool:
         """Whether a Gaussian of every class is stored."""
-        return self.head in ("aligned", "fecam") or self.follows_by_gaussians
+        return self.head in ("aligned", "fecam")
 
     def stored_bytes(self, shape: BackboneShape, task: int, classes: int) -> int:
-        return super().stored_bytes(shape, task, classes) + self.gaussian_bytes(shape, classes)
-
-    def gaussian_bytes(self, shape: BackboneShape, classes: int) -> int:
-        """Bytes of the covariances of all classes; 0 where none are stored."""
-        return 2 * classes * shape.width * (shape.width + 1) if self.gaussian else 0
+        width = shape.width
+        numbers = classes * width * (width + 1) // 2 if self.gaussian else 0
+        return super().stored_bytes(shape, task, classes) + 4 * numbers
 
     def unused_rules(self) -> list[UnusedRule]:
         head = f'head is "{self.head}"'
@@ -375,9 +363,6 @@ class HeadKeys(RidgeKeys):
         if self.head == "fecam" and self.alpha2 > self.alpha1:
             sentence = f"the covariance could be indefinite; allowed: alpha2 from 0 to {self.alpha1:g}"
             found.append((("alpha2", "alpha1"), sentence))
-        if self.follows_by_gaussians and self.head != "ranpac":
-            sentence = f'the head "{self.head}" has no sums to make anew; allowed: "none" or "linear"'
-            found.append((("head_drift", "head"), sentence))
         return found
 
     def one_class_advice(self, task: int) -> str:
@@ -473,7 +458,7 @@ class RowsRules(ClassIncrementalConfig):
 class MergeKeys(ClassIncrementalConfig):
     """Merging of the weights that adapters reach task by task.
 
-    Goes with `AdapterKeys` and `HeadKeys`.
+    Goes with `AdapterKeys`.
     """
 
     merge: Literal["none", "mean", "ema", "max_magnitude", "orthogonal"] = key(
@@ -483,57 +468,21 @@ class MergeKeys(ClassIncrementalConfig):
         "changes orthogonal to earlier ones (OPCM).",
     )
     merge_alpha: float = key(0.15, 'Share of the newest task\'s weights with merge "ema".', ge=0, le=1)
-    merge_schedule: Literal["constant", "mean_first"] = key(
-        "constant",
-        "That share in task t = 0, 1, ...: always merge_alpha; or max(1 / (t + 1), merge_alpha), at first "
-        "the mean over tasks.",
-    )
     merge_start: Literal["carried", "merged", "first", "initial"] | None = key(
         None,
         "Where a task trains on from: the weights that the task before it reached, the merged ones, those "
         "after the first task, or the initial ones; null for what the rule's paper does.",
     )
-    merge_train_scale: Literal["full", "drawn", "last_epoch"] = key(
-        "full",
-        'With merge "ema" a later task trains at m + s (w - m), m deployed and w learning: s = 1; s drawn in '
-        "every step between the share that w is merged with and 1; or 1, and that share in the last epoch.",
-    )
-    merge_ensemble: bool = key(
-        False,
-        'With merge "ema" and head "ranpac": the merged weights and those that training goes on from '
-        "classify together, each with a head of its own, the more certain one counting more.",
-    )
-
-    @property
-    def ensembles(self) -> bool:
-        """Whether two sets of weights classify together."""
-        return self.merge_ensemble and "merge_ensemble" not in self.without_effect()
-
-    def conflicts(self) -> list[Conflict]:
-        found = super().conflicts()
-        if self.ensembles and (self.merge != "ema" or self.merge_start not in (None, "carried")):
-            fault = "training goes on from no weights of its own, or they mean nothing beside the merged ones"
-            sentence = f'{fault}; allowed: merge "ema" with merge_start null or "carried"'
-            found.append((("merge_ensemble", "merge", "merge_start"), sentence))
-        if self.ensembles and self.head != "ranpac":
-            sentence = f'the head "{self.head}" is not ensembled; allowed: head "ranpac"'
-            found.append((("merge_ensemble", "head"), sentence))
-        return found
 
     def stored_bytes(self, shape: BackboneShape, task: int, classes: int) -> int:
-        stored = super().stored_bytes(shape, task, classes)
-        if self.ensembles:
-            stored += self.ridge_bytes(classes) + self.gaussian_bytes(shape, classes)
-        return stored + (3 * self.adapter_bytes(shape, task) if self.merge != "none" else 0)
+        vectors = 3 if self.merge != "none" else 0
+        return super().stored_bytes(shape, task, classes) + vectors * self.adapter_bytes(shape, task)
 
     def unused_rules(self) -> list[UnusedRule]:
-        moving_average = ("merge_alpha", "merge_schedule", "merge_train_scale")
-        at_once = self.merge == "ema" and self.merge_alpha == 1
         return [
-            (self.merge == "none", 'merge is "none"', ("merge_start", "merge_ensemble")),
-            (self.merge != "ema", f'merge is "{self.merge}"', moving_average),
-            (at_once, "merge_alpha is 1", (*moving_average[1:], "merge_ensemble")),
-            (self.func_epoch == 0, "func_epoch is 0", MergeKeys.own_keys()),
+            (self.merge == "none", 'merge is "none"', ("merge_start",)),
+            (self.merge != "ema", f'merge is "{self.merge}"', ("merge_alpha",)),
+            (self.func_epoch == 0, "func_epoch is 0", ("merge", "merge_alpha", "merge_start")),
             *super().unused_rules(),
         ]
 

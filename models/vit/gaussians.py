@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from models.vit import calibration
-from models.vit.closed_form import ClosedFormHead, Drift, fit_drift
+from models.vit.closed_form import ClosedFormHead, fit_drift
 from utils.inc_net import IncrementalHead
 from utils.training.random import rng
 
@@ -41,17 +41,13 @@ class GaussianHead(ClosedFormHead):
         self.register_buffer("triangles", torch.zeros(0, width * (width + 1) // 2))
 
     def refit(self, features: Tensor, targets: Tensor) -> None:
-        self.fit_gaussians(features, targets)
-        self.solve()
-
-    def fit_gaussians(self, features: Tensor, targets: Tensor) -> None:
-        """Take in the Gaussians of the classes that `counts` has just gained."""
         for label in range(len(self.means), len(self.counts)):
             rows = features[targets == label]
             mean = rows.mean(dim=0)
             covariance = (rows - mean).T @ (rows - mean) / max(1, len(rows) - 1)
             self.means = torch.cat([self.means, mean[None]])
             self.triangles = torch.cat([self.triangles, covariance[self._lower()].float()[None]])
+        self.solve()
 
     @abstractmethod
     def solve(self) -> None:
@@ -59,15 +55,11 @@ class GaussianHead(ClosedFormHead):
 
     def compensate_drift(self, before: Tensor, after: Tensor) -> float:
         drift = fit_drift(before, after)
-        self.move_gaussians(drift)
-        return drift.explained
-
-    def move_gaussians(self, drift: Drift) -> None:
-        """Carry all means and covariances along."""
         self.means = drift.apply(self.means)
         for label, row in enumerate(self.triangles):
             moved = drift.jacobian.T @ self.covariance(label) @ drift.jacobian
             row.copy_(moved[self._lower()])
+        return drift.explained
 
     def unseen_scores(self, features: Tensor, targets: Tensor) -> None:
         """None: leaving one image out changes a whole covariance."""
@@ -77,11 +69,6 @@ class GaussianHead(ClosedFormHead):
         matrix = torch.zeros(self.width, self.width, dtype=torch.float64)
         matrix[self._lower()] = self.triangles[label].double()
         return matrix + matrix.tril(-1).T
-
-    def deviations(self, label: int, count: int, generator: torch.Generator) -> Tensor:
-        """Draws from N(0, S) of a class, (count, d), float64."""
-        noise = torch.randn(count, self.width, generator=generator).double()
-        return noise @ cholesky(self.covariance(label)).T
 
     def _lower(self) -> Tensor:
         return torch.ones(self.width, self.width, dtype=torch.bool).tril()
@@ -208,8 +195,8 @@ class AlignedHead(GaussianHead):
     def drawn(self, label: int, generator: torch.Generator) -> Tensor:
         """Features drawn for a class, (samples, d), float32."""
         share = 0.9 + 0.1 * self.task_of_class[label] / self.task_of_class.max()
-        deviations = self.deviations(label, self.samples, generator)
-        return (share * self.means[label] + deviations).float()
+        noise = torch.randn(self.samples, self.width, generator=generator).double()
+        return (share * self.means[label] + noise @ cholesky(self.covariance(label)).T).float()
 
     def forward(self, features: Tensor) -> Tensor:
         return F.linear(features.cpu().float(), self.weight.float(), self.bias.float())

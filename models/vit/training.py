@@ -43,12 +43,10 @@ def adapter_spec(config: AdapterKeys, width: int, **described: int | bool) -> Ad
     )
 
 
-def adapted_network(
-    vit: nn.Module, config: AdapterKeys, kind: type[SEMAVisionTransformer] = SEMAVisionTransformer
-) -> SEMAVisionTransformer:
+def adapted_network(vit: nn.Module, config: AdapterKeys) -> SEMAVisionTransformer:
     """The ViT with one adapter in every block, or in those that may grow; none of them grows."""
     spec, adapted = adapter_spec(config, vit.embed_dim), config.adapted_blocks(len(vit.blocks))
-    return kind(vit, spec, adapted=adapted)
+    return SEMAVisionTransformer(vit, spec, adapted=adapted)
 
 
 def task_adapter_network(vit: nn.Module, config: AdapterKeys, plain: bool = False) -> TaskAdapterViT:
@@ -81,7 +79,6 @@ class FunctionalPhase(Phase):
         self.learner, self.inputs, self.config = learner, inputs, config
         self.key = ("functional", learner.seed, task, learner.progress.phases)
         self.source_of_epoch = inputs.by_epoch(task, config.func_epoch)
-        self.importance = dict(learner.modules.items()).get("slow_importance")
         slow = next((group for group in self.optimizer.groups if group.name == "slow"), None)
         self.trace = None if slow is None else SlowTrace(slow, learner.log, task)
         if self.trace is not None:
@@ -109,8 +106,6 @@ class FunctionalPhase(Phase):
         return StepResult(loss, len(targets), (logits.argmax(1) == targets).sum())
 
     def before_step(self, step: int) -> None:
-        if self.importance is not None:
-            self.importance.before_step(measured=step > (self.epochs - 1) * self.steps_per_epoch)
         if self.trace is not None:
             self.trace.before_step(step)
 

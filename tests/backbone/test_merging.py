@@ -38,16 +38,6 @@ def test_ema_is_its_closed_form() -> None:
     torch.testing.assert_close(merging.weights(), expected)
 
 
-def test_the_ema_that_begins_as_a_mean_is_its_closed_form() -> None:
-    """With alpha 0.3 the mean of three tasks, and a moving average from the fourth on, as 1/4 < 0.3."""
-    merging, _, reached = trained("ema", tasks=5, alpha=0.3, schedule="mean_first")
-    shares = [0.7**2 / 3, 0.7**2 / 3, 0.7**2 / 3, 0.3 * 0.7, 0.3]
-    expected = sum(share * weights for share, weights in zip(shares, reached, strict=True))
-    torch.testing.assert_close(merging.weights(), expected)
-    early, _, reached = trained("ema", tasks=2, alpha=0.3, schedule="mean_first")
-    torch.testing.assert_close(early.weights(), (reached[0] + reached[1]) / 2)
-
-
 def test_max_magnitude_takes_each_number_where_it_moved_most() -> None:
     merging, _, reached = trained("max_magnitude")
     moved = (torch.stack(reached) - merging.initial).numpy()

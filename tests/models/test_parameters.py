@@ -65,29 +65,12 @@ CASES: dict[str, tuple[dict[str, Any], int, int]] = {  # changes, trained, store
         {"model_name": "finetune", **NESTED, "nested_lora_lr_slow": 0, "head": "cosine"},
         P + rows(), 2 * P + means(),
     ),
-    "slow is held": (  # how important each of its numbers is
-        {"model_name": "finetune", **NESTED, "nested_lora_slow_importance": 1.0, "head": "cosine"},
-        2 * P + rows(), 3 * P + means(),
-    ),
     "merge mean": (merged("mean"), P + rows(), 2 * P + means()),
     "merge ema": (merged("ema"), P + rows(), 2 * P + means()),
     "merge ema, restarted": (merged("ema", merge_start="merged"), P + rows(), P + means()),
-    "merge ema, ensemble": (
-        merged("ema", merge_ensemble=True) | {"head": "ranpac", "ranpac_dim": M}, P + rows(),
-        2 * P + 2 * RIDGE + C + 2,
-    ),
     "merge max_magnitude": (merged("max_magnitude"), P + rows(), 3 * P + means()),
     "merge orthogonal": (merged("orthogonal"), P + rows(), 2 * P + means()),
     "head ranpac": (headed("ranpac", ranpac_dim=M), P + rows(), P + RIDGE),
-    "head ranpac, gaussian": (
-        headed("ranpac", ranpac_dim=M, head_drift="gaussian"), P + rows(), P + RIDGE + GAUSSIANS - C
-    ),
-    "loss ridge_residual": (  # rows of all classes without biases
-        headed("ranpac", ranpac_dim=M, loss="ridge_residual"), P + C * D, P + RIDGE
-    ),
-    "head ranpac, no epoch": (
-        headed("ranpac", ranpac_dim=M, head_drift="gaussian", func_epoch=0), 0, RIDGE
-    ),
     "head fecam": (headed("fecam"), P + rows(), P + GAUSSIANS),
     "head fecam, frozen": (headed("fecam", func_epoch=0), 0, GAUSSIANS),
     "head aligned": (headed("aligned"), P + rows(), P + GAUSSIANS + rows() + C),

@@ -37,7 +37,6 @@ RUNS: dict[str, dict[str, Any]] = {  # what each changes; its name is that of it
     "linear_probe": {"init_cls": 8, "increment": 8, "max_tasks": 1, "func_epoch": 2},
     "fecam": {"model_name": "finetune", "head": "fecam"},
     "aligned": {"model_name": "finetune", "head": "aligned", "head_drift": "linear"},
-    "ensemble": {"model_name": "finetune", "head": "ranpac", "merge": "ema", "merge_ensemble": True},
     "ease": {},
     "moal": {},
     "inflora": {},

@@ -67,14 +67,6 @@ def test_an_export_gives_the_run_s_scores_as_its_card_says(
     assert many.detach().numpy() == pytest.approx(np.repeat(scores.detach().numpy(), 7, axis=0), abs=1e-6)
 
 
-def test_an_ensemble_of_weights_is_not_exported(
-    runs: Callable[[str], Finished], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for form in ("timm", "torchscript"):
-        assert exported(runs("ensemble"), form, tmp_path / "model") == 2 and list(tmp_path.iterdir()) == []
-        assert "merge_ensemble" in capsys.readouterr().err
-
-
 def test_a_card_says_what_the_model_is(runs: Callable[[str], Finished], tmp_path: Path) -> None:
     finished = runs("sdlora")
     assert exported(finished, "timm", tmp_path / "x") == 0

@@ -1,7 +1,5 @@
 """Heads on a Gaussian of each class, against scipy and numpy."""
 
-from collections.abc import Callable
-
 import numpy as np
 import pytest
 import torch
@@ -9,11 +7,7 @@ from scipy.spatial.distance import mahalanobis
 from torch import Tensor
 from torch.nn import functional as F
 
-from models.ranpac import DRAWN, FIT, HELD, GaussianRanPACHead, RanPACHead
-from models.vit.closed_form import STRENGTHS
 from models.vit.gaussians import AlignedHead, FeCAMHead, GaussianHead, normalised
-from utils.config.loading import ConfigError
-from utils.config.schema import RunConfig
 from utils.inc_net import IncrementalHead
 
 WIDTH = 5
@@ -205,102 +199,3 @@ def test_single_and_repeated_images_give_numbers(kind: str, rows: Tensor) -> Non
     head.add(rows, torch.tensor([0, 0, 0, 1, 1, 2]))
     assert torch.isfinite(head(rows)).all()
     assert 0 <= head.compensate_drift(rows, rows + 1) <= 1
-
-
-# --- RanPAC's sums through Gaussians ------------------------------------------------------------------------
-
-
-def ridge_head(per_class: int, dim: int = 12) -> GaussianRanPACHead:
-    head = GaussianRanPACHead(WIDTH, seed=3, dim=dim)
-    head.add(*features_of(range(3), per_class))
-    return head
-
-
-def test_the_gaussians_of_a_ridge_head_follow_the_shrunk_map() -> None:
-    """By numpy: a ridge regression refitted without each image in turn, exp(-n / d), means, covariances."""
-    head, n = ridge_head(12), 8
-    means = head.means.numpy().copy()
-    covariances = [head.covariance(c).numpy().copy() for c in range(3)]
-    rng = np.random.default_rng(4)
-    before = rng.normal(size=(n, WIDTH)) + 1
-    after = before @ (np.eye(WIDTH) + 0.4 * rng.normal(size=(WIDTH, WIDTH))) + 2
-    head.compensate_drift(torch.from_numpy(before), torch.from_numpy(after))
-    unit = np.linalg.svd(before - before.mean(axis=0))[1][0] ** 2
-
-    def ridge(rows: np.ndarray, strength: float) -> np.ndarray:
-        """Intercept, then slopes, with a penalty on the slopes alone."""
-        design = np.column_stack([np.ones(len(rows)), before[rows]])
-        penalty = strength * unit * np.diag([0.0] + [1.0] * WIDTH)
-        return np.linalg.solve(design.T @ design + penalty, design.T @ (after - before)[rows])
-
-    def error(strength: float) -> float:
-        fits = [ridge(np.delete(np.arange(n), i), strength) for i in range(n)]
-        return sum(np.sum((after[i] - before[i] - np.r_[1, before[i]] @ fits[i]) ** 2) for i in range(n))
-
-    linear = ridge(np.arange(n), min(STRENGTHS, key=error))[1:] * (1 - np.exp(-n / WIDTH))
-    jacobian = np.eye(WIDTH) + linear
-    shift = (after - before).mean(axis=0) - before.mean(axis=0) @ linear
-    np.testing.assert_allclose(head.means.numpy(), means @ jacobian + shift, rtol=1e-6)
-    for c in range(3):
-        expected = jacobian.T @ covariances[c] @ jacobian
-        np.testing.assert_allclose(head.covariance(c).numpy(), expected, rtol=1e-4, atol=1e-5)
-
-
-def test_without_movement_the_sums_change_by_sampling_alone() -> None:
-    """Moments and counts stay; with many images the sums come close, and they add up over parts."""
-    head = ridge_head(6000)
-    gram, cross, counts = head.gram.clone(), head.cross.clone(), head.part_counts.clone()
-    means, triangles = head.means.clone(), head.triangles.clone()
-    features, _ = features_of(range(3, 5), 20)
-    head.compensate_drift(features, features)
-    assert torch.equal(head.means, means)
-    torch.testing.assert_close(head.triangles, triangles)
-    torch.testing.assert_close(head.part_counts, counts)
-    for part in (FIT, HELD):
-        assert not torch.equal(head.gram[part], gram[part])
-        drawn, labels, weights = head.drawn(part)
-        assert torch.bincount(labels).tolist() == [DRAWN[part]] * 3
-        hidden = head.random_features(drawn)
-        torch.testing.assert_close(head.gram[part], (hidden.T * weights) @ hidden)
-        torch.testing.assert_close(head.cross[part], (hidden.T * weights) @ torch.eye(3).double()[labels])
-    scale = float(cross.abs().max())
-    assert float((head.cross - cross).abs().max()) < 0.15 * scale
-
-
-def test_gaussians_that_follow_classify_moved_features() -> None:
-    """Old classes turn and shift: sums that are made anew tell them apart, those that stay do not."""
-    old, old_labels = features_of(range(4), 60)
-    new, new_labels = features_of(range(4, 8), 60)
-    turn = torch.eye(WIDTH) + 0.3 * torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(5))
-    accuracy = {}
-    for kind in (RanPACHead, GaussianRanPACHead):
-        head = kind(WIDTH, seed=3, dim=200)
-        head.add(old, old_labels)
-        if kind is GaussianRanPACHead:
-            head.compensate_drift(new, new @ turn + 4)
-        head.add(new @ turn + 4, new_labels)
-        accuracy[kind] = float((head(old @ turn + 4).argmax(dim=1) == old_labels).float().mean())
-    assert accuracy[GaussianRanPACHead] > 0.8 and accuracy[GaussianRanPACHead] > accuracy[RanPACHead] + 0.1
-
-
-def test_a_ridge_head_with_gaussians_loaded_from_its_state_goes_on_the_same() -> None:
-    """It stores all that the next movement needs, and counts it: d and d (d + 1) / 2 numbers a class."""
-    one = ridge_head(10)
-    other, plain = GaussianRanPACHead(WIDTH, seed=3, dim=12), RanPACHead(WIDTH, seed=3, dim=12)
-    other.load_state_dict(one.state_dict())
-    plain.add(*features_of(range(3), 10))
-    moments = 3 * (WIDTH + WIDTH * (WIDTH + 1) // 2)
-    assert one.stored_numbers() == plain.stored_numbers() + moments
-    features, labels = features_of(range(3, 5), 10)
-    for head in (one, other):
-        head.compensate_drift(features, 1.2 * features + 1)
-        head.add(1.2 * features + 1, labels)
-    assert torch.equal(one.weights, other.weights) and torch.equal(one.gram, other.gram)
-
-
-@pytest.mark.parametrize("head", ["cosine", "fecam"])
-def test_heads_without_sums_are_not_followed_by_gaussians(
-    head: str, smoke_config: Callable[..., RunConfig]
-) -> None:
-    with pytest.raises(ConfigError, match=f"head_drift.*{head}"):
-        smoke_config(model_name="finetune", head=head, head_drift="gaussian")
