@@ -1,8 +1,8 @@
 """Numbers behind exps/RESULTS.md: kept run by run in exps/evidence/results/, and the tables made from them.
 
-python docs/results.py                                       every table, as the documents hold them
-python docs/results.py full_cifar --against RanPAC           one, with differences from another cell
-python docs/results.py --keep logs/sweeps/full_cifar         adds a sweep's finished runs to its file
+python -m docs.results                                    every table, as the documents hold them
+python -m docs.results full_cifar --against RanPAC           one, with differences from another cell
+python -m docs.results --keep logs/sweeps/full_cifar         adds a sweep's finished runs to its file
 """
 
 import argparse
@@ -17,7 +17,7 @@ from utils.runs.folder import CONFIG, RESULT
 
 ROOT = Path(__file__).parents[1]
 KEPT = ROOT / "exps/evidence/results"
-BASELINES = {"rules_screen": "carried, alpha .15"}  # sweep -> cell that its table compares with
+BASELINES: dict[str, str] = {}  # sweep -> cell that its table compares with
 METRICS = {"final": "A_N", "average": "average", "forgetting": "forgetting", "plasticity": "plasticity"}
 PARAMETERS = ("trained", "stored")
 
@@ -73,11 +73,16 @@ def table(sweep: str, against: str) -> str:
 
 
 def difference(runs: pd.DataFrame, cell: str, against: str, metric: str) -> str:
-    """Mean difference of two cells over the seeds that both have; bold where its interval excludes zero."""
+    """Mean difference of two cells over the seeds that both have in one precision, with its interval.
+
+    Bold where the interval excludes zero.
+    """
     if cell == against:
         return ""
-    sides = {"ours": runs.loc[cell, metric], "theirs": runs.loc[against, metric]}
-    found = paired_difference(pd.concat(sides, axis=1, join="inner").dropna())
+    pairs = runs.loc[cell].join(runs.loc[against], lsuffix=" ours", rsuffix=" theirs", how="inner")
+    pairs = pairs[pairs["precision ours"] == pairs["precision theirs"]]
+    sides = {side: pairs[f"{metric} {side}"] for side in ("ours", "theirs")}
+    found = paired_difference(pd.DataFrame(sides).dropna())
     if math.isnan(found.low):
         return "" if found.n == 0 else f"{found.mean:+.2f}"
     text = f"{found.mean:+.2f} ({found.low:+.2f} to {found.high:+.2f})"

@@ -9,13 +9,15 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 
 import eval as look
 import main
+from docs import results
 from models import SCHEMAS
-from tests.conftest import ROOT, run_scores, shipped_file
+from tests.conftest import ROOT, TINY, run_scores, shipped_file
 from utils.config.loading import load_config
 from utils.sweeps.spec import load_sweep
 
@@ -185,6 +187,30 @@ def test_figures_are_drawn_from_the_tables(tmp_path: Path) -> None:
     committed = {path.name for path in script.parent.glob("*.png")}
     assert {path.name for path in tmp_path.iterdir()} == committed
     assert all(path.stat().st_size < 100_000 for path in script.parent.glob("*.png"))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Results
+
+
+@pytest.mark.parametrize("sweep", results.BASELINES)
+def test_tables_of_results_are_those_of_the_kept_runs(sweep: str) -> None:
+    pages = "\n".join(DOCUMENTS[name] for name in ("exps/RESULTS.md", "docs/experiment_log.md"))
+    assert results.table(sweep, results.BASELINES[sweep]) in pages
+
+
+def test_finished_runs_of_a_sweep_are_kept_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(results, "KEPT", tmp_path / "kept")
+    table = {"base": str(ROOT / "exps/smoke.json"), "seeds": [1, 2], "set": TINY, "cells": {"nested": {}}}
+    (tmp_path / "tiny.json").write_text(json.dumps(table))
+    folder = tmp_path / "logs/sweeps/tiny"
+    assert main.main(["--sweep", str(tmp_path / "tiny.json"), "--set", f"logs_root={tmp_path / 'logs'}"]) == 0
+    kept = results.keep(folder)
+    first = kept.read_text()
+    assert results.keep(folder).read_text() == first
+    runs, summary = pd.read_csv(kept), pd.read_csv(folder / "runs.csv")
+    assert runs["seed"].tolist() == [1, 2] and set(runs["cell"]) == {"nested"}
+    assert runs["final"].tolist() == pytest.approx(summary["final"].tolist(), abs=1e-4)
 
 
 # ---------------------------------------------------------------------------------------------------------
