@@ -1,7 +1,7 @@
 """A frozen timm Vision Transformer that runs from any depth to any other, with modules added to its blocks.
 
     net = FrozenViT(timm_vit)
-    tokens = net(images, stop=9)     # (B, 3, S, S) -> (B, N, d): what enters block 9
+    tokens = net(images, stop=9)     # (B, 3, S, S) -> (B, N, d): what block 9 begins with
     features = net(tokens, 9)        # -> (B, d)
 
 The transformer is timm's own. The networks of all methods but SD-LoRA are of this kind.
@@ -28,9 +28,11 @@ class AdaptedBlock(nn.Module):
         super().__init__()
         self.block, self.adapter_module = block, adapter_module
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, attended: bool = False) -> Tensor:
+        """The block's output, of what enters it, or of what its attention has been added to."""
         block, adapters, kept = self.block, self.adapter_module, getattr(self.block, "kept", None)
-        x = attend(block, x, None if adapters.reads_all_tokens else kept)
+        if not attended:
+            x = attend(block, x, None if adapters.reads_all_tokens else kept)
         delta, x = adapters(x, kept), x[:, :kept]
         return x + (mlp_branch(block, x) + delta)
 
@@ -74,11 +76,11 @@ class FrozenViT(nn.Module):
         return self
 
     def forward(self, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
-        """The output of blocks start .. stop - 1; by default of all, from images to features.
+        """From depth `start`, that of x, to depth `stop`; by default from images to features.
 
-        A depth names a tensor: 0 is images (B, 3, S, S), k the tokens that enter block k (B, N, d), and
-        `self.depth` the features (B, d), class token after the final norm. x has depth `start`, the result
-        has depth `stop`.
+        A depth names a tensor: 0 is images (B, 3, S, S), k the tokens that block k begins with (B, N, d), and
+        `self.depth` the features (B, d), class token after the final norm. A block with adapters begins after
+        its attention, which these do not change; another one begins with what enters it.
         """
         stop = self.depth if stop is None else stop
         if not 0 <= start <= stop <= self.depth:
@@ -87,9 +89,15 @@ class FrozenViT(nn.Module):
             return x
         if start == 0:
             x = self.embed(x)
-        for block in self.vit.blocks[start:stop]:
-            x = block(x)
-        return self.vit.forward_head(self.vit.norm(x)) if stop == self.depth else x
+        for number, block in enumerate(self.vit.blocks[start:stop], start):
+            x = block(x, attended=True) if number == start and self.begins_attended(start) else block(x)
+        if stop == self.depth:
+            return self.vit.forward_head(self.vit.norm(x))
+        return attend(self.vit.blocks[stop].block, x) if self.begins_attended(stop) else x
+
+    def begins_attended(self, depth: int) -> bool:
+        """Whether the tokens of a depth are those after the attention of its block."""
+        return 0 < depth < self.depth and isinstance(self.vit.blocks[depth], AdaptedBlock)
 
     def embed(self, images: Tensor) -> Tensor:
         """Tokens with positions, (B, 3, S, S) -> (B, N, d): the input of block 0."""

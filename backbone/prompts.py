@@ -222,6 +222,10 @@ class WithoutPrompts:
         """None."""
         return {}
 
+    def begins_attended(self, depth: int) -> bool:
+        """False: no block holds adapters beside its MLP."""
+        return False
+
 
 def _take_saved_numbers(pool: PromptPool, state: dict[str, Tensor], prefix: str, *hook_args: object) -> None:
     """Load-state-dict pre-hook: as many components as were saved."""

@@ -46,11 +46,12 @@ class SEMAVisionTransformer(FrozenViT):
     def token_means(self, x: Tensor, start: int, blocks: Iterable[int]) -> dict[int, Tensor]:
         """Inputs of the blocks' routers and descriptors, {block: (B, d)}, float32, for x of depth `start`.
 
-        Runs no further than the deepest of the blocks.
+        Runs no further than the deepest of the blocks, whose adapters' inputs are the tokens of its depth.
         """
-        with self.capture_inputs(blocks, token_mean) as means:
-            self(x, start, max(blocks) + 1)
-        return means
+        *before, last = sorted(blocks)
+        with self.capture_inputs(before if last else blocks, token_mean) as means:
+            x = self(x, start, max(last, 1))
+        return means | {last: token_mean(x)} if last else means
 
     @contextmanager
     def capture_inputs(

@@ -1,15 +1,15 @@
 """Cache of activations at the frozen/trainable boundary.
 
     store = ActivationStore(network, data, cache, options)
-    tokens = store.at(9, classes, "train", view=key)     # blocks 0-8 are frozen: they run once per image
-    x = tokens.take(indices)                             # (n, N, d): inputs of block 9 for these images
+    tokens = store.at(9, classes, "train", view=key)     # what is below is frozen: it runs once per image
+    x = tokens.take(indices)                             # (n, N, d): what block 9 begins with
     features = network(x, tokens.depth)
 
 Activations are kept as files of one class each (`utils/cache/tensor_cache.py`), named by a hash of everything
 that shapes them: weights, architecture with its options, the adapters below the depth, data, view, precision,
 library versions. Where no adapter lies below, all runs with these weights and views share them; otherwise
 they belong to one run, which removes them when it no longer needs them. A depth counts as in
-`FrozenViT.forward`: 0 images, k tokens that enter block k, `network.depth` features.
+`FrozenViT.forward`: 0 images, k tokens that block k begins with, `network.depth` features.
 """
 
 import hashlib
@@ -278,6 +278,7 @@ class ActivationStore:
         spec = self.data.test_view if view is None else self.data.train_view
         return {
             "depth": depth,
+            "attended": self.network.begins_attended(depth),
             "source": source,
             "view": view,
             "adapters": sha256_of(adapters) if adapters else None,

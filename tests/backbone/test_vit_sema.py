@@ -44,6 +44,18 @@ def test_running_in_stretches_is_running_at_once(name: str) -> None:
         network(x, 2, 1)
 
 
+def test_the_attention_before_the_first_adapters_is_below_their_depth() -> None:
+    """No adapter changes it, so it runs once an image."""
+    network, runs = wrapped("vit_small_patch16_224"), []
+    for i, block in enumerate(network.vit.blocks):
+        block.block.attn.register_forward_hook(lambda *_, i=i: runs.append(i))
+    with torch.no_grad():
+        tokens = network(images("vit_small_patch16_224"), 0, 1)
+        assert runs == [0, 1]
+        network(tokens, 1)
+    assert runs == [0, 1, 2]
+
+
 def test_depths_follow_what_may_change_and_what_learns() -> None:
     network = wrapped("vit_small_patch16_224")  # adapters in blocks 0 to 2, of which 1 and 2 may grow
     assert (network.fixed_depth(), network.learning_depth()) == (0, 0)

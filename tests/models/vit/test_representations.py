@@ -15,8 +15,9 @@ def test_class_tokens_are_what_enters_the_next_block_and_become_the_features(mak
     tokens, network = learner.class_tokens(IMAGES), learner.network
     assert tokens.shape == (6, 3, network.vit.embed_dim) and not tokens.requires_grad
     with torch.no_grad():
-        for block in range(5):
-            torch.testing.assert_close(tokens[block], network(IMAGES, 0, block + 1)[:, 0])
+        x = network.embed(IMAGES)
+        for block, expected in zip(network.vit.blocks, tokens, strict=True):
+            torch.testing.assert_close((x := block(x))[:, 0], expected)
         torch.testing.assert_close(network.vit.norm(tokens[5]), learner.features(IMAGES))
 
 
