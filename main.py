@@ -1,6 +1,6 @@
 """The command line, by examples:
 
-python main.py                                                   four methods compared: exps/quickstart.json
+python main.py                                                   five methods compared: exps/quickstart.json
 python main.py exps/nested_lora_cifar.json                       any other file: one experiment, or a sweep
 python main.py --method ranpac --dataset cifar224                the file that is shipped for the two
 python main.py --config X.json --set nested_lora_rank=8 --set seed=[1,2,3]

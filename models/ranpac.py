@@ -119,13 +119,15 @@ class RanPACHead(ClosedFormHead):
 
     def compensate_drift(self, before: Tensor, after: Tensor) -> float:
         hidden = (self.random_features(features.cpu().double()) for features in (before, after))
-        jacobian, shift, explained = fit_drift(*hidden)
+        drift = fit_drift(*hidden)
+        shift = drift.shift
         for gram, cross, counts in zip(self.gram, self.cross, self.part_counts, strict=True):  # views
-            mixed = torch.outer(jacobian.T @ cross.sum(dim=1), shift)
-            moved = jacobian.T @ gram @ jacobian + mixed + mixed.T + counts.sum() * torch.outer(shift, shift)
+            cross.copy_(drift.turned(cross))
+            mixed = torch.outer(cross.sum(dim=1), shift)
+            moved = drift.turned_form(gram) + mixed + mixed.T + counts.sum() * torch.outer(shift, shift)
             symmetric_(gram.copy_(moved))
-            cross.copy_(jacobian.T @ cross + torch.outer(shift, counts))
-        return explained
+            cross += torch.outer(shift, counts)
+        return drift.explained
 
     def forward(self, features: Tensor) -> Tensor:
         return (self.random_features(features.cpu().double()) @ self.weights).float()

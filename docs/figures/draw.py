@@ -72,13 +72,13 @@ def draw_quickstart() -> Figure:
     """Accuracy over all digits seen after each task, a line per cell, and chance."""
     cells = table(EXPERIMENTS, "cell", "## What `python main.py` runs")
     digits = [int(column) for column in next(iter(cells.values())) if column != "cell"]
-    colours = dict(zip(cells, (GREY, GREEN, INK, BLUE), strict=True))
+    colours = dict(zip(cells, (GREY, GREEN, INK, BLUE, ORANGE), strict=True))
     figure, panel = plt.subplots(figsize=(7.2, 3.6))
     lines = {cell: [float(row[str(seen)]) for seen in digits] for cell, row in cells.items()}
-    lowest = -100.0  # of the labels so far, kept 6 apart
+    lowest = -100.0  # of the labels so far, kept 5 apart
     for cell in sorted(lines, key=lambda name: lines[name][-1]):
         panel.plot(digits, lines[cell], "o-", color=colours[cell], linewidth=2, markersize=4)
-        lowest = max(lines[cell][-1], lowest + 6)
+        lowest = max(lines[cell][-1], lowest + 5)
         panel.text(digits[-1] + 0.2, lowest, cell, color=colours[cell], va="center")
     panel.plot(digits, [100 / seen for seen in digits], ":", color=GREY)
     panel.text(digits[-1] + 0.2, 100 / digits[-1], "chance", color=GREY, va="center")

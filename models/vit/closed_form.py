@@ -153,21 +153,40 @@ STRENGTHS = [10.0**k for k in range(-2, 4)]
 
 
 class Drift(NamedTuple):
-    """after ~ before J + shift, for features as rows.
+    """after ~ before J + shift, for features as rows, J = I + A B.
 
     Attributes:
-        jacobian: J = I + linear part of the movement, (d, d).
+        left, right: A (d, k) and B (k, d), k at most the number of images.
         shift: (d,).
         explained: 1 - ||leave-one-out residual||^2 / ||after - before||^2; 1 where nothing moved.
     """
 
-    jacobian: Tensor
+    left: Tensor
+    right: Tensor
     shift: Tensor
     explained: float
 
+    @property
+    def jacobian(self) -> Tensor:
+        """J (d, d)."""
+        return torch.eye(len(self.shift), dtype=self.shift.dtype) + self.left @ self.right
+
     def apply(self, features: Tensor) -> Tensor:
         """Features (n, d) as the new network would give them."""
-        return features @ self.jacobian + self.shift
+        return features + (features @ self.left) @ self.right + self.shift
+
+    def turned(self, sums: Tensor) -> Tensor:
+        """J^T S of sums S (d, m) over features."""
+        return sums + self.right.T @ (self.left.T @ sums)
+
+    def turned_form(self, form: Tensor) -> Tensor:
+        """J^T F J of a symmetric F (d, d), by products with the factors where these are narrow."""
+        if 2 * self.left.shape[1] >= len(form):
+            jacobian = self.jacobian
+            return jacobian.T @ form @ jacobian
+        product = form @ self.left  # (d, k)
+        half = (product + self.right.T @ (self.left.T @ product) / 2) @ self.right
+        return form + half + half.T
 
 
 def fit_drift(before: Tensor, after: Tensor) -> Drift:
@@ -181,11 +200,10 @@ def fit_drift(before: Tensor, after: Tensor) -> Drift:
     alone nothing is explained, as nothing is left to predict it.
     """
     before, after = before.double(), after.double()
-    movement, identity = after - before, torch.eye(before.shape[1], dtype=torch.float64)
+    movement = after - before
     total = float(movement.square().sum())
     if total == 0 or len(before) == 1:
-        return Drift(identity, movement.mean(dim=0), float(total == 0))
+        return Drift(before[:0].T, before[:0], movement.mean(dim=0), float(total == 0))
     centre, common = before.mean(dim=0), movement.mean(dim=0)
     fit = fit_ridge(before - centre, movement - common, STRENGTHS)
-    shift = common - centre @ fit.weights
-    return Drift(identity + fit.weights, shift, 1 - fit.error / total)
+    return Drift(fit.left, fit.right, common - centre @ fit.left @ fit.right, 1 - fit.error / total)

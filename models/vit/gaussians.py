@@ -57,8 +57,7 @@ class GaussianHead(ClosedFormHead):
         drift = fit_drift(before, after)
         self.means = drift.apply(self.means)
         for label, row in enumerate(self.triangles):
-            moved = drift.jacobian.T @ self.covariance(label) @ drift.jacobian
-            row.copy_(moved[self._lower()])
+            row.copy_(drift.turned_form(self.covariance(label))[self._lower()])
         return drift.explained
 
     def unseen_scores(self, features: Tensor, targets: Tensor) -> None:

@@ -11,14 +11,20 @@ class RidgeFit(NamedTuple):
     """A ridge regression y ~ x W for rows less their means.
 
     Attributes:
-        weights: W (d, C).
+        left, right: factors of W, (d, k) and (k, C), k the lesser of n and d.
         strength: the candidate that was chosen.
         error: its sum of squared leave-one-out residuals.
     """
 
-    weights: Tensor
+    left: Tensor
+    right: Tensor
     strength: float
     error: float
+
+    @property
+    def weights(self) -> Tensor:
+        """W (d, C)."""
+        return self.left @ self.right
 
 
 def fit_ridge(x: Tensor, y: Tensor, strengths: Sequence[float], unit: float | None = None) -> RidgeFit:
@@ -44,5 +50,5 @@ def fit_ridge(x: Tensor, y: Tensor, strengths: Sequence[float], unit: float | No
 
     errors = {strength: left_out_error(strength * unit) for strength in strengths}
     strength = min(errors, key=errors.get)
-    weights = vt.T @ ((s / (s.square() + strength * unit))[:, None] * projected)
-    return RidgeFit(weights, strength, errors[strength])
+    right = (s / (s.square() + strength * unit))[:, None] * projected
+    return RidgeFit(vt.T, right, strength, errors[strength])

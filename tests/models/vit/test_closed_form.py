@@ -263,6 +263,20 @@ def test_sums_follow_an_affine_movement_exactly(monkeypatch: pytest.MonkeyPatch)
     torch.testing.assert_close(head.cross.sum(dim=0), wanted, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("images", [3, 30])
+def test_sums_turn_as_the_jacobian_says(images: int) -> None:
+    """With few images, whose map has narrow factors, and with many."""
+    rng = torch.Generator().manual_seed(1)
+    before, movement, form = (
+        torch.randn(rows, WIDTH, generator=rng, dtype=torch.float64) for rows in (images, images, WIDTH)
+    )
+    drift, form = fit_drift(before, before + movement), form @ form.T
+    jacobian = drift.jacobian
+    torch.testing.assert_close(drift.turned(form), jacobian.T @ form)
+    torch.testing.assert_close(drift.turned_form(form), jacobian.T @ form @ jacobian)
+    torch.testing.assert_close(drift.apply(before), before @ jacobian + drift.shift)
+
+
 def test_nothing_moved_changes_nothing() -> None:
     features, _ = classes_of_features(range(3), 4)
     drift = fit_drift(features, features)
