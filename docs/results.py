@@ -17,7 +17,7 @@ from utils.runs.folder import CONFIG, RESULT
 
 ROOT = Path(__file__).parents[1]
 KEPT = ROOT / "exps/evidence/results"
-BASELINES: dict[str, str] = {}  # sweep -> cell that its table compares with
+BASELINES = {"grocery": "RanPAC"}  # sweep -> cell that its table compares with
 METRICS = {"final": "A_N", "average": "average", "forgetting": "forgetting", "plasticity": "plasticity"}
 PARAMETERS = ("trained", "stored")
 
@@ -64,7 +64,9 @@ def table(sweep: str, against: str) -> str:
     rows = []
     for cell in runs["final"].groupby(level="cell").mean().sort_values(ascending=False).index:
         own = runs.loc[cell]
-        means = [shown(mean_over_seeds(own[key].dropna().tolist())) for key in METRICS]
+        metrics = METRICS if own["forgetting"].any() else ["final"]  # of one task there is nothing else
+        means = [shown(mean_over_seeds(own[key].dropna().tolist())) for key in metrics]
+        means += [""] * (len(METRICS) - len(means))
         differences = [difference(runs, cell, against, key) for key in ("final", "forgetting")]
         parameters = [f"{own[key].mean() / 1000:,.1f}" for key in PARAMETERS]
         rows.append([cell, len(own), *means, *differences, *parameters, f"{own['minutes'].mean():.1f}"])
