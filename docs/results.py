@@ -1,8 +1,8 @@
 """Numbers behind exps/RESULTS.md: kept run by run in exps/evidence/results/, and the tables made from them.
 
-python -m docs.results                                    every table, as the documents hold them
-python -m docs.results full_cifar --against RanPAC           one, with differences from another cell
-python -m docs.results --keep logs/sweeps/full_cifar         adds a sweep's finished runs to its file
+python -m docs.results                                       every table, as the documents hold them
+python -m docs.results grocery --against "nested mean"       one, with differences from another cell
+python -m docs.results --keep logs/sweeps/grocery            adds a sweep's finished runs to its file
 """
 
 import argparse
@@ -12,28 +12,32 @@ from pathlib import Path
 import pandas as pd
 
 from utils.files import read_json
-from utils.reports.stats import Estimate, mean_over_seeds, paired_difference
-from utils.runs.folder import CONFIG, RESULT
+from utils.metric_catalogue import CLASS_INCREMENTAL, by_key
+from utils.reports.renderings import markdown_table
+from utils.reports.stats import mean_over_seeds, paired_difference
+from utils.reports.tables import Entry, Table
+from utils.runs.folder import CONFIG, MANIFEST, RESULT
+from utils.runs.metrics import numbers_of
 
 ROOT = Path(__file__).parents[1]
 KEPT = ROOT / "exps/evidence/results"
 BASELINES = {"grocery": "RanPAC"}  # sweep -> cell that its table compares with
-METRICS = {"final": "A_N", "average": "average", "forgetting": "forgetting", "plasticity": "plasticity"}
+SPECS = by_key(CLASS_INCREMENTAL)
+METRICS = ("final", "average", "forgetting", "plasticity")
 PARAMETERS = ("trained", "stored")
 
 
 def row_of(folder: Path) -> dict[str, object]:
     """Numbers of a finished run, in percent, points and minutes, and what it ran on."""
-    result, manifest = read_json(folder / RESULT), read_json(folder / "manifest.json")
-    held_out = "validation_final" in result["metrics"]
-    metrics = {key: result["metrics"].get(f"validation_{key}" if held_out else key) for key in METRICS}
-    session = manifest["sessions"][-1]
+    numbers, manifest = numbers_of(read_json(folder / RESULT)), read_json(folder / MANIFEST)
+    held_out, session = "validation_final" in numbers, manifest["sessions"][-1]
+    metrics = {key: numbers.get(f"validation_{key}" if held_out else key) for key in METRICS}
     return {
         "seed": manifest["seed"],
         **{key: value if value is None else round(value, 4) for key, value in metrics.items()},
-        "expansions": result["metrics"].get("expansions"),
-        **{key: result["parameters"].get(key) for key in PARAMETERS},
-        "minutes": round(result["cost"]["seconds"] / 60, 1),
+        "expansions": numbers.get("expansions"),
+        **{key: numbers[f"parameters_{key}"] for key in PARAMETERS},
+        "minutes": round(numbers["seconds"] / 60, 1),
         "images": "held-out" if held_out else "test",
         "precision": session["precision"],
         "commit": session["commit"][:7],
@@ -59,43 +63,47 @@ def table(sweep: str, against: str) -> str:
     """Markdown table of a sweep's kept runs, best cell first: means ± std, paired differences, intervals."""
     runs = pd.read_csv(KEPT / f"{sweep}.csv").set_index(["cell", "seed"])
     held_out = "validation " if "held-out" in set(runs["images"]) else ""
-    head = ["cell", "n", f"{held_out}A_N", *list(METRICS.values())[1:], f"A_N against {against}"]
+    names = [SPECS[key].name for key in METRICS]
+    head = ["cell", "n", held_out + names[0], *names[1:], f"A_N against {against}"]
     head += [f"forgetting against {against}", "trained (k)", "stored (k)", "minutes"]
     rows = []
     for cell in runs["final"].groupby(level="cell").mean().sort_values(ascending=False).index:
         own = runs.loc[cell]
-        metrics = METRICS if own["forgetting"].any() else ["final"]  # of one task there is nothing else
-        means = [shown(mean_over_seeds(own[key].dropna().tolist())) for key in metrics]
+        metrics = METRICS if own["forgetting"].any() else METRICS[:1]  # of one task there is nothing else
+        means = [mean_text(own[key].tolist(), key) for key in metrics]
         means += [""] * (len(METRICS) - len(means))
         differences = [difference(runs, cell, against, key) for key in ("final", "forgetting")]
-        parameters = [f"{own[key].mean() / 1000:,.1f}" for key in PARAMETERS]
-        rows.append([cell, len(own), *means, *differences, *parameters, f"{own['minutes'].mean():.1f}"])
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+        costs = [SPECS[f"parameters_{key}"].text(own[key].mean()) for key in PARAMETERS]
+        costs.append(f"{own['minutes'].mean():.1f}")
+        rows.append([*map(Entry, [cell, str(len(own)), *means]), *differences, *map(Entry, costs)])
+    return markdown_table(Table("", head, rows))
 
 
-def difference(runs: pd.DataFrame, cell: str, against: str, metric: str) -> str:
+def mean_text(values: list[float], metric: str) -> str:
+    """Mean ± std, the mean alone of one seed."""
+    estimate = mean_over_seeds(values)
+    return SPECS[metric].text(estimate.mean, estimate.std)
+
+
+def difference(runs: pd.DataFrame, cell: str, against: str, metric: str) -> Entry:
     """Mean difference of two cells over the seeds that both have in one precision, with its interval.
 
-    Bold where the interval excludes zero.
+    Strong where the interval excludes zero.
     """
     if cell == against:
-        return ""
-    pairs = runs.loc[cell].join(runs.loc[against], lsuffix=" ours", rsuffix=" theirs", how="inner")
+        return Entry("")
+    suffixes = (" ours", " theirs")
+    pairs = runs.loc[cell].merge(runs.loc[against], left_index=True, right_index=True, suffixes=suffixes)
     pairs = pairs[pairs["precision ours"] == pairs["precision theirs"]]
     sides = {side: pairs[f"{metric} {side}"] for side in ("ours", "theirs")}
     found = paired_difference(pd.DataFrame(sides).dropna())
+    if not found.n:
+        return Entry("")
+    text = SPECS[metric].difference_text(found.mean)
     if math.isnan(found.low):
-        return "" if found.n == 0 else f"{found.mean:+.2f}"
-    text = f"{found.mean:+.2f} ({found.low:+.2f} to {found.high:+.2f})"
-    return f"**{text}**" if found.low > 0 or found.high < 0 else text
-
-
-def shown(values: Estimate) -> str:
-    """Mean ± std, the mean alone of one seed, nothing without one."""
-    if not values.n:
-        return ""
-    return f"{values.mean:.2f}" + (f" ± {values.std:.2f}" if values.n > 1 else "")
+        return Entry(text)
+    interval = SPECS[metric].difference_text(found.low, found.high)
+    return Entry(f"{text} ({interval})", strong=found.low > 0 or found.high < 0)
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ python docs/figures/draw.py --to FOLDER       writes them elsewhere
 
 import argparse
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +93,40 @@ def draw_quickstart() -> Figure:
 # Does nesting help
 
 
+def interval_panels(
+    panels: Sequence[Axes],
+    columns: Mapping[str, str],
+    cells: Mapping[str, Mapping[str, str]],
+    rows: Sequence[str],
+    colours: Mapping[str, str],
+    baseline: str,
+) -> None:
+    """Differences from a baseline with their intervals: a panel per column (by title), a line per row."""
+    for panel, (title, column) in zip(panels, columns.items(), strict=True):
+        for place, name in enumerate(rows):
+            difference = numbers(cells[name][column])
+            if name == baseline:
+                panel.plot(0, place, "D", color=INK, markersize=6)
+            elif difference:
+                mean, low, high = difference
+                line = {"color": colours[name], "linewidth": 2.2, "solid_capstyle": "round"}
+                panel.plot([low, high], [place, place], **line)
+                panel.plot(mean, place, "o", color=colours[name], markersize=6)
+        panel.axvline(0, color=INK, linewidth=0.8)
+        panel.set_title(title)
+        panel.grid(axis="x", color=LIGHT)
+        panel.set_axisbelow(True)
+        panel.tick_params(axis="y", length=0)
+        panel.spines["left"].set_visible(False)
+
+
+def label_rows(panel: Axes, labels: Sequence[str], colours: Sequence[str]) -> None:
+    """Names of the rows beside a panel, in their colours; grey ones in ink."""
+    panel.set_yticks(range(len(labels)), labels)
+    for label, colour in zip(panel.get_yticklabels(), colours, strict=True):
+        label.set_color(INK if colour == GREY else colour)
+
+
 def draw_answer() -> Figure:
     """Differences of A_N from frozen RanPAC on two data sets, with 95 % intervals, one row per method."""
     cells = table(RESULTS, "method", "# Results")
@@ -100,28 +134,11 @@ def draw_answer() -> Figure:
     colours = {name: GREEN if name.startswith("joint") else GREY for name in rows}
     colours |= {"nested mean": BLUE, "Nested LoRA": BLUE, "carried": ORANGE, "matched adapter": INK}
     figure, panels = plt.subplots(1, 2, figsize=(9.6, 4.0), sharex=True, sharey=True)
-    for panel, data, column in (
-        (panels[0], "CIFAR-100", "against RanPAC"),
-        (panels[1], "Grocery", "against RanPAC, Grocery"),
-    ):
-        for place, name in enumerate(rows):
-            colour, difference = colours[name], numbers(cells[name][column])
-            if name == "RanPAC":
-                panel.plot(0, place, "D", color=INK, markersize=6)
-            elif difference:
-                mean, low, high = difference
-                panel.plot([low, high], [place] * 2, color=colour, linewidth=2.2, solid_capstyle="round")
-                panel.plot(mean, place, "o", color=colour, markersize=6)
-        panel.axvline(0, color=INK, linewidth=0.8)
-        panel.set_title(data)
+    columns = {"CIFAR-100": "against RanPAC", "Grocery": "against RanPAC, Grocery"}
+    interval_panels(panels, columns, cells, rows, colours, "RanPAC")
+    for panel in panels:
         panel.set_xlabel("A_N against RanPAC without adapters (points)")
-        panel.grid(axis="x", color=LIGHT)
-        panel.set_axisbelow(True)
-        panel.tick_params(axis="y", length=0)
-        panel.spines["left"].set_visible(False)
-    panels[0].set_yticks(range(len(rows)), rows)
-    for label, name in zip(panels[0].get_yticklabels(), rows, strict=True):
-        label.set_color(INK if colours[name] == GREY else colours[name])
+    label_rows(panels[0], rows, [colours[name] for name in rows])
     note = "Points: means of differences paired by seed; lines: 95 % intervals. ViT-Ti/16 with ImageNet "
     note += "weights, 160 px, adapters in blocks 9-11.\nBlue: nested. Orange: moving average of one adapter. "
     note += "Green: trained on all classes at once."
@@ -137,28 +154,13 @@ def draw_nesting() -> Figure:
     colours |= {"nested mean": BLUE, "nested mean, interpolated": BLUE, "nested": ORANGE}
     colours |= {"matched adapter": INK}
     figure, panels = plt.subplots(1, 2, figsize=(9.6, 5.2), sharey=True, width_ratios=(1.2, 1))
-    titles = {"A_N": "A_N: right is better", "forgetting": "Forgetting: left is better"}
-    for panel, (column, title) in zip(panels, titles.items(), strict=True):
-        for place, name in enumerate(rows):
-            difference = numbers(cells[name][f"{column} against matched"])
-            if name == "matched adapter":
-                panel.plot(0, place, "D", color=INK, markersize=6)
-            elif difference:
-                mean, low, high = difference
-                line = {"color": colours[name], "linewidth": 2.2, "solid_capstyle": "round"}
-                panel.plot([low, high], [place, place], **line)
-                panel.plot(mean, place, "o", color=colours[name], markersize=6)
-        panel.axvline(0, color=INK, linewidth=0.8)
-        panel.set_title(title)
+    columns = {"A_N: right is better": "A_N against matched"}
+    columns |= {"Forgetting: left is better": "forgetting against matched"}
+    interval_panels(panels, columns, cells, rows, colours, "matched adapter")
+    for panel in panels:
         panel.set_xlabel("points against the matched adapter")
-        panel.grid(axis="x", color=LIGHT)
-        panel.set_axisbelow(True)
-        panel.tick_params(axis="y", length=0)
-        panel.spines["left"].set_visible(False)
     labels = [f"{name}   {numbers(cells[name]['A_N'])[0] + 1e-9:.1f}" for name in rows]
-    panels[0].set_yticks(range(len(rows)), labels)
-    for label, name in zip(panels[0].get_yticklabels(), rows, strict=True):
-        label.set_color(INK if colours[name] == GREY else colours[name])
+    label_rows(panels[0], labels, [colours[name] for name in rows])
     above = {"xycoords": "axes fraction", "ha": "right", "va": "bottom", "color": GREY, "fontsize": 9}
     panels[0].annotate("A_N (%)", (-0.015, 1.02), **above)
     note = "Points: means of differences paired by seed; lines: 95 % intervals; 5 seeds. CIFAR-100 10x10, "

@@ -482,7 +482,7 @@ class MergeKeys(ClassIncrementalConfig):
         return [
             (self.merge == "none", 'merge is "none"', ("merge_start",)),
             (self.merge != "ema", f'merge is "{self.merge}"', ("merge_alpha",)),
-            (self.func_epoch == 0, "func_epoch is 0", ("merge", "merge_alpha", "merge_start")),
+            (self.func_epoch == 0, "func_epoch is 0", MergeKeys.own_keys()),
             *super().unused_rules(),
         ]
 
