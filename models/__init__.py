@@ -3,9 +3,9 @@
     from models import LEARNERS, METHODS, SCHEMAS, Method     # `models/methods.py`: a new method is one line
     from models import load_run                               # a run as a classifier: `models/saved/`
 
-Files below import from `models.methods` instead. A file of this folder is a method, but for `base.py` and
-`phase.py`, which all methods stand on, `heads.py`, classifiers by their key, `gumbel_growth.py`, the gate's
-part of `sdlora.py`, `methods.py` and `benchmark.py`.
+Files below import from `models.methods` instead. A file of this folder is a method, but for `base.py`, on
+which all methods stand, `heads.py`, classifiers by their key, `gumbel_growth.py`, the gate's part of
+`sdlora.py`, `methods.py` and `benchmark.py`.
 """
 
 from importlib import import_module

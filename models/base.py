@@ -25,7 +25,6 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from models.phase import Phase, PhaseProgress, StepResult
 from utils.analysis.results import AnalysisResult
 from utils.config.schema import RunConfig
 from utils.console import progress
@@ -42,6 +41,7 @@ from utils.training.device import (
     unpack_tensors,
 )
 from utils.training.distributed import DistributedContext
+from utils.training.phase import Phase, PhaseProgress, StepResult
 from utils.wording import counted
 
 logger = logging.getLogger("nested_lora")

@@ -28,7 +28,6 @@ from torch.nn import functional as F
 from backbone.frozen_block import FrozenLinear
 from backbone.frozen_vit import FrozenViT
 from models.methods import SCHEMAS
-from models.phase import Phase, PhaseProgress
 from models.ranpac import RanPACHead
 from models.saved.learner import make_learner
 from models.vit.config import ClassIncrementalConfig, OneTaskRules, StepKeys
@@ -40,6 +39,7 @@ from utils.data.synthetic import write_noise
 from utils.errors import UserError
 from utils.runs.run_log import SilentLog
 from utils.training.device import resolve_device
+from utils.training.phase import Phase, PhaseProgress
 from utils.wording import counted
 
 ADAPTERS = (1, 2, 6)  # in a block when steps and tests are measured; a task brings one

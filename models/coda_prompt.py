@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from backbone.prompts import PromptedViT, WithoutPrompts
 from models.config.coda_prompt import CODAPromptConfig
-from models.phase import StepResult
 from models.vit.activations import ActivationStore, ForwardOptions
 from models.vit.class_incremental import ClassIncrementalLearner
 from models.vit.task_inputs import Batch, Source, TaskInputs
@@ -28,6 +27,7 @@ from utils.cache.tensor_cache import TensorCache
 from utils.data.tasks import DataManager
 from utils.inc_net import IncrementalHead
 from utils.training.device import autocast
+from utils.training.phase import StepResult
 from utils.training.random import Key
 
 

@@ -19,11 +19,11 @@ from torch.nn import functional as F
 
 from backbone.merging import MovingAverage
 from models.config.moal import MoALConfig
-from models.phase import EpochNote
 from models.ranpac import FIT, RanPACHead
 from models.vit.class_incremental import ClassIncrementalLearner
 from models.vit.training import FunctionalPhase, adapted_network
 from utils.inc_net import IncrementalHead
+from utils.training.phase import EpochNote
 from utils.wording import counted
 
 logger = logging.getLogger("nested_lora")

@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from backbone.lora import GumbelGate, LoRAVisionTransformer
 from models.config.sdlora import SDLoRAConfig
 from models.gumbel_growth import CAPTIONS, active_adapters_table, decide, gate_figures, not_finite_advice
-from models.phase import EpochNote, Phase, StepResult
 from models.vit.class_incremental import ClassIncrementalLearner
 from utils.analysis.representations import GATE_ANALYSES
 from utils.console import progress
@@ -36,6 +35,7 @@ from utils.runs.figures import CAPTIONS as RUN_CAPTIONS
 from utils.runs.figures import class_incremental_figures
 from utils.runs.run_log import read_metrics
 from utils.training.optim import GroupedOptimizer, ParameterGroup, StepDecay
+from utils.training.phase import EpochNote, Phase, StepResult
 from utils.training.random import rng
 from utils.wording import counted
 

@@ -35,13 +35,13 @@ from backbone.sema_components import NestedLoRAAdapter
 from backbone.vit_sema import SEMAVisionTransformer
 from models.config.sema import SEMAConfig
 from models.heads import build_heads
-from models.phase import EpochNote, Phase, StepResult
 from models.vit.class_incremental import ClassIncrementalLearner
 from models.vit.task_inputs import Batch
 from models.vit.training import adapter_spec, train_functional
 from utils.console import progress
 from utils.errors import Interrupted
 from utils.training.optim import GroupedOptimizer, ParameterGroup, trainable
+from utils.training.phase import EpochNote, Phase, StepResult
 from utils.training.random import rng
 from utils.wording import spans
 

@@ -26,7 +26,6 @@ ROOMS = (
     "utils.reports",
     "utils.sweeps",
     "backbone",
-    "models.phase",
     "models.base",
     "models.vit",
     "models.config",

@@ -18,13 +18,13 @@ from typing import Any
 
 import torch
 
-from models.phase import EpochNote, Phase, StepResult
 from models.shared_subspace.config import SharedSubspaceConfig
 from models.shared_subspace.evaluation import Evaluator
 from models.shared_subspace.losses import TASK_LOSSES
 from models.shared_subspace.tasks import UNSEEN, GridSamples, GridTasks
 from utils.training.device import autocast
 from utils.training.optim import GroupedOptimizer, ParameterGroup, StepDecay, trainable
+from utils.training.phase import EpochNote, Phase, StepResult
 from utils.training.random import rng
 
 History = dict[str, list[float]]  # "iou" (percent), "seconds": at the start and at every test

@@ -29,7 +29,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.base import Learner, Report, RunContext
-from models.phase import EpochNote, Phase, StepResult
 from models.shared_subspace.analysis import ANALYSES, AnalysisInputs, analysis_inputs, metrics_of
 from models.shared_subspace.config import SharedSubspaceConfig
 from models.shared_subspace.evaluation import SPLIT_NAMES, Evaluator, report, result_tables, zero_shot
@@ -41,6 +40,7 @@ from models.shared_subspace.tasks import HELD_OUT, TRAIN, GridSamples, GridTasks
 from utils.analysis.results import ANALYSIS, write_results
 from utils.errors import UserError
 from utils.training.optim import GroupedOptimizer, ParameterGroup
+from utils.training.phase import EpochNote, Phase, StepResult
 from utils.training.random import rng
 from utils.wording import counted
 

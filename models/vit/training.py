@@ -17,12 +17,12 @@ from backbone.frozen_block import freeze
 from backbone.sema_block import AdapterSpec
 from backbone.task_adapters import TaskAdapterViT
 from backbone.vit_sema import SEMAVisionTransformer
-from models.phase import EpochNote, Phase, StepResult
 from models.vit.class_incremental import ClassIncrementalLearner
 from models.vit.config import AdapterKeys
 from models.vit.task_inputs import Batch
 from utils.runs.run_log import RunLog
 from utils.training.optim import ParameterGroup
+from utils.training.phase import EpochNote, Phase, StepResult
 from utils.wording import counted
 
 logger = logging.getLogger("nested_lora")

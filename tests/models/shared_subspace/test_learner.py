@@ -10,7 +10,6 @@ from torch.nn import functional as F
 
 from models import SCHEMAS
 from models.base import RunContext
-from models.phase import PhaseProgress
 from models.shared_subspace.learner import SharedSubspace, TrainingPhase
 from models.shared_subspace.tasks import GridSamples
 from tests.conftest import TINY_GRIDS
@@ -19,6 +18,7 @@ from utils.config.loading import config_from_dict
 from utils.errors import UserError
 from utils.runs.run_log import read_metrics
 from utils.training.distributed import DistributedContext
+from utils.training.phase import PhaseProgress
 
 
 def first_batch(learner: SharedSubspace) -> GridSamples:
