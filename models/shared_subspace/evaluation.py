@@ -2,7 +2,7 @@
 
     evaluator = Evaluator(model, batch_size=512, precision="fp32")
     evaluator.accuracy(samples)                       # {"iou": ..., "cells": ..., "solved": ...}, percent
-    evaluation = {"zero_shot": zero_shot(evaluator, tasks, 1024, seed), "few_shot": rows, "analysis": metrics}
+    evaluation = {"zero_shot": zero_shot(evaluator, tasks, config), "few_shot": rows, "analysis": metrics}
     run_metrics(evaluation)["unseen_iou"]
 
 IoU is defined in `losses.py`; a grid is solved when all its cells are right.
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from models.base import Report
+from models.shared_subspace.config import SharedSubspaceConfig
 from models.shared_subspace.losses import iou
 from models.shared_subspace.metrics import GRIDS
 from models.shared_subspace.network import GridModel, GridOutput
@@ -72,11 +73,13 @@ class Evaluator:
             yield output
 
 
-def zero_shot(evaluator: Evaluator, tasks: GridTasks, count: int, seed: int) -> dict[str, dict[str, float]]:
+def zero_shot(
+    evaluator: Evaluator, tasks: GridTasks, config: SharedSubspaceConfig
+) -> dict[str, dict[str, float]]:
     """Accuracy (percent) on new samples of every split; "copied" is the IoU of the copy-input baseline."""
     found = {}
     for split in SPLIT_NAMES:
-        samples = tasks.draw(split, count, rng("grid test", seed, split))
+        samples = tasks.draw(split, config.test_samples, rng("grid test", config.seed, split))
         copied = iou(samples.input, samples.target).double().mean().item()
         found[split] = evaluator.accuracy(samples) | {"copied": 100 * copied}
     return found

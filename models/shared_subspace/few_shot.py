@@ -1,6 +1,6 @@
 """Few-shot adaptation on grids: adapters at the bottleneck learn an unseen composition from a few samples.
 
-    task = few_shot_task(tasks, config, seed, number=0)
+    task = few_shot_task(tasks, config, number=0)
     history = {"iou": [evaluator.accuracy(task.query)["iou"]], "seconds": [0.0]}
     model.insert_adapters("lora", rank=4)
     learner.run_phase(FewShotPhase(evaluator, config, task, history))      # extends the history
@@ -40,13 +40,13 @@ class FewShotTask:
     query: GridSamples  # to test on
 
 
-def few_shot_task(tasks: GridTasks, config: SharedSubspaceConfig, seed: int, number: int) -> FewShotTask:
+def few_shot_task(tasks: GridTasks, config: SharedSubspaceConfig, number: int) -> FewShotTask:
     """Few-shot task of a number; every number has another composition."""
     compositions = tasks.splits[UNSEEN].compositions
-    order = torch.randperm(len(compositions), generator=rng("few-shot choice", seed))
+    order = torch.randperm(len(compositions), generator=rng("few-shot choice", config.seed))
     composition = compositions[order[number]]
     counts = (config.few_shot_samples, config.few_shot_queries)
-    support, query = tasks.draw_task(composition, counts, rng("few-shot samples", seed, number))
+    support, query = tasks.draw_task(composition, counts, rng("few-shot samples", config.seed, number))
     return FewShotTask(number, tasks.describe(composition), support, query)
 
 

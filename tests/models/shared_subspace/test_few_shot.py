@@ -17,7 +17,7 @@ def test_every_task_has_another_composition_and_starts_from_the_same_network(mak
     learner.adapt()
     assert all(torch.equal(tensor, before[name]) for name, tensor in learner.model.state_dict().items())
     rows = learner.method_state["few_shot"]
-    tasks = [few_shot_task(learner.tasks, learner.config, learner.seed, number) for number in (0, 1)]
+    tasks = [few_shot_task(learner.tasks, learner.config, number) for number in (0, 1)]
     assert [row["composition"] for row in rows] == [task.composition for task in tasks]
     assert len({task.composition for task in tasks}) == 2
     for task, row in zip(tasks, rows, strict=True):
@@ -49,7 +49,7 @@ def test_steps_and_seconds_to_the_target(
     values: list[float], steps: int | None, seconds: float, make: Make
 ) -> None:
     learner = make(few_shot_steps=5, few_shot_every=2)
-    task = replace(few_shot_task(learner.tasks, learner.config, 1, 0), composition="shift, fall, rotate")
+    task = replace(few_shot_task(learner.tasks, learner.config, 0), composition="shift, fall, rotate")
     history = {"iou": values, "seconds": [float(i) for i in range(len(values))]}
     row = few_shot_row(task, history, learner.config)
     assert (row["composition"], row["steps"], row["seconds"]) == ("shift, fall, rotate", steps, seconds)

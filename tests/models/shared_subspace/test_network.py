@@ -14,18 +14,16 @@ from models.shared_subspace.network import (
     LAYERS,
     AdapterLinear,
     GridModel,
-    GridShape,
     LoRALinear,
     SparseAutoencoder,
 )
 
-SHAPE = GridShape(colours=4, operations=20, slots=3, primitives=6)
-SMALL = {"width": 16, "depth": 1, "heads": 2, "hidden": 24, "sparse_units": 40}
+SMALL = {"colours": 4, "width": 16, "depth": 1, "heads": 2, "hidden": 24, "sparse_units": 40}
 Inputs = tuple[Tensor, Tensor]
 
 
 def make(**changes: Any) -> GridModel:
-    return GridModel(SHAPE, SharedSubspaceConfig(**SMALL | changes))
+    return GridModel(SharedSubspaceConfig(**SMALL | changes), operations=20)
 
 
 @pytest.fixture
@@ -44,7 +42,7 @@ def test_encoders_go_with_decoders(encoder: str, decoder: str, patch: int, input
     output = model(*inputs)
     assert output.logits.shape == (5, 4, 8, 8)
     assert output.hidden.shape == output.reconstruction.shape == (5, 24)
-    assert output.primitive_logits.shape == (5, 6) and output.latents.shape == (5, 40)
+    assert output.primitive_logits.shape == (5, 14) and output.latents.shape == (5, 40)
     (output.logits.sum() + output.primitive_logits.sum() + output.reconstruction.square().sum()).backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
     assert sum(model.parameter_counts().values()) == sum(p.numel() for p in model.parameters())

@@ -14,9 +14,8 @@ from models.shared_subspace.tasks import GridSamples, GridTasks, GroupedBatchSam
 SPLITS = ("train", "held_out", "unseen")
 
 
-def make(seed: int = 1, **changes: Any) -> GridTasks:
-    settings = {"held_out_pairs": 6, "test_compositions": 40} | changes
-    return GridTasks(SharedSubspaceConfig(**settings), seed)
+def make(**changes: Any) -> GridTasks:
+    return GridTasks(SharedSubspaceConfig(held_out_pairs=6, **{"test_compositions": 40, "seed": 1} | changes))
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -154,11 +153,11 @@ def test_groups_of_a_drawn_buffer_fill_every_batch() -> None:
 
 def test_every_label_in_a_batch_occurs_at_least_group_size_times() -> None:
     samples = TASKS.draw("train", 1500, generator())
-    batches = sampler(samples, groups=4, group_size=5)
+    batches = list(sampler(samples, groups=4, group_size=5))
     for batch in batches:
         counts = samples.primitives[batch].unique(dim=0, return_counts=True)[1]
         assert counts.min() >= 5 and counts.sum() == 20
-    assert len({index for batch in batches for index in batch}) == 20 * len(batches)  # none twice
+    assert len({index for batch in batches for index in batch}) == 20 * len(batches) > 0  # none twice
 
 
 def test_the_sampler_shuffles_anew_and_reproducibly() -> None:
