@@ -1,6 +1,6 @@
 """Analyses of a network on grids: CKA, Grassmann distances, linear probes, single units, samples.
 
-    inputs = analysis_inputs(evaluator, tasks, config)
+    inputs = analysis_inputs(evaluator, tasks)
     found = {name: ANALYSES[name](inputs) for name in ("grassmann", "units")}
     write_results(run / "analysis", found)       # utils/analysis/results.py
 
@@ -25,7 +25,6 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from models.shared_subspace.config import SharedSubspaceConfig
 from models.shared_subspace.evaluation import SPLIT_NAMES, Evaluator
 from models.shared_subspace.figures import GridSample, grid_samples_figure
 from models.shared_subspace.tasks import TRAIN, GridSamples, GridTasks
@@ -69,8 +68,9 @@ class AnalysisInputs:
     title: str  # of the run, for figures
 
 
-def analysis_inputs(evaluator: Evaluator, tasks: GridTasks, config: SharedSubspaceConfig) -> AnalysisInputs:
+def analysis_inputs(evaluator: Evaluator, tasks: GridTasks) -> AnalysisInputs:
     """Inputs of every analysis, drawn from the seed; samples differ from those of training and tests."""
+    config = evaluator.config
     rank, seed = config.sharing_rank, config.seed
     per_task = max(TASK_SAMPLES, 2 * rank)
 

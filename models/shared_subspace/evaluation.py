@@ -1,8 +1,8 @@
 """Evaluation of a network on grids: accuracy of samples, zero-shot and few-shot tables, metrics of a run.
 
-    evaluator = Evaluator(model, batch_size=512, precision="fp32")
+    evaluator = Evaluator(model, config)
     evaluator.accuracy(samples)                       # {"iou": ..., "cells": ..., "solved": ...}, percent
-    evaluation = {"zero_shot": zero_shot(evaluator, tasks, config), "few_shot": rows, "analysis": metrics}
+    evaluation = {"zero_shot": zero_shot(evaluator, tasks), "few_shot": rows, "analysis": metrics}
     run_metrics(evaluation)["unseen_iou"]
 
 IoU is defined in `losses.py`; a grid is solved when all its cells are right.
@@ -35,8 +35,7 @@ class Evaluator:
     """A network applied to samples in batches, without gradients."""
 
     model: GridModel
-    batch_size: int
-    precision: str  # "fp32" or "bf16"
+    config: SharedSubspaceConfig  # with the precision that the device has
 
     @property
     def device(self) -> torch.device:
@@ -45,7 +44,7 @@ class Evaluator:
     def predict(self, samples: GridSamples) -> Tensor:
         """Predicted colours, (N, 8, 8) on the CPU. UserError: a score is not finite."""
         outputs = (output.logits for output in self._outputs(samples))
-        return torch.cat([predictions(logits, "grids", self.precision).cpu() for logits in outputs])
+        return torch.cat([predictions(logits, "grids", self.config.precision).cpu() for logits in outputs])
 
     def representations(self, samples: GridSamples) -> dict[str, Tensor]:
         """`GridOutput.representations` of the samples, (N, ...) each, float32 on the CPU."""
@@ -66,18 +65,16 @@ class Evaluator:
         }
 
     def _outputs(self, samples: GridSamples) -> Iterator[GridOutput]:
-        for batch in samples.batches(self.batch_size):
+        for batch in samples.batches(self.config.eval_batch_size):
             batch = batch.to(self.device)
-            with torch.no_grad(), autocast(self.device, self.precision):
+            with torch.no_grad(), autocast(self.device, self.config.precision):
                 output = self.model(batch.input, batch.program)
             yield output
 
 
-def zero_shot(
-    evaluator: Evaluator, tasks: GridTasks, config: SharedSubspaceConfig
-) -> dict[str, dict[str, float]]:
+def zero_shot(evaluator: Evaluator, tasks: GridTasks) -> dict[str, dict[str, float]]:
     """Accuracy (percent) on new samples of every split; "copied" is the IoU of the copy-input baseline."""
-    found = {}
+    config, found = evaluator.config, {}
     for split in SPLIT_NAMES:
         samples = tasks.draw(split, config.test_samples, rng("grid test", config.seed, split))
         copied = iou(samples.input, samples.target).double().mean().item()

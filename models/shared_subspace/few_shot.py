@@ -3,7 +3,7 @@
     task = few_shot_task(tasks, config, number=0)
     history = {"iou": [evaluator.accuracy(task.query)["iou"]], "seconds": [0.0]}
     model.insert_adapters("lora", rank=4)
-    learner.run_phase(FewShotPhase(evaluator, config, task, history))      # extends the history
+    learner.run_phase(FewShotPhase(evaluator, task, history))      # extends the history
     model.remove_adapters()
     row = few_shot_row(task, history, config)
 
@@ -75,9 +75,8 @@ class FewShotPhase(Phase):
 
     name = "few_shot"
 
-    def __init__(
-        self, evaluator: Evaluator, config: SharedSubspaceConfig, task: FewShotTask, history: History
-    ) -> None:
+    def __init__(self, evaluator: Evaluator, task: FewShotTask, history: History) -> None:
+        config = evaluator.config
         group = ParameterGroup("adapter", trainable(evaluator.model.parameters()), lr=config.few_shot_lr)
         constant = {"weight_decay": 0.0, "epochs": 1, "min_lr": 0.0, "step_decay": StepDecay()}
         optimizer = GroupedOptimizer(config.optimizer, [group], **constant)
@@ -91,7 +90,7 @@ class FewShotPhase(Phase):
     def loss(self, batch: GridSamples) -> StepResult:
         self.step_began = time.perf_counter()
         batch = batch.to(self.evaluator.device)
-        with autocast(self.evaluator.device, self.evaluator.precision):
+        with autocast(self.evaluator.device, self.config.precision):
             logits = self.evaluator.model(batch.input, batch.program).logits.float()
         solved = (logits.argmax(dim=1) == batch.target).flatten(1).all(dim=1).sum()
         return StepResult(TASK_LOSSES[self.config.task_loss](logits, batch.target), len(batch), solved)

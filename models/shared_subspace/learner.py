@@ -69,7 +69,7 @@ class SharedSubspace(Learner):
         self.model = GridModel(config, len(tasks.operations))
         self.sharing = SharingLoss(tasks.splits[TRAIN].labels, config)
         self.modules = nn.ModuleDict({"model": self.model, "sharing": self.sharing}).to(self.device)
-        self.evaluator = Evaluator(self.model, config.eval_batch_size, config.precision)
+        self.evaluator = Evaluator(self.model, config)
         self.validation = tasks.draw(TRAIN, config.validation_samples, rng("grid validation", self.seed))
 
     @property
@@ -102,7 +102,7 @@ class SharedSubspace(Learner):
             if not model.is_adapted:  # otherwise resumed while they learned
                 state["history"] = {"iou": [self.evaluator.accuracy(task.query)["iou"]], "seconds": [0.0]}
                 model.insert_adapters(config.few_shot_method, config.few_shot_rank)
-            self.run_phase(FewShotPhase(self.evaluator, config, task, state["history"]))
+            self.run_phase(FewShotPhase(self.evaluator, task, state["history"]))
             model.remove_adapters()
             row = few_shot_row(task, state["history"], config)
             state["few_shot"].append(row)
@@ -111,7 +111,7 @@ class SharedSubspace(Learner):
 
     def analyse(self) -> None:
         """Write every analysis of the network into the run folder and keep its metrics."""
-        inputs = analysis_inputs(self.evaluator, self.tasks, self.config)
+        inputs = analysis_inputs(self.evaluator, self.tasks)
         found = {name: analyse(inputs) for name, analyse in ANALYSES.items()}
         write_results(self.log.folder / ANALYSIS, found, self.config.figure_format)
         self.method_state["analysis"] = metrics_of(found)
@@ -124,13 +124,14 @@ class SharedSubspace(Learner):
             fault = "a run on grids has no images, its analyses draw new grids"
             raise UserError(f"--images-per-class: {fault}; leave it out")
         load(checkpoints[-1])
-        return analysis_inputs(self.evaluator, self.tasks, self.config)
+        return analysis_inputs(self.evaluator, self.tasks)
 
     # --- evaluation and record ------------------------------------------------------------------------------
 
     def evaluate(self) -> dict[str, Any]:
-        found = zero_shot(self.evaluator, self.tasks, self.config)
-        return {"zero_shot": found, **{key: self.method_state[key] for key in ("few_shot", "analysis")}}
+        state = self.method_state
+        found = zero_shot(self.evaluator, self.tasks)
+        return {"zero_shot": found, "few_shot": state["few_shot"], "analysis": state["analysis"]}
 
     def report(self, evaluations: Sequence[dict[str, Any]]) -> Report:
         return report(evaluations[-1])
