@@ -6,12 +6,6 @@
 
 Made at the end of a run, and by `python eval.py --run FOLDER --analyse cka grassmann probes units samples`.
 A *task* is a multi-hot label of the training compositions; layers are `GridOutput.representations`.
-
-    cka         linear CKA between tasks, on the same input grids
-    grassmann   Grassmann distance between the tasks' principal subspaces
-    probes      linear probes of the primitives, fitted on compositions of training, tested on every split
-    units       correlation of single units of z, and of h, with the primitives; samples of highest activation
-    samples     grids with their targets and predictions
 """
 
 import functools

@@ -65,8 +65,9 @@ class Evaluator:
         }
 
     def _outputs(self, samples: GridSamples) -> Iterator[GridOutput]:
-        for batch in samples.batches(self.config.eval_batch_size):
-            batch = batch.to(self.device)
+        size = self.config.eval_batch_size
+        for start in range(0, len(samples), size):
+            batch = samples.select(slice(start, start + size)).to(self.device)
             with torch.no_grad(), autocast(self.device, self.config.precision):
                 output = self.model(batch.input, batch.program)
             yield output
@@ -100,17 +101,13 @@ def run_metrics(evaluation: Mapping[str, Any]) -> dict[str, float | None]:
 
 def report(evaluation: Mapping[str, Any]) -> Report:
     """The run's report: event, log lines, result and tables; times are in its cost alone."""
-    rows = evaluation["few_shot"]
-    result = {
-        "metrics": run_metrics(evaluation),
-        "zero_shot": evaluation["zero_shot"],
-        "few_shot": [{key: value for key, value in row.items() if key != "seconds"} for row in rows],
-    }
+    zero_shot, rows = evaluation["zero_shot"], evaluation["few_shot"]
     seconds = [row["seconds"] for row in rows]
+    untimed = [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
     return Report(
-        event={key: evaluation[key] for key in ("zero_shot", "analysis")},
+        event={"zero_shot": zero_shot, "analysis": evaluation["analysis"]},
         lines=log_lines(evaluation),
-        result=result,
+        result={"metrics": run_metrics(evaluation), "zero_shot": zero_shot, "few_shot": untimed},
         tables=lambda: result_tables(evaluation),
         cost={"few_shot_seconds": statistics.fmean(seconds)} if seconds else {},
     )

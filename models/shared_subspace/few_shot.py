@@ -1,14 +1,10 @@
 """Few-shot adaptation on grids: adapters at the bottleneck learn an unseen composition from a few samples.
 
     task = few_shot_task(tasks, config, number=0)
-    history = {"iou": [evaluator.accuracy(task.query)["iou"]], "seconds": [0.0]}
-    model.insert_adapters("lora", rank=4)
     learner.run_phase(FewShotPhase(evaluator, task, history))      # extends the history
-    model.remove_adapters()
     row = few_shot_row(task, history, config)
 
-Every task starts from the same network. A row holds the steps, and their seconds, until the IoU on other
-samples of the composition reached the target.
+A row holds the steps, and their seconds, until the IoU on other samples reached the target.
 """
 
 import time

@@ -2,16 +2,14 @@
 
     python main.py --config exps/shared_subspace_small.json
 
-A network maps a grid and a program of primitives to the changed grid through a bottleneck h (`GridModel`). It
-trains on compositions of few primitives with
+A network maps a grid and a program of primitives to the changed grid through a bottleneck h. It trains on
+compositions of few primitives with
 
     loss = prediction + alpha sharing + beta (reconstruction + w L1) + gamma auxiliary
 
-where `sharing` pulls together the subspaces of groups of samples that have a primitive in common, the sparse
-autoencoder's terms train a sparse code of h, and the auxiliary loss predicts the applied primitives from h.
-alpha, beta and gamma follow schedules; w follows the fraction of active units. The weights of the best
-validation IoU are tested on pairs of primitives and on compositions absent from training; adapters at the
-bottleneck, everything else frozen, are fitted to few samples of some of these compositions.
+where `sharing` pulls together the subspaces of groups of samples that have a primitive in common, and the
+auxiliary loss predicts the applied primitives from h. The weights of the best validation IoU are tested on
+compositions absent from training; adapters at the bottleneck are fitted to few samples of some of these.
 """
 
 import copy
@@ -101,7 +99,7 @@ class SharedSubspace(Learner):
             task = few_shot_task(self.tasks, config, number)
             if not model.is_adapted:  # otherwise resumed while they learned
                 state["history"] = {"iou": [self.evaluator.accuracy(task.query)["iou"]], "seconds": [0.0]}
-                model.insert_adapters(config.few_shot_method, config.few_shot_rank)
+                model.insert_adapters()
             self.run_phase(FewShotPhase(self.evaluator, task, state["history"]))
             model.remove_adapters()
             row = few_shot_row(task, state["history"], config)

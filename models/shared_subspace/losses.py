@@ -113,7 +113,7 @@ class SharingTerms(NamedTuple):
 
     loss: Tensor  # scalar
     fallbacks: int  # groups whose PCA was unstable
-    projectors: Tensor  # (G, d, d), detached
+    targets: Tensor  # (G, d, d), Q_j, detached
     groups: Tensor  # (G,), indices of their labels
 
 
@@ -152,25 +152,22 @@ class SharingLoss(nn.Module):
         projectors = torch.stack([projector for projector, _ in found])
         own = self.labels[groups].float()
         shared = (own @ own.T > 0).fill_diagonal_(False)
-        targets = self._averaged(projectors, groups) if self.ema else projectors
+        targets = projectors
+        if self.ema:
+            mixed = self.ema * self.averages[groups] + (1 - self.ema) * projectors
+            targets = torch.where(self.seen[groups][:, None, None], mixed, projectors)
         p, q = projectors.flatten(1), (targets.detach() if self.detach else targets).flatten(1)
         squares = p.square().sum(dim=1)[:, None] + q.square().sum(dim=1) - 2 * p @ q.T  # ||P_i - Q_j||_F^2
         distances = squares / (2 * self.rank)  # (G, G)
         loss = distances[shared].mean() if shared.any() else hidden.new_zeros(())
         fallbacks = sum(is_fallback for _, is_fallback in found)
-        return SharingTerms(loss, fallbacks, projectors.detach(), groups)
+        return SharingTerms(loss, fallbacks, targets.detach(), groups)
 
-    @torch.no_grad()
     def update(self, terms: SharingTerms) -> None:
-        """Move the running means: A_j <- m A_j + (1 - m) P_j for the groups of a batch."""
+        """Move the running means: A_j <- Q_j for the groups of a batch."""
         if self.ema:
-            self.averages[terms.groups] = self._averaged(terms.projectors, terms.groups)
+            self.averages[terms.groups] = terms.targets
             self.seen[terms.groups] = True
-
-    def _averaged(self, projectors: Tensor, groups: Tensor) -> Tensor:
-        """Mean m A_j + (1 - m) P_j of each group; P_j itself for a group without a mean yet."""
-        mixed = self.ema * self.averages[groups] + (1 - self.ema) * projectors
-        return torch.where(self.seen[groups][:, None, None], mixed, projectors)
 
 
 # --- sparse autoencoder -------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
     model = GridModel(config, operations=56)
     output = model(grids, program)              # (B, 8, 8), (B, S) -> `GridOutput`
-    model.insert_adapters("lora", rank=4)       # at the bottleneck; everything else is frozen
+    model.insert_adapters()                     # at the bottleneck; everything else is frozen
     model.remove_adapters()
 
 The encoder reads the program's operations and the grid's patches as one sequence; the tokens of the patches
@@ -94,11 +94,7 @@ class SparseAutoencoder(nn.Module):
         z = relu(W_e (h - b) + c),   h' = D z + b,   the columns of D of length one
 
     Columns of length one keep the L1 of z from being lowered by a larger D. The weight of that L1 is a
-    buffer, moved by `update_l1_weight` until the fraction of active units is the target.
-
-    Args:
-        width, units: d, k.
-        target: fraction of units to be active, z > 0, over units and samples.
+    buffer, moved by `update_l1_weight` until the fraction of active units, z > 0, is the target.
     """
 
     RATE = 0.05  # of `update_l1_weight`
@@ -180,6 +176,7 @@ class GridModel(nn.Module):
     def __init__(self, config: SharedSubspaceConfig, operations: int) -> None:
         super().__init__()
         self.colours, self.slots = config.colours, config.slots
+        self.adapter, self.adapter_rank = ADAPTERS[config.few_shot_method], config.few_shot_rank
         width, hidden = config.width, config.hidden
         patches = (SIDE // config.patch) ** 2
         self.patches = nn.Conv2d(self.colours, width, config.patch, stride=config.patch)
@@ -215,11 +212,11 @@ class GridModel(nn.Module):
         """Whether adapters are inserted."""
         return not isinstance(self.bottleneck["down"], nn.Linear)
 
-    def insert_adapters(self, kind: str, rank: int) -> None:
-        """Put adapters (a key of `ADAPTERS`) on both linear layers of the bottleneck; freeze the rest."""
+    def insert_adapters(self) -> None:
+        """Put adapters on both linear layers of the bottleneck; freeze the rest."""
         self.requires_grad_(False)
         for name, linear in list(self.bottleneck.items()):
-            self.bottleneck[name] = ADAPTERS[kind](linear, rank)
+            self.bottleneck[name] = self.adapter(linear, self.adapter_rank)
 
     def remove_adapters(self) -> None:
         """Restore the model as it was before `insert_adapters`; everything is trainable again."""
@@ -237,10 +234,6 @@ class GridModel(nn.Module):
 
 
 def _insert_loaded_adapters(model: GridModel, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
-    """Hook of `load_state_dict`: insert the adapters given by names and shapes of the tensors."""
-    lora = state.get(f"{prefix}bottleneck.down.low_rank.down")  # (1, r, d_in)
-    adapter = state.get(f"{prefix}bottleneck.down.adapter.down_proj.weight")  # (r, d_out)
-    if model.is_adapted or (lora is None and adapter is None):
-        return
-    kind, down = ("adapter", adapter) if lora is None else ("lora", lora)
-    model.insert_adapters(kind, rank=down.shape[-2])
+    """Hook of `load_state_dict`: insert adapters where the tensors were saved with them."""
+    if f"{prefix}bottleneck.down.linear.weight" in state and not model.is_adapted:
+        model.insert_adapters()

@@ -49,10 +49,6 @@ class GridSamples(Dataset):
         """The chosen samples."""
         return GridSamples(*(tensor[chosen] for tensor in vars(self).values()))
 
-    def batches(self, size: int) -> Iterator["GridSamples"]:
-        """All samples in order, `size` at a time; the last batch may be smaller."""
-        return (self.select(slice(start, start + size)) for start in range(0, len(self), size))
-
     def to(self, device: torch.device) -> "GridSamples":
         """The samples on a device."""
         return GridSamples(*(tensor.to(device) for tensor in vars(self).values()))
@@ -186,16 +182,10 @@ class GridTasks:
 
 
 class GroupedBatchSampler(Sampler[list[int]]):
-    """Batches of indices in which every label that occurs does so at least `group_size` times.
+    """Batches of indices in which every label (N, P) that occurs does so at least `group_size` times.
 
     The samples of each label are shuffled and cut into pieces of `group_size`; the rest is not used. A batch
     is `groups` pieces in random order; what is left at the end makes no batch.
-
-    Args:
-        labels: multi-hot labels of the samples, (N, P).
-        groups: pieces in a batch.
-        group_size: samples of one label in a piece.
-        generator: shuffles.
     """
 
     def __init__(self, labels: Tensor, *, groups: int, group_size: int, generator: torch.Generator) -> None:

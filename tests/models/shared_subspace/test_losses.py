@@ -84,7 +84,6 @@ def test_task_losses_fall_towards_the_target_with_the_gradient_of_finite_differe
 
 # --- projectors ---------------------------------------------------------------------------------------------
 
-
 EQUAL_EIGENVALUES = torch.diag(torch.tensor([3.0, 3.0, 1.0, 1.0])).double()
 
 

@@ -142,9 +142,9 @@ def test_the_controller_reaches_the_target() -> None:
 
 @pytest.mark.parametrize("kind", ADAPTERS)
 def test_adapters_start_at_zero_output_learn_alone_and_leave_no_trace(kind: str, inputs: Inputs) -> None:
-    model, fresh = make(), make()
+    model, fresh = (make(few_shot_method=kind, few_shot_rank=2) for _ in range(2))
     original, before = copy.deepcopy(model.state_dict()), model(*inputs).logits
-    model.insert_adapters(kind, rank=2)
+    model.insert_adapters()
     assert model.is_adapted and torch.equal(model(*inputs).logits, before)
     for _ in range(2):  # in the first step down-projections have no gradient
         model.zero_grad()
@@ -154,7 +154,7 @@ def test_adapters_start_at_zero_output_learn_alone_and_leave_no_trace(kind: str,
                 if parameter.grad is not None:
                     parameter -= 0.5 * parameter.grad
     assert not torch.allclose(model(*inputs).logits, before)
-    fresh.load_state_dict(model.state_dict())  # inserts adapters by names and shapes
+    fresh.load_state_dict(model.state_dict())  # inserts adapters by their names
     assert fresh.is_adapted and torch.equal(fresh(*inputs).logits, model(*inputs).logits)
     model.remove_adapters()
     assert not model.is_adapted and model.state_dict().keys() == original.keys()
