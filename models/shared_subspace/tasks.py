@@ -46,11 +46,9 @@ class GridSamples(Dataset):
         return {name: tensor[index] for name, tensor in vars(self).items()}
 
     def select(self, chosen: Sequence[int] | slice) -> "GridSamples":
-        """The chosen samples."""
         return GridSamples(*(tensor[chosen] for tensor in vars(self).values()))
 
     def to(self, device: torch.device) -> "GridSamples":
-        """The samples on a device."""
         return GridSamples(*(tensor.to(device) for tensor in vars(self).values()))
 
 

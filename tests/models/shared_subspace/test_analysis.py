@@ -22,8 +22,7 @@ from models.shared_subspace.analysis import (
     AnalysisInputs,
     ModelOutputs,
     metrics_of,
-    pair_means,
-    primitive_means,
+    task_means,
 )
 from models.shared_subspace.primitives import PRIMITIVES
 from models.shared_subspace.tasks import GridSamples
@@ -115,9 +114,9 @@ def test_means_over_pairs_of_tasks(
     tasks: Tensor, pair: float, means: tuple[float, float], shared: list[float], other: list[float]
 ) -> None:
     values = np.array([[9.0, 1.0, pair], [1.0, 9.0, 4.0], [pair, 4.0, 9.0]])
-    assert pair_means(values, tasks) == means
-    for found, expected in zip(primitive_means(values, tasks), (shared, other), strict=True):
-        np.testing.assert_array_equal(found, expected)
+    pairs, by_primitive = task_means(values, tasks)
+    assert tuple(pairs) == means
+    np.testing.assert_array_equal(by_primitive, [shared, other])
 
 
 def test_cka_is_that_of_the_same_grids_under_every_two_tasks() -> None:
