@@ -59,17 +59,6 @@ def test_the_output_depends_on_grid_and_program_of_its_own_sample_alone(encoder:
     torch.testing.assert_close(others.logits[:1], before[:1])
 
 
-def test_h_has_mean_0_and_variance_1_whatever_its_scale(inputs: Inputs) -> None:
-    model = make()
-    before = model(*inputs).hidden
-    torch.testing.assert_close(before.mean(dim=1), torch.zeros(5), atol=1e-5, rtol=0)
-    torch.testing.assert_close(before.var(dim=1, unbiased=False), torch.ones(5), atol=1e-3, rtol=0)
-    with torch.no_grad():
-        for tensor in model.bottleneck["down"].parameters():
-            tensor.mul_(100)
-    torch.testing.assert_close(model(*inputs).hidden, before, atol=1e-3, rtol=0)
-
-
 @pytest.mark.parametrize("encoder", LAYERS)
 def test_representations_are_the_layers_that_the_output_is_made_of(encoder: str, inputs: Inputs) -> None:
     model = make(encoder=encoder, patch=4, depth=2)
