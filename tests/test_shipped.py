@@ -107,12 +107,6 @@ def test_files_that_carry_a_name_carry_its_values(name: str) -> None:
     assert {key: config[key] for key in expected} == expected
 
 
-@pytest.mark.parametrize("path", EXPS, ids=lambda path: path.stem)
-def test_a_file_with_published_or_measured_numbers_says_its_precision(path: Path) -> None:
-    """The same numbers come out on other hardware; your own photos are learned as fast as can be."""
-    assert (load_config(path, [], SCHEMAS).config.precision == "auto") == (path.stem == "own_photos")
-
-
 @pytest.mark.parametrize("data", ["ina", "vtab"])
 @pytest.mark.parametrize("method", BASELINES)
 def test_baselines_learn_the_classes_of_the_published_file_in_its_order(method: str, data: str) -> None:
@@ -169,8 +163,10 @@ def test_a_nested_file_names_every_nested_key_that_counts(kind: str) -> None:
 
 
 @pytest.mark.parametrize("path", EXPS, ids=lambda path: path.stem)
-def test_a_shipped_file_states_its_command_and_every_key_counts(path: Path) -> None:
+def test_a_shipped_file_states_its_command_and_precision_and_every_key_counts(path: Path) -> None:
+    """The same numbers come out on other hardware; your own photos are learned as fast as can be."""
     loaded = load_config(path, [], SCHEMAS)
+    assert (loaded.config.precision == "auto") == (path.stem == "own_photos")
     description = loaded.config.description
     assert description.startswith(f"python main.py --config {path.relative_to(ROOT)} ")
     assert "expected" in description

@@ -1,17 +1,11 @@
 """Analyses of a network on grids: CKA, Grassmann distances, linear probes, single units, samples.
 
-    inputs = analysis_inputs(evaluator, tasks, rank=4, seed=1993, title="prefix · transformer · seed 1993")
+    inputs = analysis_inputs(evaluator, tasks)
     found = {name: ANALYSES[name](inputs) for name in ("grassmann", "units")}
     write_results(run / "analysis", found)       # utils/analysis/results.py
 
 Made at the end of a run, and by `python eval.py --run FOLDER --analyse cka grassmann probes units samples`.
 A *task* is a multi-hot label of the training compositions; layers are `GridOutput.representations`.
-
-    cka         linear CKA between tasks, on the same input grids
-    grassmann   Grassmann distance between the tasks' principal subspaces
-    probes      linear probes of the primitives, fitted on compositions of training, tested on every split
-    units       correlation of single units of z, and of h, with the primitives; samples of highest activation
-    samples     grids with their targets and predictions
 """
 
 import functools
@@ -39,6 +33,7 @@ from utils.training.random import rng
 SHARED, OTHER = "tasks that share the primitive", "tasks without it and with nothing in common"
 TASK_SAMPLES = 64  # per task; more where a subspace of `rank` dimensions needs more
 PROBE_SAMPLES = 2048  # to fit probes and to correlate units; half as many of each split test the probes
+CHANCE_PAIRS = 20  # of random subspaces
 SAMPLES_PER_SPLIT, SAMPLES_PER_UNIT = 8, 4  # in figures
 Layers = Mapping[str, Tensor]
 
@@ -68,11 +63,10 @@ class AnalysisInputs:
     title: str  # of the run, for figures
 
 
-def analysis_inputs(
-    evaluator: Evaluator, tasks: GridTasks, *, rank: int, seed: int, title: str
-) -> AnalysisInputs:
+def analysis_inputs(evaluator: Evaluator, tasks: GridTasks) -> AnalysisInputs:
     """Inputs of every analysis, drawn from the seed; samples differ from those of training and tests."""
-
+    config = evaluator.config
+    rank, seed = config.sharing_rank, config.seed
     per_task = max(TASK_SAMPLES, 2 * rank)
 
     def by_task(samples: GridSamples) -> Layers:
@@ -95,7 +89,7 @@ def analysis_inputs(
         },
         rank=rank,
         seed=seed,
-        title=title,
+        title=f"{config.prefix} · {config.encoder} · seed {seed}",
     )
 
 
@@ -122,34 +116,23 @@ def grassmann(inputs: AnalysisInputs) -> AnalysisResult:
     note = f"{rank} directions; by chance {chance['h']:.2f} in h"
     found = _between_tasks("grassmann", values, inputs, ("radians", highest), title, note)
     found.numbers["chance"] = chance
-    shared, other = pair_means(values["h"], inputs.tasks)
+    (shared, other), _ = task_means(values["h"], inputs.tasks)
     found.numbers["metrics"] |= {"grassmann_gap": number(other - shared), "grassmann_chance": chance["h"]}
     return found
 
 
-def pair_means(values: np.ndarray, tasks: Tensor) -> tuple[float, float]:
-    """Means of values (G, G) over pairs of tasks (G, P) that share a primitive, and over other pairs."""
-    common = _share_a_primitive(tasks)
-    upper = np.triu(np.ones_like(common), k=1)
-    return _mean(values[upper & common]), _mean(values[upper & ~common])
+def task_means(values: np.ndarray, tasks: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Means of values (G, G) over pairs of tasks (G, P): (2,), and for each primitive (2, P).
 
-
-def primitive_means(values: np.ndarray, tasks: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Means of values (G, G) over pairs of tasks (G, P) for each primitive, (P,) each.
-
-    The first over pairs that both have it, the second over pairs of which one has it and that share nothing;
-    NaN where there is no such pair.
+    The first are over pairs that share a primitive, and over other pairs; the second over pairs that both
+    have the primitive, and over pairs of which one has it and that share nothing. NaN where there is no pair.
     """
-    has, common = tasks.numpy().astype(bool), _share_a_primitive(tasks)
-    off_diagonal = ~np.eye(len(has), dtype=bool)
-    shared = [_mean(values[np.outer(own, own) & off_diagonal]) for own in has.T]
+    has = tasks.numpy().astype(bool)
+    common, upper = has @ has.T, np.triu(np.ones((len(has), len(has)), dtype=bool), k=1)
+    pairs = [_mean(values[upper & common]), _mean(values[upper & ~common])]
+    shared = [_mean(values[np.outer(own, own) & (upper | upper.T)]) for own in has.T]
     other = [_mean(values[own[:, None] & ~common]) for own in has.T]
-    return np.array(shared), np.array(other)
-
-
-def _share_a_primitive(tasks: Tensor) -> np.ndarray:
-    """Whether two of the tasks (G, P) have a primitive in common, (G, G)."""
-    return (tasks.double() @ tasks.double().T).numpy() > 0
+    return np.array(pairs), np.array([shared, other])
 
 
 def _between_tasks(
@@ -163,9 +146,9 @@ def _between_tasks(
     """Result of a measure between tasks: layer -> (G, G); scale: its unit and the end of its colour bar."""
     columns, tasks, layers = list(inputs.primitives), inputs.tasks, list(values)
     labels = [" + ".join(np.array(columns)[task]) for task in tasks.numpy()]
-    means = np.array([pair_means(matrix, tasks) for matrix in values.values()])
-    by_primitive = [primitive_means(matrix, tasks) for matrix in values.values()]
-    shared, other = (np.stack(rows) for rows in zip(*by_primitive, strict=True))
+    found = [task_means(matrix, tasks) for matrix in values.values()]
+    means, by_primitive = (np.stack(arrays) for arrays in zip(*found, strict=True))
+    shared, other = by_primitive[:, 0], by_primitive[:, 1]  # (layers, P)
     unit, highest = scale
     spec = HeatmapSpec("layer", "primitive", unit, (0.0, highest), row_names=layers, column_names=columns)
     maps, subtitle = [Heatmap(SHARED, shared), Heatmap(OTHER, other)], f"{inputs.title} · {note}"
@@ -204,11 +187,11 @@ def _distances(vectors: Tensor, rank: int) -> np.ndarray:
     return values
 
 
-def _chance_distance(vectors: Tensor, rank: int, generator: torch.Generator, pairs: int = 20) -> float:
+def _chance_distance(vectors: Tensor, rank: int, generator: torch.Generator) -> float:
     """Mean Grassmann distance of random subspaces of that many dimensions in the layer's space, radians."""
     width, rank = vectors.shape[2], min(rank, *vectors.shape[1:])
-    drawn = torch.randn(2 * pairs, width, rank, generator=generator, dtype=torch.float64)
-    return float(np.mean([grassmann_distance(a, b) for a, b in drawn.unflatten(0, (pairs, 2))]))
+    drawn = torch.randn(2 * CHANCE_PAIRS, width, rank, generator=generator, dtype=torch.float64)
+    return float(np.mean([grassmann_distance(a, b) for a, b in drawn.unflatten(0, (CHANCE_PAIRS, 2))]))
 
 
 def _mean(values: np.ndarray) -> float:

@@ -143,6 +143,11 @@ class SharedSubspaceConfig(RunConfig):
         return self.batch_size // self.group_size
 
     @property
+    def slots(self) -> int:
+        """Length S of a program."""
+        return max(*self.train_lengths, self.test_length)
+
+    @property
     def shares(self) -> bool:
         """Whether alpha is ever positive."""
         return any(weight > 0 for _, weight in self.alpha)

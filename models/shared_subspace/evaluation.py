@@ -1,8 +1,8 @@
 """Evaluation of a network on grids: accuracy of samples, zero-shot and few-shot tables, metrics of a run.
 
-    evaluator = Evaluator(model, batch_size=512, precision="fp32")
+    evaluator = Evaluator(model, config)
     evaluator.accuracy(samples)                       # {"iou": ..., "cells": ..., "solved": ...}, percent
-    evaluation = {"zero_shot": zero_shot(evaluator, tasks, 1024, seed), "few_shot": rows, "analysis": metrics}
+    evaluation = {"zero_shot": zero_shot(evaluator, tasks), "few_shot": rows, "analysis": metrics}
     run_metrics(evaluation)["unseen_iou"]
 
 IoU is defined in `losses.py`; a grid is solved when all its cells are right.
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from models.base import Report
+from models.shared_subspace.config import SharedSubspaceConfig
 from models.shared_subspace.losses import iou
 from models.shared_subspace.metrics import GRIDS
 from models.shared_subspace.network import GridModel, GridOutput
@@ -34,8 +35,7 @@ class Evaluator:
     """A network applied to samples in batches, without gradients."""
 
     model: GridModel
-    batch_size: int
-    precision: str  # "fp32" or "bf16"
+    config: SharedSubspaceConfig  # with the precision that the device has
 
     @property
     def device(self) -> torch.device:
@@ -44,7 +44,7 @@ class Evaluator:
     def predict(self, samples: GridSamples) -> Tensor:
         """Predicted colours, (N, 8, 8) on the CPU. UserError: a score is not finite."""
         outputs = (output.logits for output in self._outputs(samples))
-        return torch.cat([predictions(logits, "grids", self.precision).cpu() for logits in outputs])
+        return torch.cat([predictions(logits, "grids", self.config.precision).cpu() for logits in outputs])
 
     def representations(self, samples: GridSamples) -> dict[str, Tensor]:
         """`GridOutput.representations` of the samples, (N, ...) each, float32 on the CPU."""
@@ -65,18 +65,19 @@ class Evaluator:
         }
 
     def _outputs(self, samples: GridSamples) -> Iterator[GridOutput]:
-        for batch in samples.batches(self.batch_size):
-            batch = batch.to(self.device)
-            with torch.no_grad(), autocast(self.device, self.precision):
+        size = self.config.eval_batch_size
+        for start in range(0, len(samples), size):
+            batch = samples.select(slice(start, start + size)).to(self.device)
+            with torch.no_grad(), autocast(self.device, self.config.precision):
                 output = self.model(batch.input, batch.program)
             yield output
 
 
-def zero_shot(evaluator: Evaluator, tasks: GridTasks, count: int, seed: int) -> dict[str, dict[str, float]]:
+def zero_shot(evaluator: Evaluator, tasks: GridTasks) -> dict[str, dict[str, float]]:
     """Accuracy (percent) on new samples of every split; "copied" is the IoU of the copy-input baseline."""
-    found = {}
+    config, found = evaluator.config, {}
     for split in SPLIT_NAMES:
-        samples = tasks.draw(split, count, rng("grid test", seed, split))
+        samples = tasks.draw(split, config.test_samples, rng("grid test", config.seed, split))
         copied = iou(samples.input, samples.target).double().mean().item()
         found[split] = evaluator.accuracy(samples) | {"copied": 100 * copied}
     return found
@@ -100,17 +101,13 @@ def run_metrics(evaluation: Mapping[str, Any]) -> dict[str, float | None]:
 
 def report(evaluation: Mapping[str, Any]) -> Report:
     """The run's report: event, log lines, result and tables; times are in its cost alone."""
-    rows = evaluation["few_shot"]
-    result = {
-        "metrics": run_metrics(evaluation),
-        "zero_shot": evaluation["zero_shot"],
-        "few_shot": [{key: value for key, value in row.items() if key != "seconds"} for row in rows],
-    }
+    zero_shot, rows = evaluation["zero_shot"], evaluation["few_shot"]
     seconds = [row["seconds"] for row in rows]
+    untimed = [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
     return Report(
-        event={key: evaluation[key] for key in ("zero_shot", "analysis")},
+        event={"zero_shot": zero_shot, "analysis": evaluation["analysis"]},
         lines=log_lines(evaluation),
-        result=result,
+        result={"metrics": run_metrics(evaluation), "zero_shot": zero_shot, "few_shot": untimed},
         tables=lambda: result_tables(evaluation),
         cost={"few_shot_seconds": statistics.fmean(seconds)} if seconds else {},
     )

@@ -1,14 +1,10 @@
 """Few-shot adaptation on grids: adapters at the bottleneck learn an unseen composition from a few samples.
 
-    task = few_shot_task(tasks, config, seed, number=0)
-    history = {"iou": [evaluator.accuracy(task.query)["iou"]], "seconds": [0.0]}
-    model.insert_adapters("lora", rank=4)
-    learner.run_phase(FewShotPhase(evaluator, config, task, history))      # extends the history
-    model.remove_adapters()
+    task = few_shot_task(tasks, config, number=0)
+    learner.run_phase(FewShotPhase(evaluator, task, history))      # extends the history
     row = few_shot_row(task, history, config)
 
-Every task starts from the same network. A row holds the steps, and their seconds, until the IoU on other
-samples of the composition reached the target.
+A row holds the steps, and their seconds, until the IoU on other samples reached the target.
 """
 
 import time
@@ -40,13 +36,13 @@ class FewShotTask:
     query: GridSamples  # to test on
 
 
-def few_shot_task(tasks: GridTasks, config: SharedSubspaceConfig, seed: int, number: int) -> FewShotTask:
+def few_shot_task(tasks: GridTasks, config: SharedSubspaceConfig, number: int) -> FewShotTask:
     """Few-shot task of a number; every number has another composition."""
     compositions = tasks.splits[UNSEEN].compositions
-    order = torch.randperm(len(compositions), generator=rng("few-shot choice", seed))
+    order = torch.randperm(len(compositions), generator=rng("few-shot choice", config.seed))
     composition = compositions[order[number]]
     counts = (config.few_shot_samples, config.few_shot_queries)
-    support, query = tasks.draw_task(composition, counts, rng("few-shot samples", seed, number))
+    support, query = tasks.draw_task(composition, counts, rng("few-shot samples", config.seed, number))
     return FewShotTask(number, tasks.describe(composition), support, query)
 
 
@@ -75,9 +71,8 @@ class FewShotPhase(Phase):
 
     name = "few_shot"
 
-    def __init__(
-        self, evaluator: Evaluator, config: SharedSubspaceConfig, task: FewShotTask, history: History
-    ) -> None:
+    def __init__(self, evaluator: Evaluator, task: FewShotTask, history: History) -> None:
+        config = evaluator.config
         group = ParameterGroup("adapter", trainable(evaluator.model.parameters()), lr=config.few_shot_lr)
         constant = {"weight_decay": 0.0, "epochs": 1, "min_lr": 0.0, "step_decay": StepDecay()}
         optimizer = GroupedOptimizer(config.optimizer, [group], **constant)
@@ -91,7 +86,7 @@ class FewShotPhase(Phase):
     def loss(self, batch: GridSamples) -> StepResult:
         self.step_began = time.perf_counter()
         batch = batch.to(self.evaluator.device)
-        with autocast(self.evaluator.device, self.evaluator.precision):
+        with autocast(self.evaluator.device, self.config.precision):
             logits = self.evaluator.model(batch.input, batch.program).logits.float()
         solved = (logits.argmax(dim=1) == batch.target).flatten(1).all(dim=1).sum()
         return StepResult(TASK_LOSSES[self.config.task_loss](logits, batch.target), len(batch), solved)

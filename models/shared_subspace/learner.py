@@ -2,16 +2,14 @@
 
     python main.py --config exps/shared_subspace_small.json
 
-A network maps a grid and a program of primitives to the changed grid through a bottleneck h (`GridModel`). It
-trains on compositions of few primitives with
+A network maps a grid and a program of primitives to the changed grid through a bottleneck h. It trains on
+compositions of few primitives with
 
     loss = prediction + alpha sharing + beta (reconstruction + w L1) + gamma auxiliary
 
-where `sharing` pulls together the subspaces of groups of samples that have a primitive in common, the sparse
-autoencoder's terms train a sparse code of h, and the auxiliary loss predicts the applied primitives from h.
-alpha, beta and gamma follow schedules; w follows the fraction of active units. The weights of the best
-validation IoU are tested on pairs of primitives and on compositions absent from training; adapters at the
-bottleneck, everything else frozen, are fitted to few samples of some of these compositions.
+where `sharing` pulls together the subspaces of groups of samples that have a primitive in common, and the
+auxiliary loss predicts the applied primitives from h. The weights of the best validation IoU are tested on
+compositions absent from training; adapters at the bottleneck are fitted to few samples of some of these.
 """
 
 import copy
@@ -34,8 +32,8 @@ from models.shared_subspace.config import SharedSubspaceConfig
 from models.shared_subspace.evaluation import SPLIT_NAMES, Evaluator, report, result_tables, zero_shot
 from models.shared_subspace.few_shot import FewShotPhase, few_shot_row, few_shot_task
 from models.shared_subspace.figures import CAPTIONS, grid_figures
-from models.shared_subspace.losses import TASK_LOSSES, SharingLoss, sparse_terms, weight_at
-from models.shared_subspace.network import GridModel, GridOutput, GridShape
+from models.shared_subspace.losses import TASK_LOSSES, SharingLoss, sparse_terms
+from models.shared_subspace.network import GridModel, GridOutput
 from models.shared_subspace.tasks import HELD_OUT, TRAIN, GridSamples, GridTasks, GroupedBatchSampler
 from utils.analysis.results import ANALYSIS, write_results
 from utils.errors import UserError
@@ -64,20 +62,12 @@ class SharedSubspace(Learner):
             fault = f"model_name = {config.model_name!r} trains in one process, and there are"
             reason = "the groups of a step are compared with each other; start it without torchrun"
             raise UserError(f"{fault} {context.distributed.size}: {reason}")
-        self.tasks = tasks = GridTasks(config, self.seed)
+        self.tasks = tasks = GridTasks(config)
         torch.manual_seed(self.seed)
-        shape = GridShape(tasks.colours, len(tasks.operations), tasks.slots, len(tasks.primitives))
-        self.model = GridModel(shape, config)
-        self.sharing = SharingLoss(
-            tasks.splits[TRAIN].labels,
-            width=config.hidden,
-            rank=config.sharing_rank,
-            generator=rng("sharing probes", self.seed),
-            ema=config.sharing_ema if config.shares else 0.0,
-            detach=config.sharing_detach,
-        )
+        self.model = GridModel(config, len(tasks.operations))
+        self.sharing = SharingLoss(tasks.splits[TRAIN].labels, config)
         self.modules = nn.ModuleDict({"model": self.model, "sharing": self.sharing}).to(self.device)
-        self.evaluator = Evaluator(self.model, config.eval_batch_size, config.precision)
+        self.evaluator = Evaluator(self.model, config)
         self.validation = tasks.draw(TRAIN, config.validation_samples, rng("grid validation", self.seed))
 
     @property
@@ -106,11 +96,11 @@ class SharedSubspace(Learner):
         """Train adapters on unseen compositions, one after the other; the network stays as it is."""
         config, state, model = self.config, self.method_state, self.model
         for number in range(len(state["few_shot"]), config.few_shot_tasks):
-            task = few_shot_task(self.tasks, config, self.seed, number)
+            task = few_shot_task(self.tasks, config, number)
             if not model.is_adapted:  # otherwise resumed while they learned
                 state["history"] = {"iou": [self.evaluator.accuracy(task.query)["iou"]], "seconds": [0.0]}
-                model.insert_adapters(config.few_shot_method, config.few_shot_rank)
-            self.run_phase(FewShotPhase(self.evaluator, config, task, state["history"]))
+                model.insert_adapters()
+            self.run_phase(FewShotPhase(self.evaluator, task, state["history"]))
             model.remove_adapters()
             row = few_shot_row(task, state["history"], config)
             state["few_shot"].append(row)
@@ -119,7 +109,7 @@ class SharedSubspace(Learner):
 
     def analyse(self) -> None:
         """Write every analysis of the network into the run folder and keep its metrics."""
-        inputs = self.current_inputs()
+        inputs = analysis_inputs(self.evaluator, self.tasks)
         found = {name: analyse(inputs) for name, analyse in ANALYSES.items()}
         write_results(self.log.folder / ANALYSIS, found, self.config.figure_format)
         self.method_state["analysis"] = metrics_of(found)
@@ -132,20 +122,14 @@ class SharedSubspace(Learner):
             fault = "a run on grids has no images, its analyses draw new grids"
             raise UserError(f"--images-per-class: {fault}; leave it out")
         load(checkpoints[-1])
-        return self.current_inputs()
-
-    def current_inputs(self) -> AnalysisInputs:
-        """Inputs of `analyses` for the network as it is."""
-        title = f"{self.config.prefix} · {self.config.encoder} · seed {self.seed}"
-        return analysis_inputs(
-            self.evaluator, self.tasks, rank=self.config.sharing_rank, seed=self.seed, title=title
-        )
+        return analysis_inputs(self.evaluator, self.tasks)
 
     # --- evaluation and record ------------------------------------------------------------------------------
 
     def evaluate(self) -> dict[str, Any]:
-        found = zero_shot(self.evaluator, self.tasks, self.config.test_samples, self.seed)
-        return {"zero_shot": found, **{key: self.method_state[key] for key in ("few_shot", "analysis")}}
+        state = self.method_state
+        found = zero_shot(self.evaluator, self.tasks)
+        return {"zero_shot": found, "few_shot": state["few_shot"], "analysis": state["analysis"]}
 
     def report(self, evaluations: Sequence[dict[str, Any]]) -> Report:
         return report(evaluations[-1])
@@ -247,20 +231,24 @@ class TrainingPhase(Phase):
         if output.latents is not None:
             vectors = (output.hidden, output.latents, output.reconstruction)
             sparse = sparse_terms(*(tensor.float() for tensor in vectors))
-            self.active_fractions.append(share * sparse.active_fraction.item())
+            self.active_fractions.append(share * sparse["active_fraction"].item())
             for name in ("active_fraction", "dead_fraction", "explained"):
-                self._add(name, getattr(sparse, name).item(), share)
-            found.append((beta, "reconstruction", sparse.reconstruction))
-            found.append((beta * self.model.autoencoder.l1_weight.item(), "l1", sparse.l1))
+                self._add(name, sparse[name].item(), share)
+            found.append((beta, "reconstruction", sparse["reconstruction"]))
+            found.append((beta * self.model.autoencoder.l1_weight.item(), "l1", sparse["l1"]))
         if gamma:
             logits, labels = output.primitive_logits.float(), batch.primitives.float()
             found.append((gamma, "auxiliary", F.binary_cross_entropy_with_logits(logits, labels)))
         return found
 
     def term_weights(self) -> dict[str, float]:
-        """alpha, beta and gamma at the coming step."""
+        """alpha, beta and gamma at the coming step: linear between points, constant beyond them."""
         done = self.learner.progress.steps / (self.config.epochs * self.config.steps_per_epoch)
-        return {name: weight_at(getattr(self.config, name), done) for name in ("alpha", "beta", "gamma")}
+        weights = {}
+        for name in ("alpha", "beta", "gamma"):
+            shares, values = zip(*getattr(self.config, name), strict=True)
+            weights[name] = float(np.interp(done, shares, values))
+        return weights
 
     def before_step(self, step: int) -> None:
         """Clip the gradient's norm."""

@@ -1,25 +1,25 @@
-"""Losses of the shared-subspace experiment: prediction, sharing of subspaces, sparse autoencoder, schedules.
+"""Losses of the shared-subspace experiment: prediction, sharing of subspaces, sparse autoencoder.
 
     loss = TASK_LOSSES["ce"](logits, target)                        # (B, C, 8, 8), (B, 8, 8)
-    sharing = SharingLoss(labels, width=128, rank=4, generator=generator)
-    terms = sharing(hidden, primitives)                             # terms.loss, terms.pairs, terms.fallbacks
+    sharing = SharingLoss(labels, config)
+    terms = sharing(hidden, primitives)                             # terms.loss, terms.fallbacks
     sharing.update(terms)                                           # after the step: the running means
-    sparse = sparse_terms(hidden, latents, reconstruction)          # sparse.reconstruction, sparse.l1, ...
-    weight = weight_at([[0, 0], [0.2, 1]], progress=0.1)            # 0.5
+    sparse = sparse_terms(hidden, latents, reconstruction)          # sparse["reconstruction"], ...
 
 All are means over samples; give them float32 or wider.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from models.shared_subspace.config import SharedSubspaceConfig
 from models.shared_subspace.primitives import EMPTY
+from utils.training.random import rng
 
 MIN_GAP = 1e-3  # between the eigenvalues beside the cut, relative to the largest; below it PCA is unstable
 RIDGE = 1e-3  # of the random projection, relative to the trace: for samples that do not vary
@@ -108,20 +108,12 @@ def group_projector(x: Tensor, rank: int, probe: Tensor) -> tuple[Tensor, bool]:
     return basis @ basis.T, True
 
 
-def projector_distances(ours: Tensor, theirs: Tensor, rank: int) -> Tensor:
-    """Distances ||P_i - Q_j||_F^2 / (2 k) of all pairs of projectors, (G, d, d) and (H, d, d) -> (G, H)."""
-    p, q = ours.flatten(1), theirs.flatten(1)
-    squares = p.square().sum(dim=1)[:, None] + q.square().sum(dim=1) - 2 * p @ q.T
-    return squares / (2 * rank)
-
-
 class SharingTerms(NamedTuple):
     """The sharing loss of a batch."""
 
     loss: Tensor  # scalar
-    pairs: int  # ordered pairs of groups that share a primitive
     fallbacks: int  # groups whose PCA was unstable
-    projectors: Tensor  # (G, d, d), detached
+    targets: Tensor  # (G, d, d), Q_j, detached
     groups: Tensor  # (G,), indices of their labels
 
 
@@ -131,34 +123,24 @@ class SharingLoss(nn.Module):
         loss = mean over ordered pairs (i, j) of  ||P_i - Q_j||_F^2 / (2 k),   Q_j = m A_j + (1 - m) P_j
 
     P_i projects onto the first k principal directions of group i in the batch, A_j is a running mean of P_j
-    over steps (decay m; with m = 0, and without a mean yet, Q_j = P_j). A group is the samples of one label.
-    Between two subspaces of dimension k the value is 1 - mean cos^2 of their principal angles: 0 where they
-    agree, 1 where they are orthogonal.
+    over steps (decay m = `sharing_ema`; with m = 0, and without a mean yet, Q_j = P_j). A group is the
+    samples of one label. Between two subspaces of dimension k the value is 1 - mean cos^2 of their principal
+    angles: 0 where they agree, 1 where they are orthogonal. With `sharing_detach` Q_j has no gradient: with
+    m = 0 that halves the gradient and changes nothing else, since both directions of a pair occur.
 
     Args:
         labels: the multi-hot labels that occur, (M, P), each once.
-        width, rank, ema: d, k, m.
-        generator: draws the random directions of the fallback.
-        detach: Q_j has no gradient. With m = 0 that halves the gradient and changes nothing else, since both
-            directions of a pair occur.
     """
 
-    def __init__(
-        self,
-        labels: Tensor,
-        *,
-        width: int,
-        rank: int,
-        generator: torch.Generator,
-        ema: float = 0.0,
-        detach: bool = False,
-    ) -> None:
+    def __init__(self, labels: Tensor, config: SharedSubspaceConfig) -> None:
         super().__init__()
-        self.rank, self.ema, self.detach = rank, ema, detach
-        probe, _ = torch.linalg.qr(torch.randn(width, rank, generator=generator))
+        self.rank, self.detach = config.sharing_rank, config.sharing_detach
+        self.ema = config.sharing_ema if config.shares else 0.0
+        width = config.hidden
+        directions = torch.randn(width, self.rank, generator=rng("sharing probes", config.seed))
         self.register_buffer("labels", labels.bool())
-        self.register_buffer("probe", probe)
-        averaged = len(labels) if ema else 0
+        self.register_buffer("probe", torch.linalg.qr(directions)[0])  # of the fallback
+        averaged = len(labels) if self.ema else 0
         self.register_buffer("averages", torch.zeros(averaged, width, width))
         self.register_buffer("seen", torch.zeros(averaged, dtype=torch.bool))
 
@@ -170,54 +152,36 @@ class SharingLoss(nn.Module):
         projectors = torch.stack([projector for projector, _ in found])
         own = self.labels[groups].float()
         shared = (own @ own.T > 0).fill_diagonal_(False)
-        pairs = int(shared.sum())
-        targets = self._averaged(projectors, groups) if self.ema else projectors
-        distances = projector_distances(projectors, targets.detach() if self.detach else targets, self.rank)
-        loss = distances[shared].mean() if pairs else hidden.new_zeros(())
-        fallbacks = sum(is_fallback for _, is_fallback in found)
-        return SharingTerms(loss, pairs, fallbacks, projectors.detach(), groups)
-
-    @torch.no_grad()
-    def update(self, terms: SharingTerms) -> None:
-        """Move the running means: A_j <- m A_j + (1 - m) P_j for the groups of a batch."""
+        targets = projectors
         if self.ema:
-            self.averages[terms.groups] = self._averaged(terms.projectors, terms.groups)
+            mixed = self.ema * self.averages[groups] + (1 - self.ema) * projectors
+            targets = torch.where(self.seen[groups][:, None, None], mixed, projectors)
+        p, q = projectors.flatten(1), (targets.detach() if self.detach else targets).flatten(1)
+        squares = p.square().sum(dim=1)[:, None] + q.square().sum(dim=1) - 2 * p @ q.T  # ||P_i - Q_j||_F^2
+        distances = squares / (2 * self.rank)  # (G, G)
+        loss = distances[shared].mean() if shared.any() else hidden.new_zeros(())
+        fallbacks = sum(is_fallback for _, is_fallback in found)
+        return SharingTerms(loss, fallbacks, targets.detach(), groups)
+
+    def update(self, terms: SharingTerms) -> None:
+        """Move the running means: A_j <- Q_j for the groups of a batch."""
+        if self.ema:
+            self.averages[terms.groups] = terms.targets
             self.seen[terms.groups] = True
 
-    def _averaged(self, projectors: Tensor, groups: Tensor) -> Tensor:
-        """Mean m A_j + (1 - m) P_j of each group; P_j itself for a group without a mean yet."""
-        mixed = self.ema * self.averages[groups] + (1 - self.ema) * projectors
-        return torch.where(self.seen[groups][:, None, None], mixed, projectors)
+
+# --- sparse autoencoder -------------------------------------------------------------------------------------
 
 
-# --- sparse autoencoder, schedules --------------------------------------------------------------------------
-
-
-class SparseTerms(NamedTuple):
-    """Losses and measures of a sparse autoencoder on a batch, scalars."""
-
-    reconstruction: Tensor  # mean squared error
-    l1: Tensor  # sum over units of |z|, mean over samples
-    active_fraction: Tensor  # share of units with z > 0, mean over samples
-    dead_fraction: Tensor  # share of units that are active on no sample
-    explained: Tensor  # 1 - squared error / variance
-
-
-def sparse_terms(hidden: Tensor, latents: Tensor, reconstruction: Tensor) -> SparseTerms:
-    """`SparseTerms` of hidden (B, d), its latents (B, k) and their reconstruction of it (B, d)."""
+def sparse_terms(hidden: Tensor, latents: Tensor, reconstruction: Tensor) -> dict[str, Tensor]:
+    """Losses and measures (scalars) of hidden (B, d), its latents (B, k) and their reconstruction (B, d)."""
     active = latents.detach() > 0
     error = (reconstruction - hidden).square().mean()
     variance = (hidden - hidden.mean(dim=0)).square().mean().clamp_min(torch.finfo(hidden.dtype).tiny)
-    return SparseTerms(
-        reconstruction=error,
-        l1=latents.abs().sum(dim=1).mean(),
-        active_fraction=active.float().mean(),
-        dead_fraction=1 - active.any(dim=0).float().mean(),
-        explained=(1 - error / variance).detach(),
-    )
-
-
-def weight_at(points: Sequence[Sequence[float]], progress: float) -> float:
-    """Weight at a share of training: linear between points [share, weight], constant beyond them."""
-    shares, weights = zip(*points, strict=True)
-    return float(np.interp(progress, shares, weights))
+    return {
+        "reconstruction": error,
+        "l1": latents.abs().sum(dim=1).mean(),  # sum over units of |z|, mean over samples
+        "active_fraction": active.float().mean(),  # of units with z > 0, mean over samples
+        "dead_fraction": 1 - active.any(dim=0).float().mean(),  # of units that are active on no sample
+        "explained": (1 - error / variance).detach(),
+    }

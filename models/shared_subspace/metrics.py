@@ -14,6 +14,7 @@ ALIGNMENT = "largest correlation of a unit of {} with a primitive, mean over pri
 CHANCE = "95 % quantile of the same for permuted primitives"
 ALIGNED = "primitives whose best unit of {} is beyond chance"
 STEPS = "steps of adapters at the bottleneck until the target IoU, all steps where it is not reached"
+REACHED = "compositions that reach the target"
 ADAPTED = "IoU on unseen compositions, mean over those that adapters learn,"
 _percent = partial(MetricSpec, unit="%")
 _angle = partial(MetricSpec, unit="radians", digits=3)
@@ -50,11 +51,5 @@ GRIDS = (
     _percent("few_shot_before", "IoU before few-shot", meaning=f"{ADAPTED} before"),
     _percent("few_shot_after", "few-shot IoU", meaning=f"{ADAPTED} after", shown=DIFFERENCES),
     _ratio("few_shot_steps", "few-shot steps", meaning=STEPS, digits=1, lower_is_better=True, shown=FIGURES),
-    _percent(
-        "few_shot_reached",
-        "few-shot reached",
-        meaning="compositions that reach the target",
-        digits=1,
-        shown=MEANS,
-    ),
+    _percent("few_shot_reached", "few-shot reached", meaning=REACHED, digits=1, shown=MEANS),
 )

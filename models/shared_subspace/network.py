@@ -1,8 +1,8 @@
 """The network for 8x8 grids: encoder, bottleneck h, sparse autoencoder z, decoder, and a primitive head.
 
-    model = GridModel(GridShape(colours=5, operations=56, slots=3, primitives=14), config)
+    model = GridModel(config, operations=56)
     output = model(grids, program)              # (B, 8, 8), (B, S) -> `GridOutput`
-    model.insert_adapters("lora", rank=4)       # at the bottleneck; everything else is frozen
+    model.insert_adapters()                     # at the bottleneck; everything else is frozen
     model.remove_adapters()
 
 The encoder reads the program's operations and the grid's patches as one sequence; the tokens of the patches
@@ -13,6 +13,7 @@ Sources: sparse autoencoder, Bricken et al., *Towards Monosemanticity*, 2023; Lo
 bottleneck adapters, Houlsby et al., ICML 2019.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -44,12 +45,10 @@ class Encoder(nn.Module):
         return self.norm(tokens), states
 
 
-class TransformerLayer(nn.TransformerEncoderLayer):
+def transformer_layer(width: int, heads: int) -> nn.Module:
     """A pre-norm layer of a transformer."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        options = {"dropout": 0.0, "activation": "gelu", "batch_first": True, "norm_first": True}
-        super().__init__(width, heads, 4 * width, **options)
+    options = {"dropout": 0.0, "activation": "gelu", "batch_first": True, "norm_first": True}
+    return nn.TransformerEncoderLayer(width, heads, 4 * width, **options)
 
 
 class GRULayer(nn.Module):
@@ -63,33 +62,28 @@ class GRULayer(nn.Module):
         return self.units(tokens)[0]
 
 
-class DeconvolutionDecoder(nn.Sequential):
-    """Features (B, inputs) as 2x2 cells, doubled twice by transposed convolutions: (B, C, 8, 8)."""
-
-    def __init__(self, width: int, colours: int) -> None:
-        super().__init__(
-            nn.GELU(),
-            nn.Unflatten(1, (2 * width, 2, 2)),
-            nn.ConvTranspose2d(2 * width, width, 4, stride=2, padding=1),
-            nn.GELU(),
-            nn.ConvTranspose2d(width, width, 4, stride=2, padding=1),
-            nn.GELU(),
-            nn.Conv2d(width, colours, 1),
-        )
-        self.inputs = 2 * width * 2 * 2
+def deconvolution_decoder(width: int, colours: int) -> nn.Module:
+    """Features (B, 8 width) as 2x2 cells, doubled twice by transposed convolutions: (B, C, 8, 8)."""
+    return nn.Sequential(
+        nn.GELU(),
+        nn.Unflatten(1, (2 * width, 2, 2)),
+        nn.ConvTranspose2d(2 * width, width, 4, stride=2, padding=1),
+        nn.GELU(),
+        nn.ConvTranspose2d(width, width, 4, stride=2, padding=1),
+        nn.GELU(),
+        nn.Conv2d(width, colours, 1),
+    )
 
 
-class MLPDecoder(nn.Sequential):
-    """Features (B, inputs) through one linear layer to all cells: (B, C, 8, 8)."""
-
-    def __init__(self, width: int, colours: int) -> None:
-        cells = nn.Linear(8 * width, colours * SIDE * SIDE)
-        super().__init__(nn.GELU(), cells, nn.Unflatten(1, (colours, SIDE, SIDE)))
-        self.inputs = 8 * width
+def mlp_decoder(width: int, colours: int) -> nn.Module:
+    """Features (B, 8 width) through one linear layer to all cells: (B, C, 8, 8)."""
+    cells = nn.Linear(8 * width, colours * SIDE * SIDE)
+    return nn.Sequential(nn.GELU(), cells, nn.Unflatten(1, (colours, SIDE, SIDE)))
 
 
-LAYERS: dict[str, type[nn.Module]] = {"transformer": TransformerLayer, "gru": GRULayer}
-DECODERS: dict[str, type[nn.Module]] = {"deconvolution": DeconvolutionDecoder, "mlp": MLPDecoder}
+Build = Callable[[int, int], nn.Module]
+LAYERS: dict[str, Build] = {"transformer": transformer_layer, "gru": GRULayer}  # of width and heads
+DECODERS: dict[str, Build] = {"deconvolution": deconvolution_decoder, "mlp": mlp_decoder}
 
 # --- parts at the bottleneck --------------------------------------------------------------------------------
 
@@ -100,11 +94,7 @@ class SparseAutoencoder(nn.Module):
         z = relu(W_e (h - b) + c),   h' = D z + b,   the columns of D of length one
 
     Columns of length one keep the L1 of z from being lowered by a larger D. The weight of that L1 is a
-    buffer, moved by `update_l1_weight` until the fraction of active units is the target.
-
-    Args:
-        width, units: d, k.
-        target: fraction of units to be active, z > 0, over units and samples.
+    buffer, moved by `update_l1_weight` until the fraction of active units, z > 0, is the target.
     """
 
     RATE = 0.05  # of `update_l1_weight`
@@ -163,15 +153,6 @@ ADAPTERS: dict[str, type[nn.Module]] = {"lora": LoRALinear, "adapter": AdapterLi
 # --- the network --------------------------------------------------------------------------------------------
 
 
-class GridShape(NamedTuple):
-    """Sizes that follow from the tasks."""
-
-    colours: int  # C
-    operations: int
-    slots: int  # S, of a program
-    primitives: int  # P
-
-
 class GridOutput(NamedTuple):
     """The network's output for a batch."""
 
@@ -190,32 +171,33 @@ class GridOutput(NamedTuple):
 
 
 class GridModel(nn.Module):
-    """Encoder, bottleneck, sparse autoencoder, decoder and primitive head."""
+    """Encoder, bottleneck, sparse autoencoder, decoder and primitive head, for so many operations."""
 
-    def __init__(self, shape: GridShape, config: SharedSubspaceConfig) -> None:
+    def __init__(self, config: SharedSubspaceConfig, operations: int) -> None:
         super().__init__()
-        self.shape = shape
+        self.colours, self.slots = config.colours, config.slots
+        self.adapter, self.adapter_rank = ADAPTERS[config.few_shot_method], config.few_shot_rank
         width, hidden = config.width, config.hidden
         patches = (SIDE // config.patch) ** 2
-        self.patches = nn.Conv2d(shape.colours, width, config.patch, stride=config.patch)
-        self.operations = nn.Embedding(shape.operations + 1, width)  # 0: an empty slot
-        self.positions = nn.Parameter(0.02 * torch.randn(shape.slots + patches, width))
+        self.patches = nn.Conv2d(self.colours, width, config.patch, stride=config.patch)
+        self.operations = nn.Embedding(operations + 1, width)  # 0: an empty slot
+        self.positions = nn.Parameter(0.02 * torch.randn(self.slots + patches, width))
         self.encoder = Encoder(config.encoder, width, config.depth, config.heads)
-        self.decoder = DECODERS[config.decoder](width, shape.colours)
-        down, up = nn.Linear(patches * width, hidden), nn.Linear(hidden, self.decoder.inputs)
+        self.decoder = DECODERS[config.decoder](width, self.colours)
+        down, up = nn.Linear(patches * width, hidden), nn.Linear(hidden, 8 * width)
         self.bottleneck = nn.ModuleDict({"down": down, "up": up})
-        self.primitive_head = nn.Linear(hidden, shape.primitives)
+        self.primitive_head = nn.Linear(hidden, len(config.primitives))
         units = config.sparse_units
         self.autoencoder = SparseAutoencoder(hidden, units, config.sparse_activity) if units else None
         self.register_load_state_dict_pre_hook(_insert_loaded_adapters)
 
     def forward(self, grids: Tensor, program: Tensor) -> GridOutput:
         """Integer grids (B, 8, 8) and int64 programs (B, S). h has mean 0 and variance 1 over its numbers."""
-        cells = F.one_hot(grids.long(), self.shape.colours).permute(0, 3, 1, 2)  # (B, C, 8, 8)
+        cells = F.one_hot(grids.long(), self.colours).permute(0, 3, 1, 2)  # (B, C, 8, 8)
         patches = self.patches(cells.to(self.positions.dtype)).flatten(2).transpose(1, 2)  # (B, N, width)
         tokens = torch.cat([self.operations(program), patches], dim=1) + self.positions  # (B, S + N, width)
         encoded, states = self.encoder(tokens)
-        of_patches = (state[:, self.shape.slots :].flatten(1) for state in (encoded, *states))
+        of_patches = (state[:, self.slots :].flatten(1) for state in (encoded, *states))
         patches, *layers = of_patches  # (B, N width) each
         hidden = self.bottleneck["down"](patches)
         hidden = F.layer_norm(hidden, hidden.shape[1:])
@@ -230,11 +212,11 @@ class GridModel(nn.Module):
         """Whether adapters are inserted."""
         return not isinstance(self.bottleneck["down"], nn.Linear)
 
-    def insert_adapters(self, kind: str, rank: int) -> None:
-        """Put adapters (a key of `ADAPTERS`) on both linear layers of the bottleneck; freeze the rest."""
+    def insert_adapters(self) -> None:
+        """Put adapters on both linear layers of the bottleneck; freeze the rest."""
         self.requires_grad_(False)
         for name, linear in list(self.bottleneck.items()):
-            self.bottleneck[name] = ADAPTERS[kind](linear, rank)
+            self.bottleneck[name] = self.adapter(linear, self.adapter_rank)
 
     def remove_adapters(self) -> None:
         """Restore the model as it was before `insert_adapters`; everything is trainable again."""
@@ -252,10 +234,6 @@ class GridModel(nn.Module):
 
 
 def _insert_loaded_adapters(model: GridModel, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
-    """Hook of `load_state_dict`: insert the adapters given by names and shapes of the tensors."""
-    lora = state.get(f"{prefix}bottleneck.down.low_rank.down")  # (1, r, d_in)
-    adapter = state.get(f"{prefix}bottleneck.down.adapter.down_proj.weight")  # (r, d_out)
-    if model.is_adapted or (lora is None and adapter is None):
-        return
-    kind, down = ("adapter", adapter) if lora is None else ("lora", lora)
-    model.insert_adapters(kind, rank=down.shape[-2])
+    """Hook of `load_state_dict`: insert adapters where the tensors were saved with them."""
+    if f"{prefix}bottleneck.down.linear.weight" in state and not model.is_adapted:
+        model.insert_adapters()

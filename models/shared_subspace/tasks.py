@@ -1,6 +1,6 @@
 """Tasks on generated 8x8 grids: compositions of primitives in splits for training and tests.
 
-    tasks = GridTasks(config, seed=1993)
+    tasks = GridTasks(config)
     samples = tasks.draw("train", 512, generator)
     samples[0]           # {"input": (8, 8), "target": (8, 8), "program": (S,), "primitives": (P,)}
     for indices in GroupedBatchSampler(samples.primitives, groups=8, group_size=16, generator=generator):
@@ -46,15 +46,9 @@ class GridSamples(Dataset):
         return {name: tensor[index] for name, tensor in vars(self).items()}
 
     def select(self, chosen: Sequence[int] | slice) -> "GridSamples":
-        """The chosen samples."""
         return GridSamples(*(tensor[chosen] for tensor in vars(self).values()))
 
-    def batches(self, size: int) -> Iterator["GridSamples"]:
-        """All samples in order, `size` at a time; the last batch may be smaller."""
-        return (self.select(slice(start, start + size)) for start in range(0, len(self), size))
-
     def to(self, device: torch.device) -> "GridSamples":
-        """The samples on a device."""
         return GridSamples(*(tensor.to(device) for tensor in vars(self).values()))
 
 
@@ -92,25 +86,21 @@ class GridTasks:
     Attributes:
         primitives: names; a composition holds indices of this list.
         operations: every primitive with every value of its parameters; number i of a program is entry i - 1.
-        slots: length S of a program.
         splits: "held_out": pairs of primitives, in both orders; "train": the compositions of the training
             lengths that combine no such pair; "unseen": compositions of the test length.
 
-    Args:
-        config: gives primitives, colours and the sizes of the splits.
-        seed: chooses the held-out pairs and the unseen compositions.
+    The seed chooses the held-out pairs and the unseen compositions.
     """
 
-    def __init__(self, config: SharedSubspaceConfig, seed: int) -> None:
+    def __init__(self, config: SharedSubspaceConfig) -> None:
         self.primitives, self.colours = tuple(config.primitives), config.colours
-        self.slots = max(*config.train_lengths, config.test_length)
         variants = [operations(name, self.colours) for name in self.primitives]
         self.operations: list[Operation] = [operation for own in variants for operation in own]
         self._variants = torch.tensor([len(own) for own in variants])
         self._first = 1 + self._variants.cumsum(0) - self._variants  # number of a primitive's first operation
         primitive_of = [self.primitives.index(operation.primitive) for operation in self.operations]
-        self._primitive_of = torch.tensor([len(variants), *primitive_of])  # of an operation's number; 0: none
-        generator, every = rng("grid splits", seed), range(len(variants))
+        self._primitive_of = torch.tensor([-1, *primitive_of])  # of an operation's number; 0: none
+        generator, every = rng("grid splits", config.seed), range(len(variants))
         held_out = set(_choose(list(combinations(every, 2)), config.held_out_pairs, generator))
         trained = [c for length in config.train_lengths for c in permutations(every, length)]
         unseen = list(permutations(every, config.test_length))
@@ -119,7 +109,7 @@ class GridTasks:
             HELD_OUT: [c for c in permutations(every, 2) if tuple(sorted(c)) in held_out],
             UNSEEN: _choose(unseen, config.test_compositions, generator),
         }
-        self.splits = {name: Split(own, len(variants), self.slots) for name, own in compositions.items()}
+        self.splits = {name: Split(own, len(variants), config.slots) for name, own in compositions.items()}
 
     def draw(
         self, split: str, groups: int, generator: torch.Generator, *, group_size: int = 1
@@ -155,7 +145,7 @@ class GridTasks:
 
     def describe_program(self, program: Tensor) -> str:
         """The primitives of a program (S,) in order, without their parameters."""
-        return ", ".join(self.primitives[self._primitive_of[number]] for number in program.tolist() if number)
+        return self.describe(self._primitive_of[program])
 
     def fingerprint(self) -> dict[str, Any]:
         """The compositions of every split in words: equal for equal splits."""
@@ -185,32 +175,21 @@ class GridTasks:
                     rows = numbers == number
                     target[rows] = self.operations[number - 1](target[rows])
         labels = torch.zeros(len(program), len(self.primitives) + 1, dtype=torch.bool)
-        labels = labels.scatter_(1, self._primitive_of[program], True)[:, :-1]
+        labels = labels.scatter_(1, self._primitive_of[program] + 1, True)[:, 1:]
         return GridSamples(grids, target, program.contiguous(), labels)
 
 
 class GroupedBatchSampler(Sampler[list[int]]):
-    """Batches of indices in which every label that occurs does so at least `group_size` times.
+    """Batches of indices in which every label (N, P) that occurs does so at least `group_size` times.
 
     The samples of each label are shuffled and cut into pieces of `group_size`; the rest is not used. A batch
     is `groups` pieces in random order; what is left at the end makes no batch.
-
-    Args:
-        labels: multi-hot labels of the samples, (N, P).
-        groups: pieces in a batch.
-        group_size: samples of one label in a piece.
-        generator: shuffles.
     """
 
     def __init__(self, labels: Tensor, *, groups: int, group_size: int, generator: torch.Generator) -> None:
         self.groups, self.group_size, self._generator = groups, group_size, generator
         numbers = (labels.long() << torch.arange(labels.shape[1])).sum(dim=1)  # multi-hot bits
         self._label_of = numbers.unique(return_inverse=True)[1]
-        self._pieces = int((self._label_of.bincount() // group_size).sum())
-
-    def __len__(self) -> int:
-        """Number of batches."""
-        return self._pieces // self.groups
 
     def __iter__(self) -> Iterator[list[int]]:
         shuffled = torch.randperm(len(self._label_of), generator=self._generator)
@@ -222,7 +201,7 @@ class GroupedBatchSampler(Sampler[list[int]]):
             if len(piece) == self.group_size
         ]
         order = torch.randperm(len(pieces), generator=self._generator)
-        for chosen in order.split(self.groups)[: len(self)]:
+        for chosen in order[: len(pieces) // self.groups * self.groups].split(self.groups):
             yield torch.cat([pieces[i] for i in chosen]).tolist()
 
 

@@ -14,7 +14,6 @@ import matplotlib as mpl
 import numpy as np
 import pytest
 import torch
-from matplotlib.image import imread
 from torch import Tensor
 
 from models.shared_subspace.analysis import (
@@ -22,8 +21,7 @@ from models.shared_subspace.analysis import (
     AnalysisInputs,
     ModelOutputs,
     metrics_of,
-    pair_means,
-    primitive_means,
+    task_means,
 )
 from models.shared_subspace.primitives import PRIMITIVES
 from models.shared_subspace.tasks import GridSamples
@@ -115,9 +113,9 @@ def test_means_over_pairs_of_tasks(
     tasks: Tensor, pair: float, means: tuple[float, float], shared: list[float], other: list[float]
 ) -> None:
     values = np.array([[9.0, 1.0, pair], [1.0, 9.0, 4.0], [pair, 4.0, 9.0]])
-    assert pair_means(values, tasks) == means
-    for found, expected in zip(primitive_means(values, tasks), (shared, other), strict=True):
-        np.testing.assert_array_equal(found, expected)
+    pairs, by_primitive = task_means(values, tasks)
+    assert tuple(pairs) == means
+    np.testing.assert_array_equal(by_primitive, [shared, other])
 
 
 def test_cka_is_that_of_the_same_grids_under_every_two_tasks() -> None:
@@ -217,13 +215,11 @@ def test_samples_are_the_first_of_each_split_with_their_errors_crossed() -> None
     programs = [words for split in SPLITS for words in inputs.splits[split].programs[:8]]
     assert captions(found, "samples") == programs
     axes = found.figures["samples"]().axes
-    assert (
-        sum(bool(one.lines and len(one.lines[0].get_xdata())) for one in axes) == 12
-    )  # every second is wrong
+    crossed = [one for one in axes if one.lines and len(one.lines[0].get_xdata())]
+    assert len(crossed) == 12  # every second is wrong
 
 
 # --- what is missing ----------------------------------------------------------------------------------------
-
 
 PAIRS = ("cka", "grassmann")  # measures between tasks
 
@@ -285,19 +281,17 @@ def test_layers_that_do_not_vary_have_no_number(tmp_path: Path) -> None:
 # --- as a whole ---------------------------------------------------------------------------------------------
 
 
-def test_every_file_is_written_and_the_same_inputs_give_the_same_results(tmp_path: Path) -> None:
+def test_every_file_is_written(tmp_path: Path) -> None:
     inputs = make_inputs(tested=3)
-    found, again = ({name: analyse(inputs) for name, analyse in ANALYSES.items()} for _ in range(2))
+    found = {name: analyse(inputs) for name, analyse in ANALYSES.items()}
     paths = write_results(tmp_path / "analysis", found)
     assert sorted(paths) == sorted((tmp_path / "analysis").iterdir())
     for name, own in found.items():
-        assert replace(own, figures={}) == replace(again[name], figures={})
         assert json.loads((tmp_path / "analysis" / f"{name}.json").read_text()) == own.numbers
     counts = {stem: len(rows) for own in found.values() for stem, rows in own.tables.items()}
     assert counts == {"cka": 9, "grassmann": 9, "probes": 12, "units_h": 6, "units_z": 5}
-    pictures = {path.stem: imread(path) for path in paths if path.suffix == ".png"}
-    assert set(pictures) == {*counts, "unit_samples", "samples"}
-    assert all(picture[..., :3].std() > 0.05 for picture in pictures.values())  # no blank sheet
+    pictures = {path.stem for path in paths if path.suffix == ".png"}
+    assert pictures == {*counts, "unit_samples", "samples"}
 
 
 @pytest.mark.parametrize("name", ANALYSES)

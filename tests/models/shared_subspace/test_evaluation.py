@@ -37,9 +37,9 @@ def test_colours_are_not_chosen_among_scores_that_are_not_finite(make: Make) -> 
 
 def test_a_perfect_model_has_no_error_and_a_copying_one_the_iou_of_the_input(make: Make) -> None:
     learner = make()
-    perfect, copying = (FixedEvaluator(learner.model, 4, "fp32", name) for name in ("target", "input"))
+    perfect, copying = (FixedEvaluator(learner.model, learner.config, name) for name in ("target", "input"))
     assert perfect.accuracy(learner.validation) == {"iou": 100.0, "cells": 100.0, "solved": 100.0}
-    for row in zero_shot(copying, learner.tasks, 16, 1).values():
+    for row in zero_shot(copying, learner.tasks).values():
         assert row["iou"] == row["copied"] < 100
 
 
@@ -88,8 +88,8 @@ def test_the_log_has_a_dash_where_no_pair_of_tasks_is_of_a_kind() -> None:
 
 
 def fixed_inputs(learner: SharedSubspace, rank: int = 2) -> AnalysisInputs:
-    evaluator = FixedEvaluator(learner.model, 512, "fp32")
-    return analysis_inputs(evaluator, learner.tasks, rank=rank, seed=1, title="title")
+    config = learner.config.model_copy(update={"sharing_rank": rank})
+    return analysis_inputs(FixedEvaluator(learner.model, config), learner.tasks)
 
 
 def test_rows_of_layers_are_those_of_their_task_and_grid(make: Make) -> None:

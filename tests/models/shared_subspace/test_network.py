@@ -14,18 +14,16 @@ from models.shared_subspace.network import (
     LAYERS,
     AdapterLinear,
     GridModel,
-    GridShape,
     LoRALinear,
     SparseAutoencoder,
 )
 
-SHAPE = GridShape(colours=4, operations=20, slots=3, primitives=6)
-SMALL = {"width": 16, "depth": 1, "heads": 2, "hidden": 24, "sparse_units": 40}
+SMALL = {"colours": 4, "width": 16, "depth": 1, "heads": 2, "hidden": 24, "sparse_units": 40}
 Inputs = tuple[Tensor, Tensor]
 
 
 def make(**changes: Any) -> GridModel:
-    return GridModel(SHAPE, SharedSubspaceConfig(**SMALL | changes))
+    return GridModel(SharedSubspaceConfig(**SMALL | changes), operations=20)
 
 
 @pytest.fixture
@@ -44,7 +42,7 @@ def test_encoders_go_with_decoders(encoder: str, decoder: str, patch: int, input
     output = model(*inputs)
     assert output.logits.shape == (5, 4, 8, 8)
     assert output.hidden.shape == output.reconstruction.shape == (5, 24)
-    assert output.primitive_logits.shape == (5, 6) and output.latents.shape == (5, 40)
+    assert output.primitive_logits.shape == (5, 14) and output.latents.shape == (5, 40)
     (output.logits.sum() + output.primitive_logits.sum() + output.reconstruction.square().sum()).backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
     assert sum(model.parameter_counts().values()) == sum(p.numel() for p in model.parameters())
@@ -59,17 +57,6 @@ def test_the_output_depends_on_grid_and_program_of_its_own_sample_alone(encoder:
         assert not torch.allclose(model(*changed).logits, before)
     others = model(*(torch.cat([tensor[:1], tensor.flip(0)[:2]]) for tensor in inputs))
     torch.testing.assert_close(others.logits[:1], before[:1])
-
-
-def test_h_has_mean_0_and_variance_1_whatever_its_scale(inputs: Inputs) -> None:
-    model = make()
-    before = model(*inputs).hidden
-    torch.testing.assert_close(before.mean(dim=1), torch.zeros(5), atol=1e-5, rtol=0)
-    torch.testing.assert_close(before.var(dim=1, unbiased=False), torch.ones(5), atol=1e-3, rtol=0)
-    with torch.no_grad():
-        for tensor in model.bottleneck["down"].parameters():
-            tensor.mul_(100)
-    torch.testing.assert_close(model(*inputs).hidden, before, atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize("encoder", LAYERS)
@@ -144,9 +131,9 @@ def test_the_controller_reaches_the_target() -> None:
 
 @pytest.mark.parametrize("kind", ADAPTERS)
 def test_adapters_start_at_zero_output_learn_alone_and_leave_no_trace(kind: str, inputs: Inputs) -> None:
-    model, fresh = make(), make()
+    model, fresh = (make(few_shot_method=kind, few_shot_rank=2) for _ in range(2))
     original, before = copy.deepcopy(model.state_dict()), model(*inputs).logits
-    model.insert_adapters(kind, rank=2)
+    model.insert_adapters()
     assert model.is_adapted and torch.equal(model(*inputs).logits, before)
     for _ in range(2):  # in the first step down-projections have no gradient
         model.zero_grad()
@@ -156,7 +143,7 @@ def test_adapters_start_at_zero_output_learn_alone_and_leave_no_trace(kind: str,
                 if parameter.grad is not None:
                     parameter -= 0.5 * parameter.grad
     assert not torch.allclose(model(*inputs).logits, before)
-    fresh.load_state_dict(model.state_dict())  # inserts adapters by names and shapes
+    fresh.load_state_dict(model.state_dict())  # inserts adapters by their names
     assert fresh.is_adapted and torch.equal(fresh(*inputs).logits, model(*inputs).logits)
     model.remove_adapters()
     assert not model.is_adapted and model.state_dict().keys() == original.keys()

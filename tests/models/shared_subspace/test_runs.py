@@ -10,15 +10,16 @@ from typing import Any
 
 import pytest
 
-import eval as evaluation
+import eval as look
 import main
 from models.base import Learner
-from models.shared_subspace.config import SharedSubspaceConfig
-from tests.conftest import TINY_GRIDS
+from models.shared_subspace.evaluation import SPLIT_NAMES
+from models.shared_subspace.metrics import GRIDS
+from tests.conftest import TINY_GRIDS, folder_of
 from tests.crash import outcome, run
 from utils.runs.run_log import read_metrics
 
-SPLITS = {"train": "met in training", "held_out": "held-out pairs", "unseen": "of unseen length"}
+Told = Callable[..., str]
 
 
 def arguments(logs: Path, **changes: object) -> list[str]:
@@ -27,10 +28,6 @@ def arguments(logs: Path, **changes: object) -> list[str]:
     path = logs / "tiny.json"
     path.write_text(json.dumps(TINY_GRIDS | {"logs_root": str(logs / "logs"), "seed": [1]} | changes))
     return ["--config", str(path)]
-
-
-def folder_of(logs: Path, seed: int = 1, encoder: str = "transformer") -> Path:
-    return logs / "logs" / "shared_subspace" / "grids" / f"tiny_{seed}_{encoder}"
 
 
 def result_of(folder: Path) -> dict[str, Any]:
@@ -52,6 +49,7 @@ def names(folder: Path) -> set[str]:
 def test_the_folder_tells_the_whole_story(finished: Path) -> None:
     files = {"config.json", "manifest.json", "metrics.jsonl", "metrics.csv", "result.json", "report.html"}
     assert names(finished) == files | {"figures", "tb", "checkpoints", "analysis"}
+    assert finished.parts[-3:] == ("shared_subspace", "grids", "tiny_1_transformer")
     assert names(finished / "checkpoints") == {"task_00"} and names(finished / "tb")
     assert names(finished / "figures") == {"training.png", "zero_shot.png", "few_shot.png"}
     analyses = {path.stem for path in (finished / "analysis").glob("*.json")}
@@ -70,11 +68,11 @@ def test_the_folder_tells_the_whole_story(finished: Path) -> None:
 def test_the_result_agrees_with_the_record(finished: Path) -> None:
     result, events = result_of(finished), read_metrics(finished)
     (task,) = [event for event in events if event["event"] == "task"]
-    assert task["zero_shot"] == result["zero_shot"] and task["zero_shot"].keys() == SPLITS.keys()
+    assert task["zero_shot"] == result["zero_shot"] and task["zero_shot"].keys() == SPLIT_NAMES.keys()
     for name in ("cka", "grassmann", "probes", "units"):
         numbers = json.loads((finished / "analysis" / f"{name}.json").read_text())["metrics"]
         assert numbers and numbers.items() <= task["analysis"].items() <= result["metrics"].items()
-    assert [spec.key for spec in SharedSubspaceConfig.metrics] == list(result["metrics"])
+    assert [spec.key for spec in GRIDS] == list(result["metrics"])
     assert result["metrics"]["unseen_iou"] == result["zero_shot"]["unseen"]["iou"]
     rows = [event for event in events if event["event"] == "few_shot"]
     assert [row["composition"] for row in rows] == [row["composition"] for row in result["few_shot"]]
@@ -84,8 +82,9 @@ def test_the_result_agrees_with_the_record(finished: Path) -> None:
 
 def test_the_same_seed_gives_the_same_numbers_and_another_seed_others(finished: Path, tmp_path: Path) -> None:
     assert main.main(arguments(tmp_path, seed=[1, 2])) == 0
-    assert outcome(folder_of(tmp_path)) == outcome(finished)
-    assert result_of(folder_of(tmp_path, seed=2))["metrics"] != result_of(finished)["metrics"]
+    same, other = sorted(path.parent for path in tmp_path.rglob("config.json"))
+    assert outcome(same) == outcome(finished)
+    assert result_of(other)["metrics"] != result_of(finished)["metrics"]
 
 
 # --- resume -------------------------------------------------------------------------------------------------
@@ -121,7 +120,7 @@ def options(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]
     logs = tmp_path_factory.mktemp("options")
     code, moments = run(arguments(logs, **changes))
     assert code == 0
-    yield {"changes": changes, "moments": moments, "outcome": outcome(folder_of(logs, encoder="gru"))}
+    yield {"changes": changes, "moments": moments, "outcome": outcome(folder_of(logs))}
 
 
 @pytest.mark.parametrize("after", [0, 1, 2], ids=["first save", "second save", "all is trained"])
@@ -131,22 +130,21 @@ def test_killed_and_resumed_is_uninterrupted(after: int, options: dict[str, Any]
     point = saves[after] + 4 if after < 2 else saves[2] - 3
     code, _ = run(arguments(tmp_path, **options["changes"]), die_at=point)
     assert code == -signal.SIGKILL
-    folder = folder_of(tmp_path, encoder="gru")
+    folder = folder_of(tmp_path)
     assert any((folder / "checkpoints").iterdir())
     assert run(["--resume", str(folder)])[0] == 0
     assert outcome(folder) == options["outcome"]
 
 
 def test_a_checkpoint_of_other_splits_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, told: Told, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patched:
         patched.setattr(Learner, "stopping", stop_at(2))
         assert main.main(arguments(tmp_path)) == 130
     path = folder_of(tmp_path) / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"held_out_pairs": 3}))
-    assert main.main(["--resume", str(path.parent)]) == 2
-    assert "held_out_pairs was 2, is 3" in capsys.readouterr().err
+    assert "held_out_pairs was 2, is 3" in told(2, main.main, "--resume", path.parent)
 
 
 # --- eval.py ------------------------------------------------------------------------------------------------
@@ -158,25 +156,17 @@ def copied(finished: Path, tmp_path: Path) -> Path:
     return shutil.copytree(finished, tmp_path / "run", ignore=shutil.ignore_patterns("analysis"))
 
 
-def analyse(folder: Path, *arguments: str) -> int:
-    return evaluation.main(["--run", str(folder), "--analyse", *arguments])
-
-
-def test_eval_tests_the_checkpoint_again(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert evaluation.main(["--run", str(finished)]) == 0
-    shown = capsys.readouterr().out.splitlines()
+def test_eval_tests_the_checkpoint_again(finished: Path, told: Told) -> None:
+    shown = told(0, look.main, "--run", finished).splitlines()
     for split, values in result_of(finished)["zero_shot"].items():
-        (line, *_) = [line for line in shown if line.startswith(SPLITS[split])]
+        (line, *_) = [line for line in shown if line.startswith(SPLIT_NAMES[split])]
         assert f"{values['iou']:.2f}" in line and f"{values['cells']:.2f}" in line
 
 
-def test_an_analysis_later_is_the_one_that_the_run_made(
-    finished: Path, copied: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_analysis_later_is_the_one_that_the_run_made(finished: Path, copied: Path, told: Told) -> None:
     (copied / "analysis").mkdir()
     (copied / "analysis" / "cka.json").write_text("{}")  # is replaced
-    assert analyse(copied, "cka", "units") == 0
-    shown, written = capsys.readouterr().out, copied / "analysis"
+    shown, written = told(0, look.main, "--run", copied, "--analyse", "cka", "units"), copied / "analysis"
     assert names(written) == {n for n in names(finished / "analysis") if n.startswith(("cka", "unit"))}
     for path in written.iterdir():
         assert path.read_bytes() == (finished / "analysis" / path.name).read_bytes()
@@ -194,11 +184,10 @@ def test_an_analysis_later_is_the_one_that_the_run_made(
     ],
 )
 def test_a_run_that_cannot_be_analysed_is_a_sentence(
-    removed: str, arguments: list[str], expected: str, copied: Path, capsys: pytest.CaptureFixture[str]
+    removed: str, arguments: list[str], expected: str, copied: Path, told: Told
 ) -> None:
     (copied / removed).rename(copied.with_name(removed))
-    assert analyse(copied, *arguments) == 2
-    message = capsys.readouterr().err
+    message = told(2, look.main, "--run", copied, "--analyse", *arguments)
     assert expected in message and message.count("\n") == 1 and not (copied / "analysis").exists()
 
 
@@ -227,10 +216,8 @@ BAD = {
 
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input_is_a_message_and_exit_code_2_before_any_folder(
-    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str, tmp_path: Path, told: Told
 ) -> None:
     changes, expected = BAD[name]
-    assert main.main(arguments(tmp_path, **changes)) == 2
-    message = capsys.readouterr().err
-    assert expected in message and "Traceback" not in message
+    assert expected in told(2, main.main, *arguments(tmp_path, **changes))
     assert names(tmp_path) == {"tiny.json"}
