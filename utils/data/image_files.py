@@ -80,22 +80,15 @@ def _upper_bits(image: Image.Image) -> np.ndarray:
 def decode_whole(content: bytes) -> np.ndarray:
     """The pixels of an image file that is whole, uint8 (h, w, 3).
 
-    Raises ValueError: a JPEG whose picture is cut off, and what `decode` raises.
+    Raises ValueError: a JPEG whose picture ends before its end marker, so that decoders fill the rest with
+    grey, and what `decode` raises.
     """
     pixels = decode(content)
-    if content.startswith(START_OF_JPEG) and lacks_data(content, pixels):
-        raise ValueError("its JPEG data end before the picture does")
+    if content.startswith(START_OF_JPEG):
+        end = content.rfind(END_OF_JPEG)  # bytes before it are skipped, or taken for what a picture lacks
+        if not np.array_equal(pixels, decode(content[:end] + FILLER + content[end:])):
+            raise ValueError("its JPEG data end before the picture does")
     return pixels
-
-
-def lacks_data(jpeg: bytes, pixels: np.ndarray) -> bool:
-    """Whether the picture of a JPEG ends before its end marker, so that decoders fill the rest with grey.
-
-    Bytes put before the end marker are skipped when the picture is complete, else they are taken for its
-    rest.
-    """
-    end = jpeg.rfind(END_OF_JPEG)
-    return not np.array_equal(pixels, decode(jpeg[:end] + FILLER + jpeg[end:]))
 
 
 def check_images(paths: Sequence[Path], memo: FileMemo, label: str) -> dict[Path, str]:
