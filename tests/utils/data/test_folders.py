@@ -99,6 +99,8 @@ def test_suffixes_of_images_are_known_in_any_case(tmp_path):
 def test_all_bad_files_are_named_in_one_list(folder):
     ant = folder / "train" / "ant"
     (ant / "cut.png").write_bytes((ant / "0.png").read_bytes()[:40])
+    Image.effect_noise((64, 64), 90).save(ant / "half.jpg")
+    (ant / "half.jpg").write_bytes((ant / "half.jpg").read_bytes()[:1500] + b"\xff\xd9")
     (ant / "text.jpg").write_text("hello")
     (ant / "empty.jpg").write_text("")
     Image.new("F", (4, 4)).save(ant / "float.tif")
@@ -114,9 +116,10 @@ def test_all_bad_files_are_named_in_one_list(folder):
     with pytest.raises(UserError) as caught:
         load(folder)
     text = str(caught.value)
-    assert "10 image files" in text and "more" not in text and "\n" not in text and text.encode()
+    assert "11 image files" in text and "more" not in text and "\n" not in text and text.encode()
     for name, reason in {
         "cut.png": "",
+        "half.jpg": "end before the picture",
         "text.jpg": "no format",
         "empty.jpg": "no format",
         "float.tif": "mode F",
@@ -130,7 +133,7 @@ def test_all_bad_files_are_named_in_one_list(folder):
         assert re.search(rf"{name} \([^;]*{reason}", text), name
     for i in range(30):
         (ant / f"bad{i:02}.png").write_text("")
-    with pytest.raises(UserError, match="40 image files.*bad17.png .*and 20 more"):
+    with pytest.raises(UserError, match="41 image files.*bad17.png .*and 21 more"):
         load(folder)
     os.mkdir(os.fsencode(folder / "train") + b"/\xff")
     with pytest.raises(UserError, match="class folder .* is not UTF-8") as caught:

@@ -173,16 +173,6 @@ def test_another_key_or_index_gives_another_view():
     assert len({view.numpy().tobytes() for view in seen}) == 24
 
 
-def test_global_state_is_neither_read_nor_changed():
-    images = noise(4, 40, 40)
-    expected = train_views(images, 64)
-    torch.manual_seed(5)
-    before = torch.random.get_rng_state()
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(train_views(images, 64), expected)
-    assert torch.equal(torch.random.get_rng_state(), before)
-
-
 def test_no_images_give_no_views():
     for empty in (train_views(noise(0, 9, 9), 16), centre_views(noise(0, 9, 9), 16)):
         assert empty.shape == (0, 3, 16, 16) and empty.dtype == torch.float32
