@@ -61,12 +61,10 @@ def benchmark(config: RunConfig, repeats: int, profile: Path | None = None) -> I
     """The table of a configuration, line by line.
 
     Args:
-        config: of a class-incremental method.
         repeats: of every measurement.
         profile: folder for a trace of a training step of task 0, to be opened in ui.perfetto.dev.
 
-    Raises:
-        UserError: the method has no pretrained network.
+    Raises UserError: the method has no pretrained network.
     """
     if not isinstance(config, ClassIncrementalConfig):
         fault = f"model_name = {config.model_name!r} has no pretrained network to measure against"

@@ -170,9 +170,8 @@ FORMS: dict[str, Callable[[Predictor, Tensor, Path], Run]] = {
 def export_run(folder: Path, checkpoint: Path | None, form: str, out: Path | None) -> Iterator[str]:
     """Lines about an export, which is written when it gives the run's scores.
 
-    Raises:
-        UserError: from `load_run`; the form is impossible for this run, its libraries are absent, its scores
-            are others, or something is in its place.
+    Raises UserError: from `load_run`; the form is impossible for this run, its libraries are absent, its
+    scores are others, or something is in its place.
     """
     out = out or folder / "export" / form
     if out.exists():

@@ -20,9 +20,7 @@ NPZ_KEYS = ("x_train", "y_train", "x_test", "y_test", "class_names")
 
 
 def from_npz(name: str, path: Path, splits: Sequence[str] = SPLITS) -> Dataset:
-    """Data set of an .npz, of which the arrays of other splits are not read.
-
-    Class names in bytes are taken for UTF-8.
+    """Data set of an .npz, of which the arrays of other splits are not read; names in bytes are UTF-8.
 
     Raises UserError for missing keys, wrong types, shapes or labels.
     """
