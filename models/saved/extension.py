@@ -59,11 +59,11 @@ class Extension:
             )
         if not is_complete(folder):
             raise UserError(f"{folder} is unfinished: finish it first, with {resume_command(folder)}")
-        known = {os.path.realpath(path): path for path in [old.dataset, *old.added]}
+        known = {*map(os.path.realpath, [old.dataset, *old.added])}
         for path in data:
             if os.path.realpath(path) in known:
                 raise UserError(f"--data {path}: given twice, or part of {folder} already; give new classes")
-            known[os.path.realpath(path)] = path
+            known.add(os.path.realpath(path))
         added = {"extra_data": [*old.added, *data]} if data else {}
         loaded = load_config(folder / CONFIG, overrides, SCHEMAS, [("--data", added)])
         new, tasks = loaded.config, len(read_accuracy_csv(folder))

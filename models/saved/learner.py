@@ -117,7 +117,7 @@ def check_config(checkpoint: Path, state: dict[str, Any], learner: Learner) -> l
             raise of_earlier_version(checkpoint, "its config has a list of seeds")
     edited = {
         key: f"{key} was {shown(before.get(key))}, is {shown(now.get(key))}"
-        for key in [*now, *(key for key in before if key not in now)]
+        for key in now | before
         if before.get(key) != now.get(key)
     }
     mixing = [words for key, words in edited.items() if key not in learner.config.editable_keys]
