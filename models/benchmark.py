@@ -17,7 +17,6 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -62,18 +61,21 @@ def benchmark(config: RunConfig, repeats: int, profile: Path | None = None) -> I
     """The table of a configuration, line by line.
 
     Args:
-        config: of a class-incremental method.
         repeats: of every measurement.
         profile: folder for a trace of a training step of task 0, to be opened in ui.perfetto.dev.
 
-    Raises:
-        UserError: the method has no pretrained network.
+    Raises UserError: the method has no pretrained network.
     """
     if not isinstance(config, ClassIncrementalConfig):
         fault = f"model_name = {config.model_name!r} has no pretrained network to measure against"
         raise UserError(f"--benchmark: {fault}; allowed: a class-incremental method")
-    with tempfile.TemporaryDirectory() as scratch, only_errors():
-        yield from Benchmark(config, Path(scratch), repeats, profile).lines()
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # without the learner's lines the table stays in one piece
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            yield from Benchmark(config, Path(scratch), repeats, profile).lines()
+    finally:
+        logger.setLevel(level)
 
 
 def stand_in(config: ClassIncrementalConfig, folder: Path, batches: int) -> ClassIncrementalConfig:
@@ -101,10 +103,7 @@ def batch_size(config: ClassIncrementalConfig) -> int:
 class Benchmark:
     """Measurements of one learner next to the plain network it stands on.
 
-    Args:
-        config: of a class-incremental method, as in a run.
-        folder: for images and stored activations.
-        repeats, profile: as for `benchmark`.
+    folder: for images and stored activations.
     """
 
     def __init__(
@@ -179,7 +178,10 @@ class Benchmark:
             learner.take_step(phase, PhaseProgress(), batch)
 
         if self.profile is not None:
-            write_trace(step, self.profile)
+            self.profile.mkdir(parents=True, exist_ok=True)
+            with torch.profiler.profile(record_shapes=True, acc_events=True) as profiler:
+                step()
+            profiler.export_chrome_trace(str(self.profile / "trace.json"))
             self.profile = None
         if self.is_measured and name not in self.forwards:
             self.rows.append(self.per_image(name, step, min(len(self.images), count)))
@@ -317,22 +319,3 @@ class Benchmark:
 def kind_of(name: str) -> str:
     """A row's name without method and number of adapters."""
     return name.rpartition(": ")[2].partition(",")[0]
-
-
-def write_trace(step: Work, folder: Path) -> None:
-    """Write a trace of a step, `trace.json`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with torch.profiler.profile(record_shapes=True, acc_events=True) as profiler:
-        step()
-    profiler.export_chrome_trace(str(folder / "trace.json"))
-
-
-@contextmanager
-def only_errors() -> Iterator[None]:
-    """The learner's log lines are left out, so that the table stays in one piece."""
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

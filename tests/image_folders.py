@@ -11,13 +11,15 @@ from utils.data.image_sets import Dataset, FolderImages
 from utils.files import sha256_file
 
 
-def write_folder(root: Path, split: str, names: list[str], suffix: str = ".png", each: int = 2) -> None:
-    """Images of one colour in every class: 40 times the class's number, one more for each further image."""
+def write_folder(
+    root: Path, split: str, names: list[str], suffix: str = ".png", each: int = 2, colour: int = 0
+) -> None:
+    """Images of one colour, `colour` for the first: 40 more for each class, one more for each image of it."""
     for label, name in enumerate(names):
         folder = root / split / name
         folder.mkdir(parents=True)
         for i in range(each):
-            pixels = np.full((6, 5, 3), 40 * label + i, dtype=np.uint8)
+            pixels = np.full((6, 5, 3), colour + 40 * label + i, dtype=np.uint8)
             Image.fromarray(pixels).save(folder / f"{i}{suffix}")
 
 

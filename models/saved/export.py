@@ -9,7 +9,6 @@ compared with the run's own scores, both in fp32 on the CPU, before the folder a
 """
 
 import copy
-import functools
 import importlib.util
 import tempfile
 import warnings
@@ -41,85 +40,66 @@ Run = Callable[[Tensor], Tensor]  # inputs (B, 3, S, S) -> logits (B, C)
 
 
 class Deployed(nn.Module):
-    """A network and its classifier in one: inputs (B, 3, S, S) -> logits / temperature, (B, C)."""
+    """A run's network and classifier in one: inputs (B, 3, S, S) -> logits / temperature, (B, C)."""
 
-    def __init__(self, network: nn.Module, head: nn.Module, temperature: float) -> None:
+    def __init__(self, model: Predictor) -> None:
         super().__init__()
-        self.network, self.head, self.temperature = network, head, temperature
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.head(self.network(images)) / self.temperature
-
-
-class Classifier(nn.Module):
-    """A function of features (B, d) and of tensors that move with the module: logits (B, C), float32."""
-
-    def __init__(self, score: Callable[..., Tensor], **tensors: Tensor) -> None:
-        super().__init__()
-        self.score = score
+        learner = model.learner
+        self.network, self.temperature = copy.deepcopy(learner.network), model.temperature
+        self.score, tensors = classifier_of(learner.closed_form or learner.head)
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor.float())
 
-    def forward(self, features: Tensor) -> Tensor:
-        return self.score(features, **dict(self.named_buffers()))
+    def forward(self, images: Tensor) -> Tensor:
+        return self.score(self.network(images), **dict(self.named_buffers(recurse=False))) / self.temperature
 
 
-@functools.singledispatch
-def classifier_of(head: nn.Module) -> nn.Module:
-    """The head of a run, or of one of its base classes, in float32 on any device."""
+# ----------------------------------------------------------------------------------------------------------
+# Classifiers: functions of features (B, d) and of named tensors, which give logits (B, C)
+
+
+def classifier_of(head: nn.Module) -> tuple[Callable[..., Tensor], dict[str, Tensor]]:
+    """The classifier that a run's head is, as a function on any device, and its tensors."""
+    match head:
+        case IncrementalHead():
+            names = ("weight", "bias")
+            return F.linear, {name: torch.cat([getattr(task, name) for task in head.tasks]) for name in names}
+        case AlignedHead():
+            return F.linear, {"weight": head.weight, "bias": head.bias}
+        case PrototypeHead():
+            return cosine, {"means": F.normalize(head.means.float(), dim=1)}
+        case RanPACHead():
+            return ridge, {"projection": head.projection, "weights": head.weights}
+        case FeCAMHead():
+            whitening = torch.stack([factor.inverse() for factor in head.factors()])  # (C, d, d)
+            return distance, {
+                "whitening": whitening,
+                "means": torch.einsum("cij,cj->ci", whitening, head.means.float()),
+            }
+        case EASEHead():
+            weighted = F.normalize(head.prototypes.float(), dim=2) * head.shares()[:, :, None]
+            return subspaces, {"prototypes": weighted.transpose(0, 1)}  # (C, subspaces, d)
     raise NotImplementedError(f"no export of {type(head).__name__}")
 
 
-@classifier_of.register
-def linear(head: IncrementalHead) -> nn.Module:
-    weight, bias = (torch.cat([getattr(task, name) for task in head.tasks]) for name in ("weight", "bias"))
-    return Classifier(F.linear, weight=weight, bias=bias)
+def cosine(features: Tensor, means: Tensor) -> Tensor:
+    return F.linear(F.normalize(features, dim=1), means)
 
 
-@classifier_of.register
-def aligned(head: AlignedHead) -> nn.Module:
-    return Classifier(F.linear, weight=head.weight, bias=head.bias)
+def ridge(features: Tensor, projection: Tensor, weights: Tensor) -> Tensor:
+    return F.relu(features @ projection) @ weights
 
 
-@classifier_of.register
-def cosine(head: PrototypeHead) -> nn.Module:
-    def score(features: Tensor, means: Tensor) -> Tensor:
-        return F.linear(F.normalize(features, dim=1), means)
-
-    return Classifier(score, means=F.normalize(head.means.float(), dim=1))
-
-
-@classifier_of.register
-def ridge(head: RanPACHead) -> nn.Module:
-    def score(features: Tensor, projection: Tensor, weights: Tensor) -> Tensor:
-        return F.relu(features @ projection) @ weights
-
-    return Classifier(score, projection=head.projection, weights=head.weights)
-
-
-@classifier_of.register
-def distance(head: FeCAMHead) -> nn.Module:
+def distance(features: Tensor, whitening: Tensor, means: Tensor) -> Tensor:
     """-|L^-1 x|^2 of all classes by two matrix products."""
-
-    def score(features: Tensor, whitening: Tensor, means: Tensor) -> Tensor:
-        whitened = torch.einsum("cij,bj->bci", whitening, F.normalize(features, dim=1))
-        return -(whitened - means).square().sum(dim=2)
-
-    whitening = torch.stack([factor.inverse() for factor in head.factors()])  # (C, d, d)
-    means = torch.einsum("cij,cj->ci", whitening, head.means.float())
-    return Classifier(score, whitening=whitening, means=means)
+    whitened = torch.einsum("cij,bj->bci", whitening, F.normalize(features, dim=1))
+    return -(whitened - means).square().sum(dim=2)
 
 
-@classifier_of.register
-def subspaces(head: EASEHead) -> nn.Module:
-    """One product with the prototypes, weighted by subspace."""
-
-    def score(features: Tensor, prototypes: Tensor) -> Tensor:
-        parts = F.normalize(features.unflatten(1, (-1, head.width)), dim=2)
-        return F.linear(parts.flatten(1), prototypes)
-
-    weighted = F.normalize(head.prototypes.float(), dim=2) * head.shares()[:, :, None]
-    return Classifier(score, prototypes=weighted.transpose(0, 1).flatten(1))  # (C, subspaces * d)
+def subspaces(features: Tensor, prototypes: Tensor) -> Tensor:
+    """One product with the prototypes, which are weighted by subspace."""
+    parts = F.normalize(features.unflatten(1, prototypes.shape[1:]), dim=2)
+    return F.linear(parts.flatten(1), prototypes.flatten(1))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -130,7 +110,7 @@ def to_timm(model: Predictor, views: Tensor, folder: Path) -> Run:
     """A plain timm ViT: model.safetensors and the config.json that `timm.create_model` reads."""
     learner, size = model.learner, model.view.image_size
     vit = timm.create_model(learner.backbone.architecture, num_classes=len(model.classes), img_size=size)
-    head = classifier_of(learner.head).state_dict()
+    _, head = classifier_of(learner.head)
     state = {f"head.{name}": tensor / model.temperature for name, tensor in head.items()}
     vit.load_state_dict(learner.network.plain_state() | state)
     about = preprocessing(model)
@@ -153,7 +133,7 @@ def to_timm(model: Predictor, views: Tensor, folder: Path) -> Run:
 
 def to_torchscript(model: Predictor, views: Tensor, folder: Path) -> Run:
     """A traced module, model.pt."""
-    torch.jit.trace(deployed(model), views).save(folder / "model.pt")
+    torch.jit.trace(Deployed(model).eval(), views).save(folder / "model.pt")
     return torch.jit.load(folder / "model.pt")
 
 
@@ -163,7 +143,7 @@ def to_onnx(model: Predictor, views: Tensor, folder: Path) -> Run:
 
     path, axis = folder / "model.onnx", {0: "batch"}
     torch.onnx.export(
-        deployed(model),
+        Deployed(model).eval(),
         (views,),
         path,
         input_names=["images"],
@@ -182,13 +162,6 @@ FORMS: dict[str, Callable[[Predictor, Tensor, Path], Run]] = {
 }
 
 
-def deployed(model: Predictor) -> Deployed:
-    """The run's network and classifier as one module; the network's adapters are merged where they can be."""
-    learner = model.learner
-    head = classifier_of(learner.closed_form or learner.head)
-    return Deployed(copy.deepcopy(learner.network), head, model.temperature).eval()
-
-
 # ----------------------------------------------------------------------------------------------------------
 # The export
 
@@ -197,9 +170,8 @@ def deployed(model: Predictor) -> Deployed:
 def export_run(folder: Path, checkpoint: Path | None, form: str, out: Path | None) -> Iterator[str]:
     """Lines about an export, which is written when it gives the run's scores.
 
-    Raises:
-        UserError: from `load_run`; the form is impossible for this run, its libraries are absent, its scores
-            are others, or something is in its place.
+    Raises UserError: from `load_run`; the form is impossible for this run, its libraries are absent, its
+    scores are others, or something is in its place.
     """
     out = out or folder / "export" / form
     if out.exists():
@@ -213,7 +185,10 @@ def export_run(folder: Path, checkpoint: Path | None, form: str, out: Path | Non
         )
     model = load_run(folder, "cpu", checkpoint, "fp32")
     yield repr(model)
-    views, scores = checked_inputs(model)  # merges the adapters that can be
+    shape = (CHECKED, 3, model.view.image_size, model.view.image_size)
+    images = torch.from_numpy(numpy_rng("export check").integers(0, 256, shape, dtype="uint8"))
+    views = views_of(images, model.view, None, np.arange(CHECKED))
+    scores = model.scores(list(images))  # which merges the adapters that can be
     if form == "timm" and (
         model.learner.closed_form is not None or model.learner.network.plain_state() is None
     ):
@@ -244,13 +219,6 @@ def export_run(folder: Path, checkpoint: Path | None, form: str, out: Path | Non
     for path in sorted(out.iterdir()):
         size = path.stat().st_size
         yield f"wrote {path} ({f'{size / 1e6:,.1f} MB' if size >= 1e5 else f'{size / 1e3:.1f} kB'})"
-
-
-def checked_inputs(model: Predictor) -> tuple[Tensor, Tensor]:
-    """Inputs (B, 3, S, S) of drawn images, and the run's scores (B, C) of them."""
-    shape = (CHECKED, 3, model.view.image_size, model.view.image_size)
-    images = torch.from_numpy(numpy_rng("export check").integers(0, 256, shape, dtype="uint8"))
-    return views_of(images, model.view, None, np.arange(CHECKED)), model.scores(list(images))
 
 
 def preprocessing(model: Predictor) -> dict[str, object]:

@@ -35,18 +35,10 @@ from utils.runs.run_log import metrics_until, read_accuracy_csv
 
 @dataclass(frozen=True)
 class Extension:
-    """A finished run with the configuration of the run that extends it.
-
-    Attributes:
-        folder: of the finished run.
-        config: of the new run.
-        notes: lines to log about it.
-        tasks: number of tasks that were learned.
-    """
+    """A finished run, the number of tasks it learned, and the configuration of the run that extends it."""
 
     folder: Path
     config: ClassIncrementalConfig
-    notes: Sequence[str]
     tasks: int
 
     @classmethod
@@ -57,8 +49,7 @@ class Extension:
             overrides: texts `key=value`, of max_tasks and of keys that change no number.
             data: data sets with new classes, each one task, given like `dataset`.
 
-        Raises:
-            UserError: the run is unfinished, cannot be extended, or is not made longer by this.
+        Raises UserError: the run is unfinished, cannot be extended, or is not made longer by this.
         """
         old = read_config(folder)
         if not isinstance(old, ClassIncrementalConfig) or isinstance(old, OneTaskRules):
@@ -68,11 +59,11 @@ class Extension:
             )
         if not is_complete(folder):
             raise UserError(f"{folder} is unfinished: finish it first, with {resume_command(folder)}")
-        known = {os.path.realpath(path): path for path in [old.dataset, *old.added]}
+        known = {*map(os.path.realpath, [old.dataset, *old.added])}
         for path in data:
             if os.path.realpath(path) in known:
                 raise UserError(f"--data {path}: given twice, or part of {folder} already; give new classes")
-            known[os.path.realpath(path)] = path
+            known.add(os.path.realpath(path))
         added = {"extra_data": [*old.added, *data]} if data else {}
         loaded = load_config(folder / CONFIG, overrides, SCHEMAS, [("--data", added)])
         new, tasks = loaded.config, len(read_accuracy_csv(folder))
@@ -83,7 +74,7 @@ class Extension:
             new = new.model_copy(update={"prefix": f"{prefix}_{total}tasks"})
         if folder_of(new, new.seed).name == folder.name:
             raise UserError(f"prefix {new.prefix!r} names the folder of the run itself: choose another")
-        return cls(folder, new, new.warnings(), tasks)
+        return cls(folder, new, tasks)
 
     @property
     def place(self) -> Path:
@@ -103,8 +94,7 @@ class Extension:
     def check(self, learner: ClassIncrementalLearner) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and state of the run's last checkpoint, for a learner of `config`.
 
-        Raises:
-            UserError: the checkpoint is not there or damaged, or it is of other classes, data or weights.
+        Raises UserError: it is not there or damaged, or it is of other classes, data or weights.
         """
         checkpoint = self.folder / CHECKPOINTS / checkpoint_name(self.tasks - 1)
         tensors, state = load_run_checkpoint(checkpoint)
@@ -156,8 +146,7 @@ def refuse_other_changes(
 def check_length(folder: Path, old: ClassIncrementalConfig, new: ClassIncrementalConfig, tasks: int) -> int:
     """Number of tasks of the new run; 0 where its data are not there.
 
-    Raises:
-        UserError: it is no more than were learned, the data set has fewer, or some would come before those.
+    Raises UserError: no more than were learned, more than the data set has, or some would come before those.
     """
     every = len(new.model_copy(update={"max_tasks": None, "extra_data": None}).known_tasks())
     own, now = tasks - len(old.added), min(new.max_tasks or every, every)  # tasks of `dataset`

@@ -69,8 +69,7 @@ def draw_again(folder: Path) -> Iterator[str]:
 def show_checkpoint(checkpoint: Path) -> Iterator[str]:
     """The model that a checkpoint holds, rebuilt and tested.
 
-    Raises:
-        UserError: it knows no class: it stopped inside its first task, and its head is solved at task ends.
+    Raises UserError: it knows no class, inside its first task with a head that is solved at task ends.
     """
     learner = load_learner(checkpoint)
     head = getattr(learner, "closed_form", None)
@@ -85,9 +84,8 @@ def show_test(folders: list[Path]) -> Iterator[str]:
 
     Each run gets a `test_result.json`: the whole matrix where the checkpoints of all tasks are there.
 
-    Raises:
-        UserError: a run was measured on test images anyway, is unfinished, or its test images cannot be read;
-            or several runs differ in more than their seed.
+    Raises UserError: a run was measured on test images anyway, is unfinished, or its test images cannot be
+    read; or several runs differ in more than their seed.
     """
     configs = [(folder, read_config(folder)) for folder in folders]
     for folder, config in configs:
@@ -134,11 +132,7 @@ def show_test(folders: list[Path]) -> Iterator[str]:
 
 
 def show_seeds(folders: list[Path]) -> Iterator[str]:
-    """Mean ± std over finished runs of one experiment with different seeds.
-
-    Raises:
-        UserError: no run is finished, or the runs differ in more than their seed.
-    """
+    """Mean ± std over finished runs. UserError: none is finished, or they differ in more than their seed."""
     finished = [folder for folder in folders if (folder / RESULT).is_file()]
     for folder in sorted(set(folders) - set(finished)):
         yield f"left out, no result.json: {folder}"
@@ -157,8 +151,7 @@ def show_comparison(
 
     form: "terminal", or "latex" or "markdown" for a document that holds nothing else.
 
-    Raises:
-        UserError: nothing to compare, or runs that cannot be.
+    Raises UserError: nothing to compare, or runs that cannot be.
     """
     comparison = compare_runs(folders, read_config, baseline)
     results, out = comparison.results, out or default_folder(comparison)
@@ -192,8 +185,7 @@ def show_comparison(
 def analyse_run(folder: Path, names: list[str], images_per_class: int | None) -> Iterator[str]:
     """Results of the named analyses of the networks that a finished run left; they are written as well.
 
-    Raises:
-        UserError: an unknown analysis, an unfinished run, a damaged checkpoint, or too little to analyse.
+    Raises UserError: an unknown analysis, an unfinished run, a damaged checkpoint, or too little to analyse.
     """
     config = read_config(folder)
     analyses = LEARNERS[config.model_name].analyses

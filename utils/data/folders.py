@@ -1,5 +1,4 @@
-"""Data sets of image files, in folders `train/<class>/*` and `test/<class>/*`, in one folder per class, or
-named by published lists.
+"""Data sets of image files, in folders of train/ and test/, in one folder per class, or in published lists.
 
 dataset = from_folder("mine", Path("mine"), Path("cache/images"))       # checked files are remembered there
 dataset = from_folder("photos", Path("photos"), None, test_share=0.2)   # photos/<class>/*
@@ -73,10 +72,7 @@ class FolderScan:
         return new
 
     def images(self, folder: Path) -> list[Path]:
-        """Image files below a folder, in sorted order, its own before those of the folders in it.
-
-        Unlike torchvision's `make_dataset` it reads a folder once and passes over hidden ones.
-        """
+        """Image files below a folder, in sorted order, its own before those of the folders in it."""
         found = []
         for place, below, names in os.walk(folder, onerror=self._unreadable, followlinks=True):
             below[:] = [name for name in self.visible(below) if self.is_new(Path(place, name))]
@@ -106,9 +102,7 @@ def split_folders(path: Path) -> dict[str, Path]:
 
 
 def class_folders(split: Path, scan: FolderScan) -> dict[str, list[Path]]:
-    """Class name -> its folders in train/ or test/, sorted by name.
-
-    Names are normalised to NFC: folders whose names differ in the form of their accents are one class.
+    """Class name in NFC -> its folders in train/ or test/, sorted by name; accents of both forms are one.
 
     Raises UserError: the folder cannot be listed, or a name is not UTF-8.
     """
@@ -141,8 +135,7 @@ def from_folder(
     """Image files in the class folders of `split_folders`; classes are numbered in sorted order.
 
     Hidden files and folders and files with other suffixes are left out, and each real folder of a split is
-    read once. Files of splits that are not asked for are not decoded, and not listed where they have a folder
-    of their own.
+    read once. Files of other splits are not decoded, and not listed where they have a folder of their own.
 
     Args:
         test_share: of each class's images, where no folder holds the test images.
@@ -177,10 +170,7 @@ def from_folder(
 def _require_same_classes(
     path: Path, places: Mapping[str, Path], classes: Mapping[str, Mapping], partial: bool
 ) -> None:
-    """Raise UserError where there is no class, or training and test folders hold different ones.
-
-    partial: training folders may be missing.
-    """
+    """Raise UserError where there is no class, or train/ and test/ differ; partial: train/ may lack some."""
     train, test = classes["train"].keys(), classes.get("test", classes["train"]).keys()
     if test and not train - test and (partial or not test - train):
         return
@@ -241,9 +231,8 @@ def from_files(
 
     Every file is decoded once, before anything is learned from one; the memo knows which were good.
 
-    Raises:
-        UserError: a class has no image (of "test", if `partial`), or files are not there or bad: all of them
-            in one list.
+    Raises UserError: a class has no image (of "test", if `partial`), or files are absent or bad, all in one
+    list.
     """
     labels = {split: np.array([label for _, label in own], np.int64) for split, own in files.items()}
     needed = {split: own for split, own in labels.items() if split == "test" or not partial}
@@ -262,9 +251,7 @@ def from_lists(name: str, path: Path, lists: dict[str, list[Path]], cache: Path 
 
     All lists of a split are pooled; a class has the number that the lists give it.
 
-    Raises:
-        UserError: a line of another form, classes that are not numbered one to one from 0 to C - 1, or as
-            from `from_files`.
+    Raises UserError: a line of another form, classes not numbered one to one from 0 on, or as `from_files`.
     """
     rows = {split: [row for file in group for row in _listed(file)] for split, group in lists.items()}
     pairs = sorted({(number, name) for own in rows.values() for _, name, number in own})

@@ -36,13 +36,9 @@ NAMED = 20  # bad files named in the message
 
 
 def decode(content: bytes) -> np.ndarray:
-    """The pixels of an image file's bytes, uint8 (h, w, 3); of several frames the first.
+    """The pixels of an image file's bytes, uint8 (h, w, 3), turned as EXIF data say; of frames the first.
 
-    The image is turned as its EXIF orientation says: photos that a phone took upright are upright.
-
-    Raises:
-        ValueError: from `to_rgb`.
-        Exception: of many kinds, as decoders raise them for bad bytes.
+    Raises ValueError from `to_rgb`, and exceptions of many kinds, as decoders raise them for bad bytes.
     """
     ImageFile.LOAD_TRUNCATED_IMAGES = False  # some libraries switch it on; a half grey image must not pass
     with Image.open(io.BytesIO(content)) as image:
@@ -80,32 +76,23 @@ def _upper_bits(image: Image.Image) -> np.ndarray:
 def decode_whole(content: bytes) -> np.ndarray:
     """The pixels of an image file that is whole, uint8 (h, w, 3).
 
-    Raises ValueError: a JPEG whose picture is cut off, and what `decode` raises.
+    Raises ValueError: a JPEG whose picture ends before its end marker, so that decoders fill the rest with
+    grey, and what `decode` raises.
     """
     pixels = decode(content)
-    if content.startswith(START_OF_JPEG) and lacks_data(content, pixels):
-        raise ValueError("its JPEG data end before the picture does")
+    if content.startswith(START_OF_JPEG):
+        end = content.rfind(END_OF_JPEG)  # bytes before it are skipped, or taken for what a picture lacks
+        if not np.array_equal(pixels, decode(content[:end] + FILLER + content[end:])):
+            raise ValueError("its JPEG data end before the picture does")
     return pixels
-
-
-def lacks_data(jpeg: bytes, pixels: np.ndarray) -> bool:
-    """Whether the picture of a JPEG ends before its end marker, so that decoders fill the rest with grey.
-
-    Bytes put before the end marker are skipped when the picture is complete, else they are taken for its
-    rest.
-    """
-    end = jpeg.rfind(END_OF_JPEG)
-    return not np.array_equal(pixels, decode(jpeg[:end] + FILLER + jpeg[end:]))
 
 
 def check_images(paths: Sequence[Path], memo: FileMemo, label: str) -> dict[Path, str]:
     """Path -> SHA-256 of the content of every image file, each decoded once to see that it is whole.
 
-    At most `THREADS` images are in memory.
-
     Args:
         memo: files found good before by this version of the decoder; gains those found now.
-        label: name of the data set, for the progress bar and the message.
+        label: name of the data set.
 
     Raises UserError: files that are no images, are damaged or of a refused mode: up to `NAMED` in one list.
     """

@@ -79,9 +79,7 @@ class FolderImages(ImageSet):
     """Image files, all decoded to RGB.
 
     Args:
-        paths: the files.
-        labels: one each.
-        hashes: SHA-256 of the content of each, and perhaps of others, from `check_images`.
+        hashes: SHA-256 of the content of each path, and perhaps of others, from `check_images`.
         memo: where the hashes are remembered; forgets that of a file whose bytes are others when it is read.
 
     Raises UserError: from `batch`, naming a file that cannot be read or is no longer the same.

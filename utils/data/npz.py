@@ -20,15 +20,22 @@ NPZ_KEYS = ("x_train", "y_train", "x_test", "y_test", "class_names")
 
 
 def from_npz(name: str, path: Path, splits: Sequence[str] = SPLITS) -> Dataset:
-    """Data set of an .npz, of which the arrays of other splits are not read.
+    """Data set of an .npz, of which the arrays of other splits are not read; names in bytes are UTF-8.
 
     Raises UserError for missing keys, wrong types, shapes or labels.
     """
     arrays = read_npz(path, [key for key in NPZ_KEYS if key.partition("_")[2] in (*splits, "names")])
-    class_names = _names(path, arrays.pop("class_names"))
+    names = arrays.pop("class_names").tolist()
+    try:
+        texts = [each.decode("utf-8") if isinstance(each, bytes) else str(each) for each in names]
+        "".join(texts).encode("utf-8")
+    except UnicodeError as error:
+        raise UserError(
+            f"{path}: a name in class_names is not UTF-8 ({error.reason}); write it in UTF-8."
+        ) from error
     for source in splits:
-        _check_split(path, source, arrays[f"x_{source}"], arrays[f"y_{source}"], len(class_names))
-    return from_arrays(name, class_names, arrays, splits)
+        _check_split(path, source, arrays[f"x_{source}"], arrays[f"y_{source}"], len(names))
+    return from_arrays(name, [unicodedata.normalize("NFC", text) for text in texts], arrays, splits)
 
 
 def read_npz(path: Path, keys: Sequence[str]) -> dict[str, np.ndarray]:
@@ -50,18 +57,6 @@ def read_npz(path: Path, keys: Sequence[str]) -> dict[str, np.ndarray]:
     if names.ndim != 1:
         raise UserError(f"{path}: class_names has shape {names.shape}; expected one name per class, (C,).")
     return arrays
-
-
-def _names(path: Path, names: np.ndarray) -> list[str]:
-    """Class names as text; bytes are taken for UTF-8."""
-    try:
-        texts = [name.decode("utf-8") if isinstance(name, bytes) else str(name) for name in names.tolist()]
-        "".join(texts).encode("utf-8")
-    except UnicodeError as error:
-        raise UserError(
-            f"{path}: a name in class_names is not UTF-8 ({error.reason}); write it in UTF-8."
-        ) from error
-    return [unicodedata.normalize("NFC", text) for text in texts]
 
 
 def _check_split(path: Path, source: str, images: np.ndarray, labels: np.ndarray, classes: int) -> None:

@@ -39,7 +39,7 @@ class TaskSplit:
     """Split of classes into tasks, with limits on the images per class.
 
     Attributes:
-        seed: draws the class order and the images kept by `max_*_per_class`.
+        seed: draws the class order, and the images kept by `max_*_per_class`.
         shuffle: class order is numpy's `RandomState(seed).permutation(C)`, as published; else 0 .. C-1.
         init_cls, increment: classes of the first and of every further task; the last task may be shorter.
         max_tasks: cut the sequence after so many tasks; those of added data sets follow.
@@ -66,7 +66,7 @@ class TaskSplit:
         return np.random.RandomState(self.seed).permutation(classes).tolist()
 
     def incremental_labels(self, original: np.ndarray, source: str, class_order: list[int]) -> np.ndarray:
-        """Incremental label of every stored image, int64 (N,); -1 for images that are not of the source."""
+        """Incremental label of every stored image, int64 (N,); -1 for those that are not of the source."""
         labels = np.full(len(original), -1)
         for incremental, label in enumerate(class_order):
             labels[self._chosen(np.flatnonzero(original == label), source, label)] = incremental
@@ -91,25 +91,20 @@ class DataManager:
     """A data set as a sequence of tasks.
 
     Args:
-        dataset: from `utils.data.datasets.load_dataset`; with a `validation_share` it needs no test images.
-        num_workers: processes that prepare batches, fewer where shared memory is too small for what they pass
-            on; 0 for none. Changes no result.
+        dataset: with a `validation_share` it needs no test images.
+        num_workers: processes that prepare batches, fewer where shared memory has no room; changes no result.
         pinned: batches lie in memory that a GPU copies from by itself.
         distributed: of several processes each gets its shard of every batch.
-        load_whole: loads the data set with its test images, where `dataset` has none, when they are asked
-            for.
+        load_whole: loads the data set with test images that `dataset` lacks, when they are asked for.
 
     Attributes:
-        evaluated: source of the images that a run is measured on: "test", or "validation" where some are
-            held out.
+        evaluated: source of the images that a run is measured on: "test", or "validation".
         class_order: data set label of every incremental class: those of the data set's own tasks, those of
             each added data set in stored order as one task, then those of no task.
-        nb_classes: classes of the data set and of what was added to it.
+        nb_classes: classes of the data set and of what was added to it, also those of no task.
         stop_requested: asked while workers are waited for; True raises `Interrupted`.
 
-    Raises:
-        UserError: init_cls or increment is larger than the number of classes, or a class has one training
-            image, of which none can be held out.
+    Raises UserError: too few classes, or a class with one training image, of which none can be held out.
     """
 
     def __init__(
@@ -138,8 +133,8 @@ class DataManager:
         self.class_order = [*order[:taught], *range(own, self.nb_classes), *order[taught:]]
         self.class_names = [dataset.class_names[label] for label in self.class_order]
         self._labels: dict[str, np.ndarray] = {}
-        held = [label for label in self.seen_classes() if self._has_images(label, "validation")]
-        if single := [self.class_names[label] for label in held if not self._has_images(label, "train")]:
+        held, left = (self.images_per_class(source) for source in ("validation", "train"))
+        if single := [self.class_names[i] for i in self.seen_classes() if held[i] and not left[i]]:
             raise UserError(
                 f"validation_share = {split.validation_share:g}: {dataset.name!r} has one training image of "
                 f"{', '.join(single[:5])}, and two are needed, one to hold out; add images, or set it to 0."
@@ -167,10 +162,7 @@ class DataManager:
         return np.concatenate([self.indices(self.task_classes(task), source) for task in range(tasks)])
 
     def images(self, source: str) -> ImageSet:
-        """The stored images of "train", "validation" or "test", which the positions of a source number.
-
-        Raises UserError: test images are asked for that were left unread, and cannot be had.
-        """
+        """The stored images of a source. UserError: test images were left unread, and cannot be had."""
         return self._with(source).test if source == "test" else self.dataset.train
 
     def data_sha256(self, source: str) -> str:
@@ -178,11 +170,11 @@ class DataManager:
         return self._with(source).sha256
 
     def count(self, classes: range, source: str) -> int:
-        """Number of images of these incremental classes in "train", "validation" or "test"."""
+        """Number of a source's images of these incremental classes."""
         return len(self.indices(classes, source))
 
     def images_per_class(self, source: str) -> list[int]:
-        """Number of "train", "validation" or "test" images of each incremental class of the tasks."""
+        """Number of a source's images of each incremental class of the tasks."""
         return [self.count(range(label, label + 1), source) for label in self.seen_classes()]
 
     def indices(self, classes: range, source: str) -> np.ndarray:
@@ -200,8 +192,9 @@ class DataManager:
 
     def require_training_images(self, first_task: int) -> None:
         """Raise UserError where a class of this task or of a later one has no training image."""
-        classes = range(self._tasks[min(first_task, self.nb_tasks - 1)].start, self._tasks[-1].stop)
-        if absent := [self.class_names[label] for label in classes if not self._has_images(label, "train")]:
+        images = self.images_per_class("train")
+        classes = range(self._tasks[min(first_task, self.nb_tasks - 1)].start, len(images))
+        if absent := [self.class_names[label] for label in classes if not images[label]]:
             raise UserError(
                 f"Data set {self.dataset.name!r}: {len(absent)} classes that are still to be learned have no "
                 f"training image, such as {', '.join(absent[:3])}; put their images back."
@@ -213,16 +206,13 @@ class DataManager:
         `ABSENT` where a class has none: the training images of a task that was learned may be gone.
         """
         if (task, source) not in self._hashes:
-            indices = self.indices(self.task_classes(task), source)
-            labels = ",".join(map(str, self._labels_of(source)[indices]))
-            content = self.images(source).content_sha256(indices)
-            whole = all(self._has_images(label, source) for label in self.task_classes(task))
-            sha256 = hashlib.sha256(f"{labels} {content}".encode()).hexdigest()
-            self._hashes[task, source] = sha256 if whole else ABSENT
+            classes = self.task_classes(task)
+            indices = self.indices(classes, source)
+            labels = self._labels_of(source)[indices].tolist()
+            content = f"{','.join(map(str, labels))} {self.images(source).content_sha256(indices)}"
+            whole = len(set(labels)) == len(classes)
+            self._hashes[task, source] = hashlib.sha256(content.encode()).hexdigest() if whole else ABSENT
         return self._hashes[task, source]
-
-    def _has_images(self, label: int, source: str) -> bool:
-        return self.count(range(label, label + 1), source) > 0
 
     def describe(self) -> str:
         """Line for the log: number of images of the tasks' classes, and which files are left out."""
@@ -243,12 +233,7 @@ class DataManager:
     def views(
         self, indices: np.ndarray, source: str, view: Key | None, device: torch.device | str = "cpu"
     ) -> Tensor:
-        """Network inputs of stored images, float32 (n, 3, S, S), on the device.
-
-        Args:
-            indices: stored positions, (n,).
-            source: "train", "validation" or "test", which images.
-            view: key that draws a random view of each; None for the test view.
+        """Network inputs of stored images, float32 (n, 3, S, S): the view that a key draws, or the test view.
 
         Raises UserError: an image cannot be read.
         """
@@ -266,19 +251,15 @@ class DataManager:
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches (images (B, 3, S, S) float32, incremental labels (B,) int64) of some classes.
 
-        Of several processes each gets its shard of every batch, which may be empty.
+        Of several processes each gets its shard of every batch, which may be empty. While iterating the
+        errors of `load_batches` are raised.
 
         Args:
-            classes, source, view: as in `indices` and `views`; each random view depends on its key and on the
-                image's stored position alone.
             batch_size: B, over all processes; the last batch may be smaller.
             key: None for stored order; else it alone decides the order, whatever the number of workers and
                 processes. The global random states are neither read nor changed.
             start: number of batches to skip without computing them.
-
-        Raises:
-            ValueError: there are fewer than `start` batches. See `load_batches` for what is raised while
-                iterating.
+            view: as in `views`; the view depends on it and on the image's stored position alone.
         """
         spec = self._spec(view)
         order = self.indices(classes, source) if key is None else self.order(classes, source, key)

@@ -22,8 +22,9 @@ EXPORTS = {
 }
 
 
-def exported(finished: Finished, form: str, out: Path) -> int:
-    return evaluation.main(["--run", str(finished.folder), "--export", form, "--out", str(out)])
+def export(finished: Finished, form: str, out: Path) -> tuple[object, ...]:
+    """The command that exports a run."""
+    return evaluation.main, "--run", finished.folder, "--export", form, "--out", out
 
 
 @pytest.mark.parametrize(("form", "name"), [(form, name) for form in EXPORTS for name in EXPORTS[form]])
@@ -33,7 +34,7 @@ def test_an_export_gives_the_run_s_scores_as_its_card_says(
     runs: Callable[[str], Finished],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    told: Callable[..., str],
 ) -> None:
     """The card's own lines, run on an image file of another size, and on more images at once."""
     if form == "onnx":
@@ -41,11 +42,10 @@ def test_an_export_gives_the_run_s_scores_as_its_card_says(
             pytest.importorskip(library, reason=f"{library} is not installed: requirements-export.txt")
     finished, out = runs(name), tmp_path / "made" / "model"
     if form == "timm" and name not in AS_TIMM:
-        assert exported(finished, form, out) == 2 and list(tmp_path.iterdir()) == []
-        assert "possible: onnx, torchscript" in capsys.readouterr().err
+        assert "possible: onnx, torchscript" in told(2, *export(finished, form, out))
+        assert list(tmp_path.iterdir()) == []
         return
-    assert exported(finished, form, out) == 0
-    shown = capsys.readouterr().out
+    shown = told(0, *export(finished, form, out))
     assert "differ from the run's by" in shown and "(0.0 " not in shown
     monkeypatch.chdir(tmp_path)
     turned = Image.Exif()
@@ -54,10 +54,8 @@ def test_an_export_gives_the_run_s_scores_as_its_card_says(
     (code,) = re.findall("```python\n(.*?)```", (out / "README.md").read_text(), re.DOTALL)
     found: dict[str, object] = {}
     exec(code.replace("FOLDER", str(out)), found)
-    model, about = (
-        load_run(finished.folder, device="cpu"),
-        json.loads((out / "preprocessing.json").read_text()),
-    )
+    model = load_run(finished.folder, device="cpu")
+    about = json.loads((out / "preprocessing.json").read_text())
     table = model.predict("image.png", top=len(model.classes)).set_index("class")["score"]
     with torch.no_grad():
         scores = found["model"](found["images"]).softmax(dim=1)
@@ -67,18 +65,18 @@ def test_an_export_gives_the_run_s_scores_as_its_card_says(
     assert many.detach().numpy() == pytest.approx(np.repeat(scores.detach().numpy(), 7, axis=0), abs=1e-6)
 
 
-def test_a_card_says_what_the_model_is(runs: Callable[[str], Finished], tmp_path: Path) -> None:
+def test_a_card_says_what_the_model_is_and_nothing_is_replaced(
+    runs: Callable[[str], Finished], tmp_path: Path, told: Callable[..., str]
+) -> None:
     finished = runs("sdlora")
-    assert exported(finished, "timm", tmp_path / "x") == 0
+    command = export(finished, "timm", tmp_path / "x")
+    told(0, *command)
     card, model = (tmp_path / "x" / "README.md").read_text(), load_run(finished.folder)
     result = json.loads((finished.folder / "result.json").read_text())
-    for told in (
+    for fact in (
         "sdlora", "things.npz", "learned in 2 tasks", f"{result['curve'][-1]:.2f} %", "test_vit.random",
         "untrained", f"temperature {model.temperature:.4g}", ", ".join(model.classes),
     ):  # fmt: skip
-        assert told in card, told
-
-
-def test_nothing_is_replaced(simplecil: Finished, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert exported(simplecil, "torchscript", tmp_path) == 2 and not list(tmp_path.iterdir())
-    assert "is there already" in capsys.readouterr().err
+        assert fact in card, fact
+    before = sorted((tmp_path / "x").iterdir())
+    assert "is there already" in told(2, *command) and sorted((tmp_path / "x").iterdir()) == before

@@ -5,17 +5,17 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import eval as evaluation
 import main
 from models.saved.extension import Extension
-from tests.conftest import TINY_GRIDS, TINY_SDLORA, folder_of
+from tests.conftest import TINY_GRIDS, TINY_SDLORA
 from tests.crash import outcome
+from tests.image_folders import write_folder
 from trainer import extend, resume, train
 from utils.config.schema import RunConfig
 from utils.errors import Interrupted, UserError
@@ -57,9 +57,7 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def quick_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("utils.plotting.png", lambda figure: b"picture")
+pytestmark = pytest.mark.usefixtures("quick_pictures")
 
 
 def run(config: RunConfig) -> Path:
@@ -106,30 +104,18 @@ def test_a_run_extended_from_two_to_four_tasks_is_one_of_four(
     assert (origin["folder"], origin["tasks"], len(manifest["sessions"])) == (str(half), 2, 2)
 
 
-def photos(root: Path, classes: dict[str, int], seed: int) -> Path:
-    """A folder with images of one colour and noise per class: name -> base colour."""
-    generator = np.random.default_rng(seed)
+def photos(root: Path, names: list[str], colour: int) -> str:
+    """A folder of images, whose classes have colours from this one on."""
     for split, each in (("train", 4), ("test", 2)):
-        for name, colour in classes.items():
-            (root / split / name).mkdir(parents=True)
-            for i in range(each):
-                pixels = (colour + generator.integers(0, 40, (12, 10, 3))).astype(np.uint8)
-                Image.fromarray(pixels).save(root / split / name / f"{i}.png")
-    return root
+        write_folder(root, split, names, each=each, colour=colour)
+    return str(root)
 
 
 @pytest.fixture
 def album(tmp_path: Path) -> dict[str, str]:
     """Folders of photos: four old classes, and new ones in two folders."""
-    folders = {
-        "old": {"ant": 0, "bee": 60, "cat": 120, "dog": 180},
-        "fish": {"eel": 30, "cod": 200},
-        "birds": {"owl": 90},
-    }
-    return {
-        name: str(photos(tmp_path / name, classes, seed))
-        for seed, (name, classes) in enumerate(folders.items())
-    }
+    folders = {"old": ["ant", "bee", "cat", "dog"], "fish": ["eel", "cod"], "birds": ["owl"]}
+    return {name: photos(tmp_path / name, folders[name], 10 * i) for i, name in enumerate(folders)}
 
 
 def test_new_folders_are_new_tasks_and_old_training_images_may_be_gone(
@@ -143,7 +129,8 @@ def test_new_folders_are_new_tasks_and_old_training_images_may_be_gone(
 
     first = Extension.of(half, [], [album["fish"]])
     extend(first)
-    assert_same_classes(half.with_name(first.place.name), ["ant", "bee", "cat", "dog", "cod", "eel"], 4)
+    order = json.loads((first.place / "manifest.json").read_text())["class_order"]
+    assert sorted(order[:4]) == [0, 1, 2, 3] and order[4:] == [4, 5]  # the old ones in whatever order
     again = Extension.of(first.place, [], [album["birds"]])
     extend(again)
     assert_same(again.place, whole)
@@ -162,13 +149,6 @@ def test_new_folders_are_new_tasks_and_old_training_images_may_be_gone(
         extend(Extension.of(half, ["prefix=bare2"], both))
 
 
-def assert_same_classes(folder: Path, names: list[str], old: int) -> None:
-    """The old classes in whatever order, then the new ones."""
-    order = json.loads((folder / "manifest.json").read_text())["class_order"]
-    assert sorted(names[label] for label in order[:old]) == sorted(names[:old])
-    assert [names[label] for label in order[old:]] == names[old:]
-
-
 def test_classes_that_a_short_run_left_out_stay_out(album: dict[str, str], smoke_config: Config) -> None:
     """New folders follow the tasks that were learned, not all that the data set has."""
     config = smoke_config(model_name="simplecil", dataset=album["old"], max_tasks=1)
@@ -184,74 +164,47 @@ def test_an_extension_that_is_stopped_is_resumed(
     whole = run(smoke_config(**config, prefix="whole", max_tasks=3))
     half = run(smoke_config(**config, prefix="half", max_tasks=1))
     extension = Extension.of(half, ["max_tasks=3"])
-    with monkeypatch.context() as context:
-        context.setattr("trainer.Run.to_the_end", stopped)
-        with pytest.raises(Interrupted):
-            extend(extension)
+    with monkeypatch.context() as context, pytest.raises(Interrupted):
+        context.setattr("trainer.Run.to_the_end", Mock(side_effect=Interrupted))
+        extend(extension)
     resume(extension.place)
     assert_same(extension.place, whole)
 
 
-def only_config(config: RunConfig, folder: Path) -> Path:
-    """A run folder that holds its config alone."""
-    folder.mkdir()
-    (folder / "config.json").write_text(config.model_dump_json())
-    return folder
-
-
-def stopped(run: object) -> None:
-    raise Interrupted
-
-
 def test_what_cannot_be_extended_is_told_in_one_sentence(
-    album: dict[str, str], smoke_config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    album: dict[str, str], smoke_config: Config, tmp_path: Path, told: Callable[..., str]
 ) -> None:
-    config = {"model_name": "simplecil", "dataset": album["old"], "max_tasks": 1}
-    half = run(smoke_config(**config))
-    joint = only_config(smoke_config(model_name="joint", init_cls=8, increment=8), tmp_path / "joint")
-    grids = only_config(smoke_config(**TINY_GRIDS), tmp_path / "grids")
+    half = run(smoke_config(model_name="simplecil", dataset=album["old"], max_tasks=1))
     added = Extension.of(half, ["prefix=added"], [album["birds"]])
     extend(added)
-    photos(tmp_path / "clash", {"ant": 5}, seed=5)
+    joint, grids, nowhere = (tmp_path / name for name in ("joint", "grids", "nowhere"))
+    for folder, changes in ((joint, {"model_name": "joint", "init_cls": 8}), (grids, TINY_GRIDS)):
+        folder.mkdir()
+        (folder / "config.json").write_text(smoke_config(**changes).model_dump_json())
+    clash = photos(tmp_path / "clash", ["ant"], colour=5)
     (tmp_path / "empty").mkdir()
     runs = sorted(tmp_path.rglob("config.json"))
-
-    def refused(*arguments: object) -> str:
-        capsys.readouterr()
-        assert main.main(["--extend", *map(str, arguments)]) == 2
-        told = capsys.readouterr().err.strip()
-        assert "Traceback" not in told
-        return told
-
-    def more(value: object) -> tuple[str, str]:
-        return "--set", f"max_tasks={value}"
-
-    assert "from 2 to 2" in refused(half, *more(1))
-    assert "has 2 tasks" in refused(half, *more(9))
-    assert "learned" in refused(half, "--set", "prefix=other")
-    assert "init_cls" in refused(half, *more(2), "--set", "init_cls=1")
-    assert "seed" in refused(half, *more(2), "--set", "seed=3")
-    assert "stay as many" in refused(added.place, *more(2))
-    assert "given twice" in refused(half, "--data", album["fish"], album["fish"])
-    assert "part of" in refused(added.place, "--data", album["birds"])
-    assert "part of" in refused(half, "--data", album["old"])
-    assert "such as ant" in refused(half, "--data", tmp_path / "clash")
-    assert "was not found" in refused(half, "--data", tmp_path / "nowhere")
-    assert "has no train/ and test/" in refused(half, "--data", tmp_path / "empty")
-    assert "all of its data at once" in refused(joint, *more(2))
-    assert "all of its data at once" in refused(grids, "--set", "prefix=other")
-    assert "not a run folder" in refused(tmp_path / "nowhere", *more(2))
+    more = "--set", "max_tasks=2"
+    for words, folder, *arguments in (
+        ("from 2 to 2", half, "--set", "max_tasks=1"),
+        ("has 2 tasks", half, "--set", "max_tasks=9"),
+        ("learned", half, "--set", "prefix=other"),
+        ("init_cls", half, *more, "--set", "init_cls=1"),
+        ("seed", half, *more, "--set", "seed=3"),
+        ("stay as many", added.place, *more),
+        ("given twice", half, "--data", album["fish"], album["fish"]),
+        ("part of", added.place, "--data", album["birds"]),
+        ("part of", half, "--data", album["old"]),
+        ("such as ant", half, "--data", clash),
+        ("was not found", half, "--data", nowhere),
+        ("has no train/ and test/", half, "--data", tmp_path / "empty"),
+        ("all of its data at once", joint, *more),
+        ("all of its data at once", grids, "--set", "prefix=other"),
+        ("not a run folder", nowhere, *more),
+    ):
+        assert words in told(2, main.main, "--extend", folder, *arguments)
+    photos(Path(album["old"]), ["aardvark"], colour=220)  # would change the order of all old classes
+    assert "folder of their own" in told(2, main.main, "--extend", half, *more)
     (half / "result.json").unlink()
-    assert "unfinished" in refused(half, *more(2))
+    assert "unfinished" in told(2, main.main, "--extend", half, *more)
     assert sorted(tmp_path.rglob("config.json")) == runs
-
-
-def test_a_data_set_with_other_classes_than_then_is_refused(
-    album: dict[str, str], smoke_config: Config, tmp_path: Path
-) -> None:
-    """A class put into the old folder would change the order of all of them."""
-    half = run(smoke_config(model_name="simplecil", dataset=album["old"], max_tasks=1))
-    photos(Path(album["old"]), {"aardvark": 220}, seed=9)
-    with pytest.raises(UserError, match="folder of their own"):
-        extend(Extension.of(half, ["max_tasks=2"]))
-    assert folder_of(tmp_path / "logs") == half

@@ -1,6 +1,7 @@
 """models.saved.inspection: `eval.py --analyse` on tiny runs of two methods; runs that cannot be analysed."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -132,29 +133,28 @@ def test_a_run_of_another_method_has_no_branches(
     assert "This run has no nested adapters" in capsys.readouterr().out
 
 
-@pytest.fixture
-def copied(nested: Path, tmp_path: Path) -> Path:
-    """A copy of the nested run that was not analysed yet."""
-    return shutil.copytree(nested, tmp_path / "run", ignore=shutil.ignore_patterns("analysis"))
-
-
-@pytest.mark.parametrize("kept", ["last", "all"])
-def test_a_run_without_its_checkpoints(kept: str, copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_be_analysed_is_a_sentence(
+    nested: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An unknown analysis, a run that lacks checkpoints as its config says or not, and an unfinished one."""
+    copied = shutil.copytree(nested, tmp_path / "run", ignore=shutil.ignore_patterns("analysis"))
     config = json.loads((copied / "config.json").read_text())
-    (copied / "config.json").write_text(json.dumps(config | {"checkpoints": kept}))
+
+    def refused(*names: str) -> str:
+        assert analyse(copied, *names) == 2 and not (copied / "analysis").exists()
+        message = capsys.readouterr().err
+        assert message.count("\n") == 1
+        return message
+
+    assert re.search("--analyse ckaa: .*allowed: cka, grassmann, probes\n", refused("cka", "ckaa"))
     shutil.rmtree(copied / "checkpoints" / "task_00")
-    assert analyse(copied, "probes") == 2
-    message = capsys.readouterr().err
-    assert "has no checkpoint of task_00 (" in message and "--set checkpoints=all" in message
-    assert ('checkpoints = "last"' in message) == (kept == "last")
-    assert message.count("\n") == 1 and not (copied / "analysis").exists()
-
-
-def test_an_unfinished_run_is_not_analysed(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for kept in ("last", "all"):
+        (copied / "config.json").write_text(json.dumps(config | {"checkpoints": kept}))
+        message = refused("probes")
+        assert "has no checkpoint of task_00 (" in message and "--set checkpoints=all" in message
+        assert ('checkpoints = "last"' in message) == (kept == "last")
     (copied / "result.json").unlink()
-    assert analyse(copied, "cka") == 2
-    assert f"python main.py --resume {copied}" in capsys.readouterr().err
-    assert not (copied / "analysis").exists()
+    assert f"python main.py --resume {copied}" in refused("cka")
 
 
 def test_a_checkpoint_inside_the_first_task_is_a_sentence(
@@ -174,10 +174,3 @@ def test_a_checkpoint_inside_the_first_task_is_a_sentence(
         assert evaluation.main(["--checkpoint", str(inside), *more]) == 2
         told = capsys.readouterr().err
         assert "inside" in told and "--resume" in told and len(told.splitlines()) == 1
-
-
-def test_an_unknown_analysis_is_a_sentence(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert analyse(copied, "cka", "ckaa") == 2
-    message = capsys.readouterr().err
-    assert "--analyse ckaa:" in message and "allowed: cka, grassmann, probes\n" in message
-    assert not (copied / "analysis").exists()

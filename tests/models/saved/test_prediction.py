@@ -1,6 +1,7 @@
 """models.saved.prediction: class names of images from a run folder alone."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -70,7 +71,7 @@ def test_what_is_no_image_is_refused(given: object, simplecil: Finished) -> None
 
 
 def test_unreadable_images_are_told_and_skipped(
-    simplecil: Finished, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    simplecil: Finished, tmp_path: Path, told: Callable[..., str]
 ) -> None:
     photos, out = tmp_path / "photos", tmp_path / "new" / "x.csv"
     (photos / "below").mkdir(parents=True)
@@ -79,43 +80,28 @@ def test_unreadable_images_are_told_and_skipped(
     (photos / "cut.jpg").write_bytes(content[: len(content) // 2])
     (photos / "text.png").write_text("no image")
     (photos / "IMG_1.HEIC").write_text("a photo that is not read")
-    arguments = ["--run", str(simplecil.folder), "--predict", str(photos), "--top", "3"]
-    assert evaluation.main([*arguments, "--out", str(out)]) == 0
-    shown = capsys.readouterr().out
+    arguments = evaluation.main, "--run", simplecil.folder, "--predict", photos, "--top", 3
+    shown = told(0, *arguments, "--out", out)
     assert "1 image predicted, 2 could not be read" in shown
     assert "cut.jpg cannot be read" in shown and "text.png cannot be read" in shown
     assert "'.heic' to be converted to JPEG (IMG_1.HEIC)" in shown
     table = pd.read_csv(out)
     assert table["image"].unique().tolist() == [str(photos / "below" / "good.jpg")] and len(table) == 3
-    assert evaluation.main(arguments) == 0
-    assert f"good.jpg: {table['class'][0]} {100 * table['score'][0]:.1f} %" in capsys.readouterr().out
+    assert f"good.jpg: {table['class'][0]} {100 * table['score'][0]:.1f} %" in told(0, *arguments)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "answer"),
-    [
-        (["--predict", "nowhere.jpg"], "nowhere.jpg: it is not there"),
-        (["--predict", ".", "--out", "x.txt"], "--out predictions.csv"),
-        (["--predict", "empty"], "no image to predict in empty:"),
-    ],
-)
-def test_mistakes_are_a_sentence(
-    arguments: list[str],
-    answer: str,
-    simplecil: Finished,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    (tmp_path / "empty").mkdir()
-    monkeypatch.chdir(tmp_path)
-    assert evaluation.main(["--run", str(simplecil.folder), *arguments]) == 2
-    shown = capsys.readouterr().err
-    assert answer in shown and len(shown.splitlines()) == 1
+def test_mistakes_are_a_sentence(simplecil: Finished, tmp_path: Path, told: Callable[..., str]) -> None:
+    for arguments, answer in (
+        ([tmp_path / "nowhere.jpg"], "nowhere.jpg: it is not there"),
+        ([tmp_path, "--out", "x.txt"], "--out predictions.csv"),
+        ([tmp_path], f"no image to predict in {tmp_path}:"),
+    ):
+        shown = told(2, evaluation.main, "--run", simplecil.folder, "--predict", *arguments)
+        assert answer in shown.splitlines()[-1]
 
 
 def test_any_task_and_only_runs_of_images(
-    simplecil: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    simplecil: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: Callable[..., str]
 ) -> None:
     """A checkpoint may be named from any folder, and an image twice."""
     first, image = simplecil.folder / "checkpoints" / "task_00", str(tmp_path / "a.png")
@@ -123,8 +109,7 @@ def test_any_task_and_only_runs_of_images(
     Image.fromarray(simplecil.images[0]).save(image)
     for place, name in ((simplecil.folder, "checkpoints/task_00"), (first.parent, "task_00"), (first, ".")):
         monkeypatch.chdir(place)
-        assert evaluation.main(["--checkpoint", name, "--predict", image, image]) == 0
-        shown = capsys.readouterr().out
+        shown = told(0, evaluation.main, "--checkpoint", name, "--predict", image, image)
         assert "2 classes of 1 task" in shown and "2 images predicted" in shown
         assert [line.count("%") for line in shown.splitlines() if line.startswith(image)] == [1, 1]
     (tmp_path / "config.json").write_text(json.dumps(TINY_GRIDS))

@@ -21,12 +21,14 @@ from utils.errors import Interrupted, UserError
 from utils.training.device import dead_worker_advice
 from utils.training.distributed import DistributedContext
 
+needs_folder = pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="shared memory is no folder here")
+
 
 def with_shared_memory(monkeypatch, free: int) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
 
 
-@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="shared memory is no folder here")
+@needs_folder
 @pytest.mark.parametrize(("free", "expected"), [(10**9, 2), (6 * 4000, 2), (4 * 4000, 1), (2000, 0)])
 def test_workers_are_as_many_as_shared_memory_has_room_for(monkeypatch, caplog, free, expected):
     """A batch of 5 views of 8 x 8 is 5 x (3 x 64 x 4 + 8) = 3880 bytes; up to two a worker and two more."""
@@ -45,7 +47,7 @@ def test_workers_are_as_many_as_shared_memory_has_room_for(monkeypatch, caplog, 
     assert len(told) == (expected < 2) and all("/dev/shm" in message for message in told)
 
 
-@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="shared memory is no folder here")
+@needs_folder
 def test_processes_of_one_machine_share_its_shared_memory(monkeypatch, caplog):
     with_shared_memory(monkeypatch, 6 * 4000)
     train_batches(manager(num_workers=2))
@@ -65,10 +67,9 @@ class SleepingImages(ArrayImages):
         return super().batch(indices)
 
 
-def sleeping_batches(**changed):
-    images = np.zeros((6, 8, 8, 3), np.uint8)
-    sets = [SleepingImages(images, np.zeros(6, int)) for _ in range(2)]
-    data = manager(Dataset("slow", ["a"], *sets, ""), init_cls=1, increment=1, num_workers=2, **changed)
+def sleeping_batches():
+    images = SleepingImages(np.zeros((6, 8, 8, 3), np.uint8), np.zeros(6, int))
+    data = manager(Dataset("slow", ["a"], images, images, ""), init_cls=1, increment=1, num_workers=2)
     return data, iter(data.batches(range(1), source="test", batch_size=2))
 
 
@@ -86,22 +87,15 @@ def test_a_killed_worker_is_one_sentence():
         assert "\n" not in str(caught.value)
 
 
-def test_workers_that_hang_are_one_sentence(monkeypatch):
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_wait_for_workers_that_hang_ends(monkeypatch, stopped):
+    """By itself with a sentence, at once where a stop is requested."""
     monkeypatch.setattr(loader, "LOOK_EVERY", 0.05)
-    monkeypatch.setattr(loader, "PATIENCE", 0.2)
-    _, batches = sleeping_batches()
-    next(batches)
-    with pytest.raises(UserError, match="no data worker .* num_workers to 0"):
-        next(batches)
-    assert not multiprocessing.active_children()
-
-
-def test_a_stop_request_ends_the_wait_for_workers(monkeypatch):
-    monkeypatch.setattr(loader, "LOOK_EVERY", 0.05)
+    monkeypatch.setattr(loader, "PATIENCE", 300 if stopped else 0.2)
     data, batches = sleeping_batches()
     next(batches)
-    data.stop_requested = lambda: True
-    with pytest.raises(Interrupted):
+    data.stop_requested = lambda: stopped
+    with pytest.raises(Interrupted if stopped else UserError, match="" if stopped else "num_workers to 0"):
         next(batches)
     assert not multiprocessing.active_children()
 

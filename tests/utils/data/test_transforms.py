@@ -7,6 +7,7 @@ import pytest
 import torch
 import torchvision.transforms as classic
 from PIL import Image
+from scipy.stats import chisquare, ks_2samp
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torchvision.transforms import InterpolationMode, v2
@@ -15,7 +16,6 @@ from torchvision.transforms.v2 import functional as published
 from utils.data.transforms import ViewSpec, draw_crops, uniforms, views_of
 
 KEY = (1993, 0, 1)
-SHAPES = [(32, 32, 224), (100, 80, 56), (45, 91, 32), (224, 224, 64)]  # height, width, size of the view
 
 
 def noise(count: int, height: int, width: int) -> torch.Tensor:
@@ -40,21 +40,19 @@ def centre_views(images: torch.Tensor, size: int) -> torch.Tensor:
 # ------------------------------------------------------------------------------------------------- resampling
 
 
-def published_crop(image: torch.Tensor, box: np.ndarray, mirrored: bool, size: int) -> torch.Tensor:
-    crop = published.resized_crop(image, *box, [size, size], antialias=True)
-    return published.horizontal_flip(crop) if mirrored else crop
-
-
 def published_centre(images: torch.Tensor, size: int) -> torch.Tensor:
     resize = v2.Resize(256 * size // 224, interpolation=InterpolationMode.BICUBIC, antialias=True)
-    return v2.Compose([resize, v2.CenterCrop(size)])(images)
+    return v2.Compose([resize, v2.CenterCrop(size)])(images).float() / 255
 
 
-@pytest.mark.parametrize(("height", "width", "size"), SHAPES)
+@pytest.mark.parametrize(
+    ("height", "width", "size"), [(32, 32, 224), (100, 80, 56), (45, 91, 32), (224, 224, 64)]
+)
 def test_training_views_are_torchvisions_to_the_bit(height, width, size):
-    images = noise(20, height, width)
-    drawn = zip(images, *crops_of(20, height, width), strict=True)
-    expected = [published_crop(*each, size) for each in drawn]
+    images, expected = noise(20, height, width), []
+    for image, box, mirrored in zip(images, *crops_of(20, height, width), strict=True):
+        crop = published.resized_crop(image, *box, [size, size], antialias=True)
+        expected.append(published.horizontal_flip(crop) if mirrored else crop)
     assert torch.equal(train_views(images, size), torch.stack(expected).float() / 255)
 
 
@@ -64,8 +62,7 @@ def test_training_views_are_torchvisions_to_the_bit(height, width, size):
 )
 def test_test_views_are_torchvisions_to_the_bit(height, width, size):
     images = noise(3, height, width)
-    expected = published_centre(images, size)
-    assert torch.equal(centre_views(images, size), expected.float() / 255)
+    assert torch.equal(centre_views(images, size), published_centre(images, size))
 
 
 class LargestTensor(TorchDispatchMode):
@@ -91,7 +88,7 @@ def test_views_of_elongated_images_need_little_memory(height, width):
 
 def test_the_centre_of_elongated_images_is_seen():
     images = noise(2, 7, 600)
-    expected = published_centre(images, 64).float() / 255
+    expected = published_centre(images, 64)
     assert (centre_views(images, 64) - expected).abs().mean() < 0.02 < images.float().std() / 255
 
 
@@ -127,8 +124,7 @@ def test_augmentations():
 def test_numbers_are_uniform_and_depend_on_key_index_and_position_alone():
     numbers = uniforms(KEY, np.arange(2000), 23)
     assert numbers.min() >= 0 and numbers.max() < 1 and len(np.unique(numbers)) == numbers.size
-    counts = np.histogram(numbers, 100, (0, 1))[0]
-    assert ((counts - 460) ** 2 / 460).sum() < 150  # chi-squared with 99 degrees of freedom: p = 0.0007
+    assert chisquare(np.histogram(numbers, 100, (0, 1))[0]).pvalue > 0.001
     assert np.abs(np.corrcoef(numbers, rowvar=False) - np.eye(23)).max() < 0.1
     assert np.array_equal(uniforms(KEY, np.array([7, 1999, 3]), 5), numbers[[7, 1999, 3], :5])
     keys = [KEY, (1993, 0, 2), (1993, 0), (0,), (0, 0), (), ("0",), ("a", 0), (-1, 2**70), (-1, 2**71)]
@@ -150,9 +146,7 @@ def test_boxes_are_distributed_as_torchvisions():
         return np.stack([h * w, w / h, h, w, *places])
 
     for mine, other in zip(features(ours), features(theirs), strict=True):
-        points = np.concatenate([mine, other])
-        below = (np.searchsorted(np.sort(values), points, "right") / count for values in (mine, other))
-        assert np.abs(np.subtract(*below)).max() < 0.045  # two-sample Kolmogorov-Smirnov, p = 0.001
+        assert ks_2samp(mine, other).pvalue > 0.001
 
 
 @pytest.mark.parametrize(("height", "width"), [(10, 400), (400, 10)])
@@ -179,28 +173,12 @@ def test_another_key_or_index_gives_another_view():
     assert len({view.numpy().tobytes() for view in seen}) == 24
 
 
-def test_global_state_is_neither_read_nor_changed():
-    images = noise(4, 40, 40)
-    expected = train_views(images, 64)
-    torch.manual_seed(5)
-    before = torch.random.get_rng_state()
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(train_views(images, 64), expected)
-    assert torch.equal(torch.random.get_rng_state(), before)
-
-
 def test_no_images_give_no_views():
-    for key in (None, KEY):
-        empty = views_of(torch.empty(0, 3, 9, 9, dtype=torch.uint8), ViewSpec(16, "crop"), key, np.arange(0))
+    for empty in (train_views(noise(0, 9, 9), 16), centre_views(noise(0, 9, 9), 16)):
         assert empty.shape == (0, 3, 16, 16) and empty.dtype == torch.float32
-
-
-# ------------------------------------------------------------------------------------------------------- spec
 
 
 def test_spec_as_json_tells_specs_apart():
     half = (0.5, 0.5, 0.5)
     each = [(16, "crop"), (17, "crop"), (16, "none"), (16, "crop", half, half)]
-    specs = [ViewSpec(*values) for values in each]
-    assert len({json.dumps(spec.to_json(), sort_keys=True) for spec in specs}) == 4
-    assert json.loads(json.dumps(specs[3].to_json()))["mean"] == list(half)
+    assert len({json.dumps(ViewSpec(*values).to_json()) for values in each}) == 4
