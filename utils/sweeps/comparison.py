@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from utils.config.messages import no_such
+from utils.config.messages import grouped, no_such
 from utils.config.schema import RunConfig
 from utils.errors import UserError
 from utils.files import write_json
@@ -152,9 +152,7 @@ def group_names(experiments: Sequence[Mapping[str, Any]]) -> list[str]:
 
     The method comes first, by its value alone, where there are several: `ranpac`, `sema, init_lr=0.01`.
     """
-    by_method: dict[str, list[Mapping[str, Any]]] = {}
-    for experiment in experiments:
-        by_method.setdefault(experiment[METHOD], []).append(experiment)
+    by_method = grouped((experiment, experiment[METHOD]) for experiment in experiments)
     names = []
     for experiment in experiments:
         alike = by_method[experiment[METHOD]]
@@ -251,15 +249,11 @@ def _baseline(given: str | None, groups: Mapping[str, Mapping[int, FinishedRun]]
     raise UserError(f"--baseline {given}: {no_such('group', given, list(groups))}")
 
 
-def _varying(experiments: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Keys in which experiments differ, in the order of their configs; having none differs from any value."""
-    names = dict.fromkeys(name for experiment in experiments for name in experiment)
-    return [name for name in names if len({_shown(experiment, [name]) for experiment in experiments}) > 1]
-
-
 def _telling_keys(experiments: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The fewest keys that tell experiments apart, chosen one by one, of those that all have if possible."""
-    varying, chosen = _varying(experiments), []
+    """The fewest keys that tell experiments apart, chosen one by one, of those that all have if possible.
+
+    They are in the order of the configs; to have no such key differs from any value.
+    """
 
     def told_apart(names: Sequence[str]) -> int:
         return len({_shown(experiment, names) for experiment in experiments})
@@ -268,6 +262,8 @@ def _telling_keys(experiments: Sequence[Mapping[str, Any]]) -> list[str]:
         more = told_apart([*chosen, name])
         return more > told_apart(chosen) and all(name in experiment for experiment in experiments), more
 
+    names = dict.fromkeys(name for experiment in experiments for name in experiment)
+    varying, chosen = [name for name in names if told_apart([name]) > 1], []
     while told_apart(chosen) < len(experiments):
         chosen.append(max(varying, key=gain))
     return sorted(chosen, key=varying.index)

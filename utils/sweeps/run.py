@@ -21,6 +21,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
 
+from utils.config.messages import grouped
 from utils.console import progress
 from utils.errors import STOPPED, UserError, in_one_line, os_error_sentence
 from utils.runs.disk import disk_use
@@ -47,7 +48,7 @@ from utils.sweeps.folder import (
     warn_of_changes,
     write_summary,
 )
-from utils.sweeps.spec import Sweep, cells_by_text
+from utils.sweeps.spec import Sweep
 from utils.wording import duration
 
 logger = logging.getLogger("nested_lora")
@@ -168,7 +169,7 @@ def resources_of(sweep: Sweep, runs: Sequence[Run]) -> Resources:
 
 def log_beginning(sweep: Sweep, runs: Sequence[Run]) -> None:
     """Log what is replaced, keys without effect, and changes of code or libraries since the finished runs."""
-    notes = cells_by_text((cell.name, note) for cell in sweep.cells for note in cell.notes)
+    notes = grouped((cell.name, note) for cell in sweep.cells for note in cell.notes)
     told = [f"{'; '.join(names)}: {note}" for note, names in notes.items()]
     for text in [*waiting_notes(sweep.folder), *told]:
         logger.warning(text)

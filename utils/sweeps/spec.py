@@ -17,7 +17,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -26,7 +26,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from utils.config.experiments import kind_of
 from utils.config.loading import BASE_KEY, CheckedObject, ConfigError, base_of, load_config, read_object
-from utils.config.messages import field_faults, no_such, shown
+from utils.config.messages import field_faults, grouped, no_such, shown
 from utils.config.schema import RunConfig, Seeds, Text, check_text, key
 from utils.reports.hypotheses import Hypothesis, read_hypotheses, unknown_metrics
 from utils.wording import as_typed, some
@@ -182,7 +182,7 @@ def load_sweep(
             cells.append(Cell(row.name, slug_of(row.name), loaded.config, loaded.notes))
         except ConfigError as error:
             faults[row.name] = error
-    shared = cells_by_text((name, problem) for name, error in faults.items() for problem in error.problems)
+    shared = grouped((name, problem) for name, error in faults.items() for problem in error.problems)
     for problem, faulty in shared.items():
         problems.append(f"{'every cell' if 1 < len(faulty) == len(rows) else _named(faulty)}: {problem}")
     problems += [*_mixed_metrics(cells), *_equal_configs(cells)]
@@ -212,14 +212,6 @@ def slug_of(name: str) -> str:
         return slug
     cut = slug.encode()[: MAX_SLUG - 10].decode(errors="ignore")
     return f"{cut or 'cell'}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
-
-
-def cells_by_text(pairs: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
-    """Text -> names of the cells it belongs to, from pairs of name and text."""
-    found: dict[str, list[str]] = {}
-    for name, text in pairs:
-        found.setdefault(text, []).append(name)
-    return found
 
 
 def _read_chain(
@@ -300,7 +292,7 @@ def _table_problems(file: SweepFile, names: Sequence[str]) -> Iterator[str]:
         if names and cell is not None and cell not in names:
             yield f"{role} = {shown(cell)}: {no_such('cell', cell, names)}"
     yield from ("cells: a name is empty; allowed: any other text" for name in file.cells if not name.strip())
-    for slug, same in cells_by_text((name, slug_of(name).casefold()) for name in names).items():
+    for slug, same in grouped((name, slug_of(name).casefold()) for name in names).items():
         if len(same) > 1:  # also where a file system does not tell cases apart
             yield f"{_named(same)}: their files would all be named {slug}; rename all but one"
 
@@ -317,7 +309,7 @@ def _owned_keys(file: SweepFile, overrides: Sequence[str]) -> Iterator[str]:
 
 def _mixed_metrics(cells: Sequence[Cell]) -> Iterator[str]:
     """The problem of cells whose numbers are different things."""
-    kinds = cells_by_text((cell.name, cell.config.metrics[0].key) for cell in cells)
+    kinds = grouped((cell.name, cell.config.metrics[0].key) for cell in cells)
     if len(kinds) > 1:
         each = "; ".join(f"{kind}: {_named(names)}" for kind, names in kinds.items())
         yield (
@@ -332,7 +324,7 @@ def _equal_configs(cells: Sequence[Cell]) -> Iterator[str]:
     for cell in cells:
         skipped = {"prefix", "description", "logs_root", *cell.config.without_effect()}
         texts[cell.name] = json.dumps(cell.config.model_dump(mode="json", exclude=skipped), sort_keys=True)
-    for same in cells_by_text(texts.items()).values():
+    for same in grouped(texts.items()).values():
         keys = sorted({key for cell in cells if cell.name in same for key in cell.config.unused_keys()})
         but = f", but for keys that change nothing here ({', '.join(keys)})" if keys else ""
         if len(same) > 1:

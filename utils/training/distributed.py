@@ -149,8 +149,7 @@ def local_device(device: torch.device, context: DistributedContext) -> torch.dev
     if needed > seen:
         raise UserError(
             f"{needed} processes on this machine need a GPU each, but this PyTorch sees {seen}: "
-            f"lower torchrun's --nproc_per_node to at most {seen}, "
-            'or set device to "cpu"'
+            f'lower torchrun\'s --nproc_per_node to at most {seen}, or set device to "cpu"'
         )
     return torch.device("cuda", context.local_rank)
 
@@ -166,15 +165,8 @@ def init_distributed(device: torch.device) -> Iterator[DistributedContext]:
     """
     context = context_from_environment()
     context = replace(context, device=local_device(device, context))
-    with process_group(context):
-        yield context
-
-
-@contextmanager
-def process_group(context: DistributedContext) -> Iterator[None]:
-    """Join the other ranks while the context is open; nothing with one process."""
     if context.size == 1:
-        yield
+        yield context
         return
     gpu = context.device if context.device.type == "cuda" else None
     if gpu is not None:
@@ -189,7 +181,7 @@ def process_group(context: DistributedContext) -> Iterator[None]:
     )
     close = gpu is None  # after an error NCCL would wait for ranks that torchrun ends when this one has ended
     try:
-        yield
+        yield context
         close = True
     finally:
         if close:
