@@ -80,12 +80,10 @@ def compare_runs(
 
     Args:
         folders: run folders, or folders that hold some at any depth, such as a sweep's.
-        read_config: configuration of a run folder.
         baseline: a group's name, or a run folder of it; without it the group of the first run.
 
-    Raises:
-        UserError: fewer than two groups, a seed twice in a group, runs of different tasks or metrics, or a
-            damaged run.
+    Raises UserError: fewer than two groups, a seed twice in a group, runs of different tasks or metrics, or a
+    damaged run.
     """
     found = runs_below(folders)
     finished = [_read(folder, read_config(folder)) for folder in found if (folder / RESULT).is_file()]
@@ -169,8 +167,7 @@ def group_names(experiments: Sequence[Mapping[str, Any]]) -> list[str]:
 def write_comparison(comparison: Comparison, folder: Path) -> list[Path]:
     """Write a sweep's report of a comparison, and the record of what is compared; returns the files.
 
-    Raises:
-        UserError: the folder holds something else, or cannot be written.
+    Raises UserError: the folder holds something else.
     """
     if folder.exists() and not (
         folder.is_dir() and ((folder / RECORD).is_file() or not any(folder.iterdir()))
@@ -184,9 +181,7 @@ def write_comparison(comparison: Comparison, folder: Path) -> list[Path]:
         commands[name] = as_typed("main.py", "--config", config, "--set", f"seed={seeds}")
     record = {name: {seed: str(run.folder) for seed, run in runs.items()} for name, runs in groups.items()}
     folder.mkdir(parents=True, exist_ok=True)
-    marker = write_json(
-        folder / RECORD, {"baseline": results.baseline, "groups": record}
-    )  # the folder is ours
+    marker = write_json(folder / RECORD, {"baseline": results.baseline, "groups": record})  # it is ours now
     report = write_report(
         folder,
         f"Comparison with {results.baseline}",

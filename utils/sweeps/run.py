@@ -68,21 +68,14 @@ def run_sweep(
     overwrite: bool = False,
     imports: Sequence[str] = (),
 ) -> int:
-    """Run what the sweep has not finished yet, then write its report.
+    """Run what the sweep has not finished yet, then write its report; the exit code.
 
     Args:
-        engine: a name in `EXECUTORS`.
-        jobs: runs at once; None for as many as fit.
-        address: of a Ray cluster; None starts a Ray of our own.
+        engine: a name in `EXECUTORS`; jobs, address and imports are what it is given.
         overwrite: run everything anew; earlier results are set aside until that is finished.
-        imports: what `main.py` imports for these runs, for executors that import it once (`Starter`).
 
-    Returns:
-        The exit code: 0 everything is finished, 1 some runs failed, 130 stopped before the end.
-
-    Raises:
-        UserError: a cell is not what its run folder was made with, the sweep or a run of it still goes on, or
-            the executor is not available, and nothing was started; or the disk refused something.
+    Raises UserError: a cell is not what its run folder was made with, the sweep or a run of it still goes on,
+    or the executor is not available, and nothing was started; or the disk refused something.
     """
     options = {"--engine": engine if engine != "local" else None, "--jobs": jobs, "--ray-address": address}
     given = [part for option, value in options.items() if value is not None for part in (option, str(value))]
@@ -110,8 +103,7 @@ def run_sweep(
 def opened(sweep: Sweep, overwrite: bool = False) -> Iterator[tuple[list[Run], list[Run]]]:
     """All runs of a sweep and those to do, in a context in which no other process writes its folder.
 
-    Raises:
-        UserError: a run does not fit the table, or the sweep or a run of it is at work.
+    Raises UserError: a run does not fit the table, or the sweep or a run of it is at work.
     """
     require_trackers([name for cell in sweep.cells for name in cell.config.trackers])
     sweep.folder.parent.mkdir(parents=True, exist_ok=True)
@@ -235,7 +227,7 @@ def job_of(sweep: Sweep, run: Run) -> Job:
 
 
 def failure_reason(run: Run, future: Future) -> str | None:
-    """Reason why an ended run is not complete, as part of a sentence; None for a success."""
+    """Why an ended run is not complete, as part of a sentence; None for a success."""
     try:
         code, last_line = future.result()
     except OSError as error:

@@ -150,8 +150,7 @@ def load_sweep(
         only: cells to run, by their names or slugs; empty for all.
         seeds: seeds to run; those that are not in the file join the table. Empty for all of the file.
 
-    Raises:
-        ConfigError: the file or any of its cells is wrong; it lists every problem, cell by cell.
+    Raises ConfigError: the file or any of its cells is wrong; it lists every problem, cell by cell.
     """
     path = Path(os.path.expanduser(path))
     checked = _read_chain(path, schemas)
@@ -175,15 +174,14 @@ def load_sweep(
     ]
 
     cells: list[Cell] = []
-    faults: dict[str, ConfigError] = {}
+    faults: list[tuple[str, str]] = []
     for row in rows:
         try:
             loaded = load_config(_base_path(path, row.base), overrides, schemas, row.changes)
             cells.append(Cell(row.name, slug_of(row.name), loaded.config, loaded.notes))
         except ConfigError as error:
-            faults[row.name] = error
-    shared = grouped((name, problem) for name, error in faults.items() for problem in error.problems)
-    for problem, faulty in shared.items():
+            faults += [(row.name, problem) for problem in error.problems]
+    for problem, faulty in grouped(faults).items():
         problems.append(f"{'every cell' if 1 < len(faulty) == len(rows) else _named(faulty)}: {problem}")
     problems += [*_mixed_metrics(cells), *_equal_configs(cells)]
     problems += unknown_metrics(hypotheses, {cell.name: cell.config.metrics for cell in cells})
@@ -220,9 +218,7 @@ def _read_chain(
     """The keys of a sweep file, over those of its base where that is a sweep; bases become absolute paths.
 
     The base's description and what it says is next are its own. `set`, `cells` and each cell are joined key
-    by key.
-
-    inheriting: real paths of the files that name this one as their base.
+    by key. inheriting: real paths of the files that name this one as their base.
     """
     sound, faulty, problems = read_object(path, SweepFile)
     chain = (*inheriting, os.path.realpath(path))

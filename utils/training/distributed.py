@@ -139,10 +139,7 @@ def context_from_environment() -> DistributedContext:
 
 
 def local_device(device: torch.device, context: DistributedContext) -> torch.device:
-    """Device of this rank: each of several processes takes the GPU of its local rank.
-
-    Raises UserError: there are too few GPUs.
-    """
+    """Device of this rank: of several each takes the GPU of its local rank, else UserError."""
     if context.size == 1 or device.type != "cuda":
         return device
     needed, seen = max(context.local_size, context.local_rank + 1), torch.cuda.device_count()
@@ -158,8 +155,7 @@ def local_device(device: torch.device, context: DistributedContext) -> torch.dev
 def init_distributed(device: torch.device) -> Iterator[DistributedContext]:
     """The processes that torchrun started, joined while the context is open; else this process alone.
 
-    Args:
-        device: what the configuration asks for; several processes take the GPU of their local rank each.
+    On the device that the configuration asks for, several processes on the GPU of their local rank each.
 
     Raises UserError: the machine has fewer GPUs than processes, or torchrun's environment is not whole.
     """

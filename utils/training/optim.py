@@ -94,8 +94,7 @@ class GroupedOptimizer:
     Args:
         kind: a key of `OPTIMIZERS`.
         groups: empty ones are dropped; ValueError for a tensor in two of them, and for a frozen one.
-        epochs: the length of the cosine; `end_epoch` moves along it.
-        min_lr: where the cosine ends.
+        epochs, min_lr: the length of the cosine, along which `end_epoch` moves, and its end.
         step_decay: takes the cosine's place.
     """
 
