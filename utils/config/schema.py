@@ -129,18 +129,10 @@ class RunConfig(BaseModel):
     metrics: ClassVar[tuple[MetricSpec, ...]]
     legacy_keys: ClassVar[dict[str, str]] = {}
     asset_keys: ClassVar[tuple[str, ...]] = ()
-    editable_keys: ClassVar[frozenset[str]] = frozenset(
-        {
-            "description",
-            "prefix",
-            "logs_root",
-            "trackers",
-            "figure_format",
-            "device",
-            "grad_accumulation",
-            "eval_batch_size",
-        }
-    )
+    editable_keys: ClassVar[frozenset[str]] = frozenset({
+        "description", "prefix", "logs_root", "trackers", "figure_format", "device", "grad_accumulation",
+        "eval_batch_size",
+    })  # fmt: skip
     known_as: ClassVar[dict[str, str]] = {"learning_rate": "init_lr", "lr": "init_lr", "gpu": "device"}
 
     description: str = key("", "The command that runs this file and the number it is expected to give.")

@@ -20,7 +20,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
@@ -128,14 +128,6 @@ class Sweep:
         }
 
 
-class Row(NamedTuple):
-    """Cell before its config is read: (origin, keys and values) that change its base, in their order."""
-
-    name: str
-    base: Any
-    changes: list[tuple[str, dict[str, Any]]]
-
-
 def load_sweep(
     path: str | Path,
     overrides: Sequence[str],
@@ -164,7 +156,7 @@ def load_sweep(
     if count > MAX_CELLS:
         raise ConfigError(str(path), [f"cells, grid: {count} cells; allowed: at most {MAX_CELLS}"])
     rows = list(_rows(file, path))
-    names = [row.name for row in rows]
+    names = [name for name, _, _ in rows]
     hypotheses, doubts = read_hypotheses(file.hypotheses, names)
     problems = [*checked.problems, *_table_problems(file, names), *_owned_keys(file, overrides), *doubts]
     problems += [f"--seeds: {fault}" for fault in wrong.values()]
@@ -175,12 +167,12 @@ def load_sweep(
 
     cells: list[Cell] = []
     faults: list[tuple[str, str]] = []
-    for row in rows:
+    for name, base, changes in rows:
         try:
-            loaded = load_config(_base_path(path, row.base), overrides, schemas, row.changes)
-            cells.append(Cell(row.name, slug_of(row.name), loaded.config, loaded.notes))
+            loaded = load_config(_base_path(path, base), overrides, schemas, changes)
+            cells.append(Cell(name, slug_of(name), loaded.config, loaded.notes))
         except ConfigError as error:
-            faults += [(row.name, problem) for problem in error.problems]
+            faults += [(name, problem) for problem in error.problems]
     for problem, faulty in grouped(faults).items():
         problems.append(f"{'every cell' if 1 < len(faulty) == len(rows) else _named(faulty)}: {problem}")
     problems += [*_mixed_metrics(cells), *_equal_configs(cells)]
@@ -188,14 +180,14 @@ def load_sweep(
     if problems:
         raise ConfigError(str(path), problems)
 
-    of_base = next((cell for cell, row in zip(cells, rows, strict=True) if row.base == file.base), cells[0])
-    folder = Path(of_base.config.logs_root) / "sweeps" / path.stem
+    of_base = [cell for cell, (_, base, _) in zip(cells, rows, strict=True) if base == file.base]
+    folder = Path((of_base or cells)[0].config.logs_root) / "sweeps" / path.stem
     runs = {"logs_root": str(folder / "runs")}
     cells = [replace(cell, config=cell.config.model_copy(update=runs)) for cell in cells]
-    changes = [part for override in overrides for part in ("--set", override)]
-    changes += [part for name in only for part in ("--only", name)]
-    changes += ["--seeds", *map(str, seeds)] if seeds else []
-    command = as_typed("main.py", "--sweep", path, *changes)
+    options = [part for override in overrides for part in ("--set", override)]
+    options += [part for name in only for part in ("--only", name)]
+    options += ["--seeds", *map(str, seeds)] if seeds else []
+    command = as_typed("main.py", "--sweep", path, *options)
     chosen = [cell.name for cell in cells if {cell.name, cell.slug} & set(only)]
     return Sweep(path, file, command, folder, cells, hypotheses, chosen, seeds)
 
@@ -250,8 +242,11 @@ def _absolute(path: Path, keys: Mapping[str, Any]) -> dict[str, Any]:
         return dict(keys)
 
 
-def _rows(file: SweepFile, path: Path) -> Iterator[Row]:
-    """Rows in the order of the file: each cell at every point of the grid, the last key changing fastest."""
+def _rows(file: SweepFile, path: Path) -> Iterator[tuple[str, Any, list[tuple[str, dict[str, Any]]]]]:
+    """Name, base and changes of each cell, before its config is read; a change is its origin and values.
+
+    In the order of the file: each cell at every point of the grid, the last key changing fastest.
+    """
     points = [dict(zip(file.grid, values, strict=True)) for values in itertools.product(*file.grid.values())]
     unnamed = {"": {}} if file.grid else {}
     for cell, own in (file.cells or unnamed).items():
@@ -268,7 +263,7 @@ def _rows(file: SweepFile, path: Path) -> Iterator[Row]:
                 *allowed.items(),
                 ("sweep", {"prefix": slug_of(name), "seed": file.seeds}),
             ]
-            yield Row(name, own.get(BASE_KEY, file.base), changes)
+            yield name, own.get(BASE_KEY, file.base), changes
 
 
 def _base_path(path: Path, base: Any) -> Path:

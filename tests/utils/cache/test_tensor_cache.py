@@ -152,10 +152,7 @@ def test_a_group_is_described_once_and_dropped_but_for_foreign_files(cache, fres
     dropping = cache if by == "this process" else fresh()
     dropping.drop("group")
     dropping.drop("absent")
-    assert sorted(path.name for path in folder.iterdir()) == foreign and groups(cache.root) == [
-        "group",
-        "other",
-    ]
+    assert sorted(path.name for path in folder.iterdir()) == foreign and (cache.root / "other").is_dir()
     assert not cache.has("group", "key") and torch.equal(kept, numbers())  # an open map stays readable
     cache.make_room("group", 1)
     assert torch.equal(cache.get("group", "key", lambda: numbers(7)), numbers(7))
