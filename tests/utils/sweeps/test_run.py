@@ -49,14 +49,8 @@ TABLE = {
     "baseline": "matched adapter",
 }
 SINGLE = {"seeds": [1], "cells": {"nested": {}}, "baseline": None}
-RESULTS = {
-    "seed": 1,
-    "metrics": {"final": 12.5},
-    "curve": [12.5],
-    "parameters": {},
-    "weights": {},
-    "cost": {"seconds": 30.0},
-}
+NUMBERS = {"metrics": {"final": 12.5}, "curve": [12.5], "cost": {"seconds": 30.0}}
+RESULTS = {"seed": 1, "parameters": {}, "weights": {}, **NUMBERS}
 RUNS = [("nested", 1), ("matched-adapter", 1), ("nested", 2), ("matched-adapter", 2)]
 Capture = pytest.CaptureFixture[str]
 
@@ -167,7 +161,9 @@ def files(folder: Path) -> dict[str, bytes]:
 # What is run, and what it leaves behind
 
 
-def test_runs_go_seed_by_seed_from_configs_that_stand_alone(sweep: Command, capsys: Capture) -> None:
+def test_runs_go_seed_by_seed_from_configs_that_stand_alone_and_all_are_reported(
+    sweep: Command, capsys: Capture
+) -> None:
     assert sweep() == 0
     assert sweep.executor.started == [sweep.anew(*run) for run in RUNS]
     for slug, seed in RUNS:
@@ -178,8 +174,17 @@ def test_runs_go_seed_by_seed_from_configs_that_stand_alone(sweep: Command, caps
     assert all(table[key] == TABLE[key] for key in ("seeds", "baseline", "description"))
     assert [cell["slug"] for cell in table["cells"]] == ["nested", "matched-adapter"]
     assert table["cells"][1]["config"]["ffn_num"] == 8
-    _, note = (line for line in capsys.readouterr().out.splitlines() if "no effect" in line)
+    shown = capsys.readouterr().out
+    _, note = (line for line in shown.splitlines() if "no effect" in line)
     assert "matched adapter: " in note and "nested_lora_rank" in note
+    assert "nested, seed 1: A_N 12.50, 30 s (1 of 4)" in shown and "4 of 4 runs are finished" in shown
+    (report,) = sweep.reports
+    assert report.titles == ("table", "what it is for") and report.unfinished == {}
+    assert report.results.baseline == "matched adapter"
+    both = {1: RESULTS, 2: RESULTS}
+    assert list(report.results.cells.items()) == [("nested", both), ("matched adapter", both)]
+    repeats = f"python main.py --config {sweep.config('nested', 1)} --set 'seed=[1,2]'"
+    assert report.commands["nested"] == repeats
 
 
 @pytest.mark.parametrize(
@@ -197,19 +202,6 @@ def test_resources_and_places_of_a_job(device: Any, gpu: bool, forks: bool, swee
     assert (jobs[0].output, jobs[0].stop) == (sweep.folder / "logs/nested_1.txt", sweep.folder / "stop")
 
 
-def test_the_report_is_given_every_finished_run(sweep: Command, capsys: Capture) -> None:
-    assert sweep() == 0
-    (report,) = sweep.reports
-    assert report.titles == ("table", "what it is for") and report.unfinished == {}
-    assert report.results.baseline == "matched adapter"
-    both = {1: RESULTS, 2: RESULTS}
-    assert list(report.results.cells.items()) == [("nested", both), ("matched adapter", both)]
-    repeats = f"python main.py --config {sweep.config('nested', 1)} --set 'seed=[1,2]'"
-    assert report.commands["nested"] == repeats
-    shown = capsys.readouterr().out
-    assert "nested, seed 1: A_N 12.50, 30 s (1 of 4)" in shown and "4 of 4 runs are finished" in shown
-
-
 def test_what_is_next_can_be_typed_whatever_the_folder(
     sweep: Command, tmp_path: Path, capsys: Capture
 ) -> None:
@@ -223,8 +215,8 @@ def test_what_is_next_can_be_typed_whatever_the_folder(
 # Going on
 
 
-def test_what_is_finished_is_skipped(sweep: Command) -> None:
-    """Also where new cells and seeds stand beside it."""
+def test_what_is_finished_is_skipped(sweep: Command, capsys: Capture) -> None:
+    """Also where new cells and seeds stand beside it; runs that left the table stay and are named."""
     sweep.write(**SINGLE)
     assert sweep() == 0
     sweep.write()
@@ -235,6 +227,13 @@ def test_what_is_finished_is_skipped(sweep: Command) -> None:
     assert sweep.executor.started == [sweep.anew("nested", 2)]
     assert sweep() == 0
     assert sweep.executor.started == [] and len(sweep.reports) == 4
+    adapter = TABLE["cells"]["matched adapter"]
+    sweep.write(cells={"small": {"nested_lora_rank": 2}, "matched adapter": adapter})
+    capsys.readouterr()
+    assert sweep() == 0
+    assert f"their runs stay in {sweep.folder}: nested_1, nested_2\n" in capsys.readouterr().out
+    assert sweep.run_folder("nested", 1).is_dir()
+    assert list(sweep.reports[-1].results.cells) == ["small", "matched adapter"]
 
 
 def test_what_follows_a_result_is_made_before_a_sweep_is_finished(sweep: Command) -> None:
@@ -263,17 +262,6 @@ def test_a_changed_cell_is_refused_and_nothing_is_touched(sweep: Command, capsys
     shutil.rmtree(folder)
     shutil.rmtree(sweep.run_folder("nested", 2))
     assert sweep() == 0 and len(sweep.executor.started) == 4
-
-
-def test_runs_that_left_the_table_stay_and_are_named(sweep: Command, capsys: Capture) -> None:
-    assert sweep() == 0
-    adapter = TABLE["cells"]["matched adapter"]
-    sweep.write(cells={"small": {"nested_lora_rank": 2}, "matched adapter": adapter})
-    capsys.readouterr()
-    assert sweep() == 0
-    assert f"their runs stay in {sweep.folder}: nested_1, nested_2\n" in capsys.readouterr().out
-    assert sweep.run_folder("nested", 1).is_dir()
-    assert list(sweep.reports[-1].results.cells) == ["small", "matched adapter"]
 
 
 def test_a_sweep_that_goes_on_with_other_code_says_so(sweep: Command, capsys: Capture) -> None:
@@ -395,20 +383,20 @@ def test_a_sweep_killed_while_it_replaced_results_is_taken_over(
     assert not sweep.replaced.exists() and files(sweep.folder).keys() == before.keys()
 
 
-def test_overwrite_removes_no_folder_of_another_kind(sweep: Command, capsys: Capture) -> None:
-    sweep.folder.mkdir(parents=True)
-    (sweep.folder / "thesis.txt").write_text("dear")
-    assert "is not overwritten" in sweep.refused(capsys, "--overwrite")
-    assert files(sweep.folder) == {"thesis.txt": b"dear"} and sweep.executor.started == []
-
-
-@pytest.mark.parametrize("part", ["..", "cells", "logs", "stop"])
-def test_something_else_where_a_sweep_writes(part: str, sweep: Command, capsys: Capture) -> None:
+@pytest.mark.parametrize(
+    ("part", "options", "told"),
+    [("thesis.txt", ["--overwrite"], "is not overwritten")]
+    + [(part, [], "where a") for part in ("..", "cells", "logs", "stop")],
+)
+def test_something_else_where_a_sweep_writes(
+    part: str, options: list[str], told: str, sweep: Command, capsys: Capture
+) -> None:
     path = (sweep.folder / part).resolve()
     path.parent.mkdir(parents=True)
-    path.mkdir() if part == "stop" else path.write_text("a file")
-    message = sweep.refused(capsys)
-    assert str(path) in message and "where a" in message and sweep.executor.started == []
+    path.mkdir() if part == "stop" else path.write_text("dear")
+    message = sweep.refused(capsys, *options)
+    assert told in message and str(path.parent if options else path) in message
+    assert sweep.executor.started == [] and (part == "stop" or path.read_text() == "dear")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -459,6 +447,10 @@ def test_report_starts_nothing(sweep: Command, capsys: Capture) -> None:
 
 
 def test_chosen_cells_and_seeds_are_run_and_the_table_stays_whole(sweep: Command, capsys: Capture) -> None:
+    assert sweep("--only", "nestd", "--seeds", "-1") == 2
+    told = capsys.readouterr().err
+    assert 'did you mean "nested"' in told and "--seeds" in told and "-1" in told
+    assert not sweep.folder.exists()
     assert sweep("--only", "matched-adapter", "--seeds", "2", "3") == 0
     assert sweep.executor.started == [sweep.anew("matched-adapter", 2), sweep.anew("matched-adapter", 3)]
     assert len(sweep.reports[-1].unfinished) == 4  # of two cells and seeds 1, 2, 3
@@ -467,13 +459,6 @@ def test_chosen_cells_and_seeds_are_run_and_the_table_stays_whole(sweep: Command
     assert list(sweep.reports[-1].results.cells["matched adapter"]) == [1, 2]
     assert sweep("--report", "--seeds", "3") == 0
     assert list(sweep.reports[-1].results.cells["matched adapter"]) == [1, 2, 3]
-
-
-def test_a_choice_that_is_none_is_told(sweep: Command, capsys: Capture) -> None:
-    assert sweep("--only", "nestd", "--seeds", "-1") == 2
-    told = capsys.readouterr().err
-    assert 'did you mean "nested"' in told and "--seeds" in told and "-1" in told
-    assert not sweep.folder.exists()
 
 
 def test_commands_alone_are_printed_and_nothing_is_started(sweep: Command, capsys: Capture) -> None:
