@@ -51,10 +51,6 @@ def problem(method: str, **values: Any) -> str:
     return line
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Limits
-
-
 def numbers(schema: Any, name: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
     """(key, JSON schema) of every number in a JSON schema, at any depth."""
     if isinstance(schema, list):
@@ -230,10 +226,6 @@ def test_the_method_that_needs_all_classes_tells_of_unknown_data_with_the_rest()
     assert [line.split(" ")[0] for line in caught.value.problems] == ["batch_size", "dataset"]
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Paths and files
-
-
 def test_the_home_folder_is_expanded_in_every_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "base.json").write_text(json.dumps(tiny("sdlora") | {"batch_size": 5}), encoding="utf-8")
@@ -245,10 +237,6 @@ def test_the_home_folder_is_expanded_in_every_path(tmp_path: Path, monkeypatch: 
     files = (f"{tmp_path}/w.pth", f"{tmp_path}/d.npz")
     assert config.batch_size == 5 and (config.weights, config.dataset) == files
     assert {getattr(config, key) for key in paths} == {f"{tmp_path}/x"}
-
-
-# ----------------------------------------------------------------------------------------------------------
-# Nearest keys
 
 
 @pytest.mark.parametrize(
@@ -271,10 +259,6 @@ def test_the_home_folder_is_expanded_in_every_path(tmp_path: Path, monkeypatch: 
 def test_the_nearest_key(name: str, key: str | None) -> None:
     schema = SCHEMAS["sema"]
     assert nearest_key(name, schema.model_fields, schema.known_as) == key
-
-
-# ----------------------------------------------------------------------------------------------------------
-# Runs
 
 
 def test_missing_data_and_weights_are_told_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

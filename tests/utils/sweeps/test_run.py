@@ -399,10 +399,6 @@ def test_something_else_where_a_sweep_writes(
     assert sweep.executor.started == [] and (part == "stop" or path.read_text() == "dear")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Locks
-
-
 @pytest.mark.parametrize("options", [(), ("--overwrite",)])
 def test_one_process_runs_a_sweep(options: tuple[str, ...], sweep: Command, capsys: Capture) -> None:
     """Neither the sweep nor a run of a killed sweep may be at work; a report may be written."""
@@ -423,10 +419,6 @@ def test_one_process_runs_a_sweep(options: tuple[str, ...], sweep: Command, caps
             assert sweep("--report") == 0
     assert sweep.executor.started == [] and sweep.run_folder("nested", 2).is_dir()
     assert sweep(*options) == 0 and sweep.executor.started
-
-
-# ------------------------------------------------------------------------------------------------------------
-# The report alone
 
 
 def test_report_starts_nothing(sweep: Command, capsys: Capture) -> None:
@@ -689,10 +681,6 @@ def test_ctrl_c_saves_and_the_same_command_goes_on_to_the_same_end(sweep: Comman
     assert {path.name for path in folder.parent.glob("first*")} == {folder.name, f"{folder.name}.log"}
     assert main.main(["--config", str(sweep.config("first", 1))]) == 0
     assert outcome(folder) == outcome(folder.with_name(f"{folder.name}_2"))
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Ray
 
 
 def test_ray_gives_what_the_command_line_gives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
