@@ -14,7 +14,8 @@ from pydantic import BaseModel, ValidationError
 
 from utils.wording import escaped
 
-Member, Group = TypeVar("Member"), TypeVar("Group")
+Member = TypeVar("Member")
+Group = TypeVar("Group")
 MAX_WIDTH = 80  # characters of a value that are shown
 MAX_CHOICES = 8  # names that are listed where one is wrong
 FAULTS = {  # words for pydantic's error types; other types keep pydantic's own message

@@ -89,11 +89,7 @@ class LocalExecutor(AbstractContextManager):
     """
 
     def __init__(
-        self,
-        resources: Resources,
-        jobs: int | None = None,
-        address: None = None,
-        imports: Sequence[str] = (),
+        self, resources: Resources, jobs: int | None = None, address: None = None, imports: Sequence[str] = ()
     ) -> None:
         gpus = visible_gpus() if resources.gpu else []
         forks = FORKS and imports and not gpus

@@ -1,7 +1,7 @@
 """Runner of a sweep: skips what is finished, resumes what broke off, goes on after a failure.
 
     sweep = load_sweep("exps/sweeps/smoke.json", [], schemas)
-    code = run_sweep(sweep)      # 0 done, 1 some failed, 130 stopped
+    code = run_sweep(sweep, "local", jobs=None, address=None, overwrite=False, imports=[])
     report_sweep(sweep)          # the report again, no run
 
 Every run is a process of its own (`utils/sweeps/executors.py`), started seed by seed, so that all cells can
@@ -60,15 +60,9 @@ STOP = "stop"
 
 
 def run_sweep(
-    sweep: Sweep,
-    engine: str = "local",
-    *,
-    jobs: int | None = None,
-    address: str | None = None,
-    overwrite: bool = False,
-    imports: Sequence[str] = (),
+    sweep: Sweep, engine: str, jobs: int | None, address: str | None, overwrite: bool, imports: Sequence[str]
 ) -> int:
-    """Run what the sweep has not finished yet, then write its report; the exit code.
+    """Run what the sweep has not finished yet, then write its report; 0 done, 1 some failed, 130 stopped.
 
     Args:
         engine: a name in `EXECUTORS`; jobs, address and imports are what it is given.

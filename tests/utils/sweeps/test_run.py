@@ -53,6 +53,7 @@ NUMBERS = {"metrics": {"final": 12.5}, "curve": [12.5], "cost": {"seconds": 30.0
 RESULTS = {"seed": 1, "parameters": {}, "weights": {}, **NUMBERS}
 RUNS = [("nested", 1), ("matched-adapter", 1), ("nested", 2), ("matched-adapter", 2)]
 Capture = pytest.CaptureFixture[str]
+Patch = pytest.MonkeyPatch
 
 
 class Command:
@@ -138,7 +139,7 @@ def failing(*names: str) -> Callable[[Job], Outcome]:
 
 
 @pytest.fixture
-def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
+def sweep(tmp_path: Path, monkeypatch: Patch) -> Command:
     """Sweep whose runs are pretended, unless `executor.work` says else; its report is a stub."""
     command = Command(tmp_path)
 
@@ -342,9 +343,7 @@ def test_old_results_wait_until_the_new_sweep_is_finished(sweep: Command, capsys
     assert str(sweep.replaced) not in capsys.readouterr().out[-200:]
 
 
-def test_a_refusal_leaves_results_as_they_were(
-    sweep: Command, monkeypatch: pytest.MonkeyPatch, capsys: Capture
-) -> None:
+def test_a_refusal_leaves_results_as_they_were(sweep: Command, monkeypatch: Patch, capsys: Capture) -> None:
     """Ray that is not installed, before and after there are results; a disk that is full."""
     monkeypatch.setitem(sys.modules, "ray", None)
     with_ray = ("--overwrite", "--engine", "ray")
@@ -465,7 +464,7 @@ def test_commands_alone_are_printed_and_nothing_is_started(sweep: Command, capsy
 
 
 def test_printed_commands_leave_what_the_sweep_would(
-    sweep: Command, capsys: Capture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sweep: Command, capsys: Capture, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     """Real processes of two methods: called from elsewhere, and in a sweep, which forks one after the other.
 
@@ -544,12 +543,7 @@ FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "logs/nested_1.txt")
     ids=str,
 )
 def test_reasons_of_failures(
-    end: Outcome | Exception,
-    free: int,
-    reason: str,
-    sweep: Command,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: Capture,
+    end: Outcome | Exception, free: int, reason: str, sweep: Command, monkeypatch: Patch, capsys: Capture
 ) -> None:
     """Of a process without a result, a machine that was lost, a full disk (no last words)."""
 
@@ -566,7 +560,7 @@ def test_reasons_of_failures(
 
 
 def test_a_report_that_cannot_be_written_does_not_hide_what_ran(
-    sweep: Command, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+    sweep: Command, monkeypatch: Patch, capsys: Capture
 ) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise UserError("cannot write the report")
@@ -683,7 +677,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on_to_the_same_end(sweep: Comman
     assert outcome(folder) == outcome(folder.with_name(f"{folder.name}_2"))
 
 
-def test_ray_gives_what_the_command_line_gives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ray_gives_what_the_command_line_gives(tmp_path: Path, monkeypatch: Patch) -> None:
     """Two cells on a Ray started for the sweep, with the report; Ray is gone afterwards."""
     ray = pytest.importorskip("ray")
     monkeypatch.setenv("RAY_worker_niceness", "0")  # else Ray's workers give way to all other processes
@@ -700,7 +694,7 @@ def test_ray_gives_what_the_command_line_gives(tmp_path: Path, monkeypatch: pyte
 
 
 def test_what_the_runs_need_is_looked_for_before_the_first(
-    sweep: Command, capsys: Capture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    sweep: Command, capsys: Capture, monkeypatch: Patch, tmp_path: Path
 ) -> None:
     """All that is missing is told at once, each thing once; nothing is started and nothing written."""
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")  # nobody answers
