@@ -13,7 +13,6 @@ from utils.config.messages import allowed_text, grouped, properties, shown
 from utils.config.schema import RunConfig, with_reasons
 from utils.metric_catalogue import COSTS
 
-HEADINGS = ("key", "default", "allowed", "meaning")
 WIDTH = 110  # characters of a line
 INTRODUCTION = """\
 # Config keys
@@ -97,7 +96,7 @@ def _rows(schema: type[RunConfig], names: Sequence[str]) -> list[tuple[str, str,
 
 
 def _markdown_table(schema: type[RunConfig], names: Sequence[str]) -> str:
-    lines = [" | ".join(HEADINGS), " | ".join("---" for _ in HEADINGS)]
+    lines = ["key | default | allowed | meaning", "--- | --- | --- | ---"]
     for name, default, allowed, meaning in _rows(schema, names):
         cells = [f"`{name}`", f"`{default}`", allowed, meaning]
         lines.append(" | ".join(cell.replace("|", "\\|") for cell in cells))
