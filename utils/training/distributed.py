@@ -142,10 +142,10 @@ def local_device(device: torch.device, context: DistributedContext) -> torch.dev
     """Device of this rank: of several each takes the GPU of its local rank, else UserError."""
     if context.size == 1 or device.type != "cuda":
         return device
-    needed, seen = max(context.local_size, context.local_rank + 1), torch.cuda.device_count()
-    if needed > seen:
+    seen = torch.cuda.device_count()
+    if context.local_size > seen:
         raise UserError(
-            f"{needed} processes on this machine need a GPU each, but this PyTorch sees {seen}: "
+            f"{context.local_size} processes on this machine need a GPU each, but this PyTorch sees {seen}: "
             f'lower torchrun\'s --nproc_per_node to at most {seen}, or set device to "cpu"'
         )
     return torch.device("cuda", context.local_rank)
