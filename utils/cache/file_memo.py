@@ -30,13 +30,12 @@ SETTLED = 2 * 10**9  # nanoseconds: some disks tell times so coarsely that a you
 
 
 class FileMemo:
-    """Good files below one folder, in a JSON file that several processes may use.
+    """Good files below a folder (root), in a JSON file that several processes may use.
 
     Its first line is the SHA-256 of the rest; a damaged one is read as empty.
 
     Args:
         folder: where the JSON file is, created when there is something to write; None remembers nothing.
-        root: the folder that holds the files.
         rule: what "good" means; what was written under another rule does not count.
     """
 

@@ -13,7 +13,6 @@ import hashlib
 import json
 import logging
 import os
-import re
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -34,17 +33,14 @@ LARGE = 8 * 2**20  # bytes above which a tensor stays open
 RESERVE = 2 * 10**9  # bytes of the disk that are left free
 LOCK = ".lock"  # held by the process that writes
 UNFINISHED = ".writing"  # what that process writes, before its rename
-NAME = re.compile(r"[A-Za-z0-9_-]+")
 
 
 class TensorCache:
     """Tensors by group and key below one folder, which is created when something is stored.
 
-    Groups and keys are letters, digits, `-` and `_`; together they stand for one content.
+    Group and key can stand in a file's name; together they stand for one content.
 
-    Args:
-        root: the folder; several processes may use it at once.
-        limit_gb: size in GB (10^9 bytes) that all groups together may reach; 0 stores and reads nothing.
+    limit_gb: size in GB (10^9 bytes) that all groups together may reach; 0 stores and reads nothing.
     """
 
     def __init__(self, root: str | Path, limit_gb: float) -> None:
@@ -82,7 +78,6 @@ class TensorCache:
         Groups that this instance has not used are removed for them, the least recently used first; none where
         even all would not do. The files of all groups are looked at once for all that is stored in this room.
         """
-        self._path(group)
         if not self.enabled or bytes_needed <= 0:
             return self.enabled
         sizes = {name: sum(files.values()) for name, files in groups_in(self.root).items()}
@@ -102,20 +97,17 @@ class TensorCache:
 
     def describe(self, group: str, about: Mapping[str, Any]) -> None:
         """Description of what a group holds, for people: `about.json` in its folder, written once."""
-        path = self._path(group) / ABOUT
+        path = self.root / group / ABOUT
         if self.enabled and not path.exists():
             self._write(path, json.dumps(dict(about), indent=1, ensure_ascii=False).encode())
 
     def drop(self, group: str) -> None:
         """Remove a group; one that is not there is no error."""
-        remove_group(self._path(group))
+        remove_group(self.root / group)
         self._open.pop(group, None)
 
-    def _path(self, group: str, key: str | None = None) -> Path:
-        for name in (group, key):
-            if name is not None and not NAME.fullmatch(name):
-                raise ValueError(f"{name!r} cannot name a group or a key: only letters, digits, - and _ can")
-        return self.root / group / (f"{key}{SUFFIX}" if key is not None else "")
+    def _path(self, group: str, key: str) -> Path:
+        return self.root / group / f"{key}{SUFFIX}"
 
     def _read(self, path: Path) -> Tensor | None:
         """The stored tensor, or None; a damaged file is removed."""
@@ -152,7 +144,6 @@ class TensorCache:
         return tensor
 
     def _free_bytes(self) -> int:
-        """Free bytes of the disk."""
         disk = next(folder for folder in (self.root, *self.root.absolute().parents) if folder.exists())
         return shutil.disk_usage(disk).free
 

@@ -22,7 +22,6 @@ class Shipped(NamedTuple):
     """A shipped file; method and data set are "" where it is no config, or its method has no data set."""
 
     path: str  # from the project's folder
-    sweep: bool
     method: str
     dataset: str
     description: str
@@ -53,12 +52,12 @@ def shipped_files(schemas: Schemas) -> list[Shipped]:
     """All files below `exps/`, in the order of their paths."""
     found = []
     for path in sorted(PROJECT.glob("exps/**/*.json")):
-        sweep, values = kind_of(path, schemas) == "sweep", read_values(path)
-        method = known_method(values, schemas) if values and not sweep else None
+        values = read_values(path)
+        method = known_method(values, schemas) if values and kind_of(path, schemas) != "sweep" else None
         field = schemas[method].model_fields.get("dataset") if method else None
         dataset = values.get("dataset", field.default) if field else ""
         name, description = path.relative_to(PROJECT).as_posix(), values.get("description", "")
-        found.append(Shipped(name, sweep, method or "", str(dataset), str(description)))
+        found.append(Shipped(name, method or "", str(dataset), str(description)))
     return found
 
 

@@ -9,11 +9,10 @@ import inspect
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 
-from utils.config.messages import allowed_text, properties, shown
+from utils.config.messages import allowed_text, grouped, properties, shown
 from utils.config.schema import RunConfig, with_reasons
-from utils.metric_catalogue import COSTS, MetricSpec
+from utils.metric_catalogue import COSTS
 
-HEADINGS = ("key", "default", "allowed", "meaning")
 WIDTH = 110  # characters of a line
 INTRODUCTION = """\
 # Config keys
@@ -38,10 +37,7 @@ def keys_text(schemas: Mapping[str, type[RunConfig]]) -> str:
 
 def keys_markdown(schemas: Mapping[str, type[RunConfig]]) -> str:
     """The page of all keys: groups that methods share first, then what each method adds."""
-    methods: dict[type[RunConfig], list[str]] = {}
-    for method, schema in schemas.items():
-        for group, _ in _groups(schema):
-            methods.setdefault(group, []).append(method)
+    methods = grouped((method, group) for method, schema in schemas.items() for group, _ in _groups(schema))
     sections = [INTRODUCTION]
     for group, users in methods.items():
         if group not in schemas.values():
@@ -60,9 +56,7 @@ def keys_markdown(schemas: Mapping[str, type[RunConfig]]) -> str:
 
 def metrics_text(schemas: Mapping[str, type[RunConfig]]) -> str:
     """The numbers of a run: key, name with unit, direction and meaning; those of several methods once."""
-    users: dict[Sequence[MetricSpec], list[str]] = {}
-    for method, schema in schemas.items():
-        users.setdefault(schema.metrics, []).append(method)
+    users = grouped((method, schema.metrics) for method, schema in schemas.items())
     tables = {", ".join(methods): metrics for metrics, methods in users.items()} | {"every run": COSTS}
     lines = []
     for title, metrics in tables.items():
@@ -102,7 +96,7 @@ def _rows(schema: type[RunConfig], names: Sequence[str]) -> list[tuple[str, str,
 
 
 def _markdown_table(schema: type[RunConfig], names: Sequence[str]) -> str:
-    lines = [" | ".join(HEADINGS), " | ".join("---" for _ in HEADINGS)]
+    lines = ["key | default | allowed | meaning", "--- | --- | --- | ---"]
     for name, default, allowed, meaning in _rows(schema, names):
         cells = [f"`{name}`", f"`{default}`", allowed, meaning]
         lines.append(" | ".join(cell.replace("|", "\\|") for cell in cells))

@@ -85,13 +85,11 @@ class SeedList(BaseModel):
 
 @dataclass
 class Draft:
-    """A config as read, before any check.
+    """A config as read, before any check: the values of all files, changes and overrides, the last on top.
 
     Attributes:
-        values: those of all files, `changes` and overrides, later ones over earlier ones.
         origins: key -> where its value comes from, "" for the file itself.
         taken_back: keys that are null now and had a value in a layer below.
-        problems: what was wrong with the files.
         complete: False where a file could not be read, so that values are missing.
     """
 

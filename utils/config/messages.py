@@ -8,12 +8,14 @@ import difflib
 import functools
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
 from utils.wording import escaped
 
+Member = TypeVar("Member")
+Group = TypeVar("Group")
 MAX_WIDTH = 80  # characters of a value that are shown
 MAX_CHOICES = 8  # names that are listed where one is wrong
 FAULTS = {  # words for pydantic's error types; other types keep pydantic's own message
@@ -169,6 +171,14 @@ def type_name(value: Any) -> str:
 def listed(options: Iterable[Any]) -> str:
     """Values as they stand in a JSON file, with commas between them."""
     return ", ".join(map(shown, options))
+
+
+def grouped(pairs: Iterable[tuple[Member, Group]]) -> dict[Group, list[Member]]:
+    """Group -> its members, from pairs of member and group, in the order of the pairs."""
+    found: dict[Group, list[Member]] = {}
+    for member, group in pairs:
+        found.setdefault(group, []).append(member)
+    return found
 
 
 def shown(value: Any) -> str:

@@ -10,20 +10,23 @@ group is asked.
 """
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
+from utils.config.messages import grouped
 from utils.errors import UserError
 from utils.metric_catalogue import MetricSpec
-from utils.training.device_names import check_device_name, may_be_absent
 from utils.wording import is_utf8
 
 MAX_COUNT = 10**6  # of batches, epochs, images, ...: a larger number is a typing mistake
 MAX_PATH_BYTES, MAX_NAME_BYTES = 4096, 255  # limits of file systems: a whole path, each name in it
 BELOW_RUN = 256  # bytes that the files in a run folder may add to its path
 BESIDE_RUN = 16  # bytes that may be added to a run folder's name: a sibling's number, a log's suffix
+GPU_NUMBER = re.compile("-1|[0-9]{1,4}")
+DEVICE_NAME = re.compile(f"auto|cpu|mps|cuda(:[0-9]{{1,4}})?|{GPU_NUMBER.pattern}", re.IGNORECASE)
 Conflict = tuple[tuple[str, ...], str]  # the keys involved, and a sentence that says what is allowed
 UnusedRule = tuple[bool, str, Iterable[str]]  # whether it applies, why, the keys without effect then
 
@@ -61,8 +64,9 @@ def _listed(value: Any) -> Any:
 
 
 def _device_names(value: Any) -> Any:
-    items = value if isinstance(value, list) else [value]
-    if not items or any(isinstance(item, bool) or not isinstance(item, str | int) for item in items):
+    """The value itself; raises ValueError where no machine has such a device."""
+    items, known = (value, GPU_NUMBER) if isinstance(value, list) else ([value], DEVICE_NAME)
+    if not items or not all(known.fullmatch(str(item)) for item in items):
         raise ValueError("names no device")
     return value
 
@@ -125,18 +129,10 @@ class RunConfig(BaseModel):
     metrics: ClassVar[tuple[MetricSpec, ...]]
     legacy_keys: ClassVar[dict[str, str]] = {}
     asset_keys: ClassVar[tuple[str, ...]] = ()
-    editable_keys: ClassVar[frozenset[str]] = frozenset(
-        {
-            "description",
-            "prefix",
-            "logs_root",
-            "trackers",
-            "figure_format",
-            "device",
-            "grad_accumulation",
-            "eval_batch_size",
-        }
-    )
+    editable_keys: ClassVar[frozenset[str]] = frozenset({
+        "description", "prefix", "logs_root", "trackers", "figure_format", "device", "grad_accumulation",
+        "eval_batch_size",
+    })  # fmt: skip
     known_as: ClassVar[dict[str, str]] = {"learning_rate": "init_lr", "lr": "init_lr", "gpu": "device"}
 
     description: str = key("", "The command that runs this file and the number it is expected to give.")
@@ -205,11 +201,21 @@ class RunConfig(BaseModel):
 
     def conflicts(self) -> list[Conflict]:
         """Keys that are valid one by one and impossible together, as far as can be told at once."""
-        return [*self._device_conflicts(), *self._folder_conflicts()]
+        try:
+            names = [_path_bytes(name) for name in self.folder_names(self.seed)]
+            whole = _path_bytes(os.path.abspath(self.logs_root)) + sum(names) + len(names)
+        except ValueError as error:
+            return [(("prefix", "logs_root"), f"the run folder's path {error}")]
+        max_name, max_path = MAX_NAME_BYTES - BESIDE_RUN, MAX_PATH_BYTES - BELOW_RUN
+        if max(names) <= max_name and whole <= max_path:
+            return []
+        fault = f"the run folder's path would have {whole} bytes, its longest name {max(names)}"
+        way_out = "shorten prefix, logs_root, or the names of dataset and backbone_type"
+        return [(("prefix", "logs_root"), f"{fault}; allowed: {max_path} and {max_name}; {way_out}")]
 
     def unchecked_keys(self) -> list[str]:
-        """Keys that `late_conflicts` has something to say about."""
-        return ["device"] if may_be_absent(self.device) else []
+        """Keys that `late_conflicts` has something to say about; published lists fall back to the CPU."""
+        return ["device"] if str(self.device).lower().startswith(("cuda", "mps")) else []
 
     def late_conflicts(self) -> list[Conflict]:
         """Conflicts that only PyTorch or timm can tell: asked for where nothing else is wrong."""
@@ -217,7 +223,11 @@ class RunConfig(BaseModel):
             return []
         from utils.training.device import resolve_device  # here: it imports PyTorch
 
-        return _told("device", lambda: resolve_device(self.device))
+        try:
+            resolve_device(self.device)
+        except UserError as error:
+            return [(("device",), str(error))]
+        return []
 
     def unused_rules(self) -> list[UnusedRule]:
         """When keys have no effect given the others; of several reasons for a key the first is told.
@@ -286,35 +296,8 @@ class RunConfig(BaseModel):
         """
         return {}
 
-    def _device_conflicts(self) -> list[Conflict]:
-        return _told("device", lambda: check_device_name(self.device))
-
-    def _folder_conflicts(self) -> list[Conflict]:
-        try:
-            names = [_path_bytes(name) for name in self.folder_names(self.seed)]
-            whole = _path_bytes(os.path.abspath(self.logs_root)) + sum(names) + len(names)
-        except ValueError as error:
-            return [(("prefix", "logs_root"), f"the run folder's path {error}")]
-        max_name, max_path = MAX_NAME_BYTES - BESIDE_RUN, MAX_PATH_BYTES - BELOW_RUN
-        if max(names) <= max_name and whole <= max_path:
-            return []
-        fault = f"the run folder's path would have {whole} bytes, its longest name {max(names)}"
-        way_out = "shorten prefix, logs_root, or the names of dataset and backbone_type"
-        return [(("prefix", "logs_root"), f"{fault}; allowed: {max_path} and {max_name}; {way_out}")]
-
-
-def _told(name: str, check: Callable[[], object]) -> list[Conflict]:
-    """The conflict of a key for which a check raises UserError."""
-    try:
-        check()
-    except UserError as error:
-        return [((name,), str(error))]
-    return []
-
 
 def with_reasons(reasons: Mapping[str, str]) -> str:
     """Keys with the reason in brackets, grouped by reason: `{"a": "x", "b": "x"}` -> `a, b (x)`."""
-    grouped: dict[str, list[str]] = {}
-    for name, reason in reasons.items():
-        grouped.setdefault(reason, []).append(name)
-    return ", ".join(f"{', '.join(names)} ({reason})" for reason, names in grouped.items())
+    groups = grouped(reasons.items())
+    return ", ".join(f"{', '.join(names)} ({reason})" for reason, names in groups.items())

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from utils.config.messages import no_such
+from utils.config.messages import grouped, no_such
 from utils.config.schema import RunConfig
 from utils.errors import UserError
 from utils.files import write_json
@@ -80,12 +80,10 @@ def compare_runs(
 
     Args:
         folders: run folders, or folders that hold some at any depth, such as a sweep's.
-        read_config: configuration of a run folder.
         baseline: a group's name, or a run folder of it; without it the group of the first run.
 
-    Raises:
-        UserError: fewer than two groups, a seed twice in a group, runs of different tasks or metrics, or a
-            damaged run.
+    Raises UserError: fewer than two groups, a seed twice in a group, runs of different tasks or metrics, or a
+    damaged run.
     """
     found = runs_below(folders)
     finished = [_read(folder, read_config(folder)) for folder in found if (folder / RESULT).is_file()]
@@ -152,9 +150,7 @@ def group_names(experiments: Sequence[Mapping[str, Any]]) -> list[str]:
 
     The method comes first, by its value alone, where there are several: `ranpac`, `sema, init_lr=0.01`.
     """
-    by_method: dict[str, list[Mapping[str, Any]]] = {}
-    for experiment in experiments:
-        by_method.setdefault(experiment[METHOD], []).append(experiment)
+    by_method = grouped((experiment, experiment[METHOD]) for experiment in experiments)
     names = []
     for experiment in experiments:
         alike = by_method[experiment[METHOD]]
@@ -171,8 +167,7 @@ def group_names(experiments: Sequence[Mapping[str, Any]]) -> list[str]:
 def write_comparison(comparison: Comparison, folder: Path) -> list[Path]:
     """Write a sweep's report of a comparison, and the record of what is compared; returns the files.
 
-    Raises:
-        UserError: the folder holds something else, or cannot be written.
+    Raises UserError: the folder holds something else.
     """
     if folder.exists() and not (
         folder.is_dir() and ((folder / RECORD).is_file() or not any(folder.iterdir()))
@@ -186,9 +181,7 @@ def write_comparison(comparison: Comparison, folder: Path) -> list[Path]:
         commands[name] = as_typed("main.py", "--config", config, "--set", f"seed={seeds}")
     record = {name: {seed: str(run.folder) for seed, run in runs.items()} for name, runs in groups.items()}
     folder.mkdir(parents=True, exist_ok=True)
-    marker = write_json(
-        folder / RECORD, {"baseline": results.baseline, "groups": record}
-    )  # the folder is ours
+    marker = write_json(folder / RECORD, {"baseline": results.baseline, "groups": record})  # it is ours now
     report = write_report(
         folder,
         f"Comparison with {results.baseline}",
@@ -251,15 +244,11 @@ def _baseline(given: str | None, groups: Mapping[str, Mapping[int, FinishedRun]]
     raise UserError(f"--baseline {given}: {no_such('group', given, list(groups))}")
 
 
-def _varying(experiments: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Keys in which experiments differ, in the order of their configs; having none differs from any value."""
-    names = dict.fromkeys(name for experiment in experiments for name in experiment)
-    return [name for name in names if len({_shown(experiment, [name]) for experiment in experiments}) > 1]
-
-
 def _telling_keys(experiments: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The fewest keys that tell experiments apart, chosen one by one, of those that all have if possible."""
-    varying, chosen = _varying(experiments), []
+    """The fewest keys that tell experiments apart, chosen one by one, of those that all have if possible.
+
+    They are in the order of the configs; to have no such key differs from any value.
+    """
 
     def told_apart(names: Sequence[str]) -> int:
         return len({_shown(experiment, names) for experiment in experiments})
@@ -268,6 +257,8 @@ def _telling_keys(experiments: Sequence[Mapping[str, Any]]) -> list[str]:
         more = told_apart([*chosen, name])
         return more > told_apart(chosen) and all(name in experiment for experiment in experiments), more
 
+    names = dict.fromkeys(name for experiment in experiments for name in experiment)
+    varying, chosen = [name for name in names if told_apart([name]) > 1], []
     while told_apart(chosen) < len(experiments):
         chosen.append(max(varying, key=gain))
     return sorted(chosen, key=varying.index)

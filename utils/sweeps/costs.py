@@ -44,13 +44,8 @@ def run_costs(
 ) -> Iterator[str]:
     """The table of a sweep, line by line: the imports of a run, then every cell with the first seed.
 
-    Args:
-        overrides: texts `key=value`, for all cells.
-        only: cells to run; empty for all.
-        repeats: of every run; figures are medians.
-
-    Raises:
-        UserError: the sweep is wrong, or a run failed; it holds the last line that the run printed.
+    Figures are medians of the repeats. Raises UserError: the sweep is wrong, or a run failed; it holds the
+    last line that the run printed.
     """
     with tempfile.TemporaryDirectory() as scratch:
         noise, runs, config = (Path(scratch) / name for name in ("noise.npz", "runs", "config.json"))

@@ -61,7 +61,6 @@ class Resources:
 class Job:
     """Process to run.
 
-    command: its arguments, the program first.
     output: file to which its output is appended; it lies in a folder that exists.
     stop: file whose length counts the requests to stop; absent for none.
     """
@@ -81,7 +80,7 @@ class Outcome(NamedTuple):
 
 
 class LocalExecutor(AbstractContextManager):
-    """Processes on this machine, within its cores and memory.
+    """Processes on this machine, as many at once as fit its cores and memory unless `jobs` says.
 
     Where there are GPUs, a job that wants one sees a single one; more jobs than GPUs share them in turn.
 
@@ -90,11 +89,7 @@ class LocalExecutor(AbstractContextManager):
     """
 
     def __init__(
-        self,
-        resources: Resources,
-        jobs: int | None = None,
-        address: None = None,
-        imports: Sequence[str] = (),
+        self, resources: Resources, jobs: int | None = None, address: None = None, imports: Sequence[str] = ()
     ) -> None:
         gpus = visible_gpus() if resources.gpu else []
         forks = FORKS and imports and not gpus
@@ -106,13 +101,12 @@ class LocalExecutor(AbstractContextManager):
 
     def run(self, job: Job) -> Outcome | None:
         """Outcome of a job when it has ended; None if a stop was requested before it started."""
-        if not job.resources.gpu:
-            return run_process(job, starter=self._starter)
-        gpu = self._gpus.get()
+        gpu = self._gpus.get() if job.resources.gpu else None
         try:
             return run_process(job, gpu, self._starter)
         finally:
-            self._gpus.put(gpu)
+            if job.resources.gpu:
+                self._gpus.put(gpu)
 
     def __exit__(self, *_: object) -> None:
         if self._starter:
@@ -125,8 +119,7 @@ class RayExecutor(AbstractContextManager):
     A task takes `threads` CPUs and, where the cluster has any and the run wants one, a GPU. `imports` are not
     used: each job is started anew.
 
-    Raises:
-        UserError: Ray is not installed, no cluster answers, or none of its machines has `threads` CPUs.
+    Raises UserError: Ray is not installed, no cluster answers, or none of its machines has `threads` CPUs.
     """
 
     def __init__(

@@ -128,9 +128,7 @@ def prepare_folder(sweep: Sweep, runs: Sequence[Run], overwrite: bool) -> None:
     With `overwrite` the sweep's earlier folder is set aside first, and is back where this fails. A new folder
     holds `sweep.json` from its first moment on, and is gone where this fails.
 
-    Raises:
-        UserError: the folder to be replaced holds other things than a sweep.
-        OSError: the folder cannot be written.
+    Raises UserError: the folder to be replaced holds other things than a sweep.
     """
     folder = sweep.folder
     if overwrite and os.path.lexists(folder):

@@ -70,7 +70,6 @@ class Starter(AbstractContextManager):
         return ForkedProcess(connection)
 
     def close(self) -> None:
-        """End the starter."""
         self._requests.close()
         self._process.kill()  # what it has forked goes on
         self._process.wait()
@@ -97,8 +96,7 @@ class ForkedProcess:
     def wait(self, timeout: float) -> int | None:
         """As `poll`, after at most so many seconds without news.
 
-        Raises:
-            RuntimeError: the starter has ended, and how the process will end is unknown; it is asked to stop.
+        RuntimeError: the starter has ended, and how the process will end is unknown; it is asked to stop.
         """
         while self.returncode is None and select.select([self._connection], [], [], timeout)[0]:
             try:

@@ -1,7 +1,7 @@
 """Runner of a sweep: skips what is finished, resumes what broke off, goes on after a failure.
 
     sweep = load_sweep("exps/sweeps/smoke.json", [], schemas)
-    code = run_sweep(sweep)      # 0 done, 1 some failed, 130 stopped
+    code = run_sweep(sweep, "local", jobs=None, address=None, overwrite=False, imports=[])
     report_sweep(sweep)          # the report again, no run
 
 Every run is a process of its own (`utils/sweeps/executors.py`), started seed by seed, so that all cells can
@@ -21,6 +21,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
 
+from utils.config.messages import grouped
 from utils.console import progress
 from utils.errors import STOPPED, UserError, in_one_line, os_error_sentence
 from utils.runs.disk import disk_use
@@ -47,7 +48,7 @@ from utils.sweeps.folder import (
     warn_of_changes,
     write_summary,
 )
-from utils.sweeps.spec import Sweep, cells_by_text
+from utils.sweeps.spec import Sweep
 from utils.wording import duration
 
 logger = logging.getLogger("nested_lora")
@@ -59,29 +60,16 @@ STOP = "stop"
 
 
 def run_sweep(
-    sweep: Sweep,
-    engine: str = "local",
-    *,
-    jobs: int | None = None,
-    address: str | None = None,
-    overwrite: bool = False,
-    imports: Sequence[str] = (),
+    sweep: Sweep, engine: str, jobs: int | None, address: str | None, overwrite: bool, imports: Sequence[str]
 ) -> int:
-    """Run what the sweep has not finished yet, then write its report.
+    """Run what the sweep has not finished yet, then write its report; 0 done, 1 some failed, 130 stopped.
 
     Args:
-        engine: a name in `EXECUTORS`.
-        jobs: runs at once; None for as many as fit.
-        address: of a Ray cluster; None starts a Ray of our own.
+        engine: a name in `EXECUTORS`; jobs, address and imports are what it is given.
         overwrite: run everything anew; earlier results are set aside until that is finished.
-        imports: what `main.py` imports for these runs, for executors that import it once (`Starter`).
 
-    Returns:
-        The exit code: 0 everything is finished, 1 some runs failed, 130 stopped before the end.
-
-    Raises:
-        UserError: a cell is not what its run folder was made with, the sweep or a run of it still goes on, or
-            the executor is not available, and nothing was started; or the disk refused something.
+    Raises UserError: a cell is not what its run folder was made with, the sweep or a run of it still goes on,
+    or the executor is not available, and nothing was started; or the disk refused something.
     """
     options = {"--engine": engine if engine != "local" else None, "--jobs": jobs, "--ray-address": address}
     given = [part for option, value in options.items() if value is not None for part in (option, str(value))]
@@ -109,8 +97,7 @@ def run_sweep(
 def opened(sweep: Sweep, overwrite: bool = False) -> Iterator[tuple[list[Run], list[Run]]]:
     """All runs of a sweep and those to do, in a context in which no other process writes its folder.
 
-    Raises:
-        UserError: a run does not fit the table, or the sweep or a run of it is at work.
+    Raises UserError: a run does not fit the table, or the sweep or a run of it is at work.
     """
     require_trackers([name for cell in sweep.cells for name in cell.config.trackers])
     sweep.folder.parent.mkdir(parents=True, exist_ok=True)
@@ -168,7 +155,7 @@ def resources_of(sweep: Sweep, runs: Sequence[Run]) -> Resources:
 
 def log_beginning(sweep: Sweep, runs: Sequence[Run]) -> None:
     """Log what is replaced, keys without effect, and changes of code or libraries since the finished runs."""
-    notes = cells_by_text((cell.name, note) for cell in sweep.cells for note in cell.notes)
+    notes = grouped((cell.name, note) for cell in sweep.cells for note in cell.notes)
     told = [f"{'; '.join(names)}: {note}" for note, names in notes.items()]
     for text in [*waiting_notes(sweep.folder), *told]:
         logger.warning(text)
@@ -234,7 +221,7 @@ def job_of(sweep: Sweep, run: Run) -> Job:
 
 
 def failure_reason(run: Run, future: Future) -> str | None:
-    """Reason why an ended run is not complete, as part of a sentence; None for a success."""
+    """Why an ended run is not complete, as part of a sentence; None for a success."""
     try:
         code, last_line = future.result()
     except OSError as error:

@@ -17,16 +17,16 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from utils.config.experiments import kind_of
 from utils.config.loading import BASE_KEY, CheckedObject, ConfigError, base_of, load_config, read_object
-from utils.config.messages import field_faults, no_such, shown
+from utils.config.messages import field_faults, grouped, no_such, shown
 from utils.config.schema import RunConfig, Seeds, Text, check_text, key
 from utils.reports.hypotheses import Hypothesis, read_hypotheses, unknown_metrics
 from utils.wording import as_typed, some
@@ -128,14 +128,6 @@ class Sweep:
         }
 
 
-class Row(NamedTuple):
-    """Cell before its config is read: (origin, keys and values) that change its base, in their order."""
-
-    name: str
-    base: Any
-    changes: list[tuple[str, dict[str, Any]]]
-
-
 def load_sweep(
     path: str | Path,
     overrides: Sequence[str],
@@ -150,8 +142,7 @@ def load_sweep(
         only: cells to run, by their names or slugs; empty for all.
         seeds: seeds to run; those that are not in the file join the table. Empty for all of the file.
 
-    Raises:
-        ConfigError: the file or any of its cells is wrong; it lists every problem, cell by cell.
+    Raises ConfigError: the file or any of its cells is wrong; it lists every problem, cell by cell.
     """
     path = Path(os.path.expanduser(path))
     checked = _read_chain(path, schemas)
@@ -165,7 +156,7 @@ def load_sweep(
     if count > MAX_CELLS:
         raise ConfigError(str(path), [f"cells, grid: {count} cells; allowed: at most {MAX_CELLS}"])
     rows = list(_rows(file, path))
-    names = [row.name for row in rows]
+    names = [name for name, _, _ in rows]
     hypotheses, doubts = read_hypotheses(file.hypotheses, names)
     problems = [*checked.problems, *_table_problems(file, names), *_owned_keys(file, overrides), *doubts]
     problems += [f"--seeds: {fault}" for fault in wrong.values()]
@@ -175,29 +166,28 @@ def load_sweep(
     ]
 
     cells: list[Cell] = []
-    faults: dict[str, ConfigError] = {}
-    for row in rows:
+    faults: list[tuple[str, str]] = []
+    for name, base, changes in rows:
         try:
-            loaded = load_config(_base_path(path, row.base), overrides, schemas, row.changes)
-            cells.append(Cell(row.name, slug_of(row.name), loaded.config, loaded.notes))
+            loaded = load_config(_base_path(path, base), overrides, schemas, changes)
+            cells.append(Cell(name, slug_of(name), loaded.config, loaded.notes))
         except ConfigError as error:
-            faults[row.name] = error
-    shared = cells_by_text((name, problem) for name, error in faults.items() for problem in error.problems)
-    for problem, faulty in shared.items():
+            faults += [(name, problem) for problem in error.problems]
+    for problem, faulty in grouped(faults).items():
         problems.append(f"{'every cell' if 1 < len(faulty) == len(rows) else _named(faulty)}: {problem}")
     problems += [*_mixed_metrics(cells), *_equal_configs(cells)]
     problems += unknown_metrics(hypotheses, {cell.name: cell.config.metrics for cell in cells})
     if problems:
         raise ConfigError(str(path), problems)
 
-    of_base = next((cell for cell, row in zip(cells, rows, strict=True) if row.base == file.base), cells[0])
-    folder = Path(of_base.config.logs_root) / "sweeps" / path.stem
+    of_base = [cell for cell, (_, base, _) in zip(cells, rows, strict=True) if base == file.base]
+    folder = Path((of_base or cells)[0].config.logs_root) / "sweeps" / path.stem
     runs = {"logs_root": str(folder / "runs")}
     cells = [replace(cell, config=cell.config.model_copy(update=runs)) for cell in cells]
-    changes = [part for override in overrides for part in ("--set", override)]
-    changes += [part for name in only for part in ("--only", name)]
-    changes += ["--seeds", *map(str, seeds)] if seeds else []
-    command = as_typed("main.py", "--sweep", path, *changes)
+    options = [part for override in overrides for part in ("--set", override)]
+    options += [part for name in only for part in ("--only", name)]
+    options += ["--seeds", *map(str, seeds)] if seeds else []
+    command = as_typed("main.py", "--sweep", path, *options)
     chosen = [cell.name for cell in cells if {cell.name, cell.slug} & set(only)]
     return Sweep(path, file, command, folder, cells, hypotheses, chosen, seeds)
 
@@ -214,23 +204,13 @@ def slug_of(name: str) -> str:
     return f"{cut or 'cell'}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
-def cells_by_text(pairs: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
-    """Text -> names of the cells it belongs to, from pairs of name and text."""
-    found: dict[str, list[str]] = {}
-    for name, text in pairs:
-        found.setdefault(text, []).append(name)
-    return found
-
-
 def _read_chain(
     path: Path, schemas: Mapping[str, type[RunConfig]], inheriting: tuple[str, ...] = ()
 ) -> CheckedObject:
     """The keys of a sweep file, over those of its base where that is a sweep; bases become absolute paths.
 
     The base's description and what it says is next are its own. `set`, `cells` and each cell are joined key
-    by key.
-
-    inheriting: real paths of the files that name this one as their base.
+    by key. inheriting: real paths of the files that name this one as their base.
     """
     sound, faulty, problems = read_object(path, SweepFile)
     chain = (*inheriting, os.path.realpath(path))
@@ -262,8 +242,11 @@ def _absolute(path: Path, keys: Mapping[str, Any]) -> dict[str, Any]:
         return dict(keys)
 
 
-def _rows(file: SweepFile, path: Path) -> Iterator[Row]:
-    """Rows in the order of the file: each cell at every point of the grid, the last key changing fastest."""
+def _rows(file: SweepFile, path: Path) -> Iterator[tuple[str, Any, list[tuple[str, dict[str, Any]]]]]:
+    """Name, base and changes of each cell, before its config is read; a change is its origin and values.
+
+    In the order of the file: each cell at every point of the grid, the last key changing fastest.
+    """
     points = [dict(zip(file.grid, values, strict=True)) for values in itertools.product(*file.grid.values())]
     unnamed = {"": {}} if file.grid else {}
     for cell, own in (file.cells or unnamed).items():
@@ -280,7 +263,7 @@ def _rows(file: SweepFile, path: Path) -> Iterator[Row]:
                 *allowed.items(),
                 ("sweep", {"prefix": slug_of(name), "seed": file.seeds}),
             ]
-            yield Row(name, own.get(BASE_KEY, file.base), changes)
+            yield name, own.get(BASE_KEY, file.base), changes
 
 
 def _base_path(path: Path, base: Any) -> Path:
@@ -300,7 +283,7 @@ def _table_problems(file: SweepFile, names: Sequence[str]) -> Iterator[str]:
         if names and cell is not None and cell not in names:
             yield f"{role} = {shown(cell)}: {no_such('cell', cell, names)}"
     yield from ("cells: a name is empty; allowed: any other text" for name in file.cells if not name.strip())
-    for slug, same in cells_by_text((name, slug_of(name).casefold()) for name in names).items():
+    for slug, same in grouped((name, slug_of(name).casefold()) for name in names).items():
         if len(same) > 1:  # also where a file system does not tell cases apart
             yield f"{_named(same)}: their files would all be named {slug}; rename all but one"
 
@@ -317,7 +300,7 @@ def _owned_keys(file: SweepFile, overrides: Sequence[str]) -> Iterator[str]:
 
 def _mixed_metrics(cells: Sequence[Cell]) -> Iterator[str]:
     """The problem of cells whose numbers are different things."""
-    kinds = cells_by_text((cell.name, cell.config.metrics[0].key) for cell in cells)
+    kinds = grouped((cell.name, cell.config.metrics[0].key) for cell in cells)
     if len(kinds) > 1:
         each = "; ".join(f"{kind}: {_named(names)}" for kind, names in kinds.items())
         yield (
@@ -332,7 +315,7 @@ def _equal_configs(cells: Sequence[Cell]) -> Iterator[str]:
     for cell in cells:
         skipped = {"prefix", "description", "logs_root", *cell.config.without_effect()}
         texts[cell.name] = json.dumps(cell.config.model_dump(mode="json", exclude=skipped), sort_keys=True)
-    for same in cells_by_text(texts.items()).values():
+    for same in grouped(texts.items()).values():
         keys = sorted({key for cell in cells if cell.name in same for key in cell.config.unused_keys()})
         but = f", but for keys that change nothing here ({', '.join(keys)})" if keys else ""
         if len(same) > 1:

@@ -139,18 +139,14 @@ def context_from_environment() -> DistributedContext:
 
 
 def local_device(device: torch.device, context: DistributedContext) -> torch.device:
-    """Device of this rank: each of several processes takes the GPU of its local rank.
-
-    Raises UserError: there are too few GPUs.
-    """
+    """Device of this rank: of several each takes the GPU of its local rank, else UserError."""
     if context.size == 1 or device.type != "cuda":
         return device
-    needed, seen = max(context.local_size, context.local_rank + 1), torch.cuda.device_count()
-    if needed > seen:
+    seen = torch.cuda.device_count()
+    if context.local_size > seen:
         raise UserError(
-            f"{needed} processes on this machine need a GPU each, but this PyTorch sees {seen}: "
-            f"lower torchrun's --nproc_per_node to at most {seen}, "
-            'or set device to "cpu"'
+            f"{context.local_size} processes on this machine need a GPU each, but this PyTorch sees {seen}: "
+            f'lower torchrun\'s --nproc_per_node to at most {seen}, or set device to "cpu"'
         )
     return torch.device("cuda", context.local_rank)
 
@@ -159,22 +155,14 @@ def local_device(device: torch.device, context: DistributedContext) -> torch.dev
 def init_distributed(device: torch.device) -> Iterator[DistributedContext]:
     """The processes that torchrun started, joined while the context is open; else this process alone.
 
-    Args:
-        device: what the configuration asks for; several processes take the GPU of their local rank each.
+    On the device that the configuration asks for, several processes on the GPU of their local rank each.
 
     Raises UserError: the machine has fewer GPUs than processes, or torchrun's environment is not whole.
     """
     context = context_from_environment()
     context = replace(context, device=local_device(device, context))
-    with process_group(context):
-        yield context
-
-
-@contextmanager
-def process_group(context: DistributedContext) -> Iterator[None]:
-    """Join the other ranks while the context is open; nothing with one process."""
     if context.size == 1:
-        yield
+        yield context
         return
     gpu = context.device if context.device.type == "cuda" else None
     if gpu is not None:
@@ -189,7 +177,7 @@ def process_group(context: DistributedContext) -> Iterator[None]:
     )
     close = gpu is None  # after an error NCCL would wait for ranks that torchrun ends when this one has ended
     try:
-        yield
+        yield context
         close = True
     finally:
         if close:

@@ -94,8 +94,7 @@ class GroupedOptimizer:
     Args:
         kind: a key of `OPTIMIZERS`.
         groups: empty ones are dropped; ValueError for a tensor in two of them, and for a frozen one.
-        epochs: the length of the cosine; `end_epoch` moves along it.
-        min_lr: where the cosine ends.
+        epochs, min_lr: the length of the cosine, along which `end_epoch` moves, and its end.
         step_decay: takes the cosine's place.
     """
 
@@ -141,15 +140,12 @@ class GroupedOptimizer:
             if parameter.grad is not None:
                 parameter.grad /= divisor
 
-    def moves_next(self, group: ParameterGroup) -> bool:
-        """Whether the group is updated by the coming step."""
-        return group.lr > 0 and (self.steps + 1) % group.update_interval == 0
-
     def step(self) -> dict[str, bool]:
         """Update the groups whose turn it is; says which were."""
-        moved = {group.name: self.moves_next(group) for group in self.groups}
+        moved = {}
         self.steps += 1
         for group in self.groups:
+            moved[group.name] = group.lr > 0 and self.steps % group.update_interval == 0
             if moved[group.name]:
                 group.average_grads()
             else:

@@ -95,11 +95,6 @@ def test_a_view_is_stored_without_what_surrounds_it(cache, fresh):
     assert stored_file(cache.root).stat().st_size < 2 * 200 * 4
 
 
-def test_other_programs_read_the_files(cache):
-    cache.get("group", "key", numbers)
-    assert same(safetensors.torch.load_file(stored_file(cache.root))["tensor"], numbers())
-
-
 def test_open_tensors_hold_no_file_descriptors(cache):
     tensors = [cache.get("group", str(i), lambda: torch.zeros(3_000_000)) for i in range(4)]
     assert all(cache.get("group", str(i), never) is tensor for i, tensor in enumerate(tensors))
@@ -126,22 +121,9 @@ def test_files_of_other_processes_are_seen(cache, fresh):
     assert cache.has("group", "key") and not cache.has("group", "ke") and not cache.has("other", "key")
     cache.get("group", "key", never).zero_()  # does not reach the file
     assert same(fresh().get("group", "key", never), numbers())
+    assert same(safetensors.torch.load_file(stored_file(cache.root))["tensor"], numbers())
     stored_file(cache.root).unlink()
     assert not cache.has("group", "key")
-
-
-@pytest.mark.parametrize("name", ["", "a/b", "..", "a.b", "a b", "ä", "a\n"])
-def test_names_that_could_be_paths_are_refused(cache, name: str):
-    for method, arguments in {
-        cache.get: (name, "key", numbers),
-        cache.has: ("group", name),
-        cache.make_room: (name, 1),
-        cache.describe: (name, {}),
-        cache.drop: (name,),
-    }.items():
-        with pytest.raises(ValueError, match="only letters"):
-            method(*arguments)
-    assert not cache.root.exists()
 
 
 def test_a_limit_of_0_only_builds(tmp_path):
@@ -154,36 +136,26 @@ def test_a_limit_of_0_only_builds(tmp_path):
     assert groups(cache.root) == ["group"]
 
 
-def test_describe_writes_once(cache):
-    cache.describe("group", {"depth": 3, "view": ("view", 0), "what": "größe"})
-    cache.describe("group", {"depth": 4})
-    text = (cache.root / "group" / "about.json").read_text(encoding="utf-8")
-    assert json.loads(text) == {"depth": 3, "view": ["view", 0], "what": "größe"} and "größe" in text
-
-
 @pytest.mark.parametrize("by", ["this process", "another process"])
-def test_drop(cache, fresh, by: str):
+def test_a_group_is_described_once_and_dropped_but_for_foreign_files(cache, fresh, by: str):
     fill(cache.root, ["other"])
+    folder, foreign = cache.root / "group", ["key.npy", "key.safetensors", "notes.txt"]
+    folder.mkdir()
+    for name in foreign:
+        (folder / name).write_text("not ours")
+    assert not cache.has("group", "key")
     kept = cache.get("group", "key", numbers)
-    cache.describe("group", {"depth": 3})
+    for about in ({"depth": 3, "view": ("view", 0), "what": "größe"}, {"depth": 4}):
+        cache.describe("group", about)
+    text = (folder / "about.json").read_text(encoding="utf-8")
+    assert json.loads(text) == {"depth": 3, "view": ["view", 0], "what": "größe"} and "größe" in text
     dropping = cache if by == "this process" else fresh()
     dropping.drop("group")
     dropping.drop("absent")
-    assert groups(cache.root) == ["other"] and not cache.has("group", "key")
-    assert torch.equal(kept, numbers())  # an open map stays readable
+    assert sorted(path.name for path in folder.iterdir()) == foreign and (cache.root / "other").is_dir()
+    assert not cache.has("group", "key") and torch.equal(kept, numbers())  # an open map stays readable
     cache.make_room("group", 1)
     assert torch.equal(cache.get("group", "key", lambda: numbers(7)), numbers(7))
-
-
-def test_foreign_files_are_ignored_and_kept(cache):
-    folder = cache.root / "group"
-    folder.mkdir(parents=True)
-    foreign = ["key.npy", "key.safetensors", "notes.txt"]
-    for name in foreign:
-        (folder / name).write_text("not ours")
-    assert not cache.has("group", "key") and torch.equal(cache.get("group", "key", numbers), numbers())
-    cache.drop("group")
-    assert sorted(path.name for path in folder.iterdir()) == foreign
 
 
 # ----------------------------------------------------------------------------------------------------- damage
@@ -220,23 +192,18 @@ def test_a_damaged_or_misplaced_file_is_built_again(cache, fresh, caplog, what: 
     assert torch.equal(fresh().get("group", "key", never), numbers(7))
 
 
-def test_damage_after_the_first_reading_is_found(cache):
-    cache.get("group", "key", numbers)
-    flip(stored_file(cache.root), 1000)
-    assert torch.equal(cache.get("group", "key", lambda: numbers(7)), numbers(7))
-
-
 def test_any_altered_byte_is_found(cache, fresh, monkeypatch):
-    """Each byte of the header and of the data, one at a time."""
+    """Each byte of the header and of the data, one at a time; also by who has read the file before."""
     tensor = torch.arange(8.0).reshape(2, 4)
     cache.get("group", "key", lambda: tensor)
     path = stored_file(cache.root)
     monkeypatch.setattr(logging.getLogger("nested_lora"), "disabled", True)
-    for position in range(path.stat().st_size):
-        flip(path, position)
-        built = []
-        assert same(fresh().get("group", "key", lambda built=built: built.append(1) or tensor), tensor)
-        assert built, position
+    for reader, positions in ((fresh, range(path.stat().st_size)), (lambda: cache, [-1])):
+        for position in positions:
+            flip(path, position)
+            built = []
+            found = reader().get("group", "key", lambda built=built: built.append(1) or tensor)
+            assert same(found, tensor) and built, position
 
 
 def test_an_unreadable_file_is_not_removed(cache, fresh, caplog):
@@ -260,13 +227,9 @@ def test_the_groups_that_were_unused_longest_make_room(tmp_path):
     cache.get("new", "key", numbers)
     cache.get("new", "other", numbers)
     assert groups(root) == ["new", "newest"]
-
-
-def test_reading_a_group_counts_as_use(tmp_path):
-    root = tmp_path / "cache"
-    fill(root, ["oldest", "newest"])
-    TensorCache(root, 1).get("oldest", "key", never)
-    assert limited(root, 2).make_room("new", BYTES) and groups(root) == ["oldest"]
+    TensorCache(root, 1).get("newest", "key", never)  # to read is to use
+    os.utime(root / "new", (20_000, 20_000))
+    assert limited(root, 3).make_room("last", 2 * BYTES) and groups(root) == ["newest"]
 
 
 def test_what_this_run_uses_stays_until_it_is_dropped(tmp_path):
@@ -326,13 +289,12 @@ def test_a_full_disk_is_no_error(cache, monkeypatch, caplog):
     assert cache.has("group", "one")
 
 
-def test_a_folder_that_cannot_be_made_is_no_error(tmp_path, caplog):
-    (tmp_path / "cache").write_text("a file")
-    assert torch.equal(TensorCache(tmp_path / "cache", 1).get("group", "key", numbers), numbers())
+def test_a_folder_that_cannot_be_made_or_is_removed_during_the_write_is_no_error(cache, monkeypatch, caplog):
+    cache.root.write_text("a file")
+    assert torch.equal(cache.get("group", "key", numbers), numbers())
     assert len(caplog.messages) == 1
-
-
-def test_a_group_removed_during_the_write_is_no_error(cache, monkeypatch, caplog):
+    caplog.clear()
+    cache.root.unlink()
     replace = os.replace
 
     def removed_before(source: Path, target: Path) -> None:
@@ -344,19 +306,18 @@ def test_a_group_removed_during_the_write_is_no_error(cache, monkeypatch, caplog
     assert not caplog.messages and not cache.has("group", "key")
 
 
-def test_what_a_killed_process_left_half_written_is_written_over(cache, fresh):
+def test_who_builds_later_takes_what_was_stored_meanwhile(cache, fresh):
+    """By a process that wrote over what a killed one left half written."""
     cache.root.mkdir()
     (cache.root / ".writing").write_bytes(b"half")
-    cache.get("group", "key", numbers)
-    assert same(fresh().get("group", "key", never), numbers()) and not (cache.root / ".writing").exists()
 
-
-def test_who_builds_later_takes_what_was_stored_meanwhile(cache, fresh):
     def build() -> Tensor:
         fresh().get("group", "key", lambda: numbers(1))
         return numbers(2)
 
-    assert torch.equal(cache.get("group", "key", build), numbers(1))
+    assert (
+        torch.equal(cache.get("group", "key", build), numbers(1)) and not (cache.root / ".writing").exists()
+    )
 
 
 def test_threads_and_processes_share_a_folder(cache, fresh):

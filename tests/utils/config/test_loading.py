@@ -17,13 +17,12 @@ from utils.config.schema import RunConfig
 
 PUBLISHED: dict[str, Any] = {
     "prefix": "reproduce", "dataset": "vtab", "memory_size": 0, "memory_per_class": 0, "fixed_memory": False,
-    "shuffle": False, "init_cls": 10, "increment": 10, "model_name": "sema",
-    "backbone_type": "pretrained_vit_b16_224_adapter", "device": ["0"], "seed": [1993], "batch_size": 32,
-    "weight_decay": 0.0005, "min_lr": 0, "ffn_adapter_type": "adaptmlp", "ffn_num": 16, "optimizer": "sgd",
-    "vpt_type": "shallow", "prompt_token_num": 5, "func_epoch": 20, "rd_epoch": 20, "init_lr": 0.005,
-    "rd_lr": 0.01,
-    "rd_dim": 128, "buffer_size": 500, "detect_batch_size": 128, "exp_threshold": 1,
-    "adapt_start_layer": 9, "adapt_end_layer": 11,
+    "shuffle": False, "init_cls": 10, "increment": 10, "model_name": "sema", "device": ["0"], "seed": [1993],
+    "backbone_type": "pretrained_vit_b16_224_adapter", "batch_size": 32, "weight_decay": 0.0005, "min_lr": 0,
+    "ffn_adapter_type": "adaptmlp", "ffn_num": 16, "optimizer": "sgd", "vpt_type": "shallow",
+    "prompt_token_num": 5, "func_epoch": 20, "rd_epoch": 20, "init_lr": 0.005, "rd_lr": 0.01, "rd_dim": 128,
+    "buffer_size": 500, "detect_batch_size": 128, "exp_threshold": 1, "adapt_start_layer": 9,
+    "adapt_end_layer": 11,
 }  # fmt: skip
 NESTED = {"ffn_adapter_type": "nested_lora"}
 
@@ -71,10 +70,10 @@ def test_values_are_read_generously_where_published_files_vary() -> None:
     assert check(device=0).config.device == [0]
 
 
-@pytest.mark.parametrize(("seed", "seeds"), [(7, [7]), ([1993], [1993]), ([3, 1], [3, 1])])
-def test_a_file_has_a_config_for_every_seed(seed: Any, seeds: list[int]) -> None:
-    loaded = check(seed=seed, rd_dim=8)
-    assert [config.seed for config in loaded.configs] == seeds and loaded.config.seed == seeds[0]
+def test_a_file_has_a_config_for_every_seed() -> None:
+    assert [config.seed for config in check(seed=7).configs] == [7]
+    loaded = check(seed=[3, 1], rd_dim=8)
+    assert [config.seed for config in loaded.configs] == [3, 1] and loaded.config.seed == 3
     assert len({json.dumps(config.model_dump() | {"seed": 0}) for config in loaded.configs}) == 1
 
 
@@ -118,7 +117,7 @@ def test_all_mistakes_come_in_one_message(tmp_path: Path) -> None:
         ("increment = true", "a wrong type (a boolean)"),
         ("detect_batch_size = 1 (--set)", "too small"),
         ('init_cls = 120, dataset = "cifar224" (default)', "allowed: init_cls from 1 to 100"),
-        ("device = 'cudda' is unknown", 'allowed: "auto", "cpu"'),
+        ('device = "cudda": names no device', 'allowed: "auto", "cpu"'),
         ("adapt_start_layer = 12, adapt_end_layer = 10", "allowed: adapt_start_layer <= adapt_end_layer"),
         ("adapt_start_layer = 12, backbone_type", "12 blocks; allowed: adapt_start_layer from 0 to 11"),
     ]
@@ -136,40 +135,6 @@ def test_few_class_folders_are_told_as_what_they_are(tmp_path):
         found = problems(model_name="ranpac", dataset=str(tmp_path / name), test_share=0.2)
         assert len(found) == len(told)
         assert all(words in line for line, words in zip(found, told, strict=True)), found
-
-
-@pytest.mark.parametrize(
-    ("key", "value", "words"),
-    [
-        ("shuffle", 1, "a wrong type (an integer); allowed: true or false"),
-        ("func_epoch", 2.5, "a wrong type (a decimal number); allowed: an integer >= 0 and <= 1000000"),
-        ("init_lr", True, "a wrong type (a boolean)"),
-        ("init_lr", None, "a wrong type (null)"),
-        ("prefix", 3, "a wrong type (an integer); allowed: a name without / and \\"),
-        ("prefix", "a/b", "cannot be part of a folder's name"),
-        ("dataset", "", "empty; allowed: non-empty text in double quotes"),
-        ("max_tasks", 0, "too small; allowed: an integer >= 1 and <= 1000000 or null"),
-        ("ffn_adapter_scalar", "big", "a wrong type (text); allowed: a number >= -1000 and <= 1000"),
-        ("nested_lora_consolidation_alpha", 2, "too large; allowed: a number >= 0 and <= 1"),
-        ("min_lr", -1, "allowed: a number >= 0 and < 1000, or null for 1e-8"),
-        ("rd_lr", float("inf"), "not a finite number"),
-        ("seed", [1, -2], "item 2 (-2) is too small"),
-        ("seed", [3, 3], "holds 3 more than once"),
-        ("seed", [True], "item 1 (true) is a wrong type"),
-        ("device", [], 'names no device; allowed: "auto"'),
-        ("device", [1.5], "names no device"),
-        ("device", None, "names no device"),
-        ("backbone_type", "vit_bse_patch16_224", "vit_base_patch16_224"),
-        ("image_size", 230, "allowed: a multiple of 16, such as 224 or 240"),
-        ("weights", "nowhere.safetensors", 'it is not there; allowed: null, "random"'),
-        ("model_name", "semma", 'did you mean "sema"?; allowed: "sema", "finetune", "ranpac"'),
-        ("qqqq", 8, "unknown key; python main.py --list keys --method sema lists the keys"),
-    ],
-    ids=str,
-)
-def test_a_bad_value_is_named_with_what_is_allowed(key: str, value: Any, words: str) -> None:
-    (line,) = problems(**{key: value})
-    assert key in line and words in line
 
 
 def test_an_unknown_method_does_not_keep_the_rest_from_being_checked() -> None:
@@ -221,14 +186,10 @@ def test_a_file_that_is_no_config_is_told_with_the_overrides_faults(
     assert "rd_dim = 0 (--set): too small" in caught.value.problems[-1] and len(caught.value.problems) == 2
 
 
-def test_missing_file_names_the_nearest(tmp_path: Path) -> None:
-    write(tmp_path, {}, "sema_cifar.json")
+def test_a_missing_file_names_the_nearest_and_a_byte_order_mark_is_no_fault(tmp_path: Path) -> None:
+    path = write(tmp_path, '\ufeff{"rd_dim": 8}', "sema_cifar.json")
     (line,) = problems_of(tmp_path / "sema_cifr.json")
-    assert f"did you mean {tmp_path / 'sema_cifar.json'}?" in line
-
-
-def test_a_byte_order_mark_is_no_fault(tmp_path: Path) -> None:
-    assert load_config(write(tmp_path, '\ufeff{"rd_dim": 8}'), [], SCHEMAS).config.rd_dim == 8
+    assert f"did you mean {path}?" in line and load_config(path, [], SCHEMAS).config.rd_dim == 8
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -251,18 +212,15 @@ def test_a_fault_in_a_base_names_the_base(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "base", ["config.json", "gone.json", 3, None, "a\0b", "\ud800", "b" * 300, "a/" * 3000, ".", ""], ids=repr
+    "base",
+    ["config.json", "again.json", "gone.json", 3, None, "a\0b", "\ud800", "b" * 300, "a/" * 3000, ".", ""],
+    ids=repr,
 )
 def test_bad_base_is_told_with_the_file_s_own_faults(tmp_path: Path, base: Any) -> None:
     path = write(tmp_path, {"base": base, "rd_dim": 0, "init_cls": 300})
+    write(tmp_path, {"base": "config.json"}, "again.json")
     first, second = problems_of(path)  # no conflicts: what the base would have said is unknown
     assert first.startswith("base = ") and second.startswith("rd_dim = 0: ")
-
-
-def test_longer_cycle_is_refused(tmp_path: Path) -> None:
-    write(tmp_path, {"base": "b.json"}, "a.json")
-    write(tmp_path, {"base": "a.json"}, "b.json")
-    assert "inherits from it" in problems_of(tmp_path / "a.json")[0]
 
 
 def test_overrides_are_json_or_text_and_win(tmp_path: Path) -> None:

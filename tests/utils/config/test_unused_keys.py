@@ -142,13 +142,10 @@ def test_a_resolved_configuration_states_every_key_and_names_none(smoke_config: 
     assert config_from_dict(config.model_dump(mode="json"), SCHEMAS, "config.json").notes == []
 
 
-def test_folders_that_nothing_is_looked_for_in_are_named(smoke_config: Config) -> None:
+def test_folders_and_rates_that_nothing_uses_are_named(smoke_config: Config) -> None:
     named = smoke_config(data_root="x", weights_root="x").unused_keys()
     assert {"data_root", "weights_root"} <= named.keys()
-
-
-# ----------------------------------------------------------------------------------------------------------
-# Rates at which nothing learns
+    assert "adapter_lr" in smoke_config(model_name="ranpac", adapter_lr=0).unused_keys()  # and no mistake
 
 
 @pytest.mark.parametrize("model_name", ["sema", "finetune", "joint", "ranpac"])
@@ -169,10 +166,6 @@ def test_adapters_that_would_learn_nothing_are_refused(
         smoke_config(model_name=model_name, **classes, **first, **rates)
     (problem,) = caught.value.problems
     assert all(key in problem for key in rates if "lr" in key) and "allowed: a rate above 0" in problem
-
-
-def test_rates_of_adapters_that_are_not_there_are_no_mistake(smoke_config: Config) -> None:
-    assert "adapter_lr" in smoke_config(model_name="ranpac", adapter_lr=0).unused_keys()
 
 
 def test_slow_at_rate_zero_stays_and_nothing_says_it_was_updated(

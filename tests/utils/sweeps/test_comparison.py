@@ -24,7 +24,6 @@ from utils.sweeps.comparison import group_names
 Capture = pytest.CaptureFixture[str]
 ADAPTER = {"ffn_adapter_type": "adaptmlp", "ffn_num": 8}
 
-
 pytestmark = pytest.mark.usefixtures("quick_pictures")
 
 
@@ -57,6 +56,11 @@ def final(seed: int, level: float) -> float:
     return invented(seed, level)["metrics"]["final"]
 
 
+def summary(folder: Path) -> list[dict[str, str]]:
+    with open(folder / "summary.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def compared(capsys: Capture, *arguments: object) -> str:
     assert evaluation.main(["--compare", *map(str, arguments)]) == 0
     return capsys.readouterr().out
@@ -77,8 +81,7 @@ def test_runs_are_grouped_by_what_differs_and_paired_by_seed(logs: Path, capsys:
     assert f"{mean:.2f} ±" in row and row.split()[1] == "3"
     assert f"left out, no result.json: {logs / 'zadapter_5'}" in shown and shown.count("left out") == 1
     assert str(logs / "out/report.html") in shown and (logs / "out/figures/curves.png").is_file()
-    with open(logs / "out/summary.csv", newline="") as file:
-        rows = {(row["cell"], row["metric"]): row for row in csv.DictReader(file)}
+    rows = {(row["cell"], row["metric"]): row for row in summary(logs / "out")}
     row = rows["ffn_adapter_type=adaptmlp", "final"]
     difference = statistics.fmean(final(seed, 50) - final(seed, 40) for seed in (2, 3))
     assert row["baseline"] == "ffn_adapter_type=nested_lora" and row["paired_n"] == "2"
@@ -91,8 +94,7 @@ def test_runs_are_grouped_by_what_differs_and_paired_by_seed(logs: Path, capsys:
 def test_the_baseline_is_a_name_or_a_run(logs: Path, capsys: Capture) -> None:
     for baseline in ("ffn_adapter_type=adaptmlp", logs / "zadapter_3"):
         compared(capsys, logs, "--baseline", baseline, "--out", logs / "out")
-        with open(logs / "out/summary.csv", newline="") as file:
-            assert {row["baseline"] for row in csv.DictReader(file)} == {"ffn_adapter_type=adaptmlp"}
+        assert {row["baseline"] for row in summary(logs / "out")} == {"ffn_adapter_type=adaptmlp"}
     assert "ffn_adapter_type=nested_lora" in refused(capsys, logs, "--baseline", "nested")
 
 
@@ -126,7 +128,10 @@ def test_a_mean_of_different_experiments_is_refused_with_the_command_that_compar
 
 
 def test_what_cannot_be_compared_is_a_sentence(logs: Path, capsys: Capture) -> None:
+    """Also a folder of something else, which is not written over."""
     first = logs / "nested_1"
+    before = sorted(first.iterdir())
+    assert "--out" in refused(capsys, logs, "--out", first) and sorted(first.iterdir()) == before
     assert "--run" in refused(capsys, first, logs / "nested_2")  # one experiment
     told = refused(capsys, first, logs / "zadapter_5")
     assert "1 finished run," in told and f"unfinished: {logs / 'zadapter_5'}" in told
@@ -157,12 +162,6 @@ def test_all_classes_at_once_may_stand_beside_several_tasks(logs: Path, capsys: 
         (folder / "manifest.json").write_text(json.dumps(content))
     shown = compared(capsys, logs / "nested_1", joint, "--out", logs / "out")
     assert "init_cls=8" in shown
-
-
-def test_a_folder_of_something_else_is_not_written_over(logs: Path, capsys: Capture) -> None:
-    before = sorted((logs / "nested_1").iterdir())
-    assert "--out" in refused(capsys, logs, "--out", logs / "nested_1")
-    assert sorted((logs / "nested_1").iterdir()) == before
 
 
 def test_a_comparison_that_was_killed_is_written_again(

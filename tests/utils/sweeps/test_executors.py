@@ -23,7 +23,6 @@ from utils.sweeps.executors import (
     available_memory_gb,
     jobs_at_once,
     run_process,
-    visible_gpus,
 )
 from utils.sweeps.forking import FORKS, Starter
 
@@ -104,7 +103,7 @@ def test_environment_of_a_process(job: MakeJob, run: RunJob, tmp_path: Path) -> 
 
 
 def test_requests_to_stop_are_passed_on_one_by_one(job: MakeJob, run: RunJob) -> None:
-    """The process gets a SIGTERM for each; it may save and leave with a code of its own."""
+    """The process gets a SIGTERM for each; it may save and leave with its own code. Then none is started."""
     code = (
         "import pathlib, signal, sys, threading\n"
         "stop, seen, woken = pathlib.Path('stop'), [], threading.Event()\n"
@@ -120,12 +119,8 @@ def test_requests_to_stop_are_passed_on_one_by_one(job: MakeJob, run: RunJob) ->
         "    woken.wait(0.05)\n"
     )
     assert run(job(code)) == (130, str([int(signal.SIGTERM)] * 2))
-
-
-def test_nothing_is_started_once_a_stop_was_requested(job: MakeJob, run: RunJob) -> None:
-    made = job("print('started')")
-    made.stop.write_bytes(b".")
-    assert run(made) is None and not made.output.exists()
+    later = job("print('started')", name="later")
+    assert run(later) is None and not later.output.exists()
 
 
 @needs_fork
@@ -221,13 +216,6 @@ def test_limits_of_a_container_count(tmp_path: Path) -> None:
     assert available_cores(tmp_path) == 1 and available_memory_gb(tmp_path) == 0.005
 
 
-@pytest.mark.parametrize(("visible", "gpus"), [("", ["0", "1"]), ("3, GPU-ab", ["3", "GPU-ab"])])
-def test_names_of_gpus(visible: str, gpus: list[str], monkeypatch: Patch) -> None:
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert visible_gpus() == gpus
-
-
 # ------------------------------------------------------------------------------------------------------------
 # Executors
 
@@ -262,13 +250,15 @@ def test_as_many_local_jobs_as_fit_run_side_by_side(imports: list[str], job: Mak
     assert (int(parent) == os.getpid()) == (not imports)
 
 
-def test_jobs_share_gpus_evenly(job: MakeJob, monkeypatch: Patch) -> None:
+@pytest.mark.parametrize(("visible", "gpus"), [("", ["0", "0", "1"]), ("3, GPU-a", ["3", "3", "GPU-a"])])
+def test_jobs_share_gpus_evenly(visible: str, gpus: list[str], job: MakeJob, monkeypatch: Patch) -> None:
     """A job that wants a GPU sees a single one; another keeps its environment."""
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,7")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     jobs = [job(MEET, *names, name=names[0], resources=WITH_GPU) for names in ("abc", "bca", "cab")]
-    assert sorted(last_lines(LocalExecutor(WITH_GPU, jobs=3), jobs)) == ["3", "3", "7"]
-    assert last_lines(LocalExecutor(WITH_GPU, jobs=1), [job(MEET, "d", name="d")]) == ["3,7"]
+    assert sorted(last_lines(LocalExecutor(WITH_GPU, jobs=3), jobs)) == gpus
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3, 7")
+    assert last_lines(LocalExecutor(WITH_GPU, jobs=1), [job(MEET, "d", name="d")]) == ["3, 7"]
 
 
 @pytest.mark.parametrize(("forks", "gpus"), [(False, 0), (True, 1)], ids=["no fork", "a GPU"])

@@ -49,16 +49,11 @@ TABLE = {
     "baseline": "matched adapter",
 }
 SINGLE = {"seeds": [1], "cells": {"nested": {}}, "baseline": None}
-RESULTS = {
-    "seed": 1,
-    "metrics": {"final": 12.5},
-    "curve": [12.5],
-    "parameters": {},
-    "weights": {},
-    "cost": {"seconds": 30.0},
-}
+NUMBERS = {"metrics": {"final": 12.5}, "curve": [12.5], "cost": {"seconds": 30.0}}
+RESULTS = {"seed": 1, "parameters": {}, "weights": {}, **NUMBERS}
 RUNS = [("nested", 1), ("matched-adapter", 1), ("nested", 2), ("matched-adapter", 2)]
 Capture = pytest.CaptureFixture[str]
+Patch = pytest.MonkeyPatch
 
 
 class Command:
@@ -144,7 +139,7 @@ def failing(*names: str) -> Callable[[Job], Outcome]:
 
 
 @pytest.fixture
-def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
+def sweep(tmp_path: Path, monkeypatch: Patch) -> Command:
     """Sweep whose runs are pretended, unless `executor.work` says else; its report is a stub."""
     command = Command(tmp_path)
 
@@ -167,7 +162,9 @@ def files(folder: Path) -> dict[str, bytes]:
 # What is run, and what it leaves behind
 
 
-def test_runs_go_seed_by_seed_from_configs_that_stand_alone(sweep: Command, capsys: Capture) -> None:
+def test_runs_go_seed_by_seed_from_configs_that_stand_alone_and_all_are_reported(
+    sweep: Command, capsys: Capture
+) -> None:
     assert sweep() == 0
     assert sweep.executor.started == [sweep.anew(*run) for run in RUNS]
     for slug, seed in RUNS:
@@ -178,8 +175,17 @@ def test_runs_go_seed_by_seed_from_configs_that_stand_alone(sweep: Command, caps
     assert all(table[key] == TABLE[key] for key in ("seeds", "baseline", "description"))
     assert [cell["slug"] for cell in table["cells"]] == ["nested", "matched-adapter"]
     assert table["cells"][1]["config"]["ffn_num"] == 8
-    _, note = (line for line in capsys.readouterr().out.splitlines() if "no effect" in line)
+    shown = capsys.readouterr().out
+    _, note = (line for line in shown.splitlines() if "no effect" in line)
     assert "matched adapter: " in note and "nested_lora_rank" in note
+    assert "nested, seed 1: A_N 12.50, 30 s (1 of 4)" in shown and "4 of 4 runs are finished" in shown
+    (report,) = sweep.reports
+    assert report.titles == ("table", "what it is for") and report.unfinished == {}
+    assert report.results.baseline == "matched adapter"
+    both = {1: RESULTS, 2: RESULTS}
+    assert list(report.results.cells.items()) == [("nested", both), ("matched adapter", both)]
+    repeats = f"python main.py --config {sweep.config('nested', 1)} --set 'seed=[1,2]'"
+    assert report.commands["nested"] == repeats
 
 
 @pytest.mark.parametrize(
@@ -197,19 +203,6 @@ def test_resources_and_places_of_a_job(device: Any, gpu: bool, forks: bool, swee
     assert (jobs[0].output, jobs[0].stop) == (sweep.folder / "logs/nested_1.txt", sweep.folder / "stop")
 
 
-def test_the_report_is_given_every_finished_run(sweep: Command, capsys: Capture) -> None:
-    assert sweep() == 0
-    (report,) = sweep.reports
-    assert report.titles == ("table", "what it is for") and report.unfinished == {}
-    assert report.results.baseline == "matched adapter"
-    both = {1: RESULTS, 2: RESULTS}
-    assert list(report.results.cells.items()) == [("nested", both), ("matched adapter", both)]
-    repeats = f"python main.py --config {sweep.config('nested', 1)} --set 'seed=[1,2]'"
-    assert report.commands["nested"] == repeats
-    shown = capsys.readouterr().out
-    assert "nested, seed 1: A_N 12.50, 30 s (1 of 4)" in shown and "4 of 4 runs are finished" in shown
-
-
 def test_what_is_next_can_be_typed_whatever_the_folder(
     sweep: Command, tmp_path: Path, capsys: Capture
 ) -> None:
@@ -223,8 +216,8 @@ def test_what_is_next_can_be_typed_whatever_the_folder(
 # Going on
 
 
-def test_what_is_finished_is_skipped(sweep: Command) -> None:
-    """Also where new cells and seeds stand beside it."""
+def test_what_is_finished_is_skipped(sweep: Command, capsys: Capture) -> None:
+    """Also where new cells and seeds stand beside it; runs that left the table stay and are named."""
     sweep.write(**SINGLE)
     assert sweep() == 0
     sweep.write()
@@ -235,6 +228,13 @@ def test_what_is_finished_is_skipped(sweep: Command) -> None:
     assert sweep.executor.started == [sweep.anew("nested", 2)]
     assert sweep() == 0
     assert sweep.executor.started == [] and len(sweep.reports) == 4
+    adapter = TABLE["cells"]["matched adapter"]
+    sweep.write(cells={"small": {"nested_lora_rank": 2}, "matched adapter": adapter})
+    capsys.readouterr()
+    assert sweep() == 0
+    assert f"their runs stay in {sweep.folder}: nested_1, nested_2\n" in capsys.readouterr().out
+    assert sweep.run_folder("nested", 1).is_dir()
+    assert list(sweep.reports[-1].results.cells) == ["small", "matched adapter"]
 
 
 def test_what_follows_a_result_is_made_before_a_sweep_is_finished(sweep: Command) -> None:
@@ -263,17 +263,6 @@ def test_a_changed_cell_is_refused_and_nothing_is_touched(sweep: Command, capsys
     shutil.rmtree(folder)
     shutil.rmtree(sweep.run_folder("nested", 2))
     assert sweep() == 0 and len(sweep.executor.started) == 4
-
-
-def test_runs_that_left_the_table_stay_and_are_named(sweep: Command, capsys: Capture) -> None:
-    assert sweep() == 0
-    adapter = TABLE["cells"]["matched adapter"]
-    sweep.write(cells={"small": {"nested_lora_rank": 2}, "matched adapter": adapter})
-    capsys.readouterr()
-    assert sweep() == 0
-    assert f"their runs stay in {sweep.folder}: nested_1, nested_2\n" in capsys.readouterr().out
-    assert sweep.run_folder("nested", 1).is_dir()
-    assert list(sweep.reports[-1].results.cells) == ["small", "matched adapter"]
 
 
 def test_a_sweep_that_goes_on_with_other_code_says_so(sweep: Command, capsys: Capture) -> None:
@@ -354,9 +343,7 @@ def test_old_results_wait_until_the_new_sweep_is_finished(sweep: Command, capsys
     assert str(sweep.replaced) not in capsys.readouterr().out[-200:]
 
 
-def test_a_refusal_leaves_results_as_they_were(
-    sweep: Command, monkeypatch: pytest.MonkeyPatch, capsys: Capture
-) -> None:
+def test_a_refusal_leaves_results_as_they_were(sweep: Command, monkeypatch: Patch, capsys: Capture) -> None:
     """Ray that is not installed, before and after there are results; a disk that is full."""
     monkeypatch.setitem(sys.modules, "ray", None)
     with_ray = ("--overwrite", "--engine", "ray")
@@ -395,24 +382,20 @@ def test_a_sweep_killed_while_it_replaced_results_is_taken_over(
     assert not sweep.replaced.exists() and files(sweep.folder).keys() == before.keys()
 
 
-def test_overwrite_removes_no_folder_of_another_kind(sweep: Command, capsys: Capture) -> None:
-    sweep.folder.mkdir(parents=True)
-    (sweep.folder / "thesis.txt").write_text("dear")
-    assert "is not overwritten" in sweep.refused(capsys, "--overwrite")
-    assert files(sweep.folder) == {"thesis.txt": b"dear"} and sweep.executor.started == []
-
-
-@pytest.mark.parametrize("part", ["..", "cells", "logs", "stop"])
-def test_something_else_where_a_sweep_writes(part: str, sweep: Command, capsys: Capture) -> None:
+@pytest.mark.parametrize(
+    ("part", "options", "told"),
+    [("thesis.txt", ["--overwrite"], "is not overwritten")]
+    + [(part, [], "where a") for part in ("..", "cells", "logs", "stop")],
+)
+def test_something_else_where_a_sweep_writes(
+    part: str, options: list[str], told: str, sweep: Command, capsys: Capture
+) -> None:
     path = (sweep.folder / part).resolve()
     path.parent.mkdir(parents=True)
-    path.mkdir() if part == "stop" else path.write_text("a file")
-    message = sweep.refused(capsys)
-    assert str(path) in message and "where a" in message and sweep.executor.started == []
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Locks
+    path.mkdir() if part == "stop" else path.write_text("dear")
+    message = sweep.refused(capsys, *options)
+    assert told in message and str(path.parent if options else path) in message
+    assert sweep.executor.started == [] and (part == "stop" or path.read_text() == "dear")
 
 
 @pytest.mark.parametrize("options", [(), ("--overwrite",)])
@@ -437,10 +420,6 @@ def test_one_process_runs_a_sweep(options: tuple[str, ...], sweep: Command, caps
     assert sweep(*options) == 0 and sweep.executor.started
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The report alone
-
-
 def test_report_starts_nothing(sweep: Command, capsys: Capture) -> None:
     assert "holds no finished run to report on" in sweep.refused(capsys, "--report")
     assert sweep.reports == [] and not sweep.folder.exists()
@@ -459,6 +438,10 @@ def test_report_starts_nothing(sweep: Command, capsys: Capture) -> None:
 
 
 def test_chosen_cells_and_seeds_are_run_and_the_table_stays_whole(sweep: Command, capsys: Capture) -> None:
+    assert sweep("--only", "nestd", "--seeds", "-1") == 2
+    told = capsys.readouterr().err
+    assert 'did you mean "nested"' in told and "--seeds" in told and "-1" in told
+    assert not sweep.folder.exists()
     assert sweep("--only", "matched-adapter", "--seeds", "2", "3") == 0
     assert sweep.executor.started == [sweep.anew("matched-adapter", 2), sweep.anew("matched-adapter", 3)]
     assert len(sweep.reports[-1].unfinished) == 4  # of two cells and seeds 1, 2, 3
@@ -467,13 +450,6 @@ def test_chosen_cells_and_seeds_are_run_and_the_table_stays_whole(sweep: Command
     assert list(sweep.reports[-1].results.cells["matched adapter"]) == [1, 2]
     assert sweep("--report", "--seeds", "3") == 0
     assert list(sweep.reports[-1].results.cells["matched adapter"]) == [1, 2, 3]
-
-
-def test_a_choice_that_is_none_is_told(sweep: Command, capsys: Capture) -> None:
-    assert sweep("--only", "nestd", "--seeds", "-1") == 2
-    told = capsys.readouterr().err
-    assert 'did you mean "nested"' in told and "--seeds" in told and "-1" in told
-    assert not sweep.folder.exists()
 
 
 def test_commands_alone_are_printed_and_nothing_is_started(sweep: Command, capsys: Capture) -> None:
@@ -488,7 +464,7 @@ def test_commands_alone_are_printed_and_nothing_is_started(sweep: Command, capsy
 
 
 def test_printed_commands_leave_what_the_sweep_would(
-    sweep: Command, capsys: Capture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sweep: Command, capsys: Capture, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     """Real processes of two methods: called from elsewhere, and in a sweep, which forks one after the other.
 
@@ -567,12 +543,7 @@ FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "logs/nested_1.txt")
     ids=str,
 )
 def test_reasons_of_failures(
-    end: Outcome | Exception,
-    free: int,
-    reason: str,
-    sweep: Command,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: Capture,
+    end: Outcome | Exception, free: int, reason: str, sweep: Command, monkeypatch: Patch, capsys: Capture
 ) -> None:
     """Of a process without a result, a machine that was lost, a full disk (no last words)."""
 
@@ -589,7 +560,7 @@ def test_reasons_of_failures(
 
 
 def test_a_report_that_cannot_be_written_does_not_hide_what_ran(
-    sweep: Command, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+    sweep: Command, monkeypatch: Patch, capsys: Capture
 ) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise UserError("cannot write the report")
@@ -706,11 +677,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on_to_the_same_end(sweep: Comman
     assert outcome(folder) == outcome(folder.with_name(f"{folder.name}_2"))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Ray
-
-
-def test_ray_gives_what_the_command_line_gives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ray_gives_what_the_command_line_gives(tmp_path: Path, monkeypatch: Patch) -> None:
     """Two cells on a Ray started for the sweep, with the report; Ray is gone afterwards."""
     ray = pytest.importorskip("ray")
     monkeypatch.setenv("RAY_worker_niceness", "0")  # else Ray's workers give way to all other processes
@@ -727,7 +694,7 @@ def test_ray_gives_what_the_command_line_gives(tmp_path: Path, monkeypatch: pyte
 
 
 def test_what_the_runs_need_is_looked_for_before_the_first(
-    sweep: Command, capsys: Capture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    sweep: Command, capsys: Capture, monkeypatch: Patch, tmp_path: Path
 ) -> None:
     """All that is missing is told at once, each thing once; nothing is started and nothing written."""
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")  # nobody answers

@@ -120,24 +120,14 @@ def test_seeds_and_the_rest_of_the_file(tmp_path: Path) -> None:
     assert load(tmp_path, cells={"a": {}}).file.seeds == [1993]
 
 
-@pytest.mark.parametrize(
-    ("name", "slug"),
-    [
-        ("nested", "nested"),
-        ("a, nested_lora_rank=4", "a-nested_lora_rank=4"),
-        ("../a\\b: c", "a-b-c"),
-        ("低ランク", "低ランク"),
-    ],
-)
-def test_slugs_can_stand_in_a_path(name: str, slug: str) -> None:
-    assert slug_of(name) == slug
-
-
-@pytest.mark.parametrize("name", ["?", "!", "x" * 300, "低" * 100])
-def test_a_slug_of_nothing_or_too_long_has_a_digest(name: str) -> None:
-    slug = slug_of(name)
-    assert 0 < len(slug.encode()) <= MAX_SLUG and "/" not in slug
-    assert slug_of(name + "!") != slug
+def test_slugs_can_stand_in_a_path() -> None:
+    """One of nothing, or too long, has a digest."""
+    names = ["nested", "a, nested_lora_rank=4", "../a\\b: c", "低ランク"]
+    assert [slug_of(name) for name in names] == ["nested", "a-nested_lora_rank=4", "a-b-c", "低ランク"]
+    for name in ("?", "!", "x" * 300, "低" * 100):
+        slug = slug_of(name)
+        assert 0 < len(slug.encode()) <= MAX_SLUG and "/" not in slug
+        assert slug_of(name + "!") != slug
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -154,32 +144,21 @@ def test_all_problems_of_all_cells_come_in_one_message(
         "worse": {"batch_size": "many"},
     }
     path = write(tmp_path, cells=mistakes, set={"rd_dim": 0}, descripton="x", baseline="godo")
-    assert main.main(["--sweep", str(path), "--set", f"logs_root={tmp_path}/logs"]) == 2
+    assert main.main(["--sweep", str(path), "--set", f"logs_root={tmp_path}/logs", "--set", "rd_dm=3"]) == 2
     message = capsys.readouterr().err
     for place, *told in (
         ("descripton", "unknown key", "did you mean description?"),
         ("baseline", "no such cell", 'did you mean "good"?'),
         ("every cell: rd_dim = 0 (set)", "allowed: an integer >= 1"),
+        ("every cell: rd_dm = 3 (--set)", "unknown key"),
         ('cell "bad": nested_lora_rnk = 8 (cell)', "did you mean nested_lora_rank?"),
         ('cells "bad", "worse": batch_size = "many" (cell)', "a wrong type"),
         ('cell "lost": ', f"{tmp_path}/nowhere.json does not exist"),
     ):
         (line,) = [line for line in message.splitlines() if line.startswith(f"  - {place}")]
         assert all(words in line for words in told)
-    assert "6 problems" in message and "Traceback" not in message
+    assert "7 problems" in message and "Traceback" not in message
     assert list(tmp_path.iterdir()) == [path]
-
-
-def test_a_long_list_of_cells_is_cut_and_the_list_of_keys_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError) as caught:
-        load(tmp_path, cells={"good": {}, **{str(number): {"xyzzy": number // 6} for number in range(7)}})
-    assert caught.value.problems[0].startswith('cells "0", "1", "2", "3" and 2 more: xyzzy = 0')
-    assert "--list keys --method sema" in str(caught.value)
-
-
-def test_mistakes_of_the_command_line_are_called_so(tmp_path: Path) -> None:
-    (problem,) = problems(tmp_path, "rd_dm=3", cells={"a": {}, "b": {"rd_dim": 3}})
-    assert problem.startswith("every cell: rd_dm = 3 (--set): unknown key")
 
 
 @pytest.mark.parametrize(
@@ -201,6 +180,9 @@ def test_keys_that_the_sweep_sets_itself_are_refused(tmp_path: Path, key: str, p
 
 
 SAME = 'cells "a", "b": the same configuration'
+PLAIN = {"ffn_adapter_type": "adaptmlp"}
+ALIKE = {"a": PLAIN, "b": PLAIN | {"nested_lora_rank": 2}, "wide": PLAIN | {"ffn_num": 8}}
+MANY = {"good": {}, **{str(number): {"xyzzy": number // 6} for number in range(7)}}
 HALF = "half a surrogate pair"
 
 
@@ -220,6 +202,11 @@ HALF = "half a surrogate pair"
         ({"cells": {"a": {}}, "memory_gb": 0}, "memory_gb = 0: too small"),
         ({"cells": {"a": {}, "b": {}}}, SAME),
         ({"cells": {"a": {}, "b": {"description": "other"}}}, SAME),
+        ({"cells": ALIKE}, f"{SAME}, but for keys that change nothing here (nested_lora_consolidation"),
+        (
+            {"cells": MANY},
+            '"3" and 2 more: xyzzy = 0 (cell): unknown key; python main.py --list keys --method sema',
+        ),
         ({"grid": {"rd_dim": [3, 3]}}, 'cells "rd_dim=3", "rd_dim=3": their files would'),
         ({"cells": {"a b": {}, "A-b": {"rd_dim": 3}}}, 'cells "a b", "A-b": their files would'),
         ({"cells": {"\ud800": {}}}, f'the name "\\ud800" holds {HALF}'),
@@ -246,13 +233,6 @@ def test_experiments_of_different_kinds_are_no_table(tmp_path: Path) -> None:
     of_one_kind = {name: mixed[name] for name in ("grids", "more")}
     fitting = {"H1": {**hypothesis, "metric": "unseen_iou"}}
     assert list(cells(load(tmp_path, cells=of_one_kind, hypotheses=fitting))) == ["grids", "more"]
-
-
-def test_cells_that_differ_in_keys_without_effect_are_the_same(tmp_path: Path) -> None:
-    plain = {"ffn_adapter_type": "adaptmlp"}
-    same = {"plain": plain, "rank 2": {**plain, "nested_lora_rank": 2}, "wide": {**plain, "ffn_num": 8}}
-    (problem,) = problems(tmp_path, cells=same, baseline="plain")
-    assert 'cells "plain", "rank 2": the same configuration' in problem and "nested_lora_rank" in problem
 
 
 @pytest.mark.parametrize(

@@ -7,24 +7,21 @@ import pytest
 import torch
 
 from utils.errors import UserError
-from utils.training import device as toolkit
 from utils.training.device import (
+    MEMORY_KEYS,
     autocast,
     keep_freed_memory,
+    one_ahead,
+    out_of_memory_advice,
     pack_tensors,
     peak_memory_mb,
     resolve_device,
+    resolve_precision,
+    sha256_of,
     unpack_tensors,
 )
 
 CPU = torch.device("cpu")
-
-
-@pytest.mark.parametrize("spec", [["0"], [0], "0", ["0", "1"]])
-def test_a_published_list_falls_back_with_a_warning(spec: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    device, warning = resolve_device(spec)
-    assert device == CPU and "running on the CPU" in warning
 
 
 def test_devices_that_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,18 +36,16 @@ def test_devices_that_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
     assert device == torch.device("cuda:0") and "only GPU 0" in warning
 
 
-@pytest.mark.parametrize("spec", ["cuda", "cuda:3", "mps"])
-def test_a_device_asked_for_by_name_must_be_there(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_devices_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A published list falls back to the CPU with a warning; what is asked for by name must be there."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    with pytest.raises(UserError, match="asked for"):
-        resolve_device(spec)
-
-
-@pytest.mark.parametrize("spec", ["gpu", "cuda:x", "cuda:-1", -2, "tpu:0", [], ["a"], ["cuda"], ["²"]])
-def test_unknown_devices_are_refused_with_the_choices(spec: object) -> None:
-    with pytest.raises(UserError, match="allowed"):
-        resolve_device(spec)
+    for spec in (["0"], [0], "0", ["0", "1"]):
+        device, warning = resolve_device(spec)
+        assert device == CPU and "running on the CPU" in warning
+    for spec in ("cuda", "cuda:3", "mps"):
+        with pytest.raises(UserError, match="asked for"):
+            resolve_device(spec)
 
 
 def test_precision() -> None:
@@ -77,9 +72,9 @@ def test_memory_helpers_answer() -> None:
 
 def test_bf16_is_taken_where_the_device_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
     for has in (True, False):
-        monkeypatch.setattr(toolkit, "has_bf16", lambda device, has=has: has)
-        assert toolkit.resolve_precision("fp32", CPU) == ("fp32", None)
-        precision, warning = toolkit.resolve_precision("bf16", CPU)
+        monkeypatch.setattr("utils.training.device.has_bf16", lambda device, has=has: has)
+        assert resolve_precision("fp32", CPU) == ("fp32", None)
+        precision, warning = resolve_precision("bf16", CPU)
         assert (precision, warning is None) == (("bf16", True) if has else ("fp32", False))
     assert "no bf16 instructions" in warning
 
@@ -91,22 +86,18 @@ def test_auto_is_bf16_where_that_is_the_faster(
     """Never where the libraries have it but the CPU multiplies in fp32, and never with a warning."""
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {instruction: True})
     for has in (True, False):
-        monkeypatch.setattr(toolkit, "has_bf16", lambda device, has=has: has)
+        monkeypatch.setattr("utils.training.device.has_bf16", lambda device, has=has: has)
         expected = "bf16" if has and instruction in ("avx512_bf16", "amx_bf16") else "fp32"
-        assert toolkit.resolve_precision("auto", CPU) == (expected, None)
-    assert toolkit.resolve_precision("auto", torch.device("mps")) == ("fp32", None)
+        assert resolve_precision("auto", CPU) == (expected, None)
+    assert resolve_precision("auto", torch.device("mps")) == ("fp32", None)
 
 
 def test_sha256_of_tensors_sees_names_values_shapes_and_not_the_order() -> None:
     a, b = torch.arange(4.0), torch.ones(2)
-    expected = toolkit.sha256_of({"a": a, "b": b})
-    assert toolkit.sha256_of({"b": b, "a": a}) == expected
+    expected = sha256_of({"a": a, "b": b})
+    assert sha256_of({"b": b, "a": a}) == expected
     others = [{"a": a}, {"a": b, "b": a}, *({"a": x, "b": b} for x in (a.view(2, 2), a + 1, a.int()))]
-    assert expected not in map(toolkit.sha256_of, others)
-
-
-def sizes(*values: int) -> dict[str, int]:
-    return dict(zip(toolkit.MEMORY_KEYS, values, strict=True))
+    assert expected not in map(sha256_of, others)
 
 
 EXHAUSTED = [torch.OutOfMemoryError("CUDA"), MemoryError(), RuntimeError("can't allocate memory")]
@@ -114,16 +105,14 @@ EXHAUSTED = [torch.OutOfMemoryError("CUDA"), MemoryError(), RuntimeError("can't 
 
 @pytest.mark.parametrize("error", EXHAUSTED, ids=lambda error: type(error).__name__)
 def test_out_of_memory_is_advice(error: Exception) -> None:
-    advice = "set grad_accumulation=4 .*batch_size=16, eval_batch_size=32"
-    with pytest.raises(UserError, match=advice), toolkit.out_of_memory_advice(sizes(32, 2, 64)):
-        raise error
-    advice, sizes_of_test = "to eval_batch_size=1", {"eval_batch_size": 1}
-    with pytest.raises(UserError, match=advice), toolkit.out_of_memory_advice(sizes_of_test):
-        raise error
-
-
-def test_other_errors_are_not_taken_for_lack_of_memory() -> None:
-    with pytest.raises(RuntimeError, match="shapes"), toolkit.out_of_memory_advice(sizes(1, 1, 1)):
+    training = dict(zip(MEMORY_KEYS, (32, 2, 64), strict=True))
+    for sizes, advice in (
+        (training, "set grad_accumulation=4 .*batch_size=16, eval_batch_size=32"),
+        ({"eval_batch_size": 1}, "to eval_batch_size=1"),
+    ):
+        with pytest.raises(UserError, match=advice), out_of_memory_advice(sizes):
+            raise error
+    with pytest.raises(RuntimeError, match="shapes"), out_of_memory_advice(training):
         raise RuntimeError("shapes")
 
 
@@ -138,10 +127,10 @@ def test_one_ahead_gives_the_same_items_and_passes_errors_on() -> None:
 
     received = []
     with pytest.raises(ValueError, match="at the end"):
-        for item in toolkit.one_ahead(items()):
+        for item in one_ahead(items()):
             received.append(item)
     assert received == started == [0, 1, 2, 3]
-    assert list(toolkit.one_ahead([])) == [] and list(toolkit.one_ahead([None, 0])) == [None, 0]
-    abandoned = toolkit.one_ahead(iter(range(3)))
+    assert list(one_ahead([])) == [] and list(one_ahead([None, 0])) == [None, 0]
+    abandoned = one_ahead(iter(range(3)))
     assert next(abandoned) == 0
     abandoned.close()

@@ -1,5 +1,7 @@
 """utils.training.distributed: one process exchanges nothing, two and three real ones what they should."""
 
+import contextlib
+import itertools
 import multiprocessing
 import os
 from collections.abc import Callable
@@ -17,14 +19,15 @@ from utils.training.distributed import (
     VARIABLES,
     DistributedContext,
     context_from_environment,
+    init_distributed,
     local_device,
-    process_group,
 )
 
 CONTEXT = multiprocessing.get_context("forkserver")  # which preloads what tests.crash says, if imported
 TOTALS = (0, 1, 2, 5, 6)  # of rows: with 2 and 3 ranks equal, unequal and empty shares
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.uint8, torch.bool)
 TEXTS = ["logs/Läufe/1", "", "x" * 5000]
+REFUSALS = [UserError("no"), OSError(28, "No space left on device", "a.json")]
 TAILS = ((), (3,), (2, 4), (0,))
 
 
@@ -62,7 +65,7 @@ def exchange(world: DistributedContext) -> dict[str, Any]:
     learned = torch.ones(7, 2, requires_grad=True)
     told["learned rows"] = world.all_gather((learned * 2)[world.shard(7)], 7)
     told["transposed rows"] = world.all_gather(torch.arange(21).view(3, 7).T[world.shard(7)], 7)
-    told["wrong rows"] = refusal(ValueError, lambda: world.all_gather(torch.zeros(5), 4))
+    told["wrong rows"] = refusal(lambda: world.all_gather(torch.zeros(5), 4))
     tensors = gradients(world.rank)
     kept = [tensor.data_ptr() for tensor in tensors]
     world.all_reduce(tensors)
@@ -72,14 +75,11 @@ def exchange(world: DistributedContext) -> dict[str, Any]:
     world.barrier()
     world.check_same("the hash of nothing", "")
     world.check_same("the hash of the model", "0123abcd")
-    told["one differs"] = refusal(UserError, lambda: world.check_same("the model", f"{world.rank == 1}"))
-    told["all differ"] = refusal(UserError, lambda: world.check_same("the order", f"{world.rank}"))
+    told["one differs"] = refusal(lambda: world.check_same("the model", f"{world.rank == 1}"))
+    told["all differ"] = refusal(lambda: world.check_same("the order", f"{world.rank}"))
     told["texts"] = [world.on_main(lambda text=text: text) for text in TEXTS]
     told["decided"] = world.on_main(lambda: f"by rank {world.rank}")
-    for error in (UserError("no"), OSError(28, "No space left on device", "a.json")):
-        told[type(error).__name__] = refusal(
-            (UserError, OSError), lambda error=error: world.on_main(lambda: fail(error))
-        )
+    told["refused"] = [refusal(lambda error=error: world.on_main(lambda: fail(error))) for error in REFUSALS]
     return told
 
 
@@ -87,13 +87,11 @@ def fail(error: Exception) -> str:
     raise error
 
 
-def refusal(kind: type[Exception] | tuple[type[Exception], ...], call: Callable[[], Any]) -> str:
+def refusal(call: Callable[[], Any]) -> str:
     """The text of the error that the call must raise."""
-    try:
+    with pytest.raises((ValueError, UserError, OSError)) as caught:
         call()
-    except kind as error:
-        return str(error)
-    return "not refused"
+    return str(caught.value)
 
 
 # --- real processes -----------------------------------------------------------------------------------------
@@ -126,8 +124,7 @@ def run_ranks(size: int, folder: Path) -> list[dict[str, Any]]:
 def _child(environment: dict[str, str], path: Path) -> None:
     torch.set_num_threads(1)
     os.environ.update(environment)
-    world = context_from_environment()
-    with process_group(world):
+    with init_distributed(torch.device("cpu")) as world:
         told = exchange(world)
     torch.save(told | {"left": not dist.is_initialized()}, path)
 
@@ -164,49 +161,15 @@ def test_sums_are_in_place_and_the_same_bits_on_all_ranks(ranks):
         assert told["sums"][-1].requires_grad
 
 
-def test_any_is_true_on_all_ranks_if_it_is_on_one(ranks):
-    assert all(told["any"] == [True] * len(ranks) + [False] for told in ranks)
-
-
-def test_differing_texts_are_refused_on_all_ranks_and_the_ranks_are_named(ranks):
+def test_all_ranks_hear_of_a_flag_of_differing_texts_and_of_what_rank_0_decides_or_refuses(ranks):
     others = ", ".join(str(rank) for rank in range(1, len(ranks)))
     for told in ranks:
+        assert told["any"] == [True] * len(ranks) + [False]
         assert told["one differs"].startswith("the model differs on rank 1 from rank 0")
         assert told["all differ"].startswith(f"the order differs on rank {others} from rank 0")
-
-
-def test_what_rank_0_decides_or_refuses_reaches_all_ranks(ranks):
-    assert all(told["texts"] == TEXTS for told in ranks)
-    assert all(told["decided"] == "by rank 0" and told["UserError"] == "no" for told in ranks)
-    assert all("a.json" in told["OSError"] and "No space left" in told["OSError"] for told in ranks)
-
-
-# --- one process --------------------------------------------------------------------------------------------
-
-
-def test_one_process_exchanges_nothing():
-    world, rows, tensor = DistributedContext(), torch.randn(4, 2, requires_grad=True), torch.ones(3)
-    assert world.is_main and world.shard(7) == slice(0, 7)
-    assert world.all_gather(rows, 4) is rows
-    world.all_reduce([tensor])
-    assert tensor.equal(torch.ones(3))
-    assert world.any(True) is True and world.any(False) is False
-    world.barrier()
-    world.check_same("the model", "abc")
-    assert world.on_main(lambda: "logs/run") == "logs/run"
-    with process_group(world):
-        assert not dist.is_initialized()
-
-
-@pytest.mark.parametrize("size", [1, 2, 3, 4, 7, 8])
-def test_shares_cover_every_row_once_and_differ_by_one_at_most(size):
-    for n in range(30):
-        shares = [list(range(n))[DistributedContext(rank, size).shard(n)] for rank in range(size)]
-        assert [row for share in shares for row in share] == list(range(n))
-        assert max(map(len, shares)) - min(map(len, shares)) <= 1
-
-
-# --- environment and devices --------------------------------------------------------------------------------
+        assert told["texts"] == TEXTS and told["decided"] == "by rank 0"
+        mistake, full = told["refused"]
+        assert mistake == "no" and "a.json" in full and "No space left" in full
 
 
 @pytest.fixture
@@ -220,6 +183,33 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
             monkeypatch.setenv(name, value)
 
     return put
+
+
+# --- one process --------------------------------------------------------------------------------------------
+
+
+def test_one_process_exchanges_nothing(environment):
+    environment()
+    rows, tensor = torch.randn(4, 2, requires_grad=True), torch.ones(3)
+    with init_distributed(torch.device("cpu")) as world:
+        assert world == DistributedContext() and world.is_main and not dist.is_initialized()
+    assert world.all_gather(rows, 4) is rows
+    world.all_reduce([tensor])
+    assert tensor.equal(torch.ones(3))
+    assert world.any(True) is True and world.any(False) is False
+    world.barrier()
+    world.check_same("the model", "abc")
+    assert world.on_main(lambda: "logs/run") == "logs/run"
+
+
+def test_shares_cover_every_row_once_and_differ_by_one_at_most():
+    for size, n in itertools.product([1, 2, 3, 4, 7, 8], range(30)):
+        shares = [list(range(n))[DistributedContext(rank, size).shard(n)] for rank in range(size)]
+        assert [row for share in shares for row in share] == list(range(n))
+        assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+# --- environment and devices --------------------------------------------------------------------------------
 
 
 def test_environment_of_torchrun(environment):
@@ -245,7 +235,7 @@ def test_malformed_environment_is_refused(environment, name, value):
         context_from_environment()
 
 
-def test_each_local_rank_takes_its_gpu(monkeypatch):
+def test_each_local_rank_takes_its_gpu_if_there_are_enough(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     for asked, world, expected in (
         ("cuda", DistributedContext(3, 4, 1, local_size=2), "cuda:1"),
@@ -254,14 +244,10 @@ def test_each_local_rank_takes_its_gpu(monkeypatch):
         ("cpu", DistributedContext(1, 2, 1, local_size=2), "cpu"),
     ):
         assert local_device(torch.device(asked), world) == torch.device(expected)
-
-
-@pytest.mark.parametrize("world", [DistributedContext(0, 3, 0, local_size=3), DistributedContext(2, 3, 2)])
-def test_too_few_gpus_are_refused_on_every_rank(monkeypatch, world):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     told = "3 processes on this machine .* sees 2: lower .* to at most 2, or set device"
-    with pytest.raises(UserError, match=told):
-        local_device(torch.device("cuda:0"), world)
+    for rank in range(3):
+        with pytest.raises(UserError, match=told):
+            local_device(torch.device("cuda:0"), DistributedContext(rank, 3, rank, local_size=3))
 
 
 @pytest.mark.parametrize(
@@ -273,19 +259,17 @@ def test_too_few_gpus_are_refused_on_every_rank(monkeypatch, world):
         ("cuda:1", True, ["cuda:1", "nccl"]),
     ],
 )
-def test_group_is_left_unless_that_could_wait_for_ever(monkeypatch, device, fails, done):
+def test_group_is_left_unless_that_could_wait_for_ever(environment, monkeypatch, device, fails, done):
     seen, given = [], {}
+    environment(WORLD_SIZE="2", RANK="1", LOCAL_RANK="1")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: seen.append(str(device)))
     monkeypatch.setattr(
         dist, "init_process_group", lambda *args, **more: (seen.append(args[0]), given.update(more))
     )
     monkeypatch.setattr(dist, "destroy_process_group", lambda: seen.append("leave"))
-    world = DistributedContext(1, 2, 1, torch.device(device))
-    try:
-        with process_group(world):
-            if fails:
-                raise UserError("a mistake")
-    except UserError:
-        assert fails
+    with contextlib.suppress(UserError), init_distributed(torch.device(device)):
+        if fails:
+            raise UserError("a mistake")
     assert seen == done
-    assert given["device_id"] == (None if device == "cpu" else world.device)
+    assert given["device_id"] == (None if device == "cpu" else torch.device(device))
