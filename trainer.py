@@ -9,7 +9,6 @@
 The methods are in `models/`. What a run leaves behind is described in `utils/runs/run_log.py`.
 """
 
-import json
 import logging
 import shutil
 import time
@@ -154,7 +153,7 @@ def open_log(
     config, context = learner.config, learner.context
     logs: list[RunLog] = []
 
-    def create() -> str:
+    def create() -> Path:
         session = this_session(context.device, config.precision, context.distributed.size)
         sessions = [*(earlier.sessions if earlier else []), session]
         manifest = (earlier.model_dump() if earlier else {}) | {
@@ -172,10 +171,10 @@ def open_log(
         if earlier:
             warn_of_differences(session, earlier)
         logs.append(log)
-        return str(log.folder)
+        return log.folder
 
     folder = context.distributed.on_main(create)
-    return logs[0] if logs else SilentLog(Path(folder))
+    return logs[0] if logs else SilentLog(folder)
 
 
 def warn_of_differences(session: Session, earlier: Manifest) -> None:
@@ -272,7 +271,8 @@ class Run:
                 for task in range(len(self.evaluations), learner.nb_tasks):
                     self.run_task(task)
             except Interrupted:
-                self.save_interrupted()
+                saved, go_on = self.save_progress(), resume_command(self.log.folder)
+                logger.warning(f"Stopped and saved {saved.name}. Continue with: {go_on}")
                 raise
         return self.finish()
 
@@ -356,7 +356,7 @@ class Run:
         self.learner.distributed.on_main(lambda: self._write_checkpoint(folder))
         return folder
 
-    def _write_checkpoint(self, folder: Path) -> str:
+    def _write_checkpoint(self, folder: Path) -> None:
         learner, tensors = self.learner.state()
         state = {
             "run": self.learner.identity(),
@@ -369,7 +369,6 @@ class Run:
             "peak_memory_mb": self.peak_memory_mb,
         }
         save_checkpoint(folder, tensors, state)
-        return folder.name
 
     def save_progress(self) -> Path:
         """Save inside a task, in place of what was saved in it before."""
@@ -377,12 +376,6 @@ class Run:
         saved = self.save(checkpoint_name(task, self.learner.progress.steps))
         self.remove_checkpoints(f"{checkpoint_name(task)}_step_*", but=saved)
         return saved
-
-    def save_interrupted(self) -> None:
-        """Save between two steps and say how to go on."""
-        saved = self.save_progress()
-        go_on = resume_command(self.log.folder)
-        logger.warning(f"Stopped and saved {saved.name}. Continue with: {go_on}")
 
     def load_state(self, state: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
         """Become the run that a checkpoint was taken of."""
@@ -418,11 +411,11 @@ def train_seeds(
 
     def begun(config: RunConfig) -> SeedRun:
         found = find_run(config.model_copy(update={"precision": context.precision})) if go_on else None
-        return SeedRun(config.seed, str(found or ""), found is not None and is_complete(found))
+        return SeedRun(config.seed, found, bool(found and is_complete(found)))
 
     configs = {config.seed: config for config in loaded.configs}
     command = new_command(list(configs), overwrite)
-    runs = seen_by_all(context, lambda: [begun(config) for config in loaded.configs])
+    runs = context.distributed.on_main(lambda: [begun(config) for config in loaded.configs])
     if starting := [configs[run.seed] for run in runs if not run.folder]:
         logger.info(context.distributed.on_main(lambda: disk_use(starting)))
     start = partial(train, context=context, notes=loaded.notes, command=command)
@@ -438,25 +431,18 @@ def resume_seeds(folder: Path, context: RunContext) -> None:
         UserError: nothing is left to do, or the folders hold different experiments.
     """
     config, command = read_config(folder), read_manifest(folder).command
-    runs = seen_by_all(context, lambda: seed_runs(folder, config, command))
-    check_same_config([(Path(run.folder), read_config(Path(run.folder))) for run in runs if run.folder])
+    runs = context.distributed.on_main(lambda: seed_runs(folder, config, command))
+    check_same_config([(run.folder, read_config(run.folder)) for run in runs if run.folder])
     if len(runs) > 1:
         states = ", ".join(f"{run.seed} {run.state}" for run in runs)
         logger.info(f"Seeds of the command that started this run: {states}")
     start = partial(train, context=context, command=command, beside=folder)
     results = results_of(runs, context, lambda seed: start(config.model_copy(update={"seed": seed})))
     if context.distributed.is_main:
-        folders = [Path(run.folder) for run in seed_runs(folder, config, command)]
-        in_order = [results[seed] for seed in command.seeds]
-        log_mean(in_order, config.metrics, [(path, read_config(path)) for path in folders])
+        configs = [(run.folder, read_config(run.folder)) for run in seed_runs(folder, config, command)]
+        log_mean([results[seed] for seed in command.seeds], config.metrics, configs)
     if all(run.complete for run in runs):
         raise UserError(f"{folder} is finished: read its {RESULT}, or run its config.json again")
-
-
-def seen_by_all(context: RunContext, look: Callable[[], list[SeedRun]]) -> list[SeedRun]:
-    """The runs of a command as the first process sees them, before any process changes them."""
-    rows = context.distributed.on_main(lambda: json.dumps(look()))
-    return [SeedRun(*row) for row in json.loads(rows)]
 
 
 def results_of(
@@ -467,7 +453,7 @@ def results_of(
     for seed, folder, complete in runs:
         if complete:
             logger.info(f"{folder} is finished: read its {RESULT}")
-            results[seed] = read_result(Path(folder))
+            results[seed] = read_result(folder)
         else:
-            results[seed] = resume(Path(folder), context) if folder else start(seed)
+            results[seed] = resume(folder, context) if folder else start(seed)
     return results

@@ -25,10 +25,10 @@ logger = logging.getLogger("nested_lora")
 
 
 class SeedRun(NamedTuple):
-    """The run of one seed of a command: its folder, "" where it has not begun, and whether it is complete."""
+    """The run of one seed of a command: its folder, None before it begins, and whether it is complete."""
 
     seed: int
-    folder: str
+    folder: Path | None
     complete: bool
 
     @property
@@ -53,18 +53,15 @@ def seed_runs(folder: Path, config: RunConfig, command: Command) -> list[SeedRun
             f"{folder / CONFIG} does not belong to this run any more: its seed is {config.seed}, and the run "
             f"was started for one of {command.seeds}; set back what was edited"
         )
-    folders = {config.seed: folder}
     others = [seed for seed in command.seeds if seed != config.seed]
+    folders: dict[int, Path | None] = {config.seed: folder} | dict.fromkeys(others)
     for seed in others:
         name = folder_of(config, seed).name
         names = re.compile(".*" + re.escape(name.removeprefix(config.prefix)) + r"(_\d+)?")
         for path in sorted(folder.absolute().parent.iterdir()):
             if names.fullmatch(path.name) and _is_of(path, command, surely=path.name.startswith(name)):
                 folders[seed] = folder.with_name(path.name)
-    return [
-        SeedRun(seed, str(folders.get(seed, "")), seed in folders and is_complete(folders[seed]))
-        for seed in [config.seed, *others]
-    ]
+    return [SeedRun(seed, found, bool(found and is_complete(found))) for seed, found in folders.items()]
 
 
 def _is_of(folder: Path, command: Command, surely: bool) -> bool:
