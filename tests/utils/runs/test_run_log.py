@@ -224,7 +224,8 @@ def test_tensorboard_has_tasks_as_steps_hyper_parameters_and_figures(tmp_path):
 def test_accuracy_csv_is_numeric_and_exact(tmp_path):
     rows = [[100 / 3], [0.1 + 0.2, 50.0], [1.0, 2.0, 100.0]]
     with create(tmp_path / "run") as run:
-        path = run.accuracy_csv(rows)
+        run.accuracy_csv(rows)
+    path = run.folder / "accuracy.csv"
     assert list(csv.reader(path.open()))[0] == [repr(100 / 3), "", ""]
     values = np.genfromtxt(path, delimiter=",")
     assert values.shape == (3, 3) and np.isnan(values[0, 1]) and values[2, 2] == 100.0
