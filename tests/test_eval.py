@@ -17,6 +17,7 @@ from utils.config.loading import load_config
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        ("", "--run FOLDER"),
         ("--predict photos", "--run FOLDER"),
         ("--compare a --latex --markdown", "--latex and --markdown"),
         ("--checkpoint x --analyse cka", "takes no --checkpoint"),
