@@ -132,8 +132,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def choose_file(options: argparse.Namespace) -> None:
     """Give `config` or `sweep` the file that FILE, --method and --dataset, or nothing at all stand for.
 
-    Raises:
-        UserError: two files are given, or one of the other kind than its option says.
+    Raises UserError: two files are given, or one of the other kind than its option says.
     """
     from models import SCHEMAS
     from utils.config.experiments import kind_of, located, shipped_file

@@ -405,8 +405,7 @@ def train_seeds(
 
     go_on: finish runs that were stopped, pass over those that are finished, and start the others.
 
-    Raises:
-        UserError: the disk has no room for the checkpoints of what is to start; or as `train`.
+    Raises UserError: the disk has no room for the checkpoints of what is to start; or as `train`.
     """
 
     def begun(config: RunConfig) -> SeedRun:
@@ -427,8 +426,7 @@ def train_seeds(
 def resume_seeds(folder: Path, context: RunContext) -> None:
     """Finish the run in a folder, then the other seeds of the command that started it; log the mean of all.
 
-    Raises:
-        UserError: nothing is left to do, or the folders hold different experiments.
+    Raises UserError: nothing is left to do, or the folders hold different experiments.
     """
     config, command = read_config(folder), read_manifest(folder).command
     runs = context.distributed.on_main(lambda: seed_runs(folder, config, command))

@@ -7,10 +7,9 @@
         run.result({...})
 
 `config.json`, `manifest.json`, `result.json` and `accuracy.csv` are replaced as a whole, atomically.
-`metrics.jsonl` takes one line per event. `tb/` and `metrics.csv` (tag, step, value) are views of
-`metrics.jsonl` and nothing else: they are written again when a run is resumed. Other trackers that the
-config names get the same numbers (`utils/runs/trackers.py`). The text log lies beside the
-folder as `<folder>.log`. One process at a time writes a run (`utils/runs/folder.py`).
+`metrics.jsonl` takes one line per event. Of it `tb/` and `metrics.csv` are views, written again when a run
+is resumed (`utils/runs/metric_views.py`); other trackers get the same numbers (`utils/runs/trackers.py`). The
+text log lies beside the folder as `<folder>.log`. One process at a time writes a run.
 """
 
 from __future__ import annotations
@@ -128,8 +127,7 @@ class RunLog:
             metrics_bytes: size of `metrics.jsonl` when the checkpoint was saved.
             lock: the folder's, where the caller has taken it; it is released when the record is closed.
 
-        Raises:
-            UserError: the folder is being written, or `metrics.jsonl` cannot have had that size.
+        Raises UserError: the folder is being written, or `metrics.jsonl` cannot have had that size.
         """
         lock, path = lock or FolderLock(folder).acquire(), folder / METRICS
         with ExitStack() as failed:

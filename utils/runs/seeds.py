@@ -45,8 +45,7 @@ def new_command(seeds: Sequence[int], overwrite: bool) -> Command:
 def seed_runs(folder: Path, config: RunConfig, command: Command) -> list[SeedRun]:
     """The runs of a command: that in the folder, then the others beside it, also under an edited prefix.
 
-    Raises:
-        UserError: the config in the folder is not of a seed of the command, or a manifest is damaged.
+    Raises UserError: the config in the folder is not of a seed of the command, or a manifest is damaged.
     """
     if config.seed not in command.seeds:
         raise UserError(
@@ -85,8 +84,7 @@ def check_same_config(configs: Sequence[tuple[Path, RunConfig]]) -> None:
 def check_one_experiment(configs: Sequence[tuple[Path, RunConfig]]) -> list[str]:
     """Sentences about code or libraries that differ between runs of one experiment.
 
-    Raises:
-        UserError: a seed stands twice, or configs, data or weights differ.
+    Raises UserError: a seed stands twice, or configs, data or weights differ.
     """
     check_same_config(configs)
     by_seed: dict[int, Path] = {}
