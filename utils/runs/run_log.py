@@ -174,9 +174,10 @@ class RunLog:
 
     def show_result(self, metrics: Mapping[str, Any], pictures: Sequence[Path]) -> None:
         """Show the final numbers, and the figures that are PNG files, in TensorBoard and other trackers."""
+        pngs = [path for path in pictures if path.suffix == ".png"]
         self._trackers.add(self._views.result(metrics))
-        self._views.figures([path for path in pictures if path.suffix == ".png"])
-        self._trackers.figures(pictures)
+        self._views.figures(pngs)
+        self._trackers.figures(pngs)
 
     def accuracy_csv(self, rows: Sequence[Sequence[float]], images: str = "test") -> None:
         """Write `accuracy.csv`, or `validation_accuracy.csv`: the matrix in percent, without a header.

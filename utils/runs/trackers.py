@@ -168,11 +168,10 @@ class Trackers:
             if rows and self._events > self._known[name]:
                 self._do(name, lambda tracker: tracker.add(rows))
 
-    def figures(self, paths: Iterable[Path]) -> None:
+    def figures(self, paths: Sequence[Path]) -> None:
         """PNG files."""
-        pictures = [path for path in paths if path.suffix == ".png"]
         for name in list(self._open):
-            self._do(name, lambda tracker: tracker.figures(pictures))
+            self._do(name, lambda tracker: tracker.figures(paths))
 
     def close(self) -> None:
         """End what is open: as finished, if the run has its result."""
