@@ -6,7 +6,10 @@
     learner = make_learner(config)                # data, backbone and modules; nothing is written
     train_seeds(loaded, context)                  # as `main.py --config`: every seed, then the mean
 
-The methods are in `models/`. What a run leaves behind is described in `utils/runs/run_log.py`.
+A run's context says where it computes; without one, what its config asks for, in this process. A run that
+cannot have its data, weights or device raises UserError before any folder is made; one that a signal stops
+saves, then raises Interrupted. The methods are in `models/`. What a run leaves behind is described in
+`utils/runs/run_log.py`.
 """
 
 import logging
@@ -75,7 +78,6 @@ def train(
     config: RunConfig,
     context: RunContext | None = None,
     *,
-    overwrite: bool = False,
     notes: Sequence[str] = (),
     command: Command | None = None,
     beside: Path | None = None,
@@ -83,18 +85,12 @@ def train(
     """Run an experiment in a new folder; returns its result.
 
     Args:
-        context: where it runs; by default what the config asks for, in this process.
-        overwrite: replace an earlier run in the folder.
         notes: lines to log first.
         command: the command that this run is one seed of; by default one of its own.
         beside: a run folder that the new one lies beside, wherever the config says.
-
-    Raises:
-        UserError: data, weights or device cannot be had, before any folder is made.
-        Interrupted: stopped by a signal, after saving.
     """
     require_trackers(config.trackers)
-    command, place = command or new_command([config.seed], overwrite), folder_of(config, config.seed)
+    command, place = command or new_command([config.seed], overwrite=False), folder_of(config, config.seed)
     place = beside.with_name(place.name) if beside else place
     with ExitStack() as held:
         context = context or held.enter_context(run_context(config))
@@ -110,14 +106,7 @@ def extend(
 ) -> dict[str, Any]:
     """Result of a finished run with further tasks, in a new folder; the run itself is only read.
 
-    Args:
-        context: where it runs; by default what the config asks for, in this process.
-        overwrite: replace an earlier extension of the same name.
-
-    Raises:
-        UserError: data, weights or device cannot be had, or are others than the run's, before any folder is
-            made.
-        Interrupted: stopped by a signal, after saving.
+    Raises UserError before any folder is made, also where data or weights are others than the run's.
     """
     require_trackers(extension.config.trackers)
     with ExitStack() as held:
@@ -188,10 +177,8 @@ def resume(folder: Path, context: RunContext | None = None) -> dict[str, Any]:
 
     Where the result is there, only what was to follow it is made.
 
-    Raises:
-        UserError: no run folder, nothing left to do, another process is at work in it, an edited config that
-            would mix two experiments, or a checkpoint that is damaged, foreign or newer.
-        Interrupted: stopped by a signal, after saving.
+    Raises UserError, too: no run folder, nothing left to do, another process is at work in it, an edited
+    config that would mix two experiments, or a checkpoint that is damaged, foreign or newer.
     """
     if is_complete(folder):
         raise UserError(f"{folder} is finished: its {RESULT} is there; read it, or run its config.json again")
