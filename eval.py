@@ -118,7 +118,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def usage_fault(options: argparse.Namespace) -> str:
     """A sentence about options that do not go together; empty where they do."""
-    command, runs, least = chosen_command(options, TAKES, "run"), options.run or [], options.images_per_class
+    command, runs, least = chosen_command(options, TAKES), options.run or [], options.images_per_class
     if not (runs or options.checkpoint or options.compare):
         return "one of --run FOLDER, --checkpoint FOLDER and --compare FOLDER ... is needed"
     if options.latex and options.markdown:
@@ -127,7 +127,7 @@ def usage_fault(options: argparse.Namespace) -> str:
         return f"--{command} looks at one --run FOLDER"
     if least is not None and least < 2:
         return f"--images-per-class {least}: at least 2, half of them test the probes"
-    return "".join(refused_options(options, TAKES, "run", "--run"))
+    return refused_options(options, TAKES, "--run")
 
 
 def way_out(name: str, values: list[str]) -> str:
@@ -145,7 +145,7 @@ def way_out(name: str, values: list[str]) -> str:
 
 def answer(options: argparse.Namespace) -> Iterable[str]:
     """What the chosen command shows, as lines of text."""
-    command, folder = chosen_command(options, TAKES, "run"), next(iter(run_folders(options)), None)
+    command, folder = chosen_command(options, TAKES), next(iter(run_folders(options)), None)
     if command == "predict":
         from models.saved.prediction import show_predictions
 

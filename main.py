@@ -31,6 +31,7 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ from utils.command_line import (
     refused_options,
     whole_number,
 )
-from utils.console import attach_console, prepare_console, show_details
+from utils.console import attach_console, prepare_console
 from utils.errors import UserError, exit_code
 from utils.stop import abrupt_interrupts
 from utils.sweeps.executors import EXECUTORS
@@ -123,7 +124,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     options = parse_or_advise(parser, arguments, way_out, takes_file=True)
     if not options.list:
         choose_file(options)
-    for fault in usage_faults(options):
+    if fault := usage_fault(options):
         parser.error(fault)
     return options
 
@@ -131,8 +132,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def choose_file(options: argparse.Namespace) -> None:
     """Give `config` or `sweep` the file that FILE, --method and --dataset, or nothing at all stand for.
 
-    Raises:
-        UserError: two files are given, or one of the other kind than its option says.
+    Raises UserError: two files are given, or one of the other kind than its option says.
     """
     from models import SCHEMAS
     from utils.config.experiments import kind_of, located, shipped_file
@@ -163,9 +163,8 @@ def choose_file(options: argparse.Namespace) -> None:
                 raise UserError(f"{path} is {what}: run it with {as_typed('main.py', f'--{other}', path)}")
 
 
-def usage_faults(options: argparse.Namespace) -> list[str]:
-    """Sentences about options that do not go together."""
-    faults = refused_options(options, TAKES, "run", "a run")
+def usage_fault(options: argparse.Namespace) -> str:
+    """A sentence about options that do not go together; empty where they do."""
     rules = [
         (
             options.resume not in (None, AUTO) and (options.config or options.set),
@@ -193,7 +192,8 @@ def usage_faults(options: argparse.Namespace) -> list[str]:
             "--method goes with --list keys, configs and metrics",
         ),
     ]
-    return faults + [sentence for applies, sentence in rules if applies]
+    faults = (sentence for applies, sentence in rules if applies)
+    return refused_options(options, TAKES, "a run") or next(faults, "")
 
 
 def way_out(name: str, values: list[str]) -> str:
@@ -225,6 +225,13 @@ def way_out(name: str, values: list[str]) -> str:
 # Commands
 
 
+def show(lines: Iterable[str]) -> int:
+    """Print lines as they come; the exit code."""
+    for line in lines:
+        print(line, flush=True)
+    return 0
+
+
 def run_sweep(options: argparse.Namespace) -> int:
     """Run a table of experiments, or report on it; the exit code."""
     from models import METHODS, SCHEMAS
@@ -244,9 +251,7 @@ def run_sweep(options: argparse.Namespace) -> int:
     if options.dry_run:
         with contextlib.redirect_stdout(sys.stderr):  # messages
             commands = commands_of(table)
-        for command in commands:
-            print(command)
-        return 0
+        return show(commands)
     if options.report:
         report_sweep(table)
         return 0
@@ -260,16 +265,6 @@ def run_sweep(options: argparse.Namespace) -> int:
         overwrite=options.overwrite,
         imports=[*before, *sorted(learners), "utils.runs.manifest:code_sha256", "utils.runs.manifest:commit"],
     )
-
-
-def benchmark_runs(options: argparse.Namespace) -> int:
-    """Measure the runs of a sweep; the exit code."""
-    from models import SCHEMAS
-    from utils.sweeps.costs import run_costs
-
-    for line in run_costs(options.sweep, options.set, SCHEMAS, options.only, options.repeats or 1):
-        print(line, flush=True)
-    return 0
 
 
 def list_lines(options: argparse.Namespace) -> list[str]:
@@ -327,16 +322,20 @@ def main(arguments: list[str] | None = None) -> int:
     def work() -> int | None:
         nonlocal together
         options = parse(arguments)
-        show_details(options.verbose)
+        logger.setLevel(logging.DEBUG if options.verbose else logging.INFO)
         if first:
             attach_console()
         else:
             logger.addHandler(logging.NullHandler())  # the first process logs
         if options.list:
-            print("\n".join(list_lines(options)))
-            return 0
+            return show(list_lines(options))
+        if options.sweep and options.benchmark:
+            from models import SCHEMAS
+            from utils.sweeps.costs import run_costs
+
+            return show(run_costs(options.sweep, options.set, SCHEMAS, options.only, options.repeats or 1))
         if options.sweep:
-            return benchmark_runs(options) if options.benchmark else run_sweep(options)
+            return run_sweep(options)
         with abrupt_interrupts():
             from models import LEARNERS
             from models.saved.files import read_config
@@ -356,9 +355,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.benchmark:
             from models.benchmark import benchmark
 
-            for line in benchmark(config, options.repeats or 5, options.profile):
-                print(line, flush=True)
-            return 0
+            return show(benchmark(config, options.repeats or 5, options.profile))
         extension = Extension.of(folder, options.set, options.data or []) if options.extend else None
         with run_context(extension.config if extension else config) as context:
             together = True

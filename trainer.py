@@ -6,10 +6,12 @@
     learner = make_learner(config)                # data, backbone and modules; nothing is written
     train_seeds(loaded, context)                  # as `main.py --config`: every seed, then the mean
 
-The methods are in `models/`. What a run leaves behind is described in `utils/runs/run_log.py`.
+A run's context says where it computes; without one, what its config asks for, in this process. A run that
+cannot have its data, weights or device raises UserError before any folder is made; one that a signal stops
+saves, then raises Interrupted. The methods are in `models/`. What a run leaves behind is described in
+`utils/runs/run_log.py`.
 """
 
-import json
 import logging
 import shutil
 import time
@@ -76,7 +78,6 @@ def train(
     config: RunConfig,
     context: RunContext | None = None,
     *,
-    overwrite: bool = False,
     notes: Sequence[str] = (),
     command: Command | None = None,
     beside: Path | None = None,
@@ -84,18 +85,12 @@ def train(
     """Run an experiment in a new folder; returns its result.
 
     Args:
-        context: where it runs; by default what the config asks for, in this process.
-        overwrite: replace an earlier run in the folder.
         notes: lines to log first.
         command: the command that this run is one seed of; by default one of its own.
         beside: a run folder that the new one lies beside, wherever the config says.
-
-    Raises:
-        UserError: data, weights or device cannot be had, before any folder is made.
-        Interrupted: stopped by a signal, after saving.
     """
     require_trackers(config.trackers)
-    command, place = command or new_command([config.seed], overwrite), folder_of(config, config.seed)
+    command, place = command or new_command([config.seed], overwrite=False), folder_of(config, config.seed)
     place = beside.with_name(place.name) if beside else place
     with ExitStack() as held:
         context = context or held.enter_context(run_context(config))
@@ -111,14 +106,7 @@ def extend(
 ) -> dict[str, Any]:
     """Result of a finished run with further tasks, in a new folder; the run itself is only read.
 
-    Args:
-        context: where it runs; by default what the config asks for, in this process.
-        overwrite: replace an earlier extension of the same name.
-
-    Raises:
-        UserError: data, weights or device cannot be had, or are others than the run's, before any folder is
-            made.
-        Interrupted: stopped by a signal, after saving.
+    Raises UserError before any folder is made, also where data or weights are others than the run's.
     """
     require_trackers(extension.config.trackers)
     with ExitStack() as held:
@@ -154,7 +142,7 @@ def open_log(
     config, context = learner.config, learner.context
     logs: list[RunLog] = []
 
-    def create() -> str:
+    def create() -> Path:
         session = this_session(context.device, config.precision, context.distributed.size)
         sessions = [*(earlier.sessions if earlier else []), session]
         manifest = (earlier.model_dump() if earlier else {}) | {
@@ -172,10 +160,10 @@ def open_log(
         if earlier:
             warn_of_differences(session, earlier)
         logs.append(log)
-        return str(log.folder)
+        return log.folder
 
     folder = context.distributed.on_main(create)
-    return logs[0] if logs else SilentLog(Path(folder))
+    return logs[0] if logs else SilentLog(folder)
 
 
 def warn_of_differences(session: Session, earlier: Manifest) -> None:
@@ -189,10 +177,8 @@ def resume(folder: Path, context: RunContext | None = None) -> dict[str, Any]:
 
     Where the result is there, only what was to follow it is made.
 
-    Raises:
-        UserError: no run folder, nothing left to do, another process is at work in it, an edited config that
-            would mix two experiments, or a checkpoint that is damaged, foreign or newer.
-        Interrupted: stopped by a signal, after saving.
+    Raises UserError, too: no run folder, nothing left to do, another process is at work in it, an edited
+    config that would mix two experiments, or a checkpoint that is damaged, foreign or newer.
     """
     if is_complete(folder):
         raise UserError(f"{folder} is finished: its {RESULT} is there; read it, or run its config.json again")
@@ -272,7 +258,8 @@ class Run:
                 for task in range(len(self.evaluations), learner.nb_tasks):
                     self.run_task(task)
             except Interrupted:
-                self.save_interrupted()
+                saved, go_on = self.save_progress(), resume_command(self.log.folder)
+                logger.warning(f"Stopped and saved {saved.name}. Continue with: {go_on}")
                 raise
         return self.finish()
 
@@ -356,7 +343,7 @@ class Run:
         self.learner.distributed.on_main(lambda: self._write_checkpoint(folder))
         return folder
 
-    def _write_checkpoint(self, folder: Path) -> str:
+    def _write_checkpoint(self, folder: Path) -> None:
         learner, tensors = self.learner.state()
         state = {
             "run": self.learner.identity(),
@@ -369,7 +356,6 @@ class Run:
             "peak_memory_mb": self.peak_memory_mb,
         }
         save_checkpoint(folder, tensors, state)
-        return folder.name
 
     def save_progress(self) -> Path:
         """Save inside a task, in place of what was saved in it before."""
@@ -377,12 +363,6 @@ class Run:
         saved = self.save(checkpoint_name(task, self.learner.progress.steps))
         self.remove_checkpoints(f"{checkpoint_name(task)}_step_*", but=saved)
         return saved
-
-    def save_interrupted(self) -> None:
-        """Save between two steps and say how to go on."""
-        saved = self.save_progress()
-        go_on = resume_command(self.log.folder)
-        logger.warning(f"Stopped and saved {saved.name}. Continue with: {go_on}")
 
     def load_state(self, state: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
         """Become the run that a checkpoint was taken of."""
@@ -412,17 +392,16 @@ def train_seeds(
 
     go_on: finish runs that were stopped, pass over those that are finished, and start the others.
 
-    Raises:
-        UserError: the disk has no room for the checkpoints of what is to start; or as `train`.
+    Raises UserError: the disk has no room for the checkpoints of what is to start; or as `train`.
     """
 
     def begun(config: RunConfig) -> SeedRun:
         found = find_run(config.model_copy(update={"precision": context.precision})) if go_on else None
-        return SeedRun(config.seed, str(found or ""), found is not None and is_complete(found))
+        return SeedRun(config.seed, found, bool(found and is_complete(found)))
 
     configs = {config.seed: config for config in loaded.configs}
     command = new_command(list(configs), overwrite)
-    runs = seen_by_all(context, lambda: [begun(config) for config in loaded.configs])
+    runs = context.distributed.on_main(lambda: [begun(config) for config in loaded.configs])
     if starting := [configs[run.seed] for run in runs if not run.folder]:
         logger.info(context.distributed.on_main(lambda: disk_use(starting)))
     start = partial(train, context=context, notes=loaded.notes, command=command)
@@ -434,29 +413,21 @@ def train_seeds(
 def resume_seeds(folder: Path, context: RunContext) -> None:
     """Finish the run in a folder, then the other seeds of the command that started it; log the mean of all.
 
-    Raises:
-        UserError: nothing is left to do, or the folders hold different experiments.
+    Raises UserError: nothing is left to do, or the folders hold different experiments.
     """
     config, command = read_config(folder), read_manifest(folder).command
-    runs = seen_by_all(context, lambda: seed_runs(folder, config, command))
-    check_same_config([(Path(run.folder), read_config(Path(run.folder))) for run in runs if run.folder])
+    runs = context.distributed.on_main(lambda: seed_runs(folder, config, command))
+    check_same_config([(run.folder, read_config(run.folder)) for run in runs if run.folder])
     if len(runs) > 1:
         states = ", ".join(f"{run.seed} {run.state}" for run in runs)
         logger.info(f"Seeds of the command that started this run: {states}")
     start = partial(train, context=context, command=command, beside=folder)
     results = results_of(runs, context, lambda seed: start(config.model_copy(update={"seed": seed})))
     if context.distributed.is_main:
-        folders = [Path(run.folder) for run in seed_runs(folder, config, command)]
-        in_order = [results[seed] for seed in command.seeds]
-        log_mean(in_order, config.metrics, [(path, read_config(path)) for path in folders])
+        configs = [(run.folder, read_config(run.folder)) for run in seed_runs(folder, config, command)]
+        log_mean([results[seed] for seed in command.seeds], config.metrics, configs)
     if all(run.complete for run in runs):
         raise UserError(f"{folder} is finished: read its {RESULT}, or run its config.json again")
-
-
-def seen_by_all(context: RunContext, look: Callable[[], list[SeedRun]]) -> list[SeedRun]:
-    """The runs of a command as the first process sees them, before any process changes them."""
-    rows = context.distributed.on_main(lambda: json.dumps(look()))
-    return [SeedRun(*row) for row in json.loads(rows)]
 
 
 def results_of(
@@ -467,7 +438,7 @@ def results_of(
     for seed, folder, complete in runs:
         if complete:
             logger.info(f"{folder} is finished: read its {RESULT}")
-            results[seed] = read_result(Path(folder))
+            results[seed] = read_result(folder)
         else:
-            results[seed] = resume(Path(folder), context) if folder else start(seed)
+            results[seed] = resume(folder, context) if folder else start(seed)
     return results

@@ -8,7 +8,7 @@ import pytest
 
 import eval as evaluation
 from models import SCHEMAS
-from tests.conftest import ROOT
+from tests.conftest import shipped_file
 from tests.utils.reports.test_report import invented
 from tests.utils.runs.test_manifest import CHANGES, record
 from utils.config.loading import load_config
@@ -17,6 +17,7 @@ from utils.config.loading import load_config
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        ("", "--run FOLDER"),
         ("--predict photos", "--run FOLDER"),
         ("--compare a --latex --markdown", "--latex and --markdown"),
         ("--checkpoint x --analyse cka", "takes no --checkpoint"),
@@ -34,10 +35,13 @@ def test_options_that_do_not_go_together_are_answered_in_two_lines(
     assert usage.startswith("usage: ") and words in error
 
 
-def finished(folder: Path, seed: int, made_with: dict[str, Any] | None = None, **changes: Any) -> str:
-    """The folder of a finished run of exps/smoke.json with these changes."""
-    config = load_config(ROOT / "exps/smoke.json", [], SCHEMAS, [("test", {"seed": seed, **changes})]).config
-    record(folder, config.model_dump(mode="json"), **(made_with or {}))
+def finished(
+    folder: Path, seed: int, made_with: dict[str, Any] | None = None, file: str = "smoke", **changes: Any
+) -> str:
+    """The folder of a finished run of a shipped file with these changes."""
+    config = load_config(shipped_file(file), [], SCHEMAS, [("test", {"seed": seed, **changes})]).config
+    record(folder, **(made_with or {}))
+    (folder / "config.json").write_text(config.model_dump_json())
     (folder / "result.json").write_text(json.dumps(invented(seed, 40)))
     return str(folder)
 
@@ -72,13 +76,8 @@ def test_other_keys_are_named(
 
 
 def test_another_method_is_another_experiment(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    second = load_config(
-        ROOT / "exps/shared_subspace_small.json", [], SCHEMAS, [("test", {"seed": 2})]
-    ).config
-    record(tmp_path / "b")
-    (tmp_path / "b/config.json").write_text(second.model_dump_json())
-    (tmp_path / "b/result.json").write_text(json.dumps(invented(2, 40)))
-    message = refused(capsys, finished(tmp_path / "a", 1), str(tmp_path / "b"))
+    second = finished(tmp_path / "b", 2, file="shared_subspace_small")
+    message = refused(capsys, finished(tmp_path / "a", 1), second)
     assert 'model_name ("sema" and "shared_subspace")' in message
 
 

@@ -102,18 +102,15 @@ def test_the_manifest_says_what_the_run_was_made_with(finished: Path) -> None:
     assert session["device"].startswith("cpu")
 
 
-def test_seeds_have_a_folder_and_a_log_each_and_a_table(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main.main(arguments(tmp_path, seed=[1, 2], max_tasks=1)) == 0
+def test_seeds_have_a_folder_and_a_log_each_and_a_table(tmp_path: Path, told: Callable[..., str]) -> None:
+    shown = told(0, main.main, *arguments(tmp_path, seed=[1, 2], max_tasks=1))
+    assert "Mean ± std (n) over seeds 1, 2" in shown
     first, second = sorted(path.parent for path in tmp_path.rglob("config.json"))
     assert (first.name, second.name) == ("smoke_1_test_vit", "smoke_2_test_vit")
     logs = [folder.with_name(folder.name + ".log").read_text() for folder in (first, second)]
     assert "seed 1" in logs[0] and "seed 2" not in logs[0]
     assert "seed 2" in logs[1] and "seed 1" not in logs[1].replace("seed 1993", "")
-    assert "Mean ± std (n) over seeds 1, 2" in capsys.readouterr().out
-    assert evaluation.main(["--run", str(first), str(second)]) == 0
-    table = capsys.readouterr().out
+    table = told(0, evaluation.main, "--run", first, second)
     finals = [read(folder, "result.json")["metrics"]["final"] for folder in (first, second)]
     assert f"{sum(finals) / 2:.2f}" in table and "(2)" in table
     orders = [read(folder, "manifest.json")["class_order"] for folder in (first, second)]
@@ -130,28 +127,19 @@ def test_a_published_device_list_falls_back_with_a_warning_in_the_log(tmp_path: 
     assert "no such GPU here, running on the CPU" in folder.with_name(folder.name + ".log").read_text()
 
 
-def test_eval_redraws_figures_and_tests_the_last_checkpoint(
-    finished: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_eval_redraws_figures_and_tests_any_checkpoint(finished: Path, told: Callable[..., str]) -> None:
     """Rebuilt from the folder without training, the model has the recorded accuracy on every task."""
     figure = finished / "figures" / "accuracy_matrix.png"
     figure.unlink()
-    assert evaluation.main(["--run", str(finished)]) == 0
-    assert figure.exists()
-    shown = capsys.readouterr().out
+    last = told(0, evaluation.main, "--run", finished).splitlines()
+    first = told(0, evaluation.main, "--checkpoint", finished / "checkpoints" / "task_00")
     matrix = read(finished, "result.json")["accuracy"]
+    assert figure.exists() and f"{matrix[0][0]:6.2f}" in first and "task   1" not in first
     for task, accuracy in enumerate(matrix[-1]):
-        line = next(line for line in shown.splitlines() if line.startswith(f"task {task:>3}  classes"))
+        line = next(line for line in last if line.startswith(f"task {task:>3}  classes"))
         assert f"{accuracy:6.2f}" in line
-    total = next(line for line in shown.splitlines() if line.startswith("total"))
+    total = next(line for line in last if line.startswith("total"))
     assert f"{sum(matrix[-1]) / 2:6.2f}" in total and total.index("(") == line.index("(")
-
-
-def test_eval_tests_any_checkpoint(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert evaluation.main(["--checkpoint", str(finished / "checkpoints" / "task_00")]) == 0
-    shown = capsys.readouterr().out
-    accuracy = read(finished, "result.json")["accuracy"][0][0]
-    assert f"{accuracy:6.2f}" in shown and "task   1" not in shown
 
 
 BAD = {

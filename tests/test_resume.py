@@ -130,33 +130,25 @@ def views_stored(logs: Path) -> int:
     return sum(json.loads((group / "about.json").read_text())["view"] is not None for group in groups)
 
 
-@pytest.mark.parametrize("where", ["step", "scan", "test"])
-def test_ctrl_c_saves_and_resumes_where_it_stopped(
-    reference: tuple[dict, list[str]], where: str, tmp_path: Path
+@pytest.mark.parametrize(
+    ("where", "how"), [("step", signal.SIGINT), ("scan", signal.SIGHUP), ("test", signal.SIGINT)]
+)
+def test_ctrl_c_or_a_lost_terminal_saves_and_the_run_resumes_where_it_stopped(
+    reference: tuple[dict, list[str]], where: str, how: signal.Signals, tmp_path: Path
 ) -> None:
     """In a later task: exit code 130, a checkpoint inside the task, the command in the log, the same end."""
     expected, moments = reference
     logs = tmp_path / "my logs"
     later = first(moments, "rename") + 1
     moment = later + moments[later:].index(where) + (3 if where == "step" else 0)
-    code, _ = run(command("smoke.json", logs, **CHANGES), die_at=moment, how=signal.SIGINT)
+    code, _ = run(command("smoke.json", logs, **CHANGES), die_at=moment, how=how)
     folder = folder_of(logs)
     assert code == 130
     assert latest_checkpoint(folder / "checkpoints").name.startswith("task_01_step_")
     assert f"python main.py --resume '{folder}'" in folder.with_name(folder.name + ".log").read_text()
     assert finish(logs) == expected
-    assert [path.name for path in sorted((folder / "checkpoints").iterdir())] == [
-        "task_00",
-        "task_01",
-        "task_02",
-    ]
-
-
-def test_a_lost_terminal_is_honoured_like_ctrl_c(reference: tuple[dict, list[str]], tmp_path: Path) -> None:
-    expected, moments = reference
-    step, how = first(moments, "step", skip=2), signal.SIGHUP
-    assert run(command("smoke.json", tmp_path, **CHANGES), die_at=step, how=how)[0] == 130
-    assert finish(tmp_path) == expected
+    kept = [path.name for path in sorted((folder / "checkpoints").iterdir())]
+    assert kept == ["task_00", "task_01", "task_02"]
 
 
 def test_resume_auto_starts_continues_and_ends(reference: tuple[dict, list[str]], tmp_path: Path) -> None:

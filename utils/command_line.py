@@ -2,7 +2,7 @@
 
 parser.add_argument("--run", type=given_path)
 options = parse_or_advise(parser, arguments, lambda name, value: f"write --set {name}={value}")
-faults = refused_options(options, TAKES, "run", "a run")     # TAKES: command -> options it takes
+fault = refused_options(options, TAKES, "a run")     # TAKES: command -> options it takes
 """
 
 import argparse
@@ -46,29 +46,26 @@ def given_options(options: argparse.Namespace) -> set[str]:
     return {name.replace("_", "-") for name, value in values if value not in (None, False, [])}
 
 
-def chosen_command(options: argparse.Namespace, takes: Mapping[str, Sequence[str]], default: str) -> str:
-    """The command that the options ask for: the first of `takes` that is among them, else the default."""
-    return next((name for name in takes if name in given_options(options)), default)
+def chosen_command(options: argparse.Namespace, takes: Mapping[str, Sequence[str]]) -> str:
+    """The command that the options ask for: the first of `takes` that is among them, else "run"."""
+    return next((name for name in takes if name in given_options(options)), "run")
 
 
-def refused_options(
-    options: argparse.Namespace, takes: Mapping[str, Sequence[str]], default: str, subject: str
-) -> list[str]:
-    """A sentence about options that the chosen command does not take, where there are any.
+def refused_options(options: argparse.Namespace, takes: Mapping[str, Sequence[str]], run: str) -> str:
+    """A sentence about options that the chosen command does not take; empty where there are none.
 
     Args:
         takes: command -> options that it takes beside its own.
-        default: the command where none is named; sentences call it `subject`.
+        run: what the sentence calls the command "run".
     """
-    command = chosen_command(options, takes, default)
+    command = chosen_command(options, takes)
     refused = given_options(options) - {command, *takes[command]}
     if not refused:
-        return []
-    hint = f"it takes {dashed(takes[command]) or 'nothing'}"
-    if command == default:
-        hint = f"allowed with {dashed(name for name in takes if refused & {*takes[name]})}"
-    named = subject if command == default else f"--{command}"
-    return [f"{named} takes no {dashed(sorted(refused))}: {hint}"]
+        return ""
+    named, hint = f"--{command}", f"it takes {dashed(takes[command]) or 'nothing'}"
+    if command == "run":
+        named, hint = run, f"allowed with {dashed(name for name in takes if refused & {*takes[name]})}"
+    return f"{named} takes no {dashed(sorted(refused))}: {hint}"
 
 
 def dashed(names: Iterable[str]) -> str:

@@ -2,7 +2,6 @@
 
     prepare_console()             # first of all in a command
     attach_console()              # messages of the program go to standard output
-    show_details(True)            # on the console and in text logs also what is logged as DEBUG
     for batch in progress(batches, desc="scan", unit="batch"):     # a bar, where standard error is a terminal
         logger.info("...")
 
@@ -15,7 +14,7 @@ import io
 import logging
 import os
 import sys
-from typing import Any, TextIO
+from typing import Any
 
 READER_GONE = 141  # exit code of a command whose output nobody reads any more: 128 + SIGPIPE
 COLOURS = {logging.DEBUG: "2", logging.WARNING: "33", logging.ERROR: "31"}  # by level, for terminals
@@ -54,7 +53,8 @@ def attach_console(*, goes_on: bool = True) -> logging.Handler | None:
     """
     if any(isinstance(handler, _Console) for handler in logger.handlers):
         return None
-    return add_handler(_Console(goes_on), "%H:%M:%S", coloured=takes_colour(sys.stdout))
+    unwanted = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"  # https://no-color.org
+    return add_handler(_Console(goes_on), "%H:%M:%S", coloured=sys.stdout.isatty() and not unwanted)
 
 
 def add_handler(
@@ -64,16 +64,6 @@ def add_handler(
     handler.setFormatter(_Line(time_format, coloured))
     logger.addHandler(handler)
     return handler
-
-
-def show_details(shown: bool) -> None:
-    """Whether console and text logs have what is logged as DEBUG."""
-    logger.setLevel(logging.DEBUG if shown else logging.INFO)
-
-
-def takes_colour(stream: TextIO) -> bool:
-    """Whether a stream is a terminal that shows colours, and the user wants them (https://no-color.org)."""
-    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 def tell(text: str) -> None:

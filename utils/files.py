@@ -73,8 +73,7 @@ def naming(path: Path) -> Iterator[None]:
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file.
 
-    Raises:
-        UserError: the file is absent, unreadable, not UTF-8, not JSON, nested too deep, or no object.
+    Raises UserError: the file is absent, unreadable, not UTF-8, not JSON, nested too deep, or no object.
     """
     try:
         values = json.loads(path.read_bytes().decode("utf-8-sig"))

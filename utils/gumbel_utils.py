@@ -77,7 +77,12 @@ class _Sparsemax(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, dim: int) -> Tensor:
         z = _at_least_float32(logits).movedim(dim, -1)
         z = z - z.amax(dim=-1, keepdim=True)  # a constant shift changes nothing and keeps numbers small
-        result = (z - _threshold(z)).clamp_min(0).movedim(-1, dim)
+        ordered = z.sort(dim=-1, descending=True).values
+        ranks = torch.arange(1, z.shape[-1] + 1, dtype=z.dtype, device=z.device)
+        sums = ordered.cumsum(dim=-1)
+        size = (1 + ranks * ordered > sums).sum(dim=-1, keepdim=True)  # of the support; >= 1 for finite z
+        threshold = (sums.gather(-1, size.clamp_min(1) - 1) - 1) / size  # sum_i max(z_i - threshold, 0) = 1
+        result = (z - threshold).clamp_min(0).movedim(-1, dim)
         ctx.save_for_backward(result > 0)
         ctx.dim = dim
         return result.to(logits.dtype)
@@ -89,15 +94,6 @@ class _Sparsemax(torch.autograd.Function):
         inside = _at_least_float32(gradient) * support
         mean = inside.sum(dim=ctx.dim, keepdim=True) / support.sum(dim=ctx.dim, keepdim=True)
         return (inside - mean * support).to(gradient.dtype), None
-
-
-def _threshold(z: Tensor) -> Tensor:
-    """The t with sum_i max(z_i - t, 0) = 1 along the last dimension, (..., K) -> (..., 1)."""
-    ordered = z.sort(dim=-1, descending=True).values
-    ranks = torch.arange(1, z.shape[-1] + 1, dtype=z.dtype, device=z.device)
-    sums = ordered.cumsum(dim=-1)
-    size = (1 + ranks * ordered > sums).sum(dim=-1, keepdim=True)  # of the support; at least 1 for finite z
-    return (sums.gather(-1, size.clamp_min(1) - 1) - 1) / size
 
 
 def _at_least_float32(x: Tensor) -> Tensor:

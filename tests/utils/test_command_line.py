@@ -50,10 +50,6 @@ def test_eval_answers_with_its_own_form(arguments: list[str], capsys: pytest.Cap
     assert f"python eval.py --run {'.' if '.' in arguments else 'FOLDER'}" in message
 
 
-def test_eval_needs_a_run(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "--run FOLDER" in refused(capsys, evaluation)
-
-
 def test_paths_are_taken_as_typed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)

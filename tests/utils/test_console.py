@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import eval as evaluation
-from tests.conftest import ROOT, TINY
+from tests.conftest import ROOT, TINY, command
 from utils.cache import __main__ as cache
 from utils.console import attach_console, logger, prepare_console, progress
 
@@ -86,6 +86,9 @@ def test_a_command_that_nobody_reads_ends_quietly(monkeypatch: pytest.MonkeyPatc
     without_reader(monkeypatch)
     assert cache.main(["--root", str(tmp_path)]) == 141
     print("nor does what comes later fail", flush=True)
+    for stream in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, stream, None)  # as Python has it under `>&- 2>&-`
+    assert cache.main(["--root", str(tmp_path)]) == 0
 
 
 def test_a_run_goes_on_without_a_reader_and_other_commands_stop(
@@ -101,12 +104,6 @@ def test_a_run_goes_on_without_a_reader_and_other_commands_stop(
     logger.info("into the text log alone")
     logger.info("more")
     assert capsys.readouterr().err == ""
-
-
-def test_closed_streams_take_what_they_are_given(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for stream in ("stdout", "stderr"):
-        monkeypatch.setattr(sys, stream, None)  # as Python has it under `>&- 2>&-`
-    assert cache.main(["--root", str(tmp_path)]) == 0
 
 
 @pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="no disk that is always full")
@@ -130,14 +127,11 @@ def test_output_to_a_full_disk_hides_neither_run_nor_mistake(
 
 def test_a_piped_run_writes_clean_lines_and_outlives_its_reader(tmp_path: Path) -> None:
     """As in `main.py 2>&1 | head -1` on a console that knows ASCII alone."""
-    changes = {**TINY, "max_tasks": 1, "logs_root": str(tmp_path), "cache_root": str(tmp_path / "cache")}
-    settings = [part for key, value in changes.items() for part in ("--set", f"{key}={value}")]
-    command = [sys.executable, str(ROOT / "main.py"), "--config", str(ROOT / "exps/smoke.json"), *settings]
+    words = [sys.executable, str(ROOT / "main.py"), *command("smoke.json", tmp_path, **TINY, max_tasks=1)]
     environment = {**os.environ, "PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"}
     environment.pop("TQDM_DISABLE", None)
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment
-    ) as process:
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    with subprocess.Popen(words, **streams, env=environment) as process:
         first = process.stdout.readline()
         rest = process.stdout.readline()
         process.stdout.close()

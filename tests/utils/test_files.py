@@ -13,27 +13,25 @@ import pytest
 from utils.errors import Interrupted, UserError, exit_code
 from utils.files import npz_headers, read_json, replace_file, sha256_file, why_no_file, write_json
 
-DAMAGED = {
-    "not JSON": b"{",
-    "no object": b"[1]",
-    "not UTF-8": b'{"a": "\xff"}',
-    "nested too deep": b'{"a":' * 100_000 + b"1" + b"}" * 100_000,
+FAULTS = {
+    "absent": (None, "holds no config.json"),
+    "a folder": (Path.mkdir, "config.json cannot be read"),
+    "not JSON": (b"{", "config.json.*damaged"),
+    "no object": (b"[1]", "config.json.*damaged"),
+    "not UTF-8": (b'{"a": "\xff"}', "config.json.*damaged"),
+    "nested too deep": (b'{"a":' * 100_000 + b"1" + b"}" * 100_000, "config.json.*damaged"),
 }
 
 
-@pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED.keys())
-def test_damaged_json_is_named(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / "config.json").write_bytes(content)
-    with pytest.raises(UserError, match="config.json.*damaged"):
-        read_json(tmp_path / "config.json")
-
-
-def test_no_file_and_a_folder_are_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="holds no a.json"):
-        read_json(tmp_path / "a.json")
-    (tmp_path / "b.json").mkdir()
-    with pytest.raises(UserError, match="b.json cannot be read"):
-        read_json(tmp_path / "b.json")
+@pytest.mark.parametrize(("content", "words"), FAULTS.values(), ids=FAULTS)
+def test_json_that_cannot_be_read_is_a_sentence(content: object, words: str, tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content:
+        content(path)
+    with pytest.raises(UserError, match=words):
+        read_json(path)
 
 
 def test_json_comes_back_in_utf8(tmp_path: Path) -> None:

@@ -25,15 +25,19 @@ def generator(seed: int = 0) -> torch.Generator:
 
 @pytest.mark.parametrize("size", [1, 2, 3, 10, 50, 200])
 def test_it_is_the_projection_onto_the_simplex(size: int) -> None:
-    """Two thousand inputs of every size, of scales from 0.01 to 100, some of them with ties."""
+    """Two thousand inputs of every size, of scales from 0.01 to 100, some of them with ties or far from 0."""
     draw = np.random.default_rng(size)
     z = draw.normal(size=(2000, size)) * 10.0 ** draw.uniform(-2, 2, size=(2000, 1))
     z[::4] = np.round(z[::4])
+    far = z[1::4] + 700.0
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 2e-5)):
         ours = sparsemax(torch.tensor(z, dtype=dtype))
         torch.testing.assert_close(ours.double(), torch.tensor(projected(z)), atol=tolerance, rtol=0)
         assert ours.dtype == dtype and ours.min() >= 0
         torch.testing.assert_close(ours.sum(dim=1), torch.ones(2000, dtype=dtype), atol=tolerance, rtol=0)
+        shifted = sparsemax(torch.tensor(far, dtype=dtype))
+        torch.testing.assert_close(shifted, ours[1::4], atol=10 * tolerance, rtol=0)
+    assert torch.equal(sparsemax(torch.tensor([5.0, 4.5]) + 1e6), sparsemax(torch.tensor([5.0, 4.5])))
 
 
 @pytest.mark.parametrize("dim", [0, 1, -1])
@@ -56,22 +60,6 @@ def test_the_gradient_is_exact(dim: int) -> None:
     assert torch.autograd.gradcheck(lambda x: gumbel_sparsemax(x, 2.0, dim, generator(5)), z)
 
 
-def test_zeros_are_exact_and_get_no_gradient() -> None:
-    z = torch.tensor([2.0, 1.9, -1.0, 0.0], requires_grad=True)
-    beta = sparsemax(z)
-    torch.testing.assert_close(beta, torch.tensor([0.55, 0.45, 0.0, 0.0]))
-    assert torch.count_nonzero(beta) == 2
-    (beta * torch.tensor([1.0, 3.0, 100.0, 100.0])).sum().backward()
-    torch.testing.assert_close(z.grad, torch.tensor([-1.0, 1.0, 0.0, 0.0]))
-
-
-def test_a_constant_shift_changes_nothing() -> None:
-    z = torch.randn(50, 8, generator=generator())
-    for shift in (-1000.0, -3.5, 700.0):
-        torch.testing.assert_close(sparsemax(z + shift), sparsemax(z), atol=2e-4, rtol=0)
-    assert torch.equal(sparsemax(torch.tensor([5.0, 4.5]) + 1e6), sparsemax(torch.tensor([5.0, 4.5])))
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
     z = torch.randn(200, 30, generator=generator()).to(dtype).requires_grad_()
@@ -81,14 +69,12 @@ def test_half_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
     assert z.grad.dtype == dtype and torch.isfinite(z.grad).all()
 
 
-def test_one_adapter_and_equal_logits() -> None:
+def test_one_adapter_has_all_weight_and_no_gradient() -> None:
     z = torch.tensor([-3.0], requires_grad=True)
     beta = gumbel_sparsemax(z, 0.5, generator=generator())
     assert beta.tolist() == [1.0] and sparsity_loss(beta) == 0
     (beta.sum() + sparsity_loss(beta)).backward()
     assert z.grad.tolist() == [0.0]
-    for size in (2, 3, 7):
-        torch.testing.assert_close(sparsemax(torch.full((size,), 4.2)), torch.full((size,), 1 / size))
 
 
 def test_the_temperature_goes_from_one_winner_to_all_alike() -> None:
@@ -124,10 +110,9 @@ def test_entropy_and_its_gradient_by_hand() -> None:
     expected = [[-(math.log(0.5) + 1) / 2] * 2 + [0.0], [-0.5, 0.0, 0.0]]
     torch.testing.assert_close(beta.grad, torch.tensor(expected))
     z = torch.tensor([0.3, 0.1, 0.0], requires_grad=True)
-    sparsity_loss(sparsemax(z)).backward()
-    assert sparsity_loss(sparsemax(z - 0.5 * z.grad)) < sparsity_loss(
-        sparsemax(z)
-    )  # a step makes weights sparser
+    before = sparsity_loss(sparsemax(z))
+    before.backward()
+    assert sparsity_loss(sparsemax(z - 0.5 * z.grad)) < before  # a step makes weights sparser
 
 
 @pytest.mark.parametrize("size", [1, 2, 9])

@@ -67,22 +67,20 @@ def save_checkpoint(folder: Path, tensors: Mapping[str, torch.Tensor], state: Ma
     folder.parent.mkdir(parents=True, exist_ok=True)
     _tidy(folder.parent)
     temporary = folder.with_name(TEMPORARY + folder.name)
-    aside = folder.with_name(SET_ASIDE + folder.name)
     try:
         temporary.mkdir()
         write_synced(temporary / TENSORS_FILE, payload)
         write_synced(temporary / STATE_FILE, content)
         sync_folder(temporary)
         if folder.exists():
-            os.rename(folder, aside)
+            os.rename(folder, folder.with_name(SET_ASIDE + folder.name))
         os.rename(temporary, folder)
     except OSError:  # a full disk, say
         with suppress(OSError):
             _tidy(folder.parent)
         raise
     sync_folder(folder.parent)
-    if aside.exists():
-        _remove(aside)
+    _tidy(folder.parent)
 
 
 def load_checkpoint(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -112,9 +110,7 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, An
 def copy_checkpoint(source: Path, target: Path, changes: Mapping[str, Any]) -> None:
     """Make a checkpoint of another's tensors, linked where the disk allows, and of its state with changes.
 
-    Raises:
-        UserError: the source is no checkpoint, or its state is damaged.
-        OSError: the disk does not take it.
+    UserError: the source is no checkpoint, or its state is damaged.
     """
     header = _read_header(source)
     content = _state_file(header["state"] | changes, header["tensors_sha256"])
@@ -131,9 +127,7 @@ def latest_checkpoint(checkpoints: Path, whole_tasks: bool = False) -> Path | No
 
     The end of a task comes after its steps, which `whole_tasks` passes over. So are unfinished checkpoints; a
     damaged one is not: `load_checkpoint` refuses it, where a run would go on silently from an older one.
-
-    Raises:
-        UserError: a file stands in the folder's place.
+    UserError: a file stands in the folder's place.
     """
     if not checkpoints.is_dir():
         if os.path.lexists(checkpoints):
@@ -153,22 +147,18 @@ def latest_checkpoint(checkpoints: Path, whole_tasks: bool = False) -> Path | No
 
 
 def _tidy(checkpoints: Path) -> None:
-    """Undo what an interrupted save left: restore what it had set aside, remove what it had not finished."""
+    """Remove what a save has replaced or not finished; restore what it had set aside and not replaced.
+
+    A folder that is only half removed lacks a file: it is never taken for a checkpoint.
+    """
     for aside in checkpoints.glob(f"{SET_ASIDE}*"):
         visible = aside.with_name(aside.name.removeprefix(SET_ASIDE))
         if visible.exists():
-            _remove(aside)
+            shutil.rmtree(aside)
         else:
             os.rename(aside, visible)
     for leftover in checkpoints.glob(f"{TEMPORARY}*"):
         shutil.rmtree(leftover)
-
-
-def _remove(aside: Path) -> None:
-    """Remove a folder that was set aside; renamed first, it is never taken for a checkpoint half-removed."""
-    condemned = aside.with_name(TEMPORARY + aside.name)
-    os.rename(aside, condemned)
-    shutil.rmtree(condemned)
 
 
 def _read_header(folder: Path) -> dict[str, Any]:

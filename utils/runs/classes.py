@@ -19,7 +19,6 @@ from utils.errors import UserError, in_one_line
 from utils.metric_catalogue import keyed
 
 PER_CLASS, CONFUSION = "per_class.csv", "confusion.csv"
-TEXTS = {"name": str}  # also a class that is called "NA" or "7"
 
 
 def confusion_counts(targets: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
@@ -71,7 +70,7 @@ def read_classes(folder: Path) -> Classes | None:
         return None
     try:
         numbers = {"na_values": {"accuracy_when_learned": [""]}, "keep_default_na": False}
-        per_class = pd.read_csv(path, dtype=TEXTS, **numbers)
+        per_class = pd.read_csv(path, dtype={"name": str}, **numbers)  # also a class called "NA" or "7"
         counts = pd.read_csv(other, keep_default_na=False).iloc[:, 1:].to_numpy(np.int64)
         per_class = per_class.astype({"task": int, "images": int, "correct": int, "accuracy": float})
     except (ValueError, LookupError) as error:  # also pandas' own errors

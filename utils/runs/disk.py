@@ -24,8 +24,7 @@ def disk_use(configs: Sequence[RunConfig]) -> str:
     Args:
         configs: one per run; all write below the same `logs_root`.
 
-    Raises:
-        UserError: the disk has less room than their checkpoints take.
+    Raises UserError: the disk has less room than their checkpoints take.
     """
     logs = Path(configs[0].logs_root)
     free = shutil.disk_usage(_place(logs)).free

@@ -2,14 +2,8 @@
 
     draw_figures(Path("logs/sema/synthetic/0/2/smoke_1993_test_vit"), SEMA.figures)
 
-    figures/accuracy_matrix.png   accuracy on each task after each task, with numbers
-    figures/accuracy_curves.png   accuracy over all classes seen, and over each task's, over tasks
-    figures/norms.png             size of the fast and the slow branch in each block (where a run logs it)
-    figures/growth.png            number of adapters in each block
-    figures/confusion.png         test images by true and predicted class, and the accuracy of each class
-
-A method names its own `Figures`. An unfinished run is drawn as far as it got. With `figure_format` "pdf" or
-"svg" each figure is also drawn in that form.
+A method names its own `Figures`; `CAPTIONS` says what those of a class-incremental run show. An unfinished
+run is drawn as far as it got. With `figure_format` "pdf" or "svg" each figure is also drawn in that form.
 """
 
 from __future__ import annotations
@@ -85,8 +79,7 @@ def draw_figures(run_folder: Path, figures: Figures) -> list[Path]:
         figures: a learner's, (events, rows of the accuracy matrix, line under the titles) -> figures by file
             name.
 
-    Raises:
-        UserError: the folder is no run's, or one of its files is damaged.
+    Raises UserError: the folder is no run's, or one of its files is damaged.
     """
     config, folder = read_json(run_folder / CONFIG), run_folder / FIGURES
     if config.get("figure_format") == "none":

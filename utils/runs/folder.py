@@ -180,8 +180,7 @@ def claim_folder(
     An existing folder is left alone: the run goes to `<folder>_2` (or `_3`, ...), and the notes say why. With
     `overwrite` the existing folder and its log are set aside until the new run is finished.
 
-    Raises:
-        UserError: the folder cannot be created, is being written, or is to be replaced and is no run's.
+    Raises UserError: the folder cannot be created, is being written, or is to be replaced and is no run's.
     """
     new_parents = [parent for parent in folder.parents if not parent.exists()]
     try:

@@ -97,16 +97,11 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         return Manifest.model_validate(read_json(path))
     except ValidationError as error:
-        faults = error.errors()
-        absent = [".".join(map(str, fault["loc"])) for fault in faults if fault["type"] == "missing"]
-        if absent:
-            again = as_typed("main.py", "--config", folder / CONFIG)
-            raise UserError(
-                f"{path} has no {', '.join(absent)}: an earlier version of this program wrote it, or it is "
-                f"damaged; restore it, or run it again with {again}"
-            ) from error
-        fault = faults[0]
-        raise UserError(f"{path} is damaged: {fault['loc']}: {fault['msg']}; restore it") from error
+        faults = [f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()]
+        raise UserError(
+            f"{path} is damaged, or an earlier version of this program wrote it ({', '.join(faults)}): "
+            f"restore it, or run it again with {as_typed('main.py', '--config', folder / CONFIG)}"
+        ) from error
 
 
 def is_complete(folder: Path) -> bool:

@@ -20,10 +20,8 @@ from typing import Any
 
 from utils.errors import UserError
 from utils.files import read_json
-from utils.metric_catalogue import MetricSpec
+from utils.metric_catalogue import COSTS, MetricSpec
 from utils.runs.folder import RESULT
-
-PARTS = ("metrics", "parameters", "weights", "cost")  # JSON objects that every result has
 
 
 class AccuracyMatrix:
@@ -90,16 +88,10 @@ def mean_std(values: Sequence[float]) -> tuple[float, float]:
 
 def numbers_of(result: Mapping[str, Any]) -> dict[str, float]:
     """Key -> value of every metric and cost of a run; what is absent or no finite number is left out."""
-    parameters, cost = result["parameters"], result["cost"]
-    values = {
-        **result["metrics"],
-        "parameters_trained": parameters.get("trained"),
-        "parameters_stored": parameters.get("stored"),
-        "parameters_adapters": parameters.get("adapters"),
-        "seconds": cost.get("seconds"),
-        "peak_memory_mb": cost.get("peak_memory_mb"),
-    }
-    return {key: value for key, value in values.items() if is_number(value)}
+    parameters = {f"parameters_{part}": count for part, count in result["parameters"].items()}
+    values = parameters | result["cost"] | result["metrics"]
+    keys = [*result["metrics"], *(spec.key for spec in COSTS)]
+    return {key: values[key] for key in keys if is_number(values.get(key))}
 
 
 def checked_result(
@@ -117,7 +109,7 @@ def fault_of(result: Mapping[str, Any], metrics: Sequence[MetricSpec]) -> str | 
     """Fault that keeps a result out of reports, or None; metrics: of its run's method, the main one first."""
     if not isinstance(result.get("seed"), int):
         return 'it has no "seed"'
-    for part in PARTS:
+    for part in ("metrics", "parameters", "weights", "cost"):
         if not isinstance(result.get(part), dict):
             return f'it has no "{part}"'
     if not is_number(result["metrics"].get(metrics[0].key)):

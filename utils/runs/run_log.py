@@ -7,10 +7,9 @@
         run.result({...})
 
 `config.json`, `manifest.json`, `result.json` and `accuracy.csv` are replaced as a whole, atomically.
-`metrics.jsonl` takes one line per event. `tb/` and `metrics.csv` (tag, step, value) are views of
-`metrics.jsonl` and nothing else: they are written again when a run is resumed. Other trackers that the
-config names get the same numbers (`utils/runs/trackers.py`). The text log lies beside the
-folder as `<folder>.log`. One process at a time writes a run (`utils/runs/folder.py`).
+`metrics.jsonl` takes one line per event. Of it `tb/` and `metrics.csv` are views, written again when a run
+is resumed (`utils/runs/metric_views.py`); other trackers get the same numbers (`utils/runs/trackers.py`). The
+text log lies beside the folder as `<folder>.log`. One process at a time writes a run.
 """
 
 from __future__ import annotations
@@ -75,20 +74,25 @@ class RunLog:
             notes: lines to log first.
             events: how many there were in it when its last session ended.
         """
-        self.folder, self.log_path = folder, text_log(folder)
-        self._lock, self._abandon = lock, abandon
+        self.folder, self.log_path, self._abandon = folder, text_log(folder), abandon
+        self._closing = ExitStack()  # closes each part, whatever the disk refuses of the others
+        self._closing.callback(lock.release)
+        self._text_log: _TextLog | None = None
         with ExitStack() as failed:
-            failed.callback(lock.release)
-            failed.callback(abandon)
-            self._handlers = _open_text_log(self.log_path)
-            failed.callback(self._detach)
-            self._metrics = failed.enter_context(open(folder / METRICS, "ab", buffering=0))
+            failed.push(self)
+            if console := attach_console():
+                self._closing.callback(logger.removeHandler, console)
+            self._text_log = _TextLog(self.log_path, encoding="utf-8", errors="backslashreplace")
+            self._closing.callback(self._text_log.close)
+            add_handler(self._text_log)
+            self._closing.callback(logger.removeHandler, self._text_log)
+            self._metrics = self._closing.enter_context(open(folder / METRICS, "ab", buffering=0))
             config = read_json(folder / CONFIG)
             names = config.get("trackers", [BOARD])
-            self._trackers = Trackers(names, folder, config, events)
             self._views = MetricViews(folder / TENSORBOARD if BOARD in names else None, folder / TABLE)
-            failed.pop_all()
-            failed.push(self)
+            self._closing.callback(self._views.close)
+            self._trackers = Trackers(names, folder, config, events)
+            self._closing.callback(self._trackers.close)
             for note in notes:
                 logger.warning(note)
             self._views.hyperparameters(config)
@@ -103,15 +107,14 @@ class RunLog:
         *,
         config: Mapping[str, Any],
         overwrite: bool,
-        manifest: Mapping[str, Any] | None = None,
+        manifest: Mapping[str, Any] = {},
         fill: Fill = lambda prepared: None,
     ) -> RunLog:
         """Start the record of a new run in `folder` or a numbered sibling (see `claim_folder`).
 
-        The folder holds `config.json` (and `manifest.json`) from its first moment on, and what `fill` puts
-        into it.
+        The folder holds `config.json`, `manifest.json` and what `fill` puts into it from its first moment on.
         """
-        files = {CONFIG: config} | ({} if manifest is None else {MANIFEST: manifest})
+        files = {CONFIG: config, MANIFEST: manifest}
         contents = {name: json_bytes(_plain(values)) for name, values in files.items()}
         claim = claim_folder(folder, contents, overwrite, fill)
         return cls(claim.folder, claim.lock, claim.abandon, claim.notes)
@@ -124,13 +127,11 @@ class RunLog:
             metrics_bytes: size of `metrics.jsonl` when the checkpoint was saved.
             lock: the folder's, where the caller has taken it; it is released when the record is closed.
 
-        Raises:
-            UserError: the folder is being written, or `metrics.jsonl` cannot have had that size.
+        Raises UserError: the folder is being written, or `metrics.jsonl` cannot have had that size.
         """
-        lock = lock or FolderLock(folder).acquire()
+        lock, path = lock or FolderLock(folder).acquire(), folder / METRICS
         with ExitStack() as failed:
             failed.callback(lock.release)
-            path = folder / METRICS
             before = path.read_bytes() if path.exists() else b""
             if before or metrics_bytes:
                 os.truncate(path, len(metrics_until(path, metrics_bytes)))
@@ -163,42 +164,37 @@ class RunLog:
                 raise
         self._show(record)
 
-    def manifest(self, values: Mapping[str, Any]) -> Path:
+    def manifest(self, values: Mapping[str, Any]) -> None:
         """Write `manifest.json`: what the run was made with, and in which sessions."""
-        return self._replace(MANIFEST, json_bytes(_plain(values)))
+        self._replace(MANIFEST, json_bytes(_plain(values)))
 
-    def result(self, values: Mapping[str, Any]) -> Path:
+    def result(self, values: Mapping[str, Any]) -> None:
         """Write `result.json`: the final numbers. Its presence says that the run is finished."""
-        return self._replace(RESULT, json_bytes(_plain(values)))
+        self._replace(RESULT, json_bytes(_plain(values)))
 
     def show_result(self, metrics: Mapping[str, Any], pictures: Sequence[Path]) -> None:
         """Show the final numbers, and the figures that are PNG files, in TensorBoard and other trackers."""
+        pngs = [path for path in pictures if path.suffix == ".png"]
         self._trackers.add(self._views.result(metrics))
-        self._views.figures([path for path in pictures if path.suffix == ".png"])
-        self._trackers.figures(pictures)
+        self._views.figures(pngs)
+        self._trackers.figures(pngs)
 
-    def accuracy_csv(self, rows: Sequence[Sequence[float]], images: str = "test") -> Path:
-        """Write `accuracy.csv`: the task x task matrix in percent at full precision, without a header.
+    def accuracy_csv(self, rows: Sequence[Sequence[float]], images: str = "test") -> None:
+        """Write `accuracy.csv`, or `validation_accuracy.csv`: the matrix in percent, without a header.
 
-        Of "validation" images it is `validation_accuracy.csv`.
         Line t is the state after task t; tasks not seen yet are empty cells.
         """
         name = ACCURACY if images == "test" else VALIDATION_ACCURACY
         padded = pd.DataFrame([[*row, *[None] * (len(rows) - len(row))] for row in rows])
-        return self._replace(name, padded.to_csv(header=False, index=False, lineterminator="\n").encode())
+        self.table(name, padded, header=False)
 
-    def table(self, name: str, table: pd.DataFrame) -> Path:
-        """Write a CSV file with a header, at full precision; a missing value is an empty field."""
-        return self._replace(name, table.to_csv(index=False, lineterminator="\n").encode())
+    def table(self, name: str, table: pd.DataFrame, header: bool = True) -> None:
+        """Write a CSV file at full precision; a missing value is an empty field."""
+        self._replace(name, table.to_csv(header=header, index=False, lineterminator="\n").encode())
 
     def close(self) -> None:
         """Close the files, detach the log handlers, give the lock back. Closing twice is harmless."""
-        with ExitStack() as closing:  # each of them, whatever the disk refuses of the others
-            closing.callback(self._lock.release)
-            closing.callback(self._metrics.close)
-            closing.callback(self._views.close)
-            closing.callback(lambda: self._trackers.close(finished=(self.folder / RESULT).exists()))
-            closing.callback(self._detach)
+        self._closing.close()
 
     def __enter__(self) -> RunLog:
         return self
@@ -217,7 +213,7 @@ class RunLog:
 
     def _log_failure(self, error: BaseException) -> None:
         """End of the text log: what standard error is told otherwise, a mistake's sentence or a traceback."""
-        if isinstance(error, Interrupted) or not isinstance(error, Exception):
+        if self._text_log is None or isinstance(error, Interrupted) or not isinstance(error, Exception):
             return
         text, trace = str(error), None
         if isinstance(error, OSError):
@@ -226,16 +222,10 @@ class RunLog:
             text, trace = "the run failed", (type(error), error, error.__traceback__)
         record = logger.makeRecord(logger.name, logging.ERROR, __file__, 0, text, (), trace)
         with suppress(OSError):  # the disk may be what failed
-            self._handlers[0].handle(record)
+            self._text_log.handle(record)
 
-    def _detach(self) -> None:
-        for handler in self._handlers:
-            logger.removeHandler(handler)
-            handler.close()
-        self._handlers = []
-
-    def _replace(self, name: str, content: bytes) -> Path:
-        return replace_file(self.folder / name, content)
+    def _replace(self, name: str, content: bytes) -> None:
+        replace_file(self.folder / name, content)
 
 
 class SilentLog(RunLog):
@@ -257,8 +247,8 @@ class SilentLog(RunLog):
     def __exit__(self, *_: object) -> None:
         pass
 
-    def _replace(self, name: str, content: bytes) -> Path:
-        return self.folder / name
+    def _replace(self, name: str, content: bytes) -> None:
+        pass
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -309,13 +299,6 @@ class _TextLog(logging.FileHandler):
             return
         with naming(Path(self.baseFilename)):
             raise error
-
-
-def _open_text_log(path: Path) -> list[logging.Handler]:
-    """Send the program's messages to the run's text log and to the console; returns the handlers added."""
-    console = attach_console()
-    text_log = add_handler(_TextLog(path, encoding="utf-8", errors="backslashreplace"))
-    return [text_log] if console is None else [text_log, console]
 
 
 def metrics_until(path: Path, size: int) -> bytes:

@@ -25,10 +25,10 @@ logger = logging.getLogger("nested_lora")
 
 
 class SeedRun(NamedTuple):
-    """The run of one seed of a command: its folder, "" where it has not begun, and whether it is complete."""
+    """The run of one seed of a command: its folder, None before it begins, and whether it is complete."""
 
     seed: int
-    folder: str
+    folder: Path | None
     complete: bool
 
     @property
@@ -45,26 +45,22 @@ def new_command(seeds: Sequence[int], overwrite: bool) -> Command:
 def seed_runs(folder: Path, config: RunConfig, command: Command) -> list[SeedRun]:
     """The runs of a command: that in the folder, then the others beside it, also under an edited prefix.
 
-    Raises:
-        UserError: the config in the folder is not of a seed of the command, or a manifest is damaged.
+    Raises UserError: the config in the folder is not of a seed of the command, or a manifest is damaged.
     """
     if config.seed not in command.seeds:
         raise UserError(
             f"{folder / CONFIG} does not belong to this run any more: its seed is {config.seed}, and the run "
             f"was started for one of {command.seeds}; set back what was edited"
         )
-    folders = {config.seed: folder}
     others = [seed for seed in command.seeds if seed != config.seed]
+    folders: dict[int, Path | None] = {config.seed: folder} | dict.fromkeys(others)
     for seed in others:
         name = folder_of(config, seed).name
         names = re.compile(".*" + re.escape(name.removeprefix(config.prefix)) + r"(_\d+)?")
         for path in sorted(folder.absolute().parent.iterdir()):
             if names.fullmatch(path.name) and _is_of(path, command, surely=path.name.startswith(name)):
                 folders[seed] = folder.with_name(path.name)
-    return [
-        SeedRun(seed, str(folders.get(seed, "")), seed in folders and is_complete(folders[seed]))
-        for seed in [config.seed, *others]
-    ]
+    return [SeedRun(seed, found, bool(found and is_complete(found))) for seed, found in folders.items()]
 
 
 def _is_of(folder: Path, command: Command, surely: bool) -> bool:
@@ -88,8 +84,7 @@ def check_same_config(configs: Sequence[tuple[Path, RunConfig]]) -> None:
 def check_one_experiment(configs: Sequence[tuple[Path, RunConfig]]) -> list[str]:
     """Sentences about code or libraries that differ between runs of one experiment.
 
-    Raises:
-        UserError: a seed stands twice, or configs, data or weights differ.
+    Raises UserError: a seed stands twice, or configs, data or weights differ.
     """
     check_same_config(configs)
     by_seed: dict[int, Path] = {}

@@ -4,7 +4,7 @@
     trackers = Trackers(["wandb"], folder, config)
     trackers.add([("task/total", 3, 81.5)])           # the numbers of one event: (name, step, value)
     trackers.figures([folder / "figures/norms.png"])
-    trackers.close(finished=True)
+    trackers.close()
 
 TensorBoard's files are a view of the record (`utils/runs/metric_views.py`). A tracker is opened at the first
 number; its run's id goes to the folder's `trackers.json`, so that a resumed run continues it. One that fails
@@ -19,7 +19,6 @@ import re
 import textwrap
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from typing import Any
 from utils.command_line import as_set
 from utils.errors import UserError, in_one_line
 from utils.files import read_json, write_json
-from utils.runs.folder import SWEEP
+from utils.runs.folder import RESULT, SWEEP
 
 TRACKERS = "trackers.json"  # name -> id of the run there
 PROJECT = "nested-lora"  # where WANDB_PROJECT or MLFLOW_EXPERIMENT_NAME says no other
@@ -45,40 +44,26 @@ Row = tuple[str, int, float]  # name, step, value
 logger = logging.getLogger("nested_lora")
 
 
-@dataclass(frozen=True)
-class TrackedRun:
-    """A run as a tracker shows it: its folder and configuration, and the id it has there, None if new."""
-
-    folder: Path
-    config: Mapping[str, Any]
-    id: str | None
-
-    @property
-    def group(self) -> str:
-        """Name that the seeds of an experiment share: its prefix; of a sweep's cell `<sweep>/<cell>`."""
-        sweep, prefix = Path(self.config.get("logs_root", "")).parent, self.config.get("prefix", "run")
-        return f"{sweep.name}/{prefix}" if (sweep / SWEEP).is_file() else prefix
-
-
 class WandbTracker:
     """A run of Weights & Biases, found again by its `id`; the axis of its curves is the step of each number.
 
     Every tracker has these methods, which may raise any exception.
     """
 
-    def __init__(self, run: TrackedRun) -> None:
+    def __init__(self, folder: Path, config: Mapping[str, Any], group: str, id: str | None) -> None:
+        """Open the run in a folder, known there as `id`, None if new; group: see `Trackers`."""
         import wandb
 
         self._wandb = wandb
         settings = wandb.Settings(silent=True, console="off", init_timeout=SECONDS, login_timeout=SECONDS)
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", PROJECT),
-            id=run.id,
+            id=id,
             resume="allow",
-            name=run.folder.name,
-            group=run.group,
-            config=dict(run.config),
-            dir=os.environ.get("WANDB_DIR", run.folder),
+            name=folder.name,
+            group=group,
+            config=dict(config),
+            dir=os.environ.get("WANDB_DIR", folder),
             settings=settings,
         )
         self.id = self._run.id
@@ -98,21 +83,21 @@ class WandbTracker:
 class MlflowTracker:
     """A run of MLflow, at MLFLOW_TRACKING_URI or, without that, in the files of `<logs_root>/mlruns`."""
 
-    def __init__(self, run: TrackedRun) -> None:
+    def __init__(self, folder: Path, config: Mapping[str, Any], group: str, id: str | None) -> None:
         for name, value in MLFLOW_SETTINGS.items():
             os.environ.setdefault(name, value)
         from mlflow import MlflowClient, entities
 
         self._entities = entities
-        files = Path(run.config.get("logs_root", run.folder.parent)).absolute() / "mlruns"
+        files = Path(config.get("logs_root", folder.parent)).absolute() / "mlruns"
         self._client = MlflowClient(os.environ.get("MLFLOW_TRACKING_URI") or files.as_uri())
-        if run.id is not None:
-            self.id = run.id
+        if id is not None:
+            self.id = id
             self._client.update_run(self.id, status="RUNNING")
             return
-        tags = {"group": run.group, "folder": str(run.folder)}
-        self.id = self._client.create_run(self._experiment(), run_name=run.folder.name, tags=tags).info.run_id
-        params = [entities.Param(key, str(value)[:MLFLOW_TEXT]) for key, value in run.config.items()]
+        tags = {"group": group, "folder": str(folder)}
+        self.id = self._client.create_run(self._experiment(), run_name=folder.name, tags=tags).info.run_id
+        params = [entities.Param(key, str(value)[:MLFLOW_TEXT]) for key, value in config.items()]
         for start in range(0, len(params), MLFLOW_BATCH):
             self._client.log_batch(self.id, params=params[start : start + MLFLOW_BATCH])
 
@@ -161,11 +146,17 @@ def require_trackers(names: Sequence[str]) -> None:
 
 
 class Trackers:
-    """The trackers of a run other than TensorBoard."""
+    """The trackers of a run other than TensorBoard.
+
+    There the seeds of an experiment share a group: its prefix; of a sweep's cell `<sweep>/<cell>`.
+    """
 
     def __init__(self, names: Iterable[str], folder: Path, config: Mapping[str, Any], known: int = 0) -> None:
         """Trackers by name, none opened yet. known: events that earlier sessions of the run gave them."""
         self._folder, self._config, self._events = folder, config, 0
+        sweep, self._group = Path(config.get("logs_root", "")).parent, config.get("prefix", "run")
+        if (sweep / SWEEP).is_file():
+            self._group = f"{sweep.name}/{self._group}"
         self._ids = read_json(folder / TRACKERS) if (folder / TRACKERS).is_file() else {}
         self._known = {name: known if name in self._ids else 0 for name in CLASSES}
         self._open: dict[str, Tracker | None] = {name: None for name in names if name in CLASSES}
@@ -177,14 +168,14 @@ class Trackers:
             if rows and self._events > self._known[name]:
                 self._do(name, lambda tracker: tracker.add(rows))
 
-    def figures(self, paths: Iterable[Path]) -> None:
+    def figures(self, paths: Sequence[Path]) -> None:
         """PNG files."""
-        pictures = [path for path in paths if path.suffix == ".png"]
         for name in list(self._open):
-            self._do(name, lambda tracker: tracker.figures(pictures))
+            self._do(name, lambda tracker: tracker.figures(paths))
 
-    def close(self, finished: bool) -> None:
-        """End what is open. finished: whether the run has its result."""
+    def close(self) -> None:
+        """End what is open: as finished, if the run has its result."""
+        finished = (self._folder / RESULT).exists()
         for name, tracker in list(self._open.items()):
             if tracker is not None:
                 self._do(name, lambda tracker: tracker.close(finished))
@@ -195,8 +186,8 @@ class Trackers:
         try:
             tracker = self._open[name]
             if tracker is None:
-                run = TrackedRun(self._folder, self._config, self._ids.get(name))
-                tracker = self._open[name] = CLASSES[name](run)
+                where = self._folder, self._config, self._group, self._ids.get(name)
+                tracker = self._open[name] = CLASSES[name](*where)
                 self._ids = {**self._ids, name: tracker.id}
                 write_json(self._folder / TRACKERS, self._ids)
             act(tracker)

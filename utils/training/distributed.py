@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from utils.errors import UserError, os_error_sentence
 
+Answer = TypeVar("Answer")
 VARIABLES = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")  # that torchrun sets
 
 
@@ -96,13 +98,13 @@ class DistributedContext:
                 f"{what} differs on rank {differing} from rank 0: run the same code on devices of one kind"
             )
 
-    def on_main(self, call: Callable[[], str]) -> str:
-        """Text that a call returns on rank 0, the only one to make it, on every rank.
+    def on_main(self, call: Callable[[], Answer]) -> Answer:
+        """What a call returns on rank 0, the only one to make it, on every rank: of what pickle takes.
 
         A UserError or OSError that it raises there is raised there, and a UserError of the same words on the
         others.
         """
-        told, refused = ["", None], None  # the text, or why there is none
+        told, refused = [None, None], None  # the answer, or why there is none
         if self.is_main:
             try:
                 told[0] = call()

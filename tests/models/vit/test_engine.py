@@ -23,6 +23,7 @@ from tests.conftest import learner_of, run_tasks
 from trainer import train
 from utils.config.schema import RunConfig
 from utils.errors import Interrupted, UserError
+from utils.runs.seeds import new_command
 
 Make = Callable[..., RunConfig]
 SEVERAL_TASKS = {"max_tasks": 3, "func_epoch": 2, "exp_threshold": 0.5, "augmentation": "none", "min_lr": 0.0}
@@ -39,7 +40,7 @@ def only_folder(config: RunConfig) -> Path:
 
 def run(config: RunConfig) -> tuple[dict[str, Any], list[float]]:
     """Result and losses of a configuration's only run."""
-    result = train(config, overwrite=True)
+    result = train(config, command=new_command([config.seed], overwrite=True))
     return result, losses(only_folder(config))
 
 

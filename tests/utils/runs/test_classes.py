@@ -9,18 +9,18 @@ from tests.drawn import assert_readable, drawn_texts
 from trainer import train
 from utils.plotting import STYLE
 from utils.runs.classes import CONFUSION, PER_CLASS, class_tables, confusion_counts, read_classes
-from utils.runs.figures import confusion_figure, draw_figures
+from utils.runs.figures import confusion_figure
 from utils.runs.run_log import RunLog, read_accuracy_csv
 
 
-def invented(classes: int, increment: int = 10) -> tuple[pd.DataFrame, np.ndarray]:
+def invented(classes: int) -> tuple[pd.DataFrame, np.ndarray]:
     """(table per class, counts) of 20 images per class, of which about every third is mistaken."""
     draw = np.random.default_rng(classes)
     targets = np.repeat(np.arange(classes), 20)
     predicted = np.where(draw.random(len(targets)) < 0.3, draw.integers(0, classes, len(targets)), targets)
     counts = confusion_counts(targets, predicted, classes)
     names = [f"a photographed thing, no. {number}" if number % 3 else "fox" for number in range(classes)]
-    tasks = [number // increment for number in range(classes)]
+    tasks = [number // 10 for number in range(classes)]
     return class_tables(counts, names, tasks, [18] * classes)[PER_CLASS], counts
 
 
@@ -62,20 +62,3 @@ def test_the_confusion_figure_can_be_read_with_few_and_many_classes(classes):
     texts = {text for text, _ in drawn_texts(figure)}
     assert ("task 3" in texts) == (classes == 100 or classes == 200)
     assert len(figure.axes[0].lines) == 2 * (classes // 10 - 1 if classes > 10 else 0)  # borders of tasks
-
-
-def test_figures_come_in_another_form_too_and_again_alike(tmp_path):
-    run = tmp_path / "run"
-    run.mkdir()
-    (run / "config.json").write_text('{"figure_format": "pdf", "seed": 1}')
-    (run / "metrics.jsonl").write_text("")
-    per_class, counts = invented(4, 2)
-    for name, table in class_tables(
-        counts, per_class["name"], per_class["task"], per_class["correct"]
-    ).items():
-        table.to_csv(run / name, index=False)
-    first, second = (
-        {path.name: path.read_bytes() for path in draw_figures(run, lambda *_: {})} for _ in range(2)
-    )
-    assert first == second and first.keys() == {"confusion.png", "confusion.pdf"}
-    assert first["confusion.pdf"].startswith(b"%PDF")

@@ -44,11 +44,11 @@ def invented(tasks: int, blocks: int = 12) -> tuple[list[list[float]], list[floa
     return rows, [sum(row) / len(row) for row in rows], norms, adapters
 
 
-def write_run(folder: Path, tasks=3, blocks=4, norms=True, growth=True, result=True) -> Path:
-    """The files of an invented run, as the run log writes them."""
+def write_run(folder: Path, tasks=3, norms=True, growth=True, result=True, **config: str) -> Path:
+    """The files of an invented run, as the run log writes them; config: keys that are added to `CONFIG`."""
     folder.mkdir()
-    rows, totals, norm_events, adapters = invented(tasks, blocks)
-    (folder / "config.json").write_text(json.dumps(CONFIG))
+    rows, totals, norm_events, adapters = invented(tasks, blocks=4)
+    (folder / "config.json").write_text(json.dumps(CONFIG | config))
     events = list(norm_events) if norms else []
     for t in range(tasks):
         counts = adapters[t] if growth else {}
@@ -71,33 +71,39 @@ def first_axes(draw: Any, *arguments: Any) -> Axes:
         return draw(*arguments, "run").axes[0]
 
 
-def test_every_figure_of_a_run_is_drawn_where_it_belongs_and_again_alike(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "run")
-    first = {path: path.read_bytes() for path in draw_figures(run, class_incremental_figures)}
-    assert names(list(first)) == ALL
-    for path in first:
+def test_every_figure_of_a_run_is_drawn_where_it_belongs_in_another_form_too_and_again_alike(
+    tmp_path: Path,
+) -> None:
+    run = write_run(tmp_path / "run", figure_format="pdf")
+    first, second = (
+        {path: path.read_bytes() for path in draw_figures(run, class_incremental_figures)} for _ in range(2)
+    )
+    assert first == second
+    assert names(list(first)) == sorted([*ALL, *(name.replace(".png", ".pdf") for name in ALL)])
+    for path, content in first.items():
         assert path.parent == run / "figures"
-        picture = imread(path)
-        assert min(picture.shape[:2]) > 300 and picture[..., :3].std() > 0.05  # not a blank sheet
-    assert {path: path.read_bytes() for path in draw_figures(run, class_incremental_figures)} == first
-
-
-def test_none_are_drawn_where_none_are_asked_for(tmp_path: Path) -> None:
-    """The folder is there all the same: without it a run is not finished."""
-    run = write_run(tmp_path / "run")
-    config = json.loads((run / "config.json").read_text())
-    (run / "config.json").write_text(json.dumps(config | {"figure_format": "none"}))
-    assert draw_figures(run, class_incremental_figures) == [] == list((run / "figures").iterdir())
+        if path.suffix == ".pdf":
+            assert content.startswith(b"%PDF")
+        else:
+            picture = imread(path)
+            assert min(picture.shape[:2]) > 300 and picture[..., :3].std() > 0.05  # not a blank sheet
 
 
 @pytest.mark.parametrize(
     ("run", "expected"),
-    [({"norms": False, "growth": False}, ALL[:2]), ({"tasks": 0, "result": False}, [])],
+    [
+        ({"norms": False, "growth": False}, ALL[:2]),
+        ({"tasks": 0, "result": False}, []),
+        ({"figure_format": "none"}, []),
+    ],
 )
-def test_figures_without_numbers_are_left_out(
+def test_figures_without_numbers_or_wish_are_left_out(
     run: dict[str, Any], expected: list[str], tmp_path: Path
 ) -> None:
-    assert names(draw_figures(write_run(tmp_path / "run", **run), class_incremental_figures)) == expected
+    """Their folder is there all the same: without it a run is not finished."""
+    folder = write_run(tmp_path / "run", **run)
+    assert names(draw_figures(folder, class_incremental_figures)) == expected
+    assert names(list((folder / "figures").iterdir())) == expected
 
 
 def test_a_run_killed_while_recording_a_task_is_drawn_as_far_as_it_got(tmp_path: Path) -> None:

@@ -73,15 +73,6 @@ def content(folder: Path) -> dict[str, Any]:
     return files | {"log": folder.with_name(folder.name + ".log").read_bytes()}
 
 
-def visible(folder: Path) -> set[str]:
-    """What a reader of the logs sees beside a run."""
-    return {path.name for path in folder.parent.iterdir() if not path.name.startswith(".")}
-
-
-def alone(folder: Path) -> set[str]:
-    return {folder.name, folder.name + ".log"}
-
-
 # --- one process a folder ---
 
 
@@ -145,13 +136,6 @@ def failing(monkeypatch: pytest.MonkeyPatch, moment: str, error: BaseException) 
     monkeypatch.setattr(*MOMENTS[moment], Mock(side_effect=error))
 
 
-REFUSALS = {
-    "a mistake": UserError("not this"),
-    "a full disk": OSError(28, "No space left on device", "somewhere"),
-    "Ctrl-C": KeyboardInterrupt(),
-}
-
-
 @pytest.mark.parametrize("option", [[], ["--overwrite"]], ids=["beside", "overwrite"])
 def test_what_is_refused_before_its_first_step_leaves_no_trace(
     option: list[str], finished: Path, monkeypatch: pytest.MonkeyPatch, told: Callable[..., str]
@@ -159,11 +143,13 @@ def test_what_is_refused_before_its_first_step_leaves_no_trace(
     """Refused by the data, or in the first step: the old run is where it was."""
     before, logs = content(finished), finished.parents[4]
     told(2, main.main, *command(logs, dataset="nowhere.npz"), *option)
-    for error in REFUSALS.values():
+    full = OSError(errno.ENOSPC, "No space left on device", "somewhere")
+    for error, code in ((UserError("not this"), 2), (full, 2), (KeyboardInterrupt(), 130)):
         with monkeypatch.context() as patch:
             failing(patch, "step", error)
-            told(130 if isinstance(error, KeyboardInterrupt) else 2, main.main, *command(logs), *option)
-        assert content(finished) == before and visible(finished) == alone(finished)
+            told(code, main.main, *command(logs), *option)
+        visible = {path.name for path in finished.parent.iterdir() if not path.name.startswith(".")}
+        assert content(finished) == before and visible == {finished.name, finished.name + ".log"}
 
 
 def test_a_new_place_for_logs_is_gone_again_with_its_run(

@@ -64,16 +64,11 @@ def wandb_records(folder: Path) -> Iterator[Any]:
 
 def wandb_rows(folder: Path, count: int) -> Rows:
     """At least so many rows, waited for: W&B's own process writes them."""
-    until = time.monotonic() + 20
-    while len(rows := _wandb_rows(folder)) < count and time.monotonic() < until:
+    rows, until = [], time.monotonic() + 20
+    while len(rows) < count and time.monotonic() < until:
         time.sleep(0.1)
-    return rows
-
-
-def _wandb_rows(folder: Path) -> Rows:
-    rows = []
-    for record in wandb_records(folder):
-        if record.WhichOneof("record_type") == "history":
+        rows = []
+        for record in wandb_records(folder):
             items = {
                 item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item
             }
