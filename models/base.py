@@ -60,7 +60,7 @@ class RunContext:
         precision: "fp32" or "bf16", as the device has it.
         distributed: this process among those that train together.
         log: the run's record; None where a model is only looked at.
-        stop: asked between two steps; True on any rank makes `train_task` raise `Interrupted` on all.
+        stop: whether this process is to stop; asked between two steps and between two files (`check_stop`).
         save: writes a checkpoint, for phases that are saved before their end.
         reads_data: the data set is read; False where a model is rebuilt for predictions, without it.
         warnings: departures from the configuration, for the log.
@@ -77,9 +77,10 @@ class RunContext:
     warnings: list[str] = field(default_factory=list)
     trains_from: int | None = None
 
-    def stop_requested(self) -> bool:
-        """Whether this process is to stop."""
-        return self.stop()
+    def check_stop(self) -> None:
+        """Raises Interrupted on all ranks where one of them is to stop; all must ask at the same point."""
+        if self.distributed.any(self.stop()):
+            raise Interrupted
 
 
 @dataclass
@@ -302,8 +303,7 @@ class Learner(ABC):
             while at.epoch < phase.epochs:
                 try:
                     for batch in phase.batches(at.epoch, at.step):
-                        if self.stopping():
-                            raise Interrupted
+                        self.context.check_stop()
                         self.take_step(phase, at, batch)
                         bar.update()
                 except Interrupted:  # also from what makes the batches
@@ -431,10 +431,6 @@ class Learner(ABC):
     def method_state(self) -> dict[str, Any]:
         """The method's own state inside a task and from task to task (JSON)."""
         return self.progress.state
-
-    def stopping(self) -> bool:
-        """Whether a stop was requested on any rank; every rank must ask at the same point."""
-        return self.distributed.any(self.context.stop_requested())
 
     def autocast(self) -> Any:
         """The run's precision, for forward passes of the backbone."""

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from backbone.frozen_block import speed_up
 from models.base import Learner, Report, RunContext
 from models.vit import calibration
-from models.vit.activations import CHOSEN, ForwardOptions
+from models.vit.activations import CHOSEN, ActivationStore
 from models.vit.calibration import Calibration
 from models.vit.closed_form import ClosedFormHead
 from models.vit.config import ClassIncrementalConfig
@@ -70,7 +70,7 @@ class ClassIncrementalLearner(Learner):
     """
 
     Config = ClassIncrementalConfig
-    Inputs = TaskInputs
+    Store, Inputs = ActivationStore, TaskInputs
     figures = staticmethod(class_incremental_figures)
     captions = CAPTIONS
     analyses = ANALYSES
@@ -176,23 +176,15 @@ class ClassIncrementalLearner(Learner):
     @cached_property
     def inputs(self) -> TaskInputs:
         """Batches and features of the tasks' images, from stored activations of the frozen blocks."""
-        options = ForwardOptions(
-            device=self.device,
-            precision=self.config.precision,
-            batch_size=self.config.eval_batch_size,
-            identity={
-                **self.backbone.identity(),
-                "options": self.backbone.options_sha256,
-                "cpu_kernels": self.config.cpu_kernels,
-                "versions": library_versions(),
-            },
-            distributed=self.distributed,
-            stop_requested=self.context.stop_requested,
-        )
-        fast, views = self.config.engine == "fast", self.config.cache_views
-        return self.Inputs(
-            self.network, self.data, self.cache, options, fast, views, self.seed, self.shared_views
-        )
+        identity = {
+            **self.backbone.identity(),
+            "options": self.backbone.options_sha256,
+            "cpu_kernels": self.config.cpu_kernels,
+            "versions": library_versions(),
+        }
+        batch_size = self.config.eval_batch_size
+        store = self.Store(self.network, self.data, self.cache, self.context, batch_size, identity)
+        return self.Inputs(store, self.config, self.shared_views)
 
     def shared_views(self) -> int:
         """How many of the open task's first views several of its phases read, as far as is known."""

@@ -63,7 +63,7 @@ def load_data_and_backbone(
     )
     if context.trains_from is not None:
         data.require_training_images(context.trains_from)
-    data.stop_requested = context.stop_requested
+    data.stop_requested = lambda: context.stop()
     return data, backbone
 
 
