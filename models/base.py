@@ -42,7 +42,7 @@ from utils.training.device import (
 )
 from utils.training.distributed import DistributedContext
 from utils.training.phase import Phase, PhaseProgress, StepResult
-from utils.wording import counted
+from utils.wording import counted, some
 
 logger = logging.getLogger("nested_lora")
 
@@ -497,8 +497,7 @@ def load_learned(modules: nn.Module, tensors: Mapping[str, Tensor], frozen: set[
     wrong = [f"{name} is missing" for name in sorted(set(missing) - frozen)]
     wrong += [f"{name} is unexpected" for name in sorted(unexpected)]
     if wrong:
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise UserError(f"the checkpoint does not fit this configuration: {'; '.join(wrong[:3])}{more}")
+        raise UserError(f"the checkpoint does not fit this configuration: {some(wrong, '; ', most=3)}")
 
 
 def _exactly(kind: type[Saved], values: dict[str, Any]) -> Saved:

@@ -240,19 +240,19 @@ class ActivationStore:
 
     def drop_own(self, source: str) -> None:
         """Remove the run's own files of a source, or `CHOSEN`."""
-        groups = [group for group, of in self._own.items() if of == source]
-        if groups:
-            self.context.distributed.barrier()
-        for group in groups:
-            del self._own[group]
-            if self.context.distributed.local_rank == 0:
-                self.cache.drop(group)
+        self._drop([group for group, of in self._own.items() if of == source])
 
     def drop(self, depth: int, source: str, view: Key) -> None:
         """Remove the files of one view, also those that an interrupted process of this run has left."""
-        self.context.distributed.barrier()
-        if self.context.distributed.local_rank == 0:
-            self.cache.drop(group_name(self._about(depth, source, view)))
+        self._drop([group_name(self._about(depth, source, view))])
+
+    def _drop(self, groups: list[str]) -> None:
+        if groups:
+            self.context.distributed.barrier()
+        for group in groups:
+            self._own.pop(group, None)
+            if self.context.distributed.local_rank == 0:
+                self.cache.drop(group)
 
     def _about(self, depth: int, source: str, view: Key | None) -> dict[str, Any]:
         """Everything that shapes the activations."""

@@ -12,7 +12,6 @@ about a hundredth of the time of computing them, those that several phases read 
 open; elsewhere each phase computes them.
 """
 
-import itertools
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from typing import NamedTuple
@@ -284,17 +283,17 @@ class TaskInputs:
 
         View after view of all images, each in an order of its own, until there are `count` of at least 1.
         """
-        names = ((*key, number) for number in itertools.count())
-        views = ((name, self.new_view(task, after + name[-1], name)) for name in names)
-        batches = (
-            batch for name, view in views for batch in self.read(task, view, name, self.store.batch_size)
-        )
-        parts, total = [], 0
+        parts, total, number = [], 0, 0
         with progress(total=count, desc=f"Task {task} rd, new views", unit="image") as bar:
             while total < count:
-                self.context.check_stop()
-                batch = next(batches)
-                parts.append(self.token_means(batch, blocks))
-                total += batch.total
-                bar.update(batch.total)
+                name = (*key, number)
+                view = self.new_view(task, after + number, name)
+                for batch in self.read(task, view, name, self.store.batch_size):
+                    self.context.check_stop()
+                    parts.append(self.token_means(batch, blocks))
+                    total += batch.total
+                    bar.update(batch.total)
+                    if total >= count:
+                        break
+                number += 1
         return {block: torch.cat([part[block] for part in parts])[:count] for block in blocks}
