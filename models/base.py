@@ -177,7 +177,7 @@ class Learner(ABC):
         """Test what has been learned after a task: exact numbers (JSON)."""
 
     @abstractmethod
-    def report(self, evaluations: Sequence[dict[str, Any]]) -> "Report":
+    def report(self, evaluations: Sequence[dict[str, Any]]) -> Report:
         """Report of the run after its newest task; `evaluations` has one entry per finished task."""
 
     @abstractmethod

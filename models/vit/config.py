@@ -515,22 +515,18 @@ class BlockKeys(ClassIncrementalConfig):
 
     def shape_conflicts(self, shape: BackboneShape) -> list[Conflict]:
         """Blocks beyond those of the backbone."""
-        found = super().shape_conflicts(shape)
+        found, largest = super().shape_conflicts(shape), shape.depth - 1
         for name in ("adapt_start_layer", "adapt_end_layer"):
-            if self.trains_adapters and self.chooses_blocks and getattr(self, name) >= shape.depth:
-                sentence = (
-                    f"the backbone has {shape.depth} blocks; allowed: {name} from 0 to {shape.depth - 1}"
-                )
+            if self.trains_adapters and self.chooses_blocks and getattr(self, name) > largest:
+                sentence = f"the backbone has {shape.depth} blocks; allowed: {name} from 0 to {largest}"
                 found.append(((name, "backbone_type"), sentence))
         return found
 
     def adapted_blocks(self, depth: int) -> range:
         """The blocks that carry adapters, of a backbone with `depth` blocks."""
-        return (
-            range(depth)
-            if self.adapter_blocks == "all"
-            else range(self.adapt_start_layer, self.adapt_end_layer + 1)
-        )
+        if self.adapter_blocks == "all":
+            return range(depth)
+        return range(self.adapt_start_layer, self.adapt_end_layer + 1)
 
     def unused_rules(self) -> list[UnusedRule]:
         blocks = ("adapt_start_layer", "adapt_end_layer")
