@@ -42,7 +42,7 @@ from utils.training.device import (
 )
 from utils.training.distributed import DistributedContext
 from utils.training.phase import Phase, PhaseProgress, StepResult
-from utils.wording import counted
+from utils.wording import counted, some
 
 logger = logging.getLogger("nested_lora")
 
@@ -60,7 +60,7 @@ class RunContext:
         precision: "fp32" or "bf16", as the device has it.
         distributed: this process among those that train together.
         log: the run's record; None where a model is only looked at.
-        stop: asked between two steps; True on any rank makes `train_task` raise `Interrupted` on all.
+        stop: whether this process is to stop; asked between two steps and between two files (`check_stop`).
         save: writes a checkpoint, for phases that are saved before their end.
         reads_data: the data set is read; False where a model is rebuilt for predictions, without it.
         warnings: departures from the configuration, for the log.
@@ -77,9 +77,10 @@ class RunContext:
     warnings: list[str] = field(default_factory=list)
     trains_from: int | None = None
 
-    def stop_requested(self) -> bool:
-        """Whether this process is to stop."""
-        return self.stop()
+    def check_stop(self) -> None:
+        """Raises Interrupted on all ranks where one of them is to stop; all must ask at the same point."""
+        if self.distributed.any(self.stop()):
+            raise Interrupted
 
 
 @dataclass
@@ -176,7 +177,7 @@ class Learner(ABC):
         """Test what has been learned after a task: exact numbers (JSON)."""
 
     @abstractmethod
-    def report(self, evaluations: Sequence[dict[str, Any]]) -> "Report":
+    def report(self, evaluations: Sequence[dict[str, Any]]) -> Report:
         """Report of the run after its newest task; `evaluations` has one entry per finished task."""
 
     @abstractmethod
@@ -302,8 +303,7 @@ class Learner(ABC):
             while at.epoch < phase.epochs:
                 try:
                     for batch in phase.batches(at.epoch, at.step):
-                        if self.stopping():
-                            raise Interrupted
+                        self.context.check_stop()
                         self.take_step(phase, at, batch)
                         bar.update()
                 except Interrupted:  # also from what makes the batches
@@ -432,10 +432,6 @@ class Learner(ABC):
         """The method's own state inside a task and from task to task (JSON)."""
         return self.progress.state
 
-    def stopping(self) -> bool:
-        """Whether a stop was requested on any rank; every rank must ask at the same point."""
-        return self.distributed.any(self.context.stop_requested())
-
     def autocast(self) -> Any:
         """The run's precision, for forward passes of the backbone."""
         return autocast(self.device, self.config.precision)
@@ -501,8 +497,7 @@ def load_learned(modules: nn.Module, tensors: Mapping[str, Tensor], frozen: set[
     wrong = [f"{name} is missing" for name in sorted(set(missing) - frozen)]
     wrong += [f"{name} is unexpected" for name in sorted(unexpected)]
     if wrong:
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise UserError(f"the checkpoint does not fit this configuration: {'; '.join(wrong[:3])}{more}")
+        raise UserError(f"the checkpoint does not fit this configuration: {some(wrong, '; ', most=3)}")
 
 
 def _exactly(kind: type[Saved], values: dict[str, Any]) -> Saved:

@@ -19,12 +19,10 @@ from torch import Tensor, nn
 
 from backbone.prompts import PromptedViT, WithoutPrompts
 from models.config.coda_prompt import CODAPromptConfig
-from models.vit.activations import ActivationStore, ForwardOptions
+from models.vit.activations import ActivationStore
 from models.vit.class_incremental import ClassIncrementalLearner
 from models.vit.task_inputs import Batch, Source, TaskInputs
 from models.vit.training import FunctionalPhase
-from utils.cache.tensor_cache import TensorCache
-from utils.data.tasks import DataManager
 from utils.inc_net import IncrementalHead
 from utils.training.device import autocast
 from utils.training.phase import StepResult
@@ -37,11 +35,9 @@ class QueryStore(ActivationStore):
     Queries depend on no prompt: runs with these weights and views share their files.
     """
 
-    def __init__(
-        self, network: PromptedViT, data: DataManager, cache: TensorCache, options: ForwardOptions
-    ) -> None:
-        super().__init__(network, data, cache, options)
-        self.plain = ActivationStore(WithoutPrompts(network), data, cache, options)
+    def __init__(self, network: PromptedViT, *args: Any) -> None:
+        super().__init__(network, *args)
+        self.plain = ActivationStore(WithoutPrompts(network), *args)
         self.keeps_queries = True
 
     def at(
@@ -58,18 +54,16 @@ class QueryStore(ActivationStore):
 class QueriedInputs(TaskInputs):
     """`TaskInputs` whose features are those of stored queries."""
 
-    Store = QueryStore
-
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.store.keeps_queries = self.fast
 
     @torch.no_grad()
     def batch_features(self, below: Source, indices: np.ndarray) -> Tensor:
-        device = self.options.device
+        device = self.context.device
         x = below.take(indices).to(device)
         query = None if below.queries is None else below.queries.take(indices).to(device)
-        with autocast(device, self.options.precision):
+        with autocast(device, self.context.precision):
             return self.network(x, below.depth, query=query).float().cpu()
 
 
@@ -77,7 +71,7 @@ class CODAPrompt(ClassIncrementalLearner):
     """Prefixes of keys and values, composed by what the image's query attends to."""
 
     Config = CODAPromptConfig
-    Inputs = QueriedInputs
+    Store, Inputs = QueryStore, QueriedInputs
     config: CODAPromptConfig
 
     def build(self, vit: nn.Module) -> nn.ModuleDict:

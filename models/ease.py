@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.config.ease import EASEConfig
-from models.vit import calibration
 from models.vit.class_incremental import ClassIncrementalLearner
 from models.vit.closed_form import ClosedFormHead
 from models.vit.training import task_adapter_network, train_and_freeze
@@ -40,7 +39,6 @@ class EASEHead(ClosedFormHead):
         alpha, temperature: as above.
     """
 
-    unseen = calibration.TRAINED_ON
     prototypes: Tensor  # (subspaces, C, d)
     task_of_class: Tensor  # (C,)
 
@@ -80,9 +78,6 @@ class EASEHead(ClosedFormHead):
         """Weight of each subspace in the score of each class, (subspaces, C): 1 or alpha / t."""
         own = F.one_hot(self.task_of_class.long(), len(self.prototypes)).T
         return own + self.alpha / max(1, len(self.prototypes) - 1) * (1 - own)
-
-    def unseen_scores(self, features: Tensor, targets: Tensor) -> None:
-        """None: adapters were trained on these images."""
 
 
 class EASE(ClassIncrementalLearner):

@@ -28,7 +28,6 @@ from models.gumbel_growth import CAPTIONS, active_adapters_table, decide, gate_f
 from models.vit.class_incremental import ClassIncrementalLearner
 from utils.analysis.representations import GATE_ANALYSES
 from utils.console import progress
-from utils.errors import Interrupted
 from utils.gumbel_utils import gumbel_sparsemax, newcomer_logits, sparsemax, sparsity_loss
 from utils.inc_net import IncrementalHead
 from utils.runs.figures import CAPTIONS as RUN_CAPTIONS
@@ -217,8 +216,7 @@ class SDLoRA(ClassIncrementalLearner):
         batches = self.data.batches(classes, source=source, batch_size=size)
         told = f"Features of {source} images of {counted(len(classes), 'class', 'classes')}"
         for images, _ in progress(batches, total=-(-left // size), desc=told, unit="batch"):
-            if self.stopping():
-                raise Interrupted
+            self.context.check_stop()
             parts.append(self.distributed.all_gather(self.features(images.to(self.device)), min(size, left)))
             left -= size
         return torch.cat(parts)

@@ -39,7 +39,6 @@ from models.vit.class_incremental import ClassIncrementalLearner
 from models.vit.task_inputs import Batch
 from models.vit.training import adapter_spec, train_functional
 from utils.console import progress
-from utils.errors import Interrupted
 from utils.training.optim import GroupedOptimizer, ParameterGroup, trainable
 from utils.training.phase import EpochNote, Phase, StepResult
 from utils.training.random import rng
@@ -136,8 +135,7 @@ class SEMA(ClassIncrementalLearner):
             batches = self.inputs.read(self.task, source, key, size, start=state["batch"])
             left = self.inputs.batch_count(self.task, size) - state["batch"]
             for batch in progress(batches, total=left, desc=f"Task {self.task} scan", unit="batch"):
-                if self.stopping():
-                    raise Interrupted
+                self.context.check_stop()
                 state["batch"] += 1
                 self.progress.steps += 1
                 state["block"] = self._grow_if_novel(batch)

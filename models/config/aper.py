@@ -10,8 +10,7 @@ class APERConfig(ProxyKeys, AdapterKeys, TrainingKeys):
     """Adapters and their training in the first task."""
 
     known_as: ClassVar[dict[str, str]] = AdapterKeys.known_as | {"tuned_epoch": "func_epoch"}
-    legacy_keys: ClassVar[dict[str, str]] = {
-        **ClassIncrementalConfig.legacy_keys,
+    legacy_keys: ClassVar[dict[str, str]] = ClassIncrementalConfig.legacy_keys | {
         "scheduler": "the schedule is a cosine",
     }
 

@@ -18,8 +18,7 @@ def _even(length: int) -> int:
 class CODAPromptConfig(RowsRules, TrainingKeys):
     """Prompts and their training."""
 
-    legacy_keys: ClassVar[dict[str, str]] = {
-        **ClassIncrementalConfig.legacy_keys,
+    legacy_keys: ClassVar[dict[str, str]] = ClassIncrementalConfig.legacy_keys | {
         "prompt_param": "prompt_components (the pool divided by tasks), prompt_length and ortho_mu say it",
         "scheduler": "the schedule is a cosine",
     }

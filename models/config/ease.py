@@ -15,8 +15,7 @@ class EASEConfig(ProxyKeys, AdapterKeys, TrainingKeys):
         "later_epochs": "func_epoch",
         "later_lr": "init_lr",
     }
-    legacy_keys: ClassVar[dict[str, str]] = {
-        **ClassIncrementalConfig.legacy_keys,
+    legacy_keys: ClassVar[dict[str, str]] = ClassIncrementalConfig.legacy_keys | {
         "scheduler": "the schedule is a cosine",
         "adapter_num": "an adapter per task",
         "recalc_sim": "similarities are those of own subspaces",

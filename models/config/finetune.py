@@ -2,13 +2,38 @@
 
 from typing import Literal
 
-from models.vit.config import AdapterKeys, HeadKeys, MergeKeys, TrainingKeys
-from utils.config.schema import key
+from models.vit.backbones import BackboneShape
+from models.vit.config import AdapterKeys, HeadKeys, TrainingKeys
+from utils.config.schema import UnusedRule, key
 
 
-class FinetuneConfig(MergeKeys, AdapterKeys, HeadKeys, TrainingKeys):
-    """Adapters, their training and merging, and a choice of classifier; no keys of its own."""
+class FinetuneConfig(AdapterKeys, HeadKeys, TrainingKeys):
+    """Adapters, their training, the merging of what tasks taught them, and a choice of classifier."""
 
     model_name: Literal["finetune"] = key(
         "finetune", "Adapters that go on learning in every task: the matched adapter of Nested LoRA."
     )
+    merge: Literal["none", "mean", "ema", "max_magnitude", "orthogonal"] = key(
+        "none",
+        "Weights of the adapters that are deployed: those that the newest task reached; the mean over tasks "
+        "(ACMap); a moving average over tasks; of each number the largest change (MagMax); or the sum of "
+        "changes orthogonal to earlier ones (OPCM).",
+    )
+    merge_alpha: float = key(0.15, 'Share of the newest task\'s weights with merge "ema".', ge=0, le=1)
+    merge_start: Literal["carried", "merged", "first", "initial"] | None = key(
+        None,
+        "Where a task trains on from: the weights that the task before it reached, the merged ones, those "
+        "after the first task, or the initial ones; null for what the rule's paper does.",
+    )
+
+    def stored_bytes(self, shape: BackboneShape, task: int, classes: int) -> int:
+        vectors = 3 if self.merge != "none" else 0
+        return super().stored_bytes(shape, task, classes) + vectors * self.adapter_bytes(shape, task)
+
+    def unused_rules(self) -> list[UnusedRule]:
+        return [
+            (self.merge == "none", 'merge is "none"', ("merge_start",)),
+            (self.merge != "ema", f'merge is "{self.merge}"', ("merge_alpha",)),
+            (self.func_epoch == 0, "func_epoch is 0", ("merge", "merge_alpha", "merge_start")),
+            *super().unused_rules(),
+        ]

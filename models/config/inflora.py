@@ -17,8 +17,7 @@ class InfLoRAConfig(RowsRules, BlockKeys, TrainingKeys):
         "lrate": "init_lr",
         "optim": "optimizer",
     }
-    legacy_keys: ClassVar[dict[str, str]] = {
-        **ClassIncrementalConfig.legacy_keys,
+    legacy_keys: ClassVar[dict[str, str]] = ClassIncrementalConfig.legacy_keys | {
         "scheduler": "the schedule is a cosine",
         "EPSILON": "nothing is divided by it",
         "total_sessions": "counted in the data",

@@ -9,8 +9,7 @@ from utils.config.schema import key
 class LinearProbeConfig(OneTaskRules, RowsRules, TrainingKeys):
     """Training of a classifier, for one task."""
 
-    legacy_keys: ClassVar[dict[str, str]] = {
-        **ClassIncrementalConfig.legacy_keys,
+    legacy_keys: ClassVar[dict[str, str]] = ClassIncrementalConfig.legacy_keys | {
         "head": "the trained classifier classifies",
         "head_drift": "features never move",
         "ranpac_dim": "the trained classifier classifies",

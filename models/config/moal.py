@@ -10,8 +10,7 @@ from utils.config.schema import UnusedRule, key
 class MoALConfig(AdapterKeys, RidgeKeys, TrainingKeys):
     """Adapters, their moving average, and ridge regression with rumination."""
 
-    legacy_keys: ClassVar[dict[str, str]] = {
-        **ClassIncrementalConfig.legacy_keys,
+    legacy_keys: ClassVar[dict[str, str]] = ClassIncrementalConfig.legacy_keys | {
         "scheduler": "the schedule is a cosine",
         "head": "the ridge regression classifies",
         "head_drift": "rumination takes its place",

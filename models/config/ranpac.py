@@ -17,8 +17,7 @@ from utils.config.schema import UnusedRule, key
 class RanPACConfig(ProxyKeys, AdapterKeys, RidgeKeys, TrainingKeys):
     """Ridge regression; keys of adapters and their training count only with `first_session`."""
 
-    legacy_keys: ClassVar[dict[str, str]] = {
-        **ClassIncrementalConfig.legacy_keys,
+    legacy_keys: ClassVar[dict[str, str]] = ClassIncrementalConfig.legacy_keys | {
         "head": "the ridge regression classifies",
         "head_drift": "features never move once they have been read",
     }

@@ -102,8 +102,7 @@ class SDLoRAConfig(RowsRules, GateKeys):
     `init_*` keys are those of the first task, the others those of later tasks, as in the published files.
     """
 
-    legacy_keys: ClassVar[dict[str, str]] = {
-        **ClassIncrementalConfig.legacy_keys,
+    legacy_keys: ClassVar[dict[str, str]] = ClassIncrementalConfig.legacy_keys | {
         "tuned_epoch": "a schedule spans the epochs of its task",
     }
 

@@ -10,8 +10,7 @@ from utils.config.schema import Conflict, CountOrZero, Rate, UnusedRule, key
 class SEMAConfig(AdapterKeys, HeadKeys, TrainingKeys):
     """Config of SEMA and of Nested LoRA on it; defaults are the published values, or the specification's."""
 
-    legacy_keys: ClassVar[dict[str, str]] = {
-        **ClassIncrementalConfig.legacy_keys,
+    legacy_keys: ClassVar[dict[str, str]] = ClassIncrementalConfig.legacy_keys | {
         "init_epoch": "func_epoch and rd_epoch say how long",
         "epochs": "func_epoch and rd_epoch say how long",
         "tuned_epoch": "func_epoch and rd_epoch say how long",

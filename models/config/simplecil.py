@@ -9,8 +9,7 @@ from utils.config.schema import key
 class SimpleCILConfig(FrozenViTKeys):
     """Features of the frozen ViT; no keys of training."""
 
-    legacy_keys: ClassVar[dict[str, str]] = {
-        **ClassIncrementalConfig.legacy_keys,
+    legacy_keys: ClassVar[dict[str, str]] = ClassIncrementalConfig.legacy_keys | {
         "batch_size": "nothing is trained",
         "grad_accumulation": "nothing is trained",
         "augmentation": "nothing is trained",

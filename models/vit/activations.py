@@ -1,6 +1,6 @@
 """Cache of activations at the frozen/trainable boundary.
 
-    store = ActivationStore(network, data, cache, options)
+    store = ActivationStore(network, data, cache, context, batch_size, identity)
     tokens = store.at(9, classes, "train", view=key)     # what is below is frozen: it runs once per image
     x = tokens.take(indices)                             # (n, N, d): what block 9 begins with
     features = network(x, tokens.depth)
@@ -15,8 +15,8 @@ they belong to one run, which removes them when it no longer needs them. A depth
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -24,13 +24,12 @@ import torch
 from torch import Tensor
 
 from backbone.frozen_vit import FrozenViT
+from models.base import RunContext
 from utils.cache.tensor_cache import TensorCache
 from utils.console import progress
 from utils.data.image_files import FORMAT
 from utils.data.tasks import DataManager
-from utils.errors import Interrupted
 from utils.training.device import autocast, require_finite, sha256_of
-from utils.training.distributed import DistributedContext
 from utils.training.random import Key
 
 logger = logging.getLogger("nested_lora")
@@ -38,32 +37,6 @@ logger = logging.getLogger("nested_lora")
 CHUNK = 256  # images in a file, all of one class
 ABSENT = (-1, -1)  # file and row of an image that is in none
 CHOSEN = "chosen"  # in place of a source: files of few images of every class, which later tasks read again
-
-
-@dataclass(frozen=True)
-class ForwardOptions:
-    """Options of the forward passes that compute activations, the same for a whole run.
-
-    Attributes:
-        device, precision: of the forward passes.
-        batch_size: images in one of them.
-        identity: what else shapes the results (backbone, library versions), as JSON.
-        distributed: ranks share the work of filling the cache.
-        stop_requested: asked on this rank between two files; True raises `Interrupted`, and what is stored
-            stays.
-    """
-
-    device: torch.device
-    precision: str
-    batch_size: int
-    identity: Mapping[str, Any]
-    distributed: DistributedContext
-    stop_requested: Callable[[], bool]
-
-    def check_stop(self) -> None:
-        """Raises Interrupted on all ranks where one of them is to stop; the ranks wait for each other."""
-        if self.distributed.any(self.stop_requested()):
-            raise Interrupted
 
 
 class Images:
@@ -91,26 +64,22 @@ class Activations:
     They are files where the cache has room.
 
     Args:
+        store: whose network computes them, and in whose cache the files are.
         below: where this depth's inputs come from: images, or activations of a lesser depth.
         depth: what `take` returns.
         about: everything that shapes the activations; its hash is in the name of their files' group.
-        dtype: as which they are stored.
     """
 
     queries: "Activations | None" = None
 
     def __init__(
-        self,
-        network: FrozenViT,
-        below: "Images | Activations",
-        depth: int,
-        options: ForwardOptions,
-        cache: TensorCache,
-        about: Mapping[str, Any],
-        dtype: torch.dtype,
+        self, store: "ActivationStore", below: "Images | Activations", depth: int, about: Mapping[str, Any]
     ) -> None:
-        self.network, self.below, self.depth, self.options = network, below, depth, options
-        self.cache, self.about, self.dtype = cache, about, dtype
+        self.network, self.cache, self.context = store.network, store.cache, store.context
+        self.batch_size, self.below, self.depth, self.about = store.batch_size, below, depth, about
+        # float16 for tokens of a bf16 run, 3 bits finer than bf16; otherwise exact
+        halved = self.context.precision == "bf16" and depth < self.network.depth
+        self.dtype = torch.float16 if halved else torch.float32  # of files
         self.group = group_name(about)
         self._chunks: list[np.ndarray] = []  # stored indices of the images of each file
         self._place_of: dict[int, tuple[int, int]] = {}  # stored index -> its file and row
@@ -140,14 +109,13 @@ class Activations:
     @torch.no_grad()
     def compute(self, indices: np.ndarray) -> Tensor:
         """The same by running the network, in the dtype of the files."""
-        options, parts = self.options, []
-        for start in range(0, max(1, len(indices)), options.batch_size):
-            x = self.below.take(indices[start : start + options.batch_size]).to(options.device)
-            with autocast(options.device, options.precision):
+        device, precision, parts = self.context.device, self.context.precision, []
+        for start in range(0, max(1, len(indices)), self.batch_size):
+            x = self.below.take(indices[start : start + self.batch_size]).to(device)
+            with autocast(device, precision):
                 parts.append(self.network(x, self.below.depth, self.depth).to(self.dtype).cpu())
-        return require_finite(
-            torch.cat(parts), f"activations at depth {self.depth}, as {self.dtype},", options.precision
-        )
+        what = f"activations at depth {self.depth}, as {self.dtype},"
+        return require_finite(torch.cat(parts), what, precision)
 
     def fill(self, chunks: list[np.ndarray], label: str) -> bool:
         """Computation of the files that are not there, in full batches across them, each rank its part.
@@ -157,7 +125,7 @@ class Activations:
         Raises:
             Interrupted: a stop was requested.
         """
-        distributed = self.options.distributed
+        distributed = self.context.distributed
         missing = [n for n, chunk in enumerate(chunks) if not self.cache.has(self.group, chunk_key(chunk))]
         images = sum(len(chunks[number]) for number in missing)
         room = self.cache.enabled and self.cache.make_room(self.group, images * self._row_bytes())
@@ -170,13 +138,13 @@ class Activations:
         todo = [number for number in missing if number % distributed.size == distributed.rank]
         with progress(total=len(todo), desc=label, unit="class") as bar:
             for together in self._batches([chunks[number] for number in todo]):
-                if self.options.stop_requested():
+                if self.context.stop():
                     break
                 rows = self.compute(np.concatenate(together)).split([len(chunk) for chunk in together])
                 for chunk, own in zip(together, rows, strict=True):
                     self.cache.get(self.group, chunk_key(chunk), lambda own=own: own)
                 bar.update(len(together))
-        self.options.check_stop()
+        self.context.check_stop()
         return True
 
     def _batches(self, chunks: list[np.ndarray]) -> Iterator[list[np.ndarray]]:
@@ -185,7 +153,7 @@ class Activations:
         for chunk in chunks:
             if self.cache.has(self.group, chunk_key(chunk)):  # another process has stored it meanwhile
                 continue
-            if together and sum(map(len, together)) + len(chunk) > self.options.batch_size:
+            if together and sum(map(len, together)) + len(chunk) > self.batch_size:
                 yield together
                 together = []
             together.append(chunk)
@@ -205,12 +173,26 @@ class Activations:
 
 
 class ActivationStore:
-    """Opens activations at any depth and knows which of their files are this run's own."""
+    """Opens activations at any depth and knows which of their files are this run's own.
+
+    Args:
+        context: where the network runs; ranks share the work of filling the cache, and a stop between two
+            files leaves what is stored.
+        batch_size: images in a forward pass.
+        identity: what else shapes the results (backbone, library versions), as JSON.
+    """
 
     def __init__(
-        self, network: FrozenViT, data: DataManager, cache: TensorCache, options: ForwardOptions
+        self,
+        network: FrozenViT,
+        data: DataManager,
+        cache: TensorCache,
+        context: RunContext,
+        batch_size: int,
+        identity: Mapping[str, Any],
     ) -> None:
-        self.network, self.data, self.cache, self.options = network, data, cache, options
+        self.network, self.data, self.cache = network, data, cache
+        self.context, self.batch_size, self.identity = context, batch_size, identity
         self._own: dict[str, str] = {}  # group of files that only this run can use -> their source
         self._warned = False
 
@@ -233,13 +215,13 @@ class ActivationStore:
             below: activations of a lesser depth to start from, or None for the images.
             label: what the progress bar says.
         """
-        below = Images(self.data, source, view, self.options.device) if below is None else below
+        below = Images(self.data, source, view, self.context.device) if below is None else below
         if depth == below.depth:
             return below
         about, files_of = self._about(depth, source, view), source
         if chosen is not None and about["adapters"] is not None:
             about, files_of = about | {"images": CHOSEN}, CHOSEN
-        opened = Activations(self.network, below, depth, self.options, self.cache, about, self._dtype(depth))
+        opened = Activations(self, below, depth, about)
         chunks = list(self._chunks(classes, source))
         if chosen is not None and not all(self.cache.has(opened.group, chunk_key(chunk)) for chunk in chunks):
             parts = (chunk[np.isin(chunk, chosen)] for chunk in chunks)
@@ -258,19 +240,19 @@ class ActivationStore:
 
     def drop_own(self, source: str) -> None:
         """Remove the run's own files of a source, or `CHOSEN`."""
-        groups = [group for group, of in self._own.items() if of == source]
-        if groups:
-            self.options.distributed.barrier()
-        for group in groups:
-            del self._own[group]
-            if self.options.distributed.local_rank == 0:
-                self.cache.drop(group)
+        self._drop([group for group, of in self._own.items() if of == source])
 
     def drop(self, depth: int, source: str, view: Key) -> None:
         """Remove the files of one view, also those that an interrupted process of this run has left."""
-        self.options.distributed.barrier()
-        if self.options.distributed.local_rank == 0:
-            self.cache.drop(group_name(self._about(depth, source, view)))
+        self._drop([group_name(self._about(depth, source, view))])
+
+    def _drop(self, groups: list[str]) -> None:
+        if groups:
+            self.context.distributed.barrier()
+        for group in groups:
+            self._own.pop(group, None)
+            if self.context.distributed.local_rank == 0:
+                self.cache.drop(group)
 
     def _about(self, depth: int, source: str, view: Key | None) -> dict[str, Any]:
         """Everything that shapes the activations."""
@@ -284,21 +266,13 @@ class ActivationStore:
             "adapters": sha256_of(adapters) if adapters else None,
             "adapter_spec": asdict(self.network.spec) if adapters and self.network.spec else None,
             "transform": spec.to_json(),
-            "precision": self.options.precision,
-            "device": self.options.device.type,
-            "batch_size": self.options.batch_size,
+            "precision": self.context.precision,
+            "device": self.context.device.type,
+            "batch_size": self.batch_size,
             "data": self.data.data_sha256(source),
             "decoder": FORMAT,
-            **self.options.identity,
+            **self.identity,
         }
-
-    def _dtype(self, depth: int) -> torch.dtype:
-        """Stored type: float16 for tokens of a bf16 run, 3 bits finer than bf16; otherwise float32, exact."""
-        return (
-            torch.float16
-            if self.options.precision == "bf16" and depth < self.network.depth
-            else torch.float32
-        )
 
     def _chunks(self, classes: range, source: str) -> Iterator[np.ndarray]:
         """Stored indices of each class in files of at most CHUNK images, whatever the order of classes."""

@@ -43,7 +43,6 @@ FITTED_ON = {  # what training images are to the head that classifies, in words
     VALIDATION: "held out of training",
     TRAINED_ON: "which the classifier was trained on",
 }
-UNSEEN = (HELD_OUT, LEAVE_ONE_OUT)  # scored by a head in closed form as if it had not seen them
 
 
 class Calibration(NamedTuple):
@@ -54,21 +53,14 @@ class Calibration(NamedTuple):
     fitted_on: str
 
 
-def chosen_images(images_of_class: Mapping[int, np.ndarray]) -> np.ndarray:
+def chosen_images(images_of_class: Mapping[int, np.ndarray], ever: bool = False) -> np.ndarray:
     """Images that a temperature is fitted on, as many of every class: stored positions, ascending.
 
     Args:
         images_of_class: label of a class in the data set -> stored positions of its images.
+        ever: all that may be chosen, with fewer classes or more.
     """
-    return _first(images_of_class, max(1, min(MAX_PER_CLASS, MAX_IMAGES // max(1, len(images_of_class)))))
-
-
-def ever_chosen(images_of_class: Mapping[int, np.ndarray]) -> np.ndarray:
-    """Images of these classes that may be chosen, with fewer classes or more: stored positions, ascending."""
-    return _first(images_of_class, MAX_PER_CLASS)
-
-
-def _first(images_of_class: Mapping[int, np.ndarray], count: int) -> np.ndarray:
+    count = MAX_PER_CLASS if ever else max(1, min(MAX_PER_CLASS, MAX_IMAGES // len(images_of_class)))
     drawn = [
         numpy_rng("calibration", label).permutation(images)[:count]
         for label, images in images_of_class.items()

@@ -14,6 +14,7 @@ are read instead, and test images when `evaluate("test")` asks for them. No task
 import logging
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,16 +26,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from backbone.frozen_block import speed_up
+from backbone.sema_components import NestedLoRAAdapter
 from models.base import Learner, Report, RunContext
 from models.vit import calibration
-from models.vit.activations import CHOSEN, ForwardOptions
+from models.vit.activations import CHOSEN, ActivationStore
 from models.vit.calibration import Calibration
 from models.vit.closed_form import ClosedFormHead
 from models.vit.config import ClassIncrementalConfig
-from models.vit.representations import branch_spaces, class_tokens
 from models.vit.sources import load_backbone, load_data_and_backbone
 from models.vit.task_inputs import TaskInputs
 from utils.analysis.representations import ANALYSES, AnalysisInputs, chosen_images
+from utils.analysis.similarity import column_space
 from utils.cache.tensor_cache import TensorCache
 from utils.console import progress
 from utils.inc_net import IncrementalHead
@@ -70,7 +72,7 @@ class ClassIncrementalLearner(Learner):
     """
 
     Config = ClassIncrementalConfig
-    Inputs = TaskInputs
+    Store, Inputs = ActivationStore, TaskInputs
     figures = staticmethod(class_incremental_figures)
     captions = CAPTIONS
     analyses = ANALYSES
@@ -147,17 +149,35 @@ class ClassIncrementalLearner(Learner):
         """Logits over all classes seen, (B, d) -> (B, C)."""
         return self.modules["closed_form" if "closed_form" in self.modules else "head"](features)
 
+    @torch.no_grad()
     def class_tokens(self, images: Tensor) -> Tensor:
-        """Class token after each of the L blocks, (B, 3, S, S) -> (L, B, d), float32."""
-        return class_tokens(self.network.vit.blocks, lambda: self.features(images))
+        """Class token after each of the L blocks, where `features` runs it last: (L, B, d), float32."""
+        blocks, found = self.network.vit.blocks, {}
+
+        def keep(block: nn.Module, inputs: tuple[Tensor, ...], x: Tensor) -> None:
+            found[block] = x[:, 0].float()
+
+        with ExitStack() as hooks:
+            for block in blocks:
+                hooks.enter_context(block.register_forward_hook(keep))
+            self.features(images)
+        return torch.stack([found[block] for block in blocks])
 
     def adapter_weights(self) -> dict[int, float]:
         """Weight in evaluation of the adapter that each task grew; empty where no gate gives them weights."""
         return {}
 
     def branch_spaces(self) -> dict[tuple[int, int], dict[str, Tensor]]:
-        """Output spaces of nested adapters' branches: (block, adapter) -> "fast" and "slow", bases (d, k)."""
-        return branch_spaces(getattr(self.network, "modules_by_block", {}))
+        """Column spaces of W_up W_down of nested adapters: (block, adapter) -> "fast" and "slow", (d, k)."""
+        return {
+            (block, k): {
+                name: column_space(branch.up_proj.weight, branch.down_proj.weight)
+                for name, branch in adapter.functional.named_children()
+            }
+            for block, modules in getattr(self.network, "modules_by_block", {}).items()
+            for k, adapter in enumerate(modules.adapters)
+            if isinstance(adapter.functional, NestedLoRAAdapter)
+        }
 
     def frozen_names(self) -> set[str]:
         return {f"backbone.{name}" for name in self.network.frozen_names()}
@@ -176,23 +196,15 @@ class ClassIncrementalLearner(Learner):
     @cached_property
     def inputs(self) -> TaskInputs:
         """Batches and features of the tasks' images, from stored activations of the frozen blocks."""
-        options = ForwardOptions(
-            device=self.device,
-            precision=self.config.precision,
-            batch_size=self.config.eval_batch_size,
-            identity={
-                **self.backbone.identity(),
-                "options": self.backbone.options_sha256,
-                "cpu_kernels": self.config.cpu_kernels,
-                "versions": library_versions(),
-            },
-            distributed=self.distributed,
-            stop_requested=self.context.stop_requested,
-        )
-        fast, views = self.config.engine == "fast", self.config.cache_views
-        return self.Inputs(
-            self.network, self.data, self.cache, options, fast, views, self.seed, self.shared_views
-        )
+        identity = {
+            **self.backbone.identity(),
+            "options": self.backbone.options_sha256,
+            "cpu_kernels": self.config.cpu_kernels,
+            "versions": library_versions(),
+        }
+        batch_size = self.config.eval_batch_size
+        store = self.Store(self.network, self.data, self.cache, self.context, batch_size, identity)
+        return self.Inputs(store, self.config, self.shared_views)
 
     def shared_views(self) -> int:
         """How many of the open task's first views several of its phases read, as far as is known."""
@@ -278,48 +290,31 @@ class ClassIncrementalLearner(Learner):
     @torch.no_grad()
     def calibrate(self) -> None:
         """Fit the temperature of the scores; it stays as it is where a task's training images are gone."""
-        images, source, fitted_on = self.calibration_images()
-        if images is None:
-            return
-        chosen = calibration.chosen_images(images)
-        ever = calibration.ever_chosen(images)
-        targets, features = self.data.targets(chosen, source), self.features_of_images(chosen, source, ever)
-        if fitted_on in calibration.UNSEEN:
-            scores = self.closed_form.unseen_scores(features, targets)
-        else:
-            scores = self.classify(features.to(self.device)).cpu()
-        if scores is not None:
-            self.calibration = calibration.fit(scores, targets, fitted_on)
-
-    def calibration_images(self) -> tuple[dict[int, np.ndarray] | None, str, str]:
-        """Images of the classes seen that the temperature is fitted on; of validation, where there are any.
-
-        Returns:
-            Stored positions for every class by its label in the data set (None: a task has none), the source
-            they are of, and what they are to the head that classifies (`models/vit/calibration.py`).
-        """
         head, source, fitted_on = self.closed_form, "train", calibration.TRAINED_ON
         if self.config.validation_share:
             head, source, fitted_on = None, "validation", calibration.VALIDATION
         elif head is not None:
             fitted_on = head.unseen
-        found: dict[int, np.ndarray] | None = {}
+        images: dict[int, np.ndarray] = {}  # stored positions of each class, by its label in the data set
         for classes in map(self.data.task_classes, range(self.task + 1)):
             indices = self.data.indices(classes, source)
             if not len(indices):
-                return None, source, fitted_on
+                return
             if head is not None:
                 indices = indices[head.unseen_rows(len(indices), classes.stop).numpy()]
             labels = self.data.targets(indices, source).numpy()
-            found |= {self.data.class_order[label]: indices[labels == label] for label in classes}
-        return found, source, fitted_on
+            images |= {self.data.class_order[label]: indices[labels == label] for label in classes}
+        chosen, ever = calibration.chosen_images(images), calibration.chosen_images(images, ever=True)
+        targets, features = self.data.targets(chosen, source), self.features_of_images(chosen, source, ever)
+        if head is not None:
+            scores = head.unseen_scores(features, targets)
+        else:
+            scores = self.classify(features.to(self.device)).cpu()
+        if scores is not None:
+            self.calibration = calibration.fit(scores, targets, fitted_on)
 
     def features_of_images(self, indices: np.ndarray, source: str, among: np.ndarray) -> Tensor:
-        """Features (n, d) of some images of the classes seen in the test view, on every rank.
-
-        Args:
-            among: the images of these classes that are ever asked for.
-        """
+        """The same (n, d) of some of these images, from stored tokens of all that are ever asked for."""
         return self.inputs.features_of_images(range(self.classes.stop), indices, source, among)
 
     def close_run(self) -> None:
@@ -331,14 +326,8 @@ class ClassIncrementalLearner(Learner):
     ) -> AnalysisInputs:
         """Class tokens of the same images and output spaces of the branches, for every checkpoint.
 
-        Args:
-            checkpoints: one per task, in order.
-            load: makes this learner the one that a checkpoint holds.
-            images_per_class: of the images that the run is measured on, of each class at most; None for
-                `ANALYSED_IMAGES`.
-
-        Raises:
-            UserError: there are too few images, or what they give is not finite.
+        `images_per_class` of the images that the run is measured on, at most; None for `ANALYSED_IMAGES`.
+        UserError: there are too few, or what they give is not finite.
         """
         source = self.data.evaluated
         images = chosen_images(self.data, self.seed, images_per_class or ANALYSED_IMAGES)

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.vit.calibration import LEAVE_ONE_OUT
+from models.vit.calibration import LEAVE_ONE_OUT, TRAINED_ON
 from utils.analysis.ridge import fit_ridge
 
 
@@ -39,7 +39,7 @@ class ClosedFormHead(nn.Module, ABC):
     """
 
     needs_rows = False  # whether trained classifier rows of earlier tasks are read again
-    unseen: ClassVar[str]  # how `unseen_scores` come about, as in `models/vit/calibration.py`
+    unseen: ClassVar[str] = TRAINED_ON  # how `unseen_scores` come about (`models/vit/calibration.py`)
     counts: Tensor  # (C,) training images of each class
 
     def __init__(self, width: int) -> None:
@@ -78,21 +78,19 @@ class ClosedFormHead(nn.Module, ABC):
     def forward(self, features: Tensor) -> Tensor:
         """Scores of all classes so far, (B, d) -> (B, C), float32 on the CPU."""
 
-    @abstractmethod
     def unseen_scores(self, features: Tensor, targets: Tensor) -> Tensor | None:
-        """Scores (n, C) of training images as of images that the head has not seen; None: impossible.
+        """Scores (n, C) of training images, where that is possible as of images that the head has not seen.
 
         Args:
             features, targets: of images among those that `unseen_rows` names, (n, d) and (n,).
+
+        Returns:
+            By default the scores as they are; None where they can never be had any more.
         """
+        return self(features)
 
     def unseen_rows(self, images: int, classes: int) -> Tensor:
-        """Positions among the images of a task whose scores can be had as of unseen ones: by default all.
-
-        Args:
-            images: number of the task's images.
-            classes: number of classes once the task was learned.
-        """
+        """Positions among a task's `images` whose scores can be had so; `classes`: those known after it."""
         return torch.arange(images)
 
     def _apply(self, *_: Any, **__: Any) -> "ClosedFormHead":

@@ -5,7 +5,7 @@
     RidgeKeys, HeadKeys      RanPAC's ridge regression; with it, a choice of classifier
     StepKeys, TrainingKeys   a step of training; with it, phases of training on the frozen ViT
     BlockKeys, AdapterKeys   blocks that carry adapters; adapters of one branch, or of a fast and a slow one
-    MergeKeys                merging of what adapters learn task by task
+    RowsRules, OneTaskRules  no keys: rules of methods that classify by trained rows, or learn one task alone
 
 class JointConfig(OneTaskRules, AdapterKeys, HeadKeys, TrainingKeys): ...
 
@@ -201,12 +201,6 @@ class ClassIncrementalConfig(RunConfig):
         """Advice for a task of one class; "" where the method learns from it all the same."""
         return ""
 
-    def known_classes(self) -> int | None:
-        """Number of classes of the data set; None where it is unknown, or not there yet."""
-        with contextlib.suppress(UserError, OSError):
-            return class_count(self.dataset, self.data_root, self.test_share)
-        return None
-
     def known_tasks(self) -> list[range]:
         """The incremental labels of every task; none where classes are unknown, or not there yet."""
         with contextlib.suppress(UserError, OSError):
@@ -337,14 +331,9 @@ class HeadKeys(RidgeKeys):
         le=1e6,
     )
 
-    @property
-    def gaussian(self) -> bool:
-        """Whether a Gaussian of every class is stored."""
-        return self.head in ("aligned", "fecam")
-
     def stored_bytes(self, shape: BackboneShape, task: int, classes: int) -> int:
-        width = shape.width
-        numbers = classes * width * (width + 1) // 2 if self.gaussian else 0
+        width, gaussians = shape.width, classes if self.head in ("aligned", "fecam") else 0
+        numbers = gaussians * width * (width + 1) // 2
         return super().stored_bytes(shape, task, classes) + 4 * numbers
 
     def unused_rules(self) -> list[UnusedRule]:
@@ -455,46 +444,16 @@ class RowsRules(ClassIncrementalConfig):
         return f"the classifier cannot tell such classes apart: {other}"
 
 
-class MergeKeys(ClassIncrementalConfig):
-    """Merging of the weights that adapters reach task by task.
-
-    Goes with `AdapterKeys`.
-    """
-
-    merge: Literal["none", "mean", "ema", "max_magnitude", "orthogonal"] = key(
-        "none",
-        "Weights of the adapters that are deployed: those that the newest task reached; the mean over tasks "
-        "(ACMap); a moving average over tasks; of each number the largest change (MagMax); or the sum of "
-        "changes orthogonal to earlier ones (OPCM).",
-    )
-    merge_alpha: float = key(0.15, 'Share of the newest task\'s weights with merge "ema".', ge=0, le=1)
-    merge_start: Literal["carried", "merged", "first", "initial"] | None = key(
-        None,
-        "Where a task trains on from: the weights that the task before it reached, the merged ones, those "
-        "after the first task, or the initial ones; null for what the rule's paper does.",
-    )
-
-    def stored_bytes(self, shape: BackboneShape, task: int, classes: int) -> int:
-        vectors = 3 if self.merge != "none" else 0
-        return super().stored_bytes(shape, task, classes) + vectors * self.adapter_bytes(shape, task)
-
-    def unused_rules(self) -> list[UnusedRule]:
-        return [
-            (self.merge == "none", 'merge is "none"', ("merge_start",)),
-            (self.merge != "ema", f'merge is "{self.merge}"', ("merge_alpha",)),
-            (self.func_epoch == 0, "func_epoch is 0", MergeKeys.own_keys()),
-            *super().unused_rules(),
-        ]
-
-
 class OneTaskRules(ClassIncrementalConfig):
     """No keys: the rules of methods that learn all classes at once."""
 
     def conflicts(self) -> list[Conflict]:
-        found, classes = super().conflicts(), self.known_classes()
-        if classes not in (None, self.init_cls) and not any("dataset" in keys for keys, _ in found):
-            sentence = f"{self.model_name} learns all classes at once; allowed: init_cls = {classes}"
-            found.append((("init_cls", "dataset"), sentence))
+        found = super().conflicts()
+        if not any("dataset" in keys for keys, _ in found):  # else its classes cannot be counted, or are few
+            classes = class_count(self.dataset, self.data_root, self.test_share)
+            if classes not in (None, self.init_cls):
+                sentence = f"{self.model_name} learns all classes at once; allowed: init_cls = {classes}"
+                found.append((("init_cls", "dataset"), sentence))
         if self.added:
             sentence = f"{self.model_name} learns all classes at once; allowed: null"
             found.append((("extra_data",), sentence))
@@ -556,22 +515,18 @@ class BlockKeys(ClassIncrementalConfig):
 
     def shape_conflicts(self, shape: BackboneShape) -> list[Conflict]:
         """Blocks beyond those of the backbone."""
-        found = super().shape_conflicts(shape)
+        found, largest = super().shape_conflicts(shape), shape.depth - 1
         for name in ("adapt_start_layer", "adapt_end_layer"):
-            if self.trains_adapters and self.chooses_blocks and getattr(self, name) >= shape.depth:
-                sentence = (
-                    f"the backbone has {shape.depth} blocks; allowed: {name} from 0 to {shape.depth - 1}"
-                )
+            if self.trains_adapters and self.chooses_blocks and getattr(self, name) > largest:
+                sentence = f"the backbone has {shape.depth} blocks; allowed: {name} from 0 to {largest}"
                 found.append(((name, "backbone_type"), sentence))
         return found
 
     def adapted_blocks(self, depth: int) -> range:
         """The blocks that carry adapters, of a backbone with `depth` blocks."""
-        return (
-            range(depth)
-            if self.adapter_blocks == "all"
-            else range(self.adapt_start_layer, self.adapt_end_layer + 1)
-        )
+        if self.adapter_blocks == "all":
+            return range(depth)
+        return range(self.adapt_start_layer, self.adapt_end_layer + 1)
 
     def unused_rules(self) -> list[UnusedRule]:
         blocks = ("adapt_start_layer", "adapt_end_layer")

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from models.vit import calibration
 from models.vit.closed_form import ClosedFormHead, fit_drift
 from utils.inc_net import IncrementalHead
 from utils.training.random import rng
@@ -31,7 +30,6 @@ class GaussianHead(ClosedFormHead):
     float32: d (d + 1) / 2 numbers a class.
     """
 
-    unseen = calibration.TRAINED_ON
     means: Tensor  # (C, d)
     triangles: Tensor  # (C, d (d + 1) / 2), float32: lower triangles of S, row by row
 
@@ -59,9 +57,6 @@ class GaussianHead(ClosedFormHead):
         for label, row in enumerate(self.triangles):
             row.copy_(drift.turned_form(self.covariance(label))[self._lower()])
         return drift.explained
-
-    def unseen_scores(self, features: Tensor, targets: Tensor) -> None:
-        """None: leaving one image out changes a whole covariance."""
 
     def covariance(self, label: int) -> Tensor:
         """S of a class, (d, d), float64."""

@@ -38,9 +38,14 @@ def load_data_and_backbone(
     try:
         dataset = load(splits=("train",)) if config.validation_share else load()
     except UserError as error:
-        raise UserError("\n".join([str(error), *_missing_weights(config)])) from error
+        try:
+            find_weights(config.backbone_type, weights=config.weights, weights_root=Path(config.weights_root))
+        except UserError as missing:
+            raise UserError(f"{error}\n{missing}") from error
+        raise
     backbone = load_backbone(config)
-    workers = default_workers(context.device) if config.num_workers is None else config.num_workers
+    on_cpu = context.device.type == "cpu"  # which is busy computing
+    default_workers = 0 if on_cpu else min(8, torch.multiprocessing.cpu_count())
     split = TaskSplit(
         seed=config.seed,
         shuffle=config.shuffle,
@@ -56,14 +61,14 @@ def load_data_and_backbone(
         split,
         train_view=view_spec(config, backbone, config.augmentation),
         test_view=view_spec(config, backbone, "none"),
-        num_workers=workers,
+        num_workers=default_workers if config.num_workers is None else config.num_workers,
         pinned=context.device.type == "cuda",
         distributed=context.distributed,
         load_whole=load,
     )
     if context.trains_from is not None:
         data.require_training_images(context.trains_from)
-    data.stop_requested = context.stop_requested
+    data.stop_requested = lambda: context.stop()
     return data, backbone
 
 
@@ -79,17 +84,3 @@ def view_spec(config: ClassIncrementalConfig, backbone: Backbone, augmentation: 
     """Transform from images to inputs of a backbone, with the normalisation that the configuration names."""
     norm = (backbone.mean, backbone.std) if config.input_normalization == "weights" else (None, None)
     return ViewSpec(backbone.image_size, augmentation, *norm)
-
-
-def _missing_weights(config: ClassIncrementalConfig) -> list[str]:
-    """Problems with the weights, found without fetching them."""
-    try:
-        find_weights(config.backbone_type, weights=config.weights, weights_root=Path(config.weights_root))
-    except UserError as error:
-        return [str(error)]
-    return []
-
-
-def default_workers(device: torch.device) -> int:
-    """Data workers where the config leaves it open: none beside a computing CPU, else up to 8."""
-    return 0 if device.type == "cpu" else min(8, torch.multiprocessing.cpu_count())

@@ -1,6 +1,6 @@
 """Batches of a task's images, from the activation cache or recomputed.
 
-    inputs = TaskInputs(network, data, cache, options, fast=True, views=2, seed=1, shared_views=lambda: 0)
+    inputs = TaskInputs(store, config, shared_views=lambda: 0)
     source = inputs.view(task, 0)                    # one augmented view of the task's training images
     for batch in inputs.read(task, source, key, size=32):
         features = network(batch.inputs, batch.depth)
@@ -12,20 +12,17 @@ about a hundredth of the time of computing them, those that several phases read 
 open; elsewhere each phase computes them.
 """
 
-import itertools
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from backbone.frozen_vit import FrozenViT
-from models.vit.activations import Activations, ActivationStore, ForwardOptions, Images
-from utils.cache.tensor_cache import TensorCache
+from models.vit.activations import Activations, ActivationStore, Images
+from models.vit.config import ClassIncrementalConfig
 from utils.console import progress
-from utils.data.tasks import DataManager
 from utils.training.device import autocast, one_ahead, sha256_of
 from utils.training.random import Key
 
@@ -53,34 +50,19 @@ class TaskInputs:
     """Inputs of the tasks of one run.
 
     Args:
-        network: whose frozen part is computed once; its depths are those of the inputs.
-        data: the task sequence.
-        cache: where activations are kept.
-        options: how activations are computed.
-        fast: read stored activations; False reads images.
-        views: K, fixed augmented views of a training image.
-        seed: of the views that are drawn for a task.
+        store: of activations of the network, whose depths are those of the inputs, on the task sequence.
+        config: its `engine`, `cache_views` and `seed` count.
         shared_views: asked how many of the open task's first drawn views several phases read; the answer
             depends on the run's state alone, so that a resumed run computes the same.
     """
 
-    Store: ClassVar[type[ActivationStore]] = ActivationStore
-
     def __init__(
-        self,
-        network: FrozenViT,
-        data: DataManager,
-        cache: TensorCache,
-        options: ForwardOptions,
-        fast: bool,
-        views: int,
-        seed: int,
-        shared_views: Callable[[], int],
+        self, store: ActivationStore, config: ClassIncrementalConfig, shared_views: Callable[[], int]
     ) -> None:
-        self.network, self.data, self.options, self.fast, self.views = network, data, options, fast, views
-        self.seed, self.shared_views = seed, shared_views
-        self._stores_drawn = fast and not views and options.device.type == "cpu"
-        self.store = self.Store(network, data, cache, options)
+        self.store, self.network, self.data, self.context = store, store.network, store.data, store.context
+        self.fast, self.views, self.seed = config.engine == "fast", config.cache_views, config.seed
+        self.shared_views = shared_views
+        self._stores_drawn = self.fast and not self.views and self.context.device.type == "cpu"
         self._kept: dict[tuple[str, int, str], Tensor] = {}  # features of full batches, by whose they are
 
     # --- sources --------------------------------------------------------------------------------------------
@@ -118,7 +100,7 @@ class TaskInputs:
 
     def fresh(self, key: Key) -> Images:
         """Training images in views that the key draws."""
-        return Images(self.data, "train", key, self.options.device)
+        return Images(self.data, "train", key, self.context.device)
 
     def by_epoch(self, task: int, epochs: int) -> Callable[[int], Source]:
         """Source of the inputs of each epoch of a functional phase.
@@ -133,7 +115,7 @@ class TaskInputs:
     def features_of(self, task: int, source: str) -> Tensor:
         """Features of a task's images in the test view, in stored order, (n, d), on every rank."""
         indices = self.data.indices(self.data.task_classes(task), source)
-        distributed = self.options.distributed
+        distributed = self.context.distributed
         mine = indices[distributed.shard(len(indices))]
         below = self._at(task, source, None, source, None)
         return distributed.all_gather(self._passing_features(below, mine, f"{source} features"), len(indices))
@@ -145,9 +127,9 @@ class TaskInputs:
         Batches lie at fixed places in this sequence, whatever was computed before. Those that were full are
         not computed again while what the network computes, or a subspace of its features, is the same.
         """
-        data, network, distributed = self.data, self.network, self.options.distributed
+        data, network = self.data, self.network
         order = data.seen_indices(tasks, source)
-        step = self.options.batch_size * distributed.size
+        step = self.store.batch_size * self.context.distributed.size
         full = len(order) // step * step
         fixed, label = network.fixed_depth() if self.fast else 0, f"Task {tasks - 1}, {source} features"
         below = self.store.at(fixed, data.seen_classes(tasks), source, None, label=label)
@@ -163,9 +145,9 @@ class TaskInputs:
 
     def _extended(self, kept: Tensor, below: Source, order: np.ndarray, step: int, label: str) -> Tensor:
         """Features (n, d) of the images in `order`, of which the first are kept, in batches of `step`."""
-        distributed, parts = self.options.distributed, [kept]
+        distributed, parts = self.context.distributed, [kept]
         for start in progress(range(len(kept), len(order), step), desc=label, unit="batch"):
-            self.options.check_stop()
+            self.context.check_stop()
             batch = order[start : start + step]
             mine = self.batch_features(below, batch[distributed.shard(len(batch))])
             parts.append(distributed.all_gather(mine, len(batch)))
@@ -186,21 +168,19 @@ class TaskInputs:
 
     def _passing_features(self, below: Source, indices: np.ndarray, label: str) -> Tensor:
         """Features (n, d) of stored images as the network gives them now, not kept."""
-        options, parts = self.options, [torch.empty(0, self.network.feature_width)]
-        starts = range(0, len(indices), options.batch_size)
-        for start in progress(starts, desc=label, unit="batch"):
-            if options.stop_requested():
+        size, parts = self.store.batch_size, [torch.empty(0, self.network.feature_width)]
+        for start in progress(range(0, len(indices), size), desc=label, unit="batch"):
+            if self.context.stop():
                 break
-            parts.append(self.batch_features(below, indices[start : start + options.batch_size]))
-        options.check_stop()
+            parts.append(self.batch_features(below, indices[start : start + size]))
+        self.context.check_stop()
         return torch.cat(parts)
 
     @torch.no_grad()
     def batch_features(self, below: Source, indices: np.ndarray) -> Tensor:
         """Features (n, d) of a batch, float32 on the CPU."""
-        options = self.options
-        x = below.take(indices).to(options.device)
-        with autocast(options.device, options.precision):
+        x = below.take(indices).to(self.context.device)
+        with autocast(self.context.device, self.context.precision):
             return self.network(x, below.depth).float().cpu()
 
     def _at(self, task: int, source: str, view: Key | None, what: str, depth: int | None) -> Source:
@@ -228,11 +208,11 @@ class TaskInputs:
                 yield Batch(images, targets, 0, len(group))
             return
         stored = (self._stored(source, group) for group in groups)
-        yield from one_ahead(stored) if self.options.device.type == "cuda" else stored
+        yield from one_ahead(stored) if self.context.device.type == "cuda" else stored
 
     def _stored(self, source: Activations, indices: np.ndarray) -> Batch:
         """This rank's share of the activations of these images."""
-        mine = indices[self.options.distributed.shard(len(indices))]
+        mine = indices[self.context.distributed.shard(len(indices))]
         return Batch(source.take(mine), self.data.targets(mine, "train"), source.depth, len(indices))
 
     def batch_count(self, task: int, size: int) -> int:
@@ -244,10 +224,10 @@ class TaskInputs:
     @torch.no_grad()
     def token_means(self, batch: Batch, blocks: list[int]) -> dict[int, Tensor]:
         """Token means of a batch, for routers and descriptors, on every rank: {block: (B, d)}, float32."""
-        options = self.options
-        with autocast(options.device, options.precision):
-            means = self.network.token_means(batch.inputs.to(options.device), batch.depth, blocks)
-        return {block: options.distributed.all_gather(rows, batch.total) for block, rows in means.items()}
+        context = self.context
+        with autocast(context.device, context.precision):
+            means = self.network.token_means(batch.inputs.to(context.device), batch.depth, blocks)
+        return {block: context.distributed.all_gather(rows, batch.total) for block, rows in means.items()}
 
     def means_by_epoch(
         self, task: int, key: Key, blocks: list[int], *, views: int, epochs: int, size: int
@@ -286,14 +266,14 @@ class TaskInputs:
 
     def all_means(self, task: int, view: int, key: Key, blocks: list[int]) -> dict[int, Tensor]:
         """Token means of one view of a task's training images in stored order: {block: (images, d)}."""
-        order_key, size, parts = (*key, view), self.options.batch_size, []
+        order_key, size, parts = (*key, view), self.store.batch_size, []
         batches = self.read(task, self.view(task, view), order_key, size)
         label, count = f"Task {task} rd view {view + 1}", self.batch_count(task, size)
         for batch in progress(batches, total=count, desc=label, unit="batch"):
-            self.options.check_stop()
+            self.context.check_stop()
             parts.append(self.token_means(batch, blocks))
         order = self.data.order(self.data.task_classes(task), "train", order_key)
-        stored = torch.from_numpy(np.argsort(order)).to(self.options.device)
+        stored = torch.from_numpy(np.argsort(order)).to(self.context.device)
         return {block: torch.cat([part[block] for part in parts])[stored] for block in blocks}
 
     def new_means(
@@ -303,17 +283,17 @@ class TaskInputs:
 
         View after view of all images, each in an order of its own, until there are `count` of at least 1.
         """
-        names = ((*key, number) for number in itertools.count())
-        views = ((name, self.new_view(task, after + name[-1], name)) for name in names)
-        batches = (
-            batch for name, view in views for batch in self.read(task, view, name, self.options.batch_size)
-        )
-        parts, total = [], 0
+        parts, total, number = [], 0, 0
         with progress(total=count, desc=f"Task {task} rd, new views", unit="image") as bar:
             while total < count:
-                self.options.check_stop()
-                batch = next(batches)
-                parts.append(self.token_means(batch, blocks))
-                total += batch.total
-                bar.update(batch.total)
+                name = (*key, number)
+                view = self.new_view(task, after + number, name)
+                for batch in self.read(task, view, name, self.store.batch_size):
+                    self.context.check_stop()
+                    parts.append(self.token_means(batch, blocks))
+                    total += batch.total
+                    bar.update(batch.total)
+                    if total >= count:
+                        break
+                number += 1
         return {block: torch.cat([part[block] for part in parts])[:count] for block in blocks}

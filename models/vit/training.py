@@ -8,7 +8,7 @@ over the current task's classes; older classes take no part.
 """
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +20,6 @@ from backbone.vit_sema import SEMAVisionTransformer
 from models.vit.class_incremental import ClassIncrementalLearner
 from models.vit.config import AdapterKeys
 from models.vit.task_inputs import Batch
-from utils.runs.run_log import RunLog
-from utils.training.optim import ParameterGroup
 from utils.training.phase import EpochNote, Phase, StepResult
 from utils.wording import counted
 
@@ -59,7 +57,8 @@ class FunctionalPhase(Phase):
     """The learner's `loss` over the current task's classes, for `func_epoch` epochs.
 
     Epoch e reads the task's view e, or with K fixed views of an image view e mod K; those used more than once
-    are run through the network up to where learning begins and stored there.
+    are run through the network up to where learning begins and stored there. Slow branches are traced: the
+    line of the phase says how often they were updated, events "slow_step" when, and how far they moved.
 
     Args:
         learner: whose network and newest classifier rows are trained.
@@ -79,9 +78,9 @@ class FunctionalPhase(Phase):
         self.learner, self.inputs, self.config = learner, inputs, config
         self.key = ("functional", learner.seed, task, learner.progress.phases)
         self.source_of_epoch = inputs.by_epoch(task, config.func_epoch)
-        slow = next((group for group in self.optimizer.groups if group.name == "slow"), None)
-        self.trace = None if slow is None else SlowTrace(slow, learner.log, task)
-        if self.trace is not None:
+        self.slow = next((group for group in self.optimizer.groups if group.name == "slow"), None)
+        self._slow_before: list[Tensor] | None = None  # its tensors before a step that is traced
+        if self.slow is not None:
             level = logging.DEBUG if task or learner.progress.phases else logging.INFO
             logger.log(level, f"[NestedLoRA] optimizer groups => {self.optimizer.summary()}")
 
@@ -106,16 +105,31 @@ class FunctionalPhase(Phase):
         return StepResult(loss, len(targets), (logits.argmax(1) == targets).sum())
 
     def before_step(self, step: int) -> None:
-        if self.trace is not None:
-            self.trace.before_step(step)
+        slow = self.slow
+        traced = slow is not None and slow.lr > 0 and (step <= TRACED_STEPS or step % TRACE_INTERVAL == 0)
+        self._slow_before = [p.detach().clone() for p in slow.parameters] if traced else None
 
     def after_step(self, step: int, moved: Mapping[str, bool]) -> None:
-        if self.trace is not None:
-            self.trace.after_step(step, moved)
+        """On traced steps record whether the slow branch was updated, and the L2 distance that it moved."""
+        if self._slow_before is None:
+            return
+        pairs = zip(self.slow.parameters, self._slow_before, strict=True)
+        squares = [(p.detach() - before).double().square().sum() for p, before in pairs]
+        distance, updated = float(torch.stack(squares).sum().sqrt()), moved["slow"]
+        task, log = self.learner.task, self.learner.log
+        log.metric("slow_step", task=task, phase="func", step=step, updated=updated, moved=distance)
+        if updated:
+            every = f"(every {self.slow.update_interval})"
+            logger.debug(f"Task {task} step {step}: slow updated, moved by {distance:.3e} {every}")
 
     def after_epoch(self, loss: float, steps: int) -> EpochNote:
-        """How often the slow branch was updated so far, where there is one."""
-        return EpochNote(remark=self.trace.summary(self.optimizer.steps) if self.trace else "")
+        slow, taken = self.slow, self.optimizer.steps
+        if slow is None:
+            return EpochNote()
+        if slow.lr == 0:
+            return EpochNote(remark="slow stays as it is, nested_lora_lr_slow is 0")
+        updates = taken // slow.update_interval
+        return EpochNote(remark=f"slow updated in {updates} of {counted(taken, 'step')}")
 
 
 def train_functional(learner: ClassIncrementalLearner, block: int | None = None) -> None:
@@ -128,39 +142,3 @@ def train_and_freeze(learner: ClassIncrementalLearner) -> None:
     train_functional(learner)
     learner.network.freeze()
     freeze(learner.head)
-
-
-class SlowTrace:
-    """Trace of the slow branch at low frequency: when it was updated, and how far it moved.
-
-    `nested_lora_update_interval_slow` shows in the line of the phase and in the `slow_step` events of
-    metrics.jsonl.
-    It costs a copy of the group on traced steps and nothing on others.
-    """
-
-    def __init__(self, group: ParameterGroup, log: RunLog, task: int) -> None:
-        self.group, self.log, self.task = group, log, task
-        self._before: list[Tensor] | None = None
-
-    def before_step(self, step: int) -> None:
-        """Remember the group's tensors if the step (counted from 1) is traced."""
-        traced = self.group.lr > 0 and (step <= TRACED_STEPS or step % TRACE_INTERVAL == 0)
-        self._before = [p.detach().clone() for p in self.group.parameters] if traced else None
-
-    def after_step(self, step: int, moved: Mapping[str, bool]) -> None:
-        """Record whether the group was updated and the L2 distance it moved."""
-        if self._before is None:
-            return
-        pairs: Iterable[tuple[Tensor, Tensor]] = zip(self.group.parameters, self._before, strict=True)
-        squares = [(p.detach() - before).double().square().sum() for p, before in pairs]
-        distance, updated = float(torch.stack(squares).sum().sqrt()), moved[self.group.name]
-        self.log.metric("slow_step", task=self.task, phase="func", step=step, updated=updated, moved=distance)
-        if updated:
-            every = f"(every {self.group.update_interval})"
-            logger.debug(f"Task {self.task} step {step}: slow updated, moved by {distance:.3e} {every}")
-
-    def summary(self, steps: int) -> str:
-        """How many of the phase's steps have updated the group."""
-        if self.group.lr == 0:
-            return "slow stays as it is, nested_lora_lr_slow is 0"
-        return f"slow updated in {steps // self.group.update_interval} of {counted(steps, 'step')}"

@@ -29,7 +29,7 @@ from utils.data.download import fetch_asset
 from utils.errors import UserError
 from utils.files import npz_headers, why_no_file
 from utils.training.device import first_line
-from utils.wording import is_utf8
+from utils.wording import is_utf8, some
 
 log = logging.getLogger("nested_lora")
 
@@ -168,7 +168,7 @@ def _load_state(vit: VisionTransformer, name: str, state: dict[str, Tensor]) -> 
         "of another shape": [f"{key} {a} instead of {b}" for key, (a, b) in shapes.items() if a != b],
         "not of floating-point numbers": [key for key in both if not _holds_floats(given[key])],
     }
-    told = [f"{len(keys)} {kind} ({_first_three(keys)})" for kind, keys in differences.items() if keys]
+    told = [f"{len(keys)} {kind} ({some(keys, most=3)})" for kind, keys in differences.items() if keys]
     if told:
         raise UserError(f"{name} does not fit the backbone: {'; '.join(told)}.")
     vit.load_state_dict(given, strict=True)
@@ -178,16 +178,12 @@ def _require_finite(vit: VisionTransformer, name: str) -> None:
     broken = [key for key, tensor in vit.state_dict().items() if not torch.isfinite(tensor).all()]
     if broken:
         raise UserError(
-            f"{name} holds NaN or infinite weights, in {_first_three(broken)}; take another file."
+            f"{name} holds NaN or infinite weights, in {some(broken, most=3)}; take another file."
         )
 
 
 def _holds_floats(tensor: Tensor) -> bool:
     return tensor.is_floating_point() and tensor.layout == torch.strided and not tensor.is_meta
-
-
-def _first_three(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def _read_state_dict(path: Path) -> dict[str, Tensor]:
@@ -218,7 +214,7 @@ def _load_jax(vit: VisionTransformer, path: Path) -> None:
         other = [f"{key} {dtype}" for key, (_, dtype) in headers.items() if dtype.kind != "f"]
         if other:
             raise UserError(
-                f"{path} holds arrays that are not of floating-point numbers: {_first_three(other)}."
+                f"{path} holds arrays that are not of floating-point numbers: {some(other, most=3)}."
             )
         expected = [(*vit.patch_embed.patch_size, 3, vit.embed_dim)]
         if kernels != expected or len(blocks) not in (0, len(vit.blocks)):

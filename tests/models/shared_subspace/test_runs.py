@@ -12,11 +12,12 @@ import pytest
 
 import eval as look
 import main
-from models.base import Learner
+from models.base import RunContext
 from models.shared_subspace.evaluation import SPLIT_NAMES
 from models.shared_subspace.metrics import GRIDS
 from tests.conftest import TINY_GRIDS, folder_of
 from tests.crash import outcome, run
+from utils.errors import Interrupted
 from utils.runs.run_log import read_metrics
 
 Told = Callable[..., str]
@@ -90,10 +91,15 @@ def test_the_same_seed_gives_the_same_numbers_and_another_seed_others(finished: 
 # --- resume -------------------------------------------------------------------------------------------------
 
 
-def stop_at(number: int) -> Callable[[Learner], bool]:
-    """What `Learner.stopping` says when a stop is requested before the n-th step."""
+def stop_at(number: int) -> Callable[[RunContext], None]:
+    """What `RunContext.check_stop` does when a stop is requested before the n-th step."""
     calls = itertools.count(1)
-    return lambda learner: next(calls) == number
+
+    def check_stop(context: RunContext) -> None:
+        if next(calls) == number:
+            raise Interrupted
+
+    return check_stop
 
 
 @pytest.mark.parametrize(
@@ -104,7 +110,7 @@ def test_stopped_and_resumed_is_uninterrupted(
 ) -> None:
     """15 steps train, then 4 for each of two few-shot tasks."""
     with monkeypatch.context() as patched:
-        patched.setattr(Learner, "stopping", stop_at(at))
+        patched.setattr(RunContext, "check_stop", stop_at(at))
         assert main.main(arguments(tmp_path)) == 130
     folder = folder_of(tmp_path)
     assert not (folder / "result.json").exists()
@@ -140,7 +146,7 @@ def test_a_checkpoint_of_other_splits_is_refused(
     tmp_path: Path, told: Told, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patched:
-        patched.setattr(Learner, "stopping", stop_at(2))
+        patched.setattr(RunContext, "check_stop", stop_at(2))
         assert main.main(arguments(tmp_path)) == 130
     path = folder_of(tmp_path) / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"held_out_pairs": 3}))

@@ -23,25 +23,26 @@ from tests.conftest import learner_of, run_tasks
 from trainer import train
 from utils.config.schema import RunConfig
 from utils.errors import Interrupted, UserError
+from utils.runs.folder import folder_of
+from utils.runs.run_log import read_metrics
 from utils.runs.seeds import new_command
 
 Make = Callable[..., RunConfig]
 SEVERAL_TASKS = {"max_tasks": 3, "func_epoch": 2, "exp_threshold": 0.5, "augmentation": "none", "min_lr": 0.0}
+STORED = {**SEVERAL_TASKS, "adapter_blocks": "growing", "cache_views": 1}
 
 
-def losses(result_folder: Path) -> list[float]:
-    events = [json.loads(line) for line in (result_folder / "metrics.jsonl").read_text().splitlines()]
-    return [event["loss"] for event in events if event["event"] == "epoch"]
-
-
-def only_folder(config: RunConfig) -> Path:
-    return next(path.parent for path in Path(config.logs_root).rglob("config.json"))
-
-
-def run(config: RunConfig) -> tuple[dict[str, Any], list[float]]:
-    """Result and losses of a configuration's only run."""
+def run(config: RunConfig) -> tuple[dict[str, Any], torch.Tensor]:
+    """Result and losses of a configuration's run."""
     result = train(config, command=new_command([config.seed], overwrite=True))
-    return result, losses(only_folder(config))
+    folder = folder_of(config, config.seed)
+    return result, torch.tensor([e["loss"] for e in read_metrics(folder) if e["event"] == "epoch"])
+
+
+@pytest.fixture
+def bf16_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU may have no bf16: then it is emulated."""
+    monkeypatch.setattr(saved_learner, "resolve_precision", lambda precision, device: (precision, None))
 
 
 @pytest.mark.parametrize(
@@ -69,9 +70,7 @@ def test_fast_is_reference_without_augmentation(smoke_config: Make, changes: dic
         assert metrics.pop("ece") >= 0  # jumps where rounding moves a confidence to another bin
     assert fast["metrics"] == pytest.approx(reference["metrics"], rel=1e-3)
     assert (fast["metrics"]["expansions"] > 0) == ("exp_threshold" not in changes)
-    torch.testing.assert_close(
-        torch.tensor(fast_losses), torch.tensor(reference_losses), rtol=1e-3, atol=1e-4
-    )
+    torch.testing.assert_close(fast_losses, reference_losses, rtol=1e-3, atol=1e-4)
 
 
 def test_fixed_views_are_the_same_stored_or_made_again(smoke_config: Make) -> None:
@@ -81,18 +80,14 @@ def test_fixed_views_are_the_same_stored_or_made_again(smoke_config: Make) -> No
         run(smoke_config(**changes, cache_gb=gb, seed=[seed])) for gb, seed in ((1, 1), (0, 1), (1, 2))
     )
     assert stored[0]["accuracy"] == computed[0]["accuracy"]
-    torch.testing.assert_close(torch.tensor(stored[1]), torch.tensor(computed[1]), rtol=1e-3, atol=1e-4)
-    assert other[1] != stored[1]
+    torch.testing.assert_close(stored[1], computed[1], rtol=1e-3, atol=1e-4)
+    assert not torch.equal(other[1], stored[1])
 
 
-def test_bf16_is_near_fp32_whether_stored_or_computed(
-    smoke_config: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Also where the CPU has no bf16 and it is emulated."""
-    monkeypatch.setattr(saved_learner, "resolve_precision", lambda precision, device: (precision, None))
-    changes = {**SEVERAL_TASKS, "adapter_blocks": "growing", "cache_views": 1}
+@pytest.mark.usefixtures("bf16_anywhere")
+def test_bf16_is_near_fp32_whether_stored_or_computed(smoke_config: Make) -> None:
     exact, stored, computed = (
-        torch.tensor(run(smoke_config(**changes, precision=precision, cache_gb=gb))[1])
+        run(smoke_config(**STORED, precision=precision, cache_gb=gb))[1]
         for precision, gb in (("fp32", 1), ("bf16", 1), ("bf16", 0))
     )
     torch.testing.assert_close(stored, exact, rtol=0.03, atol=0.03)
@@ -103,7 +98,7 @@ def test_bf16_is_near_fp32_whether_stored_or_computed(
 def test_a_step_in_parts_is_the_same_step(smoke_config: Make) -> None:
     whole, parts = (run(smoke_config(**SEVERAL_TASKS, grad_accumulation=n)) for n in (1, 3))
     assert whole[0]["accuracy"] == parts[0]["accuracy"]
-    torch.testing.assert_close(torch.tensor(whole[1]), torch.tensor(parts[1]), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(whole[1], parts[1], rtol=1e-4, atol=1e-5)
 
 
 # -------------------------------------------------------------------------------------------------- the cache
@@ -137,18 +132,15 @@ def test_seeds_and_methods_share_what_no_adapter_shapes(
     assert computed.count((0, 4)) == 0
 
 
+@pytest.mark.usefixtures("bf16_anywhere")
 @pytest.mark.parametrize(
     "change",
     [{"image_size": 16}, {"augmentation": "crop"}, {"precision": "bf16"}, {"adapt_start_layer": 5}],
     ids=lambda change: next(iter(change)),
 )
 def test_what_shapes_the_activations_is_in_their_key(
-    smoke_config: Make,
-    computed: list[tuple[int, int]],
-    change: dict[str, Any],
-    monkeypatch: pytest.MonkeyPatch,
+    smoke_config: Make, computed: list[tuple[int, int]], change: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr(saved_learner, "resolve_precision", lambda precision, device: (precision, None))
     changes = {"adapter_blocks": "growing", "cache_views": 1, "max_tasks": 1}
     run(smoke_config(**changes))
     computed.clear()
@@ -242,10 +234,7 @@ def test_stopped_in_the_second_growth_of_a_task_ends_the_same(
 
 @pytest.mark.parametrize("limit", [500, 6], ids=["of as many images", "of fewer with more classes"])
 def test_calibration_computes_images_of_earlier_tasks_once(
-    make_sema: Callable[..., Learner],
-    computed: list[tuple[int, int]],
-    limit: int,
-    monkeypatch: pytest.MonkeyPatch,
+    make_sema: Make, computed: list[tuple[int, int]], limit: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Adapters that task 0 trained, frozen since: what they give belongs to the run, and goes with it."""
     monkeypatch.setattr(calibration, "MAX_IMAGES", limit)
@@ -257,31 +246,26 @@ def test_calibration_computes_images_of_earlier_tasks_once(
 
 
 def test_an_altered_cache_changes_nothing(smoke_config: Make) -> None:
-    changes = {**SEVERAL_TASKS, "adapter_blocks": "growing", "cache_views": 1}
-    expected = run(smoke_config(**changes))
+    expected = run(smoke_config(**STORED))
     files = sorted(Path(smoke_config().cache_root).rglob("*.safetensors"))
     assert files
     for number, file in enumerate(files):
-        data = bytearray(file.read_bytes())
-        if number % 2:
-            data[-1] ^= 255
-        else:
-            data = data[: len(data) // 2]
-        file.write_bytes(data)
-    assert run(smoke_config(**changes))[1] == expected[1]
+        data = file.read_bytes()
+        file.write_bytes(data[:-1] + bytes([data[-1] ^ 255]) if number % 2 else data[: len(data) // 2])
+    assert torch.equal(run(smoke_config(**STORED))[1], expected[1])
 
 
 def test_no_room_is_said_once_and_computed_instead(
     smoke_config: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
-    changes = {**SEVERAL_TASKS, "adapter_blocks": "growing", "cache_views": 1}
-    stored = run(smoke_config(**changes, cache_root=str(Path(smoke_config().cache_root) / "other")))
+    stored = run(smoke_config(**STORED, cache_root=str(Path(smoke_config().cache_root) / "other")))
     with caplog.at_level("WARNING", logger="nested_lora"):
-        tight = run(smoke_config(**changes, cache_gb=1e-6))
+        tight = run(smoke_config(**STORED, cache_gb=1e-6))
     assert stored[0]["accuracy"] == tight[0]["accuracy"]
     assert sum("has no room" in record.message for record in caplog.records) == 1
 
 
+@pytest.mark.usefixtures("bf16_anywhere")
 @pytest.mark.parametrize(
     ("precision", "dtype", "size"), [("bf16", "float16", 1e6), ("fp32", "float32", np.inf)]
 )
@@ -292,7 +276,6 @@ def test_activations_beyond_what_holds_them_are_a_sentence_that_helps(
     original = FrozenViT.forward
     huge = lambda self, x, start=0, stop=None: original(self, x, start, stop) + (size if stop == 4 else 0)  # noqa: E731
     monkeypatch.setattr(FrozenViT, "forward", huge)
-    monkeypatch.setattr(saved_learner, "resolve_precision", lambda precision, device: (precision, None))
     for gb in (1, 0):
         with pytest.raises(UserError, match=f"depth 4, as torch.{dtype}, are not finite") as caught:
             train(smoke_config(cache_views=1, adapter_blocks="growing", precision=precision, cache_gb=gb))

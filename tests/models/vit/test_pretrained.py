@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from models.vit import weights
-from models.vit.backbones import BACKBONES, known_shape
+from models.vit.backbones import BACKBONES, BackboneShape, known_shape
 from models.vit.pretrained import backbone_shape, create_backbone
 from utils.errors import UserError
 
@@ -57,16 +57,10 @@ def no_hub(monkeypatch):
 # ------------------------------------------------------------------------------------------- names and shapes
 
 
-def test_shapes_of_short_names_and_timm_names():
-    base = backbone_shape("pretrained_vit_b16_224_adapter")
-    assert (base.depth, base.width, base.patch, base.image_size) == (12, 768, 16, 224)
-    dino = backbone_shape(DINO)
-    assert (dino.depth, dino.width, dino.patch, dino.image_size) == (12, 384, 14, 518)
+def test_published_short_names_mean_the_weights_of_their_pinned_timm_and_have_known_shapes():
+    assert backbone_shape("pretrained_vit_b16_224_adapter") == BackboneShape(12, 768, 16, 224)
+    assert backbone_shape(DINO) == BackboneShape(12, 384, 14, 518)
     assert backbone_shape("deit_tiny_patch16_224.fb_in1k").width == 192
-    assert backbone_shape("pretrained_vit_b16_224_in21k_adapter", weights=None).depth == 12
-
-
-def test_published_short_names_mean_the_weights_of_their_pinned_timm():
     assert BACKBONES["pretrained_vit_b16_224_adapter"] == "vit_base_patch16_224.augreg2_in21k_ft_in1k"
     assert BACKBONES["pretrained_vit_b16_224_in21k_adapter"] == "vit_base_patch16_224.augreg_in21k"
     for name in BACKBONES:
@@ -114,24 +108,32 @@ def test_random_backbone_is_frozen_plain_and_always_the_same(tiny):
     assert torch.equal(torch.random.get_rng_state(), before)
     assert again.sha256 == tiny.sha256 and tiny.tag == f"{TINY}.random" and len(tiny.sha256) == 64
     assert not tiny.vit.training and not any(p.requires_grad for p in tiny.vit.parameters())
-    images = torch.rand(2, 3, 32, 32)
-    assert tiny.vit(images).shape == (2, 192)
-    assert torch.equal(tiny.vit(images), tiny.vit.forward_features(images)[:, 0])
 
 
-@pytest.mark.parametrize(("name", "side", "prefix"), [("deit3_small_patch16_224", 32, 1), (DINO, 28, 5)])
-def test_other_families_give_the_class_token(name, side, prefix):
+@pytest.mark.parametrize(
+    ("name", "side", "prefix"), [(TINY, 32, 1), ("deit3_small_patch16_224", 32, 1), (DINO, 28, 5)]
+)
+def test_every_family_gives_the_class_token(name, side, prefix):
     vit = untrained(name, side).vit
     images = torch.rand(2, 3, side, side)
-    assert vit.num_prefix_tokens == prefix
+    assert vit.num_prefix_tokens == prefix and vit(images).shape == (2, vit.embed_dim)
     assert torch.equal(vit(images), vit.forward_features(images)[:, 0])
 
 
+def copied(vit) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in vit.state_dict().items()}
+
+
+def save(state, path: Path) -> Path:
+    """The file of a state dict, in the form that its name says."""
+    torch.save(state, path) if path.suffix == ".pth" else save_file(state, path)
+    return path
+
+
 def test_hash_sees_one_changed_number(tiny, tmp_path):
-    state = {name: tensor.clone() for name, tensor in tiny.vit.state_dict().items()}
+    state = copied(tiny.vit)
     state["norm.bias"][0] += 1e-3
-    torch.save(state, tmp_path / "changed.pth")
-    assert from_file(tmp_path / "changed.pth").sha256 != tiny.sha256
+    assert from_file(save(state, tmp_path / "changed.pth")).sha256 != tiny.sha256
 
 
 class Applied(torch.nn.Module):
@@ -168,9 +170,8 @@ def test_another_architecture_with_the_same_weights_is_another_backbone(tiny):
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors", ".SAFETENSORS"])
 def test_local_file_loads_and_ignores_the_head(tiny, tmp_path, suffix):
-    state = {k: v.clone() for k, v in tiny.vit.state_dict().items()} | {"head.weight": torch.zeros(5, 192)}
-    path = tmp_path / f"mine{suffix}"
-    save_file(state, path) if suffix != ".pth" else torch.save({"model": state}, path)
+    state = copied(tiny.vit) | {"head.weight": torch.zeros(5, 192)}
+    path = save({"model": state} if suffix == ".pth" else state, tmp_path / f"mine{suffix}")
     loaded = from_file(path)
     assert loaded.sha256 == tiny.sha256 and loaded.tag == f"{TINY}.{path.name}"
 
@@ -183,8 +184,7 @@ def test_named_weights_are_found_in_weights_root_before_the_hub(tiny, tmp_path, 
 
 
 def test_position_embedding_is_resized_to_the_asked_image_size(tiny, tmp_path):
-    torch.save(tiny.vit.state_dict(), tmp_path / "small.pth")
-    larger = from_file(tmp_path / "small.pth", image_size=64)
+    larger = from_file(save(tiny.vit.state_dict(), tmp_path / "small.pth"), image_size=64)
     assert larger.vit.pos_embed.shape == (1, 1 + 16, 192) and larger.sha256 != tiny.sha256
     assert torch.equal(larger.vit.pos_embed[:, 0], tiny.vit.pos_embed[:, 0])
 
@@ -205,23 +205,16 @@ def test_files_that_do_not_fit_are_refused_by_name(tiny, tmp_path):
         *((state | {"norm.bias": bias}, r"1 not of floating.*\(norm.bias\)") for bias in other_types),
     ]
     for content, message in cases:
-        torch.save(content, tmp_path / "bad.pth")
         with pytest.raises(UserError, match=message):
-            from_file(tmp_path / "bad.pth")
+            from_file(save(content, tmp_path / "bad.pth"))
 
 
 @pytest.mark.parametrize("number", [torch.nan, torch.inf])
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors", ".npz"])
 def test_weights_that_are_not_numbers_are_named(tiny, tmp_path, suffix, number):
-    state = {name: tensor.clone() for name, tensor in tiny.vit.state_dict().items()}
+    state, path = copied(tiny.vit), tmp_path / f"bad{suffix}"
     state["blocks.3.mlp.fc1.bias"][2] = number
-    path = tmp_path / f"bad{suffix}"
-    if suffix == ".npz":
-        tiny_copy = untrained().vit
-        tiny_copy.load_state_dict(state)
-        np.savez(path, **jax_arrays(tiny_copy))
-    else:
-        save_file(state, path) if suffix == ".safetensors" else torch.save(state, path)
+    np.savez(path, **jax_arrays(tiny.vit, state)) if suffix == ".npz" else save(state, path)
     with pytest.raises(UserError, match=f"bad{suffix} holds NaN or infinite .*blocks.3.mlp.fc1.bias"):
         from_file(path)
 
@@ -306,9 +299,9 @@ def test_dinov2_file_is_converted_as_the_plain_maths_says(tmp_path, monkeypatch)
     assert backbone.mean == (0.485, 0.456, 0.406) and backbone.std == (0.229, 0.224, 0.225)
 
 
-def jax_arrays(vit) -> dict[str, np.ndarray]:
-    """The tensors of a timm ViT in the layout of the published JAX checkpoints."""
-    state = {k: v.numpy() for k, v in vit.state_dict().items()}
+def jax_arrays(vit, state: dict[str, torch.Tensor] | None = None) -> dict[str, np.ndarray]:
+    """The tensors of a timm ViT, or others by their names, in the layout of the published JAX checkpoints."""
+    state = {k: v.numpy() for k, v in (state or vit.state_dict()).items()}
     heads, width = vit.blocks[0].attn.num_heads, vit.embed_dim
     arrays = {
         "embedding/kernel": state["patch_embed.proj.weight"].transpose(2, 3, 1, 0),
@@ -337,27 +330,16 @@ def jax_arrays(vit) -> dict[str, np.ndarray]:
     return arrays
 
 
-def test_jax_npz_loads_exactly_and_refuses_other_depths(tiny, tmp_path):
+def test_jax_npz_loads_exactly_and_what_does_not_fit_is_refused(tiny, tmp_path):
+    """Without reading what is beyond the file: a header that asks for terabytes would be given them."""
     arrays = jax_arrays(tiny.vit)
-    np.savez(tmp_path / "jax.npz", **arrays)
-    loaded = from_file(tmp_path / "jax.npz")
-    assert loaded.sha256 == tiny.sha256
-    last = [key for key in arrays if "encoderblock_11/" in key]
-    deeper = {key.replace("block_11", "block_12"): arrays[key] for key in last}
-    np.savez(tmp_path / "deep.npz", **arrays, **deeper)
-    with pytest.raises(UserError, match="13 blocks, expected .* 12"):
-        from_file(tmp_path / "deep.npz")
-    del arrays["Transformer/encoder_norm/bias"]
-    np.savez(tmp_path / "short.npz", **arrays)
-    with pytest.raises(UserError, match="short.npz"):
-        from_file(tmp_path / "short.npz")
-
-
-def test_jax_npz_with_integers_or_headers_beyond_the_file_is_refused_without_reading_it(tiny, tmp_path):
-    """A header that asks for terabytes would be given them before the first byte is read."""
-    arrays = jax_arrays(tiny.vit)
-    np.savez(tmp_path / "integers.npz", **arrays | {"embedding/bias": np.zeros(192, np.int32)})
     np.savez(tmp_path / "whole.npz", **arrays)
+    assert from_file(tmp_path / "whole.npz").sha256 == tiny.sha256
+    last = [key for key in arrays if "encoderblock_11/" in key]
+    np.savez(
+        tmp_path / "deep.npz", **arrays, **{key.replace("block_11", "block_12"): arrays[key] for key in last}
+    )
+    np.savez(tmp_path / "integers.npz", **arrays | {"embedding/bias": np.zeros(192, np.int32)})
     header = b"{'descr': '<f4', 'fortran_order': False, 'shape': (1000000000000,), }"
     damaged = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + bytes(16)
     with (
@@ -366,7 +348,14 @@ def test_jax_npz_with_integers_or_headers_beyond_the_file_is_refused_without_rea
     ):
         for name in whole.namelist():
             beyond.writestr(name, damaged if name == "embedding/bias.npy" else whole.read(name))
-    for name, what in (("integers.npz", "embedding/bias int32"), ("beyond.npz", "embedding/bias.npy")):
-        with pytest.raises(UserError, match=what) as caught:
+    del arrays["Transformer/encoder_norm/bias"]
+    np.savez(tmp_path / "short.npz", **arrays)
+    for name, message in (
+        ("deep.npz", "13 blocks, expected .* 12"),
+        ("short.npz", "encoder_norm/bias"),
+        ("integers.npz", "embedding/bias int32"),
+        ("beyond.npz", "embedding/bias.npy"),
+    ):
+        with pytest.raises(UserError, match=message) as caught:
             from_file(tmp_path / name)
         assert name in str(caught.value) and "\n" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""models.vit.representations: class tokens and output spaces of branches, as analyses get them."""
+"""models.vit.class_incremental: class tokens and output spaces of branches, as analyses get them."""
 
 import pytest
 import torch
