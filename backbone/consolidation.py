@@ -61,9 +61,6 @@ def consolidate(adapter: NestedLoRAAdapter, tokens: Tensor, how: Consolidation) 
     return ConsolidationReport(before, adapter.norms(), drift)
 
 
-# --- rules --------------------------------------------------------------------------------------------------
-
-
 def add_weights(adapter: NestedLoRAAdapter, tokens: Tensor, alpha: float) -> None:
     """theta_slow <- theta_slow + alpha theta_fast, the rule of the first specification; `tokens` are unused.
 
@@ -171,14 +168,6 @@ def _ridge(gram: Tensor, cross: Tensor, kept: list[int]) -> tuple[Tensor, Tensor
     return inverse @ cross[kept], inverse
 
 
-# --- resets -------------------------------------------------------------------------------------------------
-
-
-def reset_to_lora_start(adapter: NestedLoRAAdapter) -> None:
-    """Up-projection and biases of fast zero, its down-projection drawn anew."""
-    adapter.fast.reset()
-
-
 def reset_to_zeros(adapter: NestedLoRAAdapter) -> None:
     """All of fast zero, the rule of the first specification; both factors' gradients then stay zero."""
     for parameter in adapter.fast.parameters():
@@ -186,7 +175,7 @@ def reset_to_zeros(adapter: NestedLoRAAdapter) -> None:
 
 
 RESETS: dict[str, Callable[[NestedLoRAAdapter], None]] = {
-    "lora": reset_to_lora_start,
+    "lora": lambda adapter: adapter.fast.reset(),  # down-projection drawn anew, all else zero
     "zeros": reset_to_zeros,
     "aligned": NestedLoRAAdapter.align,
 }

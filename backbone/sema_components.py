@@ -179,11 +179,8 @@ def common_factors(adapters: Sequence[nn.Module]) -> list[Factors] | None:
 
 def _gives_factors(kind: type[nn.Module]) -> bool:
     """Whether a class has `factors` that go with its `forward`: no subclass has another."""
-    first = {}
-    for place, parent in enumerate(kind.__mro__):
-        for name in vars(parent).keys() & {"factors", "forward"}:
-            first.setdefault(name, place)
-    return "factors" in first and first["factors"] <= first["forward"]
+    owner = next(parent for parent in kind.__mro__ if vars(parent).keys() & {"factors", "forward"})
+    return "factors" in vars(owner)
 
 
 ADAPTERS: dict[str, type[nn.Module]] = {
