@@ -20,8 +20,6 @@ from torch.nn import functional as F
 
 from backbone.frozen_vit import FrozenViT
 
-STATE = ("keys", "attention", "prompts")
-
 
 class PrefixAttention(nn.Module):
     """timm's attention with a prefix of keys and of values, (B, L / 2, d) each, when it is given one."""
@@ -85,7 +83,7 @@ class PromptPool(nn.Module):
     def penalty(self, reduction: str) -> Tensor:
         """||X X^T - I||^2 summed over X = K, A and P, as a sum or a mean over entries; a scalar."""
         total: Tensor = self.keys.new_zeros(())
-        for name in STATE:
+        for name in self.sizes:
             part = self.all(name)
             squares = (part @ part.T - torch.eye(len(part), device=part.device)).square()
             total = total + (squares.sum() if reduction == "sum" else squares.mean())
@@ -107,7 +105,7 @@ class PromptPool(nn.Module):
     @torch.no_grad()
     def freeze(self) -> None:
         """Freeze the components that learn."""
-        for name in STATE:
+        for name in self.sizes:
             every = self.all(name)
             setattr(self, name, every)
             setattr(self, f"new_{name}", nn.Parameter(every[:0].clone(), requires_grad=False))

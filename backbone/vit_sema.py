@@ -38,7 +38,7 @@ class SEMAVisionTransformer(FrozenViT):
         adapted: Iterable[int] = (),
     ) -> None:
         growing = tuple(growing)
-        modules = {i: SEMAModules(spec, block=i, growable=i in growing) for i in sorted(adapted)}
+        modules = {i: SEMAModules(spec, growable=i in growing) for i in sorted(adapted)}
         super().__init__(vit, modules)
         self.spec, self.growing = spec, growing
 
