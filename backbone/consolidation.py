@@ -22,15 +22,7 @@ RIDGE = 1e-6
 
 @dataclass(frozen=True)
 class Consolidation:
-    """Rule, strength and reset of a consolidation.
-
-    Attributes:
-        rule: "weights" (theta_slow += alpha theta_fast), "function" (slow refitted to slow(x) + alpha
-            fast(x)) or "interpolate" (slow moved by alpha towards slow and fast merged, unit by unit).
-        alpha: share of fast that goes into slow.
-        reset: "lora" (zero output, able to learn), "zeros" (all of fast zero: its gradient stays zero) or
-            "aligned" (zero output on the hidden units of slow, which "interpolate" needs).
-    """
+    """A key of `RULES`, the share alpha of fast that goes into slow, and a key of `RESETS` for fast."""
 
     rule: str
     alpha: float
@@ -177,5 +169,5 @@ def reset_to_zeros(adapter: NestedLoRAAdapter) -> None:
 RESETS: dict[str, Callable[[NestedLoRAAdapter], None]] = {
     "lora": lambda adapter: adapter.fast.reset(),  # down-projection drawn anew, all else zero
     "zeros": reset_to_zeros,
-    "aligned": NestedLoRAAdapter.align,
+    "aligned": NestedLoRAAdapter.align,  # zero output on the hidden units of slow, for "interpolate"
 }

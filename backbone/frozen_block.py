@@ -62,14 +62,12 @@ class FrozenBlock(Block):
 
 
 def freeze(module: nn.Module) -> None:
-    """Exclude the module's parameters from learning."""
     for parameter in module.parameters():
         parameter.requires_grad_(False)
         parameter.grad = None
 
 
 def is_learning(module: nn.Module) -> bool:
-    """Whether any parameter of the module receives gradients."""
     return any(parameter.requires_grad for parameter in module.parameters())
 
 
@@ -92,7 +90,6 @@ def attend(block: Block, x: Tensor, kept: int | None = None) -> Tensor:
 
 
 def mlp_branch(block: Block, x: Tensor) -> Tensor:
-    """mlp(norm2(x)) of a block in evaluation mode."""
     return block.ls2(block.mlp(block.norm2(x)))
 
 

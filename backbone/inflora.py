@@ -82,7 +82,6 @@ class InfLoRALinear(nn.Module):
 
     @property
     def is_open(self) -> bool:
-        """Whether a task's term is learning."""
         return len(self.new_down) > 0
 
     def grow(self, moments: Tensor) -> int:
@@ -137,13 +136,7 @@ class InfLoRALinear(nn.Module):
 
 
 class InfLoRAViT(FrozenViT):
-    """A frozen timm ViT with `InfLoRALinear` projections in some blocks.
-
-    Args:
-        vit: a timm VisionTransformer without classifier (`num_classes=0`); it becomes part of this module.
-        rank: r.
-        adapted: the blocks whose k and v learn, one at least.
-    """
+    """A frozen timm ViT whose k and v learn in the `adapted` blocks, one at least, as `InfLoRALinear`."""
 
     def __init__(self, vit: VisionTransformer, rank: int, adapted: Iterable[int]) -> None:
         super().__init__(vit)
@@ -153,7 +146,6 @@ class InfLoRAViT(FrozenViT):
 
     @property
     def by_block(self) -> dict[int, InfLoRALinear]:
-        """The adapted projections in depth order."""
         projections = ((i, block.attn.qkv) for i, block in enumerate(self.vit.blocks))
         return {i: projection for i, projection in projections if isinstance(projection, InfLoRALinear)}
 
@@ -180,7 +172,6 @@ class InfLoRAViT(FrozenViT):
         return {block: projection.grow(moments[block]) for block, projection in self.by_block.items()}
 
     def freeze(self) -> None:
-        """End the learning of the newest terms."""
         for projection in self.by_block.values():
             projection.freeze()
 
@@ -222,7 +213,6 @@ class InfLoRAViT(FrozenViT):
         }
 
     def plain_state(self) -> dict[str, Tensor]:
-        """State dict of the timm ViT that computes the same."""
         return merged_state(self, {block: p.merged_weight() for block, p in self.by_block.items()})
 
     def frozen_names(self) -> set[str]:

@@ -60,10 +60,8 @@ class LowRank(nn.Module):
 class GumbelGate(nn.Module):
     """Logits g of a gate  beta = sparsemax((g + noise) / tau)  over K adapters: (K,), or per layer (L, K).
 
-    K is state: a fresh gate takes it from the logits it loads.
-
-    Args:
-        layers: L, or None for one gate of the whole network.
+    L is `layers`, None for one gate of the whole network. K is state: a fresh gate takes it from the logits
+    it loads.
     """
 
     def __init__(self, layers: int | None) -> None:
@@ -77,11 +75,9 @@ class GumbelGate(nn.Module):
         self.logits = nn.Parameter(torch.cat([self.logits, logits.to(self.logits)], dim=-1))
 
     def stored_numbers(self) -> int:
-        """Number of logits."""
         return self.logits.numel()
 
     def keep(self, chosen: list[int]) -> None:
-        """Remove all but the chosen adapters."""
         self.logits = nn.Parameter(self.logits.detach()[..., chosen].clone())
 
 
@@ -222,14 +218,12 @@ class LoRAVisionTransformer(nn.Module):
                 projection.term_weights = projection.newest_weight = None
 
     def train(self, mode: bool = True) -> "LoRAVisionTransformer":
-        """Set the mode of everything but the frozen transformer, which stays in evaluation mode."""
         super().train(mode)
         self.vit.eval()
         return self
 
     @property
     def projections(self) -> list[LoRALinear]:
-        """The adapted projection of every block, in depth order."""
         return [block.attn.qkv for block in self.vit.blocks]
 
     @property
@@ -247,7 +241,6 @@ class LoRAVisionTransformer(nn.Module):
 
     @property
     def is_merged(self) -> bool:
-        """Whether the projections hold the adapters in their weights."""
         return self.projections[0].merged is not None
 
     def merge(self, beta: Tensor | None = None) -> None:
@@ -310,16 +303,13 @@ class LoRAVisionTransformer(nn.Module):
         return [parameter for new in learning for parameter in (new.down, new.up)]
 
     def adapters_per_block(self) -> dict[int, int]:
-        """Number of adapters by block: the same in all."""
         return dict.fromkeys(range(len(self.projections)), len(self.magnitudes))
 
     def parameter_counts(self) -> dict[str, int]:
-        """Numbers of parameters in directions and magnitudes."""
         directions = sum(t.numel() for p in self.projections for t in p.own_tensors().values())
         return {"adapters": directions, "magnitudes": self.magnitudes.numel()}
 
     def directions_of_rank(self, rank: int) -> int:
-        """Number of parameters in the directions of an adapter."""
         return 4 * rank * sum(projection.width for projection in self.projections)
 
     def frozen_names(self) -> set[str]:

@@ -27,12 +27,10 @@ class WeightVector(nn.Module):
         self._parameters_read = tuple(parameters)  # a tuple: their state is not this module's
 
     def weights(self) -> Tensor:
-        """The parameters as one vector (P,)."""
         return torch.cat([parameter.detach().flatten() for parameter in self._parameters_read])
 
     @torch.no_grad()
     def write(self, weights: Tensor) -> None:
-        """Set the parameters to a vector (P,)."""
         for parameter, values in zip(self._parameters_read, self.split(weights), strict=True):
             parameter.copy_(values)
 

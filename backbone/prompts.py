@@ -51,11 +51,8 @@ class PromptPool(nn.Module):
         p(q) = sum_m cos(q * A_m, K_m) P_m,   q (B, d) -> p (B, L, d), its halves prefixes of keys and values
 
     A_m, K_m (d,) and P_m (L, d); components of earlier tasks are frozen. New ones start orthonormal to all
-    others, as far as there is room. Their numbers are state: a fresh pool takes them from what it loads.
-
-    Args:
-        width: d.
-        length: L, even.
+    others, as far as there is room. Their numbers are state: a fresh pool takes them from what it loads. L
+    (`length`) is even.
     """
 
     keys: Tensor  # (M, d) of earlier tasks
@@ -104,7 +101,6 @@ class PromptPool(nn.Module):
 
     @torch.no_grad()
     def freeze(self) -> None:
-        """Freeze the components that learn."""
         for name in self.sizes:
             every = self.all(name)
             setattr(self, name, every)
@@ -112,13 +108,7 @@ class PromptPool(nn.Module):
 
 
 class PromptedViT(FrozenViT):
-    """A frozen timm ViT with prompts in some blocks.
-
-    Args:
-        vit: a timm VisionTransformer without classifier (`num_classes=0`); it becomes part of this module.
-        blocks: those with prompts, one at least.
-        length: L of `PromptPool`.
-    """
+    """A frozen timm ViT with prompts, each of a `PromptPool`, in some blocks, one at least."""
 
     def __init__(self, vit: VisionTransformer, blocks: Iterable[int], length: int) -> None:
         super().__init__(vit)
@@ -151,12 +141,10 @@ class PromptedViT(FrozenViT):
 
     @torch.no_grad()
     def plain(self, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
-        """The output without prompts."""
         return super().forward(x, start, stop)
 
     @property
     def by_block(self) -> dict[int, PromptPool]:
-        """The pools in depth order."""
         return {int(name): pool for name, pool in self.pools.items()}
 
     def penalty(self, reduction: str) -> Tensor:
@@ -164,12 +152,10 @@ class PromptedViT(FrozenViT):
         return sum(pool.penalty(reduction) for pool in self.by_block.values())
 
     def grow(self, count: int) -> None:
-        """Add components to every pool, which learn."""
         for pool in self.by_block.values():
             pool.grow(count)
 
     def freeze(self) -> None:
-        """Freeze the components that learn."""
         for pool in self.by_block.values():
             pool.freeze()
 
@@ -190,7 +176,6 @@ class PromptedViT(FrozenViT):
         return {"prompts": list(self.pools.parameters())}
 
     def adapters_per_block(self) -> dict[int, int]:
-        """Components by block."""
         return {i: len(pool.keys) + len(pool.new_keys) for i, pool in self.by_block.items()}
 
     def parameter_counts(self) -> dict[str, int]:
@@ -217,7 +202,6 @@ class WithoutPrompts:
         return self.network.plain(x, start, stop)
 
     def tensors_below(self, depth: int) -> dict[str, Tensor]:
-        """None."""
         return {}
 
     def begins_attended(self, depth: int) -> bool:

@@ -76,7 +76,6 @@ class Stack(NamedTuple):
     activation: Activation
 
     def to(self, dtype: torch.dtype) -> "Stack":
-        """The same in another dtype."""
         bias = None if self.down_bias is None else self.down_bias.to(dtype)
         return self._replace(down=self.down.to(dtype), down_bias=bias, up=self.up.to(dtype))
 
@@ -95,10 +94,6 @@ class SEMAModules(nn.Module):
         out = sum_k w_k A_k(x)                 (B, N, d)
     A block outside the growing range holds one adapter, no router and no descriptor: out = A_0(x).
     K and the rows of the router are state: a fresh module takes them from the tensors it loads.
-
-    Args:
-        spec: kind and sizes of an adapter.
-        growable: whether the block is in [adapt_start_layer, adapt_end_layer].
     """
 
     added_for_task: Tensor  # bool: the newest adapter began to learn in the current task
@@ -300,7 +295,6 @@ class SEMAModules(nn.Module):
         return [p for router in routers for p in router.parameters()]
 
     def descriptor_parameters(self) -> list[nn.Parameter]:
-        """Parameters of all descriptors."""
         return [p for adapter in self.adapters if adapter.rd is not None for p in adapter.rd.parameters()]
 
     def is_learning(self) -> bool:

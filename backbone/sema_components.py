@@ -19,7 +19,6 @@ Activation = Callable[[Tensor], Tensor]
 
 
 def identity(x: Tensor) -> Tensor:
-    """The identity, the activation of linear adapters."""
     return x
 
 
@@ -87,7 +86,6 @@ class Adapter(nn.Module):
         return abs(self.scale) * math.sqrt(max(0.0, float(((up.T @ up) * (down @ down.T)).sum())))
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """The parameters by time scale: one."""
         return {"adapter": list(self.parameters())}
 
 
@@ -143,7 +141,6 @@ class NestedLoRAAdapter(nn.Module):
         self.fast.down_proj.load_state_dict(self.slow.down_proj.state_dict())
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """The parameters by time scale: "slow" and "fast"."""
         return {"slow": list(self.slow.parameters()), "fast": list(self.fast.parameters())}
 
     @torch.no_grad()

@@ -21,13 +21,9 @@ from backbone.sema_block import AdapterSpec, SEMAModules
 
 
 class SEMAVisionTransformer(FrozenViT):
-    """A frozen timm ViT with `SEMAModules` in chosen blocks.
+    """A frozen timm ViT with `SEMAModules` in the adapted blocks.
 
-    Args:
-        vit: as in `FrozenViT`.
-        spec: kind and sizes of an adapter.
-        growing: the blocks that may grow (they have a router and descriptors).
-        adapted: the blocks that hold adapters; must contain `growing`.
+    Those among them that may grow have a router and descriptors.
     """
 
     def __init__(
