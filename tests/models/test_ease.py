@@ -53,17 +53,6 @@ def test_prototypes_and_scores_are_the_double_sums_of_the_formula() -> None:
             np.testing.assert_allclose(head(queries)[n, c], expected, atol=1e-5)
 
 
-def test_without_a_temperature_reconstructed_prototypes_lie_near_the_mean_of_the_new_ones() -> None:
-    spread = {}
-    for temperature in (1.0, 0.05):
-        head = EASEHead(WIDTH, 0.1, temperature)
-        for t in range(2):
-            head.add(*features(t + 1, seed=t))
-        new = head.prototypes[1, 2:]
-        spread[temperature] = float((head.prototypes[1, :2] - new.mean(dim=0)).norm())
-    assert spread[1.0] < 0.7 * spread[0.05]
-
-
 def test_a_task_trains_its_own_adapter_and_leaves_the_others(make_sema: Callable[..., Learner]) -> None:
     learner = make_sema(model_name="ease", adapter_blocks="growing")
     run_tasks(learner, 1)
