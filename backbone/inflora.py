@@ -20,7 +20,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from backbone.frozen_block import FrozenLinear
+from backbone.frozen_block import FrozenLinear, take_saved_sizes
 from backbone.frozen_vit import FrozenViT, merged_state
 
 ROUNDING = 1e-6  # singular values below this share of the largest of float32 moments
@@ -51,8 +51,8 @@ class InfLoRALinear(nn.Module):
         self.register_buffer("new_down", like.new_zeros(0, width))
         self.new_up = nn.Parameter(like.new_zeros(2, width, 0), requires_grad=False)
         self.register_buffer("basis", like.new_zeros(width, 0, dtype=torch.float64))
-        self.register_load_state_dict_pre_hook(_take_saved_shapes)
-        self._merged: dict[torch.device, FrozenLinear] = {}
+        take_saved_sizes(self, down=0, up=0, new_down=0, new_up=2, basis=1)
+        self._merged: tuple[Tensor, FrozenLinear] | None = None  # `down`, and W with its terms
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.frozen(x)
@@ -65,12 +65,12 @@ class InfLoRALinear(nn.Module):
         """The projection with the terms of earlier tasks."""
         if not len(self.down):
             return self.qkv(x)
-        if x.device not in self._merged:
+        if self._merged is None or self._merged[0] is not self.down:
             linear = nn.Linear(self.width, 3 * self.width, device="meta")
             linear.weight = nn.Parameter(self.merged_weight(), requires_grad=False)
             linear.bias = self.qkv.bias
-            self._merged = {x.device: FrozenLinear(linear)}
-        return self._merged[x.device](x)
+            self._merged = self.down, FrozenLinear(linear)
+        return self._merged[1](x)
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
@@ -107,7 +107,7 @@ class InfLoRALinear(nn.Module):
         """Move the learning term to the frozen ones."""
         self.down = torch.cat([self.down, self.new_down[None]])
         self.up = torch.cat([self.up, self.new_up.detach()[None]])
-        self.new_down, self._merged = self.new_down[:0], {}
+        self.new_down = self.new_down[:0]
         self.new_up = nn.Parameter(self.new_up.detach()[..., :0], requires_grad=False)
 
     def remember(self, moments: Tensor, threshold: float, power: int) -> None:
@@ -220,17 +220,3 @@ class InfLoRAViT(FrozenViT):
             f"vit.blocks.{i}.attn.qkv.{name}" for i, p in self.by_block.items() for name in p.own_tensors()
         }
         return self.state_dict().keys() - own
-
-
-def _take_saved_shapes(
-    projection: InfLoRALinear, state: dict[str, Tensor], prefix: str, *hook_args: object
-) -> None:
-    """Load-state-dict pre-hook: tensors of the saved shapes."""
-    for name in ("down", "up", "new_down", "basis"):
-        saved, buffer = state.get(f"{prefix}{name}"), getattr(projection, name)
-        if saved is not None and saved.dim() == buffer.dim():
-            setattr(projection, name, buffer.new_zeros(saved.shape))
-    saved = state.get(f"{prefix}new_up")
-    if saved is not None and saved.dim() == 3:
-        projection.new_up = nn.Parameter(projection.new_up.detach().new_zeros(saved.shape))
-    projection._merged = {}

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from backbone.frozen_block import product
+from backbone.frozen_block import product, take_saved_sizes
 from backbone.frozen_vit import merged_state
 
 INIT_MAGNITUDE = 0.8  # of a new adapter, as published
@@ -67,7 +67,7 @@ class GumbelGate(nn.Module):
     def __init__(self, layers: int | None) -> None:
         super().__init__()
         self.logits = nn.Parameter(torch.empty((0,) if layers is None else (layers, 0)))
-        self.register_load_state_dict_pre_hook(_resize_gate)
+        take_saved_sizes(self, logits=-1)
 
     @torch.no_grad()
     def grow(self, logits: Tensor) -> None:
@@ -317,13 +317,6 @@ class LoRAVisionTransformer(nn.Module):
         projections = enumerate(self.projections)
         own = {f"vit.blocks.{i}.attn.qkv.{name}" for i, p in projections for name in p.own_tensors()}
         return self.state_dict().keys() - own - {"magnitudes", "owner"}
-
-
-def _resize_gate(gate: GumbelGate, state: dict[str, Tensor], prefix: str, *hook_args: object) -> None:
-    """Load-state-dict pre-hook: as many logits as were saved."""
-    saved = state.get(f"{prefix}logits")
-    if saved is not None and saved.dim():
-        gate.logits = nn.Parameter(gate.logits.detach().new_zeros(*gate.logits.shape[:-1], saved.shape[-1]))
 
 
 def _take_saved_shape(

@@ -18,6 +18,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from backbone.frozen_block import take_saved_sizes
 from backbone.frozen_vit import FrozenViT
 
 
@@ -66,7 +67,7 @@ class PromptPool(nn.Module):
         for name, size in self.sizes.items():
             self.register_buffer(name, torch.zeros(0, size))
             setattr(self, f"new_{name}", nn.Parameter(torch.zeros(0, size), requires_grad=False))
-        self.register_load_state_dict_pre_hook(_take_saved_numbers)
+            take_saved_sizes(self, **{name: 0, f"new_{name}": 0})
 
     def all(self, name: str) -> Tensor:
         """A part of all components, those of earlier tasks first."""
@@ -207,13 +208,3 @@ class WithoutPrompts:
     def begins_attended(self, depth: int) -> bool:
         """False: no block holds adapters beside its MLP."""
         return False
-
-
-def _take_saved_numbers(pool: PromptPool, state: dict[str, Tensor], prefix: str, *hook_args: object) -> None:
-    """Load-state-dict pre-hook: as many components as were saved."""
-    for name, size in pool.sizes.items():
-        saved, new = state.get(f"{prefix}{name}"), state.get(f"{prefix}new_{name}")
-        if saved is not None and new is not None:
-            like = getattr(pool, name)
-            setattr(pool, name, like.new_zeros(len(saved), size))
-            setattr(pool, f"new_{name}", nn.Parameter(like.new_zeros(len(new), size)))
