@@ -202,11 +202,7 @@ class InfLoRAViT(FrozenViT):
 
     def parameter_counts(self) -> dict[str, int]:
         """Numbers in what terms write (B), in their directions (A), and in the bases of old inputs."""
-        parts = {
-            "adapters": ("up", "new_up"),
-            "directions": ("down", "new_down"),
-            "bases": ("basis",),
-        }
+        parts = {"adapters": ("up", "new_up"), "directions": ("down", "new_down"), "bases": ("basis",)}
         tensors = [p.own_tensors() for p in self.by_block.values()]
         return {
             part: sum(own[name].numel() for own in tensors for name in names) for part, names in parts.items()

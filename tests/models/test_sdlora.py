@@ -164,16 +164,10 @@ def test_a_gate_with_one_adapter_is_sd_lora(make_sdlora: Make) -> None:
 def test_rates_of_first_and_later_tasks_and_their_schedules(
     make_sdlora: Make, scheduler: str, first: list[float], later: list[float]
 ) -> None:
-    keys = {
-        "init_lr": 0.1,
-        "lrate": 0.2,
-        "init_epoch": 3,
-        "epochs": 3,
-        "min_lr": 0.01,
-        "max_train_per_class": 4,
-    }
+    keys = {"init_lr": 0.1, "lrate": 0.2, "min_lr": 0.01}
+    size = {"init_epoch": 3, "epochs": 3, "max_train_per_class": 4}
     steps = {"init_milestones": [1], "init_lr_decay": 0.5, "milestones": [1, 2], "lrate_decay": 0.1}
-    learner = run_tasks(make_sdlora(**keys, **steps, scheduler=scheduler), 2)
+    learner = run_tasks(make_sdlora(**keys, **size, **steps, scheduler=scheduler), 2)
     assert [event["lr"]["lora"] for event in events(learner, "epoch")] == pytest.approx([*first, *later])
 
 
