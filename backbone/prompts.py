@@ -188,23 +188,3 @@ class PromptedViT(FrozenViT):
 
     def frozen_names(self) -> set[str]:
         return {name for name in self.state_dict() if not name.startswith("pools.")}
-
-
-class WithoutPrompts:
-    """A `PromptedViT` as the plain ViT that it is built on: its features are the queries."""
-
-    spec = None
-
-    def __init__(self, network: PromptedViT) -> None:
-        self.network, self.vit = network, network.vit
-        self.depth, self.feature_width = network.depth, network.feature_width
-
-    def __call__(self, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
-        return self.network.plain(x, start, stop)
-
-    def tensors_below(self, depth: int) -> dict[str, Tensor]:
-        return {}
-
-    def begins_attended(self, depth: int) -> bool:
-        """False: no block holds adapters beside its MLP."""
-        return False

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from backbone.prompts import PromptedViT, WithoutPrompts
+from backbone.frozen_vit import FrozenViT
+from backbone.prompts import PromptedViT
 from models.config.coda_prompt import CODAPromptConfig
 from models.vit.activations import ActivationStore, ForwardOptions
 from models.vit.class_incremental import ClassIncrementalLearner
@@ -44,7 +45,7 @@ class QueryStore(ActivationStore):
         self, network: PromptedViT, data: DataManager, cache: TensorCache, options: ForwardOptions
     ) -> None:
         super().__init__(network, data, cache, options)
-        self.plain = ActivationStore(WithoutPrompts(network), data, cache, options)
+        self.plain = ActivationStore(FrozenViT(network.vit), data, cache, options)
         self.keeps_queries = True
 
     def at(
