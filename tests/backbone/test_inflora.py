@@ -1,5 +1,7 @@
 """InfLoRA's directions, its basis of old inputs, and what they leave alone, against numpy."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -123,7 +125,8 @@ def test_in_bf16_moments_and_merged_terms_keep_their_precision() -> None:
 
 
 def test_merged_terms_are_the_terms_beside_the_weights_and_one_timm_network() -> None:
-    network, x = InfLoRAViT(plain_vit(), RANK, range(1, DEPTH)), images()
+    """Also those of an earlier state that is loaded."""
+    network, x, states = InfLoRAViT(plain_vit(), RANK, range(1, DEPTH)), images(), []
     with network.second_moments() as moments:
         before = network(x)
     for _ in range(2):
@@ -134,7 +137,11 @@ def test_merged_terms_are_the_terms_beside_the_weights_and_one_timm_network() ->
         network.freeze()
         torch.testing.assert_close(network(x), beside, atol=1e-5, rtol=1e-4)
         network.remember(moments, 0.5)
+        states.append((copy.deepcopy(network.state_dict()), network(x)))
     plain = plain_vit()
     plain.load_state_dict(network.plain_state())
     torch.testing.assert_close(plain(x), beside, atol=1e-5, rtol=1e-4)
     assert not torch.allclose(beside, before, atol=1e-3)
+    for state, features in states:
+        network.load_state_dict(state)
+        assert torch.equal(network(x), features)
