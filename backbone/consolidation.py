@@ -22,15 +22,7 @@ RIDGE = 1e-6
 
 @dataclass(frozen=True)
 class Consolidation:
-    """Rule, strength and reset of a consolidation.
-
-    Attributes:
-        rule: "weights" (theta_slow += alpha theta_fast), "function" (slow refitted to slow(x) + alpha
-            fast(x)) or "interpolate" (slow moved by alpha towards slow and fast merged, unit by unit).
-        alpha: share of fast that goes into slow.
-        reset: "lora" (zero output, able to learn), "zeros" (all of fast zero: its gradient stays zero) or
-            "aligned" (zero output on the hidden units of slow, which "interpolate" needs).
-    """
+    """A key of `RULES`, the share alpha of fast that goes into slow, and a key of `RESETS` for fast."""
 
     rule: str
     alpha: float
@@ -59,9 +51,6 @@ def consolidate(adapter: NestedLoRAAdapter, tokens: Tensor, how: Consolidation) 
     moved, size = (adapter(tokens) - output_before).norm(), output_before.norm()
     drift = float(moved / size) if size > 0 else float(moved > 0)
     return ConsolidationReport(before, adapter.norms(), drift)
-
-
-# --- rules --------------------------------------------------------------------------------------------------
 
 
 def add_weights(adapter: NestedLoRAAdapter, tokens: Tensor, alpha: float) -> None:
@@ -171,14 +160,6 @@ def _ridge(gram: Tensor, cross: Tensor, kept: list[int]) -> tuple[Tensor, Tensor
     return inverse @ cross[kept], inverse
 
 
-# --- resets -------------------------------------------------------------------------------------------------
-
-
-def reset_to_lora_start(adapter: NestedLoRAAdapter) -> None:
-    """Up-projection and biases of fast zero, its down-projection drawn anew."""
-    adapter.fast.reset()
-
-
 def reset_to_zeros(adapter: NestedLoRAAdapter) -> None:
     """All of fast zero, the rule of the first specification; both factors' gradients then stay zero."""
     for parameter in adapter.fast.parameters():
@@ -186,7 +167,7 @@ def reset_to_zeros(adapter: NestedLoRAAdapter) -> None:
 
 
 RESETS: dict[str, Callable[[NestedLoRAAdapter], None]] = {
-    "lora": reset_to_lora_start,
+    "lora": lambda adapter: adapter.fast.reset(),  # down-projection drawn anew, all else zero
     "zeros": reset_to_zeros,
-    "aligned": NestedLoRAAdapter.align,
+    "aligned": NestedLoRAAdapter.align,  # zero output on the hidden units of slow, for "interpolate"
 }

@@ -62,14 +62,12 @@ class FrozenBlock(Block):
 
 
 def freeze(module: nn.Module) -> None:
-    """Exclude the module's parameters from learning."""
     for parameter in module.parameters():
         parameter.requires_grad_(False)
         parameter.grad = None
 
 
 def is_learning(module: nn.Module) -> bool:
-    """Whether any parameter of the module receives gradients."""
     return any(parameter.requires_grad for parameter in module.parameters())
 
 
@@ -82,6 +80,26 @@ def joined_groups(modules: Iterable[Any]) -> dict[str, list[nn.Parameter]]:
     return groups
 
 
+def take_saved_sizes(module: nn.Module, **dimensions: int) -> None:
+    """Let some tensors of a module take their size along one dimension from those that are loaded.
+
+    A parameter is replaced by another one, which learns. Torch refuses tensors that differ otherwise.
+    """
+    module.register_load_state_dict_pre_hook(functools.partial(_take_sizes, dimensions))
+
+
+def _take_sizes(
+    dimensions: dict[str, int], module: nn.Module, state: dict[str, Tensor], prefix: str, *hook_args: object
+) -> None:
+    for name, dimension in dimensions.items():
+        saved, tensor = state.get(f"{prefix}{name}"), getattr(module, name)
+        if saved is not None and saved.dim() == tensor.dim():
+            shape = list(tensor.shape)
+            shape[dimension] = saved.shape[dimension]
+            resized = tensor.detach().new_zeros(shape)
+            setattr(module, name, nn.Parameter(resized) if isinstance(tensor, nn.Parameter) else resized)
+
+
 def attend(block: Block, x: Tensor, kept: int | None = None) -> Tensor:
     """x + attn(norm1(x)) of a block in evaluation mode, for the first `kept` tokens; by default for all."""
     if isinstance(block, FrozenBlock):
@@ -92,7 +110,6 @@ def attend(block: Block, x: Tensor, kept: int | None = None) -> Tensor:
 
 
 def mlp_branch(block: Block, x: Tensor) -> Tensor:
-    """mlp(norm2(x)) of a block in evaluation mode."""
     return block.ls2(block.mlp(block.norm2(x)))
 
 

@@ -108,12 +108,10 @@ class FrozenViT(nn.Module):
 
     @property
     def depth(self) -> int:
-        """Number of blocks."""
         return len(self.vit.blocks)
 
     @property
     def feature_width(self) -> int:
-        """Length of a feature vector."""
         return self.vit.num_features
 
     def each_subspace(self) -> Iterator[None]:
@@ -158,7 +156,6 @@ class FrozenViT(nn.Module):
         return {i: block.adapter_module for i, block in blocks if isinstance(block, AdaptedBlock)}
 
     def adapters_per_block(self) -> dict[int, int]:
-        """Number of adapters in each adapted block."""
         return {block: len(modules.adapters) for block, modules in self.modules_by_block.items()}
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
@@ -166,7 +163,6 @@ class FrozenViT(nn.Module):
         return joined_groups(self.modules_by_block.values())
 
     def freeze(self) -> None:
-        """Exclude the adapters of all blocks from learning."""
         for modules in self.modules_by_block.values():
             freeze(modules)
 

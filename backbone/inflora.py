@@ -20,7 +20,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from backbone.frozen_block import FrozenLinear
+from backbone.frozen_block import FrozenLinear, take_saved_sizes
 from backbone.frozen_vit import FrozenViT, merged_state
 
 ROUNDING = 1e-6  # singular values below this share of the largest of float32 moments
@@ -51,8 +51,8 @@ class InfLoRALinear(nn.Module):
         self.register_buffer("new_down", like.new_zeros(0, width))
         self.new_up = nn.Parameter(like.new_zeros(2, width, 0), requires_grad=False)
         self.register_buffer("basis", like.new_zeros(width, 0, dtype=torch.float64))
-        self.register_load_state_dict_pre_hook(_take_saved_shapes)
-        self._merged: dict[torch.device, FrozenLinear] = {}
+        take_saved_sizes(self, down=0, up=0, new_down=0, new_up=2, basis=1)
+        self._merged: tuple[Tensor, FrozenLinear] | None = None  # `down`, and W with its terms
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.frozen(x)
@@ -65,12 +65,12 @@ class InfLoRALinear(nn.Module):
         """The projection with the terms of earlier tasks."""
         if not len(self.down):
             return self.qkv(x)
-        if x.device not in self._merged:
+        if self._merged is None or self._merged[0] is not self.down:
             linear = nn.Linear(self.width, 3 * self.width, device="meta")
             linear.weight = nn.Parameter(self.merged_weight(), requires_grad=False)
             linear.bias = self.qkv.bias
-            self._merged = {x.device: FrozenLinear(linear)}
-        return self._merged[x.device](x)
+            self._merged = self.down, FrozenLinear(linear)
+        return self._merged[1](x)
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
@@ -82,7 +82,6 @@ class InfLoRALinear(nn.Module):
 
     @property
     def is_open(self) -> bool:
-        """Whether a task's term is learning."""
         return len(self.new_down) > 0
 
     def grow(self, moments: Tensor) -> int:
@@ -108,7 +107,7 @@ class InfLoRALinear(nn.Module):
         """Move the learning term to the frozen ones."""
         self.down = torch.cat([self.down, self.new_down[None]])
         self.up = torch.cat([self.up, self.new_up.detach()[None]])
-        self.new_down, self._merged = self.new_down[:0], {}
+        self.new_down = self.new_down[:0]
         self.new_up = nn.Parameter(self.new_up.detach()[..., :0], requires_grad=False)
 
     def remember(self, moments: Tensor, threshold: float, power: int) -> None:
@@ -137,13 +136,7 @@ class InfLoRALinear(nn.Module):
 
 
 class InfLoRAViT(FrozenViT):
-    """A frozen timm ViT with `InfLoRALinear` projections in some blocks.
-
-    Args:
-        vit: a timm VisionTransformer without classifier (`num_classes=0`); it becomes part of this module.
-        rank: r.
-        adapted: the blocks whose k and v learn, one at least.
-    """
+    """A frozen timm ViT whose k and v learn in the `adapted` blocks, one at least, as `InfLoRALinear`."""
 
     def __init__(self, vit: VisionTransformer, rank: int, adapted: Iterable[int]) -> None:
         super().__init__(vit)
@@ -153,7 +146,6 @@ class InfLoRAViT(FrozenViT):
 
     @property
     def by_block(self) -> dict[int, InfLoRALinear]:
-        """The adapted projections in depth order."""
         projections = ((i, block.attn.qkv) for i, block in enumerate(self.vit.blocks))
         return {i: projection for i, projection in projections if isinstance(projection, InfLoRALinear)}
 
@@ -180,7 +172,6 @@ class InfLoRAViT(FrozenViT):
         return {block: projection.grow(moments[block]) for block, projection in self.by_block.items()}
 
     def freeze(self) -> None:
-        """End the learning of the newest terms."""
         for projection in self.by_block.values():
             projection.freeze()
 
@@ -211,18 +202,13 @@ class InfLoRAViT(FrozenViT):
 
     def parameter_counts(self) -> dict[str, int]:
         """Numbers in what terms write (B), in their directions (A), and in the bases of old inputs."""
-        parts = {
-            "adapters": ("up", "new_up"),
-            "directions": ("down", "new_down"),
-            "bases": ("basis",),
-        }
+        parts = {"adapters": ("up", "new_up"), "directions": ("down", "new_down"), "bases": ("basis",)}
         tensors = [p.own_tensors() for p in self.by_block.values()]
         return {
             part: sum(own[name].numel() for own in tensors for name in names) for part, names in parts.items()
         }
 
     def plain_state(self) -> dict[str, Tensor]:
-        """State dict of the timm ViT that computes the same."""
         return merged_state(self, {block: p.merged_weight() for block, p in self.by_block.items()})
 
     def frozen_names(self) -> set[str]:
@@ -230,17 +216,3 @@ class InfLoRAViT(FrozenViT):
             f"vit.blocks.{i}.attn.qkv.{name}" for i, p in self.by_block.items() for name in p.own_tensors()
         }
         return self.state_dict().keys() - own
-
-
-def _take_saved_shapes(
-    projection: InfLoRALinear, state: dict[str, Tensor], prefix: str, *hook_args: object
-) -> None:
-    """Load-state-dict pre-hook: tensors of the saved shapes."""
-    for name in ("down", "up", "new_down", "basis"):
-        saved, buffer = state.get(f"{prefix}{name}"), getattr(projection, name)
-        if saved is not None and saved.dim() == buffer.dim():
-            setattr(projection, name, buffer.new_zeros(saved.shape))
-    saved = state.get(f"{prefix}new_up")
-    if saved is not None and saved.dim() == 3:
-        projection.new_up = nn.Parameter(projection.new_up.detach().new_zeros(saved.shape))
-    projection._merged = {}

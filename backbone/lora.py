@@ -19,7 +19,7 @@ tensors here: the caller computes them from the gate's logits.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from backbone.frozen_block import product
+from backbone.frozen_block import product, take_saved_sizes
 from backbone.frozen_vit import merged_state
 
 INIT_MAGNITUDE = 0.8  # of a new adapter, as published
@@ -39,14 +39,7 @@ class LowRank(nn.Module):
     """The matrices of LoRA,  x -> [B_1 A_1 x; ...; B_S A_S x],  (..., d) -> (..., S o).
 
     `down` holds A, (S, r, d), Kaiming-uniform(a = sqrt 5) at the start; `up` holds B, (S, o, r), zero at the
-    start.
-
-    Args:
-        like: a tensor whose device and dtype they take.
-        copies: S.
-        rank: r.
-        inputs: d.
-        outputs: o.
+    start; both on the device and in the dtype of `like`. S is `copies`.
     """
 
     def __init__(self, like: Tensor, copies: int, rank: int, inputs: int, outputs: int) -> None:
@@ -58,7 +51,6 @@ class LowRank(nn.Module):
 
     @property
     def rank(self) -> int:
-        """r."""
         return self.down.shape[1]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -68,34 +60,25 @@ class LowRank(nn.Module):
 class GumbelGate(nn.Module):
     """Logits g of a gate  beta = sparsemax((g + noise) / tau)  over K adapters: (K,), or per layer (L, K).
 
-    K is state: a fresh gate takes it from the logits it loads.
-
-    Args:
-        layers: L, or None for one gate of the whole network.
+    L is `layers`, None for one gate of the whole network. K is state: a fresh gate takes it from the logits
+    it loads.
     """
 
     def __init__(self, layers: int | None) -> None:
         super().__init__()
         self.logits = nn.Parameter(torch.empty((0,) if layers is None else (layers, 0)))
-        self.register_load_state_dict_pre_hook(_resize_gate)
+        take_saved_sizes(self, logits=-1)
 
     @torch.no_grad()
     def grow(self, logits: Tensor) -> None:
         """Add one adapter with logits (1,) or (L, 1)."""
         self.logits = nn.Parameter(torch.cat([self.logits, logits.to(self.logits)], dim=-1))
 
-    @property
-    def numbers_per_adapter(self) -> int:
-        """1, or L."""
-        return self.logits.shape[:-1].numel()
-
     def stored_numbers(self) -> int:
-        """Number of logits."""
         return self.logits.numel()
 
-    def keep(self, chosen: Sequence[int]) -> None:
-        """Remove all but the chosen adapters."""
-        self.logits = nn.Parameter(self.logits.detach()[..., list(chosen)].clone())
+    def keep(self, chosen: list[int]) -> None:
+        self.logits = nn.Parameter(self.logits.detach()[..., chosen].clone())
 
 
 class LoRALinear(nn.Module):
@@ -130,9 +113,9 @@ class LoRALinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.merged is not None:
             return F.linear(x, self.merged, self.qkv.bias)
-        terms = (self.down, self.up, self.term_weights) if self.down.shape[1] else (None, None, None)
-        if self.new is None and terms[0] is None:
+        if self.new is None and not self.down.shape[1]:
             return self.qkv(x)
+        terms = (self.down, self.up, self.term_weights) if self.down.shape[1] else (None, None, None)
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         new = (None, None)
@@ -164,9 +147,9 @@ class LoRALinear(nn.Module):
         """Remove all but these rank-one terms of the frozen stack, indices (n,)."""
         self.down, self.up = self.down[:, terms].clone(), self.up[:, :, terms].clone()
 
-    def normalise(self, ranks: Sequence[int]) -> None:
+    def normalise(self, ranks: list[int]) -> None:
         """Scale the B of every frozen adapter to |B| = 1 (Frobenius); zero stays zero."""
-        for part in self.up.split(list(ranks), dim=2):  # views
+        for part in self.up.split(ranks, dim=2):  # views
             part /= part.norm(dim=(1, 2), keepdim=True).clamp_min(torch.finfo(part.dtype).tiny)
 
     @torch.no_grad()
@@ -235,14 +218,12 @@ class LoRAVisionTransformer(nn.Module):
                 projection.term_weights = projection.newest_weight = None
 
     def train(self, mode: bool = True) -> "LoRAVisionTransformer":
-        """Set the mode of everything but the frozen transformer, which stays in evaluation mode."""
         super().train(mode)
         self.vit.eval()
         return self
 
     @property
     def projections(self) -> list[LoRALinear]:
-        """The adapted projection of every block, in depth order."""
         return [block.attn.qkv for block in self.vit.blocks]
 
     @property
@@ -253,18 +234,13 @@ class LoRAVisionTransformer(nn.Module):
     @property
     def ranks(self) -> list[int]:
         """Ranks of all adapters, oldest first."""
-        frozen = self.owner.bincount(minlength=self._frozen_adapters).tolist()
+        frozen = self.owner.bincount(minlength=len(self.magnitudes) - self.is_open).tolist()
         return [*frozen, self.projections[0].new.rank] if self.is_open else frozen
-
-    @property
-    def _frozen_adapters(self) -> int:
-        return len(self.magnitudes) - self.is_open
 
     # --- merging --------------------------------------------------------------------------------------------
 
     @property
     def is_merged(self) -> bool:
-        """Whether the projections hold the adapters in their weights."""
         return self.projections[0].merged is not None
 
     def merge(self, beta: Tensor | None = None) -> None:
@@ -288,7 +264,6 @@ class LoRAVisionTransformer(nn.Module):
 
     def grow(self, rank: int) -> None:
         """Add an adapter with zero output, which learns until `freeze_newest`."""
-        self._require_open(False)
         self.unmerge()
         for projection in self.projections:
             projection.grow(rank)
@@ -297,36 +272,28 @@ class LoRAVisionTransformer(nn.Module):
 
     def freeze_newest(self) -> None:
         """Freeze the direction of the newest adapter; the function stays as it is."""
-        self._require_open(True)
         self.unmerge()
         newest = self.owner.new_full((self.ranks[-1],), len(self.magnitudes) - 1)
         self.owner = torch.cat([self.owner, newest])
         for projection in self.projections:
             projection.freeze_newest()
 
-    def keep(self, chosen: Sequence[int]) -> None:
+    def keep(self, chosen: list[int]) -> None:
         """Remove all but the chosen adapters, of which none may be learning."""
-        self._require_open(False)
         self.unmerge()
         terms = torch.cat([(self.owner == k).nonzero()[:, 0] for k in chosen])
         ranks = torch.tensor([self.ranks[k] for k in chosen], device=self.owner.device)
         self.owner = torch.arange(len(chosen), device=self.owner.device).repeat_interleave(ranks)
         for projection in self.projections:
             projection.keep(terms)
-        self.magnitudes = nn.Parameter(self.magnitudes.detach()[list(chosen)].clone())
+        self.magnitudes = nn.Parameter(self.magnitudes.detach()[chosen].clone())
 
     def reset_magnitudes(self) -> None:
-        """Set alpha = 0.8 for every frozen adapter, as the published code does at every task."""
-        self._require_open(False)
+        """Set alpha = 0.8 for every adapter, all of them frozen, as the published code does at every task."""
         self.unmerge()
         for projection in self.projections:
             projection.normalise(self.ranks)
         nn.init.constant_(self.magnitudes, INIT_MAGNITUDE)
-
-    def _require_open(self, is_open: bool) -> None:
-        if self.is_open != is_open:
-            fault = "is frozen" if is_open else "still learns: freeze it first"
-            raise RuntimeError(f"the newest adapter {fault}")
 
     # --- parameters and state -------------------------------------------------------------------------------
 
@@ -336,16 +303,13 @@ class LoRAVisionTransformer(nn.Module):
         return [parameter for new in learning for parameter in (new.down, new.up)]
 
     def adapters_per_block(self) -> dict[int, int]:
-        """Number of adapters by block: the same in all."""
         return dict.fromkeys(range(len(self.projections)), len(self.magnitudes))
 
     def parameter_counts(self) -> dict[str, int]:
-        """Numbers of parameters in directions and magnitudes."""
         directions = sum(t.numel() for p in self.projections for t in p.own_tensors().values())
         return {"adapters": directions, "magnitudes": self.magnitudes.numel()}
 
     def directions_of_rank(self, rank: int) -> int:
-        """Number of parameters in the directions of an adapter."""
         return 4 * rank * sum(projection.width for projection in self.projections)
 
     def frozen_names(self) -> set[str]:
@@ -353,13 +317,6 @@ class LoRAVisionTransformer(nn.Module):
         projections = enumerate(self.projections)
         own = {f"vit.blocks.{i}.attn.qkv.{name}" for i, p in projections for name in p.own_tensors()}
         return self.state_dict().keys() - own - {"magnitudes", "owner"}
-
-
-def _resize_gate(gate: GumbelGate, state: dict[str, Tensor], prefix: str, *hook_args: object) -> None:
-    """Load-state-dict pre-hook: as many logits as were saved."""
-    saved = state.get(f"{prefix}logits")
-    if saved is not None and saved.dim():
-        gate.logits = nn.Parameter(gate.logits.detach().new_zeros(*gate.logits.shape[:-1], saved.shape[-1]))
 
 
 def _take_saved_shape(

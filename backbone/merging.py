@@ -10,7 +10,7 @@ Class-Incremental Learning*, CVPR 2025); largest magnitude, MagMax (Marczak et a
 projection, OPCM (Tang et al., *Merging Models on the Fly Without Retraining*, 2025).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -20,23 +20,17 @@ FROM_INITIAL = {"max_magnitude", "orthogonal"}  # rules that need w_init; a mean
 
 
 class WeightVector(nn.Module):
-    """Parameters of other modules as one vector (P,), read and written in place.
-
-    Args:
-        parameters: in the order of the vector.
-    """
+    """Parameters of other modules, in their order, as one vector (P,), read and written in place."""
 
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
         super().__init__()
         self._parameters_read = tuple(parameters)  # a tuple: their state is not this module's
 
     def weights(self) -> Tensor:
-        """The parameters as one vector (P,)."""
         return torch.cat([parameter.detach().flatten() for parameter in self._parameters_read])
 
     @torch.no_grad()
     def write(self, weights: Tensor) -> None:
-        """Set the parameters to a vector (P,)."""
         for parameter, values in zip(self._parameters_read, self.split(weights), strict=True):
             parameter.copy_(values)
 
@@ -94,13 +88,28 @@ class Merging(WeightVector):
         trained, tasks = self.weights(), int(self.tasks)
         difference = trained - self.initial
         self.norms += difference.double().norm()
-        self.merged = RULES[self.rule](self, difference, tasks) if tasks else difference
+        self.merged = self._with(difference, tasks) if tasks else difference
         self.tasks += 1
         self.write(self.initial + self.merged)
         if self.start == "merged":
             self.start_weights = self.weights()
         elif self.start == "carried" or (self.start == "first" and not tasks):
             self.start_weights = trained
+
+    def _with(self, difference: Tensor, tasks: int) -> Tensor:
+        """M_t from M_(t-1) and d_t, t = `tasks`."""
+        merged = self.merged
+        if self.rule == "mean":
+            return (tasks * merged + difference) / (tasks + 1)
+        if self.rule == "ema":
+            return merged + self.alpha * (difference - merged)
+        if self.rule == "max_magnitude":
+            return torch.where(difference.abs() >= merged.abs(), difference, merged)
+        pairs = zip(self.split(merged), self.split(difference), strict=True)
+        added = torch.cat([orthogonal_part(new, old).flatten() for old, new in pairs])
+        total = self.scale * merged.double() + added
+        self.scale = total.norm() / (self.norms / (tasks + 1))
+        return (total / self.scale).to(difference) if self.scale else torch.zeros_like(difference)
 
     def stored_numbers(self) -> int:
         """Numbers needed beside the deployed weights m_t: where a task starts, and w_init for some rules."""
@@ -141,34 +150,6 @@ class MovingAverage(WeightVector):
     def stored_numbers(self) -> int:
         """Numbers needed beside the deployed average: the weights that training goes on from."""
         return len(self.trained)
-
-
-def _mean(merging: Merging, difference: Tensor, tasks: int) -> Tensor:
-    return (tasks * merging.merged + difference) / (tasks + 1)
-
-
-def _ema(merging: Merging, difference: Tensor, tasks: int) -> Tensor:
-    return merging.merged + merging.alpha * (difference - merging.merged)
-
-
-def _max_magnitude(merging: Merging, difference: Tensor, tasks: int) -> Tensor:
-    return torch.where(difference.abs() >= merging.merged.abs(), difference, merging.merged)
-
-
-def _orthogonal(merging: Merging, difference: Tensor, tasks: int) -> Tensor:
-    pairs = zip(merging.split(merging.merged), merging.split(difference), strict=True)
-    added = torch.cat([orthogonal_part(new, old).flatten() for old, new in pairs])
-    total = merging.scale * merging.merged.double() + added
-    merging.scale = total.norm() / (merging.norms / (tasks + 1))
-    return (total / merging.scale).to(difference) if merging.scale else torch.zeros_like(difference)
-
-
-RULES: dict[str, Callable[[Merging, Tensor, int], Tensor]] = {
-    "mean": _mean,
-    "ema": _ema,
-    "max_magnitude": _max_magnitude,
-    "orthogonal": _orthogonal,
-}
 
 
 def orthogonal_part(new: Tensor, merged: Tensor) -> Tensor:

@@ -18,9 +18,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from backbone.frozen_block import take_saved_sizes
 from backbone.frozen_vit import FrozenViT
-
-STATE = ("keys", "attention", "prompts")
 
 
 class PrefixAttention(nn.Module):
@@ -53,11 +52,8 @@ class PromptPool(nn.Module):
         p(q) = sum_m cos(q * A_m, K_m) P_m,   q (B, d) -> p (B, L, d), its halves prefixes of keys and values
 
     A_m, K_m (d,) and P_m (L, d); components of earlier tasks are frozen. New ones start orthonormal to all
-    others, as far as there is room. Their numbers are state: a fresh pool takes them from what it loads.
-
-    Args:
-        width: d.
-        length: L, even.
+    others, as far as there is room. Their numbers are state: a fresh pool takes them from what it loads. L
+    (`length`) is even.
     """
 
     keys: Tensor  # (M, d) of earlier tasks
@@ -71,7 +67,7 @@ class PromptPool(nn.Module):
         for name, size in self.sizes.items():
             self.register_buffer(name, torch.zeros(0, size))
             setattr(self, f"new_{name}", nn.Parameter(torch.zeros(0, size), requires_grad=False))
-        self.register_load_state_dict_pre_hook(_take_saved_numbers)
+            take_saved_sizes(self, **{name: 0, f"new_{name}": 0})
 
     def all(self, name: str) -> Tensor:
         """A part of all components, those of earlier tasks first."""
@@ -85,7 +81,7 @@ class PromptPool(nn.Module):
     def penalty(self, reduction: str) -> Tensor:
         """||X X^T - I||^2 summed over X = K, A and P, as a sum or a mean over entries; a scalar."""
         total: Tensor = self.keys.new_zeros(())
-        for name in STATE:
+        for name in self.sizes:
             part = self.all(name)
             squares = (part @ part.T - torch.eye(len(part), device=part.device)).square()
             total = total + (squares.sum() if reduction == "sum" else squares.mean())
@@ -106,21 +102,14 @@ class PromptPool(nn.Module):
 
     @torch.no_grad()
     def freeze(self) -> None:
-        """Freeze the components that learn."""
-        for name in STATE:
+        for name in self.sizes:
             every = self.all(name)
             setattr(self, name, every)
             setattr(self, f"new_{name}", nn.Parameter(every[:0].clone(), requires_grad=False))
 
 
 class PromptedViT(FrozenViT):
-    """A frozen timm ViT with prompts in some blocks.
-
-    Args:
-        vit: a timm VisionTransformer without classifier (`num_classes=0`); it becomes part of this module.
-        blocks: those with prompts, one at least.
-        length: L of `PromptPool`.
-    """
+    """A frozen timm ViT with prompts, each of a `PromptPool`, in some blocks, one at least."""
 
     def __init__(self, vit: VisionTransformer, blocks: Iterable[int], length: int) -> None:
         super().__init__(vit)
@@ -153,12 +142,10 @@ class PromptedViT(FrozenViT):
 
     @torch.no_grad()
     def plain(self, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
-        """The output without prompts."""
         return super().forward(x, start, stop)
 
     @property
     def by_block(self) -> dict[int, PromptPool]:
-        """The pools in depth order."""
         return {int(name): pool for name, pool in self.pools.items()}
 
     def penalty(self, reduction: str) -> Tensor:
@@ -166,12 +153,10 @@ class PromptedViT(FrozenViT):
         return sum(pool.penalty(reduction) for pool in self.by_block.values())
 
     def grow(self, count: int) -> None:
-        """Add components to every pool, which learn."""
         for pool in self.by_block.values():
             pool.grow(count)
 
     def freeze(self) -> None:
-        """Freeze the components that learn."""
         for pool in self.by_block.values():
             pool.freeze()
 
@@ -192,7 +177,6 @@ class PromptedViT(FrozenViT):
         return {"prompts": list(self.pools.parameters())}
 
     def adapters_per_block(self) -> dict[int, int]:
-        """Components by block."""
         return {i: len(pool.keys) + len(pool.new_keys) for i, pool in self.by_block.items()}
 
     def parameter_counts(self) -> dict[str, int]:
@@ -204,34 +188,3 @@ class PromptedViT(FrozenViT):
 
     def frozen_names(self) -> set[str]:
         return {name for name in self.state_dict() if not name.startswith("pools.")}
-
-
-class WithoutPrompts:
-    """A `PromptedViT` as the plain ViT that it is built on: its features are the queries."""
-
-    spec = None
-
-    def __init__(self, network: PromptedViT) -> None:
-        self.network, self.vit = network, network.vit
-        self.depth, self.feature_width = network.depth, network.feature_width
-
-    def __call__(self, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
-        return self.network.plain(x, start, stop)
-
-    def tensors_below(self, depth: int) -> dict[str, Tensor]:
-        """None."""
-        return {}
-
-    def begins_attended(self, depth: int) -> bool:
-        """False: no block holds adapters beside its MLP."""
-        return False
-
-
-def _take_saved_numbers(pool: PromptPool, state: dict[str, Tensor], prefix: str, *hook_args: object) -> None:
-    """Load-state-dict pre-hook: as many components as were saved."""
-    for name, size in pool.sizes.items():
-        saved, new = state.get(f"{prefix}{name}"), state.get(f"{prefix}new_{name}")
-        if saved is not None and new is not None:
-            like = getattr(pool, name)
-            setattr(pool, name, like.new_zeros(len(saved), size))
-            setattr(pool, f"new_{name}", nn.Parameter(like.new_zeros(len(new), size)))

@@ -1,6 +1,6 @@
 """The adapters of one transformer block: their mixture, growth, freezing and consolidation.
 
-    modules = SEMAModules(AdapterSpec(width=768, kind="adaptmlp", bottleneck=16), block=9, growable=True)
+    modules = SEMAModules(AdapterSpec(width=768, kind="adaptmlp", bottleneck=16), growable=True)
     delta = modules(tokens)                                  # (B, N, d): router-weighted sum of the adapters
     if modules.novelty(tokens.mean(dim=1)) > threshold:
         modules.grow()                                       # one more adapter, descriptor and router row
@@ -76,7 +76,6 @@ class Stack(NamedTuple):
     activation: Activation
 
     def to(self, dtype: torch.dtype) -> "Stack":
-        """The same in another dtype."""
         bias = None if self.down_bias is None else self.down_bias.to(dtype)
         return self._replace(down=self.down.to(dtype), down_bias=bias, up=self.up.to(dtype))
 
@@ -95,19 +94,14 @@ class SEMAModules(nn.Module):
         out = sum_k w_k A_k(x)                 (B, N, d)
     A block outside the growing range holds one adapter, no router and no descriptor: out = A_0(x).
     K and the rows of the router are state: a fresh module takes them from the tensors it loads.
-
-    Args:
-        spec: kind and sizes of an adapter.
-        block: index of the block, for messages.
-        growable: whether the block is in [adapt_start_layer, adapt_end_layer].
     """
 
     added_for_task: Tensor  # bool: the newest adapter began to learn in the current task
     new_router: nn.Linear | None  # the row of an adapter grown in this task, until it is frozen
 
-    def __init__(self, spec: AdapterSpec, block: int, growable: bool) -> None:
+    def __init__(self, spec: AdapterSpec, growable: bool) -> None:
         super().__init__()
-        self.spec, self.block, self.growable = spec, block, growable
+        self.spec, self.growable = spec, growable
         self.adapters = nn.ModuleList([AdapterModule(spec, described=growable)])
         self.router = nn.Linear(spec.width, 1) if growable else None
         self.new_router = None
@@ -222,9 +216,6 @@ class SEMAModules(nn.Module):
 
     def grow(self) -> AdapterModule:
         """Add one adapter with its descriptor and a router row of its own; older ones stay as they are."""
-        if not self.growable or self.new_router is not None:
-            fault = "it is outside the growing range or its last row is not merged"
-            raise ValueError(f"block {self.block} cannot grow: {fault}")
         device = self.router.weight.device
         self.adapters.append(AdapterModule(self.spec, described=True).to(device))
         self.new_router = nn.Linear(self.spec.width, 1).to(device)
@@ -236,8 +227,12 @@ class SEMAModules(nn.Module):
         if adapters:
             for adapter in self.adapters:
                 freeze(adapter.functional)
-        if self.new_router is not None:
-            self._merge_router()
+        if self.new_router is not None:  # the same logits from one Linear
+            merged = nn.Linear(self.spec.width, len(self.adapters)).to(self.router.weight.device)
+            with torch.no_grad():
+                merged.weight.copy_(torch.cat([self.router.weight, self.new_router.weight]))
+                merged.bias.copy_(torch.cat([self.router.bias, self.new_router.bias]))
+            self.router, self.new_router = merged, None
         if self.router is not None:
             freeze(self.router)
 
@@ -286,14 +281,6 @@ class SEMAModules(nn.Module):
             if isinstance(self.adapters[k].functional, NestedLoRAAdapter)
         }
 
-    def _merge_router(self) -> None:
-        """Append the new row to the router: the same logits from one Linear."""
-        merged = nn.Linear(self.spec.width, len(self.adapters)).to(self.router.weight.device)
-        with torch.no_grad():
-            merged.weight.copy_(torch.cat([self.router.weight, self.new_router.weight]))
-            merged.bias.copy_(torch.cat([self.router.bias, self.new_router.bias]))
-        self.router, self.new_router = merged, None
-
     # --- parameters -----------------------------------------------------------------------------------------
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
@@ -308,7 +295,6 @@ class SEMAModules(nn.Module):
         return [p for router in routers for p in router.parameters()]
 
     def descriptor_parameters(self) -> list[nn.Parameter]:
-        """Parameters of all descriptors."""
         return [p for adapter in self.adapters if adapter.rd is not None for p in adapter.rd.parameters()]
 
     def is_learning(self) -> bool:

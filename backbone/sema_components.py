@@ -19,7 +19,6 @@ Activation = Callable[[Tensor], Tensor]
 
 
 def identity(x: Tensor) -> Tensor:
-    """The identity, the activation of linear adapters."""
     return x
 
 
@@ -87,7 +86,6 @@ class Adapter(nn.Module):
         return abs(self.scale) * math.sqrt(max(0.0, float(((up.T @ up) * (down @ down.T)).sum())))
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """The parameters by time scale: one."""
         return {"adapter": list(self.parameters())}
 
 
@@ -143,7 +141,6 @@ class NestedLoRAAdapter(nn.Module):
         self.fast.down_proj.load_state_dict(self.slow.down_proj.state_dict())
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """The parameters by time scale: "slow" and "fast"."""
         return {"slow": list(self.slow.parameters()), "fast": list(self.fast.parameters())}
 
     @torch.no_grad()
@@ -179,11 +176,8 @@ def common_factors(adapters: Sequence[nn.Module]) -> list[Factors] | None:
 
 def _gives_factors(kind: type[nn.Module]) -> bool:
     """Whether a class has `factors` that go with its `forward`: no subclass has another."""
-    first = {}
-    for place, parent in enumerate(kind.__mro__):
-        for name in vars(parent).keys() & {"factors", "forward"}:
-            first.setdefault(name, place)
-    return "factors" in first and first["factors"] <= first["forward"]
+    owner = next(parent for parent in kind.__mro__ if vars(parent).keys() & {"factors", "forward"})
+    return "factors" in vars(owner)
 
 
 ADAPTERS: dict[str, type[nn.Module]] = {

@@ -45,28 +45,18 @@ class TaskAdapters(nn.Module):
         """Whether anything but the adapters reads the input: a hook."""
         return bool(self._forward_pre_hooks)
 
-    def grow(self, device: torch.device) -> None:
-        """Add an adapter with zero output."""
-        self.adapters.append(AdapterModule(self.spec, described=False).to(device))
-
     def is_learning(self) -> bool:
-        """Whether any parameter learns now."""
         return is_learning(self)
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """The parameters of all adapters by time scale."""
         return joined_groups(adapter.functional for adapter in self.adapters)
 
 
 class TaskAdapterViT(FrozenViT):
     """The ViT with `TaskAdapters` in some blocks: features in the subspaces of all of them.
 
-    While an adapter learns, features are those with it alone.
-
-    Args:
-        spec: kind and sizes of an adapter.
-        adapted: the blocks that hold adapters, one at least.
-        plain: the first subspace is that of the ViT without adapters.
+    While an adapter learns, features are those with it alone. With `plain` the first subspace is that of the
+    ViT without adapters. One block at least is adapted.
     """
 
     def __init__(
@@ -121,10 +111,10 @@ class TaskAdapterViT(FrozenViT):
         return self.vit.num_features * len(self.subspaces())
 
     def grow(self) -> None:
-        """Add an adapter to every adapted block, which learns."""
+        """Add an adapter with zero output, which learns, to every adapted block."""
         device = next(self.vit.parameters()).device
         for modules in self.modules_by_block.values():
-            modules.grow(device)
+            modules.adapters.append(AdapterModule(self.spec, described=False).to(device))
 
 
 def _take_saved_number(

@@ -21,13 +21,9 @@ from backbone.sema_block import AdapterSpec, SEMAModules
 
 
 class SEMAVisionTransformer(FrozenViT):
-    """A frozen timm ViT with `SEMAModules` in chosen blocks.
+    """A frozen timm ViT with `SEMAModules` in the adapted blocks.
 
-    Args:
-        vit: as in `FrozenViT`.
-        spec: kind and sizes of an adapter.
-        growing: the blocks that may grow (they have a router and descriptors).
-        adapted: the blocks that hold adapters; must contain `growing`.
+    Those among them that may grow have a router and descriptors.
     """
 
     def __init__(
@@ -38,7 +34,7 @@ class SEMAVisionTransformer(FrozenViT):
         adapted: Iterable[int] = (),
     ) -> None:
         growing = tuple(growing)
-        modules = {i: SEMAModules(spec, block=i, growable=i in growing) for i in sorted(adapted)}
+        modules = {i: SEMAModules(spec, growable=i in growing) for i in sorted(adapted)}
         super().__init__(vit, modules)
         self.spec, self.growing = spec, growing
 

@@ -11,13 +11,14 @@ its scripts have `ortho_mu` 0.
 """
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from backbone.prompts import PromptedViT, WithoutPrompts
+from backbone.frozen_vit import FrozenViT
+from backbone.prompts import PromptedViT
 from models.config.coda_prompt import CODAPromptConfig
 from models.vit.activations import ActivationStore
 from models.vit.class_incremental import ClassIncrementalLearner
@@ -28,6 +29,9 @@ from utils.training.device import autocast
 from utils.training.phase import StepResult
 from utils.training.random import Key
 
+# A batch, and the queries (B, d) of its images where they are stored.
+QueriedBatch = tuple[Batch, Tensor | None]
+
 
 class QueryStore(ActivationStore):
     """Activations with the queries of their images beside them, in `queries`.
@@ -37,7 +41,7 @@ class QueryStore(ActivationStore):
 
     def __init__(self, network: PromptedViT, *args: Any) -> None:
         super().__init__(network, *args)
-        self.plain = ActivationStore(WithoutPrompts(network), *args)
+        self.plain = ActivationStore(FrozenViT(network.vit), *args)
         self.keeps_queries = True
 
     def at(
@@ -88,13 +92,6 @@ class CODAPrompt(ClassIncrementalLearner):
         self.inputs.store.drop_own("train")
 
 
-class QueriedBatch(NamedTuple):
-    """A batch, and the queries (B, d) of its images where they are stored."""
-
-    batch: Batch
-    queries: Tensor | None
-
-
 class PromptPhase(FunctionalPhase):
     """`FunctionalPhase` with the penalty on prompts, and stored queries where views come again."""
 
@@ -104,20 +101,20 @@ class PromptPhase(FunctionalPhase):
         for number, batch in enumerate(super().batches(epoch, start), start):
             group = order[number * size : (number + 1) * size]
             mine = group[learner.distributed.shard(len(group))]
-            yield QueriedBatch(batch, source.queries.take(mine) if source.queries else None)
+            yield batch, source.queries.take(mine) if source.queries else None
 
     def micro_batches(self, batch: QueriedBatch) -> list[QueriedBatch]:
-        parts = batch.batch.micro_batches(self.config.grad_accumulation)
-        if batch.queries is None:
-            return [QueriedBatch(part, None) for part in parts]
-        queries = batch.queries.split([len(part.targets) for part in parts])
-        return [QueriedBatch(part, query) for part, query in zip(parts, queries, strict=True)]
+        inputs, queries = batch
+        parts = inputs.micro_batches(self.config.grad_accumulation)
+        if queries is None:
+            return [(part, None) for part in parts]
+        return list(zip(parts, queries.split([len(part.targets) for part in parts]), strict=True))
 
     def loss(self, batch: QueriedBatch) -> StepResult:
-        inputs, queries = batch.batch, batch.queries
+        inputs, query = batch
         network, device = self.learner.network, self.learner.device
         with self.learner.autocast():
-            query = None if queries is None else queries.to(device)
+            query = None if query is None else query.to(device)
             features = network(inputs.inputs.to(device), inputs.depth, query=query).float()
         result = self.result(inputs, features)
         penalty = self.config.ortho_mu * network.penalty(self.config.ortho_reduction)

@@ -33,10 +33,6 @@ class EASEHead(ClosedFormHead):
 
     and its first term alone for t = 0. Published similarities have no temperature: cosines lie close
     together, so that reconstructed prototypes lie near the mean of the newest ones.
-
-    Args:
-        width: d.
-        alpha, temperature: as above.
     """
 
     prototypes: Tensor  # (subspaces, C, d)

@@ -172,12 +172,7 @@ def active_adapters_table(masks: Mapping[int, Sequence[bool]]) -> str:
 
 
 def gate_figures(events: Sequence[Event], about: str) -> dict[str, Figure]:
-    """Figures of a run's `gate` events, by file name; none without such events. `about` is the subtitle.
-
-    beta_evolution.png: weights (y) of the adapters of all tasks (x), one line per finished task.
-    beta_heatmap.png: the same as a heat map, finished task (row) by adapter (column).
-    beta_layers.png: with a gate per layer, layer (row) by adapter (column) after the last task.
-    """
+    """Figures of a run's `gate` events, by file name; none without such events. `about` is the subtitle."""
     gates = [event for event in events if event["event"] == "gate"]
     if not gates:
         return {}

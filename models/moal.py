@@ -34,11 +34,8 @@ class RuminatingHead(RanPACHead):
 
     For every old class i with mean feature m_i, and the new class j whose mean is nearest to it by cosine,
     each new feature x of class j gives a pseudo-feature x + m_i - m_j of class i. Those that the regression
-    over all classes so far assigns to another class are added to its sums, once per task.
-
-    Args:
-        width, seed, dim: as in `RanPACHead`.
-        rumination: False adds none.
+    over all classes so far assigns to another class are added to its sums, once per task; without
+    `rumination` none.
     """
 
     means: Tensor  # (C, d), of each class as the network gave them when it was new

@@ -70,12 +70,7 @@ class RanPACHead(ClosedFormHead):
 
     A checkpoint holds the lower triangle of each symmetric G, in float64: the sums are no float32 numbers,
     and a resumed run goes on from exactly these. W is stored beside them, since the search for lambda would
-    take longer than reading it.
-
-    Args:
-        width: d.
-        seed: names the random streams of the projection and of the held-out parts.
-        dim: M, number of random features.
+    take longer than reading it. `seed` names the random streams of P and of the held-out parts; `dim` is M.
     """
 
     unseen = calibration.HELD_OUT

@@ -230,7 +230,7 @@ class SDLoRA(ClassIncrementalLearner):
 
     def trained_numbers(self) -> int:
         """Those of adapters that learned, pruned ones too, with their magnitudes and logits, and of rows."""
-        config, each = self.config, 1 if self.gate is None else 1 + self.gate.numbers_per_adapter
+        config, each = self.config, 1 if self.gate is None else 1 + self.gate.logits.shape[:-1].numel()
         trained = [task for task in range(self.task + 1) if config.epochs_of(task)]
         adapters = sum(self.network.directions_of_rank(config.rank_of(task)) + each for task in trained)
         return adapters + sum(p.numel() for task in trained for p in self.head.tasks[task].parameters())

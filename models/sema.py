@@ -39,7 +39,7 @@ from models.vit.class_incremental import ClassIncrementalLearner
 from models.vit.task_inputs import Batch
 from models.vit.training import adapter_spec, train_functional
 from utils.console import progress
-from utils.training.optim import GroupedOptimizer, ParameterGroup, trainable
+from utils.training.optim import ParameterGroup, trainable
 from utils.training.phase import EpochNote, Phase, StepResult
 from utils.training.random import rng
 from utils.wording import spans
@@ -83,7 +83,7 @@ class SEMA(ClassIncrementalLearner):
         if self.task == 0 or not self.network.growing:
             self.once("functional", lambda: train_functional(self))
             if self.network.growing:
-                self.once("descriptors", self.train_descriptors)
+                self.once("descriptors", lambda: self.run_phase(DescriptorPhase(self)))
                 self.once("records", self.record_errors)
         else:
             self.once("growth", self.grow_where_novel)
@@ -97,7 +97,7 @@ class SEMA(ClassIncrementalLearner):
         """Scan the task's images; train what grows; scan on, until a whole scan adds nothing."""
         while (block := self.scan()) is not None:
             self.once(f"functional, block {block}", functools.partial(train_functional, self, block))
-            self.once(f"descriptors, block {block}", self.train_descriptors)
+            self.once(f"descriptors, block {block}", lambda: self.run_phase(DescriptorPhase(self)))
             self.once(f"records, block {block}", self.record_errors)
             modules = self.network.modules_by_block[block]
             modules.freeze_functional(adapters=self.config.freezes)
@@ -179,10 +179,6 @@ class SEMA(ClassIncrementalLearner):
 
     # --- descriptors ----------------------------------------------------------------------------------------
 
-    def train_descriptors(self) -> None:
-        """Train the descriptors that may learn."""
-        self.run_phase(DescriptorPhase(self))
-
     def described_blocks(self) -> list[int]:
         """The blocks whose newest descriptor is learning."""
         newest = {block: self.network.modules_by_block[block].adapters[-1] for block in self.network.growing}
@@ -192,11 +188,6 @@ class SEMA(ClassIncrementalLearner):
         """All that learn now but the descriptors, which have a phase of their own."""
         described = {id(parameter) for parameter in self.network.descriptor_parameters()}
         return [parameter for parameter in super().functional_parameters() if id(parameter) not in described]
-
-    def update_rd_optimizer_and_scheduler(self, num_epoch: int) -> GroupedOptimizer:
-        """The optimizer of the descriptors that learn."""
-        parameters = trainable(self.network.descriptor_parameters())
-        return self.optimizer_over([ParameterGroup("rd", parameters, lr=self.config.rd_lr)], num_epoch)
 
     def record_errors(self) -> None:
         """Record the errors of trained descriptors, unless training has.
@@ -330,10 +321,11 @@ class DescriptorPhase(Phase):
 
     def __init__(self, learner: SEMA) -> None:
         config, inputs, task = learner.config, learner.inputs, learner.task
+        learning = trainable(learner.network.descriptor_parameters())
         super().__init__(
             epochs=config.rd_epoch,
             steps_per_epoch=inputs.batch_count(task, config.batch_size),
-            optimizer=learner.update_rd_optimizer_and_scheduler(config.rd_epoch),
+            optimizer=learner.optimizer_over([ParameterGroup("rd", learning, config.rd_lr)], config.rd_epoch),
             block=learner.method_state["block"],
         )
         self.network, self.records = learner.network, not config.repeats_rd_views

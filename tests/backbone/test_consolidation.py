@@ -11,23 +11,18 @@ from backbone.sema_components import Adapter, LoRAAdapter, NestedLinearLoRAAdapt
 WIDTH, RANK = 24, 4
 
 
+@torch.no_grad()
 def trained_adapter(
-    kind: type[NestedLoRAAdapter] = NestedLoRAAdapter, aligned: bool = False, moved: float = 0.0
+    kind: type[NestedLoRAAdapter] = NestedLoRAAdapter, aligned: bool = False
 ) -> NestedLoRAAdapter:
-    """Both branches away from their start; or fast aligned with slow and moved away from it."""
+    """Both branches away from their start; or fast aligned with slow."""
     torch.manual_seed(0)
     adapter = kind(WIDTH, RANK)
-    disturb(adapter, 0.3)
+    for parameter in adapter.parameters():
+        parameter.add_(0.3 * torch.randn_like(parameter))
     if aligned:
         adapter.align()
-        disturb(adapter.fast, moved)
     return adapter
-
-
-@torch.no_grad()
-def disturb(module: torch.nn.Module, by: float) -> None:
-    for parameter in module.parameters():
-        parameter.add_(by * torch.randn_like(parameter))
 
 
 def features() -> Tensor:
@@ -68,27 +63,13 @@ def test_branches_are_summed_and_start_at_zero_and_different() -> None:
 def test_norms_and_drift_are_those_of_the_formulas() -> None:
     """||W_up W_down||_F, exactly zero at the start, where ||theta|| is not; drift on the tokens."""
     adapter, x = trained_adapter(), features()
-    product, output, before = (
-        adapter.fast.up_proj.weight @ adapter.fast.down_proj.weight,
-        adapter(x),
-        adapter.norms(),
-    )
+    product = adapter.fast.up_proj.weight @ adapter.fast.down_proj.weight
+    output, before = adapter(x), adapter.norms()
     assert before["fast_effect"] == pytest.approx(float(product.detach().norm()), rel=1e-5)
     report = consolidated(adapter, "weights", 0.1)
     assert report.before == before and report.after == adapter.norms()
     assert report.after["fast_effect"] == 0.0 and report.after["fast"] > 0
     assert report.drift == pytest.approx(distance(adapter(x), output), rel=1e-4)
-
-
-def test_aligned_branches_share_their_hidden_units_and_can_learn() -> None:
-    adapter = trained_adapter(aligned=True)
-    for mine, other in zip(
-        adapter.fast.down_proj.parameters(), adapter.slow.down_proj.parameters(), strict=True
-    ):
-        assert torch.equal(mine, other)
-    assert distance(adapter(features()), adapter.slow(features())) < 1e-6
-    adapter(features()).square().mean().backward()
-    assert adapter.fast.up_proj.weight.grad.norm() > 0
 
 
 # --- rules --------------------------------------------------------------------------------------------------
@@ -135,44 +116,33 @@ def test_interpolation_of_aligned_branches_is_exact_while_hidden_units_stay() ->
     assert torch.equal(adapter.fast.down_proj.weight, adapter.slow.down_proj.weight)
 
 
-def test_aligned_units_make_every_rule_but_the_sum_of_weights_keep_the_output() -> None:
-    """Aligned units moved a little: at alpha 1 only doubled down-projections change the output much."""
-    drift = {}
-    for rule in ("interpolate", "function", "weights"):
-        drift[rule] = consolidated(trained_adapter(aligned=True, moved=0.05), rule, 1.0, "aligned").drift
-    assert drift["function"] < drift["interpolate"] < 0.2 < drift["weights"]
-
-
 def test_interpolation_by_one_over_t_is_the_mean_of_the_tasks_solutions() -> None:
-    adapter, solutions = trained_adapter(aligned=True), []
+    adapter, ups, downs = trained_adapter(aligned=True), [], []
+    slow, fast = adapter.slow, adapter.fast
     for task in range(4):
         with torch.no_grad():
-            adapter.fast.up_proj.weight.normal_(generator=torch.Generator().manual_seed(task))
-        solutions.append((adapter.slow.up_proj.weight + adapter.fast.up_proj.weight).detach())
+            fast.up_proj.weight.normal_(generator=torch.Generator().manual_seed(task))
+            fast.down_proj.weight.add_(0.1 * fast.up_proj.weight.T)
+        ups.append((slow.up_proj.weight + fast.up_proj.weight).detach())
+        downs.append(fast.down_proj.weight.detach().clone())
         consolidated(adapter, "interpolate", 1 / (task + 1), "aligned")
-    torch.testing.assert_close(adapter.slow.up_proj.weight.detach(), torch.stack(solutions).mean(dim=0))
+    torch.testing.assert_close(slow.up_proj.weight.detach(), torch.stack(ups).mean(dim=0))
+    torch.testing.assert_close(slow.down_proj.weight.detach(), torch.stack(downs).mean(dim=0))
 
 
 # --- resets and report --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rule", ["weights", "function"])
-def test_the_lora_reset_leaves_fast_at_zero_but_able_to_learn(rule: str) -> None:
+@pytest.mark.parametrize(("reset", "learning"), [("lora", 4), ("aligned", 4), ("zeros", 1)])
+def test_after_a_reset_fast_is_zero_and_able_to_learn_but_for_zeros(reset: str, learning: int) -> None:
+    """Of all zeros the output bias alone learns."""
     adapter = trained_adapter()
-    consolidated(adapter, rule, 0.5)
+    consolidated(adapter, "weights", 0.5, reset)
     assert not adapter.fast(features()).any()
     start = [parameter.detach().clone() for parameter in adapter.fast.parameters()]
     train(adapter)
-    assert not any(torch.equal(a, b) for a, b in zip(start, adapter.fast.parameters(), strict=True))
-    assert adapter.fast(features()).any()
-
-
-def test_reset_to_zeros_never_learns_again() -> None:
-    adapter = trained_adapter()
-    consolidated(adapter, "weights", 0.5, "zeros")
-    train(adapter)
-    fast = adapter.fast
-    assert not any(p.any() for p in (fast.down_proj.weight, fast.down_proj.bias, fast.up_proj.weight))
+    moved = [not torch.equal(a, b) for a, b in zip(start, adapter.fast.parameters(), strict=True)]
+    assert sum(moved) == learning
 
 
 @pytest.mark.parametrize("rule", ["weights", "function"])
@@ -192,16 +162,6 @@ def matrix(branch: LoRAAdapter) -> np.ndarray:
 def truncated(of: np.ndarray, rank: int = RANK) -> np.ndarray:
     u, sizes, vh = np.linalg.svd(of)
     return u[:, :rank] * sizes[:rank] @ vh[:rank]
-
-
-@pytest.mark.parametrize("rule", ["weights", "function"])
-def test_linear_consolidation_is_exact_where_the_rank_allows(rule: str) -> None:
-    """With slow at zero output, slow becomes alpha fast: to rounding, by both rules."""
-    adapter, x = trained_adapter(NestedLinearLoRAAdapter), features()
-    adapter.slow.reset()
-    wanted = (0.3 * adapter.fast(x)).detach()
-    consolidated(adapter, rule, 0.3)
-    assert distance(adapter(x).detach(), wanted) < 1e-5
 
 
 def test_linear_rules_are_truncated_singular_value_decompositions() -> None:

@@ -1,5 +1,7 @@
 """InfLoRA's directions, its basis of old inputs, and what they leave alone, against numpy."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -91,16 +93,6 @@ def test_where_no_direction_is_left_rows_are_zero_and_nothing_changes() -> None:
     assert torch.equal(module(x), before)
 
 
-def test_merged_terms_are_the_terms_beside_the_weights() -> None:
-    module, x = projection(), inputs(8, seed=5)
-    module.grow(moments_of(x))
-    module.new_up.data = torch.randn(module.new_up.shape)
-    beside = module(x)
-    module.freeze()
-    torch.testing.assert_close(module(x), beside)
-    torch.testing.assert_close(nn.functional.linear(x, module.merged_weight(), module.qkv.bias), beside)
-
-
 @pytest.mark.parametrize("name", MODELS)
 def test_untrained_terms_leave_the_network_as_it_is(name: str) -> None:
     network = InfLoRAViT(plain_vit(name), RANK, range(1, DEPTH))
@@ -132,22 +124,24 @@ def test_in_bf16_moments_and_merged_terms_keep_their_precision() -> None:
     assert torch.equal(merged, projection.merged_weight())
 
 
-def test_a_trained_network_is_one_timm_network_and_loads_its_own_state() -> None:
-    network = InfLoRAViT(plain_vit(), RANK, range(1, DEPTH))
+def test_merged_terms_are_the_terms_beside_the_weights_and_one_timm_network() -> None:
+    """Also those of an earlier state that is loaded."""
+    network, x, states = InfLoRAViT(plain_vit(), RANK, range(1, DEPTH)), images(), []
     with network.second_moments() as moments:
-        network(images())
+        before = network(x)
     for _ in range(2):
         network.grow(moments)
-        for p in network.by_block.values():
-            torch.nn.init.normal_(p.new_up, std=0.1)
+        for projection in network.by_block.values():
+            torch.nn.init.normal_(projection.new_up, std=0.1)
+        beside = network(x)
         network.freeze()
+        torch.testing.assert_close(network(x), beside, atol=1e-5, rtol=1e-4)
         network.remember(moments, 0.5)
-    features = network(images())
+        states.append((copy.deepcopy(network.state_dict()), network(x)))
     plain = plain_vit()
     plain.load_state_dict(network.plain_state())
-    torch.testing.assert_close(plain(images()), features, atol=1e-5, rtol=1e-4)
-    network.grow(moments)
-    fresh = InfLoRAViT(plain_vit(), RANK, range(1, DEPTH))
-    fresh.load_state_dict(network.state_dict())
-    assert torch.equal(fresh(images()), network(images()))
-    assert fresh.learning_depth() == 1 and not torch.allclose(features, plain_vit()(images()), atol=1e-3)
+    torch.testing.assert_close(plain(x), beside, atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(beside, before, atol=1e-3)
+    for state, features in states:
+        network.load_state_dict(state)
+        assert torch.equal(network(x), features)

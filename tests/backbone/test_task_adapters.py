@@ -1,7 +1,5 @@
 """An adapter per task: features of several subspaces, against one network each."""
 
-import copy
-
 import pytest
 import torch
 from torch import Tensor
@@ -62,11 +60,3 @@ def test_the_newest_adapter_learns_alone() -> None:
     modules = network.modules_by_block[1]
     assert modules.adapters[1].functional.up_proj.weight.grad is not None
     assert modules.adapters[0].functional.up_proj.weight.grad is None
-
-
-def test_a_fresh_network_takes_the_saved_adapters() -> None:
-    network = with_adapters(2)
-    fresh = TaskAdapterViT(plain_vit(), SPEC, BLOCKS)
-    fresh.load_state_dict(copy.deepcopy(network.state_dict()))
-    fresh.freeze()
-    assert torch.equal(fresh(images()), network(images()))

@@ -4,7 +4,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor
 
+from backbone.prompts import PrefixAttention
 from models.base import Learner
 from tests.conftest import run_tasks
 
@@ -14,8 +16,13 @@ CODA = {"model_name": "coda_prompt", "prompt_blocks": [0, 2], "prompt_components
 
 def plain_passes(learner: Learner) -> list[int]:
     """Images of every forward without prompts, in a list that grows."""
-    seen, plain = [], learner.network.plain
-    learner.network.plain = lambda x, *depths: (seen.append(len(x)), plain(x, *depths))[1]
+    seen: list[int] = []
+
+    def see(attention: PrefixAttention, inputs: tuple[Tensor, ...]) -> None:
+        if attention.prefix is None:
+            seen.append(len(inputs[0]))
+
+    learner.network.vit.blocks[2].attn.register_forward_pre_hook(see)
     return seen
 
 

@@ -5,7 +5,6 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from models.base import Learner
 from models.ease import EASEHead
@@ -53,17 +52,6 @@ def test_prototypes_and_scores_are_the_double_sums_of_the_formula() -> None:
             np.testing.assert_allclose(head(queries)[n, c], expected, atol=1e-5)
 
 
-def test_without_a_temperature_reconstructed_prototypes_lie_near_the_mean_of_the_new_ones() -> None:
-    spread = {}
-    for temperature in (1.0, 0.05):
-        head = EASEHead(WIDTH, 0.1, temperature)
-        for t in range(2):
-            head.add(*features(t + 1, seed=t))
-        new = head.prototypes[1, 2:]
-        spread[temperature] = float((head.prototypes[1, :2] - new.mean(dim=0)).norm())
-    assert spread[1.0] < 0.7 * spread[0.05]
-
-
 def test_a_task_trains_its_own_adapter_and_leaves_the_others(make_sema: Callable[..., Learner]) -> None:
     learner = make_sema(model_name="ease", adapter_blocks="growing")
     run_tasks(learner, 1)
@@ -74,16 +62,3 @@ def test_a_task_trains_its_own_adapter_and_leaves_the_others(make_sema: Callable
     grown = [name for name in after if name not in before]
     assert grown and all(".adapters.1." in name for name in grown)
     assert learner.network.feature_width == 2 * learner.network.vit.num_features
-
-
-def test_untrained_adapters_give_the_frozen_network_s_class_means(make_sema: Callable[..., Learner]) -> None:
-    learner = make_sema(model_name="ease", func_epoch=0)
-    run_tasks(learner, 2)
-    plain = make_sema(model_name="simplecil")
-    run_tasks(plain, 2)
-    width = plain.network.vit.num_features
-    means = F.normalize(learner.closed_form.prototypes, dim=2)
-    for task, classes in enumerate((slice(0, 2), slice(2, 4))):
-        expected = F.normalize(plain.closed_form.means, dim=1)[classes]
-        torch.testing.assert_close(means[task, classes], expected)
-    assert learner.network.feature_width == 2 * width

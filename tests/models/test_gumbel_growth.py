@@ -61,22 +61,13 @@ def test_pruning_frees_and_leaves_no_trace(make_sdlora: Make, caplog: pytest.Log
     with caplog.at_level("WARNING", logger="nested_lora"):
         learner = run_tasks(make_sdlora(**GATE, **PRUNE), 3)
     assert any("all adapters but the first were pruned" in message for message in caplog.messages)
-    assert (
-        learner.adapters == [0]
-        and learner.network.ranks == [2]
-        and torch.equal(learner.beta(), torch.ones(1))
-    )
-    counts = learner.summary()["parameters"]
-    parts = {"adapters": 6 * 4 * 64 * 2, "magnitudes": 1, "gate": 1, "head": 6 * 65}
-    grown = 3 * (parts["adapters"] + 2)
-    assert counts == parts | {"trained": grown + parts["head"], "stored": sum(parts.values())}
-    owners = 2  # of the two rank-one terms left
-    assert sum(t.numel() for t in learner.learned_tensors().values()) == counts["stored"] + owners
+    assert learner.adapters == [0] and learner.network.ranks == [2] and learner.beta().tolist() == [1]
+    stored, owners = learner.summary()["parameters"]["stored"], 2  # of the two rank-one terms left
+    assert sum(t.numel() for t in learner.learned_tensors().values()) == stored + owners
     event = events(learner, "gate")[1]
     assert event["pruning_mask"] == [True, False] and event["beta_values"][1] > 0
     assert sum(event["beta_values"]) == pytest.approx(1)
-    kept = run_tasks(make_sdlora(**GATE, **KEEP), 3)
-    assert kept.adapters == [0, 1, 2] and kept.summary()["parameters"]["adapters"] == 3 * counts["adapters"]
+    assert run_tasks(make_sdlora(**GATE, **KEEP), 3).adapters == [0, 1, 2]
 
 
 # --- log and files ------------------------------------------------------------------------------------------

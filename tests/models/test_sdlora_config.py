@@ -34,12 +34,6 @@ GUIDE: dict[str, Any] = {
     "min_lr": 5e-3, "gumbel_tau_init": 5.0, "gumbel_tau_final": 0.5, "gumbel_anneal_rate": 0.999,
     "lambda_sparsity": 0.01, "growth_threshold": 0.1,
 }  # fmt: skip
-GUIDE_WAS: dict[str, Any] = {  # of sdlora_c100.json, by the guide's scenarios
-    "growth_threshold": 0.1, "lambda_sparsity": 0.01, "batch_size": 128, "gumbel_anneal_rate": 0.999,
-    "gumbel_tau_init": 5.0, "gumbel_tau_final": 0.5, "init_epoch": 20, "epochs": 20, "init_lr": 8e-3,
-    "lrate": 8e-3,
-    "min_lr": 5e-3,
-}  # fmt: skip
 NAMES = ("c100", "c100_test", "c100_baseline", "inr", "ina", "domainnet", "cifar_dinov2s")
 
 
@@ -83,8 +77,10 @@ def test_the_guides_file_loads_as_printed_and_every_key_counts() -> None:
     assert loaded.notes == [] and loaded.config.gate == "global"
     ours = json.loads((ROOT / "exps/sdlora_c100_test.json").read_text())
     assert ours | GUIDE == ours and ours.keys() - GUIDE.keys() == {"description", "max_tasks", "precision"}
+    scenarios = GUIDE | {"batch_size": 128, "init_epoch": 20, "epochs": 20}  # of sdlora_c100.json
     config = shipped("sdlora_c100")
-    assert {key: getattr(config, key) for key in GUIDE_WAS} == GUIDE_WAS
+    differing = {key for key, value in scenarios.items() if getattr(config, key) != value}
+    assert differing == {"prefix", "filepath", "seed"}
 
 
 def test_the_guides_baseline_is_made_of_the_shipped_file(tmp_path: Path) -> None:
@@ -120,11 +116,6 @@ def test_files_that_train_as_published_draw_classifier_rows_as_published() -> No
     published = {name for name in NAMES if shipped(f"sdlora_{name}").row_init == "kaiming_linear"}
     assert published == {"inr", "ina", "domainnet"}
     assert check(sdlora_scaling="reset", classifier_init="torch_default").config.row_init == "torch_default"
-
-
-def test_rank_of_a_task() -> None:
-    config = check(lora_rank=10, lora_rank_schedule=[[4, 8], [8, 6]]).config
-    assert [config.rank_of(task) for task in (0, 3, 4, 7, 8, 50)] == [10, 10, 8, 8, 6, 6]
 
 
 @pytest.mark.parametrize(("seeds", "notes"), [([1], 0), ([1, 2], 1)])
