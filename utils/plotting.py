@@ -171,27 +171,17 @@ def adapter_panels(
 
 
 class HeatmapSpec(NamedTuple):
-    """Axes, colours and number format of a heat map.
+    """Axes, colours and number format of a heat map."""
 
-    Attributes:
-        rows, columns: names of the axes.
-        label: of the colour bar.
-        limits: of the colours.
-        decimals: of the numbers in cells.
-        colours: name of a colour map.
-        row_names, column_names: None for 0, 1, ...
-        gamma: of the colours; below 1 small values are told apart better.
-    """
-
-    rows: str
+    rows: str  # name of the axis
     columns: str
-    label: str
-    limits: tuple[float, float]
-    decimals: int = 2
-    colours: str = "viridis"
-    row_names: Sequence[str] | None = None
+    label: str  # of the colour bar
+    limits: tuple[float, float]  # of the colours
+    decimals: int = 2  # of the numbers in cells
+    colours: str = "viridis"  # a colour map
+    row_names: Sequence[str] | None = None  # None: 0, 1, ...
     column_names: Sequence[str] | None = None
-    gamma: float = 1.0
+    gamma: float = 1.0  # of the colours; below 1 small values are told apart better
 
 
 def draw_heatmap(axes: Axes, values: np.ndarray, spec: HeatmapSpec, fontsize: float | None) -> AxesImage:

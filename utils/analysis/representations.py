@@ -47,31 +47,22 @@ from utils.training.random import rng
 PCA_RANK = 10  # principal directions that stand for a representation
 RANDOM_PAIRS = 20  # of subspaces, for the angle to be expected by chance
 
-Spaces = Mapping[tuple[int, int], Mapping[str, Tensor]]
-
 
 @dataclass(frozen=True)
 class AnalysisInputs:
     """Representations of n test images by a run of T tasks.
 
-    Attributes:
-        tokens: (T, L, n, d) class token after each of the L blocks, of the network after each task.
-        labels: (n,) incremental labels of the images.
-        spaces: for each task, (block, adapter) -> "fast" and "slow": basis (d, k) of the branch's output
-            space, without a column where its output is zero. Empty where adapters have no such branches.
-        seed: of the run; draws halves of images and random subspaces.
-        about: the run, for figures.
-        tasks: (n,) task of each image's class.
-        weights: after each task, the weight in evaluation of the adapter that every task grew, where a gate
-            gives them weights.
+    Spaces are, for each task, (block, adapter) -> "fast" and "slow": basis (d, k) of the branch's output
+    space, without a column where its output is zero; empty where adapters have no such branches. Weights are,
+    after each task, those in evaluation of the adapter that every task grew, where a gate gives them weights.
     """
 
-    tokens: Tensor
-    labels: Tensor
-    spaces: Sequence[Spaces]
-    seed: int
-    about: str
-    tasks: Tensor
+    tokens: Tensor  # (T, L, n, d) class token after each of the L blocks, of the network after each task
+    labels: Tensor  # (n,) incremental labels of the images
+    spaces: Sequence[Mapping[tuple[int, int], Mapping[str, Tensor]]]
+    seed: int  # of the run; draws halves of images and random subspaces
+    about: str  # the run, for figures
+    tasks: Tensor  # (n,) task of each image's class
     weights: Sequence[Mapping[int, float]]
 
     @property

@@ -8,23 +8,11 @@ from torch import Tensor
 
 
 class RidgeFit(NamedTuple):
-    """A ridge regression y ~ x W for rows less their means.
+    """A ridge regression y ~ x W for rows less their means, W = left @ right."""
 
-    Attributes:
-        left, right: factors of W, (d, k) and (k, C), k the lesser of n and d.
-        strength: the candidate that was chosen.
-        error: its sum of squared leave-one-out residuals.
-    """
-
-    left: Tensor
-    right: Tensor
-    strength: float
-    error: float
-
-    @property
-    def weights(self) -> Tensor:
-        """W (d, C)."""
-        return self.left @ self.right
+    left: Tensor  # (d, k), k the lesser of n and d
+    right: Tensor  # (k, C)
+    error: float  # sum of squared leave-one-out residuals
 
 
 def fit_ridge(x: Tensor, y: Tensor, strengths: Sequence[float], unit: float | None = None) -> RidgeFit:
@@ -51,4 +39,4 @@ def fit_ridge(x: Tensor, y: Tensor, strengths: Sequence[float], unit: float | No
     errors = {strength: left_out_error(strength * unit) for strength in strengths}
     strength = min(errors, key=errors.get)
     right = (s / (s.square() + strength * unit))[:, None] * projected
-    return RidgeFit(vt.T, right, strength, errors[strength])
+    return RidgeFit(vt.T, right, errors[strength])

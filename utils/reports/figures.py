@@ -61,10 +61,7 @@ def sweep_figures(
 ) -> dict[str, tuple[bytes, str]]:
     """Every figure that has numbers, with its caption by file name, in the order of `FIGURES`.
 
-    Args:
-        subtitle: the grey line under each title.
-        answers: to the sweep's hypotheses, where it states some.
-        form: "png", or "pdf" or "svg" for files of that form as well.
+    form: "png", or "pdf" or "svg" for files of that form as well.
     """
     captions = {name: caption.format(main=results.main.name) for name, (_, caption) in FIGURES.items()}
     captions[HYPOTHESES_FIGURE] = CAPTION

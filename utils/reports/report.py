@@ -56,10 +56,6 @@ def write_report(
     """Write the report of a sweep into its folder, over an earlier one; returns the files.
 
     Args:
-        folder: the sweep's; created where it is missing.
-        title: the sweep's name.
-        description: what it asks, in the words of its file.
-        results: those of its finished runs.
         commands: cell -> command that repeats it.
         unfinished: "cell, seed 1993" -> why there is no result.
         about: what was run, as (heading, text).
