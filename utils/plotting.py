@@ -74,8 +74,8 @@ def as_written(text: str) -> str:
 
 def legend_below(figure: Figure, handles: Mapping[str, Artist], columns: int | None = None) -> None:
     """A legend under the axes, in one row or so many columns; handles by their labels."""
-    named = {"handles": list(handles.values()), "labels": list(handles)}
-    figure.legend(**named, loc="outside lower center", ncols=columns or len(handles), frameon=False)
+    place = {"loc": "outside lower center", "ncols": columns or len(handles), "frameon": False}
+    figure.legend(list(handles.values()), list(handles), **place)
 
 
 def png(figure: Figure) -> bytes:
