@@ -12,6 +12,7 @@ class tokens of the same test images after each block of the network, once for t
     gate        weight of earlier tasks' adapters beside the similarity of the tasks; of methods with a gate
 """
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -111,7 +112,12 @@ def cka(inputs: AnalysisInputs) -> AnalysisResult:
 
 def grassmann(inputs: AnalysisInputs) -> AnalysisResult:
     """Angles between principal subspaces over tasks, and between fast and slow branches."""
-    values = _subspace_angles(inputs)
+    tasks, blocks = inputs.tokens.shape[:2]
+    values = np.zeros((blocks, tasks, tasks))  # NaN where a block's tokens do not vary
+    for block, tokens in enumerate(progress(inputs.tokens.unbind(1), desc="Angles", unit="block")):
+        bases = [pca_basis(representation, PCA_RANK) for representation in tokens]
+        for i, j in itertools.combinations_with_replacement(range(tasks), 2):
+            values[block, i, j] = values[block, j, i] = rms_angle(bases[i], bases[j])
     rows = branch_rows(inputs)
     width, rank = inputs.tokens.shape[-1], min(PCA_RANK, *inputs.tokens.shape[2:])
     chance = chance_angle(width, rank, rank, rng("chance angle", inputs.seed))
@@ -227,10 +233,11 @@ def halves(labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
 def chance_angle(width: int, first: int, second: int, generator: torch.Generator) -> float:
     """Mean of `rms_angle` over pairs of random subspaces of these dimensions in R^width, degrees."""
 
-    def subspace(dimension: int) -> Tensor:
-        return torch.randn(width, dimension, generator=generator, dtype=torch.float64)
-
-    return float(np.mean([rms_angle(subspace(first), subspace(second)) for _ in range(RANDOM_PAIRS)]))
+    angles = []
+    for _ in range(RANDOM_PAIRS):
+        a, b = (torch.randn(width, k, generator=generator, dtype=torch.float64) for k in (first, second))
+        angles.append(rms_angle(a, b))
+    return float(np.mean(angles))
 
 
 def branch_rows(inputs: AnalysisInputs) -> list[Row]:
@@ -266,17 +273,6 @@ def branch_rows(inputs: AnalysisInputs) -> list[Row]:
     return rows
 
 
-def _subspace_angles(inputs: AnalysisInputs) -> np.ndarray:
-    """`rms_angle` between principal subspaces, (L, T, T) degrees; NaN where a block's tokens do not vary."""
-    tasks, blocks = inputs.tokens.shape[:2]
-    values = np.zeros((blocks, tasks, tasks))
-    for block, tokens in enumerate(progress(inputs.tokens.unbind(1), desc="Angles", unit="block")):
-        bases = [pca_basis(representation, PCA_RANK) for representation in tokens]
-        for i, j in np.ndindex(tasks, tasks):
-            values[block, i, j] = values[block, j, i] if j < i else rms_angle(bases[i], bases[j])
-    return values
-
-
 def _drift(
     name: str,
     values: np.ndarray,
@@ -287,9 +283,8 @@ def _drift(
     what: str,
 ) -> AnalysisResult:
     """Result of a measure (L, T, T): each network with that after task 0, and with the one before."""
-    before = np.full(values.shape[:2], np.nan)
+    first, before = values[:, 0], np.full(values.shape[:2], np.nan)  # (L, T)
     before[:, 1:] = np.diagonal(values, offset=1, axis1=1, axis2=2)
-    first = values[:, 0]  # (L, T)
     maps = [
         Heatmap("with the network after task 0", first),
         Heatmap("with the network one task before", before),
@@ -329,6 +324,5 @@ def _branch_text(rows: Sequence[Row]) -> str:
     names = [f"block {block}.{adapter}" for block, adapter in table.index]
     chance = np.mean([row["chance"] for row in rows if row["chance"] is not None])
     title = f"angle between fast and slow (degrees; two random subspaces: about {chance:.1f})"
-    return value_table(
-        title, names, [f"task {task}" for task in table.columns], table.to_numpy(dtype=float), 1
-    )
+    tasks = [f"task {task}" for task in table.columns]
+    return value_table(title, names, tasks, table.to_numpy(dtype=float), 1)
