@@ -79,7 +79,7 @@ def legend_below(figure: Figure, handles: Mapping[str, Artist], columns: int | N
 
 
 def png(figure: Figure) -> bytes:
-    """The picture, as the bytes of a PNG file."""
+    """The bytes of a PNG file."""
     return picture(figure, "png")
 
 
@@ -100,8 +100,7 @@ def pictures(figures: Mapping[str, Figure], form: str) -> dict[str, bytes]:
     """
     drawn = {name: png(figure) for name, figure in figures.items()}
     if form not in ("png", "none"):
-        more = {f"{name.removesuffix('.png')}.{form}": picture(figures[name], form) for name in figures}
-        drawn |= more
+        drawn |= {f"{name.removesuffix('.png')}.{form}": picture(figures[name], form) for name in figures}
     return drawn
 
 
@@ -133,13 +132,8 @@ def adapter_panels(
 ) -> tuple[Figure, list[tuple[Axes, float, pd.DataFrame]]]:
     """A figure of small panels over tasks, one per block, with common axes, for lines of adapters.
 
-    Args:
-        rows: each with task, block and adapter.
-        label: of the values.
-
-    Returns:
-        The figure, without a legend; for each adapter its block's panel, the opacity of its lines (later
-        adapters are darker), and its rows in order of tasks.
+    rows: each with task, block and adapter. The figure comes without a legend, and with it for each adapter
+    its block's panel, the opacity of its lines (later adapters are darker), and its rows in order of tasks.
     """
     table = pd.DataFrame(rows)
     by_block, tasks = list(table.groupby("block")), int(table["task"].max()) + 1

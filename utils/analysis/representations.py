@@ -5,11 +5,6 @@
 
 `python eval.py --run FOLDER --analyse cka grassmann probes` gathers the inputs from a run's checkpoints:
 class tokens of the same test images after each block of the network, once for the network after every task.
-
-    cka         linear CKA with the network after task 0, and with the one before
-    grassmann   angle between the principal subspaces of the same, and between fast and slow branches
-    probes      accuracy of a linear probe, on the network it was fitted on and on those after other tasks
-    gate        weight of earlier tasks' adapters beside the similarity of the tasks; of methods with a gate
 """
 
 import itertools

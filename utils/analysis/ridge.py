@@ -18,13 +18,9 @@ class RidgeFit(NamedTuple):
 def fit_ridge(x: Tensor, y: Tensor, strengths: Sequence[float], unit: float | None = None) -> RidgeFit:
     """W = (X^T X + strength unit I)^-1 X^T Y with the strength of the smallest squared leave-one-out error.
 
-    Its residuals are e_i / (1 - h_ii) with the residuals e of the fit to all rows and h the diagonal of the
-    hat matrix, mean included, so no regression is fitted again.
-
-    Args:
-        x, y: (n, d) and (n, C), rows less their means.
-        strengths: candidates, relative to `unit`.
-        unit: None for the largest squared singular value of x.
+    x (n, d) and y (n, C) are rows less their means. Residuals of leave-one-out are e_i / (1 - h_ii) with the
+    residuals e of the fit to all rows and h the diagonal of the hat matrix, mean included, so no regression
+    is fitted again. unit: None for the largest squared singular value of x.
     """
     u, s, vt = torch.linalg.svd(x, full_matrices=False)  # (n, k), (k,), (k, d)
     unit = unit or float(s[0].square()) or 1.0  # rows that are all alike: any ridge gives the same

@@ -124,10 +124,7 @@ def _notes_on_provenance(results: Results, answers: pd.DataFrame | None) -> list
 
 
 def _outcome(results: Results, metric: str) -> str:
-    """Numbers of better, worse and undecided comparisons of a metric.
-
-    Empty without comparisons that have an interval.
-    """
+    """Numbers of better, worse and undecided comparisons of a metric; empty where none has an interval."""
     found = results.summary.xs(metric, level="metric")
     counts, decided = Counter(found["verdict"]), found["p_holm"].dropna()
     texts = []

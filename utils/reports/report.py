@@ -61,7 +61,7 @@ def write_report(
         about: what was run, as (heading, text).
         keys: in which cells differ.
         form: of the figures beside PNG, "pdf" or "svg".
-        hypotheses: name -> hypothesis, about these cells; without any the report does not mention them.
+        hypotheses: by name; without any the report does not mention them.
         outdated: "cell, seed 1993" -> (what it differs in from the newest runs, command that runs it again).
 
     Raises:
