@@ -218,9 +218,6 @@ def test_runs_of_another_provenance_are_told_and_not_paired(tmp_path):
     made = {"ours": dict.fromkeys(range(3), was), "base": {0: was, 1: was, 2: now}}
     old = {"ours, seed 2": ("code", "python main.py --config cells/ours_2.json --overwrite")}
     write(tmp_path, runs, origins=made, outdated=old)
-    row = read_csv(tmp_path / "summary.csv").loc["ours", "final"]
-    assert (row["n"], row["paired_n"], float(row["difference"])) == ("3", "2", pytest.approx(3.8))
-    assert float(row["mean"]) == pytest.approx(45.1)
     page = Page((tmp_path / "report.html").read_text()).text
     for text in (page, (tmp_path / "summary.md").read_text()):
         assert "ours and base, seed 2 (code)" in text and old["ours, seed 2"][1] in text
@@ -254,8 +251,7 @@ def test_a_difference_is_over_runs_of_one_provenance(tmp_path, order, new, paire
 
 def test_one_seed_with_and_without_a_baseline(tmp_path):
     runs = {"a": {1: invented(1, 40)}, "b": {1: invented(1, 42)}, "c": {2: invented(2, 42)}}
-    files = write(tmp_path, runs, baseline=None)
-    assert "differences.png" not in [path.name for path in files]
+    assert "differences.png" not in [path.name for path in write(tmp_path, runs, baseline=None)]
     markdown, html = (tmp_path / "summary.md").read_text(), (tmp_path / "report.html").read_text()
     assert "Differences" not in markdown + html and "p (t)" not in html and "nan" not in markdown.lower()
     assert "±" not in markdown.split("## Means over seeds")[1].split("##")[0]
@@ -342,27 +338,16 @@ def test_the_same_input_gives_the_same_bytes_and_old_figures_go(tmp_path, writte
     assert [path.name for path in (tmp_path / "figures").iterdir()] == ["bars.png"]
 
 
-@pytest.mark.parametrize(
-    ("changed", "fault"),
-    [
-        ({}, None),
-        ({"curve": None}, '"curve"'),
-        ({"curve": [1.0, None]}, '"curve" .* numbers'),
-        ({"cost": None}, '"cost"'),
-        ({"metrics": {"final": None}}, "no A_N"),
-    ],
-)
-def test_a_result_that_cannot_be_reported_is_found(changed, fault):
-    found = fault_of(invented(1, 40) | changed, METRICS)
-    assert found is None if fault is None else re.search(fault, found)
+def test_a_result_that_cannot_be_reported_is_found():
+    assert fault_of(invented(1, 40), METRICS) is None
+    faults = [({"curve": values}, '"curve"') for values in (None, [1.0, None])]
+    for changed, fault in (*faults, ({"cost": None}, '"cost"'), ({"metrics": {"final": None}}, "no A_N")):
+        assert fault in fault_of(invented(1, 40) | changed, METRICS)
 
 
-def test_runs_of_a_cell_have_the_same_number_of_tasks():
+def test_what_cannot_be_reported_is_a_sentence(tmp_path):
     with pytest.raises(UserError, match="4 with seed 1, 3 with seed 2"):
         results_of({"a": {1: invented(1, 40), 2: invented(2, 40, tasks=3)}})
-
-
-def test_a_folder_that_cannot_be_written_is_a_sentence(tmp_path):
     (tmp_path / "sweep").write_text("a file")
     with pytest.raises(UserError, match="cannot write the report into"):
         write(tmp_path / "sweep", {"a": {1: invented(1, 40, tasks=1)}}, None)
