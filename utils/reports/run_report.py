@@ -6,6 +6,7 @@ It is made from the files of the run and from nothing else, and shows what they 
 unfinished, of another kind or of an earlier version has fewer sections. Figures are those drawn last.
 """
 
+import itertools
 import math
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -148,9 +149,10 @@ def tasks_table(
     tasks = [event for event in events if event["event"] == "task"]
     path = accuracy_path(folder)
     images = "test" if path.name == ACCURACY else "validation"
-    accuracy = pd.DataFrame(read_accuracy_csv(folder)[: len(tasks)] if path.is_file() else [])
-    if accuracy.empty:
+    rows = read_accuracy_csv(folder)[: len(tasks)] if path.is_file() else []
+    if not rows:
         return None
+    accuracy = pd.DataFrame([*itertools.zip_longest(*rows, fillvalue=math.nan)]).T  # row: after task
     tasks, now = tasks[: len(accuracy)], accuracy.iloc[-1]
     adapters = [sum((event.get("adapters") or {}).values()) for event in tasks]
     numbers = {
