@@ -70,19 +70,14 @@ def table(sweep: str, against: str) -> str:
     for cell in runs["final"].groupby(level="cell").mean().sort_values(ascending=False).index:
         own = runs.loc[cell]
         metrics = METRICS if own["forgetting"].any() else METRICS[:1]  # of one task there is nothing else
-        means = [mean_text(own[key].tolist(), key) for key in metrics]
+        estimates = {key: mean_over_seeds(own[key].tolist()) for key in metrics}
+        means = [SPECS[key].text(found.mean, found.std) for key, found in estimates.items()]
         means += [""] * (len(METRICS) - len(means))
         differences = [difference(runs, cell, against, key) for key in ("final", "forgetting")]
         costs = [SPECS[f"parameters_{key}"].text(own[key].mean()) for key in PARAMETERS]
         costs.append(f"{own['minutes'].mean():.1f}")
         rows.append([*map(Entry, [cell, str(len(own)), *means]), *differences, *map(Entry, costs)])
     return markdown_table(Table("", head, rows))
-
-
-def mean_text(values: list[float], metric: str) -> str:
-    """Mean ± std, the mean alone of one seed."""
-    estimate = mean_over_seeds(values)
-    return SPECS[metric].text(estimate.mean, estimate.std)
 
 
 def difference(runs: pd.DataFrame, cell: str, against: str, metric: str) -> Entry:
@@ -92,11 +87,10 @@ def difference(runs: pd.DataFrame, cell: str, against: str, metric: str) -> Entr
     """
     if cell == against:
         return Entry("")
-    suffixes = (" ours", " theirs")
-    pairs = runs.loc[cell].merge(runs.loc[against], left_index=True, right_index=True, suffixes=suffixes)
-    pairs = pairs[pairs["precision ours"] == pairs["precision theirs"]]
-    sides = {side: pairs[f"{metric} {side}"] for side in ("ours", "theirs")}
-    found = paired_difference(pd.DataFrame(sides).dropna())
+    sides = {"ours": runs.loc[cell], "theirs": runs.loc[against]}
+    pairs = pd.concat(sides, axis=1, join="inner").swaplevel(axis=1)  # metric -> side
+    alike = pairs["precision", "ours"] == pairs["precision", "theirs"]
+    found = paired_difference(pairs.loc[alike, metric].astype(float).dropna())
     if not found.n:
         return Entry("")
     text = SPECS[metric].difference_text(found.mean)
@@ -108,9 +102,8 @@ def difference(runs: pd.DataFrame, cell: str, against: str, metric: str) -> Entr
 
 def main() -> None:
     """Keep runs, or print tables."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("sweep", nargs="?", choices=BASELINES, help="the sweep whose table is printed")
     parser.add_argument("--against", metavar="CELL", help="the cell that the others are compared with")
     parser.add_argument(

@@ -57,21 +57,13 @@ ASKED = [  # command, arguments, exit code, words of the answer
 ]
 
 
-def answer(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    assert main.main(list(arguments)) == 2
-    return capsys.readouterr().err
-
-
 def test_answers_import_nothing_heavy_and_need_no_folder(tmp_path: Path) -> None:
     """Asked from another folder: files of the project are found there, and nothing is written.
 
     Each is asked in a fork of its own of a process that has imported the two command lines alone.
     """
-    asked = json.dumps([line[:2] for line in ASKED])
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(ROOT), asked],
-        cwd=tmp_path, capture_output=True, text=True, check=True,
-    )  # fmt: skip
+    command = [sys.executable, "-c", SCRIPT, str(ROOT), json.dumps([line[:2] for line in ASKED])]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     answers = [json.loads(line) for line in done.stdout.splitlines()]
     for (_, arguments, code, words), (ended, loaded, printed) in zip(ASKED, answers, strict=True):
         assert (ended, loaded) == (code, []), (arguments, printed)
@@ -127,24 +119,24 @@ def test_a_file_says_itself_what_it_is(tmp_path: Path) -> None:
 def test_what_cannot_be_run_is_answered_with_what_can(
     arguments: str, words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    told = answer(capsys, *arguments.split())
+    assert main.main(arguments.split()) == 2
+    told = capsys.readouterr().err
     assert words in told and len(told.splitlines()) <= 2
 
 
 @pytest.mark.parametrize(
-    ("method", "dataset", "path"),
+    ("arguments", "path"),
     [
-        ("sema", "cifar224", "sema_cifar"),
-        ("sema", "imagenetr", "sema_inr_10task"),
-        ("sema", "vtab", "published/sema_vtab"),
-        ("finetune", "cifar224", "baselines/finetune_cifar"),
-        ("sdlora", "imagenetr", "published/sdlora_inr"),
-        ("shared_subspace", None, "shared_subspace"),
+        ("sema --dataset cifar224", "sema_cifar"),
+        ("sema --dataset imagenetr", "sema_inr_10task"),
+        ("sema --dataset vtab", "published/sema_vtab"),
+        ("finetune --dataset cifar224", "baselines/finetune_cifar"),
+        ("sdlora --dataset imagenetr", "published/sdlora_inr"),
+        ("shared_subspace", "shared_subspace"),
     ],
 )
-def test_method_and_data_set_stand_for_the_shipped_file(method: str, dataset: str | None, path: str) -> None:
-    given = ["--method", method, *(["--dataset", dataset] if dataset else [])]
-    assert main.parse(given).config == Path(f"exps/{path}.json")
+def test_method_and_data_set_stand_for_the_shipped_file(arguments: str, path: str) -> None:
+    assert main.parse(["--method", *arguments.split()]).config == Path(f"exps/{path}.json")
 
 
 def test_lists_name_everything_and_can_be_of_one_method(capsys: pytest.CaptureFixture[str]) -> None:

@@ -29,31 +29,18 @@ class Shown(IntEnum):
 
 @dataclass(frozen=True)
 class MetricSpec:
-    """One metric.
+    """One metric."""
 
-    Attributes:
-        key: its name in the "metrics" of a result.json, in CSV files and hypotheses.
-        name: what sentences call it.
-        unit: of the value as it is shown.
-        meaning: its definition, a noun phrase.
-        digits: decimals shown.
-        lower_is_better: its direction.
-        shown: where reports show it.
-        count: whether a run's value is an integer, shown without decimals.
-        scale: what a value is divided by where it is shown.
-        per_task: whether it is a list with a value per task, under its key in a result.json beside "metrics".
-    """
-
-    key: str
-    name: str
-    unit: str = ""
-    meaning: str = ""
-    digits: int = 2
+    key: str  # its name in the "metrics" of a result.json, in CSV files and hypotheses
+    name: str  # what sentences call it
+    unit: str = ""  # of the value as it is shown
+    meaning: str = ""  # its definition, a noun phrase
+    digits: int = 2  # decimals shown
     lower_is_better: bool = False
-    shown: Shown = Shown.RUNS
-    count: bool = False
-    scale: float = 1.0
-    per_task: bool = False
+    shown: Shown = Shown.RUNS  # where reports show it
+    count: bool = False  # whether a run's value is an integer, shown without decimals
+    scale: float = 1.0  # what a value is divided by where it is shown
+    per_task: bool = False  # whether it is a list, a value per task, beside the "metrics" of a result.json
 
     @property
     def heading(self) -> str:

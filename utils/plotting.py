@@ -74,12 +74,12 @@ def as_written(text: str) -> str:
 
 def legend_below(figure: Figure, handles: Mapping[str, Artist], columns: int | None = None) -> None:
     """A legend under the axes, in one row or so many columns; handles by their labels."""
-    named = {"handles": list(handles.values()), "labels": list(handles)}
-    figure.legend(**named, loc="outside lower center", ncols=columns or len(handles), frameon=False)
+    place = {"loc": "outside lower center", "ncols": columns or len(handles), "frameon": False}
+    figure.legend(list(handles.values()), list(handles), **place)
 
 
 def png(figure: Figure) -> bytes:
-    """The picture, as the bytes of a PNG file."""
+    """The bytes of a PNG file."""
     return picture(figure, "png")
 
 
@@ -100,8 +100,7 @@ def pictures(figures: Mapping[str, Figure], form: str) -> dict[str, bytes]:
     """
     drawn = {name: png(figure) for name, figure in figures.items()}
     if form not in ("png", "none"):
-        more = {f"{name.removesuffix('.png')}.{form}": picture(figures[name], form) for name in figures}
-        drawn |= more
+        drawn |= {f"{name.removesuffix('.png')}.{form}": picture(figures[name], form) for name in figures}
     return drawn
 
 
@@ -133,13 +132,8 @@ def adapter_panels(
 ) -> tuple[Figure, list[tuple[Axes, float, pd.DataFrame]]]:
     """A figure of small panels over tasks, one per block, with common axes, for lines of adapters.
 
-    Args:
-        rows: each with task, block and adapter.
-        label: of the values.
-
-    Returns:
-        The figure, without a legend; for each adapter its block's panel, the opacity of its lines (later
-        adapters are darker), and its rows in order of tasks.
+    rows: each with task, block and adapter. The figure comes without a legend, and with it for each adapter
+    its block's panel, the opacity of its lines (later adapters are darker), and its rows in order of tasks.
     """
     table = pd.DataFrame(rows)
     by_block, tasks = list(table.groupby("block")), int(table["task"].max()) + 1
@@ -171,27 +165,17 @@ def adapter_panels(
 
 
 class HeatmapSpec(NamedTuple):
-    """Axes, colours and number format of a heat map.
+    """Axes, colours and number format of a heat map."""
 
-    Attributes:
-        rows, columns: names of the axes.
-        label: of the colour bar.
-        limits: of the colours.
-        decimals: of the numbers in cells.
-        colours: name of a colour map.
-        row_names, column_names: None for 0, 1, ...
-        gamma: of the colours; below 1 small values are told apart better.
-    """
-
-    rows: str
+    rows: str  # name of the axis
     columns: str
-    label: str
-    limits: tuple[float, float]
-    decimals: int = 2
-    colours: str = "viridis"
-    row_names: Sequence[str] | None = None
+    label: str  # of the colour bar
+    limits: tuple[float, float]  # of the colours
+    decimals: int = 2  # of the numbers in cells
+    colours: str = "viridis"  # a colour map
+    row_names: Sequence[str] | None = None  # None: 0, 1, ...
     column_names: Sequence[str] | None = None
-    gamma: float = 1.0
+    gamma: float = 1.0  # of the colours; below 1 small values are told apart better
 
 
 def draw_heatmap(axes: Axes, values: np.ndarray, spec: HeatmapSpec, fontsize: float | None) -> AxesImage:

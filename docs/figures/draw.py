@@ -6,7 +6,7 @@ python docs/figures/draw.py --to FOLDER       writes them elsewhere
 
 import argparse
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,13 +97,17 @@ def interval_panels(
     panels: Sequence[Axes],
     columns: Mapping[str, str],
     cells: Mapping[str, Mapping[str, str]],
-    rows: Sequence[str],
+    labels: Mapping[str, str],
     colours: Mapping[str, str],
     baseline: str,
 ) -> None:
-    """Differences from a baseline with their intervals: a panel per column (by title), a line per row."""
+    """Differences from a baseline with their intervals: a panel per column (by title), a line per row.
+
+    labels: of the rows, the lowest first. Rows without a colour are grey, of joint training green.
+    """
+    colours = {name: GREEN if name.startswith("joint") else GREY for name in labels} | colours
     for panel, (title, column) in zip(panels, columns.items(), strict=True):
-        for place, name in enumerate(rows):
+        for place, name in enumerate(labels):
             difference = numbers(cells[name][column])
             if name == baseline:
                 panel.plot(0, place, "D", color=INK, markersize=6)
@@ -118,27 +122,21 @@ def interval_panels(
         panel.set_axisbelow(True)
         panel.tick_params(axis="y", length=0)
         panel.spines["left"].set_visible(False)
-
-
-def label_rows(panel: Axes, labels: Sequence[str], colours: Sequence[str]) -> None:
-    """Names of the rows beside a panel, in their colours; grey ones in ink."""
-    panel.set_yticks(range(len(labels)), labels)
-    for label, colour in zip(panel.get_yticklabels(), colours, strict=True):
-        label.set_color(INK if colour == GREY else colour)
+    panels[0].set_yticks(range(len(labels)), labels.values())
+    for tick, name in zip(panels[0].get_yticklabels(), labels, strict=True):
+        tick.set_color(INK if colours[name] == GREY else colours[name])
 
 
 def draw_answer() -> Figure:
     """Differences of A_N from frozen RanPAC on two data sets, with 95 % intervals, one row per method."""
     cells = table(RESULTS, "method", "# Results")
-    rows = list(reversed(cells))
-    colours = {name: GREEN if name.startswith("joint") else GREY for name in rows}
-    colours |= {"nested mean": BLUE, "Nested LoRA": BLUE, "carried": ORANGE, "matched adapter": INK}
+    labels = {name: name for name in reversed(cells)}
+    colours = {"nested mean": BLUE, "Nested LoRA": BLUE, "carried": ORANGE, "matched adapter": INK}
     figure, panels = plt.subplots(1, 2, figsize=(9.6, 4.0), sharex=True, sharey=True)
     columns = {"CIFAR-100": "against RanPAC", "Grocery": "against RanPAC, Grocery"}
-    interval_panels(panels, columns, cells, rows, colours, "RanPAC")
+    interval_panels(panels, columns, cells, labels, colours, "RanPAC")
     for panel in panels:
         panel.set_xlabel("A_N against RanPAC without adapters (points)")
-    label_rows(panels[0], rows, [colours[name] for name in rows])
     note = "Points: means of differences paired by seed; lines: 95 % intervals. ViT-Ti/16 with ImageNet "
     note += "weights, 160 px, adapters in blocks 9-11.\nBlue: nested. Orange: moving average of one adapter. "
     note += "Green: trained on all classes at once."
@@ -149,18 +147,16 @@ def draw_answer() -> Figure:
 def draw_nesting() -> Figure:
     """Differences of A_N and forgetting from the matched adapter, with 95 % intervals, one row per method."""
     cells = table(LOG, "cell", "does nesting help, on MRI-tuned weights\n")
-    rows = sorted(cells, key=lambda name: numbers(cells[name]["A_N"])[0])
-    colours = {name: GREEN if name.startswith("joint") else GREY for name in rows}
-    colours |= {"nested mean": BLUE, "nested mean, interpolated": BLUE, "nested": ORANGE}
+    final = {name: numbers(row["A_N"])[0] for name, row in cells.items()}
+    labels = {name: f"{name}   {final[name] + 1e-9:.1f}" for name in sorted(cells, key=final.get)}
+    colours = {"nested mean": BLUE, "nested mean, interpolated": BLUE, "nested": ORANGE}
     colours |= {"matched adapter": INK}
     figure, panels = plt.subplots(1, 2, figsize=(9.6, 5.2), sharey=True, width_ratios=(1.2, 1))
     columns = {"A_N: right is better": "A_N against matched"}
     columns |= {"Forgetting: left is better": "forgetting against matched"}
-    interval_panels(panels, columns, cells, rows, colours, "matched adapter")
+    interval_panels(panels, columns, cells, labels, colours, "matched adapter")
     for panel in panels:
         panel.set_xlabel("points against the matched adapter")
-    labels = [f"{name}   {numbers(cells[name]['A_N'])[0] + 1e-9:.1f}" for name in rows]
-    label_rows(panels[0], labels, [colours[name] for name in rows])
     above = {"xycoords": "axes fraction", "ha": "right", "va": "bottom", "color": GREY, "fontsize": 9}
     panels[0].annotate("A_N (%)", (-0.015, 1.02), **above)
     note = "Points: means of differences paired by seed; lines: 95 % intervals; 5 seeds. CIFAR-100 10x10, "
@@ -349,15 +345,6 @@ def draw_architecture() -> Figure:
     return figure
 
 
-FIGURES: dict[str, Callable[[], Figure]] = {
-    "quickstart.png": draw_quickstart,
-    "answer.png": draw_answer,
-    "nesting.png": draw_nesting,
-    "hypotheses.png": draw_hypotheses,
-    "architecture.png": draw_architecture,
-}
-
-
 def main() -> None:
     """Draw every figure."""
     parser = argparse.ArgumentParser(description="Draw the figures of the documents.")
@@ -367,12 +354,12 @@ def main() -> None:
     folder = parser.parse_args().to
     folder.mkdir(parents=True, exist_ok=True)
     with plt.rc_context(STYLE):
-        for name, draw in FIGURES.items():
-            figure = draw()
-            figure.savefig(folder / name, metadata={"Software": None})
+        for draw in (draw_quickstart, draw_answer, draw_nesting, draw_hypotheses, draw_architecture):
+            figure, path = draw(), folder / f"{draw.__name__.removeprefix('draw_')}.png"
+            figure.savefig(path, metadata={"Software": None})
             plt.close(figure)
-            with Image.open(folder / name) as image:  # 64 colours are enough, and a third of the size
-                image.convert("RGB").quantize(64, dither=Image.Dither.NONE).save(folder / name, optimize=True)
+            with Image.open(path) as image:  # 64 colours are enough, and a third of the size
+                image.convert("RGB").quantize(64, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from utils.plotting import (
     adapter_panels,
     colour_bar,
     draw_heatmap,
+    legend_below,
     titled_figure,
 )
 
@@ -83,8 +84,7 @@ def branch_angles_figure(rows: Sequence[Mapping[str, Any]], subtitle: str) -> Fi
             axes.plot(own["task"], own[name].astype(float), alpha=opacity, **style)
         axes.set_ylim(-5, 95)
         axes.set_yticks([0, 30, 60, 90])
-    handles = [Line2D([], [], label=label, **style) for label, style in ANGLES.values()]
-    figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False)
+    legend_below(figure, {label: Line2D([], [], **style) for label, style in ANGLES.values()}, columns=2)
     return figure
 
 

@@ -19,21 +19,15 @@ from utils.analysis.ridge import fit_ridge
 
 RIDGES = [10.0**k for k in range(-6, 5)]  # candidates, relative to the number of samples
 CONFIDENCE = 0.95  # of the threshold that correlations by chance stay below
+PERMUTATIONS = 200  # of labels; no p is below 1 / (1 + PERMUTATIONS)
 
 
 @dataclass(frozen=True)
 class Probe:
-    """A linear probe, scores(x) = x W + b.
+    """A linear probe, scores(x) = x W + b."""
 
-    Attributes:
-        weights: W (d, C), float64.
-        offset: b (C,), float64.
-        ridge: the candidate of `RIDGES` that leave-one-out chose.
-    """
-
-    weights: Tensor
-    offset: Tensor
-    ridge: float
+    weights: Tensor  # W (d, C), float64
+    offset: Tensor  # b (C,), float64
 
     def scores(self, features: Tensor) -> Tensor:
         """A score for each class or label, (n, d) -> (n, C) float64: the larger, the likelier."""
@@ -47,23 +41,16 @@ def fit_probe(features: Tensor, labels: Tensor) -> Probe:
     W = (X^T X + n r I)^-1 X^T Y, where r is the candidate with the smallest squared leave-one-out error.
     Features that do not vary take no part.
 
-    Args:
-        features: (n, d).
-        labels: classes (n,) from 0 on, int64, or (n, P) of 0 and 1.
-
-    Raises:
-        ValueError: there are fewer than two samples, or labels and features do not fit.
+    labels: classes (n,) from 0 on, int64, or (n, P) of 0 and 1.
     """
-    if features.dim() != 2 or len(features) < 2 or len(labels) != len(features) or labels.dim() not in (1, 2):
-        raise ValueError(f"no probe on features {tuple(features.shape)} with labels {tuple(labels.shape)}")
     x = features.detach().cpu().double()
     targets = (F.one_hot(labels.cpu()) if labels.dim() == 1 else labels.cpu()).double()
     centre, spread, mean = x.mean(dim=0), x.std(dim=0), targets.mean(dim=0)
     varies = spread > torch.finfo(features.dtype).eps * centre.abs()
     scale = torch.where(varies, 1 / spread.clamp_min(torch.finfo(x.dtype).tiny), 0.0)
     fit = fit_ridge((x - centre) * scale, targets - mean, RIDGES, unit=len(x))
-    weights = scale[:, None] * fit.weights
-    return Probe(weights, mean - centre @ weights, fit.strength)
+    weights = scale[:, None] * (fit.left @ fit.right)
+    return Probe(weights, mean - centre @ weights)
 
 
 def average_precision(scores: Tensor, labels: Tensor) -> Tensor:
@@ -124,29 +111,20 @@ def transfer_scores(representations: Sequence[Tensor], labels: Tensor, train: Te
 class UnitReport:
     """Correlations of the k units of a representation with P labels, and of permuted labels by chance.
 
-    Attributes:
-        correlation: (k, P) Pearson's r of units and labels, which are 0 or 1 (point-biserial correlation); 0
-            where a unit or a label does not vary.
-        mean_activity: (k,).
-        active_share: (k,) share of samples on which a unit is not zero.
-        best_unit: (P,) index of the unit with the largest |r|.
-        best: (P,) its r.
-        threshold: (P,) `CONFIDENCE` quantile by chance of the largest |r| over all units.
-        p: (P,) how likely a best unit at least as good is by chance.
-        purity: mean over units that live of max_l r_l^2 / sum_l r_l^2: 1 where each goes with one label
-            alone, 1 / P where with all alike. NaN where no unit correlates with anything.
-        purity_by_chance: the same for permuted labels, on average.
+    r is Pearson's, of units and labels that are 0 or 1 (point-biserial); 0 where one of them does not vary.
+    Purity is the mean over units that live of max_l r_l^2 / sum_l r_l^2: 1 where each goes with one label
+    alone, 1 / P where with all alike; NaN where no unit correlates with anything.
     """
 
-    correlation: Tensor
-    mean_activity: Tensor
-    active_share: Tensor
-    best_unit: Tensor
-    best: Tensor
-    threshold: Tensor
-    p: Tensor
+    correlation: Tensor  # (k, P)
+    mean_activity: Tensor  # (k,)
+    active_share: Tensor  # (k,), of the samples on which a unit is not zero
+    best_unit: Tensor  # (P,) index of the unit with the largest |r|
+    best: Tensor  # (P,) its r
+    threshold: Tensor  # (P,) `CONFIDENCE` quantile by chance of the largest |r| over all units
+    p: Tensor  # (P,) how likely a best unit at least as good is by chance
     purity: float
-    purity_by_chance: float
+    purity_by_chance: float  # of permuted labels, on average
 
     @property
     def dead(self) -> int:
@@ -159,27 +137,17 @@ class UnitReport:
         return float((self.best.abs() > self.threshold).double().mean())
 
 
-def unit_report(
-    activities: Tensor, labels: Tensor, generator: torch.Generator, permutations: int = 200
-) -> UnitReport:
-    """Correlations of units (n, k) with labels (n, P), beside those with permuted labels.
+def unit_report(activities: Tensor, labels: Tensor, generator: torch.Generator) -> UnitReport:
+    """Correlations of units (n, k) with labels (n, P) of 0 and 1, beside those with permuted labels.
 
     A permutation moves all labels of a sample together, and the largest |r| over units counts, as in `best`.
-
-    Args:
-        activities: (n, k); a unit that is exactly 0 is not active.
-        labels: (n, P) of 0 and 1.
-        generator: draws the permutations, on the CPU.
-        permutations: how many; no p is below 1 / (1 + permutations).
-
-    Raises:
-        ValueError: the two have not the same number of samples, or fewer than two.
+    A unit that is exactly 0 is not active. generator: draws the permutations, on the CPU.
     """
-    units, wanted = _standardised(activities, labels), _standardised(labels, activities)
+    units, wanted = _standardised(activities), _standardised(labels)
     correlation = units.T @ wanted
     largest, best_unit = correlation.abs().max(dim=0)
     by_chance, purities = [], []
-    for _ in range(permutations):
+    for _ in range(PERMUTATIONS):
         order = torch.randperm(len(wanted), generator=generator)
         permuted = units.T @ wanted[order]
         by_chance.append(permuted.abs().amax(dim=0))
@@ -193,18 +161,14 @@ def unit_report(
         best_unit=best_unit,
         best=correlation.gather(0, best_unit[None])[0],
         threshold=chance.quantile(CONFIDENCE, dim=0),
-        p=(1 + (chance >= largest).sum(dim=0)) / (1 + permutations),
+        p=(1 + (chance >= largest).sum(dim=0)) / (1 + PERMUTATIONS),
         purity=_purity(correlation),
         purity_by_chance=sum(purities) / len(purities),
     )
 
 
-def _standardised(values: Tensor, others: Tensor) -> Tensor:
+def _standardised(values: Tensor) -> Tensor:
     """Columns with mean 0 and length 1, so that products are correlations; 0 where a column does not vary."""
-    if values.dim() != 2 or others.dim() != 2 or len(values) != len(others) or len(values) < 2:
-        raise ValueError(
-            f"no correlation between {tuple(values.shape)} and {tuple(others.shape)}: two (n, ...), n >= 2"
-        )
     x = values.detach().cpu().double()
     centred = x - x.mean(dim=0)
     length = centred.norm(dim=0)

@@ -5,13 +5,9 @@
 
 `python eval.py --run FOLDER --analyse cka grassmann probes` gathers the inputs from a run's checkpoints:
 class tokens of the same test images after each block of the network, once for the network after every task.
-
-    cka         linear CKA with the network after task 0, and with the one before
-    grassmann   angle between the principal subspaces of the same, and between fast and slow branches
-    probes      accuracy of a linear probe, on the network it was fitted on and on those after other tasks
-    gate        weight of earlier tasks' adapters beside the similarity of the tasks; of methods with a gate
 """
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -47,31 +43,22 @@ from utils.training.random import rng
 PCA_RANK = 10  # principal directions that stand for a representation
 RANDOM_PAIRS = 20  # of subspaces, for the angle to be expected by chance
 
-Spaces = Mapping[tuple[int, int], Mapping[str, Tensor]]
-
 
 @dataclass(frozen=True)
 class AnalysisInputs:
     """Representations of n test images by a run of T tasks.
 
-    Attributes:
-        tokens: (T, L, n, d) class token after each of the L blocks, of the network after each task.
-        labels: (n,) incremental labels of the images.
-        spaces: for each task, (block, adapter) -> "fast" and "slow": basis (d, k) of the branch's output
-            space, without a column where its output is zero. Empty where adapters have no such branches.
-        seed: of the run; draws halves of images and random subspaces.
-        about: the run, for figures.
-        tasks: (n,) task of each image's class.
-        weights: after each task, the weight in evaluation of the adapter that every task grew, where a gate
-            gives them weights.
+    Spaces are, for each task, (block, adapter) -> "fast" and "slow": basis (d, k) of the branch's output
+    space, without a column where its output is zero; empty where adapters have no such branches. Weights are,
+    after each task, those in evaluation of the adapter that every task grew, where a gate gives them weights.
     """
 
-    tokens: Tensor
-    labels: Tensor
-    spaces: Sequence[Spaces]
-    seed: int
-    about: str
-    tasks: Tensor
+    tokens: Tensor  # (T, L, n, d) class token after each of the L blocks, of the network after each task
+    labels: Tensor  # (n,) incremental labels of the images
+    spaces: Sequence[Mapping[tuple[int, int], Mapping[str, Tensor]]]
+    seed: int  # of the run; draws halves of images and random subspaces
+    about: str  # the run, for figures
+    tasks: Tensor  # (n,) task of each image's class
     weights: Sequence[Mapping[int, float]]
 
     @property
@@ -120,7 +107,12 @@ def cka(inputs: AnalysisInputs) -> AnalysisResult:
 
 def grassmann(inputs: AnalysisInputs) -> AnalysisResult:
     """Angles between principal subspaces over tasks, and between fast and slow branches."""
-    values = _subspace_angles(inputs)
+    tasks, blocks = inputs.tokens.shape[:2]
+    values = np.zeros((blocks, tasks, tasks))  # NaN where a block's tokens do not vary
+    for block, tokens in enumerate(progress(inputs.tokens.unbind(1), desc="Angles", unit="block")):
+        bases = [pca_basis(representation, PCA_RANK) for representation in tokens]
+        for i, j in itertools.combinations_with_replacement(range(tasks), 2):
+            values[block, i, j] = values[block, j, i] = rms_angle(bases[i], bases[j])
     rows = branch_rows(inputs)
     width, rank = inputs.tokens.shape[-1], min(PCA_RANK, *inputs.tokens.shape[2:])
     chance = chance_angle(width, rank, rank, rng("chance angle", inputs.seed))
@@ -236,10 +228,11 @@ def halves(labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
 def chance_angle(width: int, first: int, second: int, generator: torch.Generator) -> float:
     """Mean of `rms_angle` over pairs of random subspaces of these dimensions in R^width, degrees."""
 
-    def subspace(dimension: int) -> Tensor:
-        return torch.randn(width, dimension, generator=generator, dtype=torch.float64)
-
-    return float(np.mean([rms_angle(subspace(first), subspace(second)) for _ in range(RANDOM_PAIRS)]))
+    angles = []
+    for _ in range(RANDOM_PAIRS):
+        a, b = (torch.randn(width, k, generator=generator, dtype=torch.float64) for k in (first, second))
+        angles.append(rms_angle(a, b))
+    return float(np.mean(angles))
 
 
 def branch_rows(inputs: AnalysisInputs) -> list[Row]:
@@ -275,17 +268,6 @@ def branch_rows(inputs: AnalysisInputs) -> list[Row]:
     return rows
 
 
-def _subspace_angles(inputs: AnalysisInputs) -> np.ndarray:
-    """`rms_angle` between principal subspaces, (L, T, T) degrees; NaN where a block's tokens do not vary."""
-    tasks, blocks = inputs.tokens.shape[:2]
-    values = np.zeros((blocks, tasks, tasks))
-    for block, tokens in enumerate(progress(inputs.tokens.unbind(1), desc="Angles", unit="block")):
-        bases = [pca_basis(representation, PCA_RANK) for representation in tokens]
-        for i, j in np.ndindex(tasks, tasks):
-            values[block, i, j] = values[block, j, i] if j < i else rms_angle(bases[i], bases[j])
-    return values
-
-
 def _drift(
     name: str,
     values: np.ndarray,
@@ -296,9 +278,8 @@ def _drift(
     what: str,
 ) -> AnalysisResult:
     """Result of a measure (L, T, T): each network with that after task 0, and with the one before."""
-    before = np.full(values.shape[:2], np.nan)
+    first, before = values[:, 0], np.full(values.shape[:2], np.nan)  # (L, T)
     before[:, 1:] = np.diagonal(values, offset=1, axis1=1, axis2=2)
-    first = values[:, 0]  # (L, T)
     maps = [
         Heatmap("with the network after task 0", first),
         Heatmap("with the network one task before", before),
@@ -338,6 +319,5 @@ def _branch_text(rows: Sequence[Row]) -> str:
     names = [f"block {block}.{adapter}" for block, adapter in table.index]
     chance = np.mean([row["chance"] for row in rows if row["chance"] is not None])
     title = f"angle between fast and slow (degrees; two random subspaces: about {chance:.1f})"
-    return value_table(
-        title, names, [f"task {task}" for task in table.columns], table.to_numpy(dtype=float), 1
-    )
+    tasks = [f"task {task}" for task in table.columns]
+    return value_table(title, names, tasks, table.to_numpy(dtype=float), 1)

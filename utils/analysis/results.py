@@ -25,19 +25,12 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class AnalysisResult:
-    """Numbers, tables, figures and text of one analysis.
+    """Numbers, tables, figures and text of one analysis."""
 
-    Attributes:
-        numbers: all of it, for the JSON file.
-        tables: file stem -> rows, for CSV files.
-        figures: file stem -> function that draws the figure.
-        text: the main numbers, for readers.
-    """
-
-    numbers: Row
-    tables: dict[str, list[Row]]
-    figures: dict[str, Callable[[], Figure]]
-    text: str
+    numbers: Row  # all of it, for the JSON file
+    tables: dict[str, list[Row]]  # file stem -> rows, for CSV files
+    figures: dict[str, Callable[[], Figure]]  # file stem -> what draws it
+    text: str  # the main numbers, for readers
 
 
 def write_results(folder: Path, results: Mapping[str, AnalysisResult], form: str = "png") -> list[Path]:

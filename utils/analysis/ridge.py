@@ -8,35 +8,19 @@ from torch import Tensor
 
 
 class RidgeFit(NamedTuple):
-    """A ridge regression y ~ x W for rows less their means.
+    """A ridge regression y ~ x W for rows less their means, W = left @ right."""
 
-    Attributes:
-        left, right: factors of W, (d, k) and (k, C), k the lesser of n and d.
-        strength: the candidate that was chosen.
-        error: its sum of squared leave-one-out residuals.
-    """
-
-    left: Tensor
-    right: Tensor
-    strength: float
-    error: float
-
-    @property
-    def weights(self) -> Tensor:
-        """W (d, C)."""
-        return self.left @ self.right
+    left: Tensor  # (d, k), k the lesser of n and d
+    right: Tensor  # (k, C)
+    error: float  # sum of squared leave-one-out residuals
 
 
 def fit_ridge(x: Tensor, y: Tensor, strengths: Sequence[float], unit: float | None = None) -> RidgeFit:
     """W = (X^T X + strength unit I)^-1 X^T Y with the strength of the smallest squared leave-one-out error.
 
-    Its residuals are e_i / (1 - h_ii) with the residuals e of the fit to all rows and h the diagonal of the
-    hat matrix, mean included, so no regression is fitted again.
-
-    Args:
-        x, y: (n, d) and (n, C), rows less their means.
-        strengths: candidates, relative to `unit`.
-        unit: None for the largest squared singular value of x.
+    x (n, d) and y (n, C) are rows less their means. Residuals of leave-one-out are e_i / (1 - h_ii) with the
+    residuals e of the fit to all rows and h the diagonal of the hat matrix, mean included, so no regression
+    is fitted again. unit: None for the largest squared singular value of x.
     """
     u, s, vt = torch.linalg.svd(x, full_matrices=False)  # (n, k), (k,), (k, d)
     unit = unit or float(s[0].square()) or 1.0  # rows that are all alike: any ridge gives the same
@@ -51,4 +35,4 @@ def fit_ridge(x: Tensor, y: Tensor, strengths: Sequence[float], unit: float | No
     errors = {strength: left_out_error(strength * unit) for strength in strengths}
     strength = min(errors, key=errors.get)
     right = (s / (s.square() + strength * unit))[:, None] * projected
-    return RidgeFit(vt.T, right, strength, errors[strength])
+    return RidgeFit(vt.T, right, errors[strength])

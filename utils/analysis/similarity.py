@@ -28,23 +28,14 @@ def cka_matrix(representations: Sequence[Tensor]) -> Tensor:
     HSIC(x, y) / sqrt(HSIC(x, x) HSIC(y, y)) with the unbiased estimate of the Hilbert-Schmidt independence
     criterion. 1 where y is x but for a rotation, reflection, shift and one common scale; about 0 where they
     are independent, also a little below; NaN where x or y does not vary. Row i of every representation is the
-    same sample.
+    same sample, of at least `MIN_SAMPLES`.
 
     With K = X X^T and L = Y Y^T whose diagonals are set to zero (K', L'), the estimate is
         1 / (n (n - 3)) (tr K' L' + 1'K'1 1'L'1 / ((n - 1) (n - 2)) - 2 / (n - 2) 1'K'L'1)
     It does not change when a constant is taken from all rows. With rows centred K 1 = 0, and with
     k_i = |x_i|^2 and l_i = |y_i|^2 what is left needs no n x n matrix:
         1 / (n (n - 3)) (||X^T Y||_F^2 - n / (n - 2) sum_i k_i l_i + sum_i k_i sum_i l_i / ((n - 1) (n - 2)))
-
-    Raises:
-        ValueError: they are not matrices of the same number of rows, at least `MIN_SAMPLES`.
     """
-    shapes = [tuple(x.shape) for x in representations]
-    if any(len(shape) != 2 or shape[0] != shapes[0][0] or shape[0] < MIN_SAMPLES for shape in shapes):
-        raise ValueError(
-            f"representations of shapes {', '.join(map(str, shapes))}: matrices of the same at least "
-            f"{MIN_SAMPLES} samples are compared"
-        )
     centred = [_centred(x) for x in representations]
     products, squares = _cross_products(centred), [x.square().sum(dim=1) for x in centred]
     own = [_hsic(products[i, i], square, square) for i, square in enumerate(squares)]
@@ -60,12 +51,7 @@ def pca_basis(x: Tensor, rank: int) -> Tensor:
     """The first principal directions of rows x (n, d), the strongest first: (d, k) orthonormal columns.
 
     k is `rank`, or less where the rows vary in fewer directions.
-
-    Raises:
-        ValueError: rank is below 1, or x is no matrix.
     """
-    if rank < 1 or x.dim() != 2:
-        raise ValueError(f"rank {rank} of {tuple(x.shape)}: a rank of at least 1, of a matrix")
     directions, sizes, _ = torch.linalg.svd(_centred(x).T, full_matrices=False)
     return directions[:, : min(rank, _numerical_rank(sizes, x))]
 
@@ -82,15 +68,10 @@ def column_space(left: Tensor, right: Tensor) -> Tensor:
 
 
 def principal_angles(a: Tensor, b: Tensor) -> Tensor:
-    """Angles between the column spaces of a (d, k) and b (d, m), ascending: (min(k, m),) radians.
+    """Angles between the column spaces of a (d, k) and b (d, m), ascending: (min(k, m),) radians; k, m > 0.
 
     Tiny angles are as accurate as large ones: they come from sines, not from cosines near 1.
-
-    Raises:
-        ValueError: a or b has no column, or they differ in d.
     """
-    if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[0] or not a.numel() or not b.numel():
-        raise ValueError(f"no angles between column spaces of shapes {tuple(a.shape)} and {tuple(b.shape)}")
     from scipy.linalg import subspace_angles  # here: a run without analysis does without
 
     angles = subspace_angles(*(basis.detach().cpu().double().numpy() for basis in (a, b)))

@@ -69,15 +69,15 @@ def common_facts(facts: Mapping[str, Sequence[Mapping[str, str]]]) -> list[tuple
 
     facts: cell -> those of its runs.
     """
-    users: dict[tuple[str, str], dict[str, None]] = {}
+    users: dict[str, dict[str, dict[str, None]]] = {}  # heading -> text -> cells
     for cell, runs in facts.items():
         for heading, text in (item for run in runs for item in run.items()):
-            users.setdefault((heading, text), {})[cell] = None
-    headings, with_runs = dict.fromkeys(heading for heading, _ in users), [c for c in facts if facts[c]]
-    ordered = sorted(users.items(), key=lambda item: list(headings).index(item[0][0]))
+            users.setdefault(heading, {}).setdefault(text, {})[cell] = None
+    with_runs = [cell for cell, runs in facts.items() if runs]
     return [
         (heading, text if list(cells) == with_runs else f"{'; '.join(cells)} – {text}")
-        for (heading, text), cells in ordered
+        for heading, texts in users.items()
+        for text, cells in texts.items()
     ]
 
 

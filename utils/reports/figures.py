@@ -2,13 +2,8 @@
 
     pictures = sweep_figures(results, "ranks on CIFAR-100")     # file name -> (PNG, caption)
 
-    bars.png                    the main metric of every cell, with every seed
-    differences.png             difference from the baseline with its 95 % interval
-    curves.png                  accuracy over all classes seen after each task, mean and deviation over seeds
-    plasticity_forgetting.png   how well new tasks are learned against how much of old ones is lost
-    hypotheses.png              answers to the sweep's hypotheses (`utils/reports/answers_figure.py`)
-
-Figures without numbers are left out. The baseline is black or grey; colours can be told apart by colour-blind
+They are those of `FIGURES`, and the answers to the sweep's hypotheses (`utils/reports/answers_figure.py`);
+figures without numbers are left out. The baseline is black or grey; colours can be told apart by colour-blind
 readers, and cells of the same colour differ in their marker. Text of the user's is drawn as it is written.
 """
 
@@ -61,10 +56,7 @@ def sweep_figures(
 ) -> dict[str, tuple[bytes, str]]:
     """Every figure that has numbers, with its caption by file name, in the order of `FIGURES`.
 
-    Args:
-        subtitle: the grey line under each title.
-        answers: to the sweep's hypotheses, where it states some.
-        form: "png", or "pdf" or "svg" for files of that form as well.
+    form: "png", or "pdf" or "svg" for files of that form as well.
     """
     captions = {name: caption.format(main=results.main.name) for name, (_, caption) in FIGURES.items()}
     captions[HYPOTHESES_FIGURE] = CAPTION

@@ -12,7 +12,7 @@ paired by seed. `utils/reports/answers.py` answers it with what ran.
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict
 
 from utils.config.loading import check_object
 from utils.config.messages import no_such, shown
@@ -25,16 +25,12 @@ class Hypothesis(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    says: Text = Field(description="The statement, in words.")
-    cell: Text = Field(description="Name of the cell it is about.")
-    metric: Text = Field(description="What is measured, as a result.json calls it.")
-    expected: Literal["higher", "lower"] = Field(description="How the cell's metric is expected to be.")
-    against: Text | None = Field(
-        None, description="Name of the other cell; the same one where it is left out."
-    )
-    against_metric: Text | None = Field(
-        None, description="The other cell's metric; the same where it is left out."
-    )
+    says: Text  # the statement, in words
+    cell: Text  # name of the cell it is about
+    metric: Text  # what is measured, as a result.json calls it
+    expected: Literal["higher", "lower"]  # how the cell's metric is expected to be
+    against: Text | None = None  # name of the other cell; the same one where it is left out
+    against_metric: Text | None = None  # of the other cell; the same where it is left out
 
     @property
     def sides(self) -> tuple[tuple[str, str], tuple[str, str]]:
@@ -45,15 +41,7 @@ class Hypothesis(BaseModel):
 def read_hypotheses(
     given: Mapping[str, Mapping[str, Any]], cells: Sequence[str]
 ) -> tuple[dict[str, Hypothesis], list[str]]:
-    """The checked "hypotheses" of a sweep file.
-
-    Args:
-        given: hypothesis name -> its keys and values.
-        cells: names of the sweep's cells.
-
-    Returns:
-        The hypotheses by name, those with mistakes left out, and one sentence for each mistake.
-    """
+    """The "hypotheses" of a sweep file by name, those with mistakes left out; a sentence for each mistake."""
     hypotheses, problems = {}, []
     for name, values in given.items():
         checked = check_object(values, Hypothesis)

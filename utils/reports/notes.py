@@ -18,12 +18,11 @@ NOT_EQUAL = '"undecided" does not mean equal, it means that these seeds do not t
 def facts(results: Results, unfinished: Mapping[str, str]) -> list[tuple[str, str]]:
     """Cells, runs, seeds, tasks, best cell and outcomes against the baseline: (name, text) pairs."""
     unrun = len(results.cells) - len(results.finished)
+    without_run = f" ({unrun} without a finished run)" if unrun else ""
+    not_finished = f" ({len(unfinished)} not finished)" if unfinished else ""
     found = [
-        ("Cells", str(len(results.cells)) + (f" ({unrun} without a finished run)" if unrun else "")),
-        (
-            "Finished runs",
-            str(len(results.runs)) + (f" ({len(unfinished)} not finished)" if unfinished else ""),
-        ),
+        ("Cells", f"{len(results.cells)}{without_run}"),
+        ("Finished runs", f"{len(results.runs)}{not_finished}"),
         ("Seeds", _seeds(results)),
         ("Tasks", _tasks(results)),
     ]
@@ -124,10 +123,7 @@ def _notes_on_provenance(results: Results, answers: pd.DataFrame | None) -> list
 
 
 def _outcome(results: Results, metric: str) -> str:
-    """Numbers of better, worse and undecided comparisons of a metric.
-
-    Empty without comparisons that have an interval.
-    """
+    """Numbers of better, worse and undecided comparisons of a metric; empty where none has an interval."""
     found = results.summary.xs(metric, level="metric")
     counts, decided = Counter(found["verdict"]), found["p_holm"].dropna()
     texts = []
@@ -140,11 +136,8 @@ def _outcome(results: Results, metric: str) -> str:
 
 def _seeds(results: Results) -> str:
     every = sorted({seed for runs in results.cells.values() for seed in runs})
-    fewer = [
-        f"{cell}: {', '.join(map(str, results.cells[cell]))}"
-        for cell in results.finished
-        if list(results.cells[cell]) != every
-    ]
+    others = [cell for cell in results.finished if list(results.cells[cell]) != every]
+    fewer = [f"{cell}: {', '.join(map(str, results.cells[cell]))}" for cell in others]
     return ", ".join(map(str, every)) + (f" (only some in {'; '.join(fewer)})" if fewer else "")
 
 

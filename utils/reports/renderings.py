@@ -9,6 +9,8 @@ import re
 import textwrap
 from collections.abc import Sequence
 
+import pandas as pd
+
 from utils.metric_catalogue import ABSENT
 from utils.reports.tables import Entry, Table
 
@@ -58,12 +60,8 @@ def aligned(headings: Sequence[str], rows: Sequence[Sequence[str]], gap: int, ma
 def latex_table(table: Table) -> str:
     """A `tabular` with the rules of the package booktabs; strong fields in bold."""
     rows = [[_latex(entry) for entry in row] for row in table.rows]
-    lines = [" & ".join(row) + " \\\\" for row in [list(map(latex_text, table.headings)), *rows]]
-    columns = "l" + "r" * (len(table.headings) - 1)
-    body = [lines[0], "\\midrule", *lines[1:]]
-    return "\n".join(
-        [f"\\begin{{tabular}}{{{columns}}}", "\\toprule", *body, "\\bottomrule", "\\end{tabular}"]
-    )
+    frame = pd.DataFrame(rows, columns=list(map(latex_text, table.headings)))
+    return frame.to_latex(index=False, column_format="l" + "r" * (len(table.headings) - 1)).rstrip()
 
 
 def latex_text(text: str) -> str:

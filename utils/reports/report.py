@@ -56,16 +56,12 @@ def write_report(
     """Write the report of a sweep into its folder, over an earlier one; returns the files.
 
     Args:
-        folder: the sweep's; created where it is missing.
-        title: the sweep's name.
-        description: what it asks, in the words of its file.
-        results: those of its finished runs.
         commands: cell -> command that repeats it.
         unfinished: "cell, seed 1993" -> why there is no result.
         about: what was run, as (heading, text).
         keys: in which cells differ.
         form: of the figures beside PNG, "pdf" or "svg".
-        hypotheses: name -> hypothesis, about these cells; without any the report does not mention them.
+        hypotheses: by name; without any the report does not mention them.
         outdated: "cell, seed 1993" -> (what it differs in from the newest runs, command that runs it again).
 
     Raises:

@@ -12,6 +12,7 @@ themselves.
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
 from typing import Any
@@ -27,36 +28,23 @@ from utils.runs.metrics import numbers_of
 UNLISTED_DIGITS = 3  # of a metric that the catalogue does not have
 
 
+@dataclass(eq=False)
 class Results:
-    """The finished runs of a sweep.
+    """The finished runs of a sweep, at least one, with which `utils.runs.metrics.fault_of` finds no fault.
 
-    Attributes:
-        cells: cell -> seed -> result.json, seeds ascending; the table's order, cells without a finished run
-            too.
-        metrics: specs of the runs' method, the main metric first.
-        baseline: the cell that the others are compared with, if there is one.
+    Cells stand in the table's order, also those without a finished run. UserError: the runs of a cell differ
+    in their number of tasks.
     """
 
-    def __init__(
-        self,
-        cells: Mapping[str, Mapping[int, Mapping[str, Any]]],
-        metrics: Sequence[MetricSpec],
-        baseline: str | None = None,
-        origins: Mapping[str, Mapping[int, Provenance]] | None = None,
-    ) -> None:
-        """Keep results that `utils.runs.metrics.fault_of` finds no fault with, at least one.
+    cells: Mapping[str, Mapping[int, Mapping[str, Any]]]  # cell -> seed -> result.json
+    metrics: Sequence[MetricSpec]  # of the runs' method, the main metric first
+    baseline: str | None = None  # the cell that the others are compared with
+    origins: Mapping[str, Mapping[int, Provenance]] | None = None  # as runs ended; without it all are alike
 
-        Args:
-            origins: cell -> seed -> provenance, in the order in which runs ended; without it all are alike.
-
-        Raises:
-            UserError: the runs of a cell differ in their number of tasks.
-        """
-        self.cells = {cell: dict(sorted(results.items())) for cell, results in cells.items()}
-        self.metrics = tuple(metrics)
-        self.baseline = baseline
-        self._origins = origins or {}
-        self._specs = by_key(metrics)
+    def __post_init__(self) -> None:
+        """Order seeds, count tasks."""
+        self.cells = {cell: dict(sorted(results.items())) for cell, results in self.cells.items()}
+        self._specs = by_key(self.metrics)
         self._tasks = {cell: self._number_of_tasks(cell) for cell in self.cells}
 
     @property
@@ -127,7 +115,7 @@ class Results:
         most seeds, the latest of equals. The kinds are those that differ between the two runs, or from what
         is compared.
         """
-        ours, theirs = self._origins.get(cell, {}), self._origins.get(other, {})
+        ours, theirs = ((self.origins or {}).get(name, {}) for name in (cell, other))
         unlike = {seed: ours[seed].unlike(theirs[seed]) for seed in ours if seed in theirs}
         groups: dict[str, list[int]] = {}  # provenance of both cells -> seeds, as their runs ended
         for seed in (seed for seed, kinds in unlike.items() if not kinds):
@@ -194,9 +182,9 @@ class Results:
         }
 
     def _number_of_tasks(self, cell: str) -> int:
-        per_task = [spec.key for spec in self.metrics if spec.per_task]
         tasks = {
-            seed: len(result[per_task[0]]) if per_task else 1 for seed, result in self.cells[cell].items()
+            seed: next((len(result[spec.key]) for spec in self.metrics if spec.per_task), 1)
+            for seed, result in self.cells[cell].items()
         }
         if len(set(tasks.values())) > 1:
             each = ", ".join(f"{number} with seed {seed}" for seed, number in tasks.items())

@@ -6,9 +6,10 @@ It is made from the files of the run and from nothing else, and shows what they 
 unfinished, of another kind or of an earlier version has fewer sections. Figures are those drawn last.
 """
 
+import itertools
 import math
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -151,27 +152,26 @@ def tasks_table(
     rows = read_accuracy_csv(folder)[: len(tasks)] if path.is_file() else []
     if not rows:
         return None
-    now, last = rows[-1], len(rows) - 1
-    lost = [max(row[k] for row in rows[k:last]) - now[k] if k < last else math.nan for k in range(len(rows))]
-    adapters = [sum((event.get("adapters") or {}).values()) for event in tasks[: len(rows)]]
-    ends = [event["seconds"] for event in tasks[: len(rows)]]
-    table = pd.DataFrame(
-        {
-            "accuracy when learned (%)": [f"{row[-1]:.2f}" for row in rows],
-            "accuracy now (%)": [f"{value:.2f}" for value in now],
-            "forgotten (points)": [ABSENT if math.isnan(value) else f"{value:.2f}" for value in lost],
-            "all classes seen (%)": [f"{event[keyed(images, 'total')]:.2f}" for event in tasks[: len(rows)]],
-        }
-    ).rename_axis("task")
+    accuracy = pd.DataFrame([*itertools.zip_longest(*rows, fillvalue=math.nan)]).T  # row: after task
+    tasks, now = tasks[: len(accuracy)], accuracy.iloc[-1]
+    adapters = [sum((event.get("adapters") or {}).values()) for event in tasks]
+    numbers = {
+        "accuracy when learned (%)": np.diagonal(accuracy),
+        "accuracy now (%)": now,
+        "forgotten (points)": accuracy[:-1].max() - now,
+        "all classes seen (%)": [event[keyed(images, "total")] for event in tasks],
+    }
+    texts = {heading: _texts(values, 2) for heading, values in numbers.items()}
+    table = pd.DataFrame(texts).rename_axis("task")
     if any(adapters):
         table["adapters"] = adapters
     for heading, kind, field in DRIFTS:
         found = pd.DataFrame([event for event in events if event["event"] == kind and field in event])
         if len(found):
-            means = found.groupby("task")[field].mean().reindex(table.index)
-            table[heading] = [ABSENT if math.isnan(mean) else f"{mean:.3f}" for mean in means]
+            table[heading] = _texts(found.groupby("task")[field].mean().reindex(table.index), 3)
+    ends = [event["seconds"] for event in tasks]
     table["seconds"] = [f"{seconds:,.0f}" for seconds in np.diff(ends, prepend=0.0)]
-    if per_class is not None and per_class["task"].nunique() == len(rows):
+    if per_class is not None and per_class["task"].nunique() == len(tasks):
         train = (manifest.model_extra or {}).get("images_per_class", {}).get("train")
         by_task = per_class.groupby("task")
         names = by_task["name"].agg(", ".join)
@@ -183,6 +183,10 @@ def tasks_table(
     return frame_table(table, "Forgotten: how far a task fell from its best accuracy.")
 
 
+def _texts(values: Iterable[float], digits: int) -> list[str]:
+    return [ABSENT if math.isnan(value) else f"{value:.{digits}f}" for value in values]
+
+
 def hardest_table(classes: Classes) -> Table:
     """The classes with the lowest accuracy, and what each is most often taken for."""
     per_class, counts, images = classes
@@ -190,9 +194,8 @@ def hardest_table(classes: Classes) -> Table:
     for label, row in per_class.sort_values("accuracy", kind="stable").head(LISTED).iterrows():
         other = int(wrong[label].argmax())
         taken = f"{per_class['name'][other]} ({wrong[label, other]})" if wrong[label, other] else ABSENT
-        learned = row["accuracy_when_learned"]
-        then = ABSENT if math.isnan(learned) else f"{learned:.1f}"
-        rows.append([row["name"], row["task"], row["images"], f"{row['accuracy']:.1f}", then, taken])
+        accuracies = _texts(row[["accuracy", "accuracy_when_learned"]], 1)
+        rows.append([row["name"], row["task"], row["images"], *accuracies, taken])
     headings = ["class", "task", f"{images} images", "accuracy (%)", "when learned (%)"]
     return plain_table([*headings, "most taken for (images)"], rows)
 
@@ -200,13 +203,11 @@ def hardest_table(classes: Classes) -> Table:
 def confusions_table(classes: Classes) -> Table | None:
     """The most frequent confusions; None where every image is right."""
     per_class, counts, _ = classes
-    wrong, rows = counts - np.diag(counts.diagonal()), []
-    for cell in np.argsort(-wrong, axis=None, kind="stable")[:LISTED]:
-        true, predicted = divmod(int(cell), len(counts))
-        if images := int(wrong[true, predicted]):
-            of = f"{images} of {per_class['images'][true]}"
-            names, tasks = per_class["name"], per_class["task"]
-            rows.append([names[true], names[predicted], of, f"{tasks[true]}, {tasks[predicted]}"])
+    names, tasks, rows = per_class["name"], per_class["task"], []
+    most = pd.DataFrame(counts - np.diag(counts.diagonal())).stack().nlargest(LISTED)
+    for (true, predicted), images in most[most > 0].items():
+        of = f"{images} of {per_class['images'][true]}"
+        rows.append([names[true], names[predicted], of, f"{tasks[true]}, {tasks[predicted]}"])
     return plain_table(["true class", "taken for", "images", "their tasks"], rows) if rows else None
 
 
@@ -231,8 +232,5 @@ def key_tables(config: RunConfig) -> tuple[Table, Table]:
 def sessions_table(manifest: Manifest) -> Table:
     """A row per process that worked on the run."""
     keys = ["started", "device", "precision", "threads", "processes"]
-    rows = (
-        [*(getattr(session, key) for key in keys), commit_text(session.commit)]
-        for session in manifest.sessions
-    )
+    rows = [[getattr(run, key) for key in keys] + [commit_text(run.commit)] for run in manifest.sessions]
     return plain_table([*keys, "code"], rows)

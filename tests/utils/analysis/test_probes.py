@@ -1,7 +1,5 @@
 """utils.analysis.probes: probes against explicit solutions and chance; units that stand for labels."""
 
-from collections.abc import Callable
-
 import numpy as np
 import pytest
 import torch
@@ -15,7 +13,6 @@ from utils.analysis.probes import (
     chance_score,
     fit_probe,
     probe_score,
-    transfer_scores,
     unit_report,
 )
 from utils.training.random import rng
@@ -25,34 +22,11 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=rng("test", seed), dtype=torch.float64)
 
 
-def clusters(n: int = 120, spread: float = 0.3, seed: int = 0) -> tuple[Tensor, Tensor]:
+def clusters(n: int, spread: float = 0.3) -> tuple[Tensor, Tensor]:
     """Four classes around corners, in 10 numbers of very different size."""
     labels = torch.arange(n) % 4
     corners = 3 * F.one_hot(labels, 10)
-    return (corners + spread * normal(n, 10, seed=seed)) * torch.logspace(-3, 3, 10) + 5, labels
-
-
-def several(n: int = 150, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Three labels a sample, each of them linear in 8 numbers."""
-    x = normal(n, 8, seed=seed)
-    return x, (x[:, :3] > torch.tensor([0.0, 0.5, 1.0])).long()
-
-
-def test_what_is_separable_is_read_on_samples_that_were_not_fitted() -> None:
-    x, labels = clusters()
-    assert probe_score(fit_probe(x[:80], labels[:80]), x[80:], labels[80:]) == 1.0
-    x, labels = several(800)
-    score = probe_score(fit_probe(x[:600], labels[:600]), x[600:], labels[600:])
-    assert score > 0.95 > 1.5 * chance_score(labels)
-
-
-@pytest.mark.parametrize(("make", "tolerance"), [(clusters, 0.04), (several, 0.06)])
-def test_shuffled_labels_are_read_no_better_than_chance(make: Callable, tolerance: float) -> None:
-    """Ten shufflings of 200 test images: the mean accuracy has a standard error of 1 percent."""
-    x, labels = make(400)
-    orders = [labels[torch.randperm(400, generator=rng("test", seed))] for seed in range(10)]
-    found = [probe_score(fit_probe(x[:200], order[:200]), x[200:], order[200:]) for order in orders]
-    assert np.mean(found) == pytest.approx(chance_score(labels), abs=tolerance)
+    return (corners + spread * normal(n, 10)) * torch.logspace(-3, 3, 10) + 5, labels
 
 
 @pytest.mark.parametrize("spread", [0.3, 4.0])
@@ -73,9 +47,9 @@ def test_the_probe_is_the_ridge_regression_that_leaving_out_each_sample_prefers(
             error += float((y[i] - predicted).square().sum())
         return error
 
-    probe = fit_probe(x, labels)
-    assert probe.ridge == min(RIDGES, key=left_out_error)
-    torch.testing.assert_close(probe.scores(x), z @ solved(z, y - y.mean(0), probe.ridge) + y.mean(0))
+    expected = z @ solved(z, y - y.mean(0), min(RIDGES, key=left_out_error)) + y.mean(0)
+    for given in (labels, y):  # classes, or a label each
+        torch.testing.assert_close(fit_probe(x, given).scores(x), expected)
 
 
 def test_a_probe_does_not_depend_on_units_and_ignores_what_does_not_vary() -> None:
@@ -112,29 +86,6 @@ def test_average_precision_of_perfect_reversed_tied_and_absent_labels() -> None:
     assert chance_score(labels) == 0.5 and chance_score(torch.tensor([0, 0, 0, 1])) == 0.75
 
 
-def test_transfer_needs_the_same_coordinates() -> None:
-    """Read by a probe of its own, a rotated copy is as good; by the other's probe it is not."""
-    x, labels = clusters(200)
-    x = (x - x.mean(0)) / x.std(0)
-    turned = x @ torch.linalg.qr(normal(10, 10))[0]
-    train, test = torch.arange(0, 200)[:100], torch.arange(100, 200)
-    scores = transfer_scores([x, turned, x], labels, train, test)
-    assert (
-        scores[0, 0] == scores[0, 2] == scores[2, 0] == 1.0 == scores[1, 1]
-        and scores[0, 1] < 0.8 > scores[1, 0]
-    )
-    probe = fit_probe(x[train], labels[train])
-    assert scores[0, 1] == probe_score(probe, turned[test], labels[test])
-
-
-@pytest.mark.parametrize("shapes", [((1, 4), (1,)), ((6, 4), (5,)), ((6,), (6,))])
-def test_what_cannot_be_fitted_is_refused(shapes: tuple[tuple[int, ...], ...]) -> None:
-    x, labels = normal(*shapes[0]), torch.zeros(shapes[1], dtype=torch.int64)
-    for fit in (fit_probe, lambda x, labels: unit_report(x, labels, rng("test", 0))):
-        with pytest.raises(ValueError):
-            fit(x, labels)
-
-
 # --- units --------------------------------------------------------------------------------------------------
 
 
@@ -160,7 +111,7 @@ def test_units_that_stand_for_labels_are_found_and_told_from_chance() -> None:
     torch.testing.assert_close(report.mean_activity, units.double().mean(0))
     assert report.aligned == 1.0 and report.p.tolist() == pytest.approx([1 / 201] * 3)
     assert report.purity > report.purity_by_chance
-    always = unit_report(units, torch.ones_like(labels), rng("test", 1), 3)
+    always = unit_report(units, torch.ones_like(labels), rng("test", 1))
     assert always.correlation.abs().max() == 0 and np.isnan(always.purity)
 
 
@@ -177,4 +128,4 @@ def test_noise_is_not_told_from_chance_however_many_units_there_are() -> None:
 def test_purity_from_one_label_to_all_alike(together: bool, purity: float) -> None:
     labels = torch.tensor([[0, 0], [0, 1], [1, 0], [1, 1]]).repeat(20, 1)
     units = (labels.sum(1, keepdim=True) if together else labels).double()
-    assert unit_report(units, labels, rng("test", 0), 3).purity == pytest.approx(purity)
+    assert unit_report(units, labels, rng("test", 0)).purity == pytest.approx(purity)

@@ -31,13 +31,6 @@ def linear_cka(x: Tensor, y: Tensor) -> float:
     return float(cka_matrix([x, y])[0, 1])
 
 
-def related(n: int = 30) -> tuple[Tensor, Tensor]:
-    """Two representations that share half of what they are, far from the origin."""
-    common = normal(n, 4)
-    x = torch.cat([common, normal(n, 4, seed=1)], 1) + 20
-    return x, torch.cat([2 * common, normal(n, 3, seed=2)], 1) - 7
-
-
 def song(x: Tensor, y: Tensor) -> float:
     """The estimator of HSIC as Song et al. 2012 print it."""
     n, one = len(x), torch.ones(len(x), dtype=torch.float64)
@@ -46,41 +39,20 @@ def song(x: Tensor, y: Tensor) -> float:
     return float(((k @ l_).trace() + middle - 2 / (n - 2) * (one @ k @ l_ @ one)) / (n * (n - 3)))
 
 
-def test_cka_does_not_see_rotation_scale_shift_or_the_order_of_samples() -> None:
-    x, y = related()
-    value, order = linear_cka(x, y), torch.randperm(len(x), generator=rng("test", 5))
-    assert 0.2 < value < 0.95
-    padded = torch.cat([y, torch.zeros(len(y), 2)], 1)
-    for changed in (y @ orthogonal(7), -3 * y, y + normal(7, seed=9), padded):
-        assert linear_cka(x, changed) == pytest.approx(value, rel=1e-9)
-    assert linear_cka(x[order], y[order]) == pytest.approx(value, rel=1e-9)
-    assert abs(linear_cka(x[order], y)) < 0.3  # broken pairs
-    assert linear_cka(x, x) == pytest.approx(1, abs=1e-12) == linear_cka(x, 2 * x @ orthogonal(8))
-    stretched = y @ torch.diag(torch.tensor([9.0, 1, 1, 1, 1, 1, 1]).double())
-    assert linear_cka(x, stretched) != pytest.approx(value, rel=0.01)
-
-
 @pytest.mark.parametrize("widths", [(8, 7, 9), (30, 40, 35), (30, 5, 35)], ids=["narrow", "wide", "mixed"])
 def test_cka_is_the_normalised_published_estimator(widths: tuple[int, ...]) -> None:
-    """Fewer samples than dimensions take another way to the same numbers."""
+    """Fewer samples than dimensions take another way to the same numbers; a shift is not seen."""
     shared = normal(12, 3)
     found = [torch.cat([shared, normal(12, width - 3, seed=width)], dim=1) for width in widths]
     hsic = np.array([[song(x, y) for y in found] for x in found])
     expected = hsic / np.sqrt(np.outer(hsic.diagonal(), hsic.diagonal()))
-    matrix = cka_matrix(found)
+    matrix = cka_matrix([x + 20 for x in found])
     np.testing.assert_allclose(matrix.numpy(), expected, rtol=1e-8)
     assert torch.equal(matrix, matrix.T)
 
 
 def test_what_does_not_vary_has_no_cka() -> None:
-    matrix = cka_matrix([normal(10, 3), torch.full((10, 5), 0.1)])
-    assert torch.isnan(matrix).tolist() == [[False, True], [True, True]]
-
-
-@pytest.mark.parametrize("shapes", [((3, 2), (3, 2)), ((8, 2), (7, 2)), ((8,), (8, 2))])
-def test_what_cannot_be_compared_is_refused(shapes: tuple[tuple[int, ...], ...]) -> None:
-    with pytest.raises(ValueError, match="same at least 4 samples"):
-        linear_cka(*(normal(*shape) for shape in shapes))
+    assert math.isnan(linear_cka(normal(10, 3), torch.full((10, 5), 0.1)))
 
 
 def test_pca_basis_spans_the_strongest_directions() -> None:
@@ -97,8 +69,6 @@ def test_pca_basis_has_no_more_columns_than_the_data_has_directions() -> None:
     assert pca_basis(flat, 5).shape == (7, 2) and pca_basis(flat.float(), 5).shape == (7, 2)
     assert pca_basis(torch.full((9, 4), 0.1), 3).shape == (4, 0)
     assert pca_basis(normal(3, 8), 8).shape == (8, 2)
-    with pytest.raises(ValueError, match="at least 1"):
-        pca_basis(flat, 0)
 
 
 def test_column_space_of_a_product() -> None:
@@ -118,6 +88,7 @@ def test_angles_are_those_of_an_svd() -> None:
     np.testing.assert_allclose(principal_angles(a, b).numpy(), expected, atol=1e-9)
     assert grassmann_distance(a, b) == pytest.approx(np.sqrt((expected**2).sum()))
     assert rms_angle(a, b) == pytest.approx(np.degrees(np.sqrt((expected**2).mean())))
+    assert math.isnan(rms_angle(a, torch.zeros(12, 0)))
 
 
 @pytest.mark.parametrize("angle", [1e-12, 1e-8, 0.3, math.pi / 2])
@@ -126,19 +97,3 @@ def test_a_known_angle_comes_out_however_small(angle: float) -> None:
     turned = torch.stack([math.cos(angle) * q[:, 0] + math.sin(angle) * q[:, 2], q[:, 1]], 1)
     angles = principal_angles(q[:, :2], turned)
     assert float(angles[1]) == pytest.approx(angle, rel=1e-3) and float(angles[0]) < 1e-14
-
-
-def test_angles_belong_to_spaces_not_to_bases() -> None:
-    a, b, turn = normal(10, 3), normal(10, 3, seed=1), orthogonal(10, seed=2)
-    value = grassmann_distance(a, b)
-    assert grassmann_distance(a @ normal(3, 3, seed=4), -5 * b) == pytest.approx(value)
-    assert grassmann_distance(turn @ a, turn @ b) == pytest.approx(value) == grassmann_distance(b, a)
-    assert grassmann_distance(a, a @ normal(3, 3, seed=4)) < 1e-12
-    assert grassmann_distance(turn[:, :2], turn[:, 2:4]) == pytest.approx(math.pi / math.sqrt(2))
-
-
-def test_an_empty_space_has_no_angles() -> None:
-    assert math.isnan(rms_angle(torch.zeros(5, 0), normal(5, 2)))
-    for other in (torch.zeros(5, 0), normal(6, 2)):
-        with pytest.raises(ValueError, match="no angles"):
-            principal_angles(other, normal(5, 2))

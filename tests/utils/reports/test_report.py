@@ -1,6 +1,5 @@
 """The report of a sweep: numbers against independent computation, texts and a page that stand alone."""
 
-import csv
 import math
 import re
 from html.parser import HTMLParser
@@ -85,11 +84,6 @@ def written(tmp_path_factory):
     return folder, write(folder, table_of_runs(), unfinished=REASONS)
 
 
-def read_csv(path) -> list[dict[str, str]]:
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def test_every_file_is_where_it_belongs(written):
     folder, files = written
     names = ["summary.csv", "runs.csv", "summary.md", "report.html", *(f"figures/{name}" for name in FILES)]
@@ -100,39 +94,38 @@ def test_every_file_is_where_it_belongs(written):
         assert min(picture.shape[:2]) > 300 and picture[..., :3].std() > 0.05
 
 
-@pytest.fixture
-def rows(written) -> dict[tuple[str, str], dict[str, str]]:
-    """(cell, metric) -> its line of summary.csv."""
-    return {(row["cell"], row["metric"]): row for row in read_csv(written[0] / "summary.csv")}
+def read_csv(path) -> pd.DataFrame:
+    """The texts of its fields by the first two: cell, and metric or seed."""
+    return pd.read_csv(path, dtype=str, keep_default_na=False, index_col=[0, 1])
 
 
-def test_means_are_over_seeds_and_differences_over_the_common_ones(rows):
-    runs, row = table_of_runs(), rows["nested", "forgetting"]
+def test_means_are_over_seeds_and_differences_over_the_common_ones(written):
+    runs, rows = table_of_runs(), read_csv(written[0] / "summary.csv")
+    row = rows.loc["nested", "forgetting"]
     ours, theirs = ([runs[n][s]["metrics"]["forgetting"] for s in (1993, 1994)] for n in ("nested", "base"))
     expected = paired_difference(pd.DataFrame({"ours": ours, "theirs": theirs}))
-    keys = ("paired_n", "difference", "difference_std", "difference_low95", "difference_high95", "p_t")
-    found = [float(row[key]) for key in keys]
+    keys = ["paired_n", "difference", "difference_std", "difference_low95", "difference_high95", "p_t"]
+    found = row[keys].astype(float).to_list()
     assert found == [getattr(expected, key) for key in ("n", "mean", "std", "low", "high", "p_t")]
     expected = mean_over_seeds([result["metrics"]["forgetting"] for result in runs["nested"].values()])
-    found = [float(row[key]) for key in ("n", "mean", "std", "low95", "high95")]
+    found = row[["n", "mean", "std", "low95", "high95"]].astype(float).to_list()
     assert found == pytest.approx([getattr(expected, key) for key in ("n", "mean", "std", "low", "high")])
-    p_t, p_holm = ([float(rows[n, "forgetting"][key]) for n in ("nested", EVIL)] for key in ("p_t", "p_holm"))
-    assert min(p_holm) == pytest.approx(2 * min(p_t))
-    for uncompared in (rows["base", "final"], rows["nested", "seconds"], rows["joint", "average"]):
-        assert {uncompared[key] for key in ("paired_n", "difference", "p_t", "p_holm", "verdict")} == {""}
+    least = rows.loc[[("nested", "forgetting"), (EVIL, "forgetting")], ["p_t", "p_holm"]].astype(float).min()
+    assert least["p_holm"] == pytest.approx(2 * least["p_t"])
+    uncompared = rows.loc[[("base", "final"), ("nested", "seconds"), ("joint", "average")]]
+    assert (uncompared[["paired_n", "difference", "p_t", "p_holm", "verdict"]] == "").all(axis=None)
 
 
 def test_runs_csv_has_a_line_per_run_with_every_digit(written):
     rows, runs = read_csv(written[0] / "runs.csv"), table_of_runs()
-    expected = [(name, str(seed)) for name, results in runs.items() for seed in sorted(results)]
-    assert [(row["cell"], row["seed"]) for row in rows] == expected
-    for row in rows:
-        result = runs[row["cell"]][int(row["seed"])]
-        for metric, value in result["metrics"].items():
-            assert row[metric] == ("" if value is None else repr(value))
-        assert row["parameters_stored"] == str(result["parameters"]["stored"])
-        assert float(row["seconds"]) == result["cost"]["seconds"] and row["peak_memory_mb"] == "1500.25"
-        assert row["weights"] == "tiny_vit.mri" and row["tasks"] == ("1" if row["cell"] == "joint" else "4")
+    assert list(rows.index) == [(n, str(seed)) for n, results in runs.items() for seed in sorted(results)]
+    for (cell, seed), row in rows.iterrows():
+        result = runs[cell][int(seed)]
+        expected = {key: "" if value is None else repr(value) for key, value in result["metrics"].items()}
+        expected |= {"parameters_stored": str(result["parameters"]["stored"]), "weights": "tiny_vit.mri"}
+        expected |= {"seconds": repr(result["cost"]["seconds"]), "peak_memory_mb": "1500.25"}
+        expected |= {"tasks": "1" if cell == "joint" else "4"}
+        assert row[list(expected)].to_dict() == expected
 
 
 def test_all_classes_at_once_are_a_bound_not_a_competitor():
@@ -225,10 +218,6 @@ def test_runs_of_another_provenance_are_told_and_not_paired(tmp_path):
     made = {"ours": dict.fromkeys(range(3), was), "base": {0: was, 1: was, 2: now}}
     old = {"ours, seed 2": ("code", "python main.py --config cells/ours_2.json --overwrite")}
     write(tmp_path, runs, origins=made, outdated=old)
-    rows = {(row["cell"], row["metric"]): row for row in read_csv(tmp_path / "summary.csv")}
-    row = rows["ours", "final"]
-    assert (row["n"], row["paired_n"], float(row["difference"])) == ("3", "2", pytest.approx(3.8))
-    assert float(row["mean"]) == pytest.approx(45.1)
     page = Page((tmp_path / "report.html").read_text()).text
     for text in (page, (tmp_path / "summary.md").read_text()):
         assert "ours and base, seed 2 (code)" in text and old["ours, seed 2"][1] in text
@@ -262,12 +251,11 @@ def test_a_difference_is_over_runs_of_one_provenance(tmp_path, order, new, paire
 
 def test_one_seed_with_and_without_a_baseline(tmp_path):
     runs = {"a": {1: invented(1, 40)}, "b": {1: invented(1, 42)}, "c": {2: invented(2, 42)}}
-    files = write(tmp_path, runs, baseline=None)
-    assert "differences.png" not in [path.name for path in files]
+    assert "differences.png" not in [path.name for path in write(tmp_path, runs, baseline=None)]
     markdown, html = (tmp_path / "summary.md").read_text(), (tmp_path / "report.html").read_text()
     assert "Differences" not in markdown + html and "p (t)" not in html and "nan" not in markdown.lower()
     assert "±" not in markdown.split("## Means over seeds")[1].split("##")[0]
-    row = next(row for row in read_csv(tmp_path / "summary.csv") if row["metric"] == "final")
+    row = read_csv(tmp_path / "summary.csv").loc["a", "final"]
     assert row["n"] == "1" and {row[key] for key in ("std", "low95", "p_t", "baseline")} == {""}
     results = results_of(runs, "a")
     table = difference_tables(results)[0]
@@ -350,27 +338,16 @@ def test_the_same_input_gives_the_same_bytes_and_old_figures_go(tmp_path, writte
     assert [path.name for path in (tmp_path / "figures").iterdir()] == ["bars.png"]
 
 
-@pytest.mark.parametrize(
-    ("changed", "fault"),
-    [
-        ({}, None),
-        ({"curve": None}, '"curve"'),
-        ({"curve": [1.0, None]}, '"curve" .* numbers'),
-        ({"cost": None}, '"cost"'),
-        ({"metrics": {"final": None}}, "no A_N"),
-    ],
-)
-def test_a_result_that_cannot_be_reported_is_found(changed, fault):
-    found = fault_of(invented(1, 40) | changed, METRICS)
-    assert found is None if fault is None else re.search(fault, found)
+def test_a_result_that_cannot_be_reported_is_found():
+    assert fault_of(invented(1, 40), METRICS) is None
+    faults = [({"curve": values}, '"curve"') for values in (None, [1.0, None])]
+    for changed, fault in (*faults, ({"cost": None}, '"cost"'), ({"metrics": {"final": None}}, "no A_N")):
+        assert fault in fault_of(invented(1, 40) | changed, METRICS)
 
 
-def test_runs_of_a_cell_have_the_same_number_of_tasks():
+def test_what_cannot_be_reported_is_a_sentence(tmp_path):
     with pytest.raises(UserError, match="4 with seed 1, 3 with seed 2"):
         results_of({"a": {1: invented(1, 40), 2: invented(2, 40, tasks=3)}})
-
-
-def test_a_folder_that_cannot_be_written_is_a_sentence(tmp_path):
     (tmp_path / "sweep").write_text("a file")
     with pytest.raises(UserError, match="cannot write the report into"):
         write(tmp_path / "sweep", {"a": {1: invented(1, 40, tasks=1)}}, None)

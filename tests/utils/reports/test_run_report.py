@@ -39,8 +39,7 @@ def pages(tmp_path_factory) -> dict[str, Path]:
         common = smoke | TINY | {"logs_root": str(logs), "cache_root": str(logs / "cache"), "max_tasks": 3}
         known = SCHEMAS[changes.get("model_name", "sema")].model_fields
         values = {key: value for key, value in common.items() if key in known} | changes
-        values["figure_format"] = "png"
-        train(config_from_dict(values, SCHEMAS, "test").config)
+        train(config_from_dict(values | {"figure_format": "png"}, SCHEMAS, "test").config)
         (found[name],) = logs.rglob("report.html")
     return found
 
