@@ -40,7 +40,7 @@ def row_of(folder: Path) -> dict[str, object]:
         "minutes": round(numbers["seconds"] / 60, 1),
         "images": "held-out" if held_out else "test",
         "precision": session["precision"],
-        "commit": session["commit"][:7],
+        "commit": (session["commit"] or "")[:7],  # "" outside a git checkout
     }
 
 

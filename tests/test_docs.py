@@ -212,6 +212,12 @@ def test_finished_runs_of_a_sweep_are_kept_once(tmp_path: Path, monkeypatch: pyt
     assert runs["seed"].tolist() == [1, 2] and set(runs["cell"]) == {"nested"}
     assert runs["final"].tolist() == pytest.approx(summary["final"].tolist(), abs=1e-4)
 
+    path = next(folder.rglob("manifest.json"))  # of a run outside a git checkout
+    manifest = json.loads(path.read_text())
+    manifest["sessions"][-1]["commit"] = None
+    path.write_text(json.dumps(manifest))
+    assert pd.read_csv(results.keep(folder))["commit"].isna().any()
+
 
 # ---------------------------------------------------------------------------------------------------------
 # Ablations
