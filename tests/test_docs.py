@@ -199,6 +199,20 @@ def test_tables_of_results_are_those_of_the_kept_runs(sweep: str) -> None:
     assert results.table(sweep, results.BASELINES[sweep]) in pages
 
 
+def test_the_table_of_results_holds_rows_of_the_log() -> None:
+    """The numbers of a method on a data set stand in one row of the log."""
+    log = [line.split(" | ") for line in DOCUMENTS["docs/experiment_log.md"].splitlines()]
+    rows = re.findall(r"^\|(?: [^|]* \|){9}$", DOCUMENTS["exps/RESULTS.md"], re.MULTILINE)[2:]
+    found = 0
+    for row in rows:
+        numbers = [entry.strip() for entry in row.split("|")[2:-1]]
+        for own in (numbers[:4], numbers[4:]):
+            told = {entry for entry in own if entry}
+            assert any(told <= {entry.strip("| ") for entry in line} for line in log), row
+            found += bool(told)
+    assert found >= 15
+
+
 def test_finished_runs_of_a_sweep_are_kept_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(results, "KEPT", tmp_path / "kept")
     table = {"base": str(ROOT / "exps/smoke.json"), "seeds": [1, 2], "set": TINY, "cells": {"nested": {}}}

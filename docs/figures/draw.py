@@ -5,6 +5,7 @@ python docs/figures/draw.py --to FOLDER       writes them elsewhere
 """
 
 import argparse
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -100,10 +101,13 @@ def interval_panels(
     labels: Mapping[str, str],
     colours: Mapping[str, str],
     baseline: str,
+    lowest: float = -math.inf,
 ) -> None:
     """Differences from a baseline with their intervals: a panel per column (by title), a line per row.
 
-    labels: of the rows, the lowest first. Rows without a colour are grey, of joint training green.
+    Args:
+        labels: of the rows, the lowest first. Rows without a colour are grey, of joint training green.
+        lowest: what lies further left is told as a number at the edge.
     """
     colours = {name: GREEN if name.startswith("joint") else GREY for name in labels} | colours
     for panel, (title, column) in zip(panels, columns.items(), strict=True):
@@ -111,6 +115,9 @@ def interval_panels(
             difference = numbers(cells[name][column])
             if name == baseline:
                 panel.plot(0, place, "D", color=INK, markersize=6)
+            elif difference and difference[0] < lowest:
+                told = f"\N{BLACK LEFT-POINTING SMALL TRIANGLE} \N{MINUS SIGN}{-difference[0]:.1f}"
+                panel.annotate(told, (lowest, place), color=colours[name], va="center", fontsize=10)
             elif difference:
                 mean, low, high = difference
                 line = {"color": colours[name], "linewidth": 2.2, "solid_capstyle": "round"}
@@ -131,10 +138,11 @@ def draw_answer() -> Figure:
     """Differences of A_N from frozen RanPAC on two data sets, with 95 % intervals, one row per method."""
     cells = table(RESULTS, "method", "# Results")
     labels = {name: name for name in reversed(cells)}
-    colours = {"nested mean": BLUE, "Nested LoRA": BLUE, "carried": ORANGE, "matched adapter": INK}
-    figure, panels = plt.subplots(1, 2, figsize=(9.6, 4.0), sharex=True, sharey=True)
+    colours = {name: BLUE for name in labels if name.lower().startswith("nested")}
+    colours |= {"carried": ORANGE, "matched adapter": INK}
+    figure, panels = plt.subplots(1, 2, figsize=(9.6, 4.3), sharex=True, sharey=True)
     columns = {"CIFAR-100": "against RanPAC", "Grocery": "against RanPAC, Grocery"}
-    interval_panels(panels, columns, cells, labels, colours, "RanPAC")
+    interval_panels(panels, columns, cells, labels, colours, "RanPAC", lowest=-18.0)
     for panel in panels:
         panel.set_xlabel("A_N against RanPAC without adapters (points)")
     note = "Points: means of differences paired by seed; lines: 95 % intervals. ViT-Ti/16 with ImageNet "
