@@ -177,7 +177,7 @@ def resume(folder: Path, context: RunContext | None = None) -> dict[str, Any]:
 
     Where the result is there, only what was to follow it is made.
 
-    Raises UserError, too: no run folder, nothing left to do, another process is at work in it, an edited
+    Raises UserError also for: no run folder, nothing left to do, another process is at work in it, an edited
     config that would mix two experiments, or a checkpoint that is damaged, foreign or newer.
     """
     if is_complete(folder):

@@ -33,6 +33,7 @@ from models.saved.learner import (
 from models.vit.calibration import probabilities
 from models.vit.class_incremental import ClassIncrementalLearner
 from models.vit.sources import view_spec
+from utils.config.loading import check_object
 from utils.console import progress
 from utils.data.folders import FolderScan
 from utils.data.image_files import THREADS, decode_whole, to_rgb, why_bad
@@ -132,7 +133,8 @@ def load_run(
         checkpoint: another checkpoint of the run, such as `FOLDER/checkpoints/task_02`.
         precision: "auto", "fp32" or "bf16"; by default the run's.
 
-    Raises UserError: no run of images, no finished task, a damaged checkpoint, or no weights.
+    Raises UserError: no run of images, no finished task, a damaged checkpoint, no weights, or a device or
+    precision that does not exist.
     """
     folder = Path(folder).expanduser()
     values = read_json(folder / CONFIG)
@@ -145,10 +147,12 @@ def load_run(
     checkpoint = Path(checkpoint) if checkpoint else latest_checkpoint(folder / CHECKPOINTS, whole_tasks=True)
     if checkpoint is None:
         raise UserError(f"{folder} has no checkpoint of a finished task yet: let the run finish one")
+    asked = {"device": device} | ({} if precision is None else {"precision": precision})
+    if problems := check_object(asked, method.Config).problems:
+        raise UserError("; ".join(problems))
     tensors, state = load_run_checkpoint(checkpoint)
     with fitting(checkpoint):
         own = {key: values[key] for key in method.Config.editable_keys & values.keys()}
-        asked = {"device": device} | ({} if precision is None else {"precision": precision})
         config = method.Config.model_validate(state["config"] | own | asked)
     with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they were
         with run_context(config) as context:

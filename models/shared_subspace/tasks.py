@@ -201,7 +201,7 @@ class GroupedBatchSampler(Sampler[list[int]]):
             if len(piece) == self.group_size
         ]
         order = torch.randperm(len(pieces), generator=self._generator)
-        for chosen in order[: len(pieces) // self.groups * self.groups].split(self.groups):
+        for chosen in order.split(self.groups)[: len(pieces) // self.groups]:
             yield torch.cat([pieces[i] for i in chosen]).tolist()
 
 

@@ -306,15 +306,15 @@ class ClassIncrementalLearner(Learner):
             images |= {self.data.class_order[label]: indices[labels == label] for label in classes}
         chosen, ever = calibration.chosen_images(images), calibration.chosen_images(images, ever=True)
         targets, features = self.data.targets(chosen, source), self.features_of_images(chosen, source, ever)
-        if head is not None:
-            scores = head.unseen_scores(features, targets)
-        else:
+        if fitted_on in (calibration.TRAINED_ON, calibration.VALIDATION):
             scores = self.classify(features.to(self.device)).cpu()
+        else:
+            scores = head.unseen_scores(features, targets)
         if scores is not None:
             self.calibration = calibration.fit(scores, targets, fitted_on)
 
     def features_of_images(self, indices: np.ndarray, source: str, among: np.ndarray) -> Tensor:
-        """The same (n, d) of some of these images, from stored tokens of all that are ever asked for."""
+        """Features (n, d) of some images of the classes seen, in the test view. among: all ever asked for."""
         return self.inputs.features_of_images(range(self.classes.stop), indices, source, among)
 
     def close_run(self) -> None:

@@ -79,15 +79,12 @@ class ClosedFormHead(nn.Module, ABC):
         """Scores of all classes so far, (B, d) -> (B, C), float32 on the CPU."""
 
     def unseen_scores(self, features: Tensor, targets: Tensor) -> Tensor | None:
-        """Scores (n, C) of training images, where that is possible as of images that the head has not seen.
+        """Scores (n, C) of training images as of images that the head has not seen; None where they are lost.
 
-        Args:
-            features, targets: of images among those that `unseen_rows` names, (n, d) and (n,).
-
-        Returns:
-            By default the scores as they are; None where they can never be had any more.
+        Asked of heads whose `unseen` is not "trained on". features, targets: of images among those that
+        `unseen_rows` names, (n, d) and (n,).
         """
-        return self(features)
+        raise NotImplementedError
 
     def unseen_rows(self, images: int, classes: int) -> Tensor:
         """Positions among a task's `images` whose scores can be had so; `classes`: those known after it."""

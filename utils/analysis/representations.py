@@ -227,7 +227,6 @@ def halves(labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
 
 def chance_angle(width: int, first: int, second: int, generator: torch.Generator) -> float:
     """Mean of `rms_angle` over pairs of random subspaces of these dimensions in R^width, degrees."""
-
     angles = []
     for _ in range(RANDOM_PAIRS):
         a, b = (torch.randn(width, k, generator=generator, dtype=torch.float64) for k in (first, second))

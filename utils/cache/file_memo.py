@@ -30,7 +30,7 @@ SETTLED = 2 * 10**9  # nanoseconds: some disks tell times so coarsely that a you
 
 
 class FileMemo:
-    """Good files below a folder (root), in a JSON file that several processes may use.
+    """Good files below `root`, in a JSON file that several processes may use.
 
     Its first line is the SHA-256 of the rest; a damaged one is read as empty.
 

@@ -133,12 +133,14 @@ class DataManager:
         self.class_order = [*order[:taught], *range(own, self.nb_classes), *order[taught:]]
         self.class_names = [dataset.class_names[label] for label in self.class_order]
         self._labels: dict[str, np.ndarray] = {}
-        held, left = (self.images_per_class(source) for source in ("validation", "train"))
-        if single := [self.class_names[i] for i in self.seen_classes() if held[i] and not left[i]]:
-            raise UserError(
-                f"validation_share = {split.validation_share:g}: {dataset.name!r} has one training image of "
-                f"{', '.join(single[:5])}, and two are needed, one to hold out; add images, or set it to 0."
-            )
+        if split.validation_share:
+            held, left = (self.images_per_class(source) for source in ("validation", "train"))
+            if single := [self.class_names[i] for i in self.seen_classes() if held[i] and not left[i]]:
+                raise UserError(
+                    f"validation_share = {split.validation_share:g}: {dataset.name!r} has one training image "
+                    f"of {', '.join(single[:5])}, and two are needed, one to hold out; add images, or set it "
+                    "to 0."
+                )
         self._hashes: dict[tuple[int, str], str] = {}
         self._num_workers, self._pinned, self._distributed = num_workers, pinned, distributed
         self.stop_requested: Callable[[], bool] = lambda: False

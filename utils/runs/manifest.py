@@ -99,7 +99,7 @@ def read_manifest(folder: Path) -> Manifest:
     except ValidationError as error:
         faults = [f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()]
         raise UserError(
-            f"{path} is damaged, or an earlier version of this program wrote it ({', '.join(faults)}): "
+            f"{path} is damaged, or an earlier version of this program wrote it ({some(faults)}): "
             f"restore it, or run it again with {as_typed('main.py', '--config', folder / CONFIG)}"
         ) from error
 

@@ -89,7 +89,7 @@ def mean_std(values: Sequence[float]) -> tuple[float, float]:
 def numbers_of(result: Mapping[str, Any]) -> dict[str, float]:
     """Key -> value of every metric and cost of a run; what is absent or no finite number is left out."""
     parameters = {f"parameters_{part}": count for part, count in result["parameters"].items()}
-    values = parameters | result["cost"] | result["metrics"]
+    values = result["metrics"] | parameters | result["cost"]
     keys = [*result["metrics"], *(spec.key for spec in COSTS)]
     return {key: values[key] for key in keys if is_number(values.get(key))}
 

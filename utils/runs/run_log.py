@@ -85,7 +85,6 @@ class RunLog:
             self._text_log = _TextLog(self.log_path, encoding="utf-8", errors="backslashreplace")
             self._closing.callback(self._text_log.close)
             add_handler(self._text_log)
-            self._closing.callback(logger.removeHandler, self._text_log)
             self._metrics = self._closing.enter_context(open(folder / METRICS, "ab", buffering=0))
             config = read_json(folder / CONFIG)
             names = config.get("trackers", [BOARD])
@@ -194,6 +193,8 @@ class RunLog:
 
     def close(self) -> None:
         """Close the files, detach the log handlers, give the lock back. Closing twice is harmless."""
+        if self._text_log:
+            logger.removeHandler(self._text_log)  # first: what closing has to say is none of the run's
         self._closing.close()
 
     def __enter__(self) -> RunLog:

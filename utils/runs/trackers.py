@@ -155,7 +155,7 @@ class Trackers:
         """Trackers by name, none opened yet. known: events that earlier sessions of the run gave them."""
         self._folder, self._config, self._events = folder, config, 0
         sweep, self._group = Path(config.get("logs_root", "")).parent, config.get("prefix", "run")
-        if (sweep / SWEEP).is_file():
+        if os.path.isfile(sweep / SWEEP):  # False where it may not be looked at
             self._group = f"{sweep.name}/{self._group}"
         self._ids = read_json(folder / TRACKERS) if (folder / TRACKERS).is_file() else {}
         self._known = {name: known if name in self._ids else 0 for name in CLASSES}

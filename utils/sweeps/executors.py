@@ -80,7 +80,7 @@ class Outcome(NamedTuple):
 
 
 class LocalExecutor(AbstractContextManager):
-    """Processes on this machine, as many at once as fit its cores and memory unless `jobs` says.
+    """Processes on this machine, `jobs` at once or as many as fit its cores and memory.
 
     Where there are GPUs, a job that wants one sees a single one; more jobs than GPUs share them in turn.
 

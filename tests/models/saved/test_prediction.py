@@ -99,6 +99,10 @@ def test_mistakes_are_a_sentence(simplecil: Finished, tmp_path: Path, told: Call
         shown = told(2, evaluation.main, "--run", simplecil.folder, "--predict", *arguments)
         assert answer in shown.splitlines()[-1]
 
+    for wrong in ({"device": "tpu"}, {"precision": "fp64"}):
+        with pytest.raises(UserError, match=f"{next(iter(wrong))} = .*allowed: .*auto"):
+            load_run(simplecil.folder, **wrong)
+
 
 def test_any_task_and_only_runs_of_images(
     simplecil: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: Callable[..., str]

@@ -83,6 +83,7 @@ def test_scores_of_class_means_are_those_of_means_without_the_image() -> None:
         ({"model_name": "ranpac", "ranpac_dim": 50}, HELD_OUT),
         ({"model_name": "simplecil", "validation_share": 0.25}, VALIDATION),
         ({"expansion": "never", "head": "fc"}, TRAINED_ON),
+        ({"expansion": "never", "head": "fecam"}, TRAINED_ON),
     ],
 )
 def test_the_temperature_belongs_to_the_state(

@@ -15,6 +15,7 @@ import pytest
 
 import main
 from tests.conftest import TINY, command, folder_of
+from utils.runs import trackers
 from utils.runs.folder import SWEEP
 from utils.runs.run_log import RunLog
 
@@ -155,6 +156,27 @@ def test_a_tracker_that_fails_is_one_warning(tmp_path: Path, caplog: pytest.LogC
         warnings = [one.getMessage() for one in caplog.records if one.levelno >= logging.WARNING]
         assert len([text for text in warnings if text.startswith("mlflow gets nothing more")]) == 1
         assert recorded(tmp_path / name)[-1] == ("task/total", 2, 30.0)
+
+
+def test_a_tracker_that_fails_at_the_end_is_none_of_the_runs_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Unreachable:
+        id = "1"
+
+        def __init__(self, *where: object) -> None:
+            self.rows: list[object] = []
+
+        def add(self, rows: list[object]) -> None:
+            self.rows += rows
+
+        def close(self, finished: bool) -> None:
+            raise ConnectionError("nobody answers")
+
+    monkeypatch.setattr(trackers, "CLASSES", {"wandb": Unreachable})
+    with new_log(tmp_path / "run_1", "wandb") as log:
+        log.metric("task", task=0, total=50.0)
+    assert "nobody answers" in caplog.text and "nobody answers" not in log.log_path.read_text()
 
 
 def test_a_cell_of_a_sweep_is_grouped_by_both_names(tmp_path: Path) -> None:
