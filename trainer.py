@@ -397,7 +397,7 @@ def train_seeds(
 
     def begun(config: RunConfig) -> SeedRun:
         found = find_run(config.model_copy(update={"precision": context.precision})) if go_on else None
-        return SeedRun(config.seed, found, bool(found and is_complete(found)))
+        return SeedRun.of(config.seed, found)
 
     configs = {config.seed: config for config in loaded.configs}
     command = new_command(list(configs), overwrite)

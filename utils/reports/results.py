@@ -23,7 +23,7 @@ from utils.errors import UserError
 from utils.metric_catalogue import MetricSpec, by_key
 from utils.reports.stats import Estimate, holm, mean_over_seeds, paired_difference
 from utils.runs.manifest import Provenance
-from utils.runs.metrics import numbers_of
+from utils.runs.metrics import number_of_tasks, numbers_of
 
 UNLISTED_DIGITS = 3  # of a metric that the catalogue does not have
 
@@ -182,10 +182,7 @@ class Results:
         }
 
     def _number_of_tasks(self, cell: str) -> int:
-        tasks = {
-            seed: next((len(result[spec.key]) for spec in self.metrics if spec.per_task), 1)
-            for seed, result in self.cells[cell].items()
-        }
+        tasks = {seed: number_of_tasks(result, self.metrics) for seed, result in self.cells[cell].items()}
         if len(set(tasks.values())) > 1:
             each = ", ".join(f"{number} with seed {seed}" for seed, number in tasks.items())
             raise UserError(

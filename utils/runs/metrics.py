@@ -94,6 +94,11 @@ def numbers_of(result: Mapping[str, Any]) -> dict[str, float]:
     return {key: values[key] for key in keys if is_number(values.get(key))}
 
 
+def number_of_tasks(result: Mapping[str, Any], metrics: Sequence[MetricSpec]) -> int:
+    """Tasks of a run, as many as a metric per task has values; 1 where there is none."""
+    return next((len(result[spec.key]) for spec in metrics if spec.per_task), 1)
+
+
 def checked_result(
     folder: Path, metrics: Sequence[MetricSpec], way_out: str = "restore it"
 ) -> dict[str, Any]:

@@ -31,6 +31,11 @@ class SeedRun(NamedTuple):
     folder: Path | None
     complete: bool
 
+    @classmethod
+    def of(cls, seed: int, folder: Path | None) -> "SeedRun":
+        """The run in a folder, as its files say."""
+        return cls(seed, folder, folder is not None and is_complete(folder))
+
     @property
     def state(self) -> str:
         """Progress of the run, for the log."""
@@ -60,7 +65,7 @@ def seed_runs(folder: Path, config: RunConfig, command: Command) -> list[SeedRun
         for path in sorted(folder.absolute().parent.iterdir()):
             if names.fullmatch(path.name) and _is_of(path, command, surely=path.name.startswith(name)):
                 folders[seed] = folder.with_name(path.name)
-    return [SeedRun(seed, found, bool(found and is_complete(found))) for seed, found in folders.items()]
+    return [SeedRun.of(seed, found) for seed, found in folders.items()]
 
 
 def _is_of(folder: Path, command: Command, surely: bool) -> bool:

@@ -27,7 +27,7 @@ from utils.reports.results import Results
 from utils.reports.tables import Table
 from utils.runs.folder import CONFIG, REPLACED, RESULT
 from utils.runs.manifest import Provenance, changes, read_manifest, read_provenance
-from utils.runs.metrics import checked_result
+from utils.runs.metrics import checked_result, number_of_tasks
 from utils.runs.seeds import both_values
 from utils.sweeps.spec import bare, slug_of
 from utils.wording import as_typed, counted
@@ -205,7 +205,7 @@ def default_folder(comparison: Comparison) -> Path:
 def _read(folder: Path, config: RunConfig) -> FinishedRun:
     result = checked_result(folder, config.metrics, "restore it, or leave the run out")
     manifest, origin = read_manifest(folder), read_provenance(folder)
-    tasks = next((len(result[spec.key]) for spec in config.metrics if spec.per_task), 1)
+    tasks = number_of_tasks(result, config.metrics)
     about = config.tested_on(tasks, len((manifest.model_extra or {}).get("class_order", [])))
     data = origin.hashes.get("data", {}).get("sha256", "")[:HASH]
     tested_on = {"metric": config.metrics[0].name, "data": data, **about}
