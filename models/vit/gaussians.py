@@ -19,7 +19,7 @@ from models.vit.closed_form import ClosedFormHead, fit_drift
 from utils.inc_net import IncrementalHead
 from utils.training.random import rng
 
-JITTER = 1e-6  # added to the diagonal of matrices that may be singular, relative to its mean
+JITTER = 1e-6  # added to the diagonal of matrices that may be singular, relative to its mean: the first tried
 
 
 class GaussianHead(ClosedFormHead):
@@ -219,6 +219,15 @@ def correlations(covariance: Tensor) -> Tensor:
 
 
 def cholesky(matrix: Tensor) -> Tensor:
-    """Lower Cholesky factor of a matrix (d, d) that may be singular, with `JITTER`; zero for zero."""
-    jitter = JITTER * matrix.diagonal().mean() + torch.finfo(matrix.dtype).tiny
-    return torch.linalg.cholesky(matrix + jitter * torch.eye(len(matrix), dtype=matrix.dtype))
+    """Lower Cholesky factor of a matrix (d, d) that may be singular, with `JITTER`; zero for zero.
+
+    Rounding of stored triangles can make a singular matrix indefinite: then ten times as much is added until
+    it is positive.
+    """
+    jitter, identity = JITTER * matrix.diagonal().mean(), torch.eye(len(matrix), dtype=matrix.dtype)
+    while True:
+        added = jitter + torch.finfo(matrix.dtype).tiny
+        factor, failed = torch.linalg.cholesky_ex(matrix + added * identity)
+        if not failed or not bool(jitter > 0):  # or it is not finite
+            return factor
+        jitter = 10 * jitter

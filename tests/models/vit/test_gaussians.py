@@ -7,7 +7,7 @@ from scipy.spatial.distance import mahalanobis
 from torch import Tensor
 from torch.nn import functional as F
 
-from models.vit.gaussians import AlignedHead, FeCAMHead, normalised
+from models.vit.gaussians import AlignedHead, FeCAMHead, cholesky, normalised
 from utils.inc_net import IncrementalHead
 
 WIDTH = 5
@@ -111,6 +111,17 @@ def test_drawn_features_have_the_mean_and_covariance_of_their_class() -> None:
         spread = covariance.diagonal().sqrt().max()
         assert (drawn.mean(dim=0) - share * head.means[label]).abs().max() < 0.03 * spread
         assert (torch.cov(drawn.T) - covariance).abs().max() < 0.05 * spread**2
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_class_with_two_images_has_a_factor_whatever_rounding_does(seed: int) -> None:
+    """Stored triangles are float32: 128 features of very different spread make them indefinite."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(2, 128, generator=generator, dtype=torch.float64) * torch.logspace(0, 3, 128).double()
+    covariance = torch.cov(rows.T).float().double()
+    factor, size = cholesky(covariance), covariance.diagonal().mean()
+    assert (factor @ factor.T - covariance).abs().max() < 1e-4 * size
+    assert torch.linalg.eigvalsh(covariance).min() < -1e-6 * size  # else this tests nothing
 
 
 def test_older_rows_go_on_from_where_they_are_or_from_what_was_trained() -> None:
