@@ -18,7 +18,7 @@ class EASEConfig(ProxyKeys, AdapterKeys, TrainingKeys):
     legacy_keys: ClassVar[dict[str, str]] = ClassIncrementalConfig.legacy_keys | {
         "scheduler": "the schedule is a cosine",
         "adapter_num": "an adapter per task",
-        "recalc_sim": "similarities are those of own subspaces",
+        "recalc_sim": "prototypes are reconstructed once, as with false",
         "use_reweight": "subspaces of other tasks have the weight alpha",
         "use_diagonal": "all subspaces are used",
         "use_old_data": "no exemplar memory",

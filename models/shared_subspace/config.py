@@ -111,7 +111,9 @@ class SharedSubspaceConfig(RunConfig):
     sharing_detach: bool = key(False, "No gradient through the subspace that groups are pulled towards.")
 
     batch_size: Count = key(128, "Samples in a training step: a multiple of group_size.")
-    grad_accumulation: Count = key(1, "Parts a training step is cut into to save memory.")
+    grad_accumulation: Count = key(
+        1, "Parts a training step is cut into to save memory; the sharing loss compares groups of one part."
+    )
     group_size: int = key(16, "Samples of a group: of the same primitives.", ge=2, le=MAX_COUNT)
     eval_batch_size: Count = key(512, "Samples in a batch without gradients.")
     epochs: Count = key(60, "Epochs; each draws new samples, and is validated.")
@@ -197,8 +199,9 @@ class SharedSubspaceConfig(RunConfig):
         if self.batch_size % size or self.groups < 2:
             fault = f"a step takes whole groups, at least two; allowed: such as {max(2, self.groups) * size}"
             yield ("batch_size", "group_size"), fault
-        elif self.grad_accumulation > self.groups:
-            fault = f"parts of a step are whole groups; allowed: from 1 to {self.groups}"
+        elif self.grad_accumulation > (most := self.groups // 2 if self.shares else self.groups):
+            needed = "two groups at least, to be compared" if self.shares else "a whole group at least"
+            fault = f"a part of a step has {needed}; allowed: from 1 to {most}"
             yield ("grad_accumulation", "batch_size"), fault
         if self.steps_per_epoch * self.batch_size > MAX_SAMPLES:
             fault = f"the samples of an epoch are drawn at once; allowed: at most {MAX_SAMPLES} together"
@@ -208,8 +211,10 @@ class SharedSubspaceConfig(RunConfig):
             yield ("width", "heads"), fault
         if self.encoder == "gru" and self.width % 2:
             yield ("width", "encoder"), "each direction takes half of the width; allowed: an even width"
-        if rank >= hidden:
-            yield ("sharing_rank", "hidden"), f"h has {hidden} dimensions; allowed: from 1 to {hidden - 1}"
+        if rank >= hidden - 1:
+            fault = f"h is normalised, so that it lies in {hidden - 1} dimensions whatever the task"
+            allowed = f"from 1 to {hidden - 2}" if hidden > 2 else "a larger hidden"
+            yield ("sharing_rank", "hidden"), f"{fault}; allowed: {allowed}"
         if not self.few_shot_tasks:
             return
         unseen = min(self.test_compositions, math.perm(len(self.primitives), self.test_length))

@@ -84,13 +84,13 @@ def test_the_loss_is_the_weighted_sum_of_its_terms(weights: tuple[float, ...], m
 @pytest.mark.parametrize("parts", [1, 3])
 def test_the_record_has_the_mean_of_a_term_over_the_steps_that_had_it(parts: int, make: Make) -> None:
     """Two of the epoch's five steps have a sharing loss; parts of a step count by their samples."""
-    learner, seen = make(epochs=1, alpha=[[0.5, 0], [0.55, 1]], batch_size=16, grad_accumulation=parts), []
+    learner, seen = make(epochs=1, alpha=[[0.5, 0], [0.55, 1]], batch_size=24, grad_accumulation=parts), []
     learner.sharing.register_forward_hook(
         lambda module, given, terms: seen.append((terms.loss.item(), len(given[0])))
     )
     event = train(learner)
-    assert sum(samples for _, samples in seen) == 2 * 16
-    mean = sum(loss * samples for loss, samples in seen) / (2 * 16)
+    assert sum(samples for _, samples in seen) == 2 * 24
+    mean = sum(loss * samples for loss, samples in seen) / (2 * 24)
     assert event["sharing"] == pytest.approx(mean, rel=1e-5)
 
 
@@ -109,7 +109,7 @@ def test_a_step_in_parts_is_the_same_step(make: Make) -> None:
     """Without the sharing loss, which compares the groups of a part."""
     whole, parts = (gradients(make(alpha=0, batch_size=16, grad_accumulation=n)) for n in (1, 3))
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(whole, parts, strict=True))
-    learner = make(batch_size=16, grad_accumulation=3)
+    learner = make(alpha=0, batch_size=16, grad_accumulation=3)
     parts = TrainingPhase(learner).micro_batches(first_batch(learner))
     assert [len(part) for part in parts] == [8, 4, 4]  # whole groups
 
@@ -155,7 +155,7 @@ def test_the_weights_of_the_best_validation_are_loaded(make: Make) -> None:
 
 
 def test_the_l1_weight_is_updated_once_per_step(make: Make) -> None:
-    learner = make(epochs=1, grad_accumulation=3, sparse_activity=0.01)
+    learner = make(epochs=1, alpha=0, grad_accumulation=3, sparse_activity=0.01)
     autoencoder = learner.model.autoencoder
     before = autoencoder.l1_weight.item()
     train(learner)

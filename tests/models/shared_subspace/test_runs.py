@@ -122,7 +122,8 @@ def test_stopped_and_resumed_is_uninterrupted(
 @pytest.fixture(scope="module")
 def options(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
     """A run with everything that has a state of its own, and what came out."""
-    changes = {"sharing_ema": 0.5, "encoder": "gru", "few_shot_method": "adapter", "grad_accumulation": 2}
+    changes = {"sharing_ema": 0.5, "encoder": "gru", "few_shot_method": "adapter"}
+    changes |= {"batch_size": 16, "grad_accumulation": 2}
     logs = tmp_path_factory.mktemp("options")
     code, moments = run(arguments(logs, **changes))
     assert code == 0
@@ -212,7 +213,8 @@ BAD = {
     "subspace larger than its group": ({"sharing_rank": 4}, "sharing_rank below group_size"),
     "step of part of a group": ({"batch_size": 10}, "whole groups"),
     "one group": ({"batch_size": 4}, "at least two"),
-    "more parts than groups": ({"grad_accumulation": 4}, "from 1 to 3"),
+    "more parts than groups": ({"alpha": 0, "grad_accumulation": 4}, "from 1 to 3"),
+    "parts with nothing to compare": ({"grad_accumulation": 2}, "two groups at least"),
     "heads that do not divide": ({"heads": 3}, "heads divides"),
     "more tasks than compositions": ({"few_shot_tasks": 11}, "from 0 to 10"),
     "weights out of order": ({"alpha": [[0.5, 1], [0.2, 0]]}, "ascending"),
