@@ -92,7 +92,7 @@ class PromptPool(nn.Module):
         """Add components, which learn."""
         for name, size in self.sizes.items():
             old = getattr(self, name)
-            new = torch.rand(count, size).to(old)
+            new = torch.randn(count, size).to(old)
             if len(old) + count <= size:
                 basis = torch.linalg.qr(old.T).Q
                 new = torch.linalg.qr((new - new @ basis @ basis.T).T).Q.T

@@ -57,6 +57,15 @@ def test_new_components_are_orthonormal_to_all_others_while_there_is_room() -> N
     assert torch.isfinite(full.all("keys")).all() and len(full.all("keys")) == 8 > D
 
 
+def test_no_new_component_is_nearly_constant() -> None:
+    torch.manual_seed(0)
+    ours = PromptPool(400, LENGTH)
+    ours.grow(10)
+    for name in ("keys", "attention", "prompts"):
+        rows = F.normalize(ours.all(name).detach(), dim=1)
+        assert rows.mean(dim=1).abs().max() * rows.shape[1] ** 0.5 < 0.3  # the cosine with a constant
+
+
 def test_a_prefix_is_attended_to_like_further_tokens() -> None:
     """By loops over samples and heads, in one block."""
     attention = plain_vit("vit_small_patch16_224").blocks[0].attn
