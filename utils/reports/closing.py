@@ -41,15 +41,18 @@ def closing_table(results: Results) -> list[str]:
 def finding(results: Results, cell: str | None = None) -> str:
     """How a cell ended against the baseline, how sure that is, and what is best: one sentence.
 
-    Both means are over the seeds that are paired, which are named where either cell has others. Cells that
-    are shown with the same mean are equally good; a cell of one task is an upper bound and never the best.
+    Both means are over the seeds that are paired, which are named where either cell has others; what is best
+    is told over all runs. Cells that are shown with the same mean are equally good; a cell of one task is an
+    upper bound and never the best.
 
     cell: by default the best other than the baseline in the main metric.
     """
     main, shown = results.main, results.ranked.map(results.main.text)
     several = [name for name in shown.index if results.tasks(name) > 1] or list(shown.index)
     winners = [name for name in several if shown[name] == shown[several[0]]]
-    best = f"the best {main.name} is {shown[several[0]]}, of {_listed(winners)}"
+    seeds = {frozenset(results.values(name, main.key).index) for name in shown.index}
+    unequal = " over all finished runs" if len(seeds) > 1 else ""
+    best = f"the best {main.name}{unequal} is {shown[several[0]]}, of {_listed(winners)}"
     if cell is None:
         others = [name for name in dict.fromkeys([*several, *shown.index]) if name != results.baseline]
         cell = next(iter(others), None)
@@ -60,8 +63,8 @@ def finding(results: Results, cell: str | None = None) -> str:
         return f"{cell} and {results.baseline} have no comparable runs; {best}."
     pairs = results.pairs(cell, main.key, results.baseline, main.key)
     ours, theirs = map(main.text, pairs.mean())
-    everything = max(results.summary.loc[(name, main.key), "n"] for name in (cell, results.baseline))
-    over = f" over seeds {_listed(pairs.index)}" if len(pairs) < everything else ""
+    all_paired = all(len(results.values(name, main.key)) == len(pairs) for name in (cell, results.baseline))
+    over = "" if all_paired else f" over seeds {_listed(pairs.index)}"
     parts = [
         f"{cell} ends {_by(main, row['difference'], 'above', 'below', 'level with')} {results.baseline} "
         f"in {main.name} ({ours} against {theirs}{over})"
@@ -73,7 +76,7 @@ def finding(results: Results, cell: str | None = None) -> str:
     interval = main.difference_text(row["difference_low95"], row["difference_high95"])
     sure = [f"95 % interval {interval}"] if interval != ABSENT else []
     sure += [CERTAINTY[row["verdict"]]] if row["verdict"] in CERTAINTY else []
-    best = "no other is better" if winners == [cell] else best
+    best = "no other is better" if winners == [cell] and all_paired else best
     return "; ".join(filter(None, [", ".join(parts), ", ".join(sure), best])) + "."
 
 

@@ -8,7 +8,7 @@ import pandas as pd
 from utils.metric_catalogue import Shown
 from utils.reports.results import Results
 from utils.reports.stats import SAME, UNDECIDED
-from utils.reports.tables import measured
+from utils.reports.tables import measured, not_compared
 
 ALPHA = 0.05  # p values below it are counted as differences
 EXCLUDES_ZERO = "the 95 % interval of the mean difference (Student's t) excludes zero"
@@ -61,7 +61,9 @@ def reading_notes(results: Results, answers: pd.DataFrame | None = None) -> list
             f"{', '.join(single)}: all classes were learned in one task. This is an upper bound for the "
             "other cells: nothing can be forgotten, average and plasticity are A_N, and it is never bold."
         )
-    if results.baseline is not None:
+    if results.compared and results.summary["paired_n"].isna().all():
+        notes.append(f"No cell has a difference from the baseline. {not_compared(results, results.compared)}")
+    elif results.baseline is not None:
         notes += [
             "Differences are the cell's value minus the baseline's, paired by seed: the same seed means the "
             f'same tasks and the same samples. "better" and "worse" say that {EXCLUDES_ZERO}; {NOT_EQUAL}.',
@@ -83,7 +85,7 @@ def reading_notes(results: Results, answers: pd.DataFrame | None = None) -> list
 
 
 def _notes_on_sameness(results: Results, answers: pd.DataFrame | None) -> list[str]:
-    """Note on values that no seed changes, which have no interval and no p; empty without any."""
+    """Note on values that are the same with every seed: no interval, no p; empty without any."""
     notes, fixed = [], []
     names = {spec.key: spec.name for spec in results.metrics if spec.shown >= Shown.DIFFERENCES}
     summary = results.summary.reset_index()
@@ -92,14 +94,14 @@ def _notes_on_sameness(results: Results, answers: pd.DataFrame | None) -> list[s
         fixed.append(f"{cell} ({', '.join(map(names.get, metrics))})")
     if fixed:
         notes.append(
-            f"The same number with every seed: {'; '.join(fixed)}. There ± 0 is no certainty: the seed does "
-            "not change that number, so several runs say no more than one, and its mean has no interval."
+            f"The same number with every seed: {'; '.join(fixed)}. There ± 0 is no certainty: either the "
+            "seed does not change that number, or a few images came out alike by chance. Its mean has no "
+            "interval."
         )
     if SAME in (*summary["verdict"], *(() if answers is None else answers["verdict"])):
         notes.append(
-            f'"{SAME}" says that a difference is one number, to rounding, whatever the seed: nothing in it '
-            "varies by chance, so there is nothing to test, no interval and no p, and Holm's adjustment "
-            "leaves it out."
+            f'"{SAME}" says that a difference is one number, to rounding, with every seed run: nothing in '
+            "it varied, so it has no interval and no p, and Holm's adjustment leaves it out."
         )
     return notes
 

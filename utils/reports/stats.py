@@ -6,8 +6,7 @@
 
 Two methods with the same seed see the same class order and the same images, so their difference varies less
 than either of them: comparisons are paired by seed. Intervals and the t-test suppose values that are about
-normal over seeds. Values that are the same in every seed have no interval and no p: a seed that changes
-nothing draws no sample.
+normal over seeds. Values that are the same in every seed have no interval and no p: their spread is unknown.
 """
 
 import math

@@ -83,8 +83,7 @@ def difference_tables(results: Results) -> list[Table]:
         baseline = spec.text(level["mean"], level["std"])
         caption = f"{spec.name}, {spec.better} is better; baseline: {baseline}"
         others = found.index.difference(compared.index, sort=False)
-        left_out = [f"{cell} ({_why_not_compared(results, cell)})" for cell in others]
-        tables.append(Table(caption, headings, rows, _note("Not compared", left_out)))
+        tables.append(Table(caption, headings, rows, not_compared(results, others)))
     return tables
 
 
@@ -125,6 +124,11 @@ def measured(results: Results, place: Shown) -> list[MetricSpec]:
 def _shown(results: Results, place: Shown) -> list[MetricSpec]:
     """The catalogue's metrics that are shown in a place."""
     return [spec for spec in map(results.spec, results.metric_keys) if spec.shown >= place]
+
+
+def not_compared(results: Results, cells: Iterable[str]) -> str:
+    """A sentence on why cells have no difference from the baseline; "" without a cell."""
+    return _note("Not compared", [f"{cell} ({_why_not_compared(results, cell)})" for cell in cells])
 
 
 def _why_not_compared(results: Results, cell: str) -> str:

@@ -87,7 +87,7 @@ def run_sweep(
                     log_beginning(sweep, runs)
                     counts = f"{len(waiting)} of {len(runs)} runs to do, {executor.jobs} at once"
                     logger.info(f"{counts}; all is in {sweep.folder}")
-                    failures, stopped = run_all(executor, sweep, waiting, len(runs))
+                    failures, stopped = run_all(executor, sweep, waiting, runs)
             return finish(sweep, runs, failures, stopped, again)
     except OSError as error:
         raise UserError(os_error_sentence(error, f"go on with {again}")) from error
@@ -164,11 +164,11 @@ def log_beginning(sweep: Sweep, runs: Sequence[Run]) -> None:
 
 
 def run_all(
-    executor: LocalExecutor | RayExecutor, sweep: Sweep, waiting: Sequence[Run], total: int
+    executor: LocalExecutor | RayExecutor, sweep: Sweep, waiting: Sequence[Run], runs: Sequence[Run]
 ) -> tuple[dict[str, str], bool]:
-    """Run what is waiting, in order: failures (label -> reason), and whether a stop was requested."""
+    """Run in order what is waiting of all runs: failures (label -> reason), and whether to stop was asked."""
     failures: dict[str, str] = {}
-    finished = total - len(waiting)
+    finished, total = sum(is_complete(run.folder) for run in runs), len(runs)
     bar = progress(total=total, initial=finished, desc=sweep.path.stem, unit="run", leave=True)
     stop = sweep.folder / STOP
     with stop_file(stop), ThreadPoolExecutor(executor.jobs) as pool, bar:
@@ -266,6 +266,8 @@ def finish(sweep: Sweep, runs: Sequence[Run], failures: Mapping[str, str], stopp
         elif failures:
             logger.warning(f"{len(failures)} failed, {outcome}. To try again: {again}{listed}")
             code = 1
+        elif complete < len(runs):  # others were not chosen
+            logger.info(f"{outcome}; everything is in {sweep.folder}")
     return code
 
 

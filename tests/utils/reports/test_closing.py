@@ -57,8 +57,11 @@ def test_means_are_over_the_seeds_that_are_paired() -> None:
     cells = {"adapter": [(70.0, 9.0), (72.0, 9.0)], "nested": [(75.0, 9.0), (76.0, 9.0), (99.0, 9.0)]}
     sentence = finding(results(cells))
     assert "4.50 points above" in sentence and "75.50 against 71.00 over seeds 0 and 1" in sentence, sentence
+    assert "no other is better" not in sentence and "over all finished runs is 83.33, of nested" in sentence
     cells["nested"].pop()
     assert "seeds 0" not in finding(results(cells))
+    lucky = finding(results({"adapter": [(70.0, 9.0)], "nested": [(60.0, 9.0), (90.0, 9.0)]}))
+    assert "10.00 points below" in lucky and "no other is better" not in lucky, lucky
 
 
 def test_all_that_share_the_best_mean_are_named() -> None:

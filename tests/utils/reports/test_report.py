@@ -264,6 +264,8 @@ def test_one_seed_with_and_without_a_baseline(tmp_path):
     assert [[entry.text for entry in row] for row in table.rows] == [expected]
     assert table.note == "Not compared: c (no seed in common)."
     assert not any("against the baseline" in name for name, _ in facts(results, {}))
+    alone = " ".join(reading_notes(results_of(runs, "c")))
+    assert "Not compared: a (no seed in common); b" in alone and "paired by seed" not in alone
 
 
 class Page(HTMLParser):

@@ -15,10 +15,12 @@ from tests.conftest import ROOT, TINY, TINY_GRIDS, TINY_SDLORA
 from tests.utils.reports.test_report import Page, table_of_runs, write
 from trainer import train
 from utils.config.loading import config_from_dict
+from utils.metric_catalogue import keyed
 
 RUNS = {
     "nested adapters": {},
     "closed form": {"model_name": "ranpac", "ranpac_dim": 20},
+    "held-out images": {"model_name": "simplecil", "validation_share": 0.25},
     "gates": {**TINY_SDLORA, "lambda_sparsity": 0.05, "max_tasks": 2},
     "grids": {**TINY_GRIDS, "few_shot_tasks": 1, "description": "<b>grids</b> & more"},
 }
@@ -59,10 +61,11 @@ def test_a_page_says_what_was_run_and_what_came_out(name, pages):
     said = [f"seed {config['seed']}", " ".join(config["description"].split()), "fp32, 1 thread"]
     said += [f"{manifest['method'].strip('.')} ({config['model_name']})", manifest["sessions"][0]["started"]]
     if name != "grids":
-        images = manifest["images_per_class"]["test"]
-        said.append(f"A_N (%) {result['metrics']['final']:.2f}")
+        measured = "validation" if name == "held-out images" else "test"
+        images = manifest["images_per_class"][measured]
+        said.append(f"A_N (%) {result['metrics'][keyed(measured, 'final')]:.2f}")
         said.append(f"guessing (%) {100 / result['classes_seen'][-1]:.2f}")
-        said.append(f"test {sum(images)} images, {images[0]} per class")
+        said.append(f"{measured} {sum(images)} images, {images[0]} per class")
         said.append("test_vit.random (untrained network), 32 px")
     assert [part for part in said if part not in words(source)] == []
     pictures = [path for part in ("figures", "analysis") for path in (folder / part).glob("*.png")]
@@ -84,6 +87,12 @@ def test_the_pages_of_class_incremental_runs_show_tasks_and_confusions(pages):
     learned, now, lost = map(float, row.groups()[3:])
     assert lost >= learned - now - 0.01
     assert "Weight that the gate gives" in words(pages["gates"].read_text())
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_page_names_files_that_are_there(name, pages):
+    named = set(re.findall(r"\b\w+\.csv\b", words(pages[name].read_text())))
+    assert named and [file for file in named if not (pages[name].parent / file).exists()] == []
 
 
 def test_it_is_written_again_as_far_as_an_unfinished_or_older_run_got(pages, tmp_path, capsys):

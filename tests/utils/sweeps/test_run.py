@@ -437,7 +437,9 @@ def test_report_starts_nothing(sweep: Command, capsys: Capture) -> None:
 # Some of the runs, and their commands
 
 
-def test_chosen_cells_and_seeds_are_run_and_the_table_stays_whole(sweep: Command, capsys: Capture) -> None:
+def test_chosen_cells_and_seeds_are_run_and_the_table_stays_whole(
+    sweep: Command, capsys: Capture, caplog: pytest.LogCaptureFixture
+) -> None:
     assert sweep("--only", "nestd", "--seeds", "-1") == 2
     told = capsys.readouterr().err
     assert 'did you mean "nested"' in told and "--seeds" in told and "-1" in told
@@ -445,6 +447,8 @@ def test_chosen_cells_and_seeds_are_run_and_the_table_stays_whole(sweep: Command
     assert sweep("--only", "matched-adapter", "--seeds", "2", "3") == 0
     assert sweep.executor.started == [sweep.anew("matched-adapter", 2), sweep.anew("matched-adapter", 3)]
     assert len(sweep.reports[-1].unfinished) == 4  # of two cells and seeds 1, 2, 3
+    told = caplog.text
+    assert "(1 of 6)" in told and "(2 of 6)" in told and "2 of 6 runs are finished" in told
     assert sweep("--only", "nested", "--only", "matched adapter", "--seeds", "1") == 0
     assert sweep.executor.started == [sweep.anew("nested", 1), sweep.anew("matched-adapter", 1)]
     assert list(sweep.reports[-1].results.cells["matched adapter"]) == [1, 2]
