@@ -1,4 +1,4 @@
-"""Numbers behind exps/RESULTS.md: kept run by run in exps/evidence/results/, and the tables made from them.
+"""Numbers behind exps/RESULTS.md kept run by run in exps/evidence/results/, and the tables made from them.
 
 python -m docs.results                                       every table, as the documents hold them
 python -m docs.results grocery --against "nested mean"       one, with differences from another cell
@@ -45,10 +45,14 @@ def row_of(folder: Path) -> dict[str, object]:
 
 
 def keep(sweep: Path) -> Path:
-    """Add the finished runs in a sweep's folder to the file of its name; they replace kept ones like them."""
+    """Add the finished runs in a sweep's folder to the file of its name; they replace kept ones like them.
+
+    Runs of cells that the sweep no longer has stay out.
+    """
     cells = {cell["config"]["prefix"]: cell["name"] for cell in read_json(sweep / "sweep.json")["cells"]}
     folders = sorted(path.parent for path in (sweep / "runs").rglob(RESULT))
-    rows = [{"cell": cells[read_json(folder / CONFIG)["prefix"]], **row_of(folder)} for folder in folders]
+    prefixes = {folder: read_json(folder / CONFIG)["prefix"] for folder in folders}
+    rows = [{"cell": cells[name], **row_of(folder)} for folder, name in prefixes.items() if name in cells]
     path = KEPT / f"{sweep.name}.csv"
     earlier = [pd.read_csv(path)] if path.is_file() else []
     runs = pd.concat([*earlier, pd.DataFrame(rows)]).drop_duplicates(["cell", "seed"], keep="last")
@@ -114,6 +118,9 @@ def main() -> None:
         print(keep(options.keep))
         return
     for sweep in [options.sweep] if options.sweep else BASELINES:
+        cells = pd.read_csv(KEPT / f"{sweep}.csv")["cell"].unique()
+        if options.against not in (None, *cells):
+            parser.error(f"{sweep} has no cell {options.against!r}; allowed: {', '.join(cells)}")
         print(f"{sweep}\n\n{table(sweep, options.against or BASELINES[sweep])}\n")
 
 

@@ -4,6 +4,7 @@ import json
 import pydoc
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -199,6 +200,15 @@ def test_tables_of_results_are_those_of_the_kept_runs(sweep: str) -> None:
     assert results.table(sweep, results.BASELINES[sweep]) in pages
 
 
+def test_a_cell_that_is_not_kept_is_a_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["results", "grocery", "--against", "nested"])
+    with pytest.raises(SystemExit, match="2"):
+        results.main()
+    assert "nested mean" in capsys.readouterr().err
+
+
 def test_the_table_of_results_holds_rows_of_the_log() -> None:
     """The numbers of a method on a data set stand in one row of the log."""
     log = [line.split(" | ") for line in DOCUMENTS["docs/experiment_log.md"].splitlines()]
@@ -225,6 +235,11 @@ def test_finished_runs_of_a_sweep_are_kept_once(tmp_path: Path, monkeypatch: pyt
     runs, summary = pd.read_csv(kept), pd.read_csv(folder / "runs.csv")
     assert runs["seed"].tolist() == [1, 2] and set(runs["cell"]) == {"nested"}
     assert runs["final"].tolist() == pytest.approx(summary["final"].tolist(), abs=1e-4)
+
+    unknown = shutil.copytree(next(folder.rglob("manifest.json")).parent, folder / "runs/renamed")
+    config = json.loads((unknown / "config.json").read_text())
+    (unknown / "config.json").write_text(json.dumps(config | {"prefix": "a cell of an earlier table"}))
+    assert results.keep(folder).read_text() == first
 
     path = next(folder.rglob("manifest.json"))  # of a run outside a git checkout
     manifest = json.loads(path.read_text())

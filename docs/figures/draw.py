@@ -146,8 +146,10 @@ def draw_answer() -> Figure:
     for panel in panels:
         panel.set_xlabel("A_N against RanPAC without adapters (points)")
     note = "Points: means of differences paired by seed; lines: 95 % intervals. ViT-Ti/16 with ImageNet "
-    note += "weights, 160 px, adapters in blocks 9-11.\nBlue: nested. Orange: moving average of one adapter. "
-    note += "Green: trained on all classes at once."
+    note += (
+        "weights, 160 px, adapters in blocks 9-11 (SD-LoRA: all).\nBlue: nested. Orange: moving average of "
+    )
+    note += "one adapter. Green: trained on all classes at once."
     finish(figure, "Averages over tasks end above RanPAC on shop photos, level with it on CIFAR-100", note)
     return figure
 
