@@ -22,35 +22,47 @@ RIDGE = 1e-6
 
 @dataclass(frozen=True)
 class Consolidation:
-    """A key of `RULES`, the share alpha of fast that goes into slow, and a key of `RESETS` for fast."""
+    """A key of `RULES`, the share alpha of fast that goes into slow, and a key of `RESETS` for fast.
+
+    With `mean` the share is alpha / (t + 1) after t earlier tasks of the adapter: with alpha 1 and the rule
+    "interpolate" slow is then the running mean of the tasks' solutions.
+    """
 
     rule: str
     alpha: float
     reset: str
+    mean: bool = False
+
+    def share(self, earlier: int) -> float:
+        """Share of fast that goes into slow of an adapter that has learned in so many earlier tasks."""
+        return self.alpha / (earlier + 1) if self.mean else self.alpha
 
 
 @dataclass(frozen=True)
 class ConsolidationReport:
-    """Norms of both branches before and after (`NestedLoRAAdapter.norms`), and the drift of the output."""
+    """Norms of both branches before and after (`NestedLoRAAdapter.norms`), drift of the output, and alpha."""
 
     before: dict[str, float]
     after: dict[str, float]
     drift: float
+    alpha: float
 
 
 @torch.no_grad()
-def consolidate(adapter: NestedLoRAAdapter, tokens: Tensor, how: Consolidation) -> ConsolidationReport:
-    """Fold fast into slow, then reset fast.
+def consolidate(
+    adapter: NestedLoRAAdapter, tokens: Tensor, how: Consolidation, earlier: int = 0
+) -> ConsolidationReport:
+    """Fold fast into slow, then reset fast; `earlier`: tasks that the adapter has learned in before.
 
     drift = ||Delta_after(X) - Delta_before(X)||_F / ||Delta_before(X)||_F over tokens X (N, d); 0 when both
     are zero.
     """
-    before, output_before = adapter.norms(), adapter(tokens)
-    RULES[how.rule](adapter, tokens, how.alpha)
+    before, output_before, alpha = adapter.norms(), adapter(tokens), how.share(earlier)
+    RULES[how.rule](adapter, tokens, alpha)
     RESETS[how.reset](adapter)
     moved, size = (adapter(tokens) - output_before).norm(), output_before.norm()
     drift = float(moved / size) if size > 0 else float(moved > 0)
-    return ConsolidationReport(before, adapter.norms(), drift)
+    return ConsolidationReport(before, adapter.norms(), drift, alpha)
 
 
 def add_weights(adapter: NestedLoRAAdapter, tokens: Tensor, alpha: float) -> None:
@@ -85,7 +97,8 @@ def refit_function(adapter: NestedLoRAAdapter, tokens: Tensor, alpha: float) -> 
         up, down = _linear_target(adapter, alpha)
         basis, mixing = torch.linalg.qr(up)  # outputs are basis (mixing down x)
         outputs = (tokens.double() @ down.T) @ mixing.T  # (N, 2r)
-        directions = torch.linalg.svd(outputs, full_matrices=False).Vh[:rank].T  # (2r, r)
+        core = torch.linalg.qr(outputs, mode="r").R  # (2r, 2r), or (N, 2r) of fewer tokens
+        directions = torch.linalg.svd(core).Vh[:rank].T  # (2r, r)
         return _set_product(slow, basis @ directions, directions.T @ mixing @ down)
     down = torch.cat([slow.down_proj.weight, fast.down_proj.weight]).double()  # (2r, d)
     bias = torch.cat([slow.down_proj.bias, fast.down_proj.bias]).double()  # (2r,)
@@ -114,8 +127,9 @@ def interpolate(adapter: NestedLoRAAdapter, tokens: Tensor, alpha: float) -> Non
 
     with W of slow and V of fast. Needs aligned branches: fast began the task with V_down = W_down, V_up = 0,
     so unit i is the same unit in both, and alpha = 1 gives the task's solution to first order in what fast
-    learned. With alpha_t = 1 / t slow is the running mean of the tasks' solutions, as in averaging fine-tuned
-    weights (Wortsman et al., *Model soups*, ICML 2022).
+    learned. What W_down itself learned in the task is undone by the share alpha. With alpha_t = 1 / t slow is
+    the running mean of the tasks' solutions, as in averaging fine-tuned weights (Wortsman et al., *Model
+    soups*, ICML 2022).
     """
     slow, fast = adapter.slow, adapter.fast
     for mine, solution in zip(slow.down_proj.parameters(), fast.down_proj.parameters(), strict=True):

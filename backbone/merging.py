@@ -108,8 +108,11 @@ class Merging(WeightVector):
         pairs = zip(self.split(merged), self.split(difference), strict=True)
         added = torch.cat([orthogonal_part(new, old).flatten() for old, new in pairs])
         total = self.scale * merged.double() + added
-        self.scale = total.norm() / (self.norms / (tasks + 1))
-        return (total / self.scale).to(difference) if self.scale else torch.zeros_like(difference)
+        mean = self.norms / (tasks + 1)
+        if not mean or not total.any():  # no task has moved anything, or all cancels out
+            return torch.zeros_like(difference)
+        self.scale = total.norm() / mean
+        return (total / self.scale).to(difference)
 
     def stored_numbers(self) -> int:
         """Numbers needed beside the deployed weights m_t: where a task starts, and w_init for some rules."""

@@ -96,7 +96,7 @@ class SEMAModules(nn.Module):
     K and the rows of the router are state: a fresh module takes them from the tensors it loads.
     """
 
-    added_for_task: Tensor  # bool: the newest adapter began to learn in the current task
+    tasks_learned: Tensor  # (K,) int64: tasks that each adapter has learned in, the open one not counted
     new_router: nn.Linear | None  # the row of an adapter grown in this task, until it is frozen
 
     def __init__(self, spec: AdapterSpec, growable: bool) -> None:
@@ -107,7 +107,7 @@ class SEMAModules(nn.Module):
         self.new_router = None
         self._tensors: list[list[nn.Parameter]] = []  # of each adapter's functional
         self._frozen: tuple[Any, list[Tensor], Stack | None] = (None, [], None)  # state, its tensors, stack
-        self.register_buffer("added_for_task", torch.tensor(True))
+        self.register_buffer("tasks_learned", torch.zeros(1, dtype=torch.int64))
         self.register_load_state_dict_pre_hook(_take_saved_shape)
 
     # --- mixture --------------------------------------------------------------------------------------------
@@ -219,8 +219,13 @@ class SEMAModules(nn.Module):
         device = self.router.weight.device
         self.adapters.append(AdapterModule(self.spec, described=True).to(device))
         self.new_router = nn.Linear(self.spec.width, 1).to(device)
-        self.added_for_task.fill_(True)
+        self.tasks_learned = torch.cat([self.tasks_learned, self.tasks_learned.new_zeros(1)])
         return self.adapters[-1]
+
+    @property
+    def added_for_task(self) -> bool:
+        """Whether the newest adapter began to learn in the open task."""
+        return not self.tasks_learned[-1]
 
     def freeze_functional(self, adapters: bool = True) -> None:
         """Freeze the adapters (unless `adapters` is False) and the router, with a new row merged into it."""
@@ -258,12 +263,12 @@ class SEMAModules(nn.Module):
         Returns:
             A report for each consolidated adapter, by index.
         """
-        reports = {}
+        reports, learned = {}, self.adapters_of_task(every=not freeze_adapters)
         if consolidation is not None:
             reports = self.consolidate_nested_lora(consolidation, tokens, every=not freeze_adapters)
         self.freeze_functional(adapters=freeze_adapters)
         self.freeze_rd()
-        self.added_for_task.fill_(False)
+        self.tasks_learned[learned] += 1
         return reports
 
     def adapters_of_task(self, every: bool = False) -> list[int]:
@@ -276,7 +281,7 @@ class SEMAModules(nn.Module):
     ) -> dict[int, ConsolidationReport]:
         """Fold fast into slow in the adapter added in this task, or in `every` one; reports by index."""
         return {
-            k: consolidate(self.adapters[k].functional, tokens, consolidation)
+            k: consolidate(self.adapters[k].functional, tokens, consolidation, int(self.tasks_learned[k]))
             for k in self.adapters_of_task(every)
             if isinstance(self.adapters[k].functional, NestedLoRAAdapter)
         }
@@ -314,3 +319,4 @@ def _take_saved_shape(
     new_row = f"{prefix}new_router.weight" in state
     modules.router = nn.Linear(spec.width, len(modules.adapters) - new_row).to(device)
     modules.new_router = nn.Linear(spec.width, 1).to(device) if new_row else None
+    modules.tasks_learned = torch.zeros(len(modules.adapters), dtype=torch.int64, device=device)

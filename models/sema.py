@@ -227,14 +227,16 @@ class SEMA(ClassIncrementalLearner):
         consolidation = self.consolidation() if config.consolidates else None
         tokens = self._task_tokens() if consolidation else {}
         drifts: dict[int, float] = {}  # the largest of each block
+        alphas: set[float] = set()
         norms: list[tuple[dict[str, float], dict[str, float]]] = []  # before and after, of what learned
         for block, modules in self.network.modules_by_block.items():
             learned = modules.adapters_of_task(every=not config.freezes)
             reports = modules.end_of_task_training(config.freezes, consolidation, tokens.get(block))
             for k, report in reports.items():
                 drifts[block] = max(report.drift, drifts.get(block, 0.0))
+                alphas.add(report.alpha)
                 logger.debug(
-                    f"Consolidated Nested LoRA at layer {block} with alpha={consolidation.alpha:g}: "
+                    f"Consolidated Nested LoRA at layer {block} with alpha={report.alpha:g}: "
                     f"task {self.task}, adapter {k}, {consolidation.rule}, drift {report.drift:.3f}, "
                     f"fast {report.before['fast']:.3f} -> {report.after['fast']:.3f}, "
                     f"slow {report.before['slow']:.3f} -> {report.after['slow']:.3f}"
@@ -243,7 +245,7 @@ class SEMA(ClassIncrementalLearner):
                     "norms", task=self.task, block=block, adapter=k, when="before", **report.before
                 )
                 self.log.metric(
-                    "consolidation", task=self.task, block=block, adapter=k, alpha=consolidation.alpha,
+                    "consolidation", task=self.task, block=block, adapter=k, alpha=report.alpha,
                     rule=consolidation.rule, drift=report.drift,
                 )  # fmt: skip
             after = self._record_norms(block, modules)
@@ -251,8 +253,9 @@ class SEMA(ClassIncrementalLearner):
         if drifts:
             *others, last = drifts
             also = f" (also {spans(others)})" if others else ""
+            listed = ", ".join(f"{alpha:g}" for alpha in sorted(alphas))
             logger.info(
-                f"Consolidated Nested LoRA at layer {last} with alpha={consolidation.alpha:g}{also}: "
+                f"Consolidated Nested LoRA at layer {last} with alpha={listed}{also}: "
                 f"task {self.task}, {consolidation.rule}, drift {max(drifts.values()):.3f}"
             )
         if norms:
@@ -260,10 +263,13 @@ class SEMA(ClassIncrementalLearner):
 
     def consolidation(self) -> Consolidation:
         """Consolidation of fast into slow at the end of the open task."""
-        config, alpha = self.config, self.config.nested_lora_consolidation_alpha
-        if config.nested_lora_consolidation_schedule == "mean":
-            alpha /= self.task + 1
-        return Consolidation(config.nested_lora_consolidation, alpha, config.nested_lora_reset)
+        config = self.config
+        return Consolidation(
+            config.nested_lora_consolidation,
+            config.nested_lora_consolidation_alpha,
+            config.nested_lora_reset,
+            mean=config.nested_lora_consolidation_schedule == "mean",
+        )
 
     def _record_norms(self, block: int, modules: SEMAModules) -> list[dict[str, float]]:
         """`||theta_fast||` and `||theta_slow||` of a block's nested adapters as the task leaves them."""

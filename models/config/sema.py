@@ -70,7 +70,9 @@ class SEMAConfig(AdapterKeys, HeadKeys, TrainingKeys):
     )
     nested_lora_consolidation_alpha: float = key(0.1, "Share of fast that moves into slow.", ge=0, le=1)
     nested_lora_consolidation_schedule: Literal["constant", "mean"] = key(
-        "constant", "alpha in every task, or alpha / (task + 1): with alpha 1, slow is the mean over tasks."
+        "constant",
+        "alpha in every task, or alpha / (t + 1) after t earlier tasks of the adapter: with alpha 1, slow is "
+        "the mean over tasks.",
     )
     nested_lora_reset: Literal["lora", "zeros", "aligned"] = key(
         "lora",
@@ -136,7 +138,7 @@ class SEMAConfig(AdapterKeys, HeadKeys, TrainingKeys):
         consolidation = ("nested_lora_consolidation", "nested_lora_reset", *shares)
         off = self.nested and not self.nested_lora_use_consolidation
         nothing_moves = self.consolidates and self.nested_lora_consolidation_alpha == 0
-        fast_is_zero = self.nested_lora_lr_fast == 0 and self.nested_lora_consolidation != "weights"
+        fast_is_zero = self.nested_lora_lr_fast == 0 and self.nested_lora_consolidation == "function"
         return [
             (off, "nested_lora_use_consolidation is false", consolidation),
             (nothing_moves, "nested_lora_consolidation_alpha is 0", (schedule,)),
@@ -146,16 +148,17 @@ class SEMAConfig(AdapterKeys, HeadKeys, TrainingKeys):
             (self.augmentation == "none", 'augmentation is "none"', ("rd_views",)),
             (self.consolidates and fast_is_zero, "nested_lora_lr_fast is 0", shares),
             *super().unused_rules(),
-            (
-                not self.grows and self.freezes,
-                "adapters learn in the first task only",
-                ("head_drift", schedule),
-            ),
+            (self.freezes, "an adapter learns in one task only", (schedule,)),
+            (not self.grows and self.freezes, "adapters learn in the first task only", ("head_drift",)),
         ]
 
     def warnings(self, nb_seeds: int = 1) -> list[str]:
-        """The reset after which fast cannot learn."""
+        """The reset after which fast cannot learn, and a rule that undoes what slow itself learned."""
         found = super().warnings(nb_seeds)
+        if self.consolidates and self.nested_lora_consolidation == "interpolate" and self.nested_lora_lr_slow:
+            share = f"a share {self.nested_lora_consolidation_alpha:g}"
+            undone = f"undoes {share} of what slow's down-projections learned in the task"
+            found.append(f'"interpolate" {undone}; use nested_lora_lr_slow = 0')
         if self.consolidates and self.nested_lora_reset == "zeros":
             found.append('nested_lora_reset = "zeros" leaves fast with zero gradients for ever; use "lora"')
         return found

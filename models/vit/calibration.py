@@ -32,7 +32,7 @@ from torch import Tensor
 from utils.training.random import numpy_rng
 
 BINS = 15
-MAX_IMAGES, MAX_PER_CLASS = 500, 10  # images that a temperature is fitted on; at least one of every class
+MAX_IMAGES, MAX_PER_CLASS = 500, 10  # images that a temperature is fitted on
 LIMITS = (1e-4, 1e4)  # of T
 PRECISION = 1e-9  # of log T
 HELD_OUT, LEAVE_ONE_OUT, TRAINED_ON = "held out", "leave one out", "trained on"

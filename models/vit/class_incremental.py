@@ -289,7 +289,7 @@ class ClassIncrementalLearner(Learner):
 
     @torch.no_grad()
     def calibrate(self) -> None:
-        """Fit the temperature of the scores; it stays as it is where a task's training images are gone."""
+        """Fit the temperature of the scores; it stays as it is where training images of a class are gone."""
         head, source, fitted_on = self.closed_form, "train", calibration.TRAINED_ON
         if self.config.validation_share:
             head, source, fitted_on = None, "validation", calibration.VALIDATION
@@ -298,7 +298,7 @@ class ClassIncrementalLearner(Learner):
         images: dict[int, np.ndarray] = {}  # stored positions of each class, by its label in the data set
         for classes in map(self.data.task_classes, range(self.task + 1)):
             indices = self.data.indices(classes, source)
-            if not len(indices):
+            if len(self.data.targets(indices, source).unique()) < len(classes):
                 return
             if head is not None:
                 indices = indices[head.unseen_rows(len(indices), classes.stop).numpy()]

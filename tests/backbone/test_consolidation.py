@@ -177,6 +177,14 @@ def test_linear_rules_are_truncated_singular_value_decompositions() -> None:
     np.testing.assert_allclose(inputs @ matrix(adapter.slow).T, wanted, atol=1e-4 * np.abs(wanted).max())
 
 
+def test_the_function_rule_of_linear_branches_needs_no_more_tokens_than_there_are() -> None:
+    """Fewer tokens than the rank: the outputs on them are matched exactly."""
+    adapter, x = trained_adapter(NestedLinearLoRAAdapter), features()[: RANK - 1]
+    expected = adapter.slow(x) + adapter.fast(x)
+    consolidated(adapter, "function", alpha=1.0, x=x)
+    assert distance(adapter.slow(x), expected) < 1e-5
+
+
 def test_a_linear_branch_can_learn_after_nothing_was_consolidated() -> None:
     """W = 0 leaves W_up zero and W_down not: its gradient is not zero."""
     adapter, x = NestedLinearLoRAAdapter(WIDTH, RANK), features()

@@ -68,6 +68,17 @@ def by_hand(new: np.ndarray, merged: np.ndarray) -> np.ndarray:
     return total
 
 
+def test_tasks_that_move_nothing_are_merged_to_nothing() -> None:
+    parameter = nn.Parameter(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+    merging = Merging([parameter], "orthogonal")
+    for step in (0, 0, 1):
+        merging.begin()
+        with torch.no_grad():
+            parameter += step
+        merging.end()
+        assert torch.isfinite(parameter).all() and (parameter[0, 0] > 1) == bool(step)
+
+
 def test_orthogonal_is_the_projection_of_each_matrix_and_one_scale() -> None:
     merging, _, reached = trained("orthogonal")
     initial = merging.initial.double()

@@ -21,7 +21,7 @@ from backbone.vit_sema import SEMAVisionTransformer, token_mean
 GOLDEN = Path(os.environ.get("SEMA_GOLDEN", Path(__file__).parent / "data" / "sema_tiny.npz"))
 SPEC = AdapterSpec(width=32, kind="adaptmlp", bottleneck=8, rd_dim=16, buffer_size=64)
 GROWING, DEPTH, THRESHOLD = (2, 3), 4, 2.0
-OURS = re.compile("rd_loss_record|added_for_task")  # state that the file holds as statistics, or not at all
+OURS = re.compile("rd_loss_record|tasks_learned")  # state that the file holds as statistics, or not at all
 
 
 class Golden:

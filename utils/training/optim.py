@@ -135,10 +135,12 @@ class GroupedOptimizer:
         return [parameter.grad for parameter in self.parameters]
 
     def divide_gradients(self, divisor: float) -> None:
-        """Turn gradients of a sum into those of a mean."""
-        for parameter in self.parameters:
-            if parameter.grad is not None:
-                parameter.grad /= divisor
+        """Turn gradients of a sum into those of a mean, one of zeros where the loss did not reach.
+
+        So weight decay acts on every learning parameter, in one process as in several.
+        """
+        for gradient in self.gradients():
+            gradient /= divisor
 
     def step(self) -> dict[str, bool]:
         """Update the groups whose turn it is; says which were."""
@@ -199,7 +201,10 @@ class GroupedOptimizer:
         self._scheduler.load_state_dict(state["scheduler"])
         self.steps = int(state["steps"])
         for group, saved in zip(self.groups, state["accumulated_grads"], strict=True):
-            group.accumulated_grads = list(saved)
+            group.accumulated_grads = [
+                gradient if gradient is None else gradient.to(parameter.device)
+                for gradient, parameter in zip(saved, group.parameters, strict=True)
+            ]
 
 
 def assert_complete(groups: Sequence[ParameterGroup], learning: Iterable[nn.Parameter]) -> None:

@@ -3,8 +3,8 @@
     generator = rng("gumbel noise", seed, task, step)     # torch.Generator on the CPU
     chosen = numpy_rng("order", seed, task).permutation(100)
 
-A stream is named by what it is for; different names or numbers give unrelated streams, and no global state is
-used.
+A stream is named by what it is for; different names or numbers give unrelated streams (PyTorch's generator
+reads 32 bits of a seed), and no global state is used.
 """
 
 import hashlib

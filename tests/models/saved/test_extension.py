@@ -149,6 +149,18 @@ def test_new_folders_are_new_tasks_and_old_training_images_may_be_gone(
         extend(Extension.of(half, ["prefix=bare2"], both))
 
 
+def test_the_temperature_stays_where_images_of_one_class_are_gone(
+    album: dict[str, str], smoke_config: Config
+) -> None:
+    """The ridge's fifth is not drawn again from what is left of a task."""
+    config = {"model_name": "ranpac", "ranpac_dim": 20, "dataset": album["old"], "max_tasks": None}
+    half = run(smoke_config(**config))
+    shutil.rmtree(Path(album["old"]) / "train" / "ant")
+    extension = Extension.of(half, [], [album["birds"]])
+    extended = extend(extension)
+    assert extended["calibration"] == json.loads((half / "result.json").read_text())["calibration"]
+
+
 def test_classes_that_a_short_run_left_out_stay_out(album: dict[str, str], smoke_config: Config) -> None:
     """New folders follow the tasks that were learned, not all that the data set has."""
     config = smoke_config(model_name="simplecil", dataset=album["old"], max_tasks=1)

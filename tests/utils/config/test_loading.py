@@ -287,6 +287,12 @@ CONSOLIDATION = {"nested_lora_use_consolidation": True, "nested_lora_reset": "lo
         ({"model_name": "ranpac", "head": "ranpac"}, "head (the ridge regression classifies)"),
         ({"ffn_adapter_scalar": "0.1"}, "ffn_adapter_scalar = 0.1 is applied here"),
         (NESTED | CONSOLIDATION | {"nested_lora_reset": "zeros"}, 'nested_lora_reset = "zeros"'),
+        (
+            NESTED
+            | CONSOLIDATION
+            | {"nested_lora_consolidation": "interpolate", "nested_lora_reset": "aligned"},
+            "nested_lora_lr_slow = 0",
+        ),
         (NESTED, None),
         (NESTED | CONSOLIDATION, None),
     ],

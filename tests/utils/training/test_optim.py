@@ -158,3 +158,27 @@ def test_state_through_json_continues_bit_for_bit(kind: str) -> None:
         assert take_step(slow, fast, optimizer, step) == take_step(slow2, fast2, optimizer2, step)
     assert same(snapshot(slow), slow2) and same(snapshot(fast), fast2)
     assert optimizer.lrs == optimizer2.lrs
+
+
+def test_weight_decay_reaches_what_the_loss_does_not() -> None:
+    """As where several processes add up their gradients, which have to be there."""
+    reached, other = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    groups = [ParameterGroup("all", [reached, other], lr=0.5)]
+    optimizer = GroupedOptimizer("sgd", groups, weight_decay=0.1, epochs=1, min_lr=0.0)
+    optimizer.zero_grad()
+    reached.sum().backward()
+    optimizer.divide_gradients(2)
+    optimizer.step()
+    assert reached.tolist() == pytest.approx([0.7, 0.7]) and other.tolist() == pytest.approx([0.95, 0.95])
+
+
+def test_gradients_kept_for_a_later_step_come_back_to_the_device_of_their_parameters() -> None:
+    """A checkpoint is read on the CPU; "meta" stands for any other device."""
+    slow, fast, optimizer = two_branches("sgd", every=2, between="accumulate")
+    take_step(slow, fast, optimizer, seed=1)
+    saved = optimizer.state()
+    parameters = [nn.Parameter(torch.zeros(3, 4, device="meta")), nn.Parameter(torch.zeros(3, device="meta"))]
+    groups = [ParameterGroup("slow", parameters, lr=0.1, update_interval=2, between="accumulate")]
+    other = GroupedOptimizer("sgd", groups, weight_decay=0.1, epochs=3, min_lr=0.0)
+    other.load_state(other.state() | {"accumulated_grads": saved["accumulated_grads"][:1]})
+    assert [gradient.device.type for gradient in other.state()["accumulated_grads"][0]] == ["meta", "meta"]
