@@ -139,18 +139,20 @@ def draw_answer() -> Figure:
     cells = table(RESULTS, "method", "# Results")
     labels = {name: name for name in reversed(cells)}
     colours = {name: BLUE for name in labels if name.lower().startswith("nested")}
-    colours |= {"carried": ORANGE, "matched adapter": INK}
-    figure, panels = plt.subplots(1, 2, figsize=(9.6, 4.3), sharex=True, sharey=True)
+    colours |= {"carried": ORANGE, "carried, all blocks": ORANGE}
+    colours |= {"matched adapter": INK, "matched adapter, all blocks": INK}
+    figure, panels = plt.subplots(1, 2, figsize=(9.6, 4.8), sharex=True, sharey=True)
     columns = {"CIFAR-100": "against RanPAC", "Grocery": "against RanPAC, Grocery"}
     interval_panels(panels, columns, cells, labels, colours, "RanPAC", lowest=-18.0)
     for panel in panels:
         panel.set_xlabel("A_N against RanPAC without adapters (points)")
     note = "Points: means of differences paired by seed; lines: 95 % intervals. ViT-Ti/16 with ImageNet "
     note += (
-        "weights, 160 px, adapters in blocks 9-11 (SD-LoRA: all).\nBlue: nested. Orange: moving average of "
+        "weights, 160 px.\nAdapters in blocks 9-11 if not named (SD-LoRA: all). Blue: nested. Orange: moving "
     )
-    note += "one adapter. Green: trained on all classes at once."
-    finish(figure, "Averages over tasks end above RanPAC on shop photos, level with it on CIFAR-100", note)
+    note += "average of one adapter. Green: joint."
+    title = "Averages over tasks end above RanPAC: on CIFAR-100 in all blocks, on shop photos in three"
+    finish(figure, title, note)
     return figure
 
 
