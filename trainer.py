@@ -32,6 +32,7 @@ from models.saved.learner import (
     CHECKPOINTS,
     check_config,
     check_identity,
+    check_precision,
     find_run,
     fitting,
     load_run_checkpoint,
@@ -39,6 +40,7 @@ from models.saved.learner import (
     run_context,
 )
 from utils.config.loading import LoadedConfig
+from utils.config.messages import shown
 from utils.config.schema import RunConfig
 from utils.errors import Interrupted, UserError
 from utils.reports.run_report import write_run_report
@@ -202,6 +204,7 @@ def resume(folder: Path, context: RunContext | None = None) -> dict[str, Any]:
         edited, written = [], 0
         if state:
             edited, written = check_config(checkpoint, state, learner), state["metrics_bytes"]
+            check_precision(checkpoint, state, learner)
             check_identity(checkpoint, state, learner)
         distributed.barrier()  # everyone has read what the record says before it is cut
         log = held.enter_context(
@@ -397,6 +400,8 @@ def train_seeds(
 
     def begun(config: RunConfig) -> SeedRun:
         found = find_run(config.model_copy(update={"precision": context.precision})) if go_on else None
+        if found and (unlike := edited_keys(read_config(found), config)):
+            logger.warning(f"{found} keeps its own {unlike}: edit its config.json to change them")
         return SeedRun.of(config.seed, found)
 
     configs = {config.seed: config for config in loaded.configs}
@@ -410,11 +415,20 @@ def train_seeds(
         log_mean(list(results.values()), loaded.config.metrics)
 
 
+def edited_keys(own: RunConfig, given: RunConfig) -> str:
+    """Keys that a run and what finds it again may differ in, with the run's values where they do."""
+    keys = sorted(given.editable_keys - {"device", "description"})
+    return ", ".join(
+        f"{key} = {shown(getattr(own, key))}" for key in keys if getattr(own, key) != getattr(given, key)
+    )
+
+
 def resume_seeds(folder: Path, context: RunContext) -> None:
     """Finish the run in a folder, then the other seeds of the command that started it; log the mean of all.
 
     Raises UserError: nothing is left to do, or the folders hold different experiments.
     """
+    folder = folder.resolve() if folder.is_symlink() else folder  # the other seeds lie beside the run itself
     config, command = read_config(folder), read_manifest(folder).command
     runs = context.distributed.on_main(lambda: seed_runs(folder, config, command))
     check_same_config([(run.folder, read_config(run.folder)) for run in runs if run.folder])

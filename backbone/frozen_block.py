@@ -119,6 +119,8 @@ def _attention(attention: nn.Module, x: Tensor, kept: int | None) -> Tensor:
     On CPUs the fused kernel is slow in bf16, but for forward passes with AMX. It is given q, k and v in the
     order in which one copy makes their gradients that of the projection.
     """
+    if getattr(attention, "prefix", attention) is None:  # the one that a prefix would be added to
+        attention = attention.attention
     special = getattr(attention, "gate", None) or getattr(attention, "q_norm", None)
     if type(attention) is not Attention or not isinstance(special, nn.Identity):
         return attention(x)[:, :kept]

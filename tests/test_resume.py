@@ -165,6 +165,12 @@ def test_resume_auto_starts_continues_and_ends(reference: tuple[dict, list[str]]
     assert len(list(tmp_path.rglob("result.json"))) == 2
 
 
+def test_resume_auto_says_which_keys_it_does_not_take(stopped: Path, told: Callable[..., str]) -> None:
+    again = ["--resume", "auto", *command("smoke.json", stopped.parents[4], **CHANGES), "--set", "cache_gb=3"]
+    shown = told(0, main.main, *again)
+    assert "keeps its own cache_gb = " in shown and "config.json" in shown
+
+
 @pytest.fixture
 def stopped(reference: tuple[dict, list[str]], tmp_path: Path) -> Path:
     """A run folder with one finished task, killed in the second."""

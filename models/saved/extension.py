@@ -21,7 +21,7 @@ from torch import Tensor
 
 from models.methods import LEARNERS, SCHEMAS
 from models.saved.files import read_config
-from models.saved.learner import CHECKPOINTS, check_identity, load_run_checkpoint
+from models.saved.learner import CHECKPOINTS, check_identity, check_precision, load_run_checkpoint
 from models.vit.class_incremental import ClassIncrementalLearner
 from models.vit.config import ClassIncrementalConfig, OneTaskRules
 from utils.config.loading import load_config
@@ -107,6 +107,7 @@ class Extension:
                 f"{len(ours) - sum(added)} now, in another order; put new ones into a folder of their own "
                 "and give that with --data"
             )
+        check_precision(checkpoint, state, learner)
         check_identity(checkpoint, state | {"run": state["run"] | {"class_order": ours}}, learner)
         return tensors, state | self._changes(learner)
 

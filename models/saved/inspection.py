@@ -77,6 +77,7 @@ def show_checkpoint(checkpoint: Path) -> Iterator[str]:
         again = resume_command(run_folder_of(checkpoint))
         raise UserError(f"{checkpoint} lies inside the first task and knows no class yet: go on with {again}")
     yield f"{checkpoint}: {learner.describe_evaluation(learner.evaluate())}"
+    learner.close_run()
 
 
 def show_test(folders: list[Path]) -> Iterator[str]:

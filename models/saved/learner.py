@@ -4,6 +4,7 @@ learner = load_learner(Path("logs/sema/.../checkpoints/task_04"))
 learner.evaluate()
 """
 
+import logging
 import re
 import textwrap
 from collections.abc import Iterator, Mapping
@@ -28,6 +29,8 @@ from utils.runs.run_log import read_metrics
 from utils.training.device import resolve_device, resolve_precision
 from utils.training.distributed import init_distributed
 from utils.wording import as_typed, shortened
+
+logger = logging.getLogger("nested_lora")
 
 CHECKPOINTS = "checkpoints"
 LONGEST = 200  # characters of an error in a sentence
@@ -118,7 +121,7 @@ def check_config(checkpoint: Path, state: dict[str, Any], learner: Learner) -> l
     edited = {
         key: f"{key} was {shown(before.get(key))}, is {shown(now.get(key))}"
         for key in now | before
-        if before.get(key) != now.get(key)
+        if key != "precision" and before.get(key) != now.get(key)  # as this machine has it
     }
     mixing = [words for key, words in edited.items() if key not in learner.config.editable_keys]
     if mixing:
@@ -129,6 +132,16 @@ def check_config(checkpoint: Path, state: dict[str, Any], learner: Learner) -> l
             + as_typed("main.py", "--config", path)
         )
     return [f"Edited since {checkpoint.name} was saved: {'; '.join(edited.values())}"] if edited else []
+
+
+def check_precision(checkpoint: Path, state: dict[str, Any], learner: Learner) -> None:
+    """Refuse to train on in another precision."""
+    before, now = state["config"].get("precision"), learner.config.precision
+    if before != now:
+        raise UserError(
+            f"{checkpoint} was made in {before} and would go on in {now}, as its config.json or this machine "
+            f"has it: a run keeps one precision; go on with {before}, on a machine that has it"
+        )
 
 
 def check_identity(checkpoint: Path, state: dict[str, Any], learner: Learner) -> None:
@@ -205,6 +218,8 @@ def load_into(learner: Learner, checkpoint: Path) -> None:
     tensors, state = load_run_checkpoint(checkpoint)
     check_config(checkpoint, state, learner)
     check_identity(checkpoint, state, learner)
+    if (before := state["config"].get("precision")) != learner.config.precision:
+        logger.warning(f"{checkpoint} was made in {before}; looking at it in {learner.config.precision}")
     with fitting(checkpoint):
         learner.load_state(state["learner"], tensors)
 

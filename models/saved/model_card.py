@@ -18,7 +18,7 @@ from torchvision.transforms import v2
 {load}
 prepare = v2.Compose([v2.PILToTensor(), v2.Resize({resize_shorter_side}, interpolation=3, antialias=True),
     v2.CenterCrop({centre_crop}), v2.ToDtype(torch.float32, scale=True), v2.Normalize({mean}, {std})])
-upright = ImageOps.exif_transpose(Image.open("image.png"))
+upright = ImageOps.exif_transpose(Image.open("image.png"))  # of 8 bits, without transparency
 images = prepare(upright.convert("RGB"))[None]
 scores = model(images).softmax(dim=1)"""
 LOAD = {  # form -> library, and how it loads the model

@@ -36,7 +36,7 @@ from models.vit.sources import view_spec
 from utils.config.loading import check_object
 from utils.console import progress
 from utils.data.folders import FolderScan
-from utils.data.image_files import THREADS, decode_whole, to_rgb, why_bad
+from utils.data.image_files import THREADS, decode_whole, to_rgb, upright, why_bad
 from utils.data.transforms import views_of
 from utils.errors import UserError
 from utils.files import read_json, replace_file, why_no_file
@@ -244,7 +244,7 @@ def read_image(image: Path | Image.Image | np.ndarray | Tensor) -> Tensor | str:
             )
     else:
         try:
-            pixels = decode_whole(image.read_bytes()) if isinstance(image, Path) else to_rgb(image)
+            pixels = decode_whole(image.read_bytes()) if isinstance(image, Path) else to_rgb(upright(image))
         except Exception as error:  # decoders raise errors of many kinds on bad bytes
             return why_bad(error)
     return torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)

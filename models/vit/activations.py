@@ -238,9 +238,9 @@ class ActivationStore:
             )
         return opened
 
-    def drop_own(self, source: str) -> None:
-        """Remove the run's own files of a source, or `CHOSEN`."""
-        self._drop([group for group, of in self._own.items() if of == source])
+    def drop_own(self, source: str | None = None) -> None:
+        """Remove the run's own files: of a source, of `CHOSEN`, or all."""
+        self._drop([group for group, of in self._own.items() if source in (None, of)])
 
     def drop(self, depth: int, source: str, view: Key) -> None:
         """Remove the files of one view, also those that an interrupted process of this run has left."""

@@ -29,7 +29,7 @@ from backbone.frozen_block import speed_up
 from backbone.sema_components import NestedLoRAAdapter
 from models.base import Learner, Report, RunContext
 from models.vit import calibration
-from models.vit.activations import CHOSEN, ActivationStore
+from models.vit.activations import ActivationStore
 from models.vit.calibration import Calibration
 from models.vit.closed_form import ClosedFormHead
 from models.vit.config import ClassIncrementalConfig
@@ -318,8 +318,7 @@ class ClassIncrementalLearner(Learner):
         return self.inputs.features_of_images(range(self.classes.stop), indices, source, among)
 
     def close_run(self) -> None:
-        for source in (*self.data.sources, CHOSEN):
-            self.inputs.store.drop_own(source)
+        self.inputs.store.drop_own()
 
     def analysis_inputs(
         self, checkpoints: Sequence[Path], load: Callable[[Path], None], images_per_class: int | None

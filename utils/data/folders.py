@@ -5,6 +5,7 @@ dataset = from_folder("photos", Path("photos"), None, test_share=0.2)   # photos
 dataset = from_lists("domainnet", root, {"train": [...], "test": [...]}, None)
 """
 
+import contextlib
 import hashlib
 import os
 import unicodedata
@@ -92,13 +93,23 @@ class FolderScan:
 def split_folders(path: Path) -> dict[str, Path]:
     """The folders of a data set that hold class folders: "train", and "test" where it is there.
 
-    "test" is test/, else val/, valid/ or validation/; "train" is train/, or the folder itself without one.
+    "test" is test/, else val/, valid/ or validation/; "train" is train/, or the folder itself without one, or
+    where train/ is a class: it holds no folder, and other classes lie beside it.
     """
     train = path / "train"
     if not train.is_dir():
         return {"train": path}
     tests = [path / name for name in TEST_FOLDERS if (path / name).is_dir()]
+    if not tests and not _folders_in(train) and _folders_in(path) != ["train"]:
+        return {"train": path}
     return {"train": train, **({"test": tests[0]} if tests else {})}
+
+
+def _folders_in(path: Path) -> list[str]:
+    """Names of the folders in a folder, hidden ones aside; none where it cannot be listed."""
+    with contextlib.suppress(OSError):
+        return [name for name in os.listdir(path) if not name.startswith(".") and (path / name).is_dir()]
+    return []
 
 
 def class_folders(split: Path, scan: FolderScan) -> dict[str, list[Path]]:

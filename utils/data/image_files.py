@@ -27,7 +27,7 @@ FORMAT = 2  # counts changes of this file that change pixels, or which files are
 DECODER = f"Pillow {PIL.__version__}, format {FORMAT}"
 CONVERTED = ("1", "L", "LA", "P", "PA", "RGB", "RGBX", "RGBA", "CMYK", "YCbCr", "LAB", "HSV")  # by Pillow
 GREY_16 = ("I;16", "I;16L", "I;16B", "I;16N")
-BITS_PER_SAMPLE, PHOTOMETRIC = 258, 262  # TIFF tags
+BITS_PER_SAMPLE, PHOTOMETRIC, ORIENTATION = 258, 262, 274  # TIFF tags, the last in EXIF data, too
 START_OF_JPEG, END_OF_JPEG = b"\xff\xd8", b"\xff\xd9"
 FILLER = bytes(range(1, 241)) * 8  # entropy-coded data that holds no marker
 THREADS = min(8, os.cpu_count() or 1)
@@ -46,6 +46,14 @@ def decode(content: bytes) -> np.ndarray:
         with suppress(Exception):  # of damaged EXIF data, which say nothing about the picture
             ImageOps.exif_transpose(image, in_place=True)
         return to_rgb(image)
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """An image turned as its EXIF data say; itself where they say nothing, or are damaged."""
+    with suppress(Exception):
+        if image.getexif().get(ORIENTATION, 1) != 1:
+            return ImageOps.exif_transpose(image)
+    return image
 
 
 def to_rgb(image: Image.Image) -> np.ndarray:

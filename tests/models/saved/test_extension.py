@@ -12,6 +12,7 @@ import torch
 
 import eval as evaluation
 import main
+from models.saved import learner as saved_learner
 from models.saved.extension import Extension
 from tests.conftest import TINY_GRIDS, TINY_SDLORA
 from tests.crash import outcome
@@ -159,6 +160,32 @@ def test_the_temperature_stays_where_images_of_one_class_are_gone(
     extension = Extension.of(half, [], [album["birds"]])
     extended = extend(extension)
     assert extended["calibration"] == json.loads((half / "result.json").read_text())["calibration"]
+
+
+def test_a_run_keeps_its_precision_and_can_be_looked_at_in_another(
+    smoke_config: Config, monkeypatch: pytest.MonkeyPatch, told: Callable[..., str]
+) -> None:
+    """As where a run in bf16 comes to a machine that has none."""
+    config = smoke_config(model_name="simplecil", max_tasks=2, precision="fp32")
+    folder = run(config)
+    with monkeypatch.context() as context:
+        context.setattr(saved_learner, "resolve_precision", lambda precision, device: ("bf16", None))
+        assert "made in fp32" in told(0, evaluation.main, "--run", folder)
+        with pytest.raises(UserError, match="made in fp32.*go on in bf16"):
+            extend(Extension.of(folder, ["max_tasks=3"]))
+        (folder / "result.json").unlink()
+        assert "made in fp32" in told(2, main.main, "--resume", folder)
+    assert list((folder / "checkpoints").iterdir()) != []
+
+
+def test_looking_at_a_run_leaves_nothing_in_the_cache(smoke_config: Config, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    config = smoke_config(model_name="finetune", max_tasks=1, validation_share=0.25, cache_root=str(cache))
+    folder = run(config)
+    before = content(cache)
+    assert evaluation.main(["--checkpoint", str(folder / "checkpoints/task_00")]) == 0
+    assert evaluation.main(["--run", str(folder), "--test"]) == 0
+    assert content(cache).keys() == before.keys()
 
 
 def test_classes_that_a_short_run_left_out_stay_out(album: dict[str, str], smoke_config: Config) -> None:

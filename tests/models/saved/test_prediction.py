@@ -64,6 +64,16 @@ def test_images_are_predicted_alike_however_they_are_given(simplecil: Finished, 
     assert everything.tolist() == pytest.approx([1, 1, 1])
 
 
+def test_a_turned_photo_is_the_same_as_a_path_and_as_an_image(simplecil: Finished, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[274] = 6  # the orientation
+    Image.fromarray(simplecil.images[0]).resize((40, 60)).save(tmp_path / "turned.png", exif=exif)
+    model = load_run(simplecil.folder)
+    photo = tmp_path / "turned.png"
+    path, image = (model.predict(given, top=99) for given in (photo, Image.open(photo)))
+    assert path["score"].tolist() == image["score"].tolist()
+
+
 @pytest.mark.parametrize("given", [np.zeros((2, 8, 8, 3)), np.zeros((1, 8, 8, 4), np.uint8), []])
 def test_what_is_no_image_is_refused(given: object, simplecil: Finished) -> None:
     with pytest.raises(UserError, match="uint8|no image"):

@@ -275,6 +275,11 @@ def test_one_folder_per_class_asks_for_the_share_and_for_two_images(photos):
         share(photos / "dog")
 
 
+def test_train_may_be_the_name_of_a_class(photos):
+    (photos / "dog").rename(photos / "train")
+    assert share(photos).class_names == ["train", "Ä cat"]
+
+
 def test_added_folders_tell_the_share_of_the_test_once(photos):
     write_folder(photos.parent, "more", ["ape"], ".png", 4)
     dataset = share(photos, added=[str(photos.parent / "more")])

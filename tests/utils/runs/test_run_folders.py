@@ -283,6 +283,16 @@ def test_seeds_that_are_left_are_run_beside_the_others(
         assert sorted(seeds) == [1, 2, 3, 3]
 
 
+def test_a_link_to_a_run_is_that_run(
+    seeds_left: list[Path], tmp_path: Path, told: Callable[..., str]
+) -> None:
+    """The seeds beside it are found, and nothing is written beside the link."""
+    link = tmp_path / "last"
+    link.symlink_to(seeds_left[1])
+    assert "1 finished" in told(0, main.main, "--resume", link)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["last", "moved"]
+
+
 @pytest.mark.parametrize(("edited", "lost"), [(0, False), (1, True)])
 @pytest.mark.parametrize("resumed", [0, 1])
 def test_seeds_of_edited_configurations_are_not_mixed(
