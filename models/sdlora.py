@@ -66,10 +66,8 @@ class SDLoRA(ClassIncrementalLearner):
     captions = RUN_CAPTIONS | CAPTIONS
 
     @staticmethod
-    def figures(
-        events: Sequence[Mapping[str, Any]], rows: Sequence[Sequence[float]], about: str
-    ) -> dict[str, Figure]:
-        return class_incremental_figures(events, rows, about) | gate_figures(events, about)
+    def figures(events: Sequence[Mapping[str, Any]], about: str) -> dict[str, Figure]:
+        return class_incremental_figures(events, about) | gate_figures(events, about)
 
     def adapter_weights(self) -> dict[int, float]:
         beta = self.beta()

@@ -28,9 +28,9 @@ from utils.config.loading import load_config
 from utils.errors import UserError
 from utils.files import replace_file, sha256_file
 from utils.runs.checkpoint import checkpoint_name, copy_checkpoint
-from utils.runs.folder import CONFIG, METRICS, accuracy_path, folder_of, resume_command
+from utils.runs.folder import ACCURACY, CONFIG, METRICS, folder_of, resume_command
 from utils.runs.manifest import Manifest, is_complete, read_manifest
-from utils.runs.run_log import metrics_until, read_accuracy_csv
+from utils.runs.run_log import accuracy_rows, metrics_until, read_metrics
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Extension:
             known.add(os.path.realpath(path))
         added = {"extra_data": [*old.added, *data]} if data else {}
         loaded = load_config(folder / CONFIG, overrides, SCHEMAS, [("--data", added)])
-        new, tasks = loaded.config, len(read_accuracy_csv(folder))
+        new, tasks = loaded.config, len(accuracy_rows(read_metrics(folder))[0])
         refuse_other_changes(old, new, several_seeds=len(loaded.configs) > 1)
         total = check_length(folder, old, new, tasks)
         if new.prefix == old.prefix:
@@ -114,8 +114,8 @@ class Extension:
     def fill(self, new: Path, learner: ClassIncrementalLearner, metrics_bytes: int) -> None:
         """Put the record and the checkpoints of the tasks that were learned into the new run's folder."""
         replace_file(new / METRICS, metrics_until(self.folder / METRICS, metrics_bytes))
-        accuracy = accuracy_path(self.folder)
-        shutil.copyfile(accuracy, new / accuracy.name)
+        for accuracy in self.folder.glob(f"*{ACCURACY}"):
+            shutil.copyfile(accuracy, new / accuracy.name)
         for name in LEARNERS[self.config.model_name].task_files:
             if (self.folder / name).is_dir():
                 shutil.copytree(self.folder / name, new / name)

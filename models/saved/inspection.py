@@ -21,14 +21,12 @@ from utils.runs.figures import draw_figures
 from utils.runs.folder import (
     RESULT,
     TEST_RESULT,
-    VALIDATION_ACCURACY,
     FolderInUse,
     FolderLock,
-    accuracy_path,
     resume_command,
 )
 from utils.runs.manifest import timestamp
-from utils.runs.run_log import read_accuracy_csv
+from utils.runs.run_log import accuracy_rows, read_metrics
 from utils.runs.seeds import check_one_experiment
 from utils.runs.tables import TABLE_WIDTH, seeds_table
 from utils.sweeps.comparison import compare_runs, default_folder, write_comparison
@@ -36,10 +34,11 @@ from utils.sweeps.comparison import compare_runs, default_folder, write_comparis
 
 def show_run(folder: Path, test: bool) -> Iterator[str]:
     """Recorded accuracy, redrawn figures and page of a run folder, then its last checkpoint tested."""
-    if (path := accuracy_path(folder)).is_file():
-        what = "validation accuracy" if path.name == VALIDATION_ACCURACY else "accuracy"
+    rows, images = accuracy_rows(read_metrics(folder))
+    if rows:
+        what = "validation accuracy" if images == "validation" else "accuracy"
         yield f"recorded {what} (%), row: after task, column: on task"
-        for task, row in enumerate(read_accuracy_csv(folder)):
+        for task, row in enumerate(rows):
             yield f"task {task:>3}  " + " ".join(f"{value:6.2f}" for value in row)
         yield ""
     yield from draw_again(folder)

@@ -47,10 +47,8 @@ CAPTION_WIDTH = 18  # characters per line, over a sample
 GRID_COLOURS = ["#111111", *mpl.color_sequences["petroff10"]]  # of the cells of a grid, by number
 
 
-def grid_figures(
-    events: Sequence[Event], rows: Sequence[Sequence[float]], subtitle: str
-) -> dict[str, Figure]:
-    """Figures of a run by file name, from its events; `rows` (accuracy matrix) is empty."""
+def grid_figures(events: Sequence[Event], subtitle: str) -> dict[str, Figure]:
+    """Figures of a run by file name, from its events."""
     validated = [event for event in events if "validation_iou" in event]
     tested = [event["zero_shot"] for event in events if "zero_shot" in event]
     few_shot = [event for event in events if event["event"] == "few_shot"]

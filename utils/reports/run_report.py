@@ -33,12 +33,11 @@ from utils.runs.folder import (
     METRICS,
     RESULT,
     TABLE,
-    accuracy_path,
     text_log,
 )
 from utils.runs.manifest import Manifest, read_manifest, timestamp
 from utils.runs.metrics import checked_result, numbers_of
-from utils.runs.run_log import read_accuracy_csv, read_metrics
+from utils.runs.run_log import accuracy_rows, read_metrics
 
 REPORT = "report.html"
 LISTED = 10  # classes and confusions
@@ -99,7 +98,7 @@ def page_of(folder: Path, config: RunConfig, captions: Mapping[str, str]) -> dic
         "numbers": numbers_table(result, config.metrics) if result else None,
         "pictures": list(pictures_of(folder / FIGURES, captions)),
         "analyses": list(pictures_of(folder / "analysis", captions)),
-        "tasks": tasks_table(folder, events, classes and classes.per_class, manifest),
+        "tasks": tasks_table(events, classes and classes.per_class, manifest),
         "images": classes.images if classes else "test",
         "class_files": [keyed(classes.images, name) for name in (PER_CLASS, CONFUSION)] if classes else [],
         "hardest": hardest_table(classes) if classes else None,
@@ -144,17 +143,15 @@ def pictures_of(folder: Path, captions: Mapping[str, str]) -> Iterator[Picture]:
 
 
 def tasks_table(
-    folder: Path, events: Sequence[Mapping[str, Any]], per_class: pd.DataFrame | None, manifest: Manifest
+    events: Sequence[Mapping[str, Any]], per_class: pd.DataFrame | None, manifest: Manifest
 ) -> Table | None:
     """A row per finished task: classes, images, accuracy when learned and now, growth, drift, time."""
     tasks = [event for event in events if event["event"] == "task"]
-    path = accuracy_path(folder)
-    images = "test" if path.name == ACCURACY else "validation"
-    rows = read_accuracy_csv(folder)[: len(tasks)] if path.is_file() else []
+    rows, images = accuracy_rows(events)
     if not rows:
         return None
     accuracy = pd.DataFrame([*itertools.zip_longest(*rows, fillvalue=math.nan)]).T  # row: after task
-    tasks, now = tasks[: len(accuracy)], accuracy.iloc[-1]
+    now = accuracy.iloc[-1]
     adapters = [sum((event.get("adapters") or {}).values()) for event in tasks]
     numbers = {
         "accuracy when learned (%)": np.diagonal(accuracy),

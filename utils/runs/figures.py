@@ -48,8 +48,8 @@ from utils.plotting import (
     titled_figure,
 )
 from utils.runs.classes import read_classes
-from utils.runs.folder import CONFIG, FIGURES, METRICS, RESULT, accuracy_path
-from utils.runs.run_log import read_accuracy_csv, read_metrics
+from utils.runs.folder import CONFIG, FIGURES, METRICS, RESULT
+from utils.runs.run_log import accuracy_rows, read_metrics
 from utils.runs.tables import accuracy_on
 
 MOST_NAMED_CLASSES, MOST_NUMBERED_CLASSES = 60, 16  # beyond, their names or counts would be too small
@@ -67,7 +67,7 @@ CAPTIONS = {  # what one sees in a class-incremental run's figures, in the order
     "norms.png": "Size of the fast and the slow branch of each block's adapters over tasks; hollow: after "
     "consolidation.",
 }
-Figures = Callable[[Sequence[Mapping[str, Any]], Sequence[Sequence[float]], str], dict[str, Figure]]
+Figures = Callable[[Sequence[Mapping[str, Any]], str], dict[str, Figure]]
 
 
 def draw_figures(run_folder: Path, figures: Figures) -> list[Path]:
@@ -76,8 +76,7 @@ def draw_figures(run_folder: Path, figures: Figures) -> list[Path]:
     Where the run's `figure_format` is "none" the folder is made and stays as it is.
 
     Args:
-        figures: a learner's, (events, rows of the accuracy matrix, line under the titles) -> figures by file
-            name.
+        figures: a learner's, (events, line under the titles) -> figures by file name.
 
     Raises UserError: the folder is no run's, or one of its files is damaged.
     """
@@ -87,10 +86,9 @@ def draw_figures(run_folder: Path, figures: Figures) -> list[Path]:
         return []
     about = describe(config, finished=(run_folder / RESULT).exists())
     events = read_metrics(run_folder)
-    rows = read_accuracy_csv(run_folder) if accuracy_path(run_folder).exists() else []
     try:
         with mpl.rc_context(STYLE):
-            found = figures(events, rows, about)
+            found = figures(events, about)
             if classes := read_classes(run_folder):
                 found["confusion.png"] = confusion_figure(*classes, about)
             drawn = pictures(found, config.get("figure_format", "png"))
@@ -103,20 +101,17 @@ def draw_figures(run_folder: Path, figures: Figures) -> list[Path]:
     return [replace_file(folder / name, content) for name, content in drawn.items()]
 
 
-def class_incremental_figures(
-    events: Sequence[Mapping[str, Any]], rows: Sequence[Sequence[float]], about: str
-) -> dict[str, Figure]:
+def class_incremental_figures(events: Sequence[Mapping[str, Any]], about: str) -> dict[str, Figure]:
     """Figures of a class-incremental run that it has numbers for, by file name."""
     tasks = [event for event in events if event["event"] == "task"]
     norms = [event for event in events if event["event"] == "norms"]
-    finished = min(len(rows), len(tasks))  # a run killed between the two files has one more in one of them
-    images = "validation" if any(keyed("validation", "total") in event for event in tasks) else "test"
-    rows, totals = rows[:finished], [event[keyed(images, "total")] for event in tasks[:finished]]
+    rows, images = accuracy_rows(events)
+    totals = [event[keyed(images, "total")] for event in tasks]
     adapters = [event.get("adapters") or {} for event in tasks]
     figures: dict[str, Figure] = {}
     if rows:
         figures["accuracy_matrix.png"] = accuracy_matrix_figure(rows, totals, about, images)
-        seen = [event["classes_seen"] for event in tasks[:finished] if "classes_seen" in event]
+        seen = [event["classes_seen"] for event in tasks if "classes_seen" in event]
         figures["accuracy_curves.png"] = accuracy_curves_figure(rows, totals, about, images, seen)
     if norms:
         figures["norms.png"] = norms_figure(norms, about)

@@ -38,7 +38,6 @@ RESULT = "result.json"
 METRICS = "metrics.jsonl"
 TABLE = "metrics.csv"
 ACCURACY = "accuracy.csv"
-VALIDATION_ACCURACY = "validation_accuracy.csv"  # in its place, of a run measured on held-out images
 TEST_RESULT = "test_result.json"  # of such a run, once `eval.py --test` has tested it
 TENSORBOARD = "tb"
 FIGURES = "figures"
@@ -62,12 +61,6 @@ def folder_of(config: RunConfig, seed: int) -> Path:
     """
     names = config.folder_names(seed)
     return Path(config.logs_root).joinpath(*(name.replace("/", "-").replace("\\", "-") for name in names))
-
-
-def accuracy_path(folder: Path) -> Path:
-    """The accuracy matrix of a run: its `validation_accuracy.csv` where it has one, else `accuracy.csv`."""
-    measured = folder / VALIDATION_ACCURACY
-    return measured if measured.is_file() else folder / ACCURACY
 
 
 def text_log(folder: Path) -> Path:

@@ -20,17 +20,17 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from utils.console import add_handler, attach_console
 from utils.errors import Interrupted, UserError, os_error_sentence
 from utils.files import json_bytes, naming, read_json, replace_file
+from utils.metric_catalogue import keyed
 from utils.runs.folder import (
     ACCURACY,
     CONFIG,
@@ -39,10 +39,8 @@ from utils.runs.folder import (
     RESULT,
     TABLE,
     TENSORBOARD,
-    VALIDATION_ACCURACY,
     Fill,
     FolderLock,
-    accuracy_path,
     claim_folder,
     text_log,
     waiting_notes,
@@ -183,9 +181,8 @@ class RunLog:
 
         Line t is the state after task t; tasks not seen yet are empty cells.
         """
-        name = ACCURACY if images == "test" else VALIDATION_ACCURACY
         padded = pd.DataFrame([[*row, *[None] * (len(rows) - len(row))] for row in rows])
-        self.table(name, padded, header=False)
+        self.table(keyed(images, ACCURACY), padded, header=False)
 
     def table(self, name: str, table: pd.DataFrame, header: bool = True) -> None:
         """Write a CSV file at full precision; a missing value is an empty field."""
@@ -273,21 +270,15 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return events
 
 
-def read_accuracy_csv(folder: Path) -> list[list[float]]:
-    """The rows of a run's accuracy matrix (%), t + 1 entries in row t. UserError: absent, or damaged."""
-    path = accuracy_path(folder)
-    if not path.is_file() or not path.stat().st_size:
-        raise UserError(
-            f"{folder} holds no {path.name} with a row: no task has finished, or it is no run folder"
-        )
-    try:
-        values = np.genfromtxt(path, delimiter=",", ndmin=2, encoding="utf-8")
-    except ValueError as error:
-        raise UserError(f"{path} is damaged: {error}") from error
-    percentages = (values >= 0) & (values <= 100)
-    if not np.array_equal(percentages, np.tri(len(values))) or np.isfinite(values[~percentages]).any():
-        raise UserError(f"{path} is damaged: it is no lower-triangular matrix of percentages")
-    return [row[: t + 1].tolist() for t, row in enumerate(values)]
+def accuracy_rows(events: Iterable[Mapping[str, Any]]) -> tuple[list[list[float]], str]:
+    """The accuracy matrix (%) of a run's task events, t + 1 entries in row t, and its images.
+
+    No rows where the method has none; the images are "test" or "validation".
+    """
+    tasks = [event for event in events if event["event"] == "task"]
+    images = "validation" if any(keyed("validation", "accuracy") in event for event in tasks) else "test"
+    name = keyed(images, "accuracy")
+    return [event[name] for event in tasks if name in event], images
 
 
 class _TextLog(logging.FileHandler):

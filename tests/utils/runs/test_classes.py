@@ -10,7 +10,7 @@ from trainer import train
 from utils.plotting import STYLE
 from utils.runs.classes import CONFUSION, PER_CLASS, class_tables, confusion_counts, read_classes
 from utils.runs.figures import confusion_figure
-from utils.runs.run_log import RunLog, read_accuracy_csv
+from utils.runs.run_log import RunLog, accuracy_rows, read_metrics
 
 
 def invented(classes: int) -> tuple[pd.DataFrame, np.ndarray]:
@@ -25,11 +25,11 @@ def invented(classes: int) -> tuple[pd.DataFrame, np.ndarray]:
 
 
 def test_the_counts_of_a_run_are_those_of_its_accuracy(smoke_config, tmp_path):
-    """Three tasks of two classes: rows sum to the test images, blocks to what accuracy.csv says."""
+    """Three tasks of two classes: rows sum to the test images, blocks to the accuracy on each task."""
     train(smoke_config(max_tasks=3, figure_format="svg"))
     (folder,) = (path.parent for path in tmp_path.rglob(PER_CLASS))
     per_class, counts, images = read_classes(folder)
-    rows = read_accuracy_csv(folder)
+    rows, _ = accuracy_rows(read_metrics(folder))
     assert images == "test" and counts.shape == (6, 6) and (counts.sum(axis=1) == per_class["images"]).all()
     assert (counts.diagonal() == per_class["correct"]).all() and (per_class["images"] == 8).all()
     by_task = per_class.groupby("task")

@@ -52,11 +52,9 @@ def write_run(folder: Path, tasks=3, norms=True, growth=True, result=True, **con
     events = list(norm_events) if norms else []
     for t in range(tasks):
         counts = adapters[t] if growth else {}
-        events.append({"event": "task", "task": t, "total": totals[t], "adapters": counts})
+        measured = {"accuracy": rows[t], "total": totals[t]}
+        events.append({"event": "task", "task": t, **measured, "adapters": counts})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
-    cells = [[*map(repr, row), *[""] * (tasks - len(row))] for row in rows]
-    if tasks:
-        (folder / "accuracy.csv").write_text("".join(",".join(row) + "\n" for row in cells))
     if result:
         (folder / "result.json").write_text("{}")
     return folder
@@ -109,7 +107,7 @@ def test_figures_without_numbers_or_wish_are_left_out(
 def test_a_run_killed_while_recording_a_task_is_drawn_as_far_as_it_got(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", tasks=3, result=False)
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
-    torn = "".join(lines[:-1]) + lines[-1][:20]  # accuracy.csv knows task 2, this does not
+    torn = "".join(lines[:-1]) + lines[-1][:20]
     (run / "metrics.jsonl").write_text(torn)
     drawn: dict[str, Figure] = {}
 

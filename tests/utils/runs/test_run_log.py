@@ -4,7 +4,6 @@ import csv
 import json
 import logging
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +16,7 @@ from utils.console import attach_console
 from utils.errors import Interrupted, UserError
 from utils.plotting import titled_figure
 from utils.runs.metric_views import scalars
-from utils.runs.run_log import RunLog, read_accuracy_csv, read_metrics
+from utils.runs.run_log import RunLog, accuracy_rows, read_metrics
 
 logger = logging.getLogger("nested_lora")
 
@@ -222,18 +221,14 @@ def test_accuracy_csv_is_numeric_and_exact(tmp_path):
     assert list(csv.reader(path.open()))[0] == [repr(100 / 3), "", ""]
     values = np.genfromtxt(path, delimiter=",")
     assert values.shape == (3, 3) and np.isnan(values[0, 1]) and values[2, 2] == 100.0
-    assert read_accuracy_csv(run.folder) == rows
 
 
-def test_damaged_accuracy_csv_is_a_sentence(tmp_path):
-    for make in (lambda path: None, Path.touch):
-        make(tmp_path / "accuracy.csv")
-        with pytest.raises(UserError, match="holds no accuracy.csv"):
-            read_accuracy_csv(tmp_path)
-    for text in ("1.0,2.0\n3.0,4.0\n", "1.0,\n2.0\n", "many\n", "1.0,\n,2.0\n"):
-        (tmp_path / "accuracy.csv").write_text(text)
-        with pytest.raises(UserError, match="is damaged"):
-            read_accuracy_csv(tmp_path)
+@pytest.mark.parametrize(("name", "images"), [("accuracy", "test"), ("validation_accuracy", "validation")])
+def test_the_accuracy_matrix_comes_from_the_events_of_tasks(name, images):
+    tasks = [{"event": "task", name: row} for row in ([50.0], [100 / 3, 0.0])]
+    other = {"event": "epoch", "accuracy": 1.0}
+    assert accuracy_rows([tasks[0], other, tasks[1]]) == ([[50.0], [100 / 3, 0.0]], images)
+    assert accuracy_rows([other, {"event": "task"}]) == ([], "test")
 
 
 SCALARS = {
