@@ -109,8 +109,7 @@ class LocalExecutor(AbstractContextManager):
                 self._gpus.put(gpu)
 
     def __exit__(self, *_: object) -> None:
-        if self._starter:
-            self._starter.close()
+        pass
 
 
 class RayExecutor(AbstractContextManager):
@@ -191,7 +190,7 @@ def run_process(job: Job, gpu: str | None = None, starter: Starter | None = None
     with open(job.output, "ab") as output:
         start = output.tell()
         if starter:
-            process = starter.start(job.command[1:], job.working_folder, output)
+            process = starter.start(job.command[1:], job.working_folder, job.output)
         else:
             chosen = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
             process = subprocess.Popen(
