@@ -255,6 +255,7 @@ def run_sweep(options: argparse.Namespace) -> int:
     if options.report:
         report_sweep(table)
         return 0
+    before = ["main", "utils.training.late_compiler:import_networks", "trainer"]
     learners = {METHODS[cell.config.model_name].learner.rpartition(".")[0] for cell in table.cells}
     return run_sweep(
         table,
@@ -262,7 +263,7 @@ def run_sweep(options: argparse.Namespace) -> int:
         jobs=options.jobs,
         address=options.ray_address,
         overwrite=options.overwrite,
-        imports=["main", "utils.sweeps.preloaded", "trainer", *sorted(learners)],
+        imports=[*before, *sorted(learners), "utils.runs.manifest:code_sha256", "utils.runs.manifest:commit"],
     )
 
 

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 
@@ -164,25 +163,6 @@ def told(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
         return out + error
 
     return tell
-
-
-@pytest.fixture
-def own_fork_server() -> Iterator[Callable[[], None]]:
-    """For a test whose processes a new server of `multiprocessing` forks, which ends with it.
-
-    A call ends the one that this process has, if it has one.
-    """
-
-    def end() -> None:
-        alive = [child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE]
-        for child in alive:
-            if "multiprocessing.forkserver" in " ".join(child.cmdline()):
-                child.kill()
-                os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # whose end `multiprocessing` reads
-
-    end()
-    yield end
-    end()
 
 
 @pytest.fixture

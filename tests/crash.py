@@ -11,7 +11,6 @@ import os
 import signal
 import socket
 from collections.abc import Callable
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from utils.runs.run_log import read_metrics
 
 METHODS = [models.LEARNERS[name] for name in models.LEARNERS]  # imported, too
 CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["tests.crash"])
 
 # What counts as a moment, in the order in which it happens during a run.
 MOMENTS: dict[str, tuple[Any, str]] = {
@@ -46,7 +46,8 @@ def run(
 ) -> tuple[int, list[str]]:
     """Run `main.py arguments` in a child that gets the signal at moment `die_at`: (exit code, moments)."""
     receiver, sender = CONTEXT.Pipe(duplex=False)
-    child = _started(arguments, die_at, int(how), sender)
+    child = CONTEXT.Process(target=_child, args=(arguments, die_at, int(how), sender))
+    child.start()
     sender.close()
     moments: list[str] = []
     while True:
@@ -70,17 +71,12 @@ def run_together(
         receiver, sender = CONTEXT.Pipe(duplex=False)
         ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), **address}
         moment = die_at if rank == 0 else None
-        children.append((_started(arguments, moment, int(how), sender, ranks), receiver, sender))
+        child = CONTEXT.Process(target=_child, args=(arguments, moment, int(how), sender, ranks))
+        child.start()
+        children.append((child, receiver, sender))
     for child, _, _ in children:
         child.join()
     return [child.exitcode for child, _, _ in children]
-
-
-def _started(*arguments: Any) -> BaseProcess:
-    CONTEXT.set_forkserver_preload(["tests.crash"])
-    child = CONTEXT.Process(target=_child, args=arguments)
-    child.start()
-    return child
 
 
 def _child(

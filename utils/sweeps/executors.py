@@ -109,7 +109,8 @@ class LocalExecutor(AbstractContextManager):
                 self._gpus.put(gpu)
 
     def __exit__(self, *_: object) -> None:
-        pass
+        if self._starter:
+            self._starter.close()
 
 
 class RayExecutor(AbstractContextManager):
@@ -190,7 +191,7 @@ def run_process(job: Job, gpu: str | None = None, starter: Starter | None = None
     with open(job.output, "ab") as output:
         start = output.tell()
         if starter:
-            process = starter.start(job.command[1:], job.working_folder, job.output)
+            process = starter.start(job.command[1:], job.working_folder, output)
         else:
             chosen = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
             process = subprocess.Popen(

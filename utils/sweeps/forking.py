@@ -1,92 +1,93 @@
-"""Starter: `multiprocessing`'s fork server imports what scripts need once and forks a process for each.
+"""Starter: a process that has imported what scripts need, and forks a process for each one that is to run.
 
-    starter = Starter(["trainer"], {**os.environ, "OMP_NUM_THREADS": "1"})
-    process = starter.start(["/.../main.py", "--config", "X.json"], Path.cwd(), Path("out"))
-    process.wait(0.2)           # its exit code, or None while it is at work
-    process.send_signal(signal.SIGTERM)
+    with Starter(["trainer"], {**os.environ, "OMP_NUM_THREADS": "1"}) as starter, open("out", "ab") as out:
+        process = starter.start(["/.../main.py", "--config", "X.json"], Path.cwd(), out)
+        process.wait(0.2)       # its exit code, or None while it is at work
+        process.send_signal(signal.SIGTERM)
 
 A script runs as `python main.py ...` would run it, in a process of its own with its own memory, signals and
 exit code, without the seconds that imports take. It inherits nothing that a script before it has changed: the
-server only imports. It computes nothing, so it has no threads, CUDA context or choice of CPU kernels either.
+starter only imports. It computes nothing, so it has no threads, CUDA context or choice of CPU kernels either.
 On Linux only (`FORKS`): elsewhere there is no fork, or loaded libraries do not survive it.
 """
 
 import atexit
 import gc
-import multiprocessing
+import json
 import os
+import pkgutil
 import runpy
+import select
 import signal
+import socket
+import subprocess
 import sys
-import threading
 from collections.abc import Sequence
-from contextlib import ExitStack, suppress
-from multiprocessing import connection, forkserver, resource_tracker
-from multiprocessing.process import BaseProcess
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
+from typing import IO
 
 FORKS = sys.platform == "linux"
 ROOT = Path(__file__).resolve().parents[2]
+POLL = 0.05  # seconds between two looks at the forked processes
+MAX_REQUEST = 2**17  # bytes
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if FORKS else ()
-PATH = "PYTHONPATH"
-UNKNOWN = 255  # exit code that `multiprocessing` gives where the server has ended
-ONE_BY_ONE = threading.Lock()  # `multiprocessing` looks after all its children whenever one starts
 
 
-class Starter:
-    """Server that forks processes until this one ends; threads may share it. A process has one.
+class Starter(AbstractContextManager):
+    """Process that forks others, as long as the context lasts; threads may share it.
 
-    names: modules that it imports, from the folder of `main.py`; what cannot be imported the scripts tell.
-    environment: variables of the forked processes.
+    names: what it imports, from the folder of `main.py`: "module", or "module:function", which it calls.
+    environment: variables of the forked processes. Errors of imports are shown on standard error.
     """
 
     def __init__(self, names: Sequence[str], environment: dict[str, str]) -> None:
-        self._names, self._environment = list(names), environment
-        with ONE_BY_ONE:
-            self._serve()
+        self._requests, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", __name__, str(theirs.fileno()), *names],
+                cwd=ROOT,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+                process_group=0,
+            )
 
-    def start(self, arguments: Sequence[str], working_folder: Path, output: Path) -> "ForkedProcess":
+    def start(self, arguments: Sequence[str], working_folder: Path, output: IO[bytes]) -> "ForkedProcess":
         """Process of a script with its arguments, leading a group of its own; `output` takes what it prints.
 
-        Returns when the server has imported. RuntimeError: the server has ended.
+        RuntimeError: the starter has ended.
         """
-        given = (arguments, working_folder, output.absolute(), self._environment)
-        process = multiprocessing.get_context("forkserver").Process(target=run_script, args=given)
-        with ONE_BY_ONE:
-            self._serve()
+        connection, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        request = json.dumps([*arguments, str(working_folder)]).encode()
+        with theirs:
             try:
-                process.start()
-            except (EOFError, ConnectionError) as error:
+                socket.send_fds(self._requests, [request], [theirs.fileno(), output.fileno()])
+            except ConnectionError as error:
+                connection.close()
                 raise RuntimeError("the process that starts runs has ended") from error
-        return ForkedProcess(process)
+        return ForkedProcess(connection)
 
-    def _serve(self) -> None:
-        """Start the server where it is not at work.
+    def close(self) -> None:
+        self._requests.close()
+        self._process.kill()  # what it has forked goes on
+        self._process.wait()
 
-        Signals that stop are blocked in it, so that none is lost between a fork and the script.
-        """
-        before = dict(os.environ)
-        path = os.pathsep.join([str(ROOT), *filter(None, [self._environment.get(PATH)])])
-        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
-        try:
-            resource_tracker.ensure_running()  # the server's companion; it lets some of them pass again
-            signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
-            os.environ.update(self._environment | {PATH: path})
-            forkserver.set_forkserver_preload(self._names)
-            forkserver.ensure_running()
-        finally:
-            for name in os.environ.keys() - before.keys():
-                del os.environ[name]
-            os.environ.update(before)
-            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 class ForkedProcess:
-    """Process that a starter forked; like `subprocess.Popen`."""
+    """Process that a starter forks, or will fork when it has imported; like `subprocess.Popen`.
 
-    def __init__(self, process: BaseProcess) -> None:
+    Its first message is its pid, to which we answer that it may begin; the starter adds its exit code.
+    """
+
+    def __init__(self, connection: socket.socket) -> None:
         self.returncode: int | None = None
-        self._process = process
+        self._pid: int | None = None
+        self._connection = connection
 
     def poll(self) -> int | None:
         """The exit code (negative: killed by that signal), or None while it is at work."""
@@ -95,50 +96,103 @@ class ForkedProcess:
     def wait(self, timeout: float) -> int | None:
         """As `poll`, after at most so many seconds without news.
 
-        RuntimeError: the server has ended, and how the process will end is unknown; it is asked to stop.
+        RuntimeError: the starter has ended, and how the process will end is unknown; it is asked to stop.
         """
-        connection.wait([self._process.sentinel], timeout)
-        with ONE_BY_ONE:
-            self.returncode = self._process.exitcode
-        if self.returncode == UNKNOWN:
-            with suppress(ProcessLookupError):  # it has ended, with this code
-                os.kill(self._process.pid, signal.SIGTERM)
+        while self.returncode is None and select.select([self._connection], [], [], timeout)[0]:
+            try:
+                message = self._connection.recv(32)
+            except ConnectionResetError:  # it was killed before it read our answer
+                continue
+            if not message:
+                self.send_signal(signal.SIGTERM)
                 raise RuntimeError("the process that starts runs has ended")
+            if self._pid is None:
+                self._pid = int(message)
+                with suppress(ConnectionError):
+                    self._connection.send(b"begin")
+            else:
+                self._end(int(message))
         return self.returncode
 
     def send_signal(self, number: int) -> None:
-        if self.returncode is None:
+        """Send it a signal; one that has not begun yet never will."""
+        if self._pid is None:
+            self._end(-number)
+        elif self.returncode is None:
             with suppress(ProcessLookupError):
-                os.kill(self._process.pid, number)
+                os.kill(self._pid, number)
+
+    def _end(self, code: int) -> None:
+        self.returncode = code
+        self._connection.close()
 
 
-def run_script(
-    arguments: Sequence[str], working_folder: Path, output: Path, environment: dict[str, str]
-) -> None:
-    """Run a script as `python` would, in a process that the server has just forked.
+def serve(requests: socket.socket, names: Sequence[str]) -> list[str] | None:
+    """Import and call what is named, then fork for every request.
 
-    It is asked to stop when the process that asked for it is no more.
+    Returns the request in the forked process, and None in this one when nobody asks any more. Signals that
+    stop are blocked here, so that none is lost between the fork and the script.
     """
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+    for name in names:
+        found = pkgutil.resolve_name(name)
+        if callable(found):
+            found()
     gc.freeze()  # a collection would write to, and so copy, pages that all share
+    running: dict[int, socket.socket] = {}
+    while True:
+        if select.select([requests], [], [], POLL if running else None)[0]:
+            message, descriptors, *_ = socket.recv_fds(requests, MAX_REQUEST, 2)
+            if not message:
+                return None
+            connection, output = socket.socket(fileno=descriptors[0]), descriptors[1]
+            pid = os.fork()
+            if pid == 0:
+                for other in (requests, *running.values()):
+                    other.close()
+                begin(connection, output)
+                return json.loads(message)
+            os.close(output)
+            running[pid] = connection
+        while running and (ended := os.waitpid(-1, os.WNOHANG))[0]:
+            with running.pop(ended[0]) as connection, suppress(ConnectionError):
+                connection.send(str(os.waitstatus_to_exitcode(ended[1])).encode())
+
+
+def begin(connection: socket.socket, output: int) -> None:
+    """Make a forked process one of its own, once the sweep knows its pid; it ends where nobody answers."""
     os.setpgid(0, 0)
-    with open(output, "ab") as file:
-        for stream in (1, 2):
-            os.dup2(file.fileno(), stream)
-    if any(os.environ.get(name) != environment[name] for name in environment.keys() - {PATH}):
-        raise RuntimeError("this process has started a server already, with other variables")
-    os.environ.pop(PATH, None)
-    os.environ.update(environment)
-    multiprocessing.set_start_method(None, force=True)  # again the system's own
-    threading.Thread(target=stop_without, args=[multiprocessing.parent_process()], daemon=True).start()
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
-    os.chdir(working_folder)
-    sys.argv, sys.path[0] = list(arguments), str(Path(arguments[0]).resolve().parent)
-    with ExitStack() as at_exit:
-        atexit.register = at_exit.callback  # `multiprocessing` ends processes without these
-        runpy.run_path(arguments[0], run_name="__main__")
+    with connection, suppress(ConnectionError):
+        connection.send(str(os.getpid()).encode())
+        if connection.recv(32):
+            for stream in (1, 2):
+                os.dup2(output, stream)
+            os.close(output)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
+            return
+    os._exit(1)
 
 
-def stop_without(parent: BaseProcess) -> None:
-    """Ask this process to stop when its parent has ended."""
-    parent.join()
-    os.kill(os.getpid(), signal.SIGTERM)
+def leave(codes: Sequence[int]) -> None:
+    """End with the first of the exit codes, if there is one, without destroying what was imported."""
+    if codes:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(codes[0])
+
+
+if __name__ == "__main__":
+    codes: list[int] = []
+    atexit.register(leave, codes)  # registered first, called last: after what scripts register
+    request = serve(socket.socket(fileno=int(sys.argv[1])), sys.argv[2:])
+    if request is None:
+        codes.append(0)
+    else:
+        *sys.argv, folder = request
+        os.chdir(folder)
+        sys.path[0] = str(Path(sys.argv[0]).resolve().parent)
+        try:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+        except SystemExit as ended:
+            codes += [ended.code] if isinstance(ended.code, int) else []
+            raise

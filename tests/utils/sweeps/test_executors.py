@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -13,7 +12,6 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.conftest import ROOT
 from utils.errors import UserError
 from utils.sweeps.executors import (
     Job,
@@ -32,7 +30,6 @@ SMALL = Resources(threads=1, memory_gb=0.001, gpu=False)
 WITH_GPU = Resources(threads=1, memory_gb=0.001, gpu=True)
 MakeJob = Callable[..., Job]
 RunJob = Callable[..., Outcome | None]
-EndServer = Callable[[], None]
 Patch = pytest.MonkeyPatch
 needs_fork = pytest.mark.skipif(not FORKS, reason="processes are not forked on this system")
 
@@ -53,15 +50,13 @@ def job(tmp_path: Path) -> MakeJob:
 @pytest.fixture(params=["started", pytest.param("forked", marks=needs_fork)])
 def run(request: pytest.FixtureRequest) -> RunJob:
     """Runs a job to its end in a process that is started for it, or forked from a starter."""
-    if request.param == "started":
-        return run_process
-    request.getfixturevalue("own_fork_server")
 
     def fork(job: Job, gpu: str | None = None) -> Outcome | None:
         chosen = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
-        return run_process(job, starter=Starter([], job.resources.whole_environment | chosen))
+        with Starter([], job.resources.whole_environment | chosen) as starter:
+            return run_process(job, starter=starter)
 
-    return fork
+    return run_process if request.param == "started" else fork
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -129,108 +124,30 @@ def test_requests_to_stop_are_passed_on_one_by_one(job: MakeJob, run: RunJob) ->
 
 
 @needs_fork
-def test_a_stop_while_the_starter_imports_ends_what_it_then_forks(
-    job: MakeJob, own_fork_server: EndServer
-) -> None:
-    first, later = job("import time; time.sleep(600)"), job("print('begun')", name="later")
-    code = f"import os, time\nwhile not os.path.exists({str(first.stop)!r}): time.sleep(0.01)\n"
+def test_a_stop_while_the_starter_imports_starts_nothing(job: MakeJob) -> None:
+    """Neither at once nor when it has imported."""
+    first, later = job("print('begun')"), job("print('begun')", name="later")
+    code = f"import os, time\nwhile not os.path.exists({str(later.output)!r}): time.sleep(0.01)\n"
     (first.working_folder / "slow_import.py").write_text(code)
-    path = {"PYTHONPATH": str(first.working_folder)}
-    starter = Starter(["slow_import"], SMALL.whole_environment | path)
-    with ThreadPoolExecutor(1) as pool:
+    environment = SMALL.whole_environment | {"PYTHONPATH": str(first.working_folder)}
+    with Starter(["slow_import"], environment) as starter, ThreadPoolExecutor(1) as pool:
         outcome = pool.submit(run_process, first, starter=starter)
         while not first.output.exists():
             time.sleep(0.01)
         first.stop.write_bytes(b".")
         assert outcome.result() == (-signal.SIGTERM, "it printed nothing")
-    first.stop.unlink()
-    assert run_process(later, starter=starter) == (0, "begun")
+        first.stop.unlink()
+        assert run_process(later, starter=starter) == (0, "begun")
+    assert first.output.read_text() == ""
 
 
 @needs_fork
-def test_a_module_that_cannot_be_imported_is_told_by_the_script_that_needs_it(
-    job: MakeJob, own_fork_server: EndServer
-) -> None:
-    starter = Starter(["no_such_module"], SMALL.whole_environment)
-    assert run_process(job("print('begun')"), starter=starter) == (0, "begun")
-    assert "no_such_module" in run_process(job("import no_such_module"), starter=starter).last_line
-
-
-@needs_fork
-def test_a_starter_that_is_killed_ends_its_processes_and_is_started_again(
-    job: MakeJob, own_fork_server: EndServer
-) -> None:
-    """With the same variables."""
-    code = (
-        "import os, pathlib, signal, sys, time\n"
-        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(pathlib.Path('saved').touch()))\n"
-        "os.kill(os.getppid(), signal.SIGKILL)\n"
-        "time.sleep(600)\n"
-    )
-    last, resources = job(code), Resources(3, 1.0, False)
-    starter = Starter([], resources.whole_environment)
-    with pytest.raises(RuntimeError, match="has ended"):
-        run_process(last, starter=starter)
-    while not (last.working_folder / "saved").exists():
-        time.sleep(0.01)
-    threads = job("import os; print(os.environ['OMP_NUM_THREADS'])")
-    assert run_process(threads, starter=starter) == (0, "3")
-    other = run_process(threads, starter=Starter([], SMALL.whole_environment))
-    assert other.code == 1 and "with other variables" in other.last_line
-
-
-def at_work(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
-@needs_fork
-def test_a_forked_process_is_asked_to_stop_when_nobody_waits_for_it_any_more(tmp_path: Path) -> None:
-    """Its parent, a sweep, is killed; no process of it is left."""
-    script, sweep = tmp_path / "script.py", tmp_path / "sweep.py"
-    script.write_text(
-        "import os, pathlib, signal, sys, time\n"
-        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(pathlib.Path('saved').touch()))\n"
-        "os.rename(pathlib.Path('begun').write_text(f'{os.getpid()} {os.getppid()}') and 'begun', 'pids')\n"
-        "time.sleep(600)\n"
-    )
-    sweep.write_text(
-        "import os, pathlib, time\n"
-        "from utils.sweeps.forking import Starter\n"
-        "if __name__ == '__main__':\n"
-        f"    folder = pathlib.Path({str(tmp_path)!r})\n"
-        f"    Starter([], dict(os.environ)).start([{str(script)!r}], folder, folder / 'out')\n"
-        "    time.sleep(600)\n"
-    )
-    process = subprocess.Popen([sys.executable, sweep], env=os.environ | {"PYTHONPATH": str(ROOT)})
-    while not (tmp_path / "pids").exists():
-        assert process.poll() is None
-        time.sleep(0.01)
-    pids = list(map(int, (tmp_path / "pids").read_text().split()))
-    process.kill()
-    process.wait()
-    while any(map(at_work, pids)):
-        time.sleep(0.01)
-    assert (tmp_path / "saved").exists() and (tmp_path / "out").read_text() == ""
-
-
-@needs_fork
-def test_a_forked_process_starts_others_as_one_of_its_own_does(job: MakeJob, run: RunJob) -> None:
-    """Not from the server that forked it: by the system's own way, as data workers are."""
-    code = (
-        "import multiprocessing, os\n"
-        "def tell(queue):\n"
-        "    queue.put(os.getppid() == int(os.environ['OWN']))\n"
-        "if __name__ == '__main__':\n"
-        "    os.environ['OWN'] = str(os.getpid())\n"
-        "    queue = multiprocessing.Queue()\n"
-        "    other = multiprocessing.Process(target=tell, args=(queue,))\n"
-        "    other.start()\n"
-        "    print(queue.get(), other.join(), other.exitcode)\n"
-    )
-    assert run(job(code)) == (0, "True None 0")
+def test_a_starter_that_cannot_import_is_told(job: MakeJob, capfd: pytest.CaptureFixture[str]) -> None:
+    with Starter(["no_such_module"], SMALL.whole_environment) as starter:
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="has ended"):
+                run_process(job(""), starter=starter)
+    assert "no_such_module" in capfd.readouterr().err
 
 
 LEAVES = """
@@ -244,27 +161,25 @@ import os, sys
 imported = "shared" in sys.modules
 import shared, signal
 names = [name for name in vars(shared) if name[0] != "_"]
-print(os.environ.get("LEFT"), os.umask(0), os.getcwd(), sys.path[0], "/" in sys.path, names)
-print(signal.getsignal(15), signal.pthread_sigmask(signal.SIG_BLOCK, []), os.environ.get("PYTHONPATH"))
-print(imported)
+print(os.environ.get("LEFT"), os.umask(0), os.getcwd(), sys.path, signal.getsignal(15), names)
+print(imported, shared.calls)
 """
 
 
 @needs_fork
-def test_a_forked_process_finds_nothing_that_another_changed(
-    job: MakeJob, own_fork_server: EndServer, monkeypatch: Patch
-) -> None:
-    """What is named is imported already; all else is as in a process of its own."""
+def test_a_forked_process_finds_nothing_that_another_changed(job: MakeJob, monkeypatch: Patch) -> None:
+    """What is named is imported already, and was called once; all else is as in a process of its own."""
     looks, leaves = job(LOOKS), job(LEAVES, name="leaves")
-    (looks.working_folder / "shared.py").touch()
+    (looks.working_folder / "shared.py").write_text(
+        "calls = 0\ndef call(): globals().update(calls=calls + 1)"
+    )
     monkeypatch.setenv("PYTHONPATH", str(looks.working_folder))
-    monkeypatch.syspath_prepend(looks.working_folder)
-    assert run_process(looks).last_line == "False"
+    assert run_process(looks).last_line == "False 0"
     own = looks.output.read_text()
-    starter = Starter(["shared"], SMALL.whole_environment)
-    assert run_process(leaves, starter=starter) == (0, "left")
-    assert run_process(looks, starter=starter).last_line == "True"
-    assert looks.output.read_text() == own + own.replace("False\n", "True\n")
+    with Starter(["shared:call"], SMALL.whole_environment) as starter:
+        assert run_process(leaves, starter=starter) == (0, "left")
+        assert run_process(looks, starter=starter).last_line == "True 1"
+    assert looks.output.read_text() == own + own.replace("False 0", "True 1")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -324,9 +239,7 @@ def last_lines(executor: LocalExecutor, jobs: list[Job]) -> list[str]:
 
 
 @pytest.mark.parametrize("imports", [[], pytest.param(["json"], marks=needs_fork)], ids=["started", "forked"])
-def test_as_many_local_jobs_as_fit_run_side_by_side(
-    imports: list[str], job: MakeJob, own_fork_server: EndServer
-) -> None:
+def test_as_many_local_jobs_as_fit_run_side_by_side(imports: list[str], job: MakeJob) -> None:
     """Two processes that wait for each other end; a third waits for its turn; a killed one harms none."""
     assert LocalExecutor(SMALL).jobs == available_cores()
     kill = "import os; os.kill(os.getpid(), 9)"

@@ -468,7 +468,7 @@ def test_commands_alone_are_printed_and_nothing_is_started(sweep: Command, capsy
 
 
 def test_printed_commands_leave_what_the_sweep_would(
-    sweep: Command, capsys: Capture, tmp_path: Path, monkeypatch: Patch, own_fork_server: Callable[[], None]
+    sweep: Command, capsys: Capture, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     """Real processes of two methods: called from elsewhere, and in a sweep, which forks one after the other.
 
