@@ -176,8 +176,8 @@ class SDLoRA(ClassIncrementalLearner):
         self.method_state["adapters"] = [self.adapters[k] for k in decision.kept]
 
     def close_run(self) -> None:
-        """Log the table of active adapters over tasks, from the run's own record."""
-        if self.gate is not None and self.distributed.is_main:
+        """Log the table of active adapters over tasks, from the run's own record, where there is one."""
+        if self.gate is not None and self.context.log is not None and self.distributed.is_main:
             events = [event for event in read_metrics(self.log.folder) if event["event"] == "gate"]
             if len(masks := {event["task"]: event["pruning_mask"] for event in events}) > 1:
                 logger.info(f"Adapters that stay, task by task\n{active_adapters_table(masks)}")

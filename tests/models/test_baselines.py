@@ -227,13 +227,21 @@ def test_heads_do_not_change_what_is_trained(make_sema: Make) -> None:
     assert same(adapters[0], adapters[1]) and same(adapters[0], adapters[2])
 
 
-def test_the_mean_schedule_divides_alpha_by_the_number_of_tasks(make_sema: Make) -> None:
+def test_the_mean_schedule_divides_alpha_by_the_number_of_an_adapter_s_tasks(make_sema: Make) -> None:
     keys = {"nested_lora_consolidation_alpha": 1.0, "nested_lora_consolidation_schedule": "mean"}
     learner = run_tasks(
-        make_sema(**NESTED, nested_lora_use_consolidation=True, expansion="always", **keys), 3
+        make_sema(
+            **NESTED | {"nested_lora_freeze": "never"},
+            nested_lora_use_consolidation=True,
+            expansion="always",
+            **keys,
+        ),
+        3,
     )
-    found = events(learner, "consolidation")
-    assert {event["task"]: event["alpha"] for event in found} == pytest.approx({0: 1, 1: 1 / 2, 2: 1 / 3})
+    found = {(e["task"], e["block"], e["adapter"]): e["alpha"] for e in events(learner, "consolidation")}
+    newest = max(learner.network.growing)
+    assert [found[task, newest, 0] for task in range(3)] == pytest.approx([1, 1 / 2, 1 / 3])
+    assert [found[task, newest, 1] for task in (1, 2)] == pytest.approx([1, 1 / 2])
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -22,7 +22,8 @@ def plain_passes(learner: Learner) -> list[int]:
         if attention.prefix is None:
             seen.append(len(inputs[0]))
 
-    learner.network.vit.blocks[2].attn.register_forward_pre_hook(see)
+    attention = learner.network.vit.blocks[2].attn
+    attention.attention.qkv.register_forward_pre_hook(lambda _, inputs: see(attention, inputs))
     return seen
 
 
