@@ -263,12 +263,12 @@ class SEMAModules(nn.Module):
         Returns:
             A report for each consolidated adapter, by index.
         """
-        reports, learned = {}, self.adapters_of_task(every=not freeze_adapters)
+        reports = {}
         if consolidation is not None:
             reports = self.consolidate_nested_lora(consolidation, tokens, every=not freeze_adapters)
         self.freeze_functional(adapters=freeze_adapters)
         self.freeze_rd()
-        self.tasks_learned[learned] += 1
+        self.tasks_learned[self.adapters_of_task(every=not freeze_adapters)] += 1
         return reports
 
     def adapters_of_task(self, every: bool = False) -> list[int]:

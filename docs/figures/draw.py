@@ -147,10 +147,8 @@ def draw_answer() -> Figure:
     for panel in panels:
         panel.set_xlabel("A_N against RanPAC without adapters (points)")
     note = "Points: means of differences paired by seed; lines: 95 % intervals. ViT-Ti/16 with ImageNet "
-    note += (
-        "weights, 160 px.\nAdapters in blocks 9-11 if not named (SD-LoRA: all). Blue: nested. Orange: moving "
-    )
-    note += "average of one adapter. Green: joint."
+    note += "weights, 160 px.\nAdapters in blocks 9-11 if not named (SD-LoRA: all). "
+    note += "Blue: nested. Orange: moving average of one adapter. Green: joint."
     title = "Averages over tasks end above RanPAC: on CIFAR-100 in all blocks, on shop photos in three"
     finish(figure, title, note)
     return figure
