@@ -108,7 +108,7 @@ def split_folders(path: Path) -> dict[str, Path]:
 def _folders_in(path: Path) -> list[str]:
     """Names of the folders in a folder, hidden ones aside; none where it cannot be listed."""
     with contextlib.suppress(OSError):
-        return [name for name in os.listdir(path) if not name.startswith(".") and (path / name).is_dir()]
+        return [name for name in FolderScan().visible(os.listdir(path)) if (path / name).is_dir()]
     return []
 
 
