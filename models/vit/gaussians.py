@@ -9,6 +9,7 @@ Continual Learning*, NeurIPS 2023; Zhang et al., *SLCA: Slow Learner with Classi
 Learning on a Pre-trained Model*, ICCV 2023.
 """
 
+import math
 from abc import abstractmethod
 
 import torch
@@ -228,6 +229,6 @@ def cholesky(matrix: Tensor) -> Tensor:
     while True:
         added = jitter + torch.finfo(matrix.dtype).tiny
         factor, failed = torch.linalg.cholesky_ex(matrix + added * identity)
-        if not failed or not bool(jitter > 0):  # or it is not finite
+        if not failed or not 0 < float(jitter) < math.inf:  # of what is not finite nothing helps
             return factor
         jitter = 10 * jitter

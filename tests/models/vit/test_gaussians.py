@@ -124,6 +124,11 @@ def test_a_class_with_two_images_has_a_factor_whatever_rounding_does(seed: int) 
     assert torch.linalg.eigvalsh(covariance).min() < -1e-6 * size  # else this tests nothing
 
 
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+def test_a_covariance_that_is_not_finite_ends(value: float) -> None:
+    assert cholesky(torch.full((3, 3), value, dtype=torch.float64)).shape == (3, 3)
+
+
 def test_older_rows_go_on_from_where_they_are_or_from_what_was_trained() -> None:
     rows, heads = trained_rows([2]), []
     for restart in (False, True):
