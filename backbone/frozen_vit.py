@@ -4,7 +4,7 @@
     tokens = net(images, stop=9)     # (B, 3, S, S) -> (B, N, d): what block 9 begins with
     features = net(tokens, 9)        # -> (B, d)
 
-The transformer is timm's own. The networks of all methods but SD-LoRA are of this kind.
+The transformer is timm's own. The networks of all methods are of this kind.
 """
 
 from collections.abc import Iterator, Mapping

@@ -2,7 +2,7 @@
 
     net = LoRAVisionTransformer(timm_vit)
     net.grow(rank=10)                # a new adapter with zero output: the features stay timm's, bit for bit
-    features = net(images, beta)     # (B, 3, S, S) -> (B, d); directions and magnitudes learn
+    features = net(x, beta=beta)     # (B, 3, S, S) -> (B, d); directions and magnitudes learn
     net.freeze_newest()              # its direction is final; the function stays as it is
     net.merge(beta)                  # all adapters in the weights: a forward costs what timm's does
     net.unmerge()
@@ -30,7 +30,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from backbone.frozen_block import product, take_saved_sizes
-from backbone.frozen_vit import merged_state
+from backbone.frozen_vit import FrozenViT, merged_state
 
 INIT_MAGNITUDE = 0.8  # of a new adapter, as published
 
@@ -166,7 +166,7 @@ class LoRALinear(nn.Module):
         return {name: t for name, t in self.state_dict().items() if not name.startswith("qkv.")}
 
 
-class LoRAVisionTransformer(nn.Module):
+class LoRAVisionTransformer(FrozenViT):
     """A frozen timm ViT with LoRA adapters; an adapter is one low-rank direction on q and v in every block.
 
     Adapter k adds to projection s of block l, with Frobenius norms,
@@ -183,26 +183,26 @@ class LoRAVisionTransformer(nn.Module):
     owner: Tensor  # (R,) int64: the adapter that each frozen rank-one term belongs to
 
     def __init__(self, vit: VisionTransformer) -> None:
-        super().__init__()
-        vit.requires_grad_(False)
+        super().__init__(vit)
         for block in vit.blocks:
             block.attn.qkv = LoRALinear(block.attn.qkv)
-        self.vit = vit.eval()
         self.magnitudes = nn.Parameter(torch.empty(0))
         self.register_buffer("owner", torch.empty(0, dtype=torch.int64))
         self.register_load_state_dict_pre_hook(_take_saved_shape)
 
-    def forward(self, images: Tensor, beta: Tensor | None = None) -> Tensor:
-        """Features (B, d), class token after the final norm, of images (B, 3, S, S).
+    def forward(
+        self, x: Tensor, start: int = 0, stop: int | None = None, beta: Tensor | None = None
+    ) -> Tensor:
+        """As in `FrozenViT`.
 
         Args:
             beta: weights of the adapters, (K,) or per block (L, K); None for 1. Ignored by a merged network,
                 whose weights include them.
         """
         if self.is_merged:
-            return self.vit(images)
+            return super().forward(x, start, stop)
         with self._weighted(beta):
-            return self.vit(images)
+            return super().forward(x, start, stop)
 
     @contextmanager
     def _weighted(self, beta: Tensor | None) -> Iterator[None]:
@@ -216,11 +216,6 @@ class LoRAVisionTransformer(nn.Module):
         finally:
             for projection in self.projections:
                 projection.term_weights = projection.newest_weight = None
-
-    def train(self, mode: bool = True) -> "LoRAVisionTransformer":
-        super().train(mode)
-        self.vit.eval()
-        return self
 
     @property
     def projections(self) -> list[LoRALinear]:
@@ -301,6 +296,13 @@ class LoRAVisionTransformer(nn.Module):
         """Parameters of the adapter that learns its direction; none where all are frozen."""
         learning = [projection.new for projection in self.projections if projection.new is not None]
         return [parameter for new in learning for parameter in (new.down, new.up)]
+
+    def fixed_depth(self) -> int:
+        return 0
+
+    def added_tensors(self) -> dict[int, dict[str, Tensor]]:
+        """The merged weights, by block."""
+        return {block: {"merged": p.merged} for block, p in enumerate(self.projections) if self.is_merged}
 
     def adapters_per_block(self) -> dict[int, int]:
         return dict.fromkeys(range(len(self.projections)), len(self.magnitudes))

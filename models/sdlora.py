@@ -13,7 +13,7 @@ Sources: SD-LoRA (Wu et al., ICLR 2025); gate and conditional growth as in the p
 """
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,21 +26,19 @@ from backbone.lora import GumbelGate, LoRAVisionTransformer
 from models.config.sdlora import SDLoRAConfig
 from models.gumbel_growth import CAPTIONS, active_adapters_table, decide, gate_figures, not_finite_advice
 from models.vit.class_incremental import ClassIncrementalLearner
+from models.vit.task_inputs import Batch
+from models.vit.training import FunctionalPhase
 from utils.analysis.representations import GATE_ANALYSES
-from utils.console import progress
 from utils.gumbel_utils import gumbel_sparsemax, newcomer_logits, sparsemax, sparsity_loss
 from utils.inc_net import IncrementalHead
 from utils.runs.figures import CAPTIONS as RUN_CAPTIONS
 from utils.runs.figures import class_incremental_figures
 from utils.runs.run_log import read_metrics
 from utils.training.optim import GroupedOptimizer, ParameterGroup, StepDecay
-from utils.training.phase import EpochNote, Phase, StepResult
+from utils.training.phase import EpochNote, StepResult
 from utils.training.random import rng
-from utils.wording import counted
 
 logger = logging.getLogger("nested_lora")
-
-Batch = tuple[Tensor, Tensor]  # images (B, 3, S, S) and incremental labels (B,)
 
 
 class SDLoRA(ClassIncrementalLearner):
@@ -74,6 +72,10 @@ class SDLoRA(ClassIncrementalLearner):
         if beta is None:
             return {}
         return dict(zip(self.adapters, beta.reshape(-1, len(self.adapters)).mean(0).tolist(), strict=True))
+
+    @property
+    def epochs(self) -> int:
+        return self.config.epochs_of(self.task)
 
     @property
     def gate(self) -> GumbelGate | None:
@@ -195,36 +197,13 @@ class SDLoRA(ClassIncrementalLearner):
         with self.autocast():
             return self.network(images).float()
 
-    def features_of(self, task: int, source: str) -> Tensor:
-        return self._features_of(self.data.task_classes(task), source)
-
     def seen_features(self, source: str) -> Tensor:
-        classes, data = range(self.classes.stop), self.data
-        order = data.seen_indices(self.task + 1, source)
-        return self._features_of(classes, source)[np.searchsorted(data.indices(classes, source), order)]
+        self.network.merge(self.beta())
+        return super().seen_features(source)
 
-    @torch.no_grad()
-    def _features_of(self, classes: range, source: str) -> Tensor:
-        """Features of these classes' images in the test view, (n, d), in stored order.
-
-        They are not stored, since every block learns.
-        """
-        size = self.config.eval_batch_size
-        left, parts = self.data.count(classes, source), []
-        batches = self.data.batches(classes, source=source, batch_size=size)
-        told = f"Features of {source} images of {counted(len(classes), 'class', 'classes')}"
-        for images, _ in progress(batches, total=-(-left // size), desc=told, unit="batch"):
-            self.context.check_stop()
-            parts.append(self.distributed.all_gather(self.features(images.to(self.device)), min(size, left)))
-            left -= size
-        return torch.cat(parts)
-
-    @torch.no_grad()
     def features_of_images(self, indices: np.ndarray, source: str, among: np.ndarray) -> Tensor:
-        size = self.config.eval_batch_size
-        batches = (indices[first : first + size] for first in range(0, len(indices), size))
-        views = (self.data.views(batch, source, None, self.device) for batch in batches)
-        return torch.cat([self.features(images).cpu() for images in views])
+        self.network.merge(self.beta())
+        return super().features_of_images(indices, source, among)
 
     def trained_numbers(self) -> int:
         """Those of adapters that learned, pruned ones too, with their magnitudes and logits, and of rows."""
@@ -234,39 +213,20 @@ class SDLoRA(ClassIncrementalLearner):
         return adapters + sum(p.numel() for task in trained for p in self.head.tasks[task].parameters())
 
 
-class LoRAPhase(Phase):
-    """The learner's `loss` over the task's classes on newly augmented images, with every beta 1."""
+class LoRAPhase(FunctionalPhase):
+    """`FunctionalPhase` on newly augmented images, with every beta 1."""
 
-    name = "func"
-
-    def __init__(self, learner: SDLoRA) -> None:
-        config, epochs = learner.config, learner.config.epochs_of(learner.task)
-        super().__init__(
-            epochs=epochs,
-            steps_per_epoch=-(-learner.data.count(learner.classes, "train") // config.batch_size),
-            optimizer=learner.update_optimizer_and_scheduler(epochs),
-        )
-        self.learner, self.config = learner, config
-
-    def batches(self, epoch: int, start: int) -> Iterable[Batch]:
-        learner, size = self.learner, self.config.batch_size
+    def batches(self, epoch: int, start: int) -> Iterator[Batch]:
+        learner = self.learner
         key = ("training", learner.seed, learner.task, epoch)
-        return learner.data.batches(
-            learner.classes, source="train", batch_size=size, key=key, start=start, view=key
-        )
+        return self.inputs.read(learner.task, self.inputs.fresh(key), key, self.config.batch_size, start)
 
-    def micro_batches(self, batch: Batch) -> list[Batch]:
-        images, targets = (tensor.tensor_split(self.config.grad_accumulation) for tensor in batch)
-        return [(x, y) for x, y in zip(images, targets, strict=True) if len(y)]
-
-    def loss(self, micro_batch: Batch) -> StepResult:
+    def loss(self, batch: Batch) -> StepResult:
         learner, beta = self.learner, self.step_beta()
-        images, targets = (tensor.to(learner.device) for tensor in micro_batch)
         with learner.autocast():
-            features = learner.network(images, beta).float()
-        logits, targets = learner.training_logits(features, targets)
-        loss = learner.loss(logits, targets, features) + self.penalty(beta)
-        return StepResult(loss, len(targets), (logits.argmax(dim=1) == targets).sum())
+            features = learner.network(batch.inputs.to(learner.device), beta=beta).float()
+        result = self.result(batch, features)
+        return StepResult(result.loss + self.penalty(beta), result.samples, result.correct)
 
     def step_beta(self) -> Tensor | None:
         """Weights of the adapters in the coming step; None for 1."""

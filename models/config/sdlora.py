@@ -106,6 +106,9 @@ class SDLoRAConfig(RowsRules, GateKeys):
         "tuned_epoch": "a schedule spans the epochs of its task",
     }
 
+    engine: ClassVar[str] = "fast"  # no keys: every block learns
+    cache_views: ClassVar[int] = 0
+
     model_name: Literal["sdlora"] = key(
         "sdlora", "SD-LoRA: directions and magnitudes of LoRA adapters; with a gate over them Gumbel CL-LoRA."
     )

@@ -511,6 +511,11 @@ class ClassIncrementalLearner(Learner):
         """Whether any epoch trains adapters, routers and classifier rows."""
         return getattr(self.config, "func_epoch", 1) > 0
 
+    @property
+    def epochs(self) -> int:
+        """Epochs of the open task's functional phases."""
+        return self.config.func_epoch
+
     def trained_rows(self) -> int:
         """Numbers in the classifier's rows."""
         rows = self.modules["head"].parameters() if "head" in self.modules else []

@@ -70,14 +70,14 @@ class FunctionalPhase(Phase):
     def __init__(self, learner: ClassIncrementalLearner, block: int | None = None) -> None:
         config, inputs, task = learner.config, learner.inputs, learner.task
         super().__init__(
-            epochs=config.func_epoch,
+            epochs=learner.epochs,
             steps_per_epoch=inputs.batch_count(task, config.batch_size),
-            optimizer=learner.update_optimizer_and_scheduler(config.func_epoch),
+            optimizer=learner.update_optimizer_and_scheduler(learner.epochs),
             block=block,
         )
         self.learner, self.inputs, self.config = learner, inputs, config
         self.key = ("functional", learner.seed, task, learner.progress.phases)
-        self.source_of_epoch = inputs.by_epoch(task, config.func_epoch)
+        self.source_of_epoch = inputs.by_epoch(task, learner.epochs)
         self.slow = next((group for group in self.optimizer.groups if group.name == "slow"), None)
         self._slow_before: list[Tensor] | None = None  # its tensors before a step that is traced
         if self.slow is not None:

@@ -94,15 +94,15 @@ def test_the_dense_formula(gate: str, is_open: bool) -> None:
     beta = {"none": None, "global": torch.tensor([0.6, 0.0, 0.4]), "layer": torch.rand(DEPTH, 3)}[gate]
     expected = dense(network, images(), beta)
     assert (expected - plain_vit()(images())).abs().max() > 0.01
-    unmerged = network(images(), beta)
+    unmerged = network(images(), beta=beta)
     close(unmerged, expected)
-    assert torch.equal(network(images()), network(images(), torch.ones(DEPTH, 3)))
+    assert torch.equal(network(images()), network(images(), beta=torch.ones(DEPTH, 3)))
     network.merge(beta)
     network.merge(torch.zeros(3))  # merged already: nothing
     close(network(images()), expected)
     assert network.is_merged and network.state_dict().keys() == before.keys()
     network.unmerge()
-    assert not network.is_merged and torch.equal(network(images(), beta), unmerged)
+    assert not network.is_merged and torch.equal(network(images(), beta=beta), unmerged)
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
 
 
@@ -112,7 +112,7 @@ def test_gradients_are_those_of_the_formula(ranks: tuple[int, ...]) -> None:
     network, beta = learned(ranks).train(), torch.rand(DEPTH, 3).requires_grad_()
     assert not network.vit.training
     leaves = [beta, network.magnitudes, *network.directions()]
-    ours = torch.autograd.grad(network(images(), beta).square().sum(), leaves)
+    ours = torch.autograd.grad(network(images(), beta=beta).square().sum(), leaves)
     theirs = torch.autograd.grad(dense(network, images(), beta).square().sum(), leaves)
     for gradient, expected in zip(ours, theirs, strict=True):
         torch.testing.assert_close(gradient, expected, atol=2e-4, rtol=2e-4)
@@ -185,7 +185,7 @@ def test_keeping_some_frees_the_others() -> None:
     """As if they had never been: parameters, memory, function."""
     network = learned((2, 3, 4), is_open=False)
     assert network.parameter_counts() == {"adapters": DEPTH * 4 * WIDTH * 9, "magnitudes": 3}
-    expected = network(images(), torch.tensor([1.0, 0.0, 1.0]))
+    expected = network(images(), beta=torch.tensor([1.0, 0.0, 1.0]))
     network.keep([0, 2])
     close(network(images()), expected)
     counts = {"adapters": DEPTH * 4 * WIDTH * 6, "magnitudes": 2}

@@ -23,7 +23,8 @@ Make = Callable[..., SDLoRA]
 
 @torch.no_grad()
 def features(learner: SDLoRA, task: int = 0) -> Tensor:
-    return learner.features_of(task, "test")
+    counts = [learner.data.count(learner.data.task_classes(seen), "test") for seen in range(learner.task + 1)]
+    return learner.seen_features("test").split(counts)[task]
 
 
 # --- SD-LoRA ------------------------------------------------------------------------------------------------
@@ -62,7 +63,7 @@ def test_it_is_sd_lora_written_out(make_sdlora: Make) -> None:
         head = copy.deepcopy(learner.modules["head"].tasks[-1])
         magnitudes = torch.full((task + 1,), 0.8, requires_grad=True)
         optimizer = torch.optim.SGD([magnitudes, a, b, *head.parameters()], lr=0.05, momentum=0.9)
-        for images, targets in LoRAPhase(learner).batches(0, 0):
+        for images, targets, *_ in LoRAPhase(learner).batches(0, 0):
             weights = {}
             for i, (block, new) in enumerate(zip(plain.blocks, b @ a, strict=True)):
                 q, v = magnitudes[-1] * new + sum(magnitudes[k] * old[k][i] for k in range(task))
@@ -258,7 +259,7 @@ def test_evaluation_is_merged_and_its_weights_have_no_noise(make_sdlora: Make) -
     merged = features(learner)
     learner.network.unmerge()
     with torch.no_grad():
-        torch.testing.assert_close(learner.network(images, beta), merged, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(learner.network(images, beta=beta), merged, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["off", "global", "layer"])
