@@ -2,12 +2,12 @@
 
     pictures = sweep_figures(results, "ranks on CIFAR-100")     # file name -> (PNG, caption)
 
-They are those of `FIGURES`, and the answers to the sweep's hypotheses (`utils/reports/answers_figure.py`);
-figures without numbers are left out. The baseline is black or grey; colours can be told apart by colour-blind
+They are those of `FIGURES`, and the answers to the sweep's hypotheses (`utils/reports/answers.py`); figures
+without numbers are left out. The baseline is black or grey; colours can be told apart by colour-blind
 readers, and cells of the same colour differ in their marker. Text of the user's is drawn as it is written.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from utils.metric_catalogue import Shown
+from utils.metric_catalogue import ABSENT, MetricSpec, Shown
 from utils.plotting import (
     BLUE,
     GREY,
@@ -34,17 +34,26 @@ from utils.plotting import (
     titled_figure,
     wrapped,
 )
-from utils.reports.answers_figure import CAPTION, answers_figure
+from utils.reports.answers import CONTRADICTED, SIDES, SUPPORTED, comparison
 from utils.reports.results import Results
 from utils.reports.stats import ONE_SEED, SAME, UNDECIDED
 
 HYPOTHESES_FIGURE = "hypotheses.png"
+HYPOTHESES_CAPTION = (
+    "Difference that each hypothesis is about, paired by seed, with its 95 % interval; small dots are "
+    "seeds. Blue: the interval excludes zero on the expected side, supported; orange: on the other side, "
+    "contradicted; grey: the seeds do not decide."
+)
 MANY_CELLS = 12  # beyond, curves and points show the best alone in colour
 HIGHLIGHTED = 5
 LABEL_WIDTH = 44  # characters per line
 LINE, LETTER = 0.155, 0.068  # inches that a line of text and a letter of it take
+FOREST_WIDTH, AXIS_HEIGHT = 9.4, 0.65  # inches: of the figure of hypotheses, of an axis below its panel
 PALE = "#c4c4c4"
-VERDICT_COLOURS = {"better": BLUE, "worse": VERMILLION, UNDECIDED: GREY, SAME: GREY, ONE_SEED: GREY}
+VERDICT_COLOURS = {
+    **{"better": BLUE, SUPPORTED: BLUE, "worse": VERMILLION, CONTRADICTED: VERMILLION},
+    **dict.fromkeys((UNDECIDED, SAME, ONE_SEED), GREY),
+}
 GREYS = ("#94a4a2", "#717581")
 COLOURS = [colour for colour in map(to_hex, mpl.color_sequences["petroff10"]) if colour not in GREYS]
 MARKERS = "oDv^PX<>"
@@ -59,11 +68,11 @@ def sweep_figures(
     form: "png", or "pdf" or "svg" for files of that form as well.
     """
     captions = {name: caption.format(main=results.main.name) for name, (_, caption) in FIGURES.items()}
-    captions[HYPOTHESES_FIGURE] = CAPTION
+    captions[HYPOTHESES_FIGURE] = HYPOTHESES_CAPTION
     with mpl.rc_context(STYLE):
         drawn = {name: draw(results, subtitle) for name, (draw, _) in FIGURES.items()}
         if answers is not None:
-            drawn[HYPOTHESES_FIGURE] = answers_figure(answers, results, subtitle)
+            drawn[HYPOTHESES_FIGURE] = hypotheses_figure(answers, results, subtitle)
         files = pictures({name: figure for name, figure in drawn.items() if figure}, form)
     return {name: (content, captions[Path(name).with_suffix(".png").name]) for name, content in files.items()}
 
@@ -145,23 +154,49 @@ def differences_figure(results: Results, subtitle: str) -> Figure | None:
     title = "Difference from the baseline with 95 % interval"
     figure, axes_of_panels = _figure_with_rows(labels, title, subtitle, panels=len(panels))
     for axes, spec in zip(axes_of_panels, panels, strict=True):
-        axes.axvline(0, color=INK, lw=1)
-        for cell, row in drawn.xs(spec.key, level="metric").to_dict("index").items():
-            y, handle = cells.index(cell), _verdict_handle(row["verdict"])
-            interval = [row["difference_low95"], row["difference_high95"]]
-            axes.plot(interval, [y, y], color=handle.get_color(), lw=2, solid_capstyle="butt")
-            mark = {"marker": handle.get_marker(), "mfc": handle.get_markerfacecolor(), "ms": 6.5}
-            axes.plot(row["difference"], y, color=handle.get_color(), **mark)
+        found = drawn.xs(spec.key, level="metric").to_dict("index")
+        _draw_differences(axes, {cells.index(cell): row for cell, row in found.items()}, spec)
         side = "left" if spec.lower_is_better else "right"
         axes.set_title(f"{spec.name}: {side} is better", loc="left", pad=5)
-        axes.set_xlabel(f"difference ({spec.difference_unit})" if spec.unit else "difference")
-        axes.margins(x=0.08)
     handles = {
         f"{verdict}: the interval holds zero" if verdict == UNDECIDED else verdict: _verdict_handle(verdict)
         for verdict in VERDICT_COLOURS
         if verdict in set(drawn["verdict"])
     }
     legend_below(figure, handles)
+    return figure
+
+
+def hypotheses_figure(answers: pd.DataFrame, results: Results, subtitle: str) -> Figure | None:
+    """Difference that each hypothesis is about with its 95 % interval: a row each, a panel per metric.
+
+    Dots below are seeds. None where no hypothesis has a number.
+    """
+    answered = answers[answers["n"] > 0]
+    if answered.empty:
+        return None
+    most = answered["n"].max()
+    panels = [rows.to_dict("records") for _, rows in answered.groupby("metric", sort=False)]
+    labels = [[_label(row, results) for row in rows] for rows in panels]
+    row_height = 0.1 + _row_height([label for own in labels for label in own])
+    heights = [AXIS_HEIGHT + row_height * len(own) for own in labels]
+    subtitle = f"{subtitle} · paired by seed, n = {most}"
+    title = "Difference of each hypothesis with 95 % interval"
+    figure = titled_figure(FOREST_WIDTH, AXIS_HEIGHT + sum(heights), title, subtitle)
+    axes_of_panels = figure.subplots(len(panels), squeeze=False, height_ratios=heights)[:, 0]
+    for axes, rows, own in zip(axes_of_panels, panels, labels, strict=True):
+        spec = results.spec(rows[0]["metric"])
+        _label_rows(axes, own)
+        _draw_differences(axes, dict(enumerate(rows)), spec)
+        for y, row in enumerate(rows):
+            pairs = results.pairs(*(row[side] for side in SIDES)) / spec.scale
+            axes.plot(pairs["ours"] - pairs["theirs"], [y + 0.25] * len(pairs), "o", color=INK, ms=2.5)
+            interval = spec.difference_text(row["difference_low95"], row["difference_high95"])
+            lines = [f"{row['verdict']}, n = {row['n']}" if row["n"] < most else row["verdict"]]
+            lines += [spec.difference_text(row["difference"]) + f" ({interval})" * (interval != ABSENT)]
+            beside = {"xycoords": axes.get_yaxis_transform(), "textcoords": "offset points", "va": "center"}
+            colour = VERDICT_COLOURS[row["verdict"]]
+            axes.annotate("\n".join(lines), (1, y), (8, 0), color=colour, size=9, **beside)
     return figure
 
 
@@ -269,6 +304,19 @@ def _draw_curve(axes: Axes, curves: np.ndarray, style: Style | None, tasks: int,
     return axes.plot(x, mean, lw=width, ms=5, markevery=max(1, tasks // 20), **line)[0]
 
 
+def _draw_differences(axes: Axes, rows: Mapping[int, Mapping[str, Any]], spec: MetricSpec) -> None:
+    """Mean difference and interval of each row at its height, and the axis of a panel about one metric."""
+    axes.axvline(0, color=INK, lw=1)
+    for y, row in rows.items():
+        low, mean, high = (row[f"difference{end}"] / spec.scale for end in ("_low95", "", "_high95"))
+        handle = _verdict_handle(row["verdict"])
+        axes.plot([low, high], [y, y], color=handle.get_color(), lw=2, solid_capstyle="butt")
+        mark = {"marker": handle.get_marker(), "mfc": handle.get_markerfacecolor(), "ms": 6.5}
+        axes.plot(mean, y, color=handle.get_color(), **mark)
+    axes.set_xlabel(f"difference ({spec.difference_unit})" if spec.unit else "difference")
+    axes.margins(x=0.08)
+
+
 def _verdict_handle(verdict: str) -> Line2D:
     """Legend entry of a comparison: hollow where there is no interval."""
     line = {"mfc": "white", "lw": 0} if verdict in (SAME, ONE_SEED) else {"lw": 2}
@@ -299,18 +347,35 @@ def _figure_with_rows(
 ) -> tuple[Figure, list[Axes]]:
     """A figure with a labelled row per cell, the first on top, and one or more panels side by side."""
     lines = [line for label in labels for line in label.split("\n")]
-    height = 1.55 + len(labels) * max(0.3, LINE * max(1 + label.count("\n") for label in labels) + 0.08)
+    height = 1.55 + len(labels) * _row_height(labels)
     width = max(NARROWEST, 3 * panels + 2 + LETTER * max(map(len, lines)))
     figure = titled_figure(width, max(2.6, height), title, subtitle)
     row = list(figure.subplots(1, panels, sharey=True, squeeze=False)[0])
     for axes in row:
-        axes.set_yticks(range(len(labels)), labels)
-        axes.set_ylim(len(labels) - 0.4, -0.6)
-        axes.grid(axis="x")
-        axes.set_axisbelow(True)
-        axes.tick_params(axis="y", length=0, labelleft=axes is row[0])
-        axes.spines["left"].set_visible(False)
+        _label_rows(axes, labels)
+        axes.tick_params(axis="y", labelleft=axes is row[0])
     return figure, row
+
+
+def _label(answer: Mapping[str, Any], results: Results) -> str:
+    """Name of a hypothesis, and what it compares."""
+    texts = (answer["hypothesis"], comparison(answer, results))
+    return "\n".join(wrapped(text, LABEL_WIDTH) for text in texts)
+
+
+def _row_height(labels: Sequence[str]) -> float:
+    """Inches that a row takes, so that the longest label fits."""
+    return max(0.3, LINE * max(1 + label.count("\n") for label in labels) + 0.08)
+
+
+def _label_rows(axes: Axes, labels: Sequence[str]) -> None:
+    """Rows with their labels, the first on top."""
+    axes.set_yticks(range(len(labels)), labels)
+    axes.set_ylim(len(labels) - 0.4, -0.6)
+    axes.grid(axis="x")
+    axes.set_axisbelow(True)
+    axes.tick_params(axis="y", length=0)
+    axes.spines["left"].set_visible(False)
 
 
 def _sentence(text: str) -> str:

@@ -8,12 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
-import numpy as np
 import pandas as pd
 import pytest
-from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
-from matplotlib.text import Text
 
 import main
 from models import SCHEMAS
@@ -24,7 +21,7 @@ from tests.utils.reports.test_report import write as write_named
 from tests.utils.runs.test_manifest import CHANGES, origins, record
 from utils.plotting import BLUE, GREY, STYLE, VERMILLION
 from utils.reports.answers import answer
-from utils.reports.answers_figure import answers_figure
+from utils.reports.figures import hypotheses_figure
 from utils.reports.hypotheses import Hypothesis, read_hypotheses
 from utils.reports.tables import Table, hypotheses_table
 from utils.runs.folder import folder_of
@@ -272,40 +269,44 @@ def test_the_command_line_reports_on_the_hypotheses_of_the_file(tmp_path: Path) 
 def figure_of(runs: dict[str, dict[int, dict]], **given: dict[str, Any]) -> Figure:
     results = results_of(runs)
     with mpl.rc_context(STYLE):
-        figure = answers_figure(answer(hypotheses_of(list(runs), **given), results), results, "ranks " * 40)
+        figure = hypotheses_figure(
+            answer(hypotheses_of(list(runs), **given), results), results, "ranks " * 40
+        )
         assert_readable(figure)
     return figure
 
 
-def test_a_panel_per_hypothesis_in_the_verdicts_colour() -> None:
-    figure = figure_of(SMALL, **GIVEN, H5={**NEAR, "against_metric": "final"})
-    panels = [axes for axes in figure.axes if axes.get_visible()]
-    titles = ["H1: supported", "H2: contradicted", "H3: no number", "H4: undecided", "H5: contradicted"]
-    assert [axes.get_title(loc="left") for axes in panels] == titles
-    drawn = [text for axes in panels for text in axes.findobj(Text) if text.get_text() in titles]
-    colours = [to_hex(title.get_color()).upper() for title in drawn]
-    assert colours == [BLUE.upper(), VERMILLION.upper(), GREY, GREY, VERMILLION.upper()]
-    assert len({round(axes.get_position().x0, 3) for axes in panels}) == 2  # columns
+def test_a_panel_per_metric_has_its_hypotheses_in_the_verdicts_colours() -> None:
+    panels = figure_of(SMALL, **GIVEN, H5={**NEAR, "against_metric": "final"}).axes
+    assert [len(axes.get_yticks()) for axes in panels] == [3, 1]
+    texts = [text for axes in panels for text in axes.texts]
+    verdicts = ["supported", "contradicted", "contradicted", "undecided"]
+    assert [text.get_text().split("\n")[0] for text in texts] == verdicts
+    assert [text.get_color() for text in texts] == [BLUE, VERMILLION, VERMILLION, GREY]
 
 
-def test_a_panel_shows_every_seed_both_means_and_the_difference() -> None:
+def test_a_row_shows_the_difference_its_interval_and_every_seed() -> None:
     (axes,) = figure_of(SMALL, H1=NEAR).axes
-    *seeds, theirs, ours = axes.lines
-    assert [list(line.get_ydata()) for line in seeds] == [[1.0, 3.0], [3.0, 5.5], [5.0, 8.0]]
-    assert all(list(line.get_xdata()) == [0, 1] for line in seeds)
-    assert [list(line.get_ydata()) for line in (ours, theirs)] == [[5.5, 5.5], [3.0, 3.0]]
-    assert [np.mean(line.get_xdata()) for line in (ours, theirs)] == [1, 0]
-    assert [line.get_color() for line in (ours, theirs)] == [BLUE, BLUE]
-    assert [label.get_text() for label in axes.get_xticklabels()] == ["theirs", "ours"]
-    (text,) = [text.get_text() for text in axes.texts]
-    assert text == "score, ours against theirs\n+2.500, 95 % +1.258 to +3.742 (n = 3)"
+    zero, interval, mean, seeds = (list(line.get_xdata()) for line in axes.lines)
+    assert zero == [0, 0] and interval == pytest.approx([2.5 - HALF, 2.5 + HALF])
+    assert mean == [2.5] and seeds == [2.0, 2.5, 3.0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["H1\nscore, ours against theirs"]
+    assert [text.get_text() for text in axes.texts] == ["supported\n+2.500 (+1.258 to +3.742)"]
 
 
-def test_sides_of_one_cell_are_called_by_their_metrics_in_their_unit() -> None:
-    given = without("against") | {"metric": "seconds", "against_metric": "score"}
-    (axes,) = figure_of(runs_of(ours=[3.0, 5.5]), H1=given).axes
-    assert [label.get_text() for label in axes.get_xticklabels()] == ["score", "wall-clock minutes"]
-    assert axes.lines[0].get_ydata()[1] == pytest.approx(10.0)
+def test_differences_are_in_the_unit_of_their_metric_and_fewer_seeds_are_told() -> None:
+    given = {"H1": {**NEAR, "metric": "seconds", "expected": "lower"}, "H2": NEAR | {"against": "few"}}
+    runs = {**SMALL, **runs_of(few=[1.0, 3.0])}
+    minutes, score = figure_of(runs, **given).axes
+    assert list(minutes.lines[-1].get_xdata()) == pytest.approx([-1.0, 0.0, 1.0])
+    assert "minutes" in minutes.get_yticklabels()[0].get_text()
+    assert "n =" not in minutes.texts[0].get_text() and "n = 2" in score.texts[0].get_text()
+
+
+def test_no_figure_where_no_hypothesis_has_a_number() -> None:
+    runs = runs_of(ours=[1.0, 2.0], theirs=[None, None])
+    results = results_of(runs)
+    assert hypotheses_figure(answer(hypotheses_of(list(runs), H1=NEAR), results), results, "x") is None
 
 
 @pytest.mark.parametrize("number", [1, 5])
@@ -314,5 +315,5 @@ def test_no_text_of_the_figure_overlaps_another_or_leaves_the_picture(number: in
     runs = runs_of(**{name: [1e6 + s + i for s in range(5)] for i, name in enumerate(long)})
     cells = {**NEAR, "cell": long[0], "against": long[1]}
     one_cell = {"against": None, "against_metric": "plasticity"}
-    about = [cells, cells | one_cell, cells | {"metric": "nothing"}]
+    about = [cells, cells | one_cell, cells | {"metric": "seconds"}]
     figure_of(runs, **{f"H{i}" + " of a long name" * i: about[i % 3] for i in range(number)})
