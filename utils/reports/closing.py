@@ -1,6 +1,6 @@
-"""Closing words of a sweep for the console: a table of means, and what it says in one sentence.
+"""Closing words of a sweep for the console: what its table's columns are, and what it says in one sentence.
 
-    print("\n".join(closing_table(results)))
+    print("\n".join(legend(results)))         # "A_N   accuracy over all classes after the last task (%) ..."
     print(finding(results, "nested mean"))    # "nested mean ends 2.00 points above matched adapter ..."
 
 Both are computed from the results, whatever they say.
@@ -11,7 +11,6 @@ from collections.abc import Iterable
 import pandas as pd
 
 from utils.metric_catalogue import ABSENT, MetricSpec, Shown
-from utils.reports.renderings import aligned
 from utils.reports.results import Results
 from utils.reports.stats import ONE_SEED, SAME, UNDECIDED
 from utils.reports.tables import measured
@@ -23,19 +22,14 @@ CERTAINTY = {
 }
 
 
-def closing_table(results: Results) -> list[str]:
-    """A row per cell with the means of what is compared, then a line on what each column is."""
-    specs, rows = measured(results, Shown.CONSOLE), []
-    for cell in results.cells:
-        found = [results.summary.loc[(cell, spec.key)] for spec in specs]
-        means = (spec.text(row["mean"], row["std"]) for spec, row in zip(specs, found, strict=True))
-        rows.append([cell, *means])
-    table = aligned(["", *(spec.name for spec in specs)], rows, gap=3)
+def legend(results: Results) -> list[str]:
+    """A line on what each column of the console's table is."""
+    specs = measured(results, Shown.CONSOLE)
     longest = max(len(spec.name) for spec in specs)
-    legend = [f"{spec.name:<{longest}}   {spec.definition}" for spec in specs]
+    lines = [f"{spec.name:<{longest}}   {spec.definition}" for spec in specs]
     if chance := results.chance():
-        legend[0] += f"; by chance {results.main.text(chance[-1])}"
-    return [*table, "", *legend]
+        lines[0] += f"; by chance {results.main.text(chance[-1])}"
+    return lines
 
 
 def finding(results: Results, cell: str | None = None) -> str:

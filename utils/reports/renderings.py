@@ -7,7 +7,7 @@ markdown_table(table)
 
 import re
 import textwrap
-from collections.abc import Sequence
+from itertools import zip_longest
 
 import pandas as pd
 
@@ -22,7 +22,7 @@ LATEX_SIGNS = {
     "±": "$\\pm$",
     ABSENT: "--",
 }
-HEADING = 12  # characters in a line of a heading on a terminal
+HEADING = 12  # characters in a line of a heading on a terminal; longer ones fill several
 MARKDOWN_SIGNS = re.compile(
     r"[\\`*\[\]|~$]"
     r"|(?<![^\W_])_|_(?![^\W_])"  # not inside a word
@@ -34,27 +34,14 @@ SYMBOL = re.compile(r"\b([A-Z])_([A-Z])\b")  # A_N
 
 def terminal_table(table: Table) -> str:
     """Columns aligned for a terminal, the first to the left, under the caption."""
-    rows = [[f"{entry.text}{' *' if entry.strong else '  '}" for entry in row] for row in table.rows]
-    rows = [[row[0].rstrip(), *row[1:]] for row in rows]
-    lines = aligned(table.headings, rows, gap=2, margin=2)
-    return "\n".join(filter(None, [table.caption, *lines, table.note]))
-
-
-def aligned(headings: Sequence[str], rows: Sequence[Sequence[str]], gap: int, margin: int = 0) -> list[str]:
-    """Lines of a table, its first column to the left; headings longer than `HEADING` fill several.
-
-    margin: what a heading leaves free to its right.
-    """
-    stacks = [textwrap.wrap(heading, HEADING, break_long_words=False) or [""] for heading in headings]
-    depth = max(map(len, stacks))
-    names, *others = ([""] * (depth - len(stack)) + stack for stack in stacks)
-    others = [[line + margin * " " for line in stack] for stack in others]
-    table = [*map(list, zip(names, *others, strict=True)), *rows]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    return [
-        (gap * " ").join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
-        for row in table
-    ]
+    headings = [textwrap.wrap(heading, HEADING, break_long_words=False) for heading in table.headings]
+    from_below = zip_longest(*map(reversed, headings), fillvalue="")
+    lines = [[name, *(f"{text}  " for text in others)] for name, *others in from_below][::-1]
+    for name, *others in table.rows:
+        lines.append([name.text, *(f"{entry.text}{' *' if entry.strong else '  '}" for entry in others)])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    texts = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in lines]
+    return "\n".join(filter(None, [table.caption, *map(str.rstrip, texts), table.note]))
 
 
 def latex_table(table: Table) -> str:

@@ -31,10 +31,13 @@ from pydantic import ValidationError
 from utils.config.schema import RunConfig
 from utils.errors import UserError
 from utils.files import json_bytes, read_json, write_json
+from utils.metric_catalogue import Shown
 from utils.reports.about import differing_keys, what_was_run
-from utils.reports.closing import closing_table, finding, weights_notes
+from utils.reports.closing import finding, legend, weights_notes
+from utils.reports.renderings import terminal_table
 from utils.reports.report import write_report
 from utils.reports.results import Results
+from utils.reports.tables import means_table
 from utils.runs.folder import (
     CONFIG,
     RESULT,
@@ -197,12 +200,12 @@ def write_summary(sweep: Sweep, runs: Sequence[Run], failures: Mapping[str, str]
         outdated={label: (", ".join(kinds), again[label]) for label, kinds in outdated(by_label).items()},
     )
     lines = closing_lines(sweep, table, paths, complete=not unfinished)
-    logger.info("\n".join([f"Results of {sweep.path.stem}", "", *lines]))
+    logger.info("\n".join([f"Results of {sweep.path.stem}; * best", "", *lines]))
 
 
 def closing_lines(sweep: Sweep, results: Results, paths: Sequence[Path], complete: bool) -> list[str]:
     """Table, finding, places of curves and report, and, when all runs are finished, what one may do next."""
-    lines = [*closing_table(results), ""]
+    lines = [terminal_table(means_table(results, Shown.CONSOLE)), "", *legend(results), ""]
     for text in (*weights_notes(results), f"Finding: {finding(results, sweep.file.finding)}"):
         lines += [*textwrap.wrap(text, CONSOLE_WIDTH, break_on_hyphens=False), ""]
     for what in ("curves", "report"):

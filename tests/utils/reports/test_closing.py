@@ -3,8 +3,11 @@
 import pytest
 
 from models.vit.config import ClassIncrementalConfig
-from utils.reports.closing import closing_table, finding
+from utils.metric_catalogue import Shown
+from utils.reports.closing import finding, legend
+from utils.reports.renderings import terminal_table
 from utils.reports.results import Results
+from utils.reports.tables import means_table
 
 
 def results(
@@ -80,16 +83,18 @@ def test_without_a_baseline_the_best_is_named() -> None:
     assert finding(results(ADAPTER | RIDGE, baseline=None)) == "the best A_N is 84.00, of ridge."
 
 
-def test_the_table_has_a_row_per_cell_and_names_chance_where_it_is_known() -> None:
-    header, adapter, ridge, unrun, blank, legend, *_ = closing_table(
-        results(ADAPTER | RIDGE | {"not run": []}, classes_seen=[5, 10])
-    )
-    assert header.split() == ["A_N", "average", "forgetting", "plasticity"] and blank == ""
-    assert adapter.split() == ["adapter", "70.00", "60.00", "20.00", "90.00"]
-    assert ridge.split()[1] == "84.00" and unrun.split() == ["not", "run", *"––––"]
-    assert "by chance 10.00" in legend
-    parameters = {"trained": 1500, "stored": 98000}
-    first, second, adapter, _, *legend = closing_table(results(ADAPTER, parameters=parameters))
-    assert first.split() == ["trained", "stored"] and adapter.split()[-2:] == ["1.5", "98"]
-    assert second.split()[-2:] == ["parameters", "parameters"] and len(first) == len(second) == len(adapter)
-    assert "gradient" in legend[-2] and "thousands (k)" in legend[-1] and "chance" not in legend[0]
+def test_the_table_has_a_row_per_cell_and_marks_the_best() -> None:
+    cells = results(ADAPTER | RIDGE | {"not run": []}, parameters={"trained": 1500, "stored": 98000})
+    *_, above, heading, adapter, ridge, unrun = terminal_table(means_table(cells, Shown.CONSOLE)).splitlines()
+    assert above.split()[-2:] == ["parameters", "parameters"] and heading.startswith("cell ")
+    numbers = ["70.00", "60.00", "*", "20.00", "90.00", "*", "1.5", "98"]
+    assert adapter.split() == ["adapter", "1", *numbers]
+    assert "84.00 *" in ridge and unrun.split() == ["not", "run", "0", *"––––––"]
+    assert adapter.index("70.00") == heading.index("A_N (%)") + len("A_N (%)") - len("70.00")
+
+
+def test_the_legend_tells_each_column_and_chance_where_it_is_known() -> None:
+    lines = legend(results(ADAPTER, classes_seen=[5, 10], parameters={"trained": 1500, "stored": 98000}))
+    assert [line.split("   ")[0] for line in lines][:4] == ["A_N", "average", "forgetting", "plasticity"]
+    assert "by chance 10.00" in lines[0] and "gradient" in lines[-2] and "thousands (k)" in lines[-1]
+    assert not any("chance" in line for line in legend(results(ADAPTER)))
