@@ -12,9 +12,9 @@ from utils.analysis.results import ANALYSIS, write_results
 from utils.errors import UserError
 from utils.files import write_json
 from utils.metric_catalogue import CLASS_INCREMENTAL, Shown
-from utils.reports.closing import finding
 from utils.reports.renderings import latex_table, markdown_table, markdown_text, terminal_table
 from utils.reports.run_report import write_run_report
+from utils.reports.sentences import finding
 from utils.reports.tables import difference_tables, means_table
 from utils.runs.checkpoint import checkpoint_name, latest_checkpoint
 from utils.runs.figures import draw_figures

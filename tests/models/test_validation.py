@@ -17,8 +17,8 @@ from tests.utils.sweeps.test_spec import problems
 from utils.config.loading import config_from_dict
 from utils.data.synthetic import synthetic_arrays
 from utils.errors import UserError
-from utils.reports.notes import facts, reading_notes
 from utils.reports.results import Results
+from utils.reports.sentences import facts, reading_notes
 from utils.runs.folder import TEST_RESULT
 from utils.runs.run_log import read_metrics
 

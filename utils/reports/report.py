@@ -23,9 +23,9 @@ from utils.files import replace_file
 from utils.reports.answers import answer
 from utils.reports.figures import FIGURES, HYPOTHESES_FIGURE, sweep_figures
 from utils.reports.hypotheses import Hypothesis
-from utils.reports.notes import facts, reading_notes
 from utils.reports.pages import Picture, render
 from utils.reports.results import Results
+from utils.reports.sentences import facts, reading_notes
 from utils.reports.tables import (
     Table,
     difference_tables,

@@ -33,10 +33,10 @@ from utils.errors import UserError
 from utils.files import json_bytes, read_json, write_json
 from utils.metric_catalogue import Shown
 from utils.reports.about import differing_keys, what_was_run
-from utils.reports.closing import finding, legend, weights_notes
 from utils.reports.renderings import terminal_table
 from utils.reports.report import write_report
 from utils.reports.results import Results
+from utils.reports.sentences import finding, legend, weights_notes
 from utils.reports.tables import means_table
 from utils.runs.folder import (
     CONFIG,

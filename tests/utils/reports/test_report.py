@@ -13,9 +13,9 @@ from models.vit.config import ClassIncrementalConfig
 from tests.utils.runs.test_manifest import CHANGES, origins
 from utils.errors import UserError
 from utils.reports.figures import sweep_figures
-from utils.reports.notes import facts, reading_notes
 from utils.reports.report import write_report
 from utils.reports.results import Results
+from utils.reports.sentences import facts, reading_notes
 from utils.reports.stats import mean_over_seeds, paired_difference
 from utils.reports.tables import difference_tables, means_table, plain_table
 from utils.runs.metrics import fault_of

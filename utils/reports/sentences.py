@@ -1,18 +1,29 @@
-"""Facts and reading notes of a sweep's report: cells, seeds and weights; how the numbers are meant."""
+"""What a sweep's results say in sentences: facts, finding, legend, and how the numbers are meant.
+
+    print(finding(results, "nested mean"))    # "nested mean ends 2.00 points above matched adapter ..."
+    print("\n".join(legend(results)))         # "A_N   accuracy over all classes after the last task (%) ..."
+
+All is computed from the results, whatever they say.
+"""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import pandas as pd
 
-from utils.metric_catalogue import Shown
+from utils.metric_catalogue import ABSENT, MetricSpec, Shown
 from utils.reports.results import Results
-from utils.reports.stats import SAME, UNDECIDED
+from utils.reports.stats import ONE_SEED, SAME, UNDECIDED
 from utils.reports.tables import measured, not_compared
 
 ALPHA = 0.05  # p values below it are counted as differences
 EXCLUDES_ZERO = "the 95 % interval of the mean difference (Student's t) excludes zero"
 NOT_EQUAL = '"undecided" does not mean equal, it means that these seeds do not tell'
+CERTAINTY = {
+    ONE_SEED: "one seed cannot tell whether others agree",
+    SAME: "the same in every seed",
+    UNDECIDED: "these seeds do not decide",
+}
 
 
 def facts(results: Results, unfinished: Mapping[str, str]) -> list[tuple[str, str]]:
@@ -37,6 +48,64 @@ def facts(results: Results, unfinished: Mapping[str, str]) -> list[tuple[str, st
             if spec.shown == Shown.FIGURES and (outcome := _outcome(results, spec.key)):
                 found.append((f"{spec.name} against the baseline", outcome))
     return found
+
+
+def finding(results: Results, cell: str | None = None) -> str:
+    """How a cell ended against the baseline, how sure that is, and what is best: one sentence.
+
+    Both means are over the seeds that are paired, which are named where either cell has others; what is best
+    is told over all runs. Cells that are shown with the same mean are equally good; a cell of one task is an
+    upper bound and never the best.
+
+    cell: by default the best other than the baseline in the main metric.
+    """
+    main, shown = results.main, results.ranked.map(results.main.text)
+    several = [name for name in shown.index if results.tasks(name) > 1] or list(shown.index)
+    winners = [name for name in several if shown[name] == shown[several[0]]]
+    seeds = {frozenset(results.values(name, main.key).index) for name in shown.index}
+    unequal = " over all finished runs" if len(seeds) > 1 else ""
+    best = f"the best {main.name}{unequal} is {shown[several[0]]}, of {_listed(winners)}"
+    if cell is None:
+        others = [name for name in dict.fromkeys([*several, *shown.index]) if name != results.baseline]
+        cell = next(iter(others), None)
+    if results.baseline is None or not {cell, results.baseline} <= set(shown.index):
+        return f"{best}."
+    row = results.summary.loc[(cell, main.key)]
+    if pd.isna(row["difference"]):
+        return f"{cell} and {results.baseline} have no comparable runs; {best}."
+    pairs = results.pairs(cell, main.key, results.baseline, main.key)
+    ours, theirs = map(main.text, pairs.mean())
+    all_paired = all(len(results.values(name, main.key)) == len(pairs) for name in (cell, results.baseline))
+    over = "" if all_paired else f" over seeds {_listed(pairs.index)}"
+    parts = [
+        f"{cell} ends {_by(main, row['difference'], 'above', 'below', 'level with')} {results.baseline} "
+        f"in {main.name} ({ours} against {theirs}{over})"
+    ]
+    for other in [spec for spec in results.metrics[1:] if spec.shown == Shown.FIGURES][:1]:
+        change = results.summary.loc[(cell, other.key), "difference"]
+        if pd.notna(change):
+            parts.append(f"with {_by(other, change, 'more', 'less', 'as much')} {other.name}")
+    interval = main.difference_text(row["difference_low95"], row["difference_high95"])
+    sure = [f"95 % interval {interval}"] if interval != ABSENT else []
+    sure += [CERTAINTY[row["verdict"]]] if row["verdict"] in CERTAINTY else []
+    best = "no other is better" if winners == [cell] and all_paired else best
+    return "; ".join(filter(None, [", ".join(parts), ", ".join(sure), best])) + "."
+
+
+def legend(results: Results) -> list[str]:
+    """A line on what each column of the console's table is."""
+    specs = measured(results, Shown.CONSOLE)
+    longest = max(len(spec.name) for spec in specs)
+    lines = [f"{spec.name:<{longest}}   {spec.definition}" for spec in specs]
+    if chance := results.chance():
+        lines[0] += f"; by chance {results.main.text(chance[-1])}"
+    return lines
+
+
+def weights_notes(results: Results) -> list[str]:
+    """What must be known of the pretrained weights beside any number, a sentence for each that needs one."""
+    every = [result["weights"].get("note") for runs in results.cells.values() for result in runs.values()]
+    return [f"{note[0].upper()}{note[1:]}." for note in dict.fromkeys(every) if note]
 
 
 def reading_notes(results: Results, answers: pd.DataFrame | None = None) -> list[str]:
@@ -149,3 +218,17 @@ def _tasks(results: Results) -> str:
     usual = Counter(numbers.values()).most_common(1)[0][0]
     others = [f"{cell}: {number}" for cell, number in numbers.items() if number != usual]
     return str(usual) + (f" ({'; '.join(others)})" if others else "")
+
+
+def _by(spec: MetricSpec, difference: float, above: str, below: str, level: str) -> str:
+    """A difference in words: `2.00 points above`; what would be shown as zero is level."""
+    amount = spec.difference_text(abs(difference)).lstrip("+")
+    if not float(amount.replace(",", "")):
+        return level
+    return " ".join(filter(None, [amount, spec.difference_unit, above if difference > 0 else below]))
+
+
+def _listed(names: Iterable[object]) -> str:
+    """Names in words: `a`, `a and b`, `a, b and c`."""
+    *first, last = map(str, names)
+    return f"{', '.join(first)} and {last}" if first else last

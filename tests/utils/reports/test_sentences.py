@@ -4,9 +4,9 @@ import pytest
 
 from models.vit.config import ClassIncrementalConfig
 from utils.metric_catalogue import Shown
-from utils.reports.closing import finding, legend
 from utils.reports.renderings import terminal_table
 from utils.reports.results import Results
+from utils.reports.sentences import finding, legend
 from utils.reports.tables import means_table
 
 
