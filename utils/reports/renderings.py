@@ -14,14 +14,12 @@ import pandas as pd
 from utils.metric_catalogue import ABSENT
 from utils.reports.tables import Entry, Table
 
-LATEX_SIGNS = {
-    **{sign: f"\\{sign}" for sign in "&%$#_{}"},
-    "\\": "\\textbackslash{}",
-    "~": "\\textasciitilde{}",
-    "^": "\\textasciicircum{}",
-    "±": "$\\pm$",
-    ABSENT: "--",
-}
+LATEX_SIGNS = str.maketrans(
+    {sign: f"\\{sign}" for sign in "&%$#_{}"}
+    | {"\\": "\\textbackslash{}", "~": "\\textasciitilde{}", "^": "\\textasciicircum{}"}
+    | {"±": "$\\pm$", ABSENT: "--"}
+)
+LATEX_SYMBOL = re.compile(r"\b([A-Z])\\_([A-Z])\b(?!\\_)")  # A_N
 HEADING = 12  # characters in a line of a heading on a terminal; longer ones fill several
 MARKDOWN_SIGNS = re.compile(
     r"[\\`*\[\]|~$]"
@@ -29,7 +27,6 @@ MARKDOWN_SIGNS = re.compile(
     r"|<(?=[a-zA-Z/!?])|&(?=#?\w+;)"  # tags and entities
     r"|^[>#]|^[-+](?=\s)"
 )
-SYMBOL = re.compile(r"\b([A-Z])_([A-Z])\b")  # A_N
 
 
 def terminal_table(table: Table) -> str:
@@ -53,12 +50,7 @@ def latex_table(table: Table) -> str:
 
 def latex_text(text: str) -> str:
     """Text that LaTeX sets as it is written; A_N and its like as symbols."""
-    parts = SYMBOL.split(text)
-    plain = ["".join(LATEX_SIGNS.get(sign, sign) for sign in part) for part in parts]
-    return "".join(
-        f"{plain[i]}${parts[i + 1]}_{parts[i + 2]}$" if i + 2 < len(parts) else plain[i]
-        for i in range(0, len(parts), 3)
-    )
+    return LATEX_SYMBOL.sub(r"$\1_\2$", text.translate(LATEX_SIGNS))
 
 
 def markdown_table(table: Table) -> str:

@@ -72,7 +72,7 @@ def write_report(
     page = {
         "title": title,
         "description": description,
-        "facts": [*about, *(fact for fact in facts(results, unfinished) if fact[0] not in dict(about))],
+        "facts": [*about, *facts(results, unfinished)],
         "keys": keys,
         "notes": reading_notes(results, answers),
         "hypotheses": hypotheses_table(answers, results) if hypotheses else None,

@@ -27,7 +27,7 @@ CERTAINTY = {
 
 
 def facts(results: Results, unfinished: Mapping[str, str]) -> list[tuple[str, str]]:
-    """Cells, runs, seeds, tasks, best cell and outcomes against the baseline: (name, text) pairs."""
+    """Cells, runs, seeds, best cell and outcomes against the baseline: (name, text) pairs."""
     unrun = len(results.cells) - len(results.finished)
     without_run = f" ({unrun} without a finished run)" if unrun else ""
     not_finished = f" ({len(unfinished)} not finished)" if unfinished else ""
@@ -35,7 +35,6 @@ def facts(results: Results, unfinished: Mapping[str, str]) -> list[tuple[str, st
         ("Cells", f"{len(results.cells)}{without_run}"),
         ("Finished runs", f"{len(results.runs)}{not_finished}"),
         ("Seeds", _seeds(results)),
-        ("Tasks", _tasks(results)),
     ]
     main = results.main
     if best := [cell for cell in results.cells if cell in results.best(main.key)]:
@@ -210,14 +209,6 @@ def _seeds(results: Results) -> str:
     others = [cell for cell in results.finished if list(results.cells[cell]) != every]
     fewer = [f"{cell}: {', '.join(map(str, results.cells[cell]))}" for cell in others]
     return ", ".join(map(str, every)) + (f" (only some in {'; '.join(fewer)})" if fewer else "")
-
-
-def _tasks(results: Results) -> str:
-    """The number of tasks of most cells, and those that have another."""
-    numbers = {cell: results.tasks(cell) for cell in results.finished}
-    usual = Counter(numbers.values()).most_common(1)[0][0]
-    others = [f"{cell}: {number}" for cell, number in numbers.items() if number != usual]
-    return str(usual) + (f" ({'; '.join(others)})" if others else "")
 
 
 def _by(spec: MetricSpec, difference: float, above: str, below: str, level: str) -> str:

@@ -39,16 +39,11 @@ class Estimate:
     p_t: float = math.nan
     p_wilcoxon: float = math.nan
 
-    @property
-    def same(self) -> bool:
-        """Whether there are several values, all the same to rounding."""
-        return self.std == 0
-
     def verdict(self, above: str, below: str) -> str:
         """`above` or `below`: the side of zero on which the interval lies; else why neither."""
         if self.n < 2:
             return ONE_SEED if self.n else NO_NUMBER
-        if self.same:
+        if self.std == 0:
             return SAME
         return above if self.low > 0 else below if self.high < 0 else UNDECIDED
 
