@@ -42,7 +42,7 @@ HYPOTHESES_FIGURE = "hypotheses.png"
 HYPOTHESES_CAPTION = (
     "Difference that each hypothesis is about, paired by seed, with its 95 % interval; small dots are "
     "seeds. Blue: the interval excludes zero on the expected side, supported; orange: on the other side, "
-    "contradicted; grey: the seeds do not decide."
+    "contradicted; grey: the seeds do not decide. Hypotheses without a number are in the table alone."
 )
 MANY_CELLS = 12  # beyond, curves and points show the best alone in colour
 HIGHLIGHTED = 5
@@ -50,10 +50,8 @@ LABEL_WIDTH = 44  # characters per line
 LINE, LETTER = 0.155, 0.068  # inches that a line of text and a letter of it take
 FOREST_WIDTH, AXIS_HEIGHT = 9.4, 0.65  # inches: of the figure of hypotheses, of an axis below its panel
 PALE = "#c4c4c4"
-VERDICT_COLOURS = {
-    **{"better": BLUE, SUPPORTED: BLUE, "worse": VERMILLION, CONTRADICTED: VERMILLION},
-    **dict.fromkeys((UNDECIDED, SAME, ONE_SEED), GREY),
-}
+VERDICT_COLOURS = {"better": BLUE, SUPPORTED: BLUE, "worse": VERMILLION, CONTRADICTED: VERMILLION}
+VERDICT_COLOURS |= dict.fromkeys((UNDECIDED, SAME, ONE_SEED), GREY)
 GREYS = ("#94a4a2", "#717581")
 COLOURS = [colour for colour in map(to_hex, mpl.color_sequences["petroff10"]) if colour not in GREYS]
 MARKERS = "oDv^PX<>"
@@ -168,7 +166,7 @@ def differences_figure(results: Results, subtitle: str) -> Figure | None:
 
 
 def hypotheses_figure(answers: pd.DataFrame, results: Results, subtitle: str) -> Figure | None:
-    """Difference that each hypothesis is about with its 95 % interval: a row each, a panel per metric.
+    """Difference that each hypothesis is about, with its 95 % interval: a row each, a panel per metric.
 
     Dots below are seeds. None where no hypothesis has a number.
     """
