@@ -37,7 +37,7 @@ from utils.reports.renderings import terminal_table
 from utils.reports.report import write_report
 from utils.reports.results import Results
 from utils.reports.sentences import finding, legend, weights_notes
-from utils.reports.tables import means_table
+from utils.reports.tables import means_table, measured
 from utils.runs.folder import (
     CONFIG,
     RESULT,
@@ -205,7 +205,9 @@ def write_summary(sweep: Sweep, runs: Sequence[Run], failures: Mapping[str, str]
 
 def closing_lines(sweep: Sweep, results: Results, paths: Sequence[Path], complete: bool) -> list[str]:
     """Table, finding, places of curves and report, and, when all runs are finished, what one may do next."""
-    lines = [terminal_table(means_table(results, Shown.CONSOLE)), "", *legend(results), ""]
+    names = [spec.name for spec in measured(results, Shown.CONSOLE)]  # the legend tells the units
+    table = means_table(results, Shown.CONSOLE)._replace(headings=["cell", "n", *names])
+    lines = [terminal_table(table), "", *legend(results), ""]
     for text in (*weights_notes(results), f"Finding: {finding(results, sweep.file.finding)}"):
         lines += [*textwrap.wrap(text, CONSOLE_WIDTH, break_on_hyphens=False), ""]
     for what in ("curves", "report"):
