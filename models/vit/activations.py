@@ -15,8 +15,10 @@ they belong to one run, which removes them when it no longer needs them. A depth
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -80,37 +82,33 @@ class Activations:
         # float16 for tokens of a bf16 run, 3 bits finer than bf16; otherwise exact
         halved = self.context.precision == "bf16" and depth < self.network.depth
         self.dtype = torch.float16 if halved else torch.float32  # of files
+        vit = self.network.vit
+        tokens = vit.patch_embed.num_patches + vit.num_prefix_tokens, vit.embed_dim
+        self.shape = tokens if depth < self.network.depth else (self.network.feature_width,)  # of one image
         self.group = group_name(about)
         self._chunks: list[np.ndarray] = []  # stored indices of the images of each file
         self._place_of: dict[int, tuple[int, int]] = {}  # stored index -> its file and row
 
-    @property
-    def stored(self) -> bool:
-        """Whether some of them are files."""
-        return bool(self._chunks)
-
     def take(self, indices: np.ndarray) -> Tensor:
         """Activations of stored images (n,) on the CPU, float32: (n, N, d) tokens or (n, d) features."""
-        if not self.stored or not len(indices):
-            return self.compute(indices).float()
-        places = np.array([self._place_of.get(int(index), ABSENT) for index in indices])
-        parts = []
+        taken = torch.empty(len(indices), *self.shape)
+        places = np.array([self._place_of.get(int(index), ABSENT) for index in indices]).reshape(-1, 2)
         for number in np.unique(places[:, 0]):
             inside = np.flatnonzero(places[:, 0] == number)
             if number == ABSENT[0]:
-                parts.append((inside, self.compute(indices[inside])))
+                found = self.compute(indices[inside])
             else:
-                parts.append((inside, self._file(number)[torch.from_numpy(places[inside, 1])]))
-        taken = torch.empty(len(indices), *parts[0][1].shape[1:])
-        for inside, rows in parts:
-            taken[torch.from_numpy(inside)] = rows.float()
+                chunk = self._chunks[number]
+                file = self.cache.get(self.group, chunk_key(chunk), partial(self.compute, chunk))
+                found = file[torch.from_numpy(places[inside, 1])]
+            taken[torch.from_numpy(inside)] = found.float()
         return taken
 
     @torch.no_grad()
     def compute(self, indices: np.ndarray) -> Tensor:
         """The same by running the network, in the dtype of the files."""
         device, precision, parts = self.context.device, self.context.precision, []
-        for start in range(0, max(1, len(indices)), self.batch_size):
+        for start in range(0, len(indices), self.batch_size):
             x = self.below.take(indices[start : start + self.batch_size]).to(device)
             with autocast(device, precision):
                 parts.append(self.network(x, self.below.depth, self.depth).to(self.dtype).cpu())
@@ -128,8 +126,8 @@ class Activations:
         distributed = self.context.distributed
         missing = [n for n, chunk in enumerate(chunks) if not self.cache.has(self.group, chunk_key(chunk))]
         images = sum(len(chunks[number]) for number in missing)
-        room = self.cache.enabled and self.cache.make_room(self.group, images * self._row_bytes())
-        room = not distributed.any(not room)
+        needed = images * math.prod(self.shape) * self.dtype.itemsize
+        room = not distributed.any(not self.cache.make_room(self.group, needed))
         self._chunks = chunks if room else [c for n, c in enumerate(chunks) if n not in set(missing)]
         self._place_of = {int(i): (c, r) for c, chunk in enumerate(self._chunks) for r, i in enumerate(chunk)}
         if not room:
@@ -159,17 +157,6 @@ class Activations:
             together.append(chunk)
         if together:
             yield together
-
-    def _file(self, number: int) -> Tensor:
-        chunk = self._chunks[number]
-        return self.cache.get(self.group, chunk_key(chunk), lambda: self.compute(chunk))
-
-    def _row_bytes(self) -> int:
-        """Size of one image's activations in a file."""
-        vit = self.network.vit
-        tokens = vit.patch_embed.num_patches + vit.num_prefix_tokens
-        numbers = self.network.feature_width if self.depth == self.network.depth else tokens * vit.embed_dim
-        return numbers * self.dtype.itemsize
 
 
 class ActivationStore:
@@ -227,7 +214,7 @@ class ActivationStore:
             parts = (chunk[np.isin(chunk, chosen)] for chunk in chunks)
             chunks = [part for part in parts if len(part)]
         room = opened.fill(chunks, label)
-        if opened.stored and about["adapters"] is not None:
+        if about["adapters"] is not None:
             self._own[opened.group] = files_of
         if not room and self.cache.enabled and not self._warned:
             self._warned = True
