@@ -63,7 +63,7 @@ class TaskInputs:
         self.fast, self.views, self.seed = config.engine == "fast", config.cache_views, config.seed
         self.shared_views = shared_views
         self._stores_drawn = self.fast and not self.views and self.context.device.type == "cpu"
-        self._kept: dict[tuple[str, int, str], Tensor] = {}  # features of full batches, by whose they are
+        self._kept: dict[tuple[str, int, str], Tensor] = {}  # features, by whose they are
 
     # --- sources --------------------------------------------------------------------------------------------
 
@@ -74,16 +74,13 @@ class TaskInputs:
             depth: how far the network is run already, where nothing learns below it while the result is in
                 use; by default up to where the network may ever change.
         """
-        views = self.views
-        if not views:
-            key = self._drawn(task, number)
-            if not self._stores_drawn or number >= self.shared_views():
-                return self.fresh(key)
+        if self.views:  # without the seed: all runs share the activations of fixed views
+            key, what = ("view", number % self.views), f"view {number % self.views + 1} of {self.views}"
+            return self._at(task, "train", key, what, depth)
+        key = self._drawn(task, number)
+        if self._stores_drawn and number < self.shared_views():
             return self._at(task, "train", key, f"view {number + 1}", None)
-        # Without the seed: all runs share the activations of fixed views.
-        return self._at(
-            task, "train", ("view", number % views), f"view {number % views + 1} of {views}", depth
-        )
+        return self.fresh(key)
 
     def new_view(self, task: int, number: int, key: Key) -> Source:
         """A view that is no fixed one: where there are any the one the key draws, else that of the task."""
@@ -115,12 +112,8 @@ class TaskInputs:
     def features_of(self, task: int, source: str) -> Tensor:
         """Features of a task's images in the test view, in stored order, (n, d), on every rank."""
         indices = self.data.indices(self.data.task_classes(task), source)
-        distributed = self.context.distributed
-        mine = indices[distributed.shard(len(indices))]
-        below = self._at(task, source, None, source, None)
-        return distributed.all_gather(self._passing_features(below, mine, f"{source} features"), len(indices))
+        return self._features(self._at(task, source, None, source, None), indices, f"{source} features")
 
-    @torch.no_grad()
     def seen_features(self, tasks: int, source: str) -> Tensor:
         """Features (n, d) in the test view of the images of the first tasks, task after task, on every rank.
 
@@ -129,8 +122,6 @@ class TaskInputs:
         """
         data, network = self.data, self.network
         order = data.seen_indices(tasks, source)
-        step = self.store.batch_size * self.context.distributed.size
-        full = len(order) // step * step
         fixed, label = network.fixed_depth() if self.fast else 0, f"Task {tasks - 1}, {source} features"
         below = self.store.at(fixed, data.seen_classes(tasks), source, None, label=label)
         found, known = [], self._kept
@@ -138,20 +129,9 @@ class TaskInputs:
         with closing(network.each_subspace()) as rounds:
             for _ in rounds:
                 whose = source, network.feature_width, sha256_of(network.tensors_below(network.depth))
-                kept = known.get(whose, torch.empty(0, network.feature_width))[:full]
-                found.append(self._extended(kept, below, order, step, label))
-                self._kept[whose] = found[-1][:full]
+                found.append(self._features(below, order, label, known.get(whose)))
+                self._kept[whose] = found[-1]
         return torch.cat(found, dim=1)
-
-    def _extended(self, kept: Tensor, below: Source, order: np.ndarray, step: int, label: str) -> Tensor:
-        """Features (n, d) of the images in `order`, of which the first are kept, in batches of `step`."""
-        distributed, parts = self.context.distributed, [kept]
-        for start in progress(range(len(kept), len(order), step), desc=label, unit="batch"):
-            self.context.check_stop()
-            batch = order[start : start + step]
-            mine = self.batch_features(below, batch[distributed.shard(len(batch))])
-            parts.append(distributed.all_gather(mine, len(batch)))
-        return torch.cat(parts)
 
     def features_of_images(
         self, classes: range, indices: np.ndarray, source: str, among: np.ndarray
@@ -164,16 +144,23 @@ class TaskInputs:
         fixed = self.network.fixed_depth() if self.fast else 0
         label = f"{len(indices)} {source} images"
         below = self.store.at(fixed, classes, source, None, label=label, chosen=among)
-        return self._passing_features(below, indices, label)
+        return self._features(below, indices, label)
 
-    def _passing_features(self, below: Source, indices: np.ndarray, label: str) -> Tensor:
-        """Features (n, d) of stored images as the network gives them now, not kept."""
-        size, parts = self.store.batch_size, [torch.empty(0, self.network.feature_width)]
-        for start in progress(range(0, len(indices), size), desc=label, unit="batch"):
-            if self.context.stop():
-                break
-            parts.append(self.batch_features(below, indices[start : start + size]))
-        self.context.check_stop()
+    @torch.no_grad()
+    def _features(self, below: Source, indices: np.ndarray, label: str, kept: Tensor | None = None) -> Tensor:
+        """Features (n, d) of stored images in the test view, on every rank.
+
+        kept: those of the first images from an earlier call; what were full batches is not computed again.
+        """
+        kept = torch.empty(0, self.network.feature_width) if kept is None else kept
+        distributed = self.context.distributed
+        step = self.store.batch_size * distributed.size
+        parts = [kept[: min(len(kept), len(indices)) // step * step]]
+        for start in progress(range(len(parts[0]), len(indices), step), desc=label, unit="batch"):
+            self.context.check_stop()
+            batch = indices[start : start + step]
+            mine = self.batch_features(below, batch[distributed.shard(len(batch))])
+            parts.append(distributed.all_gather(mine, len(batch)))
         return torch.cat(parts)
 
     @torch.no_grad()
