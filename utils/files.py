@@ -3,6 +3,8 @@
 replace_file(folder / "summary.md", text.encode())
 write_json(folder / "config.json", values)
 values = read_json(folder / "config.json")   # UserError: absent, not UTF-8, not JSON, no object
+with damaged(folder / "config.json"):
+    seed = values["seed"]                    # UserError: not there
 headers = npz_headers(path)                  # shape and type of its arrays; ValueError: more than it holds
 """
 
@@ -19,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from utils.errors import UserError
+from utils.errors import UserError, in_one_line
 
 DEFLATE_LIMIT = 1100  # bytes that a byte of a compressed file can stand for, and a few more
 IRREGULAR = {
@@ -70,24 +72,39 @@ def naming(path: Path) -> Iterator[None]:
         raise
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file.
+@contextmanager
+def damaged(what: Path | str, way_out: str = "restore it") -> Iterator[None]:
+    """Context in which a file's content is read: where it is not as expected, a UserError names the file.
 
-    Raises UserError: the file is absent, unreadable, not UTF-8, not JSON, nested too deep, or no object.
+    Args:
+        what: the file, or the place in it.
+        way_out: what to do then.
     """
     try:
-        values = json.loads(path.read_bytes().decode("utf-8-sig"))
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        told = str(error) if type(error) is ValueError else in_one_line(error)
+        raise UserError(f"{what} is damaged ({told}): {way_out}") from error
+
+
+def read_json(path: Path, way_out: str = "restore it") -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises UserError: the file is absent, unreadable, not UTF-8, not JSON, nested too deep, or no object;
+    way_out: what to do then.
+    """
+    try:
+        with damaged(path, way_out):
+            values = json.loads(path.read_bytes().decode("utf-8-sig"))
+            if not isinstance(values, dict):
+                raise ValueError("it holds no JSON object")
+            return values
     except FileNotFoundError as error:
         raise UserError(
             f"{path.parent} holds no {path.name}: it is another folder than expected, or the file was removed"
         ) from error
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): restore the file") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON ({error}): the file is damaged, restore it") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path} holds no JSON object: the file is damaged, restore it")
-    return values
+        raise UserError(f"{path} cannot be read ({error.strerror}): {way_out}") from error
 
 
 def npz_headers(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:

@@ -24,16 +24,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors import torch as safetensors_torch
 
 from utils.errors import UserError
-from utils.files import read_json, sync_folder, write_synced
+from utils.files import damaged, read_json, sync_folder, write_synced
 
 FORMAT = "nested-lora checkpoint"
 VERSION = 1
 TENSORS_FILE = "tensors.safetensors"
 STATE_FILE = "state.json"
+WAY_OUT = "remove this checkpoint to go on from the one before it"  # where it is damaged
 TEMPORARY = ".tmp-"  # unfinished or to be removed: never read
 SET_ASIDE = ".old-"  # complete, while its replacement is moved into place
 _NAME = re.compile(r"task_(\d+)(?:_step_(\d+))?")
@@ -97,14 +97,12 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, An
             raise UserError(f"{folder} is not a checkpoint: it holds no {name}")
     header = _read_header(folder)
     payload = (folder / TENSORS_FILE).read_bytes()
-    if hashlib.sha256(payload).hexdigest() != header["tensors_sha256"]:
-        raise _damaged(folder, f"{TENSORS_FILE} does not have the recorded SHA-256")
-    if _state_sha256(header["state"]) != header["state_sha256"]:
-        raise _damaged(folder, f"{STATE_FILE} does not have the recorded SHA-256")
-    try:
-        return safetensors_torch.load(payload), header["state"]
-    except SafetensorError as error:
-        raise _damaged(folder, f"{TENSORS_FILE} is not in the safetensors format ({error})") from error
+    with damaged(folder, WAY_OUT):
+        if hashlib.sha256(payload).hexdigest() != header["tensors_sha256"]:
+            raise ValueError(f"{TENSORS_FILE} does not have the recorded SHA-256")
+        if _state_sha256(header["state"]) != header["state_sha256"]:
+            raise ValueError(f"{STATE_FILE} does not have the recorded SHA-256")
+    return safetensors_torch.load(payload), header["state"]
 
 
 def copy_checkpoint(source: Path, target: Path, changes: Mapping[str, Any]) -> None:
@@ -162,10 +160,7 @@ def _tidy(checkpoints: Path) -> None:
 
 
 def _read_header(folder: Path) -> dict[str, Any]:
-    try:
-        header = read_json(folder / STATE_FILE)
-    except UserError as error:
-        raise _damaged(folder, str(error)) from error
+    header = read_json(folder / STATE_FILE, WAY_OUT)
     if header.get("format") != FORMAT:
         raise UserError(
             f"{folder} is not a checkpoint of this program: its {STATE_FILE} does not say '{FORMAT}'"
@@ -176,16 +171,10 @@ def _read_header(folder: Path) -> dict[str, Any]:
             f"{folder} has checkpoint format {version}, this program reads up to {VERSION}: update it"
         )
     expected = {"version": int, "tensors_sha256": str, "state_sha256": str, "state": dict}
-    wrong = [key for key, kind in expected.items() if not isinstance(header.get(key), kind)]
-    if wrong:
-        raise _damaged(folder, f"{STATE_FILE} has no usable {', '.join(wrong)}")
+    with damaged(folder / STATE_FILE, WAY_OUT):
+        if wrong := [key for key, kind in expected.items() if not isinstance(header.get(key), kind)]:
+            raise ValueError(f"it has no usable {', '.join(wrong)}")
     return header
-
-
-def _damaged(folder: Path, what: str) -> UserError:
-    return UserError(
-        f"checkpoint {folder} is damaged: {what}; remove it to go on from the checkpoint before it"
-    )
 
 
 def _state_file(state: Mapping[str, Any], tensors_sha256: str) -> bytes:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from utils.errors import UserError, in_one_line
+from utils.files import damaged
 from utils.metric_catalogue import keyed
 
 PER_CLASS, CONFUSION = "per_class.csv", "confusion.csv"
@@ -68,12 +68,10 @@ def read_classes(folder: Path) -> Classes | None:
     path, other = (folder / keyed(images, name) for name in (PER_CLASS, CONFUSION))
     if not path.is_file() or not other.is_file():
         return None
-    try:
+    with damaged(f"{path} or {other.name}", "restore both"):
         numbers = {"na_values": {"accuracy_when_learned": [""]}, "keep_default_na": False}
         per_class = pd.read_csv(path, dtype={"name": str}, **numbers)  # also a class called "NA" or "7"
         counts = pd.read_csv(other, keep_default_na=False).iloc[:, 1:].to_numpy(np.int64)
         per_class = per_class.astype({"task": int, "images": int, "correct": int, "accuracy": float})
-    except (ValueError, LookupError) as error:  # also pandas' own errors
-        raise UserError(f"{path} or {other.name} is damaged ({in_one_line(error)}): restore both") from error
     whole = len(per_class) == len(counts) == counts.shape[1]
     return Classes(per_class, counts, images) if whole else None

@@ -25,8 +25,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from utils.errors import UserError, in_one_line
-from utils.files import read_json, replace_file
+from utils.files import damaged, read_json, replace_file
 from utils.metric_catalogue import keyed
 from utils.plotting import (
     BLUE,
@@ -86,17 +85,11 @@ def draw_figures(run_folder: Path, figures: Figures) -> list[Path]:
         return []
     about = describe(config, finished=(run_folder / RESULT).exists())
     events = read_metrics(run_folder)
-    try:
-        with mpl.rc_context(STYLE):
-            found = figures(events, about)
-            if classes := read_classes(run_folder):
-                found["confusion.png"] = confusion_figure(*classes, about)
-            drawn = pictures(found, config.get("figure_format", "png"))
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
-        told = in_one_line(error)
-        raise UserError(
-            f"{run_folder / METRICS} holds events that cannot be drawn ({told}): it is damaged, restore it"
-        ) from error
+    with damaged(run_folder / METRICS), mpl.rc_context(STYLE):
+        found = figures(events, about)
+        if classes := read_classes(run_folder):
+            found["confusion.png"] = confusion_figure(*classes, about)
+        drawn = pictures(found, config.get("figure_format", "png"))
     folder.mkdir(exist_ok=True)
     return [replace_file(folder / name, content) for name, content in drawn.items()]
 

@@ -33,7 +33,7 @@ import torchvision
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from utils.errors import UserError
-from utils.files import read_json
+from utils.files import damaged, read_json
 from utils.runs.folder import CONFIG, FIGURES, MANIFEST, RESULT, replaced_folders
 from utils.wording import as_typed, some
 
@@ -214,15 +214,11 @@ def read_provenance(folder: Path) -> Provenance:
             name: _joined(session.versions.get(name) for session in sessions) for name in names
         },
     }
-    try:
+    with damaged(folder / MANIFEST):
         for kind, keys in SOURCES.items():
             if kind in more:
                 source = tuple(str(config.get(key)) for key in keys)
                 values[kind, source] = {"sha256": str(more[kind]["sha256"])}
-    except (KeyError, TypeError) as error:
-        raise UserError(
-            f"{folder / MANIFEST} lacks the hash of the run's data or weights: it is damaged, restore it"
-        ) from error
     commits = [session.commit[:SHOWN] for session in sessions if session.commit]
     return Provenance(values, _joined(commits) or None)
 

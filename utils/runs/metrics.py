@@ -103,10 +103,9 @@ def checked_result(
     folder: Path, metrics: Sequence[MetricSpec], way_out: str = "restore it"
 ) -> dict[str, Any]:
     """The `result.json` of a run. UserError: it is absent or damaged; way_out: what to do then."""
-    path = folder / RESULT
-    result = read_json(path)
+    result = read_json(folder / RESULT, way_out)
     if fault := fault_of(result, metrics):
-        raise UserError(f"{path} is damaged, {fault}: {way_out}")
+        raise UserError(f"{folder / RESULT} is damaged ({fault}): {way_out}")
     return result
 
 

@@ -29,7 +29,7 @@ import pandas as pd
 
 from utils.console import add_handler, attach_console
 from utils.errors import Interrupted, UserError, os_error_sentence
-from utils.files import json_bytes, naming, read_json, replace_file
+from utils.files import damaged, json_bytes, naming, read_json, replace_file
 from utils.metric_catalogue import keyed
 from utils.runs.folder import (
     ACCURACY,
@@ -257,15 +257,10 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     *finished, _torn = path.read_bytes().split(b"\n")
     events = []
     for number, line in enumerate(finished, start=1):
-        try:
+        with damaged(f"{path}, line {number},"):
             event = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(
-                f"{path}, line {number} is not valid JSON ({error}): the file is damaged"
-            ) from error
-        is_event = isinstance(event, dict) and isinstance(event.get("event"), str)
-        if not is_event or not isinstance(event.get("task", 0), int):
-            raise UserError(f"{path}, line {number} is not an event: the file is damaged or foreign")
+            if not isinstance(event["event"], str) or not isinstance(event.get("task", 0), int):
+                raise ValueError("it is no event")
         events.append(event)
     return events
 
