@@ -73,6 +73,8 @@ from utils.stop import StopRequest, stop_signals
 from utils.training.device import MEMORY_KEYS, out_of_memory_advice, peak_memory_mb
 from utils.wording import as_typed, duration
 
+UNTOLD = {"device", "description"}  # keys that --resume auto takes from the run without a word
+
 logger = logging.getLogger("nested_lora")
 
 
@@ -400,8 +402,9 @@ def train_seeds(
 
     def begun(config: RunConfig) -> SeedRun:
         found = find_run(config.model_copy(update={"precision": context.precision})) if go_on else None
-        if found and (unlike := edited_keys(read_config(found), config)):
-            logger.warning(f"{found} keeps its own {unlike}: edit its config.json to change them")
+        edited = read_config(found).edited(config) if found else {}
+        if own := [f"{key} = {shown(ours)}" for key, (ours, _) in edited.items() if key not in UNTOLD]:
+            logger.warning(f"{found} keeps its own {', '.join(own)}: edit its config.json to change them")
         return SeedRun.of(config.seed, found)
 
     configs = {config.seed: config for config in loaded.configs}
@@ -413,14 +416,6 @@ def train_seeds(
     results = results_of(runs, context, lambda seed: start(configs[seed]))
     if context.distributed.is_main:
         log_mean(list(results.values()), loaded.config.metrics)
-
-
-def edited_keys(own: RunConfig, given: RunConfig) -> str:
-    """Keys that a run and what finds it again may differ in, with the run's values where they do."""
-    keys = sorted(given.editable_keys - {"device", "description"})
-    return ", ".join(
-        f"{key} = {shown(getattr(own, key))}" for key in keys if getattr(own, key) != getattr(given, key)
-    )
 
 
 def resume_seeds(folder: Path, context: RunContext) -> None:

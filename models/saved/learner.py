@@ -34,7 +34,7 @@ logger = logging.getLogger("nested_lora")
 
 CHECKPOINTS = "checkpoints"
 LONGEST = 200  # characters of an error in a sentence
-NAMED_FILES = ("dataset", "extra_data", "weights")  # keys that may be edited where the files were moved
+NAMED_FILES = {"dataset", "extra_data", "weights"}  # keys that may be edited where the files were moved
 STATE: dict[str, type] = {  # of a checkpoint: the type of each part
     "run": dict,
     "data": dict,
@@ -59,8 +59,8 @@ def find_run(config: RunConfig) -> Path | None:
         name = numbered.fullmatch(path.name)
         if name and (path / CONFIG).is_file():
             theirs = read_config(path)
-            named = all(getattr(theirs, key, None) == getattr(config, key, None) for key in NAMED_FILES)
-            if named and theirs.seed == config.seed and not theirs.differing(config):
+            same = theirs.seed == config.seed and not theirs.differing(config)
+            if same and NAMED_FILES.isdisjoint(theirs.edited(config)):
                 found.append((not is_complete(path), int(name[1] or 1), path))
     return max(found)[-1] if found else None
 
@@ -109,29 +109,25 @@ def check_config(checkpoint: Path, state: dict[str, Any], learner: Learner) -> l
     Raises UserError: another key was edited, so that the run would mix two experiments, or the keys are those
     of an earlier version.
     """
-    before, now = state["config"], learner.config.model_dump(mode="json")
-    if before.get("model_name") == now["model_name"]:
-        defaults = type(learner.config).model_construct().model_dump(mode="json")
-        later = {key: value for key, value in defaults.items() if key not in before and now[key] == value}
-        before = later | before
-        if keys := (before.keys() ^ now.keys()) - learner.config.editable_keys:
-            raise of_earlier_version(checkpoint, f"its config has other keys ({shortened(sorted(keys))})")
-        if not isinstance(before["seed"], int):
-            raise of_earlier_version(checkpoint, "its config has a list of seeds")
-    edited = {
-        key: f"{key} was {shown(before.get(key))}, is {shown(now.get(key))}"
-        for key in now | before
-        if key != "precision" and before.get(key) != now.get(key)  # as this machine has it
-    }
-    mixing = [words for key, words in edited.items() if key not in learner.config.editable_keys]
+    with fitting(checkpoint):
+        before = LEARNERS[state["config"]["model_name"]].Config.model_validate(state["config"])
+    mixing = before.differing(learner.config)
+    mixing.pop("precision", None)  # as this machine has it
+    if unknown := mixing.keys() - before.model_fields_set:
+        raise of_earlier_version(checkpoint, f"its config does not say its {shortened(sorted(unknown))}")
     if mixing:
         path = run_folder_of(checkpoint) / CONFIG
         raise UserError(
             f"{path} does not belong to this run any more, {checkpoint.name} was made with another: "
-            f"{'; '.join(mixing)}; set back what was edited, or start a run of its own with "
+            f"{_was_and_is(mixing)}; set back what was edited, or start a run of its own with "
             + as_typed("main.py", "--config", path)
         )
-    return [f"Edited since {checkpoint.name} was saved: {'; '.join(edited.values())}"] if edited else []
+    edited = before.edited(learner.config)
+    return [f"Edited since {checkpoint.name} was saved: {_was_and_is(edited)}"] if edited else []
+
+
+def _was_and_is(changed: Mapping[str, tuple[Any, Any]]) -> str:
+    return "; ".join(f"{key} was {shown(before)}, is {shown(now)}" for key, (before, now) in changed.items())
 
 
 def check_precision(checkpoint: Path, state: dict[str, Any], learner: Learner) -> None:

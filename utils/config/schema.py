@@ -288,6 +288,11 @@ class RunConfig(BaseModel):
         shared = [name for name in names if name in ours and name in theirs]  # the others follow from these
         return {name: (ours.get(name), theirs.get(name)) for name in shared or names}
 
+    def edited(self, other: "RunConfig") -> dict[str, tuple[Any, Any]]:
+        """Key -> both values, of the `editable_keys` in which two configs of one method differ."""
+        ours, theirs = (one.model_dump(mode="json", include=self.editable_keys) for one in (self, other))
+        return {name: (ours[name], theirs[name]) for name in ours if ours[name] != theirs[name]}
+
     def tested_on(self, tasks: int, classes: int) -> dict[str, Any]:
         """Key -> value of what a run's numbers are about: runs that differ in it cannot be compared.
 

@@ -105,9 +105,9 @@ def check_one_experiment(configs: Sequence[tuple[Path, RunConfig]]) -> list[str]
     for folder, config in others:
         ours, theirs = origins[first[0]].hashes, origins[folder].hashes
         if kinds := [kind for kind in ours | theirs if ours.get(kind) != theirs.get(kind)]:
-            names = [key for kind in kinds for key in SOURCES[kind]]
-            values = {key: (getattr(first[1], key), getattr(config, key)) for key in names}
-            named = both_values({key: both for key, both in values.items() if both[0] != both[1]})
+            names = {key for kind in kinds for key in SOURCES[kind]}
+            edited = first[1].edited(config).items()
+            named = both_values({key: both for key, both in edited if key in names})
             how = f"the hashes of their {' and '.join(kinds)} differ{named and ', as do '}{named}"
             raise _different(configs, folder, how)
     return changes({str(folder): origin for folder, origin in origins.items()})
