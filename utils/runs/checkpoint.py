@@ -100,8 +100,6 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, An
     with damaged(folder, WAY_OUT):
         if hashlib.sha256(payload).hexdigest() != header["tensors_sha256"]:
             raise ValueError(f"{TENSORS_FILE} does not have the recorded SHA-256")
-        if _state_sha256(header["state"]) != header["state_sha256"]:
-            raise ValueError(f"{STATE_FILE} does not have the recorded SHA-256")
     return safetensors_torch.load(payload), header["state"]
 
 
@@ -165,15 +163,14 @@ def _read_header(folder: Path) -> dict[str, Any]:
         raise UserError(
             f"{folder} is not a checkpoint of this program: its {STATE_FILE} does not say '{FORMAT}'"
         )
-    version = header.get("version")
-    if isinstance(version, int) and version > VERSION:
-        raise UserError(
-            f"{folder} has checkpoint format {version}, this program reads up to {VERSION}: update it"
-        )
-    expected = {"version": int, "tensors_sha256": str, "state_sha256": str, "state": dict}
     with damaged(folder / STATE_FILE, WAY_OUT):
-        if wrong := [key for key, kind in expected.items() if not isinstance(header.get(key), kind)]:
-            raise ValueError(f"it has no usable {', '.join(wrong)}")
+        if header["version"] > VERSION:
+            raise UserError(
+                f"{folder} has checkpoint format {header['version']}, this program reads up to {VERSION}: "
+                "update it"
+            )
+        if _state_sha256(header["state"]) != header["state_sha256"]:
+            raise ValueError("its state does not have the recorded SHA-256")
     return header
 
 

@@ -158,11 +158,11 @@ def test_every_truncation_and_flipped_bit_is_refused_or_changes_nothing(tmp_path
     ("change", "told"),
     [
         ({"version": checkpoint.VERSION + 1}, "format 2, this program reads up to 1"),
-        ({"version": "1"}, "no usable version"),
+        ({"version": "1"}, "state.json is damaged"),
         ({"format": "something else"}, "not a checkpoint of this program"),
         ({"tensors_sha256": "0" * 64}, "tensors.safetensors does not have the recorded SHA-256"),
-        ({"state": {"mark": 5}}, "state.json does not have the recorded SHA-256"),
-        ({"state": None}, "no usable state"),
+        ({"state": {"mark": 5}}, "state does not have the recorded SHA-256"),
+        ({"state": None}, "state does not have the recorded SHA-256"),
     ],
 )
 def test_what_is_wrong_with_the_header_is_said(tmp_path, change, told):
