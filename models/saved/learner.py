@@ -35,16 +35,9 @@ logger = logging.getLogger("nested_lora")
 CHECKPOINTS = "checkpoints"
 LONGEST = 200  # characters of an error in a sentence
 NAMED_FILES = {"dataset", "extra_data", "weights"}  # keys that may be edited where the files were moved
-STATE: dict[str, type] = {  # of a checkpoint: the type of each part
-    "run": dict,
-    "data": dict,
-    "config": dict,
-    "learner": dict,
-    "evaluations": list,
-    "metrics_bytes": int,
-    "seconds": float,
-    "peak_memory_mb": float,
-}
+STATE = {  # parts of a checkpoint's
+    "run", "data", "config", "learner", "evaluations", "metrics_bytes", "seconds", "peak_memory_mb",
+}  # fmt: skip
 
 
 def find_run(config: RunConfig) -> Path | None:
@@ -68,9 +61,8 @@ def find_run(config: RunConfig) -> Path | None:
 def load_run_checkpoint(checkpoint: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """The tensors and the state of a checkpoint. UserError: damaged, or not of this program and version."""
     tensors, state = load_checkpoint(checkpoint)
-    wrong = [key for key, kind in STATE.items() if not isinstance(state.get(key), kind)]
-    if wrong:
-        raise of_earlier_version(checkpoint, f"it has no usable {', '.join(wrong)}")
+    if missing := STATE - state.keys():
+        raise of_earlier_version(checkpoint, f"it has no {', '.join(sorted(missing))}")
     return tensors, state
 
 
@@ -242,12 +234,9 @@ def task_checkpoints(folder: Path) -> list[Path]:
     paths = [folder / CHECKPOINTS / checkpoint_name(task) for task in tasks]
     missing = [path.name for path in paths if not path.is_dir()]
     if missing:
-        kept, again = "all are needed", as_typed("main.py", "--config", folder / CONFIG)
-        if "checkpoints" in type(config).model_fields:
-            kept = kept if config.checkpoints == "all" else 'its config says checkpoints = "last"'
-            again += " --set checkpoints=all"
+        every = " --set checkpoints=all" if getattr(config, "checkpoints", "all") == "last" else ""
         raise UserError(
-            f"{folder} has no checkpoint of {shortened(missing)} ({kept}): an analysis rebuilds "
-            f"the network after every task; run it again with {again}"
+            f"{folder} has no checkpoint of {shortened(missing)}: an analysis rebuilds the network after "
+            f"every task; run it again with {as_typed('main.py', '--config', folder / CONFIG)}{every}"
         )
     return paths

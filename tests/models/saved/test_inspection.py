@@ -151,8 +151,8 @@ def test_what_cannot_be_analysed_is_a_sentence(
     for kept in ("last", "all"):
         (copied / "config.json").write_text(json.dumps(config | {"checkpoints": kept}))
         message = refused("probes")
-        assert "has no checkpoint of task_00 (" in message and "--set checkpoints=all" in message
-        assert ('checkpoints = "last"' in message) == (kept == "last")
+        assert "has no checkpoint of task_00" in message
+        assert ("--set checkpoints=all" in message) == (kept == "last")
     (copied / "result.json").unlink()
     assert f"python main.py --resume {copied}" in refused("cka")
 
