@@ -161,18 +161,15 @@ def load_run(
         with fitting(checkpoint):
             learner.load_state(state["learner"], tensors)
             learner.modules.eval()
+            classes = state["learner"]["class_names"]
     if len(state["evaluations"]) <= learner.task:
         raise UserError(
             f"{checkpoint} lies inside task {learner.task}: predictions and exports are of finished tasks; "
             f"give another checkpoint, or go on with {resume_command(folder)}"
         )
-    if "class_names" not in state["learner"]:
-        raise UserError(
-            f"{checkpoint} names no classes, it is of an earlier version: run the experiment again"
-        )
     for warning in context.warnings:
         logger.warning(warning)
-    return Predictor(learner, state["learner"]["class_names"], state["evaluations"][-1])
+    return Predictor(learner, classes, state["evaluations"][-1])
 
 
 def show_predictions(
