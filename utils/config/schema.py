@@ -284,7 +284,11 @@ class RunConfig(BaseModel):
         if self.model_name != other.model_name:
             return {"model_name": (self.model_name, other.model_name)}
         ours, theirs = self.experiment(), other.experiment()
-        names = [name for name in ours | theirs if ours.get(name) != theirs.get(name)]
+        names = [
+            name
+            for name in ours | theirs  # a key that has an effect in one of them only may have one value
+            if ours.get(name) != theirs.get(name) and getattr(self, name) != getattr(other, name)
+        ]
         shared = [name for name in names if name in ours and name in theirs]  # the others follow from these
         return {name: (ours.get(name), theirs.get(name)) for name in shared or names}
 

@@ -142,6 +142,15 @@ def test_a_resolved_configuration_states_every_key_and_names_none(smoke_config: 
     assert config_from_dict(config.model_dump(mode="json"), SCHEMAS, "config.json").notes == []
 
 
+def test_a_key_that_an_editable_one_leaves_without_effect_is_no_difference(smoke_config: Config) -> None:
+    """What is stored changes no number, though `cache_views` has an effect only where something is."""
+    stored = smoke_config(model_name="finetune", augmentation="none", cache_gb=1)
+    plain = stored.model_copy(update={"cache_gb": 0})
+    assert "cache_views" in plain.without_effect() and "cache_views" not in stored.without_effect()
+    assert stored.differing(plain) == plain.differing(stored) == {}
+    assert stored.edited(plain) == {"cache_gb": (1, 0)}
+
+
 def test_folders_and_rates_that_nothing_uses_are_named(smoke_config: Config) -> None:
     named = smoke_config(data_root="x", weights_root="x").unused_keys()
     assert {"data_root", "weights_root"} <= named.keys()
