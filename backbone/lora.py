@@ -300,6 +300,9 @@ class LoRAVisionTransformer(FrozenViT):
     def fixed_depth(self) -> int:
         return 0
 
+    def learning_depth(self) -> int:
+        return 0
+
     def added_tensors(self) -> dict[int, dict[str, Tensor]]:
         """The merged weights, by block."""
         return {block: {"merged": p.merged} for block, p in enumerate(self.projections) if self.is_merged}

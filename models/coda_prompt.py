@@ -63,12 +63,11 @@ class QueriedInputs(TaskInputs):
         self.store.keeps_queries = self.fast
 
     @torch.no_grad()
-    def batch_features(self, below: Source, indices: np.ndarray) -> Tensor:
+    def batch_features(self, x: Tensor, below: Source, indices: np.ndarray) -> Tensor:
         device = self.context.device
-        x = below.take(indices).to(device)
         query = None if below.queries is None else below.queries.take(indices).to(device)
         with autocast(device, self.context.precision):
-            return self.network(x, below.depth, query=query).float().cpu()
+            return self.network(x.to(device), below.depth, query=query).float().cpu()
 
 
 class CODAPrompt(ClassIncrementalLearner):

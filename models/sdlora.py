@@ -197,6 +197,10 @@ class SDLoRA(ClassIncrementalLearner):
         with self.autocast():
             return self.network(images).float()
 
+    def features_of(self, task: int, source: str) -> Tensor:
+        self.network.merge(self.beta())
+        return super().features_of(task, source)
+
     def seen_features(self, source: str) -> Tensor:
         self.network.merge(self.beta())
         return super().seen_features(source)

@@ -16,7 +16,7 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -58,6 +58,10 @@ class Images:
     def take(self, indices: np.ndarray) -> Tensor:
         """Views of stored images (n,) -> (n, 3, S, S), float32."""
         return self.data.views(indices, self.source, self.view, self.device)
+
+    def each(self, batches: Sequence[np.ndarray]) -> Iterator[Tensor]:
+        """The same on the CPU, batch by batch, made ahead by the data workers."""
+        return (images for images, _ in self.data.load(batches, self.source, self.view))
 
 
 class Activations:
@@ -103,6 +107,10 @@ class Activations:
                 found = file[torch.from_numpy(places[inside, 1])]
             taken[torch.from_numpy(inside)] = found.float()
         return taken
+
+    def each(self, batches: Sequence[np.ndarray]) -> Iterator[Tensor]:
+        """The same, batch by batch."""
+        return map(self.take, batches)
 
     @torch.no_grad()
     def compute(self, indices: np.ndarray) -> Tensor:

@@ -174,7 +174,7 @@ class ClassIncrementalLearner(Learner):
                 name: column_space(branch.up_proj.weight, branch.down_proj.weight)
                 for name, branch in adapter.functional.named_children()
             }
-            for block, modules in getattr(self.network, "modules_by_block", {}).items()
+            for block, modules in self.network.modules_by_block.items()
             for k, adapter in enumerate(modules.adapters)
             if isinstance(adapter.functional, NestedLoRAAdapter)
         }

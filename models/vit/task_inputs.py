@@ -156,19 +156,20 @@ class TaskInputs:
         distributed = self.context.distributed
         step = self.store.batch_size * distributed.size
         parts = [kept[: min(len(kept), len(indices)) // step * step]]
-        for start in progress(range(len(parts[0]), len(indices), step), desc=label, unit="batch"):
+        whole = [indices[first : first + step] for first in range(len(parts[0]), len(indices), step)]
+        mine = [batch[distributed.shard(len(batch))] for batch in whole]
+        batches = zip(progress(whole, desc=label, unit="batch"), mine, below.each(mine), strict=True)
+        for batch, chosen, x in batches:
             self.context.check_stop()
-            batch = indices[start : start + step]
-            mine = self.batch_features(below, batch[distributed.shard(len(batch))])
-            parts.append(distributed.all_gather(mine, len(batch)))
+            own = self.batch_features(x, below, chosen) if len(chosen) else kept[:0]
+            parts.append(distributed.all_gather(own, len(batch)))
         return torch.cat(parts)
 
     @torch.no_grad()
-    def batch_features(self, below: Source, indices: np.ndarray) -> Tensor:
-        """Features (n, d) of a batch, float32 on the CPU."""
-        x = below.take(indices).to(self.context.device)
+    def batch_features(self, x: Tensor, below: Source, indices: np.ndarray) -> Tensor:
+        """Features (n, d) of the inputs x of stored images, float32 on the CPU."""
         with autocast(self.context.device, self.context.precision):
-            return self.network(x, below.depth).float().cpu()
+            return self.network(x.to(self.context.device), below.depth).float().cpu()
 
     def _at(self, task: int, source: str, view: Key | None, what: str, depth: int | None) -> Source:
         """One view at the depth below which nothing changes, or at a greater `depth`, reached from there."""
@@ -212,8 +213,10 @@ class TaskInputs:
     def token_means(self, batch: Batch, blocks: list[int]) -> dict[int, Tensor]:
         """Token means of a batch, for routers and descriptors, on every rank: {block: (B, d)}, float32."""
         context = self.context
-        with autocast(context.device, context.precision):
-            means = self.network.token_means(batch.inputs.to(context.device), batch.depth, blocks)
+        means = dict.fromkeys(blocks, torch.empty(0, self.network.vit.embed_dim, device=context.device))
+        if len(batch.targets):
+            with autocast(context.device, context.precision):
+                means = self.network.token_means(batch.inputs.to(context.device), batch.depth, blocks)
         return {block: context.distributed.all_gather(rows, batch.total) for block, rows in means.items()}
 
     def means_by_epoch(

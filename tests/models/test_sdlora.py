@@ -23,8 +23,7 @@ Make = Callable[..., SDLoRA]
 
 @torch.no_grad()
 def features(learner: SDLoRA, task: int = 0) -> Tensor:
-    counts = [learner.data.count(learner.data.task_classes(seen), "test") for seen in range(learner.task + 1)]
-    return learner.seen_features("test").split(counts)[task]
+    return learner.features_of(task, "test")
 
 
 # --- SD-LoRA ------------------------------------------------------------------------------------------------

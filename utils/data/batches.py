@@ -3,7 +3,7 @@
 import multiprocessing
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +34,7 @@ class BatchDataset(TorchDataset):
 
     images: ImageSet
     labels: np.ndarray  # of all stored images
-    batches: list[np.ndarray]  # stored positions of the images of each
+    batches: Sequence[np.ndarray]  # stored positions of the images of each
     spec: ViewSpec
     view: Key | None  # as in `views_of`
 
@@ -53,12 +53,11 @@ class BatchDataset(TorchDataset):
 
 def load_batches(
     dataset: BatchDataset,
-    start: int,
     num_workers: int,
     stop_requested: Callable[[], bool],
     pinned: bool = False,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches from number `start` on, made ahead by workers.
+    """The batches in their order, made ahead by workers.
 
     pinned: in memory that a GPU copies from by itself.
 
@@ -71,7 +70,6 @@ def load_batches(
         DataLoader(
             dataset,
             batch_size=None,
-            sampler=range(start, len(dataset)),
             num_workers=num_workers,
             prefetch_factor=PREFETCHED if num_workers else None,
             timeout=LOOK_EVERY if num_workers else 0,

@@ -13,7 +13,7 @@ set's own label of incremental class i. Images have a source: "train", "test", o
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -263,20 +263,29 @@ class DataManager:
             start: number of batches to skip without computing them.
             view: as in `views`; the view depends on it and on the image's stored position alone.
         """
-        spec = self._spec(view)
         order = self.indices(classes, source) if key is None else self.order(classes, source, key)
         whole = [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
         if not 0 <= start <= len(whole):
             raise ValueError(f"start={start}: there are {len(whole)} batches")
-        mine = [batch[self._distributed.shard(len(batch))] for batch in whole]
-        largest = max(1, -(-min(batch_size, len(order)) // self._distributed.size))
-        batch_bytes = largest * (3 * spec.image_size**2 * torch.float32.itemsize + 8)
-        workers, warning = workers_that_fit(self._num_workers, batch_bytes, self._distributed.local_size)
+        mine = [batch[self._distributed.shard(len(batch))] for batch in whole[start:]]
+        return self.load(mine, source, view)
+
+    def load(
+        self, batches: Sequence[np.ndarray], source: str, view: Key | None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images and incremental labels of stored images, batch by batch, as in `batches`.
+
+        batches: stored positions of the images of each.
+        """
+        spec, largest = self._spec(view), max(map(len, batches), default=0)
+        batch_bytes = max(1, largest) * (3 * spec.image_size**2 * torch.float32.itemsize + 8)
+        wanted = min(self._num_workers, len(batches))
+        workers, warning = workers_that_fit(wanted, batch_bytes, self._distributed.local_size)
         if warning and not self._warned:
             self._warned = True
             logger.warning(warning)
-        dataset = BatchDataset(self.images(source), self._labels_of(source), mine, spec, view)
-        return load_batches(dataset, start, workers, lambda: self.stop_requested(), self._pinned)
+        dataset = BatchDataset(self.images(source), self._labels_of(source), batches, spec, view)
+        return load_batches(dataset, workers, lambda: self.stop_requested(), self._pinned)
 
     def _with(self, source: str) -> Dataset:
         """The data set that has the images of a source."""

@@ -1,5 +1,6 @@
 """Test images and stores in full batches across classes; what did not change is not computed again."""
 
+import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
 
@@ -129,3 +130,20 @@ def test_fewer_images_per_class_for_the_temperature_are_among_those_stored(
     learner.calibrate()
     assert sum(images for images, start, _ in forwards if start == 0) == 2 * 10
     assert sum(images for images, start, _ in forwards if start == 4) == learner.calibration.images == 36
+
+
+def test_images_are_made_by_the_data_workers(make_sema: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nothing is stored, as where every block learns; features are the same to the bit."""
+    plain, helped = (make_sema(cache_gb=0, eval_batch_size=8, num_workers=workers) for workers in (0, 2))
+    working = []
+    features = type(helped.inputs).batch_features
+
+    def batch_features(*arguments: object) -> torch.Tensor:
+        working.append(len(multiprocessing.active_children()))
+        return features(*arguments)
+
+    monkeypatch.setattr(type(helped.inputs), "batch_features", batch_features)
+    for learner in (plain, helped):
+        learner.begin_task(0)
+    assert torch.equal(plain.inputs.seen_features(2, "test"), helped.inputs.seen_features(2, "test"))
+    assert working == [0, 0, 0, 0, 2, 2, 2, 2]

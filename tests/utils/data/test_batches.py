@@ -54,7 +54,7 @@ def test_processes_of_one_machine_share_its_shared_memory(monkeypatch, caplog):
     assert not caplog.messages
     train_batches(manager(num_workers=2, distributed=DistributedContext(0, 4)))  # on four machines
     assert not caplog.messages
-    train_batches(manager(num_workers=2, distributed=DistributedContext(0, 4, local_size=4)))
+    train_batches(manager(num_workers=2, distributed=DistributedContext(3, 4, local_size=4)))
     assert "num_workers = 2: 0 used" in caplog.text
 
 
