@@ -18,8 +18,7 @@ import pandas as pd
 
 from utils.config.messages import shown
 from utils.config.schema import RunConfig
-from utils.errors import UserError, in_one_line
-from utils.files import replace_file
+from utils.files import damaged, replace_file
 from utils.metric_catalogue import ABSENT, MetricSpec, Shown, by_key, keyed
 from utils.reports.about import commit_text, dates, facts_of
 from utils.reports.pages import Picture, render
@@ -70,11 +69,8 @@ def write_run_report(folder: Path, config: RunConfig, captions: Mapping[str, str
     Raises:
         UserError: a file of the run is damaged.
     """
-    try:
+    with damaged(f"a file of {folder}", f"restore {', '.join(FILES)}"):
         page = page_of(folder, config, captions)
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
-        told = f"{folder} holds a file that is damaged ({in_one_line(error)})"
-        raise UserError(f"{told}: restore {', '.join(FILES)}") from error
     return replace_file(folder / REPORT, render("run.html", page))
 
 
