@@ -30,6 +30,8 @@ ROOMS = (
     "models.config",
     "models.shared_subspace",
     "models",
+    "models.compared",
+    "models.methods",
     "models.saved",
     "models.benchmark",
     FRONT_DOOR,

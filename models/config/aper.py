@@ -1,4 +1,4 @@
-"""Config of APER (`models/aper.py`)."""
+"""Config of APER (`models/compared/aper.py`)."""
 
 from typing import ClassVar, Literal
 

@@ -1,4 +1,4 @@
-"""Config of CODA-Prompt (`models/coda_prompt.py`)."""
+"""Config of CODA-Prompt (`models/compared/coda_prompt.py`)."""
 
 from typing import Annotated, ClassVar, Literal
 

@@ -1,4 +1,4 @@
-"""Config of EASE (`models/ease.py`)."""
+"""Config of EASE (`models/compared/ease.py`)."""
 
 from typing import ClassVar, Literal
 

@@ -1,4 +1,4 @@
-"""Config of InfLoRA (`models/inflora.py`)."""
+"""Config of InfLoRA (`models/compared/inflora.py`)."""
 
 from typing import ClassVar, Literal
 

@@ -1,4 +1,4 @@
-"""Config of MoAL (`models/moal.py`)."""
+"""Config of MoAL (`models/compared/moal.py`)."""
 
 from typing import ClassVar, Literal
 

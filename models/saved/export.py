@@ -22,7 +22,7 @@ from timm.models import save_for_hf
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.ease import EASEHead
+from models.compared.ease import EASEHead
 from models.ranpac import RanPACHead
 from models.saved.model_card import model_card
 from models.saved.prediction import Predictor, load_run

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from backbone.merging import MovingAverage
 from models.base import Learner
-from models.moal import RuminatingHead
+from models.compared.moal import RuminatingHead
 from models.ranpac import FIT
 from tests.conftest import run_tasks
 

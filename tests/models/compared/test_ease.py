@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from models.base import Learner
-from models.ease import EASEHead
+from models.compared.ease import EASEHead
 from tests.conftest import run_tasks
 
 WIDTH, PER_CLASS = 4, 5

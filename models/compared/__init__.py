@@ -1,0 +1,1 @@
+"""Methods of the field to compare with, one file each."""
