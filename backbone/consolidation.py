@@ -1,10 +1,10 @@
-"""Consolidation of Nested LoRA at a task's end: the fast branch folded into the slow one, then reset.
+"""Consolidation of Nested LoRA at the end of a task: fast is folded into slow, then reset.
 
     report = consolidate(adapter, tokens, Consolidation(rule="function", alpha=0.1, reset="lora"))
     report.drift        # relative change of the adapter's output on the tokens
 
-Rules and resets are the entries of `RULES` and `RESETS`. `tokens` (N, d) are inputs of the adapter on the
-task's data.
+Rules and resets are the entries of `RULES` and `RESETS`. `tokens` (N, d) are inputs of the adapter for images
+of the task.
 """
 
 from collections.abc import Callable
@@ -22,10 +22,10 @@ RIDGE = 1e-6
 
 @dataclass(frozen=True)
 class Consolidation:
-    """A key of `RULES`, the share alpha of fast that goes into slow, and a key of `RESETS` for fast.
+    """How to consolidate: rule (key of `RULES`), share alpha of fast folded in, reset (key of `RESETS`).
 
-    With `mean` the share is alpha / (t + 1) after t earlier tasks of the adapter: with alpha 1 and the rule
-    "interpolate" slow is then the running mean of the tasks' solutions.
+    With `mean` the share is alpha / (t + 1) for an adapter that has learned in t earlier tasks: with alpha 1
+    and the rule "interpolate" slow is then the running mean of the tasks' solutions.
     """
 
     rule: str
@@ -34,7 +34,7 @@ class Consolidation:
     mean: bool = False
 
     def share(self, earlier: int) -> float:
-        """Share of fast that goes into slow of an adapter that has learned in so many earlier tasks."""
+        """Share of fast folded into slow, for an adapter that has learned in `earlier` tasks before."""
         return self.alpha / (earlier + 1) if self.mean else self.alpha
 
 
@@ -54,8 +54,8 @@ def consolidate(
 ) -> ConsolidationReport:
     """Fold fast into slow, then reset fast; `earlier`: tasks that the adapter has learned in before.
 
-    drift = ||Delta_after(X) - Delta_before(X)||_F / ||Delta_before(X)||_F over tokens X (N, d); 0 when both
-    are zero.
+    drift = ||Delta_after(X) - Delta_before(X)||_F / ||Delta_before(X)||_F over tokens X (N, d); where
+    Delta_before(X) is zero, 1 if the output changed and else 0.
     """
     before, output_before, alpha = adapter.norms(), adapter(tokens), how.share(earlier)
     RULES[how.rule](adapter, tokens, alpha)
@@ -127,9 +127,9 @@ def interpolate(adapter: NestedLoRAAdapter, tokens: Tensor, alpha: float) -> Non
 
     with W of slow and V of fast. Needs aligned branches: fast began the task with V_down = W_down, V_up = 0,
     so unit i is the same unit in both, and alpha = 1 gives the task's solution to first order in what fast
-    learned. What W_down itself learned in the task is undone by the share alpha. With alpha_t = 1 / t slow is
-    the running mean of the tasks' solutions, as in averaging fine-tuned weights (Wortsman et al., *Model
-    soups*, ICML 2022).
+    learned. If slow trained too, the change of its W_down shrinks by the factor 1 - alpha. With alpha = 1 / t
+    in its t-th task slow is the running mean of the tasks' solutions, as in averaging fine-tuned weights
+    (Wortsman et al., *Model soups*, ICML 2022).
     """
     slow, fast = adapter.slow, adapter.fast
     for mine, solution in zip(slow.down_proj.parameters(), fast.down_proj.parameters(), strict=True):
@@ -153,10 +153,9 @@ def _linear_target(adapter: NestedLoRAAdapter, alpha: float) -> tuple[Tensor, Te
 
 
 def _set_product(branch: LoRAAdapter, up: Tensor, down: Tensor) -> None:
-    """Assignment to W_up W_down of the best rank-r approximation of up (d, k) times down (k, d), k >= r.
+    """Set W_up W_down to the best rank-r approximation (Frobenius) of up (d, k) times down (k, d), k >= r.
 
-    Best is meant in the Frobenius norm. W_down gets orthonormal rows and W_up the singular values; a unit
-    with singular value 0 can still learn.
+    W_down gets orthonormal rows and W_up the singular values; a unit with singular value 0 can still learn.
     """
     rank = branch.down_proj.out_features
     left, left_core = torch.linalg.qr(up)

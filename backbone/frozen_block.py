@@ -1,10 +1,10 @@
-"""Blocks of a timm ViT whose weights are frozen: the same function and names, in less time.
+"""Faster blocks for a timm ViT with frozen weights: the same function and the same tensor names.
 
     speed_up(vit)            # before adapters are added
-    features = vit(images)   # timm's output to rounding
+    features = vit(images)   # timm's output up to rounding
 
-What is left out: casts, scalings and layouts of weights in every forward, and in the last block whatever the
-class token does not need, which is all that leaves the network.
+Weights are cast, scaled and laid out once instead of in every forward, and the last block computes only what
+the class token needs, the one token that the network's feature reads.
 """
 
 import functools
@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-MAX_SCORES = 2**20  # attention scores of one product where no backward pass needs them: 2 MiB in bf16
+MAX_SCORES = 2**20  # attention scores held at once where no backward pass needs them: 2 MiB in bf16
 
 
 def speed_up(vit: VisionTransformer) -> None:
-    """Replace the blocks by `FrozenBlock`s, whose tensors are the same under the same names.
+    """Replace the blocks by `FrozenBlock`s, which hold the same tensors under the same names.
 
-    Nothing in the blocks may learn from then on, and the network's feature is the class token.
+    From then on nothing in the blocks may learn, and the class token alone leaves the last block.
     """
     last = len(vit.blocks) - 1
     for i, block in enumerate(vit.blocks):
@@ -32,10 +32,10 @@ def speed_up(vit: VisionTransformer) -> None:
 
 
 class FrozenBlock(Block):
-    """timm's block in evaluation mode, made of one whose modules it takes over.
+    """timm's block in evaluation mode, built from one whose modules it takes over.
 
     Args:
-        kept: the number of leading tokens that leave the block; None for all.
+        kept: the number of leading tokens that it returns; None for all.
     """
 
     def __init__(self, block: Block, kept: int | None = None) -> None:
@@ -72,7 +72,7 @@ def is_learning(module: nn.Module) -> bool:
 
 
 def joined_groups(modules: Iterable[Any]) -> dict[str, list[nn.Parameter]]:
-    """The `parameter_groups()` of several modules as one, in their order."""
+    """The `parameter_groups()` of several modules, concatenated by group name."""
     groups: dict[str, list[nn.Parameter]] = {}
     for module in modules:
         for name, parameters in module.parameter_groups().items():
@@ -81,9 +81,9 @@ def joined_groups(modules: Iterable[Any]) -> dict[str, list[nn.Parameter]]:
 
 
 def take_saved_sizes(module: nn.Module, **dimensions: int) -> None:
-    """Let some tensors of a module take their size along one dimension from those that are loaded.
+    """Let `load_state_dict` resize some tensors of a module, each along one dimension: name -> dimension.
 
-    A parameter is replaced by another one, which learns. Torch refuses tensors that differ otherwise.
+    Such a parameter is replaced by a new one, which requires a gradient. Other differences are still refused.
     """
     module.register_load_state_dict_pre_hook(functools.partial(_take_sizes, dimensions))
 
@@ -101,7 +101,7 @@ def _take_sizes(
 
 
 def attend(block: Block, x: Tensor, kept: int | None = None) -> Tensor:
-    """x + attn(norm1(x)) of a block in evaluation mode, for the first `kept` tokens; by default for all."""
+    """x + ls1(attn(norm1(x))) of a block in evaluation mode, for the first `kept` tokens; by default all."""
     if isinstance(block, FrozenBlock):
         y = _attention(block.attn, block.norm1(x), kept)
     else:
@@ -116,10 +116,10 @@ def mlp_branch(block: Block, x: Tensor) -> Tensor:
 def _attention(attention: nn.Module, x: Tensor, kept: int | None) -> Tensor:
     """The first `kept` tokens of an attention's output, (B, N, d) -> (B, kept, d).
 
-    On CPUs the fused kernel is slow in bf16, but for forward passes with AMX. It is given q, k and v in the
-    order in which one copy makes their gradients that of the projection.
+    On CPUs torch's fused kernel is slow in bf16, except in forward passes with AMX: matrix products and a
+    softmax take its place there.
     """
-    if getattr(attention, "prefix", attention) is None:  # the one that a prefix would be added to
+    if getattr(attention, "prefix", attention) is None:  # a `PrefixAttention` without a prefix
         attention = attention.attention
     special = getattr(attention, "gate", None) or getattr(attention, "q_norm", None)
     if type(attention) is not Attention or not isinstance(special, nn.Identity):
@@ -140,10 +140,10 @@ def _attention(attention: nn.Module, x: Tensor, kept: int | None) -> Tensor:
 
 
 def _attend_plainly(qkv: Tensor, heads: int, kept: int | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Attention as matrix products and a softmax: its output, what it is made of and its weights.
+    """Attention as matrix products and a softmax, from the fused q, k and v (B, N, 3d).
 
-    From q, k and v (B, N, 3d): the first `kept` tokens (B, kept, heads, d / heads), q, k and v by head
-    (3, B heads, N, d / heads) and the weights (B heads, kept, N).
+    Returns the first `kept` tokens of its output (B, kept, heads, d / heads), q, k and v by head
+    (3, B heads, N, d / heads) and the attention weights (B heads, kept, N).
     """
     batch, tokens, _ = qkv.shape
     parts = qkv.view(batch, tokens, 3, heads, -1).permute(2, 0, 3, 1, 4)
@@ -155,7 +155,7 @@ def _attend_plainly(qkv: Tensor, heads: int, kept: int | None) -> tuple[Tensor, 
 
 
 class _PlainAttention(torch.autograd.Function):
-    """`_attend_plainly`, differentiable: (B, N, 3d) -> (B, kept, d). The weights are kept for it."""
+    """`_attend_plainly`, differentiable: (B, N, 3d) -> (B, kept, d). It saves the attention weights."""
 
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, heads: int, kept: int | None) -> Tensor:
@@ -181,7 +181,7 @@ class _PlainAttention(torch.autograd.Function):
 
 
 class InPlaceGELU(nn.GELU):
-    """GELU that overwrites its input where no backward pass needs it: one tensor less to write."""
+    """GELU, in place where no backward pass needs its input: one tensor less to write."""
 
     def forward(self, x: Tensor) -> Tensor:
         return (
@@ -190,7 +190,7 @@ class InPlaceGELU(nn.GELU):
 
 
 class FoldedScale(nn.Module):
-    """A layer scale that the product before it contains already."""
+    """A layer scale whose gamma is folded into the `FrozenLinear` before it: here the identity."""
 
     def __init__(self, gamma: nn.Parameter) -> None:
         super().__init__()
@@ -201,15 +201,15 @@ class FoldedScale(nn.Module):
 
 
 class FrozenLinear(nn.Linear):
-    """y = s (W x + b)  with weights that do not learn; s is a scale of each output, or 1.
+    """y = s (W x + b)  with weights that do not learn; s scales each output, or is 1.
 
-    Under autocast it computes in the lower precision, as every Linear does. Weights are prepared once for
-    every dtype, and again when they have changed: cast, scaled, and on CPUs with AVX512 laid out for oneDNN,
-    whose products of laid-out matrices take less time than those of other libraries.
+    Under autocast it computes in the lower precision, as every Linear does. Weights are prepared once per
+    dtype, and again when they have changed: cast, scaled, and on CPUs with AVX512 reordered into oneDNN's
+    blocked layout, with which its products are the fastest.
 
     Args:
-        linear: whose parameters it takes over.
-        scale: holds s.
+        linear: the Linear whose parameters it takes over.
+        scale: the module that holds s.
     """
 
     def __init__(self, linear: nn.Linear, scale: FoldedScale | None = None) -> None:
@@ -218,10 +218,10 @@ class FrozenLinear(nn.Linear):
         self.weight, self.bias = linear.weight, linear.bias
         self._scale = (scale,)  # a tuple: the scale is the block's, not a part of this module
         self._prepared: dict[tuple[torch.dtype, bool], tuple[Tensor, Tensor | None]] = {}
-        self._prepared_from: list[tuple[Tensor, int]] = []  # kept: no other tensor can then lie there
+        self._prepared_from: list[tuple[Tensor, int]] = []  # held, so that their addresses are not reused
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without what is prepared: a layout of oneDNN can be neither copied nor saved."""
+        """The state without prepared weights: tensors in oneDNN's layout can be neither copied nor saved."""
         return self.__dict__ | {"_prepared": {}, "_prepared_from": []}
 
     def forward(self, x: Tensor) -> Tensor:
@@ -233,7 +233,7 @@ class FrozenLinear(nn.Linear):
         return _FrozenProduct.apply(x, self) if x.requires_grad else product(self, x)
 
     def weights(self, dtype: torch.dtype, transposed: bool) -> tuple[Tensor, Tensor | None]:
-        """s W and s b, or (s W)^T and None, in a dtype; those of a layout have `is_mkldnn`."""
+        """s W and s b, or (s W)^T and None, in a dtype; weights in oneDNN's layout have `is_mkldnn`."""
         tensors = [t for t in (self.weight, self.bias, *(s.gamma for s in self._scale if s)) if t is not None]
         state = [(tensor.data_ptr(), tensor._version) for tensor in tensors]
         if state != [(tensor.data_ptr(), version) for tensor, version in self._prepared_from]:
@@ -249,7 +249,7 @@ class FrozenLinear(nn.Linear):
         weight, bias = (None if tensor is None else tensor.to(dtype) for tensor in self._scaled())
         if transposed:
             weight, bias = weight.T, None
-        if weight.device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) and _lays_out():
+        if weight.device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) and _reorders_weights():
             weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
         return weight, bias
 
@@ -263,7 +263,7 @@ class FrozenLinear(nn.Linear):
 
 
 def product(linear: nn.Linear, x: Tensor, transposed: bool = False) -> Tensor:
-    """The output of a Linear for x, or with `transposed` the gradient of x for that of the output.
+    """Output of a Linear for x; with `transposed` x is the output's gradient, and the result the input's.
 
     Without autograd, in the dtype of x.
     """
@@ -294,8 +294,8 @@ class _FrozenProduct(torch.autograd.Function):
 
 
 @functools.cache
-def _lays_out() -> bool:
-    """Whether oneDNN's layouts pay: with AVX512; with AVX2 (also where a config chose it) they do not."""
+def _reorders_weights() -> bool:
+    """Whether oneDNN's weight layout pays: with AVX512, but not with AVX2 (also where a config chose it)."""
     if not torch.backends.mkldnn.is_available() or torch.backends.cpu.get_cpu_capability() != "AVX512":
         return False
     return all(hasattr(torch.ops.mkldnn, name) for name in ("_reorder_linear_weight", "_linear_pointwise"))

@@ -1,10 +1,10 @@
-"""A frozen timm Vision Transformer that runs from any depth to any other, with modules added to its blocks.
+"""Frozen timm Vision Transformer with modules added to its blocks; it runs from any depth to any other.
 
     net = FrozenViT(timm_vit)
-    tokens = net(images, stop=9)     # (B, 3, S, S) -> (B, N, d): what block 9 begins with
+    tokens = net(images, stop=9)     # (B, 3, S, S) -> (B, N, d): the input of block 9
     features = net(tokens, 9)        # -> (B, d)
 
-The transformer is timm's own. The networks of all methods are of this kind.
+The transformer is timm's own. It is the base class of the networks of all methods.
 """
 
 from collections.abc import Iterator, Mapping
@@ -29,7 +29,7 @@ class AdaptedBlock(nn.Module):
         self.block, self.adapter_module = block, adapter_module
 
     def forward(self, x: Tensor, attended: bool = False) -> Tensor:
-        """The block's output, of what enters it, or of what its attention has been added to."""
+        """The block's output for its input x or, with `attended`, for x + attn(norm1(x))."""
         block, adapters, kept = self.block, self.adapter_module, getattr(self.block, "kept", None)
         if not attended:
             x = attend(block, x, None if adapters.reads_all_tokens else kept)
@@ -38,21 +38,22 @@ class AdaptedBlock(nn.Module):
 
 
 def merged_state(network: nn.Module, weights: Mapping[int, Tensor]) -> dict[str, Tensor]:
-    """State dict of the timm ViT whose projections to q, k and v have these weights, by block.
+    """State dict of a plain timm ViT with these weights (3 d, d) of the fused qkv projections, by block.
 
     Args:
-        network: with the ViT as `vit`, whose tensors `frozen_names` names, and its projections as `qkv.qkv`.
+        network: holds the ViT as `vit` and its projections as `qkv.qkv`; `frozen_names` lists its tensors.
     """
-    state, frozen = network.state_dict(), network.frozen_names()
-    timms = {
-        name: name.removeprefix("vit.").replace(".qkv.qkv.", ".qkv.") for name in state if name in frozen
+    frozen = network.frozen_names()
+    plain = {
+        name.removeprefix("vit.").replace(".qkv.qkv.", ".qkv."): tensor
+        for name, tensor in network.state_dict().items()
+        if name in frozen
     }
-    plain = {theirs: state[name] for name, theirs in timms.items()}
     return plain | {f"blocks.{block}.attn.qkv.weight": weight for block, weight in weights.items()}
 
 
 class FrozenViT(nn.Module):
-    """A frozen timm ViT; modules beside the MLPs of some blocks, untrained, leave its output bit for bit.
+    """A frozen timm ViT, optionally with adapters beside MLPs; untrained ones leave its output bit for bit.
 
     Args:
         vit: a timm VisionTransformer with a class token and no classifier (`num_classes=0`); it becomes part
@@ -60,7 +61,7 @@ class FrozenViT(nn.Module):
         beside_mlp: the adapters of a block (`SEMAModules` or `TaskAdapters`), by block.
     """
 
-    spec: Any = None  # kind and sizes of an adapter, where blocks hold such
+    spec: Any = None  # `AdapterSpec`, where blocks hold adapters
 
     def __init__(self, vit: VisionTransformer, beside_mlp: Mapping[int, nn.Module] | None = None) -> None:
         super().__init__()
@@ -76,11 +77,11 @@ class FrozenViT(nn.Module):
         return self
 
     def forward(self, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
-        """From depth `start`, that of x, to depth `stop`; by default from images to features.
+        """Run from depth `start`, that of x, to depth `stop`; by default from images to features.
 
-        A depth names a tensor: 0 is images (B, 3, S, S), k the tokens that block k begins with (B, N, d), and
-        `self.depth` the features (B, d), class token after the final norm. A block with adapters begins after
-        its attention, which these do not change; another one begins with what enters it.
+        A depth names a tensor: 0 is images (B, 3, S, S), k the tokens (B, N, d) of block k, and `self.depth`
+        the features (B, d), class token after the final norm. The tokens of an adapted block are those after
+        its attention, which its adapters do not change; of any other block its inputs.
         """
         stop = self.depth if stop is None else stop
         if not 0 <= start <= stop <= self.depth:
@@ -115,20 +116,20 @@ class FrozenViT(nn.Module):
         return self.vit.num_features
 
     def each_subspace(self) -> Iterator[None]:
-        """A round for each part of the features that has tensors of its own: forward then gives it alone."""
+        """Iterate over the subspaces of the features: in each round `forward` gives one alone. Here: one."""
         yield
 
     def fixed_depth(self) -> int:
-        """Depth up to which nothing changes any more: the first block that may grow or learns, or `depth`."""
+        """Depth below which nothing changes any more: the first block that may grow or learns, or `depth`."""
         blocks = self.modules_by_block.items()
         return next((b for b, modules in blocks if modules.growable or modules.is_learning()), self.depth)
 
     def learning_depth(self) -> int:
-        """Depth up to which nothing learns now: the first block in which something does, or `depth`."""
+        """Depth below which nothing learns now: the first block in which something does, or `depth`."""
         return next((b for b, modules in self.modules_by_block.items() if modules.is_learning()), self.depth)
 
     def tensors_below(self, depth: int) -> dict[str, Tensor]:
-        """What is added to the blocks before `depth` and shapes their output, by name."""
+        """The `added_tensors` of the blocks before `depth`, by name."""
         return {
             f"{block}.{name}": tensor
             for block, tensors in self.added_tensors().items()
@@ -137,7 +138,7 @@ class FrozenViT(nn.Module):
         }
 
     def added_tensors(self) -> dict[int, dict[str, Tensor]]:
-        """What shapes the output beside the frozen transformer, by block and name: adapters' parameters."""
+        """Tensors beside the frozen ViT's that shape the output, by block and name: adapters' parameters."""
         return {
             block: {
                 f"{name}.{i}": tensor
@@ -172,7 +173,7 @@ class FrozenViT(nn.Module):
         return {"adapters": sum(p.numel() for a in adapters for p in a.functional.parameters())}
 
     def plain_state(self) -> dict[str, Tensor] | None:
-        """State dict of the timm ViT that computes the same; None where adapters make it another network."""
+        """State dict of the timm ViT that computes the same; None where adapters leave no such ViT."""
         return None if self.modules_by_block else self.vit.state_dict()
 
     def frozen_names(self) -> set[str]:

@@ -1,12 +1,12 @@
-"""InfLoRA on a frozen timm Vision Transformer: low-rank terms of k and v that leave old inputs alone.
+"""InfLoRA on a frozen timm Vision Transformer: low-rank terms of k and v orthogonal to earlier tasks' inputs.
 
     net = InfLoRAViT(timm_vit, rank=10, adapted=range(12))
     with net.second_moments() as moments:        # of the inputs of every adapted projection
         net(images_of_the_new_task)
     net.grow(moments)                            # directions orthogonal to old inputs; zero output
-    features = net(images)                       # (B, 3, S, S) -> (B, d); what they write into k and v learns
+    features = net(images)                       # (B, 3, S, S) -> (B, d); B of the new terms learns
     net.freeze()                                 # merged into the weights: a forward costs what timm's does
-    net.remember(moments_after, threshold=0.95)  # the task's inputs join those to be left alone
+    net.remember(moments_after, threshold=0.95)  # later directions are orthogonal to this task's inputs too
 
 Source: Liang and Li, *InfLoRA: Interference-Free Low-Rank Adaptation for Continual Learning*, CVPR 2024.
 """
@@ -111,14 +111,14 @@ class InfLoRALinear(nn.Module):
         self.new_up = nn.Parameter(self.new_up.detach()[..., :0], requires_grad=False)
 
     def remember(self, moments: Tensor, threshold: float, power: int) -> None:
-        """Add to the basis what inputs with these second moments C (d, d) need for a share of their energy.
+        """Extend the basis so that it holds a share of the energy of inputs with second moments C (d, d).
 
-        With s(X) the singular values of a matrix, p the power and R = (I - M M^T) C, the basis gains the k
-        largest left singular vectors of R, k as small as gives
+        With s(X) the singular values of a matrix, p the power and R = (I - M M^T) C, the basis gains the
+        first k left singular vectors of R, for the smallest k with
 
             sum s(C)^p - sum s(R)^p + sum_(i <= k) s_i(R)^p  >=  threshold * sum s(C)^p
 
-        With p = 1 these are energies of inputs along directions, as in the paper; published code has p = 2.
+        With p = 1 these are energies of the inputs along directions, as in the paper; published code has 2.
         """
         rest = moments - self.basis @ (self.basis.T @ moments)
         left, values, _ = torch.linalg.svd(rest)
@@ -176,7 +176,7 @@ class InfLoRAViT(FrozenViT):
             projection.freeze()
 
     def remember(self, moments: Mapping[int, Tensor], threshold: float, power: int = 1) -> None:
-        """Leave inputs like these alone from now on, see `InfLoRALinear.remember`."""
+        """Extend the basis of every block by the task's inputs (`InfLoRALinear.remember`)."""
         for block, projection in self.by_block.items():
             projection.remember(moments[block], threshold, power)
 
@@ -201,7 +201,7 @@ class InfLoRAViT(FrozenViT):
         return {block: len(p.down) + p.is_open for block, p in self.by_block.items()}
 
     def parameter_counts(self) -> dict[str, int]:
-        """Numbers in what terms write (B), in their directions (A), and in the bases of old inputs."""
+        """Numbers in the factors B ("adapters"), the factors A ("directions") and the bases of old inputs."""
         parts = {"adapters": ("up", "new_up"), "directions": ("down", "new_down"), "bases": ("basis",)}
         tensors = [p.own_tensors() for p in self.by_block.values()]
         return {

@@ -87,9 +87,9 @@ class LoRALinear(nn.Module):
         y = W x + b,   y_s += sum_k w_k B_sk A_sk x,   w_k = beta_k m_k
 
     The network sets the weights w before a forward. Frozen adapters are a stack of R rank-one terms, `down`
-    (2, R, d) and `up` (2, d, R), with |A_sk| = 1 and |B_sk| the size of the product (Frobenius). They are
-    added to W before it meets the tokens, so that their number costs no work per token except for the
-    derivatives of w. The learning adapter `new` is computed beside W.
+    (2, R, d) and `up` (2, d, R), scaled to |A_sk| = 1 (Frobenius). They are added to W before the product
+    with the tokens, so that more of them cost no more per token, except for the gradient of w. The learning
+    adapter `new` is computed beside W.
     """
 
     down: Tensor
@@ -137,7 +137,7 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def freeze_newest(self) -> None:
-        """Move `new` to the frozen stack; |A| goes over to B, which changes no product."""
+        """Move `new` to the frozen stack, with |A| moved into B, which leaves the product B A as it is."""
         size = self.new.down.norm(dim=(1, 2), keepdim=True)
         self.down = torch.cat([self.down, self.new.down / size], dim=1)
         self.up = torch.cat([self.up, self.new.up * size], dim=2)
@@ -206,7 +206,7 @@ class LoRAVisionTransformer(FrozenViT):
 
     @contextmanager
     def _weighted(self, beta: Tensor | None) -> Iterator[None]:
-        """Sets w_k = beta_k m_k in every projection while open."""
+        """Context in which every projection has the weights w_k = beta_k m_k."""
         weights = self.magnitudes if beta is None else beta * self.magnitudes
         by_block = weights.expand(len(self.projections), len(self.magnitudes))  # (L, K)
         for projection, terms, own in zip(self.projections, by_block[:, self.owner], by_block, strict=True):
@@ -315,6 +315,7 @@ class LoRAVisionTransformer(FrozenViT):
         return {"adapters": directions, "magnitudes": self.magnitudes.numel()}
 
     def directions_of_rank(self, rank: int) -> int:
+        """Parameters of the directions of an adapter of this rank, over all blocks."""
         return 4 * rank * sum(projection.width for projection in self.projections)
 
     def frozen_names(self) -> set[str]:

@@ -1,7 +1,7 @@
-"""Merging of the weights that adapters reach task by task into the weights that are deployed.
+"""Merging of the weights that adapters reach in each task into the weights that are deployed.
 
     merging = Merging(adapter_parameters, rule="ema", start="carried", alpha=0.15)
-    merging.begin()      # a later task begins: the parameters become those that it trains on from
+    merging.begin()      # a task begins: the parameters are set to its start weights
     ...                  # training
     merging.end()        # the task's weights are merged; the parameters become the merged ones
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 STARTS = {"mean": "first", "ema": "carried", "max_magnitude": "carried", "orthogonal": "initial"}
-FROM_INITIAL = {"max_magnitude", "orthogonal"}  # rules that need w_init; a mean is one of weights, too
+FROM_INITIAL = {"max_magnitude", "orthogonal"}  # rules that need w_init; means can be taken of weights alone
 
 
 class WeightVector(nn.Module):
@@ -47,22 +47,22 @@ class Merging(WeightVector):
 
         "mean"            M_t = (t M_(t-1) + d_t) / (t + 1)
         "ema"             M_t = M_(t-1) + alpha (d_t - M_(t-1))
-        "max_magnitude"   each number of M_t is that of d_0 ... d_t with the largest magnitude, of equals the
+        "max_magnitude"   each number of M_t is that of d_0 ... d_t with the largest magnitude; of ties the
                           latest
         "orthogonal"      M_t = (l_(t-1) M_(t-1) + P(d_t)) / l_t with P as in `orthogonal_part`. l_0 = 1, and
                           l_t is such that ||M_t|| over all parameters is the mean of ||d_0|| ... ||d_t||.
 
-    A task trains on from "carried": w_(t-1), "merged": m_(t-1), "first": w_0 or "initial": w_init.
+    Task t > 0 starts from "carried": w_(t-1), "merged": m_(t-1), "first": w_0 or "initial": w_init.
 
     Args:
-        parameters: they are read and written in place; their values now are w_init.
+        parameters: read and written in place; their values now are w_init.
         rule, alpha: as above.
-        start: where a task trains on from; None for what the rule's paper does (`STARTS`).
+        start: where later tasks start from; None for what the rule's paper does (`STARTS`).
     """
 
     initial: Tensor  # (P,)
     merged: Tensor  # (P,): M_t
-    start_weights: Tensor  # (P,): where the next task trains on from
+    start_weights: Tensor  # (P,): where the next task starts from
     tasks: Tensor  # tasks so far
     scale: Tensor  # l_t, float64
     norms: Tensor  # sum of ||d_t||, float64
@@ -80,7 +80,7 @@ class Merging(WeightVector):
         self.register_buffer("norms", torch.tensor(0.0, dtype=torch.float64))
 
     def begin(self) -> None:
-        """Set the parameters to where a task trains on from; those of the first are there already."""
+        """Set the parameters to the task's start weights, which in the first task they have already."""
         self.write(self.start_weights)
 
     def end(self) -> None:
@@ -88,7 +88,7 @@ class Merging(WeightVector):
         trained, tasks = self.weights(), int(self.tasks)
         difference = trained - self.initial
         self.norms += difference.double().norm()
-        self.merged = self._with(difference, tasks) if tasks else difference
+        self.merged = self._merge(difference, tasks) if tasks else difference
         self.tasks += 1
         self.write(self.initial + self.merged)
         if self.start == "merged":
@@ -96,7 +96,7 @@ class Merging(WeightVector):
         elif self.start == "carried" or (self.start == "first" and not tasks):
             self.start_weights = trained
 
-    def _with(self, difference: Tensor, tasks: int) -> Tensor:
+    def _merge(self, difference: Tensor, tasks: int) -> Tensor:
         """M_t from M_(t-1) and d_t, t = `tasks`."""
         merged = self.merged
         if self.rule == "mean":
@@ -115,20 +115,20 @@ class Merging(WeightVector):
         return (total / self.scale).to(difference)
 
     def stored_numbers(self) -> int:
-        """Numbers needed beside the deployed weights m_t: where a task starts, and w_init for some rules."""
+        """Numbers stored beside the deployed weights m_t: start weights, and w_init for some rules."""
         needed = {self.start} - {"merged"} | ({"initial"} if self.rule in FROM_INITIAL else set())
         return len(needed) * len(self.initial)
 
 
 class MovingAverage(WeightVector):
-    """Moving average a <- decay a + (1 - decay) w of the weights w while they learn, which is deployed.
+    """Exponential moving average a <- decay a + (1 - decay) w of the weights w in training; it is deployed.
 
-    The weights of the first task are deployed as they are, and begin the average. Training of a later task
-    goes on from the weights, not from the average.
+    The average starts as the weights after the first task, which are deployed as they are. A later task
+    trains on from the weights w, not from the average.
     """
 
     average: Tensor  # (P,)
-    trained: Tensor  # (P,): where training goes on from
+    trained: Tensor  # (P,): w at the end of the newest task
 
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
         super().__init__(parameters)
@@ -151,19 +151,19 @@ class MovingAverage(WeightVector):
         self.write(self.average)
 
     def stored_numbers(self) -> int:
-        """Numbers needed beside the deployed average: the weights that training goes on from."""
+        """Numbers stored beside the deployed average: the weights that training goes on from."""
         return len(self.trained)
 
 
 def orthogonal_part(new: Tensor, merged: Tensor) -> Tensor:
-    """P(D) of a new difference D (m, n): its part apart from the main directions of the merged one M.
+    """P(D) of a new difference D (m, n): its part outside the main directions of the merged one M.
 
     With M = U S V^T (U and V square) and k the first index at which the singular values up to it make up more
     than half of their sum,
 
         P(D) = U Z V^T,   Z = U^T D V without its diagonal and the block of its first k rows and columns.
 
-    A vector (n,), and what is merged with zero, is returned as it is. Computed in float64.
+    A vector D (n,), or any D where M is zero, is returned unchanged. Computed in float64.
     """
     new, merged = new.double(), merged.double()
     if new.dim() < 2 or not merged.any():

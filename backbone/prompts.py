@@ -23,7 +23,7 @@ from backbone.frozen_vit import FrozenViT
 
 
 class PrefixAttention(nn.Module):
-    """timm's attention with a prefix of keys and of values, (B, L / 2, d) each, when it is given one."""
+    """timm's attention, with a prefix of keys and one of values, (B, L / 2, d) each, while these are set."""
 
     def __init__(self, attention: Attention) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class PrefixAttention(nn.Module):
         self.prefix: tuple[Tensor, Tensor] | None = None
 
     def forward(self, x: Tensor, **masks: None) -> Tensor:
-        """timm's blocks name the masks of other networks, which are None in these."""
+        """As timm's attention. `masks` are keyword arguments of timm's blocks, None in a ViT."""
         attention = self.attention
         if self.prefix is None:
             return attention(x)
@@ -51,9 +51,9 @@ class PromptPool(nn.Module):
 
         p(q) = sum_m cos(q * A_m, K_m) P_m,   q (B, d) -> p (B, L, d), its halves prefixes of keys and values
 
-    A_m, K_m (d,) and P_m (L, d); components of earlier tasks are frozen. New ones start orthonormal to all
-    others, as far as there is room. Their numbers are state: a fresh pool takes them from what it loads. L
-    (`length`) is even.
+    A_m, K_m (d,) and P_m (L, d), L (`length`) even; components of earlier tasks are frozen. New ones start
+    orthonormal and orthogonal to all older ones while there is room, then as random unit vectors. M is state:
+    a fresh pool takes it from the tensors that it loads.
     """
 
     keys: Tensor  # (M, d) of earlier tasks
@@ -180,7 +180,7 @@ class PromptedViT(FrozenViT):
         return {i: len(pool.keys) + len(pool.new_keys) for i, pool in self.by_block.items()}
 
     def parameter_counts(self) -> dict[str, int]:
-        """Numbers of parameters in prompts, with their keys and attention."""
+        """Numbers in prompts, with their keys and attention vectors."""
         return {"prompts": sum(tensor.numel() for tensor in self.pools.state_dict().values())}
 
     def plain_state(self) -> None:

@@ -65,8 +65,8 @@ class AdapterModule(nn.Module):
 class Stack(NamedTuple):
     """Several adapters of a block as one bottleneck of R hidden units, each weighted as its adapter is.
 
-    Shapes: down (R, d), down_bias (R,) or None, up (d, R), owners (R,), the adapter of each unit. Where
-    adapters have biases, each has one more unit, whose input is always 1 and which carries its output bias.
+    Shapes: down (R, d), down_bias (R,) or None, up (d, R), owners (R,), the adapter of each unit. An adapter
+    with biases has one more unit, whose pre-activation is always 1 and which carries its output bias.
     """
 
     down: Tensor
@@ -127,7 +127,7 @@ class SEMAModules(nn.Module):
 
     @property
     def reads_all_tokens(self) -> bool:
-        """Whether anything but the adapters themselves reads the input: the router, or a hook."""
+        """Whether all tokens are read, by the router or a hook; adapters read the first `kept` alone."""
         return self.is_mixed or bool(self._forward_pre_hooks)
 
     def mixing_weights(self, token_mean: Tensor) -> Tensor:
@@ -146,16 +146,16 @@ class SEMAModules(nn.Module):
         """The same sum from one pair of matrix products over the hidden units of all adapters.
 
         Frozen and learning adapters have a pair each, so that no gradient is computed for frozen ones.
-        Adapters without factors in common take the reference's way.
+        Adapters without `common_factors` are mixed one by one.
         """
         if len(self._tensors) != len(self.adapters):  # no adapter's parameters are ever replaced
             self._tensors = [list(adapter.functional.parameters()) for adapter in self.adapters]
         tensors = self._tensors
-        kinds: dict[bool, list[int]] = {False: [], True: []}
+        by_learning: dict[bool, list[int]] = {False: [], True: []}
         for k, own in enumerate(tensors):
-            kinds[any(tensor.requires_grad for tensor in own)].append(k)
+            by_learning[any(tensor.requires_grad for tensor in own)].append(k)
         parts = []
-        for learning, chosen in kinds.items():
+        for learning, chosen in by_learning.items():
             if chosen:
                 own = itertools.chain.from_iterable(tensors[k] for k in chosen)
                 stack = self._stack(chosen, x) if learning else self._frozen_stack(chosen, x, list(own))
@@ -163,9 +163,9 @@ class SEMAModules(nn.Module):
         return sum(parts)
 
     def _frozen_stack(self, chosen: list[int], x: Tensor, tensors: list[Tensor]) -> Stack | None:
-        """`_stack` in the dtype of matrix products, put together again only when one of its tensors changes.
+        """`_stack` in the dtype of matrix products, cached until one of its tensors changes.
 
-        The tensors are kept with it: no other can then lie where one of them lies.
+        The tensors are held with it, so that no other tensor can get the address of one of them.
         """
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return self._stack(chosen, x)
@@ -179,7 +179,7 @@ class SEMAModules(nn.Module):
         return self._frozen[2]
 
     def _stack(self, chosen: list[int], x: Tensor) -> Stack | None:
-        """The chosen adapters as one bottleneck for tokens x; None where they have no factors in common."""
+        """The chosen adapters as one bottleneck for tokens x; None where they have no `common_factors`."""
         parts = common_factors([self.adapters[k].functional for k in chosen])
         if parts is None:
             return None

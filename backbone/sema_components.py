@@ -165,8 +165,8 @@ class NestedLinearLoRAAdapter(NestedLoRAAdapter):
 def common_factors(adapters: Sequence[nn.Module]) -> list[Factors] | None:
     """The factors of adapters that can be computed as one bottleneck; None where they cannot.
 
-    They have one activation and all biases or none. A class that overrides `forward` alone is computed by it,
-    whatever factors it inherits.
+    They must share one activation, and all or none of them have biases. A class that overrides `forward` but
+    not `factors` is computed by its `forward`.
     """
     if not all(_gives_factors(type(adapter)) for adapter in adapters):
         return None
@@ -175,7 +175,7 @@ def common_factors(adapters: Sequence[nn.Module]) -> list[Factors] | None:
 
 
 def _gives_factors(kind: type[nn.Module]) -> bool:
-    """Whether a class has `factors` that go with its `forward`: no subclass has another."""
+    """Whether the most derived class that defines `forward` or `factors` defines `factors`."""
     owner = next(parent for parent in kind.__mro__ if vars(parent).keys() & {"factors", "forward"})
     return "factors" in vars(owner)
 

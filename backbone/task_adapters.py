@@ -1,4 +1,4 @@
-"""A frozen timm ViT with an adapter per task in its blocks, whose features are those of several subspaces.
+"""Frozen timm ViT with one adapter per task in its blocks; its features are those of all adapters, joined.
 
     net = TaskAdapterViT(timm_vit, spec, adapted=range(12), plain=True)
     net.grow()                       # adapter 0 learns: features are those of the ViT with it, (B, d)
@@ -20,9 +20,9 @@ from backbone.sema_block import AdapterModule, AdapterSpec
 
 
 class TaskAdapters(nn.Module):
-    """The adapters of one block, one per task, of which one is applied: A_k(x), (B, N, d) -> (B, N, d).
+    """The adapters of one block, one per task, of which only k = `chosen` is applied: A_k(x), (B, N, d).
 
-    Without a chosen one the output is zero. Their number is state: a fresh module takes it from the tensors
+    While `chosen` is None the output is zero. Their number is state: a fresh module takes it from the tensors
     that it loads.
     """
 
@@ -53,10 +53,10 @@ class TaskAdapters(nn.Module):
 
 
 class TaskAdapterViT(FrozenViT):
-    """The ViT with `TaskAdapters` in some blocks: features in the subspaces of all of them.
+    """The ViT with `TaskAdapters` in the `adapted` blocks, at least one.
 
-    While an adapter learns, features are those with it alone. With `plain` the first subspace is that of the
-    ViT without adapters. One block at least is adapted.
+    Each adapter gives a subspace of the features; while one learns, `forward` gives its subspace alone. With
+    `plain` the first subspace is that of the ViT without adapters.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class TaskAdapterViT(FrozenViT):
         super().__init__(vit, {block: TaskAdapters(spec) for block in sorted(adapted)})
         self.spec, self.plain = spec, plain
         self.first = min(self.modules_by_block)
-        self._open: list[int | None] = []  # the subspace of an open round, if any
+        self._open: list[int | None] = []  # the one subspace of a round of `each_subspace`, or empty
 
     def forward(self, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
         """As in `FrozenViT`, but features are those of all subspaces, (B, subspaces * d)."""
@@ -81,7 +81,7 @@ class TaskAdapterViT(FrozenViT):
         return torch.cat(features, dim=-1)
 
     def subspaces(self) -> list[int | None]:
-        """The adapters whose features are given, in order, the newest last; None for the ViT without."""
+        """The adapters whose features `forward` joins, the newest last; None for the ViT without adapters."""
         modules = self.modules_by_block[self.first]
         found = [*([None] if self.plain else []), *range(len(modules.adapters))]
         return self._open or (found[-1:] if modules.is_learning() else found)
@@ -95,7 +95,7 @@ class TaskAdapterViT(FrozenViT):
             self._open = []
 
     def added_tensors(self) -> dict[int, dict[str, Tensor]]:
-        """As in `FrozenViT`, of the adapters whose features are given."""
+        """As in `FrozenViT`, of the adapters whose features `forward` joins."""
         chosen = [adapter for adapter in self.subspaces() if adapter is not None]
         return {
             block: {

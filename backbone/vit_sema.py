@@ -5,7 +5,7 @@
     with net.capture_inputs(net.growing, token_mean) as means:
         net(images)                                      # means[9]: (B, d), input of router and descriptor
 
-Adapters alone, without routers and descriptors, are the case without growing blocks.
+Without growing blocks it holds plain adapters, without routers and descriptors.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -42,7 +42,7 @@ class SEMAVisionTransformer(FrozenViT):
     def token_means(self, x: Tensor, start: int, blocks: Iterable[int]) -> dict[int, Tensor]:
         """Inputs of the blocks' routers and descriptors, {block: (B, d)}, float32, for x of depth `start`.
 
-        Runs no further than the deepest of the blocks, whose adapters' inputs are the tokens of its depth.
+        It runs to the depth of the deepest of the blocks, whose tokens are its adapters' inputs.
         """
         *before, last = sorted(blocks)
         with self.capture_inputs(before if last else blocks, token_mean) as means:
@@ -53,7 +53,7 @@ class SEMAVisionTransformer(FrozenViT):
     def capture_inputs(
         self, blocks: Iterable[int], reduce: Callable[[Tensor], Tensor]
     ) -> Iterator[dict[int, Tensor]]:
-        """A dict that forwards fill, while open, with `reduce(x)` of the adapters' inputs x (B, N, d)."""
+        """Context whose dict every forward fills with `reduce(x)` of the adapters' inputs x (B, N, d)."""
         captured: dict[int, Tensor] = {}
 
         def keep(block: int, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
