@@ -3,9 +3,9 @@
     from models import LEARNERS, METHODS, SCHEMAS, Method     # `models/methods.py`: a new method is one line
     from models import load_run                               # a run as a classifier: `models/saved/`
 
-Files below import from `models.methods` instead. A file of this folder is a method, but for `base.py`, on
-which all methods stand, `heads.py`, classifiers by their key, `gumbel_growth.py`, the gate's part of
-`sdlora.py`, `methods.py` and `benchmark.py`.
+Modules of this package import from `models.methods` instead. Every file of this folder is a method, except
+`base.py` (base class of all methods), `heads.py` (classifiers by config key), `gumbel_growth.py` (pruning and
+figures of Gumbel CL-LoRA), `methods.py` and `benchmark.py`.
 """
 
 from importlib import import_module
@@ -17,7 +17,7 @@ __all__ = ["LEARNERS", "METHODS", "SCHEMAS", "Method"]
 
 
 def __getattr__(name: str) -> Any:
-    """`load_run`, imported when it is asked for: it needs PyTorch."""
+    """`load_run`, imported at the first use, as it needs PyTorch."""
     if name == "load_run":
         return import_module("models.saved.prediction").load_run
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

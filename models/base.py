@@ -7,9 +7,9 @@
         evaluations.append(learner.evaluate())
     learner.report(evaluations).result   # what result.json says
 
-A method tells a task as a sequence of steps (`Learner.learn_task`), some of which run a phase of training
-(`Phase`). A run that was stopped between two training steps goes on from there: finished steps of the task
-are skipped, an open phase is restored with its optimizer.
+A method writes a task as a sequence of named steps (`Learner.learn_task`), some of which run a phase of
+training (`Phase`). A run that was stopped between two optimizer steps goes on from there: finished steps of
+the task are skipped, an interrupted phase is restored with its optimizer.
 """
 
 import logging
@@ -57,14 +57,15 @@ class RunContext:
 
     Attributes:
         device: of the modules.
-        precision: "fp32" or "bf16", as the device has it.
+        precision: "fp32" or "bf16", resolved for the device.
         distributed: this process among those that train together.
-        log: the run's record; None where a model is only looked at.
+        log: the run's record; None where a finished model is only used.
         stop: whether this process is to stop; asked between two steps and between two files (`check_stop`).
         save: writes a checkpoint, for phases that are saved before their end.
-        reads_data: the data set is read; False where a model is rebuilt for predictions, without it.
+        reads_data: whether the data set is read; False where a model is rebuilt for predictions without it.
         warnings: departures from the configuration, for the log.
-        trains_from: first task that is trained; training images of those before it may be gone. None: none.
+        trains_from: first task to be trained, so that training images of earlier ones may be missing; None
+            if nothing is trained.
     """
 
     device: torch.device
@@ -78,7 +79,7 @@ class RunContext:
     trains_from: int | None = None
 
     def check_stop(self) -> None:
-        """Raises Interrupted on all ranks where one of them is to stop; all must ask at the same point."""
+        """Raise Interrupted on all ranks if any of them is to stop; all must ask at the same point."""
         if self.distributed.any(self.stop()):
             raise Interrupted
 
@@ -89,9 +90,9 @@ class TaskProgress:
 
     Attributes:
         finished: names of the steps that are done (`Learner.once`).
-        phases: phases finished in this task; part of the keys of their data order.
-        steps: batches worked on in this task.
-        state: what a method must remember; `open_task` resets what belongs to one task.
+        phases: number of phases finished in this task; part of the keys of their data order.
+        steps: batches processed in this task, those of optimizer steps and of scans.
+        state: the method's own (`Learner.method_state`); `open_task` resets what belongs to one task.
     """
 
     finished: list[str] = field(default_factory=list)
@@ -108,10 +109,10 @@ class Report:
         event: results of the newest task, for `metrics.jsonl`.
         lines: about the newest task, for the log.
         result: results of the whole run for `result.json`: "metrics" by name, and more.
-        tables: makes the plain-text tables that close a run.
+        tables: makes the plain-text tables at the end of a run's log.
         accuracy: rows of the accuracy matrix in percent, where there is one.
         images: what it is measured on, "test" or "validation".
-        cost: times beside the run's seconds; they differ from run to run.
+        cost: timings besides the run's seconds; they are not reproducible.
         csv: tables of the newest task for the run folder, by file name.
     """
 
@@ -132,7 +133,7 @@ class Learner(ABC):
         Config: the schema of its configuration.
         figures: draws the figures of a run from its record.
         task_files: names of files and folders that tasks leave in the run folder beside its record.
-        captions: what one sees in them, by file name, in the order of the run's page.
+        captions: captions of the figures by file name, in the order of the run's page.
         analyses: analyses of finished runs by name, for `eval.py --analyse`; see `analysis_inputs`.
         modules: all modules; their state without `frozen_names` is the checkpoint.
         method_tensors: tensors that a method must remember inside a task, beside `method_state`.
@@ -155,7 +156,7 @@ class Learner(ABC):
         self.progress = TaskProgress()
         self.method_tensors: dict[str, Tensor] = {}
         self._open_phase: dict[str, Any] | None = None  # progress and optimizer of an interrupted phase
-        self._told = 0.0  # time at which the open phase was last logged
+        self._last_logged = 0.0  # time at which the open phase last logged an epoch at level INFO
 
     # --- what a method defines ------------------------------------------------------------------------------
 
@@ -190,7 +191,7 @@ class Learner(ABC):
 
     @abstractmethod
     def describe_task(self, task: int) -> str:
-        """Description of a task's data, for the log's line that opens it."""
+        """Description of a task's data, for the log line at its start."""
 
     @abstractmethod
     def weights(self) -> dict[str, str]:
@@ -202,11 +203,11 @@ class Learner(ABC):
 
     @abstractmethod
     def parameter_counts(self) -> dict[str, int]:
-        """Numbers beside the frozen backbone, by part.
+        """Counts of numbers beside the frozen backbone, by part, with the totals "stored" and "trained".
 
         The parts are what is kept to predict and to learn on, each number once, and "stored" is their sum.
-        "trained" are those that a gradient has ever updated: also what is not kept, such as rows that a
-        classifier is trained with and another head takes the place of.
+        "trained" counts the numbers that a gradient has ever updated, also those that are not kept, such as
+        classifier rows that a closed-form head replaces.
         """
 
     # --- what a method may define ---------------------------------------------------------------------------
@@ -222,11 +223,11 @@ class Learner(ABC):
         return {"model_name": self.config.model_name, "seed": self.seed}
 
     def data_read(self, trained: int, tested: int) -> dict[str, list[str]]:
-        """SHA-256 per task of the images and labels read so far: "train" of so many tasks, then what they are
-        measured on, "test" or "validation", of so many.
+        """SHA-256 per task of the images and labels read so far, by source.
 
-        A checkpoint belongs to a run with the same; what no task has read may change. Empty where data are
-        generated.
+        "train" of the first `trained` tasks; "test" or "validation", whichever the run is measured on, of the
+        first `tested`. A checkpoint belongs only to a run with the same; data that no task has read may
+        change. Empty where data are generated.
         """
         return {}
 
@@ -249,10 +250,10 @@ class Learner(ABC):
         return True
 
     def calibrate(self) -> None:  # noqa: B027 - optional hook
-        """The task is learned: fit what turns scores into probabilities; no prediction changes."""
+        """Fit what turns scores into probabilities, at the end of a task; no prediction changes."""
 
     def close_run(self) -> None:  # noqa: B027 - optional hook
-        """The run is over: remove what only it needs."""
+        """Remove files that only this run needs, at its end."""
 
     # --- a task ---------------------------------------------------------------------------------------------
 
@@ -260,7 +261,7 @@ class Learner(ABC):
         """Open a task: its classes become known."""
         self.task, self.progress = task, TaskProgress(state=self.progress.state)
         self.open_task()
-        self.modules.to(self.device)  # what has been added
+        self.modules.to(self.device)  # moves newly added modules
         parameters = list(self.modules.parameters())
         learning = sum(p.numel() for p in parameters if p.requires_grad)
         level = logging.DEBUG if task else logging.INFO
@@ -277,7 +278,7 @@ class Learner(ABC):
             self.once("calibration", self.calibrate)
 
     def once(self, step: str, work: Callable[[], object]) -> None:
-        """One step of the task, skipped where a resumed run has done it; names are unique in a task."""
+        """Run one step of the task, unless it was finished before a resume; names are unique in a task."""
         if step not in self.progress.finished:
             work()
             self.progress.finished.append(step)
@@ -293,7 +294,7 @@ class Learner(ABC):
         """
         at = self._restore_phase(phase)
         name = f"Task {self.task} {phase.name}" + (f" block {phase.block}" if phase.block is not None else "")
-        self._told = time.monotonic()
+        self._last_logged = time.monotonic()
         if at == PhaseProgress():
             steps = f"{counted(phase.epochs, 'epoch')} of {counted(phase.steps_per_epoch, 'step')}"
             logger.debug(f"{name}: {steps}\n{phase.optimizer.table()}")
@@ -306,7 +307,7 @@ class Learner(ABC):
                         self.context.check_stop()
                         self.take_step(phase, at, batch)
                         bar.update()
-                except Interrupted:  # also from what makes the batches
+                except Interrupted:  # raised here, or while a batch was made
                     self._keep_phase(phase, at)
                     raise
                 at = self._end_epoch(phase, at)
@@ -378,11 +379,12 @@ class Learner(ABC):
         shown = note.text + ("" if accuracy is None else f", Train_accy {accuracy:.2f}")
         remarks = [*([] if phase.block is None else [f"block {phase.block}"]), *filter(None, [note.remark])]
         shown += f" ({'; '.join(remarks)})" if remarks else ""
-        told = phase.tells_epochs or epoch == phase.epochs or time.monotonic() - self._told > QUIET_SECONDS
-        if told:
-            self._told = time.monotonic()
+        quiet = time.monotonic() - self._last_logged <= QUIET_SECONDS
+        level = logging.DEBUG if quiet and epoch < phase.epochs and not phase.tells_epochs else logging.INFO
+        if level == logging.INFO:
+            self._last_logged = time.monotonic()
         line = f"{phase.name} Task {self.task}, Epoch {epoch}/{phase.epochs} => Loss {loss:.3f}{shown}"
-        logger.log(logging.INFO if told else logging.DEBUG, line)
+        logger.log(level, line)
         self.log.metric(
             "epoch",
             task=self.task,
@@ -398,7 +400,7 @@ class Learner(ABC):
         return PhaseProgress(epoch=epoch)
 
     def _keep_phase(self, phase: Phase, at: PhaseProgress) -> None:
-        """Make an open phase part of the state."""
+        """Keep progress and optimizer of an unfinished phase for `state`."""
         self._open_phase = {"progress": asdict(at), "optimizer": phase.optimizer.state()}
 
     def _restore_phase(self, phase: Phase) -> PhaseProgress:
@@ -460,7 +462,7 @@ class Learner(ABC):
         return state, tensors
 
     def load_state(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        """Become the learner that `state` came from; modules that grow take their shape from the tensors.
+        """Restore what `state` returned; modules that grow take their shapes from the tensors.
 
         Raises:
             UserError: the tensors are not exactly those of this configuration.
@@ -501,7 +503,7 @@ def load_learned(modules: nn.Module, tensors: Mapping[str, Tensor], frozen: set[
 
 
 def _exactly(kind: type[Saved], values: dict[str, Any]) -> Saved:
-    """A dataclass with the values that `asdict` took of one; ValueError where any is missing or unknown."""
+    """The dataclass that `asdict` gave these values of; ValueError if a field is missing or unknown."""
     names = [field.name for field in fields(kind)]
     if sorted(values) != sorted(names):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Benchmark of a configuration: steps, scans, stores and tests beside a forward of the plain timm network.
+"""Benchmark of a configuration: time of its steps, relative to a forward of the plain timm network.
 
     python main.py --benchmark --config exps/nested_lora_cifar.json
     python main.py --benchmark --config X.json --set precision=bf16 --repeats 7 --profile trace/
@@ -42,9 +42,9 @@ from utils.training.phase import Phase, PhaseProgress
 from utils.wording import counted
 
 ADAPTERS = (1, 2, 6)  # in a block when steps and tests are measured; a task brings one
-ADAPTERS_OF = {"sdlora": (1, 19)}  # by method
+ADAPTERS_OF = {"sdlora": (1, 19)}  # the same for methods that differ
 BATCHES, DEVICE_BATCHES = 2, 16  # in a task on a CPU, and elsewhere, where data workers make some ahead
-HEAD_IMAGES, HEAD_CLASSES = 500, 10  # of a task that a ridge head takes in
+HEAD_IMAGES, HEAD_CLASSES = 500, 10  # of the task that a ridge head is measured with
 Work = Callable[[], object]
 
 logger = logging.getLogger("nested_lora")
@@ -79,7 +79,7 @@ def benchmark(config: RunConfig, repeats: int, profile: Path | None = None) -> I
 
 
 def stand_in(config: ClassIncrementalConfig, folder: Path, batches: int) -> ClassIncrementalConfig:
-    """The configuration with tasks of one generated class, random weights, stored views, growth always."""
+    """The configuration with tasks of one generated class, random weights, fixed views, growth per task."""
     tasks = 1 if isinstance(config, OneTaskRules) else max(ADAPTERS_OF.get(config.model_name, ADAPTERS))
     dataset, given = folder / "noise.npz", config.model_dump()
     write_noise(dataset, classes=tasks, train=batches * batch_size(config), test=2)
@@ -129,7 +129,7 @@ class Benchmark:
         yield f"{config.backbone_type}, {size} px, batch {len(self.images)}, {config.precision}"
         yield f"{self.device}, {threads}, torch {torch.__version__}; medians of {self.repeats}"
         yield ""
-        yield f"{'per image':<52}{'forwards':>9}{'least - most':>19}{'CPU ms':>10}{'ms':>10}"
+        yield f"{'per image':<52}{'forwards':>9}{'min - max':>19}{'CPU ms':>10}{'ms':>10}"
         yield self.per_image("plain forward", self.forward, len(self.images))
         for task in range(learner.nb_tasks):
             learner.begin_task(task)
@@ -155,7 +155,7 @@ class Benchmark:
 
     @property
     def adapters(self) -> str:
-        """Adapters in the block that has most, as a name's end."""
+        """Largest number of adapters in a block, as the end of a row's name."""
         count = max(self.learner.network.adapters_per_block().values(), default=0)
         return f", {counted(count, 'adapter')}" if count else ""
 
@@ -170,7 +170,7 @@ class Benchmark:
     # --- rows -----------------------------------------------------------------------------------------------
 
     def measure_phase(self, phase: Phase) -> None:
-        """A step in place of a whole phase, with a row the first time that there is one of its name."""
+        """Take one step in place of a whole phase, measured where the table lacks a row of this name."""
         learner, name = self.learner, self.name_of(phase)
         batch, count = next(iter(phase.batches(0, 0))), learner.data.count(learner.classes, "train")
 
@@ -193,7 +193,7 @@ class Benchmark:
         learner.progress.phases += 1
 
     def stored(self, network: FrozenViT) -> Iterator[str]:
-        """Rows of what reads and fills stores, in the state after the last task."""
+        """Rows of scans and of filling the store of activations, in the state after the last task."""
         learner, number, depth = self.learner, itertools.count(), network.fixed_depth()
         count = learner.data.count(learner.classes, "train")
         if self.method == "sema" and network.growing:
@@ -210,7 +210,7 @@ class Benchmark:
             yield self.per_image(f"filling a store with {what}", fill, count)
 
     def scan(self) -> None:
-        """A whole scan of the open task's images that finds nothing new."""
+        """A whole scan of the open task's images that grows nothing."""
         learner, always = self.learner, self.learner.config
         learner.config = always.model_copy(update={"expansion": "novelty", "exp_threshold": float("inf")})
         learner.method_state.update(block=None, grown=[], scan=0, batch=0, grown_in_scan=False)
@@ -218,11 +218,12 @@ class Benchmark:
         learner.config = always
 
     def shares(self) -> Iterator[str]:
-        """Rows of the share of the rate of matrix products that passes reach, by the products they need.
+        """Rows: share of the machine's rate of matrix products that passes reach, for the products they need.
 
-        The rate is that of the network's own products, in whichever layout of weights is faster. A forward of
-        the learner needs of the last block keys and values alone, but for the class token; a step of task 0
-        needs two forwards: a backward without gradients of weights has as many products.
+        The rate is measured on the network's own products, in whichever weight layout is faster. In the last
+        block a forward of the learner needs only keys and values of all tokens, and the rest of the class
+        token. A step of task 0 needs two forwards, as a backward without gradients of weights has as many
+        products as a forward.
         """
         vit, images = self.plain, len(self.images)
         patches, depth, d = vit.patch_embed.num_patches, len(vit.blocks), vit.embed_dim
@@ -249,9 +250,9 @@ class Benchmark:
         works, costs = (self.forward, plain, prepared), []
         for _ in range(self.repeats):
             forward, *products = map(self.cost, works)
-            costs.append((forward, min(products, key=self.main)))
+            costs.append((forward, min(products, key=self.seconds)))
         rate = statistics.median(linear / product.clock for _, product in costs)
-        times = statistics.median(self.main(forward) / self.main(product) for forward, product in costs)
+        times = statistics.median(self.seconds(forward) / self.seconds(product) for forward, product in costs)
         yield f"{'share of the rate of matrix products':<52}{'%':>9}{f'of {rate / 1e9:,.0f} GFLOP/s':>19}"
         for kind, flops in {
             "plain forward": whole,
@@ -263,7 +264,7 @@ class Benchmark:
                 yield f"{f'{name}, share':<52}{100 * share:>9.1f}"
 
     def head(self, head: RanPACHead) -> Iterator[str]:
-        """Row of what it costs to take a task into ridge regression on random features."""
+        """Row of the cost of adding a task to ridge regression on random features."""
         features, labels = torch.randn(HEAD_IMAGES, head.width), torch.arange(HEAD_IMAGES) % HEAD_CLASSES
         costs = [
             self.cost(lambda: head.add(features, len(head.counts) + labels)) for _ in range(self.repeats)
@@ -276,12 +277,12 @@ class Benchmark:
     # --- measuring ------------------------------------------------------------------------------------------
 
     def per_image(self, name: str, work: Work, images: int) -> str:
-        """The row of some work on so many images, next to the plain forward."""
+        """The row of some work on so many images, relative to the plain forward."""
         work()  # warm up
         costs, ratios = [], []
         for _ in range(self.repeats):
             unit, cost = self.cost(self.forward), self.cost(work)
-            ratios.append(self.main(cost) / images / (self.main(unit) / len(self.images)))
+            ratios.append(self.seconds(cost) / images / (self.seconds(unit) / len(self.images)))
             costs.append(cost)
         self.forwards[name] = statistics.median(ratios)
         cpu, clock = (1000 * statistics.median(values) / images for values in zip(*costs, strict=True))
@@ -289,7 +290,7 @@ class Benchmark:
         return f"{name:<52}{self.forwards[name]:>9.4f}{span:>19}{cpu:>10.2f}{clock:>10.2f}"
 
     def cost(self, work: Work) -> Cost:
-        """The cost of one call, until the device has finished."""
+        """The cost of one call, device work included."""
         self.wait()
         cpu, clock = time.process_time(), time.perf_counter()
         work()
@@ -300,8 +301,8 @@ class Benchmark:
         if self.device.type != "cpu":
             torch.accelerator.synchronize(self.device)
 
-    def main(self, cost: Cost) -> float:
-        """What is compared: CPU seconds, or where another device computes seconds on the clock."""
+    def seconds(self, cost: Cost) -> float:
+        """The seconds that are compared: of the CPU, or where another device computes, on the clock."""
         return cost.cpu if self.device.type == "cpu" else cost.clock
 
     @torch.no_grad()

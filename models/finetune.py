@@ -1,11 +1,11 @@
-"""Finetune: one adapter per block that goes on learning in every task, without growth and without freezing.
+"""Finetune: one adapter per block, trained on task after task without growth and without freezing.
 
     python main.py --config exps/baselines/finetune_cifar.json
 
 The adapters (any `ffn_adapter_type`) and the newest classifier rows are trained with the cross-entropy over
-the current task's classes; nothing protects what was learned before. It is what Nested LoRA with
-`nested_lora_freeze` "never" must be compared with: the same freedom on one time scale. With `merge` the
-weights reached task by task are merged, and the merged ones are tested (`backbone/merging.py`).
+the current task's classes; nothing protects what was learned before. It is the baseline for Nested LoRA with
+`nested_lora_freeze` "never": the same freedom on one time scale. With `merge` the weights reached in each
+task are merged, and the merged weights are evaluated (`backbone/merging.py`).
 """
 
 from torch import nn

@@ -1,4 +1,4 @@
-"""Conditional growth of Gumbel CL-LoRA: choice of the kept adapters, log lines, files, figures.
+"""Conditional growth of Gumbel CL-LoRA: which adapters are kept, with its log lines, files and figures.
 
     decision = decide(task=3, adapters=[0, 1, 3], beta=beta, config=config)   # beta: (K,) or (L, K)
     decision.kept                              # positions of the adapters that stay, such as [0, 2]
@@ -31,7 +31,7 @@ from utils.plotting import MOST_NUMBERED_TASKS, VERMILLION, task_axis, titled_fi
 
 UNIFORM_TOLERANCE = 0.1  # weights that all lie within this share of 1 / K around it count as uniform
 FEW_SHARE = 1 / 3  # of the adapters of all tasks: as many kept or fewer count as few
-COOLED_FACTOR = 1.5  # times the final temperature, which a task should come down to
+COOLED_FACTOR = 1.5  # a task should end at a temperature of at most this many times the final one
 Event = Mapping[str, Any]
 CAPTIONS = {
     "beta_evolution.png": "Weight that the gate gives the adapter of each task (x), a line after every task; "
@@ -80,7 +80,7 @@ class GateDecision:
         write_json(folder / f"{name}.json", {"task": self.task, **values})
 
     def lines(self, config: GateKeys) -> list[str]:
-        """The decision in the log."""
+        """The decision as lines for the log."""
         beta, total, k, limit = self.mean_beta, self.task + 1, config.growth_top_k, config.growth_threshold
         if config.growth == "top_k":
             rule, above, below = f"top_k: {k}", f"among the {k} greatest", f"not among the {k} greatest"
@@ -97,10 +97,9 @@ class GateDecision:
         return [f"[Conditional Growth] {line}" for line in lines]
 
     def warnings(self, config: GateKeys, tau: float, steps: int) -> list[str]:
-        """Signs of a setting of the gate that has no effect or too much, each with the key to change.
+        """Signs that a setting of the gate has no effect or too much of it, each with the key to change.
 
         Args:
-            config: the run's.
             tau: the temperature at the end of the task.
             steps: optimizer steps of the task.
         """
@@ -124,7 +123,7 @@ class GateDecision:
         return [f"[Gumbel CL-LoRA] {line}" for line in found]
 
     def _by_task(self, values: Tensor) -> Tensor:
-        """Values of adapters (..., K) at the places of their tasks, (..., t + 1); zero elsewhere."""
+        """Values of adapters (..., K) at the positions of their tasks (..., t + 1); zero elsewhere."""
         spread = values.new_zeros(*values.shape[:-1], self.task + 1)
         spread[..., self.adapters] = values
         return spread

@@ -10,10 +10,10 @@ from utils.inc_net import IncrementalHead
 
 
 def build_heads(config: HeadKeys, width: int) -> dict[str, nn.Module]:
-    """Classifier rows that training needs, and the head in closed form that classifies unless `head` is "fc".
+    """Classifier rows for training and, unless `head` is "fc", the closed-form head that classifies.
 
     Returns:
-        "head" and, but for "fc", "closed_form".
+        "head" and, unless `head` is "fc", "closed_form".
     """
     rows = IncrementalHead(width)
     closed_form: ClosedFormHead | None = {

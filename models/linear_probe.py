@@ -1,10 +1,10 @@
 """Linear probe: a linear classifier trained on frozen features of all classes at once.
 
-It shows what the features alone offer.
+It measures the features alone, without adaptation and without forgetting.
 
     python main.py --config exps/baselines/linear_probe_cifar.json
 
-There is one task that holds all classes, as for `joint`. The augmented views are those of every other method.
+There is one task that holds all classes, as for `joint`. The augmented views are drawn as for other methods.
 """
 
 from torch import nn

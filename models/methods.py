@@ -1,8 +1,8 @@
-"""The learning methods and the one dict that names them, by config and learner.
+"""METHODS, the dict that names every method: its config schema and its learner.
 
-A new method is one file and one line here. Its keys may stand in that file, too; in one of their own, in
-`models/config/`, they are checked before PyTorch is imported. Learners are named by import path, and imported
-when one is asked for: `LEARNERS["sema"]`.
+A new method is one file and one line here. With the schema in a file of its own, in `models/config/`, configs
+are checked before PyTorch is imported; it may also stand in the method's file. Learners are named by import
+path, and imported at the first use: `LEARNERS["sema"]`.
 """
 
 from collections.abc import Iterator, Mapping

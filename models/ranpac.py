@@ -1,4 +1,4 @@
-"""RanPAC: ridge regression on random features of the network, task by task equal to all tasks at once.
+"""RanPAC: ridge regression on random features of the network; task by task it equals all tasks at once.
 
     # training-free
     python main.py --config exps/baselines/ranpac_cifar.json
@@ -7,8 +7,8 @@
 
 scores(x) = relu(f(x) P) (G + lambda I)^-1 Q with f the class token, P a fixed random projection to
 `ranpac_dim` numbers, G and Q sums over all training images so far, and lambda chosen on a held-out fifth of
-every task (`RanPACHead`). With `first_session` the adapters are trained on task 0 and frozen before its
-features are read, so that all sums belong to one network. Source: McDonnell et al., *RanPAC: Random
+every task (`RanPACHead`). With `first_session` adapters are trained on task 0 and frozen before its features
+are computed, so that all sums belong to one network. Source: McDonnell et al., *RanPAC: Random
 Projections and Pre-trained Models for Continual Learning*, NeurIPS 2023.
 """
 
@@ -33,11 +33,11 @@ from utils.training.random import rng
 logger = logging.getLogger("nested_lora")
 
 RIDGES = [10.0**k for k in range(-8, 10)]  # candidates for lambda, as published
-FINER = [10.0**-0.5, 10.0**0.5]  # and, relative to the best of them, its neighbours on a grid twice as fine
+FINER = [10.0**-0.5, 10.0**0.5]  # then two more: the best of them times these
 HELD_OUT = 0.2  # share of a task's training features that chooses lambda, as published
-FIT, HELD = range(2)  # the two parts that the sums are kept in
-IMAGES = 2048  # whose random features are held at once
-SOLUTIONS = 2**25  # numbers in the solutions W that are compared at once: 0.27 GB
+FIT, HELD = range(2)  # the two parts that the sums are kept in: fitted, and held out to choose lambda
+IMAGES = 2048  # images whose random features are in memory at once
+SOLUTIONS = 2**25  # numbers in the solutions W that are in memory at once: 0.27 GB
 
 
 class RanPACHead(ClosedFormHead):
@@ -56,21 +56,20 @@ class RanPACHead(ClosedFormHead):
         ||H_held W - Y_held||^2 = tr(W^T G_held W) - 2 tr(W^T Q_held) + n_held,
 
     and the classifier is then solved from both. The W of all candidates come from one factorization
-    (`utils/analysis/ridge_path.py`). Published, the newest task's fifth alone chooses: few images of few
-    classes, with which lambda jumps by a factor of ten from task to task. A lambda with which a sum is not
-    positive definite to working precision (images repeated, fewer than random features) is passed over for
-    the next best, of equal errors for the smaller power of ten; where all are, lambda goes on growing by tens
-    until one will do.
+    (`utils/analysis/ridge_path.py`). In published code the newest task's fifth alone chooses: few images of
+    few classes, so that lambda jumps by a factor of ten from task to task. If G + lambda I is not positive
+    definite to working precision (repeated images, fewer images than random features), the next best lambda
+    is taken, at equal errors the smaller; if none is left, powers of ten above all candidates.
 
-    When the backbone moves, the random features of the newest task's images are known before and after, which
-    gives an affine map h -> J^T h + b (`fit_drift`). Sums over images that are no longer there follow it
-    exactly, with n images, m = sum_i h_i = Q 1 and the class counts c:
+    When the backbone moves, the random features of the newest task's images before and after give an affine
+    map h -> J^T h + b (`fit_drift`). Applied to all earlier images it changes their sums, with n images,
+    m = sum_i h_i = Q 1 and the class counts c, to
 
         G -> J^T G J + J^T m b^T + b m^T J + n b b^T,   Q -> J^T Q + b c^T
 
-    A checkpoint holds the lower triangle of each symmetric G, in float64: the sums are no float32 numbers,
-    and a resumed run goes on from exactly these. W is stored beside them, since the search for lambda would
-    take longer than reading it. `seed` names the random streams of P and of the held-out parts; `dim` is M.
+    A checkpoint holds the lower triangle of each symmetric G, in float64, so that a resumed run goes on from
+    exactly these sums, and W, since the search for lambda would take longer than reading it. `seed` names the
+    random streams of P and of the held-out parts; `dim` is M.
     """
 
     unseen = calibration.HELD_OUT
@@ -83,7 +82,7 @@ class RanPACHead(ClosedFormHead):
         super().__init__(width)
         self.seed, self.dim = seed, dim
         self.ridge: float | None = None  # lambda; unknown until `refit`, as in a head that was loaded
-        self.fit_weights: Tensor | None = None  # (M, C), with the same lambda from the part that fits alone
+        self.fit_weights: Tensor | None = None  # (M, C), with the same lambda from the part FIT alone
         shapes = {"gram": (2, dim, dim), "cross": (2, dim, 0), "part_counts": (2, 0), "weights": (dim, 0)}
         for name, shape in shapes.items():
             self.register_buffer(name, torch.zeros(shape, dtype=torch.float64))
@@ -98,11 +97,11 @@ class RanPACHead(ClosedFormHead):
         self.cross, self.part_counts = F.pad(self.cross, (0, missing)), F.pad(self.part_counts, (0, missing))
         held, rest = self._split(len(features), classes)
         for part, rows in ((FIT, rest), (HELD, held)):
-            self.take_in(part, features[rows], targets[rows])
+            self.accumulate(part, features[rows], targets[rows])
         self.solve()
         logger.info(f"Ridge head: lambda {self.ridge:g} for {classes} classes, {self.dim} random features")
 
-    def take_in(self, part: int, features: Tensor, targets: Tensor) -> None:
+    def accumulate(self, part: int, features: Tensor, targets: Tensor) -> None:
         """Add features (n, d), of any classes so far, to the sums of a part, `FIT` or `HELD`."""
         for some, labels in zip(features.split(IMAGES), targets.split(IMAGES), strict=True):
             hidden = self.random_features(some)
@@ -117,9 +116,9 @@ class RanPACHead(ClosedFormHead):
         drift = fit_drift(*hidden)
         shift = drift.shift
         for gram, cross, counts in zip(self.gram, self.cross, self.part_counts, strict=True):  # views
-            cross.copy_(drift.turned(cross))
+            cross.copy_(drift.map_sums(cross))
             mixed = torch.outer(cross.sum(dim=1), shift)
-            moved = drift.turned_form(gram) + mixed + mixed.T + counts.sum() * torch.outer(shift, shift)
+            moved = drift.map_form(gram) + mixed + mixed.T + counts.sum() * torch.outer(shift, shift)
             symmetric_(gram.copy_(moved))
             cross += torch.outer(shift, counts)
         return drift.explained
@@ -132,7 +131,7 @@ class RanPACHead(ClosedFormHead):
         return self._split(images, classes)[0].sort().values
 
     def unseen_scores(self, features: Tensor, targets: Tensor) -> Tensor | None:
-        """Scores by the ridge regression of the part that fits, with the lambda of both."""
+        """Scores by the ridge regression of the part FIT alone, with the chosen lambda."""
         if self.ridge is None:
             self.solve()
         if self.fit_weights is None:
@@ -150,7 +149,7 @@ class RanPACHead(ClosedFormHead):
         return F.relu(features @ self.projection)
 
     def solve(self) -> None:
-        """Choice of lambda, and the weights with it: from both parts, and from the part that fits."""
+        """Choose lambda, and solve for the weights with it: from both parts, and from FIT alone."""
         ranked, fitted = self.ranked_ridges()
         larger = (RIDGES[-1] * 10.0**k for k in itertools.count(1))
         for ridge in itertools.chain(ranked, larger):
@@ -162,9 +161,9 @@ class RanPACHead(ClosedFormHead):
         self.ridge, self.weights, self.fit_weights = ridge, weights, fitted
 
     def ranked_ridges(self) -> tuple[list[float], Tensor | None]:
-        """Candidates for lambda by held-out squared error: powers of ten, and neighbours of the best.
+        """Candidates for lambda, smallest held-out error first: powers of ten, and neighbours of the best.
 
-        Beside them the weights (M, C) of the best, from the part that fits; None where no candidate has any.
+        With them the weights (M, C) of the best, from FIT alone; None where no candidate can be solved for.
         """
         path = RidgePath(self.gram[FIT])
         errors = self._held_out_errors(path, RIDGES)
@@ -211,7 +210,7 @@ def _pack_gram(head: RanPACHead, tensors: dict[str, Any], prefix: str, *_: Any) 
 
 
 def _unpack_gram(head: RanPACHead, tensors: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Hook of `load_state_dict`: the reverse; the whole matrices of older checkpoints stay as they are."""
+    """Hook of `load_state_dict`: the reverse; whole matrices of older checkpoints are loaded as they are."""
     head.ridge = head.fit_weights = None
     packed, whole = tensors.get(f"{prefix}gram"), torch.zeros_like(head.gram)
     if packed is None or packed.dim() != 2 or packed.shape[1] != head.dim * (head.dim + 1) // 2:
@@ -238,7 +237,7 @@ class RanPAC(ClassIncrementalLearner):
         return nn.ModuleDict({"backbone": network, "head": rows, "closed_form": head})
 
     def open_task(self) -> None:
-        """Only a first task that trains needs the classifier rows it trains with."""
+        """Add classifier rows in the first task only, which alone may be trained."""
         if self.task == 0:
             super().open_task()
 

@@ -1,11 +1,11 @@
-"""SD-LoRA and Gumbel CL-LoRA: one low-rank direction per task, magnitudes of all, a sparse gate over them.
+"""SD-LoRA and Gumbel CL-LoRA: a low-rank direction per task, learned magnitudes and a sparse gate over them.
 
     python main.py --config exps/sdlora_c100_baseline.json   # lambda_sparsity 0: SD-LoRA, every beta is 1
     python main.py --config exps/sdlora_c100.json            # lambda_sparsity > 0: a gate and pruning
 
 A task adds an adapter to q and v of every block and trains it with the magnitudes of all adapters, the gate's
-logits g and the classifier rows of its classes. Then its direction is frozen, and with a gate its weight
-decides whether the adapter stays (`models/gumbel_growth.py`). In training
+logits g and the classifier rows of its classes. Then its direction is frozen, and with a gate its weight beta
+decides whether the adapter is kept (`models/gumbel_growth.py`). In training
 beta = sparsemax((g + noise) / tau), tau falls after every step and lambda_sparsity * H(beta) is added to the
 loss; in evaluation beta = sparsemax(g / gumbel_tau_final).
 
@@ -89,10 +89,10 @@ class SDLoRA(ClassIncrementalLearner):
     # --- a task ---------------------------------------------------------------------------------------------
 
     def open_task(self) -> None:
-        """Add classifier rows and an adapter with zero output, which joins the gate on equal terms.
+        """Add classifier rows and an adapter with zero output; with a gate its logit is `newcomer_logits`.
 
-        With "carry" and without a gate old data keep their features; a gate's weights are shared with the
-        newcomer.
+        With "carry" and without a gate this changes no feature; a gate gives part of the weight to the new
+        adapter.
         """
         super().open_task()
         config = self.config
@@ -111,7 +111,7 @@ class SDLoRA(ClassIncrementalLearner):
             )
 
     def grow(self) -> None:
-        """Add one adapter of the rank that is due."""
+        """Add one adapter of the rank that the schedule gives this task."""
         self.network.grow(self.config.rank_of(self.task))
         self.adapters.append(self.task)
         if self.gate is not None:
@@ -162,7 +162,7 @@ class SDLoRA(ClassIncrementalLearner):
         self.log.metric("magnitudes", task=self.task, adapters=self.adapters, magnitudes=magnitudes)
 
     def _conditional_growth_decision(self, gate: GumbelGate) -> None:
-        """Keep or prune adapters by their weights in evaluation; log, write and comment the decision."""
+        """Keep or prune adapters by their evaluation weights; log and write the decision, with warnings."""
         config, tau = self.config, self.method_state["tau"]
         decision = decide(self.task, self.adapters, self.beta().cpu(), config)
         for line in decision.lines(config):
@@ -210,7 +210,7 @@ class SDLoRA(ClassIncrementalLearner):
         return super().features_of_images(indices, source, among)
 
     def trained_numbers(self) -> int:
-        """Those of adapters that learned, pruned ones too, with their magnitudes and logits, and of rows."""
+        """Numbers in adapters that learned, also pruned ones, their magnitudes and logits, and rows."""
         config, each = self.config, 1 if self.gate is None else 1 + self.gate.logits.shape[:-1].numel()
         trained = [task for task in range(self.task + 1) if config.epochs_of(task)]
         adapters = sum(self.network.directions_of_rank(config.rank_of(task)) + each for task in trained)

@@ -1,6 +1,6 @@
 """SEMA, and Nested LoRA on SEMA: class-incremental learning with adapters that grow where the data are new.
 
-Each block has one router; all share one classifier.
+Each growing block has a router; there is one classifier.
 
     python main.py --config exps/sema_cifar.json            # ffn_adapter_type "adaptmlp"
     python main.py --config exps/nested_lora_cifar.json     # ffn_adapter_type "nested_lora"
@@ -8,13 +8,13 @@ Each block has one router; all share one classifier.
 Task 0 trains adapters, routers and classifier, then the representation descriptors. A later task scans its
 training images; the shallowest block that finds a batch novel grows by one adapter, which is trained, then
 its descriptor; the scan goes on, and is repeated until a whole one adds nothing. If nothing grew, what is
-trainable is trained. Then the task closes: consolidation (nested, if asked for), router rows merged,
-freezing.
+trainable is trained. At the end of the task nested adapters are consolidated, if the config says so, router
+rows are merged, and what was trained is frozen.
 
-What a batch is compared with are a descriptor's errors on views of its task's images that it has not trained
-on. With new views in every epoch they are recorded while it trains, as published. Where views come again
-(`rd_views`), its training errors would be too small: then errors on further views are recorded when it has
-been trained.
+A batch is novel if its reconstruction errors deviate from those a descriptor made on its own task, on views
+that it was not trained on. With new views in every epoch these are recorded during training, as published.
+Where views are used again (`rd_views`), training errors would be too small: then errors on further views are
+recorded after training.
 
 Source: SEMA (Wang et al., CVPR 2025) as its published code computes it; Nested LoRA as in the project's
 design.
@@ -46,7 +46,7 @@ from utils.wording import spans
 
 logger = logging.getLogger("nested_lora")
 
-CONSOLIDATION_IMAGES = 128  # images of the task that consolidation looks at
+CONSOLIDATION_IMAGES = 128  # images of the task whose tokens consolidation fits and measures drift on
 CONSOLIDATION_TOKENS = 32  # tokens of each of them
 
 
@@ -73,7 +73,7 @@ class SEMA(ClassIncrementalLearner):
             "scan": 0,  # whole scans before this one
             "batch": 0,  # batches of this scan that are done
             "grown_in_scan": False,
-            "highest_z": {},  # by block, since it was last trained
+            "highest_z": {},  # by block, since the last growth in this task
         }
 
     # --- the story of a task --------------------------------------------------------------------------------
@@ -105,7 +105,7 @@ class SEMA(ClassIncrementalLearner):
             self.method_state["block"] = None
 
     def shared_views(self) -> int:
-        """Those that descriptors read after training, or a scan before it; all where more blocks may grow."""
+        """Views that functional phases and also a scan or descriptors read; if more may grow, all of them."""
         config, growing = self.config, len(self.network.growing)
         trained = config.func_epoch
         described = min(config.distinct_rd_views or config.rd_epoch, config.rd_epoch)
@@ -169,7 +169,7 @@ class SEMA(ClassIncrementalLearner):
         return None
 
     def _log_scan(self) -> None:
-        """The highest z-score of every block that was looked at: how near each came to growing."""
+        """Log the highest z-score of every block that could still grow: how near it came to growing."""
         highest, threshold = self.method_state["highest_z"], self.config.exp_threshold
         if not highest:
             return  # every growing block has grown in this task
@@ -185,15 +185,15 @@ class SEMA(ClassIncrementalLearner):
         return [block for block, adapter in newest.items() if is_learning(adapter.rd)]
 
     def functional_parameters(self) -> list[nn.Parameter]:
-        """All that learn now but the descriptors, which have a phase of their own."""
+        """All parameters that learn now except those of descriptors, which have a phase of their own."""
         described = {id(parameter) for parameter in self.network.descriptor_parameters()}
         return [parameter for parameter in super().functional_parameters() if id(parameter) not in described]
 
     def record_errors(self) -> None:
-        """Record the errors of trained descriptors, unless training has.
+        """Record the errors of trained descriptors, unless they were recorded in training.
 
-        As many as training would have recorded: min(`buffer_size`, images of the task * `rd_epoch`), each on
-        a view that is new to the descriptors, of one image after the other in a drawn order.
+        As many as training would have recorded: min(`buffer_size`, images of the task * `rd_epoch`), on views
+        that are new to the descriptors, one view of all images after the other, in a drawn order.
         """
         config, blocks = self.config, self.described_blocks()
         if config.repeats_rd_views:
@@ -222,7 +222,7 @@ class SEMA(ClassIncrementalLearner):
     # --- close ----------------------------------------------------------------------------------------------
 
     def end_of_task_training(self) -> None:
-        """Consolidate if asked to, freeze, record the two branches' norms before and after."""
+        """Consolidate if the config says so, freeze, record the branches' norms before and after."""
         config = self.config
         consolidation = self.consolidation() if config.consolidates else None
         tokens = self._task_tokens() if consolidation else {}
@@ -317,8 +317,8 @@ class SEMA(ClassIncrementalLearner):
 class DescriptorPhase(Phase):
     """Training of the newest descriptors on token means, which do not change meanwhile.
 
-    The loss is the mean reconstruction error, summed over blocks. While no view of an image has come before,
-    errors are recorded as they are measured.
+    The loss is the mean reconstruction error, summed over blocks. If no view is used twice, the errors of
+    every step are recorded.
     """
 
     name = "rd"

@@ -1,1 +1,1 @@
-"""Methods of the field to compare with, one file each."""
+"""Published methods to compare with, one file each."""

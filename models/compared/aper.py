@@ -1,4 +1,4 @@
-"""APER: class means of frozen and once adapted features side by side, compared by cosine.
+"""APER: nearest class mean by cosine on frozen and first-task-adapted features, concatenated.
 
     python main.py --config exps/methods/aper_cifar.json
 
@@ -31,7 +31,7 @@ class APER(ClassIncrementalLearner):
         return nn.ModuleDict({"backbone": network, "head": rows, "closed_form": head})
 
     def open_task(self) -> None:
-        """The first task alone has an adapter, and classifier rows to train it with."""
+        """Add an adapter, and classifier rows to train it with, in the first task only."""
         if self.task == 0:
             super().open_task()
             self.network.grow()

@@ -1,11 +1,11 @@
-"""CODA-Prompt: prefixes of keys and values, composed by what the image's query attends to.
+"""CODA-Prompt: prefixes of keys and values, composed per image from prompt components by attention.
 
     python main.py --config exps/methods/coda_prompt_cifar.json
 
 The query q is the class token of the frozen ViT. In every prompted block p = sum_m cos(q * A_m, K_m) P_m is
 prepended to keys and values. A task adds components, which learn with the task's classifier rows by
 cross-entropy over its classes and `ortho_mu` times a penalty that keeps all components near orthonormal;
-those of earlier tasks are frozen. Queries of views that come again, and of images to evaluate, are stored.
+those of earlier tasks are frozen. Queries of views that are used again, and of evaluated images, are stored.
 Source: Smith et al., *CODA-Prompt*, CVPR 2023. Published code takes the mean of the penalty's squares, and
 its scripts have `ortho_mu` 0.
 """
@@ -50,13 +50,13 @@ class QueryStore(ActivationStore):
         opened = super().at(depth, classes, source, view, label=label, **options)
         if not self.keeps_queries:
             return opened
-        told, chosen = f"{label}, queries", options.get("chosen")
-        opened.queries = self.plain.at(self.network.depth, classes, source, view, label=told, chosen=chosen)
+        title, chosen = f"{label}, queries", options.get("chosen")
+        opened.queries = self.plain.at(self.network.depth, classes, source, view, label=title, chosen=chosen)
         return opened
 
 
 class QueriedInputs(TaskInputs):
-    """`TaskInputs` whose features are those of stored queries."""
+    """`TaskInputs` that computes features with stored queries, where there are any."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -71,7 +71,7 @@ class QueriedInputs(TaskInputs):
 
 
 class CODAPrompt(ClassIncrementalLearner):
-    """Prefixes of keys and values, composed by what the image's query attends to."""
+    """Prefixes of keys and values, composed per image from prompt components by attention."""
 
     Config = CODAPromptConfig
     Store, Inputs = QueryStore, QueriedInputs
@@ -92,7 +92,7 @@ class CODAPrompt(ClassIncrementalLearner):
 
 
 class PromptPhase(FunctionalPhase):
-    """`FunctionalPhase` with the penalty on prompts, and stored queries where views come again."""
+    """`FunctionalPhase` with the penalty on prompts, and stored queries where views are used again."""
 
     def batches(self, epoch: int, start: int) -> Iterator[QueriedBatch]:
         learner, source, size = self.learner, self.source_of_epoch(epoch), self.config.batch_size

@@ -3,8 +3,8 @@
     python main.py --config exps/methods/ease_cifar.json
 
 A task trains an adapter of its own with cross-entropy over its classes, and freezes it. f_j(x) (d,) is the
-class token of the ViT with adapter j. A class's prototypes in the subspaces of later tasks, whose adapters
-came when its images were gone, are reconstructed (`EASEHead`). Source: Zhou et al., *Expandable Subspace
+class token of the ViT with adapter j. A class's prototypes in the subspaces of later tasks, when its images
+are no longer available, are reconstructed (`EASEHead`). Source: Zhou et al., *Expandable Subspace
 Ensemble for Pre-Trained Model-Based Class-Incremental Learning*, CVPR 2024.
 """
 
@@ -20,10 +20,10 @@ from utils.inc_net import IncrementalHead
 
 
 class EASEHead(ClosedFormHead):
-    """Cosine with prototypes in all subspaces, that of the class's own task first.
+    """Cosine similarity to class prototypes in the subspaces of all adapters.
 
-    P[j, c] is the mean training feature of class c in subspace j, where adapter j was there when the class
-    came. For a class c of task i < t the newest task gives, over its classes b,
+    P[j, c] is the mean training feature of class c in subspace j <= i, i the task of the class. When task
+    t > i has been learned, P[t, c] is reconstructed from prototypes of its classes b,
 
         P[t, c] = sum_b s_b P[t, b],   s = softmax_b(cos(P[i, c], P[i, b]) / temperature)
 
@@ -31,8 +31,8 @@ class EASEHead(ClosedFormHead):
 
         score_c(f) = cos(f_i, P[i, c]) + (alpha / t) sum_(j != i) cos(f_j, P[j, c])
 
-    and its first term alone for t = 0. Published similarities have no temperature: cosines lie close
-    together, so that reconstructed prototypes lie near the mean of the newest ones.
+    and its first term alone for t = 0. Published code has no temperature: cosines lie close together, so that
+    its reconstructed prototypes lie near the mean of the newest ones.
     """
 
     prototypes: Tensor  # (subspaces, C, d)
@@ -62,7 +62,7 @@ class EASEHead(ClosedFormHead):
         return ((similarities / self.temperature).softmax(dim=1) @ new[-1])[None]
 
     def compensate_drift(self, before: Tensor, after: Tensor) -> float:
-        """Nothing to carry along: subspaces never move."""
+        """Do nothing: subspaces never move."""
         return 1.0
 
     def forward(self, features: Tensor) -> Tensor:

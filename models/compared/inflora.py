@@ -1,12 +1,12 @@
-"""InfLoRA: low-rank terms of k and v that older tasks' inputs do not reach.
+"""InfLoRA: low-rank terms of k and v whose input directions are orthogonal to older tasks' inputs.
 
     python main.py --config exps/methods/inflora_cifar.json
 
 Before a task its images pass through the network once. In every adapted block the second moments of the
-inputs of q, k and v give the directions A that the task may read: those of its own inputs which the basis M
-of older tasks' inputs lacks. What they write into k and v, and the task's classifier rows, learn with
-cross-entropy over the task's classes; then they are merged into the weights, the images pass once more, and M
-grows by their inputs' main directions. What M holds of an old input is not changed by any later task. Source:
+inputs of q, k and v give the directions A of the task's terms B A x: main directions of its inputs orthogonal
+to the basis M of older tasks' inputs. B and the task's classifier rows learn with cross-entropy over the
+task's classes; then B A is merged into the weights, the images pass once more, and M grows by their inputs'
+main directions. The part of an old input inside M gets the same k and v from then on. Source:
 Liang and Li, *InfLoRA: Interference-Free Low-Rank Adaptation for Continual Learning*, CVPR 2024.
 """
 
@@ -43,7 +43,7 @@ class InfLoRA(ClassIncrementalLearner):
         self.inputs.store.drop_own("train")
 
     def choose_directions(self) -> None:
-        """Add the task's terms, whose directions older inputs lack."""
+        """Add the task's terms, with directions orthogonal to older tasks' inputs."""
         left = self.network.grow(self.second_moments())
         fewest = min(left.values())
         if fewest < self.config.lora_rank:
@@ -65,8 +65,8 @@ class InfLoRA(ClassIncrementalLearner):
     def share(self) -> float:
         """Share of the energy of the open task's inputs that the basis is to hold.
 
-        It grows over the tasks of the data set, whether or not the run learns all of them, and no further for
-        those of `extra_data`.
+        It moves from `lamb` towards `lame` over the tasks of the data set, whether or not the run learns all
+        of them, and is `lame` for those of `extra_data`.
         """
         config, classes = self.config, self.data.nb_classes - sum(self.data.dataset.added)
         tasks = len(tasks_of(classes, config.init_cls, config.increment, None))

@@ -2,8 +2,8 @@
 
     python main.py --config exps/methods/moal_cifar.json
 
-The adapters' weights w are trained on every task with cross-entropy over its classes. Deployed, and read by
-the head, is their moving average a <- decay a + (1 - decay) w, of the first task w itself. RanPAC's ridge
+The adapters' weights w are trained on every task with cross-entropy over its classes. Their moving average
+a <- decay a + (1 - decay) w, after the first task w itself, gives the deployed features. RanPAC's ridge
 regression on random features classifies; after a task it also learns pseudo-features of the old classes
 (`RuminatingHead`). Source: Gao et al., *Knowledge Memorization and Rumination for Pre-trained Model-based
 Class-Incremental Learning*, CVPR 2025. Published code moves the average once an epoch, and multiplies the
@@ -30,12 +30,11 @@ logger = logging.getLogger("nested_lora")
 
 
 class RuminatingHead(RanPACHead):
-    """`RanPACHead` that learns pseudo-features of old classes where it gets them wrong.
+    """`RanPACHead` that also learns pseudo-features of old classes, those that it misclassifies.
 
     For every old class i with mean feature m_i, and the new class j whose mean is nearest to it by cosine,
     each new feature x of class j gives a pseudo-feature x + m_i - m_j of class i. Those that the regression
-    over all classes so far assigns to another class are added to its sums, once per task; without
-    `rumination` none.
+    over all classes so far misclassifies are added to its sums, once per task; none without `rumination`.
     """
 
     means: Tensor  # (C, d), of each class as the network gave them when it was new
@@ -57,7 +56,7 @@ class RuminatingHead(RanPACHead):
             f"Rumination: {counted(int(wrong.sum()), 'pseudo-feature')} of {len(wrong)} misclassified"
         )
         if wrong.any():
-            self.take_in(FIT, pseudo[wrong], labels[wrong])
+            self.accumulate(FIT, pseudo[wrong], labels[wrong])
             self.solve()
 
     def pseudo_features(self, features: Tensor, targets: Tensor, old: int) -> tuple[Tensor, Tensor]:

@@ -170,11 +170,11 @@ class Drift(NamedTuple):
         """Features (n, d) as the new network would give them."""
         return features + (features @ self.left) @ self.right + self.shift
 
-    def turned(self, sums: Tensor) -> Tensor:
+    def map_sums(self, sums: Tensor) -> Tensor:
         """J^T S of sums S (d, m) over features."""
         return sums + self.right.T @ (self.left.T @ sums)
 
-    def turned_form(self, form: Tensor) -> Tensor:
+    def map_form(self, form: Tensor) -> Tensor:
         """J^T F J of a symmetric F (d, d), by products with the factors where these are narrow."""
         if 2 * self.left.shape[1] >= len(form):
             jacobian = self.jacobian

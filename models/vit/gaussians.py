@@ -56,7 +56,7 @@ class GaussianHead(ClosedFormHead):
         drift = fit_drift(before, after)
         self.means = drift.apply(self.means)
         for label, row in enumerate(self.triangles):
-            row.copy_(drift.turned_form(self.covariance(label))[self._lower()])
+            row.copy_(drift.map_form(self.covariance(label))[self._lower()])
         return drift.explained
 
     def covariance(self, label: int) -> Tensor:

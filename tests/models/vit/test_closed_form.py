@@ -290,8 +290,8 @@ def test_sums_turn_as_the_jacobian_says(images: int) -> None:
     )
     drift, form = fit_drift(before, before + movement), form @ form.T
     jacobian = drift.jacobian
-    torch.testing.assert_close(drift.turned(form), jacobian.T @ form)
-    torch.testing.assert_close(drift.turned_form(form), jacobian.T @ form @ jacobian)
+    torch.testing.assert_close(drift.map_sums(form), jacobian.T @ form)
+    torch.testing.assert_close(drift.map_form(form), jacobian.T @ form @ jacobian)
     torch.testing.assert_close(drift.apply(before), before @ jacobian + drift.shift)
 
 
