@@ -1,15 +1,15 @@
 """Cache of activations at the frozen/trainable boundary.
 
     store = ActivationStore(network, data, cache, context, batch_size, identity)
-    tokens = store.at(9, classes, "train", view=key)     # what is below is frozen: it runs once per image
-    x = tokens.take(indices)                             # (n, N, d): what block 9 begins with
+    tokens = store.at(9, classes, "train", view=key)     # blocks below are frozen: run once per image
+    x = tokens.take(indices)                             # (n, N, d): inputs of block 9
     features = network(x, tokens.depth)
 
 Activations are kept as files of one class each (`utils/cache/tensor_cache.py`), named by a hash of everything
 that shapes them: weights, architecture with its options, the adapters below the depth, data, view, precision,
 library versions. Where no adapter lies below, all runs with these weights and views share them; otherwise
 they belong to one run, which removes them when it no longer needs them. A depth counts as in
-`FrozenViT.forward`: 0 images, k tokens that block k begins with, `network.depth` features.
+`FrozenViT.forward`: 0 is images, k the tokens of block k, `network.depth` the features.
 """
 
 import hashlib
@@ -37,12 +37,12 @@ from utils.training.random import Key
 logger = logging.getLogger("nested_lora")
 
 CHUNK = 256  # images in a file, all of one class
-ABSENT = (-1, -1)  # file and row of an image that is in none
-CHOSEN = "chosen"  # in place of a source: files of few images of every class, which later tasks read again
+ABSENT = (-1, -1)  # file and row of an image that no file holds
+CHOSEN = "chosen"  # in place of a source: files of a few images of every class, which later tasks read again
 
 
 class Images:
-    """Depth 0: one view of each image, made when asked for.
+    """Depth 0: one view of each image, made on demand.
 
     Args:
         view: the key of the augmented view; None is the test view.
@@ -50,13 +50,13 @@ class Images:
     """
 
     depth = 0
-    queries: "Activations | None" = None  # beside the images, where a method stores such
+    queries: "Activations | None" = None  # CODA-Prompt's queries of the same views, where they are stored
 
     def __init__(self, data: DataManager, source: str, view: Key | None, device: torch.device) -> None:
         self.data, self.source, self.view, self.device = data, source, view, device
 
     def take(self, indices: np.ndarray) -> Tensor:
-        """Views of stored images (n,) -> (n, 3, S, S), float32."""
+        """Views of the images at stored positions (n,) -> (n, 3, S, S), float32."""
         return self.data.views(indices, self.source, self.view, self.device)
 
     def each(self, batches: Sequence[np.ndarray]) -> Iterator[Tensor]:
@@ -67,13 +67,13 @@ class Images:
 class Activations:
     """Activations at one depth for the images of some classes, one view of each.
 
-    They are files where the cache has room.
+    They are read from files where the cache has room for these, and else computed on demand.
 
     Args:
-        store: whose network computes them, and in whose cache the files are.
-        below: where this depth's inputs come from: images, or activations of a lesser depth.
-        depth: what `take` returns.
-        about: everything that shapes the activations; its hash is in the name of their files' group.
+        store: holds the network that computes them and the cache of their files.
+        below: the inputs to compute from: images, or activations at a smaller depth.
+        depth: the depth of what `take` returns.
+        about: everything that shapes the activations; its hash is in the name of their group of files.
     """
 
     queries: "Activations | None" = None
@@ -94,7 +94,7 @@ class Activations:
         self._place_of: dict[int, tuple[int, int]] = {}  # stored index -> its file and row
 
     def take(self, indices: np.ndarray) -> Tensor:
-        """Activations of stored images (n,) on the CPU, float32: (n, N, d) tokens or (n, d) features."""
+        """Activations of the images at stored positions (n,), float32 on the CPU: (n, N, d) or (n, d)."""
         taken = torch.empty(len(indices), *self.shape)
         places = np.array([self._place_of.get(int(index), ABSENT) for index in indices]).reshape(-1, 2)
         for number in np.unique(places[:, 0]):
@@ -124,9 +124,9 @@ class Activations:
         return require_finite(torch.cat(parts), what, precision)
 
     def fill(self, chunks: list[np.ndarray], label: str) -> bool:
-        """Computation of the files that are not there, in full batches across them, each rank its part.
+        """Compute the missing files, in full batches across files, each rank its share.
 
-        Returns whether there was room for them; without it `take` computes those images every time instead.
+        Returns whether there was room for them; if not, `take` computes their images at every call.
 
         Raises:
             Interrupted: a stop was requested.
@@ -154,7 +154,7 @@ class Activations:
         return True
 
     def _batches(self, chunks: list[np.ndarray]) -> Iterator[list[np.ndarray]]:
-        """Files to compute together: as many neighbours as a batch holds, or one; without those now there."""
+        """Groups of files to compute together: at least one, as many as fit a batch; stored ones are skipped."""
         together: list[np.ndarray] = []
         for chunk in chunks:
             if self.cache.has(self.group, chunk_key(chunk)):  # another process has stored it meanwhile
@@ -168,11 +168,11 @@ class Activations:
 
 
 class ActivationStore:
-    """Opens activations at any depth and knows which of their files are this run's own.
+    """The activations of a network at any depth; it knows which of their files are this run's own.
 
     Args:
         context: where the network runs; ranks share the work of filling the cache, and a stop between two
-            files leaves what is stored.
+            files keeps those that are written.
         batch_size: images in a forward pass.
         identity: what else shapes the results (backbone, library versions), as JSON.
     """
@@ -204,10 +204,10 @@ class ActivationStore:
         """Activations at a depth of the images of these classes, computed now where they are not stored.
 
         Args:
-            chosen: stored positions of the images that will be asked for, where they are few: these alone get
-                files, which stay when the source's others are removed. Where runs share files, those of whole
-                classes are used if they are there.
-            below: activations of a lesser depth to start from, or None for the images.
+            chosen: stored positions of the only images that will be asked for, where they are few: only these
+                get files, which stay when the others of their source are removed. Files of whole classes are
+                used where they exist already and runs share them.
+            below: activations at a smaller depth to start from, or None for the images.
             label: what the progress bar says.
         """
         below = Images(self.data, source, view, self.context.device) if below is None else below
@@ -277,7 +277,7 @@ class ActivationStore:
 
 
 def group_name(about: Mapping[str, Any]) -> str:
-    """Name of the files of activations that this shapes: source, depth, and a hash of everything."""
+    """Name of the group of files of activations described so: source, depth, and a hash of everything."""
     digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
     return f"{about['source']}-{about['depth']}-{digest[:24]}"
 

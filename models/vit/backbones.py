@@ -1,4 +1,4 @@
-"""Names of backbones, and the shapes of those that have a short name: known before timm is imported.
+"""Short names of backbones and the shapes of these, known without an import of timm.
 
     BACKBONES["pretrained_vit_b16_224_adapter"]       # "vit_base_patch16_224.augreg2_in21k_ft_in1k"
     known_shape("pretrained_vit_b16_224_adapter")     # BackboneShape(depth=12, width=768, ...)
@@ -25,7 +25,7 @@ BACKBONES = {
 
 @dataclass(frozen=True)
 class BackboneShape:
-    """Number of blocks, token width, patch and image side in pixels, which a config has to agree with."""
+    """Number of blocks, token width, and sides of patch and image in pixels, which config keys must fit."""
 
     depth: int
     width: int

@@ -1,21 +1,20 @@
-"""Calibration of class scores by one temperature, and the errors that tell how well it is calibrated.
+"""Calibration of class scores by one temperature, and the errors of calibrated probabilities.
 
     p(c | x) = softmax(scores(x) / T)_c
 
-    calibration = fit(scores, targets, "held out")       # of images that the head has not seen
+    calibration = fit(scores, targets, "held out")       # scores of images that the head has not seen
     p = probabilities(scores, calibration.temperature)   # (n, C)
     errors(p, targets)                                   # {"ece": ..., "nll": ...} of the test images
 
-T changes no prediction. It is fitted on training images alone, never on test images, at the end of every
-task; no image is taken from training for it, but those that a `validation_share` holds out are used. What
-these images are to the head that classifies:
+T changes no prediction. It is fitted at the end of every task, never on test images. No image is held out of
+training for it; if a `validation_share` holds some out anyway, those are used. The kinds of images:
 
     "held out"        the fifth of every task that chooses the ridge, scored by the ridge of the other four
                       fifths
     "leave one out"   every image, scored by class means without it
     "validation"      images that the run held out of training (`validation_share`)
-    "trained on"      classifiers trained by gradient: scores of images that they were trained on are too
-                      good, so T may soften their scores, and never sharpens them (T >= 1)
+    "trained on"      images that a classifier was trained on by gradient: their scores are too good, so T may
+                      soften scores but never sharpens them (T >= 1)
 
 Sources: temperature and expected calibration error, Guo et al., *On Calibration of Modern Neural Networks*,
 ICML 2017; smoothed targets, Platt, *Probabilistic Outputs for Support Vector Machines*, 1999.
@@ -37,7 +36,7 @@ LIMITS = (1e-4, 1e4)  # of T
 PRECISION = 1e-9  # of log T
 HELD_OUT, LEAVE_ONE_OUT, TRAINED_ON = "held out", "leave one out", "trained on"
 VALIDATION = "validation"
-FITTED_ON = {  # what training images are to the head that classifies, in words
+FITTED_ON = {  # the kinds of images, in words
     HELD_OUT: "held out of the ridge regression",
     LEAVE_ONE_OUT: "each left out of its own class mean",
     VALIDATION: "held out of training",
@@ -58,7 +57,7 @@ def chosen_images(images_of_class: Mapping[int, np.ndarray], ever: bool = False)
 
     Args:
         images_of_class: label of a class in the data set -> stored positions of its images.
-        ever: all that may be chosen, with fewer classes or more.
+        ever: every image that may be chosen for any number of classes, instead of those for this number.
     """
     count = MAX_PER_CLASS if ever else max(1, min(MAX_PER_CLASS, MAX_IMAGES // len(images_of_class)))
     drawn = [
@@ -71,8 +70,8 @@ def chosen_images(images_of_class: Mapping[int, np.ndarray], ever: bool = False)
 def fit(scores: Tensor, targets: Tensor, fitted_on: str) -> Calibration:
     """Temperature with the smallest negative log-likelihood of the targets (n,), from scores (n, C).
 
-    Each target has probability 1 - e, the rest of e is spread over all classes, e = 1 / (n + 2): where every
-    image is classified right, T stays away from zero.
+    Targets are smoothed: 1 - e for the class of an image, plus e spread over all classes, e = 1 / (n + 2), so
+    that T stays away from zero where every image is classified right.
     """
     wide, smoothing = scores.double(), 1 / (len(scores) + 2)
     wide = wide - wide.mean(dim=1, keepdim=True)  # which changes no probability

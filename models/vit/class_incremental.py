@@ -1,6 +1,4 @@
-"""Base class of methods for class-incremental learning on a frozen pretrained ViT.
-
-It holds the data, the features and the accuracy.
+"""Base class of methods for class-incremental learning on a frozen pretrained ViT: data, features, accuracy.
 
     learner.begin_task(task)      # new classes: the classifier gains rows
     learner.train_task()
@@ -8,7 +6,7 @@ It holds the data, the features and the accuracy.
     learner.evaluate()            # {"correct": [...], "total": [...]}: test images of each task seen
 
 Test images are read once per task, after its training; with a `validation_share` images held out of training
-are read instead, and test images when `evaluate("test")` asks for them. No task label is given in tests.
+are read instead, and test images only by `evaluate("test")`. Task labels are unknown in evaluation.
 """
 
 import logging
@@ -60,14 +58,14 @@ FUNCTIONAL = {"adapters", "routers"}  # parts that functional training updates
 class ClassIncrementalLearner(Learner):
     """A class-incremental method on a frozen ViT.
 
-    A method names its modules in `build`: "backbone", the ViT with what the method adds to it, and what
-    classifies: "head", rows trained by gradient, or "closed_form", a head computed from features at task
-    ends, which then classifies instead of the rows.
+    A method names its modules in `build`: "backbone", the ViT with what the method adds to it, and
+    classifiers: "head", rows trained by gradient, and "closed_form", a head computed from features at the end
+    of a task. Where there is a closed-form head, it classifies instead of the rows.
 
     Attributes:
         data: the task sequence; absent where the context reads no data.
         backbone: provenance of the pretrained weights.
-        calibration: temperature of the scores, from the end of the first task on.
+        calibration: temperature of the scores; None before the first one is fitted.
         confusion: test images by true and predicted class in the newest evaluation, (C, C); None before one.
     """
 
@@ -100,9 +98,9 @@ class ClassIncrementalLearner(Learner):
         """The method's modules on a pretrained timm ViT."""
 
     def learning_groups(self) -> list[ParameterGroup]:
-        """Parameter groups of a functional phase, with the rates that the config has for their names.
+        """Parameter groups of a functional phase, with the learning rates that the config gives their names.
 
-        By default those that the network names; the newest classifier rows join the last one, "other".
+        By default the groups of the network; the newest classifier rows join the last one, "other".
         """
         groups = self.network.parameter_groups()
         groups["other"] = [*groups.pop("other", []), *self.head.trainable()]
@@ -151,7 +149,7 @@ class ClassIncrementalLearner(Learner):
 
     @torch.no_grad()
     def class_tokens(self, images: Tensor) -> Tensor:
-        """Class token after each of the L blocks, where `features` runs it last: (L, B, d), float32."""
+        """Class token after each of the L blocks, in the last run of `features`: (L, B, d), float32."""
         blocks, found = self.network.vit.blocks, {}
 
         def keep(block: nn.Module, inputs: tuple[Tensor, ...], x: Tensor) -> None:
@@ -207,7 +205,7 @@ class ClassIncrementalLearner(Learner):
         return self.Inputs(store, self.config, self.shared_views)
 
     def shared_views(self) -> int:
-        """How many of the open task's first views several of its phases read, as far as is known."""
+        """Number of the open task's first views that several of its phases read, as far as is known."""
         return 0
 
     def features_of(self, task: int, source: str) -> Tensor:
@@ -250,13 +248,13 @@ class ClassIncrementalLearner(Learner):
         )
 
     def remember_features(self) -> None:
-        """Storage of the task's features before training, where the head's statistics follow their drift."""
+        """Keep the task's features before training, where the head's statistics are corrected for drift."""
         if self.closed_form is not None and self.task and self.config.head_drift == "linear":
             self.method_tensors["features_before"] = self.training_features().cpu()
 
     @torch.no_grad()
     def fit_head(self) -> None:
-        """Take the task's training features into the head in closed form, where one classifies."""
+        """Add the task's training features to the closed-form head, where one classifies."""
         if self.closed_form is not None:
             features = self.training_features()
             before = self.method_tensors.pop("features_before", None)
@@ -276,7 +274,7 @@ class ClassIncrementalLearner(Learner):
         return require_finite(self.features_of(self.task, "train"), what, self.config.precision)
 
     def _compensate_drift(self, before: Tensor, after: Tensor) -> None:
-        """Carry the head's class statistics along with the features, and log how far those moved."""
+        """Correct the head's class statistics for the movement of features, and log how far these moved."""
         tiny = torch.finfo(before.dtype).tiny
         moved, explained = float((after - before).norm() / before.norm().clamp_min(tiny)), None
         if moved:
@@ -289,7 +287,7 @@ class ClassIncrementalLearner(Learner):
 
     @torch.no_grad()
     def calibrate(self) -> None:
-        """Fit the temperature of the scores; it stays as it is where training images of a class are gone."""
+        """Fit the temperature of the scores; it is left unchanged if a class has no such image any more."""
         head, source, fitted_on = self.closed_form, "train", calibration.TRAINED_ON
         if self.config.validation_share:
             head, source, fitted_on = None, "validation", calibration.VALIDATION
@@ -314,7 +312,7 @@ class ClassIncrementalLearner(Learner):
             self.calibration = calibration.fit(scores, targets, fitted_on)
 
     def features_of_images(self, indices: np.ndarray, source: str, among: np.ndarray) -> Tensor:
-        """Features (n, d) of some images of the classes seen, in the test view. among: all ever asked for."""
+        """Features (n, d) of some images of the classes seen, in the test view; as `TaskInputs` has it."""
         return self.inputs.features_of_images(range(self.classes.stop), indices, source, among)
 
     def close_run(self) -> None:
@@ -325,8 +323,8 @@ class ClassIncrementalLearner(Learner):
     ) -> AnalysisInputs:
         """Class tokens of the same images and output spaces of the branches, for every checkpoint.
 
-        `images_per_class` of the images that the run is measured on, at most; None for `ANALYSED_IMAGES`.
-        UserError: there are too few, or what they give is not finite.
+        At most `images_per_class` (None: `ANALYSED_IMAGES`) of the images that the run is measured on.
+        UserError: there are too few, or a class token is not finite.
         """
         source = self.data.evaluated
         images = chosen_images(self.data, self.seed, images_per_class or ANALYSED_IMAGES)
@@ -361,10 +359,10 @@ class ClassIncrementalLearner(Learner):
 
     @torch.no_grad()
     def evaluate(self, images: str | None = None) -> dict[str, Any]:
-        """Images of each task seen: "correct" and "total" per task, "class_correct" per class.
+        """Evaluate on each task seen: counts "correct" and "total" per task, "class_correct" per class.
 
-        "ece" and "nll" are of all of them; where they are not test images "images" says so. `confusion` then
-        holds them by true and predicted class.
+        "ece" and "nll" are taken over all images; "images" names them if they are not test images.
+        `confusion` is set to their counts by true and predicted class.
 
         Args:
             images: "test" or "validation"; None for those that the run is measured on.
@@ -380,7 +378,7 @@ class ClassIncrementalLearner(Learner):
             scores = self.classify(features.to(self.device)).cpu()
             what = f"the {source} images of task {task}"
             predicted.append(predictions(scores, what, self.config.precision))
-            untaught = self.classes.stop - scores.shape[1]  # a head in closed form inside the open task
+            untaught = self.classes.stop - scores.shape[1]  # new classes that a closed-form head lacks yet
             scored.append(F.pad(scores, (0, untaught), value=-torch.inf))
         true = self.data.targets(self.data.seen_indices(len(tasks), source), source)
         self.confusion = confusion_counts(true.numpy(), torch.cat(predicted).numpy(), self.classes.stop)
@@ -487,7 +485,7 @@ class ClassIncrementalLearner(Learner):
 
     def parameter_counts(self) -> dict[str, int]:
         counts = self.network.parameter_counts() if self.network.adapters_per_block() else {}
-        if not self.trains_functional:  # as initialized, where they change nothing
+        if not self.trains_functional:  # then they have zero output
             counts = {part: numbers for part, numbers in counts.items() if part not in FUNCTIONAL}
         counts |= {
             name: module.stored_numbers()

@@ -1,17 +1,17 @@
-"""Closed-form classifiers on features, and the affine map that corrects their statistics for feature drift.
+"""Closed-form classifiers on features, and an affine map that corrects their statistics for feature drift.
 
     head = PrototypeHead(width=384)
     head.add(features, targets)                # a task's training features (n, d), labelled with new classes
     logits = head(features)                    # (B, d) -> (B, classes so far)
     head.compensate_drift(before, after)       # the backbone moved: update the statistics of older classes
 
-Everything is computed on the CPU in float64, the same on every device and rank, and is state. RanPAC's ridge
-regression is in `models/ranpac.py`.
+Statistics are computed on the CPU in float64, the same on every device and rank, and are state. RanPAC's
+ridge regression is in `models/ranpac.py`.
 
 Sources: class means and cosine, SimpleCIL (Zhou et al., *Revisiting Class-Incremental Learning with
-Pre-Trained Models*, IJCV 2024). Class statistics of earlier tasks belong to a network that is no more once
-the backbone goes on learning; compensating their drift from the current task's features follows Yu et al.,
-*Semantic Drift Compensation for Class-Incremental Learning*, CVPR 2020; doing it with one linear map,
+Pre-Trained Models*, IJCV 2024). Once the backbone goes on learning, class statistics of earlier tasks are
+those of a network that no longer exists; compensating their drift from the current task's features follows Yu
+et al., *Semantic Drift Compensation for Class-Incremental Learning*, CVPR 2020; doing it with one linear map,
 Gomez-Villa et al., *Exemplar-free Continual Representation Learning via Learnable Drift Compensation*, ECCV
 2024. The ridge towards a common movement and its choice by leave-one-out are this project's.
 """
@@ -38,8 +38,8 @@ class ClosedFormHead(nn.Module, ABC):
         width: d, length of a feature vector.
     """
 
-    needs_rows = False  # whether trained classifier rows of earlier tasks are read again
-    unseen: ClassVar[str] = TRAINED_ON  # how `unseen_scores` come about (`models/vit/calibration.py`)
+    needs_rows = False  # whether trained classifier rows of earlier tasks are needed again
+    unseen: ClassVar[str] = TRAINED_ON  # kind of images of `unseen_scores` (`models/vit/calibration.py`)
     counts: Tensor  # (C,) training images of each class
 
     def __init__(self, width: int) -> None:
@@ -49,7 +49,7 @@ class ClosedFormHead(nn.Module, ABC):
         self.register_load_state_dict_pre_hook(_take_shapes)
 
     def add(self, features: Tensor, targets: Tensor) -> None:
-        """Take in all training features (n, d) of new classes, labelled C, C + 1, ... in any order."""
+        """Add all training features (n, d) of new classes, labelled C, C + 1, ... in any order."""
         features, targets, known = features.cpu().double(), targets.cpu(), len(self.counts)
         self.counts = torch.cat([self.counts, torch.bincount(targets - known).double()])
         self.refit(features, targets)
@@ -61,11 +61,11 @@ class ClosedFormHead(nn.Module, ABC):
 
     @abstractmethod
     def refit(self, features: Tensor, targets: Tensor) -> None:
-        """Take in features (n, d) float64 of the classes that `counts` has just gained, and solve."""
+        """Update statistics and classifier with features (n, d), float64, of the classes just counted."""
 
     @abstractmethod
     def compensate_drift(self, before: Tensor, after: Tensor) -> float:
-        """Carry the statistics of the classes so far along after the backbone has moved; call before `add`.
+        """Correct the statistics of all classes so far after the backbone has moved; call before `add`.
 
         Args:
             before, after: features (n, d) of the newest task's images when it began and now.
@@ -79,15 +79,15 @@ class ClosedFormHead(nn.Module, ABC):
         """Scores of all classes so far, (B, d) -> (B, C), float32 on the CPU."""
 
     def unseen_scores(self, features: Tensor, targets: Tensor) -> Tensor | None:
-        """Scores (n, C) of training images as of images that the head has not seen; None where they are lost.
+        """Scores (n, C) of training images by a head fitted without them; None where it is no longer known.
 
-        Asked of heads whose `unseen` is not "trained on". features, targets: of images among those that
-        `unseen_rows` names, (n, d) and (n,).
+        Only for heads whose `unseen` is not "trained on". features (n, d) and targets (n,): of images among
+        those that `unseen_rows` names.
         """
         raise NotImplementedError
 
     def unseen_rows(self, images: int, classes: int) -> Tensor:
-        """Positions among a task's `images` whose scores can be had so; `classes`: those known after it."""
+        """Positions among a task's `images` that `unseen_scores` accepts; `classes`: number after the task."""
         return torch.arange(images)
 
     def _apply(self, *_: Any, **__: Any) -> "ClosedFormHead":
@@ -142,8 +142,8 @@ class PrototypeHead(ClosedFormHead):
         return scores
 
 
-# Ridge candidates, relative to the largest squared singular value. Weaker ones fit the newest task's images
-# better and carry other images anywhere; on DINOv2 features of CIFAR-100 leave-one-out chooses none of them.
+# Ridge candidates, relative to the largest squared singular value. Smaller ones fit the newest task's images
+# better but do not generalise to others; on DINOv2 features of CIFAR-100 leave-one-out never chose one.
 STRENGTHS = [10.0**k for k in range(-2, 4)]
 
 
@@ -187,12 +187,11 @@ class Drift(NamedTuple):
 def fit_drift(before: Tensor, after: Tensor) -> Drift:
     """The affine map from old to new features of the same images (n, d); computed and returned in float64.
 
-    It knows the newest task's images alone: where features of older classes move otherwise, it misleads.
+    It is fitted on the newest task's images alone; features of older classes may move differently.
 
-    With X = before - mean and Y = after - before - mean movement, J = I + (X^T X + s I)^-1 X^T Y: with little
-    evidence (s large against the data) all images are taken to have moved alike. s is the candidate of
-    `STRENGTHS` with the smallest leave-one-out error. Images that are all alike give J = I; of one image
-    alone nothing is explained, as nothing is left to predict it.
+    With X = before - mean and Y = after - before - mean movement, J = I + (X^T X + s I)^-1 X^T Y: the larger
+    s, the closer the map is to one common shift. s is the candidate of `STRENGTHS` with the smallest
+    leave-one-out error. Identical images give J = I; for a single image that moved `explained` is 0.
     """
     before, after = before.double(), after.double()
     movement = after - before

@@ -1,11 +1,11 @@
-"""Groups of config keys that methods on a pretrained ViT share; a method's config combines some of them.
+"""Groups of config keys shared by methods on a pretrained ViT; a method's config combines some of them.
 
     ClassIncrementalConfig   data, tasks, and a pretrained backbone: the base of all groups
     FrozenViTKeys            how features of the frozen ViT are computed
     RidgeKeys, HeadKeys      RanPAC's ridge regression; with it, a choice of classifier
     StepKeys, TrainingKeys   a step of training; with it, phases of training on the frozen ViT
     BlockKeys, AdapterKeys   blocks that carry adapters; adapters of one branch, or of a fast and a slow one
-    RowsRules, OneTaskRules  no keys: rules of methods that classify by trained rows, or learn one task alone
+    RowsRules, OneTaskRules  no keys: rules of methods that classify by trained rows, or have one task only
 
 class JointConfig(OneTaskRules, AdapterKeys, HeadKeys, TrainingKeys): ...
 
@@ -109,13 +109,15 @@ class ClassIncrementalConfig(RunConfig):
     )
     precision: Literal["auto", "fp32", "bf16"] = key(
         "auto",
-        "auto: bf16 autocast where the device multiplies bf16 faster, else fp32, as published files mean.",
+        "auto: bf16 autocast where the device multiplies bf16 faster, else fp32, as in published code.",
     )
     checkpoints: Literal["all", "last"] = key("all", "Keep the checkpoint of every task, or the last.")
     cache_root: PathText = key(
         "cache", "Folder for what is computed once: activations, checks of image files."
     )
-    cache_gb: float = key(20.0, "Its largest size in GB (10^9 bytes); 0 keeps nothing.", ge=0, le=1e6)
+    cache_gb: float = key(
+        20.0, "Largest size of cache_root in GB (10^9 bytes); 0 stores no activations.", ge=0, le=1e6
+    )
 
     backbone_type: Text = key(
         "pretrained_vit_b16_224_adapter", "Published short name, or a timm name with its weight tag."
@@ -135,7 +137,7 @@ class ClassIncrementalConfig(RunConfig):
         return [self.model_name, dataset_slug(self.dataset), str(first), str(self.increment), run]
 
     def tested_on(self, tasks: int, classes: int) -> dict[str, Any]:
-        """The classes and images that are tested and, with several tasks, how they are split into these."""
+        """Classes and images of the evaluation and, with several tasks, their split into tasks."""
         seen = min(classes, self.init_cls + (tasks - 1) * self.increment)
         split = {"init_cls": self.init_cls, "increment": self.increment, "shuffle": self.shuffle}
         images = {"max_test_per_class": self.max_test_per_class, "validation_share": self.validation_share}
@@ -153,7 +155,7 @@ class ClassIncrementalConfig(RunConfig):
         return [*named, *super().unchecked_keys()]
 
     def late_conflicts(self) -> list[Conflict]:
-        """A backbone without a short name, which timm must know, and what does not fit its shape."""
+        """Conflicts of a backbone without a short name: unknown to timm, or keys that do not fit its shape."""
         found = super().late_conflicts()
         if known_shape(self.backbone_type):
             return found
@@ -187,7 +189,7 @@ class ClassIncrementalConfig(RunConfig):
         ]
 
     def warnings(self, nb_seeds: int = 1) -> list[str]:
-        """Tasks of one class, which cross-entropy learns nothing from."""
+        """Warnings about tasks of a single class, from which cross-entropy learns nothing."""
         found, tasks = super().warnings(nb_seeds), self.known_tasks()
         single = [task for task, labels in enumerate(tasks) if len(labels) == 1]
         if untaught := [task for task in single if self.one_class_advice(task)]:
@@ -198,11 +200,11 @@ class ClassIncrementalConfig(RunConfig):
         return found
 
     def one_class_advice(self, task: int) -> str:
-        """Advice for a task of one class; "" where the method learns from it all the same."""
+        """Advice for a task of a single class; "" where the method learns from it all the same."""
         return ""
 
     def known_tasks(self) -> list[range]:
-        """The incremental labels of every task; none where classes are unknown, or not there yet."""
+        """The incremental labels of every task; none where the number of classes is not known yet."""
         with contextlib.suppress(UserError, OSError):
             first, *added = (
                 class_count(name, self.data_root, self.test_share) for name in [self.dataset, *self.added]
@@ -240,7 +242,7 @@ class ClassIncrementalConfig(RunConfig):
         return [self.stored_bytes(shape, task, labels.stop) for task, labels in enumerate(self.known_tasks())]
 
     def stored_bytes(self, shape: BackboneShape, task: int, classes: int) -> int:
-        """Bytes of the tensors that the checkpoint at a task's end holds, at most; classes: those seen."""
+        """Upper bound on the bytes of tensors in a task's checkpoint; classes: number seen by then."""
         return 4 * classes * shape.width
 
     def _class_conflicts(self) -> list[Conflict]:
@@ -261,7 +263,7 @@ class ClassIncrementalConfig(RunConfig):
 
 
 class FrozenViTKeys(ClassIncrementalConfig):
-    """Computation of features of the frozen ViT."""
+    """How features of the frozen ViT are computed."""
 
     engine: Literal["fast", "reference"] = key(
         "fast",
@@ -304,7 +306,7 @@ class RidgeKeys(ClassIncrementalConfig):
 
 
 class HeadKeys(RidgeKeys):
-    """A choice of classifier."""
+    """The choice of classifier, and the keys of each."""
 
     head: Literal["fc", "aligned", "cosine", "fecam", "ranpac"] = key(
         "fc",
@@ -326,7 +328,7 @@ class HeadKeys(RidgeKeys):
     )
     alpha2: float = key(
         1.0,
-        "Weight of the mean covariance there; at most alpha1, or distances can be negative.",
+        "Weight of the mean covariance in it; at most alpha1, or distances can be negative.",
         ge=0,
         le=1e6,
     )
@@ -368,7 +370,7 @@ NullIsTiny = BeforeValidator(lambda value: 1e-8 if value is None else value)
 
 
 class StepKeys(ClassIncrementalConfig):
-    """A step of training."""
+    """Keys of an optimizer step."""
 
     batch_size: Count = key(32, "Samples in a training step, over all devices.")
     grad_accumulation: Count = key(1, "Parts a training step is cut into to save memory.")
@@ -386,10 +388,7 @@ class StepKeys(ClassIncrementalConfig):
 
 
 class TrainingKeys(StepKeys, FrozenViTKeys):
-    """Phases of training.
-
-    `lr_keys`: the keys of learning rates.
-    """
+    """Keys of training phases; `lr_keys` names those that are learning rates."""
 
     lr_keys: ClassVar[tuple[str, ...]] = ("init_lr",)
 
@@ -415,7 +414,7 @@ class TrainingKeys(StepKeys, FrozenViTKeys):
         return self.func_epoch > 0
 
     def group_options(self, name: str) -> dict[str, Any]:
-        """Learning rate of a parameter group, and what else its `ParameterGroup` is made with."""
+        """Learning rate and other options of the `ParameterGroup` of this name."""
         return {"lr": self.init_lr}
 
     def one_class_advice(self, task: int) -> str:
@@ -437,7 +436,7 @@ class TrainingKeys(StepKeys, FrozenViTKeys):
 
 
 class RowsRules(ClassIncrementalConfig):
-    """No keys: the rules of methods that classify by rows trained on their task's classes alone."""
+    """No keys: rules of methods that classify by rows trained on their own task's classes only."""
 
     def one_class_advice(self, task: int) -> str:
         other = 'use larger tasks, or model_name "finetune" with head "cosine" or "ranpac"'
@@ -483,7 +482,7 @@ def _not_zero(scale: float) -> float:
 
 
 class BlockKeys(ClassIncrementalConfig):
-    """Blocks that adapters are in."""
+    """Keys of the blocks that carry adapters."""
 
     adapter_blocks: Literal["all", "growing"] = key(
         "all", "Blocks that carry adapters: all, as published, or only those that may grow."
@@ -498,12 +497,12 @@ class BlockKeys(ClassIncrementalConfig):
 
     @property
     def chooses_blocks(self) -> bool:
-        """Whether some blocks only have adapters, or may gain some."""
+        """Whether adapt_start_layer and adapt_end_layer have an effect."""
         return self.grows or self.adapter_blocks == "growing"
 
     @property
     def trains_adapters(self) -> bool:
-        """Whether adapters are there to be trained."""
+        """Whether there are adapters to train."""
         return True
 
     def conflicts(self) -> list[Conflict]:
@@ -514,7 +513,7 @@ class BlockKeys(ClassIncrementalConfig):
         return found
 
     def shape_conflicts(self, shape: BackboneShape) -> list[Conflict]:
-        """Blocks beyond those of the backbone."""
+        """Conflicts of block numbers with the depth of the backbone."""
         found, largest = super().shape_conflicts(shape), shape.depth - 1
         for name in ("adapt_start_layer", "adapt_end_layer"):
             if self.trains_adapters and self.chooses_blocks and getattr(self, name) > largest:
@@ -560,7 +559,7 @@ class AdapterKeys(BlockKeys):
     )
     ffn_adapter_scalar: Annotated[
         float, Field(ge=-1e3, le=1e3), AfterValidator(_not_zero), BeforeValidator(_number_in_quotes)
-    ] = key(1.0, "Factor on an adapter's output; the published code names 0.1 and applies 1.")
+    ] = key(1.0, "Factor on an adapter's output; published configs name 0.1, published code applies 1.")
     nested_lora_rank: int = key(16, "Rank of each of the two branches.", ge=1, le=4096)
     nested_lora_lr_fast: RateOrZero = key(0.01, "Learning rate of fast branches; 0: they are not trained.")
     nested_lora_lr_slow: RateOrZero = key(
@@ -603,7 +602,7 @@ class AdapterKeys(BlockKeys):
         return super().stored_bytes(shape, task, classes) + self.adapter_bytes(shape, task)
 
     def adapter_bytes(self, shape: BackboneShape, task: int) -> int:
-        """Bytes of all adapters at a task's end, at most."""
+        """Upper bound on the bytes of all adapters at the end of a task."""
         units = 2 * self.nested_lora_rank if self.nested else self.ffn_num
         growing = self.adapt_end_layer - self.adapt_start_layer + 1
         adapters = len(self.adapted_blocks(shape.depth)) + (task * growing if self.grows else 0)
@@ -611,7 +610,7 @@ class AdapterKeys(BlockKeys):
         return 4 * numbers * self.trains_adapters
 
     def shape_conflicts(self, shape: BackboneShape) -> list[Conflict]:
-        """Widths beyond that of the backbone."""
+        """Conflicts of adapter widths with the width of the backbone."""
         found = super().shape_conflicts(shape)
         # Two branches of the largest rank have as many units as one adapter of twice that width.
         rank, largest = ("nested_lora_rank", shape.width) if self.nested else ("ffn_num", 2 * shape.width)

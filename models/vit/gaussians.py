@@ -1,4 +1,4 @@
-"""Heads on a Gaussian of each class: FeCAM's distances, and SLCA's alignment of a trained classifier.
+"""Heads on one Gaussian per class: FeCAM's Mahalanobis distance, and SLCA's alignment of a classifier.
 
     head = FeCAMHead(width=384)
     head.add(features, targets)      # a task's training features (n, d), labelled with new classes
@@ -20,15 +20,15 @@ from models.vit.closed_form import ClosedFormHead, fit_drift
 from utils.inc_net import IncrementalHead
 from utils.training.random import rng
 
-JITTER = 1e-6  # added to the diagonal of matrices that may be singular, relative to its mean: the first tried
+JITTER = 1e-6  # first tried addition to the diagonal of matrices that may be singular, relative to its mean
 
 
 class GaussianHead(ClosedFormHead):
     """Mean m and covariance S of each class's training features, and the classifier that they determine.
 
-    S of n features is divided by n - 1, and zero for one. When the backbone moves, f -> J^T f + b
-    (`fit_drift`) carries m -> J^T m + b and S -> J^T S J. A checkpoint holds the lower triangle of each S in
-    float32: d (d + 1) / 2 numbers a class.
+    S is the unbiased estimate, or zero for a single feature. When the backbone moves by f -> J^T f + b
+    (`fit_drift`), m -> J^T m + b and S -> J^T S J. A checkpoint holds the lower triangle of each S in
+    float32: d (d + 1) / 2 numbers per class.
     """
 
     means: Tensor  # (C, d)
@@ -77,8 +77,8 @@ class FeCAMHead(GaussianHead):
     R  = D^-1/2 S' D^-1/2 + 10^-6 I                D: diagonal of S', so R is a correlation matrix
     score(f) = -(f/|f| - m)^T R^-1 (f/|f| - m)
 
-    S' is never indefinite, as u <= v, -u (d - 1) <= v and alpha2 <= alpha1. A class whose features are all
-    alike, or with one image, has R = I.
+    S' is never indefinite, as u <= v, -u (d - 1) <= v and alpha2 <= alpha1. A class with identical features,
+    or with one image, has R = I.
 
     Args:
         alpha1, alpha2: weights of the shrinkage, 0 <= alpha2 <= alpha1.
@@ -119,14 +119,14 @@ class FeCAMHead(GaussianHead):
 class AlignedHead(GaussianHead):
     """The trained classifier, trained once more on features drawn from the Gaussians of all classes.
 
-    After a task `samples` features are drawn for every class c of task t_c (counted from 1) of T so far,
+    In every epoch after task T, `samples` features are drawn for every class c of task t_c (from 1),
 
         f ~ N((0.9 + 0.1 t_c / T) m_c, S_c),
 
-    and all rows W, b learn from them for `epochs`, by SGD with momentum 0.9, weight decay 5e-4 and a cosine
-    from `lr` to 0, in as many steps an epoch as there are classes, each on `samples` of them, with
-    cross-entropy over all classes of the normalised logits z / (0.1 n), n the mean over tasks of the norm of
-    z over a task's classes. Scores are z = W f + b.
+    and all rows W, b learn from them by SGD with momentum 0.9, weight decay 5e-4 and a cosine schedule from
+    `lr` to 0 over `epochs`, in batches of `samples`. The loss is cross-entropy over all classes of the
+    normalised logits z / (0.1 n), n the mean over tasks of the norm of z over a task's classes. Scores are
+    z = W f + b.
 
     Args:
         rows: the trained classifier, whose newest rows join those aligned so far.
@@ -220,15 +220,15 @@ def correlations(covariance: Tensor) -> Tensor:
 
 
 def cholesky(matrix: Tensor) -> Tensor:
-    """Lower Cholesky factor of a matrix (d, d) that may be singular, with `JITTER`; zero for zero.
+    """Lower Cholesky factor of a matrix (d, d) that may be singular, with `JITTER`; about zero for zero.
 
-    Rounding of stored triangles can make a singular matrix indefinite: then ten times as much is added until
-    it is positive.
+    Rounding of stored triangles can make a singular matrix indefinite: the jitter grows by factors of ten
+    until the matrix is positive definite.
     """
     jitter, identity = JITTER * matrix.diagonal().mean(), torch.eye(len(matrix), dtype=matrix.dtype)
     while True:
         added = jitter + torch.finfo(matrix.dtype).tiny
         factor, failed = torch.linalg.cholesky_ex(matrix + added * identity)
-        if not failed or not 0 < float(jitter) < math.inf:  # of what is not finite nothing helps
+        if not failed or not 0 < float(jitter) < math.inf:  # no jitter helps a matrix that is not finite
             return factor
         jitter = 10 * jitter

@@ -42,8 +42,8 @@ class Backbone:
         architecture: its name in timm, which decides what the network computes with its weights.
         sha256: over name and bytes of every tensor of the network as built (names sorted); another image
             size, which resizes the position embedding, gives another hash.
-        options_sha256: over class and attributes (activation, eps, heads, ...) of every module: what this
-            version of timm makes of the architecture.
+        options_sha256: over class and attributes (activation, eps, heads, ...) of every module: the
+            architecture as this version of timm builds it.
         mean, std: the weights' own input normalisation, a channel each.
     """
 
@@ -96,9 +96,9 @@ def create_backbone(
         weights_root: folder of weight files.
         image_size: side in pixels, a multiple of the patch; None for the size the weights were made for.
 
-    The global random state is left as it was. Raises UserError as `backbone_shape`, and for weights that
-    cannot be had, cannot be read, do not fit tensor by tensor (a classification head is ignored), or are no
-    finite numbers.
+    The global random state is left as it was. Raises UserError as `backbone_shape` does, and for weights that
+    cannot be found or read, do not fit tensor by tensor (a classification head is ignored), or are not
+    finite.
     """
     arch, tag = _resolve(backbone_type, weights)
     shape = backbone_shape(backbone_type, weights=weights)
@@ -133,7 +133,7 @@ def find_weights(backbone_type: str, *, weights: str | None, weights_root: Path,
     """Check that weights are there or can be reached; arguments as `create_backbone` and `require_named`.
 
     Raises:
-        UserError: they cannot be had.
+        UserError: they are not.
     """
     if weights is None:
         require_named(*_resolve(backbone_type, weights), weights_root, fetch)
@@ -212,7 +212,7 @@ def _options_sha256(network: torch.nn.Module) -> str:
 def _described(value: object) -> object:
     """An attribute of a module as JSON: functions and classes by name, other objects by type.
 
-    A dict is a record, such as of where weights come from, and no option.
+    A dict is recorded by its type alone: it holds no options, but for example where weights come from.
     """
     if value is None or isinstance(value, bool | int | float | str):
         return value

@@ -1,4 +1,4 @@
-"""Data and backbone of a configuration: what a learner on a frozen ViT is made from.
+"""Data and pretrained backbone of a configuration, loaded.
 
 data, backbone = load_data_and_backbone(config, context)
 """
@@ -24,7 +24,7 @@ def load_data_and_backbone(
     """The task sequence and the pretrained ViT of a configuration.
 
     Raises:
-        UserError: data or weights cannot be had; both are told together.
+        UserError: data or weights cannot be had; one message names both.
     """
     load = partial(
         load_dataset,

@@ -1,4 +1,4 @@
-"""Batches of a task's images, from the activation cache or recomputed.
+"""Batches and features of the tasks' images, from cached activations or recomputed.
 
     inputs = TaskInputs(store, config, shared_views=lambda: 0)
     source = inputs.view(task, 0)                    # one augmented view of the task's training images
@@ -6,10 +6,10 @@
         features = network(batch.inputs, batch.depth)
 
 The fast engine reads stored activations of the frozen blocks (`models/vit/activations.py`); the reference
-reads images. With K `views` every training image has K fixed augmented views. With 0 it has a new one for
-every (task, epoch): all phases of a task read the same. On a CPU, where writing a view's activations takes
-about a hundredth of the time of computing them, those that several phases read are stored while the task is
-open; elsewhere each phase computes them.
+engine reads images. With `cache_views` K > 0 every training image has K fixed augmented views. With 0 it has
+a new one for every (task, epoch), the same in all phases of a task. On a CPU, where writing a view's
+activations takes about a hundredth of the time of computing them, those that several phases read are stored
+until the end of the task; elsewhere each phase computes them.
 """
 
 from collections.abc import Callable, Iterator
@@ -30,9 +30,9 @@ Source = Images | Activations
 
 
 class Batch(NamedTuple):
-    """This rank's shard of a batch: inputs of one depth (0: images) with incremental labels.
+    """This rank's shard of a batch: inputs at one depth (0: images) with incremental labels.
 
-    `total` counts the samples over all ranks.
+    `total` is the number of samples over all ranks.
     """
 
     inputs: Tensor
@@ -41,7 +41,7 @@ class Batch(NamedTuple):
     total: int
 
     def micro_batches(self, count: int) -> "list[Batch]":
-        """Cut into `count` parts of nearly equal size, leaving out empty ones."""
+        """Split into `count` parts of nearly equal size, without empty ones."""
         pairs = zip(self.inputs.tensor_split(count), self.targets.tensor_split(count), strict=True)
         return [self._replace(inputs=inputs, targets=targets) for inputs, targets in pairs if len(targets)]
 
@@ -50,10 +50,10 @@ class TaskInputs:
     """Inputs of the tasks of one run.
 
     Args:
-        store: of activations of the network, whose depths are those of the inputs, on the task sequence.
-        config: its `engine`, `cache_views` and `seed` count.
-        shared_views: asked how many of the open task's first drawn views several phases read; the answer
-            depends on the run's state alone, so that a resumed run computes the same.
+        store: activations of the run's network on its task sequence.
+        config: read are its `engine`, `cache_views` and `seed`.
+        shared_views: returns how many of the open task's first drawn views several phases read; the number
+            must depend on the run's state alone, so that a resumed run computes the same.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class TaskInputs:
         self.fast, self.views, self.seed = config.engine == "fast", config.cache_views, config.seed
         self.shared_views = shared_views
         self._stores_drawn = self.fast and not self.views and self.context.device.type == "cpu"
-        self._kept: dict[tuple[str, int, str], Tensor] = {}  # features, by whose they are
+        self._kept: dict[tuple[str, int, str], Tensor] = {}  # features by source, width, hash of the network
 
     # --- sources --------------------------------------------------------------------------------------------
 
@@ -71,8 +71,8 @@ class TaskInputs:
         """A task's training inputs in one view: a fixed one, or without any the one drawn for (task, number).
 
         Args:
-            depth: how far the network is run already, where nothing learns below it while the result is in
-                use; by default up to where the network may ever change.
+            depth: depth of fixed views, below which nothing may learn while the result is in use; by default
+                the depth below which nothing ever changes again.
         """
         if self.views:  # without the seed: all runs share the activations of fixed views
             key, what = ("view", number % self.views), f"view {number % self.views + 1} of {self.views}"
@@ -83,26 +83,26 @@ class TaskInputs:
         return self.fresh(key)
 
     def new_view(self, task: int, number: int, key: Key) -> Source:
-        """A view that is no fixed one: where there are any the one the key draws, else that of the task."""
+        """A view besides the fixed ones: with fixed views the one that `key` draws, else `view`."""
         return self.fresh(key) if self.views else self.view(task, number)
 
     def drop_drawn(self, task: int) -> None:
-        """Remove what is stored of the views drawn for the open task."""
+        """Remove stored activations of the views drawn for the open task."""
         for number in range(self.shared_views() if self._stores_drawn else 0):
             self.store.drop(self.network.fixed_depth(), "train", self._drawn(task, number))
 
     def _drawn(self, task: int, number: int) -> Key:
-        """Key of a view drawn for a task, that of epoch `number` of the task's first functional phase."""
+        """Key of a view drawn for a task: that of epoch `number` of its first functional phase."""
         return "functional", self.seed, task, 0, number
 
     def fresh(self, key: Key) -> Images:
-        """Training images in views that the key draws."""
+        """Training images in the views drawn by a key."""
         return Images(self.data, "train", key, self.context.device)
 
     def by_epoch(self, task: int, epochs: int) -> Callable[[int], Source]:
-        """Source of the inputs of each epoch of a functional phase.
+        """Function from an epoch of a functional phase to the source of its inputs.
 
-        Views that the phase uses more than once are run to where learning begins.
+        Views that the phase uses more than once are stored at the depth where learning begins.
         """
         views = min(self.views or epochs, epochs)
         depth = self.network.learning_depth() if self.fast and views < epochs else None
@@ -117,8 +117,8 @@ class TaskInputs:
     def seen_features(self, tasks: int, source: str) -> Tensor:
         """Features (n, d) in the test view of the images of the first tasks, task after task, on every rank.
 
-        Batches lie at fixed places in this sequence, whatever was computed before. Those that were full are
-        not computed again while what the network computes, or a subspace of its features, is the same.
+        Batches lie at fixed places in this sequence, whatever was computed before. Full batches of an earlier
+        call are reused while the network, or the part of it behind a subspace of features, is unchanged.
         """
         data, network = self.data, self.network
         order = data.seen_indices(tasks, source)
@@ -128,9 +128,9 @@ class TaskInputs:
         self._kept = {}
         with closing(network.each_subspace()) as rounds:
             for _ in rounds:
-                whose = source, network.feature_width, sha256_of(network.tensors_below(network.depth))
-                found.append(self._features(below, order, label, known.get(whose)))
-                self._kept[whose] = found[-1]
+                state = source, network.feature_width, sha256_of(network.tensors_below(network.depth))
+                found.append(self._features(below, order, label, known.get(state)))
+                self._kept[state] = found[-1]
         return torch.cat(found, dim=1)
 
     def features_of_images(
@@ -139,7 +139,7 @@ class TaskInputs:
         """Features (n, d) of a few images of these classes in the test view, on every rank, not kept.
 
         Args:
-            among: the images of these classes that are ever asked for; their tokens are stored.
+            among: all images of these classes that any call will ask for; their tokens are stored.
         """
         fixed = self.network.fixed_depth() if self.fast else 0
         label = f"{len(indices)} {source} images"
@@ -150,7 +150,7 @@ class TaskInputs:
     def _features(self, below: Source, indices: np.ndarray, label: str, kept: Tensor | None = None) -> Tensor:
         """Features (n, d) of stored images in the test view, on every rank.
 
-        kept: those of the first images from an earlier call; what were full batches is not computed again.
+        kept: those of the first images from an earlier call, reused as far as they were full batches.
         """
         kept = torch.empty(0, self.network.feature_width) if kept is None else kept
         distributed = self.context.distributed
@@ -224,8 +224,8 @@ class TaskInputs:
     ) -> Callable[[int, int], Iterator[dict[int, Tensor]]]:
         """Function (epoch, start) -> batches of `size` token means of the blocks.
 
-        They are of `views` views; 0: of new ones every epoch. While descriptors learn nothing below them
-        does, so the fast engine runs the network once a view, not once an epoch.
+        Epochs take turns through `views` views, or with 0 have a new one each. While descriptors learn,
+        nothing else does, so the fast engine runs the network once per view, not once per epoch.
         """
         if not (self.fast and views):
             sources = [

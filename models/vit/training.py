@@ -1,10 +1,10 @@
 """Functional phase of methods that train a classifier, and often adapters, on a frozen ViT.
 
     network = adapted_network(vit, config)           # adapters in the blocks that the config names
-    learner.run_phase(FunctionalPhase(learner))      # what may learn, on the current task's classes only
+    learner.run_phase(FunctionalPhase(learner))      # trains what is not frozen, on the current task
 
-The phase trains whatever may learn in the network and the newest classifier rows, with the learner's `loss`
-over the current task's classes; older classes take no part.
+The phase trains the unfrozen parameters of the network and the newest classifier rows, with the learner's
+`loss` over the current task's classes only.
 """
 
 import logging
@@ -30,7 +30,7 @@ TRACE_INTERVAL = 100  # steps between two traces from then on
 
 
 def adapter_spec(config: AdapterKeys, width: int, **described: int | bool) -> AdapterSpec:
-    """Shape of an adapter of a configuration; `described`: what a growing block adds."""
+    """The adapters of a configuration; `described`: fields that only networks with descriptors set."""
     return AdapterSpec(
         width=width,
         kind=config.ffn_adapter_type,
@@ -42,27 +42,26 @@ def adapter_spec(config: AdapterKeys, width: int, **described: int | bool) -> Ad
 
 
 def adapted_network(vit: nn.Module, config: AdapterKeys) -> SEMAVisionTransformer:
-    """The ViT with one adapter in every block, or in those that may grow; none of them grows."""
+    """The ViT with one adapter in each of the config's adapted blocks, none of which grows."""
     spec, adapted = adapter_spec(config, vit.embed_dim), config.adapted_blocks(len(vit.blocks))
     return SEMAVisionTransformer(vit, spec, adapted=adapted)
 
 
 def task_adapter_network(vit: nn.Module, config: AdapterKeys, plain: bool = False) -> TaskAdapterViT:
-    """The ViT with adapters of each task in those blocks, `plain` as in `TaskAdapterViT`."""
+    """The ViT with adapters of each task in the adapted blocks, `plain` as in `TaskAdapterViT`."""
     spec, adapted = adapter_spec(config, vit.embed_dim), config.adapted_blocks(len(vit.blocks))
     return TaskAdapterViT(vit, spec, adapted, plain)
 
 
 class FunctionalPhase(Phase):
-    """The learner's `loss` over the current task's classes, for `func_epoch` epochs.
+    """Training of a learner's network and newest classifier rows over the current task's classes.
 
-    Epoch e reads the task's view e, or with K fixed views of an image view e mod K; those used more than once
-    are run through the network up to where learning begins and stored there. Slow branches are traced: the
-    line of the phase says how often they were updated, events "slow_step" when, and how far they moved.
+    Epoch e reads the task's view e, or with K fixed views per image view e mod K; the activations of views
+    that are used more than once are stored at the depth where learning begins. Slow branches are traced: the
+    log line of an epoch says how often they were updated, events "slow_step" when, and how far they moved.
 
     Args:
-        learner: whose network and newest classifier rows are trained.
-        block: the block whose new adapter is trained, where it is one.
+        block: the block whose new adapter is trained, where there is one; for the log.
     """
 
     name = "func"
@@ -98,7 +97,7 @@ class FunctionalPhase(Phase):
         return self.result(batch, features)
 
     def result(self, batch: Batch, features: Tensor) -> StepResult:
-        """The learner's loss for features (B, d) of a batch, and how many of it are classified right."""
+        """The learner's loss for features (B, d) of a batch, and how many samples are classified right."""
         learner = self.learner
         logits, targets = learner.training_logits(features, batch.targets.to(learner.device))
         loss = learner.loss(logits, targets, features)
@@ -138,7 +137,7 @@ def train_functional(learner: ClassIncrementalLearner, block: int | None = None)
 
 
 def train_and_freeze(learner: ClassIncrementalLearner) -> None:
-    """Run a functional phase, and freeze what it has trained for good: adapters and classifier rows."""
+    """Run a functional phase, then freeze all adapters and classifier rows for good."""
     train_functional(learner)
     learner.network.freeze()
     freeze(learner.head)

@@ -3,8 +3,8 @@
     load_file(vit, Path("mine.safetensors"))                      # or a .pth state dict, or a JAX .npz
     load_named(vit, "vit_base_patch16_224", "augreg_in21k", Path("weights"))
 
-Conversions of layouts and of position embeddings are timm's. No code in a file is run; whatever is wrong with
-it is one sentence.
+Layouts and position embeddings are converted by timm. No code in a file is run; whatever is wrong with a file
+is told in one sentence.
 """
 
 import logging
@@ -34,7 +34,7 @@ from utils.wording import is_utf8, some
 log = logging.getLogger("nested_lora")
 
 SUFFIXES = (".safetensors", ".pth", ".npz")
-NO_HUB_NEEDED = (  # shipped files whose weights come from the package index
+NO_HUB_NEEDED = (  # shipped configs whose weights come from the package index
     "run exps/evidence/nested_lora_cifar_dinov2s.json, which needs CIFAR-100 and the package index, or "
     "exps/sema_growth_demo.json, which needs the package index alone"
 )
@@ -44,7 +44,7 @@ def load_file(vit: VisionTransformer, path: Path) -> None:
     """Load a file into `vit`, tensor by tensor; a classification head is ignored.
 
     Raises:
-        UserError: it cannot be read, does not fit, or holds what is no finite number.
+        UserError: it cannot be read, does not fit, or holds numbers that are not finite.
     """
     if path.suffix.lower() == ".npz":
         _load_jax(vit, path)
@@ -79,7 +79,7 @@ def require_file(path: Path) -> Path:
 def require_named(arch: str, tag: str, weights_root: Path, fetch: bool = False) -> None:
     """Check that `load_named` has a source. Raises UserError.
 
-    fetch: take what the package index has now, as that alone tells whether it can be had.
+    fetch: download what comes from the package index, as only that shows whether it is available.
     """
     if tag == PACKAGE_TAG:
         if fetch:
@@ -141,10 +141,10 @@ def require_hub() -> None:
 
 
 def _load_state(vit: VisionTransformer, name: str, state: dict[str, Tensor]) -> None:
-    """Load a state dict without its head strictly.
+    """Load a state dict strictly, except for its classification head.
 
     Raises:
-        UserError: names, shapes or types differ, up to three of each told; `name` is the state's source.
+        UserError: names, shapes or types differ; it lists up to three of each. `name`: origin of the state.
     """
     patch, own = state.get("patch_embed.proj.weight"), vit.patch_embed.proj.weight
     if patch is not None and patch.ndim == 4 and patch.shape != own.shape:  # timm would resample patches
@@ -168,9 +168,9 @@ def _load_state(vit: VisionTransformer, name: str, state: dict[str, Tensor]) -> 
         "of another shape": [f"{key} {a} instead of {b}" for key, (a, b) in shapes.items() if a != b],
         "not of floating-point numbers": [key for key in both if not _holds_floats(given[key])],
     }
-    told = [f"{len(keys)} {kind} ({some(keys, most=3)})" for kind, keys in differences.items() if keys]
-    if told:
-        raise UserError(f"{name} does not fit the backbone: {'; '.join(told)}.")
+    found = [f"{len(keys)} {kind} ({some(keys, most=3)})" for kind, keys in differences.items() if keys]
+    if found:
+        raise UserError(f"{name} does not fit the backbone: {'; '.join(found)}.")
     vit.load_state_dict(given, strict=True)
 
 
