@@ -15,7 +15,7 @@ class APERConfig(ProxyKeys, AdapterKeys, TrainingKeys):
     }
 
     model_name: Literal["aper"] = key(
-        "aper", "APER: class means of frozen features and those adapted in the first task, side by side."
+        "aper", "APER: nearest class mean on frozen and first-task-adapted features, concatenated."
     )
 
     def one_class_advice(self, task: int) -> str:

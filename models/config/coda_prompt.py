@@ -19,13 +19,13 @@ class CODAPromptConfig(RowsRules, TrainingKeys):
     """Prompts and their training."""
 
     legacy_keys: ClassVar[dict[str, str]] = ClassIncrementalConfig.legacy_keys | {
-        "prompt_param": "prompt_components (the pool divided by tasks), prompt_length and ortho_mu say it",
+        "prompt_param": "see prompt_components (the pool divided by tasks), prompt_length and ortho_mu",
         "scheduler": "the schedule is a cosine",
     }
 
     model_name: Literal["coda_prompt"] = key(
         "coda_prompt",
-        "CODA-Prompt: prefixes of keys and values, composed by what the image's query attends to.",
+        "CODA-Prompt: prefixes of keys and values, composed per image from prompt components by attention.",
     )
     prompt_components: Count = key(
         10, "Components that a task adds to every prompt; published: 100 for 10 tasks."

@@ -8,7 +8,7 @@ from utils.config.schema import Conflict, key
 
 
 class InfLoRAConfig(RowsRules, BlockKeys, TrainingKeys):
-    """Low-rank terms of k and v, and what they leave alone."""
+    """Low-rank terms of k and v, and the bases that they are orthogonal to."""
 
     known_as: ClassVar[dict[str, str]] = ClassIncrementalConfig.known_as | {
         "rank": "lora_rank",
@@ -24,16 +24,16 @@ class InfLoRAConfig(RowsRules, BlockKeys, TrainingKeys):
     }
 
     model_name: Literal["inflora"] = key(
-        "inflora", "InfLoRA: low-rank terms of k and v in directions that older tasks' inputs lack."
+        "inflora", "InfLoRA: low-rank terms of k and v in directions orthogonal to older tasks' inputs."
     )
     lora_rank: int = key(10, "Rank of a task's terms.", ge=1, le=4096)
     lamb: float = key(0.95, "Share of the inputs' energy that the first task's basis holds.", ge=0, le=1)
     lame: float = key(
-        1.0, "That share once all tasks of the data set are learned; it grows linearly.", ge=0, le=1
+        1.0, "The same share after all tasks of the data set; in between it is linear.", ge=0, le=1
     )
     threshold_on: Literal["energy", "squared_energy"] = key(
         "energy",
-        "What the share is of: energies along directions, or their squares, as published code has it.",
+        "What the share is of: energies along directions, or their squares, as in published code.",
     )
 
     def shape_conflicts(self, shape: BackboneShape) -> list[Conflict]:

@@ -15,7 +15,7 @@ from utils.config.schema import UnusedRule, key
 
 
 class RanPACConfig(ProxyKeys, AdapterKeys, RidgeKeys, TrainingKeys):
-    """Ridge regression; keys of adapters and their training count only with `first_session`."""
+    """Ridge regression; keys of adapters and their training have an effect only with `first_session`."""
 
     legacy_keys: ClassVar[dict[str, str]] = ClassIncrementalConfig.legacy_keys | {
         "head": "the ridge regression classifies",

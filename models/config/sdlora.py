@@ -30,16 +30,14 @@ class GateKeys(StepKeys):
     )
     lambda_sparsity: RateOrZero = key(0.0, "Weight of the gate's entropy in the loss.")
     gumbel_tau_init: float = key(5.0, "Temperature of the gate at the start of every task.", ge=1e-6, le=1e6)
-    gumbel_tau_final: float = key(0.5, "Its lowest value, and its value in evaluation.", ge=1e-6, le=1e6)
-    gumbel_anneal_rate: float = key(0.999, "What it is multiplied by after every step.", gt=0, le=1)
+    gumbel_tau_final: float = key(0.5, "Lowest temperature, also used in evaluation.", ge=1e-6, le=1e6)
+    gumbel_anneal_rate: float = key(0.999, "Factor on the temperature after every step.", gt=0, le=1)
     growth: Literal["threshold", "top_k"] = key(
-        "threshold", "After a task keep its adapter where its weight is large enough, or the best of all."
+        "threshold", "Kept after a task: its adapter if its weight exceeds a threshold, or the k best of all."
     )
     growth_threshold: float = key(0.1, "Weight above which a task's adapter is kept.", ge=0, lt=1)
     growth_top_k: Count = key(5, 'Adapters that "top_k" keeps.')
-    filepath: PathText | None = key(
-        None, "Folder that gets the gate's files too, beside the run folder's gate/."
-    )
+    filepath: PathText | None = key(None, "Folder for a second copy of the files in the run folder's gate/.")
 
     @property
     def gate(self) -> str:
@@ -99,7 +97,7 @@ RankSchedule = Annotated[list[list[Count]], AfterValidator(_ascending)]
 class SDLoRAConfig(RowsRules, GateKeys):
     """Config of SD-LoRA, and with a gate of Gumbel CL-LoRA.
 
-    `init_*` keys are those of the first task, the others those of later tasks, as in the published files.
+    `init_*` keys are for the first task, their counterparts for later tasks, as in the published files.
     """
 
     legacy_keys: ClassVar[dict[str, str]] = ClassIncrementalConfig.legacy_keys | {
@@ -116,12 +114,12 @@ class SDLoRAConfig(RowsRules, GateKeys):
     init_epoch: CountOrZero = key(20, "Epochs of the first task.")
     init_lr: Rate = key(0.008, "Learning rate of the first task.")
     init_milestones: list[Count] = key([], 'Epochs after which "steplr" lowers the first task\'s rate.')
-    init_lr_decay: float = key(0.1, 'Factor of each of these steps of "steplr".', ge=0, le=1)
+    init_lr_decay: float = key(0.1, "Factor on the rate at each of init_milestones.", ge=0, le=1)
     init_weight_decay: RateOrZero = key(0.0, "Weight decay of the first task.")
     epochs: CountOrZero = key(20, "Epochs of every later task.")
     lrate: Rate = key(0.008, "Learning rate of later tasks.")
     milestones: list[Count] = key([], 'Epochs after which "steplr" lowers a later task\'s rate.')
-    lrate_decay: float = key(0.1, 'Factor of each of these steps of "steplr".', ge=0, le=1)
+    lrate_decay: float = key(0.1, "Factor on the rate at each of milestones.", ge=0, le=1)
     weight_decay: RateOrZero = key(0.0, "Weight decay of later tasks.")
     scheduler: Literal["cosine", "steplr", "constant"] = key(
         "cosine", "Schedule of learning rates, by epoch."
@@ -135,7 +133,7 @@ class SDLoRAConfig(RowsRules, GateKeys):
         "a list of [task, rank], such as [[4, 8], [8, 6]], from task 1 on, ascending",
     )
     sdlora_scaling: Literal["carry", "reset"] = key(
-        "carry", 'At a new task, earlier adapters weigh what they did, or "reset": all alike, as published.'
+        "carry", 'Earlier adapters at a new task: unchanged, or "reset" to equal magnitudes, as published.'
     )
     classifier_init: Literal["auto", "torch_default", "kaiming_linear"] = key(
         "auto",

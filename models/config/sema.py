@@ -46,13 +46,13 @@ class SEMAConfig(AdapterKeys, HeadKeys, TrainingKeys):
     rd_views: int = key(
         2,
         "Augmented views per image that descriptors train on in turn; 0 = new ones every epoch, as "
-        "published. z-scores compare with errors on other views, so thresholds keep their meaning; with 2 "
-        "they agreed better with 0 than with 1 (docs/experiment_log.md).",
+        "published. Error statistics come from further views, so that thresholds keep their meaning; z-scores"
+        " with 2 agreed better with those of 0 than with 1 (docs/experiment_log.md).",
         ge=0,
         le=1000,
     )
     buffer_size: int = key(
-        500, "Reconstruction errors a descriptor's running statistics keep.", ge=3, le=10**6
+        500, "Newest reconstruction errors that a descriptor's statistics are over.", ge=3, le=10**6
     )
     exp_threshold: float = key(
         2.0, "A block is novel if all adapters' mean z-scores exceed it.", ge=0, le=1e9
@@ -65,8 +65,8 @@ class SEMAConfig(AdapterKeys, HeadKeys, TrainingKeys):
     nested_lora_use_consolidation: bool = key(False, "At task ends, move fast into slow; reset fast.")
     nested_lora_consolidation: Literal["weights", "function", "interpolate"] = key(
         "weights",
-        "Add fast's tensors to slow's; refit slow to slow(x) + alpha * fast(x); or move slow's hidden units "
-        'a share alpha of the way to those that fast made of them (needs nested_lora_reset "aligned").',
+        "Add alpha times fast's tensors to slow's; refit slow to slow(x) + alpha * fast(x); or interpolate "
+        "slow's hidden units towards fast's by alpha (needs nested_lora_reset \"aligned\").",
     )
     nested_lora_consolidation_alpha: float = key(0.1, "Share of fast that moves into slow.", ge=0, le=1)
     nested_lora_consolidation_schedule: Literal["constant", "mean"] = key(
@@ -122,7 +122,7 @@ class SEMAConfig(AdapterKeys, HeadKeys, TrainingKeys):
         return super().stored_bytes(shape, task, classes) + described
 
     def conflicts(self) -> list[Conflict]:
-        """Hidden units that are interpolated though they do not belong together."""
+        """Interpolation of hidden units that are not aligned."""
         found = super().conflicts()
         if self.consolidates and self.nested_lora_consolidation == "interpolate" and not self.aligned:
             fault = "units of slow and fast do not belong together"

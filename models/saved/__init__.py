@@ -1,1 +1,1 @@
-"""Runs in their folders: read, rebuilt from checkpoints, extended, looked at again, used and exported."""
+"""Saved runs: read, rebuilt from checkpoints, extended, inspected, used for predictions and exported."""

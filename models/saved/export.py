@@ -1,11 +1,11 @@
-"""Export of a run as a model that needs none of this program: timm weights, ONNX or TorchScript.
+"""Export of a run as a model that works without this program: timm weights, ONNX or TorchScript.
 
     python eval.py --run FOLDER --export onnx             # to FOLDER/export/onnx
     python eval.py --run FOLDER --export timm --out cats  # of a ViT with a linear classifier
 
-Every form takes images (B, 3, S, S), float32, as `preprocessing.json` beside it says, and gives logits
-(B, C), already divided by the run's temperature: their softmax is the calibrated score. It is read back and
-compared with the run's own scores, both in fp32 on the CPU, before the folder appears.
+Every form takes images (B, 3, S, S), float32, prepared as `preprocessing.json` beside it says, and gives
+logits (B, C) divided by the run's temperature: their softmax is the calibrated score. Before the folder
+appears, the export is read back and its scores compared with the run's own, both in fp32 on the CPU.
 """
 
 import copy
@@ -35,7 +35,7 @@ from utils.inc_net import IncrementalHead
 from utils.training.random import numpy_rng
 
 TOLERANCE = 1e-3  # largest difference between a calibrated score of the export and of the run
-CHECKED, TRACED = 5, 2  # images in the check, and those that the network is traced with
+CHECKED, TRACED = 5, 2  # numbers of images: in the comparison, and in the trace
 Run = Callable[[Tensor], Tensor]  # inputs (B, 3, S, S) -> logits (B, C)
 
 
@@ -59,7 +59,7 @@ class Deployed(nn.Module):
 
 
 def classifier_of(head: nn.Module) -> tuple[Callable[..., Tensor], dict[str, Tensor]]:
-    """The classifier that a run's head is, as a function on any device, and its tensors."""
+    """A head as a function of features and tensors that works on any device, with its tensors by name."""
     match head:
         case IncrementalHead():
             names = ("weight", "bias")
@@ -91,19 +91,19 @@ def ridge(features: Tensor, projection: Tensor, weights: Tensor) -> Tensor:
 
 
 def distance(features: Tensor, whitening: Tensor, means: Tensor) -> Tensor:
-    """-|L^-1 x|^2 of all classes by two matrix products."""
+    """Minus the squared Mahalanobis distance, |L^-1 (f / |f| - m)|^2, to every class."""
     whitened = torch.einsum("cij,bj->bci", whitening, F.normalize(features, dim=1))
     return -(whitened - means).square().sum(dim=2)
 
 
 def subspaces(features: Tensor, prototypes: Tensor) -> Tensor:
-    """One product with the prototypes, which are weighted by subspace."""
+    """Sum over subspaces of cosines with prototypes (C, subspaces, d) that contain their weights."""
     parts = F.normalize(features.unflatten(1, prototypes.shape[1:]), dim=2)
     return F.linear(parts.flatten(1), prototypes.flatten(1))
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Forms: each writes its files into a folder, and returns what runs them; views (B, 3, S, S) are traced
+# Forms: each writes its files into a folder and returns a function that runs them; views are for tracing
 
 
 def to_timm(model: Predictor, views: Tensor, folder: Path) -> Run:
@@ -168,10 +168,10 @@ FORMS: dict[str, Callable[[Predictor, Tensor, Path], Run]] = {
 
 @torch.no_grad()
 def export_run(folder: Path, checkpoint: Path | None, form: str, out: Path | None) -> Iterator[str]:
-    """Lines about an export, which is written when it gives the run's scores.
+    """Write an export, if it gives the run's scores; yields lines for the console.
 
     Raises UserError: from `load_run`; the form is impossible for this run, its libraries are absent, its
-    scores are others, or something is in its place.
+    scores differ, or its folder exists already.
     """
     out = out or folder / "export" / form
     if out.exists():
@@ -188,7 +188,7 @@ def export_run(folder: Path, checkpoint: Path | None, form: str, out: Path | Non
     shape = (CHECKED, 3, model.view.image_size, model.view.image_size)
     images = torch.from_numpy(numpy_rng("export check").integers(0, 256, shape, dtype="uint8"))
     views = views_of(images, model.view, None, np.arange(CHECKED))
-    scores = model.scores(list(images))  # which merges the adapters that can be
+    scores = model.scores(list(images))  # also merges adapters into weights, where a method does so
     if form == "timm" and (
         model.learner.closed_form is not None or model.learner.network.plain_state() is None
     ):
@@ -222,7 +222,7 @@ def export_run(folder: Path, checkpoint: Path | None, form: str, out: Path | Non
 
 
 def preprocessing(model: Predictor) -> dict[str, object]:
-    """What an image goes through before the network, in order, and what its outputs are; JSON."""
+    """Preprocessing steps of an image, in order, and the meaning of the outputs; JSON."""
     size, view = model.view.image_size, model.view
     return {
         "colours": "RGB",

@@ -5,7 +5,7 @@
     tensors, state = extension.check(learner)                                 # a learner of extension.config
     extension.fill(new_folder, learner)                                       # record and checkpoints
 
-The new run is what a run of the longer sequence would be after the tasks that were learned, bit for bit. It
+The new run starts as a run of the longer sequence would be after the tasks already learned, bit for bit. It
 has a folder of its own; the old one is only read.
 """
 
@@ -46,10 +46,10 @@ class Extension:
         """The extension of the run in a folder.
 
         Args:
-            overrides: texts `key=value`, of max_tasks and of keys that change no number.
+            overrides: texts `key=value`, of max_tasks and of keys that change no result.
             data: data sets with new classes, each one task, given like `dataset`.
 
-        Raises UserError: the run is unfinished, cannot be extended, or is not made longer by this.
+        Raises UserError: the run is unfinished, cannot be extended, or would not gain a task.
         """
         old = read_config(folder)
         if not isinstance(old, ClassIncrementalConfig) or isinstance(old, OneTaskRules):
@@ -112,7 +112,7 @@ class Extension:
         return tensors, state | self._changes(learner)
 
     def fill(self, new: Path, learner: ClassIncrementalLearner, metrics_bytes: int) -> None:
-        """Put the record and the checkpoints of the tasks that were learned into the new run's folder."""
+        """Copy the record and the checkpoints of the tasks already learned to the new run's folder."""
         replace_file(new / METRICS, metrics_until(self.folder / METRICS, metrics_bytes))
         for accuracy in self.folder.glob(f"*{ACCURACY}"):
             shutil.copyfile(accuracy, new / accuracy.name)
@@ -132,7 +132,7 @@ class Extension:
 def refuse_other_changes(
     old: ClassIncrementalConfig, new: ClassIncrementalConfig, several_seeds: bool
 ) -> None:
-    """Refuse keys that shaped what was learned, seeds among them."""
+    """Refuse changes of keys that shaped what was learned, the seed among them."""
     changed = [name for name in old.differing(new) if name != "max_tasks"]
     changed += ["seed"] if several_seeds or new.seed != old.seed else []
     changed += ["extra_data"] if new.added[: len(old.added)] != old.added else []
@@ -145,9 +145,10 @@ def refuse_other_changes(
 
 
 def check_length(folder: Path, old: ClassIncrementalConfig, new: ClassIncrementalConfig, tasks: int) -> int:
-    """Number of tasks of the new run; 0 where its data are not there.
+    """Number of tasks of the new run; 0 where the data set is missing.
 
-    Raises UserError: no more than were learned, more than the data set has, or some would come before those.
+    Raises UserError: they are no more than were learned, more than the data set has, or tasks of the data set
+    would follow those of `extra_data`.
     """
     every = len(new.model_copy(update={"max_tasks": None, "extra_data": None}).known_tasks())
     own, now = tasks - len(old.added), min(new.max_tasks or every, every)  # tasks of `dataset`

@@ -17,11 +17,11 @@ from utils.runs.metrics import checked_result
 
 
 def read_config(folder: Path) -> RunConfig:
-    """The configuration a run folder was made with."""
+    """The configuration of a run folder. UserError: the folder holds none, or a damaged one."""
     path = folder / CONFIG
     if not path.is_file():
-        told = [f"{folder} is not a run folder: it has no {CONFIG}", *waiting_notes(folder)]
-        raise UserError(f"{'; '.join(told)}; give a folder such as logs/sema/.../run_1993_...")
+        faults = [f"{folder} is not a run folder: it has no {CONFIG}", *waiting_notes(folder)]
+        raise UserError(f"{'; '.join(faults)}; give a folder such as logs/sema/.../run_1993_...")
     values = read_json(path)
     if not {"model_name", "seed"} <= values.keys():
         raise UserError(
@@ -34,7 +34,7 @@ def read_config(folder: Path) -> RunConfig:
 
 
 def run_folder_of(checkpoint: Path) -> Path:
-    """The run folder that a checkpoint lies in, also where its path begins below that folder."""
+    """The run folder that a checkpoint lies in, also for a path relative to a folder inside it."""
     folder = checkpoint.parent.parent
     return folder if folder.name not in ("", "..") else Path(os.path.abspath(checkpoint)).parents[1]
 

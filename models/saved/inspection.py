@@ -1,4 +1,4 @@
-"""Inspection of run folders as lines of text: recorded accuracy, figures, tests of checkpoints, analyses."""
+"""Inspection of run folders, as lines of text: accuracy, figures, evaluation of checkpoints, analyses."""
 
 import functools
 import textwrap
@@ -33,7 +33,7 @@ from utils.sweeps.comparison import compare_runs, default_folder, write_comparis
 
 
 def show_run(folder: Path, test: bool) -> Iterator[str]:
-    """Recorded accuracy, redrawn figures and page of a run folder, then its last checkpoint tested."""
+    """Recorded accuracy, redrawn figures and page of a run folder; with `test` also its last checkpoint."""
     rows, images = accuracy_rows(read_metrics(folder))
     if rows:
         what = "validation accuracy" if images == "validation" else "accuracy"
@@ -66,9 +66,9 @@ def draw_again(folder: Path) -> Iterator[str]:
 
 
 def show_checkpoint(checkpoint: Path) -> Iterator[str]:
-    """The model that a checkpoint holds, rebuilt and tested.
+    """Evaluation of the model rebuilt from a checkpoint.
 
-    Raises UserError: it knows no class, inside its first task with a head that is solved at task ends.
+    Raises UserError: it lies inside the first task, whose closed-form head knows no class before the end.
     """
     learner = load_learner(checkpoint)
     head = getattr(learner, "closed_form", None)
@@ -82,10 +82,11 @@ def show_checkpoint(checkpoint: Path) -> Iterator[str]:
 def show_test(folders: list[Path]) -> Iterator[str]:
     """Accuracy on the test images of finished runs that held out validation images, and its mean over seeds.
 
-    Each run gets a `test_result.json`: the whole matrix where the checkpoints of all tasks are there.
+    Each run gets a `test_result.json`: with the accuracy matrix if the checkpoints of all tasks exist, else
+    with A_N alone.
 
-    Raises UserError: a run was measured on test images anyway, is unfinished, or its test images cannot be
-    read; or several runs differ in more than their seed.
+    Raises UserError: a run held out no validation images, is unfinished, or its test images cannot be read;
+    or several runs differ in more than their seed.
     """
     configs = [(folder, read_config(folder)) for folder in folders]
     for folder, config in configs:
@@ -147,11 +148,11 @@ def show_seeds(folders: list[Path]) -> Iterator[str]:
 def show_comparison(
     folders: list[Path], baseline: str | None = None, form: str = "terminal", out: Path | None = None
 ) -> Iterator[str]:
-    """The table of runs that differ in more than their seed; a report is written as well.
+    """Table that compares runs which differ in more than their seed; a report is written as well.
 
-    form: "terminal", or "latex" or "markdown" for a document that holds nothing else.
+    form: "terminal"; "latex" or "markdown", output for a document, with remarks as comments or a list.
 
-    Raises UserError: nothing to compare, or runs that cannot be.
+    Raises UserError: there is nothing to compare, or the runs are not comparable.
     """
     comparison = compare_runs(folders, read_config, baseline)
     results, out = comparison.results, out or default_folder(comparison)
@@ -183,7 +184,7 @@ def show_comparison(
 
 
 def analyse_run(folder: Path, names: list[str], images_per_class: int | None) -> Iterator[str]:
-    """Results of the named analyses of the networks that a finished run left; they are written as well.
+    """Results of the named analyses of a finished run's checkpoints; they are written as well.
 
     Raises UserError: an unknown analysis, an unfinished run, a damaged checkpoint, or too little to analyse.
     """

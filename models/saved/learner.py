@@ -1,4 +1,4 @@
-"""Saved runs: the learner in a checkpoint of a run folder, and whether the two belong together.
+"""Learners rebuilt from the checkpoints of a run, after checks that checkpoint and run belong together.
 
 learner = load_learner(Path("logs/sema/.../checkpoints/task_04"))
 learner.evaluate()
@@ -35,15 +35,15 @@ logger = logging.getLogger("nested_lora")
 CHECKPOINTS = "checkpoints"
 LONGEST = 200  # characters of an error in a sentence
 NAMED_FILES = {"dataset", "extra_data", "weights"}  # keys that may be edited where the files were moved
-STATE = {  # parts of a checkpoint's
+STATE = {  # keys of a checkpoint's state
     "run", "data", "config", "learner", "evaluations", "metrics_bytes", "seconds", "peak_memory_mb",
 }  # fmt: skip
 
 
 def find_run(config: RunConfig) -> Path | None:
-    """The run folder of a configuration where its config puts it: the newest unfinished one, else finished.
+    """The newest run folder of a configuration, an unfinished one before finished ones; None without one.
 
-    Keys that may be edited (`editable_keys`) do not tell runs apart, but those that name data and weights do.
+    Keys that may be edited (`editable_keys`) may differ, except those that name data and weights.
     """
     place = folder_of(config, config.seed)
     numbered = re.compile(re.escape(place.name) + r"(?:_(\d+))?")
@@ -67,7 +67,7 @@ def load_run_checkpoint(checkpoint: Path) -> tuple[dict[str, torch.Tensor], dict
 
 
 def of_earlier_version(checkpoint: Path, evidence: str) -> UserError:
-    """Error for a checkpoint whose hashes are right, but not its content: other code wrote it."""
+    """Error for an undamaged checkpoint that does not fit, so that other code must have written it."""
     folder = run_folder_of(checkpoint)
     session = read_manifest(folder).sessions[-1]
     made_by = f" (commit {session.commit[:12]})" if session.commit else ""
@@ -80,26 +80,23 @@ def of_earlier_version(checkpoint: Path, evidence: str) -> UserError:
 
 @contextmanager
 def fitting(checkpoint: Path) -> Iterator[None]:
-    """Turns what a state raises that does not fit the run into a sentence that names its checkpoint.
-
-    Its config and data are this run's, so that other code wrote it.
-    """
+    """Context that turns all errors of a checkpoint that does not fit the run into `of_earlier_version`."""
     try:
         yield
     except UserError as error:
         raise of_earlier_version(checkpoint, str(error)) from error
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
-        told = textwrap.shorten(in_one_line(error), LONGEST, placeholder=" …")
-        raise of_earlier_version(checkpoint, f"it does not fit ({told})") from error
+        reason = textwrap.shorten(in_one_line(error), LONGEST, placeholder=" …")
+        raise of_earlier_version(checkpoint, f"it does not fit ({reason})") from error
 
 
 def check_config(checkpoint: Path, state: dict[str, Any], learner: Learner) -> list[str]:
-    """Notes about keys that were edited since a checkpoint and change no number.
+    """Notes about keys that were edited since a checkpoint, of those that change no result.
 
-    A key that came into the program later counts as unchanged while it has its default.
+    A key that the program gained later counts as unchanged while it has its default.
 
-    Raises UserError: another key was edited, so that the run would mix two experiments, or the keys are those
-    of an earlier version.
+    Raises UserError: another key was edited, so that the run would mix two experiments, or the checkpoint
+    lacks a key that differs from its default.
     """
     with fitting(checkpoint):
         before = LEARNERS[state["config"]["model_name"]].Config.model_validate(state["config"])
@@ -133,7 +130,7 @@ def check_precision(checkpoint: Path, state: dict[str, Any], learner: Learner) -
 
 
 def check_identity(checkpoint: Path, state: dict[str, Any], learner: Learner) -> None:
-    """Refuse a checkpoint of another run, or of one that has read other images than are there now."""
+    """Refuse a checkpoint of another run, or one made with other images than there are now."""
     check_same(checkpoint, state, learner.identity())
     read = state["data"]
     sources = list(learner.data_read(0, 0)) or ["train", "test"]
@@ -150,7 +147,7 @@ def check_identity(checkpoint: Path, state: dict[str, Any], learner: Learner) ->
             task
             for task, (before, now) in enumerate(zip(theirs, hashes, strict=True))
             if now != before != ABSENT
-            if now != ABSENT or source != "train" or task >= finished  # what was learned from may be gone
+            if now != ABSENT or source != "train" or task >= finished  # images of learned tasks may be gone
         ]
         if changed:
             raise UserError(
@@ -161,7 +158,7 @@ def check_identity(checkpoint: Path, state: dict[str, Any], learner: Learner) ->
 
 
 def check_same(checkpoint: Path, state: dict[str, Any], identity: Mapping[str, Any]) -> None:
-    """Refuse a checkpoint of a run that has other values of an identity's keys."""
+    """Refuse a checkpoint of a run whose identity has other values."""
     if missing := identity.keys() - state["run"].keys():
         raise of_earlier_version(checkpoint, f"it does not say its {', '.join(sorted(missing))}")
     for key, ours in identity.items():
@@ -202,7 +199,7 @@ def make_learner(config: RunConfig, context: RunContext | None = None) -> Learne
 
 
 def load_into(learner: Learner, checkpoint: Path) -> None:
-    """Make a learner the one that a checkpoint holds. UserError: it is damaged, or of another run."""
+    """Load a checkpoint into a learner. UserError: it is damaged, or of another run."""
     tensors, state = load_run_checkpoint(checkpoint)
     check_config(checkpoint, state, learner)
     check_identity(checkpoint, state, learner)
@@ -220,7 +217,7 @@ def load_learner(checkpoint: Path) -> Learner:
 
 
 def task_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoint at the end of every task. UserError: the run is unfinished, or one is not there."""
+    """The checkpoints at the ends of all tasks. UserError: the run is unfinished, or one is missing."""
     config = read_config(folder)
     if not (folder / RESULT).is_file():
         raise UserError(

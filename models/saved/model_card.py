@@ -1,4 +1,4 @@
-"""Model card of an exported run: what it was trained on, how well it does, and how it is loaded."""
+"""Model card of an exported run: its data, weights and accuracy, and code that loads it."""
 
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,11 +1,11 @@
-"""Predictions of a run for any images: class names with calibrated scores.
+"""Predictor: a saved run that classifies any images, with calibrated scores.
 
     from models import load_run
 
     model = load_run("logs/sema/...")
     model.predict("photos/", top=3)          # a DataFrame: image, rank, class, score
 
-A run folder and the backbone's weights are all that is needed; no data set is read.
+It needs only the run folder and the backbone's weights; no data set is read.
 """
 
 import logging
@@ -55,7 +55,7 @@ class Predictor:
     Attributes:
         learner: the model, without data.
         classes: names of the classes learned, in the order of the scores.
-        evaluation: how its checkpoint was tested, as `ClassIncrementalLearner.evaluate` returns it.
+        evaluation: result of `ClassIncrementalLearner.evaluate` after its newest task.
         temperature: scores are softmax(raw scores / temperature); 1 where it was never fitted.
     """
 
@@ -75,16 +75,16 @@ class Predictor:
         return f"{self.learner.config.model_name}: {len(self.classes)} classes of {tasks}, scores {scores}"
 
     def predict(self, images: Images, top: int = 1) -> pd.DataFrame:
-        """The most likely classes of every image, a row each: image (path or number), rank, class, score.
+        """The most likely classes of every image, one row each: image (path or number), rank, class, score.
 
-        Images that cannot be read have no row; `.attrs["unreadable"]` says why, by image, and a warning too.
+        Images that cannot be read have no row but a warning; `.attrs["unreadable"]`: image -> reason.
 
         Args:
             images: paths, folders (all image files in and below them), PIL images, or uint8 arrays or
                 tensors: (h, w, 3), (3, h, w), (h, w), or a batch of those; or a sequence of any of these.
             top: classes per image.
 
-        Raises UserError: nothing is given, or an array that is no image.
+        Raises UserError: there is no image, or an array does not have the form of one.
         """
         given, size = list(named_images(images)), self.learner.config.eval_batch_size
         if not given:
@@ -175,7 +175,7 @@ def load_run(
 def show_predictions(
     folder: Path, checkpoint: Path | None, images: list[Path], top: int, out: Path | None
 ) -> Iterator[str]:
-    """Lines of a run's predictions, an image each, or the path of the .csv file that has them; a count.
+    """A run's predictions as lines, one per image, or the path of the .csv file they are written to; a count.
 
     Raises UserError: from `load_run`, or a path is absent.
     """
@@ -227,7 +227,7 @@ def named_images(images: Images) -> Iterator[tuple[str | int, Any]]:
 
 
 def read_image(image: Path | Image.Image | np.ndarray | Tensor) -> Tensor | str:
-    """The pixels of an image, uint8 (3, h, w), or why a file cannot be read. UserError: an array is none."""
+    """Pixels of an image, uint8 (3, h, w), or why it cannot be read. UserError: an array is no image."""
     if isinstance(image, np.ndarray | Tensor):
         pixels = np.asarray(image.cpu() if isinstance(image, Tensor) else image)
         if pixels.ndim == 2:

@@ -188,7 +188,7 @@ def _distances(vectors: Tensor, rank: int) -> np.ndarray:
 
 
 def _chance_distance(vectors: Tensor, rank: int, generator: torch.Generator) -> float:
-    """Mean Grassmann distance of random subspaces of that many dimensions in the layer's space, radians."""
+    """Mean Grassmann distance of random subspaces of dimension `rank` in the layer's space, radians."""
     width, rank = vectors.shape[2], min(rank, *vectors.shape[1:])
     drawn = torch.randn(2 * CHANCE_PAIRS, width, rank, generator=generator, dtype=torch.float64)
     return float(np.mean([grassmann_distance(a, b) for a, b in drawn.unflatten(0, (CHANCE_PAIRS, 2))]))

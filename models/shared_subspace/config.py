@@ -2,9 +2,8 @@
 
 config = SharedSubspaceConfig(model_name="shared_subspace", alpha=0.5, encoder="gru")
 
-The weight of a loss is a number, or points `[[share, weight], ...]` with straight lines between them: its
-value after that share of the training steps. `[[0, 0], [0.3, 1]]` rises from 0 to 1 over the first three
-tenths and stays.
+The weight of a loss is a number, or a piecewise linear schedule `[[share, weight], ...]`: its values after
+these shares of the training steps. `[[0, 0], [0.3, 1]]` rises from 0 to 1 over the first 30 % of them.
 """
 
 import math
@@ -70,7 +69,7 @@ class SharedSubspaceConfig(RunConfig):
     editable_keys: ClassVar[frozenset[str]] = RunConfig.editable_keys | {"save_every"}
     model_name: Literal["shared_subspace"] = key(
         "shared_subspace",
-        "Tasks on 8x8 grids that share primitives: do they share a subspace of one network.",
+        "Shared-subspace experiment: do tasks on 8x8 grids that share primitives share a subspace.",
     )
 
     colours: int = key(5, "Number of colours, the background included.", ge=MIN_COLOURS, le=MAX_COLOURS)
@@ -79,18 +78,18 @@ class SharedSubspaceConfig(RunConfig):
         "The primitives that tasks are composed of.",
         f"a list of at least two different ones of {', '.join(PRIMITIVES)}",
     )
-    train_lengths: Lengths = key([1, 2], "Numbers of steps of the compositions to train on.")
-    test_length: Length = key(3, "Number of steps of the unseen compositions.")
+    train_lengths: Lengths = key([1, 2], "Numbers of primitives in the compositions to train on.")
+    test_length: Length = key(3, "Number of primitives in the unseen compositions.")
     held_out_pairs: int = key(
         12, "Pairs of primitives that training never combines.", ge=1, le=math.comb(len(PRIMITIVES), 2)
     )
-    test_compositions: Count = key(200, "Unseen compositions; all where there are fewer.")
+    test_compositions: Count = key(200, "Number of unseen compositions; all if there are fewer.")
     validation_samples: Count = key(512, "Samples that choose the best epoch.")
     test_samples: Count = key(1024, "Samples of each split that the network is tested on.")
 
     encoder: Literal["transformer", "gru"] = key("transformer", "Encoder of program and patches.")
     decoder: Literal["deconvolution", "mlp"] = key("mlp", "Decoder of h into a grid.")
-    width: int = key(64, "Width of the tokens; that of the decoder follows.", ge=2, le=4096)
+    width: int = key(64, "Width of the tokens; the decoder's is derived from it.", ge=2, le=4096)
     depth: int = key(2, "Layers of the encoder.", ge=1, le=100)
     heads: int = key(4, "Heads of a transformer's attention.", ge=1, le=4096)
     patch: Annotated[Literal[1, 2, 4], BeforeValidator(_no_boolean)] = key(
@@ -98,7 +97,7 @@ class SharedSubspaceConfig(RunConfig):
     )
     hidden: int = key(128, "Width of the bottleneck h.", ge=2, le=4096)
     sparse_units: int = key(512, "Units of the sparse autoencoder of h; 0: there is none.", ge=0, le=65536)
-    sparse_activity: float = key(0.05, "Target for the share of its units that are active.", gt=0, lt=1)
+    sparse_activity: float = key(0.05, "Target for the fraction of active sparse units.", gt=0, lt=1)
 
     task_loss: Literal["ce", "iou"] = key("ce", "Cross-entropy of the cells, or 1 - IoU.")
     alpha: Weight = key([[0.0, 0.1]], "Weight of the sharing loss.", WEIGHT_ALLOWED)
@@ -137,7 +136,7 @@ class SharedSubspaceConfig(RunConfig):
     few_shot_steps: Count = key(100, "Training steps, each on all samples.")
     few_shot_every: Count = key(5, "Steps between two tests; the last step is tested, too.")
     few_shot_lr: Rate = key(0.01, "Learning rate of the adapters.")
-    few_shot_target: float = key(90.0, "IoU in percent that counts as reached.", gt=0, le=100)
+    few_shot_target: float = key(90.0, "IoU in percent that adapters are to reach.", gt=0, le=100)
 
     @property
     def groups(self) -> int:
@@ -237,9 +236,9 @@ class SharedSubspaceConfig(RunConfig):
 
 
 def _most_held_out_pairs(primitives: int, length: int) -> int:
-    """Largest number of pairs after which some composition of a length combines none, whichever they are.
+    """Largest n such that, whichever n pairs are held out, some composition of a length combines none.
 
-    The fewest that leave none are all pairs within length - 1 groups of nearly equal size (Turán, 1941).
+    The fewest pairs that leave none are all within length - 1 groups of nearly equal size (Turán, 1941).
     """
     if length == 1:
         return math.comb(primitives, 2)

@@ -1,4 +1,4 @@
-"""Evaluation of a network on grids: accuracy of samples, zero-shot and few-shot tables, metrics of a run.
+"""Evaluation of a network on grids: accuracy, zero-shot and few-shot tables, metrics of a run.
 
     evaluator = Evaluator(model, config)
     evaluator.accuracy(samples)                       # {"iou": ..., "cells": ..., "solved": ...}, percent
@@ -84,7 +84,7 @@ def zero_shot(evaluator: Evaluator, tasks: GridTasks) -> dict[str, dict[str, flo
 
 
 def run_metrics(evaluation: Mapping[str, Any]) -> dict[str, float | None]:
-    """The metrics of a run, in the order of `GRIDS`; few-shot tasks short of the target count all steps."""
+    """The metrics of a run, in the order of `GRIDS`; few-shot tasks that miss the target count all steps."""
     metrics: dict[str, float | None] = {}
     for split, values in evaluation["zero_shot"].items():
         metrics |= {f"{split}_iou": values["iou"], f"{split}_solved": values["solved"]}

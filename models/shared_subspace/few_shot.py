@@ -37,7 +37,7 @@ class FewShotTask:
 
 
 def few_shot_task(tasks: GridTasks, config: SharedSubspaceConfig, number: int) -> FewShotTask:
-    """Few-shot task of a number; every number has another composition."""
+    """The few-shot task with a number from 0; each has a composition of its own."""
     compositions = tasks.splits[UNSEEN].compositions
     order = torch.randperm(len(compositions), generator=rng("few-shot choice", config.seed))
     composition = compositions[order[number]]

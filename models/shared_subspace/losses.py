@@ -21,7 +21,7 @@ from models.shared_subspace.config import SharedSubspaceConfig
 from models.shared_subspace.primitives import EMPTY
 from utils.training.random import rng
 
-MIN_GAP = 1e-3  # between the eigenvalues beside the cut, relative to the largest; below it PCA is unstable
+MIN_GAP = 1e-3  # between eigenvalues `rank` and `rank` + 1, relative to the largest; below it PCA is unstable
 RIDGE = 1e-3  # of the random projection, relative to the trace: for samples that do not vary
 
 # --- prediction ---------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Metrics of a run on grids: what its result is measured and compared by (`utils/metric_catalogue.py`)."""
+"""Metrics of a run on grids: name, unit, meaning and direction of each (`utils/metric_catalogue.py`)."""
 
 from functools import partial
 

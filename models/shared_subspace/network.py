@@ -171,7 +171,7 @@ class GridOutput(NamedTuple):
 
 
 class GridModel(nn.Module):
-    """Encoder, bottleneck, sparse autoencoder, decoder and primitive head, for so many operations."""
+    """Encoder, bottleneck, sparse autoencoder, decoder and primitive head, for `operations` operations."""
 
     def __init__(self, config: SharedSubspaceConfig, operations: int) -> None:
         super().__init__()

@@ -125,7 +125,7 @@ def zoom(grids: Tensor, row: int, column: int) -> Tensor:
 
 
 def _at_top(grids: Tensor, side: Side, change: Callable[[Tensor], Tensor]) -> Tensor:
-    """`change` applied to the grids turned so that a side is the upper one, turned back."""
+    """Apply `change` to the grids, rotated so that a side is on top, and rotate back."""
     turns = SIDES.index(side)
     return change(grids.rot90(turns, (-2, -1))).rot90(-turns, (-2, -1))
 

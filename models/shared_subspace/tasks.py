@@ -59,7 +59,7 @@ class Split:
         compositions: (M, S), indices of primitives; -1 where a composition is shorter than S.
         labels: (L, P) bool, the different multi-hot labels.
         first, counts: (L,), index of a label's first composition, and how many it has.
-        weights: (L,), how often a label is drawn: lengths equally often, and labels of one length.
+        weights: (L,), relative frequency of each label: equal among lengths, and among labels of a length.
     """
 
     def __init__(self, compositions: Sequence[Composition], primitives: int, slots: int) -> None:

@@ -154,7 +154,7 @@ class Activations:
         return True
 
     def _batches(self, chunks: list[np.ndarray]) -> Iterator[list[np.ndarray]]:
-        """Groups of files to compute together: at least one, as many as fit a batch; stored ones are skipped."""
+        """Groups of files to compute together: as many as fit a batch, at least one; without stored ones."""
         together: list[np.ndarray] = []
         for chunk in chunks:
             if self.cache.has(self.group, chunk_key(chunk)):  # another process has stored it meanwhile

@@ -87,7 +87,7 @@ class ClosedFormHead(nn.Module, ABC):
         raise NotImplementedError
 
     def unseen_rows(self, images: int, classes: int) -> Tensor:
-        """Positions among a task's `images` that `unseen_scores` accepts; `classes`: number after the task."""
+        """Positions among a task's `images` that `unseen_scores` accepts; `classes`: number known by then."""
         return torch.arange(images)
 
     def _apply(self, *_: Any, **__: Any) -> "ClosedFormHead":

@@ -155,7 +155,7 @@ class ClassIncrementalConfig(RunConfig):
         return [*named, *super().unchecked_keys()]
 
     def late_conflicts(self) -> list[Conflict]:
-        """Conflicts of a backbone without a short name: unknown to timm, or keys that do not fit its shape."""
+        """Conflicts of a backbone without a short name: unknown to timm, or with keys that do not fit it."""
         found = super().late_conflicts()
         if known_shape(self.backbone_type):
             return found
