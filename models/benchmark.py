@@ -41,8 +41,8 @@ from utils.training.device import resolve_device
 from utils.training.phase import Phase, PhaseProgress
 from utils.wording import counted
 
-ADAPTERS = (1, 2, 6)  # in a block when steps and tests are measured; a task brings one
-ADAPTERS_OF = {"sdlora": (1, 19)}  # the same for methods that differ
+COUNTS = (1, 2, 6)  # numbers of adapters per block at which steps and tests are measured; a task adds one
+COUNTS_OF = {"sdlora": (1, 19)}  # the same of methods that differ
 BATCHES, DEVICE_BATCHES = 2, 16  # in a task on a CPU, and elsewhere, where data workers make some ahead
 HEAD_IMAGES, HEAD_CLASSES = 500, 10  # of the task that a ridge head is measured with
 Work = Callable[[], object]
@@ -80,7 +80,7 @@ def benchmark(config: RunConfig, repeats: int, profile: Path | None = None) -> I
 
 def stand_in(config: ClassIncrementalConfig, folder: Path, batches: int) -> ClassIncrementalConfig:
     """The configuration with tasks of one generated class, random weights, fixed views, growth per task."""
-    tasks = 1 if isinstance(config, OneTaskRules) else max(ADAPTERS_OF.get(config.model_name, ADAPTERS))
+    tasks = 1 if isinstance(config, OneTaskRules) else max(COUNTS_OF.get(config.model_name, COUNTS))
     dataset, given = folder / "noise.npz", config.model_dump()
     write_noise(dataset, classes=tasks, train=batches * batch_size(config), test=2)
     values = {
@@ -151,7 +151,7 @@ class Benchmark:
 
     @property
     def is_measured(self) -> bool:
-        return self.learner.task + 1 in ADAPTERS_OF.get(self.method, ADAPTERS)
+        return self.learner.task + 1 in COUNTS_OF.get(self.method, COUNTS)
 
     @property
     def adapters(self) -> str:

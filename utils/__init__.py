@@ -1,1 +1,1 @@
-"""Utilities for any part of the program, which know no method by name."""
+"""Utilities for all parts of the program; none names a method."""

@@ -1,4 +1,4 @@
-"""Arguments of the commands: paths, and advice on arguments that a command does not have.
+"""Parsing of command lines: types of arguments, and advice on arguments that a command does not have.
 
 parser.add_argument("--run", type=given_path)
 options = parse_or_advise(parser, arguments, lambda name, value: f"write --set {name}={value}")
@@ -25,14 +25,14 @@ def given_path(text: str) -> Path:
 
 
 def at_least_one(text: str) -> int:
-    """A number of things as typed on a command line; argparse tells the error."""
+    """A positive integer as typed on a command line; argparse reports the error."""
     if (number := whole_number(text)) < 1:
         raise argparse.ArgumentTypeError(f"{text}: at least 1")
     return number
 
 
 def whole_number(text: str) -> int:
-    """One integer as typed on a command line; argparse tells the error, and how several are written."""
+    """An integer as typed on a command line; argparse reports the error, and how several are written."""
     try:
         return int(text)
     except ValueError:
@@ -83,18 +83,18 @@ def parse_or_advise(
 
     Args:
         advice: (name without dashes, "" where there is none; values) -> what to write instead.
-        takes_file: whether a path may stand by itself, before arguments that do not exist; it is in `file`.
+        takes_file: whether the first argument may be a path without an option; it becomes `file`.
     """
     options, unknown = parser.parse_known_args(arguments)
     options.file = None
     if takes_file and unknown and not unknown[0].startswith("-") and "=" not in unknown[0]:
         options.file = given_path(unknown.pop(0))
-    told = [
+    faults = [
         f"{shlex.join(([f'--{name}'] if name else []) + values)}: no such argument; {advice(name, values)}"
         for name, values in _settings(unknown)
     ]
-    if told:
-        parser.error("\n".join(told))
+    if faults:
+        parser.error("\n".join(faults))
     return options
 
 

@@ -48,8 +48,8 @@ def progress(items: Any = None, *, leave: bool = False, **options: Any) -> Any:
 def attach_console(*, goes_on: bool = True) -> logging.Handler | None:
     """Show the program's messages on standard output, above progress bars.
 
-    goes_on: where nobody takes them any more, the program goes on silently (a run has its text log); without
-    it, OSError is raised. Returns the handler, or None where one is attached already.
+    goes_on: whether the program goes on silently once the reader has gone (a run has its text log); else
+    OSError is raised. Returns the handler, or None where one is attached already.
     """
     if any(isinstance(handler, _Console) for handler in logger.handlers):
         return None

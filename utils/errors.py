@@ -1,7 +1,7 @@
 """Exceptions with a meaning for users, the sentences of refused system calls, and exit codes of commands.
 
 raise UserError("batch_size is 0: at least 1 is allowed; change it with --set batch_size=32")
-sys.exit(exit_code(lambda: work()))          # 2 after a UserError or OSError, told in one sentence
+sys.exit(exit_code(lambda: work()))          # 2 after a UserError or OSError, printed as one sentence
 """
 
 import errno
@@ -39,7 +39,7 @@ WAYS_OUT = {
 
 
 def os_error_sentence(error: OSError, go_on: str = RESUME) -> str:
-    """Sentence for a refused system call: path, reason, what to do; go_on: how to continue then."""
+    """Sentence for an OSError: path, reason, what to do; go_on: how to continue then."""
     where = f"{error.filename}: " if error.filename is not None else ""
     way_out = WAYS_OUT.get(error.errno, "check the path and its disk")
     return f"{where}{error.strerror or error}; {way_out}, then {go_on}"
@@ -53,10 +53,10 @@ def in_one_line(error: Exception) -> str:
 def exit_code(
     run: Callable[[], int | None], tells: Callable[[], bool] = lambda: True, go_on: str = RESUME
 ) -> int:
-    """Exit code of a command: what it returns (None: 0), 2 after a mistake, 130 stopped, 141 nobody reads it.
+    """Exit code of a command: what it returns (None: 0), 2 after an error, 130 stopped, 141 output closed.
 
-    A mistake, or what the operating system refused, is told on standard error in a sentence, where `tells`
-    allows. go_on: how to continue, once that is mended.
+    A UserError or OSError is printed on standard error as one sentence, if `tells` returns True. go_on: how
+    to continue once the cause of an OSError is removed.
     """
     try:
         code = run() or 0

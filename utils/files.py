@@ -1,11 +1,11 @@
-"""Files: written whole or not at all, JSON, headers of .npz files, hashes.
+"""Files: atomic writes, JSON, headers of .npz files, hashes.
 
 replace_file(folder / "summary.md", text.encode())
 write_json(folder / "config.json", values)
 values = read_json(folder / "config.json")   # UserError: absent, not UTF-8, not JSON, no object
 with damaged(folder / "config.json"):
-    seed = values["seed"]                    # UserError: not there
-headers = npz_headers(path)                  # shape and type of its arrays; ValueError: more than it holds
+    seed = values["seed"]                    # UserError instead of KeyError
+headers = npz_headers(path)                  # shape and type of its arrays; ValueError: they do not fit it
 """
 
 import hashlib
@@ -23,7 +23,7 @@ import numpy as np
 
 from utils.errors import UserError, in_one_line
 
-DEFLATE_LIMIT = 1100  # bytes that a byte of a compressed file can stand for, and a few more
+DEFLATE_LIMIT = 1100  # a little more than the largest compression ratio of deflate
 IRREGULAR = {
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a FIFO",
@@ -74,24 +74,24 @@ def naming(path: Path) -> Iterator[None]:
 
 @contextmanager
 def damaged(what: Path | str, way_out: str = "restore it") -> Iterator[None]:
-    """Context in which a file's content is read: where it is not as expected, a UserError names the file.
+    """Context that turns errors from unexpected content of a file into a UserError that names the file.
 
     Args:
-        what: the file, or the place in it.
-        way_out: what to do then.
+        what: the file, or a place in it.
+        way_out: advice in the error.
     """
     try:
         yield
     except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        told = str(error) if type(error) is ValueError else in_one_line(error)
-        raise UserError(f"{what} is damaged ({told}): {way_out}") from error
+        reason = str(error) if type(error) is ValueError else in_one_line(error)
+        raise UserError(f"{what} is damaged ({reason}): {way_out}") from error
 
 
 def read_json(path: Path, way_out: str = "restore it") -> dict[str, Any]:
     """The JSON object in a file.
 
-    Raises UserError: the file is absent, unreadable, not UTF-8, not JSON, nested too deep, or no object;
-    way_out: what to do then.
+    Raises UserError: the file is absent, unreadable, not UTF-8, not JSON, nested too deep, or no object.
+    way_out: advice in the error.
     """
     try:
         with damaged(path, way_out):
@@ -111,8 +111,8 @@ def npz_headers(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
     """Shape and type of every array in an .npz, from the headers alone: checked before memory is taken.
 
     Raises:
-        ValueError: a header is none, asks for other than the bytes that follow it, or for more than the file
-            can hold.
+        ValueError: a header is invalid, or asks for another number of bytes than follow it, or for more than
+            the file can hold.
         OSError, zipfile.BadZipFile: the file cannot be read, or is no archive.
     """
     headers, most = {}, DEFLATE_LIMIT * path.stat().st_size

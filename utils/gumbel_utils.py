@@ -1,4 +1,4 @@
-"""Sparse gates: sparsemax, its noisy form for training, and the entropy that rewards sparse weights.
+"""Sparse gates: sparsemax, its noisy form for training, and the entropy that is minimised for sparsity.
 
     beta = gumbel_sparsemax(logits, tau=2.0, generator=generator)    # training: with noise
     beta = sparsemax(logits / 0.5)                                   # evaluation: exact zeros, no noise
@@ -61,9 +61,9 @@ def sparsity_loss(beta: Tensor) -> Tensor:
 
 
 def newcomer_logits(logits: Tensor, tau: float) -> Tensor:
-    """Logits with which a new adapter joins sparsemax(logits / tau) on equal terms, (..., K) -> (..., 1).
+    """Logits of a new adapter in sparsemax(logits / tau), (..., K) -> (..., 1).
 
-    The mean of the logits with non-zero weight, so that a newcomer to K equal weights gets 1 / (K + 1); 0 for
+    The mean of the logits with non-zero weight, so that next to K equal weights it gets 1 / (K + 1); 0 for
     K = 0.
     """
     if logits.shape[-1] == 0:

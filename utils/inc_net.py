@@ -1,4 +1,4 @@
-"""Classifier that gains rows with every task.
+"""IncrementalHead: a classifier that gains rows with every task.
 
 head = IncrementalHead(width=768)
 head.grow(10)                 # ten classes of task 0
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# How new rows are drawn, as arguments of Kaiming's uniform distribution on [-g sqrt(3 / d), g sqrt(3 / d)].
-# Its gain g is sqrt(1 / 3) for the first, with which torch fills an nn.Linear, and 1 for the second.
+# Initialisation of new rows: arguments of `kaiming_uniform_`, uniform on [-g sqrt(3 / d), g sqrt(3 / d)]. The
+# gain g is sqrt(1 / 3) for the first, as in torch's nn.Linear, and 1 for the second.
 ROW_INITS = {"torch_default": {"a": math.sqrt(5)}, "kaiming_linear": {"nonlinearity": "linear"}}
 
 

@@ -39,7 +39,7 @@ class MetricSpec:
     lower_is_better: bool = False
     shown: Shown = Shown.RUNS  # where reports show it
     count: bool = False  # whether a run's value is an integer, shown without decimals
-    scale: float = 1.0  # what a value is divided by where it is shown
+    scale: float = 1.0  # divisor of values where they are shown
     per_task: bool = False  # whether it is a list, a value per task, beside the "metrics" of a result.json
 
     @property
@@ -64,7 +64,7 @@ class MetricSpec:
         return "lower" if self.lower_is_better else "higher"
 
     def text(self, mean: float, std: float = math.nan) -> str:
-        """`mean` or `mean ± std` as it is shown; a count has no ± 0, and no decimals for an integer."""
+        """`mean` or `mean ± std` as it is shown; of a count without ± 0, and without decimals if integer."""
         if math.isnan(mean):
             return ABSENT
         if math.isnan(std) or (self.count and not std):
@@ -153,8 +153,8 @@ CLASS_INCREMENTAL = (
     ),
     MetricSpec("curve", "accuracy", "%", "accuracy over all classes seen so far", per_task=True),
 )
-UNMEASURED = "expansions"  # whatever the images
-VALIDATION = tuple(  # the same on validation images: never taken for those on test images
+UNMEASURED = "expansions"  # does not depend on evaluated images
+VALIDATION = tuple(  # the same on validation images, under other keys than on test images
     spec
     if spec.key == UNMEASURED
     else replace(

@@ -4,7 +4,7 @@
         figure = titled_figure(7.2, 4.4, "Accuracy (%)", "prefix · method · data · seed 1993")
         task_axis(figure.subplots(), tasks=10)
 
-    as_written("costs $5")                  # text of the user's, not a formula
+    as_written("costs $5")                  # a user's text, not a formula
     png(figure)                             # its bytes
 
 Colours can be told apart by colour-blind readers and in print.
@@ -48,7 +48,7 @@ NARROWEST = 6.4  # inches: room for the titles
 
 
 def titled_figure(width: float, height: float, title: str, subtitle: str) -> Figure:
-    """An empty figure (inches) with a title, a grey line of the user's words, and room for the axes."""
+    """An empty figure (inches) with a title, a grey subtitle, and room for the axes."""
     lines = textwrap.fill(as_written(subtitle), width=int(width * 14))
     header = 0.42 + 0.17 * (1 + lines.count("\n"))  # inches
     height += header - 0.6
@@ -63,17 +63,17 @@ def titled_figure(width: float, height: float, title: str, subtitle: str) -> Fig
 
 
 def wrapped(text: str, width: int) -> str:
-    """Text of the user's in lines of so many characters at most."""
+    """A user's text in lines of at most `width` characters."""
     return "\n".join(as_written(line) for line in textwrap.wrap(text, width)) or " "
 
 
 def as_written(text: str) -> str:
-    """Text of the user's that Matplotlib shall not read as a formula."""
+    """A user's text, escaped so that Matplotlib reads no formula in it."""
     return " ".join(text.split()).replace("$", r"\$")
 
 
 def legend_below(figure: Figure, handles: Mapping[str, Artist], columns: int | None = None) -> None:
-    """A legend under the axes, in one row or so many columns; handles by their labels."""
+    """A legend under the axes, in one row or `columns` columns; handles by their labels."""
     place = {"loc": "outside lower center", "ncols": columns or len(handles), "frameon": False}
     figure.legend(list(handles.values()), list(handles), **place)
 
@@ -93,10 +93,9 @@ def picture(figure: Figure, form: str) -> bytes:
 
 
 def pictures(figures: Mapping[str, Figure], form: str) -> dict[str, bytes]:
-    """Every figure as PNG, which pages embed, and in another form where one is asked for, by file name.
+    """Every figure as PNG, which pages embed, and with form "pdf" or "svg" also in that form, by file name.
 
-    figures: by their PNG's names.
-    form: "none" asks for none beside PNG, as "png" does.
+    figures: by the names of their PNG files.
     """
     drawn = {name: png(figure) for name, figure in figures.items()}
     if form not in ("png", "none"):
@@ -132,8 +131,8 @@ def adapter_panels(
 ) -> tuple[Figure, list[tuple[Axes, float, pd.DataFrame]]]:
     """A figure of small panels over tasks, one per block, with common axes, for lines of adapters.
 
-    rows: each with task, block and adapter. The figure comes without a legend, and with it for each adapter
-    its block's panel, the opacity of its lines (later adapters are darker), and its rows in order of tasks.
+    rows: each with task, block and adapter. Returns the figure, without a legend, and for each adapter its
+    block's panel, the opacity of its lines (later adapters are darker), and its rows in order of tasks.
     """
     table = pd.DataFrame(rows)
     by_block, tasks = list(table.groupby("block")), int(table["task"].max()) + 1
@@ -175,7 +174,7 @@ class HeatmapSpec(NamedTuple):
     colours: str = "viridis"  # a colour map
     row_names: Sequence[str] | None = None  # None: 0, 1, ...
     column_names: Sequence[str] | None = None
-    gamma: float = 1.0  # of the colours; below 1 small values are told apart better
+    gamma: float = 1.0  # of the colours; below 1 small values differ more
 
 
 def draw_heatmap(axes: Axes, values: np.ndarray, spec: HeatmapSpec, fontsize: float | None) -> AxesImage:

@@ -23,7 +23,7 @@ logger = logging.getLogger("nested_lora")
 
 @contextmanager
 def stop_signals(receive: Callable[[int], None]) -> Iterator[None]:
-    """Context in which those signals are given to `receive` by their number and end nothing themselves.
+    """Context in which those signals only call `receive` with their number.
 
     SIGHUP that is ignored, as under nohup, stays ignored; Windows has none.
     """
@@ -46,8 +46,8 @@ def stop_signals(receive: Callable[[int], None]) -> Iterator[None]:
 def abrupt_interrupts() -> AbstractContextManager[None]:
     """Context in which those signals end the process at once and silently.
 
-    For imports and other beginnings that write nothing: libraries turn an exception in their middle into
-    others.
+    For imports and other work before anything is written: libraries would turn a KeyboardInterrupt in their
+    middle into other exceptions.
     """
     return stop_signals(lambda number: os._exit(STOPPED))
 
@@ -64,7 +64,7 @@ class StopRequest:
         self._since = 0.0
 
     def receive(self, number: int) -> None:
-        """Take a signal for a request."""
+        """Handle a signal: request a stop or, a second later or more, stop at once."""
         if self.requested:
             if time.monotonic() - self._since > 1:
                 raise KeyboardInterrupt

@@ -30,7 +30,7 @@ def spans(numbers: Iterable[int]) -> str:
 
 
 def shortened(names: Sequence[str], width: int = 48) -> str:
-    """Names joined by commas; of those beyond `width` characters the number."""
+    """Names joined by commas, as many as fit `width` characters, and the number of the others."""
     kept = 1
     while kept < len(names) and len(", ".join(names[: kept + 1])) <= width:
         kept += 1
@@ -58,10 +58,10 @@ def as_typed(script: str, *arguments: object) -> str:
 
 
 def is_utf8(text: str) -> bool:
-    """Whether all of it is characters; bytes of a file's name that are none appear as lone surrogates."""
+    """Whether a text can be UTF-8; bytes of a file's name that are none appear as lone surrogates."""
     return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def escaped(text: str) -> str:
-    """The text with what is no character as an escape: every console and file takes it."""
+    """The text with lone surrogates as escapes, so that every console and file takes it."""
     return text.encode("utf-8", "backslashreplace").decode()

@@ -116,8 +116,8 @@ def interval_panels(
             if name == baseline:
                 panel.plot(0, place, "D", color=INK, markersize=6)
             elif difference and difference[0] < lowest:
-                told = f"\N{BLACK LEFT-POINTING SMALL TRIANGLE} \N{MINUS SIGN}{-difference[0]:.1f}"
-                panel.annotate(told, (lowest, place), color=colours[name], va="center", fontsize=10)
+                text = f"\N{BLACK LEFT-POINTING SMALL TRIANGLE} \N{MINUS SIGN}{-difference[0]:.1f}"
+                panel.annotate(text, (lowest, place), color=colours[name], va="center", fontsize=10)
             elif difference:
                 mean, low, high = difference
                 line = {"color": colours[name], "linewidth": 2.2, "solid_capstyle": "round"}

@@ -36,7 +36,7 @@ from utils.training.random import numpy_rng
 
 TOLERANCE = 1e-3  # largest difference between a calibrated score of the export and of the run
 CHECKED, TRACED = 5, 2  # numbers of images: in the comparison, and in the trace
-Run = Callable[[Tensor], Tensor]  # inputs (B, 3, S, S) -> logits (B, C)
+Forward = Callable[[Tensor], Tensor]  # inputs (B, 3, S, S) -> logits (B, C)
 
 
 class Deployed(nn.Module):
@@ -106,7 +106,7 @@ def subspaces(features: Tensor, prototypes: Tensor) -> Tensor:
 # Forms: each writes its files into a folder and returns a function that runs them; views are for tracing
 
 
-def to_timm(model: Predictor, views: Tensor, folder: Path) -> Run:
+def to_timm(model: Predictor, views: Tensor, folder: Path) -> Forward:
     """A plain timm ViT: model.safetensors and the config.json that `timm.create_model` reads."""
     learner, size = model.learner, model.view.image_size
     vit = timm.create_model(learner.backbone.architecture, num_classes=len(model.classes), img_size=size)
@@ -131,13 +131,13 @@ def to_timm(model: Predictor, views: Tensor, folder: Path) -> Run:
     return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
 
 
-def to_torchscript(model: Predictor, views: Tensor, folder: Path) -> Run:
+def to_torchscript(model: Predictor, views: Tensor, folder: Path) -> Forward:
     """A traced module, model.pt."""
     torch.jit.trace(Deployed(model).eval(), views).save(folder / "model.pt")
     return torch.jit.load(folder / "model.pt")
 
 
-def to_onnx(model: Predictor, views: Tensor, folder: Path) -> Run:
+def to_onnx(model: Predictor, views: Tensor, folder: Path) -> Forward:
     """A graph with any number of images, model.onnx; run with onnxruntime."""
     import onnxruntime
 
@@ -155,7 +155,7 @@ def to_onnx(model: Predictor, views: Tensor, folder: Path) -> Run:
     return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
 
 
-FORMS: dict[str, Callable[[Predictor, Tensor, Path], Run]] = {
+FORMS: dict[str, Callable[[Predictor, Tensor, Path], Forward]] = {
     "timm": to_timm,
     "onnx": to_onnx,
     "torchscript": to_torchscript,

@@ -37,7 +37,7 @@ from utils.training.random import Key
 logger = logging.getLogger("nested_lora")
 
 CHUNK = 256  # images in a file, all of one class
-ABSENT = (-1, -1)  # file and row of an image that no file holds
+NO_FILE = (-1, -1)  # file and row of an image that no file holds
 CHOSEN = "chosen"  # in place of a source: files of a few images of every class, which later tasks read again
 
 
@@ -96,10 +96,10 @@ class Activations:
     def take(self, indices: np.ndarray) -> Tensor:
         """Activations of the images at stored positions (n,), float32 on the CPU: (n, N, d) or (n, d)."""
         taken = torch.empty(len(indices), *self.shape)
-        places = np.array([self._place_of.get(int(index), ABSENT) for index in indices]).reshape(-1, 2)
+        places = np.array([self._place_of.get(int(index), NO_FILE) for index in indices]).reshape(-1, 2)
         for number in np.unique(places[:, 0]):
             inside = np.flatnonzero(places[:, 0] == number)
-            if number == ABSENT[0]:
+            if number == NO_FILE[0]:
                 found = self.compute(indices[inside])
             else:
                 chunk = self._chunks[number]

@@ -463,8 +463,8 @@ class ClassIncrementalLearner(Learner):
         right, count = map(sum, zip(*counts, strict=True))
         lines.append(f"{'total':<27}{100 * right / count:6.2f}  ({right} of {count})")
         if "ece" in evaluation:
-            told = f"temperature {self.calibration.temperature:.4g}"
-            lines.append(f"calibration error {evaluation['ece']:.2f} points ({told})")
+            temperature = f"temperature {self.calibration.temperature:.4g}"
+            lines.append(f"calibration error {evaluation['ece']:.2f} points ({temperature})")
         return "\n".join(lines)
 
     # --- record ---------------------------------------------------------------------------------------------

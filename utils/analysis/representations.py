@@ -183,12 +183,12 @@ def gate(inputs: AnalysisInputs) -> AnalysisResult:
     pairs = pd.DataFrame(rows, columns=["task", "adapter", "weight", "share", "similarity"])
     varies = len(pairs) > 2 and pairs["share"].nunique() > 1 and pairs["similarity"].nunique() > 1
     rank = float(pairs[["similarity", "share"]].rank().corr().iloc[0, 1]) if varies else math.nan
-    told = f"rank correlation {rank:.2f} over {len(pairs)} pairs" if varies else "no rank correlation"
+    finding = f"rank correlation {rank:.2f} over {len(pairs)} pairs" if varies else "no rank correlation"
     return AnalysisResult(
         numbers=inputs.facts | {"rank_correlation": number(rank), "pairs": rows},
         tables={"gate": rows},
-        figures={"gate": lambda: weights_figure(rows, f"{inputs.about} · {told}")} if rows else {},
-        text=f"weight of earlier tasks' adapters and similarity of the tasks: {told}"
+        figures={"gate": lambda: weights_figure(rows, f"{inputs.about} · {finding}")} if rows else {},
+        text=f"weight of earlier tasks' adapters and similarity of the tasks: {finding}"
         if rows
         else "This run has no gate over adapters of several tasks: there are no weights to compare.",
     )

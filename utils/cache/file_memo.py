@@ -26,7 +26,7 @@ from utils.files import replace_file
 logger = logging.getLogger("nested_lora")
 
 IMAGES = "images"  # folder in a cache for the records of image files
-SETTLED = 2 * 10**9  # nanoseconds: some disks tell times so coarsely that a younger file might change unseen
+SETTLED = 2 * 10**9  # nanoseconds: some disks keep times so coarsely that a younger file might change unseen
 
 
 class FileMemo:
@@ -36,7 +36,7 @@ class FileMemo:
 
     Args:
         folder: where the JSON file is, created when there is something to write; None remembers nothing.
-        rule: what "good" means; what was written under another rule does not count.
+        rule: what "good" means; records made under another rule are ignored.
     """
 
     def __init__(self, folder: Path | None, root: Path, rule: str) -> None:
@@ -68,7 +68,7 @@ class FileMemo:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """While open, other processes wait here, where the disk has locks."""
+        """Context that excludes other processes, where the disk has locks."""
         with ExitStack() as stack:
             with suppress(OSError, NotImplementedError):
                 if self.path is not None:
@@ -96,8 +96,8 @@ class FileMemo:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             replace_file(self.path, _digest(body) + b"\n" + body)
         except OSError as error:
-            told = f"The record of checked files cannot be written ({error}): they are read every run"
-            logger.warning(told)
+            warning = f"The record of checked files cannot be written ({error}): they are read every run"
+            logger.warning(warning)
 
 
 def read_signed(path: Path) -> tuple[bytes, str, str]:

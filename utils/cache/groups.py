@@ -1,8 +1,8 @@
-"""Groups of a tensor cache on the disk: folders of files with names that nothing else has, and their use.
+"""Groups of a tensor cache on disk: folders of files with names of their own, and the time of their last use.
 
     groups_in(Path("cache"))        # {"a1b2": {"about.json": 310, "c3.cached.safetensors": 4096}}
 
-The modification time of a group's folder is its last use. Nothing but files named like these is ever removed.
+The modification time of a group's folder is its last use. Only files with these names are ever removed.
 """
 
 import os

@@ -1,12 +1,12 @@
-"""Disk cache of tensors: safetensors files in groups, shared by processes, least recently used removed first.
+"""Disk cache of tensors: safetensors files in groups, shared by processes; least recently used ones go first.
 
     cache = TensorCache("cache", limit_gb=20)
     tokens = cache.get(group, key, build=lambda: network(images))    # read back, or built and stored
 
 A tensor lies in `<root>/<group>/<key>.cached.safetensors` with a SHA-256 over its bytes, dtype, shape, group
 and key, which a process compares when it opens the file: a damaged or misplaced file is removed, its tensor
-built again. Files appear whole, by a rename. Groups (`utils.cache.groups`) are removed as a whole, by `drop`
-or for room.
+built again. Files are written atomically. Groups (`utils.cache.groups`) are removed as a whole, by `drop` or
+to make room.
 """
 
 import hashlib
@@ -38,7 +38,7 @@ UNFINISHED = ".writing"  # what that process writes, before its rename
 class TensorCache:
     """Tensors by group and key below one folder, which is created when something is stored.
 
-    Group and key can stand in a file's name; together they stand for one content.
+    Group and key must be valid in a file name; together they identify the content.
 
     limit_gb: size in GB (10^9 bytes) that all groups together may reach; 0 stores and reads nothing.
     """
@@ -75,8 +75,8 @@ class TensorCache:
     def make_room(self, group: str, bytes_needed: int) -> bool:
         """Whether so many more bytes fit within the limit and within the free disk less `RESERVE`.
 
-        Groups that this instance has not used are removed for them, the least recently used first; none where
-        even all would not do. The files of all groups are looked at once for all that is stored in this room.
+        Groups that this instance has not used are removed for them, the least recently used first; none if
+        even all would not suffice. Later `get` calls use this room without scanning the folder again.
         """
         if not self.enabled or bytes_needed <= 0:
             return self.enabled

@@ -1,1 +1,1 @@
-"""The keys every run has, and loading of configs: JSON files checked with every mistake reported at once."""
+"""Configs: the keys of every run, and loading of JSON files with all mistakes reported at once."""

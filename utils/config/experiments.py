@@ -1,4 +1,4 @@
-"""Experiment files: where they lie, whether one is a config or a sweep, and which one is shipped for what.
+"""Experiment files: where they lie, whether one is a config or a sweep, and which ones are shipped.
 
 path = located(Path("exps/smoke.json"))          # here, else in the project
 kind_of(path, schemas)                           # "config", or "sweep"
@@ -15,11 +15,11 @@ from utils.config.messages import no_such, parsed
 from utils.errors import UserError
 
 PROJECT = Path(__file__).resolve().parents[2]
-TABLE_KEYS = {"cells", "grid", "set"}  # of which a sweep has one at least, and no config any
+TABLE_KEYS = {"cells", "grid", "set"}  # every sweep has one of them, no config has any
 
 
 class Shipped(NamedTuple):
-    """A shipped file; method and data set are "" where it is no config, or its method has no data set."""
+    """A shipped file; method and data set are "" for a sweep, data set also where a method has none."""
 
     path: str  # from the project's folder
     method: str
@@ -28,14 +28,14 @@ class Shipped(NamedTuple):
 
 
 def located(path: Path) -> Path:
-    """The path itself or, where nothing is there (nor its folder), the same one in the project's folder."""
+    """The path itself or, if it does not exist, the same path in the project's folder if it exists there."""
     in_project = PROJECT / path
     wanted = in_project if path.parent.exists() else in_project.parent
     return in_project if not path.exists() and wanted.exists() else path
 
 
 def kind_of(path: Path, schemas: Schemas) -> str:
-    """Whether a file is a "sweep" or a "config"; "" where it does not tell, of which its loader says why."""
+    """Whether a file is a "sweep" or a "config"; "" if its content does not say, which its loader reports."""
     if not path.is_file():  # a pipe gives its content once, to its loader
         return ""
     try:
@@ -62,7 +62,7 @@ def shipped_files(schemas: Schemas) -> list[Shipped]:
 
 
 def shipped_file(method: str, dataset: str | None, schemas: Schemas) -> Path:
-    """The shipped config of a method and a data set: of several the one that is named after both alone.
+    """The shipped config of a method and a data set; of several the one with the plainest name.
 
     Raises UserError: there is no such method, none for the data set, or several data sets and none is given.
     """

@@ -85,12 +85,12 @@ class SeedList(BaseModel):
 
 @dataclass
 class Draft:
-    """A config as read, before any check: the values of all files, changes and overrides, the last on top.
+    """A config as read, before any check: values of files, changes and overrides, later ones replace earlier.
 
     Attributes:
         origins: key -> where its value comes from, "" for the file itself.
-        taken_back: keys that are null now and had a value in a layer below.
-        complete: False where a file could not be read, so that values are missing.
+        taken_back: keys that are null now and had a value before.
+        complete: False if a file could not be read, so that values are missing.
     """
 
     values: dict[str, Any] = field(default_factory=dict)
@@ -100,7 +100,7 @@ class Draft:
     complete: bool = True
 
     def update(self, values: Mapping[str, Any], origin: str) -> None:
-        """Put values over those that are there."""
+        """Replace values by those of a further layer."""
         self.taken_back -= values.keys()
         self.taken_back |= {name for name in values if values[name] is None and name in self.values}
         self.values |= values
@@ -146,7 +146,7 @@ def config_from_dict(values: Mapping[str, Any], schemas: Schemas, source: str) -
 
 
 def read_values(path: Path) -> dict[str, Any]:
-    """The values of a config file over those of its bases, unchecked; what cannot be read has none."""
+    """The values of a config file over those of its bases, unchecked; none of files that cannot be read."""
     return _read_chain(path).values
 
 
@@ -257,7 +257,7 @@ def _check(draft: Draft, schemas: Schemas, source: str) -> LoadedConfig:
     method, schema, faults = _pick_schema(named, schemas)
     fields = schema.model_fields
     no_nulls = field_faults(schema, {name: None for name in draft.taken_back if name in fields})
-    for name in draft.taken_back:  # back to the default, but where null is a value of its own
+    for name in draft.taken_back:  # back to the default, unless null is a valid value of the key
         if name not in fields or name in no_nulls or fields[name].default is None:
             del values[name]
     known = {name: value for name, value in values.items() if name in fields} | {"model_name": method}
@@ -277,7 +277,7 @@ def _check(draft: Draft, schemas: Schemas, source: str) -> LoadedConfig:
 
     judged = set(faults)
 
-    def told(conflicts: Sequence[Conflict]) -> Iterator[str]:
+    def sentences(conflicts: Sequence[Conflict]) -> Iterator[str]:
         for names, sentence in conflicts:
             if faults.keys().isdisjoint(names):
                 judged.update(names)
@@ -285,11 +285,11 @@ def _check(draft: Draft, schemas: Schemas, source: str) -> LoadedConfig:
                 yield sentence if sentence.startswith(names[0]) else f"{label}: {sentence}"
 
     if draft.complete:
-        problems += told(config.conflicts())
+        problems += sentences(config.conflicts())
     if problems:
         raise ConfigError(source, problems, [name for name in config.unchecked_keys() if name not in judged])
     choose_cpu_kernels(config.cpu_kernels)  # before the late checks import PyTorch
-    if problems := list(told(config.late_conflicts())):
+    if problems := list(sentences(config.late_conflicts())):
         raise ConfigError(source, problems)
     legacy = {name: schema.legacy_keys[name] for name in values if name in schema.legacy_keys}
     unused = with_reasons(legacy | config.unused_keys())

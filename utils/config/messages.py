@@ -111,7 +111,7 @@ def allowed_text(prop: Mapping[str, Any]) -> str:
 
 
 def nearest(name: str, options: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """The option that a name most resembles by its letters, whatever their case."""
+    """The option with the most similar spelling, ignoring case; None without a similar one."""
     by_lower = {option.lower(): option for option in options}
     found = difflib.get_close_matches(name.strip().lower(), by_lower, n=1, cutoff=cutoff)
     return by_lower[found[0]] if found else None
@@ -120,8 +120,8 @@ def nearest(name: str, options: Iterable[str], cutoff: float = 0.6) -> str | Non
 def nearest_key(name: str, keys: Iterable[str], known_as: Mapping[str, str] | None = None) -> str | None:
     """The key, or `key=value`, that a name most likely means.
 
-    It is what the name is `known_as`, else the key with most words nearly in common (`nested_lora_alpha` is
-    `nested_lora_consolidation_alpha`, not `nested_lora_rank`), of equal ones the nearest by letters.
+    That is the name's entry in `known_as`, else the key with the most similar words (`nested_lora_alpha` is
+    `nested_lora_consolidation_alpha`, not `nested_lora_rank`), of equal ones the most similar spelling.
     """
     keys, plain = list(keys), name.strip().lower().replace("-", "_")
     known = (known_as or {}).get(plain, "")
@@ -169,7 +169,7 @@ def type_name(value: Any) -> str:
 
 
 def listed(options: Iterable[Any]) -> str:
-    """Values as they stand in a JSON file, with commas between them."""
+    """Values as JSON, with commas between them."""
     return ", ".join(map(shown, options))
 
 
@@ -182,7 +182,7 @@ def grouped(pairs: Iterable[tuple[Member, Group]]) -> dict[Group, list[Member]]:
 
 
 def shown(value: Any) -> str:
-    """A value as it stands in a JSON file, cut when long."""
+    """A value as JSON, cut when long."""
     return printable(json.dumps(value, ensure_ascii=False, default=repr))
 
 

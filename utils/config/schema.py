@@ -1,4 +1,4 @@
-"""Base class of all configs: the keys of every run, conflicts, unused keys and warnings.
+"""RunConfig, base class of all configs: the keys of every run, conflicts, unused keys and warnings.
 
     class MyConfig(RunConfig):
         rank: Count = key(4, "Rank of the adapters.")
@@ -36,7 +36,7 @@ UnusedRule = tuple[bool, str, Iterable[str]]  # whether it applies, why, the key
 
 
 def key(default: Any, meaning: str, allowed: str = "", **limits: Any) -> Any:
-    """A key with its default, its meaning, and words for what it allows where its type does not tell."""
+    """A key with its default, its meaning and, where its type does not tell, words for what it allows."""
     return Field(
         default, description=meaning, json_schema_extra={"allowed": allowed} if allowed else None, **limits
     )
@@ -145,12 +145,12 @@ class RunConfig(BaseModel):
     model_name: str = Field(description="The method: one of the registered learners.")
     logs_root: PathText = key("logs", "Folder that gets the run folders.")
     trackers: Annotated[list[Literal["tensorboard", "wandb", "mlflow"]], AfterValidator(distinct)] = key(
-        ["tensorboard"], "Where its numbers and figures go beside its folder's own files; [] for nowhere."
+        ["tensorboard"], "Trackers that get the run's numbers and figures, besides its folder; [] for none."
     )
     figure_format: Literal["png", "pdf", "svg", "none"] = key(
         "png",
-        "Form in which figures are drawn beside PNG, also those of a sweep's report; "
-        '"none" draws none of a run: a CPU second, half of the smallest runs.',
+        "File format of figures in addition to PNG, also in a sweep's report; "
+        '"none" draws no figure of a run, which saves about a CPU second.',
     )
     seed: Seed = key(
         1993,
@@ -167,7 +167,7 @@ class RunConfig(BaseModel):
         "fp32, or bf16 autocast where the device has it; auto: bf16 where that is the faster, else fp32.",
     )
     cpu_kernels: Literal["auto", "avx2"] = key(
-        "auto", "auto: the fastest that a CPU has; avx2: the same rounding on every x86 CPU that has it."
+        "auto", "auto: the CPU's fastest instruction set; avx2: AVX2, with equal rounding on all x86 CPUs."
     )
     eval_batch_size: Count = key(64, "Samples in a batch without gradients.")
 
@@ -190,7 +190,7 @@ class RunConfig(BaseModel):
     # --- what a run needs and leaves; a subclass extends those of super() --------------------------------
 
     def missing_assets(self) -> list[str]:
-        """Sentences about data and weights that are not there and cannot be had; a data set is fetched."""
+        """Sentences about data and weights that are missing; what can be downloaded is."""
         return []
 
     def checkpoint_bytes(self) -> list[int]:
@@ -200,7 +200,7 @@ class RunConfig(BaseModel):
     # --- rules; a subclass extends those of super() -------------------------------------------------------
 
     def conflicts(self) -> list[Conflict]:
-        """Keys that are valid one by one and impossible together, as far as can be told at once."""
+        """Keys that are valid one by one and impossible together, as known without PyTorch and timm."""
         try:
             names = [_path_bytes(name) for name in self.folder_names(self.seed)]
             whole = _path_bytes(os.path.abspath(self.logs_root)) + sum(names) + len(names)
@@ -214,11 +214,11 @@ class RunConfig(BaseModel):
         return [(("prefix", "logs_root"), f"{fault}; allowed: {max_path} and {max_name}; {way_out}")]
 
     def unchecked_keys(self) -> list[str]:
-        """Keys that `late_conflicts` has something to say about; published lists fall back to the CPU."""
+        """Keys that only `late_conflicts` checks; published device lists fall back to the CPU instead."""
         return ["device"] if str(self.device).lower().startswith(("cuda", "mps")) else []
 
     def late_conflicts(self) -> list[Conflict]:
-        """Conflicts that only PyTorch or timm can tell: asked for where nothing else is wrong."""
+        """Conflicts that only PyTorch or timm can detect; checked once nothing else is wrong."""
         if "device" not in self.unchecked_keys():
             return []
         from utils.training.device import resolve_device  # here: it imports PyTorch
@@ -230,7 +230,7 @@ class RunConfig(BaseModel):
         return []
 
     def unused_rules(self) -> list[UnusedRule]:
-        """When keys have no effect given the others; of several reasons for a key the first is told.
+        """When keys have no effect given the others; of several reasons for a key the first is reported.
 
         The number of tasks is not considered: with `max_tasks` 1 the keys of later tasks keep their meaning.
         """
@@ -261,7 +261,7 @@ class RunConfig(BaseModel):
     def min_lr_conflicts(self, lr_keys: Sequence[str]) -> list[Conflict]:
         """The conflict of a schedule that ends at `min_lr` with learning rates below it, given by their keys.
 
-        What has rate 0 is not trained, and None stands for another of the rates.
+        Rates of 0 (not trained) and None (another rate is used) are ignored.
         """
         unused = self.without_effect()
         lrs = {name: lr for name in lr_keys if name not in unused and (lr := getattr(self, name))}
@@ -272,7 +272,7 @@ class RunConfig(BaseModel):
         return [(("min_lr", *lower), sentence)]
 
     def experiment(self) -> dict[str, Any]:
-        """Key -> value of all that shapes a run's numbers beside the seed.
+        """Key -> value of all that determines a run's numbers besides the seed.
 
         Without `editable_keys` and keys that have no effect given the others.
         """
@@ -280,7 +280,7 @@ class RunConfig(BaseModel):
         return self.model_dump(mode="json", exclude=skipped)
 
     def differing(self, other: "RunConfig") -> dict[str, tuple[Any, Any]]:
-        """Key -> both values, where two experiments differ; of two methods only their names are told."""
+        """Key -> both values, where two experiments differ; for two methods only their names."""
         if self.model_name != other.model_name:
             return {"model_name": (self.model_name, other.model_name)}
         ours, theirs = self.experiment(), other.experiment()
@@ -298,10 +298,10 @@ class RunConfig(BaseModel):
         return {name: (ours[name], theirs[name]) for name in ours if ours[name] != theirs[name]}
 
     def tested_on(self, tasks: int, classes: int) -> dict[str, Any]:
-        """Key -> value of what a run's numbers are about: runs that differ in it cannot be compared.
+        """Key -> value of what a run is evaluated on: runs that differ in it cannot be compared.
 
-        tasks: how many the run has learned; classes: of its data set. Those of one task are an upper bound
-        for several, so their order is left out.
+        tasks: number that the run has learned; classes: number in its data set. A run of one task is an upper
+        bound for runs of several, so its keys leave out how classes are split into tasks.
         """
         return {}
 

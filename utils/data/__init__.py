@@ -1,1 +1,1 @@
-"""Data sets, their images, the task sequence, and the views that a network sees."""
+"""Data sets, their images, the task sequence, and the views that are network inputs."""

@@ -1,4 +1,4 @@
-"""Batches of views in a given order, made by worker processes that may die or hang."""
+"""Batches of views in a given order, prepared by worker processes, with errors where these die or hang."""
 
 import multiprocessing
 import shutil
@@ -59,7 +59,7 @@ def load_batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """The batches in their order, made ahead by workers.
 
-    pinned: in memory that a GPU copies from by itself.
+    pinned: whether they lie in page-locked memory, for asynchronous copies to a GPU.
 
     Raises:
         UserError: an image cannot be read, or workers were killed or hang.
@@ -119,7 +119,7 @@ def stored_views(images: ImageSet, spec: ViewSpec, view: Key | None, indices: np
 
 
 def workers_that_fit(workers: int, batch_bytes: int, processes: int) -> tuple[int, str]:
-    """Number of workers that shared memory has room for, and a warning or ""."""
+    """Number of workers, at most `workers`, that shared memory has room for, and a warning or ""."""
     if not workers or not SHARED_MEMORY.is_dir():
         return workers, ""
     free = shutil.disk_usage(SHARED_MEMORY).free // processes

@@ -132,14 +132,14 @@ def load_dataset(
     """A data set by name (a key of `DATASETS`) or path (an .npz or a folder, as given or inside `data_root`).
 
     Args:
-        cache: folder where it is kept which image files are good; None keeps nothing.
+        cache: folder for records of checked image files; None keeps none.
         splits: ("train",) leaves test images unread.
         test_share: of each class's images, for a folder with one folder per class.
         added: names or paths of data sets whose classes follow.
         partial: classes of image folders may lack training images.
 
-    Raises UserError: unknown name, absent data (with where it was looked for and how to get it), what is no
-    data set, bad image files (all), or a class that is added twice.
+    Raises UserError: unknown name, missing data (with the places searched and how to get it), a file or
+    folder that is no data set, bad image files (all), or a class that is added twice.
     """
     if added:
         how = {"splits": splits, "test_share": test_share, "partial": partial}
@@ -159,7 +159,7 @@ def load_dataset(
 def require_dataset(
     name: str, data_root: str | Path, cache: Path | None = None, test_share: float | None = None
 ) -> None:
-    """Fetch a data set where it is not there. UserError: it cannot be had."""
+    """Download a data set if it is missing. UserError: it is not available."""
     if _find(name, Path(data_root), test_share) is None:
         load_dataset(name, data_root, cache, test_share=test_share)
 
@@ -176,7 +176,7 @@ def class_count(name: str, data_root: str | Path, test_share: float | None = Non
 
 
 def splits_itself(name: str, data_root: str | Path) -> bool:
-    """Whether a data set says itself which images are for the test: all but one folder per class do."""
+    """Whether a data set defines its test images itself: all do except folders with one folder per class."""
     return name in DATASETS or _is_npz(Path(name)) or any(map(_holds_data, _places(name, data_root)))
 
 

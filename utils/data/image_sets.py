@@ -1,9 +1,9 @@
-"""Images with labels: arrays in memory or files on disk, and the data set that two of them make.
+"""Images with labels, in memory or on disk, and data sets made of a training and a test set of them.
 
 dataset = from_arrays("mine", ["ant", "bee"], arrays)
 image = dataset.train[0]                                # (3, H, W) uint8
 images = dataset.train.batch(indices)                   # (B, 3, H, W), or a list where sizes differ
-dataset.train.content_sha256(indices)                   # names the content of these images
+dataset.train.content_sha256(indices)                   # hash of the content of these images
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class ImageSet:
         raise NotImplementedError
 
     def content_sha256(self, indices: np.ndarray) -> str:
-        """SHA-256 that names the content of these images, in this order."""
+        """SHA-256 of the content of these images, in this order."""
         raise NotImplementedError
 
 
@@ -80,7 +80,7 @@ class FolderImages(ImageSet):
 
     Args:
         hashes: SHA-256 of the content of each path, and perhaps of others, from `check_images`.
-        memo: where the hashes are remembered; forgets that of a file whose bytes are others when it is read.
+        memo: record of the hashes; it forgets that of a file whose bytes have changed when it is read.
 
     Raises UserError: from `batch`, naming a file that cannot be read or is no longer the same.
     """
@@ -118,7 +118,7 @@ class FolderImages(ImageSet):
 
 
 class JoinedImages(ImageSet):
-    """Images of several sets, one after the other; the labels are given anew."""
+    """Images of several sets, one after the other, with new labels."""
 
     def __init__(self, parts: Sequence[ImageSet], labels: np.ndarray) -> None:
         super().__init__(labels)
@@ -129,12 +129,12 @@ class JoinedImages(ImageSet):
         return batches[0] if len(batches) == 1 else _stacked([image for batch in batches for image in batch])
 
     def content_sha256(self, indices: np.ndarray) -> str:
-        """Of images of one part as that part names it: what is added changes no name."""
+        """Images of one part have that part's hash, whatever is added to it."""
         hashes = [part.content_sha256(own) for part, own in self._split(indices)]
         return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
     def _split(self, indices: np.ndarray) -> list[tuple[ImageSet, np.ndarray]]:
-        """Neighbours of one part together, each part with its own indices."""
+        """Runs of consecutive indices of one part: (part, indices in it)."""
         parts = np.searchsorted(self.starts, indices, side="right") - 1
         groups = np.split(np.arange(len(indices)), np.flatnonzero(np.diff(parts)) + 1)
         return [
@@ -150,11 +150,11 @@ class Dataset:
 
     Attributes:
         test: None where only training images were asked for.
-        sha256: names the content: over labels and pixels, or for image files over labels and the files'
-            bytes. Names of files and classes are no part of it, nor are test images that were not read.
-        left_out: what lies beside the images and is not read, counted and named, or "".
+        sha256: over labels and pixels, or for image files over labels and the files' bytes. Names of files
+            and classes are no part of it, nor are test images that were not read.
+        left_out: files and folders beside the images that are not read, counted and named, or "".
         added: number of classes of each data set that was added; they are the last ones.
-        test_origin: what the test images are, where no folder test/ or file says so, or "".
+        test_origin: origin of the test images, unless it is a folder test/ or a file, or "".
     """
 
     name: str

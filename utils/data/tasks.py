@@ -1,4 +1,4 @@
-"""Class-incremental task sequence of a data set: class order, tasks, batches that depend on a key alone.
+"""Class-incremental task sequence of a data set: class order, tasks, and batches whose order a key decides.
 
     split = TaskSplit(seed=1993, shuffle=True, init_cls=10, increment=10)
     data = DataManager(dataset, split, train_view=..., test_view=...)
@@ -6,9 +6,9 @@
     for images, targets in data.batches(range(10), source="train", batch_size=32, key=key, view=key):
         ...
 
-*Incremental labels* number the classes in the order in which tasks bring them: `class_order[i]` is the data
-set's own label of incremental class i. Images have a source: "train", "test", or with a `validation_share`
-"validation", which are training images held out.
+*Incremental labels* number the classes in the order of the tasks: `class_order[i]` is the data set's own
+label of incremental class i. Images have a source: "train", "test" or, with a `validation_share`,
+"validation": held-out training images.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ from utils.wording import counted
 
 logger = logging.getLogger("nested_lora")
 
-ABSENT = "absent"  # instead of the hash of images that are not there
+ABSENT = "absent"  # in place of the hash where images are missing
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,8 @@ class TaskSplit:
         max_train_per_class, max_test_per_class: keep k images of every class: the first k of a permutation
             drawn from (seed, split, class), so a smaller k keeps a subset of a larger one; they stay in
             stored order.
-        validation_share: of every class's training images, rounded, one at least: held out before
-            `max_train_per_class` counts, the same for every seed. Of them `max_test_per_class` are kept.
+        validation_share: share of every class's training images, rounded, at least one, that is held out
+            before `max_train_per_class` applies, the same for every seed; `max_test_per_class` limits them.
     """
 
     seed: int
@@ -73,7 +73,7 @@ class TaskSplit:
         return labels
 
     def _chosen(self, members: np.ndarray, source: str, label: int) -> np.ndarray:
-        """Which of a class's stored positions a source has."""
+        """The stored positions of a class that belong to a source."""
         if source != "test":
             drawn = numpy_rng("validation images", label).permutation(members)
             held = max(1, round(self.validation_share * len(drawn))) if self.validation_share else 0
@@ -93,7 +93,7 @@ class DataManager:
     Args:
         dataset: with a `validation_share` it needs no test images.
         num_workers: processes that prepare batches, fewer where shared memory has no room; changes no result.
-        pinned: batches lie in memory that a GPU copies from by itself.
+        pinned: batches lie in page-locked memory, for asynchronous copies to a GPU.
         distributed: of several processes each gets its shard of every batch.
         load_whole: loads the data set with test images that `dataset` lacks, when they are asked for.
 
@@ -102,7 +102,7 @@ class DataManager:
         class_order: data set label of every incremental class: those of the data set's own tasks, those of
             each added data set in stored order as one task, then those of no task.
         nb_classes: classes of the data set and of what was added to it, also those of no task.
-        stop_requested: asked while workers are waited for; True raises `Interrupted`.
+        stop_requested: called while waiting for workers; True raises `Interrupted`.
 
     Raises UserError: too few classes, or a class with one training image, of which none can be held out.
     """
@@ -168,7 +168,7 @@ class DataManager:
         return self._with(source).test if source == "test" else self.dataset.train
 
     def data_sha256(self, source: str) -> str:
-        """SHA-256 that names the content of the data set, without test images where the run reads none."""
+        """SHA-256 of the content of the data set, without test images where the run reads none."""
         return self._with(source).sha256
 
     def count(self, classes: range, source: str) -> int:
@@ -185,7 +185,7 @@ class DataManager:
         return np.flatnonzero((labels >= classes.start) & (labels < classes.stop))
 
     def order(self, classes: range, source: str, key: Key) -> np.ndarray:
-        """The same positions in the order that a key of names and integers draws."""
+        """The same positions in an order drawn from a key of names and integers."""
         return numpy_rng("order", *key).permutation(self.indices(classes, source))
 
     def targets(self, indices: np.ndarray, source: str) -> Tensor:
@@ -235,7 +235,7 @@ class DataManager:
     def views(
         self, indices: np.ndarray, source: str, view: Key | None, device: torch.device | str = "cpu"
     ) -> Tensor:
-        """Network inputs of stored images, float32 (n, 3, S, S): the view that a key draws, or the test view.
+        """Network inputs of stored images, float32 (n, 3, S, S): the view drawn by a key, or the test view.
 
         Raises UserError: an image cannot be read.
         """

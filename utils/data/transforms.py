@@ -1,4 +1,4 @@
-"""Views of images as network inputs: random training views and the test view, as by torchvision's transforms.
+"""Views of images as network inputs: random training views and the test view, like torchvision's transforms.
 
     spec = ViewSpec(image_size=224, augmentation="crop_flip")
     key = ("functional", 1993, 0)
@@ -25,7 +25,7 @@ AREA = (0.05, 1.0)  # of a training crop, in parts of the image
 ASPECT = (3 / 4, 4 / 3)  # width : height of a training crop
 ATTEMPTS = 10  # boxes drawn before a centred one is taken
 FORMAT = 3  # counts changes of this file that change the numbers
-ELONGATED = 16  # times their width: of longer images the test view sees the centre of this shape alone
+ELONGATED = 16  # largest ratio of sides; of longer images the test view takes the centre of this shape
 
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio, odd
 
@@ -60,8 +60,8 @@ def views_of(images: Tensor, spec: ViewSpec, key: Key | None, indices: np.ndarra
 
     Args:
         images: of one size.
-        key: any names and integers that name the random views; None is the test view.
-        indices: stored index of every image, (B,): with the key all that its view depends on.
+        key: names and integers from which random views are drawn; None is the test view.
+        indices: stored index of every image, (B,); its view depends on this and the key alone.
     """
     size, (height, width) = spec.image_size, images.shape[-2:]
     if not len(images):
@@ -109,7 +109,7 @@ def _crop(images: Tensor, size: int, boxes: np.ndarray, mirrored: np.ndarray) ->
 
 
 def uniforms(key: Key, indices: np.ndarray, count: int) -> np.ndarray:
-    """Numbers of [0, 1) that only key, index and position decide: float64 (B, count).
+    """Uniform numbers in [0, 1) that depend on key, index and position alone: float64 (B, count).
 
     Row b holds the first numbers of the generator SplitMix64 seeded with mix(w + (indices[b] + 1) * gamma), w
     being 64 bits of the key: its state grows by gamma every draw and is mixed (Steele, Lea and Flood 2014,
@@ -131,9 +131,9 @@ def _mix(words: np.ndarray) -> np.ndarray:
 def draw_crops(
     key: Key, indices: np.ndarray, height: int, width: int, mirror: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The crops of images of one size that a key names.
+    """Random crops of images of one size, drawn from a key.
 
-    Boxes (top, left, height, width), int64 (B, 4); which are mirrored, bool (B,): half of them, or none.
+    Boxes (top, left, height, width), int64 (B, 4); which are mirrored, bool (B,): each by chance, or none.
     As torchvision's RandomResizedCrop: area uniform, aspect uniform in its logarithm, sides rounded; the
     first of `ATTEMPTS` boxes that fits is placed uniformly. If none fits, the largest centred box of an
     allowed aspect.

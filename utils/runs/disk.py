@@ -30,18 +30,18 @@ def disk_use(configs: Sequence[RunConfig]) -> str:
     free = shutil.disk_usage(_place(logs)).free
     need = sum(kept_bytes(one.checkpoint_bytes(), getattr(one, "checkpoints", "all")) for one in configs)
     runs = "the run's checkpoints" if len(configs) == 1 else f"the checkpoints of {len(configs)} runs"
-    told = f"{runs} take about {_gb(need)} of {_gb(free)} free in {logs}"
+    sentence = f"{runs} take about {_gb(need)} of {_gb(free)} free in {logs}"
     if need > free:
         least = sum(kept_bytes(config.checkpoint_bytes(), "last") for config in configs)
         fewer = f"keep the last task's alone (--set checkpoints=last: {_gb(least)}), " if least < need else ""
-        raise UserError(f"{told}: {fewer}free some space, or choose another disk with logs_root")
+        raise UserError(f"{sentence}: {fewer}free some space, or choose another disk with logs_root")
     caches = {config.cache_root: config.cache_gb for config in configs if hasattr(config, "cache_root")}
     for root, limit in caches.items():
-        told += f"; the cache up to {limit:g} GB in {root}"
+        sentence += f"; the cache up to {limit:g} GB in {root}"
         if _device(root) == _device(logs) and need > RESERVE and need + limit * GB > free:
             room = int(max(0, free - need) / GB)
-            told += f", which may leave too little for the checkpoints: set cache_gb to {room} at most"
-    return f"Disk: {told}"
+            sentence += f", which may leave too little for the checkpoints: set cache_gb to {room} at most"
+    return f"Disk: {sentence}"
 
 
 def kept_bytes(sizes: Sequence[int], checkpoints: str) -> int:

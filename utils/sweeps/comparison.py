@@ -220,12 +220,12 @@ def _check_comparable(runs: Sequence[FinishedRun]) -> None:
         unlike = [key for key in theirs if ours.get(key) != theirs[key]]
         if unlike:
             shown = unlike[:1] if unlike[0] in ("metric", "data") else unlike  # the others follow
-            told = {key: (ours.get(key), theirs[key]) for key in shown}
-            if "data" in told:
-                told["dataset"] = tuple(_named_data(one.config) for one in (most, run))
+            values = {key: (ours.get(key), theirs[key]) for key in shown}
+            if "data" in values:
+                values["dataset"] = tuple(_named_data(one.config) for one in (most, run))
             raise UserError(
                 f"{most.folder} and {run.folder} are about different data or tasks and cannot be paired: "
-                f"{both_values(told)}; compare each kind in a command of its own"
+                f"{both_values(values)}; compare each kind in a command of its own"
             )
 
 

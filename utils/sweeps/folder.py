@@ -61,7 +61,7 @@ FREE = ("description", "trackers", "figure_format")  # keys that may change betw
 
 
 @dataclass(frozen=True)
-class Run:
+class SweepRun:
     """One cell with one seed: its config, where its files are, and how far it is."""
 
     cell: Cell
@@ -96,7 +96,7 @@ class Run:
         return as_typed("main.py", "--config", self.config_path, *options)
 
 
-def runs_of(sweep: Sweep) -> list[Run]:
+def runs_of(sweep: Sweep) -> list[SweepRun]:
     """Every run of the table, seed by seed."""
     runs = []
     for seed in sweep.file.seeds:
@@ -104,11 +104,11 @@ def runs_of(sweep: Sweep) -> list[Run]:
             config = cell.with_seed(seed)
             config_path = sweep.folder / "cells" / f"{cell.slug}_{seed}.json"
             output_path = sweep.folder / "logs" / f"{cell.slug}_{seed}.txt"
-            runs.append(Run(cell, seed, config, config_path, output_path, folder_of(config, seed)))
+            runs.append(SweepRun(cell, seed, config, config_path, output_path, folder_of(config, seed)))
     return runs
 
 
-def check_runs(runs: Sequence[Run]) -> None:
+def check_runs(runs: Sequence[SweepRun]) -> None:
     """UserError where a run was started with another config than its cell has now, or is damaged."""
     for run in runs:
         if run.started:
@@ -125,7 +125,7 @@ def refuse_running(sweep: Sweep) -> None:
             pass
 
 
-def prepare_folder(sweep: Sweep, runs: Sequence[Run], overwrite: bool) -> None:
+def prepare_folder(sweep: Sweep, runs: Sequence[SweepRun], overwrite: bool) -> None:
     """Write `sweep.json` and the config of every run; runs that left the table are named in the log.
 
     With `overwrite` the sweep's earlier folder is set aside first, and is back where this fails. A new folder
@@ -163,7 +163,7 @@ def warn_of_changes(origins: Mapping[str, Provenance]) -> None:
         logger.warning(f"{sentence}; runs that differ in it are not compared")
 
 
-def write_summary(sweep: Sweep, runs: Sequence[Run], failures: Mapping[str, str]) -> None:
+def write_summary(sweep: Sweep, runs: Sequence[SweepRun], failures: Mapping[str, str]) -> None:
     """Write the report of the finished runs and log what it says; nothing where there are none.
 
     failures: label -> reason.
@@ -219,7 +219,7 @@ def closing_lines(sweep: Sweep, results: Results, paths: Sequence[Path], complet
     return lines
 
 
-def _check_config(run: Run) -> None:
+def _check_config(run: SweepRun) -> None:
     """UserError where a run folder was made with another config than the cell's, apart from `FREE` keys."""
     path = run.folder / CONFIG
     ways_out = (

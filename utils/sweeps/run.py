@@ -40,7 +40,7 @@ from utils.sweeps.executors import (
     stop_requests,
 )
 from utils.sweeps.folder import (
-    Run,
+    SweepRun,
     check_runs,
     prepare_folder,
     refuse_running,
@@ -94,7 +94,7 @@ def run_sweep(
 
 
 @contextmanager
-def opened(sweep: Sweep, overwrite: bool = False) -> Iterator[tuple[list[Run], list[Run]]]:
+def opened(sweep: Sweep, overwrite: bool = False) -> Iterator[tuple[list[SweepRun], list[SweepRun]]]:
     """All runs of a sweep and those to do, in a context in which no other process writes its folder.
 
     Raises UserError: a run does not fit the table, or the sweep or a run of it is at work.
@@ -111,7 +111,7 @@ def opened(sweep: Sweep, overwrite: bool = False) -> Iterator[tuple[list[Run], l
         yield runs, [run for run in chosen if overwrite or not is_complete(run.folder)]
 
 
-def space_for(runs: Sequence[Run]) -> str:
+def space_for(runs: Sequence[SweepRun]) -> str:
     """A sentence about the disk that runs will take. UserError: it is too small, or data or weights lack."""
     configs = [run.config for run in runs]
     needs = {tuple(str(getattr(config, name)) for name in config.asset_keys): config for config in configs}
@@ -147,24 +147,24 @@ def report_sweep(sweep: Sweep) -> None:
     write_summary(sweep, runs, failures={})
 
 
-def resources_of(sweep: Sweep, runs: Sequence[Run]) -> Resources:
+def resources_of(sweep: Sweep, runs: Sequence[SweepRun]) -> Resources:
     """Resources that each of the runs may need; a run whose config names its GPU keeps that."""
     gpu = any(str(run.cell.config.device).lower() in ("auto", "cuda") for run in runs)
     return Resources(sweep.file.threads, sweep.file.memory_gb, gpu)
 
 
-def log_beginning(sweep: Sweep, runs: Sequence[Run]) -> None:
+def log_beginning(sweep: Sweep, runs: Sequence[SweepRun]) -> None:
     """Log what is replaced, keys without effect, and changes of code or libraries since the finished runs."""
     notes = grouped((cell.name, note) for cell in sweep.cells for note in cell.notes)
-    told = [f"{'; '.join(names)}: {note}" for note, names in notes.items()]
-    for text in [*waiting_notes(sweep.folder), *told]:
+    cell_notes = [f"{'; '.join(names)}: {note}" for note, names in notes.items()]
+    for text in [*waiting_notes(sweep.folder), *cell_notes]:
         logger.warning(text)
     origins = {run.label: read_provenance(run.folder) for run in runs if run.finished}
     warn_of_changes({**origins, "what runs now": present()})
 
 
 def run_all(
-    executor: LocalExecutor | RayExecutor, sweep: Sweep, waiting: Sequence[Run], runs: Sequence[Run]
+    executor: LocalExecutor | RayExecutor, sweep: Sweep, waiting: Sequence[SweepRun], runs: Sequence[SweepRun]
 ) -> tuple[dict[str, str], bool]:
     """Run in order what is waiting of all runs: failures (label -> reason), and whether to stop was asked."""
     failures: dict[str, str] = {}
@@ -205,7 +205,7 @@ def as_they_end(futures: Sequence[Future], tick: Callable[[], object]) -> Iterat
         yield from (future for future in futures if future in done)
 
 
-def job_of(sweep: Sweep, run: Run) -> Job:
+def job_of(sweep: Sweep, run: SweepRun) -> Job:
     """Job that starts a run in its place, or resumes it where it broke off."""
     anew = ("--config", str(run.config_path), "--overwrite")
     arguments = ("--resume", str(run.folder)) if run.started else anew
@@ -220,7 +220,7 @@ def job_of(sweep: Sweep, run: Run) -> Job:
     )
 
 
-def failure_reason(run: Run, future: Future) -> str | None:
+def failure_reason(run: SweepRun, future: Future) -> str | None:
     """Why an ended run is not complete, as part of a sentence; None for a success."""
     try:
         code, last_line = future.result()
@@ -240,13 +240,15 @@ def failure_reason(run: Run, future: Future) -> str | None:
     return reason
 
 
-def result_line(run: Run) -> str:
+def result_line(run: SweepRun) -> str:
     """Main number and time of a finished run."""
     result, main = run.result(), run.config.metrics[0]
     return f"{main.name} {main.text(result['metrics'][main.key])}, {duration(result['cost']['seconds'])}"
 
 
-def finish(sweep: Sweep, runs: Sequence[Run], failures: Mapping[str, str], stopped: bool, again: str) -> int:
+def finish(
+    sweep: Sweep, runs: Sequence[SweepRun], failures: Mapping[str, str], stopped: bool, again: str
+) -> int:
     """Write the report, log how the sweep ended, return its exit code; again: the command that goes on."""
     complete = sum(is_complete(run.folder) for run in runs)
     outcome, code = f"{complete} of {len(runs)} runs are finished", 0

@@ -104,18 +104,18 @@ class DistributedContext:
         A UserError or OSError that it raises there is raised there, and a UserError of the same words on the
         others.
         """
-        told, refused = [None, None], None  # the answer, or why there is none
+        reply, refused = [None, None], None  # the answer, or why there is none
         if self.is_main:
             try:
-                told[0] = call()
+                reply[0] = call()
             except (UserError, OSError) as error:
                 refused = error
-                told[1] = os_error_sentence(error) if isinstance(error, OSError) else str(error)
+                reply[1] = os_error_sentence(error) if isinstance(error, OSError) else str(error)
         if self.size > 1:
-            dist.broadcast_object_list(told, src=0, device=self._carrier)
-        if told[1] is not None:
-            raise refused or UserError(told[1])
-        return told[0]
+            dist.broadcast_object_list(reply, src=0, device=self._carrier)
+        if reply[1] is not None:
+            raise refused or UserError(reply[1])
+        return reply[0]
 
 
 def context_from_environment() -> DistributedContext:
@@ -133,9 +133,9 @@ def context_from_environment() -> DistributedContext:
     except (KeyError, ValueError):
         fits = False
     if not fits:
-        told = ", ".join(f"{name}={value!r}" for name, value in given.items())
+        shown = ", ".join(f"{name}={value!r}" for name, value in given.items())
         raise UserError(
-            f"{told} in the environment is not what torchrun sets; use torchrun or unset WORLD_SIZE"
+            f"{shown} in the environment is not what torchrun sets; use torchrun or unset WORLD_SIZE"
         )
     return DistributedContext(rank, size, local_rank, local_size=local_size)
 
