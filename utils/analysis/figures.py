@@ -89,7 +89,7 @@ def branch_angles_figure(rows: Sequence[Mapping[str, Any]], subtitle: str) -> Fi
 
 
 def weights_figure(rows: Sequence[Mapping[str, Any]], subtitle: str) -> Figure:
-    """A point for each pair of a task and an earlier one's adapter: similarity of both (x), weight (y).
+    """Scatter plot of gate weights of earlier tasks' adapters (y) over the similarity of the tasks (x).
 
     rows: task, adapter, similarity, and share, the weight as a multiple of the mean one. Later tasks are
     darker.
@@ -112,8 +112,8 @@ def unit_label_figure(
 ) -> Figure:
     """Map of correlations (units, labels): rows are labels, columns their strongest units.
 
-    Every label has its share of `MAX_UNITS`; a unit that is among the strongest of several stands with the
-    first of them. What lies beyond its label's threshold, (labels,), has a dot.
+    Every label has an equal share of `MAX_UNITS`; a unit that is among the strongest of several labels is
+    shown with the first of them. Correlations beyond the threshold of their label, (labels,), have a dot.
     """
     share = max(1, MAX_UNITS // len(labels))
     strongest = np.argsort(-np.abs(correlation), axis=0, kind="stable")[:share]  # (share, labels)

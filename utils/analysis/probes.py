@@ -109,11 +109,11 @@ def transfer_scores(representations: Sequence[Tensor], labels: Tensor, train: Te
 
 @dataclass(frozen=True)
 class UnitReport:
-    """Correlations of the k units of a representation with P labels, and of permuted labels by chance.
+    """Correlations of the k units of a representation with P labels, compared with permuted labels.
 
     r is Pearson's, of units and labels that are 0 or 1 (point-biserial); 0 where one of them does not vary.
-    Purity is the mean over units that live of max_l r_l^2 / sum_l r_l^2: 1 where each goes with one label
-    alone, 1 / P where with all alike; NaN where no unit correlates with anything.
+    Purity is the mean of max_l r_l^2 / sum_l r_l^2 over units that correlate with any label: 1 if each does
+    with one label alone, 1 / P if with all equally; NaN without such units.
     """
 
     correlation: Tensor  # (k, P)
@@ -122,7 +122,7 @@ class UnitReport:
     best_unit: Tensor  # (P,) index of the unit with the largest |r|
     best: Tensor  # (P,) its r
     threshold: Tensor  # (P,) `CONFIDENCE` quantile by chance of the largest |r| over all units
-    p: Tensor  # (P,) how likely a best unit at least as good is by chance
+    p: Tensor  # (P,) probability by chance of a best unit with at least this |r|
     purity: float
     purity_by_chance: float  # of permuted labels, on average
 

@@ -49,8 +49,8 @@ class AnalysisInputs:
     """Representations of n test images by a run of T tasks.
 
     Spaces are, for each task, (block, adapter) -> "fast" and "slow": basis (d, k) of the branch's output
-    space, without a column where its output is zero; empty where adapters have no such branches. Weights are,
-    after each task, those in evaluation of the adapter that every task grew, where a gate gives them weights.
+    space, k = 0 where its output is zero; empty where adapters have no such branches. Weights are, for each
+    task, the gate's evaluation weights of the adapters by the task that grew them; empty without a gate.
     """
 
     tokens: Tensor  # (T, L, n, d) class token after each of the L blocks, of the network after each task
@@ -168,11 +168,11 @@ def probes(inputs: AnalysisInputs) -> AnalysisResult:
 
 
 def gate(inputs: AnalysisInputs) -> AnalysisResult:
-    """Weight of the adapters of earlier tasks beside the similarity of these tasks to the newest one.
+    """Gate weights of earlier tasks' adapters, compared with the similarity of these tasks to the newest one.
 
     Similarity of two tasks is the cosine of their mean class tokens after the last block of the network after
-    task 0, with the mean over tasks taken off. A weight is told as a multiple of 1 / K, that of K adapters
-    which share alike. The rank correlation is Spearman's over all pairs.
+    task 0, centred over tasks. A weight is given as a multiple of 1 / K, that of K adapters with equal
+    weights. The rank correlation is Spearman's over all pairs.
     """
     similarity, rows = task_similarity(inputs.tokens[0, -1], inputs.tasks), []
     for newest, weights in enumerate(inputs.weights):
@@ -195,7 +195,7 @@ def gate(inputs: AnalysisInputs) -> AnalysisResult:
 
 
 def task_similarity(tokens: Tensor, tasks: Tensor) -> np.ndarray:
-    """Cosines of tasks' mean tokens, the mean over tasks taken off: (n, d) and (n,) -> (T, T)."""
+    """Cosines of tasks' mean tokens, centred over tasks: (n, d) and (n,) -> (T, T)."""
     means = torch.stack([tokens[tasks == task].double().mean(0) for task in tasks.unique()])
     centred = torch.nn.functional.normalize(means - means.mean(0), dim=1)
     return (centred @ centred.T).numpy()

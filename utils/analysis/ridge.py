@@ -1,4 +1,4 @@
-"""Ridge regression whose ridge is chosen by leave-one-out, from one singular value decomposition."""
+"""Ridge regression with a ridge chosen by leave-one-out error, from one singular value decomposition."""
 
 from collections.abc import Sequence
 from typing import NamedTuple

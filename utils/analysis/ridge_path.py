@@ -1,13 +1,13 @@
-"""Ridge regressions on one Gram matrix with many ridges, from one factorization of it.
+"""RidgePath: ridge regressions on one Gram matrix for many ridges, from one factorization of it.
 
     path = RidgePath(gram)                                   # (M, M); 4/3 M^3 operations, once
     weights, solved = path.solve(cross, [1.0, 10.0, 100.0])  # (M, C) -> (3, M, C), bool (3,)
 
-G = U B U^T, with U orthogonal and B a band: then
+G = U B U^T, with U orthogonal and B a band matrix. Then
 
     (G + r I)^-1 Q = U (B + r I)^-1 U^T Q
 
-costs little more per ridge r than its product with U, where a Cholesky factorization of each G + r I takes
+costs little more per ridge r than the product with U, whereas a Cholesky factorization of each G + r I takes
 M^3 / 3 operations.
 
 Sources: reduction to a band by blocks of Householder reflections, Bischof, Lang and Sun, *A Framework for
@@ -21,12 +21,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-BLOCK = 64  # diagonals of the band on either side of its own
-COLUMNS = 1024  # of a triangle that are worked on at once
+BLOCK = 64  # diagonals of the band on either side of the main one
+COLUMNS = 1024  # columns of a triangle that are processed at once
 
 
 class RidgePath:
-    """A Gram matrix reduced to a band, of square blocks on the diagonal and triangles below them.
+    """A Gram matrix reduced to a band matrix of square blocks on the diagonal and triangles below them.
 
     Args:
         gram: symmetric, (M, M) float64; left as it is. A copy of its size is kept.
@@ -50,8 +50,8 @@ class RidgePath:
     def solve(self, cross: Tensor, ridges: Sequence[float]) -> tuple[Tensor, Tensor]:
         """(G + r I)^-1 Q for every ridge r: (M, C) -> (R, M, C).
 
-        Beside them whether each G + r I is positive definite to working precision, bool (R,): the solutions
-        of others are meaningless.
+        And whether each G + r I is positive definite to working precision, bool (R,); if not, its solution is
+        meaningless.
         """
         shifts = torch.tensor(ridges, dtype=cross.dtype)[:, None, None]
         rotated = cross.clone()
@@ -91,7 +91,7 @@ class RidgePath:
 
 
 def symmetric_(matrix: Tensor) -> Tensor:
-    """The matrix, in place, with its lower triangle mirrored above the diagonal."""
+    """Mirror the lower triangle of a matrix above its diagonal, in place; returns it."""
     for start in range(0, len(matrix), COLUMNS):
         stop = start + COLUMNS
         square = matrix[start:stop, start:stop]
@@ -101,7 +101,7 @@ def symmetric_(matrix: Tensor) -> Tensor:
 
 
 def add_gram_(gram: Tensor, rows: Tensor) -> None:
-    """Addition of X^T X to the lower triangle of a matrix (M, M), in place, for rows (n, M)."""
+    """Add X^T X of rows X (n, M) to the lower triangle of a matrix (M, M), in place."""
     for start in range(0, len(gram), COLUMNS):
         columns = slice(start, start + COLUMNS)
         gram[start:, columns].addmm_(rows[:, start:].T, rows[:, columns])

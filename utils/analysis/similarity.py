@@ -4,7 +4,7 @@
     a, b = pca_basis(x, rank=8), pca_basis(y, rank=8)    # (d, k), orthonormal columns
     grassmann_distance(a, b)                         # l2 norm of the principal angles, radians
 
-Everything is computed on the CPU in float64 and is no part of a gradient.
+Everything is computed on the CPU in float64, without gradients.
 
 Sources: linear CKA, Kornblith et al., *Similarity of Neural Network Representations Revisited*, ICML 2019;
 the unbiased estimator of HSIC, Song et al., *Feature Selection via Dependence Maximization*, JMLR 2012; its
@@ -26,14 +26,14 @@ def cka_matrix(representations: Sequence[Tensor]) -> Tensor:
     """Linear centred kernel alignment of every pair of m representations (n, d_i), (m, m) float64.
 
     HSIC(x, y) / sqrt(HSIC(x, x) HSIC(y, y)) with the unbiased estimate of the Hilbert-Schmidt independence
-    criterion. 1 where y is x but for a rotation, reflection, shift and one common scale; about 0 where they
-    are independent, also a little below; NaN where x or y does not vary. Row i of every representation is the
-    same sample, of at least `MIN_SAMPLES`.
+    criterion. 1 if y is x up to rotation, reflection, shift and one common scale; about 0, possibly slightly
+    negative, if they are independent; NaN if x or y does not vary. Row i of every representation is the same
+    sample, of at least `MIN_SAMPLES`.
 
     With K = X X^T and L = Y Y^T whose diagonals are set to zero (K', L'), the estimate is
         1 / (n (n - 3)) (tr K' L' + 1'K'1 1'L'1 / ((n - 1) (n - 2)) - 2 / (n - 2) 1'K'L'1)
-    It does not change when a constant is taken from all rows. With rows centred K 1 = 0, and with
-    k_i = |x_i|^2 and l_i = |y_i|^2 what is left needs no n x n matrix:
+    It does not change when a constant is subtracted from all rows. For centred rows X X^T 1 = 0, and with
+    k_i = |x_i|^2 and l_i = |y_i|^2 it needs no n x n matrix:
         1 / (n (n - 3)) (||X^T Y||_F^2 - n / (n - 2) sum_i k_i l_i + sum_i k_i sum_i l_i / ((n - 1) (n - 2)))
     """
     centred = [_centred(x) for x in representations]

@@ -33,7 +33,7 @@ FORMAT = "nested-lora checkpoint"
 VERSION = 1
 TENSORS_FILE = "tensors.safetensors"
 STATE_FILE = "state.json"
-WAY_OUT = "remove this checkpoint to go on from the one before it"  # where it is damaged
+WAY_OUT = "remove this checkpoint to go on from the one before it"  # advice for a damaged one
 TEMPORARY = ".tmp-"  # unfinished or to be removed: never read
 SET_ASIDE = ".old-"  # complete, while its replacement is moved into place
 _NAME = re.compile(r"task_(\d+)(?:_step_(\d+))?")
@@ -45,7 +45,7 @@ def checkpoint_name(task: int, step: int | None = None) -> str:
 
 
 def save_checkpoint(folder: Path, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> None:
-    """Write a checkpoint, in place of one that is there; at every moment what is visible is whole.
+    """Write a checkpoint, replacing an existing one; at every moment the visible folder is complete.
 
     Args:
         folder: the checkpoint's; its parent is created.
@@ -54,7 +54,7 @@ def save_checkpoint(folder: Path, tensors: Mapping[str, torch.Tensor], state: Ma
 
     Raises:
         TypeError: JSON would change the state or cannot hold it.
-        OSError: the disk does not take it; what was there before is as it was.
+        OSError: it cannot be written; an existing checkpoint is unchanged.
     """
     _require_text_keys(state)
     # A fresh contiguous CPU copy of each: safetensors refuses tensors that share memory.
@@ -104,7 +104,7 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, An
 
 
 def copy_checkpoint(source: Path, target: Path, changes: Mapping[str, Any]) -> None:
-    """Make a checkpoint of another's tensors, linked where the disk allows, and of its state with changes.
+    """Copy a checkpoint with changes to its state; tensors are hard-linked where the disk allows.
 
     UserError: the source is no checkpoint, or its state is damaged.
     """
@@ -119,11 +119,11 @@ def copy_checkpoint(source: Path, target: Path, changes: Mapping[str, Any]) -> N
 
 
 def latest_checkpoint(checkpoints: Path, whole_tasks: bool = False) -> Path | None:
-    """The checkpoint that is furthest in the run by task and step, or None where there is none.
+    """The last checkpoint of the run by task and step, or None.
 
-    The end of a task comes after its steps, which `whole_tasks` passes over. So are unfinished checkpoints; a
-    damaged one is not: `load_checkpoint` refuses it, where a run would go on silently from an older one.
-    UserError: a file stands in the folder's place.
+    The end of a task comes after its steps; with `whole_tasks` steps are ignored. So are unfinished
+    checkpoints, but not damaged ones: `load_checkpoint` refuses these, so that no run silently goes on from
+    an older one. UserError: a file stands in the folder's place.
     """
     if not checkpoints.is_dir():
         if os.path.lexists(checkpoints):
@@ -143,7 +143,7 @@ def latest_checkpoint(checkpoints: Path, whole_tasks: bool = False) -> Path | No
 
 
 def _tidy(checkpoints: Path) -> None:
-    """Remove what a save has replaced or not finished; restore what it had set aside and not replaced.
+    """Remove what a save has replaced or left unfinished; restore what it has set aside but not replaced.
 
     A folder that is only half removed lacks a file: it is never taken for a checkpoint.
     """

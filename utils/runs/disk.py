@@ -1,4 +1,4 @@
-"""Disk space that runs will take, told and compared with what is free before any of it is taken.
+"""Disk space that runs will need, logged and compared with free space before they start.
 
     logger.info(disk_use(configs))      # UserError: the checkpoints do not fit
 
@@ -19,7 +19,7 @@ GB = 1e9
 
 
 def disk_use(configs: Sequence[RunConfig]) -> str:
-    """What runs that are not begun will leave on disk, in a sentence, with a warning where it is tight.
+    """Sentence about the disk space that new runs will need, with a warning where it is tight.
 
     Args:
         configs: one per run; all write below the same `logs_root`.
@@ -45,7 +45,7 @@ def disk_use(configs: Sequence[RunConfig]) -> str:
 
 
 def kept_bytes(sizes: Sequence[int], checkpoints: str) -> int:
-    """Most that a run's checkpoints take at once, from the size of each task's; a new one joins the last."""
+    """Largest space of a run's checkpoints at any time, from their sizes; "last" briefly keeps two."""
     return sum(sizes if checkpoints == "all" else sorted(sizes)[-2:])
 
 

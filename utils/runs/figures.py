@@ -54,7 +54,7 @@ from utils.runs.tables import accuracy_on
 MOST_NAMED_CLASSES, MOST_NUMBERED_CLASSES = 60, 16  # beyond, their names or counts would be too small
 LONGEST_NAME = 22  # characters of a class's name
 
-CAPTIONS = {  # what one sees in a class-incremental run's figures, in the order of its page
+CAPTIONS = {  # captions of a class-incremental run's figures, in the order of its page
     "accuracy_curves.png": "Accuracy over all classes seen so far (thick) and on each task's own images "
     "(thin, a colour per task) after each task; dotted: guessing.",
     "accuracy_matrix.png": "Accuracy on the images of each task (columns) after each task (rows): "
@@ -70,9 +70,9 @@ Figures = Callable[[Sequence[Mapping[str, Any]], str], dict[str, Figure]]
 
 
 def draw_figures(run_folder: Path, figures: Figures) -> list[Path]:
-    """Draw every figure the run has numbers for into `<run_folder>/figures`; returns the files written.
+    """Draw every figure that the run has numbers for into `<run_folder>/figures`; returns the files written.
 
-    Where the run's `figure_format` is "none" the folder is made and stays as it is.
+    With `figure_format` "none" only the folder is made.
 
     Args:
         figures: a learner's, (events, line under the titles) -> figures by file name.

@@ -2,7 +2,7 @@
 
     claim = claim_folder(folder_of(config, seed=1993), {"config.json": text.encode()}, overwrite=False)
     claim.folder                 # the first free one of folder, folder_2, ...: locked, with its config.json
-    claim.abandon()              # removed if nothing was recorded, and what it was to replace is back
+    claim.abandon()              # removed if nothing was recorded; what it was to replace is restored
     remove_replaced(folder)      # once the new run is finished
 
 The folder of a sweep is locked and replaced by the same functions.
@@ -38,11 +38,11 @@ RESULT = "result.json"
 METRICS = "metrics.jsonl"
 TABLE = "metrics.csv"
 ACCURACY = "accuracy.csv"
-TEST_RESULT = "test_result.json"  # of such a run, once `eval.py --test` has tested it
+TEST_RESULT = "test_result.json"  # test accuracy of a run on validation images, from `eval.py --test`
 TENSORBOARD = "tb"
 FIGURES = "figures"
 SWEEP = "sweep.json"  # in the folder of a sweep
-UNBEGUN = {CONFIG, MANIFEST, METRICS, TENSORBOARD, TABLE}  # what a run can hold before its first event
+UNBEGUN = {CONFIG, MANIFEST, METRICS, TENSORBOARD, TABLE}  # files that a run may hold before its first event
 
 Fill = Callable[[Path], None]
 REPLACED = ".replaced"  # suffix of a folder while its replacement is unfinished
@@ -77,7 +77,7 @@ class FolderInUse(UserError):
 
 
 class FolderLock:
-    """Lock of a folder, for one process at a time, which loses it when it ends.
+    """Lock of a folder for one process at a time; it is released when that ends.
 
     The lock is a hidden file beside the folder, `.<name>.lock`, which stays; while it is held,
     `.<name>.lock.json` names the process. The folder need not exist, its parent must.
@@ -150,7 +150,7 @@ class Claim:
     new_parents: Sequence[Path]
 
     def abandon(self) -> None:
-        """Remove a run that has recorded nothing, with folders made for it; what it replaces comes back."""
+        """Remove a run that has recorded nothing, and folders made for it; restore what it was to replace."""
         if self.folder.exists():
             metrics = self.folder / METRICS
             names = {path.name for path in self.folder.iterdir()}
@@ -275,7 +275,7 @@ def set_aside(folder: Path, marker: str) -> Path:
 
 
 def restore_replaced(folder: Path) -> Path | None:
-    """Move the newest folder that was set aside back unless its replacement exists; returns where it was."""
+    """Move the newest folder that was set aside back, unless its replacement exists; returns its old path."""
     aside = replaced_folders(folder)
     if not aside or os.path.lexists(folder):
         return None
@@ -285,7 +285,7 @@ def restore_replaced(folder: Path) -> Path | None:
 
 
 def remove_replaced(folder: Path) -> None:
-    """Remove what a finished folder replaces; one that another process writes is left and named."""
+    """Remove what a finished folder replaces, except, with a warning, folders that another process writes."""
     for aside in replaced_folders(folder):
         try:
             with FolderLock(aside) as lock:

@@ -38,9 +38,9 @@ from utils.runs.folder import CONFIG, FIGURES, MANIFEST, RESULT, replaced_folder
 from utils.wording import as_typed, some
 
 ROOT = Path(__file__).resolve().parents[2]
-LIBRARIES = (torch, torchvision, timm, numpy, PIL)  # another version may make other numbers of the same files
-CODE = ("*.py", "backbone/**/*.py", "models/**/*.py", "utils/**/*.py")  # what a run can execute
-# kind -> keys of a configuration that say what is hashed: where they differ, other hashes were asked for
+LIBRARIES = (torch, torchvision, timm, numpy, PIL)  # another version may give other numbers
+CODE = ("*.py", "backbone/**/*.py", "models/**/*.py", "utils/**/*.py")  # files that a run can execute
+# kind -> keys of a configuration that choose what is hashed: hashes are compared only where these are equal
 SOURCES = {
     "data": ("dataset", "data_root", "extra_data"),
     "weights": ("backbone_type", "weights", "weights_root", "image_size"),
@@ -64,7 +64,7 @@ class Command(Strict):
 
 
 class Session(Strict):
-    """One process that works on a run, and what its numbers may depend on beside the configuration."""
+    """One process that works on a run, and what its numbers may depend on besides the configuration."""
 
     started: str
     commit: str | None
@@ -191,7 +191,7 @@ class Provenance:
     commit: str | None = None
 
     def unlike(self, other: "Provenance") -> list[str]:
-        """The kinds in which two runs differ although their configurations ask for the same."""
+        """The kinds in which two runs differ although their configurations are alike in `SOURCES`."""
         return [key[0] for key, value in self.values.items() if other.values.get(key, value) != value]
 
     @property
@@ -229,7 +229,7 @@ def present() -> Provenance:
 
 
 def changes(origins: Mapping[str, Provenance]) -> list[str]:
-    """A sentence for each kind that differs between runs that ask for the same; origins: by run labels."""
+    """A sentence for each kind that differs between runs with equal sources; origins: by run labels."""
     groups: dict[Any, dict[Any, list[str]]] = defaultdict(lambda: defaultdict(list))
     for label, origin in origins.items():
         for key, value in origin.values.items():
@@ -244,9 +244,9 @@ def changes(origins: Mapping[str, Provenance]) -> list[str]:
 
 
 def outdated(origins: Mapping[str, Provenance]) -> dict[str, list[str]]:
-    """Label -> the kinds in which a run differs from the last one that asks for the same.
+    """Label -> the kinds in which a run differs from the last one with equal sources; without any, absent.
 
-    Runs without any are absent. origins: by the runs' labels, in the order in which they ended.
+    origins: by the runs' labels, in the order in which the runs ended.
     """
     last = Provenance({key: value for origin in origins.values() for key, value in origin.values.items()})
     return {label: kinds for label, origin in origins.items() if (kinds := origin.unlike(last))}

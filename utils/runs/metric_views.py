@@ -7,8 +7,8 @@
     views.result({"final": 81.5})                                         # result/final
     views.figures([run / "figures" / "norms.png"])
 
-What is measured once per task has the task as its step, what is measured per epoch the training steps of the
-whole run so far; other tags count their own values.
+Numbers per task have the task as their step, numbers per epoch the batches that the whole run has processed
+in training and scans so far; other tags count their own values.
 """
 
 import csv
@@ -29,7 +29,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 
 from utils.files import naming
 
-POSITION_FIELDS = {"task", "epoch", "step", "steps_in_task"}  # where in a run an event stands: no values
+POSITION_FIELDS = {"task", "epoch", "step", "steps_in_task"}  # position of an event in the run: no values
 NUMBERED_FIELDS = {"block", "adapter"}  # numbers that say what an event is about: part of its tag
 TYPES = {bool: DATA_TYPE_BOOL, int: DATA_TYPE_FLOAT64, float: DATA_TYPE_FLOAT64, str: DATA_TYPE_STRING}
 
@@ -65,11 +65,11 @@ class MetricViews:
         self._rows = csv.writer(self._table, lineterminator="\n")
         self._rows.writerow(["tag", "step", "value"])
         self._counts: Counter[str] = Counter()
-        self._steps = self._steps_before_task = 0  # of training, in the whole run
+        self._steps = self._steps_before_task = 0  # batches processed in the whole run
         self._config: dict[str, bool | int | float | str] = {}
 
     def add(self, event: Mapping[str, Any]) -> list[tuple[str, int, float]]:
-        """The numbers of an event, written: (tag, step, value)."""
+        """Write the numbers of an event; returns them as (tag, step, value)."""
         step = self._step_of(event)
         rows = [(tag, self._counts[tag] if step is None else step, value) for tag, value in scalars(event)]
         self._counts.update(tag for tag, _, _ in rows)
@@ -90,7 +90,7 @@ class MetricViews:
         self._write(hparams_pb(self._config, trial_id=str(self._events_path.parent.parent)))
 
     def result(self, metrics: Mapping[str, Any]) -> list[tuple[str, int, float]]:
-        """The final numbers, a column each in the table of hyper-parameters: as `add`."""
+        """Write the final numbers as `add` does, each also as a column in the table of hyper-parameters."""
         rows = self.add({"event": "result", **metrics})
         columns = [Metric(f"result/{key}") for key in metrics]
         summary = hparams_config_pb(hparams=[HParam(key) for key in self._config], metrics=columns)

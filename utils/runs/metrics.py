@@ -34,11 +34,11 @@ class AccuracyMatrix:
         """Add the row of the task that has just finished.
 
         Args:
-            correct: for every task seen so far, its correctly classified test images.
-            total: for every task seen so far, all its test images.
+            correct: for every task seen so far, the number of its images that are classified correctly.
+            total: for every task seen so far, the number of its images.
 
         Raises:
-            ValueError: the row does not have one entry per task, a count is impossible, or the number of test
+            ValueError: the row does not have one entry per task, a count is impossible, or the number of
                 images of a task is not that of the row before.
         """
         row = list(zip(correct, total, strict=True))
@@ -57,7 +57,7 @@ class AccuracyMatrix:
 
     @property
     def curve(self) -> list[float]:
-        """A_t in percent: accuracy over all test images of the classes seen up to task t."""
+        """A_t in percent: accuracy over all images of the classes seen up to task t."""
         return [100.0 * sum(right for right, _ in row) / sum(size for _, size in row) for row in self._counts]
 
     def summary(self) -> dict[str, float | None]:
@@ -87,7 +87,7 @@ def mean_std(values: Sequence[float]) -> tuple[float, float]:
 
 
 def numbers_of(result: Mapping[str, Any]) -> dict[str, float]:
-    """Key -> value of every metric and cost of a run; what is absent or no finite number is left out."""
+    """Key -> value of every metric and cost of a run that is a finite number."""
     parameters = {f"parameters_{part}": count for part, count in result["parameters"].items()}
     values = result["metrics"] | parameters | result["cost"]
     keys = [*result["metrics"], *(spec.key for spec in COSTS)]
@@ -110,7 +110,7 @@ def checked_result(
 
 
 def fault_of(result: Mapping[str, Any], metrics: Sequence[MetricSpec]) -> str | None:
-    """Fault that keeps a result out of reports, or None; metrics: of its run's method, the main one first."""
+    """Why a result cannot be in a report, or None; metrics: of its run's method, the main one first."""
     if not isinstance(result.get("seed"), int):
         return 'it has no "seed"'
     for part in ("metrics", "parameters", "weights", "cost"):

@@ -7,8 +7,8 @@
         run.result({...})
 
 `config.json`, `manifest.json`, `result.json` and `accuracy.csv` are replaced as a whole, atomically.
-`metrics.jsonl` takes one line per event. Of it `tb/` and `metrics.csv` are views, written again when a run
-is resumed (`utils/runs/metric_views.py`); other trackers get the same numbers (`utils/runs/trackers.py`). The
+`metrics.jsonl` takes one line per event; `tb/` and `metrics.csv` are views of it, written again when a run
+is resumed (`utils/runs/metric_views.py`). Other trackers get the same numbers (`utils/runs/trackers.py`). The
 text log lies beside the folder as `<folder>.log`. One process at a time writes a run.
 """
 
@@ -162,7 +162,7 @@ class RunLog:
         self._show(record)
 
     def manifest(self, values: Mapping[str, Any]) -> None:
-        """Write `manifest.json`: what the run was made with, and in which sessions."""
+        """Write `manifest.json`: code, libraries, data and sessions of the run."""
         self._replace(MANIFEST, json_bytes(_plain(values)))
 
     def result(self, values: Mapping[str, Any]) -> None:
@@ -191,7 +191,7 @@ class RunLog:
     def close(self) -> None:
         """Close the files, detach the log handlers, give the lock back. Closing twice is harmless."""
         if self._text_log:
-            logger.removeHandler(self._text_log)  # first: what closing has to say is none of the run's
+            logger.removeHandler(self._text_log)  # first: messages of closing are not part of the run
         self._closing.close()
 
     def __enter__(self) -> RunLog:
@@ -210,7 +210,7 @@ class RunLog:
         self._trackers.add(self._views.add(event))
 
     def _log_failure(self, error: BaseException) -> None:
-        """End of the text log: what standard error is told otherwise, a mistake's sentence or a traceback."""
+        """Write an error that ends the run to the text log: its sentence, or a traceback."""
         if self._text_log is None or isinstance(error, Interrupted) or not isinstance(error, Exception):
             return
         text, trace = str(error), None
@@ -250,7 +250,7 @@ class SilentLog(RunLog):
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The events in a run's `metrics.jsonl`, but for a torn last line. UserError: it is absent or damaged."""
+    """The events in a run's `metrics.jsonl`, except a torn last line. UserError: it is absent or damaged."""
     path = folder / METRICS
     if not path.is_file():
         raise UserError(f"{folder} holds no {METRICS}: it is not a run folder")

@@ -1,7 +1,7 @@
 """The runs of one command, one per seed, each in a folder of its own, and the mean over them.
 
 command = new_command([1, 2, 3], overwrite=False)  # recorded in the manifest of each run
-seed_runs(folder, config, command)                 # all of them, and how far they are
+seed_runs(folder, config, command)                 # all of them, with their state
 log_mean(results, config.metrics, [(folder, config), ...])  # refuses runs of different experiments
 """
 

@@ -1,4 +1,4 @@
-"""Plain-text tables for log and terminal, folded where they would be wider than `TABLE_WIDTH`.
+"""Plain-text tables for log and terminal, wrapped where they would be wider than `TABLE_WIDTH`.
 
 print(accuracy_table(matrix))                     # accuracy on each task after each task
 print(summary_table(matrix, 3, parameters))       # the metrics of a run, one per line

@@ -7,8 +7,8 @@
     trackers.close()
 
 TensorBoard's files are a view of the record (`utils/runs/metric_views.py`). A tracker is opened at the first
-number; its run's id goes to the folder's `trackers.json`, so that a resumed run continues it. One that fails
-is told in a warning, and the run goes on without it.
+number; its run's id goes to the folder's `trackers.json`, so that a resumed run continues it. If one fails,
+the run warns and goes on without it.
 """
 
 import importlib.util
@@ -29,7 +29,7 @@ from utils.files import read_json, write_json
 from utils.runs.folder import RESULT, SWEEP
 
 TRACKERS = "trackers.json"  # name -> id of the run there
-PROJECT = "nested-lora"  # where WANDB_PROJECT or MLFLOW_EXPERIMENT_NAME says no other
+PROJECT = "nested-lora"  # unless WANDB_PROJECT or MLFLOW_EXPERIMENT_NAME is set
 BOARD = "tensorboard"
 SECONDS = 60  # for a tracker to answer when it is opened
 MLFLOW_BATCH, MLFLOW_TEXT = 100, 6000  # values of a request, characters of a parameter
@@ -148,7 +148,7 @@ def require_trackers(names: Sequence[str]) -> None:
 class Trackers:
     """The trackers of a run other than TensorBoard.
 
-    There the seeds of an experiment share a group: its prefix; of a sweep's cell `<sweep>/<cell>`.
+    The seeds of an experiment share a group there: its prefix, or for a sweep's cell `<sweep>/<cell>`.
     """
 
     def __init__(self, names: Iterable[str], folder: Path, config: Mapping[str, Any], known: int = 0) -> None:
@@ -174,7 +174,7 @@ class Trackers:
             self._do(name, lambda tracker: tracker.figures(paths))
 
     def close(self) -> None:
-        """End what is open: as finished, if the run has its result."""
+        """Close open trackers; they mark the run as finished if it has its result."""
         finished = (self._folder / RESULT).exists()
         for name, tracker in list(self._open.items()):
             if tracker is not None:
@@ -182,7 +182,7 @@ class Trackers:
         self._open.clear()
 
     def _do(self, name: str, act: Callable[[Tracker], None]) -> None:
-        """Let a tracker act, opened where it is not; where that fails, warn and go on without it."""
+        """Call a tracker, opening it first if needed; if that fails, warn and go on without it."""
         try:
             tracker = self._open[name]
             if tracker is None:

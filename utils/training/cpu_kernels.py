@@ -1,6 +1,6 @@
-"""Choice of the instruction set that PyTorch computes with on a CPU, made before PyTorch is imported.
+"""Choice of the instruction set of PyTorch's CPU kernels, made before PyTorch is imported.
 
-choose_cpu_kernels("avx2")     # with AVX2 also where the CPU has AVX512: the same rounding on both
+choose_cpu_kernels("avx2")     # AVX2 also where the CPU has AVX512, for the same rounding on both
 """
 
 import os
@@ -16,9 +16,9 @@ AVX2 = {
 
 
 def choose_cpu_kernels(name: str, cpu_info: Path = CPU_INFO) -> None:
-    """Set what PyTorch and its libraries read at their first computation; "auto" undoes an earlier choice.
+    """Set environment variables that PyTorch and its libraries read at their first computation.
 
-    Nothing is set where the CPU has no AVX2: what follows rounds otherwise there.
+    "auto" undoes an earlier choice. Nothing is set on a CPU without AVX2, which rounds differently anyway.
     """
     if name == "auto":
         if AVX2.items() <= os.environ.items():

@@ -1,4 +1,4 @@
-"""Devices and precision, memory and what lacks it, finite numbers, hashes and packing of tensors.
+"""Devices, precision and memory; checks for finite numbers; hashes and packing of tensors.
 
 device, warning = resolve_device("auto")
 with autocast(device, "bf16"):
@@ -20,12 +20,12 @@ from torch import Tensor
 from utils.errors import UserError
 
 Item = TypeVar("Item")
-END = object()  # what `one_ahead` takes for the end of its items
+END = object()  # marks the end of the items of `one_ahead`
 MEMORY_KEYS = ("batch_size", "grad_accumulation", "eval_batch_size")  # of a config
 
 
 def resolve_device(spec: str | int | list[str | int]) -> tuple[torch.device, str | None]:
-    """The device a config asks for, and a warning where it is not quite that.
+    """The device a config asks for, and a warning where another one is used.
 
     "auto" takes CUDA when there is one. A published list (`["0"]`) takes that GPU, or the CPU with a warning
     where it is absent; `["-1"]` is the CPU.
@@ -56,9 +56,8 @@ def resolve_device(spec: str | int | list[str | int]) -> tuple[torch.device, str
 def resolve_precision(precision: str, device: torch.device) -> tuple[str, str | None]:
     """The precision to compute in, and a warning where it is not the one asked for.
 
-    bf16 on a device that has no instructions for it is emulated, at a thirtieth of the speed of fp32
-    (measured on a CPU with AVX2 only): fp32 is taken there, which is also the more exact. "auto" is bf16
-    where it is known to be the faster one.
+    On a device without instructions for bf16 it would be emulated, at a thirtieth of the speed of fp32
+    (measured on a CPU with AVX2 only): fp32 is used instead. "auto" is bf16 where that is known to be faster.
     """
     if precision == "auto":
         return "bf16" if has_bf16(device) and has_bf16_products(device) else "fp32", None
@@ -96,10 +95,7 @@ def not_finite_advice(precision: str) -> str:
 
 
 def require_finite(values: Tensor, what: str, precision: str) -> Tensor:
-    """The values themselves, once it is known that they are numbers.
-
-    Raises UserError: one is NaN or infinite; `what`, a plural, names them.
-    """
+    """The values themselves. UserError: one is NaN or infinite; `what`, a plural, names them."""
     if not torch.isfinite(values).all():
         raise UserError(f"{what} are not finite (NaN or infinity): {not_finite_advice(precision)}")
     return values
@@ -114,7 +110,7 @@ def predictions(scores: Tensor, what: str, precision: str) -> Tensor:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc's allocator keep what is freed instead of returning it to the system after every tensor.
+    """Let glibc's allocator keep freed memory instead of returning it to the system after every tensor.
 
     By default every large tensor is mapped, zeroed page by page and unmapped again; on the CPU that took 30 %
     of a training step. Without glibc nothing changes.
@@ -138,7 +134,7 @@ def peak_memory_mb(device: torch.device) -> float:
 
 @contextlib.contextmanager
 def out_of_memory_advice(sizes: Mapping[str, int]) -> Iterator[None]:
-    """Advice in place of an out-of-memory error of the device: which sizes (`MEMORY_KEYS`) to set to what."""
+    """Turn an out-of-memory error into a UserError that says which sizes (`MEMORY_KEYS`) to set to what."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -159,9 +155,9 @@ def out_of_memory_advice(sizes: Mapping[str, int]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def dead_worker_advice() -> Iterator[None]:
-    """Turn PyTorch's error for a data worker that has ended too early into a sentence.
+    """Turn PyTorch's error for a data worker that has died into a UserError.
 
-    It is raised by a signal handler, in whatever the process is doing when the worker ends.
+    A signal handler raises it, so it can come from any statement that runs while workers are alive.
     """
     try:
         yield

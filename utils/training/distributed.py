@@ -32,7 +32,7 @@ class DistributedContext:
     rank: int = 0
     size: int = 1
     local_rank: int = 0  # among the local_size processes of this machine
-    device: torch.device = torch.device("cpu")  # if it is CUDA, what is exchanged passes through it
+    device: torch.device = torch.device("cpu")  # if it is CUDA, exchanged tensors pass through it
     local_size: int = 1
 
     @property
@@ -99,12 +99,11 @@ class DistributedContext:
             )
 
     def on_main(self, call: Callable[[], Answer]) -> Answer:
-        """What a call returns on rank 0, the only one to make it, on every rank: of what pickle takes.
+        """Make a call on rank 0 only, and return its result, which pickle must take, on every rank.
 
-        A UserError or OSError that it raises there is raised there, and a UserError of the same words on the
-        others.
+        If it raises a UserError or OSError, rank 0 raises that, and the others a UserError with its text.
         """
-        reply, refused = [None, None], None  # the answer, or why there is none
+        reply, refused = [None, None], None  # the result, or the text of the error
         if self.is_main:
             try:
                 reply[0] = call()
@@ -119,9 +118,9 @@ class DistributedContext:
 
 
 def context_from_environment() -> DistributedContext:
-    """This process as torchrun describes it, alone where WORLD_SIZE is absent or 1.
+    """This process as torchrun's environment describes it; a single one where WORLD_SIZE is absent or 1.
 
-    Raises UserError: numbers of torchrun are missing or do not fit together.
+    Raises UserError: variables of torchrun are missing or inconsistent.
     """
     given = {name: os.environ[name] for name in VARIABLES if name in os.environ}
     try:
@@ -155,11 +154,11 @@ def local_device(device: torch.device, context: DistributedContext) -> torch.dev
 
 @contextmanager
 def init_distributed(device: torch.device) -> Iterator[DistributedContext]:
-    """The processes that torchrun started, joined while the context is open; else this process alone.
+    """Context in which the processes that torchrun started are connected; without torchrun this one alone.
 
-    On the device that the configuration asks for, several processes on the GPU of their local rank each.
+    device: that of the configuration; with CUDA each of several processes takes the GPU of its local rank.
 
-    Raises UserError: the machine has fewer GPUs than processes, or torchrun's environment is not whole.
+    Raises UserError: the machine has fewer GPUs than processes, or torchrun's environment is incomplete.
     """
     context = context_from_environment()
     context = replace(context, device=local_device(device, context))
@@ -177,7 +176,7 @@ def init_distributed(device: torch.device) -> Iterator[DistributedContext]:
         context.rank,
         device_id=gpu,
     )
-    close = gpu is None  # after an error NCCL would wait for ranks that torchrun ends when this one has ended
+    close = gpu is None  # after an error NCCL would wait for ranks that torchrun ends only after this one
     try:
         yield context
         close = True

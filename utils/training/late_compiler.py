@@ -1,10 +1,10 @@
-"""PyTorch's compiler (`torch._dynamo`), imported where something is compiled and not at every start.
+"""Late import of PyTorch's compiler (`torch._dynamo`): only where something is compiled.
 
     import_networks()                                # timm and torchvision
     optimizer = late(torch.optim.SGD)(parameters, lr=0.1)
 
-torchvision asks the compiler for one function that only RoI pooling calls, timm marks functions that it is
-not to compile, PyTorch's optimizers tell it where graphs end: 1.3 CPU seconds of imports for nothing.
+torchvision imports it for one function that only RoI pooling calls, timm to mark functions as not to be
+compiled, PyTorch's optimizers to mark where graphs end: 1.3 CPU seconds of imports at every start.
 """
 
 import functools
@@ -17,7 +17,7 @@ ASKED_BY_TORCHVISION = "torch._dynamo.utils"
 
 
 class _Later(ModuleType):
-    """Stand-in for a module until something of it is asked for; then the module itself takes its place."""
+    """Stand-in for a module, which is imported at the first use of one of its attributes."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -48,7 +48,7 @@ def import_networks() -> None:
 
 @functools.cache
 def late(optimizer: type) -> type:
-    """An optimizer of PyTorch whose steps, computed as always, do not import the compiler."""
+    """Subclass of a PyTorch optimizer whose methods compute the same without importing the compiler."""
     import torch
 
     names = ("add_param_group", "zero_grad", "state_dict", "load_state_dict", "step")

@@ -1,4 +1,4 @@
-"""One optimizer over named parameter groups, some of which step only every k-th step.
+"""GroupedOptimizer: one optimizer over named parameter groups, each with an update interval of its own.
 
     groups = [ParameterGroup("slow", slow, lr=1e-3, update_interval=5), ParameterGroup("fast", fast, lr=1e-2)]
     optimizer = GroupedOptimizer("sgd", groups, weight_decay=5e-4, epochs=20, min_lr=0.0)
@@ -35,8 +35,8 @@ class ParameterGroup:
         lr: initial learning rate, lowered epoch by epoch by the optimizer's schedule; a group with 0 is never
             updated.
         update_interval: k; the group is updated on steps k, 2k, 3k, ... (0 and 1: on every step).
-        between: the gradients of the other steps: "discard" drops them, "accumulate" updates with the mean of
-            all k.
+        between: use of the gradients of the other steps: "discard" drops them, with "accumulate" an update
+            uses the mean of all k.
         accumulated_grads: sums over the steps since the last update, one per parameter.
     """
 
@@ -94,8 +94,8 @@ class GroupedOptimizer:
     Args:
         kind: a key of `OPTIMIZERS`.
         groups: empty ones are dropped; ValueError for a tensor in two of them, and for a frozen one.
-        epochs, min_lr: the length of the cosine, along which `end_epoch` moves, and its end.
-        step_decay: takes the cosine's place.
+        epochs, min_lr: length and end of the cosine schedule, which `end_epoch` advances.
+        step_decay: a schedule in place of the cosine.
     """
 
     def __init__(
@@ -135,7 +135,7 @@ class GroupedOptimizer:
         return [parameter.grad for parameter in self.parameters]
 
     def divide_gradients(self, divisor: float) -> None:
-        """Turn gradients of a sum into those of a mean, one of zeros where the loss did not reach.
+        """Turn gradients of a sum into those of a mean; a parameter that the loss did not reach gets zeros.
 
         So weight decay acts on every learning parameter, in one process as in several.
         """
@@ -143,7 +143,7 @@ class GroupedOptimizer:
             gradient /= divisor
 
     def step(self) -> dict[str, bool]:
-        """Update the groups whose turn it is; says which were."""
+        """Update the groups that are due; returns for each whether it was updated."""
         moved = {}
         self.steps += 1
         for group in self.groups:
@@ -156,7 +156,7 @@ class GroupedOptimizer:
         return moved
 
     def end_epoch(self) -> None:
-        """One epoch on in the schedule."""
+        """Advance the schedule by one epoch."""
         self._scheduler.step()
 
     @property
@@ -194,7 +194,7 @@ class GroupedOptimizer:
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Take over `state()`, also after a trip through JSON that made its integer keys strings."""
+        """Restore what `state` returned, also after JSON has made its integer keys strings."""
         optimizer = dict(state["optimizer"])
         optimizer["state"] = {int(key): value for key, value in optimizer["state"].items()}
         self._optimizer.load_state_dict(optimizer)
@@ -208,7 +208,7 @@ class GroupedOptimizer:
 
 
 def assert_complete(groups: Sequence[ParameterGroup], learning: Iterable[nn.Parameter]) -> None:
-    """The groups hold exactly the parameters that learn. Raises RuntimeError."""
+    """Raise RuntimeError unless the groups hold exactly the parameters that learn."""
     if {id(p) for p in learning} != {id(p) for group in groups for p in group.parameters}:
         raise RuntimeError("the optimizer groups are not the parameters that learn")
 

@@ -1,4 +1,4 @@
-"""Phases of training: what `Learner.run_phase` asks for batches and losses, and how far it has come."""
+"""Phase, a part of training with its own batches, optimizer and loss, and the progress inside one."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
@@ -41,7 +41,7 @@ class Phase(ABC):
         replicated: every rank sees whole batches, so gradients are equal already and are not summed over
             ranks.
         classifies: results say how many samples were classified right.
-        tells_epochs: the log has every epoch; otherwise the last one, and one a minute.
+        tells_epochs: the log shows every epoch; otherwise the last one, and one a minute.
 
     Args:
         epochs: passes over the batches.
@@ -73,7 +73,7 @@ class Phase(ABC):
         """The epoch's batches from number `start` on; the same for the same arguments."""
 
     def micro_batches(self, batch: Any) -> list[Any]:
-        """The batch in parts that are worked on one after the other; none is empty."""
+        """The batch in parts that are processed one after the other; none is empty."""
         return [batch]
 
     @abstractmethod

@@ -1,4 +1,4 @@
-"""Named random streams: generators that a name and numbers alone decide, on every machine.
+"""Named random streams: generators seeded by a name and numbers alone, the same on every machine.
 
     generator = rng("gumbel noise", seed, task, step)     # torch.Generator on the CPU
     chosen = numpy_rng("order", seed, task).permutation(100)
@@ -28,5 +28,5 @@ def rng(name: str, *numbers: str | int) -> torch.Generator:
 
 
 def numpy_rng(name: str, *numbers: str | int) -> np.random.Generator:
-    """The same for numpy; it and `rng` of one name are unrelated."""
+    """NumPy's generator of a stream, unrelated to `rng` of the same name."""
     return np.random.default_rng(stream_seed(name, *numbers))
