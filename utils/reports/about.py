@@ -1,4 +1,4 @@
-"""What was run, in words: method, data, tasks, weights, code, machine and dates of a run or a sweep.
+"""Description of what was run: method, data, tasks, weights, code, machine and dates of a run or a sweep.
 
 facts_of(config, manifest)                          # {"Method": ..., "Data": ..., ...}
 what_was_run({"nested": [run_folder, ...], ...})    # one text per heading, or one for each group of cells
@@ -21,11 +21,11 @@ from utils.runs.folder import CONFIG
 from utils.runs.manifest import SHOWN, Manifest, read_manifest
 from utils.wording import counted
 
-LISTED_KEYS = 6  # beyond, keys are the rows of their table and cells its columns
+LISTED_KEYS = 6  # with more keys, these are the rows of their table and cells its columns
 
 
 def facts_of(config: Mapping[str, Any], manifest: Manifest) -> dict[str, str]:
-    """What a run was made of, by heading; parts that its manifest does not record are left out."""
+    """Method, data, tasks, weights, code and machine of a run; parts that its manifest lacks are left out."""
     session, more = manifest.sessions[-1], manifest.model_extra or {}
     images, weights, method = more.get("images_per_class"), more.get("weights"), more.get("method")
     name = config["model_name"]
@@ -97,8 +97,8 @@ def what_was_run(folders: Mapping[str, Sequence[Path]]) -> list[tuple[str, str]]
 def differing_keys(configs: Mapping[str, RunConfig]) -> Table | None:
     """The keys in which cells differ: a row per cell, or per key where there are many; None without any.
 
-    Keys that shape no number, as `device`, are left out; those that only some methods have are shown where a
-    cell sets another value than the default.
+    Keys that change no number, such as `device`, are left out; those that only some methods have are shown
+    if a cell sets another value than the default.
     """
     values: dict[str, dict[str, str]] = {}
     chosen = set()

@@ -6,12 +6,12 @@
 The difference is the hypothesis's metric of its cell minus that of the other side, paired by seed, where both
 runs have the same provenance. The verdict follows from its 95 % interval:
 
-    supported       the interval excludes zero on the expected side
-    contradicted    it excludes zero on the other side
-    undecided       it holds zero: these seeds do not tell
-    one seed        a difference without an interval
-    same in every seed   the difference is one number, which no seed changes: there is no interval
-    no number       no seed has both sides
+    supported            the interval excludes zero on the expected side
+    contradicted         it excludes zero on the other side
+    undecided            it contains zero: these seeds do not decide
+    one seed             a difference without an interval
+    same in every seed   the difference is the same with every seed: there is no interval
+    no number            no seed has both sides
 """
 
 from collections.abc import Mapping
@@ -30,7 +30,7 @@ SIDES = ["cell", "metric", "against", "against_metric"]
 def answer(hypotheses: Mapping[str, Hypothesis], results: Results) -> pd.DataFrame:
     """A row per hypothesis: its keys, means of both sides over the seeds that have both, difference, verdict.
 
-    All that have a p are the family of Holm's adjustment.
+    Holm's adjustment is over all hypotheses that have a p value.
     hypotheses: name -> hypothesis, about cells of the sweep.
     """
     rows = []

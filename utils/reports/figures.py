@@ -3,8 +3,8 @@
     pictures = sweep_figures(results, "ranks on CIFAR-100")     # file name -> (PNG, caption)
 
 They are those of `FIGURES`, and the answers to the sweep's hypotheses (`utils/reports/answers.py`); figures
-without numbers are left out. The baseline is black or grey; colours can be told apart by colour-blind
-readers, and cells of the same colour differ in their marker. Text of the user's is drawn as it is written.
+without numbers are left out. The baseline is black or grey; colours are distinguishable for colour-blind
+readers, and cells of the same colour differ in their marker. Users' texts are drawn as they are written.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -44,10 +44,10 @@ HYPOTHESES_CAPTION = (
     "seeds. Blue: the interval excludes zero on the expected side, supported; orange: on the other side, "
     "contradicted; grey: the seeds do not decide. Hypotheses without a number are in the table alone."
 )
-MANY_CELLS = 12  # beyond, curves and points show the best alone in colour
+MANY_CELLS = 12  # with more, curves and points show only the best in colour
 HIGHLIGHTED = 5
 LABEL_WIDTH = 44  # characters per line
-LINE, LETTER = 0.155, 0.068  # inches that a line of text and a letter of it take
+LINE, LETTER = 0.155, 0.068  # inches: height of a line of text, width of a letter
 FOREST_WIDTH, AXIS_HEIGHT = 9.4, 0.65  # inches: of the figure of hypotheses, of an axis below its panel
 PALE = "#c4c4c4"
 VERDICT_COLOURS = {"better": BLUE, SUPPORTED: BLUE, "worse": VERMILLION, CONTRADICTED: VERMILLION}
@@ -199,7 +199,7 @@ def hypotheses_figure(answers: pd.DataFrame, results: Results, subtitle: str) ->
 
 
 def curves_figure(results: Results, subtitle: str) -> Figure | None:
-    """Mean over seeds of what is measured per task, with a band of ± std; one task is a dashed line.
+    """Mean over seeds of the metric per task, with a band of ± std; a cell of one task is a dashed line.
 
     None where no cell has several tasks.
     """

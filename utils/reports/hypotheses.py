@@ -1,4 +1,4 @@
-"""Hypotheses of a sweep: stated in its file before anything runs.
+"""Hypotheses of a sweep, stated in its file before anything runs, and their checks.
 
     "H1": {"says": "nesting raises the final accuracy", "cell": "nested", "metric": "final",
            "expected": "higher", "against": "matched adapter"}
@@ -6,7 +6,7 @@
     hypotheses, problems = read_hypotheses({"H1": {...}}, ["nested", "matched adapter"])
 
 A hypothesis is about a difference: the metric of `cell` minus that of `against`, or minus `against_metric`,
-paired by seed. `utils/reports/answers.py` answers it with what ran.
+paired by seed. `utils/reports/answers.py` answers it from the results.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -57,7 +57,7 @@ def read_hypotheses(
 def unknown_metrics(
     hypotheses: Mapping[str, Hypothesis], metrics: Mapping[str, Sequence[MetricSpec]]
 ) -> Iterator[str]:
-    """A sentence for each metric that no run of its cell has; metrics: cell -> specs of its method."""
+    """A sentence for each metric that the method of its cell lacks; metrics: cell -> specs of its method."""
     for name, hypothesis in hypotheses.items():
         for key, (cell, metric) in zip(("metric", "against_metric"), hypothesis.sides, strict=True):
             known = list(by_key(metrics.get(cell, ())))
@@ -67,7 +67,7 @@ def unknown_metrics(
 
 
 def _conflicts(sound: Mapping[str, Any], faulty: set[str], cells: Sequence[str]) -> Iterator[str]:
-    """Mistakes between values that are right one by one; keys already reported are left out."""
+    """Mistakes in the combination of values that are valid one by one; keys already reported are left out."""
     for key in ("cell", "against"):
         if sound.get(key) is not None and cells and sound[key] not in cells:
             yield f"{key} = {shown(sound[key])}: {no_such('cell', sound[key], cells)}"

@@ -1,6 +1,6 @@
 """Pages filled from the templates of this folder, which need no other file and no network.
 
-    render("run.html", title="...", pictures=[Picture.of("norms.png", content, "what one sees")])
+    render("run.html", {"title": "...", "pictures": [Picture.of("norms.png", content, "caption")], ...})
 
 Text is escaped for HTML, or in Markdown by the filters `markdown` and `markdown_table`.
 """
@@ -38,7 +38,7 @@ class Picture(NamedTuple):
 
 
 def render(template: str, page: dict[str, Any]) -> bytes:
-    """A filled template; what it names and the page lacks is an error."""
+    """A filled template; a name in it that the page lacks is an error."""
     return _environment().get_template(template).render(page).encode()
 
 

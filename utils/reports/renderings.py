@@ -1,6 +1,6 @@
-"""A report's table as text: for the terminal, as LaTeX (booktabs), as Markdown.
+"""Renderings of a report's table: for the terminal, as LaTeX (booktabs), as Markdown.
 
-terminal_table(table)      # aligned columns; what is strong in the report ends in *
+terminal_table(table)      # aligned columns; strong fields end in *
 latex_table(table)         # \\begin{tabular} ... \\end{tabular}, strong fields in bold
 markdown_table(table)
 """

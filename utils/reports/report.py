@@ -59,8 +59,8 @@ def write_report(
         commands: cell -> command that repeats it.
         unfinished: "cell, seed 1993" -> why there is no result.
         about: what was run, as (heading, text).
-        keys: in which cells differ.
-        form: of the figures beside PNG, "pdf" or "svg".
+        keys: table of the keys in which cells differ.
+        form: format of figures in addition to PNG, "pdf" or "svg".
         hypotheses: by name; without any the report does not mention them.
         outdated: "cell, seed 1993" -> (what it differs in from the newest runs, command that runs it again).
 

@@ -5,9 +5,8 @@
     results.values("nested", "final")           # the cell's values by seed
     results.summary.loc["nested", "final"]      # mean, interval, difference from the baseline, verdict
 
-A *cell* is a named configuration that was run with several seeds. Differences are paired by seed, over runs
-of one provenance (`utils/runs/manifest.py`). Tables, figures and files of the report compute nothing
-themselves.
+A *cell* is a named configuration that is run with every seed. Differences are paired by seed, over runs of
+one provenance (`utils/runs/manifest.py`). Tables, figures and files of the report only show these numbers.
 """
 
 import math
@@ -30,16 +29,16 @@ UNLISTED_DIGITS = 3  # of a metric that the catalogue does not have
 
 @dataclass(eq=False)
 class Results:
-    """The finished runs of a sweep, at least one, with which `utils.runs.metrics.fault_of` finds no fault.
+    """The finished runs of a sweep, at least one, all without a fault by `utils.runs.metrics.fault_of`.
 
-    Cells stand in the table's order, also those without a finished run. UserError: the runs of a cell differ
-    in their number of tasks.
+    Cells are in the table's order, also those without a finished run. UserError: the runs of a cell differ in
+    their number of tasks.
     """
 
     cells: Mapping[str, Mapping[int, Mapping[str, Any]]]  # cell -> seed -> result.json
     metrics: Sequence[MetricSpec]  # of the runs' method, the main metric first
     baseline: str | None = None  # the cell that the others are compared with
-    origins: Mapping[str, Mapping[int, Provenance]] | None = None  # as runs ended; without it all are alike
+    origins: Mapping[str, Mapping[int, Provenance]] | None = None  # in the order of ends; None: all alike
 
     def __post_init__(self) -> None:
         """Order seeds, count tasks."""
@@ -63,7 +62,7 @@ class Results:
         return [cell for cell in self.cells if self.baseline not in (None, cell)]
 
     def spec(self, metric: str) -> MetricSpec:
-        """Specification of a metric; of one outside the catalogue, its key."""
+        """Specification of a metric; one outside the catalogue is named by its key."""
         return self._specs.get(metric) or MetricSpec(metric, metric, digits=UNLISTED_DIGITS)
 
     def tasks(self, cell: str) -> int:
@@ -104,16 +103,16 @@ class Results:
         return self.runs[metric].loc[cell].dropna().astype(float)
 
     def pairs(self, cell: str, metric: str, other: str, other_metric: str) -> pd.DataFrame:
-        """Columns "ours" and "theirs", by the seeds that both sides have, those `left_out` aside."""
+        """Columns "ours" and "theirs", by the seeds that both sides have, without those `left_out`."""
         sides = {"ours": self.values(cell, metric), "theirs": self.values(other, other_metric)}
         return pd.concat(sides, axis=1, join="inner").drop(list(self.left_out(cell, other)), errors="ignore")
 
     def left_out(self, cell: str, other: str) -> dict[int, list[str]]:
-        """seed -> kinds of provenance, for the seeds of two cells that are not paired.
+        """seed -> kinds of provenance that differ, for the seeds of two cells that are not paired.
 
-        All runs of a comparison, of both cells, have one provenance; where there are several, that of the
-        most seeds, the latest of equals. The kinds are those that differ between the two runs, or from what
-        is compared.
+        All paired runs, of both cells, have one provenance: of several that of the most seeds, of equals the
+        latest. The kinds are those in which the two runs of a seed differ or, if they agree, in which they
+        differ from the paired ones.
         """
         ours, theirs = ((self.origins or {}).get(name, {}) for name in (cell, other))
         unlike = {seed: ours[seed].unlike(theirs[seed]) for seed in ours if seed in theirs}

@@ -1,9 +1,9 @@
-"""A run's own page, `report.html` in its folder: what was run, numbers, figures, tasks, classes, keys, log.
+"""Page of a run, `report.html` in its folder: what was run, numbers, figures, tasks, classes, keys, log.
 
     write_run_report(run_folder, config, captions)
 
-It is made from the files of the run and from nothing else, and shows what they have: a run that is
-unfinished, of another kind or of an earlier version has fewer sections. Figures are those drawn last.
+It is made from the files of the run alone, and has only the sections for which these have content: fewer for
+a run that is unfinished, of another kind or of an earlier version. Figures are those drawn last.
 """
 
 import itertools
@@ -64,7 +64,7 @@ def write_run_report(folder: Path, config: RunConfig, captions: Mapping[str, str
 
     Args:
         config: the run's.
-        captions: what one sees in a figure, by file name, in the order of the page.
+        captions: captions of figures, by file name, in the order of the page.
 
     Raises:
         UserError: a file of the run is damaged.
@@ -75,10 +75,10 @@ def write_run_report(folder: Path, config: RunConfig, captions: Mapping[str, str
 
 
 def page_of(folder: Path, config: RunConfig, captions: Mapping[str, str]) -> dict[str, Any]:
-    """What the template shows of a run."""
+    """The values that the template `run.html` shows."""
     manifest, events = read_manifest(folder), read_metrics(folder)
     result = checked_result(folder, config.metrics) if (folder / RESULT).exists() else None
-    if result is not None and manifest.finished is None:  # the manifest says so last of all
+    if result is not None and manifest.finished is None:  # `finished` is written after this page
         manifest = manifest.model_copy(update={"finished": timestamp()})
     classes = read_classes(folder)
     log = text_log(folder)
@@ -111,7 +111,7 @@ def page_of(folder: Path, config: RunConfig, captions: Mapping[str, str]) -> dic
 
 
 def named_files(folder: Path, name: str) -> list[Path]:
-    """A file, or the one of validation images in its place, that is there."""
+    """Existing files of a name, for test and for validation images."""
     return [path for images in ("test", "validation") if (path := folder / keyed(images, name)).is_file()]
 
 
@@ -182,7 +182,7 @@ def _texts(values: Iterable[float], digits: int) -> list[str]:
 
 
 def hardest_table(classes: Classes) -> Table:
-    """The classes with the lowest accuracy, and what each is most often taken for."""
+    """The classes with the lowest accuracy, each with its most frequent wrong prediction."""
     per_class, counts, images = classes
     wrong, rows = counts - np.diag(counts.diagonal()), []
     for label, row in per_class.sort_values("accuracy", kind="stable").head(LISTED).iterrows():

@@ -1,9 +1,9 @@
-"""What a sweep's results say in sentences: facts, finding, legend, and how the numbers are meant.
+"""Sentences about a sweep's results: facts, finding, legend, and notes on how to read the numbers.
 
     print(finding(results, "nested mean"))    # "nested mean ends 2.00 points above matched adapter ..."
     print("\n".join(legend(results)))         # "A_N   accuracy over all classes after the last task (%) ..."
 
-All is computed from the results, whatever they say.
+All of it is computed from the results.
 """
 
 from collections import Counter
@@ -50,11 +50,11 @@ def facts(results: Results, unfinished: Mapping[str, str]) -> list[tuple[str, st
 
 
 def finding(results: Results, cell: str | None = None) -> str:
-    """How a cell ended against the baseline, how sure that is, and what is best: one sentence.
+    """One sentence: how a cell ended against the baseline, how certain that is, and which cell is best.
 
-    Both means are over the seeds that are paired, which are named where either cell has others; what is best
-    is told over all runs. Cells that are shown with the same mean are equally good; a cell of one task is an
-    upper bound and never the best.
+    Both means are over the paired seeds, which are named if either cell has others; the best is over all
+    runs. Cells that are shown with the same mean are equally good; a cell of one task is an upper bound and
+    never the best.
 
     cell: by default the best other than the baseline in the main metric.
     """
@@ -92,7 +92,7 @@ def finding(results: Results, cell: str | None = None) -> str:
 
 
 def legend(results: Results) -> list[str]:
-    """A line on what each column of the console's table is."""
+    """A line that defines each column of the console's table."""
     specs = measured(results, Shown.CONSOLE)
     longest = max(len(spec.name) for spec in specs)
     lines = [f"{spec.name:<{longest}}   {spec.definition}" for spec in specs]
@@ -102,7 +102,7 @@ def legend(results: Results) -> list[str]:
 
 
 def weights_notes(results: Results) -> list[str]:
-    """What must be known of the pretrained weights beside any number, a sentence for each that needs one."""
+    """Notes on pretrained weights that must stand beside any number, a sentence for each."""
     every = [result["weights"].get("note") for runs in results.cells.values() for result in runs.values()]
     return [f"{note[0].upper()}{note[1:]}." for note in dict.fromkeys(every) if note]
 

@@ -72,7 +72,7 @@ def paired_difference(pairs: pd.DataFrame) -> Estimate:
 
 
 def holm(p_values: pd.Series) -> pd.Series:
-    """Holm's step-down adjustment of the p values of one family of comparisons; missing ones are no members.
+    """Holm's step-down adjustment of the p values of one family of comparisons; missing ones are ignored.
 
     With p_(1) <= ... <= p_(m): adjusted p_(i) = max_{j <= i} min(1, (m - j + 1) p_(j)). Calling those below
     0.05 different calls one wrongly so with a probability of at most 0.05 in the whole family. Source: S.

@@ -1,4 +1,4 @@
-"""Tables of a sweep's report, as plain texts that its templates escape.
+"""Tables of a sweep's report, with plain texts that its templates escape.
 
 table = means_table(results)
 table.rows[0][2]               # Entry("44.39 ± 1.20", strong=True): the best mean of its column
@@ -45,9 +45,9 @@ def frame_table(frame: pd.DataFrame, note: str = "") -> Table:
 
 
 def means_table(results: Results, place: Shown = Shown.MEANS) -> Table:
-    """A row per cell: n, then mean ± std of each metric over seeds; the best of what is compared is strong.
+    """A row per cell: n, then mean ± std of each metric over seeds; the best of a compared metric is strong.
 
-    Where fewer runs than n have a number, it says how many. A metric that no run has is left out.
+    If fewer than n runs have a number, their number follows. A metric that no run has is left out.
     """
     shown = measured(results, place)
     best = {spec.key: results.best(spec.key) for spec in shown if spec.shown >= Shown.DIFFERENCES}
@@ -116,7 +116,7 @@ def runs_table(results: Results) -> Table:
 
 
 def measured(results: Results, place: Shown) -> list[MetricSpec]:
-    """The catalogue's metrics that are shown in a place, those that no run has left out."""
+    """The catalogue's metrics that are shown in a place and that some run has."""
     found = results.runs.columns[results.runs.notna().any()]
     return [spec for spec in _shown(results, place) if spec.key in found]
 

@@ -4,9 +4,9 @@
     comparison.results                    # as of a sweep: its cells are the groups
     write_comparison(comparison, Path("logs/comparisons/sema-ranpac"))
 
-A group is the runs whose configurations differ in nothing but the seed and keys that change no number
-(`RunConfig.experiment`). It is named by the fewest keys that tell it from the others. Groups are paired by
-seed. Code and libraries may differ between runs, which is told; what the numbers are about may not.
+A group is the runs whose configurations differ only in the seed and in keys that change no result
+(`RunConfig.experiment`). It is named by the fewest keys that distinguish it from the others. Groups are
+paired by seed. Code and libraries may differ between runs, which is reported; data and tasks may not.
 """
 
 import hashlib
@@ -39,7 +39,7 @@ HASH = 8  # characters
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A run with a result: its folder, what it was made with, and what came out."""
+    """A run with a result: its folder, configuration, result, provenance, and what it was evaluated on."""
 
     folder: Path
     config: RunConfig
@@ -49,7 +49,7 @@ class FinishedRun:
 
     @property
     def experiment(self) -> dict[str, Any]:
-        """Key -> value of what it may differ in from runs of other groups; weights by name and hash."""
+        """Key -> value by which runs are grouped: its experiment, with weights by name and hash."""
         sha256 = self.origin.hashes.get("weights", {}).get("sha256", "")[:HASH]
         weights = {"weights": f"{self.result['weights'].get('tag')} {sha256}"} if sha256 else {}
         return self.config.experiment() | weights
@@ -59,11 +59,11 @@ class Comparison(NamedTuple):
     """Groups of runs and their results.
 
     Attributes:
-        groups: name -> seed -> run, in the order in which they were given.
-        keys: the table of the keys in which groups differ.
-        results: those of the groups, as of a sweep's cells.
+        groups: name -> seed -> run, in the given order.
+        keys: table of the keys in which groups differ.
+        results: results of the groups, as of a sweep's cells.
         unfinished: folder -> why it is left out.
-        notes: sentences about code and libraries that are not the same.
+        notes: sentences about code and libraries that differ.
     """
 
     groups: Mapping[str, Mapping[int, FinishedRun]]
@@ -76,7 +76,7 @@ class Comparison(NamedTuple):
 def compare_runs(
     folders: Sequence[Path], read_config: Callable[[Path], RunConfig], baseline: str | None = None
 ) -> Comparison:
-    """The finished runs in folders, grouped by what they differ in beside their seed.
+    """The finished runs in folders, grouped by what they differ in besides their seed.
 
     Args:
         folders: run folders, or folders that hold some at any depth, such as a sweep's.
@@ -134,10 +134,7 @@ def runs_below(folders: Iterable[Path]) -> list[Path]:
 
 
 def _runs_in(folder: Path) -> Iterator[Path]:
-    """The folder itself if it is a run's, else those in it.
-
-    None of them lies in a run, as an export does, or waits for a newer one that replaces it.
-    """
+    """The folder itself if it is a run's, else run folders in it, but none inside runs and no replaced one."""
     for place, names, files in os.walk(folder):
         names[:] = sorted(name for name in names if REPLACED not in name and not name.startswith("."))
         if CONFIG in files:
@@ -146,7 +143,7 @@ def _runs_in(folder: Path) -> Iterator[Path]:
 
 
 def group_names(experiments: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A short name for each of several different experiments: the fewest keys that tell it from the others.
+    """A short name for each of several different experiments: the fewest keys that distinguish it.
 
     The method comes first, by its value alone, where there are several: `ranpac`, `sema, init_lr=0.01`.
     """
@@ -154,7 +151,7 @@ def group_names(experiments: Sequence[Mapping[str, Any]]) -> list[str]:
     names = []
     for experiment in experiments:
         alike = by_method[experiment[METHOD]]
-        keys = [key for key in _telling_keys(alike) if key in experiment]
+        keys = [key for key in _distinguishing_keys(alike) if key in experiment]
         for key in list(keys):
             fewer = [other for other in keys if other != key]
             if fewer and sum(_shown(experiment, fewer) == _shown(other, fewer) for other in alike) == 1:
@@ -244,22 +241,22 @@ def _baseline(given: str | None, groups: Mapping[str, Mapping[int, FinishedRun]]
     raise UserError(f"--baseline {given}: {no_such('group', given, list(groups))}")
 
 
-def _telling_keys(experiments: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The fewest keys that tell experiments apart, chosen one by one, of those that all have if possible.
+def _distinguishing_keys(experiments: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Few keys that distinguish experiments, chosen greedily, preferably of those that all experiments have.
 
-    They are in the order of the configs; to have no such key differs from any value.
+    They are in the order of the configs; a missing key differs from any value.
     """
 
-    def told_apart(names: Sequence[str]) -> int:
+    def distinct(names: Sequence[str]) -> int:
         return len({_shown(experiment, names) for experiment in experiments})
 
     def gain(name: str) -> tuple[bool, int]:
-        more = told_apart([*chosen, name])
-        return more > told_apart(chosen) and all(name in experiment for experiment in experiments), more
+        more = distinct([*chosen, name])
+        return more > distinct(chosen) and all(name in experiment for experiment in experiments), more
 
     names = dict.fromkeys(name for experiment in experiments for name in experiment)
-    varying, chosen = [name for name in names if told_apart([name]) > 1], []
-    while told_apart(chosen) < len(experiments):
+    varying, chosen = [name for name in names if distinct([name]) > 1], []
+    while distinct(chosen) < len(experiments):
         chosen.append(max(varying, key=gain))
     return sorted(chosen, key=varying.index)
 

@@ -1,4 +1,4 @@
-"""CPU seconds and seconds of whole runs: every cell of a sweep as a process of its own, one after the other.
+"""Cost of whole runs in CPU seconds and seconds: every cell of a sweep as its own process, one after another.
 
     python main.py --benchmark --sweep exps/sweeps/costs.json
 
@@ -44,7 +44,7 @@ def run_costs(
 ) -> Iterator[str]:
     """The table of a sweep, line by line: the imports of a run, then every cell with the first seed.
 
-    Figures are medians of the repeats. Raises UserError: the sweep is wrong, or a run failed; it holds the
+    Numbers are medians of the repeats. Raises UserError: the sweep is wrong, or a run failed; it quotes the
     last line that the run printed.
     """
     with tempfile.TemporaryDirectory() as scratch:
@@ -73,7 +73,7 @@ def run_costs(
 
 
 def run_cost(name: str, arguments: Sequence[str], environment: Mapping[str, str]) -> tuple[float, float]:
-    """CPU seconds (user and system) of a Python process beside main.py, and seconds on the clock."""
+    """CPU seconds (user and system) and wall-clock seconds of a Python process, started beside main.py."""
     before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     done = subprocess.run(
         [sys.executable, *arguments], cwd=MAIN.parent, env=environment, capture_output=True, text=True

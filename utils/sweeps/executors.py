@@ -40,7 +40,7 @@ RAY_OBJECT_BYTES = 10**8  # shared memory for a Ray of our own: nothing but exit
 
 @dataclass(frozen=True)
 class Resources:
-    """Resources of one run: threads, GB (10^9 bytes) of memory, and whether any GPU is to be given to it."""
+    """Resources of one run: threads, GB (10^9 bytes) of memory, and whether it gets a GPU if there are any."""
 
     threads: int
     memory_gb: float
@@ -84,8 +84,9 @@ class LocalExecutor(AbstractContextManager):
 
     Where there are GPUs, a job that wants one sees a single one; more jobs than GPUs share them in turn.
 
-    imports: what the jobs' scripts import (`Starter`), all with the threads of `resources`; they are forked
-        then, on Linux without GPUs. With none, and elsewhere, each is started anew.
+    imports: modules that jobs import (`Starter`); on Linux without GPUs jobs are then forked from a process
+        that has imported them, with the threads of `resources`. Without any, and elsewhere, each is started
+        anew.
     """
 
     def __init__(
@@ -181,7 +182,7 @@ EXECUTORS: dict[str, type[LocalExecutor] | type[RayExecutor]] = {"local": LocalE
 def run_process(job: Job, gpu: str | None = None, starter: Starter | None = None) -> Outcome | None:
     """Run a job's process to its end, passing on every request to stop; None if one came before it started.
 
-    gpu: the only one it sees. starter: what forks it, a Python script then, with the starter's variables.
+    gpu: the only GPU it sees. starter: forks it, as a Python script, with the starter's environment.
 
     The process leads a group of its own, so a Ctrl-C in the terminal does not reach it. It is stopped by
     SIGTERM, to which runs react as to Ctrl-C: Ray's workers block SIGINT, and their processes inherit that.
@@ -230,7 +231,7 @@ def request_stop(stop: Path) -> None:
 
 
 def jobs_at_once(resources: Resources, cores: int, memory_gb: float, gpus: int) -> int:
-    """Runs that fit side by side by cores, memory and GPUs (if there are any), at least one."""
+    """Number of runs that fit side by side in cores, memory and GPUs (if there are any), at least one."""
     fitting = min(cores // resources.threads, int(memory_gb / resources.memory_gb))
     return max(1, min(fitting, gpus) if gpus else fitting)
 

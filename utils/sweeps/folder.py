@@ -1,4 +1,4 @@
-"""Folder of a sweep: its table, its runs and how far they are, its report.
+"""Folder of a sweep: its table, its runs with their progress, its report.
 
 `<logs_root>/sweeps/<the file's name>/` holds
 
@@ -57,12 +57,12 @@ from utils.wording import as_typed
 logger = logging.getLogger("nested_lora")
 
 CONSOLE_WIDTH = 100
-FREE = ("description", "trackers", "figure_format")  # keys that may change between starts of a sweep
+FREE = ("description", "trackers", "figure_format")  # keys that may differ from the config of a begun run
 
 
 @dataclass(frozen=True)
 class SweepRun:
-    """One cell with one seed: its config, where its files are, and how far it is."""
+    """One run of a sweep: a cell with a seed, its config, its files and its progress."""
 
     cell: Cell
     seed: int
@@ -83,7 +83,7 @@ class SweepRun:
 
     @property
     def finished(self) -> bool:
-        """Whether there is a result; `is_complete` asks for the figures, too."""
+        """Whether there is a result; `is_complete` also requires the figures."""
         return (self.folder / RESULT).exists()
 
     def result(self) -> dict[str, Any]:
@@ -119,7 +119,7 @@ def check_runs(runs: Sequence[SweepRun]) -> None:
 
 
 def refuse_running(sweep: Sweep) -> None:
-    """UserError where a run of the sweep is at work, also one whose sweep was killed."""
+    """UserError if a run of the sweep is still being written, even if the sweep itself was killed."""
     for path in sorted((sweep.folder / "runs").rglob(".*.lock")):
         with FolderLock(path.with_name(path.name[1 : -len(".lock")])):
             pass
@@ -128,10 +128,10 @@ def refuse_running(sweep: Sweep) -> None:
 def prepare_folder(sweep: Sweep, runs: Sequence[SweepRun], overwrite: bool) -> None:
     """Write `sweep.json` and the config of every run; runs that left the table are named in the log.
 
-    With `overwrite` the sweep's earlier folder is set aside first, and is back where this fails. A new folder
-    holds `sweep.json` from its first moment on, and is gone where this fails.
+    With `overwrite` the sweep's earlier folder is set aside first; if this fails, it is restored and the new
+    folder removed. A new folder holds `sweep.json` from its first moment on.
 
-    Raises UserError: the folder to be replaced holds other things than a sweep.
+    Raises UserError: the folder to be replaced is no sweep's.
     """
     folder = sweep.folder
     if overwrite and os.path.lexists(folder):
@@ -204,7 +204,7 @@ def write_summary(sweep: Sweep, runs: Sequence[SweepRun], failures: Mapping[str,
 
 
 def closing_lines(sweep: Sweep, results: Results, paths: Sequence[Path], complete: bool) -> list[str]:
-    """Table, finding, places of curves and report, and, when all runs are finished, what one may do next."""
+    """Table, finding, paths of curves and report and, when all runs are finished, commands to go on with."""
     names = [spec.name for spec in measured(results, Shown.CONSOLE)]  # the legend tells the units
     table = means_table(results, Shown.CONSOLE)._replace(headings=["cell", "n", *names])
     lines = [terminal_table(table), "", *legend(results), ""]

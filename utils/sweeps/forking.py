@@ -1,4 +1,4 @@
-"""Starter: a process that has imported what scripts need, and forks a process for each one that is to run.
+"""Starter: a process that has imported the modules that scripts need, and forks a process for each script.
 
     with Starter(["trainer"], {**os.environ, "OMP_NUM_THREADS": "1"}) as starter, open("out", "ab") as out:
         process = starter.start(["/.../main.py", "--config", "X.json"], Path.cwd(), out)
@@ -6,8 +6,8 @@
         process.send_signal(signal.SIGTERM)
 
 A script runs as `python main.py ...` would run it, in a process of its own with its own memory, signals and
-exit code, without the seconds that imports take. It inherits nothing that a script before it has changed: the
-starter only imports. It computes nothing, so it has no threads, CUDA context or choice of CPU kernels either.
+exit code, without the seconds that imports take. Scripts cannot influence each other, as the starter only
+imports; it computes nothing, so it has no threads, CUDA context or choice of CPU kernels to inherit.
 On Linux only (`FORKS`): elsewhere there is no fork, or loaded libraries do not survive it.
 """
 
@@ -81,7 +81,7 @@ class Starter(AbstractContextManager):
 class ForkedProcess:
     """Process that a starter forks, or will fork when it has imported; like `subprocess.Popen`.
 
-    Its first message is its pid, to which we answer that it may begin; the starter adds its exit code.
+    It sends its pid and waits for an answer before it begins; later the starter sends its exit code.
     """
 
     def __init__(self, connection: socket.socket) -> None:
@@ -160,7 +160,7 @@ def serve(requests: socket.socket, names: Sequence[str]) -> list[str] | None:
 
 
 def begin(connection: socket.socket, output: int) -> None:
-    """Make a forked process one of its own, once the sweep knows its pid; it ends where nobody answers."""
+    """Detach a forked process from the starter, once the sweep knows its pid; without an answer it ends."""
     os.setpgid(0, 0)
     with connection, suppress(ConnectionError):
         connection.send(str(os.getpid()).encode())

@@ -1,12 +1,12 @@
-"""Runner of a sweep: skips what is finished, resumes what broke off, goes on after a failure.
+"""Runner of a sweep: it skips finished runs, resumes interrupted ones, and goes on after a failure.
 
     sweep = load_sweep("exps/sweeps/smoke.json", [], schemas)
     code = run_sweep(sweep, "local", jobs=None, address=None, overwrite=False, imports=[])
     report_sweep(sweep)          # the report again, no run
 
 Every run is a process of its own (`utils/sweeps/executors.py`), started seed by seed, so that all cells can
-be compared early. Ctrl-C, SIGTERM and SIGHUP go to the runs, too, which save; called again, the sweep goes
-on.
+be compared early. Ctrl-C, SIGTERM and SIGHUP are passed on to the runs, which save; called again, the sweep
+goes on.
 """
 
 import errno
@@ -54,9 +54,9 @@ from utils.wording import duration
 logger = logging.getLogger("nested_lora")
 
 MAIN = Path(__file__).resolve().parents[2] / "main.py"
-FULL_DISK = 2**20  # bytes left on a disk on which little can be written any more
-CUT_SHORT = "stopped"
-STOP = "stop"
+FULL_DISK = 2**20  # a disk with fewer free bytes counts as full
+CUT_SHORT = "stopped"  # reason of a run that was interrupted
+STOP = "stop"  # name of the file that counts requests to stop
 
 
 def run_sweep(
@@ -65,11 +65,11 @@ def run_sweep(
     """Run what the sweep has not finished yet, then write its report; 0 done, 1 some failed, 130 stopped.
 
     Args:
-        engine: a name in `EXECUTORS`; jobs, address and imports are what it is given.
+        engine: a key of `EXECUTORS`, which gets jobs, address and imports.
         overwrite: run everything anew; earlier results are set aside until that is finished.
 
-    Raises UserError: a cell is not what its run folder was made with, the sweep or a run of it still goes on,
-    or the executor is not available, and nothing was started; or the disk refused something.
+    Raises UserError before anything is started: a run folder was made with another config than its cell has,
+    the sweep or a run of it is still running, or the executor is not available; and later for disk errors.
     """
     options = {"--engine": engine if engine != "local" else None, "--jobs": jobs, "--ray-address": address}
     given = [part for option, value in options.items() if value is not None for part in (option, str(value))]
@@ -95,9 +95,9 @@ def run_sweep(
 
 @contextmanager
 def opened(sweep: Sweep, overwrite: bool = False) -> Iterator[tuple[list[SweepRun], list[SweepRun]]]:
-    """All runs of a sweep and those to do, in a context in which no other process writes its folder.
+    """Context with all runs of a sweep and those still to do, in which no other process writes its folder.
 
-    Raises UserError: a run does not fit the table, or the sweep or a run of it is at work.
+    Raises UserError: a run does not fit the table, or the sweep or a run of it is being written.
     """
     require_trackers([name for cell in sweep.cells for name in cell.config.trackers])
     sweep.folder.parent.mkdir(parents=True, exist_ok=True)
@@ -112,7 +112,7 @@ def opened(sweep: Sweep, overwrite: bool = False) -> Iterator[tuple[list[SweepRu
 
 
 def space_for(runs: Sequence[SweepRun]) -> str:
-    """A sentence about the disk that runs will take. UserError: it is too small, or data or weights lack."""
+    """Sentence about the disk space of runs. UserError: too little of it, or missing data or weights."""
     configs = [run.config for run in runs]
     needs = {tuple(str(getattr(config, name)) for name in config.asset_keys): config for config in configs}
     missing = dict.fromkeys(sentence for config in needs.values() for sentence in config.missing_assets())
@@ -122,10 +122,10 @@ def space_for(runs: Sequence[SweepRun]) -> str:
 
 
 def commands_of(sweep: Sweep) -> list[str]:
-    """A complete shell command for each run that is to do, in order; nothing is started.
+    """A complete shell command for each run still to do, in order; nothing is started.
 
-    Each starts its run or continues it, and can be given again. The configs they name are written. Errors are
-    those of `run_sweep`.
+    Each starts its run or continues it, and can be repeated. The configs that they name are written. Errors
+    are those of `run_sweep`.
     """
     with opened(sweep) as (runs, waiting):
         if waiting:
@@ -139,7 +139,7 @@ def commands_of(sweep: Sweep) -> list[str]:
 
 
 def report_sweep(sweep: Sweep) -> None:
-    """Write the report of what is finished again. UserError: nothing is, or a run does not fit the table."""
+    """Write the report of finished runs again. UserError: there is none, or a run does not fit the table."""
     runs = runs_of(sweep)
     check_runs(runs)
     if not any(run.finished for run in runs):
@@ -148,13 +148,13 @@ def report_sweep(sweep: Sweep) -> None:
 
 
 def resources_of(sweep: Sweep, runs: Sequence[SweepRun]) -> Resources:
-    """Resources that each of the runs may need; a run whose config names its GPU keeps that."""
+    """Resources of each of the runs; one whose config names a GPU gets none assigned."""
     gpu = any(str(run.cell.config.device).lower() in ("auto", "cuda") for run in runs)
     return Resources(sweep.file.threads, sweep.file.memory_gb, gpu)
 
 
 def log_beginning(sweep: Sweep, runs: Sequence[SweepRun]) -> None:
-    """Log what is replaced, keys without effect, and changes of code or libraries since the finished runs."""
+    """Warn of replaced folders, keys without effect, and changes of code or libraries since finished runs."""
     notes = grouped((cell.name, note) for cell in sweep.cells for note in cell.notes)
     cell_notes = [f"{'; '.join(names)}: {note}" for note, names in notes.items()]
     for text in [*waiting_notes(sweep.folder), *cell_notes]:
@@ -166,7 +166,7 @@ def log_beginning(sweep: Sweep, runs: Sequence[SweepRun]) -> None:
 def run_all(
     executor: LocalExecutor | RayExecutor, sweep: Sweep, waiting: Sequence[SweepRun], runs: Sequence[SweepRun]
 ) -> tuple[dict[str, str], bool]:
-    """Run in order what is waiting of all runs: failures (label -> reason), and whether to stop was asked."""
+    """Run `waiting`, part of `runs`, in order: failures (label -> reason), and whether to stop was asked."""
     failures: dict[str, str] = {}
     finished, total = sum(is_complete(run.folder) for run in runs), len(runs)
     bar = progress(total=total, initial=finished, desc=sweep.path.stem, unit="run", leave=True)
@@ -194,7 +194,7 @@ def run_all(
 
 
 def as_they_end(futures: Sequence[Future], tick: Callable[[], object]) -> Iterator[Future]:
-    """Futures in the order in which they end; a signal just before a wait is handled after its timeout.
+    """Futures in the order in which they end; waits time out, so that signals are handled in between.
 
     tick: called between waits.
     """
@@ -206,7 +206,7 @@ def as_they_end(futures: Sequence[Future], tick: Callable[[], object]) -> Iterat
 
 
 def job_of(sweep: Sweep, run: SweepRun) -> Job:
-    """Job that starts a run in its place, or resumes it where it broke off."""
+    """Job that starts a run, or resumes it from its last checkpoint."""
     anew = ("--config", str(run.config_path), "--overwrite")
     arguments = ("--resume", str(run.folder)) if run.started else anew
     details = ("--verbose",) if logger.isEnabledFor(logging.DEBUG) else ()
@@ -221,7 +221,7 @@ def job_of(sweep: Sweep, run: SweepRun) -> Job:
 
 
 def failure_reason(run: SweepRun, future: Future) -> str | None:
-    """Why an ended run is not complete, as part of a sentence; None for a success."""
+    """Why a run whose process has ended is not complete, as part of a sentence; None for a success."""
     try:
         code, last_line = future.result()
     except OSError as error:
@@ -249,7 +249,7 @@ def result_line(run: SweepRun) -> str:
 def finish(
     sweep: Sweep, runs: Sequence[SweepRun], failures: Mapping[str, str], stopped: bool, again: str
 ) -> int:
-    """Write the report, log how the sweep ended, return its exit code; again: the command that goes on."""
+    """Write the report, log the outcome, return the exit code; again: command that continues the sweep."""
     complete = sum(is_complete(run.folder) for run in runs)
     outcome, code = f"{complete} of {len(runs)} runs are finished", 0
     if complete == len(runs):

@@ -1,4 +1,4 @@
-"""Sweep file: a table of cells, each run with every seed, checked completely before anything runs.
+"""Sweep: a table of cells from a file, each run with every seed, checked completely before anything runs.
 
     sweep = load_sweep("exps/sweeps/smoke.json", [], schemas)
     [cell.name for cell in sweep.cells]        # the rows of the table
@@ -76,7 +76,7 @@ class SweepFile(BaseModel):
     )
     hypotheses: NamedKeys = key({}, "Name -> keys of `Hypothesis`; the report answers each.", NAMED_KEYS)
     next: dict[str, Text] = key(
-        {}, "What one may want next -> its command, told at the end; {folder} is the sweep's.", TEXTS
+        {}, "Suggested next step -> its command, logged at the end; {folder} is the sweep's.", TEXTS
     )
     threads: int = key(1, "Threads of each run, and cores reserved for it.", ge=1, le=1024)
     memory_gb: float = key(3.0, "Memory that a run may need, in GB (10^9 bytes).", gt=0, le=1e6)
@@ -84,7 +84,7 @@ class SweepFile(BaseModel):
 
 @dataclass(frozen=True)
 class Cell:
-    """Row of the table: its name, the name's form for paths, its config, and lines worth logging about it."""
+    """Row of the table: its name, the name in paths, its config, and notes to log about it."""
 
     name: str
     slug: str
@@ -100,7 +100,7 @@ class Cell:
 class Sweep:
     """Checked table; `folder` holds everything the sweep writes, `command` runs it or continues it.
 
-    only, seeds: names and seeds of the runs that are to do; empty for all of the table.
+    only, seeds: names and seeds of the runs to do; empty for all of the table.
     """
 
     path: Path
@@ -113,7 +113,7 @@ class Sweep:
     seeds: Sequence[int] = ()
 
     def chooses(self, cell: Cell, seed: int) -> bool:
-        """Whether a run of the table is to do, if it is not finished."""
+        """Whether a run of the table is among those to do."""
         return (not self.only or cell.name in self.only) and (not self.seeds or seed in self.seeds)
 
     def table(self) -> dict[str, Any]:
@@ -193,7 +193,7 @@ def load_sweep(
 
 
 def slug_of(name: str) -> str:
-    """A name as part of a path: letters, digits, `_.=+-`; a digest tells apart what is cut or left out.
+    """A name as part of a path: letters, digits, `_.=+-`; a digest is added to names that are cut or empty.
 
     `nested, nested_lora_rank=4` -> `nested-nested_lora_rank=4`
     """
@@ -209,8 +209,8 @@ def _read_chain(
 ) -> CheckedObject:
     """The keys of a sweep file, over those of its base where that is a sweep; bases become absolute paths.
 
-    The base's description and what it says is next are its own. `set`, `cells` and each cell are joined key
-    by key. inheriting: real paths of the files that name this one as their base.
+    A base's "description" and "next" are not inherited. `set`, `hypotheses`, `cells` and each cell are merged
+    key by key. inheriting: real paths of the files that name this one as their base.
     """
     sound, faulty, problems = read_object(path, SweepFile)
     chain = (*inheriting, os.path.realpath(path))
@@ -267,7 +267,7 @@ def _rows(file: SweepFile, path: Path) -> Iterator[tuple[str, Any, list[tuple[st
 
 
 def _base_path(path: Path, base: Any) -> Path:
-    """The file that a row names as its base. Raises ConfigError where the name can be no path's."""
+    """The file that a row names as its base. Raises ConfigError where the name cannot be a path."""
     try:
         return base_of(path, base)
     except ValueError as error:
@@ -299,7 +299,7 @@ def _owned_keys(file: SweepFile, overrides: Sequence[str]) -> Iterator[str]:
 
 
 def _mixed_metrics(cells: Sequence[Cell]) -> Iterator[str]:
-    """The problem of cells whose numbers are different things."""
+    """The problem of cells with different metrics."""
     kinds = grouped((cell.name, cell.config.metrics[0].key) for cell in cells)
     if len(kinds) > 1:
         each = "; ".join(f"{kind}: {_named(names)}" for kind, names in kinds.items())
