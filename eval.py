@@ -1,11 +1,11 @@
-"""Look at a run again: figures from its files, accuracy from its checkpoints, nothing trained.
+"""Evaluation of finished runs: figures from their files, accuracy from their checkpoints; nothing is trained.
 
 python eval.py --run FOLDER                          tables, figures, and the last checkpoint tested again
 python eval.py --run FOLDER --recorded               tables and figures of what the run wrote, in seconds
 python eval.py --run FOLDER --report                 its page, FOLDER/report.html, written again
 python eval.py --run FOLDER FOLDER ...               several seeds: mean ± std of those that are finished
 python eval.py --compare FOLDER FOLDER ... --latex   runs that differ in more than their seed, in a table
-python eval.py --run FOLDER ... --test               test images, of runs measured on validation images so far
+python eval.py --run FOLDER ... --test               test accuracy of runs measured on validation images
 python eval.py --checkpoint FOLDER/checkpoints/task_04   the model as that task left it
 python eval.py --run FOLDER --analyse cka grassmann probes   what its representations did, task after task
 python eval.py --run FOLDER --analyse cka grassmann probes units samples   a run on grids, at its end
@@ -15,7 +15,7 @@ python eval.py --run FOLDER --export onnx            also timm, torchscript: a m
 FOLDER is a run's, such as logs/sema/mnist_5k/0/2/sema_growth_demo_1993_vit_small_patch14_reg4_dinov2.
 """
 
-# What needs PyTorch is imported inside functions, so that --help and usage errors answer at once.
+# What needs PyTorch is imported inside functions, so that --help and usage errors are answered at once.
 
 import argparse
 import shlex
@@ -29,7 +29,7 @@ from utils.errors import AGAIN, UserError, exit_code
 from utils.stop import abrupt_interrupts
 from utils.training.late_compiler import import_networks
 
-TAKES = {  # options that each command takes beside its own; the first one given decides
+TAKES = {  # command -> options that it takes besides its own; the first one given decides
     "predict": ("run", "checkpoint", "out", "top"),
     "export": ("run", "checkpoint", "out"),
     "analyse": ("run", "images-per-class"),
@@ -118,15 +118,15 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def usage_fault(options: argparse.Namespace) -> str:
     """A sentence about options that do not go together; empty where they do."""
-    command, runs, least = chosen_command(options, TAKES), options.run or [], options.images_per_class
+    command, runs, images = chosen_command(options, TAKES), options.run or [], options.images_per_class
     if not (runs or options.checkpoint or options.compare):
         return "one of --run FOLDER, --checkpoint FOLDER and --compare FOLDER ... is needed"
     if options.latex and options.markdown:
         return "--latex and --markdown: one of them"
     if command in ONE_RUN and len(runs) + bool(options.checkpoint) != 1:
         return f"--{command} looks at one --run FOLDER"
-    if least is not None and least < 2:
-        return f"--images-per-class {least}: at least 2, half of them test the probes"
+    if images is not None and images < 2:
+        return f"--images-per-class {images}: at least 2, half of them test the probes"
     return refused_options(options, TAKES, "--run")
 
 
@@ -144,7 +144,7 @@ def way_out(name: str, values: list[str]) -> str:
 
 
 def answer(options: argparse.Namespace) -> Iterable[str]:
-    """What the chosen command shows, as lines of text."""
+    """The output of the chosen command, as lines of text."""
     command, folder = chosen_command(options, TAKES), next(iter(run_folders(options)), None)
     if command == "predict":
         from models.saved.prediction import show_predictions
@@ -181,7 +181,7 @@ def run_folders(options: argparse.Namespace) -> list[Path]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Show what the command line asks for; the exit code: 0 done, 2 a mistake to mend."""
+    """Run the command; returns the exit code: 0 done, 2 a mistake to mend."""
     prepare_console()
 
     def show() -> None:

@@ -18,10 +18,10 @@ python main.py --benchmark --sweep exps/sweeps/costs.json        what whole runs
 python main.py --list keys --method sema                         config keys, what they allow and mean
 python main.py --list configs                                    also: methods, datasets, backbones, metrics
 
-FILE is looked for in the current folder, then in that of main.py; all other paths mean the current folder.
+FILE is looked for in the current folder, then in that of main.py; other paths start at the current folder.
 """
 
-# PyTorch and what needs it are imported when the config is known to be sound: mistakes are answered at once.
+# PyTorch and what needs it are imported after the config is checked, so that mistakes are reported at once.
 
 import argparse
 import contextlib
@@ -54,7 +54,7 @@ from utils.wording import as_typed
 
 DEFAULT = "exps/quickstart.json"  # a sweep
 AUTO = "auto"  # instead of a folder to resume
-TAKES = {  # options that each command takes beside its own; the first one given decides, else "run"
+TAKES = {  # command -> options that it takes besides its own; the first one given decides, else "run"
     "list": ("method", "format"),
     "extend": ("set", "data", "overwrite", "verbose"),
     "resume": ("config", "set", "verbose"),
@@ -113,7 +113,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add(
         "--benchmark",
         action="store_true",
-        help="measure what a configuration's steps, or a sweep's runs, cost",
+        help="measure the time of a configuration's steps, or of a sweep's runs",
     )
     add("--repeats", type=at_least_one, metavar="N", help="with --benchmark: of each step (5) or run (1)")
     add("--profile", type=given_path, metavar="FOLDER", help="with --benchmark: a trace of a training step")
@@ -130,9 +130,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def choose_file(options: argparse.Namespace) -> None:
-    """Give `config` or `sweep` the file that FILE, --method and --dataset, or nothing at all stand for.
+    """Set `config` or `sweep` from FILE, from --method and --dataset, or without any to the default sweep.
 
-    Raises UserError: two files are given, or one of the other kind than its option says.
+    Raises UserError: two files are given, or one that is not of the kind that its option takes.
     """
     from models import SCHEMAS
     from utils.config.experiments import kind_of, located, shipped_file
@@ -226,14 +226,14 @@ def way_out(name: str, values: list[str]) -> str:
 
 
 def show(lines: Iterable[str]) -> int:
-    """Print lines as they come; the exit code."""
+    """Print lines as they come; returns the exit code 0."""
     for line in lines:
         print(line, flush=True)
     return 0
 
 
 def run_sweep(options: argparse.Namespace) -> int:
-    """Run a table of experiments, or report on it; the exit code."""
+    """Run a table of experiments, or report on it; returns the exit code."""
     from models import METHODS, SCHEMAS
     from utils.sweeps.spec import load_sweep
 
@@ -295,7 +295,7 @@ def list_lines(options: argparse.Namespace) -> list[str]:
 
 
 def load(options: argparse.Namespace) -> Any:
-    """The checked config of the command line; raises UserError for all its mistakes, or for its method."""
+    """The checked config. UserError: all of its mistakes, or advice where --set changes the method."""
     from models import SCHEMAS
     from utils.config.experiments import advice_on_method
     from utils.config.loading import load_config
@@ -367,7 +367,7 @@ def main(arguments: list[str] | None = None) -> int:
                 trainer.train_seeds(loaded, context, options.overwrite, go_on=options.resume == AUTO)
         return 0
 
-    return exit_code(work, tells=lambda: first or together)  # a mistake that all processes meet is told once
+    return exit_code(work, tells=lambda: first or together)  # an error of all processes is printed once
 
 
 if __name__ == "__main__":

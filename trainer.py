@@ -1,4 +1,4 @@
-"""The story of a run: tasks one after the other, evaluation at the end of each, record and checkpoints.
+"""Runs from start to end: tasks one after the other, each with evaluation, record and checkpoint.
 
     result = train(config)                        # a run in a new folder; the content of its result.json
     result = resume(Path("logs/sema/..."))        # goes on from the last checkpoint of a run folder
@@ -6,10 +6,10 @@
     learner = make_learner(config)                # data, backbone and modules; nothing is written
     train_seeds(loaded, context)                  # as `main.py --config`: every seed, then the mean
 
-A run's context says where it computes; without one, what its config asks for, in this process. A run that
-cannot have its data, weights or device raises UserError before any folder is made; one that a signal stops
-saves, then raises Interrupted. The methods are in `models/`. What a run leaves behind is described in
-`utils/runs/run_log.py`.
+A run's context says where it computes; without one it is made from the config, for this process. A run whose
+data, weights or device are missing raises UserError before any folder is made; one that is stopped by a
+signal saves, then raises Interrupted. The methods are in `models/`; `utils/runs/run_log.py` describes the
+files of a run.
 """
 
 import logging
@@ -73,7 +73,7 @@ from utils.stop import StopRequest, stop_signals
 from utils.training.device import MEMORY_KEYS, out_of_memory_advice, peak_memory_mb
 from utils.wording import as_typed, duration
 
-UNTOLD = {"device", "description"}  # keys that --resume auto takes from the run without a word
+SILENT = {"device", "description"}  # keys that --resume auto takes from the run without a warning
 
 logger = logging.getLogger("nested_lora")
 
@@ -90,8 +90,8 @@ def train(
 
     Args:
         notes: lines to log first.
-        command: the command that this run is one seed of; by default one of its own.
-        beside: a run folder that the new one lies beside, wherever the config says.
+        command: the command that this run is one seed of; by default a new one.
+        beside: a run folder beside which the new one is made, instead of where the config says.
     """
     require_trackers(config.trackers)
     command, place = command or new_command([config.seed], overwrite=False), folder_of(config, config.seed)
@@ -108,9 +108,9 @@ def train(
 def extend(
     extension: Extension, context: RunContext | None = None, *, overwrite: bool = False
 ) -> dict[str, Any]:
-    """Result of a finished run with further tasks, in a new folder; the run itself is only read.
+    """Learn further tasks after a finished run, in a new folder; returns the result. The run is only read.
 
-    Raises UserError before any folder is made, also where data or weights are others than the run's.
+    Raises UserError before any folder is made, also if data or weights differ from the run's.
     """
     require_trackers(extension.config.trackers)
     with ExitStack() as held:
@@ -136,12 +136,12 @@ def open_log(
     earlier: Manifest | None = None,
     fill: Fill = lambda folder: None,
 ) -> RunLog:
-    """A new run's record: written by the first rank, the others keep none.
+    """A new run's record, written by the first rank; the other ranks write nothing.
 
     Args:
-        place: its folder, or a numbered sibling of that.
-        earlier: the manifest of a run that it goes on from.
-        fill: puts into the folder what that run has left.
+        place: its folder; a numbered sibling is used where that exists.
+        earlier: the manifest of the run that it extends.
+        fill: copies that run's files into the new folder.
     """
     config, context = learner.config, learner.context
     logs: list[RunLog] = []
@@ -171,17 +171,17 @@ def open_log(
 
 
 def warn_of_differences(session: Session, earlier: Manifest) -> None:
-    """Log what is not as in the last session of an earlier manifest."""
+    """Log differences from the last session of an earlier manifest."""
     if differences := session.differences(earlier.sessions[-1]):
         logger.warning(f"Not as in the session before, which manifest.json records: {', '.join(differences)}")
 
 
 def resume(folder: Path, context: RunContext | None = None) -> dict[str, Any]:
-    """Result of the run in a folder, continued from its last checkpoint or, without one, from its start.
+    """Continue the run in a folder from its last checkpoint or, without one, its start; returns its result.
 
-    Where the result is there, only what was to follow it is made.
+    If the result exists already, only what follows it (figures, page) is made.
 
-    Raises UserError also for: no run folder, nothing left to do, another process is at work in it, an edited
+    Raises UserError also for: no run folder, nothing left to do, another process is writing it, an edited
     config that would mix two experiments, or a checkpoint that is damaged, foreign or newer.
     """
     if is_complete(folder):
@@ -208,7 +208,7 @@ def resume(folder: Path, context: RunContext | None = None) -> dict[str, Any]:
             edited, written = check_config(checkpoint, state, learner), state["metrics_bytes"]
             check_precision(checkpoint, state, learner)
             check_identity(checkpoint, state, learner)
-        distributed.barrier()  # everyone has read what the record says before it is cut
+        distributed.barrier()  # all ranks have read the record before it is truncated
         log = held.enter_context(
             RunLog.reopen(folder, written, lock) if distributed.is_main else SilentLog(folder)
         )
@@ -227,7 +227,7 @@ def resume(folder: Path, context: RunContext | None = None) -> dict[str, Any]:
 
 
 def complete_run(log: RunLog) -> None:
-    """End of a run that has its result: figures and page, replaced run removed, end noted in the manifest."""
+    """Complete a run that has its result: draw figures and page, remove the replaced run, note the end."""
     config = read_config(log.folder)
     learner = LEARNERS[config.model_name]
     pictures = draw_figures(log.folder, learner.figures)
@@ -238,7 +238,7 @@ def complete_run(log: RunLog) -> None:
 
 
 class Run:
-    """A learner from its first task, or from a checkpoint, to its result."""
+    """The run of a learner from its first task, or from a checkpoint, to its result."""
 
     def __init__(self, learner: Learner, log: RunLog) -> None:
         self.learner, self.log, self.stop = learner, log, StopRequest()
@@ -250,7 +250,7 @@ class Run:
         self.before_task = 0.0  # seconds of the tasks that are finished
 
     def to_the_end(self) -> dict[str, Any]:
-        """All tasks that are left, then the result; a stop request saves and raises `Interrupted`."""
+        """Run the remaining tasks, then write the result; a stop request saves and raises `Interrupted`."""
         learner = self.learner
         logger.info(f"Run folder: {self.log.folder}")
         for warning in learner.context.warnings:
@@ -332,7 +332,7 @@ class Run:
 
     @property
     def seconds(self) -> float:
-        """Wall-clock seconds of work on this run, over all processes that worked on it."""
+        """Wall-clock seconds of this run, summed over the processes that worked on it one after the other."""
         return self.seconds_before + time.perf_counter() - self.started
 
     @property
@@ -370,7 +370,7 @@ class Run:
         return saved
 
     def load_state(self, state: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
-        """Become the run that a checkpoint was taken of."""
+        """Restore the run from a checkpoint."""
         self.learner.load_state(state["learner"], tensors)
         self.evaluations = list(state["evaluations"])
         self.seconds_before, self.peak_before = state["seconds"], state["peak_memory_mb"]
@@ -395,7 +395,7 @@ def train_seeds(
 ) -> None:
     """Run the experiment of a config file with each of its seeds, then log their mean.
 
-    go_on: finish runs that were stopped, pass over those that are finished, and start the others.
+    go_on: finish runs that were stopped, skip those that are finished, and start the others.
 
     Raises UserError: the disk has no room for the checkpoints of what is to start; or as `train`.
     """
@@ -403,7 +403,7 @@ def train_seeds(
     def begun(config: RunConfig) -> SeedRun:
         found = find_run(config.model_copy(update={"precision": context.precision})) if go_on else None
         edited = read_config(found).edited(config) if found else {}
-        if own := [f"{key} = {shown(ours)}" for key, (ours, _) in edited.items() if key not in UNTOLD]:
+        if own := [f"{key} = {shown(ours)}" for key, (ours, _) in edited.items() if key not in SILENT]:
             logger.warning(f"{found} keeps its own {', '.join(own)}: edit its config.json to change them")
         return SeedRun.of(config.seed, found)
 

@@ -1,11 +1,11 @@
-"""Check of the device paths on one GPU, in at most ten minutes: how fast a step is, and that everything runs.
+"""Check on one GPU, in at most ten minutes: how fast a step is, and that all device paths run.
 
     python docs/gpu_check.py
     python docs/gpu_check.py --set device=cuda:1
 
-Benchmarks print what a training step at batch 128 in bf16 reaches of the rate of matrix products ("step of
-task 0, share"; aimed at: 50 %), and what batches cost: an image of "batches of new views" should take fewer
-milliseconds than its step. Then small runs go through every device path: stored and new views, caches,
+Benchmarks print the share of the GPU's matrix-product rate that a training step at batch 128 in bf16 reaches
+("step of task 0, share"; goal: 50 %), and the time of batches: an image of "batches of new views" should take
+fewer milliseconds than its step. Then small runs go through every device path: stored and new views, caches,
 autocast, fused AdamW, accumulated gradients, closed-form heads, gates and grids. Nothing is left behind.
 """
 

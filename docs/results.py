@@ -1,6 +1,6 @@
-"""Numbers behind exps/RESULTS.md kept run by run in exps/evidence/results/, and the tables made from them.
+"""Numbers behind exps/RESULTS.md, kept run by run in exps/evidence/results/, and tables made from them.
 
-python -m docs.results                                       every table, as the documents hold them
+python -m docs.results                                       every table, as it stands in the documents
 python -m docs.results grocery --against "nested mean"       one, with differences from another cell
 python -m docs.results --keep logs/sweeps/grocery            adds a sweep's finished runs to its file
 """
@@ -28,7 +28,7 @@ PARAMETERS = ("trained", "stored")
 
 
 def row_of(folder: Path) -> dict[str, object]:
-    """Numbers of a finished run, in percent, points and minutes, and what it ran on."""
+    """Numbers of a finished run, in percent, points and minutes, with evaluated images, precision, commit."""
     numbers, manifest = numbers_of(read_json(folder / RESULT)), read_json(folder / MANIFEST)
     held_out, session = "validation_final" in numbers, manifest["sessions"][-1]
     metrics = {key: numbers.get(f"validation_{key}" if held_out else key) for key in METRICS}

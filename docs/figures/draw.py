@@ -23,7 +23,7 @@ from PIL import Image
 ROOT = Path(__file__).parents[2]
 RESULTS, LOG = ROOT / "exps/RESULTS.md", ROOT / "docs/experiment_log.md"
 EXPERIMENTS = ROOT / "docs/experiments.md"
-BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#8E5A9F"  # told apart by colour-blind readers
+BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#8E5A9F"  # safe for colour-blind readers
 INK, GREY, LIGHT = "#222222", "#767676", "#E4E4E4"
 STYLE = {
     "font.size": 10,
@@ -107,7 +107,7 @@ def interval_panels(
 
     Args:
         labels: of the rows, the lowest first. Rows without a colour are grey, of joint training green.
-        lowest: what lies further left is told as a number at the edge.
+        lowest: means further left are printed as numbers at the edge.
     """
     colours = {name: GREEN if name.startswith("joint") else GREY for name in labels} | colours
     for panel, (title, column) in zip(panels, columns.items(), strict=True):
@@ -267,7 +267,7 @@ class Drawing:
         self.text((corner[0] + size[0] / 2, corner[1] + size[1] / 2), text, **font)
 
     def text(self, place: Point, text: str, **font: Any) -> None:
-        """Text, centred unless told otherwise."""
+        """Text, centred by default."""
         self.panel.text(*place, text, **{"fontsize": 9.5, "ha": "center", "va": "center", **font})
 
     def arrow(self, *points: Point, **line: Any) -> None:

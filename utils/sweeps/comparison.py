@@ -134,7 +134,7 @@ def runs_below(folders: Iterable[Path]) -> list[Path]:
 
 
 def _runs_in(folder: Path) -> Iterator[Path]:
-    """The folder itself if it is a run's, else run folders in it, but none inside runs and no replaced one."""
+    """The folder itself if it is a run's, else run folders in it; none inside runs, and no replaced one."""
     for place, names, files in os.walk(folder):
         names[:] = sorted(name for name in names if REPLACED not in name and not name.startswith("."))
         if CONFIG in files:

@@ -40,7 +40,7 @@ RAY_OBJECT_BYTES = 10**8  # shared memory for a Ray of our own: nothing but exit
 
 @dataclass(frozen=True)
 class Resources:
-    """Resources of one run: threads, GB (10^9 bytes) of memory, and whether it gets a GPU if there are any."""
+    """Resources of one run: threads, GB (10^9 bytes) of memory, and whether it gets a GPU if there is one."""
 
     threads: int
     memory_gb: float
