@@ -1,4 +1,4 @@
-"""The command line, by examples:
+"""Command line of experiments: single runs, sweeps of many, benchmarks and lists. By examples:
 
 python main.py                                                   five methods compared: exps/quickstart.json
 python main.py exps/nested_lora_cifar.json                       any other file: one experiment, or a sweep

@@ -363,7 +363,7 @@ class Run:
         save_checkpoint(folder, tensors, state)
 
     def save_progress(self) -> Path:
-        """Save inside a task, in place of what was saved in it before."""
+        """Write a checkpoint inside a task, which replaces earlier ones inside this task."""
         task = self.learner.task
         saved = self.save(checkpoint_name(task, self.learner.progress.steps))
         self.remove_checkpoints(f"{checkpoint_name(task)}_step_*", but=saved)

@@ -124,7 +124,7 @@ class LoRALinear(nn.Module):
         return _AdaptedProduct.apply(x, self.qkv, *terms, *new)
 
     def resize(self, terms: int, new_rank: int | None) -> None:
-        """Take a saved shape: the number of frozen terms, and the rank of `new` if there is one."""
+        """Resize to a saved shape: the number of frozen terms, and the rank of `new`, None without one."""
         self.down = self.down.new_zeros(2, terms, self.width)
         self.up = self.up.new_zeros(2, self.width, terms)
         self.new = self.merged = None

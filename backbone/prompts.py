@@ -47,7 +47,7 @@ class PrefixAttention(nn.Module):
 
 
 class PromptPool(nn.Module):
-    """The prompt of one block, composed of M components by what the query attends to.
+    """The prompt of one block: a sum of M components, weighted by cosines of the query with their keys.
 
         p(q) = sum_m cos(q * A_m, K_m) P_m,   q (B, d) -> p (B, L, d), its halves prefixes of keys and values
 

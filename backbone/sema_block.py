@@ -272,7 +272,7 @@ class SEMAModules(nn.Module):
         return reports
 
     def adapters_of_task(self, every: bool = False) -> list[int]:
-        """Adapters that learned in the open task: the newest where it was added in it; or `every` one."""
+        """Indices of adapters that learned in the open task: the newest if added in it; with `every` all."""
         newest = len(self.adapters) - 1
         return list(range(newest + 1)) if every else [newest] if self.added_for_task else []
 

@@ -127,7 +127,7 @@ class Report:
 
 
 class Learner(ABC):
-    """A learning method: its data, its modules, what it does in a task, and how it is tested.
+    """A learning method: its data, its modules, its training in a task, and its evaluation.
 
     Attributes:
         Config: the schema of its configuration.
@@ -163,11 +163,11 @@ class Learner(ABC):
     @property
     @abstractmethod
     def nb_tasks(self) -> int:
-        """Tasks of the run; after each it is tested and saved."""
+        """Number of tasks of the run; after each it is evaluated and saved."""
 
     @abstractmethod
     def open_task(self) -> None:
-        """Make room for what `self.task` brings, such as classifier rows of new classes."""
+        """Prepare for task `self.task`, for example by adding classifier rows for new classes."""
 
     @abstractmethod
     def learn_task(self) -> None:
@@ -175,7 +175,7 @@ class Learner(ABC):
 
     @abstractmethod
     def evaluate(self) -> dict[str, Any]:
-        """Test what has been learned after a task: exact numbers (JSON)."""
+        """Evaluate on everything learned so far, after a task: exact numbers (JSON)."""
 
     @abstractmethod
     def report(self, evaluations: Sequence[dict[str, Any]]) -> Report:

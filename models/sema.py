@@ -121,10 +121,10 @@ class SEMA(ClassIncrementalLearner):
 
     @torch.no_grad()
     def scan(self) -> int | None:
-        """Next block grown by a scan of the task's training images, or None at the end of the scans.
+        """Scan the task's training images until a block grows; returns it, or None at the end of the scans.
 
-        A block grows where it finds a batch novel. A scan goes on where the last growth ended it; where one
-        has added an adapter, another follows it.
+        The next call goes on with the batch after the growth. After a whole scan that added an adapter,
+        another scan follows.
         """
         state, size = self.method_state, self.config.detect_batch_size
         if state["block"] is not None:  # resumed while the new adapter of this block was in training
@@ -148,9 +148,9 @@ class SEMA(ClassIncrementalLearner):
         return None
 
     def _grow_if_novel(self, batch: Batch) -> int | None:
-        """Shallowest block that finds the batch novel and has not grown in this task; None without one.
+        """Grow the shallowest block that finds the batch novel and has not grown in this task.
 
-        The block gets its new adapter here.
+        Returns it, or None if there is none.
         """
         state = self.method_state
         candidates = [block for block in self.network.growing if block not in state["grown"]]

@@ -1,4 +1,4 @@
-"""Exceptions with a meaning for users, the sentences of refused system calls, and exit codes of commands.
+"""Exceptions that users see, sentences for errors of the operating system, and exit codes of commands.
 
 raise UserError("batch_size is 0: at least 1 is allowed; change it with --set batch_size=32")
 sys.exit(exit_code(lambda: work()))          # 2 after a UserError or OSError, printed as one sentence

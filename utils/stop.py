@@ -23,7 +23,7 @@ logger = logging.getLogger("nested_lora")
 
 @contextmanager
 def stop_signals(receive: Callable[[int], None]) -> Iterator[None]:
-    """Context in which those signals only call `receive` with their number.
+    """Context in which SIGINT, SIGTERM and SIGHUP only call `receive` with their number.
 
     SIGHUP that is ignored, as under nohup, stays ignored; Windows has none.
     """
@@ -44,7 +44,7 @@ def stop_signals(receive: Callable[[int], None]) -> Iterator[None]:
 
 
 def abrupt_interrupts() -> AbstractContextManager[None]:
-    """Context in which those signals end the process at once and silently.
+    """Context in which these signals end the process at once and silently.
 
     For imports and other work before anything is written: libraries would turn a KeyboardInterrupt in their
     middle into other exceptions.

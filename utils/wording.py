@@ -1,4 +1,4 @@
-"""Words of logs and tables: counts with their nouns, spans of numbers, shortened lists, durations, commands.
+"""Phrases of logs and tables: counts with nouns, spans of numbers, shortened lists, durations, commands.
 
 counted(1, "group")                    # "1 group"; counted(3, "class", "classes"): "3 classes"
 spans([0, 1, 2, 3, 9])                 # "0-3, 9": both ends belong to a span, everywhere

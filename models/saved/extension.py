@@ -1,4 +1,4 @@
-"""Extension of a finished run: its tasks as the first ones of a new run, which learns further classes.
+"""Extension: a new run that begins with the learned tasks of a finished run and learns further classes.
 
     extension = Extension.of(Path("logs/sema/..."), ["max_tasks=4"])          # more tasks of its data set
     extension = Extension.of(Path("logs/sema/..."), [], ["photos/birds"])     # or classes of another one

@@ -157,7 +157,7 @@ class SharedSubspaceConfig(RunConfig):
         return [self.model_name, "grids", f"{self.prefix}_{seed}_{self.encoder}"]
 
     def tested_on(self, tasks: int, classes: int) -> dict[str, Any]:
-        """The compositions that are drawn for training and test."""
+        """The keys that, with the seed, decide the held-out and unseen compositions and the test samples."""
         names = {"colours", "primitives", "test_length", "held_out_pairs", "test_compositions"}
         return self.model_dump(mode="json", include={*names, "test_samples"})
 

@@ -220,7 +220,7 @@ class TrainingPhase(Phase):
     def _regularisers(
         self, output: GridOutput, batch: GridSamples, share: float
     ) -> list[tuple[float, str, Tensor]]:
-        """The other terms of the loss: (weight, name, term); those of the autoencoder also without weight."""
+        """The other terms of the loss: (weight, name, term); the autoencoder's also with weight 0."""
         alpha, beta, gamma = self.term_weights().values()
         found = []
         if alpha:
@@ -285,6 +285,6 @@ class TrainingPhase(Phase):
         return EpochNote(f" ({', '.join(shown)})", numbers)
 
     def _add(self, name: str, value: float, share: float = 1.0) -> None:
-        """Add a value of a step, or of a share of its samples, to the epoch's sum and to what it is over."""
+        """Add a value of a step, or of a share of its samples, to the epoch's sum; shares are summed too."""
         total, shares = self.learner.method_state["sums"].get(name, (0.0, 0.0))
         self.learner.method_state["sums"][name] = [total + share * value, shares + share]

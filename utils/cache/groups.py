@@ -15,7 +15,7 @@ SUFFIX = ".cached.safetensors"
 
 
 def last_use(group: Path) -> float:
-    """Seconds since 1970; 0 for what is not there."""
+    """Time of a group's last use in seconds since 1970; 0 if it does not exist."""
     with suppress(OSError):
         return group.stat().st_mtime
     return 0.0

@@ -96,7 +96,7 @@ class TensorCache:
         return excess <= 0
 
     def describe(self, group: str, about: Mapping[str, Any]) -> None:
-        """Description of what a group holds, for people: `about.json` in its folder, written once."""
+        """Write a description of a group for people, once: `about.json` in its folder."""
         path = self.root / group / ABOUT
         if self.enabled and not path.exists():
             self._write(path, json.dumps(dict(about), indent=1, ensure_ascii=False).encode())
@@ -192,7 +192,7 @@ class TensorCache:
 
 
 def _checksum(path: Path, tensor: Tensor) -> str:
-    """SHA-256 of a tensor and of what it is for."""
+    """SHA-256 over group, file name, dtype, shape and bytes of a tensor."""
     digest = hashlib.sha256(f"{path.parent.name}/{path.name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
     digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()

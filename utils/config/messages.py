@@ -1,4 +1,4 @@
-"""Words for mistakes in keys and values: the fault, what is allowed, the nearest name.
+"""Error texts about keys and values: the fault, what is allowed, the nearest name.
 
 field_faults(SEMAConfig, {"rd_dim": 0})     # {"rd_dim": "too small; allowed: an integer >= 1 and <= 16384"}
 nearest_key("nested_lora_alpha", keys)      # "nested_lora_consolidation_alpha"

@@ -40,7 +40,7 @@ def _arrays() -> dict[str, np.ndarray]:
 
 
 def write_noise(path: Path, classes: int, train: int, test: int) -> None:
-    """Write an .npz of noise, for measurements of time: images of CIFAR's size, so many per class."""
+    """Write an .npz of noise for timing: images of CIFAR's size, `train` and `test` of each class."""
     rng, arrays = np.random.default_rng(0), {"class_names": np.array([f"noise_{k}" for k in range(classes)])}
     for source, count in (("train", train), ("test", test)):
         arrays[f"x_{source}"] = rng.integers(0, 256, (classes * count, SIDE, SIDE, 3), dtype=np.uint8)

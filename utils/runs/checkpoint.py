@@ -1,4 +1,4 @@
-"""Checkpoints that survive being killed at any byte: safetensors for tensors, JSON for the rest, no pickle.
+"""Checkpoints, complete whenever a process is killed: safetensors for tensors, JSON for the rest, no pickle.
 
     save_checkpoint(run / "checkpoints" / checkpoint_name(3), tensors, state)         # at the end of task 3
     save_checkpoint(run / "checkpoints" / checkpoint_name(3, 120), tensors, state)    # after its step 120

@@ -196,7 +196,7 @@ def claim_folder(
 
 
 def waiting_notes(folder: Path) -> list[str]:
-    """A note that names what an unfinished run or sweep replaces; empty where it replaces nothing."""
+    """A note that names what an unfinished run or sweep replaces; none where it replaces nothing."""
     where = ", ".join(map(str, replaced_folders(folder)))
     return [f"{where}: what {folder.name} replaces, removed when that is finished"] if where else []
 

@@ -1,4 +1,4 @@
-"""Metrics of a run: of its accuracy matrix, and as its result.json holds them.
+"""Metrics of a run: computed from its accuracy matrix, and read from its result.json.
 
     matrix = AccuracyMatrix()
     matrix.add(correct=[97], total=[100])             # after task 0

@@ -169,7 +169,7 @@ class Trackers:
                 self._do(name, lambda tracker: tracker.add(rows))
 
     def figures(self, paths: Sequence[Path]) -> None:
-        """PNG files."""
+        """Send PNG files to every tracker."""
         for name in list(self._open):
             self._do(name, lambda tracker: tracker.figures(paths))
 

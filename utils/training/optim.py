@@ -214,5 +214,5 @@ def assert_complete(groups: Sequence[ParameterGroup], learning: Iterable[nn.Para
 
 
 def trainable(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
-    """Those that receive gradients."""
+    """The parameters that require gradients."""
     return [parameter for parameter in parameters if parameter.requires_grad]
