@@ -173,7 +173,7 @@ def open_log(
 def warn_of_differences(session: Session, earlier: Manifest) -> None:
     """Log differences from the last session of an earlier manifest."""
     if differences := session.differences(earlier.sessions[-1]):
-        logger.warning(f"Not as in the session before, which manifest.json records: {', '.join(differences)}")
+        logger.warning(f"Changed since the session before (manifest.json): {', '.join(differences)}")
 
 
 def resume(folder: Path, context: RunContext | None = None) -> dict[str, Any]:
@@ -196,7 +196,9 @@ def resume(folder: Path, context: RunContext | None = None) -> dict[str, Any]:
         if (folder / RESULT).exists():
             if distributed.is_main:
                 log = held.enter_context(RunLog.reopen(folder, (folder / METRICS).stat().st_size, lock))
-                logger.info(f"{folder} has its {RESULT}: what should have followed it is made now")
+                logger.info(
+                    f"{folder} has its {RESULT}: what should have followed, figures and page, is made"
+                )
                 complete_run(log)
             return read_result(folder)
         checkpoint = latest_checkpoint(folder / CHECKPOINTS)
@@ -327,7 +329,7 @@ class Run:
         logger.info(f"{duration(self.seconds)} on {learner.device}; everything is in {self.log.folder}")
         if report.images == "validation":
             test = as_typed("eval.py", "--run", self.log.folder, "--test")
-            logger.info(f"No test image was read; when the settings are chosen: {test}")
+            logger.info(f"No test image was read; once the settings are chosen, run {test}")
         return result
 
     @property

@@ -11,10 +11,10 @@ its descriptor; the scan goes on, and is repeated until a whole one adds nothing
 trainable is trained. At the end of the task nested adapters are consolidated, if the config says so, router
 rows are merged, and what was trained is frozen.
 
-A batch is novel if its reconstruction errors deviate from those a descriptor made on its own task, on views
-that it was not trained on. With new views in every epoch these are recorded during training, as published.
-Where views are used again (`rd_views`), training errors would be too small: then errors on further views are
-recorded after training.
+A batch is novel if, for every descriptor, its reconstruction errors deviate from those on the descriptor's
+own task, on views that it was not trained on. With new views in every epoch these are recorded during
+training, as published. Where views are used again (`rd_views`), training errors would be too small: then
+errors on further views are recorded after training.
 
 Source: SEMA (Wang et al., CVPR 2025) as its published code computes it; Nested LoRA as in the project's
 design.

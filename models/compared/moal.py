@@ -35,6 +35,7 @@ class RuminatingHead(RanPACHead):
     For every old class i with mean feature m_i, and the new class j whose mean is nearest to it by cosine,
     each new feature x of class j gives a pseudo-feature x + m_i - m_j of class i. Those that the regression
     over all classes so far misclassifies are added to its sums, once per task; none without `rumination`.
+    All go to the part FIT, also those made from held-out features.
     """
 
     means: Tensor  # (C, d), of each class as the network gave them when it was new

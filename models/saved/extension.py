@@ -139,7 +139,7 @@ def refuse_other_changes(
     if changed:
         allowed = ", ".join(["max_tasks", *sorted(old.editable_keys)])
         raise UserError(
-            f"--extend --set {', '.join(changed)}: what was learned with another value stays so; "
+            f"--extend --set {', '.join(changed)}: these shaped what was learned and cannot change; "
             f"allowed: {allowed}"
         )
 

@@ -204,7 +204,7 @@ def load_into(learner: Learner, checkpoint: Path) -> None:
     check_config(checkpoint, state, learner)
     check_identity(checkpoint, state, learner)
     if (before := state["config"].get("precision")) != learner.config.precision:
-        logger.warning(f"{checkpoint} was made in {before}; looking at it in {learner.config.precision}")
+        logger.warning(f"{checkpoint} was made in {before}; evaluating it in {learner.config.precision}")
     with fitting(checkpoint):
         learner.load_state(state["learner"], tensors)
 

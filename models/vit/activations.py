@@ -50,7 +50,7 @@ class Images:
     """
 
     depth = 0
-    queries: "Activations | None" = None  # CODA-Prompt's queries of the same views, where they are stored
+    queries: "Activations | None" = None  # of the same views, where a method stores queries
 
     def __init__(self, data: DataManager, source: str, view: Key | None, device: torch.device) -> None:
         self.data, self.source, self.view, self.device = data, source, view, device

@@ -185,7 +185,7 @@ def run_all(
                     logger.info(f"{run.label}: {result_line(run)} ({finished} of {total})")
                 else:
                     failures[run.label] = reason
-                    logger.warning(f"{run.label}: {reason}; it printed {run.output_path}")
+                    logger.warning(f"{run.label}: {reason}; its output is in {run.output_path}")
                 bar.set_postfix(failed=sum(reason != CUT_SHORT for reason in failures.values()))
         except BaseException:
             request_stop(stop)  # running processes save before the error is reported

@@ -63,7 +63,7 @@ def resolve_precision(precision: str, device: torch.device) -> tuple[str, str | 
         return "bf16" if has_bf16(device) and has_bf16_products(device) else "fp32", None
     if precision != "bf16" or has_bf16(device):
         return precision, None
-    fault = f"{device.type} has no bf16 instructions here, where it would crawl"
+    fault = f"{device.type} has no bf16 instructions here, without which it is very slow"
     return "fp32", f'precision = "bf16": {fault}; using fp32'
 
 

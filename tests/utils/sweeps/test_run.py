@@ -523,7 +523,7 @@ def test_one_failure_does_not_stop_the_rest(sweep: Command, capsys: Capture) -> 
     failed = {f"nested, seed {seed}": "exit code 1: no" for seed in (1, 2)}
     assert report.unfinished == failed
     shown = capsys.readouterr().out
-    assert f"nested, seed 1: exit code 1: no; it printed {sweep.folder}/logs/nested_1.txt\n" in shown
+    assert f"nested, seed 1: exit code 1: no; its output is in {sweep.folder}/logs/nested_1.txt\n" in shown
     again = f"2 failed, 2 of 4 runs are finished. To try again: python main.py {' '.join(sweep.line)}"
     assert "\n  ".join([again, *(f"{label}: {reason}" for label, reason in failed.items())]) in shown
     assert sweep() == 1 and sweep.executor.started == [sweep.anew("nested", 1), sweep.anew("nested", 2)]
