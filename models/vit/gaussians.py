@@ -119,7 +119,7 @@ class FeCAMHead(GaussianHead):
 class AlignedHead(GaussianHead):
     """The trained classifier, trained once more on features drawn from the Gaussians of all classes.
 
-    In every epoch after task T, `samples` features are drawn for every class c of task t_c (from 1),
+    After task T every epoch draws `samples` features of every class c, t_c its task (from 1),
 
         f ~ N((0.9 + 0.1 t_c / T) m_c, S_c),
 
