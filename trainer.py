@@ -293,12 +293,10 @@ class Run:
             self.remove_checkpoints(pattern)
 
     def record_task(self, task: int) -> None:
-        """Write a finished task to the log, the metrics and the accuracy matrix."""
+        """Write a finished task to the log, the metrics and the tables."""
         report = self.learner.report(self.evaluations)
         cost = {"seconds": self.seconds, "peak_memory_mb": self.peak_memory_mb}
         self.log.metric("task", task=task, **report.event, **self.learner.summary(), **cost)
-        if report.accuracy is not None:
-            self.log.accuracy_csv(report.accuracy, report.images)
         for name, table in report.csv.items():
             self.log.table(name, table)
         for line in report.lines:
@@ -327,7 +325,7 @@ class Run:
         if weights["note"]:
             logger.info(f"Weights {weights['tag']}: {weights['note']}")
         logger.info(f"{duration(self.seconds)} on {learner.device}; everything is in {self.log.folder}")
-        if report.images == "validation":
+        if getattr(learner.config, "validation_share", 0):
             test = as_typed("eval.py", "--run", self.log.folder, "--test")
             logger.info(f"No test image was read; once the settings are chosen, run {test}")
         return result

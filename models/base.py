@@ -110,8 +110,6 @@ class Report:
         lines: about the newest task, for the log.
         result: results of the whole run for `result.json`: "metrics" by name, and more.
         tables: makes the plain-text tables at the end of a run's log.
-        accuracy: rows of the accuracy matrix in percent, where there is one.
-        images: what it is measured on, "test" or "validation".
         cost: timings besides the run's seconds; they are not reproducible.
         csv: tables of the newest task for the run folder, by file name.
     """
@@ -120,8 +118,6 @@ class Report:
     lines: list[str]
     result: dict[str, Any]
     tables: Callable[[], list[str]]
-    accuracy: list[list[float]] | None = None
-    images: str = "test"
     cost: dict[str, float] = field(default_factory=dict)
     csv: dict[str, pd.DataFrame] = field(default_factory=dict)
 

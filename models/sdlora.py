@@ -17,7 +17,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
@@ -191,23 +190,9 @@ class SDLoRA(ClassIncrementalLearner):
         """Weights of the adapters in evaluation, (K,) or (L, K); None without a gate, where all are 1."""
         return None if self.gate is None else sparsemax(self.gate.logits / self.config.gumbel_tau_final)
 
-    def features(self, images: Tensor) -> Tensor:
-        """Class token of the network with all adapters merged, (B, 3, S, S) -> (B, d), float32."""
+    def settle(self) -> None:
+        """Merge all adapters into the weights of the network."""
         self.network.merge(self.beta())
-        with self.autocast():
-            return self.network(images).float()
-
-    def features_of(self, task: int, source: str) -> Tensor:
-        self.network.merge(self.beta())
-        return super().features_of(task, source)
-
-    def seen_features(self, source: str) -> Tensor:
-        self.network.merge(self.beta())
-        return super().seen_features(source)
-
-    def features_of_images(self, indices: np.ndarray, source: str, among: np.ndarray) -> Tensor:
-        self.network.merge(self.beta())
-        return super().features_of_images(indices, source, among)
 
     def trained_numbers(self) -> int:
         """Numbers in adapters that learned, also pruned ones, their magnitudes and logits, and rows."""

@@ -11,14 +11,13 @@ are read instead, and test images only by `evaluate("test")`. Task labels are un
 
 import logging
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -31,6 +30,7 @@ from models.vit.activations import ActivationStore
 from models.vit.calibration import Calibration
 from models.vit.closed_form import ClosedFormHead
 from models.vit.config import ClassIncrementalConfig
+from models.vit.report import description, report
 from models.vit.sources import load_backbone, load_data_and_backbone
 from models.vit.task_inputs import TaskInputs
 from utils.analysis.representations import ANALYSES, AnalysisInputs, chosen_images
@@ -38,12 +38,9 @@ from utils.analysis.similarity import column_space
 from utils.cache.tensor_cache import TensorCache
 from utils.console import progress
 from utils.inc_net import IncrementalHead
-from utils.metric_catalogue import keyed
-from utils.runs.classes import class_tables, confusion_counts
+from utils.runs.classes import confusion_counts
 from utils.runs.figures import CAPTIONS, class_incremental_figures, describe
 from utils.runs.manifest import library_versions
-from utils.runs.metrics import AccuracyMatrix
-from utils.runs.tables import accuracy_table, summary_table
 from utils.training.device import dead_worker_advice, predictions, require_finite
 from utils.training.optim import GroupedOptimizer, ParameterGroup, assert_complete, trainable
 from utils.wording import counted, shortened, spans
@@ -140,12 +137,16 @@ class ClassIncrementalLearner(Learner):
 
     def features(self, images: Tensor) -> Tensor:
         """Class token of the adapted ViT, (B, 3, S, S) -> (B, d), float32."""
+        self.settle()
         with self.autocast():
             return self.network(images).float()
 
+    def settle(self) -> None:
+        """Hook before features are computed without gradients: the network takes the form that is tested."""
+
     def classify(self, features: Tensor) -> Tensor:
         """Logits over all classes seen, (B, d) -> (B, C)."""
-        return self.modules["closed_form" if "closed_form" in self.modules else "head"](features)
+        return (self.closed_form or self.head)(features)
 
     @torch.no_grad()
     def class_tokens(self, images: Tensor) -> Tensor:
@@ -210,11 +211,8 @@ class ClassIncrementalLearner(Learner):
 
     def features_of(self, task: int, source: str) -> Tensor:
         """`features` (n, d) of a task's images of one source, test view, stored order, on all ranks."""
+        self.settle()
         return self.inputs.features_of(task, source)
-
-    def seen_features(self, source: str) -> Tensor:
-        """The same (n, d) of the images of all tasks seen, task after task, in batches across them."""
-        return self.inputs.seen_features(self.task + 1, source)
 
     # --- steps of a task ------------------------------------------------------------------------------------
 
@@ -303,17 +301,15 @@ class ClassIncrementalLearner(Learner):
             labels = self.data.targets(indices, source).numpy()
             images |= {self.data.class_order[label]: indices[labels == label] for label in classes}
         chosen, ever = calibration.chosen_images(images), calibration.chosen_images(images, ever=True)
-        targets, features = self.data.targets(chosen, source), self.features_of_images(chosen, source, ever)
+        self.settle()
+        features = self.inputs.features_of_images(range(self.classes.stop), chosen, source, among=ever)
+        targets = self.data.targets(chosen, source)
         if fitted_on in (calibration.TRAINED_ON, calibration.VALIDATION):
             scores = self.classify(features.to(self.device)).cpu()
         else:
             scores = head.unseen_scores(features, targets)
         if scores is not None:
             self.calibration = calibration.fit(scores, targets, fitted_on)
-
-    def features_of_images(self, indices: np.ndarray, source: str, among: np.ndarray) -> Tensor:
-        """Features (n, d) of some images of the classes seen, in the test view; as `TaskInputs` has it."""
-        return self.inputs.features_of_images(range(self.classes.stop), indices, source, among)
 
     def close_run(self) -> None:
         self.inputs.store.drop_own()
@@ -371,8 +367,9 @@ class ClassIncrementalLearner(Learner):
             UserError: a score is not finite, or images cannot be read.
         """
         scored, predicted, source = [], [], images or self.data.evaluated
+        self.settle()
         with dead_worker_advice():
-            seen = self.seen_features(source)
+            seen = self.inputs.seen_features(self.task + 1, source)
         tasks = [self.data.task_classes(task) for task in range(self.task + 1)]
         for task, features in enumerate(seen.split([self.data.count(classes, source) for classes in tasks])):
             scores = self.classify(features.to(self.device)).cpu()
@@ -394,78 +391,11 @@ class ClassIncrementalLearner(Learner):
         return found
 
     def report(self, evaluations: Sequence[dict[str, Any]]) -> Report:
-        matrix, task = AccuracyMatrix(), len(evaluations) - 1
-        for evaluation in evaluations:
-            matrix.add(evaluation["correct"], evaluation["total"])
-        adapters = self.network.adapters_per_block()
-        expansions = sum(adapters.values()) - len(adapters)
-        calibrated = {key: evaluations[-1].get(key) for key in ("ece", "nll")}
-        metrics = matrix.summary() | {"expansions": expansions, **calibrated}
-        forgetting = "" if metrics["forgetting"] is None else f", forgetting {metrics['forgetting']:.2f}"
-        values = ", ".join(f"{value:.2f}" for value in matrix.rows[-1])
-        per_task = f"; per task [{values}]" if task else ""
-        curve = [round(value, 2) for value in matrix.curve]
-        images = evaluations[-1].get("images", "test")
-        of = "" if images == "test" else f"{images} "
-        return Report(
-            event={
-                keyed(images, "accuracy"): matrix.rows[-1],
-                keyed(images, "total"): matrix.curve[-1],
-                **{keyed(images, key): value for key, value in calibrated.items()},
-                "classes_seen": self.classes.stop,
-                **{
-                    keyed(images, key): metrics[key] for key in ("average", "forgetting", "bwt", "plasticity")
-                },
-            },
-            lines=[
-                f"Task {task}: {of}accuracy {curve[-1]:.2f} %{forgetting}{per_task}",
-                f"CNN top1 {of}curve: {curve}, Average {of.title()}Accuracy (CNN): {metrics['average']:.2f}",
-                *([f"Task {task}: adapters per block {_compact(adapters)}"] if expansions else []),
-            ],
-            result={
-                "metrics": {keyed(images, key): value for key, value in metrics.items()},
-                keyed(images, "accuracy"): matrix.rows,
-                keyed(images, "curve"): matrix.curve,
-                "classes_seen": [self.data.task_classes(earlier).stop for earlier in range(task + 1)],
-                "adapters": adapters,
-                "calibration": self.calibration and self.calibration._asdict(),
-            },
-            tables=lambda: [
-                accuracy_table(matrix, images),
-                summary_table(matrix, expansions, self.parameter_counts(), images),
-            ],
-            accuracy=matrix.rows,
-            images=images,
-            csv=self.class_tables(evaluations, images),
-        )
-
-    def class_tables(self, evaluations: Sequence[dict[str, Any]], images: str) -> dict[str, pd.DataFrame]:
-        """Tables of the classes seen, by file name; none where this process has tested nothing yet."""
-        if self.confusion is None:
-            return {}
-        classes = range(len(self.confusion))
-        tasks = [task for task in range(self.task + 1) for _ in self.data.task_classes(task)]
-        by_class = [evaluations[task].get("class_correct") for task in tasks]  # earlier versions kept none
-        learned = [right and right[label] for label, right in zip(classes, by_class, strict=True)]
-        names = self.data.class_names[: len(classes)]
-        tables = class_tables(self.confusion, names, tasks, learned)
-        return {keyed(images, name): table for name, table in tables.items()}
+        adapters, parameters = self.network.adapters_per_block(), self.parameter_counts
+        return report(evaluations, self.data, adapters, parameters, self.calibration, self.confusion)
 
     def describe_evaluation(self, evaluation: dict[str, Any]) -> str:
-        images = evaluation.get("images", "test")
-        measured = "accuracy" if images == "test" else f"{images} accuracy"
-        lines = [f"{measured} (%) on the {images} images of each task seen, class-incremental"]
-        counts = list(zip(evaluation["correct"], evaluation["total"], strict=True))
-        for task, (right, count) in enumerate(counts):
-            classes = self.data.task_classes(task)
-            share = f"{100 * right / count:6.2f}  ({right} of {count})"
-            lines.append(f"task {task:>3}  classes {classes.start:>3}-{classes.stop - 1:<3}  {share}")
-        right, count = map(sum, zip(*counts, strict=True))
-        lines.append(f"{'total':<27}{100 * right / count:6.2f}  ({right} of {count})")
-        if "ece" in evaluation:
-            temperature = f"temperature {self.calibration.temperature:.4g}"
-            lines.append(f"calibration error {evaluation['ece']:.2f} points ({temperature})")
-        return "\n".join(lines)
+        return description(evaluation, self.data, self.calibration)
 
     # --- record ---------------------------------------------------------------------------------------------
 
@@ -537,16 +467,10 @@ class ClassIncrementalLearner(Learner):
         return {"tag": self.backbone.tag, "note": self.backbone.note}
 
     def manifest(self) -> dict[str, Any]:
-        backbone = self.backbone
+        weights = ("tag", "sha256", "architecture", "options_sha256", "note")
         return {
-            "weights": {
-                "tag": backbone.tag,
-                "sha256": backbone.sha256,
-                "architecture": backbone.architecture,
-                "options_sha256": backbone.options_sha256,
-                "note": backbone.note,
-            },
-            "image_size": backbone.image_size,
+            "weights": {name: getattr(self.backbone, name) for name in weights},
+            "image_size": self.backbone.image_size,
             "data": {"name": self.config.dataset, "sha256": self.data.data_sha256(self.data.evaluated)},
             "images_per_class": {source: self.data.images_per_class(source) for source in self.data.sources},
             "data_of_tasks": self.data_read(self.nb_tasks, self.nb_tasks),
@@ -555,19 +479,11 @@ class ClassIncrementalLearner(Learner):
         }
 
     def identity(self) -> dict[str, Any]:
-        return super().identity() | {
-            **self.backbone.identity(),
-            "class_order": list(self.data.class_order),
-        }
+        order = {"class_order": list(self.data.class_order)}
+        return super().identity() | self.backbone.identity() | order
 
     def data_read(self, trained: int, tested: int) -> dict[str, list[str]]:
         return {
             source: [self.data.content_sha256(task, source) for task in range(min(count, self.nb_tasks))]
             for source, count in zip(self.data.sources, (trained, tested), strict=True)
         }
-
-
-def _compact(adapters: Mapping[int, int]) -> str:
-    """{0: 1, ..., 8: 1, 9: 2} as "1 (0-8), 2 (9)"."""
-    blocks = {n: [block for block, count in adapters.items() if count == n] for n in set(adapters.values())}
-    return ", ".join(f"{number} ({spans(blocks[number])})" for number in sorted(blocks))

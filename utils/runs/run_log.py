@@ -3,7 +3,7 @@
     with RunLog.create(folder_of(config, seed=1993), config=config.model_dump(), overwrite=False) as run:
         run.manifest({...})
         run.metric("epoch", task=0, phase="func", epoch=0, loss=0.7, train_accuracy=81.0, lr={"fast": 0.01})
-        run.accuracy_csv(matrix.rows)
+        run.table("accuracy.csv", matrix_frame(matrix))
         run.result({...})
 
 `config.json`, `manifest.json`, `result.json` and `accuracy.csv` are replaced as a whole, atomically.
@@ -32,7 +32,6 @@ from utils.errors import Interrupted, UserError, os_error_sentence
 from utils.files import damaged, json_bytes, naming, read_json, replace_file
 from utils.metric_catalogue import keyed
 from utils.runs.folder import (
-    ACCURACY,
     CONFIG,
     MANIFEST,
     METRICS,
@@ -176,16 +175,9 @@ class RunLog:
         self._views.figures(pngs)
         self._trackers.figures(pngs)
 
-    def accuracy_csv(self, rows: Sequence[Sequence[float]], images: str = "test") -> None:
-        """Write `accuracy.csv`, or `validation_accuracy.csv`: the matrix in percent, without a header.
-
-        Line t is the state after task t; tasks not seen yet are empty cells.
-        """
-        padded = pd.DataFrame([[*row, *[None] * (len(rows) - len(row))] for row in rows])
-        self.table(keyed(images, ACCURACY), padded, header=False)
-
-    def table(self, name: str, table: pd.DataFrame, header: bool = True) -> None:
-        """Write a CSV file at full precision; a missing value is an empty field."""
+    def table(self, name: str, table: pd.DataFrame) -> None:
+        """Write a CSV file at full precision: missing values are empty fields, unnamed columns no header."""
+        header = not isinstance(table.columns, pd.RangeIndex)
         self._replace(name, table.to_csv(header=header, index=False, lineterminator="\n").encode())
 
     def close(self) -> None:

@@ -38,6 +38,11 @@ def accuracy_table(matrix: AccuracyMatrix, images: str = "test") -> str:
     return value_table(title, tasks, [*tasks, " total"], values, 2)  # as wide as a number
 
 
+def matrix_frame(matrix: AccuracyMatrix) -> pd.DataFrame:
+    """The matrix in percent, without names: line t after task t, missing where a task is not seen yet."""
+    return pd.DataFrame(itertools.zip_longest(*matrix.rows)).T
+
+
 def accuracy_on(images: str) -> str:
     """Name of accuracy on "test" images, or on "validation" images, which were held out of training."""
     return "Accuracy" if images == "test" else f"{images.capitalize()} accuracy"

@@ -16,7 +16,9 @@ from utils.console import attach_console
 from utils.errors import Interrupted, UserError
 from utils.plotting import titled_figure
 from utils.runs.metric_views import scalars
+from utils.runs.metrics import AccuracyMatrix
 from utils.runs.run_log import RunLog, accuracy_rows, read_metrics
+from utils.runs.tables import matrix_frame
 
 logger = logging.getLogger("nested_lora")
 
@@ -214,9 +216,11 @@ def test_tensorboard_has_tasks_as_steps_hyper_parameters_and_figures(tmp_path):
 
 
 def test_accuracy_csv_is_numeric_and_exact(tmp_path):
-    rows = [[100 / 3], [0.1 + 0.2, 50.0], [1.0, 2.0, 100.0]]
+    matrix = AccuracyMatrix()
+    for correct, total in (([1], [3]), ([1, 1], [3, 2]), ([0, 2, 7], [3, 2, 7])):
+        matrix.add(correct, total)
     with create(tmp_path / "run") as run:
-        run.accuracy_csv(rows)
+        run.table("accuracy.csv", matrix_frame(matrix))
     path = run.folder / "accuracy.csv"
     assert list(csv.reader(path.open()))[0] == [repr(100 / 3), "", ""]
     values = np.genfromtxt(path, delimiter=",")
