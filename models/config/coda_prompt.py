@@ -1,11 +1,12 @@
 """Config of CODA-Prompt (`models/compared/coda_prompt.py`)."""
 
+from collections.abc import Iterator
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, Field
 
 from models.vit.backbones import BackboneShape
-from models.vit.config import ClassIncrementalConfig, RowsRules, TrainingKeys
+from models.vit.config import ClassIncrementalConfig, RowsRules, TrainingKeys, too_deep
 from utils.config.schema import Conflict, Count, CountOrZero, RateOrZero, UnusedRule, distinct, key
 
 
@@ -42,12 +43,9 @@ class CODAPromptConfig(RowsRules, TrainingKeys):
         "The penalty sums its squares, as the paper writes it, or takes their mean, as published code does.",
     )
 
-    def shape_conflicts(self, shape: BackboneShape) -> list[Conflict]:
-        found = super().shape_conflicts(shape)
-        if max(self.prompt_blocks) >= shape.depth:
-            sentence = f"the backbone has {shape.depth} blocks; allowed: blocks from 0 to {shape.depth - 1}"
-            found.append((("prompt_blocks", "backbone_type"), sentence))
-        return found
+    def shape_conflicts(self, shape: BackboneShape) -> Iterator[Conflict]:
+        yield from super().shape_conflicts(shape)
+        yield from too_deep(shape, "prompt_blocks", max(self.prompt_blocks))
 
     def stored_bytes(self, shape: BackboneShape, task: int, classes: int) -> int:
         components = (task + 1) * self.prompt_components * len(self.prompt_blocks)

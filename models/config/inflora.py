@@ -1,9 +1,10 @@
 """Config of InfLoRA (`models/compared/inflora.py`)."""
 
+from collections.abc import Iterator
 from typing import ClassVar, Literal
 
 from models.vit.backbones import BackboneShape
-from models.vit.config import BlockKeys, ClassIncrementalConfig, RowsRules, TrainingKeys
+from models.vit.config import BlockKeys, ClassIncrementalConfig, RowsRules, TrainingKeys, too_wide
 from utils.config.schema import Conflict, key
 
 
@@ -36,12 +37,9 @@ class InfLoRAConfig(RowsRules, BlockKeys, TrainingKeys):
         "What the share is of: energies along directions, or their squares, as in published code.",
     )
 
-    def shape_conflicts(self, shape: BackboneShape) -> list[Conflict]:
-        found = super().shape_conflicts(shape)
-        if self.lora_rank > shape.width:
-            sentence = f"tokens have width {shape.width}; allowed: lora_rank from 1 to {shape.width}"
-            found.append((("lora_rank", "backbone_type"), sentence))
-        return found
+    def shape_conflicts(self, shape: BackboneShape) -> Iterator[Conflict]:
+        yield from super().shape_conflicts(shape)
+        yield from too_wide(shape, "lora_rank", self.lora_rank)
 
     def stored_bytes(self, shape: BackboneShape, task: int, classes: int) -> int:
         width, blocks = shape.width, len(self.adapted_blocks(shape.depth))

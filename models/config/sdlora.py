@@ -1,13 +1,14 @@
 """Config of SD-LoRA and, with a gate over its adapters, of Gumbel CL-LoRA (`models/sdlora.py`)."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator
 
 from models.vit.backbones import BackboneShape
-from models.vit.config import ClassIncrementalConfig, RowsRules, StepKeys
+from models.vit.config import ClassIncrementalConfig, RowsRules, StepKeys, too_wide
 from utils.config.schema import Conflict, Count, CountOrZero, PathText, Rate, RateOrZero, UnusedRule, key
 
 GATE_KEYS = (
@@ -46,21 +47,18 @@ class GateKeys(StepKeys):
             return self.gumbel_gate
         return "global" if self.lambda_sparsity > 0 else "off"
 
-    def conflicts(self) -> list[Conflict]:
+    def conflicts(self) -> Iterator[Conflict]:
         """Temperatures out of order, a folder that cannot be written."""
-        found = super().conflicts()
+        yield from super().conflicts()
         if self.gumbel_tau_init < self.gumbel_tau_final:
             sentence = "the temperature only falls; allowed: gumbel_tau_init >= gumbel_tau_final"
-            found.append((("gumbel_tau_init", "gumbel_tau_final"), sentence))
+            yield ("gumbel_tau_init", "gumbel_tau_final"), sentence
         if self.filepath is not None:
             place = Path(self.filepath).absolute()
             there = next(path for path in (place, *place.parents) if os.path.exists(path))
             if not os.path.isdir(there) or not os.access(there, os.W_OK):
                 fault = f"{there} is no folder that can be written to"
-                found.append(
-                    (("filepath",), f"{fault}; allowed: a folder, which is made where there is none")
-                )
-        return found
+                yield ("filepath",), f"{fault}; allowed: a folder, which is made where there is none"
 
     def unused_rules(self) -> list[UnusedRule]:
         growth, at_rest = f'growth is "{self.growth}"', self.gumbel_tau_init == self.gumbel_tau_final
@@ -73,13 +71,12 @@ class GateKeys(StepKeys):
             *super().unused_rules(),
         ]
 
-    def warnings(self, nb_seeds: int = 1) -> list[str]:
+    def warnings(self, nb_seeds: int = 1) -> Iterator[str]:
         """A folder that several seeds write to."""
-        found = super().warnings(nb_seeds)
+        yield from super().warnings(nb_seeds)
         if self.gate != "off" and self.filepath is not None and nb_seeds > 1:
             own = "each seed's own are in its run folder's gate/"
-            found.append(f"filepath = {self.filepath} will hold the gate's files of the last seed; {own}")
-        return found
+            yield f"filepath = {self.filepath} will hold the gate's files of the last seed; {own}"
 
 
 def _ascending(pairs: list[list[int]]) -> list[list[int]]:
@@ -163,19 +160,15 @@ class SDLoRAConfig(RowsRules, GateKeys):
         directions = 4 * shape.depth * shape.width * ranks  # A and B of q and of v
         return super().stored_bytes(shape, task, classes) + 4 * directions
 
-    def conflicts(self) -> list[Conflict]:
-        """A schedule that would raise a learning rate."""
-        return [*super().conflicts(), *self.min_lr_conflicts(("init_lr", "lrate"))]
+    def conflicts(self) -> Iterator[Conflict]:
+        yield from super().conflicts()
+        yield from self.min_lr_conflicts(("init_lr", "lrate"))
 
-    def shape_conflicts(self, shape: BackboneShape) -> list[Conflict]:
-        """Ranks beyond the backbone's width."""
-        found = super().shape_conflicts(shape)
-        scheduled = [rank for _, rank in self.lora_rank_schedule]
-        for name, ranks in (("lora_rank", [self.lora_rank]), ("lora_rank_schedule", scheduled)):
-            if max(ranks, default=1) > shape.width:
-                sentence = f"tokens have width {shape.width}; allowed: ranks from 1 to {shape.width}"
-                found.append(((name, "backbone_type"), sentence))
-        return found
+    def shape_conflicts(self, shape: BackboneShape) -> Iterator[Conflict]:
+        yield from super().shape_conflicts(shape)
+        yield from too_wide(shape, "lora_rank", self.lora_rank)
+        scheduled = max((rank for _, rank in self.lora_rank_schedule), default=1)
+        yield from too_wide(shape, "lora_rank_schedule", scheduled)
 
     def unused_rules(self) -> list[UnusedRule]:
         scheduler = f'scheduler is "{self.scheduler}"'
@@ -190,12 +183,11 @@ class SDLoRAConfig(RowsRules, GateKeys):
             *super().unused_rules(),
         ]
 
-    def warnings(self, nb_seeds: int = 1) -> list[str]:
+    def warnings(self, nb_seeds: int = 1) -> Iterator[str]:
         """An optimizer that the published code does not use."""
-        found = super().warnings(nb_seeds)
+        yield from super().warnings(nb_seeds)
         if self.optimizer == "adam":
-            found.append(
+            yield (
                 'optimizer = "adam" is honoured as AdamW; published SD-LoRA files name it, and the published '
                 'code trains with SGD whatever they say: use "sgd" to compare with it'
             )
-        return found

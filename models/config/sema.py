@@ -1,5 +1,6 @@
 """Config of SEMA and of Nested LoRA on it (`models/sema.py`)."""
 
+from collections.abc import Iterator
 from typing import ClassVar, Literal
 
 from models.vit.backbones import BackboneShape
@@ -121,14 +122,13 @@ class SEMAConfig(AdapterKeys, HeadKeys, TrainingKeys):
         described = 4 * blocks * (task + 1) * descriptor if self.grows else 0
         return super().stored_bytes(shape, task, classes) + described
 
-    def conflicts(self) -> list[Conflict]:
+    def conflicts(self) -> Iterator[Conflict]:
         """Interpolation of hidden units that are not aligned."""
-        found = super().conflicts()
+        yield from super().conflicts()
         if self.consolidates and self.nested_lora_consolidation == "interpolate" and not self.aligned:
             fault = "units of slow and fast do not belong together"
             sentence = f'{fault}; allowed with "interpolate": reset "aligned"'
-            found.append((("nested_lora_consolidation", "nested_lora_reset"), sentence))
-        return found
+            yield ("nested_lora_consolidation", "nested_lora_reset"), sentence
 
     def unused_rules(self) -> list[UnusedRule]:
         descriptors = ("rd_lr", "rd_views", "buffer_size", "exp_threshold")
@@ -152,13 +152,12 @@ class SEMAConfig(AdapterKeys, HeadKeys, TrainingKeys):
             (not self.grows and self.freezes, "adapters learn in the first task only", ("head_drift",)),
         ]
 
-    def warnings(self, nb_seeds: int = 1) -> list[str]:
+    def warnings(self, nb_seeds: int = 1) -> Iterator[str]:
         """The reset after which fast cannot learn, and a rule that undoes what slow itself learned."""
-        found = super().warnings(nb_seeds)
+        yield from super().warnings(nb_seeds)
         if self.consolidates and self.nested_lora_consolidation == "interpolate" and self.nested_lora_lr_slow:
             share = f"a share {self.nested_lora_consolidation_alpha:g}"
             undone = f"undoes {share} of what slow's down-projections learned in the task"
-            found.append(f'"interpolate" {undone}; use nested_lora_lr_slow = 0')
+            yield f'"interpolate" {undone}; use nested_lora_lr_slow = 0'
         if self.consolidates and self.nested_lora_reset == "zeros":
-            found.append('nested_lora_reset = "zeros" leaves fast with zero gradients for ever; use "lora"')
-        return found
+            yield 'nested_lora_reset = "zeros" leaves fast with zero gradients for ever; use "lora"'

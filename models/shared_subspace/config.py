@@ -161,9 +161,11 @@ class SharedSubspaceConfig(RunConfig):
         names = {"colours", "primitives", "test_length", "held_out_pairs", "test_compositions"}
         return self.model_dump(mode="json", include={*names, "test_samples"})
 
-    def conflicts(self) -> list[Conflict]:
-        own = [*self._split_conflicts(), *self._size_conflicts(), *self.min_lr_conflicts(["init_lr"])]
-        return [*super().conflicts(), *own]
+    def conflicts(self) -> Iterator[Conflict]:
+        yield from super().conflicts()
+        yield from self._split_conflicts()
+        yield from self._size_conflicts()
+        yield from self.min_lr_conflicts(["init_lr"])
 
     def _split_conflicts(self) -> Iterator[Conflict]:
         """Compositions that do not exist, are too many, or leave a split empty."""

@@ -13,6 +13,8 @@ The rules of a group may name keys of the groups that it is combined with.
 """
 
 import contextlib
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -143,38 +145,39 @@ class ClassIncrementalConfig(RunConfig):
         images = {"max_test_per_class": self.max_test_per_class, "validation_share": self.validation_share}
         return {"classes": seen, **images} | (split if tasks > 1 else {})
 
-    def conflicts(self) -> list[Conflict]:
-        found = [*self._class_conflicts(), *super().conflicts()]
+    def conflicts(self) -> Iterator[Conflict]:
+        yield from self._class_conflicts()
+        yield from super().conflicts()
         if self.weights not in (None, "random") and (reason := why_no_file(Path(self.weights))):
-            found.append((("weights",), f'{reason}; allowed: null, "random" or the path of a weight file'))
-        shape = known_shape(self.backbone_type)
-        return [*found, *(self.shape_conflicts(shape) if shape else [])]
+            yield ("weights",), f'{reason}; allowed: null, "random" or the path of a weight file'
+        if shape := known_shape(self.backbone_type):
+            yield from self.shape_conflicts(shape)
 
     def unchecked_keys(self) -> list[str]:
         named = [] if known_shape(self.backbone_type) else ["backbone_type"]
         return [*named, *super().unchecked_keys()]
 
-    def late_conflicts(self) -> list[Conflict]:
+    def late_conflicts(self) -> Iterator[Conflict]:
         """Conflicts of a backbone without a short name: unknown to timm, or with keys that do not fit it."""
-        found = super().late_conflicts()
+        yield from super().late_conflicts()
         if known_shape(self.backbone_type):
-            return found
+            return
         import_networks()
         from models.vit.pretrained import backbone_shape  # here: it imports timm
 
         try:
             shape = backbone_shape(self.backbone_type, weights=self.weights and "random")
         except UserError as error:
-            return [*found, (("backbone_type",), str(error))]
-        return [*found, *self.shape_conflicts(shape)]
+            yield ("backbone_type",), str(error)
+        else:
+            yield from self.shape_conflicts(shape)
 
-    def shape_conflicts(self, shape: BackboneShape) -> list[Conflict]:
+    def shape_conflicts(self, shape: BackboneShape) -> Iterator[Conflict]:
         """Keys that do not fit the backbone; a subclass extends those of super()."""
-        if self.image_size is None or self.image_size % shape.patch == 0:
-            return []
-        low = max(self.image_size // shape.patch, 1) * shape.patch
-        allowed = f"a multiple of {shape.patch}, such as {low} or {low + shape.patch}"
-        return [(("image_size", "backbone_type"), f"not whole patches; allowed: {allowed}")]
+        if self.image_size is not None and self.image_size % shape.patch:
+            low = max(self.image_size // shape.patch, 1) * shape.patch
+            allowed = f"a multiple of {shape.patch}, such as {low} or {low + shape.patch}"
+            yield ("image_size", "backbone_type"), f"not whole patches; allowed: {allowed}"
 
     def unused_rules(self) -> list[UnusedRule]:
         return [
@@ -188,16 +191,16 @@ class ClassIncrementalConfig(RunConfig):
             *super().unused_rules(),
         ]
 
-    def warnings(self, nb_seeds: int = 1) -> list[str]:
+    def warnings(self, nb_seeds: int = 1) -> Iterator[str]:
         """Warnings about tasks of a single class, from which cross-entropy learns nothing."""
-        found, tasks = super().warnings(nb_seeds), self.known_tasks()
+        yield from super().warnings(nb_seeds)
+        tasks = self.known_tasks()
         single = [task for task, labels in enumerate(tasks) if len(labels) == 1]
         if untaught := [task for task in single if self.one_class_advice(task)]:
             shown = ", ".join(map(str, untaught[:3])) + (", ..." if len(untaught) > 3 else "")
             fault = f"task {shown} of 0 to {len(tasks) - 1} brings one class"
             nothing = "cross-entropy over it alone is zero and teaches nothing"
-            found.append(f"{fault}: {nothing}; {self.one_class_advice(untaught[0])}")
-        return found
+            yield f"{fault}: {nothing}; {self.one_class_advice(untaught[0])}"
 
     def one_class_advice(self, task: int) -> str:
         """Advice for a task of a single class; "" where the method learns from it all the same."""
@@ -218,21 +221,18 @@ class ClassIncrementalConfig(RunConfig):
         """The data sets of `extra_data`."""
         return self.extra_data or []
 
-    def missing_assets(self) -> list[str]:
+    def missing_assets(self) -> Iterator[str]:
         from models.vit.pretrained import find_weights  # here: it imports timm
 
         weights = {"weights": self.weights, "weights_root": Path(self.weights_root)}
-        missing = []
-        images = Path(self.cache_root) / IMAGES
-        looks = [lambda: find_weights(self.backbone_type, **weights, fetch=True)]
-        for name in (self.dataset, *self.added):
-            looks.append(lambda name=name: require_dataset(name, self.data_root, images, self.test_share))
+        looks = [partial(find_weights, self.backbone_type, **weights, fetch=True)]
+        place = self.data_root, Path(self.cache_root) / IMAGES, self.test_share
+        looks += [partial(require_dataset, name, *place) for name in (self.dataset, *self.added)]
         for look in looks:
             try:
                 look()
             except UserError as error:
-                missing.append(str(error))
-        return missing
+                yield str(error)
 
     def checkpoint_bytes(self) -> list[int]:
         import_networks()
@@ -245,21 +245,33 @@ class ClassIncrementalConfig(RunConfig):
         """Upper bound on the bytes of tensors in a task's checkpoint; classes: number seen by then."""
         return 4 * classes * shape.width
 
-    def _class_conflicts(self) -> list[Conflict]:
+    def _class_conflicts(self) -> Iterator[Conflict]:
         try:
             classes = class_count(self.dataset, self.data_root, self.test_share)
         except (UserError, OSError) as error:
-            sentence = os_error_sentence(error) if isinstance(error, OSError) else str(error)
-            return [(("dataset",), sentence)]
+            yield ("dataset",), os_error_sentence(error) if isinstance(error, OSError) else str(error)
+            return
         if classes == 0:
             needed = "a folder needs one folder of images per class, in it or in its train/ and test/"
-            return [(("dataset",), f"the data set has no class; {needed}")]
-        held = counted(classes or 0, "class", "classes")
-        return [
-            ((name, "dataset"), f"the data set has {held}; allowed: {name} from 1 to {classes}")
-            for name in ("init_cls", "increment")
-            if classes is not None and getattr(self, name) > classes
-        ]
+            yield ("dataset",), f"the data set has no class; {needed}"
+        for name in ("init_cls", "increment"):
+            if classes and getattr(self, name) > classes:
+                held = counted(classes, "class", "classes")
+                yield (name, "dataset"), f"the data set has {held}; allowed: {name} from 1 to {classes}"
+
+
+def too_wide(shape: BackboneShape, name: str, rank: int, widths: int = 1) -> Iterator[Conflict]:
+    """The conflict of a rank that is greater than so many widths of the backbone's tokens."""
+    if rank > widths * shape.width:
+        sentence = f"tokens have width {shape.width}; allowed: at most {widths * shape.width}"
+        yield (name, "backbone_type"), sentence
+
+
+def too_deep(shape: BackboneShape, name: str, block: int) -> Iterator[Conflict]:
+    """The conflict of a block that the backbone does not have."""
+    if block >= shape.depth:
+        sentence = f"the backbone has {shape.depth} blocks; allowed: blocks from 0 to {shape.depth - 1}"
+        yield (name, "backbone_type"), sentence
 
 
 class FrozenViTKeys(ClassIncrementalConfig):
@@ -270,12 +282,11 @@ class FrozenViTKeys(ClassIncrementalConfig):
         '"reference" stores no activations, stacks no adapters and runs timm\'s own blocks: slow, fp32 only.',
     )
 
-    def conflicts(self) -> list[Conflict]:
-        found = super().conflicts()
+    def conflicts(self) -> Iterator[Conflict]:
+        yield from super().conflicts()
         if self.engine == "reference" and self.precision == "bf16":
             sentence = 'the reference computes in fp32; allowed: precision "fp32" or "auto"'
-            found.append((("engine", "precision"), sentence))
-        return found
+            yield ("engine", "precision"), sentence
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -349,12 +360,11 @@ class HeadKeys(RidgeKeys):
             *super().unused_rules(),
         ]
 
-    def conflicts(self) -> list[Conflict]:
-        found = super().conflicts()
+    def conflicts(self) -> Iterator[Conflict]:
+        yield from super().conflicts()
         if self.head == "fecam" and self.alpha2 > self.alpha1:
             sentence = f"the covariance could be indefinite; allowed: alpha2 from 0 to {self.alpha1:g}"
-            found.append((("alpha2", "alpha1"), sentence))
-        return found
+            yield ("alpha2", "alpha1"), sentence
 
     def one_class_advice(self, task: int) -> str:
         if self.head == "fc":
@@ -379,12 +389,11 @@ class StepKeys(ClassIncrementalConfig):
     )
     optimizer: Literal["sgd", "adam"] = key("sgd", 'SGD with momentum 0.9; "adam" means AdamW.')
 
-    def conflicts(self) -> list[Conflict]:
-        found = super().conflicts()
+    def conflicts(self) -> Iterator[Conflict]:
+        yield from super().conflicts()
         if self.grad_accumulation > self.batch_size and "grad_accumulation" not in self.without_effect():
             sentence = f"a part has a sample at least; allowed: from 1 to {self.batch_size}"
-            found.append((("grad_accumulation", "batch_size"), sentence))
-        return found
+            yield ("grad_accumulation", "batch_size"), sentence
 
 
 class TrainingKeys(StepKeys, FrozenViTKeys):
@@ -421,8 +430,9 @@ class TrainingKeys(StepKeys, FrozenViTKeys):
         same = "tells such classes apart all the same, by features that training leaves as they are"
         return f"{self.model_name} {same}"
 
-    def conflicts(self) -> list[Conflict]:
-        return [*super().conflicts(), *self.min_lr_conflicts(self.lr_keys)]
+    def conflicts(self) -> Iterator[Conflict]:
+        yield from super().conflicts()
+        yield from self.min_lr_conflicts(self.lr_keys)
 
     def unused_rules(self) -> list[UnusedRule]:
         one_view = self.augmentation == "none" and (self.engine == "reference" or self.cache_gb == 0)
@@ -446,17 +456,15 @@ class RowsRules(ClassIncrementalConfig):
 class OneTaskRules(ClassIncrementalConfig):
     """No keys: the rules of methods that learn all classes at once."""
 
-    def conflicts(self) -> list[Conflict]:
-        found = super().conflicts()
+    def conflicts(self) -> Iterator[Conflict]:
+        found, sentence = list(super().conflicts()), f"{self.model_name} learns all classes at once; allowed:"
+        yield from found
         if not any("dataset" in keys for keys, _ in found):  # else its classes cannot be counted, or are few
             classes = class_count(self.dataset, self.data_root, self.test_share)
             if classes not in (None, self.init_cls):
-                sentence = f"{self.model_name} learns all classes at once; allowed: init_cls = {classes}"
-                found.append((("init_cls", "dataset"), sentence))
+                yield ("init_cls", "dataset"), f"{sentence} init_cls = {classes}"
         if self.added:
-            sentence = f"{self.model_name} learns all classes at once; allowed: null"
-            found.append((("extra_data",), sentence))
-        return found
+            yield ("extra_data",), f"{sentence} null"
 
     def unused_rules(self) -> list[UnusedRule]:
         unused = ("max_tasks", "head_drift")
@@ -505,21 +513,17 @@ class BlockKeys(ClassIncrementalConfig):
         """Whether there are adapters to train."""
         return True
 
-    def conflicts(self) -> list[Conflict]:
-        found = super().conflicts()
+    def conflicts(self) -> Iterator[Conflict]:
+        yield from super().conflicts()
         if self.trains_adapters and self.adapt_start_layer > self.adapt_end_layer:
             order = "the first growing block is after the last; allowed: adapt_start_layer <= adapt_end_layer"
-            found.append((("adapt_start_layer", "adapt_end_layer"), order))
-        return found
+            yield ("adapt_start_layer", "adapt_end_layer"), order
 
-    def shape_conflicts(self, shape: BackboneShape) -> list[Conflict]:
-        """Conflicts of block numbers with the depth of the backbone."""
-        found, largest = super().shape_conflicts(shape), shape.depth - 1
-        for name in ("adapt_start_layer", "adapt_end_layer"):
-            if self.trains_adapters and self.chooses_blocks and getattr(self, name) > largest:
-                sentence = f"the backbone has {shape.depth} blocks; allowed: {name} from 0 to {largest}"
-                found.append(((name, "backbone_type"), sentence))
-        return found
+    def shape_conflicts(self, shape: BackboneShape) -> Iterator[Conflict]:
+        yield from super().shape_conflicts(shape)
+        if self.trains_adapters and self.chooses_blocks:
+            yield from too_deep(shape, "adapt_start_layer", self.adapt_start_layer)
+            yield from too_deep(shape, "adapt_end_layer", self.adapt_end_layer)
 
     def adapted_blocks(self, depth: int) -> range:
         """The blocks that carry adapters, of a backbone with `depth` blocks."""
@@ -587,16 +591,13 @@ class AdapterKeys(BlockKeys):
         of_adapters = {"slow": slow, "fast": {"lr": self.nested_lora_lr_fast}, "adapter": {"lr": adapter_lr}}
         return of_adapters.get(name) or super().group_options(name)
 
-    def conflicts(self) -> list[Conflict]:
-        found = super().conflicts()
-        if not self.trains_adapters:
-            return found
+    def conflicts(self) -> Iterator[Conflict]:
+        yield from super().conflicts()
         rates, way_out = ("adapter_lr",), ", or null for init_lr"
         if self.nested:
             rates, way_out = ("nested_lora_lr_fast", "nested_lora_lr_slow"), " for one branch at least"
-        if all(getattr(self, name) == 0 for name in rates):
-            found.append((rates, f"adapters would learn nothing; allowed: a rate above 0{way_out}"))
-        return found
+        if self.trains_adapters and all(getattr(self, name) == 0 for name in rates):
+            yield rates, f"adapters would learn nothing; allowed: a rate above 0{way_out}"
 
     def stored_bytes(self, shape: BackboneShape, task: int, classes: int) -> int:
         return super().stored_bytes(shape, task, classes) + self.adapter_bytes(shape, task)
@@ -609,15 +610,12 @@ class AdapterKeys(BlockKeys):
         numbers = adapters * (2 * shape.width * units + shape.width + units)
         return 4 * numbers * self.trains_adapters
 
-    def shape_conflicts(self, shape: BackboneShape) -> list[Conflict]:
-        """Conflicts of adapter widths with the width of the backbone."""
-        found = super().shape_conflicts(shape)
-        # Two branches of the largest rank have as many units as one adapter of twice that width.
-        rank, largest = ("nested_lora_rank", shape.width) if self.nested else ("ffn_num", 2 * shape.width)
-        if self.trains_adapters and getattr(self, rank) > largest:
-            sentence = f"tokens have width {shape.width}; allowed: {rank} from 1 to {largest}"
-            found.append(((rank, "backbone_type"), sentence))
-        return found
+    def shape_conflicts(self, shape: BackboneShape) -> Iterator[Conflict]:
+        yield from super().shape_conflicts(shape)
+        if self.trains_adapters and self.nested:
+            yield from too_wide(shape, "nested_lora_rank", self.nested_lora_rank)
+        elif self.trains_adapters:  # as many units as two branches of the largest rank
+            yield from too_wide(shape, "ffn_num", self.ffn_num, widths=2)
 
     def unused_rules(self) -> list[UnusedRule]:
         kind = f'ffn_adapter_type is "{self.ffn_adapter_type}"'
@@ -634,9 +632,8 @@ class AdapterKeys(BlockKeys):
             *super().unused_rules(),
         ]
 
-    def warnings(self, nb_seeds: int = 1) -> list[str]:
-        found = super().warnings(nb_seeds)
+    def warnings(self, nb_seeds: int = 1) -> Iterator[str]:
+        yield from super().warnings(nb_seeds)
         if self.ffn_adapter_scalar != 1.0:
             applied = f"ffn_adapter_scalar = {self.ffn_adapter_scalar:g} is applied here"
-            found.append(f"{applied}; the published code names a scale and applies 1")
-        return found
+            yield f"{applied}; the published code names a scale and applies 1"

@@ -11,7 +11,7 @@ inherited, and null takes an inherited key back to its default.
 
 import json
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -277,7 +277,7 @@ def _check(draft: Draft, schemas: Schemas, source: str) -> LoadedConfig:
 
     judged = set(faults)
 
-    def sentences(conflicts: Sequence[Conflict]) -> Iterator[str]:
+    def sentences(conflicts: Iterable[Conflict]) -> Iterator[str]:
         for names, sentence in conflicts:
             if faults.keys().isdisjoint(names):
                 judged.update(names)

@@ -4,14 +4,14 @@
         rank: Count = key(4, "Rank of the adapters.")
 
 Groups of keys that methods share extend `RunConfig` (`models/vit/config.py`); a method's config combines
-groups and adds its own keys. `conflicts`, `unused_rules` and `warnings` extend those of `super()`: every
-group is asked.
+groups and adds its own keys. `conflicts`, `unused_rules` and `warnings` extend those of `super()`, such as by
+`yield from super().conflicts()`: every group is asked.
 `utils/config/loading.py` reads and checks files.
 """
 
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator
@@ -189,9 +189,9 @@ class RunConfig(BaseModel):
 
     # --- what a run needs and leaves; a subclass extends those of super() --------------------------------
 
-    def missing_assets(self) -> list[str]:
+    def missing_assets(self) -> Iterator[str]:
         """Sentences about data and weights that are missing; what can be downloaded is."""
-        return []
+        yield from ()
 
     def checkpoint_bytes(self) -> list[int]:
         """Estimated size of the checkpoint at the end of each task; empty where it is too small to matter."""
@@ -199,35 +199,34 @@ class RunConfig(BaseModel):
 
     # --- rules; a subclass extends those of super() -------------------------------------------------------
 
-    def conflicts(self) -> list[Conflict]:
+    def conflicts(self) -> Iterator[Conflict]:
         """Keys that are valid one by one and impossible together, as known without PyTorch and timm."""
         try:
             names = [_path_bytes(name) for name in self.folder_names(self.seed)]
             whole = _path_bytes(os.path.abspath(self.logs_root)) + sum(names) + len(names)
         except ValueError as error:
-            return [(("prefix", "logs_root"), f"the run folder's path {error}")]
+            yield ("prefix", "logs_root"), f"the run folder's path {error}"
+            return
         max_name, max_path = MAX_NAME_BYTES - BESIDE_RUN, MAX_PATH_BYTES - BELOW_RUN
-        if max(names) <= max_name and whole <= max_path:
-            return []
-        fault = f"the run folder's path would have {whole} bytes, its longest name {max(names)}"
-        way_out = "shorten prefix, logs_root, or the names of dataset and backbone_type"
-        return [(("prefix", "logs_root"), f"{fault}; allowed: {max_path} and {max_name}; {way_out}")]
+        if max(names) > max_name or whole > max_path:
+            fault = f"the run folder's path would have {whole} bytes, its longest name {max(names)}"
+            way_out = "shorten prefix, logs_root, or the names of dataset and backbone_type"
+            yield ("prefix", "logs_root"), f"{fault}; allowed: {max_path} and {max_name}; {way_out}"
 
     def unchecked_keys(self) -> list[str]:
         """Keys that only `late_conflicts` checks; published device lists fall back to the CPU instead."""
         return ["device"] if str(self.device).lower().startswith(("cuda", "mps")) else []
 
-    def late_conflicts(self) -> list[Conflict]:
+    def late_conflicts(self) -> Iterator[Conflict]:
         """Conflicts that only PyTorch or timm can detect; checked once nothing else is wrong."""
         if "device" not in self.unchecked_keys():
-            return []
+            return
         from utils.training.device import resolve_device  # here: it imports PyTorch
 
         try:
             resolve_device(self.device)
         except UserError as error:
-            return [(("device",), str(error))]
-        return []
+            yield ("device",), str(error)
 
     def unused_rules(self) -> list[UnusedRule]:
         """When keys have no effect given the others; of several reasons for a key the first is reported.
@@ -236,9 +235,9 @@ class RunConfig(BaseModel):
         """
         return []
 
-    def warnings(self, nb_seeds: int = 1) -> list[str]:
+    def warnings(self, nb_seeds: int = 1) -> Iterator[str]:
         """Departures from what a reader would expect; nb_seeds: how many seeds the experiment is run with."""
-        return []
+        yield from ()
 
     # --- what follows from the rules ----------------------------------------------------------------------
 
@@ -258,7 +257,7 @@ class RunConfig(BaseModel):
         reasons = self.without_effect()
         return {name: reasons[name] for name in fields if name in self.model_fields_set & reasons.keys()}
 
-    def min_lr_conflicts(self, lr_keys: Sequence[str]) -> list[Conflict]:
+    def min_lr_conflicts(self, lr_keys: Sequence[str]) -> Iterator[Conflict]:
         """The conflict of a schedule that ends at `min_lr` with learning rates below it, given by their keys.
 
         Rates of 0 (not trained) and None (another rate is used) are ignored.
@@ -266,10 +265,9 @@ class RunConfig(BaseModel):
         unused = self.without_effect()
         lrs = {name: lr for name in lr_keys if name not in unused and (lr := getattr(self, name))}
         lower = {name: lr for name, lr in lrs.items() if lr < self.min_lr}
-        if not lower or "min_lr" in unused:
-            return []
-        sentence = f"the schedule only lowers a rate; allowed: min_lr from 0 to {min(lower.values()):g}"
-        return [(("min_lr", *lower), sentence)]
+        if lower and "min_lr" not in unused:
+            most = f"{min(lower.values()):g}"
+            yield ("min_lr", *lower), f"the schedule only lowers a rate; allowed: min_lr from 0 to {most}"
 
     def experiment(self) -> dict[str, Any]:
         """Key -> value of all that determines a run's numbers besides the seed.

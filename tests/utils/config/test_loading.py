@@ -119,7 +119,7 @@ def test_all_mistakes_come_in_one_message(tmp_path: Path) -> None:
         ('init_cls = 120, dataset = "cifar224" (default)', "allowed: init_cls from 1 to 100"),
         ('device = "cudda": names no device', 'allowed: "auto", "cpu"'),
         ("adapt_start_layer = 12, adapt_end_layer = 10", "allowed: adapt_start_layer <= adapt_end_layer"),
-        ("adapt_start_layer = 12, backbone_type", "12 blocks; allowed: adapt_start_layer from 0 to 11"),
+        ("adapt_start_layer = 12, backbone_type", "12 blocks; allowed: blocks from 0 to 11"),
     ]
     assert len(found) == len(told)
     for start, words in told:
