@@ -11,8 +11,7 @@ are read instead, and test images only by `evaluate("test")`. Task labels are un
 
 import logging
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,23 +22,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from backbone.frozen_block import speed_up
-from backbone.sema_components import NestedLoRAAdapter
 from models.base import Learner, Report, RunContext
 from models.vit import calibration
 from models.vit.activations import ActivationStore
+from models.vit.analysis import TaskNetwork, analysis_inputs
 from models.vit.calibration import Calibration
 from models.vit.closed_form import ClosedFormHead
 from models.vit.config import ClassIncrementalConfig
 from models.vit.report import description, report
 from models.vit.sources import load_backbone, load_data_and_backbone
 from models.vit.task_inputs import TaskInputs
-from utils.analysis.representations import ANALYSES, AnalysisInputs, chosen_images
-from utils.analysis.similarity import column_space
+from utils.analysis.representations import ANALYSES, AnalysisInputs
 from utils.cache.tensor_cache import TensorCache
-from utils.console import progress
 from utils.inc_net import IncrementalHead
 from utils.runs.classes import confusion_counts
-from utils.runs.figures import CAPTIONS, class_incremental_figures, describe
+from utils.runs.figures import CAPTIONS, class_incremental_figures
 from utils.runs.manifest import library_versions
 from utils.training.device import dead_worker_advice, predictions, require_finite
 from utils.training.optim import GroupedOptimizer, ParameterGroup, assert_complete, trainable
@@ -47,7 +44,6 @@ from utils.wording import counted, shortened, spans
 
 logger = logging.getLogger("nested_lora")
 
-ANALYSED_IMAGES = 20  # per class, by default
 COMPUTED = {"bases", "directions", "records"}  # parts of networks that no gradient updates
 FUNCTIONAL = {"adapters", "routers"}  # parts that functional training updates
 
@@ -148,35 +144,9 @@ class ClassIncrementalLearner(Learner):
         """Logits over all classes seen, (B, d) -> (B, C)."""
         return (self.closed_form or self.head)(features)
 
-    @torch.no_grad()
-    def class_tokens(self, images: Tensor) -> Tensor:
-        """Class token after each of the L blocks, in the last run of `features`: (L, B, d), float32."""
-        blocks, found = self.network.vit.blocks, {}
-
-        def keep(block: nn.Module, inputs: tuple[Tensor, ...], x: Tensor) -> None:
-            found[block] = x[:, 0].float()
-
-        with ExitStack() as hooks:
-            for block in blocks:
-                hooks.enter_context(block.register_forward_hook(keep))
-            self.features(images)
-        return torch.stack([found[block] for block in blocks])
-
     def adapter_weights(self) -> dict[int, float]:
         """Weight in evaluation of the adapter that each task grew; empty where no gate gives them weights."""
         return {}
-
-    def branch_spaces(self) -> dict[tuple[int, int], dict[str, Tensor]]:
-        """Column spaces of W_up W_down of nested adapters: (block, adapter) -> "fast" and "slow", (d, k)."""
-        return {
-            (block, k): {
-                name: column_space(branch.up_proj.weight, branch.down_proj.weight)
-                for name, branch in adapter.functional.named_children()
-            }
-            for block, modules in self.network.modules_by_block.items()
-            for k, adapter in enumerate(modules.adapters)
-            if isinstance(adapter.functional, NestedLoRAAdapter)
-        }
 
     def frozen_names(self) -> set[str]:
         return {f"backbone.{name}" for name in self.network.frozen_names()}
@@ -317,39 +287,12 @@ class ClassIncrementalLearner(Learner):
     def analysis_inputs(
         self, checkpoints: Sequence[Path], load: Callable[[Path], None], images_per_class: int | None
     ) -> AnalysisInputs:
-        """Class tokens of the same images and output spaces of the branches, for every checkpoint.
-
-        At most `images_per_class` (None: `ANALYSED_IMAGES`) of the images that the run is measured on.
-        UserError: there are too few, or a class token is not finite.
-        """
-        source = self.data.evaluated
-        images = chosen_images(self.data, self.seed, images_per_class or ANALYSED_IMAGES)
-        size = self.config.eval_batch_size
-        batches = [images[i : i + size] for i in range(0, len(images), size)]
-        tokens, spaces, weights = [], [], []
-        with progress(total=len(checkpoints) * len(batches), desc="Class tokens", unit="batch") as bar:
+        def networks() -> Iterator[TaskNetwork]:
             for checkpoint in checkpoints:
                 load(checkpoint)
-                found = []
-                for batch in batches:
-                    views = self.data.views(batch, source, None, self.device)
-                    what = f"the class tokens of {checkpoint.name}"
-                    found.append(require_finite(self.class_tokens(views).cpu(), what, self.config.precision))
-                    bar.update()
-                tokens.append(torch.cat(found, dim=1))
-                spaces.append(self.branch_spaces())
-                weights.append(self.adapter_weights())
-        labels = self.data.targets(images, source)
-        ends = torch.tensor([self.data.task_classes(task).stop for task in range(len(checkpoints))])
-        return AnalysisInputs(
-            torch.stack(tokens),
-            labels,
-            spaces,
-            self.seed,
-            f"{describe(self.config.model_dump())} · {len(images)} {source} images",
-            torch.searchsorted(ends, labels, right=True),
-            weights,
-        )
+                yield TaskNetwork(checkpoint.name, self.network, self.features, self.adapter_weights())
+
+        return analysis_inputs(networks(), self.data, self.config, self.device, images_per_class)
 
     # --- evaluation -----------------------------------------------------------------------------------------
 
