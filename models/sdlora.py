@@ -190,7 +190,7 @@ class SDLoRA(ClassIncrementalLearner):
         """Weights of the adapters in evaluation, (K,) or (L, K); None without a gate, where all are 1."""
         return None if self.gate is None else sparsemax(self.gate.logits / self.config.gumbel_tau_final)
 
-    def settle(self) -> None:
+    def before_features(self) -> None:
         """Merge all adapters into the weights of the network."""
         self.network.merge(self.beta())
 

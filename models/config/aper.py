@@ -2,7 +2,7 @@
 
 from typing import ClassVar, Literal
 
-from models.vit.config import AdapterKeys, ClassIncrementalConfig, ProxyKeys, TrainingKeys
+from models.vit.config import AdapterKeys, ProxyKeys, TrainingKeys
 from utils.config.schema import key
 
 
@@ -10,9 +10,6 @@ class APERConfig(ProxyKeys, AdapterKeys, TrainingKeys):
     """Adapters and their training in the first task."""
 
     known_as: ClassVar[dict[str, str]] = AdapterKeys.known_as | {"tuned_epoch": "func_epoch"}
-    legacy_keys: ClassVar[dict[str, str]] = ClassIncrementalConfig.legacy_keys | {
-        "scheduler": "the schedule is a cosine",
-    }
 
     model_name: Literal["aper"] = key(
         "aper", "APER: nearest class mean on frozen and first-task-adapted features, concatenated."

@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import AfterValidator, Field
 
 from models.vit.backbones import BackboneShape
-from models.vit.config import ClassIncrementalConfig, RowsRules, TrainingKeys, too_deep
+from models.vit.config import RowsRules, TrainingKeys
 from utils.config.schema import Conflict, Count, CountOrZero, RateOrZero, UnusedRule, distinct, key
 
 
@@ -19,9 +19,8 @@ def _even(length: int) -> int:
 class CODAPromptConfig(RowsRules, TrainingKeys):
     """Prompts and their training."""
 
-    legacy_keys: ClassVar[dict[str, str]] = ClassIncrementalConfig.legacy_keys | {
+    legacy_keys: ClassVar[dict[str, str]] = TrainingKeys.legacy_keys | {
         "prompt_param": "see prompt_components (the pool divided by tasks), prompt_length and ortho_mu",
-        "scheduler": "the schedule is a cosine",
     }
 
     model_name: Literal["coda_prompt"] = key(
@@ -45,7 +44,7 @@ class CODAPromptConfig(RowsRules, TrainingKeys):
 
     def shape_conflicts(self, shape: BackboneShape) -> Iterator[Conflict]:
         yield from super().shape_conflicts(shape)
-        yield from too_deep(shape, "prompt_blocks", max(self.prompt_blocks))
+        yield from shape.block_conflicts("prompt_blocks", max(self.prompt_blocks))
 
     def stored_bytes(self, shape: BackboneShape, task: int, classes: int) -> int:
         components = (task + 1) * self.prompt_components * len(self.prompt_blocks)

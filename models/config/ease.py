@@ -3,7 +3,7 @@
 from typing import ClassVar, Literal
 
 from models.vit.backbones import BackboneShape
-from models.vit.config import AdapterKeys, ClassIncrementalConfig, ProxyKeys, TrainingKeys
+from models.vit.config import AdapterKeys, ProxyKeys, TrainingKeys
 from utils.config.schema import Rate, key
 
 
@@ -15,8 +15,7 @@ class EASEConfig(ProxyKeys, AdapterKeys, TrainingKeys):
         "later_epochs": "func_epoch",
         "later_lr": "init_lr",
     }
-    legacy_keys: ClassVar[dict[str, str]] = ClassIncrementalConfig.legacy_keys | {
-        "scheduler": "the schedule is a cosine",
+    legacy_keys: ClassVar[dict[str, str]] = TrainingKeys.legacy_keys | {
         "adapter_num": "an adapter per task",
         "recalc_sim": "prototypes are reconstructed once, as with false",
         "use_reweight": "subspaces of other tasks have the weight alpha",

@@ -4,22 +4,21 @@ from collections.abc import Iterator
 from typing import ClassVar, Literal
 
 from models.vit.backbones import BackboneShape
-from models.vit.config import BlockKeys, ClassIncrementalConfig, RowsRules, TrainingKeys, too_wide
+from models.vit.config import BlockKeys, RowsRules, TrainingKeys
 from utils.config.schema import Conflict, key
 
 
 class InfLoRAConfig(RowsRules, BlockKeys, TrainingKeys):
     """Low-rank terms of k and v, and the bases that they are orthogonal to."""
 
-    known_as: ClassVar[dict[str, str]] = ClassIncrementalConfig.known_as | {
+    known_as: ClassVar[dict[str, str]] = TrainingKeys.known_as | {
         "rank": "lora_rank",
         "init_epoch": "func_epoch",
         "epochs": "func_epoch",
         "lrate": "init_lr",
         "optim": "optimizer",
     }
-    legacy_keys: ClassVar[dict[str, str]] = ClassIncrementalConfig.legacy_keys | {
-        "scheduler": "the schedule is a cosine",
+    legacy_keys: ClassVar[dict[str, str]] = TrainingKeys.legacy_keys | {
         "EPSILON": "nothing is divided by it",
         "total_sessions": "counted in the data",
     }
@@ -39,7 +38,7 @@ class InfLoRAConfig(RowsRules, BlockKeys, TrainingKeys):
 
     def shape_conflicts(self, shape: BackboneShape) -> Iterator[Conflict]:
         yield from super().shape_conflicts(shape)
-        yield from too_wide(shape, "lora_rank", self.lora_rank)
+        yield from shape.rank_conflicts("lora_rank", self.lora_rank)
 
     def stored_bytes(self, shape: BackboneShape, task: int, classes: int) -> int:
         width, blocks = shape.width, len(self.adapted_blocks(shape.depth))

@@ -2,14 +2,14 @@
 
 from typing import ClassVar, Literal
 
-from models.vit.config import ClassIncrementalConfig, OneTaskRules, RowsRules, TrainingKeys
+from models.vit.config import OneTaskRules, RowsRules, TrainingKeys
 from utils.config.schema import key
 
 
 class LinearProbeConfig(OneTaskRules, RowsRules, TrainingKeys):
     """Training of a classifier, for one task."""
 
-    legacy_keys: ClassVar[dict[str, str]] = ClassIncrementalConfig.legacy_keys | {
+    legacy_keys: ClassVar[dict[str, str]] = TrainingKeys.legacy_keys | {
         "head": "the trained classifier classifies",
         "head_drift": "features never move",
         "ranpac_dim": "the trained classifier classifies",

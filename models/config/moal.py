@@ -3,15 +3,14 @@
 from typing import ClassVar, Literal
 
 from models.vit.backbones import BackboneShape
-from models.vit.config import AdapterKeys, ClassIncrementalConfig, RidgeKeys, TrainingKeys
+from models.vit.config import AdapterKeys, RidgeKeys, TrainingKeys
 from utils.config.schema import UnusedRule, key
 
 
 class MoALConfig(AdapterKeys, RidgeKeys, TrainingKeys):
     """Adapters, their moving average, and ridge regression with rumination."""
 
-    legacy_keys: ClassVar[dict[str, str]] = ClassIncrementalConfig.legacy_keys | {
-        "scheduler": "the schedule is a cosine",
+    legacy_keys: ClassVar[dict[str, str]] = TrainingKeys.legacy_keys | {
         "head": "the ridge regression classifies",
         "head_drift": "rumination takes its place",
     }

@@ -2,22 +2,14 @@
 
 from typing import ClassVar, Literal
 
-from models.vit.config import (
-    AdapterKeys,
-    BlockKeys,
-    ClassIncrementalConfig,
-    ProxyKeys,
-    RidgeKeys,
-    StepKeys,
-    TrainingKeys,
-)
+from models.vit.config import AdapterKeys, BlockKeys, ProxyKeys, RidgeKeys, StepKeys, TrainingKeys
 from utils.config.schema import UnusedRule, key
 
 
 class RanPACConfig(ProxyKeys, AdapterKeys, RidgeKeys, TrainingKeys):
     """Ridge regression; keys of adapters and their training have an effect only with `first_session`."""
 
-    legacy_keys: ClassVar[dict[str, str]] = ClassIncrementalConfig.legacy_keys | {
+    legacy_keys: ClassVar[dict[str, str]] = TrainingKeys.legacy_keys | {
         "head": "the ridge regression classifies",
         "head_drift": "features never move once they have been read",
     }

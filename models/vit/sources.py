@@ -3,6 +3,7 @@
 data, backbone = load_data_and_backbone(config, context)
 """
 
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
@@ -46,19 +47,9 @@ def load_data_and_backbone(
     backbone = load_backbone(config)
     on_cpu = context.device.type == "cpu"  # which is busy computing
     default_workers = 0 if on_cpu else min(8, torch.multiprocessing.cpu_count())
-    split = TaskSplit(
-        seed=config.seed,
-        shuffle=config.shuffle,
-        init_cls=config.init_cls,
-        increment=config.increment,
-        max_tasks=config.max_tasks,
-        max_train_per_class=config.max_train_per_class,
-        max_test_per_class=config.max_test_per_class,
-        validation_share=config.validation_share,
-    )
     data = DataManager(
         dataset,
-        split,
+        TaskSplit(**{field.name: getattr(config, field.name) for field in fields(TaskSplit)}),
         train_view=view_spec(config, backbone, config.augmentation),
         test_view=view_spec(config, backbone, "none"),
         num_workers=default_workers if config.num_workers is None else config.num_workers,
