@@ -151,7 +151,7 @@ class RayExecutor(AbstractContextManager):
             ray.init(**options)
         except (OSError, ValueError) as error:
             raise UserError(
-                f"--ray-address {address}: no connection to a Ray cluster ({error}); give HOST:PORT of its "
+                f"--ray-address {address}: no Ray cluster answers ({error}); give HOST:PORT of its "
                 "head, and set RAY_AUTH_MODE and RAY_AUTH_TOKEN as there if it asks for a token"
             ) from error
         largest = max(int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"])
