@@ -45,7 +45,7 @@ def row_of(folder: Path) -> dict[str, object]:
 
 
 def keep(sweep: Path) -> Path:
-    """Add the finished runs in a sweep's folder to the file of its name; they replace kept ones like them.
+    """Add the finished runs in a sweep's folder to the file of its name; they replace kept runs of the same cell and seed.
 
     Runs of cells that the sweep no longer has stay out.
     """
@@ -73,7 +73,7 @@ def table(sweep: str, against: str) -> str:
     rows = []
     for cell in runs["final"].groupby(level="cell").mean().sort_values(ascending=False).index:
         own = runs.loc[cell]
-        metrics = METRICS if own["forgetting"].any() else METRICS[:1]  # of one task there is nothing else
+        metrics = METRICS if own["forgetting"].any() else METRICS[:1]  # with a single task there is nothing else
         estimates = {key: mean_over_seeds(own[key].tolist()) for key in metrics}
         means = [SPECS[key].text(found.mean, found.std) for key, found in estimates.items()]
         means += [""] * (len(METRICS) - len(means))
@@ -85,7 +85,7 @@ def table(sweep: str, against: str) -> str:
 
 
 def difference(runs: pd.DataFrame, cell: str, against: str, metric: str) -> Entry:
-    """Mean difference of two cells over the seeds that both have in one precision, with its interval.
+    """Mean difference of two cells over seeds that both ran in the same precision, with its interval.
 
     Strong where the interval excludes zero.
     """
@@ -105,13 +105,13 @@ def difference(runs: pd.DataFrame, cell: str, against: str, metric: str) -> Entr
 
 
 def main() -> None:
-    """Keep runs, or print tables."""
+    """Keep the finished runs of a sweep, or print tables."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("sweep", nargs="?", choices=BASELINES, help="the sweep whose table is printed")
     parser.add_argument("--against", metavar="CELL", help="the cell that the others are compared with")
     parser.add_argument(
-        "--keep", type=Path, metavar="FOLDER", help="of a sweep, whose finished runs are kept"
+        "--keep", type=Path, metavar="FOLDER", help="a sweep's folder: keep its finished runs"
     )
     options = parser.parse_args()
     if options.keep:

@@ -84,7 +84,7 @@ def draw_quickstart() -> Figure:
     panel.plot(digits, [100 / seen for seen in digits], ":", color=GREY)
     panel.text(digits[-1] + 0.2, 100 / digits[-1], "chance", color=GREY, va="center")
     panel.set(xlim=(digits[0] - 0.3, digits[-1] + 4), ylim=(0, 100), xticks=digits)
-    panel.set(xlabel="digits learned, two per task", ylabel="accuracy over all of them (%)")
+    panel.set(xlabel="digits learned, two per task", ylabel="accuracy over all digits learned (%)")
     panel.grid(axis="y", color=LIGHT)
     figure.tight_layout()
     return figure
@@ -147,9 +147,9 @@ def draw_answer() -> Figure:
     for panel in panels:
         panel.set_xlabel("A_N against RanPAC without adapters (points)")
     note = "Points: means of differences paired by seed; lines: 95 % intervals. ViT-Ti/16 with ImageNet "
-    note += "weights, 160 px.\nAdapters in blocks 9-11 if not named (SD-LoRA: all). "
+    note += "weights, 160 px.\nAdapters in blocks 9-11 unless the row says otherwise (SD-LoRA: all). "
     note += "Blue: nested. Orange: moving average of one adapter. Green: joint."
-    title = "Averages over tasks end above RanPAC: on CIFAR-100 in all blocks, on shop photos in three"
+    title = "Averages over tasks end above RanPAC: adapters in all blocks on CIFAR-100, in three on Grocery"
     finish(figure, title, note)
     return figure
 
@@ -172,7 +172,7 @@ def draw_nesting() -> Figure:
     note = "Points: means of differences paired by seed; lines: 95 % intervals; 5 seeds. CIFAR-100 10x10, "
     note += "20 images per class, MRI-tuned DINOv2-S, 84 px.\nBlue, orange: nested. "
     note += "Green: trained on all classes at once, so nothing is forgotten."
-    finish(figure, "Two learning rates alone change nothing; slow as the running mean over tasks does", note)
+    finish(figure, "Two learning rates alone do not help; slow as the running mean over tasks does", note)
     return figure
 
 
@@ -223,7 +223,7 @@ def draw_hypotheses() -> Figure:
     h2.set_title(title("H2", "unseen compositions gain", " points"))
     means(h3, WEIGHTS, "steps")
     h3.set(ylim=(0, 100), ylabel="few-shot steps to 60 % IoU")
-    h3.set_title(title("H3", "few-shot needs fewer steps", " steps"))
+    h3.set_title(title("H3", "few-shot adaptation needs fewer steps", " steps"))
     for panel in (h1, h2, h3):
         panel.set_xlabel("weight alpha of the sharing loss")
     names = {
@@ -240,7 +240,7 @@ def draw_hypotheses() -> Figure:
     h4.set_title(title("H4", "units align with primitives", ""))
     note = "Mean ± std over 5 seeds. Titles: difference paired by seed with its 95 % interval, at alpha 0.01 "
     note += "against 0 (H4: against chance)."
-    finish(figure, "The sharing loss moves subspaces together and does nothing for the tasks", note)
+    finish(figure, "The sharing loss moves subspaces together, without gain in the tasks", note)
     return figure
 
 
@@ -349,7 +349,7 @@ def draw_architecture() -> Figure:
         on.arrow((centre, 2.5), (centre, 3.1), (8.9 + aside, 3.1))
     on.arrow((8.9, 3.26), (8.9, 3.62))
     on.arrow((8.6, 1.85), (9.2, 1.85), color=ORANGE, linewidth=2, linestyle="--")
-    taken_over = "end of a task: slow takes over\na share of fast, fast starts again"
+    taken_over = "end of a task: slow takes over\na share of fast, fast restarts"
     on.text((8.9, 4.05), taken_over, fontsize=9, color=ORANGE)
     figure.subplots_adjust(0, 0, 1, 1)
     return figure
