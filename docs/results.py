@@ -45,7 +45,7 @@ def row_of(folder: Path) -> dict[str, object]:
 
 
 def keep(sweep: Path) -> Path:
-    """Add the finished runs in a sweep's folder to the file of its name; they replace kept runs of the same cell and seed.
+    """Add the finished runs of a sweep's folder to the file of its name, in place of the same cell and seed.
 
     Runs of cells that the sweep no longer has stay out.
     """
@@ -73,7 +73,7 @@ def table(sweep: str, against: str) -> str:
     rows = []
     for cell in runs["final"].groupby(level="cell").mean().sort_values(ascending=False).index:
         own = runs.loc[cell]
-        metrics = METRICS if own["forgetting"].any() else METRICS[:1]  # with a single task there is nothing else
+        metrics = METRICS if own["forgetting"].any() else METRICS[:1]  # all that one task has
         estimates = {key: mean_over_seeds(own[key].tolist()) for key in metrics}
         means = [SPECS[key].text(found.mean, found.std) for key, found in estimates.items()]
         means += [""] * (len(METRICS) - len(means))
