@@ -9,12 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from models import LEARNERS
 from models.base import Interrupted, Learner
 from models.vit.training import FunctionalPhase
 from tests.conftest import events, run_tasks, saved_state
 from trainer import train
-from utils.config.loading import ConfigError
 from utils.config.schema import RunConfig
 from utils.errors import UserError
 
@@ -47,6 +45,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "sema, growing": {"model_name": "sema", "expansion": "always"},
     "sema, never growing": {"model_name": "sema", "expansion": "never", "head": "cosine"},
 }  # fmt: skip
+GROWING = ("ease", "inflora", "coda_prompt", "finetune, ranpac", "sema, growing")  # their state grows
 
 
 def training_features(learner: Learner, tasks: int) -> tuple[np.ndarray, np.ndarray]:
@@ -75,19 +74,7 @@ def test_every_baseline_runs_to_its_result(name: str, smoke_config: Config, tmp_
     assert all(0.8 * (real - names) <= estimate <= most * real for estimate, real in pairs)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "ranpac, adapted",
-        "ease",
-        "inflora",
-        "moal",
-        "coda_prompt",
-        "finetune, ranpac",
-        "sema, ranpac",
-        "sema, growing",
-    ],
-)
+@pytest.mark.parametrize("name", [*GROWING, "ranpac, adapted", "moal", "sema, ranpac"])
 def test_a_baseline_resumed_is_the_one_never_stopped(name: str, make_sema: Make) -> None:
     """Stopped at several moments, between steps and between batches of features, it ends bit-identical."""
     changes = METHODS[name] | {"max_tasks": 3}
@@ -103,9 +90,7 @@ def test_a_baseline_resumed_is_the_one_never_stopped(name: str, make_sema: Make)
         assert run_tasks(again, 3).fingerprint() == expected
 
 
-@pytest.mark.parametrize(
-    "name", ["ease", "inflora", "coda_prompt", "finetune, ranpac", "finetune, fecam", "sema, growing"]
-)
+@pytest.mark.parametrize("name", [*GROWING, "finetune, fecam", "finetune, aligned", "finetune, merged"])
 def test_a_learner_that_takes_one_checkpoint_after_the_other_is_each_of_them(
     name: str, make_sema: Make
 ) -> None:
@@ -198,12 +183,6 @@ def test_the_adapter_rate_is_its_own_where_it_is_given(make_sema: Make) -> None:
     assert rates == {None: {"adapter": 0.004, "other": 0.004}, 0.123: {"adapter": 0.123, "other": 0.004}}
 
 
-def test_a_joint_method_refuses_a_first_task_that_leaves_classes_out(smoke_config: Config) -> None:
-    for name in ("joint", "linear_probe"):
-        with pytest.raises(ConfigError, match=f"{name} learns all classes at once; allowed: init_cls = 8"):
-            smoke_config(model_name=name, init_cls=2)
-
-
 def test_the_readout_follows_only_where_it_is_asked_to(make_sema: Make) -> None:
     """Only "linear" compares features with those the task began with, logs it, and carries old sums."""
     sums = {}
@@ -286,8 +265,3 @@ def test_weights_that_the_last_step_of_a_phase_ruined_end_the_run(make_sema: Mak
     phase.after_step = ruin
     with pytest.raises(UserError, match="Task 0 func: the weights of group adapter are not finite"):
         learner.run_phase(phase)
-
-
-def test_every_learner_is_named_by_its_key() -> None:
-    for name, learner in LEARNERS.items():
-        assert learner.Config.model_fields["model_name"].default == name

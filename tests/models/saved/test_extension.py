@@ -17,6 +17,7 @@ from models.saved.extension import Extension
 from tests.conftest import TINY_GRIDS, TINY_SDLORA
 from tests.crash import outcome
 from tests.image_folders import write_folder
+from tests.models.test_baselines import METHODS as BASELINES
 from trainer import extend, resume, train
 from utils.config.schema import RunConfig
 from utils.errors import Interrupted, UserError
@@ -38,25 +39,13 @@ METHODS: dict[str, dict[str, Any]] = {
         "adapter_blocks": "growing",
         "cache_views": 2,
     },
-    "finetune": {"model_name": "finetune", "head": "ranpac", "ranpac_dim": 50, "head_drift": "linear"},
-    "finetune, aligned": {
-        "model_name": "finetune",
-        "head": "aligned",
-        "head_drift": "linear",
-        "merge": "orthogonal",
-    },
-    "ranpac": {"model_name": "ranpac", "ranpac_dim": 50, "first_session": True},
-    "simplecil": {"model_name": "simplecil"},
-    "aper": {"model_name": "aper"},
-    "ease": {"model_name": "ease"},
-    "moal": {"model_name": "moal", "ranpac_dim": 50},
-    "coda_prompt": {"model_name": "coda_prompt", "prompt_components": 3},
-    "inflora": {"model_name": "inflora", "lora_rank": 4},
+    "finetune, aligned": BASELINES["finetune, aligned"] | {"head_drift": "linear", "merge": "orthogonal"},
     "sdlora": TINY_SDLORA,
     "gate": TINY_SDLORA
     | {"lambda_sparsity": 0.1, "gumbel_gate": "layer", "growth": "top_k", "growth_top_k": 2},
 }
-
+SAME = "simplecil; ranpac, adapted; aper; ease; inflora; moal; coda_prompt; finetune, ranpac; finetune, fecam"
+METHODS |= {name: BASELINES[name] for name in SAME.split("; ")}
 
 pytestmark = pytest.mark.usefixtures("quick_pictures")
 

@@ -1,4 +1,4 @@
-"""Runs on grids from the user's side: the record, the same seed twice, resume, eval.py, and bad input."""
+"""Runs on grids from the user's side: the record, the same seed twice, resume, and eval.py."""
 
 import itertools
 import json
@@ -196,36 +196,3 @@ def test_a_run_that_cannot_be_analysed_is_a_sentence(
     (copied / removed).rename(copied.with_name(removed))
     message = told(2, look.main, "--run", copied, "--analyse", *arguments)
     assert expected in message and message.count("\n") == 1 and not (copied / "analysis").exists()
-
-
-# --- bad input ----------------------------------------------------------------------------------------------
-
-BAD = {
-    "unknown primitive": ({"primitives": ["rotate", "spin", "fall"]}, "no such primitive: spin"),
-    "a primitive twice": ({"primitives": ["rotate", "fall", "fall"]}, "holds fall more than once"),
-    "length beyond the set": ({"test_length": 6}, "there are 5; allowed: lengths from 1 to 5"),
-    "training length beyond the set": ({"train_lengths": [1, 9]}, "lengths from 1 to 5"),
-    "a length twice": ({"train_lengths": [1, 1]}, "holds 1 more than once"),
-    "test length met in training": ({"test_length": 2}, "not be unseen"),
-    "empty training split": ({"train_lengths": [2], "held_out_pairs": 10}, "allowed: from 1 to 9"),
-    "no triple left": ({"train_lengths": [3], "test_length": 1, "held_out_pairs": 4}, "allowed: from 1 to 3"),
-    "no whole set left": ({"train_lengths": [5], "held_out_pairs": 1}, "allowed: more primitives"),
-    "subspace larger than its group": ({"sharing_rank": 4}, "sharing_rank below group_size"),
-    "step of part of a group": ({"batch_size": 10}, "whole groups"),
-    "one group": ({"batch_size": 4}, "at least two"),
-    "more parts than groups": ({"alpha": 0, "grad_accumulation": 4}, "from 1 to 3"),
-    "parts with nothing to compare": ({"grad_accumulation": 2}, "two groups at least"),
-    "heads that do not divide": ({"heads": 3}, "heads divides"),
-    "more tasks than compositions": ({"few_shot_tasks": 11}, "from 0 to 10"),
-    "weights out of order": ({"alpha": [[0.5, 1], [0.2, 0]]}, "ascending"),
-    "weight that is text": ({"gamma": "much"}, "a number from 0"),
-}
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_bad_input_is_a_message_and_exit_code_2_before_any_folder(
-    name: str, tmp_path: Path, told: Told
-) -> None:
-    changes, expected = BAD[name]
-    assert expected in told(2, main.main, *arguments(tmp_path, **changes))
-    assert names(tmp_path) == {"tiny.json"}

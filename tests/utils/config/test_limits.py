@@ -80,6 +80,8 @@ def test_every_number_has_limits_on_both_sides_finite_in_single_precision(schema
             assert "allowed: a number from 0 to 1000000" in problem("shared_subspace", **{key: value})
 
 
+NO_RATE = {"ffn_adapter_type": "adaptmlp", "adapter_lr": 0}
+NO_RATES = {"ffn_adapter_type": "nested_lora", "nested_lora_lr_fast": 0, "nested_lora_lr_slow": 0}
 NOT_ALLOWED: list[tuple[str, dict[str, Any], str]] = [
     ("sema", {"shuffle": 1}, "a wrong type (an integer); allowed: true or false"),
     ("sema", {"func_epoch": 2.5}, "(a decimal number); allowed: an integer >= 0 and <= 1000000"),
@@ -142,6 +144,29 @@ NOT_ALLOWED: list[tuple[str, dict[str, Any], str]] = [
         {"primitives": PRIMITIVES, "test_length": 7},
         "of length 7; allowed: at most 1000000",
     ),
+    ("shared_subspace", {"primitives": ["rotate", "spin", "fall"]}, "no such primitive: spin"),
+    ("shared_subspace", {"primitives": ["rotate", "fall", "fall"]}, "holds fall more than once"),
+    ("shared_subspace", {"test_length": 6}, "there are 5; allowed: lengths from 1 to 5"),
+    ("shared_subspace", {"train_lengths": [1, 9]}, "lengths from 1 to 5"),
+    ("shared_subspace", {"train_lengths": [1, 1]}, "holds 1 more than once"),
+    ("shared_subspace", {"test_length": 2}, "not be unseen"),
+    ("shared_subspace", {"train_lengths": [2], "held_out_pairs": 10}, "allowed: from 1 to 9"),
+    ("shared_subspace", {"train_lengths": [3], "test_length": 1, "held_out_pairs": 4}, "from 1 to 3"),
+    ("shared_subspace", {"train_lengths": [5], "held_out_pairs": 1}, "allowed: more primitives"),
+    ("shared_subspace", {"sharing_rank": 4}, "sharing_rank below group_size"),
+    ("shared_subspace", {"batch_size": 10}, "whole groups"),
+    ("shared_subspace", {"batch_size": 4}, "at least two"),
+    ("shared_subspace", {"alpha": 0, "grad_accumulation": 4}, "from 1 to 3"),
+    ("shared_subspace", {"grad_accumulation": 2}, "two groups at least"),
+    ("shared_subspace", {"heads": 3}, "heads divides"),
+    ("shared_subspace", {"few_shot_tasks": 11}, "from 0 to 10"),
+    ("shared_subspace", {"alpha": [[0.5, 1], [0.2, 0]]}, "ascending"),
+    ("shared_subspace", {"gamma": "much"}, "a number from 0"),
+    ("joint", {"init_cls": 2}, "joint learns all classes at once; allowed: init_cls = 8"),
+    ("linear_probe", {"init_cls": 2}, "linear_probe learns all classes at once; allowed: init_cls = 8"),
+    ("ranpac", {"first_session": True} | NO_RATE, "allowed: a rate above 0"),
+    *[(method, NO_RATE, "allowed: a rate above 0") for method in ("sema", "finetune", "joint")],
+    *[(method, NO_RATES, "allowed: a rate above 0") for method in ("sema", "finetune", "joint")],
 ]
 
 
@@ -242,10 +267,6 @@ def test_the_home_folder_is_expanded_in_every_path(tmp_path: Path, monkeypatch: 
 @pytest.mark.parametrize(
     ("name", "key"),
     [
-        ("nested_lora_alpha", "nested_lora_consolidation_alpha"),
-        ("nested_lora_interval", "nested_lora_update_interval_slow"),
-        ("use_nested_lora", "ffn_adapter_type=nested_lora"),
-        ("nested_lora_rnk", "nested_lora_rank"),
         ("nested_lora_fast_lr", "nested_lora_lr_fast"),
         ("nested_lora_consolidate", "nested_lora_consolidation"),
         ("Batch-Size", "batch_size"),
@@ -253,10 +274,9 @@ def test_the_home_folder_is_expanded_in_every_path(tmp_path: Path, monkeypatch: 
         ("learning_rate", "init_lr"),
         ("epoch_func", "func_epoch"),
         ("threshold", "exp_threshold"),
-        ("qqqq", None),
     ],
 )
-def test_the_nearest_key(name: str, key: str | None) -> None:
+def test_the_nearest_key(name: str, key: str) -> None:
     schema = SCHEMAS["sema"]
     assert nearest_key(name, schema.model_fields, schema.known_as) == key
 

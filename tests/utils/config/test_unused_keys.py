@@ -12,7 +12,7 @@ from models import SCHEMAS
 from models.sema import SEMA
 from models.shared_subspace.learner import SharedSubspace
 from tests.conftest import TINY_GRIDS, TINY_SDLORA, learner_of, run_scores
-from utils.config.loading import ConfigError, config_from_dict
+from utils.config.loading import config_from_dict
 from utils.config.schema import RunConfig
 from utils.runs.run_log import read_metrics
 
@@ -136,12 +136,6 @@ def test_keys_of_grids_without_effect_are_named_and_have_none(
     assert torch.equal(predictions(plain), predictions(with_unused))
 
 
-def test_a_resolved_configuration_states_every_key_and_names_none(smoke_config: Config) -> None:
-    config = smoke_config(nested_lora_lr_slow=0)
-    assert "nested_lora_update_interval_slow" in config.unused_keys()
-    assert config_from_dict(config.model_dump(mode="json"), SCHEMAS, "config.json").notes == []
-
-
 def test_a_key_that_an_editable_one_leaves_without_effect_is_no_difference(smoke_config: Config) -> None:
     """What is stored changes no number, though `cache_views` has an effect only where something is."""
     stored = smoke_config(model_name="finetune", augmentation="none", cache_gb=1)
@@ -155,26 +149,6 @@ def test_folders_and_rates_that_nothing_uses_are_named(smoke_config: Config) -> 
     named = smoke_config(data_root="x", weights_root="x").unused_keys()
     assert {"data_root", "weights_root"} <= named.keys()
     assert "adapter_lr" in smoke_config(model_name="ranpac", adapter_lr=0).unused_keys()  # and no mistake
-
-
-@pytest.mark.parametrize("model_name", ["sema", "finetune", "joint", "ranpac"])
-@pytest.mark.parametrize(
-    "rates",
-    [
-        {"ffn_adapter_type": "nested_lora", "nested_lora_lr_fast": 0, "nested_lora_lr_slow": 0},
-        {"ffn_adapter_type": "adaptmlp", "adapter_lr": 0},
-    ],
-    ids=["nested", "one adapter"],
-)
-def test_adapters_that_would_learn_nothing_are_refused(
-    model_name: str, rates: dict[str, Any], smoke_config: Config
-) -> None:
-    classes = ONE_TASK if model_name == "joint" else {}
-    first = {"first_session": True} if model_name == "ranpac" else {}
-    with pytest.raises(ConfigError) as caught:
-        smoke_config(model_name=model_name, **classes, **first, **rates)
-    (problem,) = caught.value.problems
-    assert all(key in problem for key in rates if "lr" in key) and "allowed: a rate above 0" in problem
 
 
 def test_slow_at_rate_zero_stays_and_nothing_says_it_was_updated(
