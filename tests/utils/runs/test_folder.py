@@ -1,8 +1,6 @@
 """utils.runs.folder: one process writes a folder, and what it replaces waits until it is finished."""
 
-import multiprocessing
 import os
-import signal
 from pathlib import Path
 
 import pytest
@@ -20,26 +18,6 @@ from utils.runs.folder import (
     restore_replaced,
     set_aside,
 )
-
-FORK = multiprocessing.get_context("fork")
-
-
-def hold(folder: Path, ready: "multiprocessing.connection.Connection") -> None:
-    with FolderLock(folder):
-        ready.send(os.getpid())
-        signal.pause()
-
-
-@pytest.fixture
-def holder(tmp_path: Path):
-    """Another process that writes `tmp_path / "run"`; it is killed at the end, if not before."""
-    receiver, sender = FORK.Pipe(duplex=False)
-    process = FORK.Process(target=hold, args=(tmp_path / "run", sender), daemon=True)
-    process.start()
-    assert receiver.recv() == process.pid
-    yield process
-    process.kill()
-    process.join()
 
 
 def made(folder: Path, content: str) -> Path:
@@ -67,30 +45,15 @@ def test_a_run_is_recorded_where_readers_of_the_logs_look() -> None:
     assert folder_of(RunConfig(model_name="grids", prefix="p"), 1).as_posix() == "logs/grids/p_1"
 
 
-def test_a_second_process_is_told_who_writes(tmp_path: Path, holder) -> None:
-    for _ in range(2):  # and a third
-        with pytest.raises(UserError, match=rf"by process {holder.pid} on \S+ since \d{{4}}-\d\d"):
-            FolderLock(tmp_path / "run").acquire()
-    with FolderLock(tmp_path / "run_2"):  # another folder is free
-        pass
-
-
-def test_the_same_folder_by_another_name_is_the_same(tmp_path: Path, holder, monkeypatch) -> None:
+def test_the_same_folder_by_another_name_is_the_same(tmp_path: Path, monkeypatch) -> None:
+    """Who asks for it is told who writes it; a second time, too."""
     (tmp_path / "run").mkdir()
     (tmp_path / "latest").symlink_to("run")
     monkeypatch.chdir(tmp_path / "run")
-    for name in ("../latest", ".", "../run/"):
-        with pytest.raises(UserError, match=f"process {holder.pid}"):
-            FolderLock(Path(name)).acquire()
-
-
-def test_a_dead_process_holds_nothing(tmp_path: Path, holder) -> None:
-    holder.kill()
-    holder.join()
-    with FolderLock(tmp_path / "run"), pytest.raises(UserError, match=f"process {os.getpid()} "):
-        FolderLock(tmp_path / "run").acquire()
-    with FolderLock(tmp_path / "run"):
-        pass
+    with FolderLock(tmp_path / "run"), FolderLock(tmp_path / "run_2"):
+        for name in ("../latest", ".", "../run/"):
+            with pytest.raises(UserError, match=rf"by process {os.getpid()} on \S+ since \d{{4}}-\d\d"):
+                FolderLock(Path(name)).acquire()
 
 
 @pytest.mark.parametrize("call", ["mkdir", "fsync", "replace"])
