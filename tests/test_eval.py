@@ -103,6 +103,13 @@ def test_other_data_and_weights_are_refused_and_other_code_is_told(
 
 def test_a_damaged_result_is_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folders = finished(tmp_path / "a", 1), finished(tmp_path / "b", 2)
-    for content in ("[]", "{}", '{"metrics": 3, "seed": 2}', "{"):
+    changes = (
+        {"metrics": 3},
+        {"metrics": {"final": None}},
+        {"curve": None},
+        {"curve": [1, None]},
+        {"cost": None},
+    )
+    for content in ("[]", "{}", "{", *(json.dumps(invented(2, 40) | change) for change in changes)):
         (tmp_path / "b/result.json").write_text(content)
         assert str(tmp_path / "b") in refused(capsys, *folders)

@@ -18,7 +18,6 @@ from utils.reports.results import Results
 from utils.reports.sentences import facts, reading_notes
 from utils.reports.stats import mean_over_seeds, paired_difference
 from utils.reports.tables import difference_tables, means_table, plain_table
-from utils.runs.metrics import fault_of
 
 METRICS = ClassIncrementalConfig.metrics
 SEEDS = (1993, 1994, 1995)
@@ -338,13 +337,6 @@ def test_the_same_input_gives_the_same_bytes_and_old_figures_go(tmp_path, writte
     assert {path.name: path.read_bytes() for path in write(tmp_path, shuffled, unfinished=REASONS)} == first
     write(tmp_path, {"joint": {1: invented(1, 40, tasks=1)}}, baseline=None)
     assert [path.name for path in (tmp_path / "figures").iterdir()] == ["bars.png"]
-
-
-def test_a_result_that_cannot_be_reported_is_found():
-    assert fault_of(invented(1, 40), METRICS) is None
-    faults = [({"curve": values}, '"curve"') for values in (None, [1.0, None])]
-    for changed, fault in (*faults, ({"cost": None}, '"cost"'), ({"metrics": {"final": None}}, "no A_N")):
-        assert fault in fault_of(invented(1, 40) | changed, METRICS)
 
 
 def test_what_cannot_be_reported_is_a_sentence(tmp_path):
