@@ -1,8 +1,6 @@
 """Tests of `utils.config.loading`: files, bases and overrides become configs, or all mistakes are told."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +8,6 @@ import numpy as np
 import pytest
 
 from models import SCHEMAS
-from tests.conftest import ROOT
 from tests.image_folders import write_folder
 from utils.config.loading import ConfigError, LoadedConfig, config_from_dict, load_config
 from utils.config.schema import RunConfig
@@ -68,13 +65,6 @@ def test_values_are_read_generously_where_published_files_vary() -> None:
     for device in (["0"], ["-1"], [-1], "cpu", "auto", ["0", "1"]):
         assert check(device=device).config.device == device
     assert check(device=0).config.device == [0]
-
-
-def test_a_file_has_a_config_for_every_seed() -> None:
-    assert [config.seed for config in check(seed=7).configs] == [7]
-    loaded = check(seed=[3, 1], rd_dim=8)
-    assert [config.seed for config in loaded.configs] == [3, 1] and loaded.config.seed == 3
-    assert len({json.dumps(config.model_dump() | {"seed": 0}) for config in loaded.configs}) == 1
 
 
 @pytest.mark.parametrize(
@@ -142,21 +132,6 @@ def test_an_unknown_method_does_not_keep_the_rest_from_being_checked() -> None:
     assert [line.split(" = ")[0] for line in near] == ["model_name", "rd_dim", "nested_lora_rnk"]
     far = problems(model_name="qqqq", rd_dim=8, increment=0, init_cls=300)
     assert [line.split(" = ")[0] for line in far] == ["model_name", "increment", "init_cls"]
-
-
-class OtherConfig(RunConfig):
-    """A second method with a key of its own that has no default."""
-
-    own_key: int
-
-
-def test_each_method_has_its_own_keys() -> None:
-    schemas = {"sema": SCHEMAS["sema"], "other": OtherConfig}
-    assert config_from_dict({"model_name": "other", "own_key": 3}, schemas, "test").config.own_key == 3
-    with pytest.raises(ConfigError) as caught:
-        config_from_dict({"model_name": "other", "rd_dim": 3}, schemas, "test")
-    first, second = caught.value.problems
-    assert 'it belongs to "sema"' in first and second.startswith("own_key: missing")
 
 
 @pytest.mark.parametrize(
@@ -352,32 +327,3 @@ def test_what_pytorch_or_timm_must_be_asked_comes_when_the_rest_is_right(tmp_pat
     assert len(caught.value.problems) == 1
     told = problems_of(path)
     assert len(told) == 2 and "not known" in told[1] and "CUDA" in told[0]
-
-
-def test_a_config_is_checked_without_anything_heavy(tmp_path: Path) -> None:
-    """Every shipped file with a mistake: what takes seconds to import is there only for a sound one.
-
-    The command that lists the cache needs it never.
-    """
-    script = """
-import sys
-from pathlib import Path
-from models import SCHEMAS
-from utils.config.loading import ConfigError, load_config
-from utils.sweeps.spec import load_sweep
-import utils.cache.__main__
-for path in sorted(Path("exps").rglob("*.json")):
-    load = load_sweep if "sweeps" in path.parts else load_config
-    try:
-        load(path, ["batch_size=0", "nested_lora_rnk=1"], SCHEMAS)
-    except ConfigError as error:
-        assert "too small" in str(error) or "nested_lora_rnk" in str(error), error
-    else:
-        raise AssertionError(path)
-heavy = ("torch", "timm", "torchvision", "pandas", "matplotlib", "scipy", "tensorboard")
-print([name for name in heavy if name in sys.modules])
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert done.stdout.strip() == "[]", done.stderr
