@@ -35,21 +35,6 @@ def remember(folder: Path, paths: list[Path]) -> dict[Path, str]:
     return {path: sha256 for path, (_, sha256) in signed.items()}
 
 
-def test_files_are_known_until_they_change_or_are_forgotten(tmp_path, paths, settled):
-    assert memo(tmp_path).known(paths) == {}
-    hashes = remember(tmp_path, paths[:2]) | remember(tmp_path, paths[2:])
-    assert memo(tmp_path).known(paths) == hashes and len(set(hashes.values())) == 3
-    assert memo(tmp_path, "another rule").known(paths) == {} == FileMemo(None, tmp_path, "rule").known(paths)
-    before = paths[0].stat()
-    time.sleep(0.02)  # the system's clock for files ticks in milliseconds
-    paths[0].write_bytes(b"x")
-    os.utime(paths[0], ns=(before.st_atime_ns, before.st_mtime_ns))
-    paths[1].unlink()
-    assert memo(tmp_path).known(paths) == {paths[2]: hashes[paths[2]]}
-    memo(tmp_path).forget(paths[2])
-    assert memo(tmp_path).known(paths) == {}
-
-
 def test_a_file_that_has_just_changed_is_not_remembered(tmp_path, paths):
     remember(tmp_path, paths)
     assert not (tmp_path / "cache").exists()
