@@ -11,7 +11,6 @@ from torch.overrides import TorchFunctionMode
 
 from models.ranpac import FINER, FIT, HELD, RIDGES, RanPACHead
 from models.vit import closed_form
-from models.vit.calibration import TRAINED_ON
 from models.vit.closed_form import STRENGTHS, ClosedFormHead, PrototypeHead, fit_drift
 from models.vit.gaussians import AlignedHead, FeCAMHead
 from utils.inc_net import IncrementalHead
@@ -153,27 +152,6 @@ def test_repeated_and_single_images_are_classified_and_followed(what: str, name:
     assert torch.isfinite(head(features + 1)).all()
 
 
-@pytest.mark.parametrize("name", HEADS)
-def test_a_head_loaded_from_its_state_is_the_same_and_goes_on_the_same(name: str) -> None:
-    """Also one that is loaded before its calibration, and at an older state than its own."""
-    rows = IncrementalHead(WIDTH)
-    one, other, loaded = (HEADS[name](rows) for _ in range(3))
-    rows.grow(3)
-    one.add(*classes_of_features(range(3), 8))
-    other.load_state_dict(one.state_dict())
-    images = classes_of_features(range(3, 5), 8)
-    rows.grow(2)
-    for head in (one, other):
-        head.compensate_drift(images[0], 1.1 * images[0] + 0.3)
-        head.add(*images)
-    loaded.load_state_dict(one.state_dict())
-    queries = torch.randn(5, WIDTH)
-    for head in (other, loaded):
-        assert torch.equal(one(queries), head(queries)) and one(queries).shape == (5, 5)
-        if one.unseen != TRAINED_ON:
-            assert torch.equal(one.unseen_scores(*images), head.unseen_scores(*images))
-
-
 def test_images_that_are_all_alike_are_taken_to_have_moved_alike_and_still_ones_not_at_all() -> None:
     before, (features, _) = torch.ones(5, WIDTH), classes_of_features(range(3), 4)
     drift, still = fit_drift(before, before + 2), fit_drift(features, features)
@@ -206,20 +184,6 @@ def test_a_checkpoint_of_ranpac_holds_one_triangle_of_its_sums() -> None:
 
 
 # --- drift --------------------------------------------------------------------------------------------------
-
-
-def test_an_affine_movement_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(closed_form, "STRENGTHS", [1e-12])  # all but no ridge: exact
-    rng = torch.Generator().manual_seed(1)
-    before = torch.randn(200, WIDTH, generator=rng, dtype=torch.float64) + 2
-    matrix = torch.eye(WIDTH, dtype=torch.float64) + 0.3 * torch.randn(
-        WIDTH, WIDTH, generator=rng, dtype=torch.float64
-    )
-    shift = torch.randn(WIDTH, generator=rng, dtype=torch.float64)
-    drift = fit_drift(before, before @ matrix + shift)
-    unseen = torch.randn(10, WIDTH, generator=rng, dtype=torch.float64)
-    torch.testing.assert_close(drift.apply(unseen), unseen @ matrix + shift, atol=1e-6, rtol=1e-6)
-    assert drift.explained > 0.999
 
 
 def test_without_evidence_of_a_map_all_features_move_alike() -> None:
