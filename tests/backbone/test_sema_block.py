@@ -65,19 +65,6 @@ def test_consolidation_reaches_what_learned_in_the_task(freeze_adapters: bool, e
     assert sorted(again) == ([] if freeze_adapters else [0, 1])
 
 
-def test_a_running_mean_counts_the_tasks_of_each_adapter() -> None:
-    how, x = Consolidation("weights", alpha=1.0, reset="lora", mean=True), tokens().flatten(0, 1)
-    block = modules()
-    assert block.end_of_task_training(False, how, x)[0].alpha == 1
-    block.grow()
-    reports = block.end_of_task_training(False, how, x)
-    assert [reports[k].alpha for k in (0, 1)] == [1 / 2, 1]
-    fresh = modules()
-    fresh.load_state_dict(block.state_dict())
-    reports = fresh.end_of_task_training(False, how, x)
-    assert [reports[k].alpha for k in (0, 1)] == [1 / 3, 1 / 2]
-
-
 def test_outside_the_growing_range_there_is_one_adapter_and_nothing_else() -> None:
     block = modules(growable=False)
     assert block.router is None and block.adapters[0].rd is None

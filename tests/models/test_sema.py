@@ -12,7 +12,7 @@ from models.sema import SEMA
 from models.vit.activations import Images
 from models.vit.training import FunctionalPhase
 from tests.conftest import events, run_tasks, tensors
-from utils.errors import Interrupted, UserError
+from utils.errors import Interrupted
 
 Make = Callable[..., SEMA]
 GROW, STAY = {"exp_threshold": 0.0}, {"exp_threshold": 1e9}  # every batch is novel; none is
@@ -272,16 +272,3 @@ def test_old_classes_take_no_part_in_the_loss(make_sema: Make) -> None:
     logits[:, :2] = -torch.inf
     expected = torch.nn.functional.cross_entropy(logits, batch.targets)
     torch.testing.assert_close(FunctionalPhase(learner).loss(batch).loss, expected)
-
-
-def test_a_diverging_loss_is_a_sentence(make_sema: Make) -> None:
-    learner = make_sema(init_lr=999, nested_lora_lr_fast=999, weight_decay=999, func_epoch=3)
-    learner.begin_task(0)
-    with pytest.raises(UserError, match="not finite.*lower the learning rates or the weight decay"):
-        learner.train_task()
-
-
-@pytest.mark.parametrize(("increment", "rows"), [(3, [3, 3, 2]), (1, [1] * 8)])
-def test_short_last_task_and_increment_one(make_sema: Make, increment: int, rows: list[int]) -> None:
-    learner = make_sema(init_cls=increment, increment=increment, func_epoch=1, **STAY)
-    assert [part.out_features for part in run_tasks(learner, len(rows)).head.tasks] == rows

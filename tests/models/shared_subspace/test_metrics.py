@@ -3,11 +3,9 @@
 from pathlib import Path
 
 from models.shared_subspace.metrics import GRIDS
-from utils.reports.answers import answer
-from utils.reports.hypotheses import read_hypotheses
 from utils.reports.report import write_report
 from utils.reports.results import Results
-from utils.reports.tables import hypotheses_table, means_table
+from utils.reports.tables import means_table
 
 SEEDS = (1, 2, 3)
 
@@ -47,12 +45,3 @@ def test_a_sweep_of_runs_on_grids_is_reported_in_their_numbers(tmp_path: Path) -
     assert "few-shot steps" in headings and not {"peak memory (MB)", "adapter parameters (k)"} & set(headings)
     verdicts = results.summary.loc["sharing"]["verdict"]
     assert verdicts["unseen_iou"] == verdicts["grassmann_shared"] == "better"  # higher, and lower
-
-
-def test_a_hypothesis_about_a_distance_is_shown_in_its_digits() -> None:
-    given = {"says": "nearer", "cell": "sharing", "metric": "grassmann_shared", "expected": "lower"}
-    hypotheses, _ = read_hypotheses({"H1": given | {"against": "no sharing"}}, list(RUNS))
-    results = Results(RUNS, GRIDS)
-    row = hypotheses_table(answer(hypotheses, results), results).rows[0]
-    assert [entry.text for entry in row[:2]] == ["H1: nearer", "supported"]
-    assert [entry.text for entry in row[7:]] == ["0.202 ± 0.001", "0.504 ± 0.002"]
