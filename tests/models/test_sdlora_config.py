@@ -118,13 +118,6 @@ def test_files_that_train_as_published_draw_classifier_rows_as_published() -> No
     assert check(sdlora_scaling="reset", classifier_init="torch_default").config.row_init == "torch_default"
 
 
-@pytest.mark.parametrize(("seeds", "notes"), [([1], 0), ([1, 2], 1)])
-def test_a_folder_that_several_seeds_write_to_is_noted(seeds: list[int], notes: int) -> None:
-    found = check(lambda_sparsity=0.1, filepath="CF100", seed=seeds).notes
-    assert [note for note in found if "the gate's files of the last seed" in note] == found
-    assert len(found) == notes
-
-
 def test_a_folder_that_cannot_be_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file", tmp_path / "file" / "below"):

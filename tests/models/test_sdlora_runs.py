@@ -75,15 +75,7 @@ def test_what_a_run_leaves_behind(
     assert figures == {"accuracy_matrix.png", "accuracy_curves.png", "confusion.png", "growth.png"} | beta
     assert len(list((folder / "gate").iterdir())) == len(list((reference[0] / "files").iterdir())) == 6
     log = folder.with_name(folder.name + ".log").read_text()
-    for line in (
-        "[Gumbel CL-LoRA] tau_init=5.0, tau_final=0.5, anneal_rate=0.9, lambda_sparsity=0.05",
-        "Task 1, Epoch 1/2 => Loss ",
-        "[Conditional Growth] Task 2 - Beta values: [",
-        "[Conditional Growth] Active adapters: 2/3 (66.7%)",
-        "   2 |               2 |      1 |  66.7%",
-        "Average Accuracy (CNN):",
-    ):
-        assert line in log, line
+    assert "[Conditional Growth] Active adapters: 2/3 (66.7%)" in log
     result = json.loads((folder / "result.json").read_text())
     assert result["adapters"] == {str(block): 2 for block in range(6)} and result["parameters"]["gate"] == 12
     assert evaluation.main(["--run", str(folder)]) == 0  # rebuilt from the last checkpoint, the same accuracy
