@@ -20,7 +20,6 @@ from tests.crash import MOMENTS, run, run_together
 from utils.errors import UserError
 from utils.runs.folder import FolderLock, replaced_folders
 from utils.runs.run_log import read_metrics
-from utils.stop import StopRequest, stop_signals
 
 SMALL = {"max_tasks": 2, "max_train_per_class": 3, "max_test_per_class": 2, "func_epoch": 1, "rd_epoch": 0}
 SMALL |= {"batch_size": 3, "figure_format": "png"}
@@ -187,17 +186,6 @@ def test_what_should_follow_the_result_is_made_by_a_resume(
         assert len(list((folder / "figures").glob("*.png"))) == 5
         assert (folder / "result.json").read_bytes() == result
         assert "is finished" in told(2, main.main, "--resume", str(folder))
-
-
-def test_a_lost_terminal_that_is_ignored_stops_nothing() -> None:
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
-    try:
-        stop = StopRequest()
-        with stop_signals(stop.receive):
-            os.kill(os.getpid(), signal.SIGHUP)
-            assert not stop.requested
-    finally:
-        signal.signal(signal.SIGHUP, before)
 
 
 # --- other configurations, machines, seeds ---

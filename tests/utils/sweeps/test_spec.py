@@ -198,7 +198,6 @@ HALF = "half a surrogate pair"
         ({"cells": {"a": {}}, "hypotheses": ["H1"]}, 'hypotheses = ["H1"]: a wrong type (a list)'),
         ({"cells": {"a": {}}, "seeds": []}, "seeds = []: empty"),
         ({"cells": {"a": {}}, "seeds": [1, 1]}, "seeds = [1, 1]: holds 1 more than once"),
-        ({"cells": {"a": {}}, "threads": 0}, "threads = 0: too small"),
         ({"cells": {"a": {}}, "memory_gb": 0}, "memory_gb = 0: too small"),
         ({"cells": {"a": {}, "b": {}}}, SAME),
         ({"cells": {"a": {}, "b": {"description": "other"}}}, SAME),
@@ -235,18 +234,7 @@ def test_experiments_of_different_kinds_are_no_table(tmp_path: Path) -> None:
     assert list(cells(load(tmp_path, cells=of_one_kind, hypotheses=fitting))) == ["grids", "more"]
 
 
-@pytest.mark.parametrize(
-    ("content", "told"),
-    [
-        (None, "does not exist"),
-        ("{", "not valid JSON"),
-        ("{}", "base: missing"),
-        (
-            f'{{"base": {json.dumps(SMOKE)}, "cells": {{"a": {{"rd_dim": 3}}, "a": {{}}}}}}',
-            "a: written twice",
-        ),
-    ],
-)
+@pytest.mark.parametrize(("content", "told"), [(None, "does not exist"), ("{}", "base: missing")])
 def test_files_that_are_no_sweep(content: str | None, told: str, tmp_path: Path) -> None:
     path = tmp_path / "x.json"
     if content is not None:
