@@ -1,10 +1,8 @@
 """utils.runs.metrics: every number against a hand-worked example."""
 
-import math
-
 import pytest
 
-from utils.runs.metrics import AccuracyMatrix, mean_std
+from utils.runs.metrics import AccuracyMatrix
 
 
 def matrix_of(*rows: tuple[list[int], list[int]]) -> AccuracyMatrix:
@@ -61,9 +59,3 @@ def test_impossible_rows_are_refused_and_leave_the_matrix_as_it_was(
     with pytest.raises(ValueError):
         matrix.add(correct, total)
     assert matrix.rows == [[50.0]]
-
-
-def test_mean_std() -> None:
-    assert mean_std([2.0, 4.0, 6.0]) == (4.0, 2.0)
-    mean, std = mean_std([5])
-    assert mean == 5.0 and math.isnan(std)

@@ -17,7 +17,7 @@ from utils.errors import Interrupted, UserError
 from utils.plotting import titled_figure
 from utils.runs.metric_views import scalars
 from utils.runs.metrics import AccuracyMatrix
-from utils.runs.run_log import RunLog, accuracy_rows, read_metrics
+from utils.runs.run_log import RunLog, read_metrics
 from utils.runs.tables import matrix_frame
 
 logger = logging.getLogger("nested_lora")
@@ -225,14 +225,6 @@ def test_accuracy_csv_is_numeric_and_exact(tmp_path):
     assert list(csv.reader(path.open()))[0] == [repr(100 / 3), "", ""]
     values = np.genfromtxt(path, delimiter=",")
     assert values.shape == (3, 3) and np.isnan(values[0, 1]) and values[2, 2] == 100.0
-
-
-@pytest.mark.parametrize(("name", "images"), [("accuracy", "test"), ("validation_accuracy", "validation")])
-def test_the_accuracy_matrix_comes_from_the_events_of_tasks(name, images):
-    tasks = [{"event": "task", name: row} for row in ([50.0], [100 / 3, 0.0])]
-    other = {"event": "epoch", "accuracy": 1.0}
-    assert accuracy_rows([tasks[0], other, tasks[1]]) == ([[50.0], [100 / 3, 0.0]], images)
-    assert accuracy_rows([other, {"event": "task"}]) == ([], "test")
 
 
 SCALARS = {

@@ -1,6 +1,5 @@
 """Devices by every name users have, precision, packing of nested state, keys to generators."""
 
-import json
 from collections.abc import Iterator
 
 import pytest
@@ -9,16 +8,11 @@ import torch
 from utils.errors import UserError
 from utils.training.device import (
     MEMORY_KEYS,
-    autocast,
-    keep_freed_memory,
     one_ahead,
     out_of_memory_advice,
-    pack_tensors,
-    peak_memory_mb,
     resolve_device,
     resolve_precision,
     sha256_of,
-    unpack_tensors,
 )
 
 CPU = torch.device("cpu")
@@ -46,28 +40,6 @@ def test_devices_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     for spec in ("cuda", "cuda:3", "mps"):
         with pytest.raises(UserError, match="asked for"):
             resolve_device(spec)
-
-
-def test_precision() -> None:
-    x = torch.ones(2, 2)
-    with autocast(CPU, "bf16"):
-        assert (x @ x).dtype == torch.bfloat16
-    with autocast(CPU, "fp32"):
-        assert (x @ x).dtype == torch.float32
-
-
-def test_packing_survives_json() -> None:
-    tree = {"a": [torch.arange(3), None, 0.1], "b": {"c": torch.tensor(2.5), "d": "text"}}
-    packed, tensors = pack_tensors(tree, "state")
-    assert sorted(tensors) == ["state.a.0", "state.b.c"]
-    back = unpack_tensors(json.loads(json.dumps(packed)), tensors)
-    assert torch.equal(back["a"][0], torch.arange(3)) and back["a"][1:] == [None, 0.1]
-    assert back["b"]["c"] == 2.5 and back["b"]["d"] == "text"
-
-
-def test_memory_helpers_answer() -> None:
-    keep_freed_memory()
-    assert peak_memory_mb(CPU) > 1
 
 
 def test_bf16_is_taken_where_the_device_has_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -188,20 +188,6 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 # --- one process --------------------------------------------------------------------------------------------
 
 
-def test_one_process_exchanges_nothing(environment):
-    environment()
-    rows, tensor = torch.randn(4, 2, requires_grad=True), torch.ones(3)
-    with init_distributed(torch.device("cpu")) as world:
-        assert world == DistributedContext() and world.is_main and not dist.is_initialized()
-    assert world.all_gather(rows, 4) is rows
-    world.all_reduce([tensor])
-    assert tensor.equal(torch.ones(3))
-    assert world.any(True) is True and world.any(False) is False
-    world.barrier()
-    world.check_same("the model", "abc")
-    assert world.on_main(lambda: "logs/run") == "logs/run"
-
-
 def test_shares_cover_every_row_once_and_differ_by_one_at_most():
     for size, n in itertools.product([1, 2, 3, 4, 7, 8], range(30)):
         shares = [list(range(n))[DistributedContext(rank, size).shard(n)] for rank in range(size)]
