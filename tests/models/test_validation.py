@@ -56,6 +56,7 @@ def test_every_number_of_the_record_says_that_it_is_of_validation_images(run: Pa
     named = [key for key in result["metrics"] if key != "expansions"]
     assert named and all(key.startswith("validation_") for key in named)
     assert not {"accuracy", "curve"} & result.keys() and len(result["validation_curve"]) == 2
+    assert (result["calibration"]["fitted_on"], result["calibration"]["images"]) == ("validation", 32)
     assert not (run / "accuracy.csv").exists() and (run / "validation_accuracy.csv").read_text()
     events = [event for event in read_metrics(run) if event["event"] == "task"]
     assert not any({"accuracy", "total"} & event.keys() for event in events)
@@ -81,11 +82,6 @@ def test_test_images_are_read_when_they_are_asked_for(run: Path, capsys: pytest.
             found = learner.classify(learner.features(images)).argmax(1)
         assert percent == pytest.approx(100 * float((found == targets).float().mean()))
     assert tested["metrics"]["final"] == pytest.approx(tested["curve"][-1]) and len(rows) == 2
-
-
-def test_scores_are_calibrated_on_the_validation_images(run: Path) -> None:
-    calibration = result_of(run)["calibration"]
-    assert calibration["fitted_on"] == "validation" and calibration["images"] == 32
 
 
 def test_a_checkpoint_belongs_to_its_validation_images(tmp_path: Path) -> None:
