@@ -153,14 +153,17 @@ class InfLoRAViT(FrozenViT):
     def second_moments(self) -> Iterator[dict[int, Tensor]]:
         """Sums of x x^T over inputs x of every adapted projection, while open: {block: (d, d)}, float64.
 
-        Products are those of float32 numbers, also under autocast.
+        Products are those of float32 numbers, also under autocast. Without inputs the sums are zero.
         """
-        moments: dict[int, Tensor] = {}
+        moments = {
+            block: projection.qkv.weight.new_zeros(2 * (projection.width,), dtype=torch.float64)
+            for block, projection in self.by_block.items()
+        }
 
         def add(block: int, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             tokens = inputs[0].detach().float().flatten(0, -2)
             with torch.autocast(tokens.device.type, enabled=False):
-                moments[block] = moments.get(block, 0) + (tokens.T @ tokens).double()
+                moments[block] += (tokens.T @ tokens).double()
 
         with ExitStack() as hooks:
             for block, projection in self.by_block.items():

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from backbone.merging import MovingAverage
 from models.config.moal import MoALConfig
-from models.ranpac import FIT, RanPACHead
+from models.ranpac import FIT, HELD, RanPACHead
 from models.vit.class_incremental import ClassIncrementalLearner
 from models.vit.training import FunctionalPhase, adapted_network
 from utils.inc_net import IncrementalHead
@@ -35,7 +35,7 @@ class RuminatingHead(RanPACHead):
     For every old class i with mean feature m_i, and the new class j whose mean is nearest to it by cosine,
     each new feature x of class j gives a pseudo-feature x + m_i - m_j of class i. Those that the regression
     over all classes so far misclassifies are added to its sums, once per task; none without `rumination`.
-    All go to the part FIT, also those made from held-out features.
+    Those made from held-out features are held out, too.
     """
 
     means: Tensor  # (C, d), of each class as the network gave them when it was new
@@ -51,13 +51,16 @@ class RuminatingHead(RanPACHead):
         super().refit(features, targets)
         if not (self.rumination and old):
             return
-        pseudo, labels = self.pseudo_features(features, targets, old)
-        wrong = self(pseudo).argmax(dim=1) != labels
-        logger.info(
-            f"Rumination: {counted(int(wrong.sum()), 'pseudo-feature')} of {len(wrong)} misclassified"
-        )
-        if wrong.any():
-            self.accumulate(FIT, pseudo[wrong], labels[wrong])
+        is_held = torch.zeros(len(features), dtype=torch.bool)
+        is_held[self.unseen_rows(len(features), len(self.means))] = True
+        total, misclassified = 0, 0
+        for part, rows in ((FIT, ~is_held), (HELD, is_held)):
+            pseudo, labels = self.pseudo_features(features[rows], targets[rows], old)
+            wrong = self(pseudo).argmax(dim=1) != labels
+            self.accumulate(part, pseudo[wrong], labels[wrong])
+            total, misclassified = total + len(wrong), misclassified + int(wrong.sum())
+        logger.info(f"Rumination: {counted(misclassified, 'pseudo-feature')} of {total} misclassified")
+        if misclassified:
             self.solve()
 
     def pseudo_features(self, features: Tensor, targets: Tensor, old: int) -> tuple[Tensor, Tensor]:

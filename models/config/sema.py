@@ -76,8 +76,8 @@ class SEMAConfig(AdapterKeys, HeadKeys, TrainingKeys):
     )
     nested_lora_reset: Literal["lora", "zeros", "aligned"] = key(
         "lora",
-        "Fast restarts as a new LoRA; all zero, after which it cannot learn; or on slow's hidden units "
-        '("aligned", where it also starts before the first task).',
+        "Fast restarts as a new LoRA; all zero, after which only its output bias can learn; or on slow's "
+        'hidden units ("aligned", where it also starts before the first task).',
     )
 
     @property
@@ -159,4 +159,5 @@ class SEMAConfig(AdapterKeys, HeadKeys, TrainingKeys):
             undone = f"undoes {share} of what slow's down-projections learned in the task"
             yield f'"interpolate" {undone}; use nested_lora_lr_slow = 0'
         if self.consolidates and self.nested_lora_reset == "zeros":
-            yield 'nested_lora_reset = "zeros" leaves fast with zero gradients for ever; use "lora"'
+            fault = "leaves fast's projections with zero gradients for ever"
+            yield f'nested_lora_reset = "zeros" {fault}; use "lora"'

@@ -101,6 +101,11 @@ def test_untrained_terms_leave_the_network_as_it_is(name: str) -> None:
         features = network(x)
     torch.testing.assert_close(features, plain_vit(name)(x), atol=1e-5, rtol=1e-4)
     assert moments.keys() == {1, 2} and moments[1].shape == (WIDTH, WIDTH)
+    with network.second_moments() as of_nothing:  # as on a rank that has no image
+        pass
+    assert {block: (sums.shape, float(sums.norm())) for block, sums in of_nothing.items()} == {
+        block: ((WIDTH, WIDTH), 0.0) for block in (1, 2)
+    }
     network.grow(moments)
     torch.testing.assert_close(network(x), features)
     assert [n for n, p in network.named_parameters() if p.requires_grad] == [
