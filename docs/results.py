@@ -21,7 +21,7 @@ from utils.runs.metrics import numbers_of
 
 ROOT = Path(__file__).parents[1]
 KEPT = ROOT / "exps/evidence/results"
-BASELINES = {"blocks_cifar": "RanPAC", "grocery": "RanPAC"}  # sweep -> cell that its table compares with
+BASELINES = dict.fromkeys(("full_cifar", "blocks_cifar", "grocery"), "RanPAC")  # what tables compare with
 SPECS = by_key(CLASS_INCREMENTAL)
 METRICS = ("final", "average", "forgetting", "plasticity")
 PARAMETERS = ("trained", "stored")
