@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import AfterValidator, Field
 
 from models.vit.backbones import BackboneShape
-from models.vit.config import RowsRules, TrainingKeys
+from models.vit.config import SCHEDULER, RowsRules, TrainingKeys
 from utils.config.schema import Conflict, Count, CountOrZero, RateOrZero, UnusedRule, distinct, key
 
 
@@ -20,6 +20,7 @@ class CODAPromptConfig(RowsRules, TrainingKeys):
     """Prompts and their training."""
 
     legacy_keys: ClassVar[dict[str, str]] = TrainingKeys.legacy_keys | {
+        **SCHEDULER,
         "prompt_param": "see prompt_components (the pool divided by tasks), prompt_length and ortho_mu",
     }
 

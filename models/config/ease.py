@@ -3,7 +3,7 @@
 from typing import ClassVar, Literal
 
 from models.vit.backbones import BackboneShape
-from models.vit.config import AdapterKeys, ProxyKeys, TrainingKeys
+from models.vit.config import SCHEDULER, AdapterKeys, ProxyKeys, TrainingKeys
 from utils.config.schema import Rate, key
 
 
@@ -16,6 +16,7 @@ class EASEConfig(ProxyKeys, AdapterKeys, TrainingKeys):
         "later_lr": "init_lr",
     }
     legacy_keys: ClassVar[dict[str, str]] = TrainingKeys.legacy_keys | {
+        **SCHEDULER,
         "adapter_num": "an adapter per task",
         "recalc_sim": "prototypes are reconstructed once, as with false",
         "use_reweight": "subspaces of other tasks have the weight alpha",

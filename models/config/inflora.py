@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import ClassVar, Literal
 
 from models.vit.backbones import BackboneShape
-from models.vit.config import BlockKeys, RowsRules, TrainingKeys
+from models.vit.config import SCHEDULER, BlockKeys, RowsRules, TrainingKeys
 from utils.config.schema import Conflict, key
 
 
@@ -19,6 +19,7 @@ class InfLoRAConfig(RowsRules, BlockKeys, TrainingKeys):
         "optim": "optimizer",
     }
     legacy_keys: ClassVar[dict[str, str]] = TrainingKeys.legacy_keys | {
+        **SCHEDULER,
         "EPSILON": "nothing is divided by it",
         "total_sessions": "counted in the data",
     }

@@ -3,7 +3,7 @@
 from typing import ClassVar, Literal
 
 from models.vit.backbones import BackboneShape
-from models.vit.config import AdapterKeys, RidgeKeys, TrainingKeys
+from models.vit.config import SCHEDULER, AdapterKeys, RidgeKeys, TrainingKeys
 from utils.config.schema import UnusedRule, key
 
 
@@ -11,6 +11,7 @@ class MoALConfig(AdapterKeys, RidgeKeys, TrainingKeys):
     """Adapters, their moving average, and ridge regression with rumination."""
 
     legacy_keys: ClassVar[dict[str, str]] = TrainingKeys.legacy_keys | {
+        **SCHEDULER,
         "head": "the ridge regression classifies",
         "head_drift": "rumination takes its place",
     }

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import ClassVar, Literal
 
 from models.vit.backbones import BackboneShape
-from models.vit.config import AdapterKeys, HeadKeys, TrainingKeys
+from models.vit.config import SCHEDULER, AdapterKeys, HeadKeys, TrainingKeys
 from utils.config.schema import Conflict, CountOrZero, Rate, UnusedRule, key
 
 
@@ -12,6 +12,7 @@ class SEMAConfig(AdapterKeys, HeadKeys, TrainingKeys):
     """Config of SEMA and of Nested LoRA on it; defaults are the published values, or the specification's."""
 
     legacy_keys: ClassVar[dict[str, str]] = TrainingKeys.legacy_keys | {
+        **SCHEDULER,
         "init_epoch": "func_epoch and rd_epoch say how long",
         "epochs": "func_epoch and rd_epoch say how long",
         "tuned_epoch": "func_epoch and rd_epoch say how long",
@@ -65,8 +66,8 @@ class SEMAConfig(AdapterKeys, HeadKeys, TrainingKeys):
     nested_lora_use_consolidation: bool = key(False, "At task ends, move fast into slow; reset fast.")
     nested_lora_consolidation: Literal["weights", "function", "interpolate"] = key(
         "weights",
-        "Add alpha times fast's tensors to slow's; refit slow to slow(x) + alpha * fast(x); or interpolate "
-        "slow's hidden units towards fast's by alpha (needs nested_lora_reset \"aligned\").",
+        "Add alpha times fast's tensors to slow's; refit slow to slow(x) + alpha * fast(x); or move slow's "
+        'hidden units by alpha towards those of slow and fast merged (needs nested_lora_reset "aligned").',
     )
     nested_lora_consolidation_alpha: float = key(0.1, "Share of fast that moves into slow.", ge=0, le=1)
     nested_lora_consolidation_schedule: Literal["constant", "mean"] = key(

@@ -385,12 +385,12 @@ class StepKeys(ClassIncrementalConfig):
             yield ("grad_accumulation", "batch_size"), sentence
 
 
+SCHEDULER = {"scheduler": "the schedule is a cosine"}  # a legacy key of some methods
+
+
 class TrainingKeys(StepKeys, FrozenViTKeys):
     """Keys of training phases; `lr_keys` names those that are learning rates."""
 
-    legacy_keys: ClassVar[dict[str, str]] = ClassIncrementalConfig.legacy_keys | {
-        "scheduler": "the schedule is a cosine",
-    }
     lr_keys: ClassVar[tuple[str, ...]] = ("init_lr",)
 
     func_epoch: CountOrZero = key(5, "Epochs of a functional phase (adapters, router, classifier).")

@@ -80,8 +80,8 @@ def log_lines(matrix: AccuracyMatrix, images: str, grown: Mapping[int, int]) -> 
     if grown:  # {0: 1, ..., 8: 1, 9: 2} as "1 (0-8), 2 (9)"
         counts = sorted(set(grown.values()))
         blocks = [spans([block for block in grown if grown[block] == count]) for count in counts]
-        told = ", ".join(f"{count} ({where})" for count, where in zip(counts, blocks, strict=True))
-        lines.append(f"Task {task}: adapters per block {told}")
+        shown = ", ".join(f"{count} ({where})" for count, where in zip(counts, blocks, strict=True))
+        lines.append(f"Task {task}: adapters per block {shown}")
     return lines
 
 
@@ -110,6 +110,6 @@ def description(evaluation: Evaluation, data: DataManager, calibration: Calibrat
     right, count = map(sum, zip(*counts, strict=True))
     lines.append(f"{'total':<27}{100 * right / count:6.2f}  ({right} of {count})")
     if "ece" in evaluation:
-        told = f"temperature {calibration.temperature:.4g}"
-        lines.append(f"calibration error {evaluation['ece']:.2f} points ({told})")
+        temperature = f"temperature {calibration.temperature:.4g}"
+        lines.append(f"calibration error {evaluation['ece']:.2f} points ({temperature})")
     return "\n".join(lines)

@@ -114,6 +114,7 @@ NOT_ALLOWED: list[tuple[str, dict[str, Any], str]] = [
     ("sdlora", {"lora_rank_schedule": [[0, 8]]}, "item 1 (0) is too small"),
     ("sdlora", {"lora_rank_schedule": [4, 8]}, "item 1 (4) is a wrong type (an integer)"),
     ("sdlora", {"rd_dim": 8}, 'not a key of model_name "sdlora"; it belongs to "sema"'),
+    ("finetune", {"scheduler": "steplr"}, 'not a key of model_name "finetune"; it belongs to "sdlora"'),
     ("shared_subspace", {"patch": "4"}, "write 4 without quotes; allowed: 1, 2, 4"),
     ("shared_subspace", {"patch": "four"}, "not a choice; allowed: 1, 2, 4"),
     ("shared_subspace", {"primitives": ["rotate"]}, "too few items; allowed: a list of at least two"),

@@ -9,9 +9,16 @@ import torchvision
 
 from tests.utils.data.test_npz import arrays
 from utils.data import datasets
-from utils.data.datasets import class_count, dataset_slug, load_dataset
+from utils.data.datasets import DATASETS, class_count, dataset_slug, load_dataset
 from utils.data.synthetic import synthetic_arrays
 from utils.errors import UserError
+
+
+def test_class_counts_of_named_data_sets(tmp_path):
+    expected = dict.fromkeys(["mnist_5k", "mnist", "fashion_mnist", "cifar10"], 10)
+    expected |= dict.fromkeys(["cifar100", "cifar224"], 100) | {"synthetic": 8, "domainnet": 345, "vtab": 50}
+    expected |= dict.fromkeys(["imagenetr", "imageneta", "cub", "objectnet"], 200) | {"omnibenchmark": 300}
+    assert {name: class_count(name, tmp_path) for name in DATASETS} == expected
 
 
 def test_cifar224_reads_cifar100_from_data_root_without_download(tmp_path, monkeypatch):
