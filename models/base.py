@@ -375,8 +375,8 @@ class Learner(ABC):
         shown = note.text + ("" if accuracy is None else f", Train_accy {accuracy:.2f}")
         remarks = [*([] if phase.block is None else [f"block {phase.block}"]), *filter(None, [note.remark])]
         shown += f" ({'; '.join(remarks)})" if remarks else ""
-        quiet = time.monotonic() - self._last_logged <= QUIET_SECONDS
-        level = logging.DEBUG if quiet and epoch < phase.epochs and not phase.tells_epochs else logging.INFO
+        due = time.monotonic() - self._last_logged > QUIET_SECONDS
+        level = logging.INFO if phase.tells_epochs or epoch == phase.epochs or due else logging.DEBUG
         if level == logging.INFO:
             self._last_logged = time.monotonic()
         line = f"{phase.name} Task {self.task}, Epoch {epoch}/{phase.epochs} => Loss {loss:.3f}{shown}"

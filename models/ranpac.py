@@ -22,10 +22,10 @@ from torch.nn import functional as F
 
 from backbone.frozen_vit import FrozenViT
 from models.config.ranpac import RanPACConfig
-from models.vit import calibration
 from models.vit.class_incremental import ClassIncrementalLearner
 from models.vit.closed_form import ClosedFormHead, fit_drift
 from models.vit.training import adapted_network, train_and_freeze
+from utils.analysis import calibration
 from utils.analysis.ridge_path import RidgePath, add_gram_, symmetric_
 from utils.inc_net import IncrementalHead
 from utils.training.random import rng

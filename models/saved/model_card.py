@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from models.saved.prediction import Predictor
-from models.vit.calibration import FITTED_ON
 from models.vit.pretrained import weights_origin
+from utils.analysis.calibration import FITTED_ON
 from utils.wording import counted
 
 LOADING = """\

@@ -30,9 +30,9 @@ from models.saved.learner import (
     make_learner,
     run_context,
 )
-from models.vit.calibration import probabilities
 from models.vit.class_incremental import ClassIncrementalLearner
 from models.vit.sources import view_spec
+from utils.analysis.calibration import probabilities
 from utils.config.loading import check_object
 from utils.console import progress
 from utils.data.folders import FolderScan

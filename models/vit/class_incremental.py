@@ -23,15 +23,15 @@ from torch.nn import functional as F
 
 from backbone.frozen_block import speed_up
 from models.base import Learner, Report, RunContext
-from models.vit import calibration
 from models.vit.activations import ActivationStore
 from models.vit.analysis import TaskNetwork, analysis_inputs
-from models.vit.calibration import Calibration
 from models.vit.closed_form import ClosedFormHead
 from models.vit.config import ClassIncrementalConfig
 from models.vit.report import description, report
 from models.vit.sources import load_backbone, load_data_and_backbone
 from models.vit.task_inputs import TaskInputs
+from utils.analysis import calibration
+from utils.analysis.calibration import Calibration
 from utils.analysis.representations import ANALYSES, AnalysisInputs
 from utils.cache.tensor_cache import TensorCache
 from utils.inc_net import IncrementalHead

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.vit.calibration import LEAVE_ONE_OUT, TRAINED_ON
+from utils.analysis.calibration import LEAVE_ONE_OUT, TRAINED_ON
 from utils.analysis.ridge import fit_ridge
 
 
@@ -39,7 +39,7 @@ class ClosedFormHead(nn.Module, ABC):
     """
 
     needs_rows = False  # whether trained classifier rows of earlier tasks are needed again
-    unseen: ClassVar[str] = TRAINED_ON  # kind of images of `unseen_scores` (`models/vit/calibration.py`)
+    unseen: ClassVar[str] = TRAINED_ON  # kind of images of `unseen_scores` (`utils/analysis/calibration.py`)
     counts: Tensor  # (C,) training images of each class
 
     def __init__(self, width: int) -> None:

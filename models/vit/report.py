@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from models.base import Report
-from models.vit.calibration import Calibration
+from utils.analysis.calibration import Calibration
 from utils.data.tasks import DataManager
 from utils.metric_catalogue import keyed
 from utils.runs.classes import class_tables

@@ -1,1 +1,1 @@
-"""Analyses of representations: similarity, subspaces, linear probes, and their figures."""
+"""Analyses of representations and scores: similarity, subspaces, linear probes, calibration, and figures."""

@@ -10,8 +10,8 @@ import torch
 
 from backbone.frozen_vit import FrozenViT
 from models.base import Learner
-from models.vit import calibration
 from tests.conftest import run_tasks
+from utils.analysis import calibration
 
 Make = Callable[..., Learner]
 Forwards = list[tuple[int, int, int]]

@@ -16,11 +16,11 @@ import trainer
 from backbone.frozen_vit import FrozenViT
 from models.base import Learner
 from models.saved import learner as saved_learner
-from models.vit import calibration
 from models.vit.activations import Activations
 from models.vit.training import train_functional
 from tests.conftest import learner_of, run_tasks
 from trainer import train
+from utils.analysis import calibration
 from utils.config.schema import RunConfig
 from utils.errors import Interrupted, UserError
 from utils.runs.folder import folder_of

@@ -1,4 +1,4 @@
-"""models.vit.calibration: the fitted temperature, the errors, and which images are used."""
+"""utils.analysis.calibration: the fitted temperature, the errors, and which images are used."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +9,9 @@ import torch
 from torch.nn import functional as F
 
 from models.base import Learner
-from models.vit.calibration import (
+from models.vit.closed_form import PrototypeHead
+from tests.conftest import run_tasks
+from utils.analysis.calibration import (
     HELD_OUT,
     MAX_IMAGES,
     TRAINED_ON,
@@ -19,8 +21,6 @@ from models.vit.calibration import (
     fit,
     probabilities,
 )
-from models.vit.closed_form import PrototypeHead
-from tests.conftest import run_tasks
 from utils.training.random import rng
 
 
