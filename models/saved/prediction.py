@@ -42,11 +42,11 @@ from utils.errors import UserError
 from utils.files import read_json, replace_file, why_no_file
 from utils.runs.checkpoint import latest_checkpoint
 from utils.runs.folder import CONFIG, resume_command
-from utils.wording import counted
+from utils.wording import counted, escaped
 
 logger = logging.getLogger("nested_lora")
 
-Images = Any  # a path, folder, PIL image, uint8 array or tensor of one or many images, or a sequence of those
+Images = Any  # as `Predictor.predict` takes them
 
 
 class Predictor:
@@ -81,7 +81,8 @@ class Predictor:
 
         Args:
             images: paths, folders (all image files in and below them), PIL images, or uint8 arrays or
-                tensors: (h, w, 3), (3, h, w), (h, w), or a batch of those; or a sequence of any of these.
+                tensors: (h, w, 3), (3, h, w), (h, w), or a batch of those; or a sequence of any of these but
+                batches.
             top: classes per image.
 
         Raises UserError: there is no image, or an array does not have the form of one.
@@ -195,7 +196,7 @@ def show_predictions(
             yield f"{rows['image'].iloc[0]}: {', '.join(named)}"
     else:
         out.parent.mkdir(parents=True, exist_ok=True)
-        yield f"wrote {replace_file(out, table.to_csv(index=False).encode())}"
+        yield f"wrote {replace_file(out, escaped(table.to_csv(index=False)).encode())}"
     left_out = f", {len(unreadable):,} could not be read" if unreadable else ""
     yield f"{counted(number.nunique(), 'image')} predicted{left_out}"
 
@@ -208,6 +209,7 @@ def named_images(images: Images) -> Iterator[tuple[str | int, Any]]:
     """(name, image) of everything that `Predictor.predict` is given; images without a path are numbered."""
     if isinstance(images, str | Path):
         path, scan = Path(images).expanduser(), FolderScan()
+        scan.is_new(path)  # so that no link in it leads back to it
         for found in scan.images(path) if path.is_dir() else [path]:
             yield str(found), found
         if left_out := str(scan):
@@ -241,6 +243,8 @@ def read_image(image: Path | Image.Image | np.ndarray | Tensor) -> Tensor | str:
             )
     else:
         try:
+            if isinstance(image, Path) and (reason := why_no_file(image)):
+                return reason
             pixels = decode_whole(image.read_bytes()) if isinstance(image, Path) else to_rgb(upright(image))
         except Exception as error:  # decoders raise errors of many kinds on bad bytes
             return why_bad(error)

@@ -1,6 +1,7 @@
 """models.saved.prediction: class names of images from a run folder alone."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -98,6 +99,24 @@ def test_unreadable_images_are_told_and_skipped(
     table = pd.read_csv(out)
     assert table["image"].unique().tolist() == [str(photos / "below" / "good.jpg")] and len(table) == 3
     assert f"good.jpg: {table['class'][0]} {100 * table['score'][0]:.1f} %" in told(0, *arguments)
+
+
+def test_odd_things_in_a_folder_of_images(
+    simplecil: Finished, tmp_path: Path, told: Callable[..., str]
+) -> None:
+    """A link back to the folder, a FIFO, and a name of bytes that are no text."""
+    photos, out = tmp_path / "photos", tmp_path / "names.csv"
+    (photos / "below").mkdir(parents=True)
+    (photos / "below" / "up").symlink_to(photos)
+    os.mkfifo(photos / "pipe.png")
+    name = os.fsdecode(bytes(photos) + b"/\xff.png")
+    Image.fromarray(simplecil.images[0]).save(name)
+    arguments = evaluation.main, "--run", simplecil.folder, "--predict", photos
+    for more in ([], ["--out", out]):
+        shown = told(0, *arguments, *more)
+        assert "pipe.png cannot be read: it is a FIFO" in shown
+        assert "1 image predicted, 1 could not be read" in shown
+    assert pd.read_csv(out)["image"].tolist() == [str(photos / r"\udcff.png")]
 
 
 def test_mistakes_are_a_sentence(simplecil: Finished, tmp_path: Path, told: Callable[..., str]) -> None:
