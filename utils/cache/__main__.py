@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from utils.cache.file_memo import IMAGES, memo_files
-from utils.cache.groups import ABOUT, MARKER, groups_in, last_use, remove_group
+from utils.cache.groups import ABOUT, MARKER, UNFINISHED, groups_in, last_use, remove_group
 from utils.command_line import given_path
 from utils.console import prepare_console
 from utils.errors import AGAIN, UserError, exit_code
@@ -49,11 +49,12 @@ def clear(root: Path) -> list[str]:
         raise UserError(
             f"{root} is not a cache, it holds no file {MARKER}: give a cache's folder; nothing was removed"
         )
-    groups = groups_in(root)
-    if not groups and not records:
+    groups, unfinished = groups_in(root), root / UNFINISHED  # which a killed process has left
+    loose = records | ({unfinished: unfinished.stat().st_size} if unfinished.is_file() else {})
+    if not groups and not loose:
         return [f"nothing is in {root}"]
-    freed = sum(remove_group(root / group) for group in groups) + sum(records.values())
-    for path in records:
+    freed = sum(remove_group(root / group) for group in groups) + sum(loose.values())
+    for path in loose:
         path.unlink(missing_ok=True)
     return [f"{counted(len(groups) + bool(records), 'group')} removed from {root}: {freed} bytes freed"]
 

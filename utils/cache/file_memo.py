@@ -114,7 +114,8 @@ def read_signed(path: Path) -> tuple[bytes, str, str]:
 
 def memo_files(folder: Path) -> dict[Path, int]:
     """The records in a folder, with their locks -> bytes."""
-    found = [*folder.glob("?" * 24 + ".json"), *folder.glob("?" * 24 + ".lock")]
+    name = "[0-9a-f]" * 24
+    found = [*folder.glob(f"{name}.json"), *folder.glob(f"{name}.lock")]
     return {path: path.stat().st_size for path in found}
 
 

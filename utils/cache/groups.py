@@ -12,6 +12,7 @@ from pathlib import Path
 MARKER = "CACHE"  # file that says that a folder is a cache
 ABOUT = "about.json"  # what a group holds, for people
 SUFFIX = ".cached.safetensors"
+UNFINISHED = ".writing"  # beside the groups: what a process writes, before its rename into one
 
 
 def last_use(group: Path) -> float:
@@ -22,10 +23,10 @@ def last_use(group: Path) -> float:
 
 
 def groups_in(root: Path) -> dict[str, dict[str, int]]:
-    """Group -> name -> bytes of the cache's own files; a folder that has none is no group."""
+    """Group -> name -> bytes of the cache's own files; a folder without tensors is no group, but anyone's."""
     folders = sorted(root.iterdir()) if root.is_dir() else []
     found = {path.name: _files(path) for path in folders if not path.is_symlink()}
-    return {group: files for group, files in found.items() if files}
+    return {group: files for group, files in found.items() if files.keys() - {ABOUT}}
 
 
 def _files(group: Path) -> dict[str, int]:

@@ -25,14 +25,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from utils.cache.groups import ABOUT, MARKER, SUFFIX, groups_in, last_use, remove_group
+from utils.cache.groups import ABOUT, MARKER, SUFFIX, UNFINISHED, groups_in, last_use, remove_group
 
 logger = logging.getLogger("nested_lora")
 
 LARGE = 8 * 2**20  # bytes above which a tensor stays open
 RESERVE = 2 * 10**9  # bytes of the disk that are left free
 LOCK = ".lock"  # held by the process that writes
-UNFINISHED = ".writing"  # what that process writes, before its rename
 
 
 class TensorCache:

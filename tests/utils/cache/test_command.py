@@ -62,6 +62,26 @@ def test_clear_says_what_it_freed_and_keeps_other_folders(cache, capsys):
     assert torch.equal(cache.get("one", "key", numbers), numbers())
 
 
+def test_files_of_others_with_names_like_those_of_a_cache_stay(cache, capsys):
+    for path in (cache.root / "site" / "about.json", cache.root / IMAGES / "person_keypoints_val2017.json"):
+        path.parent.mkdir(parents=True)
+        path.write_text("not ours")
+    assert main(["--root", str(cache.root), "--clear"]) == 2
+    assert "not a cache" in capsys.readouterr().err
+    fill(cache.root, ["one"])
+    assert run(cache.root, capsys)[-1].endswith("in 1 group")
+    assert "1 group removed" in run(cache.root, capsys, "--clear")[0]
+    assert len([*cache.root.glob("*/*.json")]) == 2
+
+
+def test_clear_removes_what_a_killed_process_has_left(cache, capsys):
+    fill(cache.root, ["one"])
+    run(cache.root, capsys, "--clear")
+    (cache.root / ".writing").write_bytes(b"x" * 50)
+    assert "50 bytes freed" in run(cache.root, capsys, "--clear")[0]
+    assert "nothing" in run(cache.root, capsys, "--clear")[0]
+
+
 def test_clear_refuses_a_folder_that_is_no_cache(cache, capsys):
     fill(cache.root, ["one"])
     (cache.root / "CACHE").unlink()
