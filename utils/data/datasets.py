@@ -177,7 +177,10 @@ def class_count(name: str, data_root: str | Path, test_share: float | None = Non
 
 def splits_itself(name: str, data_root: str | Path) -> bool:
     """Whether a data set defines its test images itself: all do except folders with one folder per class."""
-    return name in DATASETS or _is_npz(Path(name)) or any(map(_holds_data, _places(name, data_root)))
+    if name in DATASETS or _is_npz(Path(name)):
+        return True
+    place = _first_there(_places(name, data_root))
+    return place is not None and _holds_data(place)
 
 
 def dataset_slug(name: str) -> str:
@@ -201,16 +204,22 @@ def _holds_data(path: Path) -> bool:
     return os.path.lexists(path) if _is_npz(path) else "test" in split_folders(path)
 
 
+def _first_there(places: Sequence[Path]) -> Path | None:
+    """The first place with an .npz or any folder, which is a data set where a `test_share` is given."""
+    return next((place for place in places if _holds_data(place) or place.is_dir()), None)
+
+
 def _find(name: str, data_root: Path, test_share: float | None = None) -> Path | None:
     """Place of a data set, or None where it is absent. UserError: the name is neither known nor a path."""
     places = _places(name, data_root)
-    if (found := next(filter(_holds_data, places), None)) or name in DATASETS:
+    found, there = next(filter(_holds_data, places), None), _first_there(places)
+    if name in DATASETS:
         return found
-    if folder := next(filter(os.path.isdir, places), None):
-        if test_share is not None:
-            return folder
+    if found := found if test_share is None else there:
+        return found
+    if there:
         raise UserError(
-            f"dataset {name!r}: the folder {folder} has no train/ and test/ (or val/) with class folders; "
+            f"dataset {name!r}: the folder {there} has no train/ and test/ (or val/) with class folders; "
             "for one folder per class say which share of the images is for the test: --set test_share=0.2"
         )
     if _is_npz(Path(name)) or "/" in name or os.sep in name:

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from tests.image_folders import load, write_folder
-from utils.data.datasets import DOMAINS, class_count, load_dataset
+from utils.data.datasets import DOMAINS, class_count, load_dataset, splits_itself
 from utils.data.image_sets import Dataset
 from utils.errors import UserError
 
@@ -273,6 +273,15 @@ def test_one_folder_per_class_asks_for_the_share_and_for_two_images(photos):
         share(photos)
     with pytest.raises(UserError, match="no class folder"):
         share(photos / "dog")
+
+
+def test_a_folder_as_given_comes_before_one_of_that_name_in_data_root(photos, monkeypatch):
+    monkeypatch.chdir(photos.parent)
+    for split in ("train", "test"):
+        write_folder(Path("data", "photos"), split, ["ant", "bee"])
+    assert load_dataset("photos", "data", test_share=0.2).class_names == ["dog", "Ä cat"]
+    assert not splits_itself("photos", "data") and splits_itself("data/photos", "data")
+    assert load_dataset("photos", "data").class_names == ["ant", "bee"]  # as given it is no data set
 
 
 def test_train_may_be_the_name_of_a_class(photos):
