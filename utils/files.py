@@ -15,7 +15,7 @@ import os
 import stat
 import zipfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,8 @@ def replace_file(path: Path, content: bytes) -> Path:
     except OSError as error:
         if error.errno is not None:
             error.filename = str(path)  # not the temporary one
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # where there is no temporary one, for whatever reason
+            temporary.unlink()
         raise
     sync_folder(path.parent)
     return path

@@ -32,9 +32,11 @@ def test_a_refused_write_leaves_the_old_file_and_nothing_beside(tmp_path: Path, 
 
 def test_a_refused_write_names_the_file_and_not_a_temporary_one(tmp_path: Path) -> None:
     (tmp_path / "x").mkdir()
-    with pytest.raises(IsADirectoryError) as refused:
-        replace_file(tmp_path / "x", b"new")
-    assert refused.value.filename == str(tmp_path / "x")
+    (tmp_path / "y").touch()
+    for path in (tmp_path / "x", tmp_path / "y" / "z", tmp_path / ("n" * 252)):
+        with pytest.raises(OSError) as refused:
+            replace_file(path, b"new")
+        assert refused.value.filename == str(path)
 
 
 def test_a_refused_call_is_a_sentence_with_a_way_out(capsys) -> None:
