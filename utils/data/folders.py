@@ -10,7 +10,7 @@ import hashlib
 import os
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -58,6 +58,21 @@ class FolderScan:
             self.leave_out("hidden", name)
         return sorted(set(names).difference(hidden))
 
+    def leave_out_beside(self, path: Path, places: Iterable[Path]) -> None:
+        """Count what lies in a data set's folder beside train/ and test/, where it has them."""
+        used = [place.name for place in places if place != path]
+        with contextlib.suppress(OSError):
+            for name in self.visible(os.listdir(path)) if used else []:
+                if name not in used:
+                    self.leave_out(f"beside {' and '.join(f'{each}/' for each in used)}", name)
+
+    def leads_nowhere(self, path: Path) -> bool:
+        """Whether a path is a link to nothing, such as to a folder on a disk that is not there; counts it."""
+        nowhere = os.path.islink(path) and not os.path.exists(path)
+        if nowhere:
+            self.leave_out("links to nothing", path)
+        return nowhere
+
     def is_new(self, folder: Path) -> bool:
         """Whether a folder can be read and is met for the first time, whatever links lead to it."""
         try:
@@ -78,9 +93,9 @@ class FolderScan:
         for place, below, names in os.walk(folder, onerror=self._unreadable, followlinks=True):
             below[:] = [name for name in self.visible(below) if self.is_new(Path(place, name))]
             for name in self.visible(names):
-                if name.lower().endswith(SUFFIXES):
+                if name.lower().endswith(SUFFIXES):  # also a link to nothing, which is a damaged image
                     found.append(Path(place, name))
-                else:
+                elif not self.leads_nowhere(Path(place, name)):
                     suffix = os.path.splitext(name)[1].lower()
                     advice = " to be converted to JPEG" if suffix in CONVERT else ""
                     self.leave_out(f"with the suffix {suffix or 'none'!r}{advice}", name)
@@ -125,6 +140,8 @@ def class_folders(split: Path, scan: FolderScan) -> dict[str, list[Path]]:
         ) from error
     found = defaultdict(list)
     for name in names:
+        if scan.leads_nowhere(split / name):
+            continue
         if not os.path.isdir(split / name):
             scan.leave_out("outside the class folders", name)
         elif not is_utf8(name):
@@ -158,6 +175,7 @@ def from_folder(
     classes = {split: class_folders(place, scan) for split, place in places.items()}
     _require_same_classes(path, places, classes, partial)
     names = list(classes.get("test", classes["train"]))
+    scan.leave_out_beside(path, places.values())
     groups = {}
     for split in [split for split in splits if split in places]:
         above = [os.stat(folder) for folder in (path, *places.values())]  # no link leads back up

@@ -39,6 +39,17 @@ def test_hidden_and_foreign_things_are_left_out_counted_and_named(folder):
         assert told in dataset.left_out
 
 
+def test_what_lies_beside_the_splits_and_links_to_nothing_are_told(folder):
+    write_folder(folder, "val", ["ant", "bee"])
+    for place in (folder / "train" / "cat", folder / "test" / "cat", folder / "train" / "ant" / "more"):
+        place.symlink_to(folder.parent / "unplugged disk")
+    left_out = load(folder).left_out
+    assert "1 beside train/ and test/ (val)" in left_out and "3 links to nothing (cat, more)" in left_out
+    (folder / "test").rename(folder / "cat")
+    (folder / "val").rename(folder / "dog")
+    assert "2 beside train/ (cat, dog)" in load(folder, test_share=0.5).left_out
+
+
 def test_each_real_folder_is_read_once(folder):
     ant, before = folder / "train" / "ant", load(folder)
     (ant / "circle").symlink_to(ant)
