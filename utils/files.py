@@ -1,4 +1,4 @@
-"""Files: atomic writes, JSON, headers of .npz files, hashes.
+"""Files: atomic writes, JSON, headers of .npz files, locks, hashes.
 
 replace_file(folder / "summary.md", text.encode())
 write_json(folder / "config.json", values)
@@ -15,11 +15,12 @@ import os
 import stat
 import zipfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock
 
 from utils.errors import UserError, in_one_line
 
@@ -130,6 +131,16 @@ def npz_headers(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
                 )
             headers[member.filename.removesuffix(".npy")] = (shape, dtype)
     return headers
+
+
+@contextmanager
+def excluding(lock: Path) -> Iterator[None]:
+    """Context that one process at a time is in, by a lock file, which stays; where the disk has locks."""
+    with ExitStack() as stack:
+        with suppress(OSError, NotImplementedError):
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(FileLock(lock))
+        yield
 
 
 def sha256_file(path: Path | str) -> str:

@@ -15,13 +15,11 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 
-from filelock import FileLock
-
-from utils.files import replace_file
+from utils.files import excluding, replace_file
 
 logger = logging.getLogger("nested_lora")
 
@@ -66,15 +64,9 @@ class FileMemo:
             if held.pop(os.path.abspath(path), None):
                 self._write(held)
 
-    @contextmanager
-    def lock(self) -> Iterator[None]:
+    def lock(self) -> AbstractContextManager[None]:
         """Context that excludes other processes, where the disk has locks."""
-        with ExitStack() as stack:
-            with suppress(OSError, NotImplementedError):
-                if self.path is not None:
-                    self.path.parent.mkdir(parents=True, exist_ok=True)
-                    stack.enter_context(FileLock(self.path.with_suffix(".lock")))
-            yield
+        return nullcontext() if self.path is None else excluding(self.path.with_suffix(".lock"))
 
     def _read(self) -> dict[str, tuple[str, str]]:
         if self.path is None:

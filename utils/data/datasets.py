@@ -23,6 +23,7 @@ from utils.data.image_sets import SPLITS, Dataset, from_arrays, joined
 from utils.data.npz import NPZ_KEYS, from_npz, read_npz
 from utils.data.synthetic import CLASS_NAMES, synthetic_arrays
 from utils.errors import UserError
+from utils.files import excluding
 
 MNIST_5K_TRAIN_PER_DIGIT = 400
 DOMAINS = ("clipart", "infograph", "painting", "quickdraw", "real", "sketch")  # of DomainNet
@@ -59,8 +60,9 @@ def _torchvision(kind: str, name: str, data_root: Path, cache: Path | None, spli
 
     arrays, load = {}, getattr(torchvision.datasets, kind)
     try:
-        for split in splits:
-            part = load(data_root, train=split == "train", download=True)
+        with excluding(data_root / f".{kind}.lock"):  # torchvision writes files in place
+            parts = {split: load(data_root, train=split == "train", download=True) for split in splits}
+        for split, part in parts.items():
             arrays[f"x_{split}"], arrays[f"y_{split}"] = np.asarray(part.data), np.asarray(part.targets)
     except Exception as error:  # network, disk and archive errors of several libraries
         how = f"downloading it with torchvision failed: {' '.join(str(error).split())}"

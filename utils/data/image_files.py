@@ -51,6 +51,7 @@ def decode(content: bytes) -> np.ndarray:
 def upright(image: Image.Image) -> Image.Image:
     """An image rotated as its EXIF data say; itself where they say nothing, or are damaged."""
     with suppress(Exception):
+        image.load()  # Pillow then turns a TIFF itself; a copy would have lost its tags
         if image.getexif().get(ORIENTATION, 1) != 1:
             return ImageOps.exif_transpose(image)
     return image

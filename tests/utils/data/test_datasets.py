@@ -1,6 +1,9 @@
 """Data sets by name and path, and one sentence for what is not there."""
 
 import gzip
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -42,6 +45,24 @@ def test_torchvision_data_set_is_taken_over(tmp_path, monkeypatch):
     dataset = load_dataset("mnist", tmp_path)
     assert dataset.class_names == ["zero", "one"] and dataset.test.labels.tolist() == [0, 1, 1, 0]
     assert dataset.train[0].unique().tolist() == [1] and dataset.test[0].unique().tolist() == [2]
+
+
+def test_two_runs_do_not_download_at_the_same_time(tmp_path, monkeypatch):
+    inside = threading.Lock()
+
+    class Fake:
+        classes = ["one"]
+
+        def __init__(self, root, train, download):
+            assert inside.acquire(blocking=False)
+            time.sleep(0.2)
+            inside.release()
+            self.data, self.targets = torch.zeros((1, 5, 5), dtype=torch.uint8), torch.zeros(1, dtype=int)
+
+    monkeypatch.setattr(torchvision.datasets, "MNIST", Fake)
+    with ThreadPoolExecutor(2) as threads:
+        found = list(threads.map(lambda _: load_dataset("mnist", tmp_path / "new"), range(2)))
+    assert [len(dataset.train) for dataset in found] == [1, 1]
 
 
 def test_mnist_5k_takes_400_and_100_of_every_digit(tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 
 from tests.conftest import ROOT
 from tests.image_folders import folder_images
-from utils.data.image_files import decode, decode_whole, to_rgb
+from utils.data.image_files import decode, decode_whole, to_rgb, upright
 from utils.errors import UserError
 
 RNG = np.random.default_rng(0)
@@ -188,6 +188,13 @@ def test_an_image_is_turned_as_its_exif_data_say(kind, orientation):
     pixels, shown = decode(content), ImageOps.exif_transpose(Image.open(io.BytesIO(content)))
     assert np.array_equal(pixels, np.asarray(shown.convert("RGB")))
     assert pixels.shape == ((7, 5, 3) if orientation > 4 else (5, 7, 3))
+
+
+def test_a_turned_tiff_keeps_its_white_as_bytes_and_as_an_opened_image():
+    buffer, grey = io.BytesIO(), np.arange(24, dtype=np.uint16).reshape(4, 6) * 2000
+    Image.fromarray(grey).save(buffer, "TIFF", tiffinfo={262: 0, 274: 6})  # 0 is white; a quarter turn
+    opened = Image.open(io.BytesIO(buffer.getvalue()))
+    assert np.array_equal(to_rgb(upright(opened)), decode(buffer.getvalue()))
 
 
 def test_damaged_exif_data_spoil_no_image():
