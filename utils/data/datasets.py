@@ -27,6 +27,10 @@ from utils.files import excluding
 
 MNIST_5K_TRAIN_PER_DIGIT = 400
 DOMAINS = ("clipart", "infograph", "painting", "quickdraw", "real", "sketch")  # of DomainNet
+PATHS = (
+    "a path ending in .npz, or a folder with train/<class>/* and test/<class>/*, or one folder per class and "
+    "test_share"
+)
 NO_DATA_NEEDED = (
     "python main.py alone (exps/quickstart.json, package index only) and exps/smoke.json need no data set of "
     "your own"
@@ -224,14 +228,15 @@ def _find(name: str, data_root: Path, test_share: float | None = None) -> Path |
             f"dataset {name!r}: the folder {there} has no train/ and test/ (or val/) with class folders; "
             "for one folder per class say which share of the images is for the test: --set test_share=0.2"
         )
+    if file := next(filter(os.path.isfile, places), None):
+        raise UserError(f"dataset {name!r}: {file} is a file, but no .npz; allowed: {PATHS}.")
     if _is_npz(Path(name)) or "/" in name or os.sep in name:
         return None
     near = difflib.get_close_matches(name, DATASETS, n=3, cutoff=0.5)
     raise UserError(
         f"dataset {name!r} is not known; "
         + (f"nearest: {', '.join(near)}; " if near else "")
-        + f"allowed: {', '.join(DATASETS)}, a path ending in .npz, or a folder with train/<class>/* "
-        "and test/<class>/*, or one folder per class and test_share."
+        + f"allowed: {', '.join(DATASETS)}, {PATHS}."
     )
 
 

@@ -98,6 +98,14 @@ def test_unknown_name_and_folder_without_splits(tmp_path):
         load_dataset(str(tmp_path), tmp_path)
 
 
+def test_a_file_of_another_kind_is_there_but_no_data_set(tmp_path):
+    (tmp_path / "photos.zip").touch()
+    for name in ("photos.zip", str(tmp_path / "photos.zip")):
+        for share in (None, 0.2):
+            with pytest.raises(UserError, match="photos.zip is a file, but no .npz; allowed: .*folder"):
+                load_dataset(name, tmp_path, test_share=share)
+
+
 def test_slugs():
     assert dataset_slug("cifar224") == "cifar224" and dataset_slug("/data/v1.2/my_set.npz") == "my_set"
     assert dataset_slug("/data/imagenet.v2/") == "imagenet.v2"
