@@ -45,7 +45,7 @@ from utils.wording import counted, shortened, spans
 logger = logging.getLogger("nested_lora")
 
 COMPUTED = {"bases", "directions", "records"}  # parts of networks that no gradient updates
-FUNCTIONAL = {"adapters", "routers"}  # parts that functional training updates
+UNTRAINED = {"adapters", "routers", "merging", "average"}  # parts of no effect before functional training
 
 
 class ClassIncrementalLearner(Learner):
@@ -358,24 +358,27 @@ class ClassIncrementalLearner(Learner):
 
     def parameter_counts(self) -> dict[str, int]:
         counts = self.network.parameter_counts() if self.network.adapters_per_block() else {}
-        if not self.trains_functional:  # then they have zero output
-            counts = {part: numbers for part, numbers in counts.items() if part not in FUNCTIONAL}
         counts |= {
             name: module.stored_numbers()
             for name, module in self.modules.items()
             if hasattr(module, "stored_numbers")
         }
+        if not self.trains_functional:  # then adapters have zero output
+            counts = {part: numbers for part, numbers in counts.items() if part not in UNTRAINED}
         if self.closed_form is None or self.closed_form.needs_rows:
             counts["head"] = self.trained_rows()
         return counts | {"trained": self.trained_numbers(), "stored": sum(counts.values())}
 
     def trained_numbers(self) -> int:
         """Numbers that a gradient has updated, in the network and in classifier rows."""
-        learned = sum(n for part, n in self.network.parameter_counts().items() if part not in COMPUTED)
+        parts = self.network.parameter_counts()
+        if not self.trains_functional:
+            return parts.get("descriptors", 0)
+        learned = sum(numbers for part, numbers in parts.items() if part not in COMPUTED)
         for name, parameters in self.network.parameter_groups().items():
-            if parameters and not (self.trains_functional and self.config.group_options(name)["lr"]):
+            if parameters and not self.config.group_options(name)["lr"]:
                 learned -= sum(parameter.numel() for parameter in parameters)
-        return learned + (self.trained_rows() if self.trains_functional else 0)
+        return learned + self.trained_rows()
 
     @property
     def trains_functional(self) -> bool:

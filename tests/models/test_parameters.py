@@ -97,6 +97,16 @@ def test_parameters_are_those_counted_by_hand(name: str, make_sema: Make) -> Non
     assert (counts["trained"], counts["stored"]) == (trained, stored), counts
 
 
+@pytest.mark.parametrize("name", ["moal", "coda_prompt", "inflora", "merge max_magnitude", "sema"])
+def test_without_functional_training_only_descriptors_are_trained(name: str, make_sema: Make) -> None:
+    """Prompts stay as they are drawn, and are stored; the rest adds nothing, nor do copies of it."""
+    changes = CASES[name][0] if name in CASES else {"model_name": name, "lora_rank": R}
+    counts = run_tasks(make_sema(**changes, func_epoch=0, max_train_per_class=5), T).parameter_counts()
+    assert counts["trained"] == (4 * DESCRIBED if name == "sema" else 0), counts
+    stored = {"moal": RIDGE + C * D, "coda_prompt": PROMPTS + rows(), "merge max_magnitude": means()}
+    assert counts["stored"] == stored.get(name, counts["stored"]), counts
+
+
 @pytest.mark.parametrize(
     ("name", "passes"), [("aper", 2), ("ease", T), ("moal", 1), ("inflora", 1), ("coda_prompt", 2)]
 )
