@@ -26,9 +26,9 @@ JITTER = 1e-6  # first tried addition to the diagonal of matrices that may be si
 class GaussianHead(ClosedFormHead):
     """Mean m and covariance S of each class's training features, and the classifier that they determine.
 
-    S is the unbiased estimate, or zero for a single feature. When the backbone moves by f -> J^T f + b
-    (`fit_drift`), m -> J^T m + b and S -> J^T S J. A checkpoint holds the lower triangle of each S in
-    float32: d (d + 1) / 2 numbers per class.
+    S is the unbiased estimate, or exactly zero where all features are equal. When the backbone moves by
+    f -> J^T f + b (`fit_drift`), m -> J^T m + b and S -> J^T S J. A checkpoint holds the lower triangle of
+    each S in float32: d (d + 1) / 2 numbers per class.
     """
 
     means: Tensor  # (C, d)
@@ -43,7 +43,8 @@ class GaussianHead(ClosedFormHead):
         for label in range(len(self.means), len(self.counts)):
             rows = features[targets == label]
             mean = rows.mean(dim=0)
-            covariance = (rows - mean).T @ (rows - mean) / max(1, len(rows) - 1)
+            centred = rows - mean if (rows != rows[0]).any() else torch.zeros_like(rows)  # exact
+            covariance = centred.T @ centred / max(1, len(rows) - 1)
             self.means = torch.cat([self.means, mean[None]])
             self.triangles = torch.cat([self.triangles, covariance[self._lower()].float()[None]])
         self.solve()

@@ -62,6 +62,15 @@ def test_fecam_is_the_mahalanobis_distance_of_shrunk_correlations(alpha1: float,
         np.testing.assert_allclose(-scores, distances, rtol=1e-3)
 
 
+@pytest.mark.parametrize("images", [1, 11, 13])
+def test_one_image_however_often_repeated_leaves_distances_as_they_are(images: int) -> None:
+    image, queries = features_of(range(1), 1)[0], features_of(range(1), 6, seed=3)[0]
+    head = FeCAMHead(WIDTH)
+    head.add(image.repeat(images, 1), torch.zeros(images, dtype=torch.int64))
+    plain = (F.normalize(queries, dim=1) - F.normalize(image, dim=1)).square().sum(dim=1)
+    torch.testing.assert_close(head(queries)[:, 0], -plain, rtol=1e-4, atol=1e-5)
+
+
 def test_classes_with_one_mean_are_told_apart_by_their_correlations() -> None:
     """Two directions go together in one class and apart in the other: class means cannot see that."""
     rng = np.random.default_rng(0)
