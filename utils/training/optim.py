@@ -161,9 +161,9 @@ class GroupedOptimizer:
 
     @property
     def lrs(self) -> dict[str, float]:
-        """Learning rate of each group now."""
+        """Learning rate of each group now; 0 for one that is never updated, wherever the schedule ends."""
         groups = zip(self.groups, self._optimizer.param_groups, strict=True)
-        return {group.name: options["lr"] for group, options in groups}
+        return {group.name: options["lr"] if group.lr else 0.0 for group, options in groups}
 
     def summary(self) -> str:
         """Rate, update interval and number of tensors of each group in one line."""

@@ -92,6 +92,18 @@ def test_the_schedule_multiplies_the_rate_of_every_group(
         optimizer.load_state(unpack_tensors(json.loads(json.dumps(tree)), tensors))
 
 
+def test_a_group_with_rate_0_keeps_it_and_its_bits_where_the_schedule_ends_above_0() -> None:
+    still, moving = [nn.Parameter(torch.ones(3))], nn.Linear(4, 3)
+    groups = [ParameterGroup("slow", still, 0.0), ParameterGroup("fast", list(moving.parameters()), 0.2)]
+    optimizer = GroupedOptimizer("sgd", groups, weight_decay=0.1, epochs=3, min_lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        (still[0].sum() + moving(torch.ones(1, 4)).sum()).backward()
+        optimizer.step()
+        optimizer.end_epoch()
+    assert optimizer.lrs == pytest.approx({"slow": 0, "fast": 0.1}) and torch.equal(still[0], torch.ones(3))
+
+
 def test_table_names_groups_rates_and_sizes() -> None:
     _, _, optimizer = two_branches("sgd", every=5)
     lines = [line.split() for line in optimizer.table().splitlines()]
