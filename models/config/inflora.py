@@ -30,7 +30,10 @@ class InfLoRAConfig(RowsRules, BlockKeys, TrainingKeys):
     lora_rank: int = key(10, "Rank of a task's terms.", ge=1, le=4096)
     lamb: float = key(0.95, "Share of the inputs' energy that the first task's basis holds.", ge=0, le=1)
     lame: float = key(
-        1.0, "The same share after all tasks of the data set; in between it is linear.", ge=0, le=1
+        1.0,
+        "Where the share would end: task t of the data set's T, from 0, has lamb + (lame - lamb) t / T.",
+        ge=0,
+        le=1,
     )
     threshold_on: Literal["energy", "squared_energy"] = key(
         "energy",
