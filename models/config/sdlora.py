@@ -177,6 +177,12 @@ class SDLoRAConfig(RowsRules, GateKeys):
             (self.scheduler != "cosine", scheduler, ("min_lr",)),
             (not self.init_milestones, "no init_milestones", ("init_lr_decay",)),
             (not self.milestones, "no milestones", ("lrate_decay",)),
+            (
+                min(self.init_milestones, default=0) >= self.init_epoch,
+                f"init_epoch is {self.init_epoch}",
+                STEPLR_KEYS[:2],
+            ),
+            (min(self.milestones, default=0) >= self.epochs, f"epochs is {self.epochs}", STEPLR_KEYS[2:]),
             (self.init_epoch == 0, "init_epoch is 0", FIRST_TASK_KEYS),
             (self.epochs == 0, "epochs is 0", LATER_TASK_KEYS),
             (self.init_epoch == self.epochs == 0, "no epoch trains anything", TRAINING_KEYS),

@@ -90,6 +90,8 @@ CASES: list[tuple[dict[str, Any], str, str]] = [
     (TINY_SDLORA, "lrate_decay milestones init_lr_decay", 'scheduler is "cosine"'),
     (TINY_SDLORA | {"scheduler": "constant"}, "min_lr", 'scheduler is "constant"'),
     (TINY_SDLORA | {"scheduler": "steplr"}, "init_lr_decay", "no init_milestones"),
+    (TINY_SDLORA | {"scheduler": "steplr", "milestones": [2, 9]}, "lrate_decay", "epochs is 2"),
+    (TINY_SDLORA | {"scheduler": "steplr", "init_milestones": [2]}, "init_lr_decay", "init_epoch is 2"),
     (TINY_SDLORA, GATE, "no gate where lambda_sparsity is 0"),
     (TINY_SDLORA | {"gumbel_gate": "off"}, f"lambda_sparsity {GATE}", 'gumbel_gate is "off"'),
     (GATED, "growth_top_k", 'growth is "threshold"'),
