@@ -4,7 +4,7 @@ from typing import ClassVar, Literal
 
 from models.vit.backbones import BackboneShape
 from models.vit.config import SCHEDULER, AdapterKeys, ProxyKeys, TrainingKeys
-from utils.config.schema import Rate, key
+from utils.config.schema import Rate, UnusedRule, key
 
 
 class EASEConfig(ProxyKeys, AdapterKeys, TrainingKeys):
@@ -40,3 +40,6 @@ class EASEConfig(ProxyKeys, AdapterKeys, TrainingKeys):
 
     def stored_bytes(self, shape: BackboneShape, task: int, classes: int) -> int:
         return super().stored_bytes(shape, task, classes) + 8 * (task + 1) * classes * shape.width
+
+    def unused_rules(self) -> list[UnusedRule]:
+        return [(self.alpha == 0, "alpha is 0", ("ease_temperature",)), *super().unused_rules()]

@@ -32,5 +32,6 @@ class MoALConfig(AdapterKeys, RidgeKeys, TrainingKeys):
     def unused_rules(self) -> list[UnusedRule]:
         return [
             (self.func_epoch == 0, "func_epoch is 0", ("ema_decay", "ema_every")),
+            (self.ema_decay == 0, "ema_decay is 0", ("ema_every",)),
             *super().unused_rules(),
         ]

@@ -144,7 +144,7 @@ class SEMAConfig(AdapterKeys, HeadKeys, TrainingKeys):
             (nothing_moves, "nested_lora_consolidation_alpha is 0", (schedule,)),
             (not self.grows, 'expansion is "never"', growth),
             (self.expansion == "always", 'expansion is "always"', ("exp_threshold",)),
-            (self.rd_epoch == 0, "rd_epoch is 0", descriptors),
+            (self.rd_epoch == 0, "rd_epoch is 0", (*descriptors, "detect_batch_size")),
             (self.augmentation == "none", 'augmentation is "none"', ("rd_views",)),
             (self.consolidates and fast_is_zero, "nested_lora_lr_fast is 0", shares),
             *super().unused_rules(),

@@ -291,6 +291,12 @@ class ProxyKeys(ClassIncrementalConfig):
         "at 1 and learns, as published code has it.",
     )
 
+    def unused_rules(self) -> list[UnusedRule]:
+        return [
+            (self.func_epoch == 0, "func_epoch is 0", ("training_classifier",)),
+            *super().unused_rules(),
+        ]
+
 
 class RidgeKeys(ClassIncrementalConfig):
     """RanPAC's ridge regression on random features."""
@@ -459,7 +465,7 @@ class OneTaskRules(ClassIncrementalConfig):
             yield ("extra_data",), f"{sentence} null"
 
     def unused_rules(self) -> list[UnusedRule]:
-        unused = ("max_tasks", "head_drift")
+        unused = ("max_tasks", "head_drift", "ca_restart")
         return [(True, "there is one task", unused), *super().unused_rules()]
 
 

@@ -41,6 +41,7 @@ OTHER: dict[str, Any] = {  # values that change a run where the key counts
     "lrate": 0.5, "lrate_decay": 0.5, "milestones": [1], "init_lr_decay": 0.2, "min_lr": 0.04,
     "lambda_sparsity": 0.5, "gumbel_tau_init": 2.0, "gumbel_anneal_rate": 0.5, "growth": "top_k",
     "growth_top_k": 1, "growth_threshold": 0.2,
+    "training_classifier": "cosine", "ease_temperature": 0.01, "ema_every": "epoch",
 }  # fmt: skip
 RHYTHM = "nested_lora_update_interval_slow nested_lora_slow_grad"
 SCHEDULE = "nested_lora_consolidation_schedule"
@@ -74,7 +75,7 @@ CASES: list[tuple[dict[str, Any], str, str]] = [
     ({"expansion": "never"}, "adapt_start_layer adapt_end_layer", "none grows"),
     ({"expansion": "never", "head": "ranpac"}, f"head_drift {SCHEDULE}", "first task only"),
     ({"expansion": "always"}, "exp_threshold", 'expansion is "always"'),
-    ({"rd_epoch": 0}, "rd_lr exp_threshold", "rd_epoch is 0"),
+    ({"rd_epoch": 0}, "rd_lr exp_threshold detect_batch_size", "rd_epoch is 0"),
     (PLAIN_VIEWS, "rd_views", 'augmentation is "none"'),
     ({"head": "fc"}, f"head_drift ranpac_dim {ALIGNMENT} {SHRINKAGE}", 'head is "fc"'),
     (COSINE, "merge_start merge_alpha", 'merge is "none"'),
@@ -85,8 +86,12 @@ CASES: list[tuple[dict[str, Any], str, str]] = [
     (FINETUNE, "adapt_start_layer", "none grows"),
     (COSINE | {"func_epoch": 0}, f"{TRAINING} {ADAPTERS}", "func_epoch is 0"),
     (JOINT, "head_drift max_tasks", "there is one task"),
+    (JOINT | {"head": "aligned"}, "ca_restart", "there is one task"),
     ({"model_name": "linear_probe", **ONE_TASK}, "max_tasks", "there is one task"),
     (RANPAC, f"{TRAINING} func_epoch ffn_num cache_views adapter_blocks", "first_session is false"),
+    (RANPAC | {"first_session": True, "func_epoch": 0}, "training_classifier", "func_epoch is 0"),
+    ({"model_name": "ease", "alpha": 0}, "ease_temperature", "alpha is 0"),
+    ({"model_name": "moal", "ema_decay": 0}, "ema_every", "ema_decay is 0"),
     (TINY_SDLORA, "lrate_decay milestones init_lr_decay", 'scheduler is "cosine"'),
     (TINY_SDLORA | {"scheduler": "constant"}, "min_lr", 'scheduler is "constant"'),
     (TINY_SDLORA | {"scheduler": "steplr"}, "init_lr_decay", "no init_milestones"),
