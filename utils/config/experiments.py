@@ -6,16 +6,17 @@ shipped_file("ranpac", "cifar224", schemas)      # exps/baselines/ranpac_cifar.j
 """
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from utils.config.loading import Schemas, known_method, read_values
+from utils.config.loading import BASE_KEY, Schemas, base_of, known_method, read_values
 from utils.config.messages import no_such, parsed
 from utils.errors import UserError
 
 PROJECT = Path(__file__).resolve().parents[2]
-TABLE_KEYS = {"cells", "grid", "set"}  # every sweep has one of them, no config has any
+TABLE_KEYS = {"cells", "grid", "set"}  # no config has any; a sweep without them repeats another
 
 
 class Shipped(NamedTuple):
@@ -34,18 +35,29 @@ def located(path: Path) -> Path:
     return in_project if not path.exists() and wanted.exists() else path
 
 
-def kind_of(path: Path, schemas: Schemas) -> str:
-    """Whether a file is a "sweep" or a "config"; "" if its content does not say, which its loader reports."""
+def kind_of(path: Path, schemas: Schemas, inheriting: tuple[str, ...] = ()) -> str:
+    """Whether a file is a "sweep" or a "config"; "" if its content does not say, which its loader reports.
+
+    One with none of their keys is what its base is. inheriting: real paths of the files that name it as base.
+    """
     if not path.is_file():  # a pipe gives its content once, to its loader
         return ""
     try:
-        keys = json.loads(path.read_text(encoding="utf-8-sig")).keys()
+        values = json.loads(path.read_text(encoding="utf-8-sig"))
+        keys = values.keys()
     except (OSError, ValueError, AttributeError, RecursionError):
         return ""
     if keys & TABLE_KEYS:
         return "sweep"
     of_configs = {name for schema in schemas.values() for name in schema.model_fields}
-    return "config" if keys & of_configs - {"description"} else ""
+    if keys & of_configs - {"description"}:
+        return "config"
+    chain = (*inheriting, os.path.realpath(path))
+    try:
+        base = base_of(path.absolute(), values[BASE_KEY])
+        return "" if os.path.realpath(base) in chain else kind_of(base, schemas, chain)
+    except (KeyError, ValueError, OSError):
+        return ""
 
 
 def shipped_files(schemas: Schemas) -> list[Shipped]:

@@ -31,6 +31,19 @@ def test_broken_files_of_a_user_spoil_no_list(tmp_path: Path, monkeypatch: pytes
     assert shipped_file("ranpac", "cub", SCHEMAS) == Path("exps/whole.json")
 
 
+def test_a_file_of_neither_kind_is_what_its_base_is(tmp_path: Path) -> None:
+    contents = {
+        "table": {"cells": {}}, "again": {"base": "table.json", "seeds": [7]},
+        "run": {"rd_dim": 8}, "other": {"description": "x", "base": "run.json"},
+        "third": {"base": "again.json"}, "circle": {"base": "circle.json"}, "lost": {"base": 5},
+    }  # fmt: skip
+    for name, content in contents.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    kinds = {name: kind_of(tmp_path / f"{name}.json", SCHEMAS) for name in contents}
+    assert {name for name, kind in kinds.items() if kind == "sweep"} == {"table", "again", "third"}
+    assert (kinds["other"], kinds["circle"], kinds["lost"]) == ("config", "", "")
+
+
 @pytest.mark.parametrize("override", [[], ["--set", "model_name=[1]"]], ids=["file", "override"])
 def test_a_method_that_is_no_text_is_told(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], override: list[str]
