@@ -282,10 +282,13 @@ def _table_problems(file: SweepFile, names: Sequence[str]) -> Iterator[str]:
     for role, cell in (("baseline", file.baseline), ("finding", file.finding)):
         if names and cell is not None and cell not in names:
             yield f"{role} = {shown(cell)}: {no_such('cell', cell, names)}"
+    if file.finding is not None and file.baseline in (None, file.finding):
+        given = "the baseline itself" if file.baseline else "there is no baseline to compare it with"
+        yield f"finding = {shown(file.finding)}: {given}; allowed: another cell than the baseline, or null"
     yield from ("cells: a name is empty; allowed: any other text" for name in file.cells if not name.strip())
     for slug, same in grouped((name, slug_of(name).casefold()) for name in names).items():
         if len(same) > 1:  # also where a file system does not tell cases apart
-            yield f"{_named(same)}: their files would all be named {slug}; rename all but one"
+            yield f"{_named(same)}: their files would all be named {slug}; rename or leave out all but one"
 
 
 def _owned_keys(file: SweepFile, overrides: Sequence[str]) -> Iterator[str]:

@@ -191,6 +191,8 @@ HALF = "half a surrogate pair"
     [
         ({}, "cells, grid: both are missing"),
         ({"cells": {}, "grid": {}}, "cells, grid: both are missing"),
+        ({"cells": NAMED, "finding": "a"}, 'finding = "a": there is no baseline'),
+        ({"cells": NAMED, "finding": "a", "baseline": "a"}, 'finding = "a": the baseline itself'),
         ({"grid": {"rd_dim": []}}, 'grid = {"rd_dim": []}: empty'),
         ({"grid": {"rd_dim": 4}}, 'grid = {"rd_dim": 4}: a wrong type (an integer)'),
         ({"cells": {"a": 4}}, 'cells = {"a": 4}: a wrong type (an integer); allowed: an object of names'),
