@@ -22,6 +22,7 @@ import os
 import shlex
 import textwrap
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -232,8 +233,11 @@ def _check_config(run: SweepRun) -> None:
         fault = f"{path} is not of this method and version"
         raise UserError(f"cell {run.cell.name!r}: {fault}; {ways_out}") from error
     ours = run.config.model_dump(mode="json")
-    if theirs["precision"] == "fp32" or ours["precision"] == "auto":  # recorded is what the device has
-        ours["precision"] = theirs["precision"]
+    asked = ours["precision"]
+    with suppress(UserError):  # absent or damaged
+        asked = read_json(run.config_path).get("precision", asked)  # by the config that started the run
+    if asked == ours["precision"] and (asked == "auto" or theirs["precision"] == "fp32"):
+        ours["precision"] = theirs["precision"]  # recorded is what the device has
     changed = [key for key in ours if ours[key] != theirs[key] and key not in FREE]
     if changed:
         each = (f"{key} = {json.dumps(ours[key])} instead of {json.dumps(theirs[key])}" for key in changed)

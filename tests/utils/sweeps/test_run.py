@@ -301,6 +301,17 @@ def test_differences_that_are_none(sweep: Command, asked: str, recorded: dict[st
     assert sweep() == 0 and sweep.executor.started == []
 
 
+@pytest.mark.parametrize(("first", "then"), [("fp32", "bf16"), ("fp32", "auto"), ("bf16", "auto")])
+def test_runs_of_another_precision_are_not_taken_for_those_asked_for(
+    sweep: Command, capsys: Capture, first: str, then: str
+) -> None:
+    for precision in (first, then):
+        sweep.write(set={**TABLE["set"], "precision": precision})
+        if precision == first:
+            assert sweep() == 0
+    assert f'precision = "{then}" instead of "{first}"' in sweep.refused(capsys)
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
     [
