@@ -88,6 +88,8 @@ def run_sweep(
                     counts = f"{len(waiting)} of {len(runs)} runs to do, {executor.jobs} at once"
                     logger.info(f"{counts}; all is in {sweep.folder}")
                     failures, stopped = run_all(executor, sweep, waiting, runs)
+            else:
+                prepare_folder(sweep, runs, overwrite)
             return finish(sweep, runs, failures, stopped, again)
     except OSError as error:
         raise UserError(os_error_sentence(error, f"go on with {again}")) from error
@@ -130,7 +132,7 @@ def commands_of(sweep: Sweep) -> list[str]:
     with opened(sweep) as (runs, waiting):
         if waiting:
             logger.info(space_for(waiting))
-            prepare_folder(sweep, runs, overwrite=False)
+        prepare_folder(sweep, runs, overwrite=False)
         logger.info(f"{len(waiting)} of {len(runs)} runs to do; their configs are in {sweep.folder}")
         threads = " ".join(f"{name}={n}" for name, n in resources_of(sweep, waiting).environment.items())
         start = f"cd {shlex.quote(str(Path.cwd()))} && {threads}"

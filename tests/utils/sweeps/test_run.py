@@ -228,6 +228,11 @@ def test_what_is_finished_is_skipped(sweep: Command, capsys: Capture) -> None:
     assert sweep.executor.started == [sweep.anew("nested", 2)]
     assert sweep() == 0
     assert sweep.executor.started == [] and len(sweep.reports) == 4
+    sweep.write(seeds=[2])
+    capsys.readouterr()
+    assert sweep() == 0 and sweep.executor.started == []
+    assert f"their runs stay in {sweep.folder}: matched-adapter_1, nested_1\n" in capsys.readouterr().out
+    assert json.loads((sweep.folder / "sweep.json").read_text())["seeds"] == [2]
     adapter = TABLE["cells"]["matched adapter"]
     sweep.write(cells={"small": {"nested_lora_rank": 2}, "matched adapter": adapter})
     capsys.readouterr()
