@@ -6,11 +6,13 @@ shortened(["bed", "bee", "boy"], 10)   # "bed, bee and 1 more"
 some(["a", "b", "c", "d", "e"])        # "a, b, c, d and 1 more"
 duration(90)                           # "90 s"
 as_typed("main.py", "--resume", "a b") # "python main.py --resume 'a b'"
+columns("低 rank")                      # 7 on a terminal
 escaped("\\udcff.png")                 # r"\udcff.png": bytes of a name that are no text
 """
 
 import shlex
 from collections.abc import Iterable, Sequence
+from unicodedata import combining, east_asian_width
 
 
 def counted(count: int, noun: str, plural: str = "") -> str:
@@ -55,6 +57,11 @@ def duration(seconds: float) -> str:
 def as_typed(script: str, *arguments: object) -> str:
     """A command of this program as one types it in a shell."""
     return shlex.join(["python", script, *map(str, arguments)])
+
+
+def columns(text: str) -> int:
+    """Columns that a text takes on a terminal: two for Chinese and Japanese, none for an accent."""
+    return sum(1 + (east_asian_width(c) in "WF") for c in text if not combining(c))
 
 
 def is_utf8(text: str) -> bool:

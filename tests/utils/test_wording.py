@@ -2,7 +2,7 @@
 
 import pytest
 
-from utils.wording import duration, shortened, some, spans
+from utils.wording import columns, duration, shortened, some, spans
 
 
 @pytest.mark.parametrize(
@@ -23,3 +23,8 @@ def test_long_lists_are_shortened_to_whole_names() -> None:
 
 def test_durations_have_one_unit() -> None:
     assert [duration(seconds) for seconds in (0.31, 42.4, 600, 9000)] == ["0.3 s", "42 s", "10 min", "2.5 h"]
+
+
+def test_columns_on_a_terminal() -> None:
+    """East Asian characters take two, an accent of its own none."""
+    assert [columns(text) for text in ("", "rank", "入れ子 4", "e\u0301")] == [0, 4, 8, 1]

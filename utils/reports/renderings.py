@@ -13,6 +13,7 @@ import pandas as pd
 
 from utils.metric_catalogue import ABSENT
 from utils.reports.tables import Entry, Table
+from utils.wording import columns
 
 LATEX_SIGNS = str.maketrans(
     {sign: f"\\{sign}" for sign in "&%$#_{}"}
@@ -36,8 +37,11 @@ def terminal_table(table: Table) -> str:
     lines = [[name, *(f"{text}  " for text in others)] for name, *others in from_below][::-1]
     for name, *others in table.rows:
         lines.append([name.text, *(f"{entry.text}{' *' if entry.strong else '  '}" for entry in others)])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    texts = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in lines]
+    first, *widths = (max(map(columns, column)) for column in zip(*lines, strict=True))
+    names = [name + " " * (first - columns(name)) for name, *_ in lines]
+    texts = [
+        "  ".join([name, *map(str.rjust, row[1:], widths)]) for name, row in zip(names, lines, strict=True)
+    ]
     return "\n".join(filter(None, [table.caption, *map(str.rstrip, texts), table.note]))
 
 

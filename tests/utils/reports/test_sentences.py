@@ -93,6 +93,12 @@ def test_the_table_has_a_row_per_cell_and_marks_the_best() -> None:
     assert adapter.index("70.00") == heading.index("A_N (%)") + len("A_N (%)") - len("70.00")
 
 
+def test_names_of_wide_characters_take_the_columns_that_they_fill() -> None:
+    cells = results({name: [(70.0, 20.0)] for name in ("入れ子", "abcdefgh")}, None)
+    *_, wide, narrow = terminal_table(means_table(cells, Shown.CONSOLE)).splitlines()
+    assert wide.startswith("入れ子    1  ") and narrow.startswith("abcdefgh  1  ")
+
+
 def test_the_legend_tells_each_column_and_chance_where_it_is_known() -> None:
     lines = legend(results(ADAPTER, classes_seen=[5, 10], parameters={"trained": 1500, "stored": 98000}))
     assert [line.split("   ")[0] for line in lines][:4] == ["A_N", "average", "forgetting", "plasticity"]
