@@ -11,8 +11,11 @@ Colours can be told apart by colour-blind readers and in print.
 """
 
 import io
+import logging
 import math
+import re
 import textwrap
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -27,6 +30,8 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
+
+logger = logging.getLogger("nested_lora")
 
 DPI = 160
 STYLE: dict[str, Any] = {
@@ -45,6 +50,8 @@ STYLE: dict[str, Any] = {
 BLUE, VERMILLION, INK, GREY = "#0072B2", "#D55E00", "#222222", "#666666"  # the first two: Okabe and Ito
 MOST_NUMBERED_TASKS = 25  # beyond, numbers in cells would be too small to read
 NARROWEST = 6.4  # inches: room for the titles
+NO_GLYPH = re.compile(r"Glyph (\d+) ")  # Matplotlib's warning of a character that no font has
+told_of: set[str] = set()  # such characters, of which the log says once that figures show boxes
 
 
 def titled_figure(width: float, height: float, title: str, subtitle: str) -> Figure:
@@ -87,8 +94,19 @@ def picture(figure: Figure, form: str) -> bytes:
     """The bytes of a "png", "pdf" or "svg" file: the same at every call."""
     stream = io.BytesIO()
     undated = {"png": {}, "pdf": {"CreationDate": None}, "svg": {"Date": None}}
-    with mpl.rc_context({"svg.hashsalt": "figure"}):
+    with mpl.rc_context({"svg.hashsalt": "figure"}), warnings.catch_warnings(record=True) as caught:
+        warnings.filterwarnings("always", NO_GLYPH.pattern)
         figure.savefig(stream, format=form, dpi=DPI, metadata=undated[form])
+    boxes = {chr(int(found[1])) for each in caught if (found := NO_GLYPH.match(str(each.message)))}
+    if boxes - told_of:
+        told_of.update(boxes)
+        logger.warning(
+            f"Figures show boxes for {''.join(sorted(boxes)[:8])}, which their font does not have: "
+            "a file matplotlibrc with font.family names one that has them"
+        )
+    for each in caught:
+        if not NO_GLYPH.match(str(each.message)):
+            warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
     return stream.getvalue()
 
 
