@@ -7,16 +7,19 @@ python -m docs.results --keep logs/sweeps/grocery            adds a sweep's fini
 
 import argparse
 import math
+import sys
 from pathlib import Path
 
 import pandas as pd
 
+from models.methods import SCHEMAS
+from utils.errors import UserError, exit_code
 from utils.files import read_json
 from utils.metric_catalogue import CLASS_INCREMENTAL, by_key
 from utils.reports.renderings import markdown_table
 from utils.reports.stats import mean_over_seeds, paired_difference
 from utils.reports.tables import Entry, Table
-from utils.runs.folder import CONFIG, MANIFEST, RESULT
+from utils.runs.folder import CONFIG, MANIFEST, RESULT, SWEEP, folder_of
 from utils.runs.metrics import numbers_of
 
 ROOT = Path(__file__).parents[1]
@@ -47,12 +50,20 @@ def row_of(folder: Path) -> dict[str, object]:
 def keep(sweep: Path) -> Path:
     """Add the finished runs of a sweep's folder to the file of its name, in place of the same cell and seed.
 
-    Runs of cells that the sweep no longer has stay out.
+    Runs of cells that the sweep no longer has stay out, and runs beside its own: repeated by hand, replaced.
+    UserError: it is no sweep's folder, or holds no finished run.
     """
-    cells = {cell["config"]["prefix"]: cell["name"] for cell in read_json(sweep / "sweep.json")["cells"]}
+    cells = {cell["config"]["prefix"]: cell["name"] for cell in read_json(sweep / SWEEP)["cells"]}
     folders = sorted(path.parent for path in (sweep / "runs").rglob(RESULT))
-    prefixes = {folder: read_json(folder / CONFIG)["prefix"] for folder in folders}
-    rows = [{"cell": cells[name], **row_of(folder)} for folder, name in prefixes.items() if name in cells]
+    values = {folder: read_json(folder / CONFIG) for folder in folders}
+    configs = {folder: SCHEMAS[own["model_name"]].model_validate(own) for folder, own in values.items()}
+    rows = [
+        {"cell": cells[config.prefix], **row_of(folder)}
+        for folder, config in configs.items()
+        if config.prefix in cells and folder.name == folder_of(config, config.seed).name
+    ]
+    if not rows:
+        raise UserError(f"{sweep} holds no finished run to keep: run the sweep first")
     path = KEPT / f"{sweep.name}.csv"
     earlier = [pd.read_csv(path)] if path.is_file() else []
     runs = pd.concat([*earlier, pd.DataFrame(rows)]).drop_duplicates(["cell", "seed"], keep="last")
@@ -125,4 +136,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

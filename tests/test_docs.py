@@ -20,6 +20,7 @@ from docs import results
 from models import SCHEMAS
 from tests.conftest import ROOT, TINY, run_scores, shipped_file
 from utils.config.loading import load_config
+from utils.errors import UserError
 from utils.sweeps.spec import load_sweep
 
 PATHS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
@@ -241,11 +242,23 @@ def test_finished_runs_of_a_sweep_are_kept_once(tmp_path: Path, monkeypatch: pyt
     (unknown / "config.json").write_text(json.dumps(config | {"prefix": "a cell of an earlier table"}))
     assert results.keep(folder).read_text() == first
 
-    path = next(folder.rglob("manifest.json"))  # of a run outside a git checkout
+    own = next(path.parent for path in folder.rglob("result.json") if path.parent != unknown)
+    for suffix in ("_2", ".replaced"):  # repeated by hand; replaced by what is not finished
+        beside = shutil.copytree(own, own.with_name(own.name + suffix))
+        result = json.loads((beside / "result.json").read_text())
+        result["metrics"]["final"] = -1.0
+        (beside / "result.json").write_text(json.dumps(result))
+    assert results.keep(folder).read_text() == first
+
+    path = own / "manifest.json"  # of a run outside a git checkout
     manifest = json.loads(path.read_text())
     manifest["sessions"][-1]["commit"] = None
     path.write_text(json.dumps(manifest))
     assert pd.read_csv(results.keep(folder))["commit"].isna().any()
+
+    shutil.rmtree(folder / "runs")
+    with pytest.raises(UserError, match="no finished run"):
+        results.keep(folder)
 
 
 # ---------------------------------------------------------------------------------------------------------
