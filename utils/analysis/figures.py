@@ -51,7 +51,8 @@ def heatmaps_figure(maps: Sequence[Heatmap], spec: HeatmapSpec, title: str, subt
     numbered = len(maps) <= 2 and max(height, width) <= MOST_NUMBERED_TASKS
     cell = (0.5 if width <= 12 else 0.42) if numbered else min(0.24, 6.0 / max(height, width))  # inches
     names = spec.row_names or [str(row) for row in range(height)]
-    panel = max(1.5, cell * width) + 0.75 + 0.07 * max(map(len, names))
+    title_width = 0.085 * max(len(one.name) for one in maps)
+    panel = max(1.5, cell * width, title_width) + 0.75 + 0.07 * max(map(len, names))
     lines = math.ceil(len(maps) / max(1, int(MAX_WIDTH // panel)))
     columns = math.ceil(len(maps) / lines)
     tall = max(1.0, (0.34 if numbered else cell) * height) + 0.75
