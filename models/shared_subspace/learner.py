@@ -231,7 +231,8 @@ class TrainingPhase(Phase):
         if output.latents is not None:
             vectors = (output.hidden, output.latents, output.reconstruction)
             sparse = sparse_terms(*(tensor.float() for tensor in vectors))
-            self.active_fractions.append(share * sparse["active_fraction"].item())
+            if beta:  # otherwise no weight of L1 changes the fraction
+                self.active_fractions.append(share * sparse["active_fraction"].item())
             for name in ("active_fraction", "dead_fraction", "explained"):
                 self._add(name, sparse[name].item(), share)
             found.append((beta, "reconstruction", sparse["reconstruction"]))
@@ -256,7 +257,7 @@ class TrainingPhase(Phase):
         self._add("gradient", norm.item())
 
     def after_step(self, step: int, moved: Mapping[str, bool]) -> None:
-        """Update the weight of L1 once per step, however many micro-batches there were."""
+        """Update the weight of L1 once per step with a positive beta, however many micro-batches it had."""
         if self.active_fractions:
             self.model.autoencoder.update_l1_weight(sum(self.active_fractions))
             self.active_fractions = []

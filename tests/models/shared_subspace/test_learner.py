@@ -163,6 +163,16 @@ def test_the_l1_weight_is_updated_once_per_step(make: Make) -> None:
     assert updates == pytest.approx(5, rel=1e-4)  # far above the target: a full step up each time
 
 
+def test_the_l1_weight_waits_for_a_positive_beta(make: Make) -> None:
+    """Raised while nothing penalises activity, it would then kill every unit at once."""
+    learner = make(epochs=1, beta=[[0.5, 0], [0.6, 1]], sparse_activity=0.01)  # positive in 2 of 5 steps
+    autoencoder = learner.model.autoencoder
+    before = autoencoder.l1_weight.item()
+    train(learner)
+    updates = math.log(autoencoder.l1_weight.item() / before) / autoencoder.RATE
+    assert updates == pytest.approx(2, rel=1e-4)
+
+
 def test_mixed_precision_is_near_and_losses_and_layers_are_float32(make: Make) -> None:
     exact, mixed = make(), make(precision="bf16")
     losses = [TrainingPhase(one).loss(first_batch(one)).loss for one in (exact, mixed)]
