@@ -148,18 +148,18 @@ class SharedSubspaceConfig(RunConfig):
         """Length S of a program."""
         return max(*self.train_lengths, self.test_length)
 
-    @property
-    def shares(self) -> bool:
-        """Whether alpha is ever positive."""
-        return any(weight > 0 for _, weight in self.alpha)
+    def uses(self, weight: str) -> bool:
+        """Whether a weight, such as "alpha", is ever positive."""
+        return any(value > 0 for _, value in getattr(self, weight))
 
     def folder_names(self, seed: int) -> list[str]:
         return [self.model_name, "grids", f"{self.prefix}_{seed}_{self.encoder}"]
 
     def tested_on(self, tasks: int, classes: int) -> dict[str, Any]:
-        """The keys that, with the seed, decide the held-out and unseen compositions and the test samples."""
+        """What decides, with the seed, the held-out and unseen compositions and their test samples."""
         names = {"colours", "primitives", "test_length", "held_out_pairs", "test_compositions"}
-        return self.model_dump(mode="json", include={*names, "test_samples"})
+        keys = self.model_dump(mode="json", include={*names, "test_samples"})
+        return keys | {"longest composition": self.slots}
 
     def conflicts(self) -> Iterator[Conflict]:
         yield from super().conflicts()
@@ -200,8 +200,8 @@ class SharedSubspaceConfig(RunConfig):
         if self.batch_size % size or self.groups < 2:
             fault = f"a step takes whole groups, at least two; allowed: such as {max(2, self.groups) * size}"
             yield ("batch_size", "group_size"), fault
-        elif self.grad_accumulation > (most := self.groups // 2 if self.shares else self.groups):
-            needed = "two groups at least, to be compared" if self.shares else "a whole group at least"
+        elif self.grad_accumulation > (most := self.groups // 2 if self.uses("alpha") else self.groups):
+            needed = "two groups at least, to be compared" if self.uses("alpha") else "a whole group at least"
             fault = f"a part of a step has {needed}; allowed: from 1 to {most}"
             yield ("grad_accumulation", "batch_size"), fault
         if self.steps_per_epoch * self.batch_size > MAX_SAMPLES:
@@ -230,8 +230,8 @@ class SharedSubspaceConfig(RunConfig):
         return [
             (self.encoder == "gru", 'encoder is "gru"', ("heads",)),
             (self.sparse_units == 0, "sparse_units is 0", ("beta", "sparse_activity")),
-            (not any(weight > 0 for _, weight in self.beta), "beta is 0", ("sparse_activity",)),
-            (not self.shares, "alpha is 0", ("sharing_ema", "sharing_detach")),
+            (not self.uses("beta"), "beta is 0", ("sparse_activity",)),
+            (not self.uses("alpha"), "alpha is 0", ("sharing_ema", "sharing_detach")),
             (self.few_shot_tasks == 0, "few_shot_tasks is 0", few_shot - {"few_shot_tasks"}),
             *super().unused_rules(),
         ]

@@ -161,7 +161,10 @@ class SharedSubspace(Learner):
 
     def parameter_counts(self) -> dict[str, int]:
         counts = self.model.parameter_counts()
-        return counts | {"trained": sum(counts.values()), "stored": sum(counts.values())}
+        weight_of = {"primitive_head": "gamma", "autoencoder": "beta"}  # of the only loss that reaches a part
+        idle = sum(counts[part] for part, weight in weight_of.items() if not self.config.uses(weight))
+        stored = sum(counts.values())
+        return counts | {"trained": stored - idle, "stored": stored}
 
 
 class TrainingPhase(Phase):

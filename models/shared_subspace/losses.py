@@ -3,7 +3,7 @@
     loss = TASK_LOSSES["ce"](logits, target)                        # (B, C, 8, 8), (B, 8, 8)
     sharing = SharingLoss(labels, config)
     terms = sharing(hidden, primitives)                             # terms.loss, terms.fallbacks
-    sharing.update(terms)                                           # after the step: the running means
+    sharing.update(terms)                                           # moves the running means
     sparse = sparse_terms(hidden, latents, reconstruction)          # sparse["reconstruction"], ...
 
 All are means over samples; give them float32 or wider.
@@ -123,10 +123,11 @@ class SharingLoss(nn.Module):
         loss = mean over ordered pairs (i, j) of  ||P_i - Q_j||_F^2 / (2 k),   Q_j = m A_j + (1 - m) P_j
 
     P_i projects onto the first k principal directions of group i in the batch, A_j is a running mean of P_j
-    over steps (decay m = `sharing_ema`; with m = 0, and without a mean yet, Q_j = P_j). A group is the
-    samples of one label. Between two subspaces of dimension k the value is 1 - mean cos^2 of their principal
-    angles: 0 where they agree, 1 where they are orthogonal. With `sharing_detach` Q_j has no gradient: with
-    m = 0 that halves the gradient and changes nothing else, since both directions of a pair occur.
+    over batches, or the parts that `grad_accumulation` cuts them into (decay m = `sharing_ema`; with m = 0,
+    and without a mean yet, Q_j = P_j). A group is the samples of one label. Between two subspaces of
+    dimension k the value is 1 - mean cos^2 of their principal angles: 0 where they agree, 1 where they are
+    orthogonal. With `sharing_detach` Q_j has no gradient: with m = 0 that halves the gradient and changes
+    nothing else, since both directions of a pair occur.
 
     Args:
         labels: the multi-hot labels that occur, (M, P), each once.
@@ -135,7 +136,7 @@ class SharingLoss(nn.Module):
     def __init__(self, labels: Tensor, config: SharedSubspaceConfig) -> None:
         super().__init__()
         self.rank, self.detach = config.sharing_rank, config.sharing_detach
-        self.ema = config.sharing_ema if config.shares else 0.0
+        self.ema = config.sharing_ema if config.uses("alpha") else 0.0
         width = config.hidden
         directions = torch.randn(width, self.rank, generator=rng("sharing probes", config.seed))
         self.register_buffer("labels", labels.bool())

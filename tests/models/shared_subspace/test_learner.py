@@ -184,6 +184,15 @@ def test_mixed_precision_is_near_and_losses_and_layers_are_float32(make: Make) -
         assert vectors.dtype == torch.float32 and not vectors.requires_grad and torch.isfinite(vectors).all()
 
 
+@pytest.mark.parametrize(("weight", "part"), [("beta", "autoencoder"), ("gamma", "primitive_head")])
+def test_a_part_without_a_loss_is_stored_and_not_trained(weight: str, part: str, make: Make) -> None:
+    learner = make(**{weight: 0}, weight_decay=0.0, epochs=1)
+    counts, before = learner.parameter_counts(), copy.deepcopy(dict(learner.model.named_parameters()))
+    train(learner)
+    moved = [p.numel() for name, p in learner.model.named_parameters() if not torch.equal(p, before[name])]
+    assert counts["trained"] == sum(moved) == counts["stored"] - counts[part] < counts["stored"]
+
+
 def test_several_processes_are_refused() -> None:
     config = config_from_dict(TINY_GRIDS, SCHEMAS, "test").config
     with pytest.raises(UserError, match="trains in one process, and there are 2"):
