@@ -96,6 +96,7 @@ def test_every_label_has_its_strongest_units_and_no_unit_stands_twice() -> None:
     assert "10 strongest of 300" in figure.axes[0].get_title(loc="left")
 
 
+LONG_NAME = "tasks without it and with nothing in common"
 RANDOM = np.random.default_rng(0).uniform(-1, 1, (128, 12))
 FIGURES = {
     "drift of 12 x 10": maps(2, 12, 10),
@@ -103,6 +104,7 @@ FIGURES = {
     "transfer of 10 tasks": maps(7, 10, 10, TRANSFER),
     "transfer of 20 tasks": maps(6, 20, 20, TRANSFER),
     "transfer of one task": maps(12, 1, 1, TRANSFER),
+    "long names": (heatmaps_figure, 2 * [Heatmap(LONG_NAME, np.ones((4, 3)))], DRIFT, "CKA", ABOUT),
     "angles": (branch_angles_figure, angles(20, 7, 2), ABOUT),
     "units": units(RANDOM, [0.2] * 12),
     "a unit": units(RANDOM[:1, :1], [0.2]),
