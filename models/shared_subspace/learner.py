@@ -63,12 +63,24 @@ class SharedSubspace(Learner):
             reason = "the groups of a step are compared with each other; start it without torchrun"
             raise UserError(f"{fault} {context.distributed.size}: {reason}")
         self.tasks = tasks = GridTasks(config)
+        context.warnings.extend(self._gaps_in_training())
         torch.manual_seed(self.seed)
         self.model = GridModel(config, len(tasks.operations))
         self.sharing = SharingLoss(tasks.splits[TRAIN].labels, config)
         self.modules = nn.ModuleDict({"model": self.model, "sharing": self.sharing}).to(self.device)
         self.evaluator = Evaluator(self.model, config)
         self.validation = tasks.draw(TRAIN, config.validation_samples, rng("grid validation", self.seed))
+
+    def _gaps_in_training(self) -> Iterator[str]:
+        """What the compositions of training lack that the experiment needs, in sentences."""
+        occurrences = self.tasks.splits[TRAIN].labels.sum(dim=0)  # of a primitive, in groups
+        if self.config.uses("alpha") and occurrences.max() < 2:
+            fault = "no two groups of training have a primitive in common: the sharing loss is always 0"
+            yield f"{fault}, and alpha has no effect; add another length to train_lengths"
+        absent = [name for name, n in zip(self.tasks.primitives, occurrences.tolist(), strict=True) if not n]
+        if absent:
+            fault = f"no composition of training has {', '.join(absent)}: it is tested without being learned"
+            yield f"{fault}; lower held_out_pairs, or add 1 to train_lengths"
 
     @property
     def nb_tasks(self) -> int:

@@ -193,6 +193,22 @@ def test_a_part_without_a_loss_is_stored_and_not_trained(weight: str, part: str,
     assert counts["trained"] == sum(moved) == counts["stored"] - counts[part] < counts["stored"]
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, []),
+        ({"train_lengths": [1], "test_length": 2}, ["sharing loss is always 0"]),
+        ({"train_lengths": [1], "test_length": 2, "alpha": 0}, []),
+        ({"train_lengths": [2], "primitives": ["rotate", "shift", "fall"]}, ["always 0", "has shift"]),
+    ],
+    ids=str,
+)
+def test_what_training_lacks_is_a_warning(changes: dict[str, Any], words: list[str], make: Make) -> None:
+    warnings = make(few_shot_tasks=0, **changes).context.warnings
+    assert len(warnings) == len(words)
+    assert all(part in warning for part, warning in zip(words, warnings, strict=True))
+
+
 def test_several_processes_are_refused() -> None:
     config = config_from_dict(TINY_GRIDS, SCHEMAS, "test").config
     with pytest.raises(UserError, match="trains in one process, and there are 2"):
