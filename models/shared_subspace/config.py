@@ -27,6 +27,7 @@ from utils.config.schema import (
     key,
 )
 from utils.metric_catalogue import MetricSpec
+from utils.wording import counted
 
 MAX_SAMPLES = 2 * 10**7  # of an epoch: 4 GB
 WEIGHT_ALLOWED = (
@@ -187,7 +188,10 @@ class SharedSubspaceConfig(RunConfig):
             yield ("test_length", "train_lengths"), fault
         most = _most_held_out_pairs(number, min(self.train_lengths))
         if self.held_out_pairs > most:
-            fault = f"of {number} primitives training might be left no composition without such a pair"
+            pairs = math.comb(number, 2)
+            fault = f"training of {number} primitives might be left no composition without such a pair"
+            if self.held_out_pairs > pairs:
+                fault = f"{number} primitives make {counted(pairs, 'pair')}"
             allowed = f"from 1 to {most}" if most > 0 else "more primitives, or a shorter length in training"
             yield ("held_out_pairs", "primitives", "train_lengths"), f"{fault}; allowed: {allowed}"
 

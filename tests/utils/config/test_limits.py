@@ -151,6 +151,7 @@ NOT_ALLOWED: list[tuple[str, dict[str, Any], str]] = [
     ("shared_subspace", {"train_lengths": [1, 9]}, "lengths from 1 to 5"),
     ("shared_subspace", {"train_lengths": [1, 1]}, "holds 1 more than once"),
     ("shared_subspace", {"test_length": 2}, "not be unseen"),
+    ("shared_subspace", {"held_out_pairs": 11}, "5 primitives make 10 pairs; allowed: from 1 to 10"),
     ("shared_subspace", {"train_lengths": [2], "held_out_pairs": 10}, "allowed: from 1 to 9"),
     ("shared_subspace", {"train_lengths": [3], "test_length": 1, "held_out_pairs": 4}, "from 1 to 3"),
     ("shared_subspace", {"train_lengths": [5], "held_out_pairs": 1}, "allowed: more primitives"),
