@@ -23,7 +23,14 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from utils.command_line import at_least_one, chosen_command, given_path, parse_or_advise, refused_options
+from utils.command_line import (
+    at_least_one,
+    chosen_command,
+    given_image,
+    given_path,
+    parse_or_advise,
+    refused_options,
+)
 from utils.console import attach_console, prepare_console
 from utils.errors import AGAIN, UserError, exit_code
 from utils.stop import abrupt_interrupts
@@ -100,7 +107,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         metavar="N",
         help="with --analyse: test images of each class at most (default: 20)",
     )
-    add("--predict", type=given_path, nargs="+", metavar="PATH", help="with --run: classes of these images")
+    add("--predict", type=given_image, nargs="+", metavar="PATH", help="with --run: classes of these images")
     add("--top", type=at_least_one, metavar="N", help="with --predict: classes per image (default: 1)")
     add("--export", choices=("timm", "onnx", "torchscript"), help="with --run: write the model in this form")
     add(

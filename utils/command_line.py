@@ -12,8 +12,21 @@ import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
+from utils.wording import escaped, is_utf8
+
 
 def given_path(text: str) -> Path:
+    """A path as typed on a command line, of which files will tell: that of `given_image`, in UTF-8.
+
+    Raises ArgumentTypeError: as `given_image`, or the path is not UTF-8.
+    """
+    path = given_image(text)
+    if not is_utf8(str(path)):
+        raise argparse.ArgumentTypeError(f"{escaped(str(path))} is not UTF-8: rename it")
+    return path
+
+
+def given_image(text: str) -> Path:
     """A path as typed on a command line: `~` expanded, and a folder such as `.` under its own name.
 
     Raises ArgumentTypeError: the text is empty, or no path.
@@ -88,7 +101,10 @@ def parse_or_advise(
     options, unknown = parser.parse_known_args(arguments)
     options.file = None
     if takes_file and unknown and not unknown[0].startswith("-") and "=" not in unknown[0]:
-        options.file = given_path(unknown.pop(0))
+        try:
+            options.file = given_path(unknown.pop(0))
+        except argparse.ArgumentTypeError as error:
+            parser.error(f"argument FILE: {error}")
     faults = [
         f"{shlex.join(([f'--{name}'] if name else []) + values)}: no such argument; {advice(name, values)}"
         for name, values in _settings(unknown)

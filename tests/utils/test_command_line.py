@@ -1,5 +1,6 @@
 """utils.command_line: arguments of other tools are answered with the form that works."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,16 @@ def test_paths_are_taken_as_typed(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     )
 
 
-@pytest.mark.parametrize("arguments", [["--config", ""], ["--resume", ""], ["--sweep", "\0"]])
+@pytest.mark.parametrize("arguments", [["--config", ""], ["--resume", ""], ["--sweep", "\0"], [""]])
 def test_no_path_is_a_usage_error(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert "allowed: a path" in refused(capsys, main, *arguments)
+
+
+def test_a_folder_that_no_file_can_name_is_a_usage_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The page, the manifest and exports of a run have its path in UTF-8."""
+    path = os.path.join(tmp_path, os.fsdecode(b"caf\xe9"))
+    for program, *arguments in ((main, "--extend", path), (evaluation, "--run", path), (main, path)):
+        message = refused(capsys, program, *arguments)
+        assert "not UTF-8" in message and r"caf\udce9" in message
