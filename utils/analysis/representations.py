@@ -114,7 +114,8 @@ def grassmann(inputs: AnalysisInputs) -> AnalysisResult:
         for i, j in itertools.combinations_with_replacement(range(tasks), 2):
             values[block, i, j] = values[block, j, i] = rms_angle(bases[i], bases[j])
     rows = branch_rows(inputs)
-    width, rank = inputs.tokens.shape[-1], min(PCA_RANK, *inputs.tokens.shape[2:])
+    images, width = inputs.tokens.shape[2:]
+    rank = min(PCA_RANK, images - 1, width)  # rows less their mean span one direction less than they are
     chance = chance_angle(width, rank, rank, rng("chance angle", inputs.seed))
     highest = max(10.0, 10 * math.ceil(np.nanmax(values, initial=0.0) / 10))
     spec = HeatmapSpec("block", "after task", "angle (degrees)", (0.0, highest), 1)

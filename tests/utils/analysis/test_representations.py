@@ -59,6 +59,15 @@ def test_subspaces_see_the_rotation_too() -> None:
     assert first == {"task": 1, "block": 1, "with_first": values[1, 0, 1], "with_before": values[1, 0, 1]}
 
 
+def test_the_angle_by_chance_is_of_as_many_directions_as_few_images_have() -> None:
+    """Images less their mean span one direction less than they are."""
+    inputs = known(n=6)
+    apart = replace(inputs, tokens=torch.stack([normal(2, 6, 12, seed=seed) for seed in range(40)]))
+    found = ANALYSES["grassmann"](replace(apart, spaces=[{}] * 40)).numbers["principal"]
+    others = np.array(found["rms_degrees"])[0, 0, 1:]
+    assert found["rank"] == 5 and found["chance_degrees"] == pytest.approx(others.mean(), abs=2)
+
+
 def test_angles_of_known_branches() -> None:
     rows = branch_rows(known())
     assert [row["between"] for row in rows] == [pytest.approx(90), pytest.approx(90 / math.sqrt(2)), None]
