@@ -400,8 +400,11 @@ def train_seeds(
     Raises UserError: the disk has no room for the checkpoints of what is to start; or as `train`.
     """
 
+    def run_of(config: RunConfig) -> Path | None:
+        return find_run(config.model_copy(update={"precision": context.precision})) if go_on else None
+
     def begun(config: RunConfig) -> SeedRun:
-        found = find_run(config.model_copy(update={"precision": context.precision})) if go_on else None
+        found = run_of(config)
         edited = read_config(found).edited(config) if found else {}
         if own := [f"{key} = {shown(ours)}" for key, (ours, _) in edited.items() if key not in SILENT]:
             logger.warning(f"{found} keeps its own {', '.join(own)}: edit its config.json to change them")
@@ -415,7 +418,12 @@ def train_seeds(
     start = partial(train, context=context, notes=loaded.notes, command=command)
     results = results_of(runs, context, lambda seed: start(configs[seed]))
     if context.distributed.is_main:
-        log_mean(list(results.values()), loaded.config.metrics)
+        found = filter(None, map(run_of, loaded.configs))  # of sessions that may have seen other code or data
+        log_mean(
+            list(results.values()),
+            loaded.config.metrics,
+            [(folder, read_config(folder)) for folder in found],
+        )
 
 
 def resume_seeds(folder: Path, context: RunContext) -> None:

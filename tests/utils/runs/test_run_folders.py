@@ -295,13 +295,18 @@ def test_seeds_of_edited_configurations_are_not_mixed(
     assert [content(folder) for folder in folders(seeds_left[0].parent)] == before
 
 
+@pytest.mark.parametrize("auto", [False, True])
 def test_seeds_with_other_data_have_no_mean(
-    seeds_left: list[Path], monkeypatch: pytest.MonkeyPatch, told: Callable[..., str]
+    auto: bool, seeds_left: list[Path], told: Callable[..., str]
 ) -> None:
     manifest = json.loads((seeds_left[0] / "manifest.json").read_text())
     manifest["data"]["sha256"] = "0" * 64
     (seeds_left[0] / "manifest.json").write_text(json.dumps(manifest))
-    shown = told(0, main.main, "--resume", str(seeds_left[1]))
+    words = ["--resume", seeds_left[1]]
+    if auto:
+        own = ["--set", "seed=[1,2]", "--set", f"logs_root={seeds_left[0].parents[4]}"]
+        words = ["--resume", "auto", "--config", seeds_left[1] / "config.json", *own]
+    shown = told(0, main.main, *words)
     assert "data" in shown and "over seeds" not in shown and str(seeds_left[0]) in shown
 
 
