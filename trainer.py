@@ -286,7 +286,7 @@ class Run:
             learner.distributed.check_same(f"the model after task {task}", learner.fingerprint())
         self.record_task(task)
         self.save(checkpoint_name(task))
-        superseded = [f"{checkpoint_name(task)}_step_*"]
+        superseded = ["task_*_step_*"]
         if not learner.keeps_every_task:
             superseded += [checkpoint_name(earlier) for earlier in range(task)]
         for pattern in superseded:

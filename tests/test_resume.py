@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -177,6 +178,14 @@ def stopped(reference: tuple[dict, list[str]], tmp_path: Path) -> Path:
     _, moments = reference
     run(command("smoke.json", tmp_path, **CHANGES), die_at=first(moments, "rename") + 4)
     return folder_of(tmp_path)
+
+
+def test_a_checkpoint_inside_a_finished_task_goes_with_the_next_task(stopped: Path) -> None:
+    """A run killed between the end of a task and the removal of what that replaces has left one."""
+    checkpoints = stopped / "checkpoints"
+    shutil.copytree(checkpoints / "task_00", checkpoints / "task_00_step_000003")
+    assert run(["--resume", str(stopped)])[0] == 0
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["task_00", "task_01", "task_02"]
 
 
 @pytest.mark.parametrize(("seed", "words"), [(7, "its seed is 7"), ([1993, 7], "several seeds")])
