@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from models import LEARNERS
-from models.base import Learner, RunContext
+from models.base import Learner, RunContext, continued
 from models.saved.extension import Extension
 from models.saved.files import read_config, read_result
 from models.saved.learner import (
@@ -157,7 +157,7 @@ def open_log(
         log = RunLog.create(
             place,
             config=config.model_dump(mode="json"),
-            manifest=manifest | {"method": learner.method()} | learner.manifest(),
+            manifest=manifest | {"method": learner.method()} | learner.manifest(manifest),
             overwrite=command.overwrite,
             fill=fill,
         )
@@ -220,7 +220,8 @@ def resume(folder: Path, context: RunContext | None = None) -> dict[str, Any]:
         session = this_session(learner.device, learner.config.precision, distributed.size)
         warn_of_differences(session, manifest)
         sessions = [*manifest.sessions, session]
-        log.manifest(manifest.model_copy(update={"sessions": sessions}).model_dump() | learner.manifest())
+        values = manifest.model_copy(update={"sessions": sessions}).model_dump()
+        log.manifest(values | learner.manifest(values))
         run = Run(learner, log)
         if state:
             with fitting(checkpoint):
@@ -247,6 +248,7 @@ class Run:
         context = learner.context
         context.log, context.save, context.stop = log, self.save_progress, lambda: self.stop.requested
         self.evaluations: list[dict[str, Any]] = []  # one per finished task
+        self.data_before: dict[str, list[str]] = {}  # `Learner.data_read` of earlier processes
         self.seconds_before = self.peak_before = 0.0  # of earlier processes
         self.started = time.perf_counter()
         self.before_task = 0.0  # seconds of the tasks that are finished
@@ -350,9 +352,10 @@ class Run:
 
     def _write_checkpoint(self, folder: Path) -> None:
         learner, tensors = self.learner.state()
+        read = self.learner.data_read(self.learner.task + 1, len(self.evaluations))
         state = {
             "run": self.learner.identity(),
-            "data": self.learner.data_read(self.learner.task + 1, len(self.evaluations)),
+            "data": continued(self.data_before, read),
             "config": self.learner.config.model_dump(mode="json"),
             "learner": learner,
             "evaluations": self.evaluations,
@@ -372,7 +375,7 @@ class Run:
     def load_state(self, state: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
         """Restore the run from a checkpoint."""
         self.learner.load_state(state["learner"], tensors)
-        self.evaluations = list(state["evaluations"])
+        self.evaluations, self.data_before = list(state["evaluations"]), state["data"]
         self.seconds_before, self.peak_before = state["seconds"], state["peak_memory_mb"]
         if self.learner.distributed.is_main:
             ends = [event["seconds"] for event in read_metrics(self.log.folder) if event["event"] == "task"]

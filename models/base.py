@@ -194,8 +194,12 @@ class Learner(ABC):
         """Origin of the initial weights: "tag", and a "note" that must stand beside every number, or ""."""
 
     @abstractmethod
-    def manifest(self) -> dict[str, Any]:
-        """Data and weights of the run, for its `manifest.json`."""
+    def manifest(self, earlier: Mapping[str, Any]) -> dict[str, Any]:
+        """Data and weights of the run, for its `manifest.json`.
+
+        earlier: what that has said so far; empty for a new run. It stands for what the tasks before
+        `RunContext.trains_from` have read, since their training images may be gone.
+        """
 
     @abstractmethod
     def parameter_counts(self) -> dict[str, int]:
@@ -474,6 +478,14 @@ class Learner(ABC):
         torch.set_rng_state(tensors["rng.cpu"])
         if self.device.type == "cuda" and "rng.cuda" in tensors:
             torch.cuda.set_rng_state(tensors["rng.cuda"], self.device)
+
+
+def continued(
+    before: Mapping[str, list[Saved]], now: Mapping[str, list[Saved]], kept: int | None = None
+) -> dict[str, list[Saved]]:
+    """By source: the first `kept` values of before, all of them for None, then what follows of now."""
+    first = {source: before.get(source, [])[:kept] for source in now}
+    return {source: [*first[source], *values[len(first[source]) :]] for source, values in now.items()}
 
 
 def with_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

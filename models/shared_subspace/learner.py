@@ -161,7 +161,7 @@ class SharedSubspace(Learner):
     def weights(self) -> dict[str, str]:
         return {"tag": "trained from scratch", "note": ""}
 
-    def manifest(self) -> dict[str, Any]:
+    def manifest(self, earlier: Mapping[str, Any]) -> dict[str, Any]:
         return {"splits_sha256": self.splits_sha256(), "held_out": self.tasks.fingerprint()[HELD_OUT]}
 
     def identity(self) -> dict[str, Any]:

@@ -11,7 +11,7 @@ are read instead, and test images only by `evaluate("test")`. Task labels are un
 
 import logging
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from backbone.frozen_block import speed_up
-from models.base import Learner, Report, RunContext
+from models.base import Learner, Report, RunContext, continued
 from models.vit.activations import ActivationStore
 from models.vit.analysis import TaskNetwork, analysis_inputs
 from models.vit.closed_form import ClosedFormHead
@@ -412,14 +412,18 @@ class ClassIncrementalLearner(Learner):
     def weights(self) -> dict[str, str]:
         return {"tag": self.backbone.tag, "note": self.backbone.note}
 
-    def manifest(self) -> dict[str, Any]:
+    def manifest(self, earlier: Mapping[str, Any]) -> dict[str, Any]:
         weights = ("tag", "sha256", "architecture", "options_sha256", "note")
+        learned = self.context.trains_from or 0
+        classes = self.data.task_classes(learned - 1).stop if learned else 0
+        images = {source: self.data.images_per_class(source) for source in self.data.sources}
+        read = self.data_read(self.nb_tasks, self.nb_tasks)
         return {
             "weights": {name: getattr(self.backbone, name) for name in weights},
             "image_size": self.backbone.image_size,
             "data": {"name": self.config.dataset, "sha256": self.data.data_sha256(self.data.evaluated)},
-            "images_per_class": {source: self.data.images_per_class(source) for source in self.data.sources},
-            "data_of_tasks": self.data_read(self.nb_tasks, self.nb_tasks),
+            "images_per_class": continued(earlier.get("images_per_class", {}), images, classes),
+            "data_of_tasks": continued(earlier.get("data_of_tasks", {}), read, learned),
             "class_order": list(self.data.class_order),
             "class_names": self.data.class_names,
         }

@@ -132,11 +132,17 @@ def test_new_folders_are_new_tasks_and_old_training_images_may_be_gone(
     expected = json.loads((whole / "result.json").read_text())["accuracy"][:2]
     assert extend(bare)["accuracy"][:2] == expected
     assert evaluation.main(["--run", str(bare.place)]) == 0
+    then, now = (json.loads((folder / "manifest.json").read_text()) for folder in (half, bare.place))
+    assert now["images_per_class"]["train"] == [*then["images_per_class"]["train"], 4, 4, 4]
+    assert now["data_of_tasks"]["train"][:2] == then["data_of_tasks"]["train"]
     with pytest.raises(UserError, match="training image|same class folders"):
         train(smoke_config(**config, prefix="new"))
     shutil.rmtree(Path(album["fish"]) / "train" / "eel")
     with pytest.raises(UserError, match="still to be learned.*eel"):
         extend(Extension.of(half, ["prefix=bare2"], both))
+    write_folder(Path(album["old"]), "train", ["ant", "bee", "cat", "dog"], each=4, colour=90)
+    with pytest.raises(UserError, match="train images of task 0.*changed"):
+        extend(Extension.of(bare.place, [], [photos(Path(album["old"]).with_name("more"), ["emu"], 30)]))
 
 
 def test_the_temperature_stays_where_images_of_one_class_are_gone(
