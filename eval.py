@@ -181,10 +181,19 @@ def answer(options: argparse.Namespace) -> Iterable[str]:
 
 
 def run_folders(options: argparse.Namespace) -> list[Path]:
-    """The run folders that --run or --checkpoint names."""
+    """The run folders that --run or --checkpoint names. UserError: the checkpoint lies in no run folder."""
     from models.saved.files import run_folder_of
+    from utils.runs.folder import CONFIG
 
-    return [run_folder_of(options.checkpoint)] if options.checkpoint else options.run or []
+    if not options.checkpoint:
+        return options.run or []
+    folder = run_folder_of(options.checkpoint)
+    if not (folder / CONFIG).is_file():
+        raise UserError(
+            f"{options.checkpoint} is no checkpoint in a run folder, such as FOLDER/checkpoints/task_00; a "
+            "run is tested with --run FOLDER"
+        )
+    return [folder]
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -35,6 +35,15 @@ def test_options_that_do_not_go_together_are_answered_in_two_lines(
     assert usage.startswith("usage: ") and words in error
 
 
+def test_a_run_in_the_place_of_a_checkpoint_is_named_as_given(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = finished(tmp_path / "a", 1)
+    for given in (folder, str(tmp_path / "nowhere" / "checkpoints" / "task_00")):
+        assert evaluation.main(["--checkpoint", given]) == 2
+        assert f"{given} is no checkpoint" in capsys.readouterr().err
+
+
 def finished(
     folder: Path, seed: int, made_with: dict[str, Any] | None = None, file: str = "smoke", **changes: Any
 ) -> str:
