@@ -120,7 +120,7 @@ def extend(
         command, earlier = new_command([learner.seed], overwrite), extension.manifest()
         fill = partial(extension.fill, learner=learner, metrics_bytes=state["metrics_bytes"])
         log = held.enter_context(open_log(learner, command, extension.place, earlier, fill))
-        for note in extension.config.warnings():
+        for note in extension.notes:
             logger.warning(note)
         logger.info(f"Extends {extension.folder}: {extension.tasks} of {learner.nb_tasks} tasks are learned")
         run = Run(learner, log)

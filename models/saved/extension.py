@@ -25,6 +25,7 @@ from models.saved.learner import CHECKPOINTS, check_identity, check_precision, l
 from models.vit.class_incremental import ClassIncrementalLearner
 from models.vit.config import ClassIncrementalConfig, OneTaskRules
 from utils.config.loading import load_config
+from utils.config.schema import with_reasons
 from utils.errors import UserError
 from utils.files import replace_file, sha256_file
 from utils.runs.checkpoint import checkpoint_name, copy_checkpoint
@@ -35,11 +36,15 @@ from utils.runs.run_log import accuracy_rows, metrics_until, read_metrics
 
 @dataclass(frozen=True)
 class Extension:
-    """A finished run, the number of tasks it learned, and the configuration of the run that extends it."""
+    """A finished run, the number of tasks it learned, and the configuration of the run that extends it.
+
+    notes: lines worth logging, such as which of the changed keys have no effect.
+    """
 
     folder: Path
     config: ClassIncrementalConfig
     tasks: int
+    notes: Sequence[str]
 
     @classmethod
     def of(cls, folder: Path, overrides: Sequence[str], data: Sequence[str] = ()) -> "Extension":
@@ -74,7 +79,10 @@ class Extension:
             new = new.model_copy(update={"prefix": f"{prefix}_{total}tasks"})
         if folder_of(new, new.seed).name == folder.name:
             raise UserError(f"prefix {new.prefix!r} names the folder of the run itself: choose another")
-        return cls(folder, new, tasks)
+        named = {override.partition("=")[0].strip() for override in overrides}
+        unused = {name: reason for name, reason in new.without_effect().items() if name in named}
+        notes = [f"keys with no effect here: {with_reasons(unused)}"] if unused else []
+        return cls(folder, new, tasks, [*notes, *loaded.notes])
 
     @property
     def place(self) -> Path:

@@ -190,6 +190,15 @@ def test_classes_that_a_short_run_left_out_stay_out(album: dict[str, str], smoke
     assert [len(row) for row in result["accuracy"]] == [1, 2]
 
 
+def test_changed_keys_without_effect_are_named(smoke_config: Config, told: Callable[..., str]) -> None:
+    """Also keys of published files that mean nothing here."""
+    half = run(smoke_config(model_name="simplecil", max_tasks=1))
+    words = [part for change in ("max_tasks=2", "drop=0.5", "weights_root=x") for part in ("--set", change)]
+    shown = told(0, main.main, "--extend", half, *words)
+    notes = " ".join(line for line in shown.splitlines() if "no effect" in line)
+    assert "drop" in notes and "weights_root (weights says which)" in notes
+
+
 def test_an_extension_that_is_stopped_is_resumed(
     smoke_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
