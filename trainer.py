@@ -110,13 +110,17 @@ def extend(
 ) -> dict[str, Any]:
     """Learn further tasks after a finished run, in a new folder; returns the result. The run is only read.
 
-    Raises UserError before any folder is made, also if data or weights differ from the run's.
+    Raises UserError before any folder is made, also if data or weights differ from the run's, or the disk has
+    no room for the checkpoints of the further tasks.
     """
     require_trackers(extension.config.trackers)
     with ExitStack() as held:
         context = context or held.enter_context(run_context(extension.config))
         learner = make_learner(extension.config, replace(context, trains_from=extension.tasks))
         tensors, state = extension.check(learner)
+        place = extension.place.parent
+        linked = extension.tasks if place == extension.folder.parent else 0
+        logger.info(context.distributed.on_main(lambda: disk_use([extension.config], place, linked)))
         command, earlier = new_command([learner.seed], overwrite), extension.manifest()
         fill = partial(extension.fill, learner=learner, metrics_bytes=state["metrics_bytes"])
         log = held.enter_context(open_log(learner, command, extension.place, earlier, fill))

@@ -18,21 +18,25 @@ from utils.errors import UserError
 GB = 1e9
 
 
-def disk_use(configs: Sequence[RunConfig]) -> str:
+def disk_use(configs: Sequence[RunConfig], place: Path | None = None, learned: int = 0) -> str:
     """Sentence about the disk space that new runs will need, with a warning where it is tight.
 
     Args:
         configs: one per run; all write below the same `logs_root`.
+        place: the folder that they write to, where it is not below `logs_root`.
+        learned: number of first tasks whose checkpoints are there already.
 
     Raises UserError: the disk has less room than their checkpoints take.
     """
-    logs = Path(configs[0].logs_root)
+    logs = place or Path(configs[0].logs_root)
     free = shutil.disk_usage(_place(logs)).free
-    need = sum(kept_bytes(one.checkpoint_bytes(), getattr(one, "checkpoints", "all")) for one in configs)
+    sizes = [config.checkpoint_bytes()[learned:] for config in configs]
+    kept = (getattr(config, "checkpoints", "all") for config in configs)
+    need = sum(map(kept_bytes, sizes, kept))
     runs = "the run's checkpoints" if len(configs) == 1 else f"the checkpoints of {len(configs)} runs"
     sentence = f"{runs} take about {_gb(need)} of {_gb(free)} free in {logs}"
     if need > free:
-        least = sum(kept_bytes(config.checkpoint_bytes(), "last") for config in configs)
+        least = sum(kept_bytes(each, "last") for each in sizes)
         fewer = f"keep the last task's alone (--set checkpoints=last: {_gb(least)}), " if least < need else ""
         raise UserError(f"{sentence}: {fewer}free some space, or choose another disk with logs_root")
     caches = {config.cache_root: config.cache_gb for config in configs if hasattr(config, "cache_root")}

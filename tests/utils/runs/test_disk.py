@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import pytest
 
 import main
-from tests.conftest import command
+import trainer
+from tests.conftest import command, folder_of
 from utils.config.schema import RunConfig
 from utils.errors import UserError
 from utils.runs.disk import disk_use, kept_bytes
@@ -59,6 +60,20 @@ def test_a_cache_that_may_take_the_room_is_warned_of(
     assert "set cache_gb" not in disk_use([run.model_copy(update={"cache_gb": 14.0}) for run in runs])
     free(30)
     assert "set cache_gb" not in disk_use(runs)
+
+
+def test_a_run_is_extended_where_its_further_tasks_fit(
+    smoke_config: Config, free: Callable[[float], None], told: Callable[..., str]
+) -> None:
+    """Two of 32 MB; the checkpoints of the two tasks that are learned are links."""
+    config = smoke_config(**RANPAC, max_tasks=2)
+    trainer.train(config)
+    run = folder_of(Path(config.logs_root))
+    for room, code in ((0.06, 2), (0.07, 0)):
+        free(room)
+        shown = told(code, main.main, "--extend", run, "--set", "max_tasks=4")
+        assert "checkpoints take about 65 MB" in shown
+        assert len(list(run.parent.glob("*/config.json"))) == 2 - code // 2
 
 
 @pytest.mark.parametrize("option", [[], ["--resume", "auto"]], ids=" ".join)
