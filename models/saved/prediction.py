@@ -209,8 +209,8 @@ def named_images(images: Images) -> Iterator[tuple[str | int, Any]]:
     """(name, image) of everything that `Predictor.predict` is given; images without a path are numbered."""
     if isinstance(images, str | Path):
         path, scan = Path(images).expanduser(), FolderScan()
-        scan.is_new(path)  # so that no link in it leads back to it
-        for found in scan.images(path) if path.is_dir() else [path]:
+        is_folder = path.is_dir() and scan.is_new(path)  # met, so that no link in it leads back
+        for found in scan.images(path) if is_folder else [path]:
             yield str(found), found
         if left_out := str(scan):
             logger.warning(f"Left out of {path}: {left_out}")

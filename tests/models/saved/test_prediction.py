@@ -101,6 +101,13 @@ def test_unreadable_images_are_told_and_skipped(
     assert f"good.jpg: {table['class'][0]} {100 * table['score'][0]:.1f} %" in told(0, *arguments)
 
 
+def test_a_path_of_nothing_has_one_reason(simplecil: Finished, caplog: pytest.LogCaptureFixture) -> None:
+    model = load_run(simplecil.folder)
+    caplog.clear()
+    table = model.predict(["nowhere.jpg", simplecil.images[0]])
+    assert table.attrs["unreadable"].keys() == {"nowhere.jpg"} and len(caplog.records) == 1
+
+
 def test_odd_things_in_a_folder_of_images(
     simplecil: Finished, tmp_path: Path, told: Callable[..., str]
 ) -> None:
