@@ -195,7 +195,7 @@ def make_learner(config: RunConfig, context: RunContext | None = None) -> Learne
         with run_context(config) as context:
             return make_learner(config, context)
     config = config.model_copy(update={"precision": context.precision})
-    return LEARNERS[config.model_name](config, replace(context))
+    return LEARNERS[config.model_name](config, replace(context, warnings=[*context.warnings]))
 
 
 def load_into(learner: Learner, checkpoint: Path) -> None:

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from models import SCHEMAS
 from models.base import RunContext
+from models.saved.learner import make_learner
 from models.shared_subspace.learner import SharedSubspace, TrainingPhase
 from models.shared_subspace.tasks import GridSamples
 from tests.conftest import TINY_GRIDS, events
@@ -207,6 +208,14 @@ def test_what_training_lacks_is_a_warning(changes: dict[str, Any], words: list[s
     warnings = make(few_shot_tasks=0, **changes).context.warnings
     assert len(warnings) == len(words)
     assert all(part in warning for part, warning in zip(words, warnings, strict=True))
+
+
+def test_warnings_of_a_seed_are_not_repeated_by_the_next() -> None:
+    values = TINY_GRIDS | {"train_lengths": [1], "test_length": 2}
+    config = config_from_dict(values, SCHEMAS, "test").config
+    context = RunContext(torch.device("cpu"))
+    learners = [make_learner(config.model_copy(update={"seed": seed}), context) for seed in (1, 2)]
+    assert [len(learner.context.warnings) for learner in learners] == [1, 1]
 
 
 def test_several_processes_are_refused() -> None:
