@@ -45,7 +45,7 @@ from utils.config.schema import RunConfig
 from utils.errors import Interrupted, UserError
 from utils.reports.run_report import write_run_report
 from utils.runs.checkpoint import checkpoint_name, latest_checkpoint, save_checkpoint
-from utils.runs.disk import disk_use
+from utils.runs.disk import disk_use, on_one_disk
 from utils.runs.figures import draw_figures
 from utils.runs.folder import (
     METRICS,
@@ -119,7 +119,7 @@ def extend(
         learner = make_learner(extension.config, replace(context, trains_from=extension.tasks))
         tensors, state = extension.check(learner)
         place = extension.place.parent
-        linked = extension.tasks if place == extension.folder.parent else 0
+        linked = extension.tasks if on_one_disk(place, extension.folder) else 0
         logger.info(context.distributed.on_main(lambda: disk_use([extension.config], place, linked)))
         command, earlier = new_command([learner.seed], overwrite), extension.manifest()
         fill = partial(extension.fill, learner=learner, metrics_bytes=state["metrics_bytes"])

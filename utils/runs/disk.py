@@ -42,7 +42,7 @@ def disk_use(configs: Sequence[RunConfig], place: Path | None = None, learned: i
     caches = {config.cache_root: config.cache_gb for config in configs if hasattr(config, "cache_root")}
     for root, limit in caches.items():
         sentence += f"; the cache up to {limit:g} GB in {root}"
-        if _device(root) == _device(logs) and need > RESERVE and need + limit * GB > free:
+        if on_one_disk(root, logs) and need > RESERVE and need + limit * GB > free:
             room = int(max(0, free - need) / GB)
             sentence += f", which may leave too little for the checkpoints: set cache_gb to {room} at most"
     return f"Disk: {sentence}"
@@ -58,8 +58,9 @@ def _place(path: str | Path) -> Path:
     return next(folder for folder in (Path(path), *Path(path).absolute().parents) if folder.exists())
 
 
-def _device(path: str | Path) -> int:
-    return os.stat(_place(path)).st_dev
+def on_one_disk(*paths: str | Path) -> bool:
+    """Whether paths lie on one disk, or will when they are made."""
+    return len({os.stat(_place(path)).st_dev for path in paths}) == 1
 
 
 def _gb(count: float) -> str:

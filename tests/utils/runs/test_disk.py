@@ -65,15 +65,16 @@ def test_a_cache_that_may_take_the_room_is_warned_of(
 def test_a_run_is_extended_where_its_further_tasks_fit(
     smoke_config: Config, free: Callable[[float], None], told: Callable[..., str]
 ) -> None:
-    """Two of 32 MB; the checkpoints of the two tasks that are learned are links."""
+    """Two of 32 MB; on the same disk the checkpoints of the two tasks that are learned are links."""
     config = smoke_config(**RANPAC, max_tasks=2)
     trainer.train(config)
-    run = folder_of(Path(config.logs_root))
-    for room, code in ((0.06, 2), (0.07, 0)):
+    logs = Path(config.logs_root)
+    run, other = folder_of(logs), logs.with_name("other")
+    for place, room, code in ((logs, 0.06, 2), (logs, 0.07, 0), (other, 0.07, 0)):
         free(room)
-        shown = told(code, main.main, "--extend", run, "--set", "max_tasks=4")
-        assert "checkpoints take about 65 MB" in shown
-        assert len(list(run.parent.glob("*/config.json"))) == 2 - code // 2
+        more = ["--set", "max_tasks=4", "--set", f"logs_root={place}"]
+        assert "checkpoints take about 65 MB" in told(code, main.main, "--extend", run, *more)
+        assert len(list(place.rglob("smoke_4tasks_*/config.json"))) == 1 - code // 2
 
 
 @pytest.mark.parametrize("option", [[], ["--resume", "auto"]], ids=" ".join)
