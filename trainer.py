@@ -425,7 +425,7 @@ def train_seeds(
     start = partial(train, context=context, notes=loaded.notes, command=command)
     results = results_of(runs, context, lambda seed: start(configs[seed]))
     if context.distributed.is_main:
-        found = filter(None, map(run_of, loaded.configs))  # of sessions that may have seen other code or data
+        found = filter(None, (run.folder or run_of(configs[run.seed]) for run in runs))
         log_mean(
             list(results.values()),
             loaded.config.metrics,

@@ -310,6 +310,21 @@ def test_seeds_with_other_data_have_no_mean(
     assert "data" in shown and "over seeds" not in shown and str(seeds_left[0]) in shown
 
 
+def test_the_mean_of_seeds_looks_at_the_runs_that_it_is_of(
+    seeds_left: list[Path], told: Callable[..., str]
+) -> None:
+    """Not at a finished repetition with other data, beside a run that was unfinished."""
+    first = seeds_left[0]
+    repeated = shutil.copytree(first, first.with_name(first.name + "_2"))
+    manifest = json.loads((repeated / "manifest.json").read_text())
+    manifest["data"]["sha256"] = "0" * 64
+    (repeated / "manifest.json").write_text(json.dumps(manifest))
+    (first / "result.json").unlink()
+    own = ["--set", "seed=[1,2]", "--set", f"logs_root={first.parents[4]}"]
+    shown = told(0, main.main, "--resume", "auto", "--config", first / "config.json", *own)
+    assert "over seeds 1, 2" in shown
+
+
 # --- what the operating system refuses ---
 
 
