@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pandas as pd
 
-from models.methods import SCHEMAS
+from models.saved.files import read_config
 from utils.errors import UserError, exit_code
 from utils.files import read_json
 from utils.metric_catalogue import CLASS_INCREMENTAL, by_key
 from utils.reports.renderings import markdown_table
 from utils.reports.stats import mean_over_seeds, paired_difference
 from utils.reports.tables import Entry, Table
-from utils.runs.folder import CONFIG, MANIFEST, RESULT, SWEEP, folder_of
+from utils.runs.folder import MANIFEST, RESULT, SWEEP, folder_of
 from utils.runs.metrics import numbers_of
 
 ROOT = Path(__file__).parents[1]
@@ -51,12 +51,11 @@ def keep(sweep: Path) -> Path:
     """Add the finished runs of a sweep's folder to the file of its name, in place of the same cell and seed.
 
     Runs of cells that the sweep no longer has stay out, and runs beside its own: repeated by hand, replaced.
-    UserError: it is no sweep's folder, or holds no finished run.
+    UserError: it is no sweep's folder, holds no finished run, or one of another version.
     """
     cells = {cell["config"]["prefix"]: cell["name"] for cell in read_json(sweep / SWEEP)["cells"]}
     folders = sorted(path.parent for path in (sweep / "runs").rglob(RESULT))
-    values = {folder: read_json(folder / CONFIG) for folder in folders}
-    configs = {folder: SCHEMAS[own["model_name"]].model_validate(own) for folder, own in values.items()}
+    configs = {folder: read_config(folder) for folder in folders}
     rows = [
         {"cell": cells[config.prefix], **row_of(folder)}
         for folder, config in configs.items()
