@@ -101,8 +101,8 @@ def picture(figure: Figure, form: str) -> bytes:
     if boxes - told_of:
         told_of.update(boxes)
         logger.warning(
-            f"Figures show boxes for {''.join(sorted(boxes)[:8])}, which their font does not have: "
-            "a file matplotlibrc with font.family names one that has them"
+            f"Figures show boxes in place of {''.join(sorted(boxes)[:8])}, which their font does not have: "
+            "name a font that does as font.family in a file matplotlibrc"
         )
     for each in caught:
         if not NO_GLYPH.match(str(each.message)):

@@ -31,7 +31,7 @@ class InfLoRAConfig(RowsRules, BlockKeys, TrainingKeys):
     lamb: float = key(0.95, "Share of the inputs' energy that the first task's basis holds.", ge=0, le=1)
     lame: float = key(
         1.0,
-        "Where the share would end: task t of the data set's T, from 0, has lamb + (lame - lamb) t / T.",
+        "The same share of a task after the data set's last; in between it is linear in the task.",
         ge=0,
         le=1,
     )

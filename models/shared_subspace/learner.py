@@ -79,8 +79,8 @@ class SharedSubspace(Learner):
             yield f"{fault}, and alpha has no effect; add another length to train_lengths"
         absent = [name for name, n in zip(self.tasks.primitives, occurrences.tolist(), strict=True) if not n]
         if absent:
-            fault = f"no composition of training has {', '.join(absent)}: it is tested without being learned"
-            yield f"{fault}; lower held_out_pairs, or add 1 to train_lengths"
+            fault = f"no composition of training has {', '.join(absent)}, which the test needs"
+            yield f"{fault}: lower held_out_pairs, or add 1 to train_lengths"
 
     @property
     def nb_tasks(self) -> int:
