@@ -140,7 +140,6 @@ class Activations:
         self._place_of = {int(i): (c, r) for c, chunk in enumerate(self._chunks) for r, i in enumerate(chunk)}
         if not room:
             return False
-        self.cache.describe(self.group, self.about)
         todo = [number for number in missing if number % distributed.size == distributed.rank]
         with progress(total=len(todo), desc=label, unit="class") as bar:
             for together in self._batches([chunks[number] for number in todo]):
@@ -149,6 +148,7 @@ class Activations:
                 rows = self.compute(np.concatenate(together)).split([len(chunk) for chunk in together])
                 for chunk, own in zip(together, rows, strict=True):
                     self.cache.get(self.group, chunk_key(chunk), lambda own=own: own)
+                self.cache.describe(self.group, self.about)
                 bar.update(len(together))
         self.context.check_stop()
         return True

@@ -12,6 +12,7 @@ from backbone.frozen_vit import FrozenViT
 from models.base import Learner
 from tests.conftest import run_tasks
 from utils.analysis import calibration
+from utils.errors import Interrupted
 
 Make = Callable[..., Learner]
 Forwards = list[tuple[int, int, int]]
@@ -45,6 +46,15 @@ def test_images_of_several_classes_are_one_batch(make_sema: Make, forwards: Forw
     assert len(list(learner.cache.root.rglob("*.safetensors"))) == 8 and not feature_files(learner)
     of_tasks = torch.cat([learner.features_of(task, "test") for task in range(4)])
     torch.testing.assert_close(features, of_tasks)
+
+
+def test_a_stop_before_the_first_file_leaves_no_group(make_sema: Make) -> None:
+    """A group without tensors would be nobody's, and stay when the cache is emptied."""
+    learner = make_sema(stop_requested=lambda: True, cache_views=1, adapter_blocks="growing")
+    learner.begin_task(0)
+    with pytest.raises(Interrupted):
+        learner.inputs.seen_features(4, "test")
+    assert not list(learner.cache.root.glob("*/*"))
 
 
 def test_full_batches_are_kept_until_the_network_changes(make_sema: Make, forwards: Forwards) -> None:
