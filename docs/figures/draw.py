@@ -149,7 +149,7 @@ def draw_answer() -> Figure:
     note = "Points: means of differences paired by seed; lines: 95 % intervals. ViT-Ti/16 with ImageNet "
     note += "weights, 160 px.\nAdapters in blocks 9-11 unless the row says otherwise (SD-LoRA: all). "
     note += "Blue: nested. Orange: moving average of one adapter. Green: joint."
-    title = "Averages over tasks end above RanPAC: adapters in all blocks on CIFAR-100, in three on Grocery"
+    title = "Adapters averaged over tasks end above RanPAC, most in all blocks"
     finish(figure, title, note)
     return figure
 
