@@ -218,10 +218,10 @@ def _first_there(places: Sequence[Path]) -> Path | None:
 def _find(name: str, data_root: Path, test_share: float | None = None) -> Path | None:
     """Place of a data set, or None where it is absent. UserError: the name is neither known nor a path."""
     places = _places(name, data_root)
-    found, there = next(filter(_holds_data, places), None), _first_there(places)
-    if name in DATASETS:
-        return found
-    if found := found if test_share is None else there:
+    there, is_known = _first_there(places), name in DATASETS
+    takes_any = test_share is not None and not is_known
+    found = there if takes_any else next(filter(_holds_data, places), None)
+    if found or is_known:
         return found
     if there:
         raise UserError(
