@@ -42,6 +42,7 @@ from utils.errors import UserError
 from utils.files import read_json, replace_file, why_no_file
 from utils.runs.checkpoint import latest_checkpoint
 from utils.runs.folder import CONFIG, resume_command
+from utils.training.random import kept_generators
 from utils.wording import counted, escaped
 
 logger = logging.getLogger("nested_lora")
@@ -134,6 +135,8 @@ def load_run(
         checkpoint: another checkpoint of the run, such as `FOLDER/checkpoints/task_02`.
         precision: "auto", "fp32" or "bf16"; by default the run's.
 
+    PyTorch's global random states are left as they were.
+
     Raises UserError: no run of images, no finished task, a damaged checkpoint, no weights, or a device or
     precision that does not exist.
     """
@@ -155,9 +158,8 @@ def load_run(
     with fitting(checkpoint):
         own = {key: values[key] for key in method.Config.editable_keys & values.keys()}
         config = method.Config.model_validate(state["config"] | own | asked)
-    with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they were
-        with run_context(config) as context:
-            learner = make_learner(config, replace(context, reads_data=False))
+    with run_context(config) as context, kept_generators(context.device):
+        learner = make_learner(config, replace(context, reads_data=False))
         check_same(checkpoint, state, learner.backbone.identity())
         with fitting(checkpoint):
             learner.load_state(state["learner"], tensors)

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -39,7 +38,7 @@ from utils.analysis.results import ANALYSIS, write_results
 from utils.errors import UserError
 from utils.training.optim import GroupedOptimizer, ParameterGroup
 from utils.training.phase import EpochNote, Phase, StepResult
-from utils.training.random import rng
+from utils.training.random import rng, seed_generators
 from utils.wording import counted
 
 logger = logging.getLogger("nested_lora")
@@ -64,7 +63,7 @@ class SharedSubspace(Learner):
             raise UserError(f"{fault} {context.distributed.size}: {reason}")
         self.tasks = tasks = GridTasks(config)
         context.warnings.extend(self._gaps_in_training())
-        torch.manual_seed(self.seed)
+        seed_generators(self.seed, self.device)
         self.model = GridModel(config, len(tasks.operations))
         self.sharing = SharingLoss(tasks.splits[TRAIN].labels, config)
         self.modules = nn.ModuleDict({"model": self.model, "sharing": self.sharing}).to(self.device)

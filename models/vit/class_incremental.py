@@ -40,6 +40,7 @@ from utils.runs.figures import CAPTIONS, class_incremental_figures
 from utils.runs.manifest import library_versions
 from utils.training.device import dead_worker_advice, predictions, require_finite
 from utils.training.optim import GroupedOptimizer, ParameterGroup, assert_complete, trainable
+from utils.training.random import seed_generators
 from utils.wording import counted, shortened, spans
 
 logger = logging.getLogger("nested_lora")
@@ -78,7 +79,7 @@ class ClassIncrementalLearner(Learner):
             self.data, self.backbone = load_data_and_backbone(config, context)
         else:
             self.backbone = load_backbone(config)
-        torch.manual_seed(self.seed)
+        seed_generators(self.seed, self.device)
         torch.backends.cudnn.benchmark = False
         if getattr(config, "engine", "fast") == "fast":
             speed_up(self.backbone.vit)

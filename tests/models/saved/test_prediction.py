@@ -65,6 +65,13 @@ def test_images_are_predicted_alike_however_they_are_given(simplecil: Finished, 
     assert everything.tolist() == pytest.approx([1, 1, 1])
 
 
+def test_a_model_on_the_cpu_seeds_no_gpu(simplecil: Finished, monkeypatch: pytest.MonkeyPatch) -> None:
+    seeded: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    load_run(simplecil.folder, device="cpu")
+    assert not seeded
+
+
 def test_a_turned_photo_is_the_same_as_a_path_and_as_an_image(simplecil: Finished, tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[274] = 6  # the orientation
