@@ -257,7 +257,7 @@ class ClassIncrementalConfig(RunConfig):
         if classes == 0:
             needed = "a folder needs one folder of images per class, in it or in its train/ and test/"
             yield ("dataset",), f"the data set has no class; {needed}"
-        for name in ("init_cls", "increment"):
+        for name in [name for name in ("init_cls", "increment") if name not in self.without_effect()]:
             if classes and getattr(self, name) > classes:
                 held = counted(classes, "class", "classes")
                 yield (name, "dataset"), f"the data set has {held}; allowed: {name} from 1 to {classes}"
@@ -464,8 +464,13 @@ class OneTaskRules(ClassIncrementalConfig):
         if self.added:
             yield ("extra_data",), f"{sentence} null"
 
+    def folder_names(self, seed: int) -> list[str]:
+        """As where every later task would have as many classes."""
+        method, data, *_, run = super().folder_names(seed)
+        return [method, data, "0", str(self.init_cls), run]
+
     def unused_rules(self) -> list[UnusedRule]:
-        unused = ("max_tasks", "head_drift", "ca_restart")
+        unused = ("increment", "max_tasks", "head_drift", "ca_restart")
         return [(True, "there is one task", unused), *super().unused_rules()]
 
 

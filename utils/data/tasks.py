@@ -124,7 +124,8 @@ class DataManager:
         self.evaluated = "validation" if split.validation_share else "test"
         self.nb_classes = len(dataset.class_names)
         own = self.nb_classes - sum(dataset.added)
-        for key, value in (("init_cls", split.init_cls), ("increment", split.increment)):
+        later = split.increment if split.init_cls != own else 0  # of no effect where there is one task
+        for key, value in (("init_cls", split.init_cls), ("increment", later)):
             if value > own:
                 raise UserError(f"{key} = {value}: {dataset.name!r} has {own} classes; lower it.")
         self._tasks = tasks_of(own, split.init_cls, split.increment, split.max_tasks, dataset.added)

@@ -25,7 +25,8 @@ SHRINKAGE = "alpha1 alpha2"
 ONE_TASK = {"init_cls": 8, "increment": 8, "max_train_per_class": 4}
 OTHER: dict[str, Any] = {  # values that change a run where the key counts
     "func_epoch": 3, "init_lr": 0.5, "weight_decay": 0.1, "optimizer": "adam", "cache_views": 2,
-    "batch_size": 3, "grad_accumulation": 2, "augmentation": "none", "max_tasks": 3, "checkpoints": "last",
+    "batch_size": 3, "grad_accumulation": 2, "augmentation": "none", "increment": 99, "max_tasks": 3,
+    "checkpoints": "last",
     "head_drift": "linear", "ranpac_dim": 7,
     "merge": "mean", "merge_alpha": 0.7, "merge_start": "merged",
     "ca_samples": 9, "ca_epochs": 2, "ca_lr": 0.3, "ca_restart": True, "alpha1": 2.0, "alpha2": 0.5,
@@ -85,9 +86,9 @@ CASES: list[tuple[dict[str, Any], str, str]] = [
     (FINETUNE | {"augmentation": "none", "cache_gb": 0}, "cache_views", 'augmentation is "none"'),
     (FINETUNE, "adapt_start_layer", "none grows"),
     (COSINE | {"func_epoch": 0}, f"{TRAINING} {ADAPTERS}", "func_epoch is 0"),
-    (JOINT, "head_drift max_tasks", "there is one task"),
+    (JOINT, "increment head_drift max_tasks", "there is one task"),
     (JOINT | {"head": "aligned"}, "ca_restart", "there is one task"),
-    ({"model_name": "linear_probe", **ONE_TASK}, "max_tasks", "there is one task"),
+    ({"model_name": "linear_probe", **ONE_TASK}, "increment max_tasks", "there is one task"),
     (RANPAC, f"{TRAINING} func_epoch ffn_num cache_views adapter_blocks", "first_session is false"),
     (RANPAC | {"first_session": True, "func_epoch": 0}, "training_classifier", "func_epoch is 0"),
     ({"model_name": "ease", "alpha": 0}, "ease_temperature", "alpha is 0"),
@@ -119,6 +120,7 @@ def test_a_key_without_effect_is_named_and_has_none(
     plain, with_unused = smoke_config(**known | deciding), smoke_config(**known | deciding | unused)
     named = with_unused.unused_keys()
     assert unused.keys() <= named.keys() and any(reason in named[key] for key in unused)
+    assert with_unused.folder_names(0) == plain.folder_names(0)
     torch.testing.assert_close(run_scores(with_unused), run_scores(plain), rtol=0, atol=0)
 
 
