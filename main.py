@@ -355,7 +355,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.benchmark:
             from models.benchmark import benchmark
 
-            return show(benchmark(config, options.repeats or 5, options.profile))
+            return show(benchmark(config, options.repeats or 5, options.profile, options.set))
         extension = Extension.of(folder, options.set, options.data or []) if options.extend else None
         with run_context(extension.config if extension else config) as context:
             together = True

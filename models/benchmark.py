@@ -16,7 +16,7 @@ import statistics
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,7 +32,7 @@ from models.saved.learner import make_learner
 from models.vit.config import ClassIncrementalConfig, OneTaskRules, StepKeys
 from models.vit.sources import load_backbone
 from models.vit.training import train_functional
-from utils.config.loading import config_from_dict
+from utils.config.loading import config_from_dict, refuse_changes
 from utils.config.schema import RunConfig
 from utils.data.synthetic import write_noise
 from utils.errors import UserError
@@ -45,6 +45,11 @@ COUNTS = (1, 2, 6)  # numbers of adapters per block at which steps and tests are
 COUNTS_OF = {"sdlora": (1, 19)}  # the same of methods that differ
 BATCHES, DEVICE_BATCHES = 2, 16  # in a task on a CPU, and elsewhere, where data workers make some ahead
 HEAD_IMAGES, HEAD_CLASSES = 500, 10  # of the task that a ridge head is measured with
+OWN = {  # keys of the configuration that is measured, whatever the given one has; None: made in a folder
+    "dataset": None, "cache_root": None, "weights": "random", "filepath": None, "extra_data": None,
+    "init_cls": 1, "increment": 1, "max_tasks": None, "max_train_per_class": None, "max_test_per_class": None,
+    "validation_share": 0.0, "test_share": None,
+}  # fmt: skip
 Work = Callable[[], object]
 
 logger = logging.getLogger("nested_lora")
@@ -57,15 +62,19 @@ class Cost(NamedTuple):
     clock: float
 
 
-def benchmark(config: RunConfig, repeats: int, profile: Path | None = None) -> Iterator[str]:
+def benchmark(
+    config: RunConfig, repeats: int, profile: Path | None = None, overrides: Sequence[str] = ()
+) -> Iterator[str]:
     """The table of a configuration, line by line.
 
     Args:
         repeats: of every measurement.
         profile: folder for a trace of a training step of task 0, to be opened in ui.perfetto.dev.
+        overrides: texts `key=value` that the configuration was changed by.
 
-    Raises UserError: the method has no pretrained network.
+    Raises UserError: the method has no pretrained network, or an override is of a key that is set here.
     """
+    refuse_changes(overrides, OWN, "--benchmark")
     if not isinstance(config, ClassIncrementalConfig):
         fault = f"model_name = {config.model_name!r} has no pretrained network to measure against"
         raise UserError(f"--benchmark: {fault}; allowed: a class-incremental method")
@@ -83,12 +92,8 @@ def stand_in(config: ClassIncrementalConfig, folder: Path, batches: int) -> Clas
     tasks = 1 if isinstance(config, OneTaskRules) else max(COUNTS_OF.get(config.model_name, COUNTS))
     dataset, given = folder / "noise.npz", config.model_dump()
     write_noise(dataset, classes=tasks, train=batches * batch_size(config), test=2)
-    values = {
-        "dataset": str(dataset), "extra_data": None, "init_cls": 1, "increment": 1, "max_tasks": None,
-        "max_train_per_class": None, "max_test_per_class": None, "validation_share": 0.0, "test_share": None,
-        "weights": "random", "cache_root": str(folder), "filepath": None, "buffer_size": 3,
-        "cache_views": max(1, given.get("cache_views", 1)),
-    }  # fmt: skip
+    values = OWN | {"dataset": str(dataset), "cache_root": str(folder), "buffer_size": 3}
+    values["cache_views"] = max(1, given.get("cache_views", 1))
     if given.get("expansion") == "novelty":
         values["expansion"] = "always"
     values = {name: value for name, value in values.items() if name in given}

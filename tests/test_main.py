@@ -13,7 +13,7 @@ import torch
 import eval as evaluation
 import main
 from models import SCHEMAS
-from tests.conftest import EXPS, TINY, TINY_GRIDS, command, folder_of, settings
+from tests.conftest import EXPS, ROOT, TINY, TINY_GRIDS, command, folder_of, settings
 from utils.config.loading import load_config
 from utils.runs.run_log import read_metrics
 
@@ -195,6 +195,13 @@ def test_options_that_do_not_go_together(
     with pytest.raises(SystemExit) as exit_info:
         main.main(given)
     assert exit_info.value.code == 2 and words in capsys.readouterr().err.partition("error: ")[2]
+
+
+@pytest.mark.parametrize("change", ["sweeps/costs dataset=cifar224", "smoke init_cls=5"])
+def test_a_benchmark_refuses_changes_of_what_it_makes(change: str, told: Callable[..., str]) -> None:
+    file, change = change.split()
+    shown = told(2, main.main, "--benchmark", ROOT / f"exps/{file}.json", "--set", change)
+    assert f"--set {change.partition('=')[0]}" in shown and "leave out" in shown
 
 
 def test_the_default_is_the_quickstart() -> None:

@@ -140,6 +140,16 @@ def load_config(
     return _check(draft, schemas, str(path))
 
 
+def refuse_changes(overrides: Sequence[str], own: Mapping[str, Any], command: str) -> None:
+    """Raises UserError: overrides as of `load_config` give keys other values than a command's own."""
+    given = {name.strip(): parsed(text) for name, _, text in (each.partition("=") for each in overrides)}
+    if refused := [name for name in given if name in own and given[name] != own[name]]:
+        raise UserError(
+            f"--set {', '.join(refused)}: {command} has its own {', '.join(refused)}, since it generates "
+            "images, draws weights at random and leaves nothing behind; leave out this --set"
+        )
+
+
 def config_from_dict(values: Mapping[str, Any], schemas: Schemas, source: str) -> LoadedConfig:
     """Check a config such as a run folder's `config.json`; `source` is named in the ConfigError."""
     return _check(Draft(dict(values)), schemas, source)

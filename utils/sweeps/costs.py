@@ -21,6 +21,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from utils.config.loading import refuse_changes
 from utils.config.schema import RunConfig
 from utils.data.synthetic import write_noise
 from utils.errors import UserError
@@ -44,13 +45,15 @@ def run_costs(
 ) -> Iterator[str]:
     """The table of a sweep, line by line: the imports of a run, then every cell with the first seed.
 
-    Numbers are medians of the repeats. Raises UserError: the sweep is wrong, or a run failed; it quotes the
-    last line that the run printed.
+    Numbers are medians of the repeats. Raises UserError: the sweep is wrong, an override is of a key that is
+    set here, or a run failed; it quotes the last line that the run printed.
     """
     with tempfile.TemporaryDirectory() as scratch:
         noise, runs, config = (Path(scratch) / name for name in ("noise.npz", "runs", "config.json"))
+        own = {"dataset": noise, "weights": "random", "logs_root": runs, "cache_root": runs / "cache"}
+        refuse_changes(overrides, own, "--benchmark")
         write_noise(noise, **NOISE)
-        places = [f"dataset={noise}", "weights=random", f"logs_root={runs}", f"cache_root={runs / 'cache'}"]
+        places = [f"{key}={value}" for key, value in own.items()]
         table = load_sweep(path, [*overrides, *places], schemas, only)
         threads = Resources(table.file.threads, table.file.memory_gb, gpu=False).environment
         seed, first = table.file.seeds[0], table.cells[0].config.model_name
