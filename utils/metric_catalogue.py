@@ -135,7 +135,14 @@ CLASS_INCREMENTAL = (
         "accuracy on each task just after learning it",
         shown=Shown.DIFFERENCES,
     ),
-    MetricSpec("expansions", "adapters added", digits=1, shown=Shown.MEANS, count=True),
+    MetricSpec(
+        "expansions",
+        "adapters added",
+        meaning="adapters, or prompt components, beyond those after the first task, over all blocks",
+        digits=1,
+        shown=Shown.MEANS,
+        count=True,
+    ),
     MetricSpec(
         "ece",
         "ECE",

@@ -81,6 +81,10 @@ class CODAPrompt(ClassIncrementalLearner):
         network = PromptedViT(vit, self.config.prompt_blocks, self.config.prompt_length)
         return nn.ModuleDict({"backbone": network, "head": IncrementalHead(vit.num_features)})
 
+    @property
+    def adapters_of_first_task(self) -> int:
+        return self.config.prompt_components
+
     def open_task(self) -> None:
         super().open_task()
         self.network.grow(self.config.prompt_components)

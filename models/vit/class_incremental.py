@@ -326,7 +326,8 @@ class ClassIncrementalLearner(Learner):
 
     def report(self, evaluations: Sequence[dict[str, Any]]) -> Report:
         adapters, parameters = self.network.adapters_per_block(), self.parameter_counts
-        return report(evaluations, self.data, adapters, parameters, self.calibration, self.confusion)
+        added = sum(adapters.values()) - self.adapters_of_first_task * len(adapters)
+        return report(evaluations, self.data, adapters, added, parameters, self.calibration, self.confusion)
 
     def describe_evaluation(self, evaluation: dict[str, Any]) -> str:
         return description(evaluation, self.data, self.calibration)
@@ -342,6 +343,11 @@ class ClassIncrementalLearner(Learner):
         return analysis_inputs(networks(), self.data, self.config, self.device, images_per_class)
 
     # --- record ---------------------------------------------------------------------------------------------
+
+    @property
+    def adapters_of_first_task(self) -> int:
+        """Number of adapters after the first task in each block that has any; of `expansions`."""
+        return 1
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         state, tensors = super().state()

@@ -26,6 +26,7 @@ def report(
     evaluations: Sequence[Evaluation],
     data: DataManager,
     adapters: Mapping[int, int],
+    expansions: int,
     parameters: Callable[[], Mapping[str, int]],
     calibration: Calibration | None,
     confusion: np.ndarray | None,
@@ -34,13 +35,13 @@ def report(
 
     Args:
         adapters, parameters: of the model, by block and by part.
+        expansions: the metric of this name.
         confusion: images by true and predicted class (C, C); None where this process has tested nothing yet.
     """
     matrix, newest = AccuracyMatrix(), evaluations[-1]
     for evaluation in evaluations:
         matrix.add(evaluation["correct"], evaluation["total"])
-    images, expansions = newest.get("images", "test"), sum(adapters.values()) - len(adapters)
-    calibrated = {key: newest.get(key) for key in ("ece", "nll")}
+    images, calibrated = newest.get("images", "test"), {key: newest.get(key) for key in ("ece", "nll")}
     metrics = matrix.summary() | {"expansions": expansions, **calibrated}
     running = {key: metrics[key] for key in ("average", "forgetting", "bwt", "plasticity")}
     classes_seen = [data.task_classes(task).stop for task in range(len(evaluations))]

@@ -51,7 +51,7 @@ def accuracy_on(images: str) -> str:
 def summary_table(
     matrix: AccuracyMatrix, adapters_added: int, parameters: Mapping[str, int], images: str = "test"
 ) -> str:
-    """The metrics, the adapters added by growth, and the number of parameters of each part, one per line."""
+    """The metrics, with the adapters added after the first task, and the parameters of each part, by line."""
     specs, lines = by_key((*CLASS_INCREMENTAL, *VALIDATION)), {}
     for key, value in (matrix.summary() | {"expansions": adapters_added}).items():
         key = keyed(images, key)

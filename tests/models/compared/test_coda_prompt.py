@@ -59,6 +59,13 @@ def test_components_of_earlier_tasks_stay_as_they_are(make_sema: Make) -> None:
     assert learner.network.parameter_counts()["prompts"] == sum(tensor.numel() for tensor in after.values())
 
 
+def test_components_of_the_first_task_are_no_expansion(make_sema: Make) -> None:
+    learner, evaluations = make_sema(**CODA), []
+    for task, added in enumerate([0, 2 * 3]):
+        evaluations.append(run_tasks(learner, task + 1).evaluate())
+        assert learner.report(evaluations).result["metrics"]["expansions"] == added
+
+
 def test_the_penalty_keeps_components_nearer_to_orthonormal(make_sema: Make) -> None:
     penalties = [
         float(run_tasks(make_sema(**CODA, ortho_mu=mu, func_epoch=3, init_lr=0.05), 1).network.penalty("sum"))
