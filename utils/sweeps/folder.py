@@ -221,24 +221,28 @@ def closing_lines(sweep: Sweep, results: Results, paths: Sequence[Path], complet
 
 
 def _check_config(run: SweepRun) -> None:
-    """UserError where a run folder was made with another config than the cell's, apart from `FREE` keys."""
+    """UserError where a run folder was made with another config than the cell's.
+
+    `FREE` keys may differ, and those without effect in both configs.
+    """
     path = run.folder / CONFIG
     ways_out = (
         "keep both with --set logs_root=FOLDER, replace all with --overwrite, or rename the cell, or remove "
         f"the folder {run.folder}"
     )
     try:
-        theirs = type(run.config).model_validate(read_json(path)).model_dump(mode="json")
+        before = type(run.config).model_validate(read_json(path))
     except ValidationError as error:
         fault = f"{path} is not of this method and version"
         raise UserError(f"cell {run.cell.name!r}: {fault}; {ways_out}") from error
-    ours = run.config.model_dump(mode="json")
+    ours, theirs = run.config.model_dump(mode="json"), before.model_dump(mode="json")
+    free = {*FREE, *(run.config.without_effect().keys() & before.without_effect().keys())}
     asked = ours["precision"]
     with suppress(UserError):  # absent or damaged
         asked = read_json(run.config_path).get("precision", asked)  # by the config that started the run
     if asked == ours["precision"] and (asked == "auto" or theirs["precision"] == "fp32"):
         ours["precision"] = theirs["precision"]  # recorded is what the device has
-    changed = [key for key in ours if ours[key] != theirs[key] and key not in FREE]
+    changed = [key for key in ours if ours[key] != theirs[key] and key not in free]
     if changed:
         each = (f"{key} = {json.dumps(ours[key])} instead of {json.dumps(theirs[key])}" for key in changed)
         raise UserError(

@@ -294,11 +294,12 @@ def test_a_sweep_that_goes_on_with_other_code_says_so(sweep: Command, capsys: Ca
         ("bf16", {"description": "other words"}),
         ("bf16", {"precision": "fp32"}),
         ("auto", {"precision": "bf16"}),
+        ("fp32", {"ca_epochs": 9}),
     ],
     ids=str,
 )
-def test_differences_that_are_none(sweep: Command, asked: str, recorded: dict[str, str]) -> None:
-    """A description; the precision of a device that has no bf16, or that "auto" chose."""
+def test_differences_that_are_none(sweep: Command, asked: str, recorded: dict[str, Any]) -> None:
+    """A description; the precision of a device without bf16, or that "auto" chose; a key without effect."""
     sweep.write(set={**TABLE["set"], "precision": asked})
     assert sweep() == 0
     path = sweep.run_folder("nested", 1) / CONFIG
