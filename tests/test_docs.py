@@ -191,6 +191,19 @@ def test_figures_are_drawn_from_the_tables(tmp_path: Path) -> None:
     assert all(path.stat().st_size < 100_000 for path in script.parent.glob("*.png"))
 
 
+def test_the_lines_on_confusions_read_any_class_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", DOCUMENTS["docs/runs.md"], re.DOTALL)
+    (lines,) = (block for block in blocks if "confusion.csv" in block)
+    names = ["cat", "NA", "7"]
+    counts = pd.DataFrame([[5, 2, 0], [0, 7, 0], [1, 0, 6]], columns=names)
+    counts.insert(0, "true class", names)
+    counts.to_csv(tmp_path / "confusion.csv", index=False)
+    monkeypatch.chdir(tmp_path)
+    scope = {"pandas": pd}
+    exec(lines, scope)
+    assert scope["counts"].index.tolist() == names and scope["counts"].loc["NA", "NA"] == 7
+
+
 # ---------------------------------------------------------------------------------------------------------
 # Results
 
