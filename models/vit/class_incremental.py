@@ -408,7 +408,12 @@ class ClassIncrementalLearner(Learner):
 
     def describe_run(self) -> list[str]:
         backbone, note = self.backbone, f" ({self.backbone.note})" if self.backbone.note else ""
-        return [self.data.describe(), f"Backbone {backbone.tag}, {backbone.image_size} px{note}"]
+        lines = [self.data.describe(), f"Backbone {backbone.tag}, {backbone.image_size} px{note}"]
+        if self.config.input_normalization == "weights":
+            own = "of" if self.config.weights is None else "which these weights do not say; taken from"
+            values = f"mean {list(backbone.mean)}, std {list(backbone.std)}"
+            lines.append(f"Inputs are normalised by {values}, {own} timm's {backbone.normalized_as}")
+        return lines
 
     def describe_task(self, task: int) -> str:
         classes = self.data.task_classes(task)

@@ -44,7 +44,9 @@ class Backbone:
             size, which resizes the position embedding, gives another hash.
         options_sha256: over class and attributes (activation, eps, heads, ...) of every module: the
             architecture as this version of timm builds it.
-        mean, std: the weights' own input normalisation, a channel each.
+        mean, std: input normalisation of `normalized_as`, a channel each.
+        normalized_as: timm's name of the weights that were trained with this mean and std: of a file or of an
+            untrained network those that the backbone's name has as its tag, else timm's default.
     """
 
     vit: VisionTransformer
@@ -54,6 +56,7 @@ class Backbone:
     options_sha256: str
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    normalized_as: str
     image_size: int
     note: str
 
@@ -124,6 +127,7 @@ def create_backbone(
         options_sha256=_options_sha256(vit),
         mean=tuple(config.mean),
         std=tuple(config.std),
+        normalized_as=f"{config.architecture}.{config.tag}",
         image_size=image_size,
         note=note,
     )

@@ -272,6 +272,16 @@ def test_activations_beyond_what_holds_them_are_a_sentence_that_helps(
         assert ("fp32" in str(caught.value)) == (precision != "fp32")
 
 
+def test_the_log_says_how_inputs_are_normalised_and_where_that_is_from(make_sema: Make) -> None:
+    told = {
+        kind: [line for line in learner.describe_run() if "mean" in line]
+        for kind in ("weights", "none")
+        for learner in [make_sema(model_name="simplecil", input_normalization=kind)]
+    }
+    assert "0.5, 0.5, 0.5" in told["weights"][0] and "test_vit.r160_in1k" in told["weights"][0]
+    assert told["none"] == []
+
+
 def test_another_network_with_the_same_weights_reads_activations_of_its_own(
     make_sema: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
