@@ -4,7 +4,7 @@
     answers["verdict"]                              # "supported", ...
 
 The difference is the hypothesis's metric of its cell minus that of the other side, paired by seed, where both
-runs have the same provenance. The verdict follows from its 95 % interval:
+runs have the same provenance and test images. The verdict follows from its 95 % interval:
 
     supported            the interval excludes zero on the expected side
     contradicted         it excludes zero on the other side
@@ -82,5 +82,5 @@ def why_no_number(answer: Mapping[str, str], results: Results) -> str:
             lacking.setdefault(f'has a number "{key}", there are {there}', []).append(shown(name))
     reasons = [f"no run of {' or '.join(names)} {lack}" for lack, names in lacking.items()]
     if not reasons and results.left_out(cell, other):
-        return "no seed has both sides from runs of the same provenance"
+        return "no seed has both sides from runs of the same provenance and test images"
     return "; ".join(reasons) or "no seed has both sides"

@@ -6,7 +6,8 @@
     results.summary.loc["nested", "final"]      # mean, interval, difference from the baseline, verdict
 
 A *cell* is a named configuration that is run with every seed. Differences are paired by seed, over runs of
-one provenance (`utils/runs/manifest.py`). Tables, figures and files of the report only show these numbers.
+one provenance (`utils/runs/manifest.py`) that were tested on the same images. Tables, figures and files of
+the report only show these numbers.
 """
 
 import math
@@ -25,6 +26,8 @@ from utils.runs.manifest import Provenance
 from utils.runs.metrics import number_of_tasks, numbers_of
 
 UNLISTED_DIGITS = 3  # of a metric that the catalogue does not have
+OTHER_IMAGES = "test images"  # in place of a kind of provenance
+SPLIT = {"init_cls", "increment"}  # keys of what runs are tested on that choose an image's task, but no image
 
 
 @dataclass(eq=False)
@@ -39,6 +42,7 @@ class Results:
     metrics: Sequence[MetricSpec]  # of the runs' method, the main metric first
     baseline: str | None = None  # the cell that the others are compared with
     origins: Mapping[str, Mapping[int, Provenance]] | None = None  # in the order of ends; None: all alike
+    tested_on: Mapping[str, Mapping[int, Mapping[str, Any]]] | None = None  # as of `RunConfig.tested_on`
 
     def __post_init__(self) -> None:
         """Order seeds, count tasks."""
@@ -68,6 +72,22 @@ class Results:
     def tasks(self, cell: str) -> int:
         """Number of tasks of each run of a cell; 0 without a run."""
         return self._tasks[cell]
+
+    @cached_property
+    def by_images(self) -> list[list[str]]:
+        """The finished cells, grouped by the images that their first runs were tested on."""
+        tested = {
+            cell: next(iter((self.tested_on or {}).get(cell, {}).values()), {}) for cell in self.finished
+        }
+        groups: list[list[str]] = []
+        for cell in self.finished:
+            for group in groups:
+                if not on_other_images(tested[cell], tested[group[0]]):
+                    group.append(cell)
+                    break
+            else:
+                groups.append([cell])
+        return groups
 
     def chance(self) -> list[float]:
         """Accuracy (%) of guessing after each task, with the most tasks of any cell; empty if they differ."""
@@ -110,12 +130,16 @@ class Results:
     def left_out(self, cell: str, other: str) -> dict[int, list[str]]:
         """seed -> kinds of provenance that differ, for the seeds of two cells that are not paired.
 
-        All paired runs, of both cells, have one provenance: of several that of the most seeds, of equals the
-        latest. The kinds are those in which the two runs of a seed differ or, if they agree, in which they
-        differ from the paired ones.
+        Test images are one of the kinds. All paired runs, of both cells, have one provenance: of several that
+        of the most seeds, of equals the latest. The kinds are those in which the two runs of a seed differ
+        or, if they agree, in which they differ from the paired ones.
         """
         ours, theirs = ((self.origins or {}).get(name, {}) for name in (cell, other))
         unlike = {seed: ours[seed].unlike(theirs[seed]) for seed in ours if seed in theirs}
+        tested = [(self.tested_on or {}).get(name, {}) for name in (cell, other)]
+        for seed, kinds in unlike.items():
+            if "data" not in kinds and on_other_images(*(runs.get(seed, {}) for runs in tested)):
+                kinds.append(OTHER_IMAGES)
         groups: dict[str, list[int]] = {}  # provenance of both cells -> seeds, as their runs ended
         for seed in (seed for seed, kinds in unlike.items() if not kinds):
             pair = (ours[seed].values.items(), theirs[seed].values.items())
@@ -189,6 +213,11 @@ class Results:
                 "remove the folder of those that are wrong and run the sweep again"
             )
         return max(tasks.values(), default=0)
+
+
+def on_other_images(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> bool:
+    """Whether runs were tested on different images, by the keys of `RunConfig.tested_on` that both have."""
+    return any(ours[key] != theirs[key] for key in ours.keys() & theirs.keys() - SPLIT)
 
 
 def difference_columns(difference: Estimate) -> dict[str, float]:

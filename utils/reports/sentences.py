@@ -107,6 +107,15 @@ def weights_notes(results: Results) -> list[str]:
     return [f"{note[0].upper()}{note[1:]}." for note in dict.fromkeys(every) if note]
 
 
+def images_notes(results: Results) -> list[str]:
+    """Which cells were tested on other images, in a sentence; nothing where all were tested on the same."""
+    groups = results.by_images
+    if len(groups) < 2:
+        return []
+    listed = "; ".join(map(_listed, groups))
+    return [f"Tested on different images, comparable only within a group: {listed}."]
+
+
 def reading_notes(results: Results, answers: pd.DataFrame | None = None) -> list[str]:
     """Definitions and statistics that a reader of this report needs, one note per item."""
     notes = [
@@ -129,6 +138,7 @@ def reading_notes(results: Results, answers: pd.DataFrame | None = None) -> list
             f"{', '.join(single)}: all classes were learned in one task. This is an upper bound for the "
             "other cells: nothing can be forgotten, average and plasticity are A_N, and it is never bold."
         )
+    notes += images_notes(results)
     if results.compared and results.summary["paired_n"].isna().all():
         notes.append(f"No cell has a difference from the baseline. {not_compared(results, results.compared)}")
     elif results.baseline is not None:
@@ -187,7 +197,8 @@ def _notes_on_provenance(results: Results, answers: pd.DataFrame | None) -> list
         return []
     return [
         "A difference is over runs of one provenance, of both cells: the same code, libraries, data and "
-        "weights; where there are several, that of the most seeds. Left out, with what is not the same: "
+        "weights, tested on the same images; where there are several, that of the most seeds. Left out, with "
+        "what is not the same: "
         f"{'; '.join(left_out)}. Means are over all finished runs, these too."
     ]
 

@@ -12,7 +12,7 @@ import pandas as pd
 
 from utils.metric_catalogue import ABSENT, MetricSpec, Shown
 from utils.reports.answers import CONTRADICTED, SUPPORTED, comparison, why_no_number
-from utils.reports.results import Results
+from utils.reports.results import OTHER_IMAGES, Results
 
 TONES = {"better": "better", "worse": "worse", SUPPORTED: "better", CONTRADICTED: "worse"}  # of verdicts
 
@@ -138,8 +138,10 @@ def _why_not_compared(results: Results, cell: str) -> str:
     common = runs.keys() & results.cells[results.baseline].keys()
     if not common:
         return "no seed in common"
-    if common <= results.left_out(cell, results.baseline).keys():
-        return "no two runs of the same provenance"
+    left_out = results.left_out(cell, results.baseline)
+    if common <= left_out.keys():
+        other = all(OTHER_IMAGES in left_out[seed] for seed in common)
+        return "other test images" if other else "no two runs of the same provenance"
     if results.tasks(cell) != results.tasks(results.baseline):
         return "another number of tasks"
     return "no seed with a number of both"

@@ -201,12 +201,18 @@ def default_folder(comparison: Comparison) -> Path:
 
 def _read(folder: Path, config: RunConfig) -> FinishedRun:
     result = checked_result(folder, config.metrics, "restore it, or leave the run out")
-    manifest, origin = read_manifest(folder), read_provenance(folder)
-    tasks = number_of_tasks(result, config.metrics)
-    about = config.tested_on(tasks, len((manifest.model_extra or {}).get("class_order", [])))
+    origin = read_provenance(folder)
+    about = {"metric": config.metrics[0].name, **tested_on(folder, config, result, origin)}
+    return FinishedRun(folder, config, result, origin, about)
+
+
+def tested_on(
+    folder: Path, config: RunConfig, result: Mapping[str, Any], origin: Provenance
+) -> dict[str, Any]:
+    """Key -> value of what a finished run was evaluated on, the hash of its data first."""
+    classes = len((read_manifest(folder).model_extra or {}).get("class_order", []))
     data = origin.hashes.get("data", {}).get("sha256", "")[:HASH]
-    tested_on = {"metric": config.metrics[0].name, "data": data, **about}
-    return FinishedRun(folder, config, result, origin, tested_on)
+    return {"data": data, **config.tested_on(number_of_tasks(result, config.metrics), classes)}
 
 
 def _check_comparable(runs: Sequence[FinishedRun]) -> None:

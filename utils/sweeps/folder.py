@@ -37,7 +37,7 @@ from utils.reports.about import differing_keys, what_was_run
 from utils.reports.renderings import terminal_table
 from utils.reports.report import write_report
 from utils.reports.results import Results
-from utils.reports.sentences import finding, legend, weights_notes
+from utils.reports.sentences import finding, images_notes, legend, weights_notes
 from utils.reports.tables import means_table, measured
 from utils.runs.folder import (
     CONFIG,
@@ -52,6 +52,7 @@ from utils.runs.folder import (
 )
 from utils.runs.manifest import Provenance, changes, outdated, read_provenance
 from utils.runs.metrics import checked_result
+from utils.sweeps.comparison import tested_on
 from utils.sweeps.spec import Cell, Sweep
 from utils.wording import as_typed
 
@@ -177,6 +178,10 @@ def write_summary(sweep: Sweep, runs: Sequence[SweepRun], failures: Mapping[str,
     results = {name: {run.seed: run.result() for run in own} for name, own in of_cell.items()}
     by_label = {run.label: read_provenance(run.folder) for run in finished}
     origins = {name: {run.seed: by_label[run.label] for run in own} for name, own in of_cell.items()}
+    tested = {
+        run.label: tested_on(run.folder, run.config, results[run.cell.name][run.seed], by_label[run.label])
+        for run in finished
+    }
     warn_of_changes(by_label)
     unfinished = {
         run.label: failures.get(run.label, "not finished" if run.started else "not started")
@@ -186,7 +191,13 @@ def write_summary(sweep: Sweep, runs: Sequence[SweepRun], failures: Mapping[str,
     seeds = json.dumps(sweep.file.seeds, separators=(",", ":"))
     all_seeds = ("--set", f"seed={seeds}") if len(sweep.file.seeds) > 1 else ()
     again = {run.label: run.command("--overwrite") for run in runs}
-    table = Results(results, sweep.cells[0].config.metrics, sweep.file.baseline, origins)
+    table = Results(
+        results,
+        sweep.cells[0].config.metrics,
+        sweep.file.baseline,
+        origins,
+        {name: {run.seed: tested[run.label] for run in own} for name, own in of_cell.items()},
+    )
     paths = write_report(
         sweep.folder,
         sweep.path.stem,
@@ -209,7 +220,8 @@ def closing_lines(sweep: Sweep, results: Results, paths: Sequence[Path], complet
     names = [spec.name for spec in measured(results, Shown.CONSOLE)]  # the legend tells the units
     table = means_table(results, Shown.CONSOLE)._replace(headings=["cell", "n", *names])
     lines = [terminal_table(table), "", *legend(results), ""]
-    for text in (*weights_notes(results), f"Finding: {finding(results, sweep.file.finding)}"):
+    notes = [*weights_notes(results), *images_notes(results)]
+    for text in (*notes, f"Finding: {finding(results, sweep.file.finding)}"):
         lines += [*textwrap.wrap(text, CONSOLE_WIDTH, break_on_hyphens=False), ""]
     for what in ("curves", "report"):
         lines += [f"{what.capitalize():<8}{path}" for path in paths if path.stem == what]
