@@ -13,6 +13,7 @@ they belong to one run, which removes them when it no longer needs them. A depth
 """
 
 import hashlib
+import itertools
 import json
 import logging
 import math
@@ -123,42 +124,53 @@ class Activations:
         what = f"activations at depth {self.depth}, as {self.dtype},"
         return require_finite(torch.cat(parts), what, precision)
 
-    def fill(self, chunks: list[np.ndarray], label: str) -> bool:
-        """Compute the missing files, in full batches across files, each rank its share.
+    def fill(self, files_of_tasks: Sequence[list[np.ndarray]], label: str) -> bool:
+        """Compute the missing files of some tasks, each given by the images in it; each rank its share.
+
+        They are computed in full batches across the files of a task, which are the same whichever files are
+        stored: one that a killed process has left out gets the bits that it would have got.
 
         Returns whether there was room for them; if not, `take` computes their images at every call.
 
         Raises:
             Interrupted: a stop was requested.
         """
-        distributed = self.context.distributed
-        missing = [n for n, chunk in enumerate(chunks) if not self.cache.has(self.group, chunk_key(chunk))]
-        images = sum(len(chunks[number]) for number in missing)
+        distributed, chunks = self.context.distributed, list(itertools.chain(*files_of_tasks))
+        stored = [self.has(chunk) for chunk in chunks]
+        images = sum(len(chunk) for chunk, there in zip(chunks, stored, strict=True) if not there)
         needed = images * math.prod(self.shape) * self.dtype.itemsize
         room = not distributed.any(not self.cache.make_room(self.group, needed))
-        self._chunks = chunks if room else [c for n, c in enumerate(chunks) if n not in set(missing)]
+        self._chunks = chunks if room else list(itertools.compress(chunks, stored))
         self._place_of = {int(i): (c, r) for c, chunk in enumerate(self._chunks) for r, i in enumerate(chunk)}
         if not room:
             return False
-        todo = [number for number in missing if number % distributed.size == distributed.rank]
-        with progress(total=len(todo), desc=label, unit="class") as bar:
-            for together in self._batches([chunks[number] for number in todo]):
+        numbers = itertools.count(-distributed.rank)
+        mine = [[file for file in files if not next(numbers) % distributed.size] for files in files_of_tasks]
+        total = sum(not self.has(chunk) for chunk in itertools.chain(*mine))
+        with progress(total=total, desc=label, unit="class") as bar:
+            for together in itertools.chain.from_iterable(self._batches(files) for files in mine):
+                missing = [number for number, chunk in enumerate(together) if not self.has(chunk)]
+                if not missing:
+                    continue
                 if self.context.stop():
                     break
                 rows = self.compute(np.concatenate(together)).split([len(chunk) for chunk in together])
-                for chunk, own in zip(together, rows, strict=True):
-                    self.cache.get(self.group, chunk_key(chunk), lambda own=own: own)
+                for number in missing:
+                    key = chunk_key(together[number])
+                    self.cache.get(self.group, key, lambda own=rows[number]: own)
                 self.cache.describe(self.group, self.about)
-                bar.update(len(together))
+                bar.update(len(missing))
         self.context.check_stop()
         return True
 
+    def has(self, chunk: np.ndarray) -> bool:
+        """Whether there is a file of exactly these images."""
+        return self.cache.has(self.group, chunk_key(chunk))
+
     def _batches(self, chunks: list[np.ndarray]) -> Iterator[list[np.ndarray]]:
-        """Groups of files to compute together: as many as fit a batch, at least one; without stored ones."""
+        """Groups of files to compute together: as many as fit a batch, at least one."""
         together: list[np.ndarray] = []
         for chunk in chunks:
-            if self.cache.has(self.group, chunk_key(chunk)):  # another process has stored it meanwhile
-                continue
             if together and sum(map(len, together)) + len(chunk) > self.batch_size:
                 yield together
                 together = []
@@ -217,11 +229,11 @@ class ActivationStore:
         if chosen is not None and about["adapters"] is not None:
             about, files_of = about | {"images": CHOSEN}, CHOSEN
         opened = Activations(self, below, depth, about)
-        chunks = list(self._chunks(classes, source))
-        if chosen is not None and not all(self.cache.has(opened.group, chunk_key(chunk)) for chunk in chunks):
-            parts = (chunk[np.isin(chunk, chosen)] for chunk in chunks)
-            chunks = [part for part in parts if len(part)]
-        room = opened.fill(chunks, label)
+        files = [list(self._chunks(own, source)) for own in self._by_task(classes)]
+        if chosen is not None and not all(map(opened.has, itertools.chain(*files))):
+            parts = ((chunk[np.isin(chunk, chosen)] for chunk in own) for own in files)
+            files = [[part for part in own if len(part)] for own in parts]
+        room = opened.fill(files, label)
         if about["adapters"] is not None:
             self._own[opened.group] = files_of
         if not room and self.cache.enabled and not self._warned:
@@ -268,6 +280,11 @@ class ActivationStore:
             "decoder": FORMAT,
             **self.identity,
         }
+
+    def _by_task(self, classes: range) -> Iterator[range]:
+        """Those of the classes that each task has, maybe none."""
+        for task in map(self.data.task_classes, range(self.data.nb_tasks)):
+            yield range(max(task.start, classes.start), min(task.stop, classes.stop))
 
     def _chunks(self, classes: range, source: str) -> Iterator[np.ndarray]:
         """Stored indices of each class in files of at most CHUNK images, whatever the order of classes."""

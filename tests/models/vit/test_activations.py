@@ -157,3 +157,15 @@ def test_images_are_made_by_the_data_workers(make_sema: Make, monkeypatch: pytes
         learner.begin_task(0)
     assert torch.equal(plain.inputs.seen_features(2, "test"), helped.inputs.seen_features(2, "test"))
     assert working == [0, 0, 0, 0, 2, 2, 2, 2]
+
+
+def test_a_file_that_a_killed_process_left_out_gets_the_same_bits(make_sema: Make) -> None:
+    """One image of a class: products of one row and of eight are rounded differently."""
+    settings = {"model_name": "simplecil", "max_test_per_class": 1, "init_cls": 8, "increment": 8}
+    learner = make_sema(**settings)
+    learner.begin_task(0)
+    whole = learner.inputs.seen_features(1, "test")
+    feature_files(learner)[0].unlink()
+    again = make_sema(**settings)
+    again.begin_task(0)
+    assert torch.equal(again.inputs.seen_features(1, "test"), whole)
