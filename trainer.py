@@ -284,8 +284,9 @@ class Run:
         logger.info(f"--- {place}: {begun}{learner.describe_task(task)}")
         if not begun:
             learner.begin_task(task)
-        values = dict(config)
-        with out_of_memory_advice({key: values[key] for key in MEMORY_KEYS if key in values}):
+        values, unused = dict(config), config.without_effect()
+        sizes = {key: values[key] for key in MEMORY_KEYS if key in values and key not in unused}
+        with out_of_memory_advice(sizes):
             learner.train_task()
             self.evaluations.append(learner.evaluate())
         if learner.distributed.size > 1:

@@ -13,6 +13,7 @@ import torch
 import eval as evaluation
 import main
 from models import SCHEMAS
+from models.ranpac import RanPACHead
 from tests.conftest import EXPS, ROOT, TINY, TINY_GRIDS, command, folder_of, settings
 from utils.config.loading import load_config
 from utils.runs.run_log import read_metrics
@@ -232,3 +233,21 @@ def test_every_shipped_config_builds_its_learner(path: Path, tmp_path: Path) -> 
         changes |= {"init_cls": 8, "increment": 8}
     known = {key: value for key, value in changes.items() if key in schema.model_fields}
     assert main.main(["--config", str(path), *settings(known)]) == 0
+
+
+@pytest.mark.parametrize("method", ["__init__", "refit"])
+def test_a_lack_of_memory_for_the_ridge_is_a_message_that_names_it(
+    method: str, told: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the model is made, and in a task; nothing is trained, so that no part of a step is advised."""
+
+    def exhausted(*arguments: object) -> None:
+        raise RuntimeError("can't allocate memory: you tried to allocate 6400000000 bytes")
+
+    monkeypatch.setattr(RanPACHead, method, exhausted)
+    values = {"model_name": "ranpac", "dataset": "synthetic", "init_cls": 2, "increment": 2}
+    values |= {"backbone_type": "test_vit", "weights": "random", "image_size": 32, "device": "cpu"}
+    (tmp_path / "ranpac.json").write_text(json.dumps(values))
+    places = {"logs_root": str(tmp_path / "logs"), "cache_root": str(tmp_path / "cache"), "max_tasks": 1}
+    shown = told(2, main.main, tmp_path / "ranpac.json", *settings(places))
+    assert "out of memory" in shown and "ranpac_dim" in shown and "grad_accumulation" not in shown

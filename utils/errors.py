@@ -1,7 +1,7 @@
 """Exceptions that users see, sentences for errors of the operating system, and exit codes of commands.
 
 raise UserError("batch_size is 0: at least 1 is allowed; change it with --set batch_size=32")
-sys.exit(exit_code(lambda: work()))          # 2 after a UserError or OSError, printed as one sentence
+sys.exit(exit_code(lambda: work()))          # 2 after an error, printed as one sentence
 """
 
 import errno
@@ -23,6 +23,10 @@ class Interrupted(Exception):
 
 AGAIN = "give the command again"
 RESUME = "go on with --resume where a run had begun"
+OUT_OF_MEMORY = (
+    "out of memory: end other programs that hold it, lower what needs it (batch_size, eval_batch_size, "
+    "ranpac_dim), or use a device with more"
+)
 WAYS_OUT = {
     errno.ENOSPC: "free some space, or choose another disk with logs_root or cache_root",
     errno.EDQUOT: "free some space, or choose another disk with logs_root or cache_root",
@@ -50,13 +54,20 @@ def in_one_line(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that no memory was left, that of Python or PyTorch, on any device."""
+    if isinstance(error, RuntimeError):
+        return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+    return isinstance(error, MemoryError)
+
+
 def exit_code(
     run: Callable[[], int | None], tells: Callable[[], bool] = lambda: True, go_on: str = RESUME
 ) -> int:
     """Exit code of a command: what it returns (None: 0), 2 after an error, 130 stopped, 141 output closed.
 
-    A UserError or OSError is printed on standard error as one sentence, if `tells` returns True. go_on: how
-    to continue once the cause of an OSError is removed.
+    A UserError, OSError or lack of memory is printed on standard error as one sentence, if `tells` returns
+    True. go_on: how to continue once the cause of the latter two is removed.
     """
     try:
         code = run() or 0
@@ -65,8 +76,15 @@ def exit_code(
     except BrokenPipeError:
         discard(sys.stdout)
         return READER_GONE
-    except (UserError, OSError) as error:
-        sentence = os_error_sentence(error, go_on) if isinstance(error, OSError) else str(error)
+    except (UserError, OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, OSError):
+            sentence = os_error_sentence(error, go_on)
+        elif is_out_of_memory(error):
+            sentence = f"{OUT_OF_MEMORY}; then {go_on}"
+        elif isinstance(error, UserError):
+            sentence = str(error)
+        else:
+            raise
         if tells():
             tell(sentence)
         return 2

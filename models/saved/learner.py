@@ -21,7 +21,7 @@ from models.saved.files import read_config, run_folder_of
 from utils.config.messages import shown
 from utils.config.schema import RunConfig
 from utils.data.tasks import ABSENT
-from utils.errors import UserError, in_one_line
+from utils.errors import UserError, in_one_line, is_out_of_memory
 from utils.runs.checkpoint import checkpoint_name, load_checkpoint
 from utils.runs.folder import CONFIG, RESULT, folder_of, resume_command
 from utils.runs.manifest import is_complete, read_manifest
@@ -80,12 +80,17 @@ def of_earlier_version(checkpoint: Path, evidence: str) -> UserError:
 
 @contextmanager
 def fitting(checkpoint: Path) -> Iterator[None]:
-    """Context that turns all errors of a checkpoint that does not fit the run into `of_earlier_version`."""
+    """Context that turns all errors of a checkpoint that does not fit the run into `of_earlier_version`.
+
+    A lack of memory is none of them.
+    """
     try:
         yield
     except UserError as error:
         raise of_earlier_version(checkpoint, str(error)) from error
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
         reason = textwrap.shorten(in_one_line(error), LONGEST, placeholder=" …")
         raise of_earlier_version(checkpoint, f"it does not fit ({reason})") from error
 

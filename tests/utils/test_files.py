@@ -42,3 +42,11 @@ def test_a_refused_write_names_the_file_and_not_a_temporary_one(tmp_path: Path) 
 def test_a_refused_call_is_a_sentence_with_a_way_out(capsys) -> None:
     assert exit_code(Mock(side_effect=NotADirectoryError(errno.ENOTDIR, "?", "logs/x"))) == 2
     assert re.fullmatch("logs/x: .*move it away.*--resume.*\n", capsys.readouterr().err)
+
+
+def test_a_lack_of_memory_is_a_sentence_and_another_fault_a_traceback(capsys) -> None:
+    for error in (MemoryError(), RuntimeError("can't allocate memory: 6400000000 bytes")):
+        assert exit_code(Mock(side_effect=error)) == 2
+        assert re.fullmatch("out of memory: .*--resume.*\n", capsys.readouterr().err)
+    with pytest.raises(RuntimeError, match="shapes"):
+        exit_code(Mock(side_effect=RuntimeError("shapes")))

@@ -17,11 +17,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from utils.errors import UserError
+from utils.errors import UserError, is_out_of_memory
 
 Item = TypeVar("Item")
 END = object()  # marks the end of the items of `one_ahead`
-MEMORY_KEYS = ("batch_size", "grad_accumulation", "eval_batch_size")  # of a config
+MEMORY_KEYS = ("batch_size", "grad_accumulation", "eval_batch_size", "ranpac_dim")  # of a config
+EDITABLE = ("grad_accumulation", "eval_batch_size")  # those that a run can be resumed with after an edit
 
 
 def resolve_device(spec: str | int | list[str | int]) -> tuple[torch.device, str | None]:
@@ -138,18 +139,20 @@ def out_of_memory_advice(sizes: Mapping[str, int]) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        exhausted = isinstance(error, torch.OutOfMemoryError | MemoryError)
-        if not exhausted and "can't allocate memory" not in str(error):
+        if not is_out_of_memory(error):
             raise
+        if isinstance(error, torch.OutOfMemoryError):  # a GPU's, where no ridge regression is
+            sizes = {key: size for key, size in sizes.items() if key != "ranpac_dim"}
         now = ", ".join(f"{key} {value}" for key, value in sizes.items())
         halved = [f"{key}={max(1, n // 2)}" for key, n in sizes.items() if key != "grad_accumulation"]
+        editable = " or ".join(key for key in EDITABLE if key in sizes)
         batch, parts, smaller = sizes.get("batch_size", 1), sizes.get("grad_accumulation", 1), ""
         if parts < batch:
             more = min(2 * parts, batch)
             smaller = f"set grad_accumulation={more} for the same result in smaller parts, or "
         raise UserError(
             f"out of memory with {now}: {smaller}halve the sizes to {', '.join(halved)}; what is saved can "
-            "be resumed after editing grad_accumulation or eval_batch_size in its config.json"
+            f"be resumed after editing {editable} in its config.json"
         ) from error
 
 

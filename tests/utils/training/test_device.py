@@ -77,10 +77,11 @@ EXHAUSTED = [torch.OutOfMemoryError("CUDA"), MemoryError(), RuntimeError("can't 
 
 @pytest.mark.parametrize("error", EXHAUSTED, ids=lambda error: type(error).__name__)
 def test_out_of_memory_is_advice(error: Exception) -> None:
-    training = dict(zip(MEMORY_KEYS, (32, 2, 64), strict=True))
+    training = dict(zip(MEMORY_KEYS, (32, 2, 64, 2000), strict=True))
+    ridge = "" if isinstance(error, torch.OutOfMemoryError) else ", ranpac_dim=1000"  # never on a GPU
     for sizes, advice in (
-        (training, "set grad_accumulation=4 .*batch_size=16, eval_batch_size=32"),
-        ({"eval_batch_size": 1}, "to eval_batch_size=1"),
+        (training, f"set grad_accumulation=4 .*batch_size=16, eval_batch_size=32{ridge};"),
+        ({"eval_batch_size": 1}, "to eval_batch_size=1; .*editing eval_batch_size in"),
     ):
         with pytest.raises(UserError, match=advice), out_of_memory_advice(sizes):
             raise error
