@@ -115,7 +115,7 @@ class SEMA(ClassIncrementalLearner):
             return min(trained, described)
         if not self.method_state["grown"]:
             return 1
-        return max(trained, described) if growing > 1 else max(1, min(trained, described))
+        return max(1, max(trained, described) if growing > 1 else min(trained, described))
 
     # --- scan -----------------------------------------------------------------------------------------------
 

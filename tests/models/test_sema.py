@@ -1,5 +1,6 @@
 """SEMA as a learner on tiny data: what learns when, growth, traces, consolidation, reuse of features."""
 
+import json
 import re
 from collections.abc import Callable
 
@@ -272,3 +273,12 @@ def test_old_classes_take_no_part_in_the_loss(make_sema: Make) -> None:
     logits[:, :2] = -torch.inf
     expected = torch.nn.functional.cross_entropy(logits, batch.targets)
     torch.testing.assert_close(FunctionalPhase(learner).loss(batch).loss, expected)
+
+
+def test_no_drawn_view_outlives_its_task_where_no_epoch_reads_one(make_sema: Make) -> None:
+    """Blocks that grow in every task are scanned for it, also where nothing is trained then."""
+    idle = {"func_epoch": 0, "rd_epoch": 0, "expansion": "always", "adapter_blocks": "growing"}
+    learner = run_tasks(make_sema(**idle), 2)
+    assert learner.method_state["grown"] == [4, 5]
+    about = [json.loads(path.read_text()) for path in learner.cache.root.rglob("about.json")]
+    assert about and not [each for each in about if each["view"] is not None]
