@@ -246,7 +246,7 @@ class ClassIncrementalConfig(RunConfig):
         return [self.stored_bytes(shape, task, labels.stop) for task, labels in enumerate(self.known_tasks())]
 
     def stored_bytes(self, shape: BackboneShape, task: int, classes: int) -> int:
-        """Upper bound on the bytes of tensors in a task's checkpoint; classes: number seen by then."""
+        """Estimate of the bytes of tensors in a task's checkpoint; classes: number seen by then."""
         return 4 * classes * shape.width
 
     def _class_conflicts(self) -> Iterator[Conflict]:
@@ -607,7 +607,7 @@ class AdapterKeys(BlockKeys):
         return super().stored_bytes(shape, task, classes) + self.adapter_bytes(shape, task)
 
     def adapter_bytes(self, shape: BackboneShape, task: int) -> int:
-        """Upper bound on the bytes of all adapters at the end of a task."""
+        """Estimate of the bytes of all adapters at the end of a task."""
         units = 2 * self.nested_lora_rank if self.nested else self.ffn_num
         growing = self.adapt_end_layer - self.adapt_start_layer + 1
         adapters = len(self.adapted_blocks(shape.depth)) + (task * growing if self.grows else 0)
