@@ -68,6 +68,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--run",
         type=given_path,
         nargs="+",
+        action="extend",
         metavar="FOLDER",
         help="a run folder: redraw its figures and test its last checkpoint; "
         "several: their mean and deviation",
@@ -77,6 +78,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--compare",
         type=given_path,
         nargs="+",
+        action="extend",
         metavar="FOLDER",
         help="run folders, or folders that hold some: runs that differ in more than their seed, in a table",
     )
@@ -97,6 +99,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add(
         "--analyse",
         nargs="+",
+        action="extend",
         metavar="NAME",
         help="with --run: rebuild the network after every task; cka, grassmann, probes go to "
         "FOLDER/analysis; of a run with a gate also gate, of one on grids units, samples",
@@ -107,7 +110,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         metavar="N",
         help="with --analyse: test images of each class at most (default: 20)",
     )
-    add("--predict", type=given_image, nargs="+", metavar="PATH", help="with --run: classes of these images")
+    add(
+        "--predict",
+        type=given_image,
+        nargs="+",
+        action="extend",
+        metavar="PATH",
+        help="with --run: classes of these images",
+    )
     add("--top", type=at_least_one, metavar="N", help="with --predict: classes per image (default: 1)")
     add("--export", choices=("timm", "onnx", "torchscript"), help="with --run: write the model in this form")
     add(

@@ -93,7 +93,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help="continue the run in this folder; auto: that of --config, or start it where there is none",
     )
     add("--extend", type=given_path, metavar="FOLDER", help="a finished run, to learn further tasks")
-    add("--data", nargs="+", metavar="FOLDER", help="with --extend: new classes; each folder is one task")
+    add(
+        "--data",
+        nargs="+",
+        action="extend",
+        metavar="FOLDER",
+        help="with --extend: new classes; each folder is one task",
+    )
     add("--overwrite", action="store_true", help="replace an existing folder of the same name")
     add("--verbose", action="store_true", help="log every epoch, optimizer group and norm, too")
     add("--sweep", type=given_path, metavar="FILE", help="run a table of experiments; skips finished ones")
@@ -102,6 +108,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--seeds",
         type=whole_number,
         nargs="+",
+        action="extend",
         metavar="N",
         help="of a sweep: run these seeds, also new ones",
     )

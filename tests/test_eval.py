@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 import eval as evaluation
+import main
 from models import SCHEMAS
 from tests.conftest import shipped_file
 from tests.utils.reports.test_report import invented
@@ -69,6 +70,21 @@ def test_keys_that_change_no_number_may_differ(tmp_path: Path, capsys: pytest.Ca
     assert evaluation.main(["--run", first, second]) == 0
     shown = capsys.readouterr().out
     assert "over seeds 1, 2" in shown and "note" not in shown
+
+
+def test_an_option_that_is_given_twice_has_all_of_its_values(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = (finished(tmp_path / str(seed), seed) for seed in (1, 2))
+    assert evaluation.main(["--run", first, "--run", second]) == 0
+    assert "over seeds 1, 2" in capsys.readouterr().out
+    assert evaluation.parse(["--run", first, "--analyse", "cka", "--analyse", "gate"]).analyse == [
+        "cka",
+        "gate",
+    ]
+    extended = main.parse(["--extend", first, "--data", "a", "b", "--data", "c"])
+    assert extended.data == ["a", "b", "c"]
+    assert main.parse(["--sweep", "exps/sweeps/smoke.json", "--seeds", "1", "--seeds", "2"]).seeds == [1, 2]
 
 
 @pytest.mark.parametrize(
