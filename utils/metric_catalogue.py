@@ -106,7 +106,7 @@ COSTS = (  # of every run, beside the metrics of its method
         shown=Shown.MEANS,
         scale=60.0,
     ),
-    MetricSpec("peak_memory_mb", "peak memory", "MB", digits=0),
+    MetricSpec("peak_memory_mb", "peak memory", "MiB", digits=0),
 )
 CLASS_INCREMENTAL = (
     MetricSpec("final", "A_N", "%", "accuracy over all classes after the last task", shown=Shown.FIGURES),

@@ -42,6 +42,8 @@ def test_a_sweep_of_runs_on_grids_is_reported_in_their_numbers(tmp_path: Path) -
         text = (tmp_path / name).read_text()
         assert "unseen IoU (%)" in text and "distance of sharing tasks" in text and "A_N" not in text
     headings = means_table(results).headings
-    assert "few-shot steps" in headings and not {"peak memory (MB)", "adapter parameters (k)"} & set(headings)
+    assert "few-shot steps" in headings and not {"peak memory (MiB)", "adapter parameters (k)"} & set(
+        headings
+    )
     verdicts = results.summary.loc["sharing"]["verdict"]
     assert verdicts["unseen_iou"] == verdicts["grassmann_shared"] == "better"  # higher, and lower

@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from utils.errors import UserError
+from utils.metric_catalogue import COSTS, by_key
 from utils.training.device import (
     MEMORY_KEYS,
     one_ahead,
     out_of_memory_advice,
+    peak_memory_mb,
     resolve_device,
     resolve_precision,
     sha256_of,
@@ -87,6 +89,12 @@ def test_out_of_memory_is_advice(error: Exception) -> None:
             raise error
     with pytest.raises(RuntimeError, match="shapes"), out_of_memory_advice(training):
         raise RuntimeError("shapes")
+
+
+def test_peak_memory_is_in_the_unit_that_reports_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 * 2**20)
+    spec = by_key(COSTS)["peak_memory_mb"]
+    assert (spec.text(peak_memory_mb(torch.device("cuda"))), spec.unit) == ("3", "MiB")
 
 
 def test_one_ahead_gives_the_same_items_and_passes_errors_on() -> None:
