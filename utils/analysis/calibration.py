@@ -71,10 +71,13 @@ def fit(scores: Tensor, targets: Tensor, fitted_on: str) -> Calibration:
     """Temperature with the smallest negative log-likelihood of the targets (n,), from scores (n, C).
 
     Targets are smoothed: 1 - e for the class of an image, plus e spread over all classes, e = 1 / (n + 2), so
-    that T stays away from zero where every image is classified right.
+    that T stays away from zero where every image is classified right. T is 1 where all are alike, as with a
+    single class: it will be kept if images are gone when further classes come.
     """
     wide, smoothing = scores.double(), 1 / (len(scores) + 2)
     wide = wide - wide.mean(dim=1, keepdim=True)  # which changes no probability
+    if (scores == scores[:, :1]).all():
+        return Calibration(1.0, len(scores), fitted_on)
     wanted = (1 - smoothing) * wide.gather(1, targets[:, None]).mean()  # mean score under the targets
 
     def too_sharp(log_t: float) -> bool:
@@ -105,4 +108,4 @@ def errors(probabilities: Tensor, targets: Tensor) -> dict[str, float]:
     of_bins = torch.zeros(BINS, dtype=torch.float64).index_add_(0, bins, gaps)
     tiny = torch.finfo(probabilities.dtype).tiny
     own = probabilities.gather(1, targets[:, None]).clamp_min(tiny)
-    return {"ece": 100 * float(of_bins.abs().sum()) / len(gaps), "nll": -float(own.log().mean())}
+    return {"ece": 100 * float(of_bins.abs().sum()) / len(gaps), "nll": 0.0 - float(own.log().mean())}

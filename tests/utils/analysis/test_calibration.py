@@ -54,6 +54,19 @@ def test_a_faultless_head_is_confident_as_far_as_its_images_tell() -> None:
     assert 0.9 < probabilities(F.one_hot(targets).float(), found.temperature).max() < 0.99
 
 
+@pytest.mark.parametrize("classes", [1, 3])
+def test_scores_that_are_all_alike_are_neither_sharpened_nor_softened(classes: int) -> None:
+    """Of a single class above all, whose images may be gone when others come."""
+    targets = torch.arange(6) % classes
+    found = fit(torch.full((6, classes), 0.1), targets, HELD_OUT)
+    assert found.temperature == 1
+
+
+def test_no_error_is_zero_without_a_sign() -> None:
+    found = errors(torch.ones(3, 1, dtype=torch.float64), torch.zeros(3, dtype=torch.int64))
+    assert [str(value) for value in found.values()] == ["0.0", "0.0"]
+
+
 def test_errors_are_those_of_their_definition() -> None:
     p = torch.tensor([[0.9, 0.1], [0.9, 0.1], [0.4, 0.6], [0.39, 0.61]])
     found = errors(p, torch.tensor([0, 1, 1, 1]))
