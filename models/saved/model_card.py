@@ -6,7 +6,8 @@ from typing import Any
 
 from models.saved.prediction import Predictor
 from models.vit.pretrained import weights_origin
-from utils.analysis.calibration import FITTED_ON
+from utils.analysis.calibration import FITTED_ON, VALIDATION
+from utils.runs.manifest import read_manifest
 from utils.wording import counted
 
 LOADING = """\
@@ -39,19 +40,20 @@ def model_card(
     learner, tested = model.learner, model.evaluation
     config, backbone, calibration = learner.config, learner.backbone, learner.calibration
     source, licence = weights_origin(config.backbone_type, config.weights)
-    images = tested.get("images", "test")
+    images, data = tested.get("images", "test"), ", ".join(data_learned(model, folder))
     accuracy = 100 * sum(tested["correct"]) / sum(tested["total"])
     calibrated = "not calibrated"
     if calibration is not None:
+        kind = "validation" if calibration.fitted_on == VALIDATION else "training"
         calibrated = (
-            f"temperature {calibration.temperature:.4g}, fitted on {calibration.images} training images, "
-            f"{FITTED_ON[calibration.fitted_on]}; expected calibration error {tested['ece']:.2f} points on "
-            f"{images} images"
+            f"temperature {calibration.temperature:.4g}, fitted on "
+            f"{counted(calibration.images, f'{kind} image')}, {FITTED_ON[calibration.fitted_on]}; expected "
+            f"calibration error {tested['ece']:.2f} points on {images} images"
         )
     rows = {
         "run": folder.name,
         "method": config.model_name,
-        "data": config.dataset,
+        "data": data,
         "classes": f"{len(model.classes)}, learned in {counted(learner.task + 1, 'task')}",
         "accuracy": f"{accuracy:.2f} % of {sum(tested['total']):,} {images} images of these classes",
         "scores": calibrated,
@@ -64,7 +66,7 @@ def model_card(
     loading = LOADING.format(library=library, load=load, **preprocessing)
     return "\n".join(
         [
-            f"# {len(model.classes)} classes of {config.dataset} by {config.model_name}\n",
+            f"# {counted(len(model.classes), 'class', 'classes')} of {data} by {config.model_name}\n",
             "| | |\n| --- | --- |",
             *(f"| {name} | {value} |" for name, value in rows.items()),
             "",
@@ -74,3 +76,11 @@ def model_card(
             f"Classes: {', '.join(model.classes)}\n",
         ]
     )
+
+
+def data_learned(model: Predictor, folder: Path) -> list[str]:
+    """The data sets whose classes the model knows: each of `extra_data` is one task after the others."""
+    config, more = model.learner.config, read_manifest(folder).model_extra or {}
+    names, learned = [config.dataset, *config.added], model.learner.task + 1
+    later = len(more["data_of_tasks"]["train"]) - learned if "data_of_tasks" in more else 0
+    return names[: max(1, len(names) - later)]

@@ -32,7 +32,6 @@ from models.saved.learner import (
 )
 from models.vit.class_incremental import ClassIncrementalLearner
 from models.vit.sources import view_spec
-from utils.analysis.calibration import probabilities
 from utils.config.loading import check_object
 from utils.console import progress
 from utils.data.folders import FolderScan
@@ -111,15 +110,18 @@ class Predictor:
         table.attrs["unreadable"] = unreadable
         return table
 
-    @torch.no_grad()
     def scores(self, pixels: list[Tensor]) -> Tensor:
         """Calibrated scores (n, C) of images (3, h, w) uint8, on the CPU; each row sums to 1."""
+        return self.logits(pixels).softmax(dim=1)
+
+    @torch.no_grad()
+    def logits(self, pixels: list[Tensor]) -> Tensor:
+        """Raw scores divided by the temperature, (n, C) float64, of images as `scores` takes them."""
         if not pixels:
-            return torch.empty(0, len(self.classes))
+            return torch.empty(0, len(self.classes), dtype=torch.float64)
         views = torch.cat([views_of(image[None], self.view, None, np.zeros(1, int)) for image in pixels])
         learner = self.learner
-        raw = learner.classify(learner.features(views.to(learner.device)))
-        return probabilities(raw.cpu(), self.temperature)
+        return learner.classify(learner.features(views.to(learner.device))).cpu().double() / self.temperature
 
 
 def load_run(

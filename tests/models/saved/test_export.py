@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,8 +12,15 @@ import torch
 from PIL import ExifTags, Image
 
 import eval as evaluation
-from models import load_run
-from tests.models.saved.conftest import Finished
+from models import SCHEMAS, load_run
+from models.saved import export as saved_export
+from models.saved.extension import Extension
+from models.saved.prediction import Predictor
+from tests.conftest import folder_of
+from tests.models.saved.conftest import COMMON, Finished
+from tests.models.saved.test_extension import photos
+from trainer import extend, train
+from utils.config.loading import config_from_dict
 
 AS_TIMM = ("linear_probe", "sdlora", "inflora")  # one ViT with a linear classifier
 EXPORTS = {
@@ -80,3 +88,49 @@ def test_a_card_says_what_the_model_is_and_nothing_is_replaced(
         assert fact in card, fact
     before = sorted((tmp_path / "x").iterdir())
     assert "is there already" in told(2, *command) and sorted((tmp_path / "x").iterdir()) == before
+
+
+def test_scores_that_hardly_differ_must_still_name_the_same_classes(
+    runs: Callable[[str], Finished],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    told: Callable[..., str],
+) -> None:
+    """With a high temperature, as many classes have, every score is about 1 / C."""
+
+    def soft(*arguments: object) -> Predictor:
+        model = load_run(*arguments)
+        model.temperature = 1e6
+        return model
+
+    def broken(model: Predictor, views: torch.Tensor, folder: Path) -> Callable[..., torch.Tensor]:
+        return lambda images: torch.zeros(len(images), len(model.classes))
+
+    monkeypatch.setattr(saved_export, "load_run", soft)
+    command = export(runs("simplecil"), "torchscript", tmp_path / "x")
+    told(0, *command)
+    shutil.rmtree(tmp_path / "x")
+    monkeypatch.setitem(saved_export.FORMS, "torchscript", broken)
+    assert "differs from the run" in told(2, *command) and list(tmp_path.iterdir()) == []
+
+
+def test_a_card_names_the_data_and_images_that_its_model_knows(
+    tmp_path: Path, told: Callable[..., str]
+) -> None:
+    """Of an extended run measured on validation images: all data sets, or those of an earlier task."""
+    old, new = (photos(tmp_path / name, [name], colour) for name, colour in (("ant", 0), ("bee", 90)))
+    config = {"model_name": "simplecil", "dataset": old, "init_cls": 1, "increment": 1, "max_tasks": 1}
+    config |= {"validation_share": 0.25, "logs_root": str(tmp_path / "logs"), "cache_gb": 0}
+    tiny = {key: COMMON[key] for key in ("backbone_type", "weights", "image_size", "device", "precision")}
+    config = config_from_dict(tiny | config, SCHEMAS, "test").config
+    train(config)
+    extension = Extension.of(folder_of(tmp_path / "logs"), [], [new])
+    extend(extension)
+    task = extension.place / "checkpoints" / "task_00"
+    for number, (given, named) in enumerate((("--run", old + ", " + new), ("--checkpoint", old))):
+        place, out = task if number else extension.place, tmp_path / str(number)
+        told(0, evaluation.main, given, place, "--export", "torchscript", "--out", out)
+        card = (out / "README.md").read_text()
+        assert f" of {named} by simplecil" in card and f"| data | {named} |" in card
+        images = ("2 validation images", "1 validation image")[number]
+        assert f"fitted on {images}, held out of training" in card
