@@ -42,7 +42,10 @@ def listing(root: Path) -> list[str]:
 
 
 def clear(root: Path) -> list[str]:
-    """Remove all that a cache holds; says what that freed. Raises UserError for another folder."""
+    """Remove all that a cache holds; says what that freed.
+
+    Raises UserError: it is another folder, or groups of it cannot be removed.
+    """
     records = memo_files(root / IMAGES)
     ours = (root / MARKER).is_file() or bool(records)
     if root.exists() and not ours and (not root.is_dir() or any(root.iterdir())):
@@ -56,6 +59,11 @@ def clear(root: Path) -> list[str]:
     freed = sum(remove_group(root / group) for group in groups) + sum(loose.values())
     for path in loose:
         path.unlink(missing_ok=True)
+    if left := groups_in(root).keys() & groups.keys():
+        raise UserError(
+            f"{root} still has {counted(len(left), 'group')}, such as {min(left)}: files cannot be removed, "
+            f"or a run writes them; change their permissions, or wait for its end, then {AGAIN}"
+        )
     return [f"{counted(len(groups) + bool(records), 'group')} removed from {root}: {freed} bytes freed"]
 
 

@@ -3,6 +3,7 @@
 import os
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -72,6 +73,15 @@ def test_files_of_others_with_names_like_those_of_a_cache_stay(cache, capsys):
     assert run(cache.root, capsys)[-1].endswith("in 1 group")
     assert "1 group removed" in run(cache.root, capsys, "--clear")[0]
     assert len([*cache.root.glob("*/*.json")]) == 2
+
+
+def test_what_cannot_be_removed_is_told(cache, capsys, monkeypatch):
+    fill(cache.root, ["one", "two"])
+    with monkeypatch.context() as context:
+        context.setattr(Path, "unlink", Mock(side_effect=PermissionError(13, "Permission denied")))
+        assert main(["--root", str(cache.root), "--clear"]) == 2
+    shown = capsys.readouterr()
+    assert "2 groups" in shown.err and shown.out == "" and groups(cache.root) == ["one", "two"]
 
 
 def test_clear_removes_what_a_killed_process_has_left(cache, capsys):
