@@ -82,7 +82,7 @@ class Predictor:
         Args:
             images: paths, folders (all image files in and below them), PIL images, or uint8 arrays or
                 tensors: (h, w, 3), (3, h, w), (h, w), or a batch of those; or a sequence of any of these but
-                batches.
+                batches. (3, h, w) is always one image: three grey ones are given in a list.
             top: classes per image.
 
         Raises UserError: there is no image, or an array does not have the form of one.
@@ -139,8 +139,8 @@ def load_run(
 
     PyTorch's global random states are left as they were.
 
-    Raises UserError: no run of images, no finished task, a damaged checkpoint, no weights, or a device or
-    precision that does not exist.
+    Raises UserError: no run of images, no finished task, a damaged checkpoint or config, no weights, or a
+    device or precision that does not exist.
     """
     folder = Path(folder).expanduser()
     values = read_json(folder / CONFIG)
@@ -153,12 +153,13 @@ def load_run(
     checkpoint = Path(checkpoint) if checkpoint else latest_checkpoint(folder / CHECKPOINTS, whole_tasks=True)
     if checkpoint is None:
         raise UserError(f"{folder} has no checkpoint of a finished task yet: let the run finish one")
+    own = {key: values[key] for key in method.Config.editable_keys & values.keys()}
     asked = {"device": device} | ({} if precision is None else {"precision": precision})
-    if problems := check_object(asked, method.Config).problems:
-        raise UserError("; ".join(problems))
+    for given, origin in ((own, f"{folder / CONFIG}: "), (asked, "")):
+        if problems := check_object(given, method.Config).problems:
+            raise UserError(origin + "; ".join(problems))
     tensors, state = load_run_checkpoint(checkpoint)
     with fitting(checkpoint):
-        own = {key: values[key] for key in method.Config.editable_keys & values.keys()}
         config = method.Config.model_validate(state["config"] | own | asked)
     with run_context(config) as context, kept_generators(context.device):
         learner = make_learner(config, replace(context, reads_data=False))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -145,6 +146,15 @@ def test_mistakes_are_a_sentence(simplecil: Finished, tmp_path: Path, told: Call
     for wrong in ({"device": "tpu"}, {"precision": "fp64"}):
         with pytest.raises(UserError, match=f"{next(iter(wrong))} = .*allowed: .*auto"):
             load_run(simplecil.folder, **wrong)
+
+
+def test_a_key_that_was_edited_wrongly_is_named(simplecil: Finished, tmp_path: Path) -> None:
+    """Where a run may be edited it is not of an earlier version."""
+    folder = shutil.copytree(simplecil.folder, tmp_path / "run")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"eval_batch_size": 0}))
+    with pytest.raises(UserError, match="config.json: eval_batch_size = 0: .*allowed"):
+        load_run(folder)
 
 
 def test_any_task_and_only_runs_of_images(
