@@ -8,7 +8,7 @@
     views.figures([run / "figures" / "norms.png"])
 
 Numbers per task have the task as their step, numbers per epoch the batches that the whole run has processed
-in training and scans so far; other tags count their own values.
+in training and scans so far, without scans after a task's last epoch; other tags count their own values.
 """
 
 import csv
