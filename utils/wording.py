@@ -6,12 +6,14 @@ shortened(["bed", "bee", "boy"], 10)   # "bed, bee and 1 more"
 some(["a", "b", "c", "d", "e"])        # "a, b, c, d and 1 more"
 duration(90)                           # "90 s"
 as_typed("main.py", "--resume", "a b") # "python main.py --resume 'a b'"
+named_data({"dataset": "cats", "extra_data": ["birds"]})     # "cats + birds"
 columns("低 rank")                      # 7 on a terminal
 escaped("\\udcff.png")                 # r"\udcff.png": bytes of a name that are no text
 """
 
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 from unicodedata import combining, east_asian_width
 
 
@@ -57,6 +59,11 @@ def duration(seconds: float) -> str:
 def as_typed(script: str, *arguments: object) -> str:
     """A command of this program as one types it in a shell."""
     return shlex.join(["python", script, *map(str, arguments)])
+
+
+def named_data(config: Mapping[str, Any]) -> str:
+    """Names of the data sets of a configuration, those of `extra_data` last; "" for grids."""
+    return " + ".join(filter(None, [config.get("dataset"), *(config.get("extra_data") or [])]))
 
 
 def columns(text: str) -> int:

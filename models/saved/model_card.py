@@ -8,7 +8,7 @@ from models.saved.prediction import Predictor
 from models.vit.pretrained import weights_origin
 from utils.analysis.calibration import FITTED_ON, VALIDATION
 from utils.runs.manifest import read_manifest
-from utils.wording import counted
+from utils.wording import counted, named_data
 
 LOADING = """\
 import {library}
@@ -40,7 +40,7 @@ def model_card(
     learner, tested = model.learner, model.evaluation
     config, backbone, calibration = learner.config, learner.backbone, learner.calibration
     source, licence = weights_origin(config.backbone_type, config.weights)
-    images, data = tested.get("images", "test"), ", ".join(data_learned(model, folder))
+    images, data = tested.get("images", "test"), data_learned(model, folder)
     accuracy = 100 * sum(tested["correct"]) / sum(tested["total"])
     calibrated = "not calibrated"
     if calibration is not None:
@@ -78,9 +78,10 @@ def model_card(
     )
 
 
-def data_learned(model: Predictor, folder: Path) -> list[str]:
+def data_learned(model: Predictor, folder: Path) -> str:
     """The data sets whose classes the model knows: each of `extra_data` is one task after the others."""
     config, more = model.learner.config, read_manifest(folder).model_extra or {}
-    names, learned = [config.dataset, *config.added], model.learner.task + 1
-    later = len(more["data_of_tasks"]["train"]) - learned if "data_of_tasks" in more else 0
-    return names[: max(1, len(names) - later)]
+    tasks = len(more["data_of_tasks"]["train"]) if "data_of_tasks" in more else 0
+    later = max(0, tasks - model.learner.task - 1)  # not learned yet
+    added = config.added[: max(0, len(config.added) - later)]
+    return named_data({"dataset": config.dataset, "extra_data": added})

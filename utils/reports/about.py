@@ -19,7 +19,7 @@ from utils.metric_catalogue import ABSENT
 from utils.reports.tables import Table, frame_table
 from utils.runs.folder import CONFIG
 from utils.runs.manifest import SHOWN, Manifest, read_manifest
-from utils.wording import counted
+from utils.wording import counted, named_data
 
 LISTED_KEYS = 6  # with more keys, these are the rows of their table and cells its columns
 
@@ -31,7 +31,7 @@ def facts_of(config: Mapping[str, Any], manifest: Manifest) -> dict[str, str]:
     name = config["model_name"]
     facts = {"Method": f"{method.rstrip('.')} ({name})" if method else name}
     if images:
-        facts["Data"] = f"{config['dataset']}: {_images(images)}"
+        facts["Data"] = f"{named_data(config)}: {_images(images)}"
     if images and "data_of_tasks" in more:
         facts["Tasks"] = _tasks(config, len(images["train"]), len(more["data_of_tasks"]["train"]))
     if weights:

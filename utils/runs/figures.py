@@ -50,6 +50,7 @@ from utils.runs.classes import read_classes
 from utils.runs.folder import CONFIG, FIGURES, METRICS, RESULT
 from utils.runs.run_log import accuracy_rows, read_metrics
 from utils.runs.tables import accuracy_on
+from utils.wording import named_data
 
 MOST_NAMED_CLASSES, MOST_NUMBERED_CLASSES = 60, 16  # beyond, their names or counts would be too small
 LONGEST_NAME = 22  # characters of a class's name
@@ -115,7 +116,8 @@ def class_incremental_figures(events: Sequence[Mapping[str, Any]], about: str) -
 
 def describe(config: Mapping[str, Any], finished: bool = True) -> str:
     """Line under a figure's title: prefix, method, data, backbone, seed, and whether it is unfinished."""
-    names = [config.get(key) for key in ("prefix", "model_name", "dataset", "backbone_type", "encoder")]
+    first, last = ("prefix", "model_name"), ("backbone_type", "encoder")
+    names = [*map(config.get, first), named_data(config), *map(config.get, last)]
     parts = [str(name) for name in names if name] + [f"seed {config.get('seed')}"]
     return " · ".join(parts if finished else [*parts, "unfinished"])
 

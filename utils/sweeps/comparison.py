@@ -30,7 +30,7 @@ from utils.runs.manifest import Provenance, changes, read_manifest, read_provena
 from utils.runs.metrics import checked_result, number_of_tasks
 from utils.runs.seeds import both_values
 from utils.sweeps.spec import bare, slug_of
-from utils.wording import as_typed, counted
+from utils.wording import as_typed, counted, named_data
 
 RECORD = "comparison.json"
 METHOD = "model_name"
@@ -225,16 +225,11 @@ def _check_comparable(runs: Sequence[FinishedRun]) -> None:
             shown = unlike[:1] if unlike[0] in ("metric", "data") else unlike  # the others follow
             values = {key: (ours.get(key), theirs[key]) for key in shown}
             if "data" in values:
-                values["dataset"] = tuple(_named_data(one.config) for one in (most, run))
+                values["dataset"] = tuple(named_data(dict(one.config)) for one in (most, run))
             raise UserError(
                 f"{most.folder} and {run.folder} are about different data or tasks and cannot be paired: "
                 f"{both_values(values)}; compare each kind in a command of its own"
             )
-
-
-def _named_data(config: RunConfig) -> str:
-    """The data set of a config and those that follow it; "" for grids."""
-    return " + ".join([getattr(config, "dataset", ""), *(getattr(config, "extra_data", None) or [])])
 
 
 def _baseline(given: str | None, groups: Mapping[str, Mapping[int, FinishedRun]]) -> str:

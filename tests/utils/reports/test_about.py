@@ -41,6 +41,8 @@ def test_facts_are_what_the_manifest_records():
         "Code": "commit d72efe98b4d0 with uncommitted changes, torch 2.12.0, timm 1.0.31",
         "Machine": "cpu (x86_64), bf16, 2 threads, 4 processes",
     }
+    extended = facts_of(config | {"extra_data": ["birds"]}, manifest(**about))
+    assert extended["Data"] == data.replace("cifar224", "cifar224 + birds")
     assert list(facts_of(config, manifest())) == ["Method", "Code", "Machine"]  # of an earlier version
 
 

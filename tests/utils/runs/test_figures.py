@@ -122,6 +122,7 @@ def test_a_run_killed_while_recording_a_task_is_drawn_as_far_as_it_got(tmp_path:
         text.get_text() for text in matrix.texts
     ]
     assert describe(CONFIG) == "nested_lora · sema · cifar224 · vit · seed 7"
+    assert "cifar224 + birds" in describe(CONFIG | {"extra_data": ["birds"]})
 
 
 @pytest.mark.parametrize("tasks", [1, 4, 10, 20, 40])
