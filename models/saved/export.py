@@ -11,6 +11,7 @@ the CPU.
 
 import copy
 import importlib.util
+import io
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import timm
 import torch
+from safetensors import SafetensorError
 from timm.models import save_for_hf
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -31,7 +33,7 @@ from models.vit.closed_form import PrototypeHead
 from models.vit.gaussians import AlignedHead, FeCAMHead
 from utils.data.transforms import views_of
 from utils.errors import UserError
-from utils.files import json_bytes
+from utils.files import json_bytes, write_synced
 from utils.inc_net import IncrementalHead
 from utils.training.random import numpy_rng
 
@@ -116,27 +118,34 @@ def to_timm(model: Predictor, views: Tensor, folder: Path) -> Forward:
     state = {f"head.{name}": tensor / model.temperature for name, tensor in head.items()}
     vit.load_state_dict(learner.network.plain_state() | state)
     about = preprocessing(model)
-    save_for_hf(
-        vit,
-        folder,
-        model_config={"label_names": model.classes},
-        model_args={"img_size": size},
-        safe_serialization=True,
-        data_config={
-            "input_size": (3, size, size),
-            "mean": tuple(about["mean"]),
-            "std": tuple(about["std"]),
-            "interpolation": about["interpolation"],
-            "crop_pct": size / about["resize_shorter_side"],
-        },
-    )
+    try:
+        save_for_hf(
+            vit,
+            folder,
+            model_config={"label_names": model.classes},
+            model_args={"img_size": size},
+            safe_serialization=True,
+            data_config={
+                "input_size": (3, size, size),
+                "mean": tuple(about["mean"]),
+                "std": tuple(about["std"]),
+                "interpolation": about["interpolation"],
+                "crop_pct": size / about["resize_shorter_side"],
+            },
+        )
+    except SafetensorError as error:
+        raise UserError(
+            f"{folder} cannot be written ({error}): free some space, or give --out on another disk"
+        ) from error
     return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
 
 
 def to_torchscript(model: Predictor, views: Tensor, folder: Path) -> Forward:
     """A traced module, model.pt."""
-    torch.jit.trace(Deployed(model).eval(), views).save(folder / "model.pt")
-    return torch.jit.load(folder / "model.pt")
+    path, content = folder / "model.pt", io.BytesIO()  # torch has no OSError for a disk that is full
+    torch.jit.save(torch.jit.trace(Deployed(model).eval(), views), content)
+    write_synced(path, content.getvalue())
+    return torch.jit.load(path)
 
 
 def to_onnx(model: Predictor, views: Tensor, folder: Path) -> Forward:

@@ -90,6 +90,22 @@ def test_a_card_says_what_the_model_is_and_nothing_is_replaced(
     assert "is there already" in told(2, *command) and sorted((tmp_path / "x").iterdir()) == before
 
 
+@pytest.mark.parametrize("form", EXPORTS)
+def test_a_disk_that_takes_no_more_is_a_sentence(
+    form: str, runs: Callable[[str], Finished], tmp_path: Path, told: Callable[..., str]
+) -> None:
+    resource = pytest.importorskip("resource", reason="limits of file sizes")
+    if form == "onnx":
+        pytest.importorskip("onnxruntime", reason="requirements-export.txt")
+    command, size = export(runs("linear_probe"), form, tmp_path / "x"), resource.RLIMIT_FSIZE
+    limits = resource.getrlimit(size)
+    resource.setrlimit(size, (50_000, limits[1]))
+    try:
+        assert "File too large" in told(2, *command) and list(tmp_path.iterdir()) == []
+    finally:
+        resource.setrlimit(size, limits)
+
+
 def test_scores_that_hardly_differ_must_still_name_the_same_classes(
     runs: Callable[[str], Finished],
     tmp_path: Path,
@@ -127,7 +143,7 @@ def test_a_card_names_the_data_and_images_that_its_model_knows(
     extension = Extension.of(folder_of(tmp_path / "logs"), [], [new])
     extend(extension)
     task = extension.place / "checkpoints" / "task_00"
-    for number, (given, named) in enumerate((("--run", old + ", " + new), ("--checkpoint", old))):
+    for number, (given, named) in enumerate((("--run", f"{old} + {new}"), ("--checkpoint", old))):
         place, out = task if number else extension.place, tmp_path / str(number)
         told(0, evaluation.main, given, place, "--export", "torchscript", "--out", out)
         card = (out / "README.md").read_text()
