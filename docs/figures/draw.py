@@ -142,14 +142,14 @@ def draw_answer() -> Figure:
     colours |= {"carried": ORANGE, "carried, all blocks": ORANGE}
     colours |= {"matched adapter": INK, "matched adapter, all blocks": INK}
     figure, panels = plt.subplots(1, 2, figsize=(9.6, 4.8), sharex=True, sharey=True)
-    columns = {"CIFAR-100": "against RanPAC", "Grocery": "against RanPAC, Grocery"}
+    columns = {"CIFAR-100, 3 seeds": "against RanPAC", "Grocery, 5 seeds": "against RanPAC, Grocery"}
     interval_panels(panels, columns, cells, labels, colours, "RanPAC", lowest=-18.0)
     for panel in panels:
         panel.set_xlabel("A_N against RanPAC without adapters (points)")
     note = "Points: means of differences paired by seed; lines: 95 % intervals. ViT-Ti/16 with ImageNet "
     note += "weights, 160 px.\nAdapters in blocks 9-11 unless the row says otherwise (SD-LoRA: all). "
-    note += "Blue: nested. Orange: moving average of one adapter. Green: joint."
-    title = "Adapters averaged over tasks end above RanPAC, most in all blocks"
+    note += 'Blue: nested. Orange: moving average ("carried"). Green: joint.'
+    title = "Adapters in all blocks, averaged over tasks, end above RanPAC"
     finish(figure, title, note)
     return figure
 
@@ -307,12 +307,12 @@ def draw_architecture() -> Figure:
     on.box((0.3, 3.75), (1.9, 0.77), "classifier: fc, class means\nor ridge regression", fontsize=8.5)
     for low, high in ((0.55, 0.9), (1.85, 2.4), (3.35, 3.75)):
         on.arrow((1.25, low), (1.25, high))
-    panel.plot([0.3, 2.2], [2.12, 2.12], color=GREY, linestyle=":", linewidth=1.3)
-    on.text((1.32, 2.0), "tokens stored", fontsize=8.5, color=GREY, ha="left")
     on.enlargement(((2.2, 2.4), (2.95, 0.17)), ((2.2, 3.35), (2.95, 4.47)))
 
     # One growing block.
     on.box((3.3, 0.3), (1.3, 0.45), "attention", FROZEN)
+    panel.plot([3.5, 4.75], [0.84, 0.84], color=GREY, linestyle=":", linewidth=1.3)
+    on.text((4.82, 0.84), "tokens stored (first growing block)", fontsize=8, color=GREY, ha="left")
     on.box((3.3, 1.55), (1.3, 0.6), "MLP", FROZEN)
     adapters = (("adapter\n1", GROWN, INK), ("adapter\n2", GROWN, INK), ("+ new", NEW, BLUE))
     for place, (name, style, colour) in enumerate(adapters):
