@@ -131,7 +131,7 @@ def task_axis(axes: Axes, tasks: int, most_ticks: int = 20, label: str | None = 
 
 
 def draw_chance(axes: Axes, chance: Sequence[float]) -> dict[str, Line2D]:
-    """The accuracy (%) of guessing after each task, and its legend entry, which says where none is visible.
+    """The accuracy (%) by chance after each task, and its legend entry, which says where none is visible.
 
     The limits of the axis stay as they are.
     """
@@ -141,7 +141,7 @@ def draw_chance(axes: Axes, chance: Sequence[float]) -> dict[str, Line2D]:
     axes.set_ylim(limits)
     text = f"{chance[0]:.1f}" if len(set(chance)) == 1 else f"{chance[0]:.1f} to {chance[-1]:.1f}"
     below = ", below this axis" if max(chance) < limits[0] else ""
-    return {f"guessing ({text} %{below})": Line2D([], [], **line)}
+    return {f"chance ({text} %{below})": Line2D([], [], **line)}
 
 
 def adapter_panels(

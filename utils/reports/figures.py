@@ -98,10 +98,20 @@ def cell_styles(results: Results) -> dict[str, Style]:
     return {cell: styles.get(cell, {"color": INK, "marker": "s"}) for cell in cells}
 
 
+def _over_seeds(results: Results) -> str:
+    """What the numbers of cells are, with n: "one seed", "mean ± std over 2 to 5 seeds"."""
+    counts = [len(results.cells[cell]) for cell in results.finished]
+    least, most = min(counts), max(counts)
+    if most == 1:
+        return "one seed"
+    return f"mean ± std over {most if least == most else f'{least} to {most}'} seeds"
+
+
 def bars_figure(results: Results, subtitle: str) -> Figure:
     """The main metric of every cell: a bar to the mean, ± std over seeds, a dot per seed."""
     main = results.main
     labels = [wrapped(cell, LABEL_WIDTH) for cell in results.finished]
+    subtitle = f"{subtitle} · {_over_seeds(results)}"
     figure, (axes,) = _figure_with_rows(labels, _sentence(main.definition), subtitle)
     handles = {"one seed": Line2D([], [], color=INK, marker="o", ms=3, mfc="white", lw=0)}
     behind = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # keeps lines out of the numbers
@@ -124,7 +134,7 @@ def bars_figure(results: Results, subtitle: str) -> Figure:
             handles["the baseline's mean"] = Line2D([], [], color=INK, lw=0.9, ls="--")
     if chance := results.chance()[-1:]:
         axes.axvline(chance[0], color=GREY, ls=":", lw=1.4, zorder=0)
-        handles[f"guessing ({chance[0]:.1f} %)"] = Line2D([], [], color=GREY, ls=":", lw=1.4)
+        handles[f"chance ({chance[0]:.1f} %)"] = Line2D([], [], color=GREY, ls=":", lw=1.4)
     axes.set_xlim(0, max(1.0, *ends) * 1.04)
     axes.set_xlabel(main.heading)
     legend_below(figure, handles)
@@ -209,7 +219,7 @@ def curves_figure(results: Results, subtitle: str) -> Figure | None:
     spec, styles = next(spec for spec in results.metrics if spec.per_task), cell_styles(results)
     shown = [cell for cell in results.ranked.index if cell in styles]
     labels = [f"{cell} ({results.ranked[cell]:.1f})" for cell in shown]
-    subtitle = f"{subtitle} · mean ± std over seeds (in brackets: {results.main.name})"
+    subtitle = f"{subtitle} · {_over_seeds(results)} (in brackets: {results.main.name})"
     figure, axes = _figure_with_legend(labels, _sentence(spec.definition), subtitle)
     handles = {}
     for cell in sorted(results.finished, key=lambda cell: cell in styles):  # colours above grey
@@ -220,9 +230,9 @@ def curves_figure(results: Results, subtitle: str) -> Figure | None:
     axes.set_ylabel(spec.heading)
     axes.grid(axis="y")
     if (chance := results.chance()) and len(chance) == tasks:
-        guessing = draw_chance(axes, chance)
-        handles |= guessing
-        labels, shown = [*labels, *guessing], [*shown, *guessing]
+        dotted = draw_chance(axes, chance)
+        handles |= dotted
+        labels, shown = [*labels, *dotted], [*shown, *dotted]
     _legend_beside(axes, labels, [handles[cell] for cell in shown], handles.values())
     return figure
 
@@ -241,7 +251,8 @@ def trade_off_figure(results: Results, subtitle: str) -> Figure | None:
         return None
     styles = {cell: style for cell, style in cell_styles(results).items() if cell in cells}
     title = "Learning new tasks (plasticity) against losing old ones (forgetting)"
-    subtitle = f"{subtitle} · large: mean ± std, small: one seed"
+    averaged = any(len(results.cells[cell]) > 1 for cell in results.finished)
+    subtitle = f"{subtitle} · " + "large: " * averaged + _over_seeds(results) + ", small: one seed" * averaged
     figure, axes = _figure_with_legend(list(styles), title, subtitle)
     handles = {}
     for cell in cells:

@@ -90,7 +90,7 @@ class Results:
         return groups
 
     def chance(self) -> list[float]:
-        """Accuracy (%) of guessing after each task, with the most tasks of any cell; empty if they differ."""
+        """Accuracy (%) by chance after each task, with the most tasks of any cell; empty if they differ."""
         every = [result.get("classes_seen") or [] for runs in self.cells.values() for result in runs.values()]
         longest = max(every, key=len, default=[])
         alike = all(seen[-1:] == longest[-1:] and (len(seen) == 1 or seen == longest) for seen in every)

@@ -126,7 +126,7 @@ def numbers_table(result: Mapping[str, Any], metrics: Sequence[MetricSpec]) -> T
         if spec.key == metrics[0].key and result.get("classes_seen"):
             classes = result["classes_seen"][-1]
             meaning = f"one of {classes} classes at random, to compare"
-            rows.append(["guessing (%)", f"{100 / classes:.2f}", meaning])
+            rows.append(["chance (%)", f"{100 / classes:.2f}", meaning])
     return plain_table(["number", "value", "meaning"], rows)
 
 

@@ -57,7 +57,7 @@ LONGEST_NAME = 22  # characters of a class's name
 
 CAPTIONS = {  # captions of a class-incremental run's figures, in the order of its page
     "accuracy_curves.png": "Accuracy over all classes seen so far (thick) and on each task's own images "
-    "(thin, a colour per task) after each task; dotted: guessing.",
+    "(thin, a colour per task) after each task; dotted: chance.",
     "accuracy_matrix.png": "Accuracy on the images of each task (columns) after each task (rows): "
     "a task is forgotten down its column.",
     "confusion.png": "What the images of each class (rows) were taken for (columns): right answers are "
@@ -156,7 +156,7 @@ def accuracy_curves_figure(
 ) -> Figure:
     """A_t over all seen classes (thick) and accuracy on each task's own images (thin), percent.
 
-    classes_seen: after each task, for the line of guessing; empty where it is not recorded.
+    classes_seen: after each task, for the line of chance; empty where it is not recorded.
     """
     tasks = len(rows)
     crowded = tasks > 12

@@ -8,7 +8,14 @@ from matplotlib.colors import to_rgb
 from tests.drawn import assert_readable
 from tests.utils.reports.test_report import invented, metric_runs, results_of, table_of_runs
 from utils.plotting import STYLE
-from utils.reports.figures import FIGURES, bars_figure, cell_styles, curves_figure, differences_figure
+from utils.reports.figures import (
+    FIGURES,
+    bars_figure,
+    cell_styles,
+    curves_figure,
+    differences_figure,
+    trade_off_figure,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -92,6 +99,16 @@ def test_one_seed_is_a_hollow_point_without_an_interval():
     _, interval, point = figure.axes[0].lines
     assert np.isnan(interval.get_xdata()).all() and point.get_markerfacecolor() == "white"
     assert list(point.get_xdata()) == [results.summary.loc[("a", "final"), "difference"]]
+
+
+@pytest.mark.parametrize(
+    ("seeds", "said"), [((1, 1), "one seed"), ((1, 3), "1 to 3 seeds"), ((3, 3), "3 seeds")]
+)
+def test_figures_of_means_say_over_how_many_seeds(seeds, said):
+    runs = {f"cell {i}": {s: invented(s, 40 + i) for s in range(n)} for i, n in enumerate(seeds)}
+    for draw in (bars_figure, curves_figure, trade_off_figure):
+        subtitle = " ".join(text.get_text() for text in draw(results_of(runs), "run").texts)
+        assert said in subtitle and ("std" in subtitle) == (max(seeds) > 1)
 
 
 def test_curves_show_the_mean_and_a_dashed_line_for_one_task():

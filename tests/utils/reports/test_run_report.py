@@ -64,7 +64,7 @@ def test_a_page_says_what_was_run_and_what_came_out(name, pages):
         measured = "validation" if name == "held-out images" else "test"
         images = manifest["images_per_class"][measured]
         said.append(f"A_N (%) {result['metrics'][keyed(measured, 'final')]:.2f}")
-        said.append(f"guessing (%) {100 / result['classes_seen'][-1]:.2f}")
+        said.append(f"chance (%) {100 / result['classes_seen'][-1]:.2f}")
         said.append(f"{measured} {sum(images)} images, {images[0]} per class")
         said.append("test_vit.random (untrained network), 32 px")
     assert [part for part in said if part not in words(source)] == []
