@@ -537,8 +537,9 @@ class BlockKeys(ClassIncrementalConfig):
 
     def unused_rules(self) -> list[UnusedRule]:
         blocks = ("adapt_start_layer", "adapt_end_layer")
+        why = 'all blocks have an adapter and none grows; "adapter_blocks": "growing" puts them in these only'
         return [
-            (not self.chooses_blocks, "all blocks have an adapter and none grows", blocks),
+            (not self.chooses_blocks, why, blocks),
             *super().unused_rules(),
         ]
 

@@ -84,7 +84,7 @@ CASES: list[tuple[dict[str, Any], str, str]] = [
     (FINETUNE | {"head": "fecam"}, f"ranpac_dim {ALIGNMENT}", 'head is "fecam"'),
     (COSINE, "ranpac_dim", 'head is "cosine"'),
     (FINETUNE | {"augmentation": "none", "cache_gb": 0}, "cache_views", 'augmentation is "none"'),
-    (FINETUNE, "adapt_start_layer", "none grows"),
+    (FINETUNE, "adapt_start_layer", '"adapter_blocks": "growing"'),
     (COSINE | {"func_epoch": 0}, f"{TRAINING} {ADAPTERS}", "func_epoch is 0"),
     (JOINT, "increment head_drift max_tasks", "there is one task"),
     (JOINT | {"head": "aligned"}, "ca_restart", "there is one task"),
