@@ -69,8 +69,8 @@ class MetricSpec:
             return ABSENT
         if math.isnan(std) or (self.count and not std):
             whole = self.count and (mean / self.scale).is_integer()
-            return f"{mean / self.scale:,.{0 if whole else self.digits}f}"
-        return f"{mean / self.scale:,.{self.digits}f} ± {std / self.scale:,.{self.digits}f}"
+            return f"{mean / self.scale:z,.{0 if whole else self.digits}f}"
+        return f"{mean / self.scale:z,.{self.digits}f} ± {std / self.scale:,.{self.digits}f}"
 
     def difference_text(self, difference: float, high: float | None = None) -> str:
         """A signed difference, or `low to high` of its interval where both ends are given."""

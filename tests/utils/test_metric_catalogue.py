@@ -22,6 +22,8 @@ def test_the_metrics_of_every_method_are_told_apart_and_its_main_one_is_drawn(me
         ("final", 43.456, math.nan, "43.46"),
         ("final", 43.456, 0.0, "43.46 ± 0.00"),
         ("final", math.nan, math.nan, "–"),
+        ("bwt", -1e-9, math.nan, "0.00"),
+        ("bwt", -1e-9, 8.33, "0.00 ± 8.33"),
         ("seconds", 630.0, 60.0, "10.5 ± 1.0"),
         ("expansions", 3, math.nan, "3"),
         ("expansions", 3.0, 0.0, "3"),
