@@ -175,7 +175,8 @@ def usage_fault(options: argparse.Namespace) -> str:
     rules = [
         (
             options.resume not in (None, AUTO) and (options.config or options.set),
-            "--config and --set go with --resume auto: a run folder has its own config.json",
+            "--config and --set go with --resume auto: a run folder has its own config.json, in "
+            "which keys that change no result may be edited",
         ),
         (options.resume == AUTO and not options.config, "--resume auto goes with --config FILE"),
         (
