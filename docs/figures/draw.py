@@ -1,13 +1,11 @@
-"""Figures of the documents: drawn from tables of exps/RESULTS.md and of pages in docs/.
+"""Figures of the README: two drawn from tables of exps/RESULTS.md and docs/experiments.md, one schematic.
 
-python docs/figures/draw.py                   redraws every PNG beside this file
+python docs/figures/draw.py                   redraws them beside this file
 python docs/figures/draw.py --to FOLDER       writes them elsewhere
 """
 
 import argparse
-import math
 import re
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +19,7 @@ from matplotlib.patches import Circle, FancyBboxPatch
 from PIL import Image
 
 ROOT = Path(__file__).parents[2]
-RESULTS, LOG = ROOT / "exps/RESULTS.md", ROOT / "docs/experiment_log.md"
-EXPERIMENTS = ROOT / "docs/experiments.md"
+RESULTS, EXPERIMENTS = ROOT / "exps/RESULTS.md", ROOT / "docs/experiments.md"
 BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#8E5A9F"  # safe for colour-blind readers
 INK, GREY, LIGHT = "#222222", "#767676", "#E4E4E4"
 STYLE = {
@@ -39,7 +36,7 @@ STYLE = {
 }
 
 
-def table(document: Path, first_column: str, heading: str = "") -> dict[str, dict[str, str]]:
+def table(document: Path, first_column: str, heading: str) -> dict[str, dict[str, str]]:
     """The first table below `heading` with that first column: row name -> column -> text, without marks."""
     lines = document.read_text(encoding="utf-8").partition(heading)[2].splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith(f"| {first_column} |"))
@@ -51,13 +48,6 @@ def table(document: Path, first_column: str, heading: str = "") -> dict[str, dic
         rows.append([cell.strip().replace("**", "").replace("\\|", "|") for cell in cells])
     header, body = rows[0], rows[2:]
     return {row[0]: dict(zip(header, row, strict=True)) for row in body}
-
-
-def finish(figure: Figure, title: str, note: str) -> None:
-    """Title above the panels, note below them."""
-    figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
-    figure.text(0.01, 0.01, note, color=GREY, fontsize=8.5)
-    figure.tight_layout(rect=(0, 0.03 + 0.025 * note.count("\n"), 1, 1), h_pad=2)
 
 
 def numbers(text: str) -> list[float]:
@@ -91,29 +81,24 @@ def draw_quickstart() -> Figure:
 
 
 # -----------------------------------------------------------------------------------------------------------
-# Does nesting help
+# The answer
 
 
-def interval_panels(
-    panels: Sequence[Axes],
-    columns: Mapping[str, str],
-    cells: Mapping[str, Mapping[str, str]],
-    labels: Mapping[str, str],
-    colours: Mapping[str, str],
-    baseline: str,
-    lowest: float = -math.inf,
-) -> None:
-    """Differences from a baseline with their intervals: a panel per column (by title), a line per row.
-
-    Args:
-        labels: of the rows, the lowest first. Rows without a colour are grey, of joint training green.
-        lowest: means further left are printed as numbers at the edge.
-    """
-    colours = {name: GREEN if name.startswith("joint") else GREY for name in labels} | colours
+def draw_answer() -> Figure:
+    """Differences of A_N from frozen RanPAC on two data sets, with 95 % intervals, one row per method."""
+    cells = table(RESULTS, "method", "# Results")
+    labels = list(reversed(cells))
+    colours = {name: GREEN if name.startswith("joint") else GREY for name in labels}
+    colours |= {name: BLUE for name in labels if name.lower().startswith("nested")}
+    colours |= {"carried": ORANGE, "carried, all blocks": ORANGE}
+    colours |= {"matched adapter": INK, "matched adapter, all blocks": INK}
+    lowest = -18.0  # means further left are printed as numbers at the edge
+    figure, panels = plt.subplots(1, 2, figsize=(9.6, 4.8), sharex=True, sharey=True)
+    columns = {"CIFAR-100, 3 seeds": "against RanPAC", "Grocery, 5 seeds": "against RanPAC, Grocery"}
     for panel, (title, column) in zip(panels, columns.items(), strict=True):
         for place, name in enumerate(labels):
             difference = numbers(cells[name][column])
-            if name == baseline:
+            if name == "RanPAC":
                 panel.plot(0, place, "D", color=INK, markersize=6)
             elif difference and difference[0] < lowest:
                 text = f"\N{BLACK LEFT-POINTING SMALL TRIANGLE} \N{MINUS SIGN}{-difference[0]:.1f}"
@@ -125,122 +110,21 @@ def interval_panels(
                 panel.plot(mean, place, "o", color=colours[name], markersize=6)
         panel.axvline(0, color=INK, linewidth=0.8)
         panel.set_title(title)
+        panel.set_xlabel("A_N against RanPAC without adapters (points)")
         panel.grid(axis="x", color=LIGHT)
         panel.set_axisbelow(True)
         panel.tick_params(axis="y", length=0)
         panel.spines["left"].set_visible(False)
-    panels[0].set_yticks(range(len(labels)), labels.values())
+    panels[0].set_yticks(range(len(labels)), labels)
     for tick, name in zip(panels[0].get_yticklabels(), labels, strict=True):
         tick.set_color(INK if colours[name] == GREY else colours[name])
-
-
-def draw_answer() -> Figure:
-    """Differences of A_N from frozen RanPAC on two data sets, with 95 % intervals, one row per method."""
-    cells = table(RESULTS, "method", "# Results")
-    labels = {name: name for name in reversed(cells)}
-    colours = {name: BLUE for name in labels if name.lower().startswith("nested")}
-    colours |= {"carried": ORANGE, "carried, all blocks": ORANGE}
-    colours |= {"matched adapter": INK, "matched adapter, all blocks": INK}
-    figure, panels = plt.subplots(1, 2, figsize=(9.6, 4.8), sharex=True, sharey=True)
-    columns = {"CIFAR-100, 3 seeds": "against RanPAC", "Grocery, 5 seeds": "against RanPAC, Grocery"}
-    interval_panels(panels, columns, cells, labels, colours, "RanPAC", lowest=-18.0)
-    for panel in panels:
-        panel.set_xlabel("A_N against RanPAC without adapters (points)")
+    title = "Adapters in all blocks, averaged over tasks, end above RanPAC"
     note = "Points: means of differences paired by seed; lines: 95 % intervals. ViT-Ti/16 with ImageNet "
     note += "weights, 160 px.\nAdapters in blocks 9-11 unless the row says otherwise (SD-LoRA: all). "
     note += 'Blue: nested. Orange: moving average ("carried"). Green: joint.'
-    title = "Adapters in all blocks, averaged over tasks, end above RanPAC"
-    finish(figure, title, note)
-    return figure
-
-
-def draw_nesting() -> Figure:
-    """Differences of A_N and forgetting from the matched adapter, with 95 % intervals, one row per method."""
-    cells = table(LOG, "cell", "does nesting help, on MRI-tuned weights\n")
-    final = {name: numbers(row["A_N"])[0] for name, row in cells.items()}
-    labels = {name: f"{name}   {final[name] + 1e-9:.1f}" for name in sorted(cells, key=final.get)}
-    colours = {"nested mean": BLUE, "nested mean, interpolated": BLUE, "nested": ORANGE}
-    colours |= {"matched adapter": INK}
-    figure, panels = plt.subplots(1, 2, figsize=(9.6, 5.2), sharey=True, width_ratios=(1.2, 1))
-    columns = {"A_N: right is better": "A_N against matched"}
-    columns |= {"Forgetting: left is better": "forgetting against matched"}
-    interval_panels(panels, columns, cells, labels, colours, "matched adapter")
-    for panel in panels:
-        panel.set_xlabel("points against the matched adapter")
-    above = {"xycoords": "axes fraction", "ha": "right", "va": "bottom", "color": GREY, "fontsize": 9}
-    panels[0].annotate("A_N (%)", (-0.015, 1.02), **above)
-    note = "Points: means of differences paired by seed; lines: 95 % intervals; 5 seeds. CIFAR-100 10x10, "
-    note += "20 images per class, MRI-tuned DINOv2-S, 84 px.\nBlue, orange: nested. "
-    note += "Green: trained on all classes at once, so nothing is forgotten."
-    finish(figure, "Two learning rates alone do not help; slow as the running mean over tasks does", note)
-    return figure
-
-
-# -----------------------------------------------------------------------------------------------------------
-# H1 to H4
-
-
-WEIGHTS = {"no sharing": "0", "weak sharing": "0.003", "sharing": "0.01", "strong sharing": "0.1"}
-
-
-def draw_hypotheses() -> Figure:
-    """One panel per hypothesis: means and standard deviations by the weight alpha of the sharing loss."""
-    cells = table(LOG, "cell", "### All cells")
-    answers = table(LOG, "hypothesis", "H1-H4 on grids\n")
-
-    def title(hypothesis: str, says: str, unit: str) -> str:
-        answer = next(row for name, row in answers.items() if name.split()[0].rstrip(",") == hypothesis)
-        mean, interval = answer["difference (95 %)"].replace("-", "\N{MINUS SIGN}").split(maxsplit=1)
-        return f"{hypothesis}  {says}: {answer['verdict']}\n{mean}{unit} {interval}"
-
-    def means(panel: Axes, names: dict[str, str], column: str, label: str = "", second: bool = False) -> None:
-        values = [numbers(cells[name][column]) for name in names]
-        panel.errorbar(
-            [place + (0.07 if second else -0.07) * bool(label) for place in range(len(values))],
-            [mean for mean, _ in values],
-            [deviation for _, deviation in values],
-            fmt="s" if second else "o",
-            color=ORANGE if second else BLUE,
-            markersize=7,
-            elinewidth=1.8,
-            capsize=3,
-            label=label,
-        )
-        panel.set_xticks(range(len(names)), list(names.values()))
-        panel.set_xlim(-0.5, len(names) - 0.5)
-        panel.grid(axis="y", color=LIGHT)
-
-    figure, ((h1, h2), (h3, h4)) = plt.subplots(2, 2, figsize=(9.6, 6.6))
-    means(h1, WEIGHTS, "distance, sharing", "tasks that share primitives")
-    means(h1, WEIGHTS, "others", "tasks that share none", second=True)
-    h1.axhline(2.85, color=GREY, linestyle="--", linewidth=1)
-    h1.text(3.45, 2.81, "random subspaces", color=GREY, ha="right", va="top", fontsize=9)
-    h1.set(ylim=(0, 3.1), ylabel="Grassmann distance (rad)")
-    h1.legend(frameon=False, loc="lower left", fontsize=9)
-    h1.set_title(title("H1", "subspaces come nearer", " rad"))
-    means(h2, WEIGHTS, "unseen")
-    h2.set(ylim=(40, 56), ylabel="unseen IoU (%)")
-    h2.set_title(title("H2", "unseen compositions gain", " points"))
-    means(h3, WEIGHTS, "steps")
-    h3.set(ylim=(0, 100), ylabel="few-shot steps to 60 % IoU")
-    h3.set_title(title("H3", "few-shot adaptation needs fewer steps", " steps"))
-    for panel in (h1, h2, h3):
-        panel.set_xlabel("weight alpha of the sharing loss")
-    names = {
-        "no sharing": "no sharing",
-        "sharing": "sharing",
-        "sharing, no naming": "sharing, no\nprimitive loss",
-    }
-    means(h4, names, "best |r| of z", "one unit of the sparse code z")
-    means(h4, names, "of h", "one unit of h", second=True)
-    h4.axhline(0.09, color=GREY, linestyle="--", linewidth=1)
-    h4.text(2.45, 0.11, "chance (95 %)", color=GREY, ha="right", fontsize=9)
-    h4.set(ylim=(0, 1), ylabel="best |r| with a primitive")
-    h4.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 0.12), fontsize=9)
-    h4.set_title(title("H4", "units align with primitives", ""))
-    note = "Mean ± std over 5 seeds. Titles: difference paired by seed with its 95 % interval, at alpha 0.01 "
-    note += "against 0 (H4: against chance)."
-    finish(figure, "The sharing loss moves subspaces together, without gain in the tasks", note)
+    figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
+    figure.text(0.01, 0.01, note, color=GREY, fontsize=8.5)
+    figure.tight_layout(rect=(0, 0.055, 1, 1), h_pad=2)
     return figure
 
 
@@ -357,14 +241,14 @@ def draw_architecture() -> Figure:
 
 def main() -> None:
     """Draw every figure."""
-    parser = argparse.ArgumentParser(description="Draw the figures of the documents.")
+    parser = argparse.ArgumentParser(description="Draw the figures of the README.")
     parser.add_argument(
         "--to", type=Path, default=Path(__file__).parent, metavar="FOLDER", help="where (default: here)"
     )
     folder = parser.parse_args().to
     folder.mkdir(parents=True, exist_ok=True)
     with plt.rc_context(STYLE):
-        for draw in (draw_quickstart, draw_answer, draw_nesting, draw_hypotheses, draw_architecture):
+        for draw in (draw_quickstart, draw_answer, draw_architecture):
             figure, path = draw(), folder / f"{draw.__name__.removeprefix('draw_')}.png"
             figure.savefig(path, metadata={"Software": None})
             plt.close(figure)
