@@ -7,13 +7,41 @@
 The transformer is timm's own. It is the base class of the networks of all methods.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from backbone.frozen_block import attend, freeze, joined_groups, mlp_branch
+from backbone.frozen_block import attend, freeze, is_learning, joined_groups, mlp_branch
+
+
+class AddedModule(nn.Module, ABC):
+    """What a network adds to one block of the frozen ViT: adapters, low-rank terms or prompts.
+
+    One that takes the place of the block's fused qkv projection holds that as `qkv`.
+
+    Attributes:
+        growable: whether more may be added to the block in a later task.
+    """
+
+    growable = True
+
+    def is_learning(self) -> bool:
+        """Whether anything that shapes the block's output learns now."""
+        return is_learning(self)
+
+    def freeze(self) -> None:
+        freeze(self)
+
+    @abstractmethod
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """Parameters that shape the block's output by the name of their group, frozen ones included."""
+
+    def merged_weight(self) -> Tensor | None:
+        """Weight (3 d, d) of the qkv projection that computes the same alone; None where there is none."""
+        return None
 
 
 class AdaptedBlock(nn.Module):
@@ -24,7 +52,7 @@ class AdaptedBlock(nn.Module):
     Layer scale, where a model has it, applies to attn and mlp only.
     """
 
-    def __init__(self, block: Block, adapter_module: nn.Module) -> None:
+    def __init__(self, block: Block, adapter_module: AddedModule) -> None:
         super().__init__()
         self.block, self.adapter_module = block, adapter_module
 
@@ -37,23 +65,12 @@ class AdaptedBlock(nn.Module):
         return x + (mlp_branch(block, x) + delta)
 
 
-def merged_state(network: nn.Module, weights: Mapping[int, Tensor]) -> dict[str, Tensor]:
-    """State dict of a plain timm ViT with these weights (3 d, d) of the fused qkv projections, by block.
-
-    Args:
-        network: holds the ViT as `vit` and its projections as `qkv.qkv`; `frozen_names` lists its tensors.
-    """
-    frozen = network.frozen_names()
-    plain = {
-        name.removeprefix("vit.").replace(".qkv.qkv.", ".qkv."): tensor
-        for name, tensor in network.state_dict().items()
-        if name in frozen
-    }
-    return plain | {f"blocks.{block}.attn.qkv.weight": weight for block, weight in weights.items()}
-
-
 class FrozenViT(nn.Module):
     """A frozen timm ViT, optionally with adapters beside MLPs; untrained ones leave its output bit for bit.
+
+    Attributes:
+        modules_by_block: what is added to the blocks, in depth order; subclasses that add something else than
+            adapters beside MLPs put it in.
 
     Args:
         vit: a timm VisionTransformer with a class token and no classifier (`num_classes=0`); it becomes part
@@ -63,10 +80,11 @@ class FrozenViT(nn.Module):
 
     spec: Any = None  # `AdapterSpec`, where blocks hold adapters
 
-    def __init__(self, vit: VisionTransformer, beside_mlp: Mapping[int, nn.Module] | None = None) -> None:
+    def __init__(self, vit: VisionTransformer, beside_mlp: Mapping[int, AddedModule] | None = None) -> None:
         super().__init__()
         freeze(vit)
-        for i, adapters in (beside_mlp or {}).items():
+        self.modules_by_block = dict(beside_mlp or {})
+        for i, adapters in self.modules_by_block.items():
             vit.blocks[i] = AdaptedBlock(vit.blocks[i], adapters)
         self.vit = vit.eval()
 
@@ -150,12 +168,6 @@ class FrozenViT(nn.Module):
 
     # --- what is added to blocks ----------------------------------------------------------------------------
 
-    @property
-    def modules_by_block(self) -> dict[int, nn.Module]:
-        """The adapters of every adapted block, in depth order."""
-        blocks = enumerate(self.vit.blocks)
-        return {i: block.adapter_module for i, block in blocks if isinstance(block, AdaptedBlock)}
-
     def adapters_per_block(self) -> dict[int, int]:
         return {block: len(modules.adapters) for block, modules in self.modules_by_block.items()}
 
@@ -165,7 +177,7 @@ class FrozenViT(nn.Module):
 
     def freeze(self) -> None:
         for modules in self.modules_by_block.values():
-            freeze(modules)
+            modules.freeze()
 
     def parameter_counts(self) -> dict[str, int]:
         """Stored numbers by part, beside the frozen transformer: those of adapters."""
@@ -173,11 +185,26 @@ class FrozenViT(nn.Module):
         return {"adapters": sum(p.numel() for a in adapters for p in a.functional.parameters())}
 
     def plain_state(self) -> dict[str, Tensor] | None:
-        """State dict of the timm ViT that computes the same; None where adapters leave no such ViT."""
-        return None if self.modules_by_block else self.vit.state_dict()
+        """State dict of the timm ViT that computes the same; None where what is added leaves no such ViT."""
+        weights = {block: modules.merged_weight() for block, modules in self.modules_by_block.items()}
+        if any(weight is None for weight in weights.values()):
+            return None
+        frozen = self.frozen_names()
+        plain = {
+            name.removeprefix("vit.").replace(".qkv.qkv.", ".qkv."): tensor
+            for name, tensor in self.state_dict().items()
+            if name in frozen
+        }
+        return plain | {f"blocks.{block}.attn.qkv.weight": weight for block, weight in weights.items()}
 
     def frozen_names(self) -> set[str]:
         """Names in the state dict of the pretrained transformer's own tensors, which no checkpoint holds."""
-        blocks = self.modules_by_block.items()
-        own = {f"vit.blocks.{i}.adapter_module.{name}" for i, m in blocks for name in m.state_dict()}
-        return self.state_dict().keys() - own
+        added = set(self.modules_by_block.values())
+        own = {
+            f"{place}.{name}"
+            for place, module in self.named_modules()
+            if module in added
+            for name in module.state_dict()
+            if not name.startswith("qkv.")
+        }
+        return {name for name in self.state_dict() if name.startswith("vit.")} - own

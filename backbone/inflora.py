@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from backbone.frozen_block import FrozenLinear, take_saved_sizes
-from backbone.frozen_vit import FrozenViT, merged_state
+from backbone.frozen_vit import AddedModule, FrozenViT
 
 ROUNDING = 1e-6  # singular values below this share of the largest of float32 moments
 
 
-class InfLoRALinear(nn.Module):
+class InfLoRALinear(AddedModule):
     """timm's fused qkv projection with a low-rank term of k and v per task,
 
         y = W x + b,   y_k += sum_t B_kt A_t x,   y_v += sum_t B_vt A_t x,
@@ -130,9 +130,8 @@ class InfLoRALinear(nn.Module):
         found = int((values > ROUNDING * of_all.max()).sum())
         self.basis, _ = torch.linalg.qr(torch.cat([self.basis, left[:, : min(needed, found)]], dim=1))
 
-    def own_tensors(self) -> dict[str, Tensor]:
-        """The state dict without the frozen projection."""
-        return {name: t for name, t in self.state_dict().items() if not name.startswith("qkv.")}
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        return {"lora": [self.new_up]}
 
 
 class InfLoRAViT(FrozenViT):
@@ -140,14 +139,9 @@ class InfLoRAViT(FrozenViT):
 
     def __init__(self, vit: VisionTransformer, rank: int, adapted: Iterable[int]) -> None:
         super().__init__(vit)
-        for i in adapted:
+        for i in sorted(adapted):
             attention = self.vit.blocks[i].attn
-            attention.qkv = InfLoRALinear(attention.qkv, rank)
-
-    @property
-    def by_block(self) -> dict[int, InfLoRALinear]:
-        projections = ((i, block.attn.qkv) for i, block in enumerate(self.vit.blocks))
-        return {i: projection for i, projection in projections if isinstance(projection, InfLoRALinear)}
+            attention.qkv = self.modules_by_block[i] = InfLoRALinear(attention.qkv, rank)
 
     @contextmanager
     def second_moments(self) -> Iterator[dict[int, Tensor]]:
@@ -157,7 +151,7 @@ class InfLoRAViT(FrozenViT):
         """
         moments = {
             block: projection.qkv.weight.new_zeros(2 * (projection.width,), dtype=torch.float64)
-            for block, projection in self.by_block.items()
+            for block, projection in self.modules_by_block.items()
         }
 
         def add(block: int, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -166,56 +160,34 @@ class InfLoRAViT(FrozenViT):
                 moments[block] += (tokens.T @ tokens).double()
 
         with ExitStack() as hooks:
-            for block, projection in self.by_block.items():
+            for block, projection in self.modules_by_block.items():
                 hooks.enter_context(projection.register_forward_pre_hook(partial(add, block)))
             yield moments
 
     def grow(self, moments: Mapping[int, Tensor]) -> dict[int, int]:
         """Add a learning term to every projection; the number of its directions by block."""
-        return {block: projection.grow(moments[block]) for block, projection in self.by_block.items()}
-
-    def freeze(self) -> None:
-        for projection in self.by_block.values():
-            projection.freeze()
+        return {block: projection.grow(moments[block]) for block, projection in self.modules_by_block.items()}
 
     def remember(self, moments: Mapping[int, Tensor], threshold: float, power: int = 1) -> None:
         """Extend the basis of every block by the task's inputs (`InfLoRALinear.remember`)."""
-        for block, projection in self.by_block.items():
+        for block, projection in self.modules_by_block.items():
             projection.remember(moments[block], threshold, power)
 
-    # --- depths ---------------------------------------------------------------------------------------------
-
-    def fixed_depth(self) -> int:
-        return min(self.by_block)
-
-    def learning_depth(self) -> int:
-        return next((block for block, projection in self.by_block.items() if projection.is_open), self.depth)
-
     def added_tensors(self) -> dict[int, dict[str, Tensor]]:
-        own = {block: projection.own_tensors() for block, projection in self.by_block.items()}
-        return {block: {name: own[block][name] for name in own[block] if name != "basis"} for block in own}
-
-    # --- parameters -----------------------------------------------------------------------------------------
-
-    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        return {"lora": [projection.new_up for projection in self.by_block.values()]}
+        names = ("down", "up", "new_down", "new_up")
+        return {
+            block: {name: getattr(projection, name) for name in names}
+            for block, projection in self.modules_by_block.items()
+        }
 
     def adapters_per_block(self) -> dict[int, int]:
-        return {block: len(p.down) + p.is_open for block, p in self.by_block.items()}
+        return {block: len(p.down) + p.is_open for block, p in self.modules_by_block.items()}
 
     def parameter_counts(self) -> dict[str, int]:
         """Numbers in the factors B ("adapters"), the factors A ("directions") and the bases of old inputs."""
         parts = {"adapters": ("up", "new_up"), "directions": ("down", "new_down"), "bases": ("basis",)}
-        tensors = [p.own_tensors() for p in self.by_block.values()]
+        projections = self.modules_by_block.values()
         return {
-            part: sum(own[name].numel() for own in tensors for name in names) for part, names in parts.items()
+            part: sum(getattr(projection, name).numel() for projection in projections for name in names)
+            for part, names in parts.items()
         }
-
-    def plain_state(self) -> dict[str, Tensor]:
-        return merged_state(self, {block: p.merged_weight() for block, p in self.by_block.items()})
-
-    def frozen_names(self) -> set[str]:
-        own = {
-            f"vit.blocks.{i}.attn.qkv.{name}" for i, p in self.by_block.items() for name in p.own_tensors()
-        }
-        return self.state_dict().keys() - own

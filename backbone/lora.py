@@ -30,7 +30,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from backbone.frozen_block import product, take_saved_sizes
-from backbone.frozen_vit import FrozenViT, merged_state
+from backbone.frozen_vit import AddedModule, FrozenViT
 
 INIT_MAGNITUDE = 0.8  # of a new adapter, as published
 
@@ -81,7 +81,7 @@ class GumbelGate(nn.Module):
         self.logits = nn.Parameter(self.logits.detach()[..., chosen].clone())
 
 
-class LoRALinear(nn.Module):
+class LoRALinear(AddedModule):
     """timm's fused qkv projection with low-rank adapters on q and v (s = 0 and 1):
 
         y = W x + b,   y_s += sum_k w_k B_sk A_sk x,   w_k = beta_k m_k
@@ -161,9 +161,13 @@ class LoRALinear(nn.Module):
             weights = torch.cat([weights, self.newest_weight.expand(self.new.rank)])
         self.merged = _with_terms(self.qkv.weight, down, up, weights)
 
-    def own_tensors(self) -> dict[str, Tensor]:
-        """The state dict without the frozen projection."""
-        return {name: t for name, t in self.state_dict().items() if not name.startswith("qkv.")}
+    def merged_weight(self) -> Tensor | None:
+        """As in `AddedModule`; None while the adapters are beside W."""
+        return self.merged
+
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """A and B of the adapter that learns its direction."""
+        return {"lora": [] if self.new is None else [self.new.down, self.new.up]}
 
 
 class LoRAVisionTransformer(FrozenViT):
@@ -184,8 +188,8 @@ class LoRAVisionTransformer(FrozenViT):
 
     def __init__(self, vit: VisionTransformer) -> None:
         super().__init__(vit)
-        for block in vit.blocks:
-            block.attn.qkv = LoRALinear(block.attn.qkv)
+        for i, block in enumerate(vit.blocks):
+            block.attn.qkv = self.modules_by_block[i] = LoRALinear(block.attn.qkv)
         self.magnitudes = nn.Parameter(torch.empty(0))
         self.register_buffer("owner", torch.empty(0, dtype=torch.int64))
         self.register_load_state_dict_pre_hook(_take_saved_shape)
@@ -219,7 +223,7 @@ class LoRAVisionTransformer(FrozenViT):
 
     @property
     def projections(self) -> list[LoRALinear]:
-        return [block.attn.qkv for block in self.vit.blocks]
+        return list(self.modules_by_block.values())
 
     @property
     def is_open(self) -> bool:
@@ -250,10 +254,6 @@ class LoRAVisionTransformer(FrozenViT):
         """Return to adapters beside the weights; those were never changed."""
         for projection in self.projections:
             projection.merged = None
-
-    def plain_state(self) -> dict[str, Tensor]:
-        """State dict of the timm ViT that computes the same; adapters must be merged."""
-        return merged_state(self, {block: p.merged for block, p in enumerate(self.projections)})
 
     # --- growing, freezing, pruning -------------------------------------------------------------------------
 
@@ -292,37 +292,24 @@ class LoRAVisionTransformer(FrozenViT):
 
     # --- parameters and state -------------------------------------------------------------------------------
 
-    def directions(self) -> list[nn.Parameter]:
-        """Parameters of the adapter that learns its direction; none where all are frozen."""
-        learning = [projection.new for projection in self.projections if projection.new is not None]
-        return [parameter for new in learning for parameter in (new.down, new.up)]
-
-    def fixed_depth(self) -> int:
-        return 0
-
-    def learning_depth(self) -> int:
-        return 0
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """Groups lora, the direction that learns, and alpha, the magnitudes."""
+        return super().parameter_groups() | {"alpha": [self.magnitudes]}
 
     def added_tensors(self) -> dict[int, dict[str, Tensor]]:
         """The merged weights, by block."""
-        return {block: {"merged": p.merged} for block, p in enumerate(self.projections) if self.is_merged}
+        return {block: {"merged": p.merged} for block, p in self.modules_by_block.items() if self.is_merged}
 
     def adapters_per_block(self) -> dict[int, int]:
-        return dict.fromkeys(range(len(self.projections)), len(self.magnitudes))
+        return dict.fromkeys(self.modules_by_block, len(self.magnitudes))
 
     def parameter_counts(self) -> dict[str, int]:
-        directions = sum(t.numel() for p in self.projections for t in p.own_tensors().values())
+        directions = self.directions_of_rank(sum(self.ranks))
         return {"adapters": directions, "magnitudes": self.magnitudes.numel()}
 
     def directions_of_rank(self, rank: int) -> int:
         """Parameters of the directions of an adapter of this rank, over all blocks."""
         return 4 * rank * sum(projection.width for projection in self.projections)
-
-    def frozen_names(self) -> set[str]:
-        """Names in the state dict of the pretrained transformer's own tensors, which no checkpoint holds."""
-        projections = enumerate(self.projections)
-        own = {f"vit.blocks.{i}.attn.qkv.{name}" for i, p in projections for name in p.own_tensors()}
-        return self.state_dict().keys() - own - {"magnitudes", "owner"}
 
 
 def _take_saved_shape(

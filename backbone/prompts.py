@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from backbone.frozen_block import take_saved_sizes
-from backbone.frozen_vit import FrozenViT
+from backbone.frozen_vit import AddedModule, FrozenViT
 
 
 class PrefixAttention(nn.Module):
@@ -46,7 +46,7 @@ class PrefixAttention(nn.Module):
         return attention.proj(attention.norm(y))
 
 
-class PromptPool(nn.Module):
+class PromptPool(AddedModule):
     """The prompt of one block: a sum of M components, weighted by cosines of the query with their keys.
 
         p(q) = sum_m cos(q * A_m, K_m) P_m,   q (B, d) -> p (B, L, d), its halves prefixes of keys and values
@@ -107,6 +107,9 @@ class PromptPool(nn.Module):
             setattr(self, name, every)
             setattr(self, f"new_{name}", nn.Parameter(every[:0].clone(), requires_grad=False))
 
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        return {"prompts": list(self.parameters())}
+
 
 class PromptedViT(FrozenViT):
     """A frozen timm ViT with prompts, each of a `PromptPool`, in some blocks, one at least."""
@@ -117,7 +120,8 @@ class PromptedViT(FrozenViT):
         for i in blocks:
             block = self.vit.blocks[i]
             block.attn = PrefixAttention(block.attn)
-        self.pools = nn.ModuleDict({str(i): PromptPool(self.vit.embed_dim, length) for i in blocks})
+        self.modules_by_block = {i: PromptPool(self.vit.embed_dim, length) for i in blocks}
+        self.pools = nn.ModuleDict({str(i): pool for i, pool in self.modules_by_block.items()})
 
     def forward(
         self, x: Tensor, start: int = 0, stop: int | None = None, query: Tensor | None = None
@@ -127,7 +131,8 @@ class PromptedViT(FrozenViT):
         Args:
             query: features (B, d) without prompts; by default they are computed from x.
         """
-        pools = {i: pool for i, pool in self.by_block.items() if i >= start and (stop is None or i < stop)}
+        last = self.depth if stop is None else stop
+        pools = {i: pool for i, pool in self.modules_by_block.items() if start <= i < last}
         if not pools:
             return super().forward(x, start, stop)
         query = self.plain(x, start) if query is None else query
@@ -144,47 +149,20 @@ class PromptedViT(FrozenViT):
     def plain(self, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
         return super().forward(x, start, stop)
 
-    @property
-    def by_block(self) -> dict[int, PromptPool]:
-        return {int(name): pool for name, pool in self.pools.items()}
-
     def penalty(self, reduction: str) -> Tensor:
         """Sum over blocks of `PromptPool.penalty`, a scalar."""
-        return sum(pool.penalty(reduction) for pool in self.by_block.values())
+        return sum(pool.penalty(reduction) for pool in self.modules_by_block.values())
 
     def grow(self, count: int) -> None:
-        for pool in self.by_block.values():
+        for pool in self.modules_by_block.values():
             pool.grow(count)
 
-    def freeze(self) -> None:
-        for pool in self.by_block.values():
-            pool.freeze()
-
-    # --- depths ---------------------------------------------------------------------------------------------
-
-    def fixed_depth(self) -> int:
-        return min(self.by_block)
-
-    def learning_depth(self) -> int:
-        return next((i for i, pool in self.by_block.items() if len(pool.new_keys)), self.depth)
-
     def added_tensors(self) -> dict[int, dict[str, Tensor]]:
-        return {block: pool.state_dict() for block, pool in self.by_block.items()}
-
-    # --- parameters -----------------------------------------------------------------------------------------
-
-    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        return {"prompts": list(self.pools.parameters())}
+        return {block: pool.state_dict() for block, pool in self.modules_by_block.items()}
 
     def adapters_per_block(self) -> dict[int, int]:
-        return {i: len(pool.keys) + len(pool.new_keys) for i, pool in self.by_block.items()}
+        return {i: len(pool.keys) + len(pool.new_keys) for i, pool in self.modules_by_block.items()}
 
     def parameter_counts(self) -> dict[str, int]:
         """Numbers in prompts, with their keys and attention vectors."""
         return {"prompts": sum(tensor.numel() for tensor in self.pools.state_dict().values())}
-
-    def plain_state(self) -> None:
-        """None: prompts depend on the image."""
-
-    def frozen_names(self) -> set[str]:
-        return {name for name in self.state_dict() if not name.startswith("pools.")}

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from backbone.consolidation import Consolidation, ConsolidationReport, consolidate
 from backbone.frozen_block import freeze, is_learning, joined_groups
+from backbone.frozen_vit import AddedModule
 from backbone.sema_components import ADAPTERS, AE, Activation, NestedLoRAAdapter, Records, common_factors
 
 
@@ -86,7 +87,7 @@ class Stack(NamedTuple):
         return F.linear(mixed, self.up)
 
 
-class SEMAModules(nn.Module):
+class SEMAModules(AddedModule):
     """Mixture of the adapters of one block.
 
     For tokens x (B, N, d) with token mean m (B, d) and K adapters A_k:

@@ -14,19 +14,17 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from backbone.frozen_block import is_learning, joined_groups
-from backbone.frozen_vit import FrozenViT
+from backbone.frozen_block import joined_groups
+from backbone.frozen_vit import AddedModule, FrozenViT
 from backbone.sema_block import AdapterModule, AdapterSpec
 
 
-class TaskAdapters(nn.Module):
+class TaskAdapters(AddedModule):
     """The adapters of one block, one per task, of which only k = `chosen` is applied: A_k(x), (B, N, d).
 
     While `chosen` is None the output is zero. Their number is state: a fresh module takes it from the tensors
     that it loads.
     """
-
-    growable = True
 
     def __init__(self, spec: AdapterSpec) -> None:
         super().__init__()
@@ -44,9 +42,6 @@ class TaskAdapters(nn.Module):
     def reads_all_tokens(self) -> bool:
         """Whether anything but the adapters reads the input: a hook."""
         return bool(self._forward_pre_hooks)
-
-    def is_learning(self) -> bool:
-        return is_learning(self)
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         return joined_groups(adapter.functional for adapter in self.adapters)

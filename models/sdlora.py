@@ -127,12 +127,8 @@ class SDLoRA(ClassIncrementalLearner):
 
     def learning_groups(self) -> list[ParameterGroup]:
         """Groups lora (newest direction), alpha (magnitudes), gate and head, with the task's one rate."""
-        parts = {
-            "lora": self.network.directions(),
-            "alpha": [self.network.magnitudes],
-            "gate": [] if self.gate is None else [self.gate.logits],
-            "head": self.head.trainable(),
-        }
+        gate = [] if self.gate is None else [self.gate.logits]
+        parts = self.network.parameter_groups() | {"gate": gate, "head": self.head.trainable()}
         lr = self.config.lrate if self.task else self.config.init_lr
         return [ParameterGroup(name, parameters, lr=lr) for name, parameters in parts.items()]
 
@@ -210,21 +206,6 @@ class LoRAPhase(FunctionalPhase):
         key = ("training", learner.seed, learner.task, epoch)
         return self.inputs.read(learner.task, self.inputs.fresh(key), key, self.config.batch_size, start)
 
-    def loss(self, batch: Batch) -> StepResult:
-        learner, beta = self.learner, self.step_beta()
-        with learner.autocast():
-            features = learner.network(batch.inputs.to(learner.device), beta=beta).float()
-        result = self.result(batch, features)
-        return StepResult(result.loss + self.penalty(beta), result.samples, result.correct)
-
-    def step_beta(self) -> Tensor | None:
-        """Weights of the adapters in the coming step; None for 1."""
-        return None
-
-    def penalty(self, beta: Tensor | None) -> Tensor | float:
-        """Term added to the cross-entropy, a scalar."""
-        return 0.0
-
 
 class GatedPhase(LoRAPhase):
     """`LoRAPhase` with beta = sparsemax((g + noise) / tau) and lambda_sparsity * H(beta) added to the loss.
@@ -237,6 +218,12 @@ class GatedPhase(LoRAPhase):
     def __init__(self, learner: SDLoRA) -> None:
         super().__init__(learner)
         self.state = learner.method_state
+
+    def loss(self, batch: Batch) -> StepResult:
+        beta = self.step_beta()
+        result = super().loss(batch, beta=beta)
+        result.loss = result.loss + self.penalty(beta)
+        return result
 
     def step_beta(self) -> Tensor:
         """Noisy weights, the same in all micro-batches of a step and on every rank."""

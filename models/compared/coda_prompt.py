@@ -115,10 +115,8 @@ class PromptPhase(FunctionalPhase):
 
     def loss(self, batch: QueriedBatch) -> StepResult:
         inputs, query = batch
-        network, device = self.learner.network, self.learner.device
-        with self.learner.autocast():
-            query = None if query is None else query.to(device)
-            features = network(inputs.inputs.to(device), inputs.depth, query=query).float()
-        result = self.result(inputs, features)
-        penalty = self.config.ortho_mu * network.penalty(self.config.ortho_reduction)
-        return StepResult(result.loss + penalty, result.samples, result.correct)
+        query = None if query is None else query.to(self.learner.device)
+        result = super().loss(inputs, query=query)
+        penalty = self.learner.network.penalty(self.config.ortho_reduction)
+        result.loss = result.loss + self.config.ortho_mu * penalty
+        return result

@@ -57,7 +57,7 @@ class InfLoRA(ClassIncrementalLearner):
         """Let the basis of every block grow by the task's inputs."""
         power = 1 if self.config.threshold_on == "energy" else 2
         self.network.remember(self.second_moments(), self.share, power)
-        sizes = {block: p.basis.shape[1] for block, p in self.network.by_block.items()}
+        sizes = {block: p.basis.shape[1] for block, p in self.network.modules_by_block.items()}
         logger.debug(f"Task {self.task}: directions of old inputs by block {sizes}")
         self.log.metric("basis", task=self.task, share=self.share, directions=sizes)
 

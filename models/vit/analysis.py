@@ -82,6 +82,6 @@ def branch_spaces(network: FrozenViT) -> dict[tuple[int, int], dict[str, Tensor]
             for name, branch in adapter.functional.named_children()
         }
         for block, modules in network.modules_by_block.items()
-        for k, adapter in enumerate(modules.adapters)
+        for k, adapter in enumerate(getattr(modules, "adapters", ()))
         if isinstance(adapter.functional, NestedLoRAAdapter)
     }

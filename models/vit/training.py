@@ -90,15 +90,11 @@ class FunctionalPhase(Phase):
     def micro_batches(self, batch: Batch) -> list[Batch]:
         return batch.micro_batches(self.config.grad_accumulation)
 
-    def loss(self, batch: Batch) -> StepResult:
+    def loss(self, batch: Batch, **options: Tensor | None) -> StepResult:
+        """The learner's loss, and how many samples are classified right; `options` are the network's."""
         learner = self.learner
         with learner.autocast():
-            features = learner.network(batch.inputs.to(learner.device), batch.depth).float()
-        return self.result(batch, features)
-
-    def result(self, batch: Batch, features: Tensor) -> StepResult:
-        """The learner's loss for features (B, d) of a batch, and how many samples are classified right."""
-        learner = self.learner
+            features = learner.network(batch.inputs.to(learner.device), batch.depth, **options).float()
         logits, targets = learner.training_logits(features, batch.targets.to(learner.device))
         loss = learner.loss(logits, targets, features)
         return StepResult(loss, len(targets), (logits.argmax(1) == targets).sum())

@@ -116,7 +116,7 @@ def test_untrained_terms_leave_the_network_as_it_is(name: str) -> None:
 def test_in_bf16_moments_and_merged_terms_keep_their_precision() -> None:
     """Directions are told apart down to 1e-6 of the largest."""
     network, seen, bf16 = InfLoRAViT(plain_vit(), RANK, [1]), [], torch.autocast("cpu", torch.bfloat16)
-    projection = network.by_block[1]
+    projection = network.modules_by_block[1]
     projection.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].float().flatten(0, 1)))
     with torch.no_grad(), bf16, network.second_moments() as moments:
         network(images())
@@ -136,7 +136,7 @@ def test_merged_terms_are_the_terms_beside_the_weights_and_one_timm_network() ->
         before = network(x)
     for _ in range(2):
         network.grow(moments)
-        for projection in network.by_block.values():
+        for projection in network.modules_by_block.values():
             torch.nn.init.normal_(projection.new_up, std=0.1)
         beside = network(x)
         network.freeze()

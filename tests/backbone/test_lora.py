@@ -25,7 +25,7 @@ def learned(
     for k, rank in enumerate(ranks):
         network.grow(rank)
         with torch.no_grad():
-            for parameter in network.directions():
+            for parameter in network.parameter_groups()["lora"]:
                 parameter.normal_(std=0.2)
         if k < len(ranks) - 1 or not is_open:
             network.freeze_newest()
@@ -111,7 +111,8 @@ def test_gradients_are_those_of_the_formula(ranks: tuple[int, ...]) -> None:
     """Of magnitudes, weights and the newest direction, by both sums of frozen terms; of nothing else."""
     network, beta = learned(ranks).train(), torch.rand(DEPTH, 3).requires_grad_()
     assert not network.vit.training
-    leaves = [beta, network.magnitudes, *network.directions()]
+    groups = network.parameter_groups()
+    leaves = [beta, *groups["alpha"], *groups["lora"]]
     ours = torch.autograd.grad(network(images(), beta=beta).square().sum(), leaves)
     theirs = torch.autograd.grad(dense(network, images(), beta).square().sum(), leaves)
     for gradient, expected in zip(ours, theirs, strict=True):

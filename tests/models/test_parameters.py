@@ -130,7 +130,7 @@ def test_inflora_s_share_grows_over_the_tasks_of_the_data_set_and_stays(make_sem
 def test_inflora_stores_fixed_directions_and_the_basis_of_old_inputs(make_sema: Make) -> None:
     learner = run_tasks(make_sema(model_name="inflora", lora_rank=R), T)
     counts, written = learner.parameter_counts(), T * L * 2 * D * R  # B of keys and values
-    basis = D * sum(projection.basis.shape[1] for projection in learner.network.by_block.values())
+    basis = D * sum(projection.basis.shape[1] for projection in learner.network.modules_by_block.values())
     assert basis > 0 and counts["trained"] == written + rows()
     assert counts["stored"] == written + T * L * R * D + basis + rows()
 
