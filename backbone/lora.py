@@ -81,7 +81,7 @@ class GumbelGate(nn.Module):
         self.logits = nn.Parameter(self.logits.detach()[..., chosen].clone())
 
 
-class LoRALinear(AddedModule):
+class SDLoRALinear(AddedModule):
     """timm's fused qkv projection with low-rank adapters on q and v (s = 0 and 1):
 
         y = W x + b,   y_s += sum_k w_k B_sk A_sk x,   w_k = beta_k m_k
@@ -189,7 +189,7 @@ class LoRAVisionTransformer(FrozenViT):
     def __init__(self, vit: VisionTransformer) -> None:
         super().__init__(vit)
         for i, block in enumerate(vit.blocks):
-            block.attn.qkv = self.modules_by_block[i] = LoRALinear(block.attn.qkv)
+            block.attn.qkv = self.modules_by_block[i] = SDLoRALinear(block.attn.qkv)
         self.magnitudes = nn.Parameter(torch.empty(0))
         self.register_buffer("owner", torch.empty(0, dtype=torch.int64))
         self.register_load_state_dict_pre_hook(_take_saved_shape)
@@ -222,7 +222,7 @@ class LoRAVisionTransformer(FrozenViT):
                 projection.term_weights = projection.newest_weight = None
 
     @property
-    def projections(self) -> list[LoRALinear]:
+    def projections(self) -> list[SDLoRALinear]:
         return list(self.modules_by_block.values())
 
     @property

@@ -20,7 +20,7 @@ from models.methods import LEARNERS
 from models.saved.files import read_config, run_folder_of
 from utils.config.messages import shown
 from utils.config.schema import RunConfig
-from utils.data.tasks import ABSENT
+from utils.data.tasks import NO_IMAGES
 from utils.errors import UserError, in_one_line, is_out_of_memory
 from utils.runs.checkpoint import checkpoint_name, load_checkpoint
 from utils.runs.folder import CONFIG, RESULT, folder_of, resume_command
@@ -151,8 +151,8 @@ def check_identity(checkpoint: Path, state: dict[str, Any], learner: Learner) ->
         changed = [
             task
             for task, (before, now) in enumerate(zip(theirs, hashes, strict=True))
-            if now != before != ABSENT
-            if now != ABSENT or source != "train" or task >= finished  # images of learned tasks may be gone
+            if now != before != NO_IMAGES
+            if now != NO_IMAGES or source != "train" or task >= finished  # learned tasks' may be gone
         ]
         if changed:
             raise UserError(

@@ -46,7 +46,7 @@ from utils.wording import counted, escaped
 
 logger = logging.getLogger("nested_lora")
 
-Images = Any  # as `Predictor.predict` takes them
+ImageInput = Any  # as `Predictor.predict` takes them
 
 
 class Predictor:
@@ -74,7 +74,7 @@ class Predictor:
         tasks = counted(self.learner.task + 1, "task")
         return f"{self.learner.config.model_name}: {len(self.classes)} classes of {tasks}, scores {scores}"
 
-    def predict(self, images: Images, top: int = 1) -> pd.DataFrame:
+    def predict(self, images: ImageInput, top: int = 1) -> pd.DataFrame:
         """The most likely classes of every image, one row each: image (path or number), rank, class, score.
 
         Images that cannot be read have no row but a warning; `.attrs["unreadable"]`: image -> reason.
@@ -210,7 +210,7 @@ def show_predictions(
 # What users give as images
 
 
-def named_images(images: Images) -> Iterator[tuple[str | int, Any]]:
+def named_images(images: ImageInput) -> Iterator[tuple[str | int, Any]]:
     """(name, image) of everything that `Predictor.predict` is given; images without a path are numbered."""
     if isinstance(images, str | Path):
         path, scan = Path(images).expanduser(), FolderScan()

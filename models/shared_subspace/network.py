@@ -148,7 +148,7 @@ class AdapterLinear(nn.Module):
         return y + self.adapter(y)
 
 
-ADAPTERS: dict[str, type[nn.Module]] = {"lora": LoRALinear, "adapter": AdapterLinear}
+FEW_SHOT_ADAPTERS: dict[str, type[nn.Module]] = {"lora": LoRALinear, "adapter": AdapterLinear}
 
 # --- the network --------------------------------------------------------------------------------------------
 
@@ -176,7 +176,7 @@ class GridModel(nn.Module):
     def __init__(self, config: SharedSubspaceConfig, operations: int) -> None:
         super().__init__()
         self.colours, self.slots = config.colours, config.slots
-        self.adapter, self.adapter_rank = ADAPTERS[config.few_shot_method], config.few_shot_rank
+        self.adapter, self.adapter_rank = FEW_SHOT_ADAPTERS[config.few_shot_method], config.few_shot_rank
         width, hidden = config.width, config.hidden
         patches = (SIDE // config.patch) ** 2
         self.patches = nn.Conv2d(self.colours, width, config.patch, stride=config.patch)

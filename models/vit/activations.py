@@ -30,7 +30,7 @@ from backbone.frozen_vit import FrozenViT
 from models.base import RunContext
 from utils.cache.tensor_cache import TensorCache
 from utils.console import progress
-from utils.data.image_files import FORMAT
+from utils.data.image_files import DECODER_VERSION
 from utils.data.tasks import DataManager
 from utils.training.device import autocast, require_finite, sha256_of
 from utils.training.random import Key
@@ -277,7 +277,7 @@ class ActivationStore:
             "device": self.context.device.type,
             "batch_size": self.batch_size,
             "data": self.data.data_sha256(source),
-            "decoder": FORMAT,
+            "decoder": DECODER_VERSION,
             **self.identity,
         }
 

@@ -91,7 +91,7 @@ def _domainnet(name: str, data_root: Path, cache: Path | None, splits: Splits) -
 
 
 @dataclass(frozen=True)
-class Source:
+class DataSource:
     """Source of a named data set.
 
     classes: number of classes as published.
@@ -105,20 +105,20 @@ class Source:
 
 
 DATASETS = {
-    "synthetic": Source(len(CLASS_NAMES), _synthetic),
-    "mnist_5k": Source(10, _mnist_5k),
-    "mnist": Source(10, functools.partial(_torchvision, "MNIST"), ("mnist.npz",)),
-    "fashion_mnist": Source(10, functools.partial(_torchvision, "FashionMNIST"), ("fashion_mnist.npz",)),
-    "cifar10": Source(10, functools.partial(_torchvision, "CIFAR10"), ("cifar10.npz",)),
-    "cifar100": Source(100, functools.partial(_torchvision, "CIFAR100"), ("cifar100.npz",)),
-    "cifar224": Source(100, functools.partial(_torchvision, "CIFAR100"), ("cifar100.npz",)),
-    "imagenetr": Source(200, places=("imagenet-r", "imagenetr")),
-    "imageneta": Source(200, places=("imagenet-a", "imageneta")),
-    "vtab": Source(50, places=("vtab",)),
-    "cub": Source(200, places=("cub",)),
-    "objectnet": Source(200, places=("objectnet",)),
-    "omnibenchmark": Source(300, places=("omnibenchmark",)),
-    "domainnet": Source(345, _domainnet, ("domainnet",)),
+    "synthetic": DataSource(len(CLASS_NAMES), _synthetic),
+    "mnist_5k": DataSource(10, _mnist_5k),
+    "mnist": DataSource(10, functools.partial(_torchvision, "MNIST"), ("mnist.npz",)),
+    "fashion_mnist": DataSource(10, functools.partial(_torchvision, "FashionMNIST"), ("fashion_mnist.npz",)),
+    "cifar10": DataSource(10, functools.partial(_torchvision, "CIFAR10"), ("cifar10.npz",)),
+    "cifar100": DataSource(100, functools.partial(_torchvision, "CIFAR100"), ("cifar100.npz",)),
+    "cifar224": DataSource(100, functools.partial(_torchvision, "CIFAR100"), ("cifar100.npz",)),
+    "imagenetr": DataSource(200, places=("imagenet-r", "imagenetr")),
+    "imageneta": DataSource(200, places=("imagenet-a", "imageneta")),
+    "vtab": DataSource(50, places=("vtab",)),
+    "cub": DataSource(200, places=("cub",)),
+    "objectnet": DataSource(200, places=("objectnet",)),
+    "omnibenchmark": DataSource(300, places=("omnibenchmark",)),
+    "domainnet": DataSource(345, _domainnet, ("domainnet",)),
 }
 
 

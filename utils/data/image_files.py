@@ -23,8 +23,8 @@ from utils.errors import UserError
 from utils.files import why_no_file
 from utils.wording import counted, escaped, is_utf8
 
-FORMAT = 2  # counts changes of this file that change pixels, or which files are good
-DECODER = f"Pillow {PIL.__version__}, format {FORMAT}"
+DECODER_VERSION = 2  # counts changes of this file that change pixels, or which files are good
+DECODER = f"Pillow {PIL.__version__}, format {DECODER_VERSION}"
 CONVERTED = ("1", "L", "LA", "P", "PA", "RGB", "RGBX", "RGBA", "CMYK", "YCbCr", "LAB", "HSV")  # by Pillow
 GREY_16 = ("I;16", "I;16L", "I;16B", "I;16N")
 BITS_PER_SAMPLE, PHOTOMETRIC, ORIENTATION = 258, 262, 274  # TIFF tags, the last in EXIF data, too

@@ -31,7 +31,7 @@ from utils.wording import counted
 
 logger = logging.getLogger("nested_lora")
 
-ABSENT = "absent"  # in place of the hash where images are missing
+NO_IMAGES = "absent"  # in place of the hash where images are missing
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,7 @@ class DataManager:
     def content_sha256(self, task: int, source: str) -> str:
         """SHA-256 of a task's images of one source and their labels; other images are no part of it.
 
-        `ABSENT` where a class has none: the training images of a task that was learned may be gone.
+        `NO_IMAGES` where a class has none: the training images of a task that was learned may be gone.
         """
         if (task, source) not in self._hashes:
             classes = self.task_classes(task)
@@ -214,7 +214,7 @@ class DataManager:
             labels = self._labels_of(source)[indices].tolist()
             content = f"{','.join(map(str, labels))} {self.images(source).content_sha256(indices)}"
             whole = len(set(labels)) == len(classes)
-            self._hashes[task, source] = hashlib.sha256(content.encode()).hexdigest() if whole else ABSENT
+            self._hashes[task, source] = hashlib.sha256(content.encode()).hexdigest() if whole else NO_IMAGES
         return self._hashes[task, source]
 
     def describe(self) -> str:

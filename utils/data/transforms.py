@@ -24,7 +24,7 @@ from utils.training.random import Key, stream_seed
 AREA = (0.05, 1.0)  # of a training crop, in parts of the image
 ASPECT = (3 / 4, 4 / 3)  # width : height of a training crop
 ATTEMPTS = 10  # boxes drawn before a centred one is taken
-FORMAT = 3  # counts changes of this file that change the numbers
+TRANSFORM_VERSION = 3  # counts changes of this file that change the numbers
 ELONGATED = 16  # largest ratio of sides; of longer images the test view takes the centre of this shape
 
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio, odd
@@ -49,7 +49,7 @@ class ViewSpec:
 
     def to_json(self) -> dict[str, Any]:
         """Everything that shapes a view but its key, as JSON."""
-        return {"format": FORMAT, **dataclasses.asdict(self)}
+        return {"format": TRANSFORM_VERSION, **dataclasses.asdict(self)}
 
 
 @torch.no_grad()

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from models.shared_subspace.config import SharedSubspaceConfig
 from models.shared_subspace.network import (
-    ADAPTERS,
     DECODERS,
+    FEW_SHOT_ADAPTERS,
     LAYERS,
     AdapterLinear,
     GridModel,
@@ -129,7 +129,7 @@ def test_the_controller_reaches_the_target() -> None:
 # --- adapters -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ADAPTERS)
+@pytest.mark.parametrize("kind", FEW_SHOT_ADAPTERS)
 def test_adapters_start_at_zero_output_learn_alone_and_leave_no_trace(kind: str, inputs: Inputs) -> None:
     model, fresh = (make(few_shot_method=kind, few_shot_rank=2) for _ in range(2))
     original, before = copy.deepcopy(model.state_dict()), model(*inputs).logits
