@@ -57,7 +57,8 @@ def in_one_line(error: Exception) -> str:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that no memory was left, that of Python or PyTorch, on any device."""
     if isinstance(error, RuntimeError):
-        return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+        said = ("can't allocate memory", "out of memory")  # the second also by drivers, of any device
+        return type(error).__name__ == "OutOfMemoryError" or any(words in str(error) for words in said)
     return isinstance(error, MemoryError)
 
 

@@ -45,7 +45,12 @@ def test_a_refused_call_is_a_sentence_with_a_way_out(capsys) -> None:
 
 
 def test_a_lack_of_memory_is_a_sentence_and_another_fault_a_traceback(capsys) -> None:
-    for error in (MemoryError(), RuntimeError("can't allocate memory: 6400000000 bytes")):
+    full = (
+        "can't allocate memory: 6400000000 bytes",
+        "CUDA error: out of memory",
+        "MPS backend out of memory",
+    )
+    for error in (MemoryError(), *map(RuntimeError, full)):
         assert exit_code(Mock(side_effect=error)) == 2
         assert re.fullmatch("out of memory: .*--resume.*\n", capsys.readouterr().err)
     with pytest.raises(RuntimeError, match="shapes"):

@@ -141,13 +141,13 @@ def out_of_memory_advice(sizes: Mapping[str, int]) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        if isinstance(error, torch.OutOfMemoryError):  # a GPU's, where no ridge regression is
-            sizes = {key: size for key, size in sizes.items() if key != "ranpac_dim"}
+        if not isinstance(error, MemoryError) and "can't allocate memory" not in str(error):
+            sizes = {key: size for key, size in sizes.items() if key != "ranpac_dim"}  # no ridge on a GPU
         now = ", ".join(f"{key} {value}" for key, value in sizes.items())
         halved = [f"{key}={max(1, n // 2)}" for key, n in sizes.items() if key != "grad_accumulation"]
         editable = " or ".join(key for key in EDITABLE if key in sizes)
-        batch, parts, smaller = sizes.get("batch_size", 1), sizes.get("grad_accumulation", 1), ""
-        if parts < batch:
+        batch, smaller = sizes.get("batch_size", 1), ""
+        if (parts := sizes.get("grad_accumulation", batch)) < batch:
             more = min(2 * parts, batch)
             smaller = f"set grad_accumulation={more} for the same result in smaller parts, or "
         raise UserError(

@@ -74,16 +74,18 @@ def test_sha256_of_tensors_sees_names_values_shapes_and_not_the_order() -> None:
     assert expected not in map(sha256_of, others)
 
 
-EXHAUSTED = [torch.OutOfMemoryError("CUDA"), MemoryError(), RuntimeError("can't allocate memory")]
+ON_GPU = [torch.OutOfMemoryError("CUDA"), RuntimeError("CUDA error: out of memory")]
+ON_CPU = [MemoryError(), RuntimeError("can't allocate memory")]
 
 
-@pytest.mark.parametrize("error", EXHAUSTED, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("error", [*ON_GPU, *ON_CPU], ids=repr)
 def test_out_of_memory_is_advice(error: Exception) -> None:
     training = dict(zip(MEMORY_KEYS, (32, 2, 64, 2000), strict=True))
-    ridge = "" if isinstance(error, torch.OutOfMemoryError) else ", ranpac_dim=1000"  # never on a GPU
+    ridge = "" if error in ON_GPU else ", ranpac_dim=1000"
     for sizes, advice in (
         (training, f"set grad_accumulation=4 .*batch_size=16, eval_batch_size=32{ridge};"),
         ({"eval_batch_size": 1}, "to eval_batch_size=1; .*editing eval_batch_size in"),
+        ({"batch_size": 32, "eval_batch_size": 2}, "batch_size 32, eval_batch_size 2: halve the sizes"),
     ):
         with pytest.raises(UserError, match=advice), out_of_memory_advice(sizes):
             raise error
