@@ -140,11 +140,15 @@ class ClassIncrementalConfig(RunConfig):
         return [self.model_name, dataset_slug(self.dataset), str(first), str(self.increment), run]
 
     def tested_on(self, tasks: int, classes: int) -> dict[str, Any]:
-        """Classes and images of the evaluation and, with several tasks, their split into tasks."""
+        """Classes and images of the evaluation and, with several tasks, their split into tasks.
+
+        The order of classes decides which of them are learned where some are left out.
+        """
         seen = min(classes, self.init_cls + (tasks - 1) * self.increment)
+        learned = f"{seen}, drawn by the seed" if seen < classes and self.shuffle else seen
         split = {"init_cls": self.init_cls, "increment": self.increment, "shuffle": self.shuffle}
         images = {"max_test_per_class": self.max_test_per_class, "validation_share": self.validation_share}
-        return {"classes": seen, **images} | (split if tasks > 1 else {})
+        return {"classes": learned, **images} | (split if tasks > 1 else {})
 
     def conflicts(self) -> Iterator[Conflict]:
         yield from self._class_conflicts()

@@ -27,7 +27,7 @@ from utils.runs.metrics import number_of_tasks, numbers_of
 
 UNLISTED_DIGITS = 3  # of a metric that the catalogue does not have
 OTHER_IMAGES = "test images"  # in place of a kind of provenance
-SPLIT = {"init_cls", "increment"}  # keys of what runs are tested on that choose an image's task, but no image
+SPLIT = {"init_cls", "increment", "shuffle"}  # of what runs are tested on: choose an image's task, no image
 
 
 @dataclass(eq=False)

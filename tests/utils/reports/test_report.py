@@ -250,10 +250,12 @@ def test_a_difference_is_over_runs_of_one_provenance(tmp_path, order, new, paire
 
 def test_cells_tested_on_other_images_are_not_paired(tmp_path):
     """Also not one with as many classes; a cell of one task does not say how classes are split into tasks."""
-    runs = {name: {1: invented(1, 40), 2: invented(2, 42)} for name in ("base", "more", "joint", "other")}
+    names = ("base", "more", "order", "joint", "other")
+    runs = {name: {1: invented(1, 40), 2: invented(2, 42)} for name in names}
     tested = {
         "base": {"data": "a", "classes": 8, "init_cls": 2, "shuffle": True},
         "more": {"data": "a", "classes": 8, "init_cls": 4, "shuffle": True},
+        "order": {"data": "a", "classes": 8, "init_cls": 2, "shuffle": False},
         "joint": {"data": "a", "classes": 8},
         "other": {"data": "b", "classes": 8, "init_cls": 2, "shuffle": True},
     }
@@ -261,9 +263,9 @@ def test_cells_tested_on_other_images_are_not_paired(tmp_path):
     by_seed = {name: dict.fromkeys((1, 2), about) for name, about in tested.items()}
     results = Results(runs, METRICS, "base", dict.fromkeys(runs, dict.fromkeys((1, 2), made)), by_seed)
     paired = results.summary.xs("final", level="metric")["paired_n"].dropna()
-    assert list(paired.index) == ["more", "joint"]
+    assert list(paired.index) == ["more", "order", "joint"]
     assert "other (other test images)" in difference_tables(results)[0].note
-    assert any("base, more and joint; other" in note for note in reading_notes(results))
+    assert any("base, more, order and joint; other" in note for note in reading_notes(results))
 
 
 def test_one_seed_with_and_without_a_baseline(tmp_path):
