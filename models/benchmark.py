@@ -48,7 +48,7 @@ HEAD_IMAGES, HEAD_CLASSES = 500, 10  # of the task that a ridge head is measured
 OWN = {  # keys of the configuration that is measured, whatever the given one has; None: made in a folder
     "dataset": None, "cache_root": None, "weights": "random", "filepath": None, "extra_data": None,
     "init_cls": 1, "increment": 1, "max_tasks": None, "max_train_per_class": None, "max_test_per_class": None,
-    "validation_share": 0.0, "test_share": None,
+    "validation_share": 0.0, "test_share": None, "buffer_size": 3,
 }  # fmt: skip
 Work = Callable[[], object]
 
@@ -92,7 +92,7 @@ def stand_in(config: ClassIncrementalConfig, folder: Path, batches: int) -> Clas
     tasks = 1 if isinstance(config, OneTaskRules) else max(COUNTS_OF.get(config.model_name, COUNTS))
     dataset, given = folder / "noise.npz", config.model_dump()
     write_noise(dataset, classes=tasks, train=batches * batch_size(config), test=2)
-    values = OWN | {"dataset": str(dataset), "cache_root": str(folder), "buffer_size": 3}
+    values = OWN | {"dataset": str(dataset), "cache_root": str(folder)}
     values["cache_views"] = max(1, given.get("cache_views", 1))
     if given.get("expansion") == "novelty":
         values["expansion"] = "always"

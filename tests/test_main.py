@@ -198,7 +198,9 @@ def test_options_that_do_not_go_together(
     assert exit_info.value.code == 2 and words in capsys.readouterr().err.partition("error: ")[2]
 
 
-@pytest.mark.parametrize("change", ["sweeps/costs dataset=cifar224", "smoke init_cls=5"])
+@pytest.mark.parametrize(
+    "change", ["sweeps/costs dataset=cifar224", "smoke init_cls=5", "smoke buffer_size=5"]
+)
 def test_a_benchmark_refuses_changes_of_what_it_makes(change: str, told: Callable[..., str]) -> None:
     file, change = change.split()
     shown = told(2, main.main, "--benchmark", ROOT / f"exps/{file}.json", "--set", change)
