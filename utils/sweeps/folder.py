@@ -179,8 +179,11 @@ def write_summary(sweep: Sweep, runs: Sequence[SweepRun], failures: Mapping[str,
     by_label = {run.label: read_provenance(run.folder) for run in finished}
     origins = {name: {run.seed: by_label[run.label] for run in own} for name, own in of_cell.items()}
     tested = {
-        run.label: tested_on(run.folder, run.config, results[run.cell.name][run.seed], by_label[run.label])
-        for run in finished
+        name: {
+            run.seed: tested_on(run.folder, run.config, results[name][run.seed], origins[name][run.seed])
+            for run in own
+        }
+        for name, own in of_cell.items()
     }
     warn_of_changes(by_label)
     unfinished = {
@@ -191,13 +194,7 @@ def write_summary(sweep: Sweep, runs: Sequence[SweepRun], failures: Mapping[str,
     seeds = json.dumps(sweep.file.seeds, separators=(",", ":"))
     all_seeds = ("--set", f"seed={seeds}") if len(sweep.file.seeds) > 1 else ()
     again = {run.label: run.command("--overwrite") for run in runs}
-    table = Results(
-        results,
-        sweep.cells[0].config.metrics,
-        sweep.file.baseline,
-        origins,
-        {name: {run.seed: tested[run.label] for run in own} for name, own in of_cell.items()},
-    )
+    table = Results(results, sweep.cells[0].config.metrics, sweep.file.baseline, origins, tested)
     paths = write_report(
         sweep.folder,
         sweep.path.stem,
