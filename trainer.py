@@ -45,7 +45,7 @@ from utils.config.schema import RunConfig
 from utils.errors import Interrupted, UserError
 from utils.reports.run_report import write_run_report
 from utils.runs.checkpoint import checkpoint_name, latest_checkpoint, save_checkpoint
-from utils.runs.disk import disk_use, on_one_disk
+from utils.runs.disk import DiskWatch, size_of
 from utils.runs.figures import draw_figures
 from utils.runs.folder import (
     METRICS,
@@ -110,17 +110,13 @@ def extend(
 ) -> dict[str, Any]:
     """Learn further tasks after a finished run, in a new folder; returns the result. The run is only read.
 
-    Raises UserError before any folder is made, also if data or weights differ from the run's, or the disk has
-    no room for the checkpoints of the further tasks.
+    Raises UserError before any folder is made, also if data or weights differ from the run's.
     """
     require_trackers(extension.config.trackers)
     with ExitStack() as held:
         context = context or held.enter_context(run_context(extension.config))
         learner = make_learner(extension.config, replace(context, trains_from=extension.tasks))
         tensors, state = extension.check(learner)
-        place = extension.place.parent
-        linked = extension.tasks if on_one_disk(place, extension.folder) else 0
-        logger.info(context.distributed.on_main(lambda: disk_use([extension.config], place, linked)))
         command, earlier = new_command([learner.seed], overwrite), extension.manifest()
         fill = partial(extension.fill, learner=learner, metrics_bytes=state["metrics_bytes"])
         log = held.enter_context(open_log(learner, command, extension.place, earlier, fill))
@@ -254,6 +250,7 @@ class Run:
         self.evaluations: list[dict[str, Any]] = []  # one per finished task
         self.data_before: dict[str, list[str]] = {}  # `Learner.data_read` of earlier processes
         self.seconds_before = self.peak_before = 0.0  # of earlier processes
+        self.disk = DiskWatch(log.folder, learner.config)
         self.started = time.perf_counter()
         self.before_task = 0.0  # seconds of the tasks that are finished
 
@@ -292,12 +289,15 @@ class Run:
         if learner.distributed.size > 1:
             learner.distributed.check_same(f"the model after task {task}", learner.fingerprint())
         self.record_task(task)
-        self.save(checkpoint_name(task))
-        superseded = ["task_*_step_*"]
-        if not learner.keeps_every_task:
+        saved = self.save(checkpoint_name(task))
+        superseded, every = ["task_*_step_*"], learner.keeps_every_task
+        if not every:
             superseded += [checkpoint_name(earlier) for earlier in range(task)]
         for pattern in superseded:
             self.remove_checkpoints(pattern)
+        if learner.distributed.is_main:
+            later = learner.nb_tasks - task - 1
+            self.disk.compare("checkpoint", size_of(saved), later if every else min(later, 1))
 
     def record_task(self, task: int) -> None:
         """Write a finished task to the log, the metrics and the tables."""
@@ -405,7 +405,7 @@ def train_seeds(
 
     go_on: finish runs that were stopped, skip those that are finished, and start the others.
 
-    Raises UserError: the disk has no room for the checkpoints of what is to start; or as `train`.
+    Raises UserError: as `train`.
     """
 
     def run_of(config: RunConfig) -> Path | None:
@@ -421,8 +421,6 @@ def train_seeds(
     configs = {config.seed: config for config in loaded.configs}
     command = new_command(list(configs), overwrite)
     runs = context.distributed.on_main(lambda: [begun(config) for config in loaded.configs])
-    if starting := [configs[run.seed] for run in runs if not run.folder]:
-        logger.info(context.distributed.on_main(lambda: disk_use(starting)))
     start = partial(train, context=context, notes=loaded.notes, command=command)
     results = results_of(runs, context, lambda seed: start(configs[seed]))
     if context.distributed.is_main:

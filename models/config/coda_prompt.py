@@ -47,11 +47,6 @@ class CODAPromptConfig(RowsRules, TrainingKeys):
         yield from super().shape_conflicts(shape)
         yield from shape.block_conflicts("prompt_blocks", max(self.prompt_blocks))
 
-    def stored_bytes(self, shape: BackboneShape, task: int, classes: int) -> int:
-        components = (task + 1) * self.prompt_components * len(self.prompt_blocks)
-        numbers = components * shape.width * (2 + self.prompt_length)
-        return super().stored_bytes(shape, task, classes) + 4 * numbers
-
     def unused_rules(self) -> list[UnusedRule]:
         prompts = ("prompt_components", "prompt_length", "ortho_mu", "ortho_reduction")
         return [

@@ -2,7 +2,6 @@
 
 from typing import ClassVar, Literal
 
-from models.vit.backbones import BackboneShape
 from models.vit.config import SCHEDULER, AdapterKeys, ProxyKeys, TrainingKeys
 from utils.config.schema import Rate, UnusedRule, key
 
@@ -34,12 +33,6 @@ class EASEConfig(ProxyKeys, AdapterKeys, TrainingKeys):
     ease_temperature: Rate = key(
         1.0, "Temperature of the similarities that reconstruct prototypes; published: none, which is 1."
     )
-
-    def adapter_bytes(self, shape: BackboneShape, task: int) -> int:
-        return (task + 1) * super().adapter_bytes(shape, task)
-
-    def stored_bytes(self, shape: BackboneShape, task: int, classes: int) -> int:
-        return super().stored_bytes(shape, task, classes) + 8 * (task + 1) * classes * shape.width
 
     def unused_rules(self) -> list[UnusedRule]:
         return [(self.alpha == 0, "alpha is 0", ("ease_temperature",)), *super().unused_rules()]

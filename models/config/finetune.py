@@ -2,7 +2,6 @@
 
 from typing import Literal
 
-from models.vit.backbones import BackboneShape
 from models.vit.config import AdapterKeys, HeadKeys, TrainingKeys
 from utils.config.schema import UnusedRule, key
 
@@ -25,10 +24,6 @@ class FinetuneConfig(AdapterKeys, HeadKeys, TrainingKeys):
         "Weights that a later task starts from: those its predecessor ended with, the merged ones, those "
         "after the first task, or the initial ones; null for what the rule's paper does.",
     )
-
-    def stored_bytes(self, shape: BackboneShape, task: int, classes: int) -> int:
-        vectors = 3 if self.merge != "none" else 0
-        return super().stored_bytes(shape, task, classes) + vectors * self.adapter_bytes(shape, task)
 
     def unused_rules(self) -> list[UnusedRule]:
         return [

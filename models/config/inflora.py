@@ -43,8 +43,3 @@ class InfLoRAConfig(RowsRules, BlockKeys, TrainingKeys):
     def shape_conflicts(self, shape: BackboneShape) -> Iterator[Conflict]:
         yield from super().shape_conflicts(shape)
         yield from shape.rank_conflicts("lora_rank", self.lora_rank)
-
-    def stored_bytes(self, shape: BackboneShape, task: int, classes: int) -> int:
-        width, blocks = shape.width, len(self.adapted_blocks(shape.depth))
-        terms = 4 * (task + 1) * 3 * width * self.lora_rank
-        return super().stored_bytes(shape, task, classes) + blocks * (terms + 8 * width * width)

@@ -2,7 +2,6 @@
 
 from typing import ClassVar, Literal
 
-from models.vit.backbones import BackboneShape
 from models.vit.config import SCHEDULER, AdapterKeys, RidgeKeys, TrainingKeys
 from utils.config.schema import UnusedRule, key
 
@@ -24,10 +23,6 @@ class MoALConfig(AdapterKeys, RidgeKeys, TrainingKeys):
         "step", "When the average moves: after every step, or after every epoch, as in the published code."
     )
     rumination: bool = key(True, "Pseudo-features of old classes that are misclassified join the regression.")
-
-    def stored_bytes(self, shape: BackboneShape, task: int, classes: int) -> int:
-        kept = 2 * self.adapter_bytes(shape, task) + 8 * classes * shape.width
-        return super().stored_bytes(shape, task, classes) + kept
 
     def unused_rules(self) -> list[UnusedRule]:
         return [

@@ -155,11 +155,6 @@ class SDLoRAConfig(RowsRules, GateKeys):
             (rank for first, rank in reversed(self.lora_rank_schedule) if task >= first), self.lora_rank
         )
 
-    def stored_bytes(self, shape: BackboneShape, task: int, classes: int) -> int:
-        ranks = sum(self.rank_of(earlier) for earlier in range(task + 1))
-        directions = 4 * shape.depth * shape.width * ranks  # A and B of q and of v
-        return super().stored_bytes(shape, task, classes) + 4 * directions
-
     def conflicts(self) -> Iterator[Conflict]:
         yield from super().conflicts()
         yield from self.min_lr_conflicts(("init_lr", "lrate"))

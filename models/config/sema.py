@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from typing import ClassVar, Literal
 
-from models.vit.backbones import BackboneShape
 from models.vit.config import SCHEDULER, AdapterKeys, HeadKeys, TrainingKeys
 from utils.config.schema import Conflict, CountOrZero, Rate, UnusedRule, key
 
@@ -115,12 +114,6 @@ class SEMAConfig(AdapterKeys, HeadKeys, TrainingKeys):
     def freezes(self) -> bool:
         """Whether adapters freeze with their task (SEMA's rule)."""
         return not (self.nested and self.nested_lora_freeze == "never")
-
-    def stored_bytes(self, shape: BackboneShape, task: int, classes: int) -> int:
-        blocks = self.adapt_end_layer - self.adapt_start_layer + 1
-        descriptor = 2 * shape.width * self.rd_dim + 2 * shape.width  # and its router row
-        described = 4 * blocks * (task + 1) * descriptor if self.grows else 0
-        return super().stored_bytes(shape, task, classes) + described
 
     def conflicts(self) -> Iterator[Conflict]:
         """Interpolation of hidden units that are not aligned."""

@@ -245,14 +245,6 @@ class ClassIncrementalConfig(RunConfig):
             except UserError as error:
                 yield str(error)
 
-    def checkpoint_bytes(self) -> list[int]:
-        shape = self.shape()
-        return [self.stored_bytes(shape, task, labels.stop) for task, labels in enumerate(self.known_tasks())]
-
-    def stored_bytes(self, shape: BackboneShape, task: int, classes: int) -> int:
-        """Estimate of the bytes of tensors in a task's checkpoint; classes: number seen by then."""
-        return 4 * classes * shape.width
-
     def _class_conflicts(self) -> Iterator[Conflict]:
         try:
             classes = class_count(self.dataset, self.data_root, self.test_share)
@@ -310,11 +302,6 @@ class RidgeKeys(ClassIncrementalConfig):
         2000, "Random features of RanPAC's ridge regression; published: 10000.", ge=1, le=20_000
     )
 
-    def stored_bytes(self, shape: BackboneShape, task: int, classes: int) -> int:
-        ridge, dim = "ranpac_dim" not in self.without_effect(), self.ranpac_dim
-        sums = 8 * dim * (dim + 1 + 3 * classes) if ridge else 0  # two triangles; their two parts of Q, and W
-        return super().stored_bytes(shape, task, classes) + sums
-
 
 class HeadKeys(RidgeKeys):
     """The choice of classifier, and the keys of each."""
@@ -343,11 +330,6 @@ class HeadKeys(RidgeKeys):
         ge=0,
         le=1e6,
     )
-
-    def stored_bytes(self, shape: BackboneShape, task: int, classes: int) -> int:
-        width, gaussians = shape.width, classes if self.head in ("aligned", "fecam") else 0
-        numbers = gaussians * width * (width + 1) // 2
-        return super().stored_bytes(shape, task, classes) + 4 * numbers
 
     def unused_rules(self) -> list[UnusedRule]:
         head = f'head is "{self.head}"'
@@ -607,17 +589,6 @@ class AdapterKeys(BlockKeys):
             rates, way_out = ("nested_lora_lr_fast", "nested_lora_lr_slow"), " for one branch at least"
         if self.trains_adapters and all(getattr(self, name) == 0 for name in rates):
             yield rates, f"adapters would learn nothing; allowed: a rate above 0{way_out}"
-
-    def stored_bytes(self, shape: BackboneShape, task: int, classes: int) -> int:
-        return super().stored_bytes(shape, task, classes) + self.adapter_bytes(shape, task)
-
-    def adapter_bytes(self, shape: BackboneShape, task: int) -> int:
-        """Estimate of the bytes of all adapters at the end of a task."""
-        units = 2 * self.nested_lora_rank if self.nested else self.ffn_num
-        growing = self.adapt_end_layer - self.adapt_start_layer + 1
-        adapters = len(self.adapted_blocks(shape.depth)) + (task * growing if self.grows else 0)
-        numbers = adapters * (2 * shape.width * units + shape.width + units)
-        return 4 * numbers * self.trains_adapters
 
     def shape_conflicts(self, shape: BackboneShape) -> Iterator[Conflict]:
         yield from super().shape_conflicts(shape)

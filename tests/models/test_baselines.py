@@ -1,7 +1,6 @@
 """The learners that Nested LoRA is compared with, and the heads, on tiny generated data."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -58,20 +57,14 @@ def training_features(learner: Learner, tasks: int) -> tuple[np.ndarray, np.ndar
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_every_baseline_runs_to_its_result(name: str, smoke_config: Config, tmp_path: Path) -> None:
+def test_every_baseline_runs_to_its_result(name: str, smoke_config: Config) -> None:
     """Through the command line's own path: result, accuracies and the numbers of the record."""
-    config = smoke_config(**METHODS[name])
-    result = train(config)
+    result = train(smoke_config(**METHODS[name]))
     tasks = 1 if "init_cls" in METHODS[name] else 4
     assert len(result["accuracy"]) == tasks and 0 <= result["metrics"]["final"] <= 100
     parts = {part: n for part, n in result["parameters"].items() if part not in ("trained", "stored")}
     assert result["parameters"]["stored"] == sum(parts.values())
     assert (result["metrics"]["forgetting"] is None) == (tasks == 1)
-    written = [path.stat().st_size for path in sorted(tmp_path.rglob("task_*/tensors.safetensors"))]
-    names = 20_000  # bytes of names and random states, which only such small models notice
-    pairs = zip(config.checkpoint_bytes(), written, strict=True)
-    most = 1.1 if name != "inflora" else np.inf  # how much its basis holds depends on the images
-    assert all(0.8 * (real - names) <= estimate <= most * real for estimate, real in pairs)
 
 
 @pytest.mark.parametrize("name", [*GROWING, "ranpac, adapted", "moal", "sema, ranpac"])

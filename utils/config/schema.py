@@ -193,10 +193,6 @@ class RunConfig(BaseModel):
         """Sentences about data and weights that are missing; what can be downloaded is."""
         yield from ()
 
-    def checkpoint_bytes(self) -> list[int]:
-        """Estimated size of the checkpoint at the end of each task; empty where it is too small to matter."""
-        return []
-
     # --- rules; a subclass extends those of super() -------------------------------------------------------
 
     def conflicts(self) -> Iterator[Conflict]:

@@ -1,66 +1,53 @@
-"""Disk space that runs will need, logged and compared with free space before they start.
+"""Disk space that is still needed, judged by the size of what has been written, and what is free.
 
-    logger.info(disk_use(configs))      # UserError: the checkpoints do not fit
-
-Checkpoints are estimated (`RunConfig.checkpoint_bytes`). The cache is not: it takes up to `cache_gb`, and
-leaves `RESERVE` on its disk.
+disk = DiskWatch(folder, config)
+disk.compare("checkpoint", size_of(checkpoint), left=3)     # after each of them
 """
 
-import os
+import logging
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 
-from utils.cache.tensor_cache import RESERVE
 from utils.config.schema import RunConfig
-from utils.errors import UserError
+
+logger = logging.getLogger("nested_lora")
 
 GB = 1e9
 
 
-def disk_use(configs: Sequence[RunConfig], place: Path | None = None, learned: int = 0) -> str:
-    """Sentence about the disk space that new runs will need, with a warning where it is tight.
+class DiskWatch:
+    """Comparison of needed with free space: told once, and warned of once where it does not fit.
 
-    Args:
-        configs: one per run; all write below the same `logs_root`.
-        place: the folder that they write to, where it is not below `logs_root`.
-        learned: number of first tasks whose checkpoints are there already.
-
-    Raises UserError: the disk has less room than their checkpoints take.
+    folder: where a run of `config` writes, or a sweep with such runs.
     """
-    logs = place or Path(configs[0].logs_root)
-    free = shutil.disk_usage(_place(logs)).free
-    sizes = [config.checkpoint_bytes()[learned:] for config in configs]
-    kept = (getattr(config, "checkpoints", "all") for config in configs)
-    need = sum(map(kept_bytes, sizes, kept))
-    runs = "the run's checkpoints" if len(configs) == 1 else f"the checkpoints of {len(configs)} runs"
-    sentence = f"{runs} take about {_gb(need)} of {_gb(free)} free in {logs}"
-    if need > free:
-        least = sum(kept_bytes(each, "last") for each in sizes)
-        fewer = f"keep the last task's alone (--set checkpoints=last: {_gb(least)}), " if least < need else ""
-        raise UserError(f"{sentence}: {fewer}free some space, or choose another disk with logs_root")
-    caches = {config.cache_root: config.cache_gb for config in configs if hasattr(config, "cache_root")}
-    for root, limit in caches.items():
-        sentence += f"; the cache up to {limit:g} GB in {root}"
-        if on_one_disk(root, logs) and need > RESERVE and need + limit * GB > free:
-            room = int(max(0, free - need) / GB)
-            sentence += f", which may leave too little for the checkpoints: set cache_gb to {room} at most"
-    return f"Disk: {sentence}"
+
+    def __init__(self, folder: Path, config: RunConfig) -> None:
+        self.folder, self.config, self.told = folder, config, 0
+
+    def compare(self, noun: str, size: float, left: int) -> None:
+        """Log how `left` more, of about `size` bytes each, compare with the free space."""
+        need, free = left * size, shutil.disk_usage(self.folder).free
+        level = logging.WARNING if need > free else logging.INFO
+        if left and level > self.told:
+            self.told = level
+            sizes = f"a {noun} takes {_gb(size)}, what is to come about {_gb(need)}"
+            way_out = self._way_out() if need > free else ""
+            logger.log(level, f"Disk: {sizes}; {_gb(free)} are free in {self.folder}{way_out}")
+
+    def _way_out(self) -> str:
+        ways = ["free some space"]
+        if getattr(self.config, "checkpoints", "last") == "all":
+            ways.append("keep only the last checkpoint (checkpoints=last)")
+        cache, limit = Path(getattr(self.config, "cache_root", "")), getattr(self.config, "cache_gb", 0)
+        if limit and cache.exists() and cache.stat().st_dev == self.folder.stat().st_dev:
+            ways.append(f"let the cache in {cache} be smaller (cache_gb)")
+        full = "a run that fills the disk ends, and can be resumed"
+        return f": {', '.join(ways)}, or choose another disk (logs_root); {full}"
 
 
-def kept_bytes(sizes: Sequence[int], checkpoints: str) -> int:
-    """Largest space of a run's checkpoints at any time, from their sizes; "last" briefly keeps two."""
-    return sum(sizes if checkpoints == "all" else sorted(sizes)[-2:])
-
-
-def _place(path: str | Path) -> Path:
-    """The path, or the nearest folder above it that is there."""
-    return next(folder for folder in (Path(path), *Path(path).absolute().parents) if folder.exists())
-
-
-def on_one_disk(*paths: str | Path) -> bool:
-    """Whether paths lie on one disk, or will when they are made."""
-    return len({os.stat(_place(path)).st_dev for path in paths}) == 1
+def size_of(folder: Path) -> int:
+    """Bytes of all files in a folder and below."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def _gb(count: float) -> str:

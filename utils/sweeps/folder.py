@@ -59,7 +59,9 @@ from utils.wording import as_typed
 logger = logging.getLogger("nested_lora")
 
 CONSOLE_WIDTH = 100
-FREE = ("description", "trackers", "figure_format")  # keys that may differ from the config of a begun run
+FREE = (  # keys that may differ from the config of a begun run
+    "description", "trackers", "figure_format", "checkpoints", "cache_root", "cache_gb",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -20,11 +20,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import mean
 
 from utils.config.messages import grouped
 from utils.console import progress
 from utils.errors import STOPPED, UserError, in_one_line, os_error_sentence
-from utils.runs.disk import disk_use
+from utils.runs.disk import DiskWatch, size_of
 from utils.runs.folder import FolderLock, remove_replaced, restore_replaced, waiting_notes
 from utils.runs.manifest import is_complete, present, read_provenance
 from utils.runs.trackers import require_trackers
@@ -82,7 +83,7 @@ def run_sweep(
                 on_cpu = all(str(run.config.device).lower() in ("auto", "cpu") for run in waiting)
                 once = imports if on_cpu else ()
                 with EXECUTORS[engine](resources, jobs, address, once) as executor:
-                    logger.info(space_for(waiting))
+                    require_assets(waiting)
                     prepare_folder(sweep, runs, overwrite)
                     log_beginning(sweep, runs)
                     counts = f"{len(waiting)} of {len(runs)} runs to do, {executor.jobs} at once"
@@ -113,14 +114,13 @@ def opened(sweep: Sweep, overwrite: bool = False) -> Iterator[tuple[list[SweepRu
         yield runs, [run for run in chosen if overwrite or not is_complete(run.folder)]
 
 
-def space_for(runs: Sequence[SweepRun]) -> str:
-    """Sentence about the disk space of runs. UserError: too little of it, or missing data or weights."""
+def require_assets(runs: Sequence[SweepRun]) -> None:
+    """UserError where data or weights of runs are missing; what can be downloaded is."""
     configs = [run.config for run in runs]
     needs = {tuple(str(getattr(config, name)) for name in config.asset_keys): config for config in configs}
     missing = dict.fromkeys(sentence for config in needs.values() for sentence in config.missing_assets())
     if missing:
         raise UserError("\n  - ".join(["nothing was started, the runs need what is not there:", *missing]))
-    return disk_use(configs)
 
 
 def commands_of(sweep: Sweep) -> list[str]:
@@ -130,8 +130,7 @@ def commands_of(sweep: Sweep) -> list[str]:
     are those of `run_sweep`.
     """
     with opened(sweep) as (runs, waiting):
-        if waiting:
-            logger.info(space_for(waiting))
+        require_assets(waiting)
         prepare_folder(sweep, runs, overwrite=False)
         logger.info(f"{len(waiting)} of {len(runs)} runs to do; their configs are in {sweep.folder}")
         threads = " ".join(f"{name}={n}" for name, n in resources_of(sweep, waiting).environment.items())
@@ -171,6 +170,7 @@ def run_all(
     """Run `waiting`, part of `runs`, in order: failures (label -> reason), and whether to stop was asked."""
     failures: dict[str, str] = {}
     finished, total = sum(is_complete(run.folder) for run in runs), len(runs)
+    disk, written = DiskWatch(sweep.folder, waiting[0].config), []
     bar = progress(total=total, initial=finished, desc=sweep.path.stem, unit="run", leave=True)
     stop = sweep.folder / STOP
     with stop_file(stop), ThreadPoolExecutor(executor.jobs) as pool, bar:
@@ -185,6 +185,8 @@ def run_all(
                     finished += 1
                     bar.update()
                     logger.info(f"{run.label}: {result_line(run)} ({finished} of {total})")
+                    written.append(size_of(run.folder))
+                    disk.compare("run", mean(written), len(waiting) - len(written))
                 else:
                     failures[run.label] = reason
                     logger.warning(f"{run.label}: {reason}; its output is in {run.output_path}")

@@ -1,5 +1,6 @@
-"""Disk space is told before it is taken, and runs whose checkpoints do not fit are not begun."""
+"""What is still to be written is judged by what has been: told once, and warned of where it does not fit."""
 
+import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -7,80 +8,56 @@ from types import SimpleNamespace
 
 import pytest
 
-import main
-import trainer
-from tests.conftest import command, folder_of
+from trainer import train
 from utils.config.schema import RunConfig
-from utils.errors import UserError
-from utils.runs.disk import disk_use, kept_bytes
+from utils.runs.disk import DiskWatch
 
 Config = Callable[..., RunConfig]
-RANPAC = {"model_name": "ranpac", "ranpac_dim": 2000}
 
 
 @pytest.fixture
 def free(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
-    """Sets the free space of every disk, in GB."""
+    """Sets the free space of every disk, in MB."""
 
-    def set_free(gb: float) -> None:
-        monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=int(gb * 1e9)))
+    def set_free(megabytes: float) -> None:
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=int(megabytes * 1e6)))
 
     return set_free
 
 
-def test_checkpoints_of_all_tasks_or_of_the_last_two_are_there_at_once() -> None:
-    assert kept_bytes([1, 2, 3], "all") == 6
-    assert kept_bytes([1, 2, 3], "last") == 5  # the new one is whole before the old one goes
-    assert kept_bytes([], "last") == 0
-
-
-def test_what_fits_is_told_and_what_does_not_is_refused(
-    smoke_config: Config, free: Callable[[float], None]
+def test_a_disk_is_told_of_once_and_warned_of_once(
+    free: Callable[[float], None], smoke_config: Config, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Four tasks of 32 MB each: two triangles of 2000 x 2000 sums in float64."""
-    config = smoke_config(**RANPAC)
+    caplog.set_level(logging.INFO)
+    watch = DiskWatch(tmp_path, smoke_config())
+    for left, megabytes in ((4, 130), (3, 97), (2, 60), (1, 20), (0, 0)):
+        free(megabytes)
+        watch.compare("checkpoint", 32e6, left)
+    told, warned = caplog.records
+    assert "32 MB" in told.message and "128 MB; 130 MB are free" in told.message
+    assert "64 MB; 60 MB are free" in warned.message and "resumed" in warned.message
+    assert (told.levelname, warned.levelname) == ("INFO", "WARNING")
+
+
+def test_a_warning_names_the_keys_that_help(
+    free: Callable[[float], None], smoke_config: Config, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     free(1)
-    told = disk_use([config])
-    assert "129 MB" in told and "1.0 GB free" in told and "20 GB" in told
-    free(0.1)
-    with pytest.raises(UserError, match="129 MB .* 100 MB free .*checkpoints=last: 65 MB.*logs_root"):
-        disk_use([config])
-    assert "65 MB" in disk_use([config.model_copy(update={"checkpoints": "last"})])
-    with pytest.raises(UserError, match="checkpoints of 3 runs"):
-        disk_use([config.model_copy(update={"seed": seed}) for seed in range(3)])
+    shared = smoke_config(checkpoints="last", cache_root=str(tmp_path))
+    for config in (shared, smoke_config(cache_root=str(tmp_path / "none"))):
+        DiskWatch(tmp_path, config).compare("checkpoint", 2e6, 1)
+    last, every = (record.message for record in caplog.records)
+    assert "cache_gb" in last and "checkpoints=last" not in last and "logs_root" in last
+    assert "cache_gb" not in every and "checkpoints=last" in every
 
 
-def test_a_cache_that_may_take_the_room_is_warned_of(
-    smoke_config: Config, free: Callable[[float], None]
+@pytest.mark.parametrize(("checkpoints", "further"), [("all", 3), ("last", 1)])
+def test_a_run_tells_the_size_of_its_further_checkpoints(
+    checkpoints: str, further: int, smoke_config: Config, caplog: pytest.LogCaptureFixture
 ) -> None:
-    config = smoke_config(**RANPAC)
-    runs = [config.model_copy(update={"seed": seed}) for seed in range(40)]  # 5.2 GB
-    free(20)
-    assert "set cache_gb to 14 at most" in disk_use(runs)
-    assert "set cache_gb" not in disk_use([run.model_copy(update={"cache_gb": 14.0}) for run in runs])
-    free(30)
-    assert "set cache_gb" not in disk_use(runs)
-
-
-def test_a_run_is_extended_where_its_further_tasks_fit(
-    smoke_config: Config, free: Callable[[float], None], told: Callable[..., str]
-) -> None:
-    """Two of 32 MB; on the same disk the checkpoints of the two tasks that are learned are links."""
-    config = smoke_config(**RANPAC, max_tasks=2)
-    trainer.train(config)
-    logs = Path(config.logs_root)
-    run, other = folder_of(logs), logs.with_name("other")
-    for place, room, code in ((logs, 0.06, 2), (logs, 0.07, 0), (other, 0.07, 0)):
-        free(room)
-        more = ["--set", "max_tasks=4", "--set", f"logs_root={place}"]
-        assert "checkpoints take about 65 MB" in told(code, main.main, "--extend", run, *more)
-        assert len(list(place.rglob("smoke_4tasks_*/config.json"))) == 1 - code // 2
-
-
-@pytest.mark.parametrize("option", [[], ["--resume", "auto"]], ids=" ".join)
-def test_nothing_is_started_on_a_disk_without_room(
-    option: list[str], free: Callable[[float], None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    free(0)
-    assert main.main([*option, *command("smoke.json", tmp_path)]) == 2
-    assert "free some space" in capsys.readouterr().err and not list(tmp_path.rglob("config.json"))
+    """Four tasks; what takes the place of the last checkpoint is there with it for a moment."""
+    caplog.set_level(logging.INFO)
+    train(smoke_config(model_name="ranpac", ranpac_dim=600, checkpoints=checkpoints))
+    (told,) = [message for message in caplog.messages if message.startswith("Disk")]
+    megabytes = 600 * 601 * 8 / 1e6  # the ridge regression's sums, nearly all of it
+    assert f"takes {megabytes:.0f} MB" in told and f"about {further * megabytes:.0f} MB;" in told

@@ -291,7 +291,7 @@ def test_a_sweep_that_goes_on_with_other_code_says_so(sweep: Command, capsys: Ca
 @pytest.mark.parametrize(
     ("asked", "recorded"),
     [
-        ("bf16", {"description": "other words"}),
+        ("bf16", {"description": "other words", "checkpoints": "last"}),
         ("bf16", {"precision": "fp32"}),
         ("auto", {"precision": "bf16"}),
         ("fp32", {"ca_epochs": 9}),
@@ -299,7 +299,7 @@ def test_a_sweep_that_goes_on_with_other_code_says_so(sweep: Command, capsys: Ca
     ids=str,
 )
 def test_differences_that_are_none(sweep: Command, asked: str, recorded: dict[str, Any]) -> None:
-    """A description; the precision of a device without bf16, or that "auto" chose; a key without effect."""
+    """What changes no number; the precision of a device without bf16, or that "auto" chose; an unused key."""
     sweep.write(set={**TABLE["set"], "precision": asked})
     assert sweep() == 0
     path = sweep.run_folder("nested", 1) / CONFIG
@@ -379,6 +379,17 @@ def test_a_refusal_leaves_results_as_they_were(sweep: Command, monkeypatch: Patc
     message = sweep.refused(capsys, "--overwrite")
     assert "No space left" in message and "python main.py --sweep" in message
     assert files(sweep.folder) == before and not sweep.replaced.exists() and sweep.executor.started == []
+
+
+def test_runs_that_will_not_fit_are_warned_of_when_the_first_is_there(
+    sweep: Command, monkeypatch: Patch, capsys: Capture
+) -> None:
+    """Judged by the size of the first; the others run all the same."""
+    monkeypatch.setitem(RESULTS, "more", "x" * 2 * 10**6)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=5 * 10**6))
+    assert sweep() == 0 and len(sweep.executor.started) == 4
+    shown = capsys.readouterr().out
+    assert shown.count("Disk:") == 1 and "run takes 2 MB" in shown and "6 MB; 5 MB are free" in shown
 
 
 @pytest.mark.parametrize("options", [[], ["--overwrite"]])
