@@ -168,7 +168,6 @@ class ClassIncrementalLearner(Learner):
         """Batches and features of the tasks' images, from stored activations of the frozen blocks."""
         identity = {
             **self.backbone.identity(),
-            "options": self.backbone.options_sha256,
             "cpu_kernels": self.config.cpu_kernels,
             "versions": library_versions(),
         }
@@ -425,7 +424,7 @@ class ClassIncrementalLearner(Learner):
         return {"tag": self.backbone.tag, "note": self.backbone.note}
 
     def manifest(self, earlier: Mapping[str, Any]) -> dict[str, Any]:
-        weights = ("tag", "sha256", "architecture", "options_sha256", "note")
+        weights = ("tag", "sha256", "architecture", "note")
         learned = self.context.trains_from or 0
         classes = self.data.task_classes(learned - 1).stop if learned else 0
         images = {source: self.data.images_per_class(source) for source in self.data.sources}

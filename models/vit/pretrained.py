@@ -11,8 +11,6 @@ averages two tokens.
 
 import difflib
 import functools
-import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,8 +40,6 @@ class Backbone:
         architecture: its name in timm, which decides what the network computes with its weights.
         sha256: over name and bytes of every tensor of the network as built (names sorted); another image
             size, which resizes the position embedding, gives another hash.
-        options_sha256: over class and attributes (activation, eps, heads, ...) of every module: the
-            architecture as this version of timm builds it.
         mean, std: input normalisation of `normalized_as`, a channel each.
         normalized_as: timm's name of the weights that were trained with this mean and std: of a file or of an
             untrained network those that the backbone's name has as its tag, else timm's default.
@@ -53,7 +49,6 @@ class Backbone:
     tag: str
     architecture: str
     sha256: str
-    options_sha256: str
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     normalized_as: str
@@ -124,7 +119,6 @@ def create_backbone(
         tag=resolved,
         architecture=arch,
         sha256=sha256_of(vit.state_dict()),
-        options_sha256=_options_sha256(vit),
         mean=tuple(config.mean),
         std=tuple(config.std),
         normalized_as=f"{config.architecture}.{config.tag}",
@@ -203,26 +197,3 @@ def _unsupported(vit: torch.nn.Module) -> str:
         return f"its feature is pooled by {vit.global_pool!r} over patches"
     kinds = sorted({type(block).__name__ for block in vit.blocks if type(block) is not Block})
     return f"its blocks are {', '.join(kinds)}" if kinds else ""
-
-
-def _options_sha256(network: torch.nn.Module) -> str:
-    described = []
-    for name, module in network.named_modules():
-        options = {key: _described(value) for key, value in vars(module).items() if key[0] != "_"}
-        described.append((name, str(type(module)), options))
-    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
-
-
-def _described(value: object) -> object:
-    """An attribute of a module as JSON: functions and classes by name, other objects by type.
-
-    A dict is recorded by its type alone: it holds no options, but for example where weights come from.
-    """
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    if isinstance(value, list | tuple):
-        return [_described(item) for item in value]
-    if isinstance(value, functools.partial):
-        return [_described(item) for item in (value.func, *value.args, *sorted(value.keywords.items()))]
-    named = value if hasattr(value, "__qualname__") else type(value)
-    return f"{named.__module__}.{named.__qualname__}"

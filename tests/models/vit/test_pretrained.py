@@ -1,6 +1,5 @@
 """Backbones by name: shapes without weights, strict loading, one sentence for all that cannot work."""
 
-import functools
 import os
 import urllib.error
 import urllib.request
@@ -22,11 +21,6 @@ from utils.errors import UserError
 
 TINY = "vit_tiny_patch16_224"
 DINO = "vit_small_patch14_reg4_dinov2"
-OPTIONS = [  # of the same number of weights of the same shapes
-    {"act_layer": "quick_gelu"},
-    {"norm_layer": functools.partial(torch.nn.LayerNorm, eps=1e-3)},
-    {"num_heads": 6},
-]
 
 
 def untrained(name: str = TINY, image_size: int = 32):
@@ -134,32 +128,6 @@ def test_hash_sees_one_changed_number(tiny, tmp_path):
     state = copied(tiny.vit)
     state["norm.bias"][0] += 1e-3
     assert from_file(save(state, tmp_path / "changed.pth")).sha256 != tiny.sha256
-
-
-class Applied(torch.nn.Module):
-    """An activation given as a function."""
-
-    def __init__(self, function, **options):
-        super().__init__()
-        self.functions = [functools.partial(function, **options)]
-
-    def forward(self, x):
-        return self.functions[0](x)
-
-
-def test_an_option_that_no_weight_shows_is_in_the_hash_of_options(tiny, monkeypatch):
-    create, seen = timm.create_model, {tiny.options_sha256}
-    elu = functools.partial(torch.nn.functional.elu, alpha=2.0)
-    functions = (torch.sin, torch.cos, torch.nn.functional.elu, elu)
-    options = [*OPTIONS, *({"act_layer": functools.partial(Applied, function)} for function in functions)]
-    for option in options:
-        monkeypatch.setattr(
-            timm, "create_model", lambda *args, o=option, **given: create(*args, **given, **o)
-        )
-        other = untrained()
-        assert other.sha256 == tiny.sha256 and other.options_sha256 not in seen
-        assert untrained().options_sha256 == other.options_sha256
-        seen.add(other.options_sha256)
 
 
 def test_another_architecture_with_the_same_weights_is_another_backbone(tiny):
