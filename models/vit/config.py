@@ -167,21 +167,15 @@ class ClassIncrementalConfig(RunConfig):
         yield from super().late_conflicts()
         if known_shape(self.backbone_type):
             return
+        import_networks()
+        from models.vit.pretrained import backbone_shape  # here: it imports timm
+
         try:
-            shape = self.shape()
+            shape = backbone_shape(self.backbone_type, weights=self.weights and "random")
         except UserError as error:
             yield ("backbone_type",), str(error)
         else:
             yield from self.shape_conflicts(shape)
-
-    def shape(self) -> BackboneShape:
-        """Shape of the backbone. UserError: timm does not know its name."""
-        if shape := known_shape(self.backbone_type):
-            return shape
-        import_networks()
-        from models.vit.pretrained import backbone_shape  # here: it imports timm
-
-        return backbone_shape(self.backbone_type, weights=self.weights and "random")
 
     def shape_conflicts(self, shape: BackboneShape) -> Iterator[Conflict]:
         """Keys that do not fit the backbone; a subclass extends those of super()."""
