@@ -5,7 +5,7 @@
     write_comparison(comparison, Path("logs/comparisons/sema-ranpac"))
 
 A group is the runs whose configurations differ only in the seed and in keys that change no result
-(`RunConfig.experiment`). It is named by the fewest keys that distinguish it from the others. Groups are
+(`RunConfig.experiment`). It is named by few keys that tell it from the others of its method. Groups are
 paired by seed. Code and libraries may differ between runs, which is reported; data and tasks may not.
 """
 
@@ -17,7 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from utils.config.messages import grouped, no_such
+import pandas as pd
+
+from utils.config.messages import no_such
 from utils.config.schema import RunConfig
 from utils.errors import UserError
 from utils.files import write_json
@@ -143,22 +145,23 @@ def _runs_in(folder: Path) -> Iterator[Path]:
 
 
 def group_names(experiments: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A short name for each of several different experiments: the fewest keys that distinguish it.
+    """A short name for each of several different experiments: few keys that tell those of its method apart.
 
-    The method comes first, by its value alone, where there are several: `ranpac`, `sema, init_lr=0.01`.
+    The method comes first, by its value alone, where there are several: `ranpac`, `sema, init_lr=0.01`. Keys
+    that all experiments of the method have are preferred, the first of the configs among them.
     """
-    by_method = grouped((experiment, experiment[METHOD]) for experiment in experiments)
-    names = []
-    for experiment in experiments:
-        alike = by_method[experiment[METHOD]]
-        keys = [key for key in _distinguishing_keys(alike) if key in experiment]
-        for key in list(keys):
-            fewer = [other for other in keys if other != key]
-            if fewer and sum(_shown(experiment, fewer) == _shown(other, fewer) for other in alike) == 1:
-                keys = fewer
-        method = [experiment[METHOD]] if len(by_method) > 1 else []
-        names.append(", ".join([*method, *(f"{key}={bare(experiment[key])}" for key in keys)]))
-    return names
+    values = pd.DataFrame([{key: bare(value) for key, value in one.items()} for one in experiments])
+    names = pd.Series("", values.index)
+    for method, alike in values.groupby(METHOD):
+        keys = [key for key in alike if alike[key].nunique(dropna=False) > 1]
+        for key in sorted(reversed(keys), key=lambda key: alike[key].notna().all()):
+            fewer = alike[[other for other in keys if other != key]]
+            if not (fewer.duplicated() | fewer.isna().all(axis=1)).any():
+                keys = list(fewer)
+        for row, own in alike[keys].iterrows():
+            told = [f"{key}={value}" for key, value in own.dropna().items()]
+            names[row] = ", ".join([method, *told] if values[METHOD].nunique() > 1 else told)
+    return list(names)
 
 
 def write_comparison(comparison: Comparison, folder: Path) -> list[Path]:
@@ -240,28 +243,3 @@ def _baseline(given: str | None, groups: Mapping[str, Mapping[int, FinishedRun]]
         if given == name or any(run.folder.resolve() == Path(given).resolve() for run in runs.values()):
             return name
     raise UserError(f"--baseline {given}: {no_such('group', given, list(groups))}")
-
-
-def _distinguishing_keys(experiments: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Few keys that distinguish experiments, chosen greedily, preferably of those that all experiments have.
-
-    They are in the order of the configs; a missing key differs from any value.
-    """
-
-    def distinct(names: Sequence[str]) -> int:
-        return len({_shown(experiment, names) for experiment in experiments})
-
-    def gain(name: str) -> tuple[bool, int]:
-        more = distinct([*chosen, name])
-        return more > distinct(chosen) and all(name in experiment for experiment in experiments), more
-
-    names = dict.fromkeys(name for experiment in experiments for name in experiment)
-    varying, chosen = [name for name in names if distinct([name]) > 1], []
-    while distinct(chosen) < len(experiments):
-        chosen.append(max(varying, key=gain))
-    return sorted(chosen, key=varying.index)
-
-
-def _shown(experiment: Mapping[str, Any], names: Iterable[str]) -> str:
-    """The values of some keys as one text, absent ones left out."""
-    return json.dumps({name: experiment[name] for name in names if name in experiment})

@@ -183,15 +183,18 @@ def test_a_comparison_that_was_killed_is_written_again(
 @pytest.mark.parametrize(
     ("experiments", "names"),
     [
-        ([{"rank": 4, "lr": 0.1}, {"rank": 8, "lr": 0.1}], ["rank=4", "rank=8"]),
         (
             [{"rank": 4, "lr": 0.1}, {"rank": 8, "lr": 0.1}, {"rank": 4, "lr": 0.2}],
-            ["rank=4, lr=0.1", "rank=8", "lr=0.2"],
+            ["rank=4, lr=0.1", "rank=8, lr=0.1", "rank=4, lr=0.2"],
         ),
-        ([{"kind": "a"}, {"kind": "b", "rank": 4}, {"kind": "b", "rank": 8}], ["kind=a", "rank=4", "rank=8"]),
+        (
+            [{"kind": "a"}, {"kind": "b", "rank": 4}, {"kind": "b", "rank": 8}],
+            ["kind=a", "kind=b, rank=4", "kind=b, rank=8"],
+        ),
+        ([{"kind": "a", "rank": 4, "lr": 1}, {"kind": "a", "lr": 2}], ["lr=1", "lr=2"]),
     ],
 )
-def test_a_name_has_the_fewest_keys_that_tell(experiments: list[dict[str, Any]], names: list[str]) -> None:
+def test_a_name_has_few_keys_that_tell(experiments: list[dict[str, Any]], names: list[str]) -> None:
     one = [{"model_name": "m"} | experiment for experiment in experiments]
     assert group_names(one) == names
     assert group_names([*one, {"model_name": "n"}]) == [*(f"m, {name}" for name in names), "n"]
