@@ -1,23 +1,21 @@
 """Description of what was run: method, data, tasks, weights, code, machine and dates of a run or a sweep.
 
 facts_of(config, manifest)                          # {"Method": ..., "Data": ..., ...}
-what_was_run({"nested": [run_folder, ...], ...})    # one text per heading, or one for each group of cells
+what_was_run(results.cells)                         # one text per heading, or one for each group of cells
 differing_keys({"nested": config, ...})             # a table of the keys in which cells differ
 """
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from utils.config.messages import shown
 from utils.config.schema import RunConfig
-from utils.files import read_json
 from utils.metric_catalogue import ABSENT
+from utils.reports.results import FinishedRun
 from utils.reports.tables import Table, frame_table
-from utils.runs.folder import CONFIG
 from utils.runs.manifest import SHOWN, Manifest, read_manifest
 from utils.wording import counted, named_data
 
@@ -81,17 +79,13 @@ def common_facts(facts: Mapping[str, Sequence[Mapping[str, str]]]) -> list[tuple
     ]
 
 
-def what_was_run(folders: Mapping[str, Sequence[Path]]) -> list[tuple[str, str]]:
-    """Methods, data, weights, code, machine and dates of runs, as (heading, text).
-
-    folders: of the runs of each cell.
-    """
-    manifests = {folder: read_manifest(folder) for runs in folders.values() for folder in runs}
-    facts = {
-        cell: [facts_of(read_json(folder / CONFIG), manifests[folder]) for folder in runs]
-        for cell, runs in folders.items()
+def what_was_run(cells: Mapping[str, Mapping[int, FinishedRun]]) -> list[tuple[str, str]]:
+    """Methods, data, weights, code, machine and dates of all runs, as (heading, text)."""
+    found = {
+        cell: [(run, read_manifest(run.folder)) for run in runs.values()] for cell, runs in cells.items()
     }
-    return [*common_facts(facts), ("Date", dates(list(manifests.values())))]
+    facts = {cell: [facts_of(dict(run.config), own) for run, own in runs] for cell, runs in found.items()}
+    return [*common_facts(facts), ("Date", dates([own for runs in found.values() for _, own in runs]))]
 
 
 def differing_keys(configs: Mapping[str, RunConfig]) -> Table | None:

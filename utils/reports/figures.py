@@ -223,7 +223,7 @@ def curves_figure(results: Results, subtitle: str) -> Figure | None:
     figure, axes = _figure_with_legend(labels, _sentence(spec.definition), subtitle)
     handles = {}
     for cell in sorted(results.finished, key=lambda cell: cell in styles):  # colours above grey
-        curves = np.array([result[spec.key] for result in results.cells[cell].values()])  # (seeds, tasks)
+        curves = np.array([run.result[spec.key] for run in results.cells[cell].values()])  # (seeds, tasks)
         width = 2.4 if cell == results.baseline else 1.6 if cell in styles else 0.9
         handles[cell] = _draw_curve(axes, curves, styles.get(cell), tasks, width)
     task_axis(axes, tasks)

@@ -1,6 +1,7 @@
 """Results of a sweep as pandas tables: every number of every run, and its statistics per cell.
 
-    results = Results(runs, config.metrics, baseline="matched adapter")    # runs: cell -> seed -> result.json
+    runs = {"nested": {1993: FinishedRun.read(run_folder, config)}, "matched adapter": {...}}
+    results = Results(runs, config.metrics, baseline="matched adapter")
     results.runs                                # a row per run
     results.values("nested", "final")           # the cell's values by seed
     results.summary.loc["nested", "final"]      # mean, interval, difference from the baseline, verdict
@@ -15,38 +16,71 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from utils.config.schema import RunConfig
 from utils.errors import UserError
 from utils.metric_catalogue import MetricSpec, by_key
 from utils.reports.stats import Estimate, holm, mean_over_seeds, paired_difference
-from utils.runs.manifest import Provenance
-from utils.runs.metrics import number_of_tasks, numbers_of
+from utils.runs.manifest import Provenance, read_manifest, read_provenance
+from utils.runs.metrics import checked_result, number_of_tasks, numbers_of
 
 UNLISTED_DIGITS = 3  # of a metric that the catalogue does not have
 OTHER_IMAGES = "test images"  # in place of a kind of provenance
 SPLIT = {"init_cls", "increment", "shuffle"}  # of what runs are tested on: choose an image's task, no image
+HASH = 8  # characters
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A run with a result: its folder, configuration, result.json, provenance, and what it was tested on."""
+
+    folder: Path
+    config: RunConfig
+    result: Mapping[str, Any]
+    origin: Provenance
+    tested_on: Mapping[str, Any]  # the hash of its data, then as of `RunConfig.tested_on`
+
+    @classmethod
+    def read(cls, folder: Path, config: RunConfig, way_out: str = "restore it") -> "FinishedRun":
+        """The run in a folder. UserError: a file is damaged; way_out: what to do if that is its result."""
+        result, origin = checked_result(folder, config.metrics, way_out), read_provenance(folder)
+        classes = len((read_manifest(folder).model_extra or {}).get("class_order", []))
+        about = config.tested_on(number_of_tasks(result, config.metrics), classes)
+        data = origin.hashes.get("data", {}).get("sha256", "")[:HASH]
+        return cls(folder, config, result, origin, {"data": data, **about})
+
+    def unlike(self, other: "FinishedRun") -> list[str]:
+        """Kinds of provenance, test images among them, that forbid to pair two runs."""
+        kinds, tested_on = self.origin.unlike(other.origin), self.on_other_images(other)
+        return [*kinds, OTHER_IMAGES] if tested_on and "data" not in kinds else kinds
+
+    def on_other_images(self, other: "FinishedRun") -> bool:
+        """Whether two runs were tested on different images, by what is known of both."""
+        keys = self.tested_on.keys() & other.tested_on.keys() - SPLIT
+        return any(self.tested_on[key] != other.tested_on[key] for key in keys)
 
 
 @dataclass(eq=False)
 class Results:
-    """The finished runs of a sweep, at least one, all without a fault by `utils.runs.metrics.fault_of`.
+    """The finished runs of a sweep, at least one.
 
     Cells are in the table's order, also those without a finished run. UserError: the runs of a cell differ in
     their number of tasks.
     """
 
-    cells: Mapping[str, Mapping[int, Mapping[str, Any]]]  # cell -> seed -> result.json
+    cells: Mapping[str, Mapping[int, FinishedRun]]  # cell -> seed -> run, given in the order of their ends
     metrics: Sequence[MetricSpec]  # of the runs' method, the main metric first
     baseline: str | None = None  # the cell that the others are compared with
-    origins: Mapping[str, Mapping[int, Provenance]] | None = None  # in the order of ends; None: all alike
-    tested_on: Mapping[str, Mapping[int, Mapping[str, Any]]] | None = None  # as of `RunConfig.tested_on`
+    any_provenance: bool = False  # whether runs are paired whatever they were made with
 
     def __post_init__(self) -> None:
         """Order seeds, count tasks."""
-        self.cells = {cell: dict(sorted(results.items())) for cell, results in self.cells.items()}
+        self._by_end = self.cells
+        self.cells = {cell: dict(sorted(runs.items())) for cell, runs in self.cells.items()}
         self._specs = by_key(self.metrics)
         self._tasks = {cell: self._number_of_tasks(cell) for cell in self.cells}
 
@@ -58,7 +92,12 @@ class Results:
     @property
     def finished(self) -> list[str]:
         """Cells with a finished run."""
-        return [cell for cell, results in self.cells.items() if results]
+        return [cell for cell, runs in self.cells.items() if runs]
+
+    @property
+    def every_result(self) -> list[Mapping[str, Any]]:
+        """The result.json of every run."""
+        return [run.result for runs in self.cells.values() for run in runs.values()]
 
     @property
     def compared(self) -> list[str]:
@@ -76,22 +115,16 @@ class Results:
     @cached_property
     def by_images(self) -> list[list[str]]:
         """The finished cells, grouped by the images that their first runs were tested on."""
-        tested = {
-            cell: next(iter((self.tested_on or {}).get(cell, {}).values()), {}) for cell in self.finished
-        }
-        groups: list[list[str]] = []
+        first = {cell: next(iter(self._by_end[cell].values())) for cell in self.finished}
+        groups: dict[str, list[str]] = {}
         for cell in self.finished:
-            for group in groups:
-                if not on_other_images(tested[cell], tested[group[0]]):
-                    group.append(cell)
-                    break
-            else:
-                groups.append([cell])
-        return groups
+            alike = (other for other in groups if not first[cell].on_other_images(first[other]))
+            groups.setdefault(next(alike, cell), []).append(cell)
+        return list(groups.values())
 
     def chance(self) -> list[float]:
         """Accuracy (%) by chance after each task, with the most tasks of any cell; empty if they differ."""
-        every = [result.get("classes_seen") or [] for runs in self.cells.values() for result in runs.values()]
+        every = [result.get("classes_seen") or [] for result in self.every_result]
         longest = max(every, key=len, default=[])
         alike = all(seen[-1:] == longest[-1:] and (len(seen) == 1 or seen == longest) for seen in every)
         return [100 / classes for classes in longest] if alike else []
@@ -100,10 +133,10 @@ class Results:
     def runs(self) -> pd.DataFrame:
         """A row per finished run (cell, seed): every number by its key, tasks, weights."""
         rows = {
-            (cell, seed): numbers_of(result)
-            | {"tasks": self.tasks(cell), "weights": result["weights"].get("tag")}
-            for cell, results in self.cells.items()
-            for seed, result in results.items()
+            (cell, seed): numbers_of(run.result)
+            | {"tasks": self.tasks(cell), "weights": run.result["weights"].get("tag")}
+            for cell, runs in self.cells.items()
+            for seed, run in runs.items()
         }
         index = pd.MultiIndex.from_tuples(rows, names=["cell", "seed"])
         columns = [*self.metric_keys, "tasks", "weights"]
@@ -112,9 +145,10 @@ class Results:
     @cached_property
     def metric_keys(self) -> list[str]:
         """Keys of all numbers of runs: the method's metrics, others that a result holds, costs."""
-        results = (result for results in self.cells.values() for result in results.values())
         own = [spec.key for spec in self.metrics if not spec.per_task]
-        return list(dict.fromkeys([*own, *chain.from_iterable(map(numbers_of, results)), *self._specs]))
+        return list(
+            dict.fromkeys([*own, *chain.from_iterable(map(numbers_of, self.every_result)), *self._specs])
+        )
 
     def values(self, cell: str, metric: str) -> pd.Series:
         """Value by seed, for the seeds that have one."""
@@ -134,21 +168,17 @@ class Results:
         of the most seeds, of equals the latest. The kinds are those in which the two runs of a seed differ
         or, if they agree, in which they differ from the paired ones.
         """
-        ours, theirs = ((self.origins or {}).get(name, {}) for name in (cell, other))
+        if self.any_provenance:
+            return {}
+        ours, theirs = self._by_end[cell], self._by_end[other]
         unlike = {seed: ours[seed].unlike(theirs[seed]) for seed in ours if seed in theirs}
-        tested = [(self.tested_on or {}).get(name, {}) for name in (cell, other)]
-        for seed, kinds in unlike.items():
-            if "data" not in kinds and on_other_images(*(runs.get(seed, {}) for runs in tested)):
-                kinds.append(OTHER_IMAGES)
-        groups: dict[str, list[int]] = {}  # provenance of both cells -> seeds, as their runs ended
-        for seed in (seed for seed, kinds in unlike.items() if not kinds):
-            pair = (ours[seed].values.items(), theirs[seed].values.items())
-            made_with = repr([sorted((key, sorted(value.items())) for key, value in items) for items in pair])
-            groups.setdefault(made_with, []).append(seed)
-        kept = max(reversed(groups.values()), key=len, default=[])
+        pairs = {seed: (ours[seed].origin, theirs[seed].origin) for seed in unlike}
+        sound = [seed for seed, kinds in unlike.items() if not kinds]
+        groups = [[other for other in sound if pairs[other] == pairs[seed]] for seed in sound]
+        kept = max(reversed(groups), key=len, default=[])
         left_out = {}
         for seed in sorted(unlike.keys() - kept):
-            changed = unlike[seed] or ours[seed].unlike(ours[kept[0]]) + theirs[seed].unlike(theirs[kept[0]])
+            changed = unlike[seed] or chain(*map(Provenance.unlike, pairs[seed], pairs[kept[0]]))
             left_out[seed] = list(dict.fromkeys(changed))
         return left_out
 
@@ -205,7 +235,7 @@ class Results:
         }
 
     def _number_of_tasks(self, cell: str) -> int:
-        tasks = {seed: number_of_tasks(result, self.metrics) for seed, result in self.cells[cell].items()}
+        tasks = {seed: number_of_tasks(run.result, self.metrics) for seed, run in self.cells[cell].items()}
         if len(set(tasks.values())) > 1:
             each = ", ".join(f"{number} with seed {seed}" for seed, number in tasks.items())
             raise UserError(
@@ -213,11 +243,6 @@ class Results:
                 "remove the folder of those that are wrong and run the sweep again"
             )
         return max(tasks.values(), default=0)
-
-
-def on_other_images(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> bool:
-    """Whether runs were tested on different images, by the keys of `RunConfig.tested_on` that both have."""
-    return any(ours[key] != theirs[key] for key in ours.keys() & theirs.keys() - SPLIT)
 
 
 def difference_columns(difference: Estimate) -> dict[str, float]:

@@ -103,8 +103,8 @@ def legend(results: Results) -> list[str]:
 
 def weights_notes(results: Results) -> list[str]:
     """Notes on pretrained weights that must stand beside any number, a sentence for each."""
-    every = [result["weights"].get("note") for runs in results.cells.values() for result in runs.values()]
-    return [f"{note[0].upper()}{note[1:]}." for note in dict.fromkeys(every) if note]
+    notes = dict.fromkeys(result["weights"].get("note") for result in results.every_result)
+    return [f"{note[0].upper()}{note[1:]}." for note in notes if note]
 
 
 def images_notes(results: Results) -> list[str]:

@@ -18,7 +18,7 @@ import platform
 import subprocess
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cache
 from pathlib import Path
@@ -188,7 +188,7 @@ class Provenance:
     """
 
     values: Mapping[tuple[str, tuple[str, ...]], Mapping[str, str]]
-    commit: str | None = None
+    commit: str | None = field(default=None, compare=False)
 
     def unlike(self, other: "Provenance") -> list[str]:
         """The kinds in which two runs differ although their configurations are alike in `SOURCES`."""

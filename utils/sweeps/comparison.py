@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,54 +24,25 @@ from utils.errors import UserError
 from utils.files import write_json
 from utils.reports.about import differing_keys, what_was_run
 from utils.reports.report import write_report
-from utils.reports.results import Results
+from utils.reports.results import HASH, FinishedRun, Results
 from utils.reports.tables import Table
 from utils.runs.folder import CONFIG, REPLACED, RESULT
-from utils.runs.manifest import Provenance, changes, read_manifest, read_provenance
-from utils.runs.metrics import checked_result, number_of_tasks
+from utils.runs.manifest import changes
 from utils.runs.seeds import both_values
 from utils.sweeps.spec import bare, slug_of
 from utils.wording import as_typed, counted, named_data
 
 RECORD = "comparison.json"
 METHOD = "model_name"
-HASH = 8  # characters
-
-
-@dataclass(frozen=True)
-class FinishedRun:
-    """A run with a result: its folder, configuration, result, provenance, and what it was evaluated on."""
-
-    folder: Path
-    config: RunConfig
-    result: Mapping[str, Any]
-    origin: Provenance
-    tested_on: Mapping[str, Any]
-
-    @property
-    def experiment(self) -> dict[str, Any]:
-        """Key -> value by which runs are grouped: its experiment, with weights by name and hash."""
-        sha256 = self.origin.hashes.get("weights", {}).get("sha256", "")[:HASH]
-        weights = {"weights": f"{self.result['weights'].get('tag')} {sha256}"} if sha256 else {}
-        return self.config.experiment() | weights
 
 
 class Comparison(NamedTuple):
-    """Groups of runs and their results.
+    """Results of groups of runs, which are as the cells of a sweep."""
 
-    Attributes:
-        groups: name -> seed -> run, in the given order.
-        keys: table of the keys in which groups differ.
-        results: results of the groups, as of a sweep's cells.
-        unfinished: folder -> why it is left out.
-        notes: sentences about code and libraries that differ.
-    """
-
-    groups: Mapping[str, Mapping[int, FinishedRun]]
-    keys: Table | None
     results: Results
-    unfinished: Mapping[str, str]
-    notes: Sequence[str]
+    keys: Table | None  # in which groups differ
+    unfinished: Mapping[str, str]  # folder -> why it is left out
+    notes: Sequence[str]  # about code and libraries that differ
 
 
 def compare_runs(
@@ -88,14 +58,19 @@ def compare_runs(
     damaged run.
     """
     found = runs_below(folders)
-    finished = [_read(folder, read_config(folder)) for folder in found if (folder / RESULT).is_file()]
+    way_out = "restore it, or leave the run out"
+    finished = [
+        FinishedRun.read(folder, read_config(folder), way_out)
+        for folder in found
+        if (folder / RESULT).is_file()
+    ]
     unfinished = {str(folder): "no result.json" for folder in found if not (folder / RESULT).is_file()}
     if not finished:
         raise UserError(f"none of the {len(found)} runs is finished: --compare needs runs with a {RESULT}")
     _check_comparable(finished)
     by_experiment: dict[str, dict[int, FinishedRun]] = {}
     for run in finished:
-        seeds = by_experiment.setdefault(json.dumps(run.experiment, sort_keys=True), {})
+        seeds = by_experiment.setdefault(json.dumps(_experiment(run), sort_keys=True), {})
         if run.config.seed in seeds:
             both = f"{seeds[run.config.seed].folder} and {run.folder}"
             raise UserError(f"{both} are one experiment with one seed, {run.config.seed}: give one of them")
@@ -108,16 +83,12 @@ def compare_runs(
             f"there is nothing to compare: {counted(len(finished), 'finished run')}, of one experiment but "
             f"for the seed{left_out}; for the mean over seeds, {mean}"
         )
-    names = group_names([run.experiment for run in firsts])
-    groups = dict(zip(names, by_experiment.values(), strict=True))
-    results = Results(
-        {name: {seed: run.result for seed, run in runs.items()} for name, runs in groups.items()},
-        finished[0].config.metrics,
-        _baseline(baseline, groups),
-    )
-    notes = changes({str(run.folder): run.origin for run in finished})
+    names = group_names(list(map(_experiment, firsts)))
+    groups, metrics = dict(zip(names, by_experiment.values(), strict=True)), finished[0].config.metrics
+    results = Results(groups, metrics, _baseline(baseline, groups), any_provenance=True)
     keys = differing_keys({name: run.config for name, run in zip(names, firsts, strict=True)})
-    return Comparison(groups, keys, results, unfinished, notes)
+    notes = changes({str(run.folder): run.origin for run in finished})
+    return Comparison(results, keys, unfinished, notes)
 
 
 def runs_below(folders: Iterable[Path]) -> list[Path]:
@@ -173,13 +144,14 @@ def write_comparison(comparison: Comparison, folder: Path) -> list[Path]:
         folder.is_dir() and ((folder / RECORD).is_file() or not any(folder.iterdir()))
     ):
         raise UserError(f"--out {folder}: it holds something else than a comparison; give a new folder")
-    results, groups = comparison.results, comparison.groups
-    commands = {}
-    for name, runs in groups.items():
+    results, commands = comparison.results, {}
+    for name, runs in results.cells.items():
         seeds = json.dumps(list(runs), separators=(",", ":"))
         config = next(iter(runs.values())).folder / CONFIG
         commands[name] = as_typed("main.py", "--config", config, "--set", f"seed={seeds}")
-    record = {name: {seed: str(run.folder) for seed, run in runs.items()} for name, runs in groups.items()}
+    record = {
+        name: {seed: str(run.folder) for seed, run in runs.items()} for name, runs in results.cells.items()
+    }
     folder.mkdir(parents=True, exist_ok=True)
     marker = write_json(folder / RECORD, {"baseline": results.baseline, "groups": record})  # it is ours now
     report = write_report(
@@ -189,7 +161,7 @@ def write_comparison(comparison: Comparison, folder: Path) -> list[Path]:
         results,
         commands=commands,
         unfinished=comparison.unfinished,
-        about=what_was_run({name: [run.folder for run in runs.values()] for name, runs in groups.items()}),
+        about=what_was_run(results.cells),
         keys=comparison.keys,
     )
     return [marker, *report]
@@ -197,32 +169,24 @@ def write_comparison(comparison: Comparison, folder: Path) -> list[Path]:
 
 def default_folder(comparison: Comparison) -> Path:
     """`logs/comparisons/<groups>-<hash of the runs>`: the same for the same runs and baseline."""
-    runs = sorted(str(run.folder.resolve()) for runs in comparison.groups.values() for run in runs.values())
+    cells = comparison.results.cells
+    runs = sorted(str(run.folder.resolve()) for runs in cells.values() for run in runs.values())
     digest = hashlib.sha256("\n".join([comparison.results.baseline, *runs]).encode()).hexdigest()[:HASH]
-    return Path("logs/comparisons") / f"{slug_of(' '.join(comparison.groups))}-{digest}"
+    return Path("logs/comparisons") / f"{slug_of(' '.join(cells))}-{digest}"
 
 
-def _read(folder: Path, config: RunConfig) -> FinishedRun:
-    result = checked_result(folder, config.metrics, "restore it, or leave the run out")
-    origin = read_provenance(folder)
-    about = {"metric": config.metrics[0].name, **tested_on(folder, config, result, origin)}
-    return FinishedRun(folder, config, result, origin, about)
-
-
-def tested_on(
-    folder: Path, config: RunConfig, result: Mapping[str, Any], origin: Provenance
-) -> dict[str, Any]:
-    """Key -> value of what a finished run was evaluated on, the hash of its data first."""
-    classes = len((read_manifest(folder).model_extra or {}).get("class_order", []))
-    data = origin.hashes.get("data", {}).get("sha256", "")[:HASH]
-    return {"data": data, **config.tested_on(number_of_tasks(result, config.metrics), classes)}
+def _experiment(run: FinishedRun) -> dict[str, Any]:
+    """Key -> value by which runs are grouped: the run's experiment, with weights by name and hash."""
+    sha256 = run.origin.hashes.get("weights", {}).get("sha256", "")[:HASH]
+    weights = {"weights": f"{run.result['weights'].get('tag')} {sha256}"} if sha256 else {}
+    return run.config.experiment() | weights
 
 
 def _check_comparable(runs: Sequence[FinishedRun]) -> None:
     """Refuse runs of other metrics, data or tasks; one task of all classes may stand beside several."""
     most = max(runs, key=lambda run: len(run.tested_on))  # it says how classes are split into tasks
     for run in runs:
-        ours, theirs = most.tested_on, run.tested_on
+        ours, theirs = ({"metric": one.config.metrics[0].name} | one.tested_on for one in (most, run))
         unlike = [key for key in theirs if ours.get(key) != theirs[key]]
         if unlike:
             shown = unlike[:1] if unlike[0] in ("metric", "data") else unlike  # the others follow

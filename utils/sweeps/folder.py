@@ -25,7 +25,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pydantic import ValidationError
 
@@ -36,7 +35,7 @@ from utils.metric_catalogue import Shown
 from utils.reports.about import differing_keys, what_was_run
 from utils.reports.renderings import terminal_table
 from utils.reports.report import write_report
-from utils.reports.results import Results
+from utils.reports.results import FinishedRun, Results
 from utils.reports.sentences import finding, images_notes, legend, weights_notes
 from utils.reports.tables import means_table, measured
 from utils.runs.folder import (
@@ -50,9 +49,7 @@ from utils.runs.folder import (
     restore_replaced,
     set_aside,
 )
-from utils.runs.manifest import Provenance, changes, outdated, read_provenance
-from utils.runs.metrics import checked_result
-from utils.sweeps.comparison import tested_on
+from utils.runs.manifest import Provenance, changes, outdated
 from utils.sweeps.spec import Cell, Sweep
 from utils.wording import as_typed
 
@@ -90,10 +87,9 @@ class SweepRun:
         """Whether there is a result; `is_complete` also requires the figures."""
         return (self.folder / RESULT).exists()
 
-    def result(self) -> dict[str, Any]:
-        """The content of its `result.json`. Raises UserError when it is damaged."""
-        again = f"run it again with {self.command('--overwrite')}"
-        return checked_result(self.folder, self.config.metrics, again)
+    def read(self) -> FinishedRun:
+        """The finished run. UserError: its result or manifest is damaged."""
+        return FinishedRun.read(self.folder, self.config, f"run it again with {self.command('--overwrite')}")
 
     def command(self, *options: str) -> str:
         """Command that runs its config, apart from the sweep."""
@@ -118,8 +114,7 @@ def check_runs(runs: Sequence[SweepRun]) -> None:
         if run.started:
             _check_config(run)
         if run.finished:
-            run.result()
-            read_provenance(run.folder)
+            run.read()
 
 
 def refuse_running(sweep: Sweep) -> None:
@@ -176,18 +171,12 @@ def write_summary(sweep: Sweep, runs: Sequence[SweepRun], failures: Mapping[str,
     if not finished:
         return
     finished.sort(key=lambda run: (run.folder / RESULT).stat().st_mtime_ns)
-    of_cell = {cell.name: [run for run in finished if run.cell is cell] for cell in sweep.cells}
-    results = {name: {run.seed: run.result() for run in own} for name, own in of_cell.items()}
-    by_label = {run.label: read_provenance(run.folder) for run in finished}
-    origins = {name: {run.seed: by_label[run.label] for run in own} for name, own in of_cell.items()}
-    tested = {
-        name: {
-            run.seed: tested_on(run.folder, run.config, results[name][run.seed], origins[name][run.seed])
-            for run in own
-        }
-        for name, own in of_cell.items()
+    read = {run.label: run.read() for run in finished}
+    cells = {
+        cell.name: {run.seed: read[run.label] for run in finished if run.cell is cell} for cell in sweep.cells
     }
-    warn_of_changes(by_label)
+    origins = {label: run.origin for label, run in read.items()}
+    warn_of_changes(origins)
     unfinished = {
         run.label: failures.get(run.label, "not finished" if run.started else "not started")
         for run in runs
@@ -196,21 +185,21 @@ def write_summary(sweep: Sweep, runs: Sequence[SweepRun], failures: Mapping[str,
     seeds = json.dumps(sweep.file.seeds, separators=(",", ":"))
     all_seeds = ("--set", f"seed={seeds}") if len(sweep.file.seeds) > 1 else ()
     again = {run.label: run.command("--overwrite") for run in runs}
-    table = Results(results, sweep.cells[0].config.metrics, sweep.file.baseline, origins, tested)
+    results = Results(cells, sweep.cells[0].config.metrics, sweep.file.baseline)
     paths = write_report(
         sweep.folder,
         sweep.path.stem,
         sweep.file.description,
-        table,
-        about=what_was_run({name: [run.folder for run in own] for name, own in of_cell.items()}),
+        results,
+        about=what_was_run(results.cells),
         keys=differing_keys({cell.name: cell.config for cell in sweep.cells}),
         form=sweep.cells[0].config.figure_format,
         hypotheses=sweep.hypotheses,
         commands={run.cell.name: run.command(*all_seeds) for run in runs[: len(sweep.cells)]},
         unfinished=unfinished,
-        outdated={label: (", ".join(kinds), again[label]) for label, kinds in outdated(by_label).items()},
+        outdated={label: (", ".join(kinds), again[label]) for label, kinds in outdated(origins).items()},
     )
-    lines = closing_lines(sweep, table, paths, complete=not unfinished)
+    lines = closing_lines(sweep, results, paths, complete=not unfinished)
     logger.info("\n".join([f"Results of {sweep.path.stem}; * best", "", *lines]))
 
 

@@ -246,7 +246,7 @@ def failure_reason(run: SweepRun, future: Future) -> str | None:
 
 def result_line(run: SweepRun) -> str:
     """Main number and time of a finished run."""
-    result, main = run.result(), run.config.metrics[0]
+    result, main = run.read().result, run.config.metrics[0]
     return f"{main.name} {main.text(result['metrics'][main.key])}, {duration(result['cost']['seconds'])}"
 
 

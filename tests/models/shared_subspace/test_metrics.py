@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from models.shared_subspace.metrics import GRIDS
+from tests.utils.reports.test_report import results_of
 from utils.reports.report import write_report
-from utils.reports.results import Results
 from utils.reports.tables import means_table
 
 SEEDS = (1, 2, 3)
@@ -35,7 +35,7 @@ RUNS = {
 
 
 def test_a_sweep_of_runs_on_grids_is_reported_in_their_numbers(tmp_path: Path) -> None:
-    results = Results(RUNS, GRIDS, "no sharing")
+    results = results_of(RUNS, "no sharing", metrics=GRIDS)
     write_report(tmp_path, "grids", "does it help?", results, commands={}, unfinished={})
     assert sorted(path.name for path in (tmp_path / "figures").iterdir()) == ["bars.png", "differences.png"]
     for name in ("summary.md", "report.html"):

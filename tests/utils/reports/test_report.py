@@ -3,23 +3,28 @@
 import math
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.image import imread
 
-from models.vit.config import ClassIncrementalConfig
+from models import SCHEMAS
+from tests.conftest import ROOT
 from tests.utils.runs.test_manifest import CHANGES, origins
+from utils.config.loading import load_config
 from utils.errors import UserError
 from utils.reports.figures import sweep_figures
 from utils.reports.report import write_report
-from utils.reports.results import Results
+from utils.reports.results import FinishedRun, Results
 from utils.reports.sentences import facts, reading_notes
 from utils.reports.stats import mean_over_seeds, paired_difference
 from utils.reports.tables import difference_tables, means_table, plain_table
+from utils.runs.manifest import Provenance
 
-METRICS = ClassIncrementalConfig.metrics
+CONFIG = load_config(ROOT / "exps/smoke.json", [], SCHEMAS).config
+METRICS = CONFIG.metrics
 SEEDS = (1993, 1994, 1995)
 EVIL = 'a|b <script>alert("1")</script> & $x_1$ \\ `c` *d* _e_'
 NOTE = "fine-tuned on MRI, not the original weights"
@@ -65,8 +70,18 @@ def table_of_runs() -> dict[str, dict[int, dict]]:
     }
 
 
-def results_of(runs, baseline=None, origins=None) -> Results:
-    return Results(runs, METRICS, baseline, origins)
+def results_of(runs, baseline=None, origins=None, tested_on=None, metrics=METRICS) -> Results:
+    """The results of invented runs, all made with the same and tested on the same images unless given."""
+
+    def finished(cell, seed, result) -> FinishedRun:
+        origin = origins[cell][seed] if origins else Provenance({})
+        return FinishedRun(Path("run"), CONFIG, result, origin, tested_on[cell] if tested_on else {})
+
+    cells = {
+        cell: {seed: finished(cell, seed, result) for seed, result in own.items()}
+        for cell, own in runs.items()
+    }
+    return Results(cells, metrics, baseline)
 
 
 def write(folder, runs, baseline="base", origins=None, **more):
@@ -260,8 +275,7 @@ def test_cells_tested_on_other_images_are_not_paired(tmp_path):
         "other": {"data": "b", "classes": 8, "init_cls": 2, "shuffle": True},
     }
     (made,) = origins(tmp_path, {}).values()
-    by_seed = {name: dict.fromkeys((1, 2), about) for name, about in tested.items()}
-    results = Results(runs, METRICS, "base", dict.fromkeys(runs, dict.fromkeys((1, 2), made)), by_seed)
+    results = results_of(runs, "base", dict.fromkeys(runs, dict.fromkeys((1, 2), made)), tested)
     paired = results.summary.xs("final", level="metric")["paired_n"].dropna()
     assert list(paired.index) == ["more", "order", "joint"]
     assert "other (other test images)" in difference_tables(results)[0].note

@@ -2,7 +2,7 @@
 
 import pytest
 
-from models.vit.config import ClassIncrementalConfig
+from tests.utils.reports.test_report import results_of
 from utils.metric_catalogue import Shown
 from utils.reports.renderings import terminal_table
 from utils.reports.results import Results
@@ -24,7 +24,7 @@ def results(
         cell: {seed: result(cell, *numbers) for seed, numbers in enumerate(values)}
         for cell, values in levels.items()
     }
-    return Results(runs, ClassIncrementalConfig.metrics, baseline)
+    return results_of(runs, baseline)
 
 
 ADAPTER = {"adapter": [(70.0, 20.0)]}

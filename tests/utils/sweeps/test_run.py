@@ -182,8 +182,8 @@ def test_runs_go_seed_by_seed_from_configs_that_stand_alone_and_all_are_reported
     (report,) = sweep.reports
     assert report.titles == ("table", "what it is for") and report.unfinished == {}
     assert report.results.baseline == "matched adapter"
-    both = {1: RESULTS, 2: RESULTS}
-    assert list(report.results.cells.items()) == [("nested", both), ("matched adapter", both)]
+    assert list(report.results.runs.index) == [(name, seed) for name in TABLE["cells"] for seed in (1, 2)]
+    assert set(report.results.runs["final"]) == {12.5}
     repeats = f"python main.py --config {sweep.config('nested', 1)} --set 'seed=[1,2]'"
     assert report.commands["nested"] == repeats
 
@@ -536,7 +536,8 @@ def test_one_failure_does_not_stop_the_rest(sweep: Command, capsys: Capture) -> 
     assert sweep() == 1
     assert sweep.executor.started == [sweep.anew(*run) for run in RUNS]
     (report,) = sweep.reports
-    assert report.results.cells == {"nested": {}, "matched adapter": {1: RESULTS, 2: RESULTS}}
+    assert list(report.results.cells) == list(TABLE["cells"])
+    assert list(report.results.runs.index) == [("matched adapter", 1), ("matched adapter", 2)]
     failed = {f"nested, seed {seed}": "exit code 1: no" for seed in (1, 2)}
     assert report.unfinished == failed
     shown = capsys.readouterr().out
