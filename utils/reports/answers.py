@@ -18,7 +18,6 @@ from collections.abc import Mapping
 
 import pandas as pd
 
-from utils.config.messages import shown
 from utils.reports.hypotheses import Hypothesis
 from utils.reports.results import Results, difference_columns
 from utils.reports.stats import holm, mean_over_seeds, paired_difference
@@ -68,19 +67,3 @@ def comparison(answer: Mapping[str, str], results: Results) -> str:
     if cell == other:
         return f"{ours} against {theirs}, {cell}"
     return f"{ours}, {cell} against {theirs}, {other}"
-
-
-def why_no_number(answer: Mapping[str, str], results: Results) -> str:
-    """Reason for a missing difference, with the metrics of a cell that lacks the one asked for."""
-    cell, metric, other, other_metric = (answer[side] for side in SIDES)
-    lacking: dict[str, list[str]] = {}
-    for name, key in dict.fromkeys([(cell, metric), (other, other_metric)]):
-        if not results.cells[name]:
-            lacking.setdefault("has finished", []).append(shown(name))
-        elif results.values(name, key).empty:
-            there = ", ".join(known for known in results.metric_keys if len(results.values(name, known)))
-            lacking.setdefault(f'has a number "{key}", there are {there}', []).append(shown(name))
-    reasons = [f"no run of {' or '.join(names)} {lack}" for lack, names in lacking.items()]
-    if not reasons and results.left_out(cell, other):
-        return "no seed has both sides from runs of the same provenance and test images"
-    return "; ".join(reasons) or "no seed has both sides"

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from utils.metric_catalogue import ABSENT, MetricSpec, Shown
-from utils.reports.answers import CONTRADICTED, SUPPORTED, comparison, why_no_number
+from utils.reports.answers import CONTRADICTED, SUPPORTED, comparison
 from utils.reports.results import OTHER_IMAGES, Results
 
 TONES = {"better": "better", "worse": "worse", SUPPORTED: "better", CONTRADICTED: "worse"}  # of verdicts
@@ -104,7 +104,8 @@ def hypotheses_table(answers: pd.DataFrame, results: Results) -> Table:
         strong = _toned([answer["verdict"], spec.difference_text(answer["difference"])], answer)
         rows.append([Entry(f"{answer['hypothesis']}: {answer['says']}"), *strong, *map(Entry, texts)])
         if not answer["n"]:
-            missing.append(f"{answer['hypothesis']} ({why_no_number(answer, results)})")
+            reason = _why_not_compared(results, answer["cell"], answer["against"])
+            missing.append(f"{answer['hypothesis']} ({reason})")
     return Table("", [*headings, "cell", "against"], rows, _note("No number", missing))
 
 
@@ -128,21 +129,23 @@ def _shown(results: Results, place: Shown) -> list[MetricSpec]:
 
 def not_compared(results: Results, cells: Iterable[str]) -> str:
     """A sentence on why cells have no difference from the baseline; "" without a cell."""
-    return _note("Not compared", [f"{cell} ({_why_not_compared(results, cell)})" for cell in cells])
+    other = results.baseline
+    return _note("Not compared", [f"{cell} ({_why_not_compared(results, cell, other)})" for cell in cells])
 
 
-def _why_not_compared(results: Results, cell: str) -> str:
-    runs = results.cells[cell]
-    if not runs:
-        return "no finished run"
-    common = runs.keys() & results.cells[results.baseline].keys()
+def _why_not_compared(results: Results, cell: str, other: str) -> str:
+    """Reason for the missing difference of a number of two cells."""
+    ours, theirs = results.cells[cell], results.cells[other]
+    if not (ours and theirs):
+        return f"no finished run of {other}" if ours else "no finished run"
+    common = ours.keys() & theirs.keys()
     if not common:
         return "no seed in common"
-    left_out = results.left_out(cell, results.baseline)
+    left_out = results.left_out(cell, other)
     if common <= left_out.keys():
-        other = all(OTHER_IMAGES in left_out[seed] for seed in common)
-        return "other test images" if other else "no two runs of the same provenance"
-    if results.tasks(cell) != results.tasks(results.baseline):
+        images = all(OTHER_IMAGES in left_out[seed] for seed in common)
+        return "other test images" if images else "no two runs of the same provenance"
+    if results.tasks(cell) != results.tasks(other):
         return "another number of tasks"
     return "no seed with a number of both"
 
