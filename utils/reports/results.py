@@ -31,7 +31,7 @@ from utils.runs.metrics import checked_result, number_of_tasks, numbers_of
 UNLISTED_DIGITS = 3  # of a metric that the catalogue does not have
 OTHER_IMAGES = "test images"  # in place of a kind of provenance
 SPLIT = {"init_cls", "increment", "shuffle"}  # of what runs are tested on: choose an image's task, no image
-HASH = 8  # characters
+HASH = 8  # characters of a hash
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,11 @@ class FinishedRun:
         return cls(folder, config, result, origin, {"data": data, **about})
 
     def unlike(self, other: "FinishedRun") -> list[str]:
-        """Kinds of provenance, test images among them, that forbid to pair two runs."""
-        kinds, tested_on = self.origin.unlike(other.origin), self.on_other_images(other)
-        return [*kinds, OTHER_IMAGES] if tested_on and "data" not in kinds else kinds
+        """Kinds of provenance in which two runs differ, and test images: such runs are not paired."""
+        kinds = self.origin.unlike(other.origin)
+        if "data" not in kinds and self.on_other_images(other):
+            kinds.append(OTHER_IMAGES)
+        return kinds
 
     def on_other_images(self, other: "FinishedRun") -> bool:
         """Whether two runs were tested on different images, by what is known of both."""
@@ -146,9 +148,8 @@ class Results:
     def metric_keys(self) -> list[str]:
         """Keys of all numbers of runs: the method's metrics, others that a result holds, costs."""
         own = [spec.key for spec in self.metrics if not spec.per_task]
-        return list(
-            dict.fromkeys([*own, *chain.from_iterable(map(numbers_of, self.every_result)), *self._specs])
-        )
+        measured = chain.from_iterable(map(numbers_of, self.every_result))
+        return list(dict.fromkeys([*own, *measured, *self._specs]))
 
     def values(self, cell: str, metric: str) -> pd.Series:
         """Value by seed, for the seeds that have one."""
