@@ -75,7 +75,7 @@ def results_of(runs, baseline=None, origins=None, tested_on=None, metrics=METRIC
 
     def finished(cell, seed, result) -> FinishedRun:
         origin = origins[cell][seed] if origins else Provenance({})
-        return FinishedRun(Path("run"), CONFIG, result, origin, tested_on[cell] if tested_on else {})
+        return FinishedRun(Path("run"), CONFIG, result, origin, tested_on[cell][seed] if tested_on else {})
 
     cells = {
         cell: {seed: finished(cell, seed, result) for seed, result in own.items()}
@@ -275,7 +275,8 @@ def test_cells_tested_on_other_images_are_not_paired(tmp_path):
         "other": {"data": "b", "classes": 8, "init_cls": 2, "shuffle": True},
     }
     (made,) = origins(tmp_path, {}).values()
-    results = results_of(runs, "base", dict.fromkeys(runs, dict.fromkeys((1, 2), made)), tested)
+    by_seed = {name: dict.fromkeys((1, 2), about) for name, about in tested.items()}
+    results = results_of(runs, "base", dict.fromkeys(runs, dict.fromkeys((1, 2), made)), by_seed)
     paired = results.summary.xs("final", level="metric")["paired_n"].dropna()
     assert list(paired.index) == ["more", "order", "joint"]
     assert "other (other test images)" in difference_tables(results)[0].note

@@ -39,7 +39,7 @@ def logs(tmp_path: Path) -> Path:
     A run was exported, and the folder of another was never finished: their config.json are no runs.
     """
     for seed in (1, 2, 3):
-        finished(tmp_path / f"nested_{seed}", seed)
+        finished(tmp_path / f"nested_{seed}", seed, {"code_sha256": "f" * 64})
     for seed in (2, 3, 4, 5):
         folder = finished(
             tmp_path / f"zadapter_{seed}", seed, **ADAPTER, nested_lora_rank=seed, prefix=f"p{seed}"
@@ -74,7 +74,7 @@ def refused(capsys: Capture, *arguments: object) -> str:
 
 
 def test_runs_are_grouped_by_what_differs_and_paired_by_seed(logs: Path, capsys: Capture) -> None:
-    """Keys without effect (rank of an adapter that is not nested) and names of folders make no group."""
+    """Also runs of other code. Keys without effect (rank of an adapter that is not nested) make no group."""
     shown = compared(capsys, logs, "--out", logs / "out")
     mean = statistics.fmean(final(seed, 50) for seed in (2, 3, 4))
     row = next(line for line in shown.splitlines() if line.startswith("ffn_adapter_type=adaptmlp "))
@@ -88,7 +88,7 @@ def test_runs_are_grouped_by_what_differs_and_paired_by_seed(logs: Path, capsys:
     assert float(row["difference"]) == pytest.approx(difference)
     groups = json.loads((logs / "out/comparison.json").read_text())["groups"]
     assert groups["ffn_adapter_type=nested_lora"]["1"] == str(logs / "nested_1")
-    assert "nested_lora_rank" in shown
+    assert "nested_lora_rank" in shown and "The code changed between runs" in shown
 
 
 def test_the_baseline_is_a_name_or_a_run(logs: Path, capsys: Capture) -> None:
