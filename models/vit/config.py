@@ -142,9 +142,12 @@ class ClassIncrementalConfig(RunConfig):
     def tested_on(self, tasks: int, classes: int) -> dict[str, Any]:
         """Classes and images of the evaluation and, with several tasks, their split into tasks.
 
-        The order of classes decides which of them are learned where some are left out.
+        Where `max_tasks` leaves some classes out, their order decides which of them are learned; those of
+        `extra_data`, each a task that follows, are not counted then.
         """
-        seen = min(classes, self.init_cls + (tasks - 1) * self.increment)
+        seen = classes
+        if self.max_tasks is not None:
+            seen = min(classes, self.init_cls + (tasks - len(self.added) - 1) * self.increment)
         learned = f"{seen}, drawn by the seed" if seen < classes and self.shuffle else seen
         split = {"init_cls": self.init_cls, "increment": self.increment, "shuffle": self.shuffle}
         images = {"max_test_per_class": self.max_test_per_class, "validation_share": self.validation_share}
