@@ -71,7 +71,7 @@ def report(
 def log_lines(matrix: AccuracyMatrix, images: str, grown: Mapping[int, int]) -> list[str]:
     """Accuracy after the newest task, its curve, and the adapters of every block where some have grown."""
     task, metrics, of = len(matrix.rows) - 1, matrix.summary(), "" if images == "test" else f"{images} "
-    forgetting = "" if metrics["forgetting"] is None else f", forgetting {metrics['forgetting']:.2f}"
+    forgetting = "" if metrics["forgetting"] is None else f", forgetting {metrics['forgetting']:z.2f}"
     per_task = f"; per task [{', '.join(f'{value:.2f}' for value in matrix.rows[-1])}]" if task else ""
     curve = [round(value, 2) for value in matrix.curve]
     lines = [
