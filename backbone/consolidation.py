@@ -24,8 +24,8 @@ RIDGE = 1e-6
 class Consolidation:
     """How to consolidate: rule (key of `RULES`), share alpha of fast folded in, reset (key of `RESETS`).
 
-    With `mean` the share is alpha / (t + 1) for an adapter that has learned in t earlier tasks: with alpha 1
-    and the rule "interpolate" slow is then the running mean of the tasks' solutions.
+    With `mean` the share is alpha / (t + 1) for an adapter that has learned in t earlier tasks: with alpha 1,
+    if training leaves slow as it is, slow is then the running mean of the tasks' solutions, slow + fast.
     """
 
     rule: str
@@ -126,10 +126,11 @@ def interpolate(adapter: NestedLoRAAdapter, tokens: Tensor, alpha: float) -> Non
         W_down <- W_down + alpha (V_down - W_down),   b likewise,   W_up <- W_up + alpha V_up
 
     with W of slow and V of fast. Needs aligned branches: fast began the task with V_down = W_down, V_up = 0,
-    so unit i is the same unit in both, and alpha = 1 gives the task's solution to first order in what fast
-    learned. If slow trained too, the change of its W_down shrinks by the factor 1 - alpha. With alpha = 1 / t
-    in its t-th task slow is the running mean of the tasks' solutions, as in averaging fine-tuned weights
-    (Wortsman et al., *Model soups*, ICML 2022).
+    so unit i is the same unit in both. alpha = 1 gives (W_up + V_up) phi(V_down x), where the task's solution
+    is W_up phi(W_down x) + V_up phi(V_down x): the farther V_down has moved, the more the two differ, unless
+    W_up is zero. If slow trained too, the change of its W_down shrinks by the factor 1 - alpha. With alpha =
+    1 / t in its t-th task, and a slow that does not train, slow has the mean of the weights V_down and W_up +
+    V_up over tasks, as in averaging fine-tuned weights (Wortsman et al., *Model soups*, ICML 2022).
     """
     slow, fast = adapter.slow, adapter.fast
     for mine, solution in zip(slow.down_proj.parameters(), fast.down_proj.parameters(), strict=True):

@@ -71,8 +71,8 @@ class SEMAConfig(AdapterKeys, HeadKeys, TrainingKeys):
     nested_lora_consolidation_alpha: float = key(0.1, "Share of fast that moves into slow.", ge=0, le=1)
     nested_lora_consolidation_schedule: Literal["constant", "mean"] = key(
         "constant",
-        "alpha in every task, or alpha / (t + 1) after t earlier tasks of the adapter: with alpha 1, slow is "
-        "the mean over tasks.",
+        "alpha in every task, or alpha / (t + 1) after t earlier tasks of the adapter: with alpha 1 and "
+        "nested_lora_lr_slow 0, slow is the mean over tasks.",
     )
     nested_lora_reset: Literal["lora", "zeros", "aligned"] = key(
         "lora",
