@@ -409,7 +409,8 @@ class ClassIncrementalLearner(Learner):
         backbone, note = self.backbone, f" ({self.backbone.note})" if self.backbone.note else ""
         lines = [self.data.describe(), f"Backbone {backbone.tag}, {backbone.image_size} px{note}"]
         if self.config.input_normalization == "weights":
-            own = "of" if self.config.weights is None else "which these weights do not say; taken from"
+            known = backbone.normalized_as == backbone.tag
+            own = "of" if known else "which these weights do not say; taken from"
             values = f"mean {list(backbone.mean)}, std {list(backbone.std)}"
             lines.append(f"Inputs are normalised by {values}, {own} timm's {backbone.normalized_as}")
         return lines

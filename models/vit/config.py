@@ -129,8 +129,8 @@ class ClassIncrementalConfig(RunConfig):
     image_size: int | None = key(None, "Side of the input in pixels; null = the weights' own.", ge=8, le=2048)
     input_normalization: Literal["none", "weights"] = key(
         "none",
-        '"none" feeds images in [0, 1], as published; "weights" uses mean and std of the weights, of a file '
-        "those of the tag in backbone_type, or of timm's default tag.",
+        '"none" feeds images in [0, 1], as published; "weights" uses mean and std of the weights, or where '
+        "these do not say, as a file, those of the tag in backbone_type, or of timm's default tag.",
     )
 
     def folder_names(self, seed: int) -> list[str]:

@@ -41,8 +41,9 @@ class Backbone:
         sha256: over name and bytes of every tensor of the network as built (names sorted); another image
             size, which resizes the position embedding, gives another hash.
         mean, std: input normalisation of `normalized_as`, a channel each.
-        normalized_as: timm's name of the weights that were trained with this mean and std: of a file or of an
-            untrained network those that the backbone's name has as its tag, else timm's default.
+        normalized_as: timm's name of the weights that were trained with this mean and std: `tag`, or where
+            those do not say (a file, the package, an untrained network) the weights that the backbone's name
+            has as its tag, else timm's default.
     """
 
     vit: VisionTransformer

@@ -1,5 +1,6 @@
 """The fast engine gives the reference's accuracy and growth; its cache is shared, safe and bounded."""
 
+import dataclasses
 import gc
 import json
 import sys
@@ -280,6 +281,10 @@ def test_the_log_says_how_inputs_are_normalised_and_where_that_is_from(make_sema
     }
     assert "0.5, 0.5, 0.5" in told["weights"][0] and "test_vit.r160_in1k" in told["weights"][0]
     assert told["none"] == []
+    learner = make_sema(model_name="simplecil", input_normalization="weights")
+    for tag, is_known in (("test_vit.r160_in1k", True), ("test_vit.of_a_package", False)):
+        learner.backbone = dataclasses.replace(learner.backbone, tag=tag)
+        assert ("do not say" in learner.describe_run()[-1]) != is_known
 
 
 def test_another_network_with_the_same_weights_reads_activations_of_its_own(
