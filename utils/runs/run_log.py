@@ -87,7 +87,7 @@ class RunLog:
             names = config.get("trackers", [BOARD])
             self._views = MetricViews(folder / TENSORBOARD if BOARD in names else None, folder / TABLE)
             self._closing.callback(self._views.close)
-            self._trackers = Trackers(names, folder, config, events)
+            self._trackers = Trackers(names, folder, config, recorded=events)
             self._closing.callback(self._trackers.close)
             for note in notes:
                 logger.warning(note)

@@ -8,7 +8,7 @@
 
 TensorBoard's files are a view of the record (`utils/runs/metric_views.py`). A tracker is opened at the first
 number; its run's id goes to the folder's `trackers.json`, so that a resumed run continues it. If one fails,
-the run warns and goes on without it.
+the run warns and goes on without it; once the run is resumed it gets what it lacks.
 """
 
 import importlib.util
@@ -19,6 +19,7 @@ import re
 import textwrap
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,8 @@ from utils.errors import UserError, in_one_line
 from utils.files import read_json, write_json
 from utils.runs.folder import RESULT, SWEEP
 
-TRACKERS = "trackers.json"  # name -> id of the run there
+TRACKERS = "trackers.json"  # name -> id of the run there, and EVENTS
+EVENTS = "events"  # name -> number of the run's first events that it has, of trackers that lack later ones
 PROJECT = "nested-lora"  # unless WANDB_PROJECT or MLFLOW_EXPERIMENT_NAME is set
 BOARD = "tensorboard"
 SECONDS = 60  # for a tracker to answer when it is opened
@@ -151,22 +153,35 @@ class Trackers:
     The seeds of an experiment share a group there: its prefix, or for a sweep's cell `<sweep>/<cell>`.
     """
 
-    def __init__(self, names: Iterable[str], folder: Path, config: Mapping[str, Any], known: int = 0) -> None:
-        """Trackers by name, none opened yet. known: events that earlier sessions of the run gave them."""
-        self._folder, self._config, self._events = folder, config, 0
+    def __init__(
+        self, names: Iterable[str], folder: Path, config: Mapping[str, Any], recorded: int = 0
+    ) -> None:
+        """Trackers by name, none opened yet. recorded: events of the run's earlier sessions."""
+        self._folder, self._config, self._events, self._recorded = folder, config, 0, recorded
         sweep, self._group = Path(config.get("logs_root", "")).parent, config.get("prefix", "run")
         if os.path.isfile(sweep / SWEEP):  # False where it may not be looked at
             self._group = f"{sweep.name}/{self._group}"
         self._ids = read_json(folder / TRACKERS) if (folder / TRACKERS).is_file() else {}
-        self._known = {name: known if name in self._ids else 0 for name in CLASSES}
+        self._behind: dict[str, int] = self._ids.pop(EVENTS, {})
+        self._sent = {name: self._behind.get(name, recorded if name in self._ids else 0) for name in CLASSES}
         self._open: dict[str, Tracker | None] = {name: None for name in names if name in CLASSES}
+        if left_out := self._ids.keys() - self._behind.keys() - self._open.keys():
+            self._behind |= dict.fromkeys(left_out, recorded)
+            self._save()
 
     def add(self, rows: Sequence[Row]) -> None:
         """The numbers of the next event of the run, in the order of its record."""
         self._events += 1
         for name in list(self._open):
-            if rows and self._events > self._known[name]:
-                self._do(name, lambda tracker: tracker.add(rows))
+            if not rows or self._events <= self._sent[name]:
+                continue
+            self._do(name, lambda tracker: tracker.add(rows))
+            if name in self._open:
+                self._sent[name] = self._events
+                if name in self._behind and self._events >= self._recorded:
+                    del self._behind[name]
+                    with suppress(OSError):  # then it is told some of it again
+                        self._save()
 
     def figures(self, paths: Sequence[Path]) -> None:
         """Send PNG files to every tracker."""
@@ -188,10 +203,17 @@ class Trackers:
             if tracker is None:
                 where = self._folder, self._config, self._group, self._ids.get(name)
                 tracker = self._open[name] = CLASSES[name](*where)
-                self._ids = {**self._ids, name: tracker.id}
-                write_json(self._folder / TRACKERS, self._ids)
+                self._ids[name] = tracker.id
+                self._save()
             act(tracker)
         except Exception as error:  # the disk, the network, whatever a tracker raises
             del self._open[name]
             reason = textwrap.shorten(in_one_line(error), 200, placeholder=" ...")
             logger.warning(f"{name} gets nothing more of this run, which goes on: {reason}")
+            if name in self._ids:
+                self._behind[name] = self._sent[name]
+                with suppress(OSError):  # the disk may be what failed
+                    self._save()
+
+    def _save(self) -> None:
+        write_json(self._folder / TRACKERS, self._ids | ({EVENTS: self._behind} if self._behind else {}))

@@ -179,6 +179,46 @@ def test_a_tracker_that_fails_at_the_end_is_none_of_the_runs_log(
     assert "nobody answers" in caplog.text and "nobody answers" not in log.log_path.read_text()
 
 
+class Kept:
+    """A tracker whose numbers stay in `sent`, and that fails while `down`."""
+
+    id, sent, down = "1", [], False
+
+    def __init__(self, *where: object) -> None:
+        pass
+
+    def add(self, rows: Rows) -> None:
+        if Kept.down:
+            raise ConnectionError("nobody answers")
+        Kept.sent += rows
+
+    def close(self, finished: bool) -> None:
+        pass
+
+
+@pytest.mark.parametrize("left_out", [False, True], ids=["fails", "is left out of a session"])
+def test_a_resumed_run_sends_what_a_tracker_lacks(
+    left_out: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From its first gap on, each number once: it is back in the third session, and away in the fourth."""
+    monkeypatch.setattr(trackers, "CLASSES", {"wandb": Kept})
+    monkeypatch.setattr(Kept, "sent", [])
+    folder, size = tmp_path / "run_1", 0
+    for session, down in enumerate((False, True, False, True, False)):
+        named = ["tensorboard"] if left_out and down else ["tensorboard", "wandb"]
+        if not session:
+            new_log(folder, *named).close()
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"trackers": named}))
+        monkeypatch.setattr(Kept, "down", down and not left_out)
+        with RunLog.reopen(folder, size) as log:
+            for task in (2 * session, 2 * session + 1):
+                log.metric("task", task=task, total=50.0)
+            size = log.metrics_bytes
+        assert Kept.sent == [("task/total", task, 50.0) for task in range(len(Kept.sent))]
+        assert len(Kept.sent) == (2 * session if down else 2 * session + 2)
+
+
 def test_a_cell_of_a_sweep_is_grouped_by_both_names(tmp_path: Path) -> None:
     pytest.importorskip("mlflow", reason="needs requirements-trackers.txt")
     runs = tmp_path / "ranks/runs"
