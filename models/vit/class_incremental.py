@@ -11,7 +11,7 @@ are read instead, and test images only by `evaluate("test")`. Task labels are un
 
 import logging
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,7 @@ class ClassIncrementalLearner(Learner):
         backbone: provenance of the pretrained weights.
         calibration: temperature of the scores; None before the first one is fitted.
         confusion: test images by true and predicted class in the newest evaluation, (C, C); None before one.
+        updated: names of the parameters of slow branches that a step has updated.
     """
 
     Config = ClassIncrementalConfig
@@ -75,6 +76,7 @@ class ClassIncrementalLearner(Learner):
         self.calibration: Calibration | None = None
         self.cache = TensorCache(config.cache_root, config.cache_gb)
         self.confusion: np.ndarray | None = None
+        self.updated: set[str] = set()
         if context.reads_data:
             self.data, self.backbone = load_data_and_backbone(config, context)
         else:
@@ -352,12 +354,16 @@ class ClassIncrementalLearner(Learner):
         state, tensors = super().state()
         seen = self.classes.stop if self.task >= 0 else 0
         own = {"class_names": self.data.class_names[:seen], "calibration": self.calibration}
-        return state | own, tensors
+        return state | own | {"updated": sorted(self.updated)}, tensors
 
     def load_state(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         super().load_state(state, tensors)
         saved = state.get("calibration")
         self.calibration = None if saved is None else Calibration(*saved)
+        self.updated = set(state.get("updated", ()))
+        slow = self.network.parameter_groups().get("slow")
+        if slow and "updated" not in state and self.config.group_options("slow")["lr"]:
+            self.note_updated(slow)  # as earlier versions counted
 
     def summary(self) -> dict[str, Any]:
         return {"adapters": self.network.adapters_per_block(), **super().summary()}
@@ -382,9 +388,21 @@ class ClassIncrementalLearner(Learner):
             return parts.get("descriptors", 0)
         learned = sum(numbers for part, numbers in parts.items() if part not in COMPUTED)
         for name, parameters in self.network.parameter_groups().items():
-            if parameters and not self.config.group_options(name)["lr"]:
-                learned -= sum(parameter.numel() for parameter in parameters)
+            if name == "slow":  # in a phase with fewer steps than its interval it is not updated
+                parameters = [p for name, p in self._named(parameters) if name not in self.updated]
+            elif parameters and self.config.group_options(name)["lr"]:
+                parameters = []
+            learned -= sum(parameter.numel() for parameter in parameters)
         return learned + self.trained_rows()
+
+    def note_updated(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Add parameters to those that a step has updated."""
+        self.updated |= {name for name, _ in self._named(parameters)}
+
+    def _named(self, parameters: Iterable[nn.Parameter]) -> list[tuple[str, nn.Parameter]]:
+        """Parameters with their names in `modules`."""
+        chosen = set(map(id, parameters))
+        return [(name, p) for name, p in self.modules.named_parameters() if id(p) in chosen]
 
     @property
     def trains_functional(self) -> bool:

@@ -124,6 +124,8 @@ class FunctionalPhase(Phase):
         if slow.lr == 0:
             return EpochNote(remark="slow stays as it is, nested_lora_lr_slow is 0")
         updates = taken // slow.update_interval
+        if updates:
+            self.learner.note_updated(slow.parameters)
         return EpochNote(remark=f"slow updated in {updates} of {counted(taken, 'step')}")
 
 

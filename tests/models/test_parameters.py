@@ -8,7 +8,7 @@ import torch
 
 from models import SCHEMAS
 from models.base import Learner
-from tests.conftest import TINY_GRIDS, learner_of, run_tasks
+from tests.conftest import TINY_GRIDS, learner_of, run_tasks, saved_state
 from utils.config.loading import config_from_dict
 
 Make = Callable[..., Learner]
@@ -17,6 +17,7 @@ R, M = 3, 20  # rank or bottleneck, random features
 ADAPTER = {"ffn_adapter_type": "adaptmlp", "ffn_num": R}
 NESTED = {"ffn_adapter_type": "nested_lora", "nested_lora_rank": R}
 ALL = {"init_cls": 8, "increment": 8}
+UNEQUAL = {"init_cls": 4, "nested_lora_update_interval_slow": 3}  # three steps, and two in the second task
 P = L * (2 * D * R + R + D)  # one adapter in every block
 
 
@@ -65,6 +66,16 @@ CASES: dict[str, tuple[dict[str, Any], int, int]] = {  # changes, trained, store
         {"model_name": "finetune", **NESTED, "nested_lora_lr_slow": 0, "head": "cosine"},
         P + rows(), 2 * P + means(),
     ),
+    "slow is never due": (
+        {"model_name": "finetune", **NESTED, "nested_lora_update_interval_slow": 100},
+        P + rows(), 2 * P + rows(),
+    ),
+    "slow is due in the first task": (
+        {"model_name": "finetune", **NESTED, **UNEQUAL}, 2 * P + rows(6), 2 * P + rows(6),
+    ),
+    "slow is due in the first task, adapters learn in one": (
+        {"model_name": "ease", **NESTED, **UNEQUAL}, 3 * P + rows(6), 4 * P + T * 6 * D + 2 * 6,
+    ),
     "merge mean": (merged("mean"), P + rows(), 2 * P + means()),
     "merge ema": (merged("ema"), P + rows(), 2 * P + means()),
     "merge ema, restarted": (merged("ema", merge_start="merged"), P + rows(), P + means()),
@@ -95,6 +106,21 @@ def test_parameters_are_those_counted_by_hand(name: str, make_sema: Make) -> Non
     run_tasks(learner, min(T, learner.nb_tasks))
     counts = learner.parameter_counts()
     assert (counts["trained"], counts["stored"]) == (trained, stored), counts
+    again = make_sema(**changes, max_train_per_class=5)
+    again.load_state(*saved_state(learner))
+    assert again.parameter_counts() == counts
+
+
+@pytest.mark.parametrize("lr", [0, 0.1])
+def test_a_checkpoint_that_does_not_say_what_was_updated_has_a_slow_branch_that_was(
+    lr: float, make_sema: Make
+) -> None:
+    changes = {"model_name": "finetune", **NESTED, "nested_lora_lr_slow": lr, "max_train_per_class": 5}
+    learner = run_tasks(make_sema(**changes), 1)
+    state, saved = saved_state(learner)
+    del state["updated"]
+    learner.load_state(state, saved)
+    assert learner.parameter_counts()["trained"] == (2 * P if lr else P) + rows(2)
 
 
 @pytest.mark.parametrize("name", ["moal", "coda_prompt", "inflora", "merge max_magnitude", "sema"])
