@@ -33,6 +33,7 @@ from models.vit.config import ClassIncrementalConfig, OneTaskRules, StepKeys
 from models.vit.sources import load_backbone
 from models.vit.training import train_functional
 from utils.config.loading import config_from_dict, refuse_changes
+from utils.config.messages import shown
 from utils.config.schema import RunConfig
 from utils.data.synthetic import write_noise
 from utils.errors import UserError
@@ -118,7 +119,7 @@ class Benchmark:
         learner = self.learner = make_learner(stand_in(config, folder, batches))
         learner.context.log, learner.calibrate = SilentLog(folder), lambda: None
         learner.run_phase = self.measure_phase
-        self.method, self.device = config.model_name, learner.device
+        self.given, self.method, self.device = config, config.model_name, learner.device
         self.repeats, self.profile = repeats, profile
         self.plain = load_backbone(learner.config).vit.to(self.device).eval().requires_grad_(False)
         chosen = learner.data.indices(range(1), "train")[: batch_size(config)]
@@ -133,6 +134,8 @@ class Benchmark:
         config, size = learner.config, learner.data.train_view.image_size
         yield f"{config.backbone_type}, {size} px, batch {len(self.images)}, {config.precision}"
         yield f"{self.device}, {threads}, torch {torch.__version__}; medians of {self.repeats}"
+        if replaced := self.replaced():
+            yield f"measured with {', '.join(replaced)}"
         yield ""
         yield f"{'per image':<52}{'forwards':>9}{'min - max':>19}{'CPU ms':>10}{'ms':>10}"
         yield self.per_image("plain forward", self.forward, len(self.images))
@@ -151,6 +154,17 @@ class Benchmark:
         if isinstance(learner.closed_form, RanPACHead):
             yield ""
             yield from self.head(learner.closed_form)
+
+    def replaced(self) -> list[str]:
+        """What is measured in place of the configuration's own fixed views and growth."""
+        keys = {"cache_views", "expansion"} - {*self.given.without_effect()}
+        values = {
+            key: [getattr(config, key, None) for config in (self.learner.config, self.given)]
+            for key in sorted(keys)
+        }
+        return [
+            f"{key} {shown(now)} in place of {shown(own)}" for key, (now, own) in values.items() if now != own
+        ]
 
     # --- names ----------------------------------------------------------------------------------------------
 

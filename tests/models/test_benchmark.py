@@ -1,11 +1,12 @@
 """The benchmarks' tables are complete, and those of docs/performance.md. No test depends on a time."""
 
 import importlib.util
+import itertools
 import json
 import logging
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -32,8 +33,12 @@ SCRIPT.loader.exec_module(gpu_check)
 
 
 def lines_of(path: str, *overrides: str, profile: Path | None = None) -> list[str]:
+    return list(lines_as_they_come(path, *overrides, profile=profile))
+
+
+def lines_as_they_come(path: str, *overrides: str, profile: Path | None = None) -> Iterator[str]:
     config = load_config(ROOT / path, [*TINY, *overrides], SCHEMAS).config
-    return list(benchmark(config, 1, profile))
+    return benchmark(config, 1, profile)
 
 
 def names(lines: Iterable[str]) -> list[str]:
@@ -61,6 +66,18 @@ def test_the_documents_table_has_the_rows_that_are_printed(
     rows = re.findall(r"^\| ([^|]+) \|", page.split("## What everything costs")[1].split("\n## ")[0], re.M)
     cells = [cell.name for cell in load_sweep(COSTS, [], SCHEMAS).cells]
     assert set(rows[2:]) == {*printed, "start-up of a process", *cells}
+
+
+def test_what_is_measured_in_place_of_the_configuration_is_told() -> None:
+    """Fixed views instead of new ones, and growth in every task; nothing where that is what it says."""
+
+    def head(path: str, *changes: str) -> str:
+        return "\n".join(itertools.islice(lines_as_they_come(path, "batch_size=4", *changes), 4))
+
+    replaced = 'cache_views 1 in place of 0, expansion "always" in place of "novelty"'
+    assert replaced in head("exps/smoke.json", "cache_views=0")
+    assert "in place of" not in head("exps/smoke.json", "cache_views=2", "expansion=always")
+    assert "in place of" not in head("exps/baselines/ranpac_cifar.json")
 
 
 def test_a_trace_opens_and_one_task_is_enough(tmp_path: Path) -> None:
