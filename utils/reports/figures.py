@@ -40,7 +40,7 @@ from utils.reports.stats import ONE_SEED, SAME, UNDECIDED
 
 HYPOTHESES_FIGURE = "hypotheses.png"
 HYPOTHESES_CAPTION = (
-    "Difference that each hypothesis is about, paired by seed, with its 95 % interval; small dots are "
+    "Difference that each hypothesis is about, paired by seed, with its 95 % interval if any; small dots are "
     "seeds. Blue: the interval excludes zero on the expected side, supported; orange: on the other side, "
     "contradicted; grey: the seeds do not decide. Hypotheses without a number are in the table alone."
 )
@@ -144,10 +144,10 @@ def bars_figure(results: Results, subtitle: str) -> Figure:
 def differences_figure(results: Results, subtitle: str) -> Figure | None:
     """Difference from the baseline with its 95 % interval: a row per cell, a panel per metric.
 
-    None where no cell with as many tasks as the baseline is compared with it.
+    None where no cell with the tasks of the baseline is compared with it.
     """
     drawn = results.summary.dropna(subset="difference")
-    drawn = drawn[[results.tasks(cell) == results.tasks(results.baseline) for cell, _ in drawn.index]]
+    drawn = drawn[[results.same_tasks(cell, results.baseline) for cell, _ in drawn.index]]
     if drawn.empty:
         return None
     numbers = drawn["paired_n"].xs(results.main.key, level="metric")
@@ -159,7 +159,7 @@ def differences_figure(results: Results, subtitle: str) -> Figure | None:
     labels = [cell if numbers[cell] == most else f"{cell} (n = {numbers[cell]})" for cell in cells]
     labels = [wrapped(label, LABEL_WIDTH) for label in labels]
     subtitle = f"{subtitle} · baseline: {results.baseline} · paired by seed, n = {most}"
-    title = "Difference from the baseline with 95 % interval"
+    title = f"Difference from the baseline{_with_interval(drawn)}"
     figure, axes_of_panels = _figure_with_rows(labels, title, subtitle, panels=len(panels))
     for axes, spec in zip(axes_of_panels, panels, strict=True):
         found = drawn.xs(spec.key, level="metric").to_dict("index")
@@ -189,7 +189,7 @@ def hypotheses_figure(answers: pd.DataFrame, results: Results, subtitle: str) ->
     row_height = 0.1 + _row_height([label for own in labels for label in own])
     heights = [AXIS_HEIGHT + row_height * len(own) for own in labels]
     subtitle = f"{subtitle} · paired by seed, n = {most}"
-    title = "Difference of each hypothesis with 95 % interval"
+    title = f"Difference of each hypothesis{_with_interval(answered)}"
     figure = titled_figure(FOREST_WIDTH, AXIS_HEIGHT + sum(heights), title, subtitle)
     axes_of_panels = figure.subplots(len(panels), squeeze=False, height_ratios=heights)[:, 0]
     for axes, rows, own in zip(axes_of_panels, panels, labels, strict=True):
@@ -283,8 +283,8 @@ FIGURES = {  # file name -> what draws it, caption
     ),
     "differences.png": (
         differences_figure,
-        "Difference from the baseline, paired by seed, with its 95 % interval. Where the interval holds "
-        "zero the seeds do not decide. Cells with another number of tasks are in the tables alone.",
+        "Difference from the baseline, paired by seed, with its 95 % interval if any. Where the interval "
+        "holds zero the seeds do not decide. Cells with other tasks are in the tables alone.",
     ),
     "curves.png": (
         curves_figure,
@@ -324,6 +324,11 @@ def _draw_differences(axes: Axes, rows: Mapping[int, Mapping[str, Any]], spec: M
         axes.plot(mean, y, color=handle.get_color(), **mark)
     axes.set_xlabel(f"difference ({spec.difference_unit})" if spec.unit else "difference")
     axes.margins(x=0.08)
+
+
+def _with_interval(differences: pd.DataFrame) -> str:
+    """End of a figure's title: whether any of its differences has an interval, as one seed gives none."""
+    return " with 95 % interval" if differences["difference_low95"].notna().any() else ""
 
 
 def _verdict_handle(verdict: str) -> Line2D:

@@ -8,14 +8,17 @@ from matplotlib.colors import to_rgb
 from tests.drawn import assert_readable
 from tests.utils.reports.test_report import invented, metric_runs, results_of, table_of_runs
 from utils.plotting import STYLE
+from utils.reports.answers import answer
 from utils.reports.figures import (
     FIGURES,
     bars_figure,
     cell_styles,
     curves_figure,
     differences_figure,
+    hypotheses_figure,
     trade_off_figure,
 )
+from utils.reports.hypotheses import Hypothesis
 
 
 @pytest.fixture(autouse=True)
@@ -55,6 +58,16 @@ def test_no_text_overlaps_another_or_leaves_the_picture(name, number):
     first, second = list(runs)[:2]
     runs |= {second: {s: invented(s, 40) for s in (1, 2)}}  # as many tasks as the baseline
     assert_readable(FIGURES[name][0](results_of(runs, first), "a long name of a sweep " * 8))
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_titles_promise_no_interval_where_there_is_one_seed(seeds):
+    runs = {name: {s: invented(s, level) for s in range(seeds)} for name, level in (("a", 40), ("b", 43))}
+    results = results_of(runs, "a")
+    stated = {"H1": Hypothesis(says="b is better", cell="b", metric="final", expected="higher", against="a")}
+    drawn = differences_figure(results, ""), hypotheses_figure(answer(stated, results), results, "")
+    titles = [" ".join(text.get_text() for text in figure.texts) for figure in drawn]
+    assert ["interval" in title for title in titles] == [seeds > 1] * 2
 
 
 def test_no_accuracy_beyond_100_is_written_on_an_axis():
