@@ -102,7 +102,8 @@ class DataManager:
         class_order: data set label of every incremental class: those of the data set's own tasks, those of
             each added data set in stored order as one task, then those of no task.
         nb_classes: classes of the data set and of what was added to it, also those of no task.
-        stop_requested: called while waiting for workers; True raises `Interrupted`.
+        stop_requested: called while one process alone waits for workers; True raises `Interrupted`. Several
+            stop together, at their next `RunContext.check_stop`, which one that has left would never reach.
 
     Raises UserError: too few classes, or a class with one training image, of which none can be held out.
     """
@@ -286,7 +287,8 @@ class DataManager:
             self._warned = True
             logger.warning(warning)
         dataset = BatchDataset(self.images(source), self._labels_of(source), batches, spec, view)
-        return load_batches(dataset, workers, lambda: self.stop_requested(), self._pinned)
+        alone = self._distributed.size == 1
+        return load_batches(dataset, workers, lambda: alone and self.stop_requested(), self._pinned)
 
     def _with(self, source: str) -> Dataset:
         """The data set that has the images of a source."""

@@ -67,6 +67,14 @@ class SleepingImages(ArrayImages):
         return super().batch(indices)
 
 
+class SlowImages(ArrayImages):
+    """Half a second for each batch."""
+
+    def batch(self, indices: np.ndarray) -> torch.Tensor:
+        time.sleep(0.5)
+        return super().batch(indices)
+
+
 def sleeping_batches():
     images = SleepingImages(np.zeros((6, 8, 8, 3), np.uint8), np.zeros(6, int))
     data = manager(Dataset("slow", ["a"], images, images, ""), init_cls=1, increment=1, num_workers=2)
@@ -98,6 +106,16 @@ def test_a_wait_for_workers_that_hang_ends(monkeypatch, stopped):
     with pytest.raises(Interrupted if stopped else UserError, match="" if stopped else "num_workers to 0"):
         next(batches)
     assert not multiprocessing.active_children()
+
+
+def test_one_of_several_processes_does_not_stop_while_it_waits(monkeypatch):
+    """The others would wait for it in an exchange: they stop together, once it has its batch."""
+    monkeypatch.setattr(loader, "LOOK_EVERY", 0.05)
+    images = SlowImages(np.zeros((6, 8, 8, 3), np.uint8), np.zeros(6, int))
+    how = {"init_cls": 1, "increment": 1, "num_workers": 1, "distributed": DistributedContext(0, 2)}
+    data = manager(Dataset("slow", ["a"], images, images, ""), **how)
+    data.stop_requested = lambda: True
+    assert len(list(data.batches(range(1), source="test", batch_size=2))) == 3
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGHUP", "SIGTERM"])
