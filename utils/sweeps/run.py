@@ -256,6 +256,8 @@ def finish(
     """Write the report, log the outcome, return the exit code; again: command that continues the sweep."""
     complete = sum(is_complete(run.folder) for run in runs)
     outcome, code = f"{complete} of {len(runs)} runs are finished", 0
+    if begun := sum(run.finished for run in runs) - complete:
+        outcome += f" ({begun} more with a result, but not all that follows it)"
     if complete == len(runs):
         logger.info(f"{outcome}; everything is in {sweep.folder}")
     try:

@@ -242,7 +242,7 @@ def test_what_is_finished_is_skipped(sweep: Command, capsys: Capture) -> None:
     assert list(sweep.reports[-1].results.cells) == ["small", "matched adapter"]
 
 
-def test_what_follows_a_result_is_made_before_a_sweep_is_finished(sweep: Command) -> None:
+def test_what_follows_a_result_is_made_before_a_sweep_is_finished(sweep: Command, capsys: Capture) -> None:
     """Figures do not fit the disk after a result: a failure, old results stay, the next time makes them."""
     sweep.write(**SINGLE)
     assert sweep() == 0
@@ -251,6 +251,8 @@ def test_what_follows_a_result_is_made_before_a_sweep_is_finished(sweep: Command
     sweep.executor.work = lambda job: (pretend(job), figures.rmdir()) and full
     assert sweep("--overwrite") == 1
     assert files(sweep.replaced) == before
+    shown = capsys.readouterr().out  # the table has the result
+    assert "0 of 1 runs are finished (1 more with a result" in shown and len(sweep.reports) == 2
     sweep.executor.work = lambda job: figures.mkdir() or Outcome(0, "")
     assert sweep() == 0
     assert sweep.executor.started == [("--resume", str(figures.parent))] and not sweep.replaced.exists()
