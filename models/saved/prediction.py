@@ -85,8 +85,10 @@ class Predictor:
                 batches. (3, h, w) is always one image: three grey ones are given in a list.
             top: classes per image.
 
-        Raises UserError: there is no image, or an array does not have the form of one.
+        Raises UserError: there is no image, an array does not have the form of one, or `top` is below 1.
         """
+        if top < 1:
+            raise UserError(f"top = {top}: each image has one class at least; allowed: from 1")
         given, size = list(named_images(images)), self.learner.config.eval_batch_size
         if not given:
             paths = [images] if isinstance(images, str | Path) else list(images)

@@ -116,6 +116,12 @@ def test_a_path_of_nothing_has_one_reason(simplecil: Finished, caplog: pytest.Lo
     assert table.attrs["unreadable"].keys() == {"nowhere.jpg"} and len(caplog.records) == 1
 
 
+@pytest.mark.parametrize("top", [0, -1])
+def test_no_class_per_image_is_a_sentence(top: int, simplecil: Finished) -> None:
+    with pytest.raises(UserError, match="top.*from 1"):
+        load_run(simplecil.folder).predict(simplecil.images, top)
+
+
 def test_odd_things_in_a_folder_of_images(
     simplecil: Finished, tmp_path: Path, told: Callable[..., str]
 ) -> None:
