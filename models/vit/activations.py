@@ -146,7 +146,7 @@ class Activations:
             return False
         numbers = itertools.count(-distributed.rank)
         mine = [[file for file in files if not next(numbers) % distributed.size] for files in files_of_tasks]
-        total = sum(not self.has(chunk) for chunk in itertools.chain(*mine))
+        total = stored[distributed.rank :: distributed.size].count(False)
         with progress(total=total, desc=label, unit="class") as bar:
             for together in itertools.chain.from_iterable(self._batches(files) for files in mine):
                 missing = [number for number, chunk in enumerate(together) if not self.has(chunk)]
