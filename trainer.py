@@ -408,27 +408,29 @@ def train_seeds(
     Raises UserError: as `train`.
     """
 
-    def run_of(config: RunConfig) -> Path | None:
-        return find_run(config.model_copy(update={"precision": context.precision})) if go_on else None
+    def found(seed: int) -> SeedRun:
+        config = configs[seed].model_copy(update={"precision": context.precision})
+        return SeedRun.of(seed, find_run(config) if go_on else None)
 
-    def begun(config: RunConfig) -> SeedRun:
-        found = run_of(config)
-        edited = read_config(found).edited(config) if found else {}
-        if own := [f"{key} = {shown(ours)}" for key, (ours, _) in edited.items() if key not in SILENT]:
-            logger.warning(f"{found} keeps its own {', '.join(own)}: edit its config.json to change them")
-        return SeedRun.of(config.seed, found)
+    def tell_edits() -> None:
+        for folder, config in ((found(seed).folder, config) for seed, config in configs.items()):
+            edited = read_config(folder).edited(config) if folder else {}
+            if own := [f"{key} = {shown(ours)}" for key, (ours, _) in edited.items() if key not in SILENT]:
+                logger.warning(
+                    f"{folder} keeps its own {', '.join(own)}: edit its config.json to change them"
+                )
 
     configs = {config.seed: config for config in loaded.configs}
     command = new_command(list(configs), overwrite)
-    runs = context.distributed.on_main(lambda: [begun(config) for config in loaded.configs])
+    context.distributed.on_main(tell_edits)
     start = partial(train, context=context, notes=loaded.notes, command=command)
-    results = results_of(runs, context, lambda seed: start(configs[seed]))
+    done = results_of(list(configs), found, context, lambda seed: start(configs[seed]))
     if context.distributed.is_main:
-        found = filter(None, (run.folder or run_of(configs[run.seed]) for run in runs))
+        folders = filter(None, (run.folder or found(seed).folder for seed, (run, _) in done.items()))
         log_mean(
-            list(results.values()),
+            [result for _, result in done.values()],
             loaded.config.metrics,
-            [(folder, read_config(folder)) for folder in found],
+            [(folder, read_config(folder)) for folder in folders],
         )
 
 
@@ -445,23 +447,36 @@ def resume_seeds(folder: Path, context: RunContext) -> None:
         states = ", ".join(f"{run.seed} {run.state}" for run in runs)
         logger.info(f"Seeds of the command that started this run: {states}")
     start = partial(train, context=context, command=command, beside=folder)
-    results = results_of(runs, context, lambda seed: start(config.model_copy(update={"seed": seed})))
+    done = results_of(
+        [run.seed for run in runs],
+        lambda seed: next(run for run in seed_runs(folder, config, command) if run.seed == seed),
+        context,
+        lambda seed: start(config.model_copy(update={"seed": seed})),
+    )
     if context.distributed.is_main:
         configs = [(run.folder, read_config(run.folder)) for run in seed_runs(folder, config, command)]
-        log_mean([results[seed] for seed in command.seeds], config.metrics, configs)
+        log_mean([done[seed][1] for seed in command.seeds], config.metrics, configs)
     if all(run.complete for run in runs):
         raise UserError(f"{folder} is finished: read its {RESULT}, or run its config.json again")
 
 
 def results_of(
-    runs: Sequence[SeedRun], context: RunContext, start: Callable[[int], dict[str, Any]]
-) -> dict[int, dict[str, Any]]:
-    """Seed -> result: of a finished run read from its folder, else of the run resumed or started."""
-    results = {}
-    for seed, folder, complete in runs:
-        if complete:
-            logger.info(f"{folder} is finished: read its {RESULT}")
-            results[seed] = read_result(folder)
+    seeds: Sequence[int],
+    found: Callable[[int], SeedRun],
+    context: RunContext,
+    start: Callable[[int], dict[str, Any]],
+) -> dict[int, tuple[SeedRun, dict[str, Any]]]:
+    """Seed -> its run as it was found, and its result: that in its folder, or of the run resumed or started.
+
+    found: the run of a seed as it stands; asked when its turn comes, as others may have run it meanwhile.
+    """
+    done = {}
+    for seed in seeds:
+        run = context.distributed.on_main(partial(found, seed))
+        if run.complete:
+            logger.info(f"{run.folder} is finished: read its {RESULT}")
+            result = read_result(run.folder)
         else:
-            results[seed] = resume(folder, context) if folder else start(seed)
-    return results
+            result = resume(run.folder, context) if run.folder else start(seed)
+        done[seed] = run, result
+    return done

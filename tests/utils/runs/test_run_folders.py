@@ -15,6 +15,7 @@ import pytest
 
 import eval as evaluation
 import main
+import trainer
 from tests import conftest
 from tests.crash import MOMENTS, run, run_together
 from utils.errors import UserError
@@ -323,6 +324,25 @@ def test_the_mean_of_seeds_looks_at_the_runs_that_it_is_of(
     own = ["--set", "seed=[1,2]", "--set", f"logs_root={first.parents[4]}"]
     shown = told(0, main.main, "--resume", "auto", "--config", first / "config.json", *own)
     assert "over seeds 1, 2" in shown
+
+
+def test_a_seed_that_another_process_has_run_meanwhile_is_not_run_again(
+    seeds_left: list[Path], monkeypatch: pytest.MonkeyPatch, told: Callable[..., str]
+) -> None:
+    """Each seed is looked for when its turn comes: the fourth is run while the second is resumed."""
+    words = ["--config", str(seeds_left[1] / "config.json"), "--set", f"logs_root={seeds_left[0].parents[4]}"]
+    resume = trainer.resume
+
+    def beside(*arguments: Any) -> dict[str, Any]:
+        assert run([*words, "--set", "seed=4"])[0] == 0
+        return resume(*arguments)
+
+    monkeypatch.setattr(trainer, "resume", beside)
+    assert "over seeds 1, 2, 4" in told(0, main.main, "--resume", "auto", *words, "--set", "seed=[1,2,4]")
+    seeds = [
+        json.loads((folder / "config.json").read_text())["seed"] for folder in folders(seeds_left[0].parent)
+    ]
+    assert sorted(seeds) == [1, 2, 3, 4]
 
 
 # --- what the operating system refuses ---
