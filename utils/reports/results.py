@@ -7,15 +7,16 @@
     results.summary.loc["nested", "final"]      # mean, interval, difference from the baseline, verdict
 
 A *cell* is a named configuration that is run with every seed. Differences are paired by seed, over runs of
-one provenance (`utils/runs/manifest.py`) that were tested on the same images. Tables, figures and files of
-the report only show these numbers.
+one provenance (`utils/runs/manifest.py`) that were tested on the same images; those other than the main
+metric are about tasks, and need the same ones. Tables, figures and files of the report only show these
+numbers.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
@@ -114,14 +115,25 @@ class Results:
         """Number of tasks of each run of a cell; 0 without a run."""
         return self._tasks[cell]
 
+    def same_tasks(self, cell: str, other: str) -> bool:
+        """Whether two cells have as many tasks, of as many classes each."""
+        seen = (
+            [run.result.get("classes_seen") for run in self.cells[name].values()] for name in (cell, other)
+        )
+        ours, theirs = (next(filter(None, lists), None) for lists in seen)
+        return self.tasks(cell) == self.tasks(other) and (None in (ours, theirs) or ours == theirs)
+
     @cached_property
     def by_images(self) -> list[list[str]]:
-        """The finished cells, grouped by the images that their first runs were tested on."""
-        first = {cell: next(iter(self._by_end[cell].values())) for cell in self.finished}
+        """The finished cells, grouped by the images that runs of theirs were tested on."""
+
+        def alike(cell: str, other: str) -> bool:
+            pairs = product(self.cells[cell].values(), self.cells[other].values())
+            return not all(ours.on_other_images(theirs) for ours, theirs in pairs)
+
         groups: dict[str, list[str]] = {}
         for cell in self.finished:
-            alike = (other for other in groups if not first[cell].on_other_images(first[other]))
-            groups.setdefault(next(alike, cell), []).append(cell)
+            groups.setdefault(next((other for other in groups if alike(cell, other)), cell), []).append(cell)
         return list(groups.values())
 
     def chance(self) -> list[float]:
@@ -196,12 +208,16 @@ class Results:
         return frame.set_index(["cell", "metric"])
 
     def best(self, metric: str) -> set[str]:
-        """Cells with the best mean of a metric; none where fewer than two can be compared.
+        """Cells with the best mean of a metric; none where fewer than two, or not all, can be compared.
 
         A cell of one task learned all classes at once: it is an upper bound and left out where others have
-        several.
+        several. Cells of other tasks can be compared in the main metric only, of other test images in none.
         """
         several = [cell for cell in self.finished if self.tasks(cell) > 1] or self.finished
+        if len(self.by_images) > 1:
+            return set()
+        if metric != self.main.key and not all(self.same_tasks(cell, several[0]) for cell in several):
+            return set()
         means = self.summary["mean"].xs(metric, level="metric").reindex(several).dropna()
         if len(means) < 2:
             return set()
@@ -217,7 +233,7 @@ class Results:
     def _summary_row(self, cell: str, metric: str) -> dict[str, Any]:
         mean, difference = mean_over_seeds(self.values(cell, metric).to_list()), Estimate()
         comparable = metric in [spec.key for spec in self.metrics] and cell in self.compared
-        if comparable and (metric == self.main.key or self.tasks(cell) == self.tasks(self.baseline)):
+        if comparable and (metric == self.main.key or self.same_tasks(cell, self.baseline)):
             difference = paired_difference(self.pairs(cell, metric, self.baseline, metric))
         better = ("worse", "better") if self.spec(metric).lower_is_better else ("better", "worse")
         return {

@@ -53,21 +53,26 @@ def finding(results: Results, cell: str | None = None) -> str:
     """One sentence: how a cell ended against the baseline, how certain that is, and which cell is best.
 
     Both means are over the paired seeds, which are named if either cell has others; the best is over all
-    runs. Cells that are shown with the same mean are equally good; a cell of one task is an upper bound and
-    never the best.
+    runs of cells tested on the baseline's images. Cells that are shown with the same mean are equally good; a
+    cell of one task is an upper bound and never the best.
 
     cell: by default the best other than the baseline in the main metric.
     """
-    main, shown = results.main, results.ranked.map(results.main.text)
+    main, finished, groups = results.main, results.finished, results.by_images
+    together = next((group for group in groups if results.baseline in group or len(groups) == 1), None)
+    if together is None:
+        return "cells were tested on different images, so none is the best of all."
+    shown = results.ranked[results.ranked.index.isin(together)].map(main.text)
     several = [name for name in shown.index if results.tasks(name) > 1] or list(shown.index)
     winners = [name for name in several if shown[name] == shown[several[0]]]
     seeds = {frozenset(results.values(name, main.key).index) for name in shown.index}
     unequal = " over all finished runs" if len(seeds) > 1 else ""
+    unequal += " tested on the same images" if len(groups) > 1 else ""
     best = f"the best {main.name}{unequal} is {shown[several[0]]}, of {_listed(winners)}"
     if cell is None:
         others = [name for name in dict.fromkeys([*several, *shown.index]) if name != results.baseline]
         cell = next(iter(others), None)
-    if results.baseline is None or not {cell, results.baseline} <= set(shown.index):
+    if results.baseline is None or not {cell, results.baseline} <= set(finished):
         return f"{best}."
     row = results.summary.loc[(cell, main.key)]
     if pd.isna(row["difference"]):
@@ -87,7 +92,7 @@ def finding(results: Results, cell: str | None = None) -> str:
     interval = main.difference_text(row["difference_low95"], row["difference_high95"])
     sure = [f"95 % interval {interval}"] if interval != ABSENT else []
     sure += [CERTAINTY[row["verdict"]]] if row["verdict"] in CERTAINTY else []
-    best = "no other is better" if winners == [cell] and all_paired else best
+    best = "no other is better" if winners == [cell] and all_paired and len(groups) == 1 else best
     return "; ".join(filter(None, [", ".join(parts), ", ".join(sure), best])) + "."
 
 

@@ -147,6 +147,8 @@ def _why_not_compared(results: Results, cell: str, other: str) -> str:
         return "other test images" if images else "no two runs of the same provenance"
     if results.tasks(cell) != results.tasks(other):
         return "another number of tasks"
+    if not results.same_tasks(cell, other):
+        return "tasks of other sizes"
     return "no seed with a number of both"
 
 

@@ -18,7 +18,7 @@ from utils.errors import UserError
 from utils.reports.figures import sweep_figures
 from utils.reports.report import write_report
 from utils.reports.results import FinishedRun, Results
-from utils.reports.sentences import facts, reading_notes
+from utils.reports.sentences import facts, finding, reading_notes
 from utils.reports.stats import mean_over_seeds, paired_difference
 from utils.reports.tables import difference_tables, means_table, plain_table
 from utils.runs.manifest import Provenance
@@ -281,6 +281,48 @@ def test_cells_tested_on_other_images_are_not_paired(tmp_path):
     assert list(paired.index) == ["more", "order", "joint"]
     assert "other (other test images)" in difference_tables(results)[0].note
     assert any("base, more, order and joint; other" in note for note in reading_notes(results))
+
+
+@pytest.mark.parametrize("baseline", ["base", None])
+def test_no_cell_is_the_best_of_those_tested_on_other_images(baseline):
+    """Only of those that were tested on the images of the baseline."""
+    levels, images = {"base": 40, "near": 42, "easy": 60}, {"base": "a", "near": "a", "easy": "b"}
+    runs = {name: {seed: invented(seed, level) for seed in SEEDS} for name, level in levels.items()}
+    tested = {name: dict.fromkeys(SEEDS, {"data": data}) for name, data in images.items()}
+    results = results_of(runs, baseline, tested_on=tested)
+    assert not results.best("final") and "Best mean A_N" not in dict(facts(results, {}))
+    assert "easy" not in finding(results)
+    assert ("near ends" in finding(results)) == (baseline is not None)
+    assert "no comparable runs" in finding(results, "easy") or baseline is None
+
+
+def test_cells_belong_together_where_any_runs_were_tested_on_the_same_images(tmp_path):
+    """The first run of a cell was tested on images that have changed since."""
+    runs = {name: {1: invented(1, 40), 2: invented(2, 42)} for name in ("base", "begun earlier", "other")}
+    made = {seed: {"data": "b", "classes": 8} for seed in (1, 2)}
+    tested = {"base": made, "begun earlier": made | {1: {"data": "a", "classes": 8}}}
+    tested["other"] = dict.fromkeys((1, 2), {"data": "c", "classes": 8})
+    (origin,) = origins(tmp_path, {}).values()
+    results = results_of(runs, "base", dict.fromkeys(runs, dict.fromkeys((1, 2), origin)), tested)
+    assert results.summary.loc[("begun earlier", "final"), "paired_n"] == 1
+    assert results.by_images == [["base", "begun earlier"], ["other"]]
+
+
+def test_cells_whose_tasks_differ_in_size_are_compared_in_the_main_metric_alone():
+    """As many tasks, of as many classes in all; nothing else is the best of them or in the figure."""
+    split = {"base": [10, 20, 30, 40], "same": [10, 20, 30, 40], "other": [19, 26, 33, 40]}
+    runs = {
+        name: {s: invented(s, 40) | {"classes_seen": seen} for s in (1, 2)} for name, seen in split.items()
+    }
+    results = results_of(runs, "base")
+    compared = results.summary["paired_n"].notna()
+    assert compared.loc["same", "final"] and compared.loc["other", "final"]
+    assert compared.loc["same", "forgetting"] and not compared.loc["other", "forgetting"]
+    notes = {table.caption.split(",")[0]: table.note for table in difference_tables(results)}
+    assert "other (tasks" in notes["forgetting"] and notes["A_N"] == ""
+    assert results.best("final") and not results.best("forgetting")
+    del runs["other"]
+    assert results_of(runs, "base").best("forgetting")
 
 
 def test_one_seed_with_and_without_a_baseline(tmp_path):
