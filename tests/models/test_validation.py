@@ -17,9 +17,10 @@ from tests.utils.sweeps.test_spec import problems
 from utils.config.loading import config_from_dict
 from utils.data.synthetic import synthetic_arrays
 from utils.errors import UserError
-from utils.reports.results import Results
+from utils.reports.results import FinishedRun, Results
 from utils.reports.sentences import facts, reading_notes
 from utils.runs.folder import TEST_RESULT
+from utils.runs.manifest import Provenance
 from utils.runs.run_log import read_metrics
 
 SHARE = {"validation_share": 0.2, "max_tasks": 2}
@@ -102,12 +103,12 @@ def test_a_report_ranks_by_validation_numbers_and_says_so() -> None:
     values = {"model_name": "simplecil", "dataset": "synthetic", "init_cls": 2, "increment": 2}
     config = config_from_dict(values | {"validation_share": 0.1}, SCHEMAS, "test").config
 
-    def result(final: float) -> dict[str, Any]:
+    def finished(final: float) -> FinishedRun:
         metrics = {spec.key: final for spec in config.metrics if not spec.per_task}
         parts = {"metrics": metrics, "validation_curve": [final], "parameters": {}, "weights": {}, "cost": {}}
-        return {"seed": 1, **parts}
+        return FinishedRun(Path("run"), config, {"seed": 1, **parts}, Provenance({}), {})
 
-    results = Results({"a": {1: result(50.0)}, "b": {1: result(60.0)}}, config.metrics)
+    results = Results({"a": {1: finished(50.0)}, "b": {1: finished(60.0)}}, config.metrics)
     assert results.best(results.main.key) == {"b"}
     assert ("Best mean validation A_N", "b, 60.00 (n = 1)") in facts(results, {})
     assert any("No test image was read" in note for note in reading_notes(results))
