@@ -83,16 +83,16 @@ class RunLog:
             self._closing.callback(self._text_log.close)
             add_handler(self._text_log)
             self._metrics = self._closing.enter_context(open(folder / METRICS, "ab", buffering=0))
-            config = read_json(folder / CONFIG)
+            config, record = read_json(folder / CONFIG), read_metrics(folder)
             names = config.get("trackers", [BOARD])
             self._views = MetricViews(folder / TENSORBOARD if BOARD in names else None, folder / TABLE)
             self._closing.callback(self._views.close)
-            self._trackers = Trackers(names, folder, config, recorded=events)
+            self._trackers = Trackers(names, folder, config, recorded=events, kept=len(record))
             self._closing.callback(self._trackers.close)
             for note in notes:
                 logger.warning(note)
             self._views.hyperparameters(config)
-            for event in read_metrics(folder):
+            for event in record:
                 self._show(event)
             failed.pop_all()
 

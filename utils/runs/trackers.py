@@ -30,7 +30,7 @@ from utils.files import read_json, write_json
 from utils.runs.folder import RESULT, SWEEP
 
 TRACKERS = "trackers.json"  # name -> id of the run there, and EVENTS
-EVENTS = "events"  # name -> number of the run's first events that it has, of trackers that lack later ones
+EVENTS = "events"  # name -> number of the run's first events that it has, where the record has fewer or more
 PROJECT = "nested-lora"  # unless WANDB_PROJECT or MLFLOW_EXPERIMENT_NAME is set
 BOARD = "tensorboard"
 SECONDS = 60  # for a tracker to answer when it is opened
@@ -154,19 +154,31 @@ class Trackers:
     """
 
     def __init__(
-        self, names: Iterable[str], folder: Path, config: Mapping[str, Any], recorded: int = 0
+        self,
+        names: Iterable[str],
+        folder: Path,
+        config: Mapping[str, Any],
+        recorded: int = 0,
+        kept: int = 0,
     ) -> None:
-        """Trackers by name, none opened yet. recorded: events of the run's earlier sessions."""
-        self._folder, self._config, self._events, self._recorded = folder, config, 0, recorded
+        """Trackers by name, none opened yet.
+
+        Args:
+            recorded: events of the run when its last session ended.
+            kept: how many of them are still in its record, cut to its last checkpoint; they are added first.
+        """
+        self._folder, self._config, self._events, self._kept = folder, config, 0, kept
         sweep, self._group = Path(config.get("logs_root", "")).parent, config.get("prefix", "run")
         if os.path.isfile(sweep / SWEEP):  # False where it may not be looked at
             self._group = f"{sweep.name}/{self._group}"
         self._ids = read_json(folder / TRACKERS) if (folder / TRACKERS).is_file() else {}
-        self._behind: dict[str, int] = self._ids.pop(EVENTS, {})
-        self._sent = {name: self._behind.get(name, recorded if name in self._ids else 0) for name in CLASSES}
         self._open: dict[str, Tracker | None] = {name: None for name in names if name in CLASSES}
-        if left_out := self._ids.keys() - self._behind.keys() - self._open.keys():
-            self._behind |= dict.fromkeys(left_out, recorded)
+        saved = self._ids.pop(EVENTS, {})
+        self._sent = dict.fromkeys(CLASSES, 0) | dict.fromkeys(self._ids, recorded) | saved
+        self._apart = {  # what the length of the record does not tell
+            name: self._sent[name] for name in self._ids if self._sent[name] != kept or name not in self._open
+        }
+        if self._apart != saved:
             self._save()
 
     def add(self, rows: Sequence[Row]) -> None:
@@ -178,8 +190,8 @@ class Trackers:
             self._do(name, lambda tracker: tracker.add(rows))
             if name in self._open:
                 self._sent[name] = self._events
-                if name in self._behind and self._events >= self._recorded:
-                    del self._behind[name]
+                if name in self._apart and self._events >= self._kept:
+                    del self._apart[name]
                     with suppress(OSError):  # then it is told some of it again
                         self._save()
 
@@ -211,9 +223,9 @@ class Trackers:
             reason = textwrap.shorten(in_one_line(error), 200, placeholder=" ...")
             logger.warning(f"{name} gets nothing more of this run, which goes on: {reason}")
             if name in self._ids:
-                self._behind[name] = self._sent[name]
+                self._apart[name] = self._sent[name]
                 with suppress(OSError):  # the disk may be what failed
                     self._save()
 
     def _save(self) -> None:
-        write_json(self._folder / TRACKERS, self._ids | ({EVENTS: self._behind} if self._behind else {}))
+        write_json(self._folder / TRACKERS, self._ids | ({EVENTS: self._apart} if self._apart else {}))

@@ -242,3 +242,21 @@ def test_a_package_that_is_missing_is_a_sentence_before_anything_is_written(
     assert "wandb is not installed" in told and "requirements-trackers.txt" in told
     assert """--set 'trackers=["tensorboard"]'""" in told
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("down", [False, True], ids=["was killed", "failed"])
+def test_a_run_that_stops_before_it_is_where_it_was_says_nothing_twice(
+    down: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed four events after its checkpoint, of which the tracker has all or none, then stopped twice."""
+    monkeypatch.setattr(trackers, "CLASSES", {"wandb": Kept})
+    monkeypatch.setattr(Kept, "sent", [])
+    folder, size = tmp_path / "run_1", 0
+    new_log(folder, "wandb").close()
+    for first, last, fails in ((0, 1, False), (2, 5, down), (2, 2, False), (3, 4, False), (5, 7, False)):
+        monkeypatch.setattr(Kept, "down", fails)
+        with RunLog.reopen(folder, size) as log:
+            for task in range(first, last + 1):
+                log.metric("task", task=task, total=50.0)
+            size = size if last == 5 else log.metrics_bytes
+    assert Kept.sent == [("task/total", task, 50.0) for task in range(8)]
