@@ -43,6 +43,7 @@ from utils.sweeps.executors import (
 from utils.sweeps.folder import (
     SweepRun,
     check_runs,
+    kept_settings,
     prepare_folder,
     refuse_running,
     runs_of,
@@ -85,7 +86,7 @@ def run_sweep(
                 with EXECUTORS[engine](resources, jobs, address, once) as executor:
                     require_assets(waiting)
                     prepare_folder(sweep, runs, overwrite)
-                    log_beginning(sweep, runs)
+                    log_beginning(sweep, waiting, runs)
                     counts = f"{len(waiting)} of {len(runs)} runs to do, {executor.jobs} at once"
                     logger.info(f"{counts}; all is in {sweep.folder}")
                     failures, stopped = run_all(executor, sweep, waiting, runs)
@@ -154,11 +155,14 @@ def resources_of(sweep: Sweep, runs: Sequence[SweepRun]) -> Resources:
     return Resources(sweep.file.threads, sweep.file.memory_gb, gpu)
 
 
-def log_beginning(sweep: Sweep, runs: Sequence[SweepRun]) -> None:
-    """Warn of replaced folders, keys without effect, and changes of code or libraries since finished runs."""
+def log_beginning(sweep: Sweep, waiting: Sequence[SweepRun], runs: Sequence[SweepRun]) -> None:
+    """Warn of replaced folders, keys without effect or that begun runs keep, and changes since finished ones.
+
+    waiting: those of `runs` that are started or resumed now; changes are those of code and libraries.
+    """
     notes = grouped((cell.name, note) for cell in sweep.cells for note in cell.notes)
     cell_notes = [f"{'; '.join(names)}: {note}" for note, names in notes.items()]
-    for text in [*waiting_notes(sweep.folder), *cell_notes]:
+    for text in [*waiting_notes(sweep.folder), *cell_notes, *kept_settings(waiting)]:
         logger.warning(text)
     origins = {run.label: read_provenance(run.folder) for run in runs if run.finished}
     warn_of_changes({**origins, "what runs now": present()})
@@ -186,7 +190,7 @@ def run_all(
                     bar.update()
                     logger.info(f"{run.label}: {result_line(run)} ({finished} of {total})")
                     written.append(size_of(run.folder))
-                    disk.compare("run", mean(written), len(waiting) - len(written))
+                    disk.compare("run", mean(written), len(waiting) - len(written) - len(failures))
                 else:
                     failures[run.label] = reason
                     logger.warning(f"{run.label}: {reason}; its output is in {run.output_path}")

@@ -394,6 +394,29 @@ def test_runs_that_will_not_fit_are_warned_of_when_the_first_is_there(
     assert shown.count("Disk:") == 1 and "run takes 2 MB" in shown and "6 MB; 5 MB are free" in shown
 
 
+def test_space_is_for_the_runs_that_are_still_to_be_tried(
+    sweep: Command, monkeypatch: Patch, capsys: Capture
+) -> None:
+    """The first has failed when the second is there; two follow."""
+    monkeypatch.setitem(RESULTS, "more", "x" * 2 * 10**6)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=5 * 10**6))
+    sweep.executor.work = failing("nested")
+    assert sweep() == 1
+    assert "4 MB; 5 MB are free" in capsys.readouterr().out
+
+
+def test_a_begun_run_keeps_its_own_settings_and_that_is_said(sweep: Command, capsys: Capture) -> None:
+    sweep.write(**SINGLE)
+    assert sweep() == 0
+    (sweep.run_folder("nested", 1) / RESULT).unlink()
+    sweep.executor.work = failing("nested")
+    for option in ("checkpoints=all", "checkpoints=last"):
+        capsys.readouterr()
+        assert sweep("--set", option) == 1
+        kept = 'nested, seed 1 keeps its own checkpoints = "all"' in capsys.readouterr().out
+        assert kept == (option == "checkpoints=last")
+
+
 @pytest.mark.parametrize("options", [[], ["--overwrite"]])
 @pytest.mark.parametrize("left", [[], [".table.new/sweep.json"], ["table/sweep.json"]], ids=str)
 def test_a_sweep_killed_while_it_replaced_results_is_taken_over(
