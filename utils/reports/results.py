@@ -7,9 +7,9 @@
     results.summary.loc["nested", "final"]      # mean, interval, difference from the baseline, verdict
 
 A *cell* is a named configuration that is run with every seed. Differences are paired by seed, over runs of
-one provenance (`utils/runs/manifest.py`) that were tested on the same images; those other than the main
-metric are about tasks, and need the same ones. Tables, figures and files of the report only show these
-numbers.
+one provenance (`utils/runs/manifest.py`) that were tested on the same images; those from the baseline in
+other metrics than the main one, which are about tasks, need the same ones. Tables, figures and files of the
+report only show these numbers.
 """
 
 import math
