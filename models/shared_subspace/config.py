@@ -156,7 +156,7 @@ class SharedSubspaceConfig(RunConfig):
     def folder_names(self, seed: int) -> list[str]:
         return [self.model_name, "grids", f"{self.prefix}_{seed}_{self.encoder}"]
 
-    def tested_on(self, tasks: int, classes: int) -> dict[str, Any]:
+    def tested_on(self, tasks: int, seen: int, classes: int) -> dict[str, Any]:
         """What decides, with the seed, the held-out and unseen compositions and their test samples."""
         names = {"colours", "primitives", "test_length", "held_out_pairs", "test_compositions"}
         keys = self.model_dump(mode="json", include={*names, "test_samples"})

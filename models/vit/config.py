@@ -139,15 +139,11 @@ class ClassIncrementalConfig(RunConfig):
         run = f"{self.prefix}_{seed}_{self.backbone_type}"
         return [self.model_name, dataset_slug(self.dataset), str(first), str(self.increment), run]
 
-    def tested_on(self, tasks: int, classes: int) -> dict[str, Any]:
+    def tested_on(self, tasks: int, seen: int, classes: int) -> dict[str, Any]:
         """Classes and images of the evaluation and, with several tasks, their split into tasks.
 
-        Where `max_tasks` leaves some classes out, their order decides which of them are learned; those of
-        `extra_data`, each a task that follows, are not counted then.
+        Where some classes are left out, their order decides which of them are learned.
         """
-        seen = classes
-        if self.max_tasks is not None:
-            seen = min(classes, self.init_cls + (tasks - len(self.added) - 1) * self.increment)
         learned = f"{seen}, drawn by the seed" if seen < classes and self.shuffle else seen
         split = {"init_cls": self.init_cls, "increment": self.increment, "shuffle": self.shuffle}
         images = {"max_test_per_class": self.max_test_per_class, "validation_share": self.validation_share}

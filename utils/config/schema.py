@@ -291,11 +291,15 @@ class RunConfig(BaseModel):
         ours, theirs = (one.model_dump(mode="json", include=self.editable_keys) for one in (self, other))
         return {name: (ours[name], theirs[name]) for name in ours if ours[name] != theirs[name]}
 
-    def tested_on(self, tasks: int, classes: int) -> dict[str, Any]:
+    def tested_on(self, tasks: int, seen: int, classes: int) -> dict[str, Any]:
         """Key -> value of what a run is evaluated on: runs that differ in it cannot be compared.
 
-        tasks: number that the run has learned; classes: number in its data set. A run of one task is an upper
-        bound for runs of several, so its keys leave out how classes are split into tasks.
+        A run of one task is an upper bound for runs of several, so its keys leave out how classes are split
+        into tasks.
+
+        Args:
+            tasks, seen: numbers of tasks and of classes that the run has learned.
+            classes: number of classes in its data.
         """
         return {}
 

@@ -50,7 +50,8 @@ class FinishedRun:
         """The run in a folder. UserError: a file is damaged; way_out: what to do if that is its result."""
         result, origin = checked_result(folder, config.metrics, way_out), read_provenance(folder)
         classes = len((read_manifest(folder).model_extra or {}).get("class_order", []))
-        about = config.tested_on(number_of_tasks(result, config.metrics), classes)
+        seen = (result.get("classes_seen") or [classes])[-1]
+        about = config.tested_on(number_of_tasks(result, config.metrics), seen, classes)
         data = origin.hashes.get("data", {}).get("sha256", "")[:HASH]
         return cls(folder, config, result, origin, {"data": data, **about})
 

@@ -67,7 +67,7 @@ def test_what_runs_are_tested_on_says_whether_their_samples_are_the_same() -> No
     """A longer composition in training makes longer programs, and so draws other samples."""
     lengths = ([1], [1, 2], [1, 2, 4])
     configs = [SharedSubspaceConfig(train_lengths=own, seed=1) for own in lengths]
-    about = [config.tested_on(1, 0) for config in configs]
+    about = [config.tested_on(1, 0, 0) for config in configs]
     targets = [GridTasks(config).draw("unseen", 50, generator()).target for config in configs]
     assert about[0] == about[1] != about[2]
     assert torch.equal(targets[0], targets[1]) and not torch.equal(targets[1], targets[2])

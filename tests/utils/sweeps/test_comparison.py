@@ -164,6 +164,19 @@ def test_all_classes_at_once_may_stand_beside_several_tasks(logs: Path, capsys: 
     assert "init_cls=8" in shown
 
 
+def test_a_limit_on_tasks_that_leaves_out_none_is_no_other_data(logs: Path, capsys: Capture) -> None:
+    """Four tasks of two classes, which one run gives as its limit, and three classes of another data set."""
+    order = {"class_order": list(range(11))}
+    folders = [
+        finished(logs / name, 1, order, extra_data=["birds"], **keys)
+        for name, keys in (("all", {}), ("most", ADAPTER | {"max_tasks": 4}))
+    ]
+    for folder in map(Path, folders):
+        result = invented(1, 40, tasks=5) | {"classes_seen": [2, 4, 6, 8, 11]}
+        (folder / "result.json").write_text(json.dumps(result))
+    assert "max_tasks=4" in compared(capsys, *folders, "--out", logs / "out")
+
+
 def test_a_comparison_that_was_killed_is_written_again(
     logs: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
