@@ -5,7 +5,9 @@ disk.compare("checkpoint", size_of(checkpoint), left=3)     # after each of them
 """
 
 import logging
+import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 from utils.config.schema import RunConfig
@@ -46,8 +48,13 @@ class DiskWatch:
 
 
 def size_of(folder: Path) -> int:
-    """Bytes of all files in a folder and below."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    """Bytes of all files in a folder and below, without those that go meanwhile."""
+    size = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with suppress(OSError):
+                size += os.path.getsize(os.path.join(place, name))
+    return size
 
 
 def _gb(count: float) -> str:

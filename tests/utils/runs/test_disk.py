@@ -1,6 +1,7 @@
 """What is still to be written is judged by what has been: told once, and warned of where it does not fit."""
 
 import logging
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 
 from trainer import train
 from utils.config.schema import RunConfig
-from utils.runs.disk import DiskWatch
+from utils.runs.disk import DiskWatch, size_of
 
 Config = Callable[..., RunConfig]
 
@@ -61,3 +62,21 @@ def test_a_run_tells_the_size_of_its_further_checkpoints(
     (told,) = [message for message in caplog.messages if message.startswith("Disk")]
     megabytes = 600 * 601 * 8 / 1e6  # the ridge regression's sums, nearly all of it
     assert f"takes {megabytes:.0f} MB" in told and f"about {further * megabytes:.0f} MB;" in told
+
+
+def test_what_goes_while_a_folder_is_measured_is_not_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the files of a tracker's own process do: a file and a folder, in a run that is finished."""
+    scandir = os.scandir
+
+    def vanishing(folder: Path | str) -> object:
+        if Path(folder).name == "temporary":
+            Path(folder).rmdir()
+        return scandir(folder)
+
+    (tmp_path / "temporary").mkdir()
+    (tmp_path / "result").write_bytes(b"1234")
+    (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
+    monkeypatch.setattr(os, "scandir", vanishing)
+    assert size_of(tmp_path) == 4
