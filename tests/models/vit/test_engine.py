@@ -290,19 +290,21 @@ def test_the_log_says_how_inputs_are_normalised_and_where_that_is_from(make_sema
 def test_another_network_with_the_same_weights_reads_activations_of_its_own(
     make_sema: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What no weight shows, such as the number of heads, names what is stored."""
-    changes = {"model_name": "simplecil", "input_normalization": "weights"}
+    """What no weight shows, such as the number of heads, is in the name of the architecture."""
+    create, same, other = timm.create_model, "vit_tiny_patch16_224", "deit_tiny_patch16_224"
 
-    def features(**more: Any) -> torch.Tensor:
-        learner = make_sema(**changes, **more)
+    def with_heads(name: str, **options: Any) -> torch.nn.Module:
+        return create(name, **options, **({"num_heads": 4} if name == other else {}))
+
+    def features(backbone_type: str, **more: Any) -> torch.Tensor:
+        learner = make_sema(model_name="simplecil", backbone_type=backbone_type, **more)
         learner.begin_task(0)
         return learner.features_of(0, "test")
 
-    first, create = features(), timm.create_model
-    monkeypatch.setattr(timm, "create_model", lambda *args, **kwargs: create(*args, **kwargs, num_heads=4))
-    other = features()
-    assert not torch.equal(other, first) and torch.equal(other, features(cache_gb=0))
-    assert torch.equal(other, features())
+    monkeypatch.setattr(timm, "create_model", with_heads)
+    first, second = features(same), features(other)
+    assert not torch.equal(second, first) and torch.equal(second, features(other, cache_gb=0))
+    assert torch.equal(first, features(same)) and torch.equal(second, features(other))
 
 
 @pytest.mark.parametrize("library", ["torch", "torchvision", "timm", "numpy", "PIL"])
