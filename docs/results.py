@@ -24,7 +24,10 @@ from utils.runs.metrics import numbers_of
 
 ROOT = Path(__file__).parents[1]
 KEPT = ROOT / "exps/evidence/results"
-BASELINES = dict.fromkeys(("full_cifar", "blocks_cifar", "grocery"), "RanPAC")  # what tables compare with
+BASELINES = {  # what tables compare with
+    **dict.fromkeys(("full_cifar", "blocks_cifar", "grocery"), "RanPAC"),
+    "ablation_cifar": "SEMA, 32 hidden units",
+}
 SPECS = by_key(CLASS_INCREMENTAL)
 METRICS = ("final", "average", "forgetting", "plasticity")
 PARAMETERS = ("trained", "stored")
