@@ -40,7 +40,6 @@ from models.saved.learner import (
     run_context,
 )
 from utils.config.loading import LoadedConfig
-from utils.config.messages import shown
 from utils.config.schema import RunConfig
 from utils.errors import Interrupted, UserError
 from utils.reports.run_report import write_run_report
@@ -48,6 +47,7 @@ from utils.runs.checkpoint import checkpoint_name, latest_checkpoint, save_check
 from utils.runs.disk import DiskWatch, size_of
 from utils.runs.figures import draw_figures
 from utils.runs.folder import (
+    CONFIG,
     METRICS,
     RESULT,
     Fill,
@@ -67,13 +67,18 @@ from utils.runs.manifest import (
     timestamp,
 )
 from utils.runs.run_log import RunLog, SilentLog, read_metrics
-from utils.runs.seeds import SeedRun, check_same_config, log_mean, new_command, seed_runs
+from utils.runs.seeds import (
+    SeedRun,
+    check_same_config,
+    kept_settings,
+    log_mean,
+    new_command,
+    seed_runs,
+)
 from utils.runs.trackers import require_trackers
 from utils.stop import StopRequest, stop_signals
 from utils.training.device import MEMORY_KEYS, out_of_memory_advice, peak_memory_mb
 from utils.wording import as_typed, duration
-
-SILENT = {"device", "description"}  # keys that --resume auto takes from the run without a warning
 
 logger = logging.getLogger("nested_lora")
 
@@ -414,11 +419,8 @@ def train_seeds(
 
     def tell_edits() -> None:
         for folder, config in ((found(seed).folder, config) for seed, config in configs.items()):
-            edited = read_config(folder).edited(config) if folder else {}
-            if own := [f"{key} = {shown(ours)}" for key, (ours, _) in edited.items() if key not in SILENT]:
-                logger.warning(
-                    f"{folder} keeps its own {', '.join(own)}: edit its config.json to change them"
-                )
+            if folder and (kept := kept_settings(folder, folder / CONFIG, read_config(folder), config)):
+                logger.warning(kept)
 
     configs = {config.seed: config for config in loaded.configs}
     command = new_command(list(configs), overwrite)

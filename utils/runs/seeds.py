@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from utils.config.messages import shown
 from utils.config.schema import RunConfig
 from utils.errors import UserError
 from utils.metric_catalogue import MetricSpec
@@ -22,6 +23,8 @@ from utils.runs.tables import seeds_table
 from utils.wording import as_typed
 
 logger = logging.getLogger("nested_lora")
+
+SILENT = {"device", "description"}  # keys that a resumed run keeps without a warning
 
 
 class SeedRun(NamedTuple):
@@ -111,6 +114,16 @@ def check_one_experiment(configs: Sequence[tuple[Path, RunConfig]]) -> list[str]
             how = f"the hashes of their {' and '.join(kinds)} differ{named and ', as do '}{named}"
             raise _different(configs, folder, how)
     return changes({str(folder): origin for folder, origin in origins.items()})
+
+
+def kept_settings(run: str | Path, path: Path, config: RunConfig, given: RunConfig) -> str:
+    """Sentence about the values that a begun run keeps when it is resumed, whatever is given; "" without any.
+
+    path: file of its config.
+    """
+    edited = {key: ours for key, (ours, _) in config.edited(given).items() if key not in SILENT}
+    own = ", ".join(f"{key} = {shown(value)}" for key, value in edited.items())
+    return f"{run} keeps its own {own}: edit {path} to change them" if own else ""
 
 
 def both_values(differing: Mapping[str, tuple[Any, Any]]) -> str:

@@ -21,14 +21,13 @@ import logging
 import os
 import shlex
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import ValidationError
 
-from utils.config.messages import shown
 from utils.config.schema import RunConfig
 from utils.errors import UserError
 from utils.files import json_bytes, read_json, write_json
@@ -83,6 +82,10 @@ class SweepRun:
         """Whether there is a run folder to resume."""
         return (self.folder / CONFIG).is_file()
 
+    def recorded_config(self) -> RunConfig:
+        """The config in its folder. pydantic's ValidationError: it is not of this method and version."""
+        return type(self.config).model_validate(read_json(self.folder / CONFIG))
+
     @property
     def finished(self) -> bool:
         """Whether there is a result; `is_complete` also requires the figures."""
@@ -116,16 +119,6 @@ def check_runs(runs: Sequence[SweepRun]) -> None:
             _check_config(run)
         if run.finished:
             run.read()
-
-
-def kept_settings(runs: Sequence[SweepRun]) -> Iterator[str]:
-    """A sentence for each begun run with other values than its cell, which it keeps when it is resumed."""
-    for run in runs:
-        path = run.folder / CONFIG
-        before = type(run.config).model_validate(read_json(path)) if run.started else run.config
-        edited = before.edited(run.config).items()
-        if own := [f"{key} = {shown(value)}" for key, (value, _) in edited if key != "description"]:
-            yield f"{run.label} keeps its own {', '.join(own)}: edit {path} to change them"
 
 
 def refuse_running(sweep: Sweep) -> None:
@@ -242,7 +235,7 @@ def _check_config(run: SweepRun) -> None:
         f"the folder {run.folder}"
     )
     try:
-        before = type(run.config).model_validate(read_json(path))
+        before = run.recorded_config()
     except ValidationError as error:
         fault = f"{path} is not of this method and version"
         raise UserError(f"cell {run.cell.name!r}: {fault}; {ways_out}") from error

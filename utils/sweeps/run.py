@@ -26,8 +26,9 @@ from utils.config.messages import grouped
 from utils.console import progress
 from utils.errors import STOPPED, UserError, in_one_line, os_error_sentence
 from utils.runs.disk import DiskWatch, size_of
-from utils.runs.folder import FolderLock, remove_replaced, restore_replaced, waiting_notes
+from utils.runs.folder import CONFIG, FolderLock, remove_replaced, restore_replaced, waiting_notes
 from utils.runs.manifest import is_complete, present, read_provenance
+from utils.runs.seeds import kept_settings
 from utils.runs.trackers import require_trackers
 from utils.stop import stop_signals
 from utils.sweeps.executors import (
@@ -43,7 +44,6 @@ from utils.sweeps.executors import (
 from utils.sweeps.folder import (
     SweepRun,
     check_runs,
-    kept_settings,
     prepare_folder,
     refuse_running,
     runs_of,
@@ -162,7 +162,12 @@ def log_beginning(sweep: Sweep, waiting: Sequence[SweepRun], runs: Sequence[Swee
     """
     notes = grouped((cell.name, note) for cell in sweep.cells for note in cell.notes)
     cell_notes = [f"{'; '.join(names)}: {note}" for note, names in notes.items()]
-    for text in [*waiting_notes(sweep.folder), *cell_notes, *kept_settings(waiting)]:
+    kept = (
+        kept_settings(run.label, run.folder / CONFIG, run.recorded_config(), run.config)
+        for run in waiting
+        if run.started
+    )
+    for text in [*waiting_notes(sweep.folder), *cell_notes, *filter(None, kept)]:
         logger.warning(text)
     origins = {run.label: read_provenance(run.folder) for run in runs if run.finished}
     warn_of_changes({**origins, "what runs now": present()})

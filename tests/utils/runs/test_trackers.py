@@ -196,13 +196,19 @@ class Kept:
         pass
 
 
-@pytest.mark.parametrize("left_out", [False, True], ids=["fails", "is left out of a session"])
-def test_a_resumed_run_sends_what_a_tracker_lacks(
-    left_out: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """From its first gap on, each number once: it is back in the third session, and away in the fourth."""
+@pytest.fixture
+def kept(monkeypatch: pytest.MonkeyPatch) -> type[Kept]:
+    """The tracker behind "wandb", which has nothing yet."""
     monkeypatch.setattr(trackers, "CLASSES", {"wandb": Kept})
     monkeypatch.setattr(Kept, "sent", [])
+    return Kept
+
+
+@pytest.mark.parametrize("left_out", [False, True], ids=["fails", "is left out of a session"])
+def test_a_resumed_run_sends_what_a_tracker_lacks(
+    left_out: bool, kept: type[Kept], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From its first gap on, each number once: it is back in the third session, and away in the fourth."""
     folder, size = tmp_path / "run_1", 0
     for session, down in enumerate((False, True, False, True, False)):
         named = ["tensorboard"] if left_out and down else ["tensorboard", "wandb"]
@@ -210,13 +216,13 @@ def test_a_resumed_run_sends_what_a_tracker_lacks(
             new_log(folder, *named).close()
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(config | {"trackers": named}))
-        monkeypatch.setattr(Kept, "down", down and not left_out)
+        monkeypatch.setattr(kept, "down", down and not left_out)
         with RunLog.reopen(folder, size) as log:
             for task in (2 * session, 2 * session + 1):
                 log.metric("task", task=task, total=50.0)
             size = log.metrics_bytes
-        assert Kept.sent == [("task/total", task, 50.0) for task in range(len(Kept.sent))]
-        assert len(Kept.sent) == (2 * session if down else 2 * session + 2)
+        assert kept.sent == [("task/total", task, 50.0) for task in range(len(kept.sent))]
+        assert len(kept.sent) == (2 * session if down else 2 * session + 2)
 
 
 def test_a_cell_of_a_sweep_is_grouped_by_both_names(tmp_path: Path) -> None:
@@ -246,17 +252,15 @@ def test_a_package_that_is_missing_is_a_sentence_before_anything_is_written(
 
 @pytest.mark.parametrize("down", [False, True], ids=["was killed", "failed"])
 def test_a_run_that_stops_before_it_is_where_it_was_says_nothing_twice(
-    down: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    down: bool, kept: type[Kept], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed four events after its checkpoint, of which the tracker has all or none, then stopped twice."""
-    monkeypatch.setattr(trackers, "CLASSES", {"wandb": Kept})
-    monkeypatch.setattr(Kept, "sent", [])
     folder, size = tmp_path / "run_1", 0
     new_log(folder, "wandb").close()
     for first, last, fails in ((0, 1, False), (2, 5, down), (2, 2, False), (3, 4, False), (5, 7, False)):
-        monkeypatch.setattr(Kept, "down", fails)
+        monkeypatch.setattr(kept, "down", fails)
         with RunLog.reopen(folder, size) as log:
             for task in range(first, last + 1):
                 log.metric("task", task=task, total=50.0)
             size = size if last == 5 else log.metrics_bytes
-    assert Kept.sent == [("task/total", task, 50.0) for task in range(8)]
+    assert kept.sent == [("task/total", task, 50.0) for task in range(8)]
