@@ -289,8 +289,10 @@ class SEMA(ClassIncrementalLearner):
 
     @torch.no_grad()
     def _task_tokens(self) -> dict[int, Tensor]:
-        """Inputs of every block's adapters on some of the task's images: {block: (tokens, d)}, float32."""
-        generator = rng("consolidation tokens", self.seed, self.task)
+        """Inputs of every block's adapters on some of the task's images: {block: (tokens, d)}, float32.
+
+        A block's are the same tokens of every image.
+        """
 
         def pick(x: Tensor) -> Tensor:
             chosen = torch.randperm(x.shape[1], generator=generator)[:CONSOLIDATION_TOKENS]
@@ -302,6 +304,7 @@ class SEMA(ClassIncrementalLearner):
         blocks = self.network.modules_by_block
         parts: dict[int, list[Tensor]] = {block: [] for block in blocks}
         for start in range(0, len(chosen), self.config.eval_batch_size):
+            generator = rng("consolidation tokens", self.seed, self.task)  # for `pick`, anew in every batch
             x = images.take(chosen[start : start + self.config.eval_batch_size])
             with self.network.capture_inputs(blocks, pick) as inputs, self.autocast():
                 self.network(x.to(self.device))

@@ -126,6 +126,18 @@ def test_consolidation_is_logged_with_norms_and_drift(make_sema: Make, rule: str
         assert torch.count_nonzero(modules.adapters[0].functional.fast.up_proj.weight) == 0
 
 
+def test_consolidation_does_not_depend_on_the_batch_size(make_sema: Make) -> None:
+    """It fits on some tokens of an image: the same ones, however many images pass at once."""
+    found = []
+    for size in (64, 3):
+        changes = {"nested_lora_consolidation_alpha": 0.2, "max_train_per_class": 4, "image_size": 112}
+        learner = run_tasks(make_sema(eval_batch_size=size, **changes, **STAY), 1)
+        found.append((tensors(learner), [event["drift"] for event in events(learner, "consolidation")]))
+    (whole, drift), (parts, drift_of_parts) = found
+    assert drift_of_parts == pytest.approx(drift, rel=1e-4)
+    torch.testing.assert_close(parts, whole, rtol=1e-3, atol=1e-7)
+
+
 def test_adapters_in_growing_blocks_only_and_fast_kept_without_consolidation(make_sema: Make) -> None:
     learner = run_tasks(make_sema(adapter_blocks="growing", nested_lora_use_consolidation=False, **GROW), 2)
     assert learner.network.adapters_per_block() == {4: 2, 5: 2} and events(learner, "consolidation") == []
