@@ -288,7 +288,7 @@ class Run:
             learner.begin_task(task)
         values, unused = dict(config), config.without_effect()
         sizes = {key: values[key] for key in MEMORY_KEYS if key in values and key not in unused}
-        with out_of_memory_advice(sizes):
+        with out_of_memory_advice(sizes, config.editable_keys):
             learner.train_task()
             self.evaluations.append(learner.evaluate())
         if learner.distributed.size > 1:

@@ -76,7 +76,7 @@ class ClassIncrementalConfig(RunConfig):
     )  # fmt: skip
     editable_keys: ClassVar[frozenset[str]] = RunConfig.editable_keys | {
         "dataset", "data_root", "extra_data", "weights", "weights_root", "num_workers", "checkpoints",
-        "cache_root", "cache_gb",
+        "cache_root", "cache_gb", "grad_accumulation",
     }  # fmt: skip
 
     dataset: PathText = key("cifar224", "A known data set's name, or the path of an .npz or image folder.")

@@ -130,8 +130,7 @@ class RunConfig(BaseModel):
     legacy_keys: ClassVar[dict[str, str]] = {}
     asset_keys: ClassVar[tuple[str, ...]] = ()
     editable_keys: ClassVar[frozenset[str]] = frozenset({
-        "description", "prefix", "logs_root", "trackers", "figure_format", "device", "grad_accumulation",
-        "eval_batch_size",
+        "description", "prefix", "logs_root", "trackers", "figure_format", "device", "eval_batch_size",
     })  # fmt: skip
     known_as: ClassVar[dict[str, str]] = {"learning_rate": "init_lr", "lr": "init_lr", "gpu": "device"}
 

@@ -10,7 +10,7 @@ import ctypes
 import hashlib
 import resource
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -22,7 +22,6 @@ from utils.errors import UserError, is_out_of_memory
 Item = TypeVar("Item")
 END = object()  # marks the end of the items of `one_ahead`
 MEMORY_KEYS = ("batch_size", "grad_accumulation", "eval_batch_size", "ranpac_dim")  # of a config
-EDITABLE = ("grad_accumulation", "eval_batch_size")  # those that a run can be resumed with after an edit
 
 
 def resolve_device(spec: str | int | list[str | int]) -> tuple[torch.device, str | None]:
@@ -134,8 +133,11 @@ def peak_memory_mb(device: torch.device) -> float:
 
 
 @contextlib.contextmanager
-def out_of_memory_advice(sizes: Mapping[str, int]) -> Iterator[None]:
-    """Turn an out-of-memory error into a UserError that says which sizes (`MEMORY_KEYS`) to set to what."""
+def out_of_memory_advice(sizes: Mapping[str, int], editable: Collection[str]) -> Iterator[None]:
+    """Turn an out-of-memory error into a UserError that says which sizes (`MEMORY_KEYS`) to set to what.
+
+    editable: keys that change no result, and with which a run can be resumed.
+    """
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -145,14 +147,14 @@ def out_of_memory_advice(sizes: Mapping[str, int]) -> Iterator[None]:
             sizes = {key: size for key, size in sizes.items() if key != "ranpac_dim"}  # no ridge on a GPU
         now = ", ".join(f"{key} {value}" for key, value in sizes.items())
         halved = [f"{key}={max(1, n // 2)}" for key, n in sizes.items() if key != "grad_accumulation"]
-        editable = " or ".join(key for key in EDITABLE if key in sizes)
+        edits = " or ".join(key for key in sizes if key in editable)
         batch, smaller = sizes.get("batch_size", 1), ""
-        if (parts := sizes.get("grad_accumulation", batch)) < batch:
+        if "grad_accumulation" in editable and (parts := sizes.get("grad_accumulation", batch)) < batch:
             more = min(2 * parts, batch)
             smaller = f"set grad_accumulation={more} for the same result in smaller parts, or "
         raise UserError(
             f"out of memory with {now}: {smaller}halve the sizes to {', '.join(halved)}; what is saved can "
-            f"be resumed after editing {editable} in its config.json"
+            f"be resumed after editing {edits} in its config.json"
         ) from error
 
 

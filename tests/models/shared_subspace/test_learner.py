@@ -115,6 +115,15 @@ def test_a_step_in_parts_is_the_same_step(make: Make) -> None:
     assert [len(part) for part in parts] == [8, 4, 4]  # whole groups
 
 
+def test_runs_whose_steps_are_cut_into_other_parts_are_other_experiments(make: Make) -> None:
+    """The sharing loss compares the groups of a part, so a step in parts has another gradient."""
+    whole, parts = (make(alpha=1, batch_size=16, grad_accumulation=n) for n in (1, 2))
+    assert not all(
+        torch.allclose(a, b, atol=1e-6) for a, b in zip(gradients(whole), gradients(parts), strict=True)
+    )
+    assert whole.config.differing(parts.config) == {"grad_accumulation": (1, 2)}
+
+
 def test_long_gradients_are_shortened(make: Make) -> None:
     learner = make(clip_norm=0.001)
     parameters = list(learner.model.parameters())

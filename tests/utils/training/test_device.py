@@ -81,15 +81,16 @@ ON_CPU = [MemoryError(), RuntimeError("can't allocate memory")]
 @pytest.mark.parametrize("error", [*ON_GPU, *ON_CPU], ids=repr)
 def test_out_of_memory_is_advice(error: Exception) -> None:
     training = dict(zip(MEMORY_KEYS, (32, 2, 64, 2000), strict=True))
-    ridge = "" if error in ON_GPU else ", ranpac_dim=1000"
-    for sizes, advice in (
-        (training, f"set grad_accumulation=4 .*batch_size=16, eval_batch_size=32{ridge};"),
-        ({"eval_batch_size": 1}, "to eval_batch_size=1; .*editing eval_batch_size in"),
-        ({"batch_size": 32, "eval_batch_size": 2}, "batch_size 32, eval_batch_size 2: halve the sizes"),
+    ridge, both = "" if error in ON_GPU else ", ranpac_dim=1000", {"grad_accumulation", "eval_batch_size"}
+    for sizes, editable, advice in (
+        (training, both, f"set grad_accumulation=4 .*batch_size=16, eval_batch_size=32{ridge};"),
+        (training, {"eval_batch_size"}, f"size 64[^:]*: halve .*=32{ridge}; .*editing eval_batch_size in"),
+        ({"eval_batch_size": 1}, both, "to eval_batch_size=1; .*editing eval_batch_size in"),
+        ({"batch_size": 32, "eval_batch_size": 2}, both, "batch_size 32, eval_batch_size 2: halve the sizes"),
     ):
-        with pytest.raises(UserError, match=advice), out_of_memory_advice(sizes):
+        with pytest.raises(UserError, match=advice), out_of_memory_advice(sizes, editable):
             raise error
-    with pytest.raises(RuntimeError, match="shapes"), out_of_memory_advice(training):
+    with pytest.raises(RuntimeError, match="shapes"), out_of_memory_advice(training, both):
         raise RuntimeError("shapes")
 
 
