@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from backbone.merging import MovingAverage
 from models.base import Learner
 from models.compared.moal import RuminatingHead
-from models.ranpac import FIT, HELD
+from models.ranpac import FIT, HELD, IMAGES
 from tests.conftest import run_tasks
 
 WIDTH = 5
@@ -66,6 +66,16 @@ def test_pseudo_features_are_those_of_the_nearest_new_class_moved_to_the_old_mea
         expected += [x.numpy() + means[i] - means[j] for x in new[labels == j]]
     np.testing.assert_allclose(pseudo.numpy(), np.array(expected))
     assert of.tolist() == [0] * 12 + [1] * 12 + [2] * 12
+
+
+def test_the_random_features_in_memory_do_not_grow_with_the_old_classes() -> None:
+    """Every old class has as many pseudo-features as there are images of the new class nearest to it."""
+    ours, held_at_once, project = head(), [], head().random_features
+    ours.add(*clusters(range(19), 0))
+    new, count = clusters(range(1), 1)[0].repeat(20, 1), 240
+    ours.random_features = lambda features: (held_at_once.append(len(features)), project(features))[1]
+    ours.add(new, torch.full((count,), 19))
+    assert sum(held_at_once) > 19 * count > 2 * IMAGES >= 2 * max(held_at_once)
 
 
 def test_rumination_is_ridge_regression_with_the_misclassified_ones_at_once() -> None:
