@@ -32,7 +32,7 @@ from utils.training.random import rng
 
 logger = logging.getLogger("nested_lora")
 
-RIDGES = [10.0**k for k in range(-8, 10)]  # candidates for lambda, as published
+RIDGES = [10.0**k for k in range(-8, 10)]  # candidates for lambda; published code ends at 10^8
 FINER = [10.0**-0.5, 10.0**0.5]  # then two more: the best of them times these
 HELD_OUT = 0.2  # share of a task's training features that chooses lambda, as published
 FIT, HELD = range(2)  # the two parts that the sums are kept in: fitted, and held out to choose lambda
