@@ -135,7 +135,10 @@ class ClassIncrementalLearner(Learner):
         return dict(self.modules.items()).get("closed_form")
 
     def features(self, images: Tensor) -> Tensor:
-        """Class token of the adapted ViT, (B, 3, S, S) -> (B, d), float32."""
+        """Features of images as the network returns them, (B, 3, S, S) -> (B, d), float32; no hook.
+
+        Training and tests, which start from stored activations, call the network itself.
+        """
         self.before_features()
         with self.autocast():
             return self.network(images).float()
