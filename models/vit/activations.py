@@ -8,8 +8,9 @@
 Activations are kept as files of one class each (`utils/cache/tensor_cache.py`), named by a hash of everything
 that shapes them: weights, architecture with its options, the adapters below the depth, data, view, precision,
 library versions. Where no adapter lies below, all runs with these weights and views share them; otherwise
-they belong to one run, which removes them when it no longer needs them. A depth counts as in
-`FrozenViT.forward`: 0 is images, k the tokens of block k, `network.depth` the features.
+they belong to one run, which removes them when it no longer needs them; those that a stopped process leaves,
+and a resumed one does not open again, go when the cache needs room. A depth counts as in `FrozenViT.forward`:
+0 is images, k the tokens of block k, `network.depth` the features.
 """
 
 import hashlib
