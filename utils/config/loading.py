@@ -242,7 +242,8 @@ def _read_file(path: Path) -> tuple[dict[str, Any] | None, list[str]]:
     except json.JSONDecodeError as error:
         line = printable(text.split("\n")[error.lineno - 1].strip()) or "(empty)"
         place = f"line {error.lineno}, column {error.colno}"
-        return None, [f"{path} is not valid JSON at {place}: {error.msg}; the line reads: {line}"]
+        fault = "JSON has no comments" if text.startswith(("//", "/*", "#"), error.pos) else error.msg
+        return None, [f"{path} is not valid JSON at {place}: {fault}; the line reads: {line}"]
     except (ValueError, RecursionError) as error:
         return None, [f"{path} is not valid JSON: {error}"]
     if not isinstance(values, dict):

@@ -139,6 +139,9 @@ def test_an_unknown_method_does_not_keep_the_rest_from_being_checked() -> None:
     [
         ('{\n  "rd_dim": 8,\n  "rd_lr" 0.1\n}', 'line 3, column 11: Expecting.*reads: "rd_lr" 0.1'),
         ('{"rd_dim": 8,\n', "line 2, column 1: "),
+        ('{\n  "rd_dim": 8  // was 16\n}', 'line 2, column 16: .*comments.*reads: "rd_dim": 8  // was 16'),
+        ('{"rd_dim": 8,  // was 16\n "rd_lr": 1}', "comments"),
+        ('// was 16\n"rd_dim": 8', "comments"),
         ("", "line 1, column 1: "),
         ("[1]", "holds a list; allowed: one JSON object"),
         ('{"rd_lr": NaN}', "NaN is not a JSON number"),
