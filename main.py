@@ -210,22 +210,26 @@ def way_out(name: str, values: list[str]) -> str:
     from models import SCHEMAS
     from utils.config.messages import nearest_key
 
-    keys = dict.fromkeys(key for schema in SCHEMAS.values() for key in schema.model_fields)
+    keys = {name: field for schema in SCHEMAS.values() for name, field in schema.model_fields.items()}
+
+    def setting(key: str, values: list[str]) -> str:
+        return as_set(key, values or ["true" if keys[key].annotation is bool else "VALUE"])
+
     if not name and values[0].endswith(".json"):
         return "one file is run at a time"
     if not name and "=" in values[0]:
         name, _, value = values[0].partition("=")
         values = [value]
     if name in keys:
-        return f"keys of a config are changed with --set: write {as_set(name, values)}"
+        return f"keys of a config are changed with --set: write {setting(name, values)}"
     if name in {"eval", "evaluate", *EVAL_TAKES, *itertools.chain(*EVAL_TAKES.values())}:
         return "a run is tested and looked at with: python eval.py --run FOLDER"
     if near := difflib.get_close_matches(name, OPTIONS, n=1, cutoff=0.8):
         return f"did you mean --{near[0]}?"
     known_as = {other: meant for schema in SCHEMAS.values() for other, meant in schema.known_as.items()}
     key, _, value = (nearest_key(name, keys, known_as) or "").partition("=")
-    meant = as_set(key, [value] if value else values)
-    hint = f"did you mean {meant}?" if key else "--help lists the arguments"
+    values = [value] if value else values
+    hint = f"did you mean {setting(key, values)}?" if key else "--help lists the arguments"
     return f"keys of a config are changed with --set KEY=VALUE: {hint}"
 
 

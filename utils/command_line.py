@@ -117,7 +117,7 @@ def parse_or_advise(
 def as_set(key: str, values: Sequence[str]) -> str:
     """The `--set` argument that gives a key the values typed after `--key`, in JSON's words."""
     words = {"True": "true", "False": "false", "None": "null"}
-    plain = [words.get(value, value) for value in values] or ["true"]
+    plain = [words.get(value, value) for value in values]
     text = plain[0] if len(plain) == 1 else f"[{','.join(map(_json, plain))}]"
     return f"--set {shlex.quote(f'{key}={text}')}"
 

@@ -529,9 +529,9 @@ class AdapterKeys(BlockKeys):
     Go with `TrainingKeys`.
     """
 
-    known_as: ClassVar[dict[str, str]] = ClassIncrementalConfig.known_as | {
-        "use_nested_lora": "ffn_adapter_type=nested_lora"
-    }
+    known_as: ClassVar[dict[str, str]] = ClassIncrementalConfig.known_as | dict.fromkeys(
+        ("nested_lora", "use_nested_lora"), "ffn_adapter_type=nested_lora"
+    )
     lr_keys: ClassVar[tuple[str, ...]] = (
         "init_lr", "adapter_lr", "nested_lora_lr_fast", "nested_lora_lr_slow",
     )  # fmt: skip
