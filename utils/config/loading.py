@@ -252,10 +252,12 @@ def _read_file(path: Path) -> tuple[dict[str, Any] | None, list[str]]:
 
 
 def _missing(path: Path) -> str:
+    """A sentence with the file of this name in a subfolder, else the nearest name in the folder itself."""
+    below = next((entry for entry in sorted(path.parent.glob("*/*.json")) if entry.name == path.name), None)
     here = sorted(entry.name for entry in path.parent.glob("*.json"))
-    near = nearest(path.name, here, 0.5)
-    hint = f"; did you mean {path.parent / near}?" if near else f"; {path.parent} holds {', '.join(here)}"
-    return f"{path} does not exist{hint if here else ''}"
+    near = below or (path.parent / name if (name := nearest(path.name, here, 0.5)) else None)
+    hint = f"; did you mean {near}?" if near else f"; {path.parent} holds {', '.join(here)}"
+    return f"{path} does not exist{hint if below or here else ''}"
 
 
 # ----------------------------------------------------------------------------------------------------------

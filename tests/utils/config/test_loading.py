@@ -164,6 +164,14 @@ def test_a_file_that_is_no_config_is_told_with_the_overrides_faults(
     assert "rd_dim = 0 (--set): too small" in caught.value.problems[-1] and len(caught.value.problems) == 2
 
 
+def test_a_missing_file_names_the_one_in_a_subfolder(tmp_path: Path) -> None:
+    (tmp_path / "published").mkdir()
+    path = write(tmp_path, '{"rd_dim": 8}', "published/sema_inr_5task.json")
+    (line,) = problems_of(tmp_path / "sema_inr_5task.json")
+    write(tmp_path, "{}", "sema_inr_10task.json")
+    assert f"did you mean {path}?" in line and [line] == problems_of(tmp_path / "sema_inr_5task.json")
+
+
 def test_a_missing_file_names_the_nearest_and_a_byte_order_mark_is_no_fault(tmp_path: Path) -> None:
     path = write(tmp_path, '\ufeff{"rd_dim": 8}', "sema_cifar.json")
     (line,) = problems_of(tmp_path / "sema_cifr.json")
