@@ -285,11 +285,11 @@ def list_lines(options: argparse.Namespace) -> list[str]:
     from models.vit.backbones import BACKBONES
     from utils.config.experiments import shipped_files
     from utils.config.listing import keys_markdown, keys_text, metrics_text
-    from utils.config.messages import no_such
+    from utils.config.loading import no_such_method
     from utils.data.datasets import DATASETS
 
     if options.method not in (None, *SCHEMAS):
-        raise UserError(f"--method {options.method}: {no_such('method', options.method, list(SCHEMAS))}")
+        raise UserError(f"--method {options.method}: {no_such_method(options.method, SCHEMAS)}")
     schemas = {name: SCHEMAS[name] for name in SCHEMAS if options.method in (None, name)}
     if options.list == "keys":
         return [keys_markdown(schemas) if options.format == "markdown" else keys_text(schemas)]

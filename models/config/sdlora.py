@@ -101,6 +101,9 @@ class SDLoRAConfig(RowsRules, GateKeys):
         "tuned_epoch": "a schedule spans the epochs of its task",
     }
 
+    known_as: ClassVar[dict[str, str]] = ClassIncrementalConfig.known_as | {
+        "gumbel_cl_lora": "lambda_sparsity=0.01"
+    }
     engine: ClassVar[str] = "fast"  # no keys: every block learns
     cache_views: ClassVar[int] = 0
 

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from utils.config.loading import BASE_KEY, Schemas, base_of, known_method, read_values
-from utils.config.messages import no_such, parsed
+from utils.config.loading import BASE_KEY, Schemas, base_of, known_method, no_such_method, read_values
+from utils.config.messages import parsed
 from utils.errors import UserError
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -79,7 +79,7 @@ def shipped_file(method: str, dataset: str | None, schemas: Schemas) -> Path:
     Raises UserError: there is no such method, none for the data set, or several data sets and none is given.
     """
     if method not in schemas:
-        raise UserError(f"--method {method}: {no_such('method', method, list(schemas))}")
+        raise UserError(f"--method {method}: {no_such_method(method, schemas)}")
     own = [file for file in shipped_files(schemas) if file.method == method]
     sets = sorted({file.dataset for file in own})
     fitting = [file for file in own if file.dataset == dataset or (dataset is None and len(sets) == 1)]

@@ -317,7 +317,15 @@ def _pick_schema(values: Mapping[str, Any], schemas: Schemas) -> tuple[str, type
         return method, schemas[method], {}
     name = str(values["model_name"])
     judged = nearest(name, schemas) or next(iter(schemas))
-    return judged, schemas[judged], {"model_name": no_such("method", name, list(schemas))}
+    return judged, schemas[judged], {"model_name": no_such_method(name, schemas)}
+
+
+def no_such_method(name: str, schemas: Schemas) -> str:
+    """Words for a method that does not exist; of one that is a setting of another, the two."""
+    for method, schema in schemas.items():
+        if "=" in (setting := schema.known_as.get(name.lower(), "")):
+            return f"no such method; did you mean {method} with {setting}?"
+    return no_such("method", name, list(schemas))
 
 
 def _unknown_keys(

@@ -104,6 +104,8 @@ NOT_ALLOWED: list[tuple[str, dict[str, Any], str]] = [
     ("sema", {"backbone_type": "vit_base_patch16_224", "image_size": 230}, "a multiple of 16, such as 224"),
     ("sema", {"weights": "nowhere.safetensors"}, 'it is not there; allowed: null, "random"'),
     ("sema", {"model_name": "semma"}, 'did you mean "sema"?; allowed: "sema", "finetune", "ranpac"'),
+    ("sema", {"model_name": "nested_lora"}, "did you mean sema with ffn_adapter_type=nested_lora?"),
+    ("sema", {"model_name": "Gumbel_CL_LoRA"}, "did you mean sdlora with lambda_sparsity=0.01?"),
     ("sema", {"qqqq": 8}, "unknown key; python main.py --list keys --method sema lists the keys"),
     ("sema", {"batch_size": 10**6 + 1}, "too large; allowed: an integer >= 1 and <= 1000000"),
     ("sema", {"func_epoch": 10**400}, "too large; allowed: an integer >= 0"),

@@ -49,3 +49,6 @@ def test_what_there_is_is_listed(what: str, names: list[str], capsys: pytest.Cap
 def test_an_unknown_method_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
     assert main.main(["--list", "keys", "--method", "semma"]) == 2
     assert 'did you mean "sema"?' in capsys.readouterr().err
+    for command in ((), ("--list", "keys")):
+        assert main.main([*command, "--method", "nested_lora"]) == 2
+        assert "did you mean sema with ffn_adapter_type=nested_lora?" in capsys.readouterr().err
