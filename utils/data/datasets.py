@@ -232,7 +232,7 @@ def _find(name: str, data_root: Path, test_share: float | None = None) -> Path |
         raise UserError(f"dataset {name!r}: {file} is a file, but no .npz; allowed: {PATHS}.")
     if _is_npz(Path(name)) or "/" in name or os.sep in name:
         return None
-    near = difflib.get_close_matches(name, DATASETS, n=3, cutoff=0.5)
+    near = difflib.get_close_matches(name.lower(), DATASETS, n=3, cutoff=0.5)
     raise UserError(
         f"dataset {name!r} is not known; "
         + (f"nearest: {', '.join(near)}; " if near else "")

@@ -92,8 +92,9 @@ def test_missing_data_set_says_where_how_and_what_needs_none(tmp_path, monkeypat
 
 
 def test_unknown_name_and_folder_without_splits(tmp_path):
-    with pytest.raises(UserError, match="nearest: cifar100"):
-        class_count("cifar_100", tmp_path)
+    for name in ("cifar_100", "CIFAR-100"):
+        with pytest.raises(UserError, match="nearest: cifar100"):
+            class_count(name, tmp_path)
     with pytest.raises(UserError, match="has no train/ and test/"):
         load_dataset(str(tmp_path), tmp_path)
 
