@@ -258,6 +258,8 @@ class SEMA(ClassIncrementalLearner):
                 f"Consolidated Nested LoRA at layer {last} with alpha={listed}{also}: "
                 f"task {self.task}, {consolidation.rule}, drift {max(drifts.values()):.3f}"
             )
+        elif consolidation:
+            logger.info(f"Nothing to consolidate in task {self.task}: adapters are frozen and none was added")
         if norms:
             logger.info(_norms_line(norms))
 

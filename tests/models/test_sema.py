@@ -1,6 +1,7 @@
 """SEMA as a learner on tiny data: what learns when, growth, traces, consolidation, reuse of features."""
 
 import json
+import logging
 import re
 from collections.abc import Callable
 
@@ -113,13 +114,18 @@ def test_the_trace_shows_the_interval(make_sema: Make, interval: int) -> None:
 
 
 @pytest.mark.parametrize("rule", ["weights", "function"])
-def test_consolidation_is_logged_with_norms_and_drift(make_sema: Make, rule: str) -> None:
+def test_consolidation_is_logged_with_norms_and_drift(
+    make_sema: Make, rule: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="nested_lora")
     learner = run_tasks(
         make_sema(nested_lora_consolidation=rule, nested_lora_consolidation_alpha=0.2, **STAY), 2
     )
     consolidated = events(learner, "consolidation")
     assert [(e["task"], e["block"]) for e in consolidated] == [(0, block) for block in range(6)]
     assert all(e["alpha"] == 0.2 and e["rule"] == rule and 0 < e["drift"] <= 1.5 for e in consolidated)
+    first, second = [line for line in caplog.messages if "onsolidate" in line]
+    assert "alpha=0.2" in first and "task 0" in first and "Nothing" in second and "task 1" in second
     norms = events(learner, "norms")
     assert {(e["task"], e["when"]) for e in norms} == {(0, "before"), (0, "after"), (1, "after")}
     for modules in learner.network.modules_by_block.values():
