@@ -10,7 +10,7 @@ import eval as evaluation
 import main
 from models import SCHEMAS
 from tests.conftest import shipped_file
-from tests.utils.reports.test_report import invented
+from tests.utils.reports.test_report import NOTE, invented
 from tests.utils.runs.test_manifest import CHANGES, record
 from utils.config.loading import load_config
 
@@ -70,6 +70,12 @@ def test_keys_that_change_no_number_may_differ(tmp_path: Path, capsys: pytest.Ca
     assert evaluation.main(["--run", first, second]) == 0
     shown = capsys.readouterr().out
     assert "over seeds 1, 2" in shown and "note" not in shown
+
+
+def test_the_note_on_weights_stands_beside_a_mean(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folders = [finished(tmp_path / str(seed), seed) for seed in (1, 2)]
+    assert evaluation.main(["--run", *folders]) == 0
+    assert capsys.readouterr().out.lower().count(NOTE.lower()) == 1
 
 
 def test_an_option_that_is_given_twice_has_all_of_its_values(

@@ -25,10 +25,10 @@ from utils.runs.folder import (
     FolderLock,
     resume_command,
 )
-from utils.runs.manifest import timestamp
+from utils.runs.manifest import read_manifest, timestamp
 from utils.runs.run_log import accuracy_rows, read_metrics
 from utils.runs.seeds import check_one_experiment
-from utils.runs.tables import TABLE_WIDTH, seeds_table
+from utils.runs.tables import TABLE_WIDTH, seeds_table, weights_notes
 from utils.sweeps.comparison import compare_runs, default_folder, write_comparison
 
 
@@ -50,6 +50,8 @@ def show_run(folder: Path, test: bool) -> Iterator[str]:
             )
         yield ""
         yield from show_checkpoint(checkpoint)
+    else:
+        yield from weights_notes([read_manifest(folder).model_extra])
 
 
 def draw_again(folder: Path) -> Iterator[str]:
@@ -76,6 +78,7 @@ def show_checkpoint(checkpoint: Path) -> Iterator[str]:
         again = resume_command(run_folder_of(checkpoint))
         raise UserError(f"{checkpoint} lies inside the first task and knows no class yet: go on with {again}")
     yield f"{checkpoint}: {learner.describe_evaluation(learner.evaluate())}"
+    yield from weights_notes([{"weights": learner.weights()}])
     learner.close_run()
 
 
@@ -130,6 +133,7 @@ def show_test(folders: list[Path]) -> Iterator[str]:
     yield from (f"note: {note}" for note in notes)
     if len(results) > 1:
         yield seeds_table(results, CLASS_INCREMENTAL)
+    yield from weights_notes(results)
 
 
 def show_seeds(folders: list[Path]) -> Iterator[str]:
@@ -141,8 +145,9 @@ def show_seeds(folders: list[Path]) -> Iterator[str]:
         raise UserError("none of the folders holds a finished run (a result.json)")
     for note in check_one_experiment([(folder, read_config(folder)) for folder in finished]):
         yield f"note: {note}"
-    metrics = read_config(finished[0]).metrics
-    yield seeds_table([read_result(folder) for folder in finished], metrics)
+    results = [read_result(folder) for folder in finished]
+    yield seeds_table(results, read_config(finished[0]).metrics)
+    yield from weights_notes(results)
 
 
 def show_comparison(
@@ -159,7 +164,8 @@ def show_comparison(
     files = write_comparison(comparison, out)
     remarks = [f"left out, {reason}: {folder}" for folder, reason in comparison.unfinished.items()]
     page = next(path for path in files if path.suffix == ".html")
-    remarks += [*comparison.notes, f"curves, tests and every run: {page}"]
+    notes = [*weights_notes(results.every_result), *comparison.notes]
+    remarks += [*notes, f"curves, tests and every run: {page}"]
     means, *differences = (
         table._replace(headings=["experiment", *table.headings[1:]])
         for table in (means_table(results, Shown.CONSOLE), *difference_tables(results)[:1])
@@ -200,7 +206,7 @@ def analyse_run(folder: Path, names: list[str], images_per_class: int | None) ->
     results = {name: analyses[name](inputs) for name in dict.fromkeys(names)}
     for result in results.values():
         yield f"\n{result.text}"
-    yield ""
+    yield "\n".join(["", *weights_notes([{"weights": learner.weights()}])])
     form = "png" if config.figure_format == "none" else config.figure_format  # figures were asked for now
     with FolderLock(folder):
         for path in write_results(folder / ANALYSIS, results, form):

@@ -106,12 +106,6 @@ def legend(results: Results) -> list[str]:
     return lines
 
 
-def weights_notes(results: Results) -> list[str]:
-    """Notes on pretrained weights that must stand beside any number, a sentence for each."""
-    notes = dict.fromkeys(result["weights"].get("note") for result in results.every_result)
-    return [f"{note[0].upper()}{note[1:]}." for note in notes if note]
-
-
 def images_notes(results: Results) -> list[str]:
     """Which cells were tested on other images, in a sentence; nothing where all were tested on the same."""
     groups = results.by_images

@@ -19,7 +19,7 @@ from utils.errors import UserError
 from utils.metric_catalogue import MetricSpec
 from utils.runs.folder import CONFIG, MANIFEST, folder_of
 from utils.runs.manifest import SOURCES, Command, changes, is_complete, read_manifest, read_provenance
-from utils.runs.tables import seeds_table
+from utils.runs.tables import seeds_table, weights_notes
 from utils.wording import as_typed
 
 logger = logging.getLogger("nested_lora")
@@ -154,4 +154,5 @@ def log_mean(
         return
     for note in notes:
         logger.warning(note)
-    logger.info(seeds_table(results, metrics))
+    for line in (seeds_table(results, metrics), *weights_notes(results)):
+        logger.info(line)

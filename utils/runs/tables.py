@@ -8,7 +8,7 @@ print(seeds_table(results, config.metrics))       # mean ± std over runs that d
 import itertools
 import math
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -77,6 +77,15 @@ def seeds_table(results: Sequence[Mapping[str, Any]], metrics: Sequence[MetricSp
             spec = specs.get(key) or MetricSpec(key, key.replace("_", " "))
             lines[_label(spec)] = f"{spec.text(*mean_std(numbers))} ({len(numbers)})"
     return f"{title}\n{pd.Series(lines).to_string()}"
+
+
+def weights_notes(about: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Notes on pretrained weights that must stand beside any number, a sentence for each.
+
+    about: a result.json or manifest.json of every run.
+    """
+    notes = dict.fromkeys(one.get("weights", {}).get("note") for one in about)
+    return [f"{note[0].upper()}{note[1:]}." for note in notes if note]
 
 
 def _label(spec: MetricSpec) -> str:

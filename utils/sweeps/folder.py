@@ -36,7 +36,7 @@ from utils.reports.about import differing_keys, what_was_run
 from utils.reports.renderings import terminal_table
 from utils.reports.report import write_report
 from utils.reports.results import FinishedRun, Results
-from utils.reports.sentences import finding, images_notes, legend, weights_notes
+from utils.reports.sentences import finding, images_notes, legend
 from utils.reports.tables import means_table, measured
 from utils.runs.folder import (
     CONFIG,
@@ -50,6 +50,7 @@ from utils.runs.folder import (
     set_aside,
 )
 from utils.runs.manifest import Provenance, changes, outdated
+from utils.runs.tables import weights_notes
 from utils.sweeps.spec import Cell, Sweep
 from utils.wording import as_typed
 
@@ -212,7 +213,7 @@ def closing_lines(sweep: Sweep, results: Results, paths: Sequence[Path], complet
     names = [spec.name for spec in measured(results, Shown.CONSOLE)]  # the legend tells the units
     table = means_table(results, Shown.CONSOLE)._replace(headings=["cell", "n", *names])
     lines = [terminal_table(table), "", *legend(results), ""]
-    notes = [*weights_notes(results), *images_notes(results)]
+    notes = [*weights_notes(results.every_result), *images_notes(results)]
     for text in (*notes, f"Finding: {finding(results, sweep.file.finding)}"):
         lines += [*textwrap.wrap(text, CONSOLE_WIDTH, break_on_hyphens=False), ""]
     for what in ("curves", "report"):

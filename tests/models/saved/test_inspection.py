@@ -133,6 +133,22 @@ def test_a_run_of_another_method_has_no_branches(
     assert "This run has no nested adapters" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--run", "{run}"],
+        ["--run", "{run}", "--recorded"],
+        ["--run", "{run}", "--analyse", "cka"],
+        ["--checkpoint", "{run}/checkpoints/task_00"],
+    ],
+)
+def test_the_note_on_weights_stands_beside_a_runs_numbers(
+    arguments: list[str], nested: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert evaluation.main([argument.format(run=nested) for argument in arguments]) == 0
+    assert capsys.readouterr().out.lower().count("untrained network") == 1
+
+
 def test_what_cannot_be_analysed_is_a_sentence(
     nested: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -16,7 +16,7 @@ import eval as evaluation
 from models import SCHEMAS
 from tests.conftest import ROOT
 from tests.test_eval import finished
-from tests.utils.reports.test_report import invented
+from tests.utils.reports.test_report import NOTE, invented
 from tests.utils.runs.test_manifest import record
 from utils.config.loading import load_config
 from utils.sweeps.comparison import group_names
@@ -111,6 +111,11 @@ def test_latex_and_markdown_hold_a_table_and_nothing_else(logs: Path, capsys: Ca
     rows = [line for line in markdown.splitlines() if line.startswith("|")]
     assert len({row.count(" | ") for row in rows}) == 1 and len(rows) == 4
     assert f"**{mean:.2f} ±" in markdown
+
+
+def test_the_note_on_weights_stands_beside_a_comparison(logs: Path, capsys: Capture) -> None:
+    for form in ([], ["--latex"], ["--markdown"]):
+        assert compared(capsys, logs, *form, "--out", logs / "out").lower().count(NOTE.lower()) == 1
 
 
 def test_a_mean_of_different_experiments_is_refused_with_the_command_that_compares(
