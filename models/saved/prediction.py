@@ -71,8 +71,9 @@ class Predictor:
         scores = (
             "not calibrated" if error is None else f"calibrated, error {error:.1f} points on {images} images"
         )
-        tasks = counted(self.learner.task + 1, "task")
-        return f"{self.learner.config.model_name}: {len(self.classes)} classes of {tasks}, scores {scores}"
+        tasks, note = counted(self.learner.task + 1, "task"), self.learner.backbone.note
+        about = f"{len(self.classes)} classes of {tasks}, scores {scores}"
+        return f"{self.learner.config.model_name}: {about}{f' ({note})' if note else ''}"
 
     def predict(self, images: ImageInput, top: int = 1) -> pd.DataFrame:
         """The most likely classes of every image, one row each: image (path or number), rank, class, score.

@@ -39,6 +39,11 @@ def test_a_run_without_its_data_predicts_what_it_was_tested_with(finished: Finis
         load_learner(folder / "checkpoints" / "task_00")  # a test needs the data
 
 
+def test_the_note_on_weights_stands_beside_the_error_of_scores(simplecil: Finished) -> None:
+    shown = repr(load_run(simplecil.folder))
+    assert "points on test images" in shown and "untrained network" in shown
+
+
 def test_images_are_predicted_alike_however_they_are_given(simplecil: Finished, tmp_path: Path) -> None:
     random = torch.get_rng_state()
     model, pixels = load_run(simplecil.folder, device="cpu"), simplecil.images[:3]
