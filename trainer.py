@@ -336,7 +336,8 @@ class Run:
             logger.info(table)
         if weights["note"]:
             logger.info(f"Weights {weights['tag']}: {weights['note']}")
-        logger.info(f"{duration(self.seconds)} on {learner.device}; everything is in {self.log.folder}")
+        seconds = duration(result["cost"]["seconds"])
+        logger.info(f"{seconds} on {learner.device}; everything is in {self.log.folder}")
         if getattr(learner.config, "validation_share", 0):
             test = as_typed("eval.py", "--run", self.log.folder, "--test")
             logger.info(f"No test image was read; once the settings are chosen, run {test}")

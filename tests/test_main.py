@@ -17,6 +17,7 @@ from models.ranpac import RanPACHead
 from tests.conftest import EXPS, ROOT, TINY, TINY_GRIDS, command, folder_of, settings
 from utils.config.loading import load_config
 from utils.runs.run_log import read_metrics
+from utils.wording import duration
 
 
 def arguments(logs: Path, **changes: object) -> list[str]:
@@ -55,7 +56,8 @@ def test_the_text_log_has_the_published_lines(finished: Path) -> None:
         "Consolidated Nested LoRA at layer 5 with alpha=", "||theta_fast||",
     ):  # fmt: skip
         assert line in log, line
-    assert f"everything is in {finished}" in log
+    seconds = read(finished, "result.json")["cost"]["seconds"]  # without the figures, drawn afterwards
+    assert f"{duration(seconds)} on cpu; everything is in {finished}" in log
 
 
 def test_the_text_log_is_a_short_story_and_verbose_tells_the_details(finished: Path, tmp_path: Path) -> None:
