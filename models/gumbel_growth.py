@@ -27,7 +27,7 @@ from torch import Tensor
 from models.config.sdlora import GateKeys
 from utils.analysis.figures import Heatmap, HeatmapSpec, heatmaps_figure
 from utils.files import replace_file, write_json
-from utils.plotting import MOST_NUMBERED_TASKS, VERMILLION, task_axis, titled_figure
+from utils.plotting import MAX_NUMBERED_TASKS, VERMILLION, task_axis, titled_figure
 
 UNIFORM_TOLERANCE = 0.1  # weights that all lie within this share of 1 / K around it count as uniform
 FEW_SHARE = 1 / 3  # of the adapters of all tasks: as many kept or fewer count as few
@@ -187,7 +187,7 @@ def gate_figures(events: Sequence[Event], about: str) -> dict[str, Figure]:
 def beta_evolution_figure(events: Sequence[Event], subtitle: str) -> Figure:
     """Weights after each task (one line each) over the tasks that grew the adapters, pruned ones crossed."""
     tasks = 1 + max(event["task"] for event in events)
-    height = max(4.4, 1.3 + 0.22 * min(tasks, MOST_NUMBERED_TASKS))
+    height = max(4.4, 1.3 + 0.22 * min(tasks, MAX_NUMBERED_TASKS))
     figure = titled_figure(8.4, height, "Beta Evolution During Continual Learning", subtitle)
     axes = figure.subplots()
     colours = mpl.colormaps["viridis"](np.linspace(0.0, 0.92, tasks))
@@ -199,7 +199,7 @@ def beta_evolution_figure(events: Sequence[Event], subtitle: str) -> Figure:
         axes.plot(range(len(beta)), beta, **style)
         axes.plot(gone, [beta[k] for k in gone], zorder=5, **crosses)
         handles.append(Line2D([], [], label=f"After Task {event['task']}", **style))
-    if len(handles) > MOST_NUMBERED_TASKS:
+    if len(handles) > MAX_NUMBERED_TASKS:
         handles = handles[:: math.ceil(len(handles) / 20)]
     if any(pruned.values()):
         handles.append(Line2D([], [], label="pruned", **crosses))

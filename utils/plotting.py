@@ -48,7 +48,7 @@ STYLE: dict[str, Any] = {
     "grid.linewidth": 0.6,
 }
 BLUE, VERMILLION, INK, GREY = "#0072B2", "#D55E00", "#222222", "#666666"  # the first two: Okabe and Ito
-MOST_NUMBERED_TASKS = 25  # beyond, numbers in cells would be too small to read
+MAX_NUMBERED_TASKS = 25  # beyond, numbers in cells would be too small to read
 NARROWEST = 6.4  # inches: room for the titles
 NO_GLYPH = re.compile(r"Glyph (\d+) ")  # Matplotlib's warning of a character that no font has
 told_of: set[str] = set()  # such characters, of which the log says once that figures show boxes

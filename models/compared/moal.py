@@ -6,7 +6,7 @@ The adapters' weights w are trained on every task with cross-entropy over its cl
 a <- decay a + (1 - decay) w, after the first task w itself, gives the deployed features. RanPAC's ridge
 regression on random features classifies; after a task it also learns pseudo-features of the old classes
 (`RuminatingHead`). Source: Gao et al., *Knowledge Memorization and Rumination for Pre-trained Model-based
-Class-Incremental Learning*, CVPR 2025. Published code moves the average once an epoch, and multiplies the
+Class-Incremental Learning*, CVPR 2025. Published code moves the average once per epoch, and multiplies the
 first task's regression by 0.9; here it moves in every step (`ema_every`), and nothing is multiplied.
 """
 

@@ -45,7 +45,7 @@ def test_running_in_stretches_is_running_at_once(name: str) -> None:
 
 
 def test_the_attention_before_the_first_adapters_is_below_their_depth() -> None:
-    """No adapter changes it, so it runs once an image."""
+    """No adapter changes it, so it runs once per image."""
     network, runs = wrapped("vit_small_patch16_224"), []
     for i, block in enumerate(network.vit.blocks):
         block.block.attn.register_forward_hook(lambda *_, i=i: runs.append(i))

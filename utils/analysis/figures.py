@@ -17,7 +17,7 @@ from utils.plotting import (
     BLUE,
     GREY,
     INK,
-    MOST_NUMBERED_TASKS,
+    MAX_NUMBERED_TASKS,
     NARROWEST,
     VERMILLION,
     HeatmapSpec,
@@ -48,7 +48,7 @@ class Heatmap(NamedTuple):
 def heatmaps_figure(maps: Sequence[Heatmap], spec: HeatmapSpec, title: str, subtitle: str) -> Figure:
     """Maps of one shape side by side; up to two of them have a number in every cell."""
     height, width = maps[0].values.shape
-    numbered = len(maps) <= 2 and max(height, width) <= MOST_NUMBERED_TASKS
+    numbered = len(maps) <= 2 and max(height, width) <= MAX_NUMBERED_TASKS
     cell = (0.5 if width <= 12 else 0.42) if numbered else min(0.24, 6.0 / max(height, width))  # inches
     names = spec.row_names or [str(row) for row in range(height)]
     title_width = 0.085 * max(len(one.name) for one in maps)

@@ -40,7 +40,7 @@ from utils.runs.run_log import accuracy_rows, read_metrics
 
 REPORT = "report.html"
 LISTED = 10  # classes and confusions
-MOST_LINES = 300  # of the log
+MAX_LINES = 300  # of the log
 ALARMS = ("WARNING", "ERROR")
 DRIFTS = (  # heading, event and field of what drifts at the end of a task
     ("drift of consolidated adapters (relative)", "consolidation", "drift"),
@@ -104,7 +104,7 @@ def page_of(folder: Path, config: RunConfig, captions: Mapping[str, str]) -> dic
         "sessions": sessions_table(manifest),
         "extended": [dict(run) for run in (manifest.model_extra or {}).get("extended_from", [])],
         "alarms": [line for line in lines if any(f" {alarm}: " in line for alarm in ALARMS)],
-        "log": [line for line in lines if " Epoch " not in line][-MOST_LINES:],
+        "log": [line for line in lines if " Epoch " not in line][-MAX_LINES:],
         "files": [(path.name, text) for name, text in FILES.items() for path in named_files(folder, name)],
         "log_file": log.name if lines else None,
     }

@@ -31,7 +31,7 @@ from utils.plotting import (
     BLUE,
     GREY,
     INK,
-    MOST_NUMBERED_TASKS,
+    MAX_NUMBERED_TASKS,
     NARROWEST,
     STYLE,
     VERMILLION,
@@ -52,7 +52,7 @@ from utils.runs.run_log import accuracy_rows, read_metrics
 from utils.runs.tables import accuracy_on
 from utils.wording import named_data
 
-MOST_NAMED_CLASSES, MOST_NUMBERED_CLASSES = 60, 16  # beyond, their names or counts would be too small
+MAX_NAMED_CLASSES, MAX_NUMBERED_CLASSES = 60, 16  # beyond, their names or counts would be too small
 LONGEST_NAME = 22  # characters of a class's name
 
 CAPTIONS = {  # captions of a class-incremental run's figures, in the order of its page
@@ -127,7 +127,7 @@ def accuracy_matrix_figure(
 ) -> Figure:
     """Heat map of a[t][k] (row t, column k, percent); the last column is accuracy over all seen classes."""
     tasks = len(rows)
-    numbered = tasks <= MOST_NUMBERED_TASKS
+    numbered = tasks <= MAX_NUMBERED_TASKS
     cell = 0.56 if tasks <= 12 else 0.44 if numbered else 11.0 / tasks  # inches
     width, height = max(NARROWEST, cell * tasks + 2.6), max(2.6, cell * tasks + 1.6)
     figure = titled_figure(width, height, f"{accuracy_on(images)} after each task (%)", subtitle)
@@ -235,13 +235,13 @@ def growth_figure(adapters: Sequence[Mapping[str, int]], subtitle: str) -> Figur
     """
     counts = pd.DataFrame(adapters).fillna(0).rename(columns=int).sort_index(axis="columns").T
     values, tasks = counts.to_numpy(float), len(adapters)  # (blocks, tasks)
-    cell = 0.5 if tasks <= 12 else 0.4 if tasks <= MOST_NUMBERED_TASKS else 11.0 / tasks
+    cell = 0.5 if tasks <= 12 else 0.4 if tasks <= MAX_NUMBERED_TASKS else 11.0 / tasks
     width, height = max(NARROWEST, cell * tasks + 2.2), 1.9 + 0.3 * len(values)
     figure = titled_figure(width, height, "Adapters in each block after each task (number)", subtitle)
     axes = figure.subplots()
     limits = (0.0, 1.3 * max(4, values.max()))  # few adapters: pale colours
     spec = HeatmapSpec("block", "after task", "adapters", limits, 0, "Blues", list(map(str, counts.index)))
-    draw_heatmap(axes, values, spec, fontsize=9 if tasks <= MOST_NUMBERED_TASKS else None)
+    draw_heatmap(axes, values, spec, fontsize=9 if tasks <= MAX_NUMBERED_TASKS else None)
     axes.set_xlabel(spec.columns)
     axes.set_ylabel(spec.rows)
     framed = {"fill": False, "ec": VERMILLION, "lw": 1.8}
@@ -260,7 +260,7 @@ def confusion_figure(per_class: pd.DataFrame, counts: np.ndarray, images: str, s
     where names do not fit, ticks are tasks.
     """
     classes, tasks = len(counts), per_class["task"].to_numpy()
-    named, numbered = classes <= MOST_NAMED_CLASSES, classes <= MOST_NUMBERED_CLASSES
+    named, numbered = classes <= MAX_NAMED_CLASSES, classes <= MAX_NUMBERED_CLASSES
     cell = 0.46 if numbered else max(0.155, 8 / classes) if named else 8 / classes  # inches
     shortened = (textwrap.shorten(name, LONGEST_NAME, placeholder="…") for name in per_class["name"])
     names = [as_written(name) for name in shortened]

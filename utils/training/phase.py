@@ -41,7 +41,7 @@ class Phase(ABC):
         replicated: every rank sees whole batches, so gradients are equal already and are not summed over
             ranks.
         classifies: results say how many samples were classified right.
-        tells_epochs: the log shows every epoch; otherwise the last one, and one a minute.
+        tells_epochs: the log shows every epoch; otherwise the last one, and one per minute.
 
     Args:
         epochs: passes over the batches.

@@ -107,7 +107,7 @@ def test_a_step_in_parts_is_the_same_step(smoke_config: Make) -> None:
 
 @pytest.fixture
 def computed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
-    """(from depth, to depth) of all that is computed for the cache while the test runs, once an image."""
+    """(from depth, to depth) of all that is computed for the cache while the test runs, once per image."""
     seen: list[tuple[int, int]] = []
     original = Activations.compute
 
@@ -190,7 +190,7 @@ def views_stored(learner: Learner) -> int:
 def test_growths_of_a_task_share_the_frozen_prefix_of_new_views(
     make_sema: Make, threshold: float, growths: int, changes: dict[str, Any]
 ) -> None:
-    """Scans, growths and descriptors: an image passes the frozen blocks once an epoch; nothing is left."""
+    """Scans, growths and descriptors: an image passes the frozen blocks once per epoch; nothing is left."""
     learner = run_tasks(make_sema(exp_threshold=threshold, func_epoch=3, **changes), 1)
     learner.begin_task(1)
     seen, images = passing(learner), learner.data.count(learner.classes, "train")
