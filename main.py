@@ -223,7 +223,9 @@ def way_out(name: str, values: list[str]) -> str:
     if name in keys:
         return f"keys of a config are changed with --set: write {setting(name, values)}"
     if name in {"eval", "evaluate", *EVAL_TAKES, *itertools.chain(*EVAL_TAKES.values())}:
-        return "a run is tested and looked at with: python eval.py --run FOLDER"
+        alone = name in ("run", "checkpoint", "compare")
+        command = as_typed("eval.py", f"--{name}", *values) if alone else "python eval.py --run FOLDER"
+        return f"a run is tested and looked at with: {command}"
     if near := difflib.get_close_matches(name, OPTIONS, n=1, cutoff=0.8):
         return f"did you mean --{near[0]}?"
     known_as = {other: meant for schema in SCHEMAS.values() for other, meant in schema.known_as.items()}

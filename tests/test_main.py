@@ -187,6 +187,8 @@ def test_bad_input_is_a_message_and_exit_code_2_before_any_folder(
         ("--list methods --method sema", "--method goes with --list keys"),
         ("--list metrics --format markdown", "--format goes with --list keys"),
         ("--list key", "invalid choice"),
+        ("--compare x y", "python eval.py --compare x y"),
+        ("--test", "python eval.py --run FOLDER"),
     ],
 )
 def test_options_that_do_not_go_together(
