@@ -208,7 +208,7 @@ def way_out(name: str, values: list[str]) -> str:
     """Advice for an argument that does not exist."""
     from eval import TAKES as EVAL_TAKES
     from models import SCHEMAS
-    from utils.config.messages import nearest_key
+    from utils.config.messages import nearest_key, parsed
 
     keys = {name: field for schema in SCHEMAS.values() for name, field in schema.model_fields.items()}
 
@@ -223,14 +223,17 @@ def way_out(name: str, values: list[str]) -> str:
     if name in keys:
         return f"keys of a config are changed with --set: write {setting(name, values)}"
     if name in {"eval", "evaluate", *EVAL_TAKES, *itertools.chain(*EVAL_TAKES.values())}:
-        alone = name in ("run", "checkpoint", "compare")
-        command = as_typed("eval.py", f"--{name}", *values) if alone else "python eval.py --run FOLDER"
-        return f"a run is tested and looked at with: {command}"
+        compares = name in ("compare", "baseline", "latex", "markdown")
+        words = ["--compare", "FOLDER", "FOLDER"] if compares else ["--run", "FOLDER"]
+        if values and name in ("run", "checkpoint", "compare"):
+            words = [f"--{name}", *values]
+        return f"a run is tested and looked at with: {as_typed('eval.py', *words)}"
     if near := difflib.get_close_matches(name, OPTIONS, n=1, cutoff=0.8):
         return f"did you mean --{near[0]}?"
     known_as = {other: meant for schema in SCHEMAS.values() for other, meant in schema.known_as.items()}
     key, _, value = (nearest_key(name, keys, known_as) or "").partition("=")
-    values = [value] if value else values
+    if value:  # the name is that of a value, or what switches it off
+        values = [] if [parsed(given.lower()) for given in values] == [False] else [value]
     hint = f"did you mean {setting(key, values)}?" if key else "--help lists the arguments"
     return f"keys of a config are changed with --set KEY=VALUE: {hint}"
 

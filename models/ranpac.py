@@ -36,7 +36,7 @@ RIDGES = [10.0**k for k in range(-8, 10)]  # candidates for lambda; published co
 FINER = [10.0**-0.5, 10.0**0.5]  # then two more: the best of them times these
 HELD_OUT = 0.2  # share of a task's training features that chooses lambda, as published
 FIT, HELD = range(2)  # the two parts that the sums are kept in: fitted, and held out to choose lambda
-IMAGES = 2048  # images whose random features are in memory at once
+IMAGES = 2048  # images whose random features are in memory at once, except to fit their drift
 SOLUTIONS = 2**25  # numbers in the solutions W that are in memory at once: 0.27 GB
 
 
@@ -124,7 +124,8 @@ class RanPACHead(ClosedFormHead):
         return drift.explained
 
     def forward(self, features: Tensor) -> Tensor:
-        return (self.random_features(features.cpu().double()) @ self.weights).float()
+        parts = features.cpu().double().split(IMAGES)
+        return torch.cat([self.random_features(some) @ self.weights for some in parts]).float()
 
     def unseen_rows(self, images: int, classes: int) -> Tensor:
         """The images of a task that were held out."""

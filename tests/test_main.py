@@ -188,6 +188,9 @@ def test_bad_input_is_a_message_and_exit_code_2_before_any_folder(
         ("--list metrics --format markdown", "--format goes with --list keys"),
         ("--list key", "invalid choice"),
         ("--compare x y", "python eval.py --compare x y"),
+        ("--compare", "python eval.py --compare FOLDER FOLDER"),
+        ("--latex", "python eval.py --compare FOLDER FOLDER"),
+        ("--run", "python eval.py --run FOLDER"),
         ("--test", "python eval.py --run FOLDER"),
     ],
 )

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from backbone.merging import MovingAverage
 from models.config.moal import MoALConfig
-from models.ranpac import FIT, HELD, IMAGES, RanPACHead
+from models.ranpac import FIT, HELD, RanPACHead
 from models.vit.class_incremental import ClassIncrementalLearner
 from models.vit.training import FunctionalPhase, adapted_network
 from utils.inc_net import IncrementalHead
@@ -56,7 +56,7 @@ class RuminatingHead(RanPACHead):
         total, misclassified = 0, 0
         for part, rows in ((FIT, ~is_held), (HELD, is_held)):
             pseudo, labels = self.pseudo_features(features[rows], targets[rows], old)
-            wrong = torch.cat([self(some).argmax(dim=1) for some in pseudo.split(IMAGES)]) != labels
+            wrong = self(pseudo).argmax(dim=1) != labels
             self.accumulate(part, pseudo[wrong], labels[wrong])
             total, misclassified = total + len(wrong), misclassified + int(wrong.sum())
         logger.info(f"Rumination: {counted(misclassified, 'pseudo-feature')} of {total} misclassified")

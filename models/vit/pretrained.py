@@ -163,7 +163,7 @@ def _resolve(backbone_type: str, weights: str | None) -> tuple[str, str]:
     arch, tag = split_model_name_tag(BACKBONES.get(backbone_type, backbone_type))
     if not timm.is_model(arch):
         known = [*BACKBONES, *timm.list_models(module="vision_transformer"), *timm.list_models(module="deit")]
-        near = difflib.get_close_matches(arch, dict.fromkeys(known), n=3, cutoff=0.5)
+        near = difflib.get_close_matches(arch.lower(), dict.fromkeys(known), n=3, cutoff=0.5)
         raise UserError(
             f"backbone_type {backbone_type!r} is not known; "
             + (f"nearest: {', '.join(near)}; " if near else "")

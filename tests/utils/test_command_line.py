@@ -30,6 +30,7 @@ def refused(capsys: pytest.CaptureFixture[str], command: object, *arguments: str
         (["--nested_lora_alpha", "0.1"], "--set nested_lora_consolidation_alpha=0.1"),
         (["--nested_lora_interval", "5"], "--set nested_lora_update_interval_slow=5"),
         (["--use_nested_lora", "True"], "--set ffn_adapter_type=nested_lora"),
+        (["--use_nested_lora", "False"], "--set ffn_adapter_type=VALUE"),
         (["--nested_lora"], "--set ffn_adapter_type=nested_lora"),
         (["--nested_lora_use_consolidation"], "--set nested_lora_use_consolidation=true"),
         (["--nested_lora_rank"], "--set nested_lora_rank=VALUE"),

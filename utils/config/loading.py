@@ -11,6 +11,7 @@ inherited, and null takes an inherited key back to its default.
 
 import json
 import os
+import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -252,12 +253,18 @@ def _read_file(path: Path) -> tuple[dict[str, Any] | None, list[str]]:
 
 
 def _missing(path: Path) -> str:
-    """A sentence with the file of this name in a subfolder, else the nearest name in the folder itself."""
-    below = next((entry for entry in sorted(path.parent.glob("*/*.json")) if entry.name == path.name), None)
-    here = sorted(entry.name for entry in path.parent.glob("*.json"))
-    near = below or (path.parent / name if (name := nearest(path.name, here, 0.5)) else None)
-    hint = f"; did you mean {near}?" if near else f"; {path.parent} holds {', '.join(here)}"
-    return f"{path} does not exist{hint if below or here else ''}"
+    """A sentence with the file of this name one folder below or above, else the nearest name beside it."""
+    beside, below, above = (
+        sorted(folder.glob(pattern))
+        for folder, pattern in (
+            (path.parent, "*.json"), (path.parent, "*/*.json"), (path.parent.parent, "*.json"),
+        )
+    )  # fmt: skip
+    same = (entry for entry in (*beside, *below, *above) if entry.stem.lower() == path.stem.lower())
+    names = [entry.name for entry in beside]
+    near = next(same, None) or (path.parent / name if (name := nearest(path.name, names, 0.5)) else None)
+    hint = f"; did you mean {near}?" if near else f"; {path.parent} holds {', '.join(names)}"
+    return f"{path} does not exist{hint if near or names else ''}"
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -312,20 +319,29 @@ def _check(draft: Draft, schemas: Schemas, source: str) -> LoadedConfig:
 
 
 def _pick_schema(values: Mapping[str, Any], schemas: Schemas) -> tuple[str, type[RunConfig], dict[str, str]]:
-    """The method and its schema; for an unknown method the nearest's, else the first's, and the fault."""
+    """The method, its schema and the fault; for an unknown name what it seems to mean, else the first."""
     if method := known_method(values, schemas):
         return method, schemas[method], {}
     name = str(values["model_name"])
-    judged = nearest(name, schemas) or next(iter(schemas))
+    judged = _meant_method(name, schemas)[0] or next(iter(schemas))
     return judged, schemas[judged], {"model_name": no_such_method(name, schemas)}
 
 
 def no_such_method(name: str, schemas: Schemas) -> str:
     """Words for a method that does not exist; of one that is a setting of another, the two."""
-    for method, schema in schemas.items():
-        if "=" in (setting := schema.known_as.get(name.lower(), "")):
-            return f"no such method; did you mean {method} with {setting}?"
+    method, setting = _meant_method(name, schemas)
+    if setting:
+        return f"no such method; did you mean {method} with {setting}?"
     return no_such("method", name, list(schemas))
+
+
+def _meant_method(name: str, schemas: Schemas) -> tuple[str | None, str]:
+    """The method that an unknown name seems to mean, and the `key=value` of it, "" where it means none."""
+    plain = re.sub("[- ]", "_", name.strip().lower())
+    for method, schema in schemas.items():
+        if "=" in (setting := schema.known_as.get(plain, "")):
+            return method, setting
+    return nearest(name, schemas), ""
 
 
 def _unknown_keys(

@@ -119,7 +119,8 @@ class RunConfig(BaseModel):
         asset_keys: keys that say which data and weights a run needs.
         editable_keys: keys that may be edited before a run is resumed: they change its numbers by rounding at
             most, or name files that are identified by their content.
-        known_as: other names of keys -> `key` or `key=value`, for the message about an unknown key.
+        known_as: other names of keys -> `key` or `key=value`, for the message about an unknown key,
+            or about a method that does not exist and is a setting of this one.
     """
 
     model_config = ConfigDict(

@@ -66,6 +66,7 @@ def test_published_short_names_mean_the_weights_of_their_pinned_timm_and_have_kn
     [
         ("pretrained_vit_b16_224_adaptor", "nearest: .*pretrained_vit_b16_224_adapter"),
         ("vit_base_patch16_224_adapter", "nearest: vit_base_patch16_224, (?!vit_base_patch16_224,)"),
+        ("VIT_BASE_PATCH16_224.augreg", "nearest: vit_base_patch16_224"),
         ("vit_base_patch16_224.nonsense", "no weights 'nonsense'.*augreg_in21k"),
         (TINY, "does not say which weights.*augreg_in21k_ft_in1k"),
     ],

@@ -105,6 +105,7 @@ NOT_ALLOWED: list[tuple[str, dict[str, Any], str]] = [
     ("sema", {"weights": "nowhere.safetensors"}, 'it is not there; allowed: null, "random"'),
     ("sema", {"model_name": "semma"}, 'did you mean "sema"?; allowed: "sema", "finetune", "ranpac"'),
     ("sema", {"model_name": "nested_lora"}, "did you mean sema with ffn_adapter_type=nested_lora?"),
+    ("sema", {"model_name": "Nested LoRA"}, "did you mean sema with ffn_adapter_type=nested_lora?"),
     ("sema", {"model_name": "Gumbel_CL_LoRA"}, "did you mean sdlora with lambda_sparsity=0.01?"),
     ("sema", {"qqqq": 8}, "unknown key; python main.py --list keys --method sema lists the keys"),
     ("sema", {"batch_size": 10**6 + 1}, "too large; allowed: an integer >= 1 and <= 1000000"),

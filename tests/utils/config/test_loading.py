@@ -172,6 +172,21 @@ def test_a_missing_file_names_the_one_in_a_subfolder(tmp_path: Path) -> None:
     assert f"did you mean {path}?" in line and [line] == problems_of(tmp_path / "sema_inr_5task.json")
 
 
+def test_the_keys_of_an_unknown_method_are_checked_as_those_of_the_one_it_means(tmp_path: Path) -> None:
+    lines = problems_of(write(tmp_path, {"model_name": "nested-lora", "nested_lora_rank": 0, "qqqq": 1}))
+    assert any("nested_lora_rank = 0" in line for line in lines)
+    assert any("--method sema" in line for line in lines)
+
+
+@pytest.mark.parametrize("asked", ["methods/sema_cifar.json", "Sema_Cifar.json", "sema_cifar"])
+def test_a_missing_file_names_the_one_above_or_in_other_letters(tmp_path: Path, asked: str) -> None:
+    (tmp_path / "methods").mkdir()
+    write(tmp_path, "{}", "methods/slca_cifar.json")
+    path = write(tmp_path, "{}", "sema_cifar.json")
+    (line,) = problems_of(tmp_path / asked)
+    assert f"did you mean {path}?" in line
+
+
 def test_a_missing_file_names_the_nearest_and_a_byte_order_mark_is_no_fault(tmp_path: Path) -> None:
     path = write(tmp_path, '\ufeff{"rd_dim": 8}', "sema_cifar.json")
     (line,) = problems_of(tmp_path / "sema_cifr.json")
