@@ -223,7 +223,7 @@ def way_out(name: str, values: list[str]) -> str:
     if name in keys:
         return f"keys of a config are changed with --set: write {setting(name, values)}"
     if name in {"eval", "evaluate", *EVAL_TAKES, *itertools.chain(*EVAL_TAKES.values())}:
-        compares = name in ("compare", "baseline", "latex", "markdown")
+        compares = name in {"compare", *EVAL_TAKES["compare"]} - {"out"}
         words = ["--compare", "FOLDER", "FOLDER"] if compares else ["--run", "FOLDER"]
         if values and name in ("run", "checkpoint", "compare"):
             words = [f"--{name}", *values]

@@ -124,8 +124,7 @@ class RanPACHead(ClosedFormHead):
         return drift.explained
 
     def forward(self, features: Tensor) -> Tensor:
-        parts = features.cpu().double().split(IMAGES)
-        return torch.cat([self.random_features(some) @ self.weights for some in parts]).float()
+        return self._scores(features, self.weights)
 
     def unseen_rows(self, images: int, classes: int) -> Tensor:
         """The images of a task that were held out."""
@@ -137,7 +136,11 @@ class RanPACHead(ClosedFormHead):
             self.solve()
         if self.fit_weights is None:
             return None
-        return (self.random_features(features.cpu().double()) @ self.fit_weights).float()
+        return self._scores(features, self.fit_weights)
+
+    def _scores(self, features: Tensor, weights: Tensor) -> Tensor:
+        parts = features.cpu().double().split(IMAGES)
+        return torch.cat([self.random_features(some) @ weights for some in parts]).float()
 
     def _split(self, images: int, classes: int) -> tuple[Tensor, Tensor]:
         """Positions among a task's images: those held out, and the others."""

@@ -254,13 +254,9 @@ def _read_file(path: Path) -> tuple[dict[str, Any] | None, list[str]]:
 
 def _missing(path: Path) -> str:
     """A sentence with the file of this name one folder below or above, else the nearest name beside it."""
-    beside, below, above = (
-        sorted(folder.glob(pattern))
-        for folder, pattern in (
-            (path.parent, "*.json"), (path.parent, "*/*.json"), (path.parent.parent, "*.json"),
-        )
-    )  # fmt: skip
-    same = (entry for entry in (*beside, *below, *above) if entry.stem.lower() == path.stem.lower())
+    beside, above = sorted(path.parent.glob("*.json")), sorted(path.parent.parent.glob("*.json"))
+    around = [*beside, *sorted(path.parent.glob("*/*.json")), *above]
+    same = (entry for entry in around if entry.stem.lower() == path.stem.lower())
     names = [entry.name for entry in beside]
     near = next(same, None) or (path.parent / name if (name := nearest(path.name, names, 0.5)) else None)
     hint = f"; did you mean {near}?" if near else f"; {path.parent} holds {', '.join(names)}"
