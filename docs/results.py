@@ -1,6 +1,7 @@
 """Numbers behind exps/RESULTS.md, kept run by run in exps/evidence/results/, and tables made from them.
 
 python -m docs.results                                       every table, as it stands in the documents
+python -m docs.results answer                                the one of exps/RESULTS.md
 python -m docs.results grocery --against "nested mean"       one, with differences from another cell
 python -m docs.results --keep logs/sweeps/grocery            adds a sweep's finished runs to its file
 """
@@ -27,6 +28,19 @@ KEPT = ROOT / "exps/evidence/results"
 BASELINES = {  # what tables compare with
     **dict.fromkeys(("full_cifar", "blocks_cifar", "grocery"), "RanPAC"),
     "ablation_cifar": "SEMA, 32 hidden units",
+}
+ANSWER = {  # the table of exps/RESULTS.md: data -> sweeps with its runs, columns
+    "500 images": (("full_cifar",), ("final", "difference", "forgetting")),
+    "100 images": (("blocks_cifar", "ablation_cifar"), ("difference",)),
+    "Grocery": (("grocery",), ("final", "difference", "forgetting")),
+}
+NAMES = {  # of cells that are the same method under another name -> name in Grocery's sweep
+    "matched adapter, blocks 9-11": "matched adapter",
+    "carried, blocks 9-11": "carried",
+    "nested mean, blocks 9-11": "nested mean",
+    "joint, blocks 9-11": "joint, RanPAC head",
+    "SEMA, 32 hidden units": "SEMA",
+    "Nested LoRA, 16 + 16": "Nested LoRA",
 }
 SPECS = by_key(CLASS_INCREMENTAL)
 METRICS = ("final", "average", "forgetting", "plasticity")
@@ -97,6 +111,34 @@ def table(sweep: str, against: str) -> str:
     return markdown_table(Table("", head, rows))
 
 
+def answer() -> str:
+    """Markdown table of the methods of Grocery's sweep on all data, best first; empty where not run."""
+    data = {
+        name: pd.concat(pd.read_csv(KEPT / f"{sweep}.csv") for sweep in sweeps)
+        .replace({"cell": NAMES})
+        .set_index(["cell", "seed"])
+        for name, (sweeps, _) in ANSWER.items()
+    }
+    titles = {"final": "A_N", "difference": "against RanPAC", "forgetting": "forgetting"}
+    columns = [(name, column) for name, (_, columns) in ANSWER.items() for column in columns]
+    cells = data["Grocery"]["final"].groupby(level="cell").mean().sort_values(ascending=False).index
+    rows = []
+    for cell in cells:
+        row = [Entry(cell)]
+        for name, column in columns:
+            runs = data[name]
+            if cell not in runs.index:
+                row.append(Entry(""))
+            elif column == "difference":
+                row.append(difference(runs, cell, "RanPAC", "final"))
+            else:
+                found = mean_over_seeds(runs.loc[cell, column].dropna().tolist())
+                row.append(Entry(SPECS[column].text(found.mean, found.std)))
+        rows.append(row)
+    head = ["method", *(f"{titles[column]}, {name}" for name, column in columns)]
+    return markdown_table(Table("", head, rows))
+
+
 def difference(runs: pd.DataFrame, cell: str, against: str, metric: str) -> Entry:
     """Mean difference of two cells over seeds that both ran in the same precision, with its interval.
 
@@ -121,7 +163,8 @@ def main() -> None:
     """Keep the finished runs of a sweep, or print tables."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("sweep", nargs="?", choices=BASELINES, help="the sweep whose table is printed")
+    tables = [*BASELINES, "answer"]
+    parser.add_argument("sweep", nargs="?", choices=tables, help="the sweep whose table is printed")
     parser.add_argument("--against", metavar="CELL", help="the cell that the others are compared with")
     parser.add_argument(
         "--keep", type=Path, metavar="FOLDER", help="a sweep's folder: keep its finished runs"
@@ -130,11 +173,15 @@ def main() -> None:
     if options.keep:
         print(keep(options.keep))
         return
-    for sweep in [options.sweep] if options.sweep else BASELINES:
-        cells = pd.read_csv(KEPT / f"{sweep}.csv")["cell"].unique()
-        if options.against not in (None, *cells):
-            parser.error(f"{sweep} has no cell {options.against!r}; allowed: {', '.join(cells)}")
-        print(f"{sweep}\n\n{table(sweep, options.against or BASELINES[sweep])}\n")
+    if options.against and options.sweep not in BASELINES:
+        parser.error(f"--against needs one sweep: {', '.join(BASELINES)}")
+    if options.against:
+        cells = pd.read_csv(KEPT / f"{options.sweep}.csv")["cell"].unique()
+        if options.against not in cells:
+            parser.error(f"{options.sweep} has no cell {options.against!r}; allowed: {', '.join(cells)}")
+    for name in [options.sweep] if options.sweep else tables:
+        text = answer() if name == "answer" else table(name, options.against or BASELINES[name])
+        print(f"{name}\n\n{text}\n")
 
 
 if __name__ == "__main__":

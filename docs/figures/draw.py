@@ -85,16 +85,20 @@ def draw_quickstart() -> Figure:
 
 
 def draw_answer() -> Figure:
-    """Differences of A_N from frozen RanPAC on two data sets, with 95 % intervals, one row per method."""
+    """Differences of A_N from frozen RanPAC, a panel per data set, with 95 % intervals, a row per method."""
     cells = table(RESULTS, "method", "# Results")
     labels = list(reversed(cells))
     colours = {name: GREEN if name.startswith("joint") else GREY for name in labels}
     colours |= {name: BLUE for name in labels if name.lower().startswith("nested")}
     colours |= {"carried": ORANGE, "carried, all blocks": ORANGE}
     colours |= {"matched adapter": INK, "matched adapter, all blocks": INK}
-    lowest = -18.0  # means further left are printed as numbers at the edge
-    figure, panels = plt.subplots(1, 2, figsize=(9.6, 4.8), sharex=True, sharey=True)
-    columns = {"CIFAR-100, 3 seeds": "against RanPAC", "Grocery, 5 seeds": "against RanPAC, Grocery"}
+    lowest = -14.0  # means further left are printed as numbers at the edge
+    figure, panels = plt.subplots(1, 3, figsize=(11, 4.6), sharex=True, sharey=True)
+    columns = {
+        "CIFAR-100, 500 images per class": "against RanPAC, 500 images",
+        "CIFAR-100, 100 images per class": "against RanPAC, 100 images",
+        "Grocery": "against RanPAC, Grocery",
+    }
     for panel, (title, column) in zip(panels, columns.items(), strict=True):
         for place, name in enumerate(labels):
             difference = numbers(cells[name][column])
@@ -110,18 +114,19 @@ def draw_answer() -> Figure:
                 panel.plot(mean, place, "o", color=colours[name], markersize=6)
         panel.axvline(0, color=INK, linewidth=0.8)
         panel.set_title(title)
-        panel.set_xlabel("A_N against RanPAC without adapters (points)")
         panel.grid(axis="x", color=LIGHT)
         panel.set_axisbelow(True)
         panel.tick_params(axis="y", length=0)
         panel.spines["left"].set_visible(False)
     panels[0].set_yticks(range(len(labels)), labels)
+    panels[0].set_ylim(-0.7, len(labels) - 0.5)
     for tick, name in zip(panels[0].get_yticklabels(), labels, strict=True):
         tick.set_color(INK if colours[name] == GREY else colours[name])
     title = "Adapters in all blocks, averaged over tasks, end above RanPAC"
     note = "Points: means of differences paired by seed; lines: 95 % intervals. ViT-Ti/16 with ImageNet "
-    note += "weights, 160 px.\nAdapters in blocks 9-11 unless the row says otherwise (SD-LoRA: all). "
+    note += "weights, 160 px; no mark: not run.\nAdapters in blocks 9-11 unless the row says otherwise. "
     note += 'Blue: nested. Orange: moving average ("carried"). Green: joint.'
+    figure.supxlabel("A_N against RanPAC without adapters (points)", y=0.1, fontsize=10)
     figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
     figure.text(0.01, 0.01, note, color=GREY, fontsize=8.5)
     figure.tight_layout(rect=(0, 0.055, 1, 1), h_pad=2)
