@@ -17,7 +17,7 @@ from utils.wording import escaped
 Member = TypeVar("Member")
 Group = TypeVar("Group")
 MAX_WIDTH = 80  # characters of a value that are shown
-MAX_CHOICES = 8  # names that are listed where one is wrong
+MAX_CHOICES = 20  # names that are listed where one is wrong
 FAULTS = {  # words for pydantic's error types; other types keep pydantic's own message
     "missing": "missing",
     "greater_than": "too small",
@@ -142,7 +142,7 @@ def nearest_key(name: str, keys: Iterable[str], known_as: Mapping[str, str] | No
 def no_such(what: str, name: str, allowed: Sequence[str]) -> str:
     """Words for a name that is not allowed: `no such cell; did you mean "a"?; allowed: "a", "b"`."""
     guess = f"; did you mean {shown(near)}?" if (near := nearest(name, allowed)) else ""
-    more = ", ..." if len(allowed) > MAX_CHOICES else ""
+    more = f" and {len(allowed) - MAX_CHOICES} more" if len(allowed) > MAX_CHOICES else ""
     return f"no such {what}{guess}; allowed: {listed(allowed[:MAX_CHOICES])}{more}"
 
 

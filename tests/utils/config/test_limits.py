@@ -104,6 +104,7 @@ NOT_ALLOWED: list[tuple[str, dict[str, Any], str]] = [
     ("sema", {"backbone_type": "vit_base_patch16_224", "image_size": 230}, "a multiple of 16, such as 224"),
     ("sema", {"weights": "nowhere.safetensors"}, 'it is not there; allowed: null, "random"'),
     ("sema", {"model_name": "semma"}, 'did you mean "sema"?; allowed: "sema", "finetune", "ranpac"'),
+    ("sema", {"model_name": "nothing"}, ", ".join(f'"{method}"' for method in SCHEMAS)),
     ("sema", {"model_name": "nested_lora"}, "did you mean sema with ffn_adapter_type=nested_lora?"),
     ("sema", {"model_name": "Nested LoRA"}, "did you mean sema with ffn_adapter_type=nested_lora?"),
     ("sema", {"model_name": "Gumbel_CL_LoRA"}, "did you mean sdlora with lambda_sparsity=0.01?"),
