@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from utils.wording import escaped
+from utils.wording import escaped, some
 
 Member = TypeVar("Member")
 Group = TypeVar("Group")
@@ -142,8 +142,7 @@ def nearest_key(name: str, keys: Iterable[str], known_as: Mapping[str, str] | No
 def no_such(what: str, name: str, allowed: Sequence[str]) -> str:
     """Words for a name that is not allowed: `no such cell; did you mean "a"?; allowed: "a", "b"`."""
     guess = f"; did you mean {shown(near)}?" if (near := nearest(name, allowed)) else ""
-    more = f" and {len(allowed) - MAX_CHOICES} more" if len(allowed) > MAX_CHOICES else ""
-    return f"no such {what}{guess}; allowed: {listed(allowed[:MAX_CHOICES])}{more}"
+    return f"no such {what}{guess}; allowed: {some([shown(name) for name in allowed], most=MAX_CHOICES)}"
 
 
 # ----------------------------------------------------------------------------------------------------------
