@@ -70,6 +70,7 @@ from utils.runs.run_log import RunLog, SilentLog, read_metrics
 from utils.runs.seeds import (
     SeedRun,
     check_same_config,
+    for_seed_left,
     kept_settings,
     log_mean,
     new_command,
@@ -89,22 +90,21 @@ def train(
     *,
     notes: Sequence[str] = (),
     command: Command | None = None,
-    beside: Path | None = None,
+    place: Path | None = None,
 ) -> dict[str, Any]:
     """Run an experiment in a new folder; returns its result.
 
     Args:
         notes: lines to log first.
         command: the command that this run is one seed of; by default a new one.
-        beside: a run folder beside which the new one is made, instead of where the config says.
+        place: its folder, by default where the config says; a numbered sibling is used where that exists.
     """
     require_trackers(config.trackers)
-    command, place = command or new_command([config.seed], overwrite=False), folder_of(config, config.seed)
-    place = beside.with_name(place.name) if beside else place
+    command = command or new_command([config.seed], overwrite=False)
     with ExitStack() as held:
         context = context or held.enter_context(run_context(config))
         learner = make_learner(config, replace(context, trains_from=0))
-        log = held.enter_context(open_log(learner, command, place))
+        log = held.enter_context(open_log(learner, command, place or folder_of(config, config.seed)))
         for note in notes:
             logger.warning(note)
         return Run(learner, log).to_the_end()
@@ -449,12 +449,17 @@ def resume_seeds(folder: Path, context: RunContext) -> None:
     if len(runs) > 1:
         states = ", ".join(f"{run.seed} {run.state}" for run in runs)
         logger.info(f"Seeds of the command that started this run: {states}")
-    start = partial(train, context=context, command=command, beside=folder)
+
+    def start(seed: int) -> dict[str, Any]:
+        place = folder.with_name(folder_of(config, seed).name)
+        own = context.distributed.on_main(partial(for_seed_left, command, folder, place))
+        return train(config.model_copy(update={"seed": seed}), context, command=own, place=place)
+
     done = results_of(
         [run.seed for run in runs],
         lambda seed: next(run for run in seed_runs(folder, config, command) if run.seed == seed),
         context,
-        lambda seed: start(config.model_copy(update={"seed": seed})),
+        start,
     )
     if context.distributed.is_main:
         configs = [(run.folder, read_config(run.folder)) for run in seed_runs(folder, config, command)]

@@ -10,6 +10,7 @@ import logging
 import re
 import uuid
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,6 +70,18 @@ def seed_runs(folder: Path, config: RunConfig, command: Command) -> list[SeedRun
             if names.fullmatch(path.name) and _is_of(path, command, surely=path.name.startswith(name)):
                 folders[seed] = folder.with_name(path.name)
     return [SeedRun.of(seed, found) for seed, found in folders.items()]
+
+
+def for_seed_left(command: Command, begun: Path, place: Path) -> Command:
+    """The command that starts a seed left at `place`: it replaces no run that was made there since it began.
+
+    begun: a run folder of the command.
+    """
+    if command.overwrite and (place / MANIFEST).exists():
+        first, last = read_manifest(begun).sessions[0], read_manifest(place).sessions[-1]
+        if datetime.fromisoformat(last.started) >= datetime.fromisoformat(first.started):
+            return command.model_copy(update={"overwrite": False})
+    return command
 
 
 def _is_of(folder: Path, command: Command, surely: bool) -> bool:

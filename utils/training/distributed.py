@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from utils.errors import UserError, os_error_sentence
+from utils.errors import RESUME, UserError, os_error_sentence
 
 Answer = TypeVar("Answer")
 VARIABLES = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")  # that torchrun sets
@@ -152,13 +152,19 @@ def local_device(device: torch.device, context: DistributedContext) -> torch.dev
     return torch.device("cuda", context.local_rank)
 
 
+def is_lost_connection(error: RuntimeError) -> bool:
+    """Whether an exchange failed since another process has ended: what NCCL or gloo raises then."""
+    return isinstance(error, dist.DistError) or "/gloo/" in str(error)
+
+
 @contextmanager
 def init_distributed(device: torch.device) -> Iterator[DistributedContext]:
     """Context in which the processes that torchrun started are connected; without torchrun this one alone.
 
     device: that of the configuration; with CUDA each of several processes takes the GPU of its local rank.
 
-    Raises UserError: the machine has fewer GPUs than processes, or torchrun's environment is incomplete.
+    Raises UserError: the machine has fewer GPUs than processes, torchrun's environment is incomplete, or the
+    connection to another process is lost.
     """
     context = context_from_environment()
     context = replace(context, device=local_device(device, context))
@@ -180,6 +186,13 @@ def init_distributed(device: torch.device) -> Iterator[DistributedContext]:
     try:
         yield context
         close = True
+    except RuntimeError as error:
+        if not is_lost_connection(error):
+            raise
+        raise UserError(
+            f"rank {context.rank} of {context.size} has lost the connection to another process, which has "
+            f"ended: remove the cause that it or torchrun names, then {RESUME}"
+        ) from error
     finally:
         if close:
             dist.destroy_process_group()

@@ -7,6 +7,7 @@ import resource
 import shutil
 import signal
 from collections.abc import Callable, Iterator
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -270,6 +271,27 @@ def test_seeds_that_are_left_are_run_beside_the_others(
         found = folders(seeds_left[0].parent)
         seeds = [json.loads((folder / "config.json").read_text())["seed"] for folder in found]
         assert sorted(seeds) == [1, 2, 3, 3]
+
+
+@pytest.mark.parametrize(("since", "kept"), [(-1, False), (1, True)])
+def test_a_resumed_overwrite_keeps_what_other_commands_made_since_it_began(
+    since: int, kept: bool, seeds_left: list[Path], told: Callable[..., str]
+) -> None:
+    other = next(folder for folder in folders(seeds_left[0].parent) if folder not in seeds_left[:2])
+    now = datetime.now().astimezone()
+    for folder, started in (
+        *((folder, now) for folder in seeds_left[:2]),
+        (other, now + timedelta(hours=since)),
+    ):
+        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest["sessions"][0]["started"] = started.isoformat(timespec="seconds")
+        manifest["command"]["overwrite"] = folder != other
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+    before = content(other)
+    shown = told(0, main.main, "--resume", str(seeds_left[1]))
+    assert "over seeds 1, 2, 3" in shown and (f"{other} is there already" in shown) == kept
+    assert (content(other) == before) == kept
+    assert len(folders(seeds_left[0].parent)) == 3 + kept
 
 
 def test_a_link_to_a_run_is_that_run(

@@ -29,6 +29,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int
 TEXTS = ["logs/Läufe/1", "", "x" * 5000]
 REFUSALS = [UserError("no"), OSError(28, "No space left on device", "a.json")]
 TAILS = ((), (3,), (2, 4), (0,))
+Work = Callable[[DistributedContext], dict[str, Any]]
 
 
 # --- what the ranks do --------------------------------------------------------------------------------------
@@ -83,6 +84,14 @@ def exchange(world: DistributedContext) -> dict[str, Any]:
     return told
 
 
+def fail_alone(world: DistributedContext) -> dict[str, Any]:
+    """One rank ends with an error of its own, while the others wait for it."""
+    if world.rank == 1:
+        raise UserError("b.png is damaged")
+    world.barrier()
+    raise AssertionError
+
+
 def fail(error: Exception) -> str:
     raise error
 
@@ -97,8 +106,8 @@ def refusal(call: Callable[[], Any]) -> str:
 # --- real processes -----------------------------------------------------------------------------------------
 
 
-def run_ranks(size: int, folder: Path) -> list[dict[str, Any]]:
-    """`exchange` in `size` processes, with torchrun's environment; what each was told, by rank."""
+def run_ranks(size: int, folder: Path, work: Work = exchange) -> list[dict[str, Any]]:
+    """`work` in `size` processes, with torchrun's environment; what each was told, by rank."""
     minute = timedelta(seconds=60)
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=minute)
     shared = {
@@ -112,7 +121,7 @@ def run_ranks(size: int, folder: Path) -> list[dict[str, Any]]:
     children = []
     for rank in range(size):
         environment = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        arguments = (environment, folder / f"{rank}.pt")
+        arguments = (environment, folder / f"{rank}.pt", work)
         children.append(CONTEXT.Process(target=_child, args=arguments, daemon=True))
         children[-1].start()
     for child in children:
@@ -121,11 +130,15 @@ def run_ranks(size: int, folder: Path) -> list[dict[str, Any]]:
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(size)]
 
 
-def _child(environment: dict[str, str], path: Path) -> None:
+def _child(environment: dict[str, str], path: Path, work: Work) -> None:
     torch.set_num_threads(1)
     os.environ.update(environment)
-    with init_distributed(torch.device("cpu")) as world:
-        told = exchange(world)
+    told = {}
+    try:
+        with init_distributed(torch.device("cpu")) as world:
+            told = work(world)
+    except UserError as error:
+        told["error"] = str(error)
     torch.save(told | {"left": not dist.is_initialized()}, path)
 
 
@@ -170,6 +183,13 @@ def test_all_ranks_hear_of_a_flag_of_differing_texts_and_of_what_rank_0_decides_
         assert told["texts"] == TEXTS and told["decided"] == "by rank 0"
         mistake, full = told["refused"]
         assert mistake == "no" and "a.json" in full and "No space left" in full
+
+
+def test_the_others_are_told_when_one_rank_has_ended(tmp_path):
+    waiting, ended = run_ranks(2, tmp_path, fail_alone)
+    assert ended["error"] == "b.png is damaged"
+    assert "rank 0 of 2 has lost the connection" in waiting["error"] and "--resume" in waiting["error"]
+    assert waiting["left"] and ended["left"]
 
 
 @pytest.fixture
