@@ -219,6 +219,10 @@ def main(arguments: list[str] | None = None) -> int:
             for folder in run_folders(options):
                 read_config(folder)  # before PyTorch is imported, so that a mistyped path is answered at once
             for folder in options.compare or []:
+                if folder.is_file():
+                    raise UserError(
+                        f"{folder} is a file: give folders, those of runs or folders that hold some"
+                    )
                 if not folder.is_dir():
                     raise UserError(f"{folder} holds no run: there is no such folder; give those of runs")
             import_networks()

@@ -12,9 +12,14 @@ escaped("\\udcff.png")                 # r"\udcff.png": bytes of a name that are
 """
 
 import shlex
+import sys
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 from unicodedata import combining, east_asian_width
+
+SCRIPTS = ("main.py", "eval.py")
 
 
 def counted(count: int, noun: str, plural: str = "") -> str:
@@ -57,8 +62,12 @@ def duration(seconds: float) -> str:
 
 
 def as_typed(script: str, *arguments: object) -> str:
-    """A command of this program as one types it in a shell."""
-    return shlex.join(["python", script, *map(str, arguments)])
+    """A command as one types it in a shell, with the project's folder if called from another."""
+    called, place = Path(sys.argv[0]), Path()
+    if called.name in SCRIPTS:
+        with suppress(OSError):  # the current folder is gone
+            place = Path() if called.parent.samefile(".") else called.parent
+    return shlex.join(["python", str(place / script), *map(str, arguments)])
 
 
 def named_data(config: Mapping[str, Any]) -> str:

@@ -20,6 +20,8 @@ def read_config(folder: Path) -> RunConfig:
     """The configuration of a run folder. UserError: the folder holds none, or a damaged one."""
     path = folder / CONFIG
     if not path.is_file():
+        if (run := folder.with_suffix("")) != folder and (run / CONFIG).is_file():
+            raise UserError(f"{folder} is the text log of a run: give its folder, {run}")
         faults = [f"{folder} is not a run folder: it has no {CONFIG}", *waiting_notes(folder)]
         raise UserError(f"{'; '.join(faults)}; give a folder such as logs/sema/.../run_1993_...")
     values = read_json(path)

@@ -1,8 +1,10 @@
 """Words of logs: counts, spans of numbers, shortened lists, durations."""
 
+from pathlib import Path
+
 import pytest
 
-from utils.wording import columns, duration, shortened, some, spans
+from utils.wording import as_typed, columns, duration, shortened, some, spans
 
 
 @pytest.mark.parametrize(
@@ -28,3 +30,24 @@ def test_durations_have_one_unit() -> None:
 def test_columns_on_a_terminal() -> None:
     """East Asian characters take two, an accent of its own none."""
     assert [columns(text) for text in ("", "rank", "入れ子 4", "e\u0301")] == [0, 4, 8, 1]
+
+
+@pytest.mark.parametrize(
+    ("called", "script"),
+    [
+        ("main.py", "main.py"),
+        ("../project/main.py", "../project/main.py"),
+        ("../project/eval.py", "../project/main.py"),
+        ("../here/main.py", "main.py"),
+        ("gone/main.py", "main.py"),
+        ("/bin/pytest", "main.py"),
+    ],
+)
+def test_commands_can_be_given_where_the_program_was_called(
+    called: str, script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("here", "project"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setattr("sys.argv", [called])
+    assert as_typed("main.py", "--resume", "a b") == f"python {script} --resume 'a b'"

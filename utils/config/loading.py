@@ -215,7 +215,8 @@ def _read_chain(path: Path, origin: str = "", inheriting: tuple[str, ...] = ()) 
         else:
             draft = _read_chain(target, f"from {target}", chain)
             draft.values.pop("description", None)
-            draft.problems = [*problems, *(f"{label}: {problem}" for problem in draft.problems)]
+            problems += [f"{label} (a path from {path}): {problem}" for problem in draft.problems]
+            draft.problems = problems
     draft.update(values, origin)
     return draft
 

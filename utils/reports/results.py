@@ -209,7 +209,7 @@ class Results:
         return frame.set_index(["cell", "metric"])
 
     def best(self, metric: str) -> set[str]:
-        """Cells with the best mean of a metric; none where fewer than two, or not all, can be compared.
+        """Cells with the best mean as it is shown; none where fewer than two, or not all, can be compared.
 
         A cell of one task learned all classes at once: it is an upper bound and left out where others have
         several. Cells of other tasks can be compared in the main metric only, of other test images in none.
@@ -222,8 +222,9 @@ class Results:
         means = self.summary["mean"].xs(metric, level="metric").reindex(several).dropna()
         if len(means) < 2:
             return set()
-        best = means.min() if self.spec(metric).lower_is_better else means.max()
-        return {cell for cell, mean in means.items() if math.isclose(mean, best, rel_tol=1e-12)}
+        spec = self.spec(metric)
+        best = means.min() if spec.lower_is_better else means.max()
+        return {cell for cell, mean in means.items() if spec.text(mean) == spec.text(best)}
 
     @cached_property
     def ranked(self) -> pd.Series:

@@ -212,6 +212,13 @@ def test_a_fault_in_a_base_names_the_base(tmp_path: Path) -> None:
     assert {line.split(":")[0] for line in found} == {"rd_lr = -1", f"rd_dim = 0 (from {base})"}
 
 
+def test_a_base_that_is_not_there_is_told_to_be_a_path_from_the_file(tmp_path: Path) -> None:
+    path = write(tmp_path, {"base": "exps/smoke.json"})
+    assert any(
+        f"a path from {path}" in problem and "does not exist" in problem for problem in problems_of(path)
+    )
+
+
 @pytest.mark.parametrize(
     "base",
     ["config.json", "again.json", "gone.json", 3, None, "a\0b", "\ud800", "b" * 300, "a/" * 3000, ".", ""],

@@ -209,6 +209,12 @@ def test_the_means_table_shows_mean_and_std_and_the_best():
     assert not {"BWT (points)", "adapter parameters (k)"} & set(table.headings)
 
 
+def test_means_that_are_shown_alike_are_all_the_best():
+    results = results_of(metric_runs("final", [88.950], [88.953]), "base")
+    table = means_table(results)
+    assert [row[table.headings.index("A_N (%)")].strong for row in table.rows] == [True, True]
+
+
 def test_numbers_that_are_missing_or_not_finite_count_as_absent():
     runs = metric_runs("plasticity", [50.0, None, math.nan], [50.0, 51.0, 52.0])
     for result in runs["ours"].values():

@@ -115,6 +115,12 @@ def test_resume_takes_the_folder_it_stands_in(
     assert "is not a run folder" in told(2, main.main, "--resume", ".")
 
 
+def test_the_text_log_of_a_run_is_named_as_that(finished: Path, told: Callable[..., str]) -> None:
+    log = finished.with_name(finished.name + ".log")
+    assert f"give its folder, {finished}" in told(2, evaluation.main, "--run", str(finished), str(log))
+    assert f"{log} is a file" in told(2, evaluation.main, "--compare", str(finished), str(log))
+
+
 # --- what is replaced ---
 
 
