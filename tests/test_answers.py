@@ -130,6 +130,7 @@ def test_what_cannot_be_run_is_answered_with_what_can(
     ("arguments", "path"),
     [
         ("sema --dataset cifar224", "sema_cifar"),
+        ("sema --dataset CIFAR-100", "sema_cifar"),
         ("sema --dataset imagenetr", "sema_inr_10task"),
         ("sema --dataset vtab", "published/sema_vtab"),
         ("finetune --dataset cifar224", "baselines/finetune_cifar"),

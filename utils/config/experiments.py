@@ -16,6 +16,7 @@ from utils.config.messages import parsed
 from utils.errors import UserError
 
 PROJECT = Path(__file__).resolve().parents[2]
+SAME_IMAGES = {"cifar100": "cifar224", "cifar-100": "cifar224"}  # -> the name in shipped files
 TABLE_KEYS = {"cells", "grid", "set"}  # no config has any; a sweep without them repeats another
 
 
@@ -80,6 +81,7 @@ def shipped_file(method: str, dataset: str | None, schemas: Schemas) -> Path:
     """
     if method not in schemas:
         raise UserError(f"--method {method}: {no_such_method(method, schemas)}")
+    dataset = SAME_IMAGES.get((dataset or "").lower(), dataset)
     own = [file for file in shipped_files(schemas) if file.method == method]
     sets = sorted({file.dataset for file in own})
     fitting = [file for file in own if file.dataset == dataset or (dataset is None and len(sets) == 1)]
