@@ -28,6 +28,7 @@ KEPT = ROOT / "exps/evidence/results"
 BASELINES = {  # what tables compare with
     **dict.fromkeys(("full_cifar", "blocks_cifar", "grocery"), "RanPAC"),
     "ablation_cifar": "SEMA, 32 hidden units",
+    "schedule_cifar": "matched adapter, 10 epochs",
 }
 ANSWER = {  # the table of exps/RESULTS.md: data -> sweeps with its runs, columns
     "500 images": (("full_cifar",), ("final", "difference", "forgetting")),
